@@ -1,0 +1,1 @@
+"""The embedded CLIP and labelled icons that `slsgu demo` runs on."""

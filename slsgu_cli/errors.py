@@ -1,0 +1,63 @@
+"""What can go wrong, with the exit code each kind ends the process with.
+
+Every error says what happened and where; `hint` is the command or change that mends it.
+The subclasses also inherit the builtin a caller of the Python API would expect to catch.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line, stable between releases."""
+
+    OK = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    BAD_INPUT = 3
+    STALE = 4
+    NOT_FORGOTTEN = 5
+    INTERRUPTED = 130
+
+
+class SlsguError(Exception):
+    """Base of every error the tool reports without a traceback."""
+
+    exit_code = ExitCode.UNEXPECTED
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SlsguError, ValueError):
+    """Options that contradict each other or name something that does not exist."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InputError(SlsguError, ValueError):
+    """A source, checkpoint or option value that cannot be used as it is."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class MissingError(SlsguError, FileNotFoundError):
+    """A file or artifact that is not there."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StaleError(SlsguError, ValueError):
+    """An artifact made from something other than what it meets now."""
+
+    exit_code = ExitCode.STALE
+
+
+class NotForgottenError(SlsguError):
+    """The search met no step at which the concept is forgotten."""
+
+    exit_code = ExitCode.NOT_FORGOTTEN

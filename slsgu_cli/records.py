@@ -1,0 +1,319 @@
+"""The records that artifacts carry: plain frozen dataclasses, to and from JSON.
+
+A record is written as the JSON object of its fields, nested records included. `decode`
+rebuilds it from its annotations and refuses an object that lacks a field, so that an
+artifact of another version is met with a clear message and not with a KeyError later.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from slsgu_cli.errors import StaleError
+
+T = TypeVar("T")
+
+
+class Tower(StrEnum):
+    """The two halves of a CLIP model."""
+
+    VISION = "vision"
+    TEXT = "text"
+
+
+class Alignment(StrEnum):
+    """How Eq. 8's cosine enters the ranking: its magnitude, or with its sign."""
+
+    ABS = "abs"
+    SIGNED = "signed"
+
+
+class Steer(StrEnum):
+    """The forget accuracy that the search drives to zero."""
+
+    FA1 = "fa1"
+    FA5 = "fa5"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the gradient pass; sums of gradients are fp32 in all of them."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    BF16 = "bf16"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model: an open_clip name with weights, `local-dir:PATH`, `hf-hub:ID`."""
+
+    name: str
+    pretrained: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
+
+    def flags(self) -> str:
+        """Return the command-line flags that name this model."""
+        flags = f"--model {self.name}"
+        return f"{flags} --pretrained {self.pretrained}" if self.pretrained else flags
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputSpec:
+    """How a model takes its inputs; two models with equal specs can share a set.
+
+    `height` and `width` are pixels; `mean` and `std` are per channel on the 0..1 scale;
+    `tokenizer` is a digest of what the tokenizer makes of a probe text.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+    tokenizer: str
+    context_length: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataRef:
+    """A block of rows in the store: where it lies, what is in it, what was left out.
+
+    `refused` counts rows by the reason they were not kept.
+    """
+
+    path: str
+    fingerprint: str
+    rows: int
+    seen: int
+    refused: dict[str, int]
+    sources: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetManifest:
+    """A built set: what to forget, what to retain, what to measure on.
+
+    `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the
+    rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
+    set knows the concept, and the forget set's own images stand in, classified among
+    the classes of the first evaluation set and the concept itself.
+    """
+
+    name: str
+    concept: str
+    patterns: tuple[str, ...]
+    model: ModelSpec
+    input: InputSpec
+    forget: DataRef
+    retain: DataRef
+    evals: dict[str, DataRef]
+    forget_eval: str | None
+    seed: int
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParameterNorm:
+    """L2 norm of one parameter of the original model, with its shape."""
+
+    shape: tuple[int, ...]
+    norm: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GradientHeader:
+    """What a gradient file holds and what it was computed from.
+
+    `sign` is always `+grad`: the file holds the gradient of `loss` itself, and unlearning
+    ascends it. `weights` has the norm of every parameter at the time.
+    """
+
+    loss: str
+    sign: str
+    mean_loss: float
+    batches: int
+    batch_size: int
+    rows: int
+    precision: str
+    model: str
+    data: str
+    weights: dict[str, ParameterNorm]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GradientPointer:
+    """Which gradient files belong to a set, and the model and data they came from."""
+
+    name: str
+    model: ModelSpec
+    model_fingerprint: str
+    forget: str
+    retain: str
+    forget_data: str
+    retain_data: str
+    batch_size: int
+    precision: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerScore:
+    """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower."""
+
+    layer: str
+    tower: Tower
+    shape: tuple[int, ...]
+    importance: float
+    alignment: float
+    forget_norm: float
+    retain_norm: float
+    weight_norm: float
+    front: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """Every candidate layer of a model, scored for one concept."""
+
+    name: str
+    forget: str
+    retain: str
+    alignment: Alignment
+    scores: tuple[LayerScore, ...]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Zero-shot accuracy in percent over `rows` images."""
+
+    top1: float
+    top5: float
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """One (layer, step): forget accuracy, and utility where it was measured.
+
+    `share` is the step's length over the layer's own norm. `utility` is None where the
+    step could not win, so nothing was spent on it.
+    """
+
+    layer: str
+    tower: Tower
+    step: float
+    share: float
+    forget: Accuracy
+    utility: dict[str, Accuracy] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trials:
+    """Every trial of a search, with the original model's figures."""
+
+    name: str
+    forget: str
+    model_fingerprint: str
+    evals: dict[str, str]
+    steer: Steer
+    baseline_forget: Accuracy
+    baseline_utility: dict[str, Accuracy]
+    trials: tuple[Trial, ...]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EditHeader:
+    """An edit: add the tensor `delta` (= step * gradient) to `layer`.
+
+    The file also holds the original layer as `before`, so that an edit can be undone to
+    the bit. `digests` are of the layer's original values, rounded to fp32, fp16 and
+    bf16, so that the same weights are recognised in another precision.
+    """
+
+    name: str
+    concept: str
+    layer: str
+    tower: Tower
+    step: float
+    share: float
+    model: ModelSpec
+    model_fingerprint: str
+    digests: dict[str, str]
+    gradient: str
+    steer: Steer | None
+    baseline_forget: Accuracy | None
+    baseline_utility: dict[str, Accuracy] | None
+    forget: Accuracy | None
+    utility: dict[str, Accuracy] | None
+    version: str
+
+
+def encode(record: Any) -> Any:
+    """Return the JSON-ready form of a record (or of a container of records)."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {
+            field.name: encode(getattr(record, field.name)) for field in dataclasses.fields(record)
+        }
+    if isinstance(record, Mapping):
+        return {str(key): encode(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [encode(value) for value in record]
+    return record
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """Rebuild a record of type `kind` from its JSON form.
+
+    Raises StaleError where a field is missing or has another shape.
+    """
+    try:
+        return typing.cast(T, _build(kind, value))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StaleError(
+            f"this {kind.__name__} record was not written by this version of slsgu: {error}",
+            hint="make the artifact again with the command that wrote it",
+        ) from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _build(inner, value)
+    if origin is tuple:
+        return tuple(_build(arguments[0], item) for item in value)
+    if origin is dict:
+        return {key: _build(arguments[1], item) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        make: Any = kind
+        return make(
+            **{
+                field.name: _build(hints[field.name], value[field.name])
+                for field in dataclasses.fields(kind)
+            }
+        )
+    return value if kind is Any else kind(value)
+
+
+def canonical_json(value: Any) -> str:
+    """Return one JSON text per value: keys sorted, no white space."""
+    return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return 24 hexadecimal digits that name a JSON-ready value or record by its content."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
