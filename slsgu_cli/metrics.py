@@ -1,0 +1,47 @@
+"""Zero-shot accuracies and cosine matrices from features."""
+
+import torch
+from torch import Tensor
+
+TOP = 5
+
+
+def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each row how many classes score strictly above the true one.
+
+    A class that ties with the truth counts as above it when its index is smaller, which
+    is the order in which `topk` on sorted columns would list them. `logits` is (rows,
+    classes); rank 0 is a top-1 hit, a rank below 5 a top-5 hit. Rows with a value that
+    is not a number never hit.
+    """
+    truth = logits.gather(1, labels.unsqueeze(1))
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    above = (logits > truth) | ((logits == truth) & (columns < labels.unsqueeze(1)))
+    ranks = above.sum(dim=1)
+    return torch.where(torch.isfinite(truth.squeeze(1)), ranks, logits.shape[1])
+
+
+def accuracies(ranks: Tensor) -> tuple[float, float]:
+    """Return top-1 and top-5 accuracy in percent; NaN without rows."""
+    if ranks.numel() == 0:
+        return float("nan"), float("nan")
+    hits = [(ranks < k).double().mean().item() * 100 for k in (1, TOP)]
+    return hits[0], hits[1]
+
+
+def class_means(features: Tensor, owners: Tensor, classes: int) -> Tensor:
+    """Return the normalised mean of each class's prompt features, shape (classes, width).
+
+    `features` are unit vectors (prompts, width) and `owners` the class of each.
+    """
+    sums = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device)
+    return torch.nn.functional.normalize(sums.index_add_(0, owners, features), dim=-1)
+
+
+def cosine_matrix(images: Tensor, labels: Tensor, texts: Tensor) -> Tensor:
+    """Return the mean cosine of each class's images with each class's name (Figure 3)."""
+    means = torch.zeros(texts.shape[0], images.shape[1], device=images.device)
+    counts = torch.zeros(texts.shape[0], device=images.device)
+    means.index_add_(0, labels, images)
+    counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+    return (means / counts.clamp(min=1).unsqueeze(1)) @ texts.T

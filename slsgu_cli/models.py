@@ -1,0 +1,294 @@
+"""From the words a user names a model by to its files, its inputs and the loaded module.
+
+`resolve` reads configuration only. Building the module, which takes seconds and all of
+its memory, is left to `load`.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records import InputSpec, ModelSpec, digest
+
+if TYPE_CHECKING:
+    import torch
+
+LOCAL = "local-dir:"
+HUB = "hf-hub:"
+CONFIG = "open_clip_config.json"
+# The order in which open_clip itself looks for weights in a folder.
+PREFERRED = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
+# Hub clients and downloads fail in many kinds; a programming error is none of these.
+FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
+Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model's configuration and where its weights lie.
+
+    `folder` is set for `local-dir:` models. `identifier` is what open_clip calls it.
+    """
+
+    spec: ModelSpec
+    identifier: str
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    weights: Path
+    folder: Path | None
+
+
+def resolve(spec: ModelSpec) -> ResolvedModel:
+    """Find the configuration and weights that `spec` names.
+
+    Raises MissingError, InputError or UsageError; downloads where the name asks for it.
+    """
+    if spec.name.startswith(LOCAL):
+        return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
+    if (Path(spec.name) / CONFIG).is_file():
+        return _resolve_folder(spec, Path(spec.name))
+    if spec.name.startswith(HUB):
+        return _resolve_hub(spec)
+    return _resolve_name(spec)
+
+
+def input_spec(model: ResolvedModel) -> InputSpec:
+    """Return how `model` takes images and text."""
+    size = model.config["vision_cfg"].get("image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    tokens = tokenizer(model)(PROBE)
+    preprocess = model.preprocess
+    return InputSpec(
+        height=int(height),
+        width=int(width),
+        mean=tuple(float(value) for value in preprocess["mean"]),
+        std=tuple(float(value) for value in preprocess["std"]),
+        interpolation=str(preprocess["interpolation"]),
+        resize_mode=str(preprocess["resize_mode"]),
+        fill_color=int(preprocess.get("fill_color", 0)),
+        tokenizer=digest(tokens.tolist()),
+        context_length=int(tokens.shape[1]),
+    )
+
+
+def tokenizer(model: ResolvedModel) -> Tokenize:
+    """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
+    import open_clip
+
+    with _quiet(), _explained(model):
+        tokenize = open_clip.get_tokenizer(model.identifier)
+
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
+
+    return encode
+
+
+def load(
+    model: ResolvedModel, device: str = "cpu", *, warn: Callable[[str], None] | None = None
+) -> "torch.nn.Module":
+    """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
+    import open_clip
+
+    pretrained = None if ":" in model.identifier else str(model.weights)
+    with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        module: torch.nn.Module = open_clip.create_model(
+            model.identifier,
+            pretrained=pretrained,
+            device=device,
+            precision="fp32",
+            require_pretrained=True,
+        )
+    if warn and model.spec.pretrained:
+        _check_activation(model, warn)
+    for message in caught:
+        if warn and "QuickGELU" in str(message.message):
+            warn(str(message.message))
+    return module.eval().requires_grad_(True)
+
+
+def fingerprint(model: ResolvedModel) -> str:
+    """Return a digest of weights and architecture, the same for every container of them."""
+    from slsgu_cli.weights import fingerprint as weights_fingerprint
+
+    return digest({"weights": weights_fingerprint(model.weights), "config": model.config})
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device for `auto` (cuda, else mps, else cpu) or check the named one."""
+    import torch
+
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(kind for kind, available in has.items() if available)
+    if not has.get(name.partition(":")[0], False):
+        usable = ", ".join(kind for kind, available in has.items() if available)
+        raise UsageError(f"device {name} is not available here", hint=f"--device auto ({usable})")
+    return name
+
+
+def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
+    if spec.pretrained:
+        raise UsageError(
+            f"--pretrained {spec.pretrained} does not go with {spec.name}: "
+            "a local-dir model carries its own weights",
+            hint="leave --pretrained out",
+        )
+    path = folder / CONFIG
+    if not path.is_file():
+        raise MissingError(
+            f"{folder} is not an open_clip model folder: it has no {CONFIG}",
+            hint="name a folder written by open_clip, or --model ARCH --pretrained FILE",
+        )
+    try:
+        content = json.loads(path.read_text())
+        config = content["model_cfg"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a valid open_clip configuration: {error}") from error
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]
+    named = [folder / name for name in PREFERRED if folder / name in files]
+    if not files:
+        raise MissingError(f"{folder} holds no weights (.safetensors, .bin or .pth)")
+    weights = [*named, *sorted(files, key=lambda file: (file.suffix != ".safetensors", file))][0]
+    preprocess = _defaults() | content.get("preprocess_cfg", {})
+    return ResolvedModel(spec, f"{LOCAL}{folder}", config, preprocess, weights, folder)
+
+
+def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    repository = spec.name.removeprefix(HUB)
+    try:
+        config = Path(download_pretrained_from_hf(repository, filename=CONFIG))
+        weights = Path(download_pretrained_from_hf(repository))
+        content = json.loads(config.read_text())
+    except FETCH_ERRORS as error:
+        raise MissingError(
+            f"cannot fetch {spec.name} from the hub: {_first_line(error)}",
+            hint="check the name and the connection, or use local-dir:PATH",
+        ) from error
+    preprocess = _defaults() | content.get("preprocess_cfg", {})
+    return ResolvedModel(spec, spec.name, content["model_cfg"], preprocess, weights, None)
+
+
+def _resolve_name(spec: ModelSpec) -> ResolvedModel:
+    import difflib
+
+    import open_clip
+
+    name = spec.name
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise MissingError(f"there is no architecture file {name}")
+        open_clip.add_model_config(name)
+        name = Path(name).stem
+    with _quiet():
+        config = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
+        raise InputError(
+            f"open_clip has no model {name}" + (f"; near: {', '.join(near)}" if near else ""),
+            hint="an open_clip name, local-dir:PATH, hf-hub:ID or an architecture .json",
+        )
+    if not spec.pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a checkpoint file"
+        raise UsageError(f"{name} needs weights", hint=f"--pretrained with one of: {tags}")
+    tag = open_clip.get_pretrained_cfg(name, spec.pretrained)
+    if Path(spec.pretrained).is_file():
+        return ResolvedModel(spec, name, config, _defaults(), Path(spec.pretrained), None)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise MissingError(
+            f"{spec.pretrained} is neither a file nor a pretrained tag of {name}",
+            hint=f"tags of {name}: {tags}",
+        )
+    try:
+        weights = Path(open_clip.download_pretrained(tag))
+    except FETCH_ERRORS as error:
+        raise MissingError(
+            f"cannot fetch {name} {spec.pretrained}: {_first_line(error)}",
+            hint="check the connection, or give a file with --pretrained",
+        ) from error
+    preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
+    return ResolvedModel(spec, name, config, preprocess, weights, None)
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+
+
+def _check_activation(model: ResolvedModel, warn: Callable[[str], None]) -> None:
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(model.identifier, model.spec.pretrained) or {}
+    trained = bool(tag.get("quick_gelu", False))
+    if tag and trained != bool(model.config.get("quick_gelu", False)):
+        used = "GELU" if trained else "QuickGELU"
+        warn(
+            f"{model.spec} was trained with {'QuickGELU' if trained else 'GELU'} but is built "
+            f"with {used}; its accuracy suffers. Use the {'-quickgelu' if trained else 'plain'} "
+            "architecture name unless you reproduce a result that was made this way"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's own logging off the terminal."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(model: ResolvedModel) -> Iterator[None]:
+    """Turn a library's failure to build or load into one message."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingError(
+            f"{model.spec} needs a package that is not installed: {error}"
+        ) from error
+    except Exception as error:  # torch, safetensors and open_clip raise many kinds here
+        raise InputError(
+            f"cannot load {model.spec} from {model.weights}: {_first_line(error)}",
+            hint="check that the weights belong to this architecture and are complete",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

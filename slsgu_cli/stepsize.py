@@ -1,0 +1,40 @@
+"""The search for a step size along one layer's forget gradient (Algorithm 3).
+
+The search is a pure function of what was tried so far, so that recorded trials resume it
+and a test can drive it with any made-up accuracy.
+"""
+
+from collections.abc import Sequence
+
+
+def first_step(weight_norm: float, gradient_norm: float) -> float:
+    """Return the step that moves the layer by 10% of its norm.
+
+    The paper's text has Importance / 10, its inverse up to the factor, which moves a layer
+    the less the more it has to move; the released code has this one.
+    """
+    return 0.1 * weight_norm / gradient_norm
+
+
+def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
+    """Return the step to try after `tried`, a list of (step, forget accuracy) in order.
+
+    Doubles until a step forgets completely, then bisects between the largest step known
+    to be too small and the smallest known to be enough.
+    """
+    low, high, step = 0.0, None, first
+    for tried_step, accuracy in tried:
+        if accuracy == 0:
+            high = tried_step if high is None else min(high, tried_step)
+        else:
+            low = max(low, tried_step) if high is None or tried_step < high else low
+        step = 2 * tried_step if high is None else (low + high) / 2
+    return step
+
+
+def best(candidates: Sequence[tuple[float, float]]) -> int:
+    """Return the index of the least forget accuracy, ties by the highest utility.
+
+    Candidates are (forget accuracy, utility); of equals the first is kept.
+    """
+    return min(range(len(candidates)), key=lambda i: (candidates[i][0], -candidates[i][1], i))
