@@ -5,6 +5,8 @@ Results are a table on a terminal, tab-separated when piped, one JSON document w
 """
 
 import json
+import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from rich.table import Table
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records import encode
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 @dataclass(slots=True)
 class Console:
@@ -36,7 +40,9 @@ class Console:
 
     verbosity: int = 0
     as_json: bool = False
-    _stderr: RichConsole = field(default_factory=lambda: RichConsole(stderr=True, highlight=False))
+    _stderr: RichConsole = field(
+        default_factory=lambda: RichConsole(stderr=True, highlight=False, emoji=False)
+    )
     _results: dict[str, Any] = field(default_factory=dict)
 
     def table(
@@ -60,7 +66,7 @@ class Console:
                 table.add_column(column, justify="right" if numeric else "left", overflow="fold")
             for row in rows:
                 table.add_row(*(_text(value) for value in row))
-            RichConsole(highlight=False, markup=False).print(table)
+            RichConsole(highlight=False, markup=False, emoji=False).print(table)
         else:
             lines = ["\t".join(columns), *("\t".join(_text(v) for v in row) for row in rows)]
             sys.stdout.write("\n".join(lines) + "\n")
@@ -75,7 +81,8 @@ class Console:
     def flush(self) -> None:
         """Write the collected JSON document, if that is what was asked for."""
         if self.as_json:
-            sys.stdout.write(json.dumps(self._results, indent=1) + "\n")
+            document = json.dumps(_finite(self._results), indent=1, allow_nan=False)
+            sys.stdout.write(document + "\n")
             self._results.clear()
         sys.stdout.flush()
 
@@ -141,4 +148,14 @@ def _text(value: Any) -> str:
         return "yes" if value else ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.2f}"
-    return " ".join(str(value).split())
+    # A caption may hold anything: no tab, line break or terminal escape may leave its cell.
+    return " ".join(_CONTROL.sub(" ", str(value)).split())
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -281,8 +281,9 @@ def decode(kind: type[T], value: Any) -> T:
     try:
         return typing.cast(T, _build(kind, value))
     except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise StaleError(
-            f"this {kind.__name__} record was not written by this version of slsgu: {error}",
+            f"this {kind.__name__} record was not written by this version of slsgu: {reason}",
             hint="make the artifact again with the command that wrote it",
         ) from error
 
@@ -294,10 +295,11 @@ def _build(kind: Any, value: Any) -> Any:
         inner = next(argument for argument in arguments if argument is not type(None))
         return None if value is None else _build(inner, value)
     if origin is tuple:
-        return tuple(_build(arguments[0], item) for item in value)
+        return tuple(_build(arguments[0], item) for item in _checked(value, list, tuple))
     if origin is dict:
-        return {key: _build(arguments[1], item) for key, item in value.items()}
+        return {key: _build(arguments[1], item) for key, item in _checked(value, dict).items()}
     if dataclasses.is_dataclass(kind):
+        _checked(value, dict)
         hints = typing.get_type_hints(kind)
         make: Any = kind
         return make(
@@ -306,7 +308,16 @@ def _build(kind: Any, value: Any) -> Any:
                 for field in dataclasses.fields(kind)
             }
         )
-    return value if kind is Any else kind(value)
+    if kind is float:
+        return float(_checked(value, float, int))
+    return kind(_checked(value, kind)) if kind in (str, int, bool) else kind(value)
+
+
+def _checked(value: Any, *kinds: type) -> Any:
+    """Refuse what a constructor would bend into shape: None to "None", "ab" to a tuple."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{value!r} is not a {kinds[0].__name__}")
+    return value
 
 
 def canonical_json(value: Any) -> str:

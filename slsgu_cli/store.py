@@ -6,21 +6,23 @@ and two processes may share a store: the last complete write of a name stands.
 """
 
 import json
-import secrets
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError
+from slsgu_cli import atomic
+from slsgu_cli.atomic import UNFINISHED, partial_name
+from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records import canonical_json, decode, encode
 
 T = TypeVar("T")
 HEADER = "slsgu"
-PARTIAL = ".partial-"
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -50,14 +52,15 @@ class Store:
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """Return the names in `folder`, sorted, without `suffix`; partial writes are left out."""
-        if not self._fs.isdir(self._full(folder)):
-            return []
-        found = (str(entry).rsplit("/", 1)[-1] for entry in self._fs.ls(self._full(folder), False))
-        return sorted(
+        return [
             name.removesuffix(suffix)
-            for name in found
-            if name.endswith(suffix) and not name.startswith(PARTIAL)
-        )
+            for name in self._listed(folder)
+            if name.endswith(suffix) and not name.startswith(UNFINISHED)
+        ]
+
+    def unfinished(self, folder: str) -> list[str]:
+        """Return the partial names in `folder`: writes under way, or left by a killed process."""
+        return [name for name in self._listed(folder) if name.startswith(UNFINISHED)]
 
     def size(self, path: str) -> int:
         """Return the bytes that `path` takes, folders included."""
@@ -65,7 +68,9 @@ class Store:
 
     def remove(self, path: str) -> None:
         """Remove the artifact at `path` if it is there."""
-        if self.exists(path):
+        if self.is_local:
+            atomic.remove(Path(self._full(path)))
+        elif self.exists(path):
             self._fs.rm(self._full(path), recursive=True)
 
     @contextmanager
@@ -76,7 +81,7 @@ class Store:
         the partial file or folder is removed.
         """
         folder, _, name = path.rpartition("/")
-        partial = f"{folder}/{PARTIAL}{secrets.token_hex(4)}-{name}"
+        partial = path.removesuffix(name) + partial_name(name)
         try:
             self._fs.makedirs(self._full(folder), exist_ok=True)
             yield self.where(partial)
@@ -94,79 +99,143 @@ class Store:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` at `path`."""
-        with self.writing(path) as partial, fsspec.open(partial, "wb") as file:
+        with self.writing(path) as partial, self._fs.open(partial, "wb") as file:
             file.write(data)
 
     def read_bytes(self, path: str) -> bytes:
-        """Return the content of `path`. Raises MissingError."""
-        try:
+        """Return the content of `path`. Raises MissingError or InputError."""
+        with self._reading(path):
             return bytes(self._fs.cat_file(self._full(path)))
-        except FileNotFoundError as error:
-            raise MissingError(f"there is no {self.where(path)}") from error
 
     def write_record(self, path: str, record: Any) -> None:
-        """Write a record as indented JSON at `path`."""
-        self.write_bytes(path, (json.dumps(encode(record), indent=1) + "\n").encode())
+        """Write a record as indented JSON at `path`. Raises InputError for a figure like NaN."""
+        with self._finite(path):
+            text = json.dumps(encode(record), indent=1, allow_nan=False)
+        self.write_bytes(path, f"{text}\n".encode())
 
     def read_record(self, path: str, kind: type[T]) -> T:
         """Return the record at `path`. Raises MissingError, StaleError or InputError."""
+        data = self.read_bytes(path)
         try:
-            value = json.loads(self.read_bytes(path))
+            value = json.loads(data)
         except ValueError as error:
             raise InputError(f"{self.where(path)} is not JSON: {error}") from error
-        return decode(kind, value)
+        return self._decode(path, kind, value)
 
     def write_tensors(self, path: str, arrays: Arrays, header: Any) -> None:
         """Write arrays with a record as their header to a safetensors file at `path`."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save, save_file
 
-        metadata = {HEADER: canonical_json(header)}
+        with self._finite(path):
+            metadata = {HEADER: canonical_json(header)}
+        # safetensors writes the raw buffer: a transposed view would come back as other values.
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         with self.writing(path) as partial:
-            if self.is_local:
-                save_file(arrays, partial, metadata)
-            else:
-                with fsspec.open(partial, "wb") as file:
+            if not self.is_local:
+                with self._fs.open(partial, "wb") as file:
                     file.write(save(arrays, metadata))
+                return
+            Path(partial).touch()
+            mode = Path(partial).stat().st_mode
+            try:
+                save_file(arrays, partial, metadata)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            # safetensors leaves its file readable by its owner alone; a store may be shared.
+            Path(partial).chmod(mode)
 
     def read_header(self, path: str, kind: type[T]) -> T:
-        """Return the header of the safetensors file at `path`."""
-        with self._tensor_file(path) as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-        if HEADER not in metadata:
+        """Return the header of the safetensors file at `path`; no tensor is read.
+
+        Raises MissingError, InputError where the file is damaged or foreign, StaleError.
+        """
+        with self._reading(path):
+            size = int(self._fs.size(self._full(path)))
+            length = int.from_bytes(self._fs.cat_file(self._full(path), start=0, end=8), "little")
+            try:
+                if not 0 < length <= size - 8:
+                    raise ValueError("it is too short for its header")
+                raw = self._fs.cat_file(self._full(path), start=8, end=8 + length)
+                content = json.loads(raw)
+                metadata = content.pop("__metadata__", {})
+                ends = [entry["data_offsets"][1] for entry in content.values()]
+                if max(ends, default=0) != size - 8 - length:
+                    raise ValueError("it is not as long as its header says")
+                header = json.loads(metadata.get(HEADER, "null"))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise self._damaged(path, error) from error
+        if header is None:
             raise InputError(f"{self.where(path)} was not written by slsgu: it has no header")
-        return decode(kind, json.loads(metadata[HEADER]))
+        return self._decode(path, kind, header)
 
     def read_tensors(self, path: str, names: list[str] | None = None) -> Arrays:
         """Return the named arrays (default: all) of the safetensors file at `path`."""
         with self._tensor_file(path) as file:
-            return {name: file.get_tensor(name) for name in names or sorted(file.keys())}
+            wanted = sorted(file.keys()) if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}
 
     @contextmanager
     def _tensor_file(self, path: str) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
-        if not self.exists(path):
-            raise MissingError(f"there is no {self.where(path)}")
-        local = self.where(path) if self.is_local else self._download(path)
+        with self._reading(path), tempfile.TemporaryDirectory() as folder:
+            local = self._full(path)
+            if not self.is_local:
+                local = str(Path(folder) / "tensors")
+                self._fs.get_file(self._full(path), local)
+            try:
+                with safe_open(local, "np") as file:
+                    yield file
+            except SafetensorError as error:
+                raise self._damaged(path, error) from error
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
         try:
-            with safe_open(local, "np") as file:
-                yield file
-        except SafetensorError as error:
+            yield
+        except OSError as error:
+            if isinstance(error, SlsguError):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise MissingError(f"there is no {self.where(path)}") from error
+            reason = error.strerror or error
+            raise InputError(f"cannot read {self.where(path)}: {reason}") from error
+
+    @contextmanager
+    def _finite(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
             raise InputError(
-                f"{self.where(path)} is damaged: {error}",
-                hint="remove it and run the command that wrote it again",
+                f"nothing was written to {self.where(path)}: a figure in it is not finite"
             ) from error
 
-    def _download(self, path: str) -> str:
-        return str(fsspec.open_local(f"simplecache::{self.where(path)}"))
+    def _decode(self, path: str, kind: type[T], value: Any) -> T:
+        try:
+            return decode(kind, value)
+        except StaleError as error:
+            raise StaleError(f"{self.where(path)}: {error.message}", hint=error.hint) from error
+
+    def _damaged(self, path: str, reason: Exception) -> InputError:
+        return InputError(
+            f"{self.where(path)} is damaged: {reason}",
+            hint="remove it and run the command that wrote it again",
+        )
+
+    def _listed(self, folder: str) -> list[str]:
+        full = self._full(folder)
+        if not self._fs.isdir(full):
+            return []
+        return sorted(str(entry).rsplit("/", 1)[-1] for entry in self._fs.ls(full, False))
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
     def _replace(self, partial: str, path: str) -> None:
         source, target = self._full(partial), self._full(path)
-        if self.is_local and Path(source).is_file():
-            Path(source).replace(target)
+        if self.is_local:
+            atomic.move(Path(source), Path(target))
             return
         if self._fs.exists(target):
             self._fs.rm(target, recursive=True)
