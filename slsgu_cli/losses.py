@@ -64,8 +64,8 @@ def _blocks(
     if full:
         losses.append(
             whole(
-                images[:full].unflatten(0, (-1, batch_size)),
-                texts[:full].unflatten(0, (-1, batch_size)),
+                images[:full].reshape(-1, batch_size, images.shape[1]),
+                texts[:full].reshape(-1, batch_size, texts.shape[1]),
             )
         )
     if full < pairs:
@@ -75,7 +75,7 @@ def _blocks(
 
 def _per_batch(values: Tensor, batch_size: int) -> Tensor:
     full = values.shape[0] - values.shape[0] % batch_size
-    means = [values[:full].unflatten(0, (-1, batch_size)).mean(dim=1)] if full else []
+    means = [values[:full].reshape(-1, batch_size).mean(dim=1)] if full else []
     if full < values.shape[0]:
         means.append(values[full:].mean().unsqueeze(0))
     return torch.cat(means)

@@ -25,9 +25,9 @@ def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
     low, high, step = 0.0, None, first
     for tried_step, accuracy in tried:
         if accuracy == 0:
-            high = tried_step if high is None else min(high, tried_step)
+            high = tried_step
         else:
-            low = max(low, tried_step) if high is None or tried_step < high else low
+            low = tried_step
         step = 2 * tried_step if high is None else (low + high) / 2
     return step
 

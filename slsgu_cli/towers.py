@@ -1,0 +1,299 @@
+"""The towers of a CLIP model, split so that a forward can stop and resume at any block.
+
+A tower is an embedding, `depth` blocks and a head. `stage_of` tells where a parameter
+first acts: EMBED, a block's index, or `depth` for the head; everything before that stage
+is untouched by an edit of the parameter and need not run again.
+
+Two exact savings are built in. A causal text tower runs at the longest prompt's length
+and not at the context length. Where the head reads one token only, the last block
+computes that token only, and what enters the head is (rows, width).
+"""
+
+import re
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+EMBED = -1
+_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
+
+
+class SplitTower(ABC):
+    """One tower; `inputs` are normalised pixels (N, 3, H, W) or token ids (N, L)."""
+
+    depth: int
+    checkpointing = False
+    exact_split = True
+
+    @abstractmethod
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return what enters block 0."""
+
+    @abstractmethod
+    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return what leaves block `index`; the last block may return pooled rows."""
+
+    @abstractmethod
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return features (N, E), not normalised, from what leaves the last block."""
+
+    def stage_of(self, parameter: str) -> int:
+        """Return the first stage that `parameter` acts in."""
+        match = _BLOCK.search(parameter)
+        if match:
+            return int(match.group(1))
+        is_head = re.search(
+            r"ln_post|proj$|proj\.weight$|ln_final|(^|\.)norm\.|fc_norm|head", parameter
+        )
+        return self.depth if is_head and "patch_embed" not in parameter else EMBED
+
+    def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
+        """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
+        if start == EMBED and stop > EMBED:
+            x, start = self.embed(x), 0
+        for index in range(start, min(stop, self.depth)):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.block, index, x, inputs, use_reentrant=False)
+            else:
+                x = self.block(index, x, inputs)
+        return x
+
+    def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
+        """Return unit features from what enters stage `start`."""
+        x = self.advance(x, inputs, start, self.depth)
+        return F.normalize(self.head(x, inputs).float(), dim=-1)
+
+    def trim(self, inputs: Tensor) -> Tensor:
+        """Return `inputs` without the positions that cannot influence the features."""
+        return inputs
+
+
+class OpenClipVision(SplitTower):
+    """open_clip's VisionTransformer."""
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.blocks = visual.transformer.resblocks
+        self.depth = len(self.blocks)
+        self.one_token = (
+            visual.attn_pool is None and visual.pool_type == "tok" and _is_plain(self.blocks[-1])
+        )
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the normalised patch and class tokens."""
+        return _tensor(self.visual._embeds(inputs))
+
+    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one block, the last one for the class token only where that is all that counts."""
+        if index == self.depth - 1 and self.one_token:
+            return residual_block(self.blocks[index], x, keep=torch.zeros_like(inputs[:, 0, 0, 0]))
+        return run_block(self.blocks[index], x, mask=None)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Pool, normalise and project."""
+        pooled = self.visual.ln_post(x) if self.one_token else self.visual._pool(x)[0]
+        return _tensor(pooled if self.visual.proj is None else pooled @ self.visual.proj)
+
+
+class OpenClipText(SplitTower):
+    """The text tower of open_clip's CLIP, or of CustomTextCLIP under `text`."""
+
+    def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
+        self.owner = owner
+        self.blocks = owner.transformer.resblocks
+        self.depth = len(self.blocks)
+        self.pool_type = pool_type
+        self.eos_id = eos_id
+        self.causal = owner.attn_mask is not None
+        self.one_token = pool_type in ("argmax", "eos", "last", "first") and _is_plain(
+            self.blocks[-1]
+        )
+        self.shortens = self.causal and pool_type in ("argmax", "eos")
+
+    def trim(self, inputs: Tensor) -> Tensor:
+        """Cut after the last row's end of text: later positions cannot reach it."""
+        return inputs[:, : int(self._pooled_at(inputs).max()) + 1] if self.shortens else inputs
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return token plus position embeddings."""
+        x = self.owner.token_embedding(inputs)
+        return _tensor(x + self.owner.positional_embedding[: inputs.shape[1]])
+
+    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one block, the last one for the pooled token only."""
+        if index == self.depth - 1 and self.one_token:
+            keep = self._pooled_at(inputs)
+            return residual_block(self.blocks[index], x, causal=self.causal, keep=keep)
+        length = x.shape[1]
+        mask = self.owner.attn_mask[:length, :length] if self.causal else None
+        return run_block(self.blocks[index], x, mask=mask)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise, pool and project."""
+        if not self.one_token:
+            x = x[torch.arange(x.shape[0], device=x.device), self._pooled_at(inputs)]
+        x = self.owner.ln_final(x)
+        projection = self.owner.text_projection
+        if projection is None:
+            return x
+        return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
+
+    def _pooled_at(self, inputs: Tensor) -> Tensor:
+        rows = inputs.shape[0]
+        if self.pool_type == "argmax":
+            return inputs.argmax(dim=-1)
+        if self.pool_type == "eos":
+            return torch.eq(inputs, self.eos_id or 0).int().argmax(dim=-1)
+        position = inputs.shape[1] - 1 if self.pool_type == "last" else 0
+        return torch.full((rows,), position, device=inputs.device)
+
+
+class TimmVision(SplitTower):
+    """timm's plain and EVA vision transformers inside open_clip's adapter."""
+
+    def __init__(self, visual: Any) -> None:
+        self.trunk = visual.trunk
+        self.adapter = visual.head
+        self.depth = len(self.trunk.blocks)
+        self.rope: Tensor | None = None
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return patch tokens with their positions."""
+        x = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
+        if isinstance(x, tuple):
+            x, self.rope = x[0], x[1]
+        for name in ("patch_drop", "norm_pre"):
+            layer = getattr(self.trunk, name, None)
+            x = x if layer is None else layer(x)
+        return _tensor(x)
+
+    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one block of the trunk."""
+        block = self.trunk.blocks[index]
+        return _tensor(block(x) if self.rope is None else block(x, rope=self.rope))
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise, pool and project."""
+        return _tensor(self.adapter(self.trunk.forward_head(self.trunk.norm(x))))
+
+
+class WholeTower(SplitTower):
+    """A tower whose inside is unknown: every edit runs the whole of it again."""
+
+    depth = 0
+    exact_split = False
+
+    def __init__(self, encode: Any) -> None:
+        self.encode = encode
+
+    def stage_of(self, parameter: str) -> int:
+        """Return EMBED: nothing is known to be unaffected."""
+        return EMBED
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the features; there is nothing to stop at."""
+        return _tensor(self.encode(inputs))
+
+    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Raise: there are no blocks."""
+        raise IndexError(index)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return the features."""
+        return x
+
+
+def vision_tower(model: Any) -> SplitTower:
+    """Return the vision tower of an open_clip model."""
+    visual = model.visual
+    kind = type(visual).__name__
+    if kind == "VisionTransformer" and _batch_first(visual.transformer):
+        return OpenClipVision(visual)
+    trunk = getattr(visual, "trunk", None)
+    if kind == "TimmModel" and type(trunk).__name__ in ("VisionTransformer", "Eva"):
+        return TimmVision(visual)
+    return WholeTower(model.encode_image)
+
+
+def text_tower(model: Any) -> SplitTower:
+    """Return the text tower of an open_clip model."""
+    if type(model).__name__ == "CLIP" and _batch_first(model.transformer):
+        return OpenClipText(model, model.text_pool_type, model.text_eos_id)
+    text: Any = getattr(model, "text", None)
+    is_plain = type(text).__name__ == "TextTransformer" and _batch_first(text.transformer)
+    if is_plain and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
+        return OpenClipText(text, text.pool_type, text.eos_id)
+    return WholeTower(model.encode_text)
+
+
+def run_block(block: Any, x: Tensor, *, mask: Tensor | None) -> Tensor:
+    """Run one residual block, by the fused attention kernel where the block is a plain one."""
+    if _is_plain(block):
+        return residual_block(block, x, causal=mask is not None)
+    return _tensor(block(x, attn_mask=mask))
+
+
+def residual_block(
+    block: Any, x: Tensor, *, causal: bool = False, keep: Tensor | None = None
+) -> Tensor:
+    """Run an open_clip residual block with one fused projection and attention kernel.
+
+    With `keep`, the position of one token a row, only that token leaves the block, as
+    (rows, width): keys and values of all tokens, everything else of one.
+    """
+    rows, length, width = x.shape
+    attention = block.attn
+    heads, size = attention.num_heads, width // attention.num_heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    normed = block.ln_1(x)
+    if keep is None:
+        q, k, v = F.linear(normed, weight, bias).view(rows, length, 3, heads, size).unbind(2)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal
+        )
+        mixed = mixed.transpose(1, 2).reshape(rows, length, width)
+    else:
+        here = (torch.arange(rows, device=x.device), keep.long())
+        query = F.linear(normed[here], weight[:width], None if bias is None else bias[:width])
+        packed = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        k, v = packed.view(rows, length, 2, heads, size).unbind(2)
+        visible = _visible(keep, length) if causal else None
+        mixed = F.scaled_dot_product_attention(
+            query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
+        ).reshape(rows, width)
+        x = x[here]
+    projected = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
+    x = x + block.ls_1(projected)
+    return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
+
+
+def _visible(keep: Tensor, length: int) -> Tensor:
+    """Return which positions the kept token of each row may look at."""
+    return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]
+
+
+def _is_plain(block: Any) -> bool:
+    """Return whether `residual_block` computes what `block` computes."""
+    attention = getattr(block, "attn", None)
+    return (
+        type(block).__name__ == "ResidualAttentionBlock"
+        and not hasattr(block, "ln_1_kv")
+        and isinstance(attention, nn.MultiheadAttention)
+        and attention._qkv_same_embed_dim
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+def _batch_first(transformer: Any) -> bool:
+    return bool(getattr(transformer, "batch_first", False))
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a tower returned {type(value).__name__} where a tensor was expected")
+    return value
