@@ -1,0 +1,163 @@
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError
+from slsgu_cli.records import Accuracy, Tower
+
+COLUMNS = ["name", "figure"]
+ODD = "a\tb\nc  [red]d[/red] :apple: \x1b[31mé"
+FLAT = "a b c [red]d[/red] :apple: [31mé"
+
+SHOW = f"""
+import sys
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError
+console = Console(verbosity=1, as_json="--json" in sys.argv)
+console.note("noted [red]")
+console.detail("detailed")
+console.warn("warned")
+with console.progress("working", 3) as ticker:
+    ticker.advance(3)
+console.table("rows", ["name", "figure"], [[{ODD!r}, 0.5], ["x", None]], title="[b]Title :apple:")
+console.value("path", "out/clip")
+console.error(InputError("wrong [bold]", hint="right :apple:"))
+console.flush()
+"""
+
+
+def on_a_terminal(code, columns=100):
+    """Run code with stdout on a pseudo-terminal; return what the terminal got."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=slave, stderr=subprocess.DEVNULL, env=environment
+    )
+    os.close(slave)
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(master)
+    assert process.wait(30) == 0
+    return b"".join(chunks).decode()
+
+
+def piped(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", SHOW, *arguments], capture_output=True, text=True, check=True
+    )
+
+
+def test_a_terminal_gets_a_table_with_cells_printed_literally():
+    shown = on_a_terminal(SHOW)
+    assert "┃" in shown
+    assert FLAT in shown
+    assert "[b]Title :apple:" in shown
+    assert "0.50" in shown
+    assert "\x1b[31m" not in shown
+    assert "noted" not in shown
+
+
+def test_a_narrow_terminal_folds_cells_and_loses_nothing():
+    code = (
+        "from slsgu_cli.console import Console\n"
+        "Console().table('t', ['a', 'b'], [['x' * 50, 'y' * 50]])"
+    )
+    shown = on_a_terminal(code, columns=30)
+    assert shown.count("x") == shown.count("y") == 50
+
+
+def test_a_pipe_gets_tab_separated_results_and_nothing_else():
+    done = piped()
+    assert done.stdout == f"name\tfigure\n{FLAT}\t0.50\nx\t-\nout/clip\n"
+    for text in ("noted [red]", "detailed", "warning: warned", "error: wrong [bold]"):
+        assert text in done.stderr
+    assert "try: right :apple:" in done.stderr
+
+
+def test_json_is_one_document_and_nothing_else():
+    done = piped("--json")
+    document = json.loads(done.stdout)
+    assert list(document) == ["rows", "path"]
+    assert document["rows"] == [{"name": ODD, "figure": 0.5}, {"name": "x", "figure": None}]
+    assert document["path"] == "out/clip"
+
+
+def test_json_takes_data_in_place_of_rows_and_text(capsys):
+    console = Console(as_json=True)
+    console.table("t", COLUMNS, [["x", 1]], data={"brands": Accuracy(1.0, 2.0, 3)})
+    console.value("v", "shown", data=[Tower.TEXT])
+    assert capsys.readouterr().out == ""
+    console.flush()
+    assert json.loads(capsys.readouterr().out) == {
+        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3}},
+        "v": ["text"],
+    }
+
+
+def test_json_has_null_where_a_figure_is_not_finite(capsys):
+    console = Console(as_json=True)
+    console.table("t", ["a"], [[float("nan")], [float("inf")], [1.5]])
+    console.flush()
+    out = capsys.readouterr().out
+    document = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["t"] == [{"a": None}, {"a": None}, {"a": 1.5}]
+
+
+def test_an_empty_table_still_names_its_columns(capsys):
+    Console().table("t", COLUMNS, [])
+    assert capsys.readouterr().out == "name\tfigure\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (False, ""),
+        (0, "0"),
+        (12345, "12345"),
+        (0.0, "0"),
+        (0.00012345, "0.0001234"),
+        (-0.5, "-0.50"),
+        (99.994, "99.99"),
+        (123456.0, "1.235e+05"),
+        (Tower.VISION, "vision"),
+        ("  spread \u2028 out ", "spread out"),
+    ],
+)
+def test_how_a_value_is_printed(capsys, value, text):
+    Console().table("t", ["a"], [[value]])
+    assert capsys.readouterr().out == f"a\n{text}\n"
+
+
+def test_verbosity_decides_what_stderr_gets(capsys):
+    heard = {}
+    for verbosity in (-1, 0, 1):
+        console = Console(verbosity=verbosity)
+        console.note("note")
+        console.detail("detail")
+        console.warn("warn")
+        console.error(InputError("error"))
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        heard[verbosity] = captured.err.split()
+    always = ["warning:", "warn", "error:", "error"]
+    assert heard == {-1: always, 0: ["note", *always], 1: ["note", "detail", *always]}
+
+
+def test_a_long_message_is_one_line_and_keeps_its_brackets(capsys):
+    text = "path/[brackets]/" + "x" * 300
+    Console().error(InputError(text))
+    assert capsys.readouterr().err == f"error: {text}\n"
