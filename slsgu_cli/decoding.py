@@ -1,0 +1,72 @@
+"""Decode many images on all cores, in the order they come, with a bounded number in flight.
+
+PIL lets go of the interpreter lock while it decodes and resizes, so threads are enough.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from slsgu_cli.preprocess import DecodeError, Pixels
+
+T = TypeVar("T")
+AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image, or the reason why there is none.
+
+    `digest` names the pixels, `source_digest` the encoded bytes.
+    """
+
+    pixels: Pixels | None
+    reason: str | None
+    digest: bytes
+    source_digest: bytes
+
+
+def decode_in_order(
+    encoded: Iterable[tuple[T, bytes | None]], decode: Callable[[bytes], Pixels]
+) -> Iterator[tuple[T, Decoded]]:
+    """Yield (tag, result) for every (tag, encoded image), in order.
+
+    At most a few images per core are in memory. When the consumer stops or is
+    interrupted, what has not begun is dropped.
+    """
+    workers = cores()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting: deque[tuple[T, Future[Decoded]]] = deque()
+    try:
+        for tag, data in encoded:
+            waiting.append((tag, pool.submit(_decode_one, data, decode)))
+            if len(waiting) >= workers * AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _decode_one(data: bytes | None, decode: Callable[[bytes], Pixels]) -> Decoded:
+    if data is None:
+        return Decoded(None, "no image", b"", b"")
+    source = hashlib.blake2b(data, digest_size=16).digest()
+    try:
+        pixels = decode(data)
+    except DecodeError as error:
+        return Decoded(None, error.reason, b"", source)
+    return Decoded(pixels, None, hashlib.sha256(pixels.tobytes()).digest(), source)

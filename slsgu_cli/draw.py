@@ -1,0 +1,76 @@
+"""Draw rows from a stream by seed: each row has a fixed place in a seeded order.
+
+A row's place depends on the seed and the row alone, so the draw is the same however the
+stream is cut, and the first rows in that order are a uniform sample without replacement.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A row that was drawn; candidates sort by their place in the seeded order."""
+
+    priority: int
+    file: int
+    index: int
+    key: str
+    caption: str
+
+
+def priority(seed: int, identity: str) -> int:
+    """Return a row's place: a 64-bit number that looks random and is fixed by the seed."""
+    salt = str(seed).encode()[:64]
+    data = identity.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big")
+
+
+class Draw:
+    """Keeps the first `size` candidates of a stream in seeded order; all of them if None.
+
+    Memory is proportional to `size`, not to the stream.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+        self.offered = 0
+        self._heap: list[_Worst] = []
+
+    def offer(self, candidate: Candidate) -> None:
+        """Take a candidate into account."""
+        self.offered += 1
+        if self.size is None or len(self._heap) < self.size:
+            heapq.heappush(self._heap, _Worst(candidate))
+        elif candidate < self._heap[0].candidate:
+            heapq.heapreplace(self._heap, _Worst(candidate))
+
+    def ranked(self) -> list[Candidate]:
+        """Return the candidates kept, in seeded order."""
+        return sorted(worst.candidate for worst in self._heap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Worst:
+    """Turns the order around, so that the heap's root is the candidate to give up first."""
+
+    candidate: Candidate
+
+    def __lt__(self, other: "_Worst") -> bool:
+        return other.candidate < self.candidate
+
+
+def by_file(candidates: Iterable[Candidate]) -> dict[int, set[int]]:
+    """Return the row indices wanted of each file."""
+    wanted: dict[int, set[int]] = {}
+    for candidate in candidates:
+        wanted.setdefault(candidate.file, set()).add(candidate.index)
+    return wanted
+
+
+def identities(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """Yield what tells each candidate from every other one, for a digest over the draw."""
+    for candidate in candidates:
+        yield f"{candidate.file}:{candidate.index}:{candidate.key}:{candidate.caption}"

@@ -1,0 +1,153 @@
+"""Read samples from a webdataset tar shard, as img2dataset writes them.
+
+Consecutive members whose names agree up to the first dot are one sample: an image with a
+`.txt` caption, a `.json` of fields and a `.cls` label, all of them optional.
+"""
+
+import json
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.samples import (
+    CAPTION_FIELDS,
+    IMAGE_SUFFIXES,
+    LABEL_FIELDS,
+    Columns,
+    Filters,
+    Row,
+    as_text,
+    file_identity,
+    no_column,
+    passes,
+)
+
+MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+TEXT_SUFFIXES = frozenset(("txt", "json", "cls"))
+TRUNCATED = "truncated shard"
+BROKEN = (tarfile.TarError, EOFError, zlib.error)
+Group = tuple[int, str, dict[str, bytes | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class TarSource:
+    """Samples of one tar shard, compressed or not."""
+
+    path: str
+    columns: Columns
+    filters: Filters
+    labels_are_captions: bool = False
+
+    def identity(self) -> Any:
+        """Return path, size and time of change."""
+        return file_identity(self.path)
+
+    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
+        """Yield the rows that pass the filters.
+
+        A shard that breaks off is read as far as it goes and counted in `trouble`.
+        Raises InputError if the file is no tar, or if no sample has a field to filter by.
+        """
+        fields_seen: set[str] = set()
+        groups = self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble)
+        for index, key, members in groups:
+            fields = self._fields(key, members)
+            fields_seen.update(fields)
+            if passes(self.filters, fields):
+                image = any(suffix in IMAGE_SUFFIXES for suffix in members)
+                caption, label = as_text(fields["caption"]), as_text(fields["label"])
+                yield Row(index, key, caption, label, image)
+        for name in self.filters:
+            if fields_seen and name not in fields_seen:
+                raise no_column(
+                    self.path, f"field {name}", sorted(fields_seen), "correct the filter's name"
+                )
+
+    def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the encoded images of the wanted rows."""
+        last = max(wanted, default=-1)
+        groups = self._groups(
+            lambda index, suffix: suffix in IMAGE_SUFFIXES and index in wanted, Counter()
+        )
+        for index, _, members in groups:
+            if index in wanted:
+                yield index, next((data for data in members.values() if data is not None), None)
+            if index >= last:
+                return
+
+    def _fields(self, key: str, members: dict[str, bytes | None]) -> dict[str, Any]:
+        """Return the sample's JSON fields, with its key, caption and label among them."""
+        fields = _json(members.get("json"))
+        columns = self.columns
+        caption = fields.get(columns.caption) if columns.caption else None
+        label = fields.get(columns.label) if columns.label else None
+        fallback = next((fields[name] for name in CAPTION_FIELDS if fields.get(name)), None)
+        usual = next((fields[name] for name in LABEL_FIELDS if name in fields), None)
+        fields["caption"] = caption or as_text(members.get("txt")) or fallback
+        fields["label"] = next(
+            (value for value in (label, as_text(members.get("cls")), usual) if value is not None),
+            None,
+        )
+        return fields | {"key": key}
+
+    def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
+        """Yield (index, key, {suffix: bytes or None}); `read` says which members to read."""
+        started = False
+        try:
+            with (
+                fsspec.open(self.path, "rb") as raw,
+                tarfile.open(fileobj=raw, mode=self._mode()) as tar,
+            ):
+                started = True
+                yield from _grouped(tar, read)
+        except FileNotFoundError as error:
+            raise MissingError(f"there is no {self.path}") from error
+        except BROKEN as error:
+            if not started and "empty" not in str(error):
+                raise InputError(
+                    f"{self.path} cannot be read as a tar shard: {error}",
+                    hint="the file is damaged or no tar; fetch it again",
+                ) from error
+            trouble[TRUNCATED] += 1
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+
+    def _mode(self) -> Any:
+        # Only a plain local file can skip over image bytes; all else is read as it streams.
+        fs, _ = fsspec.core.url_to_fs(self.path)
+        local = "file" in fs.protocol
+        return "r:" if local and self.path.endswith(".tar") else "r|*"
+
+
+def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator[Group]:
+    index, current, members = -1, "", dict[str, bytes | None]()
+    while (member := tar.next()) is not None:
+        # The module remembers every member it has met; a stream must not.
+        tar.members.clear()  # type: ignore[attr-defined]
+        match = MEMBER.match(member.name)
+        if match is None or not member.isfile():
+            continue
+        key, suffix = match[1], match[2].lower()
+        if key != current:
+            if index >= 0:
+                yield index, current, members
+            index, current, members = index + 1, key, {}
+        content = tar.extractfile(member) if read(index, suffix) else None
+        members[suffix] = content.read() if content else None
+    if index >= 0:
+        yield index, current, members
+
+
+def _json(data: bytes | None) -> dict[str, Any]:
+    try:
+        value = json.loads(data) if data else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
