@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from slsgu_cli.preprocess import DecodeError, Pixels
@@ -28,6 +28,10 @@ class Decoded:
     reason: str | None
     digest: bytes
     source_digest: bytes
+
+    def without_pixels(self) -> "Decoded":
+        """Return the same without the image, to remember it by."""
+        return replace(self, pixels=None)
 
 
 def decode_in_order(

@@ -42,8 +42,8 @@ class ParquetSource:
     labels_are_captions: bool = False
 
     def identity(self) -> Any:
-        """Return path, size and time of change."""
-        return file_identity(self.path)
+        """Return path, size, time of change, and which column the images are in."""
+        return [*file_identity(self.path), self.columns.image]
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
         """Yield the rows that pass the filters. Raises InputError for a missing column."""

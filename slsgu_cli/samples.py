@@ -58,7 +58,7 @@ class Reader(Protocol):
         """Whether a label stands in where a row has no caption."""
 
     def identity(self) -> Any:
-        """Return JSON that changes when the content may have changed."""
+        """Return JSON that changes when the images read may be others."""
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
         """Yield the rows that pass the filters; count what cannot be read in `trouble`."""
