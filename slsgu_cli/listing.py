@@ -1,0 +1,170 @@
+"""What the store holds, what each artifact was made from, and whether that still stands.
+
+Only records and headers are read: no tensor, no image, and nothing of the model. An
+artifact that cannot be read is listed with the reason.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.records import (
+    Accuracy,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    Ranking,
+    SetManifest,
+    Trials,
+)
+from slsgu_cli.shelf import CHECKS, PLACES, Kind, Shelf, State, attributes, blocks
+from slsgu_cli.store import Store
+
+__all__ = ["Entry", "Kind", "State", "entries", "unreferenced"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One artifact: its path in the store, its size in bytes, its origin and its state.
+
+    `made_from` maps what it was made from to words; `reason` says why it is not ok.
+    """
+
+    kind: Kind
+    name: str
+    path: str
+    size: int
+    made_from: dict[str, str]
+    state: State = State.OK
+    reason: str | None = None
+
+    def summary(self) -> str:
+        """Return what it was made from on one line."""
+        return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
+
+
+_FOLDERS = ("sets", "data", "gradients", "rankings", "trials", "edits", "plots")
+
+
+def entries(store: Store) -> list[Entry]:
+    """Return every artifact of the store, ordered by kind and name."""
+    shelf = Shelf(store)
+    found = [*_records(shelf), *_data(shelf), *_plots(store), *_unfinished(store)]
+    order = list(Kind)
+    return sorted(found, key=lambda entry: (order.index(entry.kind), entry.name))
+
+
+def unreferenced(store: Store) -> list[Entry]:
+    """Return the entries that nothing in the store refers to, unfinished writes included."""
+    return [entry for entry in entries(store) if entry.state is State.UNREFERENCED]
+
+
+def _records(shelf: Shelf) -> Iterator[Entry]:
+    """Yield an entry for every artifact that carries a record."""
+    for kind, (folder, suffix, _) in PLACES.items():
+        for name, record in shelf.read[kind].items():
+            path = f"{folder}/{name}{suffix}"
+            size = _size(shelf.store, path)
+            if isinstance(record, SlsguError):
+                yield Entry(kind, name, path, size, {}, State.DAMAGED, record.message)
+                continue
+            state, reason = CHECKS[kind](shelf, name, record)
+            yield Entry(kind, name, path, size, _WORDS[kind](record), state, reason)
+
+
+def _data(shelf: Shelf) -> Iterator[Entry]:
+    """Yield an entry for every block of rows."""
+    users: dict[str, list[str]] = {}
+    for manifest in shelf.readable(Kind.SET):
+        for role, ref in blocks(manifest):
+            users.setdefault(ref.path, []).append(f"{manifest.name} ({role})")
+    for name in shelf.store.names("data", ".zarr"):
+        path = f"data/{name}.zarr"
+        made_from = {"for": ", ".join(users[path])} if path in users else {}
+        state, reason = State.OK, None
+        try:
+            made_from = {"rows": str(attributes(shelf.store, path)["rows"]), **made_from}
+        except SlsguError as error:
+            state, reason = State.DAMAGED, error.message
+        if state is State.OK and path not in users and shelf.complete(Kind.SET):
+            state, reason = State.UNREFERENCED, "no set refers to it"
+        yield Entry(Kind.DATA, name, path, _size(shelf.store, path), made_from, state, reason)
+
+
+def _about_set(manifest: SetManifest) -> dict[str, str]:
+    rows = {role: f"{ref.rows} rows" for role, ref in blocks(manifest)}
+    return {"model": str(manifest.model), "concept": manifest.concept, **rows}
+
+
+def _about_pointer(pointer: GradientPointer) -> dict[str, str]:
+    how = f"{pointer.batch_size} in {pointer.precision}"
+    return {"model": str(pointer.model), "set": pointer.name, "batches of": how}
+
+
+def _about_gradient(header: GradientHeader) -> dict[str, str]:
+    how = f"{header.batch_size} in {header.precision}"
+    return {"loss": header.loss, "rows": str(header.rows), "batches of": how}
+
+
+def _about_ranking(ranking: Ranking) -> dict[str, str]:
+    front = sum(score.front for score in ranking.scores)
+    layers = f"{len(ranking.scores)}, {front} on the fronts"
+    return {"set": ranking.name, "alignment": ranking.alignment, "layers": layers}
+
+
+def _about_trials(trials: Trials) -> dict[str, str]:
+    layers = len({trial.layer for trial in trials.trials})
+    many = f"{len(trials.trials)} over {layers} layers"
+    return {"set": trials.name, "steer": trials.steer, "trials": many}
+
+
+def _about_edit(edit: EditHeader) -> dict[str, str]:
+    words = {
+        "model": str(edit.model),
+        "concept": edit.concept,
+        "layer": edit.layer,
+        "step": f"{edit.step:.4g} ({100 * edit.share:.3g}% of its norm)",
+    }
+    if edit.forget:
+        words["FA@1"] = _change(edit.baseline_forget, edit.forget)
+    for name, figures in (edit.utility or {}).items():
+        words[f"TA@1 {name}"] = _change((edit.baseline_utility or {}).get(name), figures)
+    return words
+
+
+def _change(before: Accuracy | None, after: Accuracy) -> str:
+    return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"
+
+
+_WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
+    Kind.SET: _about_set,
+    Kind.POINTER: _about_pointer,
+    Kind.GRADIENT: _about_gradient,
+    Kind.RANKING: _about_ranking,
+    Kind.TRIALS: _about_trials,
+    Kind.EDIT: _about_edit,
+}
+
+
+def _plots(store: Store) -> Iterator[Entry]:
+    for name in store.names("plots", ".png"):
+        path = f"plots/{name}.png"
+        yield Entry(Kind.PLOT, name, path, _size(store, path), {})
+
+
+def _unfinished(store: Store) -> Iterator[Entry]:
+    for folder in _FOLDERS:
+        for name in store.unfinished(folder):
+            path = f"{folder}/{name}"
+            reason = "a write under way, or what a killed process left"
+            size = _size(store, path)
+            yield Entry(Kind.UNFINISHED, name, path, size, {}, State.UNREFERENCED, reason)
+
+
+def _size(store: Store, path: str) -> int:
+    """Return the bytes at `path`; 0 where another process has just removed it."""
+    try:
+        return store.size(path)
+    except OSError:
+        return 0

@@ -1,0 +1,185 @@
+"""The records of a store, read once, and whether what they were made from still stands.
+
+Nothing is called unreferenced while a record that might refer to it cannot be read.
+"""
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from slsgu_cli.errors import InputError, MissingError, SlsguError
+from slsgu_cli.records import (
+    DataRef,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    Ranking,
+    SetManifest,
+    Trials,
+)
+from slsgu_cli.store import Store
+
+
+class Kind(StrEnum):
+    """Kinds of artifact, in the order in which one is made from another."""
+
+    SET = "set"
+    DATA = "data"
+    POINTER = "pointer"
+    GRADIENT = "gradient"
+    RANKING = "ranking"
+    TRIALS = "trials"
+    EDIT = "edit"
+    PLOT = "plot"
+    UNFINISHED = "unfinished"
+
+
+class State(StrEnum):
+    """Whether an artifact can be used as it stands."""
+
+    OK = "ok"
+    STALE = "stale"
+    UNREFERENCED = "unreferenced"
+    DAMAGED = "damaged"
+
+
+# Which records lie where. Data blocks and plots have no record of ours.
+PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
+    Kind.SET: ("sets", ".json", SetManifest),
+    Kind.POINTER: ("gradients", ".json", GradientPointer),
+    Kind.GRADIENT: ("gradients", ".safetensors", GradientHeader),
+    Kind.RANKING: ("rankings", ".json", Ranking),
+    Kind.TRIALS: ("trials", ".json", Trials),
+    Kind.EDIT: ("edits", ".safetensors", EditHeader),
+}
+
+
+class Shelf:
+    """The records of a store, each read once: the record, or the error that met us."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.read: dict[Kind, dict[str, Any]] = {kind: {} for kind in PLACES}
+        for kind, (folder, suffix, record) in PLACES.items():
+            reader = store.read_record if suffix == ".json" else store.read_header
+            for name in store.names(folder, suffix):
+                try:
+                    self.read[kind][name] = reader(f"{folder}/{name}{suffix}", record)
+                except MissingError:
+                    continue
+                except SlsguError as error:
+                    self.read[kind][name] = error
+
+    def get(self, kind: Kind, name: str) -> Any:
+        """Return a record that could be read, else None."""
+        record = self.read[kind].get(name)
+        return None if isinstance(record, SlsguError) else record
+
+    def readable(self, kind: Kind) -> list[Any]:
+        """Return every record of a kind that could be read."""
+        return [r for r in self.read[kind].values() if not isinstance(r, SlsguError)]
+
+    def complete(self, kind: Kind) -> bool:
+        """Return whether every record of a kind could be read."""
+        return len(self.readable(kind)) == len(self.read[kind])
+
+
+def blocks(manifest: SetManifest) -> list[tuple[str, DataRef]]:
+    """Return every block of rows of a set with its role: forget, retain, evaluation names."""
+    return [("forget", manifest.forget), ("retain", manifest.retain), *manifest.evals.items()]
+
+
+def attributes(store: Store, path: str) -> dict[str, Any]:
+    """Return what a block says of itself, read without zarr. Raises SlsguError."""
+    try:
+        told = json.loads(store.read_bytes(f"{path}/zarr.json"))["attributes"]
+        return {"rows": int(told["rows"]), "fingerprint": told["fingerprint"]}
+    except SlsguError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{store.where(path)} is damaged: {error!r}") from error
+
+
+Check = tuple[State, str | None]
+GOOD: Check = (State.OK, None)
+
+
+def _stale(reason: str) -> Check:
+    return State.STALE, reason
+
+
+def _check_set(shelf: Shelf, _name: str, manifest: SetManifest) -> Check:
+    for role, ref in blocks(manifest):
+        try:
+            standing = attributes(shelf.store, ref.path)["fingerprint"]
+        except SlsguError as error:
+            return State.DAMAGED, f"its {role} rows cannot be read: {error.message}"
+        if standing != ref.fingerprint:
+            return _stale(f"its {role} rows were built anew since")
+    return GOOD
+
+
+def _check_pointer(shelf: Shelf, name: str, pointer: GradientPointer) -> Check:
+    for role, digest in (("forget", pointer.forget), ("retain", pointer.retain)):
+        if shelf.get(Kind.GRADIENT, digest) is None:
+            return State.DAMAGED, f"its {role} gradient {digest} is missing or damaged"
+    manifest = shelf.get(Kind.SET, name)
+    if manifest is None:
+        return _stale(f"the set {name} is not in the store or cannot be read")
+    for role in ("forget", "retain"):
+        if getattr(pointer, f"{role}_data") != getattr(manifest, role).fingerprint:
+            return _stale(f"the {role} set was built anew since")
+    return GOOD
+
+
+def _check_gradient(shelf: Shelf, name: str, _header: GradientHeader) -> Check:
+    used = any(name in (p.forget, p.retain) for p in shelf.readable(Kind.POINTER))
+    if used or not shelf.complete(Kind.POINTER):
+        return GOOD
+    return State.UNREFERENCED, "no set's gradients are these"
+
+
+def _check_ranking(shelf: Shelf, name: str, ranking: Ranking) -> Check:
+    pointer = shelf.get(Kind.POINTER, name)
+    if pointer and (ranking.forget, ranking.retain) != (pointer.forget, pointer.retain):
+        return _stale("the gradients were computed anew since")
+    return _as_pointer(shelf, name, pointer)
+
+
+def _check_trials(shelf: Shelf, name: str, trials: Trials) -> Check:
+    pointer, manifest = shelf.get(Kind.POINTER, name), shelf.get(Kind.SET, name)
+    if pointer and trials.forget != pointer.forget:
+        return _stale("the forget gradient was computed anew since")
+    if pointer and trials.model_fingerprint != pointer.model_fingerprint:
+        return _stale("the model has other weights since")
+    for known, ref in manifest.evals.items() if manifest else ():
+        if trials.evals.get(known) != ref.fingerprint:
+            return _stale(f"the evaluation set {known} was built anew since")
+    return _as_pointer(shelf, name, pointer)
+
+
+def _check_edit(shelf: Shelf, name: str, edit: EditHeader) -> Check:
+    # An edit carries all it needs; without gradients of its name it is not out of date.
+    pointer = shelf.get(Kind.POINTER, name)
+    if pointer is None or edit.gradient == pointer.forget:
+        return GOOD
+    return _stale("the forget gradient was computed anew since")
+
+
+def _as_pointer(shelf: Shelf, name: str, pointer: GradientPointer | None) -> Check:
+    """Return stale where the gradients in use are gone or stale themselves."""
+    if pointer is None:
+        return _stale(f"the gradients of {name} are not in the store or cannot be read")
+    state, reason = _check_pointer(shelf, name, pointer)
+    return GOOD if state is State.OK else _stale(f"its gradients are {state}: {reason}")
+
+
+CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
+    Kind.SET: _check_set,
+    Kind.POINTER: _check_pointer,
+    Kind.GRADIENT: _check_gradient,
+    Kind.RANKING: _check_ranking,
+    Kind.TRIALS: _check_trials,
+    Kind.EDIT: _check_edit,
+}

@@ -1,0 +1,333 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slsgu_cli.listing import Kind, State, entries, unreferenced
+from slsgu_cli.records import (
+    Accuracy,
+    Alignment,
+    DataRef,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    InputSpec,
+    LayerScore,
+    ModelSpec,
+    ParameterNorm,
+    Ranking,
+    SetManifest,
+    Steer,
+    Tower,
+    Trial,
+    Trials,
+    encode,
+)
+from slsgu_cli.store import Store
+
+MODEL = ModelSpec("local-dir:clip")
+INPUT = InputSpec(64, 64, (0.5,), (0.5,), "bicubic", "shortest", 0, "t", 77)
+BEFORE, AFTER = Accuracy(95.0, 100.0, 20), Accuracy(0.0, 10.0, 20)
+
+
+def write_block(store, name, fingerprint):
+    path = f"data/{name}.zarr"
+    attributes = {"rows": 10, "fingerprint": fingerprint}
+    with store.writing(path) as partial:
+        Path(partial, "images").mkdir(parents=True)
+        Path(partial, "zarr.json").write_text(json.dumps({"attributes": attributes}))
+        Path(partial, "images", "chunk").write_bytes(bytes(1000))
+    return DataRef(path, fingerprint, 10, 12, {"too small": 2}, ("icons.parquet",))
+
+
+def write_gradient(store, digest, data):
+    weights = {"visual.proj": ParameterNorm((2, 2), 1.0)}
+    header = GradientHeader(
+        "cosine", "+grad", 0.7, 1, 16, 10, "fp32", "model", data, weights, "0.1.0"
+    )
+    store.write_tensors(f"gradients/{digest}.safetensors", {"visual.proj": np.ones((2, 2))}, header)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with everything that one concept takes, all of it up to date."""
+    store = Store(str(tmp_path / "store"))
+    forget, retain, brands = (write_block(store, f"d{n}", f"print{n}") for n in (1, 2, 3))
+    write_gradient(store, "g1", "print1")
+    write_gradient(store, "g2", "print2")
+    store.write_record(
+        "sets/facebook.json",
+        SetManifest(
+            name="facebook",
+            concept="facebook",
+            patterns=("facebook",),
+            model=MODEL,
+            input=INPUT,
+            forget=forget,
+            retain=retain,
+            evals={"brands": brands},
+            forget_eval="brands",
+            seed=0,
+            version="0.1.0",
+        ),
+    )
+    pointer = GradientPointer(
+        "facebook", MODEL, "model", "g1", "g2", "print1", "print2", 16, "fp32", "0.1.0"
+    )
+    store.write_record("gradients/facebook.json", pointer)
+    score = LayerScore("visual.proj", Tower.VISION, (2, 2), 0.1, 0.01, 1.0, 1.0, 10.0, True)
+    scores = (score, replace(score, layer="text_projection", tower=Tower.TEXT, front=False))
+    ranking = Ranking("facebook", "g1", "g2", Alignment.ABS, scores, "0.1.0")
+    store.write_record("rankings/facebook.json", ranking)
+    trial = Trial("visual.proj", Tower.VISION, 3.0, 0.25, AFTER, {"brands": AFTER})
+    store.write_record(
+        "trials/facebook.json",
+        Trials(
+            "facebook",
+            "g1",
+            "model",
+            {"brands": "print3", "(forget)": "brands:facebook"},
+            Steer.FA1,
+            BEFORE,
+            {"brands": Accuracy(61.0, 80.0, 10)},
+            (trial,),
+            "0.1.0",
+        ),
+    )
+    write_edit(store, "facebook", gradient="g1")
+    store.write_bytes("plots/facebook-front-vision.png", b"png")
+    return store
+
+
+def write_edit(store, name, *, gradient, measured=True):
+    header = EditHeader(
+        name=name,
+        concept=name,
+        layer="visual.proj",
+        tower=Tower.VISION,
+        step=3.0,
+        share=0.25,
+        model=MODEL,
+        model_fingerprint="model",
+        digests={"fp32": "a"},
+        gradient=gradient,
+        steer=Steer.FA1 if measured else None,
+        baseline_forget=BEFORE if measured else None,
+        baseline_utility={"brands": Accuracy(61.0, 80.0, 10)} if measured else None,
+        forget=AFTER if measured else None,
+        utility={"brands": Accuracy(60.5, 80.0, 10)} if measured else None,
+        version="0.1.0",
+    )
+    store.write_tensors(f"edits/{name}.safetensors", {"delta": np.ones((2, 2))}, header)
+
+
+def change(store, path, **fields):
+    value = json.loads(store.read_bytes(path))
+    store.write_bytes(path, json.dumps(value | fields).encode())
+
+
+def not_ok(store):
+    return {
+        entry.path: (entry.state, entry.reason)
+        for entry in entries(store)
+        if entry.state is not State.OK
+    }
+
+
+def by_path(store):
+    return {entry.path: entry for entry in entries(store)}
+
+
+def test_an_empty_store_holds_nothing(tmp_path):
+    assert entries(Store(str(tmp_path / "none"))) == []
+    assert entries(Store(f"memory://{tmp_path.name}")) == []
+
+
+def test_everything_is_listed_once_in_order_with_its_size(store):
+    found = entries(store)
+    assert [(entry.kind, entry.name) for entry in found] == [
+        ("set", "facebook"),
+        ("data", "d1"),
+        ("data", "d2"),
+        ("data", "d3"),
+        ("pointer", "facebook"),
+        ("gradient", "g1"),
+        ("gradient", "g2"),
+        ("ranking", "facebook"),
+        ("trials", "facebook"),
+        ("edit", "facebook"),
+        ("plot", "facebook-front-vision"),
+    ]
+    assert not_ok(store) == {}
+    for entry in found:
+        path = Path(store.where(entry.path))
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        assert entry.size == sum(file.stat().st_size for file in files) > 0
+
+
+def test_entries_say_what_they_were_made_from(store):
+    made = {entry.path: entry.made_from for entry in entries(store)}
+    assert made["sets/facebook.json"] == {
+        "model": "local-dir:clip",
+        "concept": "facebook",
+        "forget": "10 rows",
+        "retain": "10 rows",
+        "brands": "10 rows",
+    }
+    assert made["data/d3.zarr"] == {"rows": "10", "for": "facebook (brands)"}
+    assert made["rankings/facebook.json"]["layers"] == "2, 1 on the fronts"
+    assert made["edits/facebook.safetensors"] == {
+        "model": "local-dir:clip",
+        "concept": "facebook",
+        "layer": "visual.proj",
+        "step": "3 (25% of its norm)",
+        "FA@1": "95.00 to 0.00",
+        "TA@1 brands": "61.00 to 60.50",
+    }
+    summary = by_path(store)["gradients/g1.safetensors"].summary()
+    assert summary == "loss cosine, rows 10, batches of 16 in fp32"
+
+
+def test_an_edit_that_was_not_measured_has_no_figures(store):
+    write_edit(store, "other", gradient="g1", measured=False)
+    entry = by_path(store)["edits/other.safetensors"]
+    assert (entry.state, list(entry.made_from)) == (
+        State.OK,
+        ["model", "concept", "layer", "step"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "stale"),
+    [
+        (
+            "gradients/facebook.json",
+            {"forget_data": "older"},
+            ["gradients/facebook.json", "rankings/facebook.json", "trials/facebook.json"],
+        ),
+        ("rankings/facebook.json", {"retain": "older"}, ["rankings/facebook.json"]),
+        ("trials/facebook.json", {"forget": "older"}, ["trials/facebook.json"]),
+        ("trials/facebook.json", {"model_fingerprint": "older"}, ["trials/facebook.json"]),
+        ("trials/facebook.json", {"evals": {"brands": "older"}}, ["trials/facebook.json"]),
+        ("trials/facebook.json", {"evals": {}}, ["trials/facebook.json"]),
+    ],
+)
+def test_what_no_longer_fits_its_inputs_is_stale(store, path, fields, stale):
+    change(store, path, **fields)
+    assert {p: state for p, (state, _) in not_ok(store).items()} == dict.fromkeys(stale, "stale")
+
+
+def test_a_block_built_anew_makes_its_set_stale(store):
+    write_block(store, "d2", "print2b")
+    state, reason = not_ok(store)["sets/facebook.json"]
+    assert state is State.STALE
+    assert "retain rows were built anew" in reason
+
+
+def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(store):
+    write_gradient(store, "g9", "print1")
+    change(store, "gradients/facebook.json", forget="g9")
+    assert not_ok(store) == {
+        "gradients/g1.safetensors": (State.UNREFERENCED, "no set's gradients are these"),
+        "rankings/facebook.json": (State.STALE, "the gradients were computed anew since"),
+        "trials/facebook.json": (State.STALE, "the forget gradient was computed anew since"),
+        "edits/facebook.safetensors": (
+            State.STALE,
+            "the forget gradient was computed anew since",
+        ),
+    }
+
+
+def test_an_edit_alone_in_a_store_is_not_stale(tmp_path):
+    store = Store(str(tmp_path))
+    write_edit(store, "shared", gradient="elsewhere")
+    (entry,) = entries(store)
+    assert (entry.kind, entry.state) == (Kind.EDIT, State.OK)
+
+
+def test_what_nothing_refers_to_is_unreferenced(store):
+    write_block(store, "d9", "print9")
+    write_gradient(store, "g9", "print9")
+    left = Path(store.where("data"), ".partial-00000000-killed.zarr")
+    left.mkdir()
+    (left / "chunk").write_bytes(b"12345")
+    found = {entry.path: entry for entry in unreferenced(store)}
+    assert sorted(found) == [
+        "data/.partial-00000000-killed.zarr",
+        "data/d9.zarr",
+        "gradients/g9.safetensors",
+    ]
+    unfinished = found["data/.partial-00000000-killed.zarr"]
+    assert (unfinished.kind, unfinished.size) == (Kind.UNFINISHED, 5)
+
+
+def test_nothing_is_unreferenced_while_a_record_cannot_be_read(store):
+    write_block(store, "d9", "print9")
+    write_gradient(store, "g9", "print9")
+    assert len(unreferenced(store)) == 2
+    store.write_bytes("sets/other.json", b"{")
+    store.write_bytes("gradients/other.json", b"{}")
+    assert unreferenced(store) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"name": 1}', b"\xff" * 40])
+def test_a_damaged_artifact_of_any_kind_is_listed_with_the_reason(store, content):
+    paths = [entry.path for entry in entries(store)]
+    for path in paths:
+        if path.endswith(".zarr"):
+            Path(store.where(path), "zarr.json").write_bytes(content)
+        elif not path.endswith(".png"):
+            store.write_bytes(path, content)
+    found = by_path(store)
+    assert list(found) == paths
+    for path, entry in found.items():
+        if not path.endswith(".png"):
+            assert entry.state is State.DAMAGED
+            assert Path(path).name in entry.reason
+
+
+def test_parts_gone_missing_are_told(store):
+    store.remove("data/d1.zarr")
+    store.remove("gradients/g2.safetensors")
+    found = not_ok(store)
+    assert found["sets/facebook.json"][0] is State.DAMAGED
+    assert "forget rows cannot be read" in found["sets/facebook.json"][1]
+    assert found["gradients/facebook.json"] == (
+        State.DAMAGED,
+        "its retain gradient g2 is missing or damaged",
+    )
+    assert found["rankings/facebook.json"][0] is State.STALE
+    store.remove("sets/facebook.json")
+    store.remove("gradients/facebook.json")
+    assert "are not in the store" in not_ok(store)["rankings/facebook.json"][1]
+
+
+def test_files_of_others_are_passed_over(store):
+    before = entries(store)
+    for path in ("sets/notes.txt", "gradients/.DS_Store", "elsewhere/x.json", "README.md"):
+        store.write_bytes(path, b"?")
+    assert entries(store) == before
+
+
+def test_entries_are_json(store):
+    text = json.dumps(encode(entries(store)), allow_nan=False)
+    assert json.loads(text)[0]["made_from"]["concept"] == "facebook"
+
+
+def test_listing_imports_nothing_heavy(store):
+    code = (
+        "import sys\n"
+        "from slsgu_cli.listing import entries\n"
+        "from slsgu_cli.store import Store\n"
+        "print(len(entries(Store(sys.argv[1]))))\n"
+        "heavy = {'torch', 'open_clip', 'zarr', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.root], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "11\n", "")
