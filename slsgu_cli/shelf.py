@@ -94,11 +94,14 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
     """Return what a block says of itself, read without zarr. Raises SlsguError."""
     try:
         told = json.loads(store.read_bytes(f"{path}/zarr.json"))["attributes"]
+        if told.get("complete") is not True:
+            raise ValueError("it is not complete")
         return {"rows": int(told["rows"]), "fingerprint": told["fingerprint"]}
     except SlsguError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{store.where(path)} is damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{store.where(path)} is damaged: {reason}") from error
 
 
 Check = tuple[State, str | None]

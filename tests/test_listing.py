@@ -36,7 +36,7 @@ BEFORE, AFTER = Accuracy(95.0, 100.0, 20), Accuracy(0.0, 10.0, 20)
 
 def write_block(store, name, fingerprint):
     path = f"data/{name}.zarr"
-    attributes = {"rows": 10, "fingerprint": fingerprint}
+    attributes = {"rows": 10, "fingerprint": fingerprint, "complete": True}
     with store.writing(path) as partial:
         Path(partial, "images").mkdir(parents=True)
         Path(partial, "zarr.json").write_text(json.dumps({"attributes": attributes}))
@@ -288,6 +288,19 @@ def test_a_damaged_artifact_of_any_kind_is_listed_with_the_reason(store, content
         if not path.endswith(".png"):
             assert entry.state is State.DAMAGED
             assert Path(path).name in entry.reason
+
+
+def test_a_block_as_it_is_really_written_is_read(tmp_path):
+    from slsgu_cli.set_writer import block_writer
+
+    store = Store(str(tmp_path))
+    with block_writer(store, "data/d1.zarr", height=4, width=4, rows=3) as writer:
+        for key in "ab":
+            writer.add(np.zeros((4, 4, 3), np.uint8), bytes(16), key=key)
+        writer.finish(None, {})
+    (entry,) = entries(store)
+    assert (entry.state, entry.made_from) == (State.UNREFERENCED, {"rows": "2"})
+    assert entry.size > 0
 
 
 def test_parts_gone_missing_are_told(store):
