@@ -1,0 +1,85 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from slsgu_cli import decoding
+from slsgu_cli.decoding import decode_in_order
+from slsgu_cli.preprocess import DecodeError
+
+
+def pixels(data: bytes):
+    return np.full((2, 2, 3), data[0], dtype=np.uint8)
+
+
+def test_order_is_kept_though_some_are_slow():
+    def decode(data):
+        time.sleep(0.02 if data[0] % 3 == 0 else 0)
+        return pixels(data)
+
+    found = list(decode_in_order(((i, bytes([i])) for i in range(40)), decode))
+    assert [tag for tag, _ in found] == list(range(40))
+    assert all(result.pixels[0, 0, 0] == tag for tag, result in found)
+
+
+def test_failures_are_results_with_a_reason():
+    def decode(data):
+        if data == b"x":
+            raise DecodeError("broken image")
+        return pixels(data)
+
+    found = dict(decode_in_order([("a", b"x"), ("b", None), ("c", b"1")], decode))
+    assert found["a"].reason == "broken image"
+    assert found["b"].reason == "no image"
+    assert found["c"].reason is None
+    assert found["c"].without_pixels().digest == found["c"].digest
+
+
+def test_digests_tell_pixels_and_bytes_apart():
+    def decode(data):
+        return pixels(data[:1])
+
+    (_, a), (_, b), (_, c) = decode_in_order([(0, b"1x"), (1, b"1y"), (2, b"2x")], decode)
+    assert a.digest == b.digest != c.digest
+    assert len({a.source_digest, b.source_digest, c.source_digest}) == 3
+
+
+def test_few_are_in_flight(monkeypatch):
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
+    taken = 0
+
+    def source():
+        nonlocal taken
+        for index in range(1000):
+            taken += 1
+            yield index, b"1"
+
+    results = decode_in_order(source(), pixels)
+    for _ in range(10):
+        next(results)
+    assert taken <= 10 + 2 * decoding.AHEAD
+    results.close()
+
+
+def test_an_interrupted_consumer_does_not_wait(monkeypatch):
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
+    begun, release = [], threading.Event()
+
+    def decode(data):
+        begun.append(1)
+        release.wait(5)
+        return pixels(data)
+
+    def source():
+        for index in range(6):
+            yield index, b"1"
+        raise KeyboardInterrupt
+
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        list(decode_in_order(source(), decode))
+    assert time.perf_counter() - start < 2
+    release.set()
+    time.sleep(0.05)
+    assert len(begun) <= 2

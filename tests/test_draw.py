@@ -1,0 +1,47 @@
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slsgu_cli.draw import Candidate, Draw, by_file, priority
+
+
+def candidate(seed: int, index: int) -> Candidate:
+    return Candidate(priority(seed, f"shard\0{index}"), 0, index, f"k{index}", "caption")
+
+
+@given(st.permutations(range(30)), st.integers(1, 40), st.integers(0, 9))
+def test_the_draw_is_the_head_of_the_seeded_order_in_any_order_of_arrival(order, size, seed):
+    draw = Draw(size)
+    for index in order:
+        draw.offer(candidate(seed, index))
+    everything = sorted(candidate(seed, index) for index in range(30))
+    assert draw.ranked() == everything[:size]
+    assert draw.offered == 30
+
+
+def test_no_size_keeps_everything():
+    draw = Draw(None)
+    for index in range(50):
+        draw.offer(candidate(0, index))
+    assert len(draw.ranked()) == 50
+
+
+def test_seeds_give_different_and_even_draws():
+    hits = Counter()
+    for seed in range(400):
+        draw = Draw(3)
+        for index in range(10):
+            draw.offer(candidate(seed, index))
+        hits.update(c.index for c in draw.ranked())
+    # 1,200 picks over 10 rows: 120 each, give or take five standard deviations.
+    assert all(70 < hits[index] < 170 for index in range(10))
+
+
+def test_priority_takes_names_that_are_no_text():
+    assert priority(1, "bad\udcff") != priority(2, "bad\udcff")
+
+
+def test_rows_are_grouped_by_file():
+    rows = [Candidate(0, 1, 5, "", ""), Candidate(0, 0, 2, "", ""), Candidate(0, 1, 7, "", "")]
+    assert by_file(rows) == {1: {5, 7}, 0: {2}}

@@ -1,0 +1,64 @@
+from collections import Counter
+
+import pytest
+from tiny_images import encoded, write_folder
+
+from slsgu_cli.errors import InputError
+from slsgu_cli.folder_source import FolderSource
+
+
+def rows(path, filters=None):
+    return list(FolderSource(str(path), filters or {}).rows(Counter()))
+
+
+def test_captions_and_class_folders(tmp_path):
+    write_folder(
+        tmp_path,
+        {
+            "top.JPG": b"1",
+            "top.txt": " a caption\n",
+            "alone.png": b"2",
+            "dog/b.webp": b"4",
+            "dog/a.png": b"3",
+            "dog/a.txt": "",
+            "dog/deep/c.png": b"5",
+            ".hidden/x.png": b"6",
+            ".x.png": b"7",
+            "notes.md": "no image",
+        },
+    )
+    found = [(row.index, row.key, row.caption, row.label) for row in rows(tmp_path)]
+    assert found == [
+        (0, "alone", None, None),
+        (1, "top", "a caption", None),
+        (2, "dog/a", None, "dog"),
+        (3, "dog/b", None, "dog"),
+        (4, "dog/deep/c", None, "dog"),
+    ]
+    assert [data for _, data in FolderSource(str(tmp_path), {}).images({1, 4})] == [b"1", b"5"]
+
+
+def test_filters_go_by_label(tmp_path):
+    write_folder(tmp_path, {"dog/1.png": b"1", "cat/1.png": b"2"})
+    assert [row.label for row in rows(tmp_path, {"label": frozenset(["dog"])})] == ["dog"]
+    with pytest.raises(InputError, match="no column kind; its columns are: key, caption, label"):
+        rows(tmp_path, {"kind": frozenset(["x"])})
+
+
+def test_identity_follows_images_and_captions(tmp_path):
+    source = FolderSource(str(tmp_path), {})
+    write_folder(tmp_path, {"1.png": encoded(1), "1.txt": "one"})
+    first = source.identity()
+    write_folder(tmp_path, {"1.txt": "other words"})
+    second = source.identity()
+    write_folder(tmp_path, {"2.png": encoded(2)})
+    assert len({str(value) for value in (first, second, source.identity())}) == 3
+
+
+def test_an_image_that_vanished_is_none(tmp_path):
+    write_folder(tmp_path, {"1.png": b"1", "2.png": b"2"})
+    source = FolderSource(str(tmp_path), {})
+    images = source.images({0, 1})
+    assert next(images) == (0, b"1")
+    (tmp_path / "2.png").unlink()
+    assert next(images) == (1, None)

@@ -1,0 +1,72 @@
+import re
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slsgu_cli.errors import UsageError
+from slsgu_cli.matching import matcher
+
+WORDS = st.text(st.sampled_from("ab C+.#é1"), min_size=1, max_size=6).map(str.strip).filter(bool)
+GLUE = st.sampled_from([" ", "  ", ", ", "-", "!", "", "x", "_", "\n", "9"])
+
+
+def word_character(text: str) -> bool:
+    return bool(re.fullmatch(r"\w", text))
+
+
+def stands_alone(caption: str, word: str) -> bool:
+    """Whole-word search spelled out by hand."""
+    low, wanted = caption.lower(), word.lower()
+    for start in range(len(low) - len(wanted) + 1):
+        end = start + len(wanted)
+        before, after = low[start - 1 : start], low[end : end + 1]
+        if low[start:end] == wanted and not word_character(before) and not word_character(after):
+            return True
+    return False
+
+
+@given(st.lists(st.tuples(GLUE, WORDS), min_size=1, max_size=5), GLUE, WORDS.filter(str.split))
+def test_whole_words_agree_with_a_search_by_hand(parts, tail, word):
+    caption = unicodedata.normalize("NFC", "".join(glue + text for glue, text in parts) + tail)
+    word = " ".join(word.split())
+    squeezed = " ".join(caption.split())
+    if " " not in word:
+        assert matcher([word])(caption) == stands_alone(caption, word)
+    elif stands_alone(squeezed, word):
+        assert matcher([word])(squeezed)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("cat", "A CAT, sitting", "a category"),
+        ("c++", "learn C++ today", "abc++"),
+        (".net", "the .NET runtime", "asp.net"),
+        ("google play", "Google  Play store", "googleplay"),
+        ("a.b", "an a.b thing", "an axb thing"),
+        ("beyoncé", "BEYONCE\u0301 on stage", "beyonce"),
+    ],
+)
+def test_names_with_odd_edges(pattern, yes, no):
+    test = matcher([pattern])
+    assert test(yes)
+    assert not test(no)
+
+
+def test_any_pattern_is_enough_and_none_matches_nothing():
+    assert matcher(["dog", "cat"])("one cat")
+    assert not matcher([])("anything")
+
+
+def test_regex_matches_parts_of_words_whatever_the_case():
+    assert matcher(["face.?book"], regex=True)("FaceBooks")
+    assert matcher(["(a)\\1", "(b)\\1"], regex=True)("xbb")
+
+
+def test_bad_patterns_are_usage_errors():
+    with pytest.raises(UsageError, match="not a regular expression"):
+        matcher(["("], regex=True)
+    with pytest.raises(UsageError, match="blank"):
+        matcher(["  "])

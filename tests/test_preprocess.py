@@ -1,0 +1,108 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import image_transform
+from PIL import Image
+from tiny_images import encoded
+
+from slsgu_cli.preprocess import DecodeError, decoder
+from slsgu_cli.records import InputSpec
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def spec(height=32, width=32, *, resize_mode="shortest", interpolation="bicubic", fill_color=0):
+    return InputSpec(
+        height, width, MEAN, STD, interpolation, resize_mode, fill_color, "tokenizer", 77
+    )
+
+
+IMAGES = {
+    "rgb": encoded(1),
+    "jpeg": encoded(2, (300, 200), kind="JPEG"),
+    "rgba": encoded(3, mode="RGBA"),
+    "palette": encoded(4, mode="P"),
+    "grayscale": encoded(5, mode="L"),
+    "gray-alpha": encoded(6, mode="LA"),
+    "bilevel": encoded(7, mode="1"),
+    "cmyk": encoded(8, mode="CMYK", kind="JPEG"),
+    "16-bit": encoded(9, mode="I;16"),
+    "wide": encoded(10, (300, 20)),
+    "tall": encoded(11, (7, 211)),
+    "tiny": encoded(12, (1, 1)),
+    "exact": encoded(13, (32, 32)),
+    "gif": encoded(14, kind="GIF"),
+}
+SPECS = {
+    "square": spec(),
+    "oblong": spec(24, 40),
+    "bilinear": spec(interpolation="bilinear"),
+    "squash": spec(resize_mode="squash"),
+    "longest": spec(resize_mode="longest", fill_color=127),
+}
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", SPECS)
+def test_pixels_are_open_clips_to_the_bit(image, name):
+    wanted = SPECS[name]
+    full = image_transform(
+        (wanted.height, wanted.width),
+        is_train=False,
+        mean=MEAN,
+        std=STD,
+        resize_mode=wanted.resize_mode,
+        interpolation=wanted.interpolation,
+        fill_color=wanted.fill_color,
+    )
+    data = IMAGES[image]
+    try:
+        expected = full(Image.open(io.BytesIO(data)))
+    except ValueError:  # open_clip itself cannot: a side would shrink to nothing
+        with pytest.raises(DecodeError, match="broken image"):
+            decoder(wanted)(data)
+        return
+    pixels = decoder(wanted)(data)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (wanted.height, wanted.width, 3)
+    scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(255)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    assert torch.equal((scaled - mean) / std, expected)
+
+
+def test_every_failure_has_its_reason(monkeypatch):
+    decode = decoder(spec())
+    jpeg = IMAGES["jpeg"]
+    cases = {
+        b"": "empty file",
+        b"<html>not found</html>": "not an image",
+        jpeg[: len(jpeg) // 2]: "broken image",
+        IMAGES["rgb"][:60]: "broken image",
+    }
+    for data, reason in cases.items():
+        with pytest.raises(DecodeError) as caught:
+            decode(data)
+        assert caught.value.reason == reason
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DecodeError, match="decompression bomb"):
+        decode(jpeg)
+
+
+def test_a_thin_image_is_refused_before_it_grows():
+    # 2 x 60,000 pixels would be resized to 448 x 13,440,000.
+    thin = encoded(0, (2, 60_000))
+    with pytest.raises(DecodeError, match="extreme shape"):
+        decoder(spec(448, 448))(thin)
+    assert decoder(spec(8, 8))(thin).shape == (8, 8, 3)
+
+
+def test_a_png_that_claims_to_be_huge_is_a_bomb():
+    data = bytearray(IMAGES["rgb"])
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(DecodeError, match="decompression bomb"):
+        decoder(spec())(bytes(data))

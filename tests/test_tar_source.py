@@ -1,0 +1,136 @@
+import json
+from collections import Counter
+
+import pytest
+from tiny_images import encoded, shard, write_tar
+
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.samples import Columns
+from slsgu_cli.tar_source import TarSource
+
+
+def source(path, filters=None, **columns):
+    return TarSource(str(path), Columns(**columns), filters or {})
+
+
+def rows(path, filters=None, **columns):
+    return list(source(path, filters, **columns).rows(Counter()))
+
+
+def test_captions_and_labels_come_from_where_they_are(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("a/1.jpg", b"1"),
+            ("a/1.txt", b" from txt\n"),
+            ("a/1.json", b'{"caption": "from json", "alt": "from alt", "who": "x"}'),
+            ("2.json", b'{"caption": "json only", "label": 7}'),
+            ("2.PNG", b"2"),
+            ("3.cls", b"5"),
+            ("3.webp", b"3"),
+            ("3.json", b"not json"),
+            ("4.seg.png", b"no image suffix"),
+            ("4.txt", b"no image"),
+            ("README", b"skipped"),
+        ],
+    )
+    one, two, three, four = rows(path)
+    assert (one.key, one.caption, one.label) == ("a/1", "from txt", None)
+    assert (two.caption, two.label, two.has_image) == ("json only", "7", True)
+    assert (three.caption, three.label) == (None, "5")
+    assert (four.caption, four.has_image) == ("no image", False)
+    named = rows(path, caption="alt", label="who")
+    assert (named[0].caption, named[0].label) == ("from alt", "x")
+    assert named[1].caption == "json only"
+
+
+def test_filters_look_into_the_json(tmp_path):
+    path = shard(tmp_path / "a.tar", ["a", "b", "c"])
+    assert [(r.index, r.caption) for r in rows(path, {"kind": frozenset(["odd"])})] == [(1, "b")]
+
+
+def test_the_first_pass_reads_no_image(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", ["a", "b"])
+    read = []
+    import tarfile
+
+    extract = tarfile.TarFile.extractfile
+    monkeypatch.setattr(
+        tarfile.TarFile, "extractfile", lambda tar, m: read.append(m.name) or extract(tar, m)
+    )
+    rows(path)
+    assert len(read) == 4
+    assert not any(name.endswith("jpg") for name in read)
+    read.clear()
+    assert [index for index, _ in source(path).images({1})] == [1]
+    assert read == ["000000001.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz"])
+def test_compressed_shards(tmp_path, name):
+    members = [("1.jpg", encoded(1)), ("1.txt", b"one")]
+    path = write_tar(tmp_path / name, members, "w:gz")
+    assert [row.caption for row in rows(path)] == ["one"]
+    assert list(source(path).images({0})) == [(0, encoded(1))]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_a_shard_that_breaks_off_gives_what_it_has(tmp_path, suffix):
+    whole = tmp_path / "whole.tar"
+    members = []
+    for number in range(6):
+        members += [(f"{number}.png", encoded(number, (64, 64))), (f"{number}.txt", b"text")]
+    write_tar(whole, members, "w" if suffix == "tar" else "w:gz")
+    data = whole.read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(data[: len(data) * 6 // 10])
+    trouble = Counter()
+    found = list(source(cut).rows(trouble))
+    assert 0 < len(found) < 6
+    assert trouble == {"truncated shard": 1}
+    images = dict(source(cut).images({row.index for row in found}))
+    assert images == {row.index: encoded(row.index, (64, 64)) for row in found}
+
+
+def test_an_empty_shard_is_counted_and_another_format_refused(tmp_path):
+    empty = tmp_path / "empty.tar"
+    empty.write_bytes(b"")
+    trouble = Counter()
+    assert list(source(empty).rows(trouble)) == []
+    assert trouble == {"truncated shard": 1}
+    other = tmp_path / "other.tar"
+    other.write_bytes(b"<html>" * 1000)
+    with pytest.raises(InputError, match=r"other\.tar cannot be read as a tar shard"):
+        rows(other)
+    with pytest.raises(MissingError):
+        rows(tmp_path / "gone.tar")
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path):
+    import tracemalloc
+
+    def peak(count):
+        path = write_tar(
+            tmp_path / f"{count}.tar",
+            [
+                member
+                for number in range(count)
+                for member in ((f"{number}.jpg", b"x" * 2000), (f"{number}.txt", b"caption"))
+            ],
+        )
+        tracemalloc.start()
+        for _ in source(path).rows(Counter()):
+            pass
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    peak(10)
+    assert peak(3000) < peak(300) + 200_000
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = shard(tmp_path / "a.tar", ["a"])
+    before = json.dumps(source(path).identity())
+    shard(tmp_path / "a.tar", ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"])
+    assert json.dumps(source(path).identity()) != before
