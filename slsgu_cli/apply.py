@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.atomic import PARTIAL
 from slsgu_cli.console import Console
 from slsgu_cli.copying import copy_file, replacing, same_place
+from slsgu_cli.destination import all_files, require_nothing_lost, require_place
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.planning import FilePlan, LayerChange, plan_file
@@ -95,13 +95,15 @@ def apply_edits(
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
     _require_distinct(edits)
-    _require_place(source, out, overwrite=overwrite)
+    if not source.weights.is_file():
+        raise MissingError(f"there is no checkpoint {source.weights}")
+    require_place(source.folder or source.weights, out, overwrite=overwrite)
     if source.folder is not None:
         layout = _folder_layout(edits, source, out, console, revert=revert, force=force)
     else:
         plan = plan_file(source.weights, edits, revert=revert, force=force)
         layout = _single_layout(source, out, plan)
-    _require_nothing_lost(layout)
+    require_nothing_lost(out, [*layout.files, *layout.texts])
     if not dry_run:
         _write(layout)
     files = tuple(
@@ -121,26 +123,6 @@ def _require_distinct(edits: Sequence[Edit]) -> None:
         raise UsageError(f"the edit {twice[0]} is named twice", hint="use --scale 2")
 
 
-def _require_place(source: CheckpointSource, out: Path, *, overwrite: bool) -> None:
-    origin = source.folder or source.weights
-    if not source.weights.is_file():
-        raise MissingError(f"there is no checkpoint {source.weights}")
-    itself = same_place(origin, out)
-    if itself and not overwrite:
-        raise InputError(
-            f"{out} is the model itself", hint="another --out, or --overwrite to edit it in place"
-        )
-    if not itself and source.folder and out.resolve().is_relative_to(source.folder.resolve()):
-        raise InputError(f"{out} lies inside the model's own folder", hint="another --out")
-    if not itself and origin.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out} holds the model itself", hint="another --out")
-    taken = any(out.iterdir()) if out.is_dir() else out.exists()
-    if taken and not overwrite:
-        raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
-    if source.folder and out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, but the model is a folder", hint="another --out")
-
-
 def _folder_layout(
     edits: Sequence[Edit],
     source: CheckpointSource,
@@ -158,7 +140,7 @@ def _folder_layout(
     }
     if source.weights.name not in plans:
         raise InputError(f"{source.weights} does not lie in the model's folder {folder}")
-    files = _all_files(folder)
+    files = all_files(folder)
     for name in files:
         if Path(name).suffix in SUFFIXES and Path(name).parent != Path():
             console.warn(f"{folder / name} lies below the model's folder: copied without the edit")
@@ -211,45 +193,13 @@ def _single_layout(source: CheckpointSource, out: Path, plan: FilePlan) -> _Layo
     return _Layout(out, {name: weights}, {name: plan}, {CONFIG: text})
 
 
-def _all_files(folder: Path) -> dict[str, Path]:
-    """Return every file below a folder by its relative name; links become files."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if any(part.startswith(PARTIAL) for part in name.parts):
-            continue
-        if path.is_symlink() and path.is_dir():
-            raise InputError(f"{path} is a link to a folder", hint="replace it by what it leads to")
-        if path.is_file():
-            found[str(name)] = path
-        elif not path.is_dir():
-            raise InputError(f"{path} is neither a file nor a folder", hint="remove it")
-    return found
-
-
-def _require_nothing_lost(layout: _Layout) -> None:
-    """Refuse to replace a folder that holds what the new one would not."""
-    if not layout.out.is_dir():
-        return
-    kept = {*layout.files, *layout.texts}
-    lost = [str(path.relative_to(layout.out)) for path in layout.out.rglob("*") if path.is_file()]
-    lost = sorted(name for name in lost if name not in kept and not name.startswith(PARTIAL))
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise InputError(
-            f"{layout.out} holds files that would be lost: {', '.join(lost[:3])}{more}",
-            hint="another --out, or move them away",
-        )
-
-
 def _write(layout: _Layout) -> None:
     with replacing(layout.out) as partial:
         for name, origin in layout.files.items():
             target = partial / name if name else partial
             target.parent.mkdir(parents=True, exist_ok=True)
             if name in layout.plans:
-                splices = open_weights(origin).splices(layout.plans[name].patches)
-                copy_spliced(origin, target, splices)
+                copy_spliced(origin, target, layout.plans[name].splices)
             else:
                 copy_file(origin, target)
         for name, text in layout.texts.items():

@@ -16,7 +16,7 @@ from slsgu_cli.dtypes import FLOATS, PRECISION, STORAGE, Floats, Raw, narrow, wi
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records import EditHeader
-from slsgu_cli.tensor_file import CHUNK, TensorEntry
+from slsgu_cli.tensor_file import CHUNK, Splice, TensorEntry
 from slsgu_cli.weights import layer_digests, open_weights
 
 COARSE = ("fp16", "bf16")
@@ -37,10 +37,10 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """The new stored values of a file's tensors, by the file's own names."""
+    """What to write into a copy of a file, and what that changes."""
 
     source: Path
-    patches: dict[str, Raw]
+    splices: list[Splice]
     changes: tuple[LayerChange, ...]
 
 
@@ -78,7 +78,7 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
                 edits=tuple(edit.header.name for edit in group),
             )
         )
-    return FilePlan(path, patches, tuple(changes))
+    return FilePlan(path, file.splices(patches), tuple(changes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,60 @@
+"""Small checkpoints for the tests, in every container and precision."""
+
+import json
+import struct
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+CONTAINERS = ("safetensors", "pt")
+
+
+def state(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return OrderedDict(
+        {
+            "positional_embedding": make(7, 4),
+            "visual.proj": make(6, 5),
+            "transformer.resblocks.0.mlp.c_fc.weight": make(8, 4),
+            "logit_scale": make(),
+            "empty": make(0, 3),
+            "position_ids": torch.arange(9)[None],
+        }
+    )
+
+
+def save(weights: dict[str, torch.Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(weights, path, {"format": "pt"})
+    else:
+        torch.save(weights, path)
+    return path
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+
+
+def differing(one: Path, other: Path) -> list[int]:
+    a, b = (np.frombuffer(path.read_bytes(), np.uint8) for path in (one, other))
+    assert a.size == b.size
+    return np.flatnonzero(a != b).tolist()
+
+
+def header(entries: dict, body: bytes = b"", length: int | None = None) -> bytes:
+    """Return a safetensors file of a header and a body that need not fit it."""
+    content = json.dumps(entries).encode()
+    return struct.pack("<Q", len(content) if length is None else length) + content + body

@@ -1,0 +1,38 @@
+"""Edits for the tests, without a search."""
+
+import numpy as np
+
+from slsgu_cli.edits import Edit, make_edit
+from slsgu_cli.records import EditHeader, ModelSpec, Tower
+from slsgu_cli.weights import layer_digests
+
+MODEL = ModelSpec("local-dir:clip")
+
+
+def header(
+    layer: str, before: np.ndarray, *, name: str = "facebook", step: float = 2.0
+) -> EditHeader:
+    return EditHeader(
+        name=name,
+        concept=name,
+        layer=layer,
+        tower=Tower.VISION,
+        step=step,
+        share=0.1,
+        model=MODEL,
+        model_fingerprint="0" * 24,
+        digests=layer_digests(before),
+        gradient=f"gradient-of-{name}",
+        steer=None,
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        version="0",
+    )
+
+
+def edit(
+    layer: str, delta: np.ndarray, before: np.ndarray, *, name: str = "facebook", step: float = 2.0
+) -> Edit:
+    return make_edit(header(layer, before, name=name, step=step), delta=delta, before=before)

@@ -1,0 +1,147 @@
+"""Copies appear whole or not at all, whatever goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import load, save, state
+
+from slsgu_cli import copying
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.weights import patched_copy
+
+
+def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    source = save(state(), tmp_path / "m.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(source)
+    before = source.read_bytes()
+    patch = {"visual.proj": np.ones((6, 5), np.float32)}
+    for target in (source, tmp_path / "link.safetensors", tmp_path / "x" / ".." / "m.safetensors"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="the checkpoint itself"):
+            patched_copy(source, target, patch)
+    assert source.read_bytes() == before
+    patched_copy(source, tmp_path / "link.safetensors", patch, in_place=True)
+    assert torch.equal(load(source)["visual.proj"], torch.ones(6, 5))
+    assert (tmp_path / "link.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stage", ["copy_file", "write_at"])
+def test_a_failure_leaves_the_old_target_and_no_partials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, stage: str
+) -> None:
+    source = save(state(), tmp_path / "m.safetensors")
+    target = tmp_path / "out" / "m.safetensors"
+    target.parent.mkdir()
+    target.write_text("old")
+
+    def fail(path: Path, other: object) -> None:
+        if stage == "copy_file":
+            Path(str(other)).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(f"slsgu_cli.weights.{stage}", fail)
+    with pytest.raises((InputError, KeyboardInterrupt)) as caught:
+        patched_copy(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
+    if isinstance(caught.value, SlsguError):
+        assert "No space left" in caught.value.message and caught.value.hint
+    assert target.read_text() == "old"
+    assert [path.name for path in target.parent.iterdir()] == ["m.safetensors"]
+
+
+def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
+    source = save({"w": torch.zeros(1 << 18)}, tmp_path / "m.safetensors")
+    out = tmp_path / "out" / "m.safetensors"
+    code = f"""
+        import resource, signal
+        from pathlib import Path
+        from slsgu_cli.errors import InputError
+        from slsgu_cli.weights import patched_copy
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        try:
+            patched_copy(Path({str(source)!r}), Path({str(out)!r}), {{}})
+        except InputError as error:
+            print(error.message)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert "File too large" in done.stdout
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_copy_falls_back_where_the_kernel_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "m"
+    source.write_bytes(os.urandom(300_001))
+    calls = []
+
+    def once(old: int, new: int, count: int) -> int:
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(18, "Invalid cross-device link")
+        return os.write(new, os.read(old, 1000))
+
+    monkeypatch.setattr(os, "copy_file_range", once)
+    copying.copy_file(source, tmp_path / "out")
+    assert len(calls) == 2
+    assert (tmp_path / "out").read_bytes() == source.read_bytes()
+
+
+def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Path) -> None:
+    source = save(state(), tmp_path / "m.safetensors")
+    target = tmp_path / "out" / "m.safetensors"
+    target.parent.mkdir()
+    target.write_text("old")
+    code = f"""
+        import time
+        from pathlib import Path
+        from slsgu_cli import copying
+        with copying.replacing(Path({str(target)!r})) as partial:
+            copying.copy_file(Path({str(source)!r}), partial)
+            print("half", flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half\n"
+        (partial,) = target.parent.glob(".partial-*")
+        ancient = time.time() - 3600
+        os.utime(partial, (ancient, ancient))
+        patched_copy(source, target, {})
+        assert partial.is_dir(), "a living writer's partial folder is not another's to clear"
+        target.write_text("old")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert target.read_text() == "old"
+    patched_copy(source, target, {})
+    assert target.read_bytes() == source.read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_takes_anothers_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(copying, "_exchange", lambda one, other: False)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with copying.replacing(target) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("new")
+        assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

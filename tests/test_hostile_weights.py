@@ -1,0 +1,228 @@
+"""Damaged, hostile and foreign checkpoint files end in a clear message."""
+
+import io
+import os
+import struct
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CONTAINERS, header, save, state
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.weights import open_weights, patched_copy
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (os.system, (f"touch {self.marker}",))
+
+
+def test_a_malicious_pickle_does_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "owned"
+    torch.save({"state_dict": {"w": torch.ones(3)}, "x": Payload(marker)}, tmp_path / "m.pt")
+    file = open_weights(tmp_path / "m.pt")
+    np.testing.assert_array_equal(file.read("w"), np.ones(3))
+    assert not marker.exists()
+    torch.load(tmp_path / "m.pt", weights_only=False)
+    assert marker.exists(), "the payload itself must work, or this test shows nothing"
+
+
+def test_objects_of_other_libraries_are_passed_over(tmp_path: Path) -> None:
+    import argparse
+    from collections import defaultdict
+
+    torch.save(
+        {
+            "args": argparse.Namespace(lr=0.1, shape=torch.Size([1]), device=torch.device("cpu")),
+            "history": defaultdict(list, {"loss": [np.float64(1.0), np.arange(3)]}),
+            "seen": {1, 2},
+            "state_dict": {"w": torch.ones(3), "version": 4},
+        },
+        tmp_path / "m.pt",
+    )
+    assert open_weights(tmp_path / "m.pt").names() == ["w"]
+
+
+def legacy(path: Path) -> None:
+    torch.save(state(), path, _use_new_zipfile_serialization=False)
+
+
+def script(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+def module(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def foreign_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "hello")
+
+
+def compressed(path: Path) -> None:
+    torch.save(state(), path.with_suffix(".tmp"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".tmp")) as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info.filename))
+
+
+def text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (legacy, "before 1.6"),
+        (script, "TorchScript"),
+        (module, "no state dict"),
+        (foreign_zip, "not one that torch.save wrote"),
+        (compressed, "compressed"),
+        (text, "neither a safetensors file nor a torch archive"),
+    ],
+)
+def test_other_formats_are_named_with_a_way_out(tmp_path: Path, make, message: str) -> None:
+    make(tmp_path / "m.pt")
+    with pytest.raises(InputError, match=message) as caught:
+        open_weights(tmp_path / "m.pt")
+    assert str(tmp_path / "m.pt") in caught.value.message
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="there is no"):
+        open_weights(tmp_path / "m.pt")
+    with pytest.raises(InputError, match="cannot read"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_truncation_is_an_input_error(tmp_path: Path, container: str) -> None:
+    whole = save(state(), tmp_path / f"m.{container}").read_bytes()
+    cut = tmp_path / f"cut.{container}"
+    for length in sorted({*range(0, 400), *range(400, len(whole), 97), len(whole) - 1}):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            open_weights(cut)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_flipped_bytes_never_cause_anything_but_an_input_error(
+    tmp_path: Path, container: str
+) -> None:
+    whole = save(state(), tmp_path / f"m.{container}").read_bytes()
+    path = tmp_path / f"bad.{container}"
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=4
+        )
+    )
+    def check(changes: list[tuple[int, int]]) -> None:
+        data = bytearray(whole)
+        for place, value in changes:
+            data[place] = value
+        path.write_bytes(data)
+        try:
+            file = open_weights(path)
+            for name in file.names():
+                file.stored(name)
+            file.splices({"visual.proj": np.ones((6, 5), np.float32)})
+        except InputError:
+            pass
+
+    check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 400))
+def test_a_corrupt_pickle_is_an_input_error(noise: bytes, place: int) -> None:
+    from slsgu_cli.torch_pickle import read_pickle
+
+    buffer = io.BytesIO()
+    torch.save(state(), buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        data = archive.read("archive/data.pkl")
+    with suppress(InputError):
+        read_pickle(Path("m.pt"), data[:place] + noise + data[place + len(noise) :])
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header({"a": ENTRY}, b"1234567"),
+        header({"a": ENTRY}, b"123456789"),
+        header({"a": ENTRY | {"shape": [3]}}, b"12345678"),
+        header({"a": ENTRY | {"shape": [-2]}}, b"12345678"),
+        header({"a": ENTRY | {"shape": [True, 2]}}, b"12345678"),
+        header({"a": ENTRY | {"shape": "2"}}, b"12345678"),
+        header({"a": ENTRY | {"data_offsets": [8, 0]}}, b"12345678"),
+        header({"a": ENTRY | {"data_offsets": [0]}}, b"12345678"),
+        header({"a": ENTRY | {"data_offsets": [4, 12]}}, b"123456789012"),
+        header({"a": ENTRY, "b": ENTRY}, b"12345678"),
+        header({"a": {"dtype": "F32"}}, b"12345678"),
+        header({"a": [1]}, b"12345678"),
+        header({"a": ENTRY}, b"12345678", length=2**63),
+        header({"a": ENTRY}, b"12345678", length=10),
+        struct.pack("<Q", 9) + b"[1, 2, 3]",
+        struct.pack("<Q", 4) + b"{\xff\xfe}",
+        struct.pack("<Q", 60000) + b'{"a":' * 12000,
+    ],
+)
+def test_headers_that_cannot_be_right(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        open_weights(tmp_path / "m.safetensors")
+
+
+def test_a_pickle_that_reaches_beyond_its_storage(tmp_path: Path) -> None:
+    save({"w": torch.ones(4)}, tmp_path / "m.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "m.pt") as old,
+        zipfile.ZipFile(tmp_path / "bad.pt", "w") as new,
+    ):
+        for info in old.infolist():
+            data = old.read(info.filename)
+            new.writestr(info.filename, data[:-4] if info.filename.endswith("/0") else data)
+    with pytest.raises(InputError, match="w reaches beyond its bytes"):
+        open_weights(tmp_path / "bad.pt")
+
+
+def test_a_wrong_checksum_is_met_before_anything_is_written(tmp_path: Path) -> None:
+    source = save(state(), tmp_path / "m.pt")
+    entry = open_weights(source).entry("visual.proj")
+    data = bytearray(source.read_bytes())
+    data[entry.offset] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(InputError, match="checksum"):
+        patched_copy(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_patches_that_do_not_fit(tmp_path: Path) -> None:
+    source = save(state(), tmp_path / "m.safetensors")
+    out = tmp_path / "out.safetensors"
+    for patches in (
+        {"visual.proj": np.ones((5, 6), np.float32)},
+        {"nothing": np.ones(1, np.float32)},
+        {"position_ids": np.ones((1, 9), np.float32)},
+    ):
+        with pytest.raises(InputError):
+            patched_copy(source, out, patches)
+    assert not out.exists()
