@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -188,3 +189,15 @@ def test_an_edit_without_figures_survives():
         version="0.1.0",
     )
     assert decode(EditHeader, through_json(header)) == header
+
+
+ARTIFACTS = (Path(__file__).parents[1] / "docs" / "artifacts.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if not kind.__name__.endswith("Options")], ids=str
+)
+def test_the_documentation_names_every_field_of_every_record(kind):
+    section = ARTIFACTS.partition(f"### {kind.__name__}\n")[2].partition("\n### ")[0]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    assert [name for name in fields if f"`{name}`" not in section] == []
