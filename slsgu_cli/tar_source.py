@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 
@@ -103,7 +103,7 @@ class TarSource:
         try:
             with (
                 fsspec.open(self.path, "rb") as raw,
-                tarfile.open(fileobj=raw, mode=self._mode()) as tar,
+                tarfile.open(fileobj=raw, mode=self._mode(), tarinfo=_header()) as tar,
             ):
                 started = True
                 yield from _grouped(tar, read)
@@ -143,6 +143,28 @@ def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator
         members[suffix] = content.read() if content else None
     if index >= 0:
         yield index, current, members
+    if getattr(tar.tarinfo, "broken_off", False):
+        raise tarfile.ReadError("it breaks off")
+
+
+def _header() -> type[tarfile.TarInfo]:
+    """Return a member type that remembers whether its archive ended without an end mark.
+
+    The module itself takes a header that is cut short, or none, for the end.
+    """
+
+    class Header(tarfile.TarInfo):
+        broken_off = False
+
+        @classmethod
+        def frombuf(cls, buf: Any, encoding: str, errors: str) -> Self:
+            try:
+                return super().frombuf(buf, encoding, errors)
+            except tarfile.HeaderError:
+                cls.broken_off = len(buf) < tarfile.BLOCKSIZE or any(buf)
+                raise
+
+    return Header
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

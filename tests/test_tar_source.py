@@ -92,6 +92,20 @@ def test_a_shard_that_breaks_off_gives_what_it_has(tmp_path, suffix):
     assert images == {row.index: encoded(row.index, (64, 64)) for row in found}
 
 
+@pytest.mark.parametrize("cut", range(0, 3 * 1024, 512))
+@pytest.mark.parametrize("extra", [0, 100])
+def test_a_cut_anywhere_is_noticed(tmp_path, cut, extra):
+    path = tmp_path / "a.tar"
+    write_tar(path, [(f"{i}.{e}", b"x" * 300) for i in range(3) for e in ("jpg", "txt")])
+    data = path.read_bytes()
+    trouble = Counter()
+    assert len(list(source(path).rows(trouble))) == 3
+    assert not trouble
+    path.write_bytes(data[: 3 * 1024 + cut + extra])
+    assert 1 <= len(list(source(path).rows(trouble))) <= 3
+    assert trouble == {"truncated shard": 1}
+
+
 def test_an_empty_shard_is_counted_and_another_format_refused(tmp_path):
     empty = tmp_path / "empty.tar"
     empty.write_bytes(b"")

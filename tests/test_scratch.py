@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+
+from slsgu_cli.errors import InputError
+from slsgu_cli.scratch import scratch
+from slsgu_cli.store import Store
+
+
+def test_images_come_back_by_number_and_the_file_goes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 4, 3), dtype=np.uint8)
+    store = Store(str(tmp_path / "store"))
+    with scratch(store, height=3, width=4) as kept:
+        numbers = [kept.put(image) for image in images]
+        for place in (19, 0, 7):
+            assert np.array_equal(kept.get(numbers[place]), images[place])
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    class Full:
+        def seek(self, offset):
+            pass
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    with (
+        pytest.raises(InputError, match="No space left") as caught,
+        scratch(Store(str(tmp_path)), height=1, width=1) as kept,
+    ):
+        kept.put(np.zeros((1, 1, 3), dtype=np.uint8))
+    assert "--store" in caught.value.hint
