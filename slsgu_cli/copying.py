@@ -23,7 +23,7 @@ from pathlib import Path
 from slsgu_cli.atomic import PARTIAL, partial_name
 from slsgu_cli.errors import InputError, SlsguError
 
-BLOCK = 1 << 26
+BLOCK = 1 << 30
 BUFFER = 1 << 23
 ABANDONED_SECONDS = 60.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2

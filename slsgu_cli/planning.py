@@ -5,19 +5,20 @@ another precision, others refused. New values are the original plus the sum of t
 changes, taken in fp64 and rounded once to the file's number format.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.dtypes import FLOATS, PRECISION, STORAGE, Floats, Raw, narrow, widen
+from slsgu_cli.dtypes import FLOATS, PRECISION, Floats, Raw, narrow, widen
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records import EditHeader
 from slsgu_cli.tensor_file import CHUNK, Splice, TensorEntry
-from slsgu_cli.weights import layer_digests, open_weights
+from slsgu_cli.weights import layer_digest, open_weights
 
 COARSE = ("fp16", "bf16")
 Deltas = list[tuple[float, Floats]]
@@ -25,7 +26,7 @@ Deltas = list[tuple[float, Floats]]
 
 @dataclass(frozen=True, slots=True)
 class LayerChange:
-    """One layer of one file: how far it moves, as a share of its own norm."""
+    """One layer of one file. `share` is how far the edits move it over its own norm."""
 
     layer: str
     dtype: str
@@ -66,7 +67,7 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
             raise InputError(f"{name} in {path} is {entry.dtype}, not floating point")
         case = _Case(path, layer, entry, group)
         current = file.stored(name)
-        new = case.reverted(current, force) if revert else case.moved(current, force)
+        new, share = case.reverted(current, force) if revert else case.moved(current, force)
         patches[name] = new
         changes.append(
             LayerChange(
@@ -74,7 +75,7 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
                 dtype=entry.dtype,
                 shape=entry.shape,
                 nbytes=new.nbytes,
-                share=_share(current, new, entry.dtype),
+                share=share,
                 edits=tuple(edit.header.name for edit in group),
             )
         )
@@ -90,33 +91,31 @@ class _Case:
     entry: TensorEntry
     edits: list[Edit]
 
-    def moved(self, current: Raw, force: bool) -> Raw:
-        """Return the stored values with the edits applied to the current ones."""
+    def moved(self, current: Raw, force: bool) -> tuple[Raw, float]:
+        """Return the stored values with the edits applied to the current ones, and the share."""
         deltas = self._deltas()
         if not force:
             self._require_original(current, deltas)
-        new = _sum(widen(current, self.entry.dtype), deltas, self.entry.dtype)
-        if not _finite(new, self.entry.dtype):
+        new, share = _moved(current, deltas, self.entry.dtype)
+        if not math.isfinite(share):
             raise InputError(
                 f"{self.layer} would hold values that {self.entry.dtype} cannot, in {self.path}",
                 hint="a smaller --scale or --step",
             )
-        return new
+        return new, share
 
-    def reverted(self, current: Raw, force: bool) -> Raw:
-        """Return the stored values that stood there before the edits."""
-        deltas = self._deltas()
+    def reverted(self, current: Raw, force: bool) -> tuple[Raw, float]:
+        """Return the stored values that stood there before the edits, and the share."""
         before = self._before()
-        if not force and not _same(
-            _sum(widen(before, self.entry.dtype), deltas, self.entry.dtype), current
-        ):
+        edited, share = _moved(before, self._deltas(), self.entry.dtype)
+        if not force and not _same(edited, current):
             what = "not edited" if _same(before, current) else "not what these edits made of it"
             raise StaleError(
                 f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
                 hint="name all the edits of this layer, with the --scale or --step they had, "
                 "or --force to put its original values there",
             )
-        return before
+        return before, share
 
     def _deltas(self) -> Deltas:
         pairs = [(edit.factor, edit.delta()) for edit in self.edits]
@@ -132,18 +131,17 @@ class _Case:
         return pairs
 
     def _before(self) -> Raw:
-        before = self.edits[0].before()
+        # Of edits made on copies in several precisions, the finest knows the original best.
+        before = max((edit.before() for edit in self.edits), key=lambda values: values.itemsize)
         if before.shape != self.entry.shape:
             raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
         return narrow(before, self.entry.dtype)
 
     def _require_original(self, current: Raw, deltas: Deltas) -> None:
-        digests = layer_digests(widen(current, self.entry.dtype))
         for edit in self.edits:
-            if _recognised(digests, edit.header.digests, PRECISION[self.entry.dtype]):
+            if _recognised(current, self.entry.dtype, edit.header.digests):
                 continue
-            edited = _sum(widen(self._before(), self.entry.dtype), deltas, self.entry.dtype)
-            if _same(edited, current):
+            if _same(_moved(self._before(), deltas, self.entry.dtype)[0], current):
                 raise StaleError(
                     f"{self.path} already holds {_names(self.edits)}",
                     hint="--revert to undo",
@@ -156,45 +154,39 @@ class _Case:
             )
 
 
-def _recognised(found: dict[str, str], made_for: dict[str, str], precision: str) -> bool:
+def _recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
     """Return whether one of the two layers is the other, or a rounded copy of it."""
-    if found[precision] == made_for.get(precision):
+    values = widen(current, dtype)
+    # What the file stores is rounded to its precision already.
+    if layer_digest(values, "fp32") == made_for.get(PRECISION[dtype]):
         return True
-    return any(found[coarse] == made_for.get(coarse) == made_for.get("fp32") for coarse in COARSE)
+    return any(
+        made_for.get(coarse) == made_for.get("fp32") == layer_digest(values, coarse)
+        for coarse in COARSE
+    )
 
 
-def _sum(base: Floats, deltas: Deltas, dtype: str) -> Raw:
-    """Return base + sum of factor * delta, as stored values; a few MB at a time."""
-    flat = base.reshape(-1)
+def _moved(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
+    """Return stored values plus the sum of factor * delta, as stored values, and the share.
+
+    The share is the length of the move over the norm of what moved; it is not finite
+    where a new value is not. A few MB are worked on at a time.
+    """
+    flat = stored.reshape(-1)
     parts = [(factor, delta.reshape(-1)) for factor, delta in deltas]
-    new = np.empty(flat.size, STORAGE[dtype])
+    new = np.empty_like(flat)
+    length = norm = 0.0
     for start in range(0, flat.size, CHUNK):
         span = slice(start, start + CHUNK)
-        total: npt.NDArray[np.float64] = flat[span].astype(np.float64)
+        was: npt.NDArray[np.float64] = widen(flat[span], dtype).astype(np.float64)
+        total = was.copy()
         for factor, delta in parts:
-            total += factor * delta[span].astype(np.float64)
+            total += np.float64(factor) * delta[span]
         new[span] = narrow(total, dtype)
-    return new.reshape(base.shape)
-
-
-def _share(old: Raw, new: Raw, dtype: str) -> float:
-    """Return ||new - old|| / ||old||."""
-    moved = norm = 0.0
-    before, after = old.reshape(-1), new.reshape(-1)
-    for start in range(0, before.size, CHUNK):
-        span = slice(start, start + CHUNK)
-        was = widen(before[span], dtype).astype(np.float64)
-        moved += float(np.square(widen(after[span], dtype) - was).sum())
-        norm += float(np.square(was).sum())
-    return float(np.sqrt(moved / norm)) if norm else float("inf") if moved else 0.0
-
-
-def _finite(stored: Raw, dtype: str) -> bool:
-    flat = stored.reshape(-1)
-    return all(
-        bool(np.isfinite(widen(flat[start : start + CHUNK], dtype)).all())
-        for start in range(0, flat.size, CHUNK)
-    )
+        step = widen(new[span], dtype) - was
+        length += float(np.dot(step, step))
+        norm += float(np.dot(was, was))
+    return new.reshape(stored.shape), math.sqrt(length / norm) if norm else math.sqrt(length)
 
 
 def _same(one: Raw, other: Raw) -> bool:

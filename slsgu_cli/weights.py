@@ -67,13 +67,18 @@ def layer_digests(values: Floats) -> dict[str, str]:
 
     Equal digests under `fp32` and `fp16` mean that the values are all fp16 numbers.
     """
+    return {precision: layer_digest(values, precision) for precision in DIGEST_PRECISIONS}
+
+
+def layer_digest(values: Floats, precision: str) -> str:
+    """Return the digest of values rounded to `precision`: fp32, fp16 or bf16."""
     flat = values.reshape(-1)
-    hashes = {key: hashlib.sha256() for key in DIGEST_PRECISIONS}
+    whole = hashlib.sha256()
     for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK].astype(np.float32)
-        for key, dtype in DIGEST_PRECISIONS.items():
-            hashes[key].update(np.ascontiguousarray(rounded(part, dtype), "<f4").data)
-    return {key: value.hexdigest() for key, value in hashes.items()}
+        part = flat[start : start + CHUNK].astype(np.float32, copy=False)
+        wide = rounded(part, DIGEST_PRECISIONS[precision])
+        whole.update(np.ascontiguousarray(wide, "<f4").data)
+    return whole.hexdigest()
 
 
 def fingerprint(path: Path) -> str:
