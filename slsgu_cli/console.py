@@ -78,6 +78,13 @@ class Console:
         else:
             sys.stdout.write(text + "\n")
 
+    def paths(self, key: str, paths: Sequence[str]) -> None:
+        """Name files that were written: in JSON a result, else a note."""
+        if self.as_json:
+            self._results[key] = list(paths)
+        for path in paths:
+            self.note(f"wrote {path}")
+
     def flush(self) -> None:
         """Write the collected JSON document, if that is what was asked for."""
         if self.as_json:

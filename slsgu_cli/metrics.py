@@ -45,3 +45,10 @@ def cosine_matrix(images: Tensor, labels: Tensor, texts: Tensor) -> Tensor:
     means.index_add_(0, labels, images)
     counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
     return (means / counts.clamp(min=1).unsqueeze(1)) @ texts.T
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return by how much the true class leads the best other one; negative if it does not."""
+    truth = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf"))
+    return truth - others.amax(dim=1)

@@ -64,6 +64,16 @@ class ModelSpec:
         return f"{flags} --pretrained {self.pretrained}" if self.pretrained else flags
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PassOptions:
+    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free."""
+
+    batch_size: int = 16
+    precision: Precision = Precision.FP32
+    device: str = "cpu"
+    memory_budget: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class InputSpec:
     """How a model takes its inputs; two models with equal specs can share a set.

@@ -67,9 +67,13 @@ class SplitTower(ABC):
         x = self.advance(x, inputs, start, self.depth)
         return F.normalize(self.head(x, inputs).float(), dim=-1)
 
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """Return how many positions of each row can influence its features."""
+        return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
+
     def trim(self, inputs: Tensor) -> Tensor:
-        """Return `inputs` without the positions that cannot influence the features."""
-        return inputs
+        """Return token ids without the positions that influence no row's features."""
+        return inputs[:, : int(self.lengths(inputs).max())]
 
 
 class OpenClipVision(SplitTower):
@@ -90,7 +94,7 @@ class OpenClipVision(SplitTower):
     def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
         """Run one block, the last one for the class token only where that is all that counts."""
         if index == self.depth - 1 and self.one_token:
-            return residual_block(self.blocks[index], x, keep=torch.zeros_like(inputs[:, 0, 0, 0]))
+            return residual_block(self.blocks[index], x, keep=x.new_zeros(x.shape[0]))
         return run_block(self.blocks[index], x, mask=None)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -114,9 +118,9 @@ class OpenClipText(SplitTower):
         )
         self.shortens = self.causal and pool_type in ("argmax", "eos")
 
-    def trim(self, inputs: Tensor) -> Tensor:
-        """Cut after the last row's end of text: later positions cannot reach it."""
-        return inputs[:, : int(self._pooled_at(inputs).max()) + 1] if self.shortens else inputs
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """Count up to the end of text: under a causal mask no later position reaches it."""
+        return self._pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return token plus position embeddings."""

@@ -1,0 +1,83 @@
+"""Rows of a data block as device tensors, read ahead of the arithmetic."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slsgu_cli.records import InputSpec
+from slsgu_cli.towers import SplitTower
+
+S = TypeVar("S")
+T = TypeVar("T")
+AHEAD = 3
+Pixels = Callable[[npt.NDArray[np.uint8]], Tensor]
+
+
+def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:
+    """Return uint8 (N, H, W, 3) to normalised fp32 (N, 3, H, W) on `device`.
+
+    The arithmetic is that of torchvision's ToTensor and Normalize, in the same order.
+    """
+    mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
+
+    def normalize(images: npt.NDArray[np.uint8]) -> Tensor:
+        raw = torch.from_numpy(images)
+        if device.startswith("cuda"):
+            raw = raw.pin_memory().to(device, non_blocking=True)
+        else:
+            raw = raw.to(device)
+        return raw.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+
+    return normalize
+
+
+def read_ahead(read: Callable[[S], T], items: Iterable[S], *, threads: int = 1) -> Iterator[T]:
+    """Yield `read(item)` in order, a few items ahead of the consumer."""
+    pool = ThreadPoolExecutor(threads)
+    waiting: list[Future[T]] = []
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def spans(rows: int, size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of consecutive runs of `size` rows; the last may be shorter."""
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def by_length(tower: SplitTower, tokens: Tensor, size: int) -> list[Tensor]:
+    """Return row indices in groups of about `size`, rows of similar length together."""
+    if tokens.shape[0] <= size:
+        return [torch.arange(tokens.shape[0])]
+    order = torch.argsort(tower.lengths(tokens), stable=True)
+    return list(torch.split(order, size))
+
+
+def text_features(tower: SplitTower, tokens: Tensor, size: int) -> Tensor:
+    """Return unit text features of `tokens` (N, L), each group at its own length."""
+    groups = by_length(tower, tokens, size)
+    if len(groups) == 1:
+        short = tower.trim(tokens)
+        return tower.features(short, short)
+    parts = []
+    for rows in groups:
+        short = tower.trim(tokens[rows.to(tokens.device)])
+        parts.append(tower.features(short, short))
+    return torch.cat(parts)[torch.argsort(torch.cat(groups)).to(tokens.device)]
+
+
+def to_tokens(tokens: npt.NDArray[np.integer], device: str) -> Tensor:
+    """Return token ids as an int64 tensor on `device`."""
+    return torch.as_tensor(np.asarray(tokens), dtype=torch.long, device=device)

@@ -1,0 +1,351 @@
+"""The command line: each command parses, calls one function and prints what it returns.
+
+Nothing heavy is imported here: every command imports what it needs when it runs.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import slsgu_cli
+from slsgu_cli import options as opt
+from slsgu_cli.records import Alignment, Precision, Steer
+from slsgu_cli.session import Session, command
+
+app = typer.Typer(
+    name="slsgu",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a trained CLIP forget a concept with one gradient pass and one edited layer.\n\n"
+    "The usual way: build-sets, grad, rank, search, apply. `slsgu demo` shows all of it.",
+)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"slsgu {slsgu_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before any command."""
+
+
+@command(app, "build-sets")
+def build_sets(
+    session: Session,
+    name: opt.Name,
+    source: Annotated[
+        list[str],
+        typer.Option(
+            "--source",
+            "-s",
+            help="Tar shards, parquet, folder or glob; rows by ?column=value. Repeatable.",
+        ),
+    ],
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    concept: Annotated[
+        str | None, typer.Option("--concept", help="What to forget. Default: NAME.")
+    ] = None,
+    match: Annotated[
+        list[str] | None,
+        typer.Option("--match", help="Captions to forget hold these words. Default: the concept."),
+    ] = None,
+    not_match: Annotated[
+        list[str] | None,
+        typer.Option("--not-match", help="Captions that are in neither set. Repeatable."),
+    ] = None,
+    regex: Annotated[
+        bool, typer.Option("--regex", help="Patterns are regular expressions.")
+    ] = False,
+    max_forget: Annotated[
+        int | None, typer.Option("--max-forget", min=1, help="At most this many forget rows.")
+    ] = None,
+    retain_source: Annotated[
+        list[str] | None,
+        typer.Option("--retain-source", help="Where retain rows come from. Default: --source."),
+    ] = None,
+    retain_samples: Annotated[
+        int, typer.Option("--retain-samples", min=1, help="Retain rows drawn by seed.")
+    ] = 8000,
+    retain_exclude: Annotated[
+        list[str] | None,
+        typer.Option("--retain-exclude", help="Captions kept out of the retain set. Repeatable."),
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="NAME=SOURCE to measure on, with labels. Repeatable."),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--classes", help="NAME=FILE or NAME=imagenet: class names. Repeatable."),
+    ] = None,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--templates",
+            help="NAME=FILE, or imagenet, imagenet-simple, celeba: prompts. Repeatable.",
+        ),
+    ] = None,
+    forget_eval: Annotated[
+        str | None,
+        typer.Option("--forget-eval", help="Evaluation set that shows the concept."),
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet column of images.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Parquet column of captions.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of evaluation labels.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+) -> None:
+    """Curate a forget set, a retain set and evaluation sets.
+
+    Example: slsgu build-sets facebook -m local-dir:clip -s 'laion/*.tar' --eval brands=test.parquet
+    """
+    from slsgu_cli.build import BuildRequest
+    from slsgu_cli.build import build_sets as build
+    from slsgu_cli.errors import UsageError
+
+    spec = opt.model_spec(model, pretrained)
+    if spec is None:
+        raise UsageError("build-sets needs the model the sets are for", hint="--model MODEL")
+    request = BuildRequest(
+        name=name,
+        concept=concept or name,
+        model=spec,
+        sources=source,
+        match=match or (),
+        not_match=not_match or (),
+        regex=regex,
+        max_forget=max_forget,
+        retain_sources=retain_source or (),
+        retain_samples=retain_samples,
+        retain_exclude=retain_exclude or (),
+        evals=opt.pairs("--eval", evaluation),
+        classes=opt.pairs("--classes", classes),
+        templates=opt.pairs("--templates", templates),
+        forget_eval=forget_eval,
+        image_column=image_column,
+        caption_column=caption_column,
+        label_column=label_column,
+        seed=seed,
+    )
+    manifest = build(session.store, request, console=session.console)
+    from slsgu_cli import show
+
+    show.manifest(session.console, manifest)
+
+
+@command(app, "grad")
+def grad(
+    session: Session,
+    name: opt.Name,
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    batch_size: opt.BatchSize = 16,
+    precision: opt.PrecisionOption = Precision.FP32,
+    device: opt.Device = "auto",
+    memory_budget: opt.MemoryBudget = None,
+) -> None:
+    """Compute the forget and retain gradients of a set, once.
+
+    Example: slsgu grad facebook
+    """
+    from slsgu_cli import show
+    from slsgu_cli.gradients import compute_gradients
+    from slsgu_cli.records import PassOptions
+
+    result = compute_gradients(
+        session.store,
+        name,
+        model=opt.model_spec(model, pretrained),
+        options=PassOptions(
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            memory_budget=opt.size(memory_budget),
+        ),
+        console=session.console,
+    )
+    show.gradients(session.console, result)
+
+
+@command(app, "rank")
+def rank(
+    session: Session,
+    name: opt.Name,
+    alignment: opt.AlignmentOption = Alignment.ABS,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    tower: opt.TowerOption = None,
+) -> None:
+    """Score every layer by importance and alignment, and mark each tower's Pareto front.
+
+    Example: slsgu rank facebook --tower vision --json
+    """
+    from slsgu_cli import show
+    from slsgu_cli.pipeline import rank_and_plot
+    from slsgu_cli.ranking import RankOptions
+
+    ranking, plots = rank_and_plot(
+        session.store,
+        name,
+        options=RankOptions(
+            alignment=alignment, include=include or (), exclude=exclude or (), tower=tower
+        ),
+    )
+    show.ranking(session.console, ranking, plots)
+
+
+@command(app, "search")
+def search(
+    session: Session,
+    name: opt.Name,
+    steer: opt.SteerOption = Steer.FA1,
+    steps: opt.Steps = 10,
+    layer: opt.Layers = None,
+    full: opt.Full = False,
+    precision: opt.PrecisionOption = Precision.FP32,
+    device: opt.Device = "auto",
+    cache_budget: opt.CacheBudget = None,
+) -> None:
+    """Search the step size of each front layer, choose the best, and write the edit.
+
+    Example: slsgu search facebook --steer fa5
+    """
+    from slsgu_cli import show
+    from slsgu_cli.pipeline import require_forgotten, search_and_plot
+    from slsgu_cli.search import SearchOptions
+
+    result = search_and_plot(
+        session.store,
+        name,
+        options=SearchOptions(
+            layers=layer or (),
+            steer=steer,
+            steps=steps,
+            full=full,
+            precision=precision,
+            device=device,
+            cache_budget=opt.size(cache_budget),
+        ),
+        console=session.console,
+    )
+    show.search(session.console, session.store, result)
+    require_forgotten(result)
+
+
+@command(app, "apply")
+def apply(
+    session: Session,
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME|EDIT...", help="Sets, or edit files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the new checkpoint goes.")],
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", help="Move this layer along its gradient, unsearched.")
+    ] = None,
+    step: Annotated[
+        float | None, typer.Option("--step", help="Step size, instead of the one searched for.")
+    ] = None,
+    scale: Annotated[float, typer.Option("--scale", help="Apply this much of the edit.")] = 1.0,
+    revert: Annotated[bool, typer.Option("--revert", help="Take the edits out again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even to other weights.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is at --out.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and tell, write nothing.")
+    ] = False,
+    device: opt.Device = "auto",
+) -> None:
+    """Write a checkpoint with one or several edits, in the format the model came in.
+
+    Example: slsgu apply facebook --out clip-without-facebook
+    """
+    from slsgu_cli import show
+    from slsgu_cli.pipeline import ApplyRequest, apply_named
+
+    result = apply_named(
+        session.store,
+        ApplyRequest(
+            names=names,
+            out=out,
+            model=opt.model_spec(model, pretrained),
+            layer=layer,
+            step=step,
+            scale=scale,
+            revert=revert,
+            force=force,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            device=device,
+        ),
+        console=session.console,
+    )
+    show.applied(session.console, result)
+
+
+@command(app, "eval")
+def evaluate(
+    session: Session,
+    name: opt.Name,
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    device: opt.Device = "auto",
+) -> None:
+    """Measure forget accuracy and utility of the original and of another checkpoint.
+
+    Without --model, the set's edit is measured in memory.
+
+    Example: slsgu eval facebook --model local-dir:clip-without-facebook
+    """
+    from slsgu_cli import show
+    from slsgu_cli.measure import measure
+
+    result = measure(
+        session.store,
+        name,
+        model=opt.model_spec(model, pretrained),
+        device=device,
+        console=session.console,
+    )
+    show.measured(session.console, result)
+
+
+@command(app, "ls")
+def ls(session: Session) -> None:
+    """List what the store holds and what each thing was made from.
+
+    Example: slsgu ls --json
+    """
+    from slsgu_cli import show
+    from slsgu_cli.listing import entries
+
+    show.listing(session.console, entries(session.store))
+
+
+@command(app, "demo")
+def demo(
+    session: Session,
+    concept: Annotated[
+        str, typer.Argument(help="One of the 301 brands and objects of the embedded CLIP.")
+    ] = "facebook",
+    steer: opt.SteerOption = Steer.FA1,
+    device: opt.Device = "auto",
+) -> None:
+    """Make the embedded CLIP forget a brand: every command, on real images.
+
+    Example: slsgu demo castle --steer fa5
+    """
+    from slsgu_cli.demonstration import demonstrate
+
+    demonstrate(session, concept, steer=steer, device=device)

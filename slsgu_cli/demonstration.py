@@ -1,0 +1,124 @@
+"""What `slsgu demo` does: the whole job on the embedded CLIP and icons.
+
+It calls what the commands call, with the options it prints at the end, so a reader can
+repeat every step by hand.
+"""
+
+import difflib
+import json
+import shlex
+from pathlib import Path
+
+from slsgu_cli import show
+from slsgu_cli.build import BuildRequest, build_sets
+from slsgu_cli.errors import UsageError
+from slsgu_cli.examples import draw_examples
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.layout import plot_path
+from slsgu_cli.models import LOCAL, pick_device
+from slsgu_cli.pipeline import (
+    ApplyRequest,
+    apply_named,
+    rank_and_plot,
+    require_forgotten,
+    search_and_plot,
+)
+from slsgu_cli.ranking import RankOptions
+from slsgu_cli.records import ModelSpec, PassOptions, Steer
+from slsgu_cli.search import SearchOptions
+from slsgu_cli.session import Session
+
+DATA = Path(__file__).parent / "demo"
+RETAIN_SAMPLES = 2000
+
+
+def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) -> None:
+    """Forget `concept`, one of the embedded classes, and show each step's result.
+
+    Raises UsageError for a concept the embedded model does not know.
+    """
+    store, console = session.store, session.console
+    request = _request(concept)
+    name = request.name
+    device = pick_device(device)
+
+    console.note(f"1/5 build-sets: images and captions of {concept!r}, and of everything else")
+    manifest = build_sets(store, request, console=console)
+    show.manifest(console, manifest)
+    console.note("2/5 grad: one gradient pass over the forget set and one over the retain set")
+    options = PassOptions(device=device)
+    show.gradients(
+        console, compute_gradients(store, name, model=None, options=options, console=console)
+    )
+    console.note("3/5 rank: importance and alignment of every layer")
+    ranking, plots = rank_and_plot(store, name, options=RankOptions())
+    show.ranking(console, ranking, plots, front_only=True)
+    console.note("4/5 search: a step size for every layer on the fronts")
+    search = SearchOptions(steer=steer, device=device)
+    result = search_and_plot(store, name, options=search, console=console)
+    show.search(console, store, result, brief=True)
+    require_forgotten(result)
+    console.note("5/5 apply: one layer of a copy of the checkpoint")
+    out = Path(store.root if store.is_local else ".") / "checkpoints" / f"clip-without-{name}"
+    apply = ApplyRequest(names=[name], out=out, overwrite=True)
+    show.applied(console, apply_named(store, apply, console=console))
+
+    after = ModelSpec(f"{LOCAL}{out}")
+    picture = plot_path(name, "before-after")
+    store.write_bytes(
+        picture,
+        draw_examples(store, manifest, before=manifest.model, after=after, device=device),
+    )
+    show.before_after(console, show.chosen_figures(result))
+    console.paths("pictures", [store.where(picture)])
+    console.value(
+        "commands",
+        "\nThe same, command by command; put your own model and images in their place:\n\n"
+        + "\n".join(f"  {line}" for line in _commands(request, store.url, steer, out)),
+        data=_commands(request, store.url, steer, out),
+    )
+
+
+def _request(concept: str) -> BuildRequest:
+    classes: dict[str, list[str]] = json.loads((DATA / "classes.json").read_text())
+    known = [name for names in classes.values() for name in names]
+    if concept not in known:
+        near = difflib.get_close_matches(concept, known, 4, 0.4)
+        raise UsageError(
+            f"the embedded CLIP knows 301 brands and objects, and {concept!r} is not one of them",
+            hint=f"near: {', '.join(near)}" if near else f"such as {', '.join(known[:6])}",
+        )
+    heldout, templates = DATA / "heldout.parquet", str(DATA / "templates.txt")
+    return BuildRequest(
+        name=concept,
+        concept=concept,
+        model=ModelSpec(f"{LOCAL}{DATA / 'clip'}"),
+        sources=[f"{DATA / 'train.parquet'}?concept={concept}"],
+        retain_sources=[str(DATA / "train.parquet")],
+        retain_samples=RETAIN_SAMPLES,
+        evals={"brands": f"{heldout}?kind=brand", "objects": f"{heldout}?kind=object"},
+        templates={"brands": templates, "objects": templates},
+    )
+
+
+def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> list[str]:
+    name = shlex.quote(request.name)
+    build = ["slsgu", "build-sets", request.name, "--model", request.model.name]
+    for option, values in (
+        ("--source", request.sources),
+        ("--retain-source", request.retain_sources),
+        ("--retain-samples", [str(request.retain_samples)]),
+        ("--eval", [f"{key}={value}" for key, value in request.evals.items()]),
+        ("--templates", [f"{key}={value}" for key, value in request.templates.items()]),
+    ):
+        for value in values:
+            build += [option, value]
+    return [
+        f"export SLSGU_STORE={shlex.quote(store)}",
+        shlex.join(build),
+        f"slsgu grad {name}",
+        f"slsgu rank {name}",
+        f"slsgu search {name} --steer {steer}",
+        f"slsgu apply {name} --out {shlex.quote(f'{out}-again')}",
+        f"slsgu eval {name} --model {shlex.quote(f'{LOCAL}{out}')}",
+    ]

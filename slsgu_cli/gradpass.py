@@ -1,0 +1,222 @@
+"""The gradient pass: the mean gradient of one loss over a data block, for every parameter.
+
+Mini-batches are what the loss is defined on; how many of them run in one forward is only
+a matter of speed and memory. They are stacked until the memory budget or the device's
+best size is reached, their losses are summed, and one backward gives their gradients'
+sum: the same numbers as one mini-batch after another.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slsgu_cli.batches import pixel_normalizer, read_ahead, spans, text_features, to_tokens
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError
+from slsgu_cli.losses import GroupedLoss, contrastive, cosine_forget, sigmoid
+from slsgu_cli.memory import spare
+from slsgu_cli.records import InputSpec, PassOptions, Precision
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.store import Arrays
+from slsgu_cli.towers import SplitTower, text_tower, vision_tower
+
+# Pairs per forward beyond which a device gains nothing more, measured.
+BEST_PAIRS = {"cpu": 128, "cuda": 1024, "mps": 256}
+TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
+
+
+@dataclass(slots=True)
+class GradientPass:
+    """A model ready to give gradients of one loss."""
+
+    model: nn.Module
+    vision: SplitTower
+    text: SplitTower
+    loss: GroupedLoss
+    spec: InputSpec
+    options: PassOptions
+    console: Console
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, loss: str, *, spec: InputSpec, options: PassOptions, console: Console
+    ) -> "GradientPass":
+        """Return a pass over `model` for the loss called cosine, contrastive or sigmoid."""
+        scale: Any = model.logit_scale
+        bias: Any = getattr(model, "logit_bias", None)
+        losses: dict[str, Any] = {
+            "cosine": lambda: cosine_forget,
+            "contrastive": lambda: contrastive(scale.reshape(()).exp()),
+            "sigmoid": lambda: sigmoid(scale.reshape(()).exp(), bias.reshape(())),
+        }
+
+        def grouped(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
+            values: Tensor = losses[loss]()(images, texts, batch_size)
+            return values
+
+        vision, text = vision_tower(model), text_tower(model)
+        return cls(model, vision, text, grouped, spec, options, console)
+
+    def run(self, block: DataBlock, label: str) -> tuple[Arrays, float]:
+        """Return the mean gradient of every parameter and the mean loss, over mini-batches.
+
+        Raises InputError naming mini-batch and keys where a loss or gradient is not finite.
+        """
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
+        tokens = block.tokens
+        total, batches = 0.0, 0
+        with arithmetic(self.options.precision), self.console.progress(label, block.rows) as ticker:
+            normalize = pixel_normalizer(self.spec, self.options.device)
+            pairs = self._pairs_per_forward(block)
+            start = 0
+            while start < block.rows:
+                try:
+                    for first, stop, images in self._stream(block, start, pairs):
+                        ids = to_tokens(tokens[first:stop], self.options.device)
+                        values, gradients = self._group(
+                            normalize(images), ids, list(parameters.values())
+                        )
+                        if not _finite(values, gradients):
+                            self._name_culprit(block, first, stop)
+                        _accumulate(sums, gradients)
+                        total += float(values.double().sum())
+                        batches += values.numel()
+                        ticker.advance(stop - first)
+                        start = stop
+                except torch.cuda.OutOfMemoryError:
+                    pairs = self._shrink(pairs)
+        means = (value.div_(batches).cpu().numpy() for value in sums)
+        return dict(zip(parameters, means, strict=True)), total / batches
+
+    def _losses(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Return the loss of each of some mini-batches."""
+        autocast = torch.autocast(
+            self.options.device.partition(":")[0],
+            dtype=torch.bfloat16,
+            enabled=self.options.precision is Precision.BF16,
+        )
+        with autocast:
+            v = self.vision.features(images, images)
+            t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind])
+        return self.loss(v, t, self.options.batch_size)
+
+    def _group(
+        self, images: Tensor, ids: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the losses of some mini-batches and the gradient of their sum."""
+        values = self._losses(images, ids)
+        gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
+        return values.detach(), list(gradients)
+
+    def _stream(
+        self, block: DataBlock, start: int, pairs: int
+    ) -> Iterator[tuple[int, int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        ranges = [(start + a, start + b) for a, b in spans(block.rows - start, pairs)]
+        images = read_ahead(lambda span: block.images(*span), ranges, threads=2)
+        for (first, stop), chunk in zip(ranges, images, strict=True):
+            yield first, stop, chunk
+
+    def _pairs_per_forward(self, block: DataBlock) -> int:
+        """Return how many pairs to run at once: whole mini-batches within the budget."""
+        size = self.options.batch_size
+        probe = min(size, block.rows)
+        needed = self._activation_bytes(block, probe) / probe
+        budget = self.options.memory_budget or spare(self.options.device)
+        if needed * size > budget:
+            self.vision.checkpointing = self.text.checkpointing = True
+            needed = self._activation_bytes(block, probe) / probe
+            self.console.note("memory is short: activations are recomputed block by block")
+        fits = max(1, int(budget / needed / size))
+        pairs = size * max(1, min(fits, BEST_PAIRS[self._kind] // size))
+        self.console.detail(
+            f"{needed / 2**20:.1f} MiB of activations a pair, {pairs} pairs a forward"
+        )
+        return pairs
+
+    def _activation_bytes(self, block: DataBlock, rows: int) -> int:
+        """Return what a backward keeps of a forward over the first `rows` pairs."""
+        kept: dict[int, int] = {}
+        own = {p.data_ptr() for p in self.model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
+        ids = to_tokens(block.tokens[:rows], self.options.device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._losses(images, ids)
+        return max(1, sum(kept.values()))
+
+    def _shrink(self, pairs: int) -> int:
+        """Return half of `pairs` after running out of memory, or turn checkpointing on."""
+        torch.cuda.empty_cache()
+        size = self.options.batch_size
+        if pairs > size:
+            pairs = max(size, pairs // 2 // size * size)
+            self.console.note(f"out of memory: going on with {pairs} pairs a forward")
+        elif not self.vision.checkpointing:
+            self.vision.checkpointing = self.text.checkpointing = True
+            self.console.note("out of memory: activations are recomputed block by block")
+        else:
+            raise InputError(
+                f"one mini-batch of {size} pairs does not fit in {self.options.device}'s memory",
+                hint="use a smaller --batch-size (it changes the contrastive loss) or --device cpu",
+            )
+        return pairs
+
+    def _name_culprit(self, block: DataBlock, start: int, stop: int) -> None:
+        """Raise InputError naming the first mini-batch whose loss or gradient is not finite."""
+        normalize = pixel_normalizer(self.spec, self.options.device)
+        parameters = list(self.model.parameters())
+        size = self.options.batch_size
+        for a, b in ((start + x, start + y) for x, y in spans(stop - start, size)):
+            ids = to_tokens(block.tokens[a:b], self.options.device)
+            values, gradients = self._group(normalize(block.images(a, b)), ids, parameters)
+            if not _finite(values, gradients):
+                keys = ", ".join(block.keys[a:b])
+                raise InputError(
+                    f"the gradient is not finite in mini-batch {a // size} "
+                    f"(rows {a} to {b - 1}): {keys}",
+                    hint="look at these images and captions, and whether the weights hold NaN; "
+                    "with --precision bf16, try fp32",
+                )
+        raise InputError(
+            f"the gradient of rows {start} to {stop - 1} is not finite, though each of their "
+            "mini-batches alone is",
+            hint="try --precision fp32",
+        )
+
+    @property
+    def _kind(self) -> str:
+        return self.options.device.partition(":")[0]
+
+
+def _accumulate(sums: list[Tensor], gradients: list[Tensor | None]) -> None:
+    pairs = [(total, g) for total, g in zip(sums, gradients, strict=True) if g is not None]
+    torch._foreach_add_([total for total, _ in pairs], [g for _, g in pairs])
+
+
+def _finite(values: Tensor, gradients: list[Tensor | None]) -> bool:
+    norms = torch._foreach_norm([g for g in gradients if g is not None])
+    return bool(torch.isfinite(torch.stack([values.float().sum(), *norms])).all())
+
+
+@contextlib.contextmanager
+def arithmetic(precision: Precision) -> Iterator[None]:
+    """Set the matrix products of a CUDA device to full fp32 or to TF32, and back."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision is Precision.TF32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

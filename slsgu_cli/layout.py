@@ -1,0 +1,94 @@
+"""Where each artifact of a set lies in the store, and how the ones in use are read."""
+
+import re
+
+from slsgu_cli.errors import StaleError, UsageError
+from slsgu_cli.records import GradientPointer, Ranking, SetManifest
+from slsgu_cli.store import Store, require
+
+_NAME = re.compile(r"[\w][\w .+@-]*")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name artifacts. Raises UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a set",
+            hint="use letters, digits, spaces and . _ + @ -, starting with a letter or digit",
+        )
+    return name
+
+
+def manifest_path(name: str) -> str:
+    """Return where the set `name` is described."""
+    return f"sets/{check_name(name)}.json"
+
+
+def pointer_path(name: str) -> str:
+    """Return where the gradients of the set `name` are named."""
+    return f"gradients/{check_name(name)}.json"
+
+
+def gradient_path(digest: str) -> str:
+    """Return where the gradient called `digest` lies."""
+    return f"gradients/{digest}.safetensors"
+
+
+def ranking_path(name: str) -> str:
+    """Return where the ranking of the set `name` lies."""
+    return f"rankings/{check_name(name)}.json"
+
+
+def trials_path(name: str) -> str:
+    """Return where the search of the set `name` is recorded."""
+    return f"trials/{check_name(name)}.json"
+
+
+def edit_path(name: str) -> str:
+    """Return where the edit of the set `name` lies."""
+    return f"edits/{check_name(name)}.safetensors"
+
+
+def plot_path(name: str, kind: str) -> str:
+    """Return where a plot of the set `name` lies."""
+    return f"plots/{check_name(name)}-{kind}.png"
+
+
+def read_manifest(store: Store, name: str) -> SetManifest:
+    """Return the manifest of the set `name`. Raises MissingError."""
+    require(
+        store, manifest_path(name), what=f"set {name}", run=f"slsgu build-sets {name} --source ..."
+    )
+    return store.read_record(manifest_path(name), SetManifest)
+
+
+def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
+    """Return which gradients belong to a set as it is built now. Raises StaleError."""
+    name = manifest.name
+    run = f"slsgu grad {name}"
+    require(store, pointer_path(name), what=f"gradients of {name}", run=run)
+    pointer = store.read_record(pointer_path(name), GradientPointer)
+    built = (manifest.forget.fingerprint, manifest.retain.fingerprint)
+    if (pointer.forget_data, pointer.retain_data) != built:
+        which = "forget" if pointer.forget_data != built[0] else "retain"
+        raise StaleError(
+            f"the gradients of {name} were computed before its {which} set was built anew",
+            hint=f"run `{run}`",
+        )
+    for digest in (pointer.forget, pointer.retain):
+        require(store, gradient_path(digest), what=f"gradient {digest} of {name}", run=run)
+    return pointer
+
+
+def read_ranking(store: Store, pointer: GradientPointer) -> Ranking:
+    """Return the ranking made from the gradients in use. Raises StaleError."""
+    name = pointer.name
+    run = f"slsgu rank {name}"
+    require(store, ranking_path(name), what=f"ranking of {name}", run=run)
+    ranking = store.read_record(ranking_path(name), Ranking)
+    if (ranking.forget, ranking.retain) != (pointer.forget, pointer.retain):
+        raise StaleError(
+            f"the ranking of {name} was made from other gradients than the store has now",
+            hint=f"run `{run}`",
+        )
+    return ranking

@@ -1,0 +1,88 @@
+"""Options that several commands take, each defined once."""
+
+from typing import Annotated
+
+import typer
+
+from slsgu_cli.records import Alignment, ModelSpec, Precision, Steer, Tower
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the set.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="open_clip name, local-dir:PATH, hf-hub:ID or an architecture .json.",
+    ),
+]
+Pretrained = Annotated[
+    str | None,
+    typer.Option("--pretrained", "-p", help="open_clip tag or checkpoint file, for a name."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Arithmetic; gradients are summed in fp32.")
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=2, help="Pairs in a mini-batch of the losses.")
+]
+MemoryBudget = Annotated[
+    str | None, typer.Option("--memory-budget", help="Limit for activations, such as 8G.")
+]
+CacheBudget = Annotated[
+    str | None, typer.Option("--cache-budget", help="Limit for kept activations, such as 8G.")
+]
+AlignmentOption = Annotated[
+    Alignment, typer.Option("--alignment", help="Magnitude of the cosine, or with its sign.")
+]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", help="Layers to rank: text or glob; repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Layers to leave out; repeatable.")
+]
+TowerOption = Annotated[Tower | None, typer.Option("--tower", help="Rank one tower only.")]
+SteerOption = Annotated[
+    Steer, typer.Option("--steer", help="Forget accuracy to bring to 0: top-1 or top-5.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Trials a layer (K in the paper).")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layer", help="Search this layer, on the front or not; repeatable."),
+]
+
+Full = Annotated[
+    bool, typer.Option("--full", help="Measure the utility of every trial, winner or not.")
+]
+
+
+def pairs(option: str, values: list[str] | None) -> dict[str, str]:
+    """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
+    from slsgu_cli.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in values or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{option} {text} is not NAME=VALUE", hint=f"{option} brands=...")
+        if name in found:
+            raise UsageError(f"{option} names {name} twice")
+        found[name] = value
+    return found
+
+
+def size(text: str | None) -> int | None:
+    """Return the bytes that a size option means, None where it is not given."""
+    from slsgu_cli.memory import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def model_spec(model: str | None, pretrained: str | None) -> ModelSpec | None:
+    """Return the model that the options name; None where they name none."""
+    from slsgu_cli.errors import UsageError
+
+    if model is None and pretrained is not None:
+        raise UsageError("--pretrained needs --model", hint="--model ARCH --pretrained TAG")
+    return None if model is None else ModelSpec(model, pretrained)

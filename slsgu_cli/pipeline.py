@@ -1,0 +1,206 @@
+"""From a set's name to its edit: found in the store, searched for, or given by hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import slsgu_cli
+from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
+from slsgu_cli.console import Console
+from slsgu_cli.edits import Edit, edit_path, load_edit, make_edit
+from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
+from slsgu_cli.layout import (
+    gradient_path,
+    manifest_path,
+    plot_path,
+    pointer_path,
+    ranking_path,
+    read_manifest,
+    read_pointer,
+)
+from slsgu_cli.models import resolve
+from slsgu_cli.naming import tower_of
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import EditHeader, GradientHeader, ModelSpec, Ranking, Steer, Tower
+from slsgu_cli.scoring import norm
+from slsgu_cli.search import SearchOptions, SearchResult, search
+from slsgu_cli.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyRequest:
+    """What `apply` is asked for. `layer` with `step` takes a gradient without a search."""
+
+    names: Sequence[str]
+    out: Path
+    model: ModelSpec | None = None
+    layer: str | None = None
+    step: float | None = None
+    scale: float = 1.0
+    revert: bool = False
+    force: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str = "auto"
+
+
+def edit_for(store: Store, name: str, *, options: SearchOptions, console: Console) -> Edit:
+    """Return the edit `name`, running the rank and search it still lacks.
+
+    Raises StaleError where the edit was made from gradients the set no longer has.
+    """
+    is_file = "/" in name or name.endswith(".safetensors")
+    if is_file or not store.exists(manifest_path(name)):
+        return load_edit(store, name)
+    if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
+        if not store.exists(ranking_path(name)):
+            console.note(f"{name} has no ranking yet: ranking its layers")
+            rank_and_plot(store, name, options=RankOptions())
+        console.note(f"{name} has no edit yet: searching for one")
+        result = search_and_plot(store, name, options=options, console=console)
+        require_forgotten(result)
+    edit = load_edit(store, name)
+    pointer = store.exists(pointer_path(name)) and read_pointer(store, read_manifest(store, name))
+    if pointer and edit.header.gradient != pointer.forget:
+        raise StaleError(
+            f"the edit {name} was made from other gradients than the set has now",
+            hint=f"run `slsgu rank {name}` and `slsgu search {name}`",
+        )
+    return edit
+
+
+def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
+    """Return the edit that moves `layer` by `step` along its stored gradient, unsearched.
+
+    Raises UsageError where the gradients have no such layer.
+    """
+    from slsgu_cli.weights import layer_digests, open_weights
+
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
+    path = gradient_path(pointer.forget)
+    header = store.read_header(path, GradientHeader)
+    exact = [known for known in header.weights if known == layer]
+    fitting = exact or [known for known in header.weights if layer in known]
+    tower = tower_of(fitting[0]) if len(fitting) == 1 else None
+    if tower is None:
+        raise UsageError(
+            f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
+            hint=f"run `slsgu rank {name}` for their names",
+        )
+    gradient = store.read_tensors(path, fitting)[fitting[0]]
+    before = open_weights(resolve(pointer.model).weights).read(fitting[0])
+    edit = EditHeader(
+        name=name,
+        concept=manifest.concept,
+        layer=fitting[0],
+        tower=tower,
+        step=step,
+        share=step * norm(gradient) / (norm(before) or 1.0),
+        model=pointer.model,
+        model_fingerprint=pointer.model_fingerprint,
+        digests=layer_digests(before),
+        gradient=pointer.forget,
+        steer=None,
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        version=slsgu_cli.__version__,
+    )
+    return make_edit(edit, delta=step * gradient, before=before)
+
+
+def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:
+    """Rank the layers of a set and draw each tower's front; return where the plots are."""
+    from slsgu_cli.plots import pareto_plot
+
+    ranking = rank(store, name, options=options)
+    plots = []
+    for tower in Tower:
+        if any(score.tower is tower for score in ranking.scores):
+            path = plot_path(name, f"front-{tower}")
+            title = f"{name}: {tower} layers"
+            store.write_bytes(path, pareto_plot(ranking.scores, tower=tower, title=title))
+            plots.append(store.where(path))
+    return ranking, plots
+
+
+def search_and_plot(
+    store: Store, name: str, *, options: SearchOptions, console: Console
+) -> SearchResult:
+    """Search a set's layers and draw the accuracies against the step for each."""
+    from slsgu_cli.plots import step_plot
+
+    result = search(store, name, options=options, console=console)
+    for layer in sorted({trial.layer for trial in result.trials.trials}):
+        step = result.chosen.step if layer == result.chosen.layer else None
+        path = plot_path(name, f"steps-{layer}")
+        store.write_bytes(path, step_plot(result.trials, layer=layer, chosen=step))
+    return result
+
+
+def require_forgotten(result: SearchResult) -> None:
+    """Raise NotForgottenError unless the chosen step brings the steered accuracy to 0."""
+    if result.forgotten:
+        return
+    chosen, trials = result.chosen, result.trials
+    raise NotForgottenError(
+        f"no step forgets {trials.name}: the best, {chosen.layer} at {chosen.step:.4g}, leaves "
+        f"FA@1 {chosen.forget.top1:.1f} and FA@5 {chosen.forget.top5:.1f} "
+        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}",
+        hint="the trials and this edit are kept; try --steps 20, or another --layer",
+    )
+
+
+def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
+    """Write the checkpoint that `request` describes, running what its edits still lack."""
+    options = SearchOptions(device=request.device)
+    if request.layer is not None:
+        if request.step is None or len(request.names) != 1:
+            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+        edits = [direct_edit(store, request.names[0], layer=request.layer, step=request.step)]
+    else:
+        edits = [edit_for(store, n, options=options, console=console) for n in request.names]
+        if request.step is not None:
+            edits = [edit.restepped(request.step) for edit in edits]
+    if request.scale != 1:
+        edits = [edit.scaled(request.scale) for edit in edits]
+    for edit in edits:
+        if edit.header.steer is not None and not _forgets(edit.header):
+            console.warn(
+                f"the edit {edit.header.name} does not forget completely: its search failed"
+            )
+    model = resolve(_shared_model(edits, request.model))
+    source = CheckpointSource(
+        model.spec, model.weights, model.folder, model.config, model.preprocess
+    )
+    return apply_edits(
+        edits,
+        source,
+        request.out,
+        console=console,
+        revert=request.revert,
+        force=request.force,
+        overwrite=request.overwrite,
+        dry_run=request.dry_run,
+    )
+
+
+def _forgets(header: EditHeader) -> bool:
+    if header.forget is None:
+        return False
+    return (header.forget.top5 if header.steer is Steer.FA5 else header.forget.top1) == 0
+
+
+def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:
+    """Return the model to edit: the one given, else the one all edits were made for."""
+    if given is not None:
+        return given
+    models = {str(edit.header.model): edit.header.model for edit in edits}
+    if len(models) > 1:
+        raise UsageError(
+            f"the edits were made for different models: {', '.join(sorted(models))}",
+            hint="say which to edit with --model",
+        )
+    return next(iter(models.values()))

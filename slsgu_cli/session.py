@@ -1,0 +1,120 @@
+"""What every command shares: the store, the console, and how it ends.
+
+`command` registers a function and gives it the common options. The function receives a
+`Session` first; it raises, and this module turns what it raises into a message on stderr
+and an exit code. Python's own traceback is shown with `--debug` only.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from slsgu_cli.console import Console
+from slsgu_cli.errors import ExitCode, SlsguError
+from slsgu_cli.store import Store
+
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="SLSGU_STORE",
+        help="Folder or fsspec URL where artifacts are kept.",
+        rich_help_panel="Common options",
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document.", rich_help_panel="Common options"),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Results only.", rich_help_panel="Common options"),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say how it is done.", rich_help_panel="Common options"),
+]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common options"),
+]
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "store": (StoreOption, "./slsgu-store"),
+    "as_json": (JsonOption, False),
+    "quiet": (QuietOption, False),
+    "verbose": (VerboseOption, False),
+    "debug": (DebugOption, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The store and the console of one command."""
+
+    store: Store
+    console: Console
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `(session, ...)` as the command `name` with the common options."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            common = {key: values.pop(key) for key in _COMMON}
+            verbosity = -1 if common["quiet"] else int(common["verbose"])
+            console = Console(verbosity=verbosity, as_json=common["as_json"])
+            with _Ending(console, debug=common["debug"]):
+                function(Session(Store(common["store"]), console), **values)
+                console.flush()
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for key, (kind, default) in _COMMON.items()
+        ]
+        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        run.__signature__ = inspect.Signature([*keyword, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*keyword, *shared]}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+class _Ending:
+    """Ends a command: an exit code for what was raised, and a message for the user."""
+
+    def __init__(self, console: Console, *, debug: bool) -> None:
+        self.console = console
+        self.debug = debug
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, typer.Exit | SystemExit):
+            return
+        if isinstance(error, BrokenPipeError):
+            # The reader of the pipe has gone; nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(ExitCode.UNEXPECTED)
+        if self.debug and not isinstance(error, KeyboardInterrupt):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self.console.warn("interrupted; what was complete is kept")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        if isinstance(error, SlsguError):
+            # Results that were ready before the error are results still.
+            self.console.flush()
+            self.console.error(error)
+            raise typer.Exit(error.exit_code) from None
+        text = f"unexpected {type(error).__name__}: {error}"
+        self.console.error(SlsguError(text, hint="add --debug to see where, and report it"))
+        raise typer.Exit(ExitCode.UNEXPECTED) from None

@@ -1,0 +1,114 @@
+"""Measuring one trial: what a step along one layer's gradient does to the accuracies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slsgu_cli.evaluation import Evaluation, EvaluationSet, accuracy
+from slsgu_cli.metrics import margins
+from slsgu_cli.records import Accuracy, LayerScore, Tower
+from slsgu_cli.zeroshot import edited
+
+# A vision trial's images are looked at in this many parts, the least certain ones first.
+PARTS = 24
+MIN_ROWS = 48
+
+
+@dataclass(slots=True)
+class Probe:
+    """One layer, its original values and its forget gradient."""
+
+    evaluation: Evaluation
+    score: LayerScore
+    gradient: Tensor
+    weight: Tensor = field(init=False)
+    stage: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weight = self.evaluation.model.get_parameter(self.score.layer).data
+        self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
+
+    def stepped(self, step: float) -> Tensor:
+        """Return the layer after a step; ascent of the forget loss for a positive one."""
+        return torch.add(self.weight, self.gradient, alpha=step)
+
+    def forget_accuracy(self, step: float) -> Accuracy:
+        """Return how often the concept is still recognised after a step."""
+        group = self.evaluation.forget
+        with edited(self.evaluation.model, self.score.layer, self.stepped(step)):
+            if self.score.tower is Tower.VISION:
+                features = group.images.after_edit(self.stage)
+                return accuracy(group.ranks(features, group.prompts.embeddings))
+            embeddings = group.prompts.after_edit(self.stage)
+        return accuracy(group.ranks(group.images.features, embeddings))
+
+
+@dataclass(slots=True)
+class UtilityMeter:
+    """Measures what a step keeps, and stops where it can no longer reach the best so far."""
+
+    evaluation: Evaluation
+    _order: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def measure(self, probe: Probe, step: float, *, beat: float) -> dict[str, Accuracy] | None:
+        """Return the accuracy on each evaluation set, or None once it must stay under `beat`.
+
+        `beat` is a mean top-1 accuracy in percent.
+        """
+        with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
+            if probe.score.tower is Tower.VISION:
+                return self._after_vision_edit(probe.stage, beat)
+            return self._after_text_edit(probe.stage)
+
+    def _after_text_edit(self, stage: int) -> dict[str, Accuracy]:
+        return {
+            name: accuracy(group.ranks(group.images.features, group.prompts.after_edit(stage)))
+            for name, group in self.evaluation.utility.items()
+        }
+
+    def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Accuracy] | None:
+        groups = self.evaluation.utility
+        ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
+        missed = dict.fromkeys(groups, 0)
+        for name, rows in self._parts(stage):
+            group = groups[name]
+            features = group.images.after_edit(stage, rows)
+            found = group.ranks(features, group.prompts.embeddings, rows)
+            ranks[name][rows] = found
+            missed[name] += int((found > 0).sum())
+            bound = sum(1 - missed[n] / len(g.images) for n, g in groups.items()) / len(groups)
+            if 100 * bound < beat - 1e-9:
+                return None
+        for name, group in groups.items():
+            self._order[name] = _hardest_first(group, ranks[name])
+        return {name: accuracy(found) for name, found in ranks.items()}
+
+    def _parts(self, stage: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield rows of the sets in turn, those most likely missed first where that is free."""
+        queues = []
+        for name, group in self.evaluation.utility.items():
+            rows = torch.arange(len(group.images), device=group.images.labels.device)
+            if group.images.keeps(stage):
+                if name not in self._order:
+                    self._order[name] = _hardest_first(group, group.base_ranks())
+                rows = self._order[name]
+            size = max(MIN_ROWS, -(-len(rows) // PARTS))
+            queues.append([(name, part) for part in torch.split(rows, size)])
+        for turn in range(max(map(len, queues))):
+            yield from (queue[turn] for queue in queues if turn < len(queue))
+
+
+def mean_top1(utility: dict[str, Accuracy]) -> float:
+    """Return the figure that utility is compared by: the mean top-1 over the sets."""
+    return sum(found.top1 for found in utility.values()) / len(utility)
+
+
+def _hardest_first(group: EvaluationSet, ranks: Tensor) -> Tensor:
+    """Return rows in the order in which an edit is likely to miss them.
+
+    Those that `ranks` has as missed come first, then by the original model's margin.
+    """
+    certainty = margins(group.images.features @ group.prompts.embeddings.T, group.images.labels)
+    return torch.argsort(certainty - 4.0 * (ranks > 0), stable=True)

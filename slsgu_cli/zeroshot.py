@@ -1,0 +1,163 @@
+"""Zero-shot classification of evaluation sets by a model whose weights may be edited.
+
+One pass over images and prompts gives the original model's features and, for the stages
+asked for, what enters them. An edit is then measured by running on from its layer's
+stage; the other tower's features stay what they were. What does not fit the cache budget
+is computed again from the nearest stage before it that was kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from slsgu_cli.batches import Pixels, by_length, read_ahead, spans
+from slsgu_cli.metrics import class_means
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.towers import EMBED, SplitTower
+
+ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
+
+
+@dataclass(slots=True)
+class CacheBudget:
+    """Bytes of activations that may still be kept."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes if they are left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+@dataclass(slots=True)
+class PromptSide:
+    """The prompts of one list of classes, and their class embeddings.
+
+    `tokens` is (prompts, context) and `owners` the class of each prompt. States are kept
+    a group of similar lengths at a time, since each group runs at its own length.
+    """
+
+    tower: SplitTower
+    tokens: Tensor
+    owners: Tensor
+    classes: int
+    embeddings: Tensor = field(init=False)
+    _groups: list[Tensor] = field(init=False)
+    _states: dict[int, list[Tensor]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = ROWS_PER_FORWARD[self.tokens.device.type]
+        self._groups = [g.to(self.tokens.device) for g in by_length(self.tower, self.tokens, size)]
+
+    def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
+        """Compute the class embeddings, keeping what enters `stages`."""
+        kept: dict[int, list[Tensor]] = {stage: [] for stage in stages if stage > EMBED}
+        features = []
+        for rows in self._groups:
+            short = self.tower.trim(self.tokens[rows])
+            x, at = short, EMBED
+            for stage in sorted(kept):
+                x = self.tower.advance(x, short, at, stage)
+                at = stage
+                if budget.take(x.nbytes):
+                    kept[stage].append(x)
+            features.append(self.tower.features(x, short, at))
+        self._states = {s: parts for s, parts in kept.items() if len(parts) == len(self._groups)}
+        self.embeddings = self._means(features)
+
+    def after_edit(self, stage: int) -> Tensor:
+        """Return the class embeddings with the weights as they are now, from `stage` on."""
+        start = max((s for s in self._states if s <= stage), default=EMBED)
+        features = []
+        for index, rows in enumerate(self._groups):
+            short = self.tower.trim(self.tokens[rows])
+            x = short if start == EMBED else self._states[start][index]
+            features.append(self.tower.features(x, short, start))
+        return self._means(features)
+
+    def _means(self, features: list[Tensor]) -> Tensor:
+        owners = self.owners[torch.cat(self._groups)]
+        return class_means(torch.cat(features), owners, self.classes)
+
+
+@dataclass(slots=True)
+class ImageSide:
+    """Some labelled rows of a data block, and their image features."""
+
+    tower: SplitTower
+    block: DataBlock
+    rows: npt.NDArray[np.integer]
+    labels: Tensor
+    normalize: Pixels
+    features: Tensor = field(init=False)
+    _states: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> Iterator[int]:
+        """Compute the features, keeping what enters `stages`; yield rows as they are done."""
+        wanted = sorted(stage for stage in set(stages) if stage > EMBED)
+        features: list[Tensor] = []
+        for start, pixels in self._pixel_chunks():
+            x, at, entering = pixels, EMBED, {}
+            for stage in wanted:
+                entering[stage] = x = self.tower.advance(x, pixels, at, stage)
+                at = stage
+            features.append(self.tower.features(x, pixels, at))
+            if start == 0:
+                self._reserve(entering, budget)
+            for stage, kept in self._states.items():
+                kept[start : start + len(pixels)] = entering[stage]
+            yield len(pixels)
+        self.features = torch.cat(features)
+
+    def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
+        """Return features with the weights as they are now, of some rows or of all."""
+        chosen = torch.arange(len(self)) if rows is None else rows.cpu()
+        start = max((s for s in self._states if s <= stage), default=EMBED)
+        parts = []
+        for some in torch.split(chosen, ROWS_PER_FORWARD[self.labels.device.type]):
+            if start == EMBED:
+                pixels = self.normalize(self.block.take(self.rows[some.numpy()]))
+                parts.append(self.tower.features(pixels, pixels))
+            else:
+                x = self._states[start][some.to(self.labels.device)]
+                parts.append(self.tower.features(x, x, start))
+        return torch.cat(parts)
+
+    def keeps(self, stage: int) -> bool:
+        """Return whether rows can be resumed in any order without reading images again."""
+        return any(kept <= stage for kept in self._states)
+
+    def _reserve(self, entering: dict[int, Tensor], budget: CacheBudget) -> None:
+        """Allocate room for the states that fit, the deepest first: they save the most."""
+        for stage, x in sorted(entering.items(), reverse=True):
+            if budget.take(x[0].nbytes * len(self)):
+                self._states[stage] = x.new_empty(len(self), *x.shape[1:])
+
+    def _pixel_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        ranges = spans(len(self), ROWS_PER_FORWARD[self.labels.device.type])
+        read = read_ahead(lambda span: self.block.take(self.rows[span[0] : span[1]]), ranges)
+        for (start, _), images in zip(ranges, read, strict=True):
+            yield start, self.normalize(images)
+
+
+@contextmanager
+def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
+    """Give `layer` other values for the length of a block; nothing is copied."""
+    parameter = model.get_parameter(layer)
+    original = parameter.data
+    parameter.data = values
+    try:
+        yield
+    finally:
+        parameter.data = original
