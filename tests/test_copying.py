@@ -145,3 +145,14 @@ def test_a_folder_takes_anothers_place(
         assert [path.name for path in target.iterdir()] == ["old"]
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems step aside first")
+def test_two_folders_swap_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "held").write_text(name)
+    assert copying._exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "held").read_text() == "other"
+    assert (tmp_path / "other" / "held").read_text() == "one"
+    assert not copying._exchange(tmp_path / "one", tmp_path / "nothing")

@@ -226,3 +226,18 @@ def test_patches_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             patched_copy(source, out, patches)
     assert not out.exists()
+
+
+def test_a_directory_that_promises_more_than_the_file_holds(tmp_path: Path) -> None:
+    path = save({"w": torch.ones(4)}, tmp_path / "m.pt")
+    with zipfile.ZipFile(path) as archive:
+        position = archive.start_dir
+        for info in archive.infolist():
+            if info.filename.endswith("data/0"):
+                break
+            position += 46 + len(info.filename) + len(info.extra) + len(info.comment)
+    data = bytearray(path.read_bytes())
+    data[position + 20 : position + 28] = struct.pack("<2I", 1 << 20, 1 << 20)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="cut short"):
+        open_weights(path)
