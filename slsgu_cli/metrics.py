@@ -18,7 +18,7 @@ def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     columns = torch.arange(logits.shape[1], device=logits.device)
     above = (logits > truth) | ((logits == truth) & (columns < labels.unsqueeze(1)))
     ranks = above.sum(dim=1)
-    return torch.where(torch.isfinite(truth.squeeze(1)), ranks, logits.shape[1])
+    return torch.where(torch.isfinite(logits).all(dim=1), ranks, max(logits.shape[1], TOP))
 
 
 def accuracies(ranks: Tensor) -> tuple[float, float]:
