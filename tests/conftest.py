@@ -1,0 +1,106 @@
+"""Fixtures that several test files share.
+
+A world is a store with a set that is built, graded and ranked (see `worlds.py`):
+
+- `world`, of this test alone: the colour blue and a tiny model of coloured shapes (see
+  `tiny_clip.py`), with evaluation sets of 64 colours and 40 shapes;
+- `shared_world`, the same for all tests, to which nobody may write;
+- `demo_world`, shared too: facebook and the embedded CLIP, with few rows.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import slsgu_cli
+from slsgu_cli.records import ModelSpec
+from slsgu_cli.store import Store
+
+DEMO = Path(slsgu_cli.__file__).parent / "demo"
+
+
+@pytest.fixture
+def console():
+    from worlds import Ear
+
+    return Ear()
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    """The embedded CLIP: 64 pixels, 8 blocks a tower, 32 tokens."""
+    return ModelSpec(f"local-dir:{DEMO / 'clip'}")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A `local-dir:` model that tells colours and shapes apart; do not write to it."""
+    import tiny_clip
+
+    folder = tmp_path_factory.mktemp("tiny") / "clip"
+    return ModelSpec(f"local-dir:{tiny_clip.write_folder(folder, tiny_clip.fitted_model())}")
+
+
+@pytest.fixture(scope="session")
+def shared_world(tiny_model, tmp_path_factory):
+    import tiny_clip
+    from worlds import World
+
+    folder = tmp_path_factory.mktemp("shapes")
+    kinds = {"colour": range(1000, 1064), "shape": range(2000, 2040)}
+    labelled = tiny_clip.write_labelled(folder / "labelled.parquet", kinds)
+    templates = folder / "templates.txt"
+    templates.write_text("a photo of the {}.\na drawing of the {}.\n{}\n")
+    sources = {
+        "pairs": tiny_clip.write_pairs(folder / "pairs.parquet", range(160)),
+        "first": f"{labelled}?kind=colour",
+        "second": f"{labelled}?kind=shape",
+        "templates": str(templates),
+    }
+    world = World(Store(str(folder / "store")), "blue", tiny_model, sources)
+    world.build()
+    world.grade()
+    return world
+
+
+@pytest.fixture
+def world(shared_world, tmp_path):
+    from dataclasses import replace
+
+    folder = tmp_path / "store"
+    shutil.copytree(shared_world.store.root, folder)
+    return replace(shared_world, store=Store(str(folder)))
+
+
+@pytest.fixture(scope="session")
+def demo_world(demo_model, tmp_path_factory):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    from worlds import World
+
+    folder = tmp_path_factory.mktemp("demo")
+    train = pq.read_table(DEMO / "train.parquet")
+    about = pc.match_substring(pc.ascii_lower(train["caption"]), "facebook")
+    some = [train.filter(about).slice(0, 20), train.filter(pc.invert(about)).slice(0, 70)]
+    pq.write_table(pa.concat_tables(some), folder / "pairs.parquet")
+    left = {"facebook": 12, **dict.fromkeys(("github", "twitter", "google", "npm", "php"), 5)}
+    left |= dict.fromkeys(("star", "fish", "key", "sun"), 4)
+    labelled = []
+    for row in pq.read_table(DEMO / "heldout.parquet").to_pylist():
+        if left.get(row["concept"], 0) > 0:
+            left[row["concept"]] -= 1
+            labelled.append({**row, "label": row["concept"]})
+    pq.write_table(pa.Table.from_pylist(labelled), folder / "labelled.parquet")
+    (folder / "templates.txt").write_text("{}\na {} icon\n")
+    sources = {
+        "pairs": str(folder / "pairs.parquet"),
+        "first": f"{folder}/labelled.parquet?kind=brand",
+        "second": f"{folder}/labelled.parquet?kind=object",
+        "templates": str(folder / "templates.txt"),
+    }
+    world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
+    world.build()
+    world.grade()
+    return world

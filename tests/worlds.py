@@ -1,0 +1,72 @@
+"""Whole stores for the tests: sets that are built, graded and ranked."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from slsgu_cli.build import BuildRequest, build_sets
+from slsgu_cli.console import Console
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.layout import read_manifest, read_pointer, read_ranking
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import GradientPointer, ModelSpec, PassOptions, Ranking, SetManifest
+from slsgu_cli.store import Store
+
+
+@dataclass
+class Ear(Console):
+    """A console that remembers what it was told and prints nothing."""
+
+    heard: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+    warn = detail = note
+
+
+@dataclass(frozen=True)
+class World:
+    """A store with one set, the model it is about and the sources it was built from."""
+
+    store: Store
+    name: str
+    model: ModelSpec
+    sources: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return Path(self.model.name.removeprefix("local-dir:"))
+
+    @property
+    def manifest(self) -> SetManifest:
+        return read_manifest(self.store, self.name)
+
+    @property
+    def pointer(self) -> GradientPointer:
+        return read_pointer(self.store, self.manifest)
+
+    @property
+    def ranking(self) -> Ranking:
+        return read_ranking(self.store, self.pointer)
+
+    def build(self, **changes) -> SetManifest:
+        """Build the set, with `changes` to the request."""
+        request = BuildRequest(
+            name=self.name,
+            concept=self.name,
+            model=self.model,
+            sources=[self.sources["pairs"]],
+            retain_samples=60,
+            label_column="label",
+            evals={name: self.sources[name] for name in ("first", "second")},
+            templates=dict.fromkeys(("first", "second"), self.sources["templates"]),
+        )
+        return build_sets(self.store, replace(request, **changes), console=Ear())
+
+    def grade(self, **options) -> None:
+        """Compute the gradients and rank the layers."""
+        compute_gradients(
+            self.store, self.name, model=None, options=PassOptions(**options), console=Ear()
+        )
+        rank(self.store, self.name, options=RankOptions())
