@@ -125,12 +125,11 @@ class GradientPass:
     def _pairs_per_forward(self, block: DataBlock) -> int:
         """Return how many pairs to run at once: whole mini-batches within the budget."""
         size = self.options.batch_size
-        probe = min(size, block.rows)
-        needed = self._activation_bytes(block, probe) / probe
+        needed = self._pair_bytes(block)
         budget = self.options.memory_budget or spare(self.options.device)
         if needed * size > budget:
             self.vision.checkpointing = self.text.checkpointing = True
-            needed = self._activation_bytes(block, probe) / probe
+            needed = self._pair_bytes(block)
             self.console.note("memory is short: activations are recomputed block by block")
         fits = max(1, int(budget / needed / size))
         pairs = size * max(1, min(fits, BEST_PAIRS[self._kind] // size))
@@ -138,6 +137,15 @@ class GradientPass:
             f"{needed / 2**20:.1f} MiB of activations a pair, {pairs} pairs a forward"
         )
         return pairs
+
+    def _pair_bytes(self, block: DataBlock) -> float:
+        """Return what a backward keeps of one pair, from a forward of one mini-batch."""
+        rows = min(self.options.batch_size, block.rows)
+        try:
+            return self._activation_bytes(block, rows) / rows
+        except torch.cuda.OutOfMemoryError:
+            self._shrink(rows)
+        return self._pair_bytes(block)
 
     def _activation_bytes(self, block: DataBlock, rows: int) -> int:
         """Return what a backward keeps of a forward over the first `rows` pairs."""

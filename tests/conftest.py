@@ -83,7 +83,7 @@ def demo_world(demo_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     train = pq.read_table(DEMO / "train.parquet")
     about = pc.match_substring(pc.ascii_lower(train["caption"]), "facebook")
-    some = [train.filter(about).slice(0, 20), train.filter(pc.invert(about)).slice(0, 70)]
+    some = [train.filter(about).slice(0, 20), train.filter(pc.invert(about)).slice(0, 40)]
     pq.write_table(pa.concat_tables(some), folder / "pairs.parquet")
     left = {"facebook": 12, **dict.fromkeys(("github", "twitter", "google", "npm", "php"), 5)}
     left |= dict.fromkeys(("star", "fish", "key", "sun"), 4)
@@ -101,6 +101,6 @@ def demo_world(demo_model, tmp_path_factory):
         "templates": str(folder / "templates.txt"),
     }
     world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
-    world.build()
+    world.build(retain_samples=36)
     world.grade()
     return world
