@@ -1,8 +1,9 @@
-"""The towers of a CLIP model, split so that a forward can stop and resume at any block.
+"""The towers of a CLIP model, split so that a forward can stop and resume at any stage.
 
-A tower is an embedding, `depth` blocks and a head. `stage_of` tells where a parameter
-first acts: EMBED, a block's index, or `depth` for the head; everything before that stage
-is untouched by an edit of the parameter and need not run again.
+A tower is an embedding, `depth` stages and a head. A stage is half a residual block, its
+attention or its MLP, or a whole block where the halves are unknown. `stage_of` tells where
+a parameter first acts: EMBED, a stage, or `depth` for the head; everything before that is
+untouched by an edit of the parameter and need not run again.
 
 Two exact savings are built in. A causal text tower runs at the longest prompt's length
 and not at the context length. Where the head reads one token only, the last block
@@ -20,32 +21,35 @@ from torch.utils.checkpoint import checkpoint
 
 EMBED = -1
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
+_MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
 
 
 class SplitTower(ABC):
     """One tower; `inputs` are normalised pixels (N, 3, H, W) or token ids (N, L)."""
 
     depth: int
+    halves = False
     checkpointing = False
     exact_split = True
 
     @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what enters block 0."""
+        """Return what enters stage 0."""
 
     @abstractmethod
-    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return what leaves block `index`; the last block may return pooled rows."""
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return what leaves stage `index`; the last block may leave pooled rows."""
 
     @abstractmethod
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return features (N, E), not normalised, from what leaves the last block."""
+        """Return features (N, E), not normalised, from what leaves the last stage."""
 
     def stage_of(self, parameter: str) -> int:
         """Return the first stage that `parameter` acts in."""
         match = _BLOCK.search(parameter)
         if match:
-            return int(match.group(1))
+            block = int(match.group(1))
+            return 2 * block + bool(_MLP_HALF.search(parameter)) if self.halves else block
         is_head = re.search(
             r"ln_post|proj$|proj\.weight$|ln_final|(^|\.)norm\.|fc_norm|head", parameter
         )
@@ -57,9 +61,9 @@ class SplitTower(ABC):
             x, start = self.embed(x), 0
         for index in range(start, min(stop, self.depth)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.block, index, x, inputs, use_reentrant=False)
+                x = checkpoint(self.stage, index, x, inputs, use_reentrant=False)
             else:
-                x = self.block(index, x, inputs)
+                x = self.stage(index, x, inputs)
         return x
 
     def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
@@ -82,20 +86,24 @@ class OpenClipVision(SplitTower):
     def __init__(self, visual: Any) -> None:
         self.visual = visual
         self.blocks = visual.transformer.resblocks
-        self.depth = len(self.blocks)
-        self.one_token = (
-            visual.attn_pool is None and visual.pool_type == "tok" and _is_plain(self.blocks[-1])
-        )
+        self.halves = all(map(_is_plain, self.blocks))
+        self.depth = len(self.blocks) * (1 + self.halves)
+        self.one_token = self.halves and visual.attn_pool is None and visual.pool_type == "tok"
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the normalised patch and class tokens."""
         return _tensor(self.visual._embeds(inputs))
 
-    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run one block, the last one for the class token only where that is all that counts."""
-        if index == self.depth - 1 and self.one_token:
-            return residual_block(self.blocks[index], x, keep=x.new_zeros(x.shape[0]))
-        return run_block(self.blocks[index], x, mask=None)
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run half a block, the last one for the class token only if that is all that counts."""
+        if not self.halves:
+            return _tensor(self.blocks[index](x))
+        if index % 2:
+            return mlp_half(self.blocks[index // 2], x)
+        last = index == self.depth - 2 and self.one_token
+        return attention_half(
+            self.blocks[index // 2], x, keep=x.new_zeros(x.shape[0]) if last else None
+        )
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Pool, normalise and project."""
@@ -109,13 +117,11 @@ class OpenClipText(SplitTower):
     def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
         self.owner = owner
         self.blocks = owner.transformer.resblocks
-        self.depth = len(self.blocks)
+        self.halves = all(map(_is_plain, self.blocks))
+        self.depth = len(self.blocks) * (1 + self.halves)
         self.pool_type = pool_type
         self.eos_id = eos_id
         self.causal = owner.attn_mask is not None
-        self.one_token = pool_type in ("argmax", "eos", "last", "first") and _is_plain(
-            self.blocks[-1]
-        )
         self.shortens = self.causal and pool_type in ("argmax", "eos")
 
     def lengths(self, inputs: Tensor) -> Tensor:
@@ -127,18 +133,20 @@ class OpenClipText(SplitTower):
         x = self.owner.token_embedding(inputs)
         return _tensor(x + self.owner.positional_embedding[: inputs.shape[1]])
 
-    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run one block, the last one for the pooled token only."""
-        if index == self.depth - 1 and self.one_token:
-            keep = self._pooled_at(inputs)
-            return residual_block(self.blocks[index], x, causal=self.causal, keep=keep)
-        length = x.shape[1]
-        mask = self.owner.attn_mask[:length, :length] if self.causal else None
-        return run_block(self.blocks[index], x, mask=mask)
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run half a block, the last one for the pooled token only."""
+        if not self.halves:
+            length = x.shape[1]
+            mask = self.owner.attn_mask[:length, :length] if self.causal else None
+            return _tensor(self.blocks[index](x, attn_mask=mask))
+        if index % 2:
+            return mlp_half(self.blocks[index // 2], x)
+        keep = self._pooled_at(inputs) if index == self.depth - 2 else None
+        return attention_half(self.blocks[index // 2], x, causal=self.causal, keep=keep)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise, pool and project."""
-        if not self.one_token:
+        if not self.halves:
             x = x[torch.arange(x.shape[0], device=x.device), self._pooled_at(inputs)]
         x = self.owner.ln_final(x)
         projection = self.owner.text_projection
@@ -175,7 +183,7 @@ class TimmVision(SplitTower):
             x = x if layer is None else layer(x)
         return _tensor(x)
 
-    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
         """Run one block of the trunk."""
         block = self.trunk.blocks[index]
         return _tensor(block(x) if self.rope is None else block(x, rope=self.rope))
@@ -202,8 +210,8 @@ class WholeTower(SplitTower):
         """Return the features; there is nothing to stop at."""
         return _tensor(self.encode(inputs))
 
-    def block(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Raise: there are no blocks."""
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Raise: there are no stages."""
         raise IndexError(index)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -234,17 +242,10 @@ def text_tower(model: Any) -> SplitTower:
     return WholeTower(model.encode_text)
 
 
-def run_block(block: Any, x: Tensor, *, mask: Tensor | None) -> Tensor:
-    """Run one residual block, by the fused attention kernel where the block is a plain one."""
-    if _is_plain(block):
-        return residual_block(block, x, causal=mask is not None)
-    return _tensor(block(x, attn_mask=mask))
-
-
-def residual_block(
+def attention_half(
     block: Any, x: Tensor, *, causal: bool = False, keep: Tensor | None = None
 ) -> Tensor:
-    """Run an open_clip residual block with one fused projection and attention kernel.
+    """Run the attention of an open_clip residual block by one fused projection and kernel.
 
     With `keep`, the position of one token a row, only that token leaves the block, as
     (rows, width): keys and values of all tokens, everything else of one.
@@ -271,7 +272,11 @@ def residual_block(
         ).reshape(rows, width)
         x = x[here]
     projected = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
-    x = x + block.ls_1(projected)
+    return _tensor(x + block.ls_1(projected))
+
+
+def mlp_half(block: Any, x: Tensor) -> Tensor:
+    """Run the MLP of an open_clip residual block."""
     return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
 
 
@@ -281,7 +286,7 @@ def _visible(keep: Tensor, length: int) -> Tensor:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether `residual_block` computes what `block` computes."""
+    """Return whether the two halves together compute what `block` computes."""
     attention = getattr(block, "attn", None)
     return (
         type(block).__name__ == "ResidualAttentionBlock"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from slsgu_cli.evaluation import Evaluation, EvaluationSet, accuracy
-from slsgu_cli.metrics import margins
+from slsgu_cli.evaluation import Evaluation, accuracy
+from slsgu_cli.metrics import margins, ranks_of_truth
 from slsgu_cli.records import Accuracy, LayerScore, Tower
-from slsgu_cli.zeroshot import edited
+from slsgu_cli.zeroshot import PromptSide, edited
 
 # A vision trial's images are looked at in this many parts, the least certain ones first.
 PARTS = 24
@@ -25,6 +25,7 @@ class Probe:
     gradient: Tensor
     weight: Tensor = field(init=False)
     stage: int = field(init=False)
+    _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weight = self.evaluation.model.get_parameter(self.score.layer).data
@@ -41,8 +42,14 @@ class Probe:
             if self.score.tower is Tower.VISION:
                 features = group.images.after_edit(self.stage)
                 return accuracy(group.ranks(features, group.prompts.embeddings))
-            embeddings = group.prompts.after_edit(self.stage)
+            embeddings = self._embeddings[step] = group.prompts.after_edit(self.stage)
         return accuracy(group.ranks(group.images.features, embeddings))
+
+    def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
+        """Return the classes after a step of a text layer, which must be in place."""
+        if prompts is self.evaluation.forget.prompts and step in self._embeddings:
+            return self._embeddings[step]
+        return prompts.after_edit(self.stage)
 
 
 @dataclass(slots=True)
@@ -50,7 +57,7 @@ class UtilityMeter:
     """Measures what a step keeps, and stops where it can no longer reach the best so far."""
 
     evaluation: Evaluation
-    _order: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def measure(self, probe: Probe, step: float, *, beat: float) -> dict[str, Accuracy] | None:
         """Return the accuracy on each evaluation set, or None once it must stay under `beat`.
@@ -60,13 +67,12 @@ class UtilityMeter:
         with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
             if probe.score.tower is Tower.VISION:
                 return self._after_vision_edit(probe.stage, beat)
-            return self._after_text_edit(probe.stage)
-
-    def _after_text_edit(self, stage: int) -> dict[str, Accuracy]:
-        return {
-            name: accuracy(group.ranks(group.images.features, group.prompts.after_edit(stage)))
-            for name, group in self.evaluation.utility.items()
-        }
+            return {
+                name: accuracy(
+                    group.ranks(group.images.features, probe.class_embeddings(group.prompts, step))
+                )
+                for name, group in self.evaluation.utility.items()
+            }
 
     def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Accuracy] | None:
         groups = self.evaluation.utility
@@ -74,26 +80,30 @@ class UtilityMeter:
         missed = dict.fromkeys(groups, 0)
         for name, rows in self._parts(stage):
             group = groups[name]
-            features = group.images.after_edit(stage, rows)
-            found = group.ranks(features, group.prompts.embeddings, rows)
+            logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
+            found = ranks_of_truth(logits, group.images.labels[rows])
+            self._lead[name][rows] = margins(logits, group.images.labels[rows])
             ranks[name][rows] = found
             missed[name] += int((found > 0).sum())
             bound = sum(1 - missed[n] / len(g.images) for n, g in groups.items()) / len(groups)
             if 100 * bound < beat - 1e-9:
                 return None
-        for name, group in groups.items():
-            self._order[name] = _hardest_first(group, ranks[name])
         return {name: accuracy(found) for name, found in ranks.items()}
 
     def _parts(self, stage: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield rows of the sets in turn, those most likely missed first where that is free."""
+        """Yield rows of the sets in turn, those most likely missed first where that is free.
+
+        The guess is the margin by which the true class led when the row was last looked
+        at, by the original model or after the last edit that was measured.
+        """
         queues = []
         for name, group in self.evaluation.utility.items():
-            rows = torch.arange(len(group.images), device=group.images.labels.device)
-            if group.images.keeps(stage):
-                if name not in self._order:
-                    self._order[name] = _hardest_first(group, group.base_ranks())
-                rows = self._order[name]
+            if name not in self._lead:
+                logits = group.images.features @ group.prompts.embeddings.T
+                self._lead[name] = margins(logits, group.images.labels)
+            lead = self._lead[name]
+            free = group.images.keeps(stage)
+            rows = torch.argsort(lead) if free else torch.arange(len(lead), device=lead.device)
             size = max(MIN_ROWS, -(-len(rows) // PARTS))
             queues.append([(name, part) for part in torch.split(rows, size)])
         for turn in range(max(map(len, queues))):
@@ -103,12 +113,3 @@ class UtilityMeter:
 def mean_top1(utility: dict[str, Accuracy]) -> float:
     """Return the figure that utility is compared by: the mean top-1 over the sets."""
     return sum(found.top1 for found in utility.values()) / len(utility)
-
-
-def _hardest_first(group: EvaluationSet, ranks: Tensor) -> Tensor:
-    """Return rows in the order in which an edit is likely to miss them.
-
-    Those that `ranks` has as missed come first, then by the original model's margin.
-    """
-    certainty = margins(group.images.features @ group.prompts.embeddings.T, group.images.labels)
-    return torch.argsort(certainty - 4.0 * (ranks > 0), stable=True)
