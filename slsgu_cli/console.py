@@ -154,7 +154,10 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.2f}"
+        if abs(value) < 0.01 or abs(value) >= 1000:
+            return f"{value:.4g}"
+        # Two decimals or three digits, whichever says more: 96.97, 0.50, 0.0379.
+        return max(f"{value:.2f}", f"{value:.3g}", key=len)
     # A caption may hold anything: no tab, line break or terminal escape may leave its cell.
     return " ".join(_CONTROL.sub(" ", str(value)).split())
 

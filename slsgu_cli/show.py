@@ -155,12 +155,19 @@ def before_after(console: Console, models: dict[str, tuple[Accuracy, dict[str, A
                 (f"TA@{k} {name}", *(getattr(f, attribute) if f else None for f in figures))
             )
     if len(labels) == 2:
-        rows = [(*row, None if row[2] is None else row[2] - row[1]) for row in rows]
+        rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
         labels = [*labels, "change"]
     console.table("accuracy", ("figure", *labels), rows, title="accuracy in percent")
 
 
 def listing(console: Console, found: "Sequence[Entry]") -> None:
     """Print what the store holds."""
-    rows = [(entry.kind, entry.name, entry.size, entry.state, entry.made_from) for entry in found]
-    console.table("store", ("kind", "name", "bytes", "state", "made from"), rows)
+    rows = [
+        (entry.kind, entry.name, entry.size, _state(entry), entry.summary() or None)
+        for entry in found
+    ]
+    console.table("store", ("kind", "name", "bytes", "state", "made from"), rows, data=found)
+
+
+def _state(entry: "Entry") -> str:
+    return f"{entry.state}: {entry.reason}" if entry.reason else str(entry.state)
