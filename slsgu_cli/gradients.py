@@ -131,6 +131,7 @@ def _wanted(
             "revision": REVISION,
             "model": model_fingerprint,
             "data": data.fingerprint,
+            "input": manifest.input,
             "loss": loss,
             "batch_size": options.batch_size,
             "precision": options.precision,

@@ -1,0 +1,219 @@
+"""Gradients are addressed by what they were computed from, and computed once."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_clip
+from safetensors.numpy import load_file, save_file
+
+from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.layout import gradient_path, pointer_path
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision
+
+
+def compute(world, console, *, model=None, **options):
+    return compute_gradients(
+        world.store, world.name, model=model, options=PassOptions(**options), console=console
+    )
+
+
+@pytest.fixture
+def own_model(world, tmp_path):
+    """The world's model in a folder of this test's own."""
+    return ModelSpec(f"local-dir:{shutil.copytree(world.folder, tmp_path / 'clip')}")
+
+
+def weights_file(model):
+    return f"{model.name.removeprefix('local-dir:')}/open_clip_model.safetensors"
+
+
+def reconfigured(model, **changes):
+    """Change the preprocessing that a model folder asks for."""
+    path = f"{model.name.removeprefix('local-dir:')}/open_clip_config.json"
+    with open(path) as file:
+        content = json.load(file)
+    content["preprocess_cfg"] |= changes
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+def test_headers_say_what_the_gradients_are_of(world):
+    manifest, pointer = world.manifest, world.pointer
+    weights = load_file(weights_file(world.model))
+    for role, loss, batches in (("forget", "cosine", 2), ("retain", "contrastive", 4)):
+        path = gradient_path(getattr(pointer, role))
+        header = world.store.read_header(path, GradientHeader)
+        data = getattr(manifest, role)
+        assert (header.loss, header.sign, header.batch_size) == (loss, "+grad", 16)
+        assert (header.rows, header.batches, header.data) == (data.rows, batches, data.fingerprint)
+        assert header.model == pointer.model_fingerprint
+        assert header.mean_loss > 0
+        arrays = world.store.read_tensors(path)
+        assert set(arrays) == set(header.weights)
+        for name, weight in header.weights.items():
+            assert weight.shape == arrays[name].shape == weights[name].shape
+            assert weight.norm == pytest.approx(np.linalg.norm(weights[name].astype(float)))
+            assert arrays[name].dtype == np.float32
+
+
+def test_a_second_call_computes_nothing(world, console):
+    again = compute(world, console)
+    assert again.computed == ()
+    assert again.pointer == world.pointer
+    assert sum("in the store already" in text for text in console.heard) == 2
+
+
+def test_a_hit_imports_no_torch(world):
+    program = """
+import sys
+from slsgu_cli.console import Console
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.records import PassOptions
+from slsgu_cli.store import Store
+found = compute_gradients(
+    Store(sys.argv[1]), "blue", model=None, options=PassOptions(), console=Console(verbosity=-1)
+)
+heavy = {"torch", "open_clip", "torchvision", "zarr", "pyarrow"} & set(sys.modules)
+print(found.computed, sorted(heavy))
+"""
+    command = [sys.executable, "-c", program, world.store.root]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "() []"
+
+
+def test_concepts_with_one_retain_set_share_its_gradient(world, console):
+    neutral = [f"{world.sources['pairs']}?colour=white&colour=cyan"]
+    for name in ("blue", "red"):
+        replace(world, name=name).build(retain_sources=neutral, retain_samples=30)
+    first, second = (compute(replace(world, name=name), console) for name in ("blue", "red"))
+    assert first.computed == ("retain",)  # its forget rows are what they were
+    assert second.computed == ("forget",)
+    assert first.pointer.retain == second.pointer.retain
+    assert first.pointer.forget != second.pointer.forget
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 8}, {"precision": Precision.BF16}])
+def test_options_that_change_the_numbers_change_the_address(change, world, console):
+    before = world.pointer
+    result = compute(world, console, **change)
+    assert result.computed == ("forget", "retain")
+    after = result.pointer
+    assert not {after.forget, after.retain} & {before.forget, before.retain}
+    assert world.pointer == after
+    assert world.store.exists(gradient_path(before.forget))
+
+
+@pytest.mark.parametrize("change", [{"memory_budget": 1}, {"device": "auto"}])
+def test_options_that_change_speed_alone_do_not(change, world, console):
+    assert compute(world, console, **change).computed == ()
+
+
+def test_other_weights_change_the_address(world, own_model, console):
+    assert compute(world, console, model=own_model).computed == ()
+    weights = load_file(weights_file(own_model))
+    weights["visual.ln_post.bias"][0] += 1e-3
+    save_file(weights, weights_file(own_model))
+    result = compute(world, console, model=own_model)
+    assert result.computed == ("forget", "retain")
+    assert result.pointer.model == own_model
+    assert result.pointer.model_fingerprint != world_before(world)
+
+
+def world_before(world):
+    """Return the fingerprint of the model that the world was made with."""
+    from slsgu_cli.models import fingerprint, resolve
+
+    return fingerprint(resolve(world.model))
+
+
+def test_an_architecture_with_other_arithmetic_changes_the_address(world, tmp_path, console):
+    folder = shutil.copytree(world.folder, tmp_path / "quick")
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["quick_gelu"] = True
+    path.write_text(json.dumps(content))
+    result = compute(world, console, model=ModelSpec(f"local-dir:{folder}"))
+    assert result.computed == ("forget", "retain")
+
+
+def test_other_rows_change_the_address_of_their_role(world, console):
+    world.build(retain_samples=40)
+    assert compute(world, console).computed == ("retain",)
+    world.build(retain_samples=40, max_forget=10)
+    assert compute(world, console).computed == ("forget",)
+
+
+def test_ranking_a_set_built_anew_is_refused(world, console):
+    for changes, role in (({"retain_samples": 40}, "retain"), ({"max_forget": 10}, "forget")):
+        world.build(**changes)
+        with pytest.raises(StaleError, match=f"before its {role} set was built anew"):
+            rank(world.store, "blue", options=RankOptions())
+    compute(world, console)
+    assert rank(world.store, "blue", options=RankOptions()).scores
+
+
+def test_a_model_with_other_inputs_is_refused(world, tmp_path, console):
+    vision = tiny_clip.CONFIG["vision_cfg"] | {"image_size": 24}
+    folder = tiny_clip.write_folder(tmp_path / "small", vision_cfg=vision)
+    before = world.pointer
+    with pytest.raises(StaleError, match="takes other inputs: height 24, the set has 32") as error:
+        compute(world, console, model=ModelSpec(f"local-dir:{folder}"))
+    assert "slsgu build-sets blue" in error.value.hint
+    assert world.pointer == before
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
+def test_pixels_on_another_scale_are_other_inputs(change, world, own_model, console):
+    """The rows stay the same bytes, yet the model sees other numbers."""
+    reconfigured(own_model, **change)
+    own = replace(world, model=own_model)
+    own.build()
+    assert own.manifest.forget.fingerprint == world.manifest.forget.fingerprint
+    result = compute(own, console)
+    assert result.computed == ("forget", "retain")
+    fresh = replace(own, store=type(own.store)(own.store.root + "-fresh"))
+    fresh.build()
+    compute(fresh, console)
+    for role in ("forget", "retain"):
+        found, expected = (
+            w.store.read_tensors(gradient_path(getattr(w.pointer, role))) for w in (own, fresh)
+        )
+        np.testing.assert_array_equal(found["visual.proj"], expected["visual.proj"])
+
+
+def test_sigmoid_models_retain_by_the_sigmoid_loss(world, tmp_path, console):
+    folder = tiny_clip.write_folder(tmp_path / "siglip", custom_text=True, init_logit_bias=-2.0)
+    result = compute(world, console, model=ModelSpec(f"local-dir:{folder}"), batch_size=32)
+    assert result.headers["retain"].loss == "sigmoid"
+    assert result.headers["forget"].loss == "cosine"
+
+
+def test_a_set_smaller_than_a_mini_batch_is_one(world, console):
+    result = compute(world, console, batch_size=500)
+    header = result.headers["retain"]
+    assert (header.batches, header.batch_size, header.rows) == (1, 500, 60)
+
+
+def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model, console):
+    weights = load_file(weights_file(own_model))
+    weights["visual.proj"][0, 0] = np.nan
+    save_file(weights, weights_file(own_model))
+    files = world.store.names("gradients")
+    before = world.store.read_bytes(pointer_path("blue"))
+    with pytest.raises(InputError, match="not finite in mini-batch 0"):
+        compute(world, console, model=own_model)
+    assert world.store.names("gradients") == files
+    assert world.store.unfinished("gradients") == []
+    assert world.store.read_bytes(pointer_path("blue")) == before
+
+
+def test_a_set_that_is_not_there_is_told(world, console):
+    with pytest.raises(MissingError, match="set nobody"):
+        compute(replace(world, name="nobody"), console)
