@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import gradient_path, pointer_path
+from slsgu_cli.models import fingerprint, resolve
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision
 
@@ -30,18 +32,20 @@ def own_model(world, tmp_path):
     return ModelSpec(f"local-dir:{shutil.copytree(world.folder, tmp_path / 'clip')}")
 
 
+def folder_of(model):
+    return Path(model.name.removeprefix("local-dir:"))
+
+
 def weights_file(model):
-    return f"{model.name.removeprefix('local-dir:')}/open_clip_model.safetensors"
+    return folder_of(model) / "open_clip_model.safetensors"
 
 
-def reconfigured(model, **changes):
-    """Change the preprocessing that a model folder asks for."""
-    path = f"{model.name.removeprefix('local-dir:')}/open_clip_config.json"
-    with open(path) as file:
-        content = json.load(file)
-    content["preprocess_cfg"] |= changes
-    with open(path, "w") as file:
-        json.dump(content, file)
+def reconfigured(folder, section, **changes):
+    """Change a section of a model folder's configuration."""
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content[section] |= changes
+    path.write_text(json.dumps(content))
 
 
 def test_headers_say_what_the_gradients_are_of(world):
@@ -123,22 +127,12 @@ def test_other_weights_change_the_address(world, own_model, console):
     result = compute(world, console, model=own_model)
     assert result.computed == ("forget", "retain")
     assert result.pointer.model == own_model
-    assert result.pointer.model_fingerprint != world_before(world)
-
-
-def world_before(world):
-    """Return the fingerprint of the model that the world was made with."""
-    from slsgu_cli.models import fingerprint, resolve
-
-    return fingerprint(resolve(world.model))
+    assert result.pointer.model_fingerprint != fingerprint(resolve(world.model))
 
 
 def test_an_architecture_with_other_arithmetic_changes_the_address(world, tmp_path, console):
     folder = shutil.copytree(world.folder, tmp_path / "quick")
-    path = folder / "open_clip_config.json"
-    content = json.loads(path.read_text())
-    content["model_cfg"]["quick_gelu"] = True
-    path.write_text(json.dumps(content))
+    reconfigured(folder, "model_cfg", quick_gelu=True)
     result = compute(world, console, model=ModelSpec(f"local-dir:{folder}"))
     assert result.computed == ("forget", "retain")
 
@@ -172,8 +166,8 @@ def test_a_model_with_other_inputs_is_refused(world, tmp_path, console):
 @pytest.mark.parametrize("change", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
 def test_pixels_on_another_scale_are_other_inputs(change, world, own_model, console):
     """The rows stay the same bytes, yet the model sees other numbers."""
-    reconfigured(own_model, **change)
     own = replace(world, model=own_model)
+    reconfigured(own.folder, "preprocess_cfg", **change)
     own.build()
     assert own.manifest.forget.fingerprint == world.manifest.forget.fingerprint
     result = compute(own, console)

@@ -1,0 +1,127 @@
+"""The search of the paper, written plainly: a reference for the tests.
+
+Every figure comes from open_clip's own forward over all images and all prompts at full
+length, with the model as it is; nothing is kept, shared or left out.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+
+from slsgu_cli.layout import gradient_path
+from slsgu_cli.records import Steer
+from slsgu_cli.sets import DataBlock
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Accuracies in percent as (top-1, top-5): of the concept, and of each evaluation set."""
+
+    forget: tuple[float, float]
+    utility: dict[str, tuple[float, float]]
+
+    def mean(self) -> float:
+        return sum(top1 for top1, _ in self.utility.values()) / len(self.utility)
+
+
+@dataclass
+class Plain:
+    """A model and the evaluation data of a world."""
+
+    world: object
+    model: torch.nn.Module = None
+    known: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.manifest = self.world.manifest
+        identifier = self.world.model.name
+        self.model = self.model or open_clip.create_model(identifier).eval()
+        self.tokenize = open_clip.get_tokenizer(identifier)
+        self.blocks = {
+            name: DataBlock.open(self.world.store, ref)
+            for name, ref in sorted(self.manifest.evals.items())
+        }
+
+    @cached_property
+    def gradient(self):
+        return self.world.store.read_tensors(gradient_path(self.world.pointer.forget))
+
+    def figures(self) -> Figures:
+        """Classify every image as the model is now."""
+        concept = self.manifest.concept
+        utility, forget = {}, None
+        for name, block in self.blocks.items():
+            ranks, labels = self._ranks(block, block.labels, block.class_names, block)
+            shows = labels == -2
+            if name == self.manifest.forget_eval:
+                shows = labels == block.class_names.index(concept)
+                forget = accuracy(ranks[shows])
+            utility[name] = accuracy(ranks[~shows])
+        if forget is None:
+            first = next(iter(self.blocks.values()))
+            block = DataBlock.open(self.world.store, self.manifest.forget)
+            names = [*first.class_names, concept]
+            labels = np.full(block.rows, len(names) - 1)
+            forget = accuracy(self._ranks(block, labels, names, first)[0])
+        return Figures(forget, utility)
+
+    def after(self, layer: str, step: float) -> Figures:
+        """Return the figures after a step of ascent along the forget gradient."""
+        if (layer, step) not in self.known:
+            parameter = self.model.get_parameter(layer)
+            original = parameter.data.clone()
+            parameter.data.add_(torch.from_numpy(self.gradient[layer]), alpha=step)
+            self.known[layer, step] = self.figures()
+            parameter.data.copy_(original)
+        return self.known[layer, step]
+
+    def algorithm3(self, layer: str, steps: int, steer: Steer) -> list[tuple[float, Figures]]:
+        """Return the steps tried on one layer, in order, with all figures."""
+        weight = self.model.get_parameter(layer).data.double().norm().item()
+        step = 0.1 * weight / np.linalg.norm(self.gradient[layer].astype(float)).item()
+        low, high, tried = 0.0, None, []
+        for _ in range(steps):
+            found = self.after(layer, step)
+            tried.append((step, found))
+            if found.forget[steer is Steer.FA5] == 0:
+                high = step
+            else:
+                low = step
+            step = step * 2 if high is None else (low + high) / 2
+        return tried
+
+    def algorithm1(self, layers: list[str], steps: int, steer: Steer):
+        """Return every (layer, step, figures), and the best of them."""
+        trials = [
+            (layer, step, found)
+            for layer in layers
+            for step, found in self.algorithm3(layer, steps, steer)
+        ]
+        chosen = trials[0]
+        for trial in trials[1:]:
+            new, best = (t[2].forget[steer is Steer.FA5] for t in (trial, chosen))
+            if new < best or (new == best and trial[2].mean() > chosen[2].mean()):
+                chosen = trial
+        return trials, chosen
+
+    @torch.no_grad()
+    def _ranks(self, block, labels, names, prompts):
+        spec = self.manifest.input
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
+        pixels = torch.from_numpy(block.images(0, block.rows)).permute(0, 3, 1, 2) / 255
+        v = self.model.encode_image((pixels - mean) / std, normalize=True)
+        texts = [template.format(name) for name in names for template in prompts.templates]
+        t = self.model.encode_text(self.tokenize(texts), normalize=True)
+        means = F.normalize(t.reshape(len(names), -1, t.shape[1]).mean(1), dim=-1)
+        logits = v @ means.T
+        order = logits.argsort(dim=1, descending=True, stable=True).numpy()
+        return (order == np.asarray(labels)[:, None]).argmax(1), np.asarray(labels)
+
+
+def accuracy(ranks: np.ndarray) -> tuple[float, float]:
+    """Return top-1 and top-5 accuracy in percent."""
+    return tuple(100 * float(np.mean(ranks < k)) for k in (1, 5))

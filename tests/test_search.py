@@ -1,0 +1,349 @@
+"""The search finds what a plain search that measures everything finds."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from plain import Plain
+from safetensors.numpy import load_file, save_file
+
+from slsgu_cli.edits import load_edit
+from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.pipeline import require_forgotten
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import ModelSpec, PassOptions, Steer, Trials
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.store import Store
+from slsgu_cli.towers import OpenClipText, OpenClipVision
+
+BUDGETS = [None, 0, 200_000, 2_000_000]
+STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def plain(shared_world):
+    return Plain(shared_world)
+
+
+def find(world, console, **options):
+    return search(world.store, world.name, options=SearchOptions(**options), console=console)
+
+
+def front(world):
+    return [score.layer for score in world.ranking.scores if score.front]
+
+
+def pair(accuracy):
+    return pytest.approx((accuracy.top1, accuracy.top5))
+
+
+def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
+    """Compare (layer, step, forget accuracy) of every trial, the choice, and all utilities."""
+    expected, chosen = reference
+    trials = result.trials.trials
+    assert len(trials) == len(expected)
+    for trial, (layer, step, figures) in zip(trials, expected, strict=True):
+        assert (trial.layer, trial.step) == (layer, pytest.approx(step, rel=1e-6))
+        assert figures.forget == pair(trial.forget), (layer, step)
+        if full or trial.utility is not None:
+            assert trial.utility is not None, (layer, step)
+            assert set(trial.utility) == set(figures.utility)
+            for name, found in trial.utility.items():
+                assert figures.utility[name] == pair(found), (layer, step, name)
+    layer, step, figures = chosen
+    assert (result.chosen.layer, result.chosen.step) == (layer, pytest.approx(step, rel=1e-6))
+    assert result.chosen in trials
+    assert result.chosen.utility is not None
+    assert result.forgotten == (figures.forget[steer is Steer.FA5] == 0)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("steer", list(Steer))
+def test_search_is_the_plain_search(steer, budget, world, plain, console):
+    reference = plain.algorithm1(front(world), 6, steer)
+    result = find(world, console, steer=steer, steps=6, cache_budget=budget)
+    assert_same_search(result, reference, steer=steer)
+    # Something was spared: else this would show nothing about sparing.
+    assert any(trial.utility is None for trial in result.trials.trials)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_measuring_everything_is_the_plain_search(budget, world, plain, console):
+    reference = plain.algorithm1(front(world), 6, Steer.FA1)
+    result = find(world, console, steps=6, cache_budget=budget, full=True)
+    assert_same_search(result, reference, full=True)
+
+
+def test_every_candidate_layer_is_measured_rightly(world, plain, console):
+    layers = [score.layer for score in world.ranking.scores]
+    assert len(layers) > 40
+    reference = plain.algorithm1(layers, 3, Steer.FA1)
+    result = find(world, console, layers=layers, steps=3, full=True)
+    assert_same_search(result, reference, full=True)
+
+
+def test_search_of_the_embedded_model_is_the_plain_search(demo_world, console, tmp_path):
+    world = replace(demo_world, store=Store(str(tmp_path / "store")))
+    shutil.copytree(demo_world.store.root, world.store.root)
+    layers = [
+        "visual.proj",
+        "visual.transformer.resblocks.6.attn.out_proj.weight",
+        "transformer.resblocks.0.attn.out_proj.weight",
+        "text_projection",
+    ]
+    reference = Plain(world).algorithm1(layers, 5, Steer.FA1)
+    result = find(world, console, layers=layers, steps=5, cache_budget=20 << 20)
+    assert_same_search(result, reference)
+    assert result.forgotten
+    assert len({trial.layer for trial in result.trials.trials if trial.utility}) > 1
+
+
+def test_baseline_is_the_original_model(world, plain, console):
+    trials = find(world, console, steps=1).trials
+    figures = plain.figures()
+    assert figures.forget == pair(trials.baseline_forget)
+    assert {name: pair(found) for name, found in trials.baseline_utility.items()} == figures.utility
+    assert trials.baseline_forget.rows == 8
+    assert {name: found.rows for name, found in trials.baseline_utility.items()} == {
+        "first": 56,
+        "second": 40,
+    }
+
+
+def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world, console):
+    world.build(evals={"second": world.sources["second"]}, templates={})
+    world.grade()
+    assert world.manifest.forget_eval is None
+    reference = Plain(world).algorithm1(front(world), 4, Steer.FA1)
+    result = find(world, console, steps=4, full=True)
+    assert_same_search(result, reference, full=True)
+    assert result.trials.baseline_forget.rows == world.manifest.forget.rows
+    assert result.trials.baseline_forget.top1 > 0
+
+
+def test_shares_are_moves_over_the_layers_norm(world, plain, console):
+    for trial in find(world, console, steps=3).trials.trials:
+        weight = plain.model.get_parameter(trial.layer).data.double().norm().item()
+        moved = trial.step * np.linalg.norm(plain.gradient[trial.layer].astype(float))
+        assert trial.share == pytest.approx(moved / weight, rel=1e-6)
+
+
+def test_the_edit_is_the_chosen_trial(world, plain, console):
+    result = find(world, console, steps=5)
+    edit = load_edit(world.store, "blue")
+    chosen, header = result.chosen, edit.header
+    assert (header.layer, header.step, header.share) == (chosen.layer, chosen.step, chosen.share)
+    assert (header.forget, header.utility) == (chosen.forget, chosen.utility)
+    assert header.baseline_forget == result.trials.baseline_forget
+    assert (header.name, header.concept, header.model) == ("blue", "blue", world.model)
+    assert header.gradient == world.pointer.forget
+    expected = chosen.step * plain.gradient[chosen.layer]
+    np.testing.assert_allclose(edit.delta(), expected, rtol=1e-6, atol=0)
+    original = plain.model.get_parameter(chosen.layer).data.numpy()
+    np.testing.assert_array_equal(edit.before(), original)
+
+
+def test_an_edit_of_half_precision_weights_keeps_them_in_half(world, tmp_path, console):
+    folder = shutil.copytree(world.folder, tmp_path / "half")
+    path = folder / "open_clip_model.safetensors"
+    save_file({name: w.astype(np.float16) for name, w in load_file(path).items()}, path)
+    own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
+    own.build()
+    own.grade()
+    find(own, console, steps=2)
+    edit = load_edit(own.store, "blue")
+    assert edit.before().dtype == np.float16
+    np.testing.assert_array_equal(edit.before(), load_file(path)[edit.header.layer])
+    assert edit.delta().dtype == np.float32
+
+
+class Rows(Counter):
+    """Counts the images and prompts that run through a tower's head."""
+
+    def watch(self, monkeypatch):
+        for kind in (OpenClipVision, OpenClipText):
+            head = kind.head
+
+            def counted(tower, x, inputs, head=head, kind=kind):
+                self[kind] += x.shape[0]
+                return head(tower, x, inputs)
+
+            monkeypatch.setattr(kind, "head", counted)
+        return self
+
+
+def test_recorded_trials_run_nothing_again(world, console, monkeypatch):
+    first = find(world, console, steps=4, full=True)
+    rows = Rows().watch(monkeypatch)
+    again = find(world, console, steps=4, full=True)
+    assert (first.reused, again.reused) == (0, len(first.trials.trials))
+    assert (again.trials, again.chosen) == (first.trials, first.chosen)
+    prompts = 3 * (8 + 5)
+    assert rows == {OpenClipVision: 64 + 40, OpenClipText: prompts}, "more than the base pass"
+
+
+def test_recorded_forget_accuracies_are_taken_as_they_are(world, console):
+    first = find(world, console, steps=3)
+    path = trials_path("blue")
+    told = [
+        replace(trial, forget=replace(trial.forget, top1=100.0)) for trial in first.trials.trials
+    ]
+    world.store.write_record(path, replace(first.trials, trials=tuple(told)))
+    again = find(world, console, steps=3)
+    # With every first step said to fail, the search goes on by doubling it.
+    found = {(trial.layer, trial.step) for trial in again.trials.trials}
+    for layer in front(world):
+        first_step = next(trial.step for trial in told if trial.layer == layer)
+        assert (layer, 2 * first_step) in found
+
+
+@pytest.mark.parametrize("steer", list(Steer))
+def test_more_steps_go_on_where_the_search_stopped(steer, world, console):
+    short = find(world, console, steps=3, steer=steer)
+    longer = find(world, console, steps=6, steer=steer)
+    assert longer.reused == len(short.trials.trials)
+    world.store.remove(trials_path("blue"))
+    fresh = find(world, console, steps=6, steer=steer)
+
+    def figures(result):
+        return {(t.layer, t.step): t.forget for t in result.trials.trials}
+
+    assert figures(longer) == figures(fresh)
+    assert longer.chosen == fresh.chosen
+
+
+def test_fewer_steps_choose_among_those_alone(world, console):
+    find(world, console, steps=6)
+    fewer = find(world, console, steps=2)
+    world.store.remove(trials_path("blue"))
+    assert fewer.chosen == find(world, console, steps=2).chosen
+
+
+def test_trials_of_another_steer_serve_both(world, console):
+    find(world, console, steps=5, steer=Steer.FA5)
+    mixed = find(world, console, steps=5)
+    world.store.remove(trials_path("blue"))
+    assert mixed.chosen == find(world, console, steps=5).chosen
+    assert mixed.reused > 0
+
+
+def test_trials_of_another_layer_are_kept(world, console):
+    layers = front(world)
+    find(world, console, steps=2, layers=layers[:1])
+    both = find(world, console, steps=2, layers=layers[1:2])
+    assert {trial.layer for trial in both.trials.trials} == set(layers[:2])
+    assert both.chosen.layer == layers[1]
+
+
+def test_trials_of_another_gradient_are_not_used(world, console):
+    find(world, console, steps=2)
+    world.grade(batch_size=8)
+    assert find(world, console, steps=2).reused == 0
+
+
+def test_trials_on_other_evaluation_rows_are_not_used(world, console):
+    find(world, console, steps=2)
+    world.build(evals={"first": world.sources["first"]},
+                templates={"first": world.sources["templates"]})  # fmt: skip
+    result = find(world, console, steps=2)
+    assert result.reused == 0
+    assert set(result.chosen.utility) == {"first"}
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
+def test_damaged_trials_are_made_again(content, world, console):
+    first = find(world, console, steps=2)
+    world.store.write_bytes(trials_path("blue"), content)
+    again = find(world, console, steps=2)
+    assert again.reused == 0
+    assert again.trials == first.trials
+    assert any("cannot be used and are made again" in text for text in console.heard)
+
+
+def test_a_layer_is_named_by_a_part_that_fits_it_alone(world, console):
+    named = find(world, console, steps=1, layers=["visual.proj"])
+    assert {trial.layer for trial in named.trials.trials} == {"visual.proj"}
+    part = find(world, console, steps=1, layers=["visual.transformer.resblocks.2.mlp.c_fc"])
+    assert part.chosen.layer == "visual.transformer.resblocks.2.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("resblocks.2.mlp.c_fc", 2), ("nothing", 0), ("visual.proj2", 0), ("visual.ln_post.bias", 0)],
+)
+def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world, console):
+    with pytest.raises(UsageError, match=f"fits {count} ranked layers") as error:
+        find(world, console, steps=1, layers=[text])
+    assert "slsgu rank blue" in error.value.hint
+    if count:
+        assert "transformer.resblocks.2.mlp.c_fc.weight" in str(error.value)
+
+
+def test_weights_that_changed_since_are_told(world, tmp_path, console):
+    folder = shutil.copytree(world.folder, tmp_path / "clip")
+    own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
+    own.build()
+    own.grade()
+    path = folder / "open_clip_model.safetensors"
+    weights = load_file(path)
+    weights["visual.proj"][0, 0] += 1
+    save_file(weights, path)
+    with pytest.raises(StaleError, match="has other weights than when its gradients") as error:
+        find(own, console, steps=1)
+    assert "slsgu grad blue" in error.value.hint
+    assert not own.store.exists(edit_path("blue"))
+
+
+def test_a_ranking_of_other_gradients_is_refused(world, console):
+    compute_gradients(
+        world.store, "blue", model=None, options=PassOptions(batch_size=8), console=console
+    )
+    with pytest.raises(StaleError, match="ranking of blue was made from other gradients"):
+        find(world, console, steps=1)
+    rank(world.store, "blue", options=RankOptions())
+    assert find(world, console, steps=1).trials.forget == world.pointer.forget
+
+
+def test_what_is_missing_is_told_with_the_command_that_makes_it(world, console):
+    world.store.remove(ranking_path("blue"))
+    with pytest.raises(MissingError, match="ranking of blue") as error:
+        find(world, console, steps=1)
+    assert "slsgu rank blue" in error.value.hint
+
+
+def test_a_set_with_nothing_to_measure_on_is_refused(world, console):
+    world.build(evals={}, templates={})
+    with pytest.raises(InputError, match="nothing to measure on") as error:
+        find(world, console, steps=1)
+    assert "--eval" in error.value.hint
+
+
+def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world, console):
+    result = find(world, console, steps=1, layers=[STUBBORN])
+    assert not result.forgotten
+    assert result.chosen.forget.top1 > 0
+    with pytest.raises(NotForgottenError, match="no step forgets blue") as error:
+        require_forgotten(result)
+    assert error.value.exit_code == 5
+    assert "--steps" in error.value.hint
+    assert world.store.read_record(trials_path("blue"), Trials) == result.trials
+    edit = load_edit(world.store, "blue")
+    assert (edit.header.layer, edit.header.forget) == (STUBBORN, result.chosen.forget)
+
+
+def test_a_search_that_forgets_is_no_error(world, console):
+    result = find(world, console, steps=1, layers=["visual.conv1.weight"])
+    assert result.forgotten
+    require_forgotten(result)
+
+
+def test_a_damaged_gradient_is_told(world, console):
+    path = gradient_path(world.pointer.forget)
+    data = world.store.read_bytes(path)
+    world.store.write_bytes(path, data[: len(data) // 2])
+    with pytest.raises(InputError, match="is damaged"):
+        find(world, console, steps=1)
