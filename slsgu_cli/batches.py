@@ -65,17 +65,19 @@ def by_length(tower: SplitTower, tokens: Tensor, size: int) -> list[Tensor]:
     return list(torch.split(order, size))
 
 
-def text_features(tower: SplitTower, tokens: Tensor, size: int) -> Tensor:
-    """Return unit text features of `tokens` (N, L), each group at its own length."""
+def text_features(tower: SplitTower, tokens: Tensor, size: int, device: str) -> Tensor:
+    """Return unit text features of `tokens` (N, L), each group at its own length.
+
+    `tokens` are on the host, where lengths are known without waiting for the device.
+    """
     groups = by_length(tower, tokens, size)
-    if len(groups) == 1:
-        short = tower.trim(tokens)
-        return tower.features(short, short)
     parts = []
     for rows in groups:
-        short = tower.trim(tokens[rows.to(tokens.device)])
+        short = tower.trim(tokens[rows]).to(device, non_blocking=True)
         parts.append(tower.features(short, short))
-    return torch.cat(parts)[torch.argsort(torch.cat(groups)).to(tokens.device)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.argsort(torch.cat(groups)).to(device)]
 
 
 def to_tokens(tokens: npt.NDArray[np.integer], device: str) -> Tensor:

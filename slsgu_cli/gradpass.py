@@ -71,14 +71,18 @@ class GradientPass:
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
         tokens = block.tokens
         total, batches = 0.0, 0
-        with arithmetic(self.options.precision), self.console.progress(label, block.rows) as ticker:
+        with (
+            arithmetic(self.options.precision),
+            _weights_as(self.model, self.options.precision),
+            self.console.progress(label, block.rows) as ticker,
+        ):
             normalize = pixel_normalizer(self.spec, self.options.device)
             pairs = self._pairs_per_forward(block)
             start = 0
             while start < block.rows:
                 try:
                     for first, stop, images in self._stream(block, start, pairs):
-                        ids = to_tokens(tokens[first:stop], self.options.device)
+                        ids = to_tokens(tokens[first:stop], "cpu")
                         values, gradients = self._group(
                             normalize(images), ids, list(parameters.values())
                         )
@@ -96,14 +100,10 @@ class GradientPass:
 
     def _losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
-        autocast = torch.autocast(
-            self.options.device.partition(":")[0],
-            dtype=torch.bfloat16,
-            enabled=self.options.precision is Precision.BF16,
-        )
-        with autocast:
-            v = self.vision.features(images, images)
-            t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind])
+        if self.options.precision is Precision.BF16:
+            images = images.to(torch.bfloat16)
+        v = self.vision.features(images, images)
+        t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
         return self.loss(v, t, self.options.batch_size)
 
     def _group(
@@ -159,7 +159,7 @@ class GradientPass:
             return tensor
 
         images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
-        ids = to_tokens(block.tokens[:rows], self.options.device)
+        ids = to_tokens(block.tokens[:rows], "cpu")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self._losses(images, ids)
         return max(1, sum(kept.values()))
@@ -187,7 +187,7 @@ class GradientPass:
         parameters = list(self.model.parameters())
         size = self.options.batch_size
         for a, b in ((start + x, start + y) for x, y in spans(stop - start, size)):
-            ids = to_tokens(block.tokens[a:b], self.options.device)
+            ids = to_tokens(block.tokens[a:b], "cpu")
             values, gradients = self._group(normalize(block.images(a, b)), ids, parameters)
             if not _finite(values, gradients):
                 keys = ", ".join(block.keys[a:b])
@@ -216,6 +216,23 @@ def _accumulate(sums: list[Tensor], gradients: list[Tensor | None]) -> None:
 def _finite(values: Tensor, gradients: list[Tensor | None]) -> bool:
     norms = torch._foreach_norm([g for g in gradients if g is not None])
     return bool(torch.isfinite(torch.stack([values.float().sum(), *norms])).all())
+
+
+@contextlib.contextmanager
+def _weights_as(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Give the weights as bf16 for the length of a block, where that is the precision.
+
+    The scalars stay: logit_scale in bf16 would be off by a percent once exponentiated.
+    """
+    half = precision is Precision.BF16
+    originals = [(p, p.data) for p in model.parameters() if half and p.ndim > 0]
+    try:
+        for parameter, data in originals:
+            parameter.data = data.to(torch.bfloat16)
+        yield
+    finally:
+        for parameter, data in originals:
+            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -1,0 +1,153 @@
+"""Compare the gradient pass with hand-written loops, side by side in one run.
+
+    python tests/bench/bench_grad.py --model ViT-B-32 --device cuda --precision bf16 --rows 16384
+
+`plain` is open_clip's own forward and backward on random data that is on the device
+already, 77-token texts, at the best of several batch sizes; `sequential` is the same at
+batch 16. `slsgu` reads its rows from the store on disk.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from synthetic import pairs_block, random_images, random_model, random_tokens
+
+from slsgu_cli.batches import pixel_normalizer, to_tokens
+from slsgu_cli.console import Console
+from slsgu_cli.gradpass import GradientPass, arithmetic
+from slsgu_cli.models import input_spec, load, resolve
+from slsgu_cli.records import PassOptions, Precision
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.store import Store
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def plain_rate(model, spec, *, batch: int, groups: int, options: PassOptions) -> float:
+    """Return pairs per second of open_clip's forward and backward in mini-batches of 16."""
+    device = options.device
+    images = pixel_normalizer(spec, device)(random_images(batch, spec.height, 1))
+    tokens = to_tokens(random_tokens(batch, spec.context_length, 49408, 1), device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=options.precision is Precision.BF16)
+    labels = torch.arange(16, device=device)
+
+    def step() -> None:
+        with autocast:
+            v = model.encode_image(images, normalize=True)
+            t = model.encode_text(tokens, normalize=True)
+        logits = (
+            model.logit_scale.exp()
+            * v.float().view(-1, 16, v.shape[-1])
+            @ t.float().view(-1, 16, t.shape[-1]).transpose(1, 2)
+        )
+        truth = labels.expand(logits.shape[0], 16).reshape(-1)
+        rows = F.cross_entropy(logits.reshape(-1, 16), truth)
+        columns = F.cross_entropy(logits.transpose(1, 2).reshape(-1, 16), truth)
+        ((rows + columns) / 2).backward()
+
+    with arithmetic(options.precision):
+        for _ in range(2):
+            step()
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(groups):
+            step()
+        synchronize(device)
+    model.zero_grad()
+    return batch * groups / (time.perf_counter() - start)
+
+
+def best_plain(
+    model, spec, sizes: list[int], groups: int, options: PassOptions
+) -> tuple[float, int]:
+    best = (0.0, 0)
+    for batch in sizes:
+        try:
+            best = max(
+                best, (plain_rate(model, spec, batch=batch, groups=groups, options=options), batch)
+            )
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return best
+
+
+def peak_rate(device: str, precision: Precision) -> float:
+    """Return the device's measured matrix products, in FLOP/s."""
+    size = 8192 if device.startswith("cuda") else 2048
+    kind = torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    with arithmetic(precision):
+        for _ in range(3):
+            a @ b
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        synchronize(device)
+    return 10 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", type=Precision, default=Precision.FP32)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--gflop", type=float, help="forward GFLOP a pair, for the share of peak")
+    args = parser.parse_args()
+    options = PassOptions(precision=args.precision, device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = resolve(random_model(Path(folder) / "model", args.model))
+        model, spec = load(resolved, args.device), input_spec(resolved)
+        store = Store(f"{folder}/store")
+        ref = pairs_block(
+            store, "pairs", rows=args.rows, size=spec.height, context=spec.context_length
+        )
+        sequential = plain_rate(model, spec, batch=16, groups=4 * args.groups, options=options)
+        plain, size = best_plain(model, spec, args.sizes, args.groups, options)
+        run = GradientPass.prepare(
+            model, "contrastive", spec=spec, options=options, console=Console(verbosity=1)
+        )
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        rates = []
+        for _ in range(2):
+            block = DataBlock.open(store, ref)
+            start = time.perf_counter()
+            run.run(block, "pass")
+            rates.append(args.rows / (time.perf_counter() - start))
+        figures = {
+            "model": args.model,
+            "device": torch.cuda.get_device_name()
+            if args.device.startswith("cuda")
+            else args.device,
+            "precision": args.precision,
+            "sequential 16, pairs/s": round(sequential, 1),
+            "plain, pairs/s": round(plain, 1),
+            "plain batch": size,
+            "slsgu, pairs/s": round(max(rates), 1),
+            "slsgu first run, pairs/s": round(rates[0], 1),
+            "slsgu / plain": round(max(rates) / plain, 2),
+            "slsgu / sequential": round(max(rates) / sequential, 2),
+        }
+        if args.device.startswith("cuda"):
+            figures["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        if args.gflop:
+            peak = peak_rate(args.device, args.precision)
+            figures["card's products, TFLOP/s"] = round(peak / 1e12)
+            figures["plain, share of it"] = round(3 * args.gflop * 1e9 * plain / peak, 3)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Models with random weights and sets of random rows, for measuring speed and memory.
+
+Neither depends on what the weights are. Images are smooth noise, so that no two are alike.
+Captions have the lengths of web captions: log-normal, median 14 tokens, cut at the
+context. Labels are mostly the model's own predictions, so that accuracies start high and
+the search has something to forget.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+import slsgu_cli
+from slsgu_cli.layout import manifest_path
+from slsgu_cli.models import input_spec, resolve
+from slsgu_cli.records import DataRef, ModelSpec, SetManifest
+from slsgu_cli.set_writer import block_writer
+from slsgu_cli.store import Store
+
+TEMPLATES = ("{}", "a photo of a {}.", "a picture of {}", "itap of a {}.")
+
+
+def random_model(folder: Path, name: str) -> ModelSpec:
+    """Write an open_clip architecture with random weights as a local-dir model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = open_clip.get_model_config(name)
+    path = folder / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return ModelSpec(f"local-dir:{folder}")
+
+
+def random_images(rows: int, size: int, seed: int) -> np.ndarray:
+    """Return uint8 (rows, size, size, 3): coarse colour noise, enlarged."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (rows, 7, 7, 3), dtype=np.uint8)
+    index = np.arange(size) * 7 // size
+    return coarse[:, index][:, :, index]
+
+
+def random_tokens(rows: int, context: int, vocabulary: int, seed: int) -> np.ndarray:
+    """Return int32 (rows, context) with the lengths of web captions."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(np.log(14), 0.5, rows).round(), 4, context).astype(int)
+    tokens = rng.integers(1, vocabulary - 2, (rows, context)).astype(np.int32)
+    columns = np.arange(context)
+    tokens[columns >= lengths[:, None]] = 0
+    tokens[:, 0] = vocabulary - 2
+    tokens[np.arange(rows), lengths - 1] = vocabulary - 1
+    return tokens
+
+
+def pairs_block(store: Store, name: str, *, rows: int, size: int, context: int) -> DataRef:
+    """Write image-text pairs to the store."""
+    tokens = random_tokens(rows, context, 49408, seed=len(name))
+    path = f"data/{name}.zarr"
+    with block_writer(store, path, height=size, width=size, rows=rows) as writer:
+        for start in range(0, rows, 512):
+            for offset, image in enumerate(random_images(min(512, rows - start), size, start)):
+                writer.add(image, str(start + offset).encode(), key=f"{name}-{start + offset}")
+        fingerprint = writer.finish(tokens, {})
+    return DataRef(path, fingerprint, rows, rows, {}, ("synthetic",))
+
+
+def labelled_block(
+    store: Store, name: str, *, labels: Sequence[int], names: Sequence[str], size: int, seed: int
+) -> DataRef:
+    """Write labelled evaluation images; the same seed gives the same images."""
+    path = f"data/{name}.zarr"
+    with block_writer(store, path, height=size, width=size, rows=len(labels)) as writer:
+        for start in range(0, len(labels), 512):
+            images = random_images(min(512, len(labels) - start), size, seed + start)
+            for offset, image in enumerate(images):
+                number = start + offset
+                writer.add(
+                    image, str(number).encode(), key=f"{name}-{number}", label=int(labels[number])
+                )
+        attributes = {"class_names": list(names), "templates": list(TEMPLATES)}
+        fingerprint = writer.finish(None, attributes)
+    return DataRef(path, fingerprint, len(labels), len(labels), {}, ("synthetic",))
+
+
+def class_names(count: int, seed: int) -> list[str]:
+    """Return distinct made-up names of one to three short words."""
+    rng = np.random.default_rng(seed)
+    words = ["red", "stone", "river", "lamp", "cat", "tower", "wheel", "leaf", "iron", "cloud"]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        picked = [words[i] for i in rng.integers(0, len(words), rng.integers(1, 4))]
+        found[" ".join([*picked, str(rng.integers(0, 100))])] = None
+    return list(found)
+
+
+def own_labels(
+    model: ModelSpec, names: Sequence[str], *, rows: int, seed: int, device: str
+) -> np.ndarray:
+    """Return what the model itself takes the images of `labelled_block` for, a tenth altered."""
+    from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
+    from slsgu_cli.metrics import class_means
+    from slsgu_cli.models import load, tokenizer
+    from slsgu_cli.towers import text_tower, vision_tower
+
+    resolved = resolve(model)
+    module, spec = load(resolved, device), input_spec(resolved)
+    normalize = pixel_normalizer(spec, device)
+    vision, text = vision_tower(module), text_tower(module)
+    texts = [template.replace("{}", name) for name in names for template in TEMPLATES]
+    owners = torch.arange(len(names), device=device).repeat_interleave(len(TEMPLATES))
+    found = []
+    with torch.no_grad():
+        tokens = to_tokens(tokenizer(resolved)(texts), "cpu")
+        classes = class_means(text_features(text, tokens, 256, device), owners, len(names))
+        for start in range(0, rows, 512):
+            images = normalize(random_images(min(512, rows - start), spec.height, seed + start))
+            features = vision.features(images, images)
+            found.append((features @ classes.T).argmax(1))
+    labels = torch.cat(found).cpu().numpy()
+    rng = np.random.default_rng(seed)
+    altered = rng.random(rows) < 0.1
+    labels[altered] = rng.integers(0, len(names), int(altered.sum()))
+    return labels
+
+
+def synthetic_set(
+    store: Store,
+    name: str,
+    model: ModelSpec,
+    *,
+    forget: int,
+    retain: int,
+    evals: dict[str, tuple[int, int]],
+    device: str,
+) -> SetManifest:
+    """Build a set; `evals` maps a name to its (images, classes)."""
+    spec = input_spec(resolve(model))
+    refs, concept = {}, ""
+    for number, (key, (rows, classes)) in enumerate(evals.items()):
+        names = class_names(classes, seed=number)
+        labels = own_labels(model, names, rows=rows, seed=10**6 * (number + 1), device=device)
+        if not concept:
+            concept = names[int(np.bincount(labels).argmax())]
+            share = np.flatnonzero(labels == names.index(concept))
+            # A random model has favourites: leave the concept a realistic number of images.
+            spare = share[max(20, rows // 500) :]
+            labels[spare] = np.random.default_rng(0).integers(0, classes, len(spare))
+        refs[key] = labelled_block(
+            store, f"{name}-{key}", labels=labels, names=names, size=spec.height,
+            seed=10**6 * (number + 1),
+        )  # fmt: skip
+    context = spec.context_length
+    manifest = SetManifest(
+        name=name,
+        concept=concept,
+        patterns=(concept,),
+        model=model,
+        input=spec,
+        forget=pairs_block(store, f"{name}-forget", rows=forget, size=spec.height, context=context),
+        retain=pairs_block(store, f"{name}-retain", rows=retain, size=spec.height, context=context),
+        evals=refs,
+        forget_eval=next(iter(refs), None),
+        seed=0,
+        version=slsgu_cli.__version__,
+    )
+    store.write_record(manifest_path(name), manifest)
+    return manifest
