@@ -66,7 +66,10 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
 def _score(
     store: Store, pointer: GradientPointer, header: GradientHeader, layer: str, kind: Alignment
 ) -> LayerScore | None:
-    """Return the score of one layer; None where the loss does not reach it."""
+    """Return the score of one layer; None where the loss does not reach it, or it is zeros.
+
+    A step is a share of the layer's own norm, so a layer of zeros has none.
+    """
     forget = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
     retain = store.read_tensors(gradient_path(pointer.retain), [layer])[layer]
     if not (np.isfinite(forget).all() and np.isfinite(retain).all()):
@@ -78,7 +81,7 @@ def _score(
     forget_norm = norm(forget)
     weight_norm = header.weights[layer].norm
     tower = tower_of(layer)
-    if not forget_norm or tower is None:
+    if not forget_norm or not weight_norm or tower is None:
         return None
     return LayerScore(
         layer=layer,

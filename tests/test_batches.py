@@ -1,0 +1,114 @@
+import threading
+from itertools import pairwise
+
+import numpy as np
+import open_clip
+import pytest
+import tiny_clip
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from slsgu_cli import batches, models
+from slsgu_cli.batches import pixel_normalizer, read_ahead, spans, text_features, to_tokens
+from slsgu_cli.towers import text_tower
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return text_tower(tiny_clip.fresh_model())
+
+
+def prompts():
+    """Prompts of mixed lengths, in no order of length."""
+    texts = [" ".join(["red"] * (1 + 5 * i % 11)) + f" {i}" for i in range(20)]
+    return open_clip.SimpleTokenizer(context_length=16)(texts)
+
+
+def test_pixels_are_scaled_as_torchvision_scales_them(tiny_model):
+    spec = models.input_spec(models.resolve(tiny_model))
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    expected = torch.stack([scale(Image.fromarray(image)) for image in images])
+    found = pixel_normalizer(spec, "cpu")(images)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_keeps_the_order(threads):
+    assert list(read_ahead(lambda n: n * n, range(40), threads=threads)) == [
+        n * n for n in range(40)
+    ]
+    assert list(read_ahead(str, [])) == []
+
+
+def test_reading_ahead_is_bounded():
+    started = []
+    reading = read_ahead(lambda n: started.append(n) or n, range(1000))
+    assert next(reading) == 0
+    reading.close()
+    assert len(started) <= batches.AHEAD + 2
+
+
+def test_reading_ahead_runs_beside_the_consumer():
+    consumed = threading.Event()
+
+    def read(n):
+        if n == 0:
+            return n
+        assert consumed.wait(10)
+        return n
+
+    for n in read_ahead(read, range(3)):
+        if n == 0:
+            consumed.set()
+
+
+def test_an_error_in_reading_reaches_the_consumer():
+    def read(n):
+        if n == 5:
+            raise ValueError("row 5")
+        return n
+
+    seen = []
+    with pytest.raises(ValueError, match="row 5"):
+        seen.extend(iter_into(seen, read_ahead(read, range(9))))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def iter_into(seen, items):
+    for item in items:
+        seen.append(item)
+    return []
+
+
+def test_spans_cover_every_row_once():
+    for rows in (0, 1, 7, 8, 9):
+        covered = [row for start, stop in spans(rows, 4) for row in range(start, stop)]
+        assert covered == list(range(rows))
+        assert all(0 < stop - start <= 4 for start, stop in spans(rows, 4))
+
+
+@pytest.mark.parametrize("size", [1, 3, 20, 64])
+@torch.no_grad()
+def test_text_features_come_in_the_prompts_order(size, tower):
+    tokens = prompts()
+    expected = tower.owner.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(
+        text_features(tower, tokens, size, "cpu"), expected, atol=2e-6, rtol=1e-5
+    )
+
+
+def test_groups_of_like_lengths_cover_every_prompt_once(tower):
+    tokens = prompts()
+    groups = batches.by_length(tower, tokens, 6)
+    assert sorted(torch.cat(groups).tolist()) == list(range(20))
+    lengths = [tower.lengths(tokens)[rows] for rows in groups]
+    assert all(int(a.max()) <= int(b.min()) for a, b in pairwise(lengths))
+
+
+def test_tokens_are_what_the_embedding_takes():
+    tokens = to_tokens(np.array([[1, 2], [3, 4]], np.int32), "cpu")
+    assert tokens.dtype == torch.long
+    assert tokens.tolist() == [[1, 2], [3, 4]]

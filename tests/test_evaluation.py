@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import tiny_clip
+import torch
+from plain import Plain
+
+from slsgu_cli import models
+from slsgu_cli.errors import InputError
+from slsgu_cli.evaluation import accuracy, prepare
+from slsgu_cli.records import Tower
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.zeroshot import edited
+
+
+def evaluation(world):
+    resolved = models.resolve(world.model)
+    return prepare(
+        world.store,
+        world.manifest,
+        models.load(resolved),
+        tokenize=models.tokenizer(resolved),
+        device="cpu",
+    )
+
+
+def labels_of(group):
+    return [group.names[index] for index in group.images.labels.tolist()]
+
+
+def test_images_of_the_concept_are_apart_from_what_is_kept(shared_world):
+    found = evaluation(shared_world)
+    assert labels_of(found.forget) == ["blue"] * 8
+    assert set(labels_of(found.utility["first"])) == set(tiny_clip.COLOURS) - {"blue"}
+    assert len(found.utility["first"].images) == 56
+    assert len(found.utility["second"].images) == 40
+    assert found.forget.names == found.utility["first"].names == tuple(sorted(tiny_clip.COLOURS))
+    block = DataBlock.open(shared_world.store, shared_world.manifest.evals["first"])
+    rows = np.concatenate([found.forget.images.rows, found.utility["first"].images.rows])
+    assert sorted(rows.tolist()) == list(range(block.rows))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_the_original_models_accuracies(cache_bytes, shared_world, console):
+    found = evaluation(shared_world)
+    layers = ["visual.conv1.weight", "text_projection"]
+    found.base_pass(layers, cache_bytes=cache_bytes, console=console)
+    figures = Plain(shared_world).figures()
+    base = found.forget.base_accuracy()
+    assert (base.top1, base.top5, base.rows) == (*figures.forget, 8)
+    for name, group in found.utility.items():
+        own = group.base_accuracy()
+        assert (own.top1, own.top5) == pytest.approx(figures.utility[name])
+
+
+def test_without_a_class_of_the_concept_it_is_one_more_class(world, console):
+    world.build(evals={"second": world.sources["second"]}, templates={})
+    found = evaluation(world)
+    assert found.forget.names == (*sorted(tiny_clip.SHAPES), "blue")
+    assert found.utility["second"].names == tuple(sorted(tiny_clip.SHAPES))
+    assert labels_of(found.forget) == ["blue"] * world.manifest.forget.rows
+    found.base_pass((), cache_bytes=0, console=console)
+    assert found.forget.base_accuracy().top1 == pytest.approx(Plain(world).figures().forget[0])
+
+
+@pytest.mark.parametrize("concept", ["BLUE", "light_blue", " Light  Blue "])
+def test_the_concept_is_found_however_it_is_written(concept, world, tmp_path, console):
+    """As the set was built: without regard to case, underscores and spaces."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "labelled.parquet"
+    name = "blue" if concept == "BLUE" else "Light_Blue"
+    samples = [tiny_clip.row(number) for number in range(16)]
+    rows = [
+        {"image": s["image"], "label": name if s["colour"] == "blue" else s["colour"]}
+        for s in samples
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    world.build(concept=concept, match=["blue"], evals={"first": str(path)},
+                templates={"first": world.sources["templates"]})  # fmt: skip
+    assert world.manifest.forget_eval == "first"
+    found = evaluation(world)
+    assert len(found.forget.images) == 2
+    assert len(found.utility["first"].images) == 14
+
+
+def test_nothing_to_measure_on_is_told(world):
+    world.build(evals={}, templates={})
+    with pytest.raises(InputError, match="set blue has nothing to measure on") as error:
+        evaluation(world)
+    assert "--eval" in error.value.hint
+
+
+def test_towers_go_by_name(shared_world):
+    found = evaluation(shared_world)
+    assert found.tower(Tower.VISION) is found.vision
+    assert found.tower(Tower.TEXT) is found.text
+
+
+def test_accuracy_counts_rows():
+    found = accuracy(torch.tensor([0, 3, 7, 0]))
+    assert (found.top1, found.top5, found.rows) == (50, 75, 4)
+
+
+def test_an_edit_lasts_as_long_as_its_block(shared_world):
+    model = models.load(models.resolve(shared_world.model))
+    before = model.visual.proj.data.clone()
+    with pytest.raises(KeyError), edited(model, "visual.proj", torch.zeros_like(before)):
+        assert not model.visual.proj.any()
+        raise KeyError
+    assert torch.equal(model.visual.proj.data, before)

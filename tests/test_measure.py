@@ -1,0 +1,122 @@
+"""The figures of `eval` are the ones the search met, before and after the edit."""
+
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import tiny_clip
+import torch
+from PIL import Image
+from plain import Plain
+
+import slsgu_cli.measure
+from slsgu_cli import pipeline
+from slsgu_cli.errors import MissingError, StaleError
+from slsgu_cli.layout import edit_path
+from slsgu_cli.measure import measure
+from slsgu_cli.records import ModelSpec
+from slsgu_cli.search import SearchOptions, search
+
+
+@pytest.fixture(autouse=True)
+def plot(monkeypatch):
+    """Draw nothing, which takes longer than all the rest; return what does draw."""
+    draw = slsgu_cli.measure.cosine_plot
+    monkeypatch.setattr(slsgu_cli.measure, "cosine_plot", lambda *_, **__: b"a plot")
+    return draw
+
+
+def measured(world, console, model=None):
+    return measure(world.store, world.name, model=model, device="cpu", console=console)
+
+
+def find(world, console, **options):
+    return search(world.store, world.name, options=SearchOptions(**options), console=console)
+
+
+def applied(world, console, out):
+    request = pipeline.ApplyRequest(names=[world.name], out=out)
+    return ModelSpec(pipeline.apply_named(world.store, request, console=console).model)
+
+
+def assert_figures(model, forget, utility):
+    assert model.forget == forget
+    assert model.utility == utility
+
+
+@pytest.mark.parametrize("layer", ["visual.proj", "transformer.resblocks.1.ln_1.weight"])
+def test_the_applied_checkpoint_has_the_searchs_figures(layer, world, console, tmp_path):
+    result = find(world, console, steps=6, layers=[layer])
+    model = applied(world, console, tmp_path / "out")
+    before, after = measured(world, console, model).models
+    assert (before.label, after.label) == ("original", str(model))
+    assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
+    assert_figures(after, result.chosen.forget, result.chosen.utility)
+    assert after.forget.top1 < before.forget.top1
+    figures = Plain(world, open_clip.create_model(model.name).eval()).figures()
+    assert figures.forget == pytest.approx((after.forget.top1, after.forget.top5))
+
+
+def test_without_another_model_the_sets_edit_is_measured(world, console):
+    result = find(world, console, steps=4, layers=["visual.proj"])
+    before, after = measured(world, console).models
+    assert (before.label, after.label) == ("original", "edit blue")
+    assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
+    assert_figures(after, result.chosen.forget, result.chosen.utility)
+
+
+def test_without_an_edit_the_original_stands_alone(world, console):
+    assert not world.store.exists(edit_path("blue"))
+    assert [model.label for model in measured(world, console).models] == ["original"]
+
+
+def test_cosines_are_means_over_images_of_a_class(world, console):
+    find(world, console, steps=4, layers=["visual.proj"])
+    found = measured(world, console)
+    before, after = (model.cosines for model in found.models)
+    plain = Plain(world)
+    block = plain.blocks["first"]
+    spec = world.manifest.input
+    mean, std = np.array(spec.mean), np.array(spec.std)
+    pixels = ((block.images(0, block.rows) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        v = plain.model.encode_image(torch.tensor(pixels).float(), normalize=True).numpy()
+        texts = [template.format("blue") for template in block.templates]
+        t = plain.model.encode_text(plain.tokenize(texts), normalize=True).numpy().mean(0)
+    own = block.labels == block.class_names.index("blue")
+    expected = float((v[own] @ (t / np.linalg.norm(t))).mean())
+    assert before.shape == (8, 8)
+    assert before[0, 0] == pytest.approx(expected, abs=1e-5)
+    assert after[0, 0] < before[0, 0]
+
+
+def test_the_plot_is_where_it_says(world, console, plot, monkeypatch):
+    monkeypatch.setattr(slsgu_cli.measure, "cosine_plot", plot)
+    find(world, console, steps=2, layers=["visual.proj"])
+    found = measured(world, console)
+    with Image.open(found.plot) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 100
+
+
+def test_a_concept_that_is_no_class_is_measured_too(world, console):
+    world.build(evals={"second": world.sources["second"]}, templates={})
+    world.grade()
+    result = find(world, console, steps=3)
+    before, after = measured(world, console).models
+    assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
+    assert_figures(after, result.chosen.forget, result.chosen.utility)
+    assert before.cosines.shape == (6, 6)
+
+
+def test_a_model_with_other_inputs_is_refused(world, console, tmp_path):
+    vision = tiny_clip.CONFIG["vision_cfg"] | {"image_size": 24}
+    folder = tiny_clip.write_folder(tmp_path / "small", vision_cfg=vision)
+    with pytest.raises(StaleError, match="takes other inputs"):
+        measured(world, console, ModelSpec(f"local-dir:{folder}"))
+
+
+def test_a_set_that_is_not_there_is_told(world, console):
+    with pytest.raises(MissingError, match="set nobody"):
+        measured(replace(world, name="nobody"), console)

@@ -1,0 +1,118 @@
+import open_clip
+import pytest
+import tiny_clip
+
+from slsgu_cli.naming import is_candidate, selected, short, tower_of
+from slsgu_cli.records import Tower
+
+
+def candidates(model):
+    return {name for name, _ in model.named_parameters() if is_candidate(name)}
+
+
+def test_candidates_of_a_clip_are_its_matrices_and_norms():
+    model = tiny_clip.fresh_model()
+    block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+             "ln_1.weight", "ln_2.weight")  # fmt: skip
+    expected = {
+        f"{tower}transformer.resblocks.{index}.{part}"
+        for tower in ("", "visual.")
+        for index in range(3)
+        for part in block
+    }
+    expected |= {"visual.conv1.weight", "visual.ln_pre.weight", "visual.ln_post.weight"}
+    expected |= {"visual.proj", "text_projection", "ln_final.weight"}
+    assert candidates(model) == expected
+
+
+def test_candidates_with_a_text_tower_of_its_own_are_the_same():
+    plain = {n for n in candidates(tiny_clip.fresh_model()) if tower_of(n) is Tower.TEXT}
+    config = tiny_clip.CONFIG | {"custom_text": True, "init_logit_bias": -2.0}
+    custom = candidates(tiny_clip.fresh_model(config))
+    texts = {name.removeprefix("text.") for name in custom if tower_of(name) is Tower.TEXT}
+    assert texts == plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "logit_scale",
+        "logit_bias",
+        "positional_embedding",
+        "token_embedding.weight",
+        "visual.class_embedding",
+        "visual.positional_embedding",
+        "visual.ln_post.bias",
+        "visual.transformer.resblocks.0.attn.in_proj_bias",
+        "visual.trunk.pos_embed",
+        "visual.trunk.cls_token",
+        "visual.trunk.reg_token",
+        "visual.trunk.blocks.0.attn.q_bias",
+        "visual.trunk.blocks.0.gamma_1",
+        "visual.transformer.resblocks.0.ls_1.gamma",
+        "text.cls_emb",
+        "text.transformer.embeddings.word_embeddings.weight",
+        "text_decoder.resblocks.0.mlp.c_fc.weight",
+    ],
+)
+def test_what_is_added_scaled_or_looked_up_is_no_candidate(name):
+    assert not is_candidate(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.trunk.patch_embed.proj.weight",
+        "visual.trunk.blocks.11.attn.qkv.weight",
+        "visual.trunk.norm.weight",
+        "visual.trunk.head.weight",
+        "visual.layer1.0.conv1.weight",
+        "visual.attnpool.q_proj.weight",
+        "text.text_projection.weight",
+    ],
+)
+def test_layers_of_other_families_are_candidates(name):
+    assert is_candidate(name)
+    assert tower_of(name) is (Tower.VISION if name.startswith("visual") else Tower.TEXT)
+
+
+def test_scales_and_decoders_belong_to_no_tower():
+    assert tower_of("logit_scale") is tower_of("text_decoder.ln_final.weight") is None
+    assert tower_of("token_embedding.weight") is Tower.TEXT
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ([], [], True),
+        (["attn"], [], True),
+        (["ATTN"], [], False),
+        (["mlp", "visual.*"], [], True),
+        (["visual"], ["in_proj"], False),
+        (["visual.proj?"], [], False),
+        (["*in_proj_weight"], [], True),
+        (["in_proj_w"], [], True),
+        ([], ["visual.*attn*"], False),
+        ([], ["resblocks.1."], True),
+    ],
+)
+def test_patterns_select(include, exclude, expected):
+    name = "visual.transformer.resblocks.11.attn.in_proj_weight"
+    assert selected(name, include=include, exclude=exclude) is expected
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16"])
+def test_short_names_tell_the_layers_of_a_tower_apart(name):
+    config = open_clip.get_model_config(name)
+    assert config is not None
+    parts = [f"{kind}.{index}.weight" for kind in ("mlp.c_fc", "ln_1") for index in range(12)]
+    for tower in ("visual.transformer.resblocks.", "text.transformer.resblocks.", "visual.trunk."):
+        assert len({short(tower + part) for part in parts}) == len(parts)
+
+
+def test_short_names_leave_out_what_all_share():
+    assert short("visual.transformer.resblocks.11.mlp.c_fc.weight") == "11.mlp.c_fc"
+    assert short("transformer.resblocks.0.attn.in_proj_weight") == "0.attn.in_proj_weight"
+    assert short("text.transformer.resblocks.0.ln_1.weight") == "0.ln_1"
+    assert short("visual.trunk.blocks.3.attn.qkv.weight") == "blocks.3.attn.qkv"
+    assert short("text_projection") == "text_projection"

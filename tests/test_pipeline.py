@@ -1,0 +1,238 @@
+"""From a set's name to an edited checkpoint, alone and several concepts at once."""
+
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+from plain import Plain
+from safetensors.numpy import load_file
+
+import slsgu_cli.plots
+from slsgu_cli import pipeline
+from slsgu_cli.edits import load_edit
+from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.pipeline import ApplyRequest, apply_named, direct_edit, edit_for
+from slsgu_cli.ranking import RankOptions
+from slsgu_cli.records import Tower
+from slsgu_cli.search import SearchOptions, search
+
+STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
+ALONE = "[t]ransformer.resblocks.1.attn.out_proj.weight"
+LAYER = "visual.transformer.resblocks.1.attn.out_proj.weight"
+
+
+def apply(world, out, console, names=("blue",), **request):
+    return apply_named(world.store, ApplyRequest(names=names, out=out, **request), console=console)
+
+
+def find(world, console, name="blue", **options):
+    return search(world.store, name, options=SearchOptions(**options), console=console)
+
+
+def weights(folder):
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+def gradient(world):
+    return world.store.read_tensors(gradient_path(world.pointer.forget))
+
+
+def changed(world, out):
+    """Return what an applied checkpoint has added to each layer it changed."""
+    before, after = weights(world.folder), weights(out)
+    assert set(before) == set(after)
+    return {n: after[n] - before[n] for n in before if not np.array_equal(before[n], after[n])}
+
+
+def assert_same_change(found, expected):
+    """Compare changes of a layer of weights around 1, each rounded once to fp32."""
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def plots(monkeypatch):
+    """Draw nothing, which takes longer than all the rest; return what does draw."""
+    drawing = {name: getattr(slsgu_cli.plots, name) for name in ("pareto_plot", "step_plot")}
+    for name in drawing:
+        monkeypatch.setattr(slsgu_cli.plots, name, lambda *_, **__: b"a plot")
+    return drawing
+
+
+@pytest.fixture
+def two(world):
+    """The world with a second set, of the colour red."""
+    red = replace(world, name="red")
+    red.build()
+    red.grade()
+    return world, red
+
+
+def forget_accuracy(world, folder):
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    return Plain(world, model).figures().forget[0]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [("visual.proj", "transformer.resblocks.0.ln_1.weight"), ("visual.proj", "visual.proj")],
+)
+def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_path, console):
+    for world, layer in zip(two, layers, strict=True):
+        assert find(world, console, world.name, steps=6, layers=[layer]).forgotten
+    apply(two[0], tmp_path / "out", console, names=["blue", "red"])
+    sums = {}
+    for world, layer in zip(two, layers, strict=True):
+        sums[layer] = sums.get(layer, 0) + load_edit(world.store, world.name).delta()
+    found = changed(two[0], tmp_path / "out")
+    assert set(found) == set(sums)
+    for layer, expected in sums.items():
+        assert_same_change(found[layer], expected)
+    for world in two:
+        before = forget_accuracy(world, world.folder)
+        assert forget_accuracy(world, tmp_path / "out") < before
+
+
+def test_the_order_of_names_does_not_matter(two, tmp_path, console):
+    for world in two:
+        find(world, console, world.name, steps=2, layers=["visual.proj"])
+    for out, names in (("one", ["blue", "red"]), ("other", ["red", "blue"])):
+        apply(two[0], tmp_path / out, console, names=names)
+    one, other = (weights(tmp_path / out) for out in ("one", "other"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, console):
+    world.store.remove(ranking_path("blue"))
+    result = apply(world, tmp_path / "out", console)
+    assert world.store.exists(ranking_path("blue"))
+    assert world.store.exists(edit_path("blue"))
+    assert any("has no ranking yet" in text for text in console.heard)
+    assert any("has no edit yet" in text for text in console.heard)
+    header = load_edit(world.store, "blue").header
+    assert header.forget.top1 == 0
+    assert set(changed(world, tmp_path / "out")) == {header.layer}
+    assert result.model == f"local-dir:{tmp_path / 'out'}"
+
+
+def test_an_edit_that_is_there_is_used(world, tmp_path, console):
+    find(world, console, steps=3)
+    world.store.remove(ranking_path("blue"))
+    apply(world, tmp_path / "out", console)
+    assert not world.store.exists(ranking_path("blue"))
+
+
+def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, console):
+    pipeline.rank_and_plot(world.store, "blue", options=RankOptions(include=[ALONE]))
+    with pytest.raises(NotForgottenError):
+        edit_for(world.store, "blue", options=SearchOptions(steps=1), console=console)
+    assert world.store.exists(trials_path("blue"))
+    apply(world, tmp_path / "out", console)
+    assert any("does not forget completely" in text for text in console.heard)
+    assert set(changed(world, tmp_path / "out")) == {STUBBORN}
+
+
+def test_an_edit_of_other_gradients_is_refused(world, tmp_path, console):
+    find(world, console, steps=2)
+    world.grade(batch_size=8)
+    with pytest.raises(StaleError, match="the edit blue was made from other gradients") as error:
+        apply(world, tmp_path / "out", console)
+    assert "slsgu search blue" in error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, console):
+    apply(world, tmp_path / "out", console, layer=LAYER, step=0.02)
+    found = changed(world, tmp_path / "out")
+    assert set(found) == {LAYER}
+    expected = 0.02 * gradient(world)[LAYER]
+    assert_same_change(found[LAYER], expected)
+    assert forget_accuracy(world, tmp_path / "out") < forget_accuracy(world, world.folder)
+
+
+def test_a_step_by_hand_needs_no_ranking(world):
+    world.store.remove(ranking_path("blue"))
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+    moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
+    assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
+    assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
+    assert edit.header.gradient == world.pointer.forget
+
+
+def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):
+    result = find(world, console, steps=3)
+    own = load_edit(world.store, "blue")
+    by_hand = direct_edit(world.store, "blue", layer=result.chosen.layer, step=result.chosen.step)
+    np.testing.assert_array_equal(own.delta(), by_hand.delta())
+    assert own.header.digests == by_hand.header.digests
+    assert own.header.share == pytest.approx(by_hand.header.share)
+
+
+@pytest.mark.parametrize("layer", ["nothing", "mlp.c_fc", "logit_scale"])
+def test_a_layer_by_hand_must_be_one_layer(layer, world):
+    with pytest.raises(UsageError, match=f"--layer {layer} fits") as error:
+        direct_edit(world.store, "blue", layer=layer, step=1.0)
+    assert "slsgu rank blue" in error.value.hint
+
+
+def test_a_layer_by_hand_goes_with_one_name_and_a_step(world, tmp_path, console):
+    for request in ({"layer": LAYER}, {"layer": LAYER, "step": 1.0, "names": ["blue", "red"]}):
+        with pytest.raises(UsageError, match="--layer goes with one NAME and --step"):
+            apply(world, tmp_path / "out", console, **request)
+
+
+def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path, console):
+    chosen = find(world, console, steps=3).chosen
+    full = chosen.step * gradient(world)[chosen.layer]
+    for out, request, factor in (
+        ("half", {"scale": 0.5}, 0.5),
+        ("back", {"scale": -1.0}, -1.0),
+        ("step", {"step": 2 * chosen.step}, 2.0),
+        ("both", {"step": 2 * chosen.step, "scale": 0.25}, 0.5),
+    ):
+        apply(world, tmp_path / out, console, **request)
+        assert_same_change(changed(world, tmp_path / out)[chosen.layer], factor * full)
+
+
+def test_applying_and_reverting_gives_the_original_back(world, tmp_path, console):
+    find(world, console, steps=3)
+    model = apply(world, tmp_path / "out", console).model
+    spec = replace(world.model, name=model)
+    apply(world, tmp_path / "back", console, model=spec, revert=True)
+    original, back = (
+        (folder / "open_clip_model.safetensors").read_bytes()
+        for folder in (world.folder, tmp_path / "back")
+    )
+    assert original == back
+
+
+def test_edits_for_different_models_need_one_named(world, tmp_path, console):
+    find(world, console, steps=2)
+    edit = load_edit(world.store, "blue")
+    other = replace(edit.header, name="other", model=replace(world.model, name="local-dir:else"))
+    world.store.write_tensors(
+        edit_path("other"), {"delta": edit.delta(), "before": edit.before()}, other
+    )
+    with pytest.raises(UsageError, match="made for different models"):
+        apply(world, tmp_path / "out", console, names=["blue", "other"])
+    apply(world, tmp_path / "out", console, names=["blue", "other"], model=world.model)
+
+
+def test_a_name_that_is_nothing_is_told(world, tmp_path, console):
+    with pytest.raises(MissingError, match="has no edit nobody"):
+        apply(world, tmp_path / "out", console, names=["nobody"])
+
+
+def test_plots_are_drawn_of_fronts_and_steps(world, console, plots, monkeypatch):
+    for name, function in plots.items():
+        monkeypatch.setattr(slsgu_cli.plots, name, function)
+    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions())
+    assert len(drawn) == 2
+    result = pipeline.search_and_plot(
+        world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER]), console=console
+    )
+    drawn = world.store.names("plots", ".png")
+    assert set(drawn) == {"blue-front-vision", "blue-front-text", f"blue-steps-{LAYER}"}
+    assert result.chosen.layer == LAYER
+    assert all(world.store.size(f"plots/{name}.png") > 1000 for name in drawn)

@@ -1,0 +1,140 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.layout import gradient_path, pointer_path, read_ranking
+from slsgu_cli.naming import is_candidate, tower_of
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import Alignment, GradientHeader, ParameterNorm, Tower
+
+
+def ranked(world, **options):
+    return rank(world.store, world.name, options=RankOptions(**options))
+
+
+def gradients(world):
+    pointer = world.pointer
+    return [world.store.read_tensors(gradient_path(d)) for d in (pointer.forget, pointer.retain)]
+
+
+def rewrite(world, change):
+    """Write the forget gradient again after `change(arrays, header)`; it returns the header."""
+    path = gradient_path(world.pointer.forget)
+    arrays, header = world.store.read_tensors(path), world.store.read_header(path, GradientHeader)
+    world.store.write_tensors(path, arrays, change(arrays, header) or header)
+
+
+def test_scores_are_the_papers(world):
+    weights = load_file(world.folder / "open_clip_model.safetensors")
+    forget, retain = gradients(world)
+    ranking = ranked(world)
+    assert {s.layer for s in ranking.scores} == {name for name in weights if is_candidate(name)}
+    for score in ranking.scores:
+        w, f, r = (a[score.layer].astype(float).ravel() for a in (weights, forget, retain))
+        assert score.importance == pytest.approx(np.linalg.norm(f) / np.linalg.norm(w), rel=1e-6)
+        cosine = abs(f @ r) / np.linalg.norm(f) / np.linalg.norm(r)
+        assert score.alignment == pytest.approx(cosine, rel=1e-6, abs=1e-12)
+        assert score.weight_norm == pytest.approx(np.linalg.norm(w), rel=1e-6)
+        assert score.shape == weights[score.layer].shape
+        assert score.tower is tower_of(score.layer)
+
+
+@pytest.mark.parametrize("kind", list(Alignment))
+def test_each_tower_has_a_front_of_its_own(kind, world):
+    scores = ranked(world, alignment=kind).scores
+    for score in scores:
+        dominated = any(
+            other.tower is score.tower
+            and other.importance > score.importance
+            and other.alignment < score.alignment
+            for other in scores
+        )
+        assert score.front == (not dominated), score.layer
+    for tower in Tower:
+        assert any(score.front for score in scores if score.tower is tower)
+
+
+def test_signed_alignment_keeps_the_sign(world):
+    signed = {s.layer: s.alignment for s in ranked(world, alignment=Alignment.SIGNED).scores}
+    magnitude = {s.layer: s.alignment for s in ranked(world).scores}
+    assert magnitude == {layer: abs(value) for layer, value in signed.items()}
+    assert min(signed.values()) < 0 < max(signed.values())
+
+
+def test_rows_go_by_tower_then_front_then_importance(world):
+    scores = ranked(world).scores
+    keys = [(s.tower is Tower.TEXT, not s.front, -s.importance, s.layer) for s in scores]
+    assert keys == sorted(keys)
+
+
+def test_the_ranking_is_stored(world):
+    ranking = ranked(world, exclude=["mlp"])
+    assert read_ranking(world.store, world.pointer) == ranking
+    assert (ranking.forget, ranking.retain) == (world.pointer.forget, world.pointer.retain)
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"tower": Tower.TEXT}, lambda name: not name.startswith("visual")),
+        ({"tower": Tower.VISION}, lambda name: name.startswith("visual")),
+        ({"include": ["mlp"]}, lambda name: "mlp" in name),
+        ({"include": ["visual.*", "text_projection"]},
+         lambda name: name.startswith("visual.") or name == "text_projection"),
+        ({"exclude": ["*.ln_?.weight"]}, lambda name: "ln_1" not in name and "ln_2" not in name),
+        ({"include": ["attn"], "exclude": ["in_proj"]}, lambda name: "attn.out_proj" in name),
+    ],
+)  # fmt: skip
+def test_layers_are_taken_and_left_out_by_name(options, fits, world):
+    every = {score.layer for score in world.ranking.scores}
+    expected = {name for name in every if fits(name)}
+    assert expected
+    assert {score.layer for score in ranked(world, **options).scores} == expected
+
+
+def test_no_layer_left_is_told(world):
+    before = world.ranking
+    with pytest.raises(InputError, match="no layer of blue is left to rank") as error:
+        ranked(world, include=["nothing"])
+    assert "--include" in error.value.hint
+    assert world.ranking == before
+
+
+def test_layers_that_no_gradient_reaches_are_no_candidates(world):
+    def clear(arrays, header):
+        arrays["visual.proj"][...] = 0
+
+    rewrite(world, clear)
+    assert "visual.proj" not in {score.layer for score in ranked(world).scores}
+
+
+def test_a_layer_of_zeros_is_no_candidate(world):
+    """A step is a share of the layer's norm: of nothing there is none."""
+
+    def clear(arrays, header):
+        nothing = ParameterNorm(header.weights["visual.proj"].shape, 0.0)
+        return replace(header, weights=header.weights | {"visual.proj": nothing})
+
+    rewrite(world, clear)
+    assert "visual.proj" not in {score.layer for score in ranked(world).scores}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_told(value, world):
+    def spoil(arrays, header):
+        arrays["visual.proj"][0, 0] = value
+
+    rewrite(world, spoil)
+    with pytest.raises(InputError, match=r"stored gradient of visual\.proj holds values") as error:
+        ranked(world)
+    assert "slsgu grad blue" in error.value.hint
+
+
+def test_gradients_that_are_not_there_are_told(world):
+    world.store.remove(pointer_path("blue"))
+    with pytest.raises(MissingError, match="gradients of blue") as error:
+        ranked(world)
+    assert "slsgu grad blue" in error.value.hint
