@@ -1,10 +1,19 @@
 """Entry point of the `slsgu` command."""
 
+import io
+import sys
+
 
 def main() -> None:
     """Run the command line."""
-    from slsgu_cli.cli import app
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is shown escaped, not refused.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        from slsgu_cli.cli import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     app(prog_name="slsgu")
 
 

@@ -185,7 +185,7 @@ def rank(
     exclude: opt.Exclude = None,
     tower: opt.TowerOption = None,
 ) -> None:
-    """Score every layer by importance and alignment, and mark each tower's Pareto front.
+    """Score layers by importance and alignment; mark Pareto fronts.
 
     Example: slsgu rank facebook --tower vision --json
     """
@@ -215,7 +215,7 @@ def search(
     device: opt.Device = "auto",
     cache_budget: opt.CacheBudget = None,
 ) -> None:
-    """Search the step size of each front layer, choose the best, and write the edit.
+    """Find each front layer's step size and write the best edit.
 
     Example: slsgu search facebook --steer fa5
     """
@@ -267,7 +267,7 @@ def apply(
     ] = False,
     device: opt.Device = "auto",
 ) -> None:
-    """Write a checkpoint with one or several edits, in the format the model came in.
+    """Write a copy of the model's checkpoint with edits in it.
 
     Example: slsgu apply facebook --out clip-without-facebook
     """
@@ -302,9 +302,9 @@ def evaluate(
     pretrained: opt.Pretrained = None,
     device: opt.Device = "auto",
 ) -> None:
-    """Measure forget accuracy and utility of the original and of another checkpoint.
+    """Measure what is forgotten and what is kept.
 
-    Without --model, the set's edit is measured in memory.
+    The original model is compared with --model, or else with the set's edit in memory.
 
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
     """
@@ -342,7 +342,7 @@ def demo(
     steer: opt.SteerOption = Steer.FA1,
     device: opt.Device = "auto",
 ) -> None:
-    """Make the embedded CLIP forget a brand: every command, on real images.
+    """Make the embedded CLIP forget a brand, command by command.
 
     Example: slsgu demo castle --steer fa5
     """

@@ -6,12 +6,13 @@ Results are a table on a terminal, tab-separated when piped, one JSON document w
 
 import json
 import math
-import re
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from io import StringIO
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -24,10 +25,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from slsgu_cli.errors import SlsguError
+from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records import encode
+from slsgu_cli.tables import Column, drawn, printable, tab_separated
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+def _stdout() -> TextIO:
+    # Python has no stdout where the shell closed it (`>&-`).
+    return sys.stdout or StringIO()
 
 
 @dataclass(slots=True)
@@ -43,40 +48,55 @@ class Console:
     _stderr: RichConsole = field(
         default_factory=lambda: RichConsole(stderr=True, highlight=False, emoji=False)
     )
+    # Held here, so that what others print can be sent elsewhere meanwhile.
+    _stdout: TextIO = field(default_factory=_stdout)
     _results: dict[str, Any] = field(default_factory=dict)
+    _parts: int = 0
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether results are read by a person, as tables on a terminal."""
+        return not self.as_json and self._stdout.isatty()
+
+    @property
+    def brief(self) -> bool:
+        """Whether long tables may be cut to what matters: on a terminal, without -v."""
+        return self.on_terminal and self.verbosity <= 0
 
     def table(
         self,
         key: str,
-        columns: Sequence[str],
+        columns: Sequence[str | Column],
         rows: Iterable[Sequence[Any]],
         *,
         title: str | None = None,
         data: Any = None,
     ) -> None:
         """Print rows as a table, TSV or JSON; `data` replaces the rows in JSON."""
+        heads = [Column(column) if isinstance(column, str) else column for column in columns]
         rows = [list(row) for row in rows]
         if self.as_json:
-            named = [dict(zip(columns, row, strict=True)) for row in rows]
+            names = [head.name for head in heads]
+            named = [dict(zip(names, row, strict=True)) for row in rows]
             self._results[key] = encode(named if data is None else data)
-        elif sys.stdout.isatty():
-            table = Table(title=title, title_justify="left", header_style="bold")
-            for index, column in enumerate(columns):
-                numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-                table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-            for row in rows:
-                table.add_row(*(_text(value) for value in row))
-            RichConsole(highlight=False, markup=False, emoji=False).print(table)
+            return
+        # Several tables in one pipe are told apart by an empty line.
+        self._write("\n" if self._parts else "")
+        self._parts += 1
+        if self.on_terminal:
+            self._draw(drawn(heads, rows, title))
         else:
-            lines = ["\t".join(columns), *("\t".join(_text(v) for v in row) for row in rows)]
-            sys.stdout.write("\n".join(lines) + "\n")
+            self._write(tab_separated(heads, rows))
 
-    def value(self, key: str, text: str, data: Any = None) -> None:
-        """Print one result line; in JSON, `data` (default: the text) under `key`."""
+    def value(self, key: str, text: str, data: Any = None, *, shown: str | None = None) -> None:
+        """Print one result line; in JSON, `data` (default: the text) under `key`.
+
+        `shown` replaces the text on a terminal.
+        """
         if self.as_json:
             self._results[key] = encode(text if data is None else data)
         else:
-            sys.stdout.write(text + "\n")
+            self._write((text if shown is None or not self.on_terminal else shown) + "\n")
 
     def paths(self, key: str, paths: Sequence[str]) -> None:
         """Name files that were written: in JSON a result, else a note."""
@@ -87,38 +107,35 @@ class Console:
 
     def flush(self) -> None:
         """Write the collected JSON document, if that is what was asked for."""
-        if self.as_json:
+        if self.as_json and self._results:
             document = json.dumps(_finite(self._results), indent=1, allow_nan=False)
-            sys.stdout.write(document + "\n")
             self._results.clear()
-        sys.stdout.flush()
+            self._write(document + "\n")
 
     def note(self, text: str) -> None:
         """Tell what was done, unless quiet."""
         if self.verbosity >= 0:
-            self._stderr.print(text, markup=False, soft_wrap=True)
+            self._say(text)
 
     def detail(self, text: str) -> None:
         """Tell how it was done, with -v."""
         if self.verbosity > 0:
-            self._stderr.print(text, markup=False, soft_wrap=True, style="dim")
+            self._say(text, "dim")
 
     def warn(self, text: str) -> None:
         """Tell what the user should look at, even when quiet."""
-        self._stderr.print(f"warning: {text}", markup=False, soft_wrap=True, style="yellow")
+        self._say(f"warning: {text}", "yellow")
 
     def error(self, error: SlsguError) -> None:
         """Report an error with its hint."""
-        self._stderr.print(
-            f"error: {error.message}", markup=False, soft_wrap=True, style="bold red"
-        )
+        self._say(f"error: {error.message}", "bold red")
         if error.hint:
-            self._stderr.print(f"  try: {error.hint}", markup=False, soft_wrap=True)
+            self._say(f"  try: {error.hint}")
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator["Ticker"]:
         """Show a progress bar on a terminal; yield what advances it."""
-        shown = self.verbosity >= 0 and self._stderr.is_terminal
+        shown = self.verbosity >= 0 and self._stderr.file.isatty()
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -131,6 +148,28 @@ class Console:
         ) as bar:
             yield Ticker(bar, bar.add_task(label, total=total))
 
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
+
+    def _draw(self, table: Table) -> None:
+        """Print a table on the terminal, through the one way by which results are written."""
+        drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
+        with drawing.capture() as lines:
+            drawing.print(table)
+        self._write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
+
+    def _write(self, text: str) -> None:
+        """Write results. Raises BrokenPipeError where nobody reads them, or InputError."""
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except OSError as error:
+            # What is left in the buffer would fail once more as Python ends, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise InputError(f"cannot write the results: {error.strerror or error}") from error
+
 
 @dataclass(slots=True)
 class Ticker:
@@ -142,24 +181,6 @@ class Ticker:
     def advance(self, count: int = 1) -> None:
         """Count `count` more items as done."""
         self._bar.advance(self._task, count)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or value is None
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, float):
-        if abs(value) < 0.01 or abs(value) >= 1000:
-            return f"{value:.4g}"
-        # Two decimals or three digits, whichever says more: 96.97, 0.50, 0.0379.
-        return max(f"{value:.2f}", f"{value:.3g}", key=len)
-    # A caption may hold anything: no tab, line break or terminal escape may leave its cell.
-    return " ".join(_CONTROL.sub(" ", str(value)).split())
 
 
 def _finite(value: Any) -> Any:

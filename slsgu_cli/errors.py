@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     STALE = 4
     NOT_FORGOTTEN = 5
     INTERRUPTED = 130
+    # Nobody reads the output any more: what a shell reports of a program that SIGPIPE ends.
+    UNREAD = 141
 
 
 class SlsguError(Exception):

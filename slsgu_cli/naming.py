@@ -48,3 +48,23 @@ def short(name: str) -> str:
     for prefix in ("visual.trunk.", "visual.", "text."):
         name = name.removeprefix(prefix)
     return name.replace("transformer.resblocks.", "").removesuffix(".weight")
+
+
+def known_as(name: str) -> str:
+    """Return the layer's name as tables show it: short, still one layer's own.
+
+    >>> known_as("visual.transformer.resblocks.7.mlp.c_fc.weight")
+    'visual.7.mlp.c_fc'
+    """
+    for part in ("transformer.resblocks.", "trunk."):
+        name = name.replace(part, "")
+    return name.removesuffix(".weight")
+
+
+def find_layers(wanted: str, names: Sequence[str]) -> list[str]:
+    """Return the layers that `wanted` may mean: by name, as tables show it, or by a part of it."""
+    for same in (lambda name: wanted == name, lambda name: wanted == known_as(name)):
+        exact = [name for name in names if same(name)]
+        if exact:
+            return exact
+    return [name for name in names if wanted in name]

@@ -19,7 +19,7 @@ from slsgu_cli.layout import (
     read_pointer,
 )
 from slsgu_cli.models import resolve
-from slsgu_cli.naming import tower_of
+from slsgu_cli.naming import find_layers, is_candidate, tower_of
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import EditHeader, GradientHeader, ModelSpec, Ranking, Steer, Tower
 from slsgu_cli.scoring import norm
@@ -80,8 +80,7 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
     pointer = read_pointer(store, manifest)
     path = gradient_path(pointer.forget)
     header = store.read_header(path, GradientHeader)
-    exact = [known for known in header.weights if known == layer]
-    fitting = exact or [known for known in header.weights if layer in known]
+    fitting = find_layers(layer, [known for known in header.weights if is_candidate(known)])
     tower = tower_of(fitting[0]) if len(fitting) == 1 else None
     if tower is None:
         raise UsageError(

@@ -2,13 +2,14 @@
 
 `command` registers a function and gives it the common options. The function receives a
 `Session` first; it raises, and this module turns what it raises into a message on stderr
-and an exit code. Python's own traceback is shown with `--debug` only.
+and an exit code. Python's own traceback is shown with `--debug` only, before the message.
 """
 
+import contextlib
 import functools
 import inspect
-import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -71,7 +72,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
             verbosity = -1 if common["quiet"] else int(common["verbose"])
             console = Console(verbosity=verbosity, as_json=common["as_json"])
             with _Ending(console, debug=common["debug"]):
-                function(Session(Store(common["store"]), console), **values)
+                # Results go through the console alone; what a library prints is no result.
+                with contextlib.redirect_stdout(sys.stderr):
+                    function(Session(Store(common["store"]), console), **values)
                 console.flush()
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -99,22 +102,32 @@ class _Ending:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, typer.Exit | SystemExit):
-            return
+        if error is not None and not isinstance(error, typer.Exit | SystemExit):
+            raise typer.Exit(self._code(error)) from None
+
+    def _code(self, error: BaseException) -> int:
+        """Tell the user what was raised and return the exit code for it."""
         if isinstance(error, BrokenPipeError):
-            # The reader of the pipe has gone; nothing more can be said to it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(ExitCode.UNEXPECTED)
-        if self.debug and not isinstance(error, KeyboardInterrupt):
-            return
+            # The reader of the pipe has gone, as `head` does: there is nothing to tell.
+            return ExitCode.UNREAD
         if isinstance(error, KeyboardInterrupt):
             self.console.warn("interrupted; what was complete is kept")
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-        if isinstance(error, SlsguError):
-            # Results that were ready before the error are results still.
+            return ExitCode.INTERRUPTED
+        if self.debug:
+            traceback.print_exception(error)
+        told = error if isinstance(error, SlsguError) else _unexpected(error)
+        # Results that were ready before the error are results still.
+        with contextlib.suppress(OSError, SlsguError):
             self.console.flush()
-            self.console.error(error)
-            raise typer.Exit(error.exit_code) from None
-        text = f"unexpected {type(error).__name__}: {error}"
-        self.console.error(SlsguError(text, hint="add --debug to see where, and report it"))
-        raise typer.Exit(ExitCode.UNEXPECTED) from None
+        self.console.error(told)
+        return told.exit_code
+
+
+def _unexpected(error: BaseException) -> SlsguError:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return SlsguError(
+            f"out of memory: {error}",
+            hint="a smaller --memory-budget or --cache-budget, or --device cpu",
+        )
+    text = f"unexpected {type(error).__name__}: {error}"
+    return SlsguError(text, hint="add --debug to see where, and report it")

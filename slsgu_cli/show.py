@@ -1,12 +1,23 @@
-"""How each command's result is printed."""
+"""How each command's result is printed.
 
+A pipe gets every row and every figure in full. A terminal gets what fits it: short names
+of layers, sizes and shares in their units, and of long tables what matters unless -v.
+"""
+
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
 
 from slsgu_cli.console import Console
 from slsgu_cli.layout import edit_path, trials_path
-from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest
+from slsgu_cli.naming import known_as
+from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Steer, Trial, Trials
+from slsgu_cli.stepsize import best
 from slsgu_cli.store import Store
+from slsgu_cli.tables import Column
 
 if TYPE_CHECKING:
     from slsgu_cli.apply import AppliedResult
@@ -18,6 +29,25 @@ if TYPE_CHECKING:
 
 # A model's label, its forget accuracy and its utility by evaluation set.
 Figures = dict[str, tuple[Accuracy, dict[str, Accuracy]]]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f} %"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _artifact(name: str) -> str:
+    """Return an artifact's name with digests and the names of layers cut short."""
+    if re.fullmatch(r"[0-9a-f]{24}", name):
+        return name[:12]
+    return name.replace("transformer.resblocks.", "").removesuffix(".weight")
+
+
+def _step(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def manifest(console: Console, built: SetManifest) -> None:
@@ -34,7 +64,7 @@ def manifest(console: Console, built: SetManifest) -> None:
         )
         for part, ref in parts.items()
     ]
-    columns = ("part", "rows", "seen", "left out", "path")
+    columns = ("part", "rows", "seen", "left out", Column("path", on_terminal=False))
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
 
 
@@ -48,7 +78,8 @@ def gradients(console: Console, result: "GradResult") -> None:
         return (role, header.loss, header.mean_loss, header.rows, header.batches, digest, made)
 
     rows = [row(role, header) for role, header in result.headers.items()]
-    columns = ("role", "loss", "mean loss", "rows", "batches", "gradient", "made")
+    digest = Column("gradient", shown=_artifact)
+    columns = ("role", "loss", "mean loss", "rows", "batches", digest, "made")
     console.table("gradients", columns, rows, title=f"gradients of {pointer.name}")
 
 
@@ -57,21 +88,24 @@ def ranking(
 ) -> None:
     """Print every candidate layer, each tower's front first; or the fronts alone."""
     columns = (
-        "layer",
-        "tower",
-        "front",
-        "importance",
-        "alignment",
-        "forget_norm",
-        "retain_norm",
-        "weight_norm",
+        Column("layer", shown=known_as),
+        Column("tower"),
+        Column("front"),
+        Column("importance"),
+        Column("alignment"),
+        Column("forget_norm", on_terminal=False),
+        Column("retain_norm", on_terminal=False),
+        Column("weight_norm", on_terminal=False),
     )
+    front_only = front_only or console.brief
     rows = [
-        tuple(getattr(score, column) for column in columns)
+        tuple(getattr(score, column.name) for column in columns)
         for score in ranked.scores
         if score.front or not front_only
     ]
     console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)
+    if console.brief and len(rows) < len(ranked.scores):
+        console.note(f"{len(ranked.scores) - len(rows)} layers are on no front; -v shows them too")
     console.paths("plots", plots)
 
 
@@ -87,11 +121,21 @@ def chosen_figures(result: "SearchResult") -> Figures:
 def search(console: Console, store: Store, result: "SearchResult", *, brief: bool = False) -> None:
     """Print the trials by layer and step, and the chosen one with its figures.
 
-    In `brief`, only the trials whose utility was measured are shown, without the figures.
+    In `brief`, only each layer's best trial is shown, and no figures.
     """
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
-    columns = ("layer", "step", "% of norm", "FA@1", "FA@5", *(f"TA@1 {name}" for name in sets))
+    utility = [Column(f"TA@1 {name}", shown=_percent) for name in sets]
+    columns = (
+        Column("layer", shown=known_as),
+        Column("step", shown=_step),
+        Column("% of norm", shown=lambda share: f"{share:.1f} %", label="of norm"),
+        Column("FA@1", shown=_percent),
+        Column("FA@5", shown=_percent),
+        *utility,
+        Column("chosen"),
+    )
+    shown = trials.trials if not (brief or console.brief) else _best_of_each(trials)
     rows = [
         (
             trial.layer,
@@ -100,12 +144,21 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
             trial.forget.top1,
             trial.forget.top5,
             *(trial.utility[name].top1 if trial.utility else None for name in sets),
+            (trial.layer, trial.step) == (chosen.layer, chosen.step),
         )
-        for trial in sorted(trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.step))
-        if trial.utility or not brief
+        for trial in sorted(shown, key=lambda t: (t.tower != "vision", t.layer, t.step))
     ]
-    console.table("trials", columns, rows, title=f"trials for {trials.name}", data=trials)
-    console.value("chosen", f"chosen\t{chosen.layer}\tstep {chosen.step:.6g}", data=chosen)
+    title = f"trials for {trials.name}"
+    if len(shown) < len(trials.trials):
+        title = f"the best of {len(trials.trials)} {title}, by layer"
+    console.table("trials", columns, rows, title=title, data=trials)
+    console.value(
+        "chosen",
+        f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
+        data=chosen,
+        shown=f"\nchosen: {chosen.layer} at step {_step(chosen.step)}, "
+        f"a move by {100 * chosen.share:.1f} % of the layer's norm",
+    )
     if not brief:
         before_after(console, chosen_figures(result))
     console.paths(
@@ -121,6 +174,20 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         )
 
 
+def _best_of_each(trials: Trials) -> list[Trial]:
+    """Return each layer's trial that forgets most and then keeps most."""
+    layers: dict[str, list[Trial]] = {}
+    for trial in trials.trials:
+        layers.setdefault(trial.layer, []).append(trial)
+
+    def figures(trial: Trial) -> tuple[float, float]:
+        forget = trial.forget.top1 if trials.steer is Steer.FA1 else trial.forget.top5
+        kept = [figure.top1 for figure in (trial.utility or {}).values()]
+        return forget, sum(kept) / len(kept) if kept else -1.0
+
+    return [own[best([figures(trial) for trial in own])] for own in layers.values()]
+
+
 def applied(console: Console, result: "AppliedResult") -> None:
     """Print the files that were written, or would be, and what changed in each."""
     rows = [
@@ -128,8 +195,14 @@ def applied(console: Console, result: "AppliedResult") -> None:
         for file in result.files
         for change in file.changes
     ]
-    title = "would write" if result.dry_run else "written"
-    columns = ("file", "layer", "dtype", "relative change", "bytes")
+    title = f"{'would write' if result.dry_run else 'written'}: {result.out}"
+    columns = (
+        Column("file", shown=lambda path: Path(path).name),
+        Column("layer", shown=known_as),
+        "dtype",
+        Column("relative change", shown=lambda share: f"{100 * share:.3g} %", label="moved by"),
+        Column("bytes", shown=decimal, label="size"),
+    )
     console.table("files", columns, rows, title=title, data=result)
     if result.model and not result.dry_run:
         console.note(f"open_clip loads it as {result.model}")
@@ -141,7 +214,7 @@ def measured(console: Console, result: "Measured") -> None:
     console.paths("plots", [result.plot])
 
 
-def before_after(console: Console, models: dict[str, tuple[Accuracy, dict[str, Accuracy]]]) -> None:
+def before_after(console: Console, models: Figures) -> None:
     """Print forget accuracy and utility, a column for each model."""
     labels = list(models)
     sets = sorted(next(iter(models.values()))[1])
@@ -154,10 +227,12 @@ def before_after(console: Console, models: dict[str, tuple[Accuracy, dict[str, A
             rows.append(
                 (f"TA@{k} {name}", *(getattr(f, attribute) if f else None for f in figures))
             )
+    columns = [Column("figure"), *(Column(label, shown=_percent) for label in labels)]
     if len(labels) == 2:
         rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
-        labels = [*labels, "change"]
-    console.table("accuracy", ("figure", *labels), rows, title="accuracy in percent")
+        columns.append(Column("change", shown=_change))
+    title = "accuracy: FA on the concept to forget, TA on everything else"
+    console.table("accuracy", columns, rows, title=title)
 
 
 def listing(console: Console, found: "Sequence[Entry]") -> None:
@@ -166,7 +241,14 @@ def listing(console: Console, found: "Sequence[Entry]") -> None:
         (entry.kind, entry.name, entry.size, _state(entry), entry.summary() or None)
         for entry in found
     ]
-    console.table("store", ("kind", "name", "bytes", "state", "made from"), rows, data=found)
+    columns = (
+        "kind",
+        Column("name", shown=_artifact),
+        Column("bytes", shown=decimal, label="size"),
+        "state",
+        "made from",
+    )
+    console.table("store", columns, rows, data=found)
 
 
 def _state(entry: "Entry") -> str:

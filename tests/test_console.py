@@ -9,6 +9,7 @@ import pytest
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.records import Accuracy, Tower
+from slsgu_cli.tables import text as shown_text
 
 COLUMNS = ["name", "figure"]
 ODD = "a\tb\nc  [red]d[/red] :apple: \x1b[31mé"
@@ -61,7 +62,7 @@ def piped(*arguments):
 
 def test_a_terminal_gets_a_table_with_cells_printed_literally():
     shown = on_a_terminal(SHOW)
-    assert "┃" in shown
+    assert "───" in shown
     assert FLAT in shown
     assert "[b]Title :apple:" in shown
     assert "0.50" in shown
@@ -80,7 +81,7 @@ def test_a_narrow_terminal_folds_cells_and_loses_nothing():
 
 def test_a_pipe_gets_tab_separated_results_and_nothing_else():
     done = piped()
-    assert done.stdout == f"name\tfigure\n{FLAT}\t0.50\nx\t-\nout/clip\n"
+    assert done.stdout == f"name\tfigure\n{FLAT}\t0.5\nx\t-\nout/clip\n"
     for text in ("noted [red]", "detailed", "warning: warned", "error: wrong [bold]"):
         assert text in done.stderr
     assert "try: right :apple:" in done.stderr
@@ -121,7 +122,7 @@ def test_an_empty_table_still_names_its_columns(capsys):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "shown"),
     [
         (None, "-"),
         (True, "yes"),
@@ -137,9 +138,39 @@ def test_an_empty_table_still_names_its_columns(capsys):
         ("  spread \u2028 out ", "spread out"),
     ],
 )
-def test_how_a_value_is_printed(capsys, value, text):
-    Console().table("t", ["a"], [[value]])
-    assert capsys.readouterr().out == f"a\n{text}\n"
+def test_how_a_person_reads_a_value(value, shown):
+    assert shown_text(value) == shown
+
+
+def test_a_pipe_gets_figures_in_full(capsys):
+    Console().table("t", ["a"], [[96.96969696969697], [0.00333047961], [123456.0], [0.0], [True]])
+    assert capsys.readouterr().out == "a\n96.96969697\n0.00333047961\n123456\n0\nyes\n"
+
+
+def test_tables_in_one_pipe_are_apart(capsys):
+    console = Console()
+    console.table("t", ["a"], [[1]])
+    console.table("u", ["b"], [[2]])
+    assert capsys.readouterr().out == "a\n1\n\nb\n2\n"
+
+
+def test_a_terminal_shows_labels_units_and_no_empty_column():
+    code = (
+        "from slsgu_cli.console import Console\n"
+        "from slsgu_cli.tables import Column\n"
+        "columns = [Column('bytes', shown=lambda b: f'{b} B', label='size'), 'nothing', 'zero',\n"
+        "           Column('path', on_terminal=False)]\n"
+        "Console().table('t', columns, [[5, None, 0, 'a/b'], [None, '', 0, 'c/d']])"
+    )
+    shown = on_a_terminal(code)
+    header, _, first, second = (line.split() for line in shown.strip().splitlines())
+    assert header == ["size", "zero"]
+    assert (first, second) == (["5", "B", "0"], ["-", "0"])
+
+
+def test_text_from_data_does_not_steer_the_terminal(capsys):
+    Console().note("key \x1b[2Jgone\rback")
+    assert capsys.readouterr().err == "key  [2Jgone back\n"
 
 
 def test_verbosity_decides_what_stderr_gets(capsys):

@@ -49,4 +49,5 @@ def test_exit_codes_are_stable():
         "STALE": 4,
         "NOT_FORGOTTEN": 5,
         "INTERRUPTED": 130,
+        "UNREAD": 141,
     }
