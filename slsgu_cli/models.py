@@ -164,17 +164,12 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
             f"{folder} is not an open_clip model folder: it has no {CONFIG}",
             hint="name a folder written by open_clip, or --model ARCH --pretrained FILE",
         )
-    try:
-        content = json.loads(path.read_text())
-        config = content["model_cfg"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a valid open_clip configuration: {error}") from error
+    config, preprocess = _configuration(path)
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]
     named = [folder / name for name in PREFERRED if folder / name in files]
     if not files:
         raise MissingError(f"{folder} holds no weights (.safetensors, .bin or .pth)")
     weights = [*named, *sorted(files, key=lambda file: (file.suffix != ".safetensors", file))][0]
-    preprocess = _defaults() | content.get("preprocess_cfg", {})
     return ResolvedModel(spec, f"{LOCAL}{folder}", config, preprocess, weights, folder)
 
 
@@ -183,16 +178,28 @@ def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
 
     repository = spec.name.removeprefix(HUB)
     try:
-        config = Path(download_pretrained_from_hf(repository, filename=CONFIG))
+        path = Path(download_pretrained_from_hf(repository, filename=CONFIG))
         weights = Path(download_pretrained_from_hf(repository))
-        content = json.loads(config.read_text())
     except FETCH_ERRORS as error:
         raise MissingError(
             f"cannot fetch {spec.name} from the hub: {_first_line(error)}",
             hint="check the name and the connection, or use local-dir:PATH",
         ) from error
-    preprocess = _defaults() | content.get("preprocess_cfg", {})
-    return ResolvedModel(spec, spec.name, content["model_cfg"], preprocess, weights, None)
+    config, preprocess = _configuration(path)
+    return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
+
+
+def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model_cfg and the preprocess_cfg, with its defaults, of a configuration file."""
+    try:
+        content = json.loads(path.read_text())
+        config = {**content["model_cfg"]}
+        for tower in ("vision_cfg", "text_cfg"):
+            config[tower] = {**config[tower]}
+        return config, _defaults() | content.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is not a valid open_clip configuration: {reason}") from error
 
 
 def _resolve_name(spec: ModelSpec) -> ResolvedModel:

@@ -1,0 +1,370 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import tiny_clip
+import torch
+from open_clip.factory import _find_checkpoint_in_dir
+from safetensors.torch import load_file, save_file
+
+from slsgu_cli import models
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.models import PREFERRED, fingerprint, input_spec, load, pick_device, resolve
+from slsgu_cli.records import ModelSpec
+
+WEIGHTS = "open_clip_model.safetensors"
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model):
+    return Path(tiny_model.name.removeprefix("local-dir:"))
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A model folder of this test's own."""
+    return shutil.copytree(source, tmp_path / "clip")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory):
+    """The tiny model's architecture as a file of its own."""
+    path = tmp_path_factory.mktemp("architecture") / "tiny-shapes.json"
+    path.write_text(json.dumps(tiny_clip.CONFIG))
+    return path
+
+
+def local(folder):
+    return ModelSpec(f"local-dir:{folder}")
+
+
+def reconfigure(folder, change):
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def features(module):
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = open_clip.SimpleTokenizer(context_length=16)(["a red circle", "blue"])
+    with torch.no_grad():
+        return torch.cat([module.encode_image(images), module.encode_text(tokens)])
+
+
+def test_a_model_folder(source):
+    found = resolve(local(source))
+    assert found.config == tiny_clip.CONFIG
+    assert found.weights == source / WEIGHTS
+    assert found.folder == source
+    assert found.preprocess["mean"] == tiny_clip.PREPROCESS["mean"]
+    assert found.preprocess["fill_color"] == 0
+
+
+def test_a_folder_goes_without_its_prefix(source):
+    bare, prefixed = resolve(ModelSpec(str(source))), resolve(local(source))
+    assert replace(bare, spec=prefixed.spec) == prefixed
+    assert fingerprint(bare) == fingerprint(prefixed)
+
+
+def test_an_architecture_file_with_weights(architecture, source):
+    found = resolve(ModelSpec(str(architecture), str(source / WEIGHTS)))
+    assert (found.weights, found.folder) == (source / WEIGHTS, None)
+    assert found.config == tiny_clip.CONFIG
+    assert found.preprocess["mean"] == OPENAI_MEAN
+    assert fingerprint(found) == fingerprint(resolve(local(source)))
+    torch.testing.assert_close(features(load(found)), features(load(resolve(local(source)))))
+
+
+def test_an_open_clip_name_with_a_file(source):
+    found = resolve(ModelSpec("ViT-B-32", str(source / WEIGHTS)))
+    assert found.config["embed_dim"] == 512
+    assert found.identifier == "ViT-B-32"
+    assert found.weights == source / WEIGHTS
+
+
+def test_an_open_clip_tag_takes_the_tags_preprocessing(source, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        open_clip, "download_pretrained", lambda tag: fetched.append(tag) or str(source / WEIGHTS)
+    )
+    found = resolve(ModelSpec("ViT-SO400M-14-SigLIP", "webli"))
+    assert (found.preprocess["mean"], found.preprocess["resize_mode"]) == ((0.5,) * 3, "squash")
+    assert found.weights == source / WEIGHTS
+    assert len(fetched) == 1
+
+
+def test_a_hub_model(source, monkeypatch):
+    asked = []
+
+    def fetch(repository, filename=None):
+        asked.append((repository, filename))
+        return str(source / (filename or WEIGHTS))
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", fetch)
+    found = resolve(ModelSpec("hf-hub:org/tiny"))
+    assert asked == [("org/tiny", "open_clip_config.json"), ("org/tiny", None)]
+    assert (found.identifier, found.config) == ("hf-hub:org/tiny", tiny_clip.CONFIG)
+    assert found.preprocess["std"] == tiny_clip.PREPROCESS["std"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("offline"), RuntimeError("offline"), ValueError("offline")]
+)
+@pytest.mark.parametrize("name", ["hf-hub:org/tiny", "ViT-B-32"])
+def test_what_cannot_be_fetched_is_told(name, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", fail)
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    spec = ModelSpec(name, None if ":" in name else "laion2b_s34b_b79k")
+    with pytest.raises(MissingError, match=r"cannot fetch .*: offline") as caught:
+        resolve(spec)
+    assert "connection" in caught.value.hint
+
+
+def test_an_unknown_name_is_told_with_near_ones():
+    with pytest.raises(InputError, match=r"has no model ViT-B-33; near: .*ViT-B-32"):
+        resolve(ModelSpec("ViT-B-33", "openai"))
+    with pytest.raises(InputError, match=r"has no model zzz$"):
+        resolve(ModelSpec("zzz"))
+
+
+def test_a_name_needs_weights(architecture):
+    with pytest.raises(UsageError, match="ViT-B-32 needs weights") as error:
+        resolve(ModelSpec("ViT-B-32"))
+    assert "laion2b_s34b_b79k" in error.value.hint
+    with pytest.raises(UsageError, match="tiny-shapes needs weights") as error:
+        resolve(ModelSpec(str(architecture)))
+    assert "a checkpoint file" in error.value.hint
+
+
+def test_an_unknown_tag_is_told_with_the_known_ones(architecture):
+    with pytest.raises(MissingError, match="neither a file nor a pretrained tag") as error:
+        resolve(ModelSpec("ViT-B-32", "laion3b"))
+    assert "laion2b_s34b_b79k" in error.value.hint
+    with pytest.raises(MissingError, match="neither a file nor a pretrained tag") as error:
+        resolve(ModelSpec(str(architecture), "nowhere.pt"))
+    assert error.value.hint.endswith("none")
+
+
+def test_an_architecture_file_that_is_not_there():
+    with pytest.raises(MissingError, match=r"no architecture file nowhere/x\.json"):
+        resolve(ModelSpec("nowhere/x.json", "weights.pt"))
+
+
+def test_a_folder_carries_its_own_weights(source):
+    with pytest.raises(UsageError, match="--pretrained openai does not go with local-dir"):
+        resolve(replace(local(source), pretrained="openai"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}", '{"preprocess_cfg": {}}'])
+def test_a_folder_with_an_odd_configuration(content, folder):
+    (folder / "open_clip_config.json").write_text(content)
+    with pytest.raises(InputError, match="not a valid open_clip configuration") as error:
+        resolve(local(folder))
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_cfg": 7},
+        {"model_cfg": {}},
+        {"model_cfg": {"vision_cfg": 3, "text_cfg": {}}},
+        {"model_cfg": {"vision_cfg": {}}},
+        {"preprocess_cfg": None},
+        {"preprocess_cfg": [1]},
+    ],
+)
+def test_a_folder_with_an_odd_architecture(change, folder):
+    reconfigure(folder, lambda content: content.update(change))
+    with pytest.raises(InputError, match="not a valid open_clip configuration"):
+        resolve(local(folder))
+
+
+def test_a_folder_without_a_configuration(folder):
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(MissingError, match="not an open_clip model folder") as error:
+        resolve(local(folder))
+    assert "--pretrained" in error.value.hint
+    with pytest.raises(MissingError, match="not an open_clip model folder"):
+        resolve(local(folder / "nowhere"))
+
+
+def test_a_folder_without_weights(folder):
+    (folder / WEIGHTS).rename(folder / "weights.data")
+    with pytest.raises(MissingError, match="holds no weights"):
+        resolve(local(folder))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        PREFERRED,
+        PREFERRED[::-1][:4],
+        ("pytorch_model.bin", "aaa.safetensors"),
+        ("b.bin", "a.pth", "z.safetensors", "c.safetensors"),
+        ("b.bin", "a.pth"),
+        ("model.pth", "pytorch_model.pth"),
+    ],
+)
+def test_of_several_weight_files_open_clips_choice_is_taken(names, folder):
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        (folder / name).touch()
+    assert str(resolve(local(folder)).weights) == _find_checkpoint_in_dir(folder)
+
+
+def test_loading_gives_a_model_to_take_gradients_of(source):
+    module = load(resolve(local(source)))
+    assert not module.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
+    expected = load_file(source / WEIGHTS)
+    assert all(torch.equal(p.detach(), expected[n]) for n, p in module.named_parameters())
+
+
+def test_half_precision_weights_are_widened(folder):
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS)
+    module = load(resolve(local(folder)))
+    assert torch.equal(module.visual.proj.detach(), weights["visual.proj"].half().float())
+
+
+def damage_cut(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def damage_noise(folder):
+    (folder / WEIGHTS).write_bytes(b"no weights at all" * 99)
+
+
+def damage_lacking(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["visual.proj"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def damage_shape(folder):
+    reconfigure(folder, lambda content: content["model_cfg"].update(embed_dim=12))
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_noise, damage_lacking, damage_shape])
+def test_weights_that_do_not_fit_are_told_in_one_line(damage, folder):
+    damage(folder)
+    with pytest.raises(InputError, match=f"cannot load local-dir:{folder} from") as error:
+        load(resolve(local(folder)))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+    assert "complete" in error.value.hint
+
+
+def test_weights_that_went_away_are_told(folder):
+    found = resolve(local(folder))
+    found.weights.unlink()
+    with pytest.raises((InputError, MissingError)):
+        fingerprint(found)
+    with pytest.raises(InputError):
+        load(found)
+
+
+def test_fingerprints_are_of_values_and_architecture(folder):
+    original = fingerprint(resolve(local(folder)))
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    assert fingerprint(resolve(local(folder))) == original
+    reconfigure(folder, lambda content: content["model_cfg"].update(quick_gelu=True))
+    quick = fingerprint(resolve(local(folder)))
+    weights["logit_scale"] += 1
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    assert len({original, quick, fingerprint(resolve(local(folder)))}) == 3
+
+
+@pytest.fixture
+def no_building(source, monkeypatch):
+    """Let models that would be downloaded and built be the tiny one."""
+    module = load(resolve(local(source)))
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(source / WEIGHTS))
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: module)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "trained", "advice"),
+    [
+        ("ViT-B-32", "laion400m_e32", "QuickGELU", "-quickgelu"),
+        ("ViT-B-32", "openai", "QuickGELU", "-quickgelu"),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", "GELU", "plain"),
+    ],
+)
+def test_weights_of_the_other_activation_are_warned_of(name, tag, trained, advice, no_building):
+    warned = []
+    load(resolve(ModelSpec(name, tag)), warn=warned.append)
+    assert len(warned) == 1
+    assert f"{name} ({tag}) was trained with {trained} but" in warned[0]
+    assert advice in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("ViT-B-32-quickgelu", "laion400m_e32"), ("ViT-B-32", "laion2b_s34b_b79k")]
+)
+def test_weights_of_the_right_activation_are_not(name, tag, no_building):
+    warned = []
+    load(resolve(ModelSpec(name, tag)), warn=warned.append)
+    assert warned == []
+
+
+def test_a_folders_activation_is_its_own(folder):
+    reconfigure(folder, lambda content: content["model_cfg"].update(quick_gelu=True))
+    warned = []
+    module = load(resolve(local(folder)), warn=warned.append)
+    assert isinstance(module.visual.transformer.resblocks[0].mlp.gelu, open_clip.model.QuickGELU)
+    assert warned == []
+
+
+def test_inputs_are_the_models(source, demo_model):
+    spec = input_spec(resolve(local(source)))
+    assert (spec.height, spec.width, spec.context_length) == (32, 32, 16)
+    assert spec.mean == tuple(tiny_clip.PREPROCESS["mean"])
+    assert (spec.interpolation, spec.resize_mode) == ("bicubic", "shortest")
+    other = input_spec(resolve(demo_model))
+    assert (other.height, other.context_length) == (64, 32)
+    assert other.tokenizer != spec.tokenizer
+
+
+def test_images_may_be_oblong(folder):
+    def widen(content):
+        content["model_cfg"]["vision_cfg"]["image_size"] = [16, 48]
+
+    reconfigure(folder, widen)
+    spec = input_spec(resolve(local(folder)))
+    assert (spec.height, spec.width) == (16, 48)
+
+
+def test_texts_become_the_models_tokens(source):
+    tokens = models.tokenizer(resolve(local(source)))(["a red circle", ""])
+    assert tokens.dtype == np.int32
+    expected = open_clip.SimpleTokenizer(context_length=16)(["a red circle", ""])
+    assert np.array_equal(tokens, expected.numpy())
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
+    for name in ("cuda", "cuda:0", "mps", "tpu"):
+        with pytest.raises(UsageError, match=f"device {name} is not available") as error:
+            pick_device(name)
+        assert "(cpu)" in error.value.hint
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == "cuda"
+    assert pick_device("cuda:0") == "cuda:0"
