@@ -8,6 +8,7 @@ A world is a store with a set that is built, graded and ranked (see `worlds.py`)
 - `demo_world`, shared too: facebook and the embedded CLIP, with few rows.
 """
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -28,13 +29,24 @@ def console():
 
 
 @pytest.fixture(scope="session")
-def demo_model():
+def vocabulary():
+    """Let open_clip read its vocabulary once: that takes longer than a tiny model's search."""
+    import open_clip.factory
+
+    with pytest.MonkeyPatch.context() as patch:
+        tokenizer = functools.cache(open_clip.factory.SimpleTokenizer)
+        patch.setattr(open_clip.factory, "SimpleTokenizer", tokenizer)
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo_model(vocabulary):
     """The embedded CLIP: 64 pixels, 8 blocks a tower, 32 tokens."""
     return ModelSpec(f"local-dir:{DEMO / 'clip'}")
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
+def tiny_model(vocabulary, tmp_path_factory):
     """A `local-dir:` model that tells colours and shapes apart; do not write to it."""
     import tiny_clip
 

@@ -179,20 +179,22 @@ def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, console, m
     assert_equal(found, plain["contrastive"][0])
 
 
-def test_half_precision_is_close(folders, plain, spec, console):
-    """bf16 has 8 bits: about 1% error in the gradient of a layer of this small model."""
+# bf16 has 8 bits, of which 16-fold cosines in a softmax lose some more.
+@pytest.mark.parametrize(("loss", "bound"), [("cosine", 0.03), ("contrastive", 0.12)])
+def test_half_precision_is_close(loss, bound, folders, plain, spec, console):
     model = load(folders["contrastive"])
-    for loss in ("cosine", "contrastive"):
-        found, mean_loss = run(
-            model, loss, Rows(61), spec, console, precision=Precision.BF16, memory_budget=8 << 20
-        )
-        assert mean_loss == pytest.approx(plain[loss][1], rel=0.02)
-        whole, expected = (
-            np.concatenate([gradients[name].ravel() for name in sorted(gradients)])
-            for gradients in (found, plain[loss][0])
-        )
-        assert 0 < np.linalg.norm(whole - expected) < 0.05 * np.linalg.norm(expected)
-        assert all(value.dtype == np.float32 for value in found.values())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found, mean_loss = run(
+        model, loss, Rows(61), spec, console, precision=Precision.BF16, memory_budget=3 << 20
+    )
+    assert mean_loss == pytest.approx(plain[loss][1], rel=0.02)
+    whole, expected = (
+        np.concatenate([gradients[name].ravel() for name in sorted(gradients)])
+        for gradients in (found, plain[loss][0])
+    )
+    assert 0 < np.linalg.norm(whole - expected) < bound * np.linalg.norm(expected)
+    assert all(value.dtype == np.float32 for value in found.values())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_precision_of_matrix_products_is_put_back():

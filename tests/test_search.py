@@ -81,8 +81,8 @@ def test_measuring_everything_is_the_plain_search(budget, world, plain, console)
 def test_every_candidate_layer_is_measured_rightly(world, plain, console):
     layers = [score.layer for score in world.ranking.scores]
     assert len(layers) > 40
-    reference = plain.algorithm1(layers, 3, Steer.FA1)
-    result = find(world, console, layers=layers, steps=3, full=True)
+    reference = plain.algorithm1(layers, 2, Steer.FA1)
+    result = find(world, console, layers=layers, steps=2, full=True)
     assert_same_search(result, reference, full=True)
 
 
@@ -93,10 +93,9 @@ def test_search_of_the_embedded_model_is_the_plain_search(demo_world, console, t
         "visual.proj",
         "visual.transformer.resblocks.6.attn.out_proj.weight",
         "transformer.resblocks.0.attn.out_proj.weight",
-        "text_projection",
     ]
-    reference = Plain(world).algorithm1(layers, 5, Steer.FA1)
-    result = find(world, console, layers=layers, steps=5, cache_budget=20 << 20)
+    reference = Plain(world).algorithm1(layers, 4, Steer.FA1)
+    result = find(world, console, layers=layers, steps=4, cache_budget=20 << 20)
     assert_same_search(result, reference)
     assert result.forgotten
     assert len({trial.layer for trial in result.trials.trials if trial.utility}) > 1
