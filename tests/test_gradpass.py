@@ -131,7 +131,7 @@ def tiny_spec(folder):
 
 
 # At most this many pairs a forward: one mini-batch, some, more than there are.
-@pytest.mark.parametrize("pairs", [1, 16, 40, 48, 1024])
+@pytest.mark.parametrize("pairs", [1, 40, 1024])
 @pytest.mark.parametrize("loss", ["cosine", "contrastive", "sigmoid"])
 def test_grouped_is_one_mini_batch_after_another(
     loss, pairs, folders, plain, spec, console, monkeypatch
@@ -148,7 +148,7 @@ def test_grouped_is_one_mini_batch_after_another(
 
 # A mini-batch of this model keeps about 2.8 MiB, a block at a time less.
 @pytest.mark.parametrize(("budget", "pairs"), [(1, 16), (3, 16), (6.5, 32), (64, 61)])
-@pytest.mark.parametrize("loss", ["cosine", "contrastive", "sigmoid"])
+@pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 def test_a_memory_budget_changes_no_gradient(
     loss, budget, pairs, folders, plain, spec, console, monkeypatch
 ):
@@ -296,7 +296,7 @@ def test_weights_that_are_no_numbers_are_told(layer, value, folders, spec, conso
 
 
 @pytest.mark.parametrize("pairs", [16, 128])
-@pytest.mark.parametrize("row", [3, 20, 31, 39])
+@pytest.mark.parametrize("row", [3, 31, 39])
 def test_the_mini_batch_that_is_not_finite_is_named(
     row, pairs, folders, spec, console, monkeypatch
 ):
@@ -367,6 +367,7 @@ def test_a_mini_batch_that_never_fits_is_an_error(folders, spec, console, monkey
     assert "--batch-size" in error.value.hint
 
 
+@pytest.mark.slow
 def test_gradients_of_the_embedded_model(demo_world):
     """The stored gradients of a trained model, through sets and store."""
     world = demo_world
