@@ -84,6 +84,34 @@ def test_the_concept_is_found_however_it_is_written(concept, world, tmp_path, co
     assert len(found.utility["first"].images) == 14
 
 
+def blue_alone(tmp_path):
+    """Return rows that are all blue, and a list of all colours to tell them from."""
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(tiny_clip.COLOURS))
+    blue = range(1005, 1064, len(tiny_clip.COLOURS))
+    return tiny_clip.write_labelled(tmp_path / "blue.parquet", {"colour": blue}), str(names)
+
+
+def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path, console):
+    rows, names = blue_alone(tmp_path)
+    world.build(evals={"blues": rows, "second": world.sources["second"]},
+                classes={"blues": names}, templates={})  # fmt: skip
+    found = evaluation(world)
+    assert set(found.utility) == {"second"}
+    assert labels_of(found.forget) == ["blue"] * 8
+    assert len(found.forget.names) == len(tiny_clip.COLOURS)
+    found.base_pass((), cache_bytes=0, console=console)
+    assert found.utility["second"].base_accuracy().rows == 40
+
+
+def test_sets_that_show_the_concept_alone_are_not_enough(world, tmp_path):
+    rows, names = blue_alone(tmp_path)
+    world.build(evals={"blues": rows}, classes={"blues": names}, templates={})
+    with pytest.raises(InputError, match="show nothing but 'blue'") as error:
+        evaluation(world)
+    assert "--eval" in error.value.hint
+
+
 def test_nothing_to_measure_on_is_told(world):
     world.build(evals={}, templates={})
     with pytest.raises(InputError, match="set blue has nothing to measure on") as error:

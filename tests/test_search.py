@@ -9,6 +9,7 @@ import pytest
 from plain import Plain
 from safetensors.numpy import load_file, save_file
 
+from slsgu_cli import zeroshot
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.gradients import compute_gradients
@@ -69,12 +70,18 @@ def test_search_is_the_plain_search(steer, budget, world, plain, console):
     reference = plain.algorithm1(front(world), 6, steer)
     result = find(world, console, steer=steer, steps=6, cache_budget=budget)
     assert_same_search(result, reference, steer=steer)
-    # Something was spared: else this would show nothing about sparing.
+    # Utility is spared where a step cannot win: else this would show nothing about sparing.
+    least = reference[1][2].forget[steer is Steer.FA5]
+    for trial in result.trials.trials:
+        forget = trial.forget.top5 if steer is Steer.FA5 else trial.forget.top1
+        assert trial.utility is None or forget == pytest.approx(least)
     assert any(trial.utility is None for trial in result.trials.trials)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_measuring_everything_is_the_plain_search(budget, world, plain, console):
+def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, console, monkeypatch):
+    """Several groups of prompts, each of its own length, and images a few at a time."""
+    monkeypatch.setitem(zeroshot.ROWS_PER_FORWARD, "cpu", 7)
     reference = plain.algorithm1(front(world), 6, Steer.FA1)
     result = find(world, console, steps=6, cache_budget=budget, full=True)
     assert_same_search(result, reference, full=True)
