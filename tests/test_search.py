@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_clip
+from open_clip.model import convert_to_custom_text_state_dict
 from plain import Plain
 from safetensors.numpy import load_file, save_file
 
@@ -14,6 +16,8 @@ from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.models import load as load_model
+from slsgu_cli.models import resolve
 from slsgu_cli.pipeline import require_forgotten
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import ModelSpec, PassOptions, Steer, Trials
@@ -109,6 +113,23 @@ def test_search_of_the_embedded_model_is_the_plain_search(demo_world, console, t
     assert_same_search(result, reference)
     assert result.forgotten
     assert len({trial.layer for trial in result.trials.trials if trial.utility}) > 1
+
+
+def test_search_of_a_sigmoid_model_is_the_plain_search(world, tmp_path, console):
+    """The same model with a text tower of its own, and the loss of SigLIP."""
+    custom = {"custom_text": True, "init_logit_bias": -2.0}
+    model = tiny_clip.fresh_model(tiny_clip.CONFIG | custom)
+    state = load_model(resolve(world.model)).state_dict()
+    model.load_state_dict(convert_to_custom_text_state_dict(state), strict=False)
+    folder = tiny_clip.write_folder(tmp_path / "siglip", model, **custom)
+    own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
+    own.build()
+    own.grade()
+    reference = Plain(own).algorithm1(front(own), 4, Steer.FA1)
+    result = find(own, console, steps=4, full=True)
+    assert_same_search(result, reference, full=True)
+    assert result.forgotten
+    assert any(trial.layer.startswith("text.") for trial in result.trials.trials)
 
 
 def test_baseline_is_the_original_model(world, plain, console):
