@@ -196,6 +196,10 @@ def test_a_folder_without_a_configuration(folder):
     assert "--pretrained" in error.value.hint
     with pytest.raises(MissingError, match="not an open_clip model folder"):
         resolve(local(folder / "nowhere"))
+    for path in (folder, folder / WEIGHTS):
+        with pytest.raises(InputError, match=r"open_clip_config\.json") as error:
+            resolve(ModelSpec(str(path)))
+        assert f"--pretrained {path}" in error.value.hint
 
 
 def test_a_folder_without_weights(folder):
@@ -367,4 +371,8 @@ def test_devices(monkeypatch):
     assert pick_device("auto") == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == "cuda"
-    assert pick_device("cuda:0") == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == "cuda:1"
+    for name in ("cuda:2", "cuda:x", "cuda:-1"):
+        with pytest.raises(UsageError, match=f"device {name} is not available"):
+            pick_device(name)
