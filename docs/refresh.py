@@ -1,0 +1,109 @@
+"""Run the commands of a document and put what they print in place of what stands there.
+
+    python docs/refresh.py README.md docs/guide.md
+
+Every ```console block is run, from the first to the last, in one new folder per document
+in which `slsgu_cli` is the checkout's. Lines that begin with `$ ` are commands, lines with
+`> ` go on with them. A comment `<!-- through: FILTER -->` before a block passes its output
+through a shell command, to shorten it. `<!-- picture: FROM TO -->` copies a file of the
+folder to the checkout. A command that fails ends the run, except in a block after
+`<!-- fails: CODE -->`.
+"""
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(?P<notes>(?:<!-- .*? -->\n)*)```console\n(?P<body>.*?)```\n", re.S)
+NOTE = re.compile(r"<!-- (through|fails): (.*?) -->")
+PICTURE = re.compile(r"<!-- picture: (\S+) (\S+) -->")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+COLUMNS = "110"
+
+
+def refresh(document: Path) -> None:
+    """Rewrite `document` with the output of its commands."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "slsgu_cli").symlink_to(ROOT / "slsgu_cli")
+        text = document.read_text()
+        text = BLOCK.sub(lambda found: _run_block(found, folder), text)
+        for origin, target in PICTURE.findall(text):
+            shutil.copyfile(folder / origin, ROOT / target)
+        document.write_text(text)
+
+
+def _run_block(block: re.Match[str], folder: Path) -> str:
+    notes = dict(NOTE.findall(block["notes"]))
+    parts = []
+    for command in _commands(block["body"]):
+        sys.stderr.write(f"$ {command}\n")
+        code, output = _run(command, folder)
+        if code != int(notes.get("fails", 0)):
+            raise SystemExit(f"exit code {code}:\n{output}")
+        if "through" in notes:
+            output = subprocess.run(
+                ["bash", "-c", notes["through"]],
+                input=output,
+                text=True,
+                capture_output=True,
+                check=True,
+            ).stdout
+        parts.append("$ " + command.replace("\n", "\n> ") + "\n" + output)
+    return f"{block['notes']}```console\n{''.join(parts)}```\n"
+
+
+def _commands(body: str) -> list[str]:
+    commands: list[str] = []
+    for line in body.splitlines():
+        if line.startswith("$ "):
+            commands.append(line[2:])
+        elif line.startswith("> ") and commands:
+            commands[-1] += "\n" + line[2:]
+    return commands
+
+
+def _run(command: str, folder: Path) -> tuple[int, str]:
+    """Return exit code and output of a command whose terminal has no cursor and no colours."""
+    terminal, end = pty.openpty()
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {
+        "TERM": "dumb",
+        "COLUMNS": COLUMNS,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    environment.pop("SLSGU_STORE", None)
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=end,
+        stderr=end,
+    )
+    os.close(end)
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(terminal, 1 << 16)
+        except OSError:  # how a pseudo-terminal says that its other end is closed
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(terminal)
+    text = ESCAPES.sub("", b"".join(chunks).decode())
+    text = text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+    return process.wait(), "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        refresh(Path(argument))
