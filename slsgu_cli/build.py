@@ -238,6 +238,8 @@ def _tell(console: Console, request: BuildRequest, refs: dict[str, DataRef]) -> 
         left_out = {k: v for k, v in ref.refused.items() if k not in silent}
         if left_out:
             console.note(f"{name}: {ref.rows} rows kept, left out: {counted(left_out)}")
+    if not request.evals:
+        console.warn("there is no --eval: `search` and `eval` will have nothing to measure on")
     short = request.retain_samples - refs["retain"].rows
     if short > 0:
         console.warn(

@@ -84,7 +84,7 @@ class Console:
         self._write("\n" if self._parts else "")
         self._parts += 1
         if self.on_terminal:
-            self._draw(drawn(heads, rows, title))
+            self._draw(title, drawn(heads, rows))
         else:
             self._write(tab_separated(heads, rows))
 
@@ -151,10 +151,12 @@ class Console:
     def _say(self, text: str, style: str | None = None) -> None:
         self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
 
-    def _draw(self, table: Table) -> None:
+    def _draw(self, title: str | None, table: Table) -> None:
         """Print a table on the terminal, through the one way by which results are written."""
         drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
         with drawing.capture() as lines:
+            if title:
+                drawing.print(title, style="bold")
             drawing.print(table)
         self._write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
 

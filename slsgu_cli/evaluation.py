@@ -117,13 +117,20 @@ def prepare(
         is_forget = name == manifest.forget_eval
         shows = block.labels == own if is_forget else np.zeros(block.rows, bool)
         kept, gone = np.flatnonzero(~shows), np.flatnonzero(shows)
-        utility[name] = EvaluationSet(
-            images(block, kept, block.labels[kept]), prompts[name], block.class_names
-        )
+        if kept.size:
+            utility[name] = EvaluationSet(
+                images(block, kept, block.labels[kept]), prompts[name], block.class_names
+            )
         if is_forget:
             forget = EvaluationSet(
                 images(block, gone, block.labels[gone]), prompts[name], block.class_names
             )
+    if not utility:
+        raise InputError(
+            f"the evaluation sets of {manifest.name} show nothing but {manifest.concept!r}, so "
+            "what is kept cannot be measured",
+            hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets {manifest.name}`",
+        )
     if forget is None:
         first = next(iter(blocks.values()))
         names = (*first.class_names, manifest.concept)

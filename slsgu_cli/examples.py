@@ -46,7 +46,9 @@ def draw_examples(
 
 def _few(whole: Evaluation, manifest: SetManifest) -> Evaluation:
     """Keep some forget images and one image each of the commonest other classes."""
-    name = manifest.forget_eval or next(iter(whole.utility))
+    name = manifest.forget_eval or ""
+    if name not in whole.utility:
+        name = next(iter(whole.utility))
     group = whole.utility[name]
     labels = group.images.labels.cpu().numpy()
     common = np.argsort(-np.bincount(labels), kind="stable")[:OTHERS_SHOWN]

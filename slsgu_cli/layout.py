@@ -56,9 +56,10 @@ def plot_path(name: str, kind: str) -> str:
 
 def read_manifest(store: Store, name: str) -> SetManifest:
     """Return the manifest of the set `name`. Raises MissingError."""
-    require(
-        store, manifest_path(name), what=f"set {name}", run=f"slsgu build-sets {name} --source ..."
-    )
+    path = manifest_path(name)
+    known = [] if store.exists(path) else store.names("sets", ".json")
+    what = f"set {name}" + (f"; it has {', '.join(known)}" if known else "")
+    require(store, path, what=what, run=f"slsgu build-sets {name} --source ...")
     return store.read_record(manifest_path(name), SetManifest)
 
 

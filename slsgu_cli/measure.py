@@ -93,7 +93,9 @@ def _evaluation(
 
 def _choose(evaluation: Evaluation, manifest: SetManifest) -> _Shown:
     """Choose the concept and the classes with the most images beside it."""
-    name = manifest.forget_eval or sorted(evaluation.utility)[0]
+    name = manifest.forget_eval or ""
+    if name not in evaluation.utility:
+        name = sorted(evaluation.utility)[0]
     group, forget = evaluation.utility[name], evaluation.forget
     counts = np.bincount(group.images.labels.cpu().numpy(), minlength=len(group.names))
     common = [int(i) for i in np.argsort(-counts, kind="stable")[: NAMES_SHOWN - 1] if counts[i]]
@@ -109,7 +111,7 @@ def _choose(evaluation: Evaluation, manifest: SetManifest) -> _Shown:
 
 def _figures(evaluation: Evaluation, label: str, shown: _Shown) -> MeasuredModel:
     group, forget = evaluation.utility[shown.evaluation], evaluation.forget
-    position = {index: place for place, index in enumerate(shown.classes)}
+    position = {index: place for place, index in enumerate(shown.classes[1:], start=1)}
     labels = group.images.labels
     keep = torch.isin(labels, torch.tensor(shown.classes[1:], device=labels.device))
     features = torch.cat([forget.images.features, group.images.features[keep]])

@@ -145,7 +145,10 @@ def pick_device(name: str) -> str:
     }
     if name == "auto":
         return next(kind for kind, available in has.items() if available)
-    if not has.get(name.partition(":")[0], False):
+    kind, _, number = name.partition(":")
+    numbered = not number or number.isdecimal()
+    known = numbered and int(number or 0) < max(1, torch.cuda.device_count())
+    if not has.get(kind, False) or not known:
         usable = ", ".join(kind for kind, available in has.items() if available)
         raise UsageError(f"device {name} is not available here", hint=f"--device auto ({usable})")
     return name
@@ -215,6 +218,12 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
         name = Path(name).stem
     with _quiet():
         config = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None and Path(name).exists():
+        what = "a folder without" if Path(name).is_dir() else "a file and not a folder with"
+        raise InputError(
+            f"--model {name} is {what} {CONFIG}",
+            hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
+        )
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
         raise InputError(

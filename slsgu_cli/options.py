@@ -1,10 +1,19 @@
 """Options that several commands take, each defined once."""
 
+import re
 from typing import Annotated
 
 import typer
 
 from slsgu_cli.records import Alignment, ModelSpec, Precision, Steer, Tower
+
+
+def _device(name: str) -> str:
+    # Checked here as well as where torch knows the devices: a command may not come to that.
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of auto, cpu, cuda, cuda:N and mps")
+    return name
+
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the set.")]
 Model = Annotated[
@@ -20,7 +29,9 @@ Pretrained = Annotated[
     str | None,
     typer.Option("--pretrained", "-p", help="open_clip tag or checkpoint file, for a name."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)
+]
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Arithmetic; gradients are summed in fp32.")
 ]

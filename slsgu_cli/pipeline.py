@@ -1,5 +1,6 @@
 """From a set's name to its edit: found in the store, searched for, or given by hand."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,8 @@ def require_forgotten(result: SearchResult) -> None:
 def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
     options = SearchOptions(device=request.device)
+    if request.step is not None and not math.isfinite(request.step):
+        raise UsageError(f"--step {request.step} is no step size")
     if request.layer is not None:
         if request.step is None or len(request.names) != 1:
             raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")

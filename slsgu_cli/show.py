@@ -32,7 +32,11 @@ Figures = dict[str, tuple[Accuracy, dict[str, Accuracy]]]
 
 
 def _percent(value: float) -> str:
-    return f"{value:.2f} %"
+    return f"{value:.2f}%"
+
+
+def _roughly(value: float) -> str:
+    return f"{value:.1f}%"
 
 
 def _change(value: float) -> str:
@@ -125,13 +129,13 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
     """
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
-    utility = [Column(f"TA@1 {name}", shown=_percent) for name in sets]
+    utility = [Column(f"TA@1 {n}", shown=_roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
         Column("step", shown=_step),
-        Column("% of norm", shown=lambda share: f"{share:.1f} %", label="of norm"),
-        Column("FA@1", shown=_percent),
-        Column("FA@5", shown=_percent),
+        Column("% of norm", shown=_roughly, label="move"),
+        Column("FA@1", shown=_roughly),
+        Column("FA@5", shown=_roughly),
         *utility,
         Column("chosen"),
     )
@@ -157,7 +161,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen: {chosen.layer} at step {_step(chosen.step)}, "
-        f"a move by {100 * chosen.share:.1f} % of the layer's norm",
+        f"a move by {100 * chosen.share:.1f}% of the layer's norm",
     )
     if not brief:
         before_after(console, chosen_figures(result))
@@ -200,7 +204,7 @@ def applied(console: Console, result: "AppliedResult") -> None:
         Column("file", shown=lambda path: Path(path).name),
         Column("layer", shown=known_as),
         "dtype",
-        Column("relative change", shown=lambda share: f"{100 * share:.3g} %", label="moved by"),
+        Column("relative change", shown=lambda share: f"{100 * share:.3g}%", label="moved by"),
         Column("bytes", shown=decimal, label="size"),
     )
     console.table("files", columns, rows, title=title, data=result)
@@ -238,18 +242,21 @@ def before_after(console: Console, models: Figures) -> None:
 def listing(console: Console, found: "Sequence[Entry]") -> None:
     """Print what the store holds."""
     rows = [
-        (entry.kind, entry.name, entry.size, _state(entry), entry.summary() or None)
+        (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
         for entry in found
     ]
     columns = (
-        "kind",
+        Column("kind"),
         Column("name", shown=_artifact),
         Column("bytes", shown=decimal, label="size"),
-        "state",
-        "made from",
+        Column("state"),
+        Column("reason", on_terminal=False),
+        Column("made from"),
     )
     console.table("store", columns, rows, data=found)
 
 
-def _state(entry: "Entry") -> str:
-    return f"{entry.state}: {entry.reason}" if entry.reason else str(entry.state)
+def _origin(console: Console, entry: "Entry") -> str:
+    # On a terminal there is no room for the reasons in a column of their own.
+    reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
+    return reason + entry.summary()

@@ -39,6 +39,8 @@ class Store:
         self.is_local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
+        if self.is_local and Path(self.root).is_file():
+            raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
 
     def where(self, path: str) -> str:
         """Return the full path or URL of `path`, for messages and for opening."""
@@ -244,5 +246,11 @@ class Store:
 
 def require(store: Store, path: str, *, what: str, run: str) -> None:
     """Raise MissingError naming `what` and the command to `run` unless `path` is in the store."""
-    if not store.exists(path):
+    if store.exists(path):
+        return
+    if store.exists(""):
         raise MissingError(f"{store.url} has no {what}", hint=f"run `{run}`")
+    raise MissingError(
+        f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
+        hint=f"name the store with --store or SLSGU_STORE, or run `{run}` to begin one",
+    )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -30,15 +30,13 @@ class Column:
         return text(value if self.shown is None or value is None else self.shown(value))
 
 
-def drawn(columns: Sequence[Column], rows: Rows, title: str | None) -> Table:
-    """Return a table for a terminal; a column that is empty in every row is left out."""
+def drawn(columns: Sequence[Column], rows: Rows) -> Table:
+    """Return a table for a terminal; a column that is empty in every row is left out.
+
+    Where it is too wide, text is folded and figures are not.
+    """
     table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="",
-        box=SIMPLE_HEAD,
-        show_edge=False,
+        box=SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
     kept = []
     for index, column in enumerate(columns):
@@ -48,7 +46,8 @@ def drawn(columns: Sequence[Column], rows: Rows, title: str | None) -> Table:
         kept.append(index)
         numeric = bool(cells) and all(map(_is_number, cells))
         label = column.name if column.label is None else column.label
-        table.add_column(label, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(label, justify=justify, overflow="fold", no_wrap=numeric)
     for row in rows:
         table.add_row(*(columns[index].cell(row[index]) for index in kept))
     return table
