@@ -252,5 +252,5 @@ def require(store: Store, path: str, *, what: str, run: str) -> None:
         raise MissingError(f"{store.url} has no {what}", hint=f"run `{run}`")
     raise MissingError(
         f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
-        hint=f"name the store with --store or SLSGU_STORE, or run `{run}` to begin one",
+        hint=f"run `{run}`, or name the store with --store or SLSGU_STORE",
     )

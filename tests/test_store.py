@@ -373,7 +373,18 @@ def test_an_unknown_protocol_is_an_input_error():
         Store("nosuch://bucket/path")
 
 
+def test_a_file_is_no_store(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        Store(str(tmp_path / "file"))
+
+
 def test_require_names_the_command_that_makes_it(store):
+    with pytest.raises(MissingError, match="gradient of facebook") as caught:
+        require(store, "gradients/facebook.json", what="gradient of facebook", run="slsgu grad")
+    assert store.root in caught.value.message
+    assert caught.value.hint == "run `slsgu grad`, or name the store with --store or SLSGU_STORE"
+    store.write_bytes("gradients/other.json", b"{}")
     with pytest.raises(MissingError, match="gradient of facebook") as caught:
         require(store, "gradients/facebook.json", what="gradient of facebook", run="slsgu grad")
     assert caught.value.hint == "run `slsgu grad`"
