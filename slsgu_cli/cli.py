@@ -330,6 +330,8 @@ def ls(session: Session) -> None:
     from slsgu_cli import show
     from slsgu_cli.listing import entries
 
+    if not session.store.exists(""):
+        session.console.note(f"there is no store {session.store.where('').rstrip('/')} yet")
     show.listing(session.console, entries(session.store))
 
 

@@ -23,6 +23,7 @@ from slsgu_cli.layout import (
 )
 from slsgu_cli.memory import spare
 from slsgu_cli.models import fingerprint, load, pick_device, resolve, tokenizer
+from slsgu_cli.naming import find_layers
 from slsgu_cli.records import (
     Accuracy,
     EditHeader,
@@ -189,8 +190,8 @@ def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
         return [score for score in ranking.scores if score.front]
     chosen = []
     for text in wanted:
-        exact = [score for score in ranking.scores if score.layer == text]
-        fitting = exact or [score for score in ranking.scores if text in score.layer]
+        meant = find_layers(text, [score.layer for score in ranking.scores])
+        fitting = [score for score in ranking.scores if score.layer in meant]
         if len(fitting) != 1:
             near = ", ".join(score.layer for score in fitting[:5]) or "none"
             raise UsageError(

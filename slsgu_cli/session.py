@@ -12,13 +12,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slsgu_cli.console import Console
 from slsgu_cli.errors import ExitCode, SlsguError
-from slsgu_cli.store import Store
+
+if TYPE_CHECKING:
+    from slsgu_cli.console import Console
+    from slsgu_cli.store import Store
 
 StoreOption = Annotated[
     str,
@@ -58,8 +60,8 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 class Session:
     """The store and the console of one command."""
 
-    store: Store
-    console: Console
+    store: "Store"
+    console: "Console"
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -68,6 +70,10 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**values: Any) -> None:
+            # Not for `--help`, which takes a third of the time without them.
+            from slsgu_cli.console import Console
+            from slsgu_cli.store import Store
+
             common = {key: values.pop(key) for key in _COMMON}
             verbosity = -1 if common["quiet"] else int(common["verbose"])
             console = Console(verbosity=verbosity, as_json=common["as_json"])
@@ -94,7 +100,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 class _Ending:
     """Ends a command: an exit code for what was raised, and a message for the user."""
 
-    def __init__(self, console: Console, *, debug: bool) -> None:
+    def __init__(self, console: "Console", *, debug: bool) -> None:
         self.console = console
         self.debug = debug
 

@@ -2,7 +2,7 @@ import open_clip
 import pytest
 import tiny_clip
 
-from slsgu_cli.naming import is_candidate, selected, short, tower_of
+from slsgu_cli.naming import find_layers, is_candidate, known_as, selected, short, tower_of
 from slsgu_cli.records import Tower
 
 
@@ -116,3 +116,21 @@ def test_short_names_leave_out_what_all_share():
     assert short("text.transformer.resblocks.0.ln_1.weight") == "0.ln_1"
     assert short("visual.trunk.blocks.3.attn.qkv.weight") == "blocks.3.attn.qkv"
     assert short("text_projection") == "text_projection"
+
+
+def test_the_name_in_tables_is_short_and_one_layers_own():
+    names = sorted(candidates(tiny_clip.fresh_model()))
+    known = [known_as(name) for name in names]
+    assert len(set(known)) == len(names)
+    assert max(map(len, known)) < 30
+    assert {"visual.conv1", "visual.2.mlp.c_fc", "2.mlp.c_fc", "text_projection"} <= set(known)
+
+
+def test_a_layer_is_found_by_its_name_by_the_one_in_tables_and_by_a_part():
+    names = sorted(candidates(tiny_clip.fresh_model()))
+    for name in names:
+        assert find_layers(name, names) == [name]
+        assert find_layers(known_as(name), names) == [name]
+    assert find_layers("conv1", names) == ["visual.conv1.weight"]
+    assert len(find_layers("c_fc", names)) == 6
+    assert find_layers("nosuch", names) == []
