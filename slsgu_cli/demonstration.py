@@ -7,6 +7,7 @@ repeat every step by hand.
 import difflib
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from slsgu_cli import show
@@ -30,6 +31,7 @@ from slsgu_cli.session import Session
 
 DATA = Path(__file__).parent / "demo"
 RETAIN_SAMPLES = 2000
+LINE = 100
 
 
 def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) -> None:
@@ -42,23 +44,30 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
     name = request.name
     device = pick_device(device)
 
-    console.note(f"1/5 build-sets: images and captions of {concept!r}, and of everything else")
+    console.note(
+        f"1/5 build-sets: icons of {concept!r} to forget, others to keep and to measure on"
+    )
     manifest = build_sets(store, request, console=console)
     show.manifest(console, manifest)
-    console.note("2/5 grad: one gradient pass over the forget set and one over the retain set")
+    console.note("\n2/5 grad: one gradient pass over the forget set and one over the retain set")
     options = PassOptions(device=device)
     show.gradients(
         console, compute_gradients(store, name, model=None, options=options, console=console)
     )
-    console.note("3/5 rank: importance and alignment of every layer")
+    console.note(
+        "\n3/5 rank: the layers that matter much to the concept (importance) "
+        "and little to the rest (alignment)"
+    )
     ranking, plots = rank_and_plot(store, name, options=RankOptions())
     show.ranking(console, ranking, plots, front_only=True)
-    console.note("4/5 search: a step size for every layer on the fronts")
+    console.note(
+        "\n4/5 search: for each of these layers, the step at which the concept is forgotten"
+    )
     search = SearchOptions(steer=steer, device=device)
     result = search_and_plot(store, name, options=search, console=console)
     show.search(console, store, result, brief=True)
     require_forgotten(result)
-    console.note("5/5 apply: one layer of a copy of the checkpoint")
+    console.note("\n5/5 apply: a copy of the checkpoint with one layer moved")
     out = Path(store.root if store.is_local else ".") / "checkpoints" / f"clip-without-{name}"
     apply = ApplyRequest(names=[name], out=out, overwrite=True)
     show.applied(console, apply_named(store, apply, console=console))
@@ -71,11 +80,12 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
     )
     show.before_after(console, show.chosen_figures(result))
     console.paths("pictures", [store.where(picture)])
+    commands = _commands(request, store.url, steer, out)
     console.value(
         "commands",
         "\nThe same, command by command; put your own model and images in their place:\n\n"
-        + "\n".join(f"  {line}" for line in _commands(request, store.url, steer, out)),
-        data=_commands(request, store.url, steer, out),
+        + "\n".join(f"  {_folded(words)}" for words in commands),
+        data=[shlex.join(words) for words in commands],
     )
 
 
@@ -101,9 +111,10 @@ def _request(concept: str) -> BuildRequest:
     )
 
 
-def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> list[str]:
-    name = shlex.quote(request.name)
-    build = ["slsgu", "build-sets", request.name, "--model", request.model.name]
+def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> list[list[str]]:
+    """Return the words of each command that does what the demo did."""
+    name = request.name
+    build = ["slsgu", "build-sets", name, "--model", request.model.name]
     for option, values in (
         ("--source", request.sources),
         ("--retain-source", request.retain_sources),
@@ -114,11 +125,22 @@ def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> lis
         for value in values:
             build += [option, value]
     return [
-        f"export SLSGU_STORE={shlex.quote(store)}",
-        shlex.join(build),
-        f"slsgu grad {name}",
-        f"slsgu rank {name}",
-        f"slsgu search {name} --steer {steer}",
-        f"slsgu apply {name} --out {shlex.quote(f'{out}-again')}",
-        f"slsgu eval {name} --model {shlex.quote(f'{LOCAL}{out}')}",
+        ["export", f"SLSGU_STORE={store}"],
+        build,
+        ["slsgu", "grad", name],
+        ["slsgu", "rank", name],
+        ["slsgu", "search", name, "--steer", str(steer)],
+        ["slsgu", "apply", name, "--out", f"{out}-again"],
+        ["slsgu", "eval", name, "--model", f"{LOCAL}{out}"],
     ]
+
+
+def _folded(words: Sequence[str]) -> str:
+    """Return a command for the shell, a long one with a line for each option."""
+    line = shlex.join(words)
+    if len(line) <= LINE:
+        return line
+    return "".join(
+        f" \\\n      {shlex.quote(word)}" if word.startswith("--") else f" {shlex.quote(word)}"
+        for word in words
+    ).lstrip()

@@ -15,7 +15,6 @@ from slsgu_cli.console import Console
 from slsgu_cli.layout import edit_path, trials_path
 from slsgu_cli.naming import known_as
 from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Steer, Trial, Trials
-from slsgu_cli.stepsize import best
 from slsgu_cli.store import Store
 from slsgu_cli.tables import Column
 
@@ -179,17 +178,17 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
 
 
 def _best_of_each(trials: Trials) -> list[Trial]:
-    """Return each layer's trial that forgets most and then keeps most."""
+    """Return each layer's trial that forgets most, then keeps most, then moves least."""
     layers: dict[str, list[Trial]] = {}
     for trial in trials.trials:
         layers.setdefault(trial.layer, []).append(trial)
 
-    def figures(trial: Trial) -> tuple[float, float]:
+    def order(trial: Trial) -> tuple[float, float, float]:
         forget = trial.forget.top1 if trials.steer is Steer.FA1 else trial.forget.top5
         kept = [figure.top1 for figure in (trial.utility or {}).values()]
-        return forget, sum(kept) / len(kept) if kept else -1.0
+        return forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
 
-    return [own[best([figures(trial) for trial in own])] for own in layers.values()]
+    return [min(own, key=order) for own in layers.values()]
 
 
 def applied(console: Console, result: "AppliedResult") -> None:
@@ -207,7 +206,7 @@ def applied(console: Console, result: "AppliedResult") -> None:
         Column("relative change", shown=lambda share: f"{100 * share:.3g}%", label="moved by"),
         Column("bytes", shown=decimal, label="size"),
     )
-    console.table("files", columns, rows, title=title, data=result)
+    console.table("applied", columns, rows, title=title, data=result)
     if result.model and not result.dry_run:
         console.note(f"open_clip loads it as {result.model}")
 
