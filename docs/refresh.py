@@ -101,7 +101,9 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
     os.close(terminal)
     text = ESCAPES.sub("", b"".join(chunks).decode())
     text = text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
-    return process.wait(), "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    lines = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    # Where there is no cursor to move, a progress bar leaves an empty line behind.
+    return process.wait(), re.sub(r"\n{3,}", "\n\n", lines).lstrip("\n")
 
 
 if __name__ == "__main__":
