@@ -135,7 +135,9 @@ class Console:
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator["Ticker"]:
         """Show a progress bar on a terminal; yield what advances it."""
-        shown = self.verbosity >= 0 and self._stderr.file.isatty()
+        # A terminal that cannot move its cursor would be left with an empty line for every bar.
+        moves = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
+        shown = self.verbosity >= 0 and moves
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
