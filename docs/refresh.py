@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,6 @@ BLOCK = re.compile(r"(?P<notes>(?:<!-- .*? -->\n)*)```console\n(?P<body>.*?)```\
 NOTE = re.compile(r"<!-- (through|fails): (.*?) -->")
 PICTURE = re.compile(r"<!-- picture: (\S+) (\S+) -->")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
-COLUMNS = "110"
 
 
 def refresh(document: Path) -> None:
@@ -43,8 +43,9 @@ def _run_block(block: re.Match[str], folder: Path) -> str:
     notes = dict(NOTE.findall(block["notes"]))
     parts = []
     for command in _commands(block["body"]):
-        sys.stderr.write(f"$ {command}\n")
+        start = time.monotonic()
         code, output = _run(command, folder)
+        sys.stderr.write(f"{time.monotonic() - start:6.1f} s  {command.splitlines()[0]}\n")
         if code != int(notes.get("fails", 0)):
             raise SystemExit(f"exit code {code}:\n{output}")
         if "through" in notes:
@@ -70,12 +71,11 @@ def _commands(body: str) -> list[str]:
 
 
 def _run(command: str, folder: Path) -> tuple[int, str]:
-    """Return exit code and output of a command whose terminal has no cursor and no colours."""
+    """Return exit code and output of a command whose terminal is plain, with 80 columns."""
     terminal, end = pty.openpty()
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {
         "TERM": "dumb",
-        "COLUMNS": COLUMNS,
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
@@ -101,9 +101,7 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
     os.close(terminal)
     text = ESCAPES.sub("", b"".join(chunks).decode())
     text = text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
-    lines = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
-    # Where there is no cursor to move, a progress bar leaves an empty line behind.
-    return process.wait(), re.sub(r"\n{3,}", "\n\n", lines).lstrip("\n")
+    return process.wait(), "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
 if __name__ == "__main__":

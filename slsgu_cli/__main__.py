@@ -1,11 +1,14 @@
 """Entry point of the `slsgu` command."""
 
 import io
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line."""
+    # Threads that spin while they wait make torch many times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that the terminal's encoding lacks is shown escaped, not refused.
