@@ -1,5 +1,6 @@
 """Entry point of the `slsgu` command."""
 
+import gc
 import io
 import os
 import sys
@@ -17,7 +18,12 @@ def main() -> None:
         from slsgu_cli.cli import app
     except KeyboardInterrupt:
         sys.exit(130)
-    app(prog_name="slsgu")
+    try:
+        app(prog_name="slsgu")
+    finally:
+        # As Python ends it looks for garbage among all that PyTorch and open_clip brought,
+        # for a second. The process gives everything back at once anyway.
+        gc.freeze()
 
 
 if __name__ == "__main__":

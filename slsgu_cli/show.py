@@ -138,7 +138,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         *utility,
         Column("chosen"),
     )
-    shown = trials.trials if not (brief or console.brief) else _best_of_each(trials)
+    shown = trials.trials if not (brief or console.brief) else _best_of_each(trials, chosen)
     rows = [
         (
             trial.layer,
@@ -177,16 +177,16 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         )
 
 
-def _best_of_each(trials: Trials) -> list[Trial]:
+def _best_of_each(trials: Trials, chosen: Trial) -> list[Trial]:
     """Return each layer's trial that forgets most, then keeps most, then moves least."""
     layers: dict[str, list[Trial]] = {}
     for trial in trials.trials:
         layers.setdefault(trial.layer, []).append(trial)
 
-    def order(trial: Trial) -> tuple[float, float, float]:
+    def order(trial: Trial) -> tuple[bool, float, float, float]:
         forget = trial.forget.top1 if trials.steer is Steer.FA1 else trial.forget.top5
         kept = [figure.top1 for figure in (trial.utility or {}).values()]
-        return forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
+        return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
 
     return [min(own, key=order) for own in layers.values()]
 
