@@ -20,6 +20,9 @@ def main() -> None:
         sys.exit(130)
     try:
         app(prog_name="slsgu")
+    except OSError as error:
+        # Commands tell this themselves; `--help` and `--version` come here.
+        sys.exit(f"error: cannot write the output: {error.strerror}")
     finally:
         # As Python ends it looks for garbage among all that PyTorch and open_clip brought,
         # for a second. The process gives everything back at once anyway.

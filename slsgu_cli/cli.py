@@ -17,6 +17,7 @@ app = typer.Typer(
     name="slsgu",
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained CLIP forget a concept with one gradient pass and one edited layer.\n\n"
     "The usual way: build-sets, grad, rank, search, apply. `slsgu demo` shows all of it.",

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, TextIO
@@ -151,7 +151,9 @@ class Console:
             yield Ticker(bar, bar.add_task(label, total=total))
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
+        # Hours of work do not end because a log is full or nobody listens.
+        with suppress(OSError):
+            self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
 
     def _draw(self, title: str | None, table: Table) -> None:
         """Print a table on the terminal, through the one way by which results are written."""

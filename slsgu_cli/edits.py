@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -111,5 +112,5 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     raise MissingError(
         f"{store.url} has no edit {name_or_path}"
         + (f"; it has {', '.join(known)}" if known else ""),
-        hint=f"run `slsgu search {name_or_path}`",
+        hint=f"run `slsgu search {quote(name_or_path)}`",
     )

@@ -6,6 +6,7 @@ out of that set's own accuracy, which says what was kept.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +102,7 @@ def prepare(
     if not manifest.evals:
         raise InputError(
             f"set {manifest.name} has nothing to measure on",
-            hint=f"run `slsgu build-sets {manifest.name} ... --eval NAME=SOURCE`",
+            hint=f"run `slsgu build-sets {quote(manifest.name)} ... --eval NAME=SOURCE`",
         )
     vision, text = vision_tower(model), text_tower(model)
     blocks = {name: DataBlock.open(store, ref) for name, ref in sorted(manifest.evals.items())}
@@ -129,7 +130,8 @@ def prepare(
         raise InputError(
             f"the evaluation sets of {manifest.name} show nothing but {manifest.concept!r}, so "
             "what is kept cannot be measured",
-            hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets {manifest.name}`",
+            hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets "
+            f"{quote(manifest.name)}`",
         )
     if forget is None:
         first = next(iter(blocks.values()))

@@ -5,6 +5,7 @@ a cache hit, and concepts that share a retain set share its gradient.
 """
 
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
@@ -117,7 +118,8 @@ def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:
     raise StaleError(
         f"set {manifest.name} was built for {manifest.model}, and {model.spec} takes other "
         f"inputs: {first} {getattr(wanted, first)}, the set has {getattr(manifest.input, first)}",
-        hint=f"run `slsgu build-sets {manifest.name} {model.spec.flags()} ...` with its sources",
+        hint=f"run `slsgu build-sets {quote(manifest.name)} {model.spec.flags()} ...` "
+        "with its sources",
     )
 
 

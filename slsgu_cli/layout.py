@@ -1,6 +1,7 @@
 """Where each artifact of a set lies in the store, and how the ones in use are read."""
 
 import re
+from shlex import quote
 
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records import GradientPointer, Ranking, SetManifest
@@ -59,14 +60,14 @@ def read_manifest(store: Store, name: str) -> SetManifest:
     path = manifest_path(name)
     known = [] if store.exists(path) else store.names("sets", ".json")
     what = f"set {name}" + (f"; it has {', '.join(known)}" if known else "")
-    require(store, path, what=what, run=f"slsgu build-sets {name} --source ...")
+    require(store, path, what=what, run=f"slsgu build-sets {quote(name)} --source ...")
     return store.read_record(manifest_path(name), SetManifest)
 
 
 def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
     """Return which gradients belong to a set as it is built now. Raises StaleError."""
     name = manifest.name
-    run = f"slsgu grad {name}"
+    run = f"slsgu grad {quote(name)}"
     require(store, pointer_path(name), what=f"gradients of {name}", run=run)
     pointer = store.read_record(pointer_path(name), GradientPointer)
     built = (manifest.forget.fingerprint, manifest.retain.fingerprint)
@@ -84,7 +85,7 @@ def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
 def read_ranking(store: Store, pointer: GradientPointer) -> Ranking:
     """Return the ranking made from the gradients in use. Raises StaleError."""
     name = pointer.name
-    run = f"slsgu rank {name}"
+    run = f"slsgu rank {quote(name)}"
     require(store, ranking_path(name), what=f"ranking of {name}", run=run)
     ranking = store.read_record(ranking_path(name), Ranking)
     if (ranking.forget, ranking.retain) != (pointer.forget, pointer.retain):

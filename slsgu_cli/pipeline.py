@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import slsgu_cli
 from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
@@ -65,7 +66,7 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
     if pointer and edit.header.gradient != pointer.forget:
         raise StaleError(
             f"the edit {name} was made from other gradients than the set has now",
-            hint=f"run `slsgu rank {name}` and `slsgu search {name}`",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
         )
     return edit
 
@@ -86,7 +87,7 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
     if tower is None:
         raise UsageError(
             f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
-            hint=f"run `slsgu rank {name}` for their names",
+            hint=f"run `slsgu rank {quote(name)}` for their names",
         )
     gradient = store.read_tensors(path, fitting)[fitting[0]]
     before = open_weights(resolve(pointer.model).weights).read(fitting[0])

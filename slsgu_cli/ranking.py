@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def _score(
         raise InputError(
             f"the stored gradient of {layer} holds values that are not finite",
             hint=f"remove {gradient_path(pointer.forget)} from the store and "
-            f"run `slsgu grad {pointer.name}`",
+            f"run `slsgu grad {quote(pointer.name)}`",
         )
     forget_norm = norm(forget)
     weight_norm = header.weights[layer].norm

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import StrEnum
+from shlex import quote
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import StaleError
@@ -60,8 +61,8 @@ class ModelSpec:
 
     def flags(self) -> str:
         """Return the command-line flags that name this model."""
-        flags = f"--model {self.name}"
-        return f"{flags} --pretrained {self.pretrained}" if self.pretrained else flags
+        flags = f"--model {quote(self.name)}"
+        return f"{flags} --pretrained {quote(self.pretrained)}" if self.pretrained else flags
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ and step chosen are those that measuring everything would choose.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
@@ -196,7 +197,7 @@ def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
             near = ", ".join(score.layer for score in fitting[:5]) or "none"
             raise UsageError(
                 f"--layer {text} fits {len(fitting)} ranked layers: {near}",
-                hint=f"run `slsgu rank {ranking.name}` for their names",
+                hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
             )
         chosen += fitting
     return chosen
@@ -217,7 +218,7 @@ def _evaluation(
     if fingerprint(model) != pointer.model_fingerprint:
         raise StaleError(
             f"{pointer.model} has other weights than when its gradients were computed",
-            hint=f"run `slsgu grad {manifest.name}`",
+            hint=f"run `slsgu grad {quote(manifest.name)}`",
         )
     check_inputs(manifest, model)
     module = load(model, options.device)
