@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli.console import Console
-from slsgu_cli.errors import StaleError
+from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.layout import gradient_path, pointer_path, read_manifest
 from slsgu_cli.models import (
     ResolvedModel,
@@ -77,7 +77,7 @@ def compute_gradients(
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
     gradients = _wanted(manifest, resolved, model_fingerprint, options)
-    missing = [g for g in gradients if not store.exists(gradient_path(g.digest))]
+    missing = [g for g in gradients if not _is_whole(store, g, console)]
     for gradient in gradients:
         if gradient not in missing:
             console.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
@@ -105,6 +105,18 @@ def compute_gradients(
         g.role: store.read_header(gradient_path(g.digest), GradientHeader) for g in gradients
     }
     return GradResult(pointer, headers, tuple(g.role for g in missing))
+
+
+def _is_whole(store: Store, gradient: Gradient, console: Console) -> bool:
+    """Return whether the gradient can be used; one that is damaged is to be made again."""
+    try:
+        store.read_header(gradient_path(gradient.digest), GradientHeader)
+    except MissingError:
+        return False
+    except (InputError, StaleError) as error:
+        console.warn(f"{error.message}; it is computed again")
+        return False
+    return True
 
 
 def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:

@@ -121,7 +121,10 @@ class Store:
         try:
             value = json.loads(data)
         except ValueError as error:
-            raise InputError(f"{self.where(path)} is not JSON: {error}") from error
+            raise InputError(
+                f"{self.where(path)} is not JSON: {error}",
+                hint="remove it and run the command that wrote it again",
+            ) from error
         return self._decode(path, kind, value)
 
     def write_tensors(self, path: str, arrays: Arrays, header: Any) -> None:
