@@ -1,0 +1,65 @@
+"""The command line as processes: piped, on a terminal, in the background."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+
+SLSGU = (sys.executable, "-m", "slsgu_cli")
+
+
+def _environment(extra):
+    left_out = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "SLSGU_STORE")
+    own = {key: value for key, value in os.environ.items() if key not in left_out}
+    return own | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | (extra or {})
+
+
+def slsgu(*arguments, env=None, timeout=120, **options):
+    """Run a command to its end; its outputs are text."""
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(
+        [*SLSGU, *map(str, arguments)],
+        text=True, timeout=timeout, env=_environment(env), **outputs,
+    )  # fmt: skip
+
+
+def start(*arguments, env=None, **options):
+    """Start a command; its outputs are text."""
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(
+        [*SLSGU, *map(str, arguments)], text=True, env=_environment(env), **outputs
+    )
+
+
+def on_terminal(*arguments, columns=80, env=None, both=False):
+    """Run a command with its stdout on a terminal; return exit code, what is seen, stderr.
+
+    With `both`, stderr is on the terminal too and colours are left in.
+    """
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    with tempfile.TemporaryFile("w+") as told:
+        stderr = slave if both else told
+        process = start(*arguments, env=env, stdin=slave, stdout=slave, stderr=stderr)
+        os.close(slave)
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(master, 1 << 16)
+            except OSError:  # how Linux tells that the other side is closed
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        os.close(master)
+        code = process.wait(120)
+        told.seek(0)
+        shown = b"".join(chunks).decode().replace("\r\n", "\n")
+        if not both:
+            shown = re.sub(r"\x1b\[[013]?m", "", shown)
+        return code, shown, told.read()
