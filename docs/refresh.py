@@ -56,8 +56,12 @@ def _run_block(block: re.Match[str], folder: Path) -> str:
                 capture_output=True,
                 check=True,
             ).stdout
-        parts.append("$ " + command.replace("\n", "\n> ") + "\n" + output)
+        parts.append("$ " + re.sub(r"\n(?=(.?))", _continued, command) + "\n" + output)
     return f"{block['notes']}```console\n{''.join(parts)}```\n"
+
+
+def _continued(line_end: re.Match[str]) -> str:
+    return "\n> " if line_end[1] else "\n>"
 
 
 def _commands(body: str) -> list[str]:
@@ -65,7 +69,7 @@ def _commands(body: str) -> list[str]:
     for line in body.splitlines():
         if line.startswith("$ "):
             commands.append(line[2:])
-        elif line.startswith("> ") and commands:
+        elif (line == ">" or line.startswith("> ")) and commands:
             commands[-1] += "\n" + line[2:]
     return commands
 
