@@ -73,7 +73,6 @@ class GradientPass:
         total, batches = 0.0, 0
         with (
             arithmetic(self.options.precision),
-            _weights_as(self.model, self.options.precision),
             self.console.progress(label, block.rows) as ticker,
         ):
             normalize = pixel_normalizer(self.spec, self.options.device)
@@ -100,10 +99,10 @@ class GradientPass:
 
     def _losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
-        if self.options.precision is Precision.BF16:
-            images = images.to(torch.bfloat16)
-        v = self.vision.features(images, images)
-        t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
+        half = self.options.precision is Precision.BF16
+        with torch.autocast(self._kind, dtype=torch.bfloat16, enabled=half):
+            v = self.vision.features(images, images)
+            t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
         return self.loss(v, t, self.options.batch_size)
 
     def _group(
@@ -216,23 +215,6 @@ def _accumulate(sums: list[Tensor], gradients: list[Tensor | None]) -> None:
 def _finite(values: Tensor, gradients: list[Tensor | None]) -> bool:
     norms = torch._foreach_norm([g for g in gradients if g is not None])
     return bool(torch.isfinite(torch.stack([values.float().sum(), *norms])).all())
-
-
-@contextlib.contextmanager
-def _weights_as(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Give the weights as bf16 for the length of a block, where that is the precision.
-
-    The scalars stay: logit_scale in bf16 would be off by a percent once exponentiated.
-    """
-    half = precision is Precision.BF16
-    originals = [(p, p.data) for p in model.parameters() if half and p.ndim > 0]
-    try:
-        for parameter, data in originals:
-            parameter.data = data.to(torch.bfloat16)
-        yield
-    finally:
-        for parameter, data in originals:
-            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -109,7 +109,8 @@ def load(
     """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
     import open_clip
 
-    pretrained = None if ":" in model.identifier else str(model.weights)
+    # An absolute path: a file may have the name of a tag, which open_clip would take first.
+    pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         module: torch.nn.Module = open_clip.create_model(

@@ -76,7 +76,7 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
 
     Raises UsageError where the gradients have no such layer.
     """
-    from slsgu_cli.weights import layer_digests, open_weights
+    from slsgu_cli.weights import layer_digests, read_layer
 
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
@@ -90,7 +90,7 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
             hint=f"run `slsgu rank {quote(name)}` for their names",
         )
     gradient = store.read_tensors(path, fitting)[fitting[0]]
-    before = open_weights(resolve(pointer.model).weights).read(fitting[0])
+    before = read_layer(resolve(pointer.model).weights, fitting[0])
     edit = EditHeader(
         name=name,
         concept=manifest.concept,

@@ -237,6 +237,7 @@ class Trials:
     forget: str
     model_fingerprint: str
     evals: dict[str, str]
+    precision: Precision
     steer: Steer
     baseline_forget: Accuracy
     baseline_utility: dict[str, Accuracy]

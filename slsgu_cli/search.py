@@ -8,6 +8,7 @@ and step chosen are those that measuring everything would choose.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,11 @@ def search(store: Store, name: str, *, options: SearchOptions, console: Console)
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
+    if options.precision is Precision.BF16:
+        raise UsageError(
+            "a search in bf16 would count accuracies of a rounded model",
+            hint="--precision fp32, or tf32 on a GPU that has it",
+        )
     import torch
 
     from slsgu_cli.gradpass import arithmetic
@@ -247,6 +253,7 @@ def _resume(
         forget=pointer.forget,
         model_fingerprint=pointer.model_fingerprint,
         evals=evals | {FORGET: shown},
+        precision=options.precision,
         steer=options.steer,
         baseline_forget=evaluation.forget.base_accuracy(),
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
@@ -260,12 +267,8 @@ def _resume(
     except (StaleError, InputError) as error:
         console.note(f"recorded trials cannot be used and are made again: {error}")
         return fresh
-    same = (old.forget, old.model_fingerprint, old.evals) == (
-        fresh.forget,
-        fresh.model_fingerprint,
-        fresh.evals,
-    )
-    return replace(fresh, trials=old.trials) if same else fresh
+    made_from = attrgetter("forget", "model_fingerprint", "evals", "precision")
+    return replace(fresh, trials=old.trials) if made_from(old) == made_from(fresh) else fresh
 
 
 def _gradient(store: Store, pointer: GradientPointer, layer: str, device: str) -> "Tensor":

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from slsgu_cli.search import SearchResult
 
 
+# Points of accuracy on an evaluation set that an edit should not cost unnoticed.
+COSTLY = 5.0
 # A model's label, its forget accuracy and its utility by evaluation set.
 Figures = dict[str, tuple[Accuracy, dict[str, Accuracy]]]
 
@@ -175,6 +177,13 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
             f"the original model recognises {trials.name} in only "
             f"{trials.baseline_forget.top1:.0f}% of its images: there is little to forget"
         )
+    for name, before in sorted(trials.baseline_utility.items()):
+        lost = before.top1 - chosen.utility[name].top1 if chosen.utility else 0.0
+        if lost > COSTLY:
+            console.warn(
+                f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
+                "look at other layers, or steer on fa1"
+            )
 
 
 def _best_of_each(trials: Trials, chosen: Trial) -> list[Trial]:

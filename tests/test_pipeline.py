@@ -1,21 +1,24 @@
 """From a set's name to an edited checkpoint, alone and several concepts at once."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import open_clip
 import pytest
+import torch
 from plain import Plain
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 
 import slsgu_cli.plots
 from slsgu_cli import pipeline
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.layout import edit_path, gradient_path, pointer_path, ranking_path, trials_path
 from slsgu_cli.pipeline import ApplyRequest, apply_named, direct_edit, edit_for
 from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import Tower
+from slsgu_cli.records import ModelSpec, Tower
 from slsgu_cli.search import SearchOptions, search
 
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
@@ -158,6 +161,20 @@ def test_a_step_by_hand_needs_no_ranking(world):
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
     assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
     assert edit.header.gradient == world.pointer.forget
+
+
+def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path):
+    expected = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+    folder = shutil.copytree(world.folder, tmp_path / "training")
+    model = folder / "open_clip_model.safetensors"
+    tensors = {f"module.{name}": value for name, value in load_tensors(model).items()}
+    torch.save({"epoch": 1, "state_dict": tensors}, folder / "open_clip_pytorch_model.bin")
+    model.unlink()
+    pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
+    world.store.write_record(pointer_path("blue"), pointer)
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+    assert edit.header.digests == expected.header.digests
+    np.testing.assert_array_equal(edit.before(), expected.before())
 
 
 def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):

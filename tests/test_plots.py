@@ -13,7 +13,7 @@ from slsgu_cli import canvas, pictures, plots
 from slsgu_cli.canvas import VERMILION
 from slsgu_cli.errors import InputError
 from slsgu_cli.plots import Example, before_after_plot, cosine_plot, pareto_plot, step_plot
-from slsgu_cli.records import Accuracy, LayerScore, Steer, Tower, Trial, Trials
+from slsgu_cli.records import Accuracy, LayerScore, Precision, Steer, Tower, Trial, Trials
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 
@@ -51,6 +51,7 @@ def trials(figures):
         forget="f",
         model_fingerprint="m",
         evals={},
+        precision=Precision.FP32,
         steer=Steer.FA1,
         baseline_forget=Accuracy(95.0, 100.0, 30),
         baseline_utility={"brands": Accuracy(62.0, 90.0, 1000), "objects": Accuracy(55.0, 80.0, 9)},

@@ -20,7 +20,7 @@ from slsgu_cli.models import load as load_model
 from slsgu_cli.models import resolve
 from slsgu_cli.pipeline import require_forgotten
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import ModelSpec, PassOptions, Steer, Trials
+from slsgu_cli.records import ModelSpec, PassOptions, Precision, Steer, Trials
 from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
 from slsgu_cli.towers import OpenClipText, OpenClipVision
@@ -376,3 +376,14 @@ def test_a_damaged_gradient_is_told(world, console):
     world.store.write_bytes(path, data[: len(data) // 2])
     with pytest.raises(InputError, match="is damaged"):
         find(world, console, steps=1)
+
+
+def test_a_search_in_bf16_is_refused(world, console):
+    with pytest.raises(UsageError, match="bf16"):
+        find(world, console, precision=Precision.BF16)
+
+
+def test_trials_of_another_arithmetic_are_not_used(world, console):
+    find(world, console, steps=2, layers=SOME)
+    assert find(world, console, steps=2, layers=SOME).reused
+    assert not find(world, console, steps=2, layers=SOME, precision=Precision.TF32).reused
