@@ -40,7 +40,7 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
     Raises UsageError for a concept the embedded model does not know.
     """
     store, console = session.store, session.console
-    request = _request(concept)
+    request = demo_request(concept)
     name = request.name
     device = pick_device(device)
 
@@ -89,7 +89,8 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
     )
 
 
-def _request(concept: str) -> BuildRequest:
+def demo_request(concept: str) -> BuildRequest:
+    """Return what to build for one of the embedded classes. Raises UsageError."""
     classes: dict[str, list[str]] = json.loads((DATA / "classes.json").read_text())
     known = [name for names in classes.values() for name in names]
     if concept not in known:

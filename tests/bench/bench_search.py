@@ -1,0 +1,118 @@
+"""Compare a whole search with one plain evaluation of the same sets, side by side.
+
+    python tests/bench/bench_search.py                       # the embedded CLIP, facebook
+    python tests/bench/bench_search.py --concept castle --steer fa5
+    python tests/bench/bench_search.py --model ViT-B-32 --images 400 --classes 50
+
+`plain` loads the model and runs open_clip's own forward once over every evaluation image
+and every prompt at the full context. A plain search does that 1 + steps x layers times.
+With --model, the weights are random and the images made up: see synthetic.py.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from synthetic import random_model, synthetic_set
+
+from slsgu_cli.batches import pixel_normalizer, spans, to_tokens
+from slsgu_cli.build import build_sets
+from slsgu_cli.console import Console
+from slsgu_cli.demonstration import demo_request
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.models import load, resolve, tokenizer
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import PassOptions, Precision, SetManifest, Steer
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.store import Store
+
+BATCH = {"cpu": 64, "cuda": 512}
+
+
+def plain_evaluation(store: Store, manifest: SetManifest, device: str) -> float:
+    """Return the seconds that open_clip takes to classify every evaluation image once."""
+    start = time.perf_counter()
+    resolved = resolve(manifest.model)
+    model, tokenize = load(resolved, device), tokenizer(resolved)
+    normalize = pixel_normalizer(manifest.input, device)
+    with torch.no_grad():
+        for ref in manifest.evals.values():
+            block = DataBlock.open(store, ref)
+            texts = [t.replace("{}", name) for name in block.class_names for t in block.templates]
+            tokens = to_tokens(tokenize(texts), device)
+            prompts = torch.cat([model.encode_text(p, True) for p in tokens.split(BATCH[device])])
+            images = torch.cat(
+                [
+                    model.encode_image(normalize(block.images(a, b)), True)
+                    for a, b in spans(block.rows, BATCH[device])
+                ]
+            )
+            classes = prompts.view(len(block.class_names), -1, prompts.shape[1]).mean(dim=1)
+            (images @ classes.T).argmax(dim=1).sum().item()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concept", default="facebook")
+    parser.add_argument("--retain", type=int, default=2000)
+    parser.add_argument("--model", help="an open_clip architecture, with random weights")
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--classes", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--steer", type=Steer, default=Steer.FA1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", type=Precision, default=Precision.FP32)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--store", help="keep the set here, to run again without building it")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
+        if args.model:
+            manifest = synthetic_set(
+                store, "made-up", random_model(Path(folder) / "model", args.model),
+                forget=args.pairs, retain=args.pairs,
+                evals={"first": (args.images, args.classes)}, device=args.device,
+            )  # fmt: skip
+        else:
+            request = replace(demo_request(args.concept), retain_samples=args.retain)
+            manifest = build_sets(store, request, console=console)
+        options = PassOptions(device=args.device, precision=args.precision)
+        compute_gradients(store, manifest.name, model=None, options=options, console=console)
+        ranking = rank(store, manifest.name, options=RankOptions())
+        plain, ours = [], []
+        for _ in range(args.rounds):
+            plain.append(plain_evaluation(store, manifest, args.device))
+            store.remove(f"trials/{manifest.name}.json")
+            start = time.perf_counter()
+            result = search(
+                store,
+                manifest.name,
+                options=SearchOptions(
+                    steer=args.steer, device=args.device, precision=args.precision
+                ),
+                console=console,
+            )
+            ours.append(time.perf_counter() - start)
+        layers = sum(score.front for score in ranking.scores)
+        figures = {
+            "set": args.model or args.concept,
+            "front layers": layers,
+            "trials": len(result.trials.trials),
+            "trials with utility": sum(bool(t.utility) for t in result.trials.trials),
+            "chosen": f"{result.chosen.layer} {result.chosen.step:.5g}",
+            "plain evaluation, s": round(min(plain), 2),
+            "whole search, s": round(min(ours), 2),
+            "search / plain evaluation": round(min(ours) / min(plain), 2),
+            "plain search / plain evaluation": 1 + 10 * layers,
+        }
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
