@@ -15,10 +15,10 @@ import numpy as np
 
 from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.layout import edit_path
 from slsgu_cli.records import EditHeader
 from slsgu_cli.store import Store
 
-FOLDER = "edits"
 SUFFIX = ".safetensors"
 DELTA, BEFORE = "delta", "before"
 
@@ -54,11 +54,6 @@ class Edit:
         if self.header.step == 0:
             raise InputError(f"the edit {self.header.name} was made at step 0")
         return dataclasses.replace(self, factor=1.0).scaled(step / self.header.step)
-
-
-def edit_path(name: str) -> str:
-    """Return where the store keeps the edit `name`."""
-    return f"{FOLDER}/{name}{SUFFIX}"
 
 
 def make_edit(header: EditHeader, *, delta: Floats, before: Floats) -> Edit:
@@ -108,7 +103,7 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
         return read_edit(Store(str(path.parent)), path.name)
     if named_as_file:
         raise MissingError(f"there is no edit file {name_or_path}")
-    known = store.names(FOLDER, SUFFIX)
+    known = store.names("edits", SUFFIX)
     raise MissingError(
         f"{store.url} has no edit {name_or_path}"
         + (f"; it has {', '.join(known)}" if known else ""),

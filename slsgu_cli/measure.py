@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from slsgu_cli.console import Console
-from slsgu_cli.edits import Edit, edit_path, load_edit
+from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.gradients import check_inputs
-from slsgu_cli.layout import plot_path, read_manifest
+from slsgu_cli.layout import edit_path, plot_path, read_manifest
 from slsgu_cli.metrics import cosine_matrix
 from slsgu_cli.models import load, pick_device, resolve, tokenizer
 from slsgu_cli.plots import cosine_plot

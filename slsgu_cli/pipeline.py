@@ -9,9 +9,10 @@ from shlex import quote
 import slsgu_cli
 from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
 from slsgu_cli.console import Console
-from slsgu_cli.edits import Edit, edit_path, load_edit, make_edit
+from slsgu_cli.edits import Edit, load_edit, make_edit
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.layout import (
+    edit_path,
     gradient_path,
     manifest_path,
     plot_path,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from edit_headers import edit, header
 
-from slsgu_cli.edits import edit_path, load_edit, make_edit, read_edit, write_edit
+from slsgu_cli.edits import load_edit, make_edit, read_edit, write_edit
 from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.layout import edit_path
 from slsgu_cli.records import encode
 from slsgu_cli.store import Store
 
