@@ -1,6 +1,7 @@
 """Run the commands of a document and put what they print in place of what stands there.
 
     python docs/refresh.py README.md docs/guide.md
+    python docs/refresh.py docs/results.md#sweep        # the section `## Sweep` alone
 
 Every ```console block is run, from the first to the last, in one new folder per document
 in which `slsgu_cli` is the checkout's. Lines that begin with `$ ` are commands, lines with
@@ -27,16 +28,27 @@ PICTURE = re.compile(r"<!-- picture: (\S+) (\S+) -->")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
-def refresh(document: Path) -> None:
-    """Rewrite `document` with the output of its commands."""
+def refresh(document: Path, wanted: str = "") -> None:
+    """Rewrite `document`, or its section called `wanted`, with the output of its commands."""
+    sections = re.split(r"(?m)^(?=## )", document.read_text())
+    names = [_anchor(section) for section in sections]
+    if wanted and wanted not in names:
+        raise SystemExit(f"{document} has no section {wanted}; it has {', '.join(names[1:])}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "slsgu_cli").symlink_to(ROOT / "slsgu_cli")
-        text = document.read_text()
-        text = BLOCK.sub(lambda found: _run_block(found, folder), text)
-        for origin, target in PICTURE.findall(text):
-            shutil.copyfile(folder / origin, ROOT / target)
-        document.write_text(text)
+        for index, section in enumerate(sections):
+            if wanted in ("", names[index]):
+                sections[index] = BLOCK.sub(lambda found: _run_block(found, folder), section)
+                for origin, target in PICTURE.findall(section):
+                    shutil.copyfile(folder / origin, ROOT / target)
+                document.write_text("".join(sections))
+
+
+def _anchor(section: str) -> str:
+    """Return what a link to a section calls it: its heading, in lower case, with hyphens."""
+    heading = section.splitlines()[0].lstrip("#").strip().lower() if section else ""
+    return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
 
 
 def _run_block(block: re.Match[str], folder: Path) -> str:
@@ -110,4 +122,5 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        refresh(Path(argument))
+        path, _, section = argument.partition("#")
+        refresh(Path(path), section)
