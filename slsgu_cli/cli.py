@@ -160,6 +160,9 @@ def rank(
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     tower: opt.TowerOption = None,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridge = None,
+    device: opt.Device = "auto",
 ) -> None:
     """Score layers by importance and alignment; mark Pareto fronts.
 
@@ -173,8 +176,14 @@ def rank(
         session.store,
         name,
         options=RankOptions(
-            alignment=alignment, include=include or (), exclude=exclude or (), tower=tower
+            alignment=alignment,
+            include=include or (),
+            exclude=exclude or (),
+            tower=tower,
+            device=device,
+            **opt.given(direction=direction, ridge=ridge),
         ),
+        console=session.console,
     )
     show.ranking(session.console, ranking, plots)
 
@@ -183,7 +192,10 @@ def rank(
 def search(
     session: Session,
     name: opt.Name,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridges = None,
     steer: opt.SteerOption = Steer.FA1,
+    margin: opt.Margin = None,
     steps: opt.Steps = 10,
     layer: opt.Layers = None,
     full: opt.Full = False,
@@ -204,7 +216,10 @@ def search(
         name,
         options=SearchOptions(
             layers=layer or (),
+            direction=direction,
+            ridges=ridge or (),
             steer=steer,
+            **opt.given(margin=margin),
             steps=steps,
             full=full,
             precision=precision,
@@ -227,11 +242,13 @@ def apply(
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
     layer: Annotated[
-        str | None, typer.Option("--layer", help="Move this layer along its gradient, unsearched.")
+        str | None, typer.Option("--layer", help="Move this layer along its direction, unsearched.")
     ] = None,
     step: Annotated[
         float | None, typer.Option("--step", help="Step size, instead of the one searched for.")
     ] = None,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridge = None,
     scale: Annotated[float, typer.Option("--scale", help="Apply this much of the edit.")] = 1.0,
     revert: Annotated[bool, typer.Option("--revert", help="Take the edits out again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even to other weights.")] = False,
@@ -258,6 +275,8 @@ def apply(
             model=opt.model_spec(model, pretrained),
             layer=layer,
             step=step,
+            direction=direction,
+            ridge=ridge,
             scale=scale,
             revert=revert,
             force=force,
@@ -318,6 +337,8 @@ def demo(
         str, typer.Argument(help="One of the 301 brands and objects of the embedded CLIP.")
     ] = "facebook",
     steer: opt.SteerOption = Steer.FA1,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridge = None,
     device: opt.Device = "auto",
 ) -> None:
     """Make the embedded CLIP forget a brand, command by command.
@@ -325,5 +346,7 @@ def demo(
     Example: slsgu demo castle --steer fa5
     """
     from slsgu_cli.demonstration import demonstrate
+    from slsgu_cli.ranking import RankOptions
 
-    demonstrate(session, concept, steer=steer, device=device)
+    chosen = RankOptions(**opt.given(direction=direction, ridge=ridge))
+    demonstrate(session, concept, steer=steer, ranked=chosen, device=device)

@@ -8,6 +8,7 @@ import difflib
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from slsgu_cli import show
@@ -34,10 +35,13 @@ RETAIN_SAMPLES = 2000
 LINE = 100
 
 
-def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) -> None:
+def demonstrate(
+    session: Session, concept: str, *, steer: Steer, ranked: RankOptions, device: str
+) -> None:
     """Forget `concept`, one of the embedded classes, and show each step's result.
 
-    Raises UsageError for a concept the embedded model does not know.
+    `ranked` says along which direction. Raises UsageError for a concept the embedded
+    model does not know.
     """
     store, console = session.store, session.console
     request = demo_request(concept)
@@ -58,7 +62,8 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
         "\n3/5 rank: the layers that matter much to the concept (importance) "
         "and little to the rest (alignment)"
     )
-    ranking, plots = rank_and_plot(store, name, options=RankOptions())
+    ranked = replace(ranked, device=device)
+    ranking, plots = rank_and_plot(store, name, options=ranked, console=console)
     show.ranking(console, ranking, plots, front_only=True)
     console.note(
         "\n4/5 search: for each of these layers, the step at which the concept is forgotten"
@@ -80,7 +85,7 @@ def demonstrate(session: Session, concept: str, *, steer: Steer, device: str) ->
     )
     show.before_after(console, show.chosen_figures(result))
     console.paths("pictures", [store.where(picture)])
-    commands = _commands(request, store.url, steer, out)
+    commands = _commands(request, store.url, steer, ranked, out)
     console.value(
         "commands",
         "\nThe same, command by command; put your own model and images in their place:\n\n"
@@ -112,7 +117,9 @@ def demo_request(concept: str) -> BuildRequest:
     )
 
 
-def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> list[list[str]]:
+def _commands(
+    request: BuildRequest, store: str, steer: Steer, ranked: RankOptions, out: Path
+) -> list[list[str]]:
     """Return the words of each command that does what the demo did."""
     name = request.name
     build = ["slsgu", "build-sets", name, "--model", request.model.name]
@@ -129,11 +136,22 @@ def _commands(request: BuildRequest, store: str, steer: Steer, out: Path) -> lis
         ["export", f"SLSGU_STORE={store}"],
         build,
         ["slsgu", "grad", name],
-        ["slsgu", "rank", name],
+        ["slsgu", "rank", name, *_direction_flags(ranked)],
         ["slsgu", "search", name, "--steer", str(steer)],
         ["slsgu", "apply", name, "--out", f"{out}-again"],
         ["slsgu", "eval", name, "--model", f"{LOCAL}{out}"],
     ]
+
+
+def _direction_flags(ranked: RankOptions) -> list[str]:
+    """Return the flags of a direction that is not the default."""
+    usual = RankOptions()
+    flags = []
+    if ranked.direction is not usual.direction:
+        flags += ["--direction", str(ranked.direction)]
+    if ranked.ridge != usual.ridge:
+        flags += ["--ridge", f"{ranked.ridge:g}"]
+    return flags
 
 
 def _folded(words: Sequence[str]) -> str:

@@ -119,6 +119,20 @@ def _is_whole(store: Store, gradient: Gradient, console: Console) -> bool:
     return True
 
 
+def load_graded(
+    manifest: SetManifest, pointer: GradientPointer, device: str
+) -> "tuple[ResolvedModel, nn.Module]":
+    """Load the model that the gradients of a set belong to. Raises StaleError for another."""
+    model = resolve(pointer.model)
+    if fingerprint(model) != pointer.model_fingerprint:
+        raise StaleError(
+            f"{pointer.model} has other weights than when its gradients were computed",
+            hint=f"run `slsgu grad {quote(manifest.name)}`",
+        )
+    check_inputs(manifest, model)
+    return model, load(model, device)
+
+
 def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:
     """Raise StaleError unless `model` takes its inputs as the set was built."""
     wanted = input_spec(model)

@@ -35,6 +35,11 @@ def gradient_path(digest: str) -> str:
     return f"gradients/{digest}.safetensors"
 
 
+def moments_path(digest: str) -> str:
+    """Return where the moments called `digest` lie."""
+    return f"moments/{digest}.safetensors"
+
+
 def ranking_path(name: str) -> str:
     """Return where the ranking of the set `name` lies."""
     return f"rankings/{check_name(name)}.json"

@@ -14,6 +14,7 @@ from slsgu_cli.records import (
     EditHeader,
     GradientHeader,
     GradientPointer,
+    MomentHeader,
     Ranking,
     SetManifest,
     Trials,
@@ -44,7 +45,7 @@ class Entry:
         return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
 
 
-_FOLDERS = ("sets", "data", "gradients", "rankings", "trials", "edits", "plots")
+_FOLDERS = ("sets", "data", "gradients", "moments", "rankings", "trials", "edits", "plots")
 
 
 def entries(store: Store) -> list[Entry]:
@@ -107,16 +108,22 @@ def _about_gradient(header: GradientHeader) -> dict[str, str]:
     return {"loss": header.loss, "rows": str(header.rows), "batches of": how}
 
 
+def _about_moments(header: MomentHeader) -> dict[str, str]:
+    return {"layers": str(len(header.layers)), "rows": str(header.rows)}
+
+
 def _about_ranking(ranking: Ranking) -> dict[str, str]:
     front = sum(score.front for score in ranking.scores)
     layers = f"{len(ranking.scores)}, {front} on the fronts"
-    return {"set": ranking.name, "alignment": ranking.alignment, "layers": layers}
+    about = {"set": ranking.name, "alignment": ranking.alignment}
+    return about | {"direction": ranking.direction, "layers": layers}
 
 
 def _about_trials(trials: Trials) -> dict[str, str]:
     layers = len({trial.layer for trial in trials.trials})
     many = f"{len(trials.trials)} over {layers} layers"
-    return {"set": trials.name, "steer": trials.steer, "trials": many}
+    about = {"set": trials.name, "direction": trials.direction, "steer": trials.steer}
+    return about | {"trials": many}
 
 
 def _about_edit(edit: EditHeader) -> dict[str, str]:
@@ -124,6 +131,7 @@ def _about_edit(edit: EditHeader) -> dict[str, str]:
         "model": str(edit.model),
         "concept": edit.concept,
         "layer": edit.layer,
+        "direction": edit.direction,
         "step": f"{edit.step:.4g} ({100 * edit.share:.3g}% of its norm)",
     }
     if edit.forget:
@@ -141,6 +149,7 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.SET: _about_set,
     Kind.POINTER: _about_pointer,
     Kind.GRADIENT: _about_gradient,
+    Kind.MOMENTS: _about_moments,
     Kind.RANKING: _about_ranking,
     Kind.TRIALS: _about_trials,
     Kind.EDIT: _about_edit,

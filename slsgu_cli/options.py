@@ -1,11 +1,11 @@
 """Options that several commands take, each defined once."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from slsgu_cli.records import Alignment, ModelSpec, Precision, Steer, Tower
+from slsgu_cli.records import Alignment, Direction, ModelSpec, Precision, Steer, Tower
 
 
 def _device(name: str) -> str:
@@ -54,8 +54,24 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="Layers to leave out; repeatable.")
 ]
 TowerOption = Annotated[Tower | None, typer.Option("--tower", help="Rank one tower only.")]
+DirectionOption = Annotated[
+    Direction | None,
+    typer.Option("--direction", help="Along the forget gradient, or that whitened."),
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option("--ridge", min=1e-6, help="Of whitening: a share of the mean moment."),
+]
+Ridges = Annotated[
+    list[float] | None,
+    typer.Option("--ridge", min=1e-6, help="Search with this ridge of whitening; repeatable."),
+]
 SteerOption = Annotated[
-    Steer, typer.Option("--steer", help="Forget accuracy to bring to 0: top-1 or top-5.")
+    Steer,
+    typer.Option("--steer", help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth."),
+]
+Margin = Annotated[
+    float | None, typer.Option("--margin", min=0.0, help="For --steer margin: a cosine.")
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Trials a layer (K in the paper).")]
 Layers = Annotated[
@@ -81,6 +97,11 @@ def pairs(option: str, values: list[str] | None) -> dict[str, str]:
             raise UsageError(f"{option} names {name} twice")
         found[name] = value
     return found
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the options that were given; those that were not keep their record's default."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def size(text: str | None) -> int | None:

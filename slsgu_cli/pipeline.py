@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
 import slsgu_cli
 from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
 from slsgu_cli.console import Console
+from slsgu_cli.directions import RIDGE, ensure_moments, forget_direction
+from slsgu_cli.dtypes import Floats
 from slsgu_cli.edits import Edit, load_edit, make_edit
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.layout import (
@@ -21,10 +23,19 @@ from slsgu_cli.layout import (
     read_manifest,
     read_pointer,
 )
-from slsgu_cli.models import resolve
+from slsgu_cli.models import pick_device, resolve
 from slsgu_cli.naming import find_layers, is_candidate, tower_of
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import EditHeader, GradientHeader, ModelSpec, Ranking, Steer, Tower
+from slsgu_cli.records import (
+    Direction,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    ModelSpec,
+    Ranking,
+    SetManifest,
+    Tower,
+)
 from slsgu_cli.scoring import norm
 from slsgu_cli.search import SearchOptions, SearchResult, search
 from slsgu_cli.store import Store
@@ -32,13 +43,19 @@ from slsgu_cli.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRequest:
-    """What `apply` is asked for. `layer` with `step` takes a gradient without a search."""
+    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
+
+    `direction` and `ridge` are for what has no ranking yet, or is not searched for; an
+    edit that is there already must be of that direction.
+    """
 
     names: Sequence[str]
     out: Path
     model: ModelSpec | None = None
     layer: str | None = None
     step: float | None = None
+    direction: Direction | None = None
+    ridge: float | None = None
     scale: float = 1.0
     revert: bool = False
     force: bool = False
@@ -50,7 +67,8 @@ class ApplyRequest:
 def edit_for(store: Store, name: str, *, options: SearchOptions, console: Console) -> Edit:
     """Return the edit `name`, running the rank and search it still lacks.
 
-    Raises StaleError where the edit was made from gradients the set no longer has.
+    Raises StaleError where the edit was made from gradients, or for another direction,
+    than the set has now.
     """
     is_file = "/" in name or name.endswith(".safetensors")
     if is_file or not store.exists(manifest_path(name)):
@@ -58,7 +76,7 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
     if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
         if not store.exists(ranking_path(name)):
             console.note(f"{name} has no ranking yet: ranking its layers")
-            rank_and_plot(store, name, options=RankOptions())
+            rank_and_plot(store, name, options=_rank_options(options), console=console)
         console.note(f"{name} has no edit yet: searching for one")
         result = search_and_plot(store, name, options=options, console=console)
         require_forgotten(result)
@@ -69,11 +87,42 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
             f"the edit {name} was made from other gradients than the set has now",
             hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
         )
+    if pointer and edit.header.retain_data not in (None, pointer.retain_data):
+        raise StaleError(
+            f"the direction of the edit {name} was whitened by other retain rows than the set "
+            "has now",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
+        )
+    if options.direction not in (None, edit.header.direction):
+        raise StaleError(
+            f"the edit {name} moves along the direction {edit.header.direction}, "
+            f"not {options.direction}",
+            hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
+            f"`slsgu search {quote(name)}`",
+        )
     return edit
 
 
-def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
-    """Return the edit that moves `layer` by `step` along its stored gradient, unsearched.
+def _rank_options(options: SearchOptions) -> RankOptions:
+    """Return how to rank for a search that finds no ranking."""
+    chosen = RankOptions(device=options.device)
+    if options.direction is not None:
+        chosen = replace(chosen, direction=options.direction)
+    return replace(chosen, ridge=options.ridges[0]) if options.ridges else chosen
+
+
+def direct_edit(
+    store: Store,
+    name: str,
+    *,
+    layer: str,
+    step: float,
+    direction: Direction = Direction.GRADIENT,
+    ridge: float = RIDGE,
+    device: str = "auto",
+    console: Console,
+) -> Edit:
+    """Return the edit that moves `layer` by `step` along its direction, unsearched.
 
     Raises UsageError where the gradients have no such layer.
     """
@@ -90,7 +139,11 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
             f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
             hint=f"run `slsgu rank {quote(name)}` for their names",
         )
-    gradient = store.read_tensors(path, fitting)[fitting[0]]
+    along = _direction(
+        store, manifest, pointer, fitting[0],
+        ridge=ridge if direction is Direction.WHITENED else None,
+        device=device, console=console,
+    )  # fmt: skip
     before = read_layer(resolve(pointer.model).weights, fitting[0])
     edit = EditHeader(
         name=name,
@@ -98,26 +151,54 @@ def direct_edit(store: Store, name: str, *, layer: str, step: float) -> Edit:
         layer=fitting[0],
         tower=tower,
         step=step,
-        share=step * norm(gradient) / (norm(before) or 1.0),
+        share=step * norm(along) / (norm(before) or 1.0),
         model=pointer.model,
         model_fingerprint=pointer.model_fingerprint,
         digests=layer_digests(before),
         gradient=pointer.forget,
+        direction=direction,
+        ridge=ridge if direction is Direction.WHITENED else None,
+        retain_data=pointer.retain_data if direction is Direction.WHITENED else None,
         steer=None,
+        margin=None,
+        forgotten=None,
         baseline_forget=None,
         baseline_utility=None,
         forget=None,
         utility=None,
         version=slsgu_cli.__version__,
     )
-    return make_edit(edit, delta=step * gradient, before=before)
+    return make_edit(edit, delta=step * along, before=before)
 
 
-def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:
+def _direction(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layer: str,
+    *,
+    ridge: float | None,
+    device: str,
+    console: Console,
+) -> Floats:
+    """Return where a layer moves; with a ridge whitened, which loads PyTorch."""
+    if ridge is None:
+        gradient: Floats = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
+        return gradient
+    device = pick_device(device)
+    moments = ensure_moments(store, manifest, pointer, [layer], device=device, console=console)
+    along = forget_direction(store, pointer, layer, ridge=ridge, moments=moments, device=device)
+    whitened: Floats = along.cpu().numpy()
+    return whitened
+
+
+def rank_and_plot(
+    store: Store, name: str, *, options: RankOptions, console: Console
+) -> tuple[Ranking, list[str]]:
     """Rank the layers of a set and draw each tower's front; return where the plots are."""
     from slsgu_cli.plots import pareto_plot
 
-    ranking = rank(store, name, options=options)
+    ranking = rank(store, name, options=options, console=console)
     plots = []
     for tower in Tower:
         if any(score.tower is tower for score in ranking.scores):
@@ -135,10 +216,15 @@ def search_and_plot(
     from slsgu_cli.plots import step_plot
 
     result = search(store, name, options=options, console=console)
-    for layer in sorted({trial.layer for trial in result.trials.trials}):
-        step = result.chosen.step if layer == result.chosen.layer else None
-        path = plot_path(name, f"steps-{layer}")
-        store.write_bytes(path, step_plot(result.trials, layer=layer, chosen=step))
+    chosen, trials = result.chosen, result.trials
+    lines: dict[str, set[float | None]] = {}
+    for trial in trials.trials:
+        lines.setdefault(trial.layer, set()).add(trial.ridge)
+    for layer, ridges in sorted(lines.items()):
+        for ridge in ridges:
+            step = chosen.step if (layer, ridge) == (chosen.layer, chosen.ridge) else None
+            path = plot_path(name, f"steps-{layer}" + (f"-{ridge:g}" if len(ridges) > 1 else ""))
+            store.write_bytes(path, step_plot(trials, layer=layer, ridge=ridge, chosen=step))
     return result
 
 
@@ -157,13 +243,29 @@ def require_forgotten(result: SearchResult) -> None:
 
 def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
-    options = SearchOptions(device=request.device)
+    options = SearchOptions(
+        direction=request.direction,
+        ridges=() if request.ridge is None else (request.ridge,),
+        device=request.device,
+    )
     if request.step is not None and not math.isfinite(request.step):
         raise UsageError(f"--step {request.step} is no step size")
     if request.layer is not None:
         if request.step is None or len(request.names) != 1:
             raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
-        edits = [direct_edit(store, request.names[0], layer=request.layer, step=request.step)]
+        chosen = _rank_options(options)
+        edits = [
+            direct_edit(
+                store,
+                request.names[0],
+                layer=request.layer,
+                step=request.step,
+                direction=chosen.direction,
+                ridge=chosen.ridge,
+                device=request.device,
+                console=console,
+            )
+        ]
     else:
         edits = [edit_for(store, n, options=options, console=console) for n in request.names]
         if request.step is not None:
@@ -171,7 +273,7 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
     if request.scale != 1:
         edits = [edit.scaled(request.scale) for edit in edits]
     for edit in edits:
-        if edit.header.steer is not None and not _forgets(edit.header):
+        if edit.header.steer is not None and not edit.header.forgotten:
             console.warn(
                 f"the edit {edit.header.name} does not forget completely: its search failed"
             )
@@ -189,12 +291,6 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
         overwrite=request.overwrite,
         dry_run=request.dry_run,
     )
-
-
-def _forgets(header: EditHeader) -> bool:
-    if header.forget is None:
-        return False
-    return (header.forget.top5 if header.steer is Steer.FA5 else header.forget.top1) == 0
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

@@ -62,14 +62,17 @@ def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> by
     return png(figure)
 
 
-def step_plot(trials: Trials, *, layer: str, chosen: float | None = None) -> bytes:
+def step_plot(
+    trials: Trials, *, layer: str, ridge: float | None = None, chosen: float | None = None
+) -> bytes:
     """Draw forget accuracy and utility against the step size for one layer (Figure 2 c, d).
 
-    The second axis gives the step in percent of the layer's norm; step 0 is the original
-    model. Utility is drawn where it was measured. Raises InputError where the search did
-    not try `layer`.
+    `ridge` is that of the whitened direction, None for the gradient. The second axis gives
+    the step in percent of the layer's norm; step 0 is the original model. Utility is drawn
+    where it was measured. Raises InputError where the search did not try `layer`.
     """
-    tried = sorted((t for t in trials.trials if t.layer == layer), key=lambda t: t.step)
+    line = (layer, ridge)
+    tried = sorted((t for t in trials.trials if (t.layer, t.ridge) == line), key=lambda t: t.step)
     if not tried:
         raise InputError(f"the search of {trials.name} did not try the layer {layer}")
     figure = blank(8.0, 4.8, layout="constrained")
@@ -81,7 +84,8 @@ def step_plot(trials: Trials, *, layer: str, chosen: float | None = None) -> byt
         axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
     axes.set_ylim(0, 103)
     axes.set_ylabel("accuracy, %", color=INK)
-    title = f"{plain(short(layer))} ({tried[0].tower}): forgetting {plain(trials.name)}"
+    along = "" if ridge is None else f", ridge {ridge:g}"
+    title = f"{plain(short(layer))} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
     return png(figure)

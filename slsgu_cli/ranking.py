@@ -1,4 +1,8 @@
-"""What `slsgu rank` does: score every candidate layer from the stored gradients."""
+"""What `slsgu rank` does: score every candidate layer from the stored gradients.
+
+For the whitened direction, importance and alignment are those of the step that will be
+taken: the same formulas, in the inner product that the retained inputs make of changes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,46 +11,73 @@ from shlex import quote
 import numpy as np
 
 import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.directions import RIDGE, Moments, ensure_moments
 from slsgu_cli.errors import InputError
 from slsgu_cli.layout import gradient_path, ranking_path, read_manifest, read_pointer
+from slsgu_cli.models import pick_device
 from slsgu_cli.naming import is_candidate, selected, tower_of
 from slsgu_cli.records import (
     Alignment,
+    Direction,
     GradientHeader,
     GradientPointer,
     LayerScore,
     Ranking,
     Tower,
 )
-from slsgu_cli.scoring import alignment, importance, norm, pareto_front
+from slsgu_cli.scoring import Vector, alignment, importance, norm, pareto_front
 from slsgu_cli.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOptions:
-    """Which layers compete, and how alignment is read."""
+    """Which layers compete, for which direction, and how alignment is read.
+
+    `ridge` is of the whitened direction alone, as is `device`, where moments are computed.
+    """
 
     alignment: Alignment = Alignment.ABS
+    direction: Direction = Direction.GRADIENT
+    ridge: float = RIDGE
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     tower: Tower | None = None
+    device: str = "auto"
 
 
-def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
+def rank(
+    store: Store, name: str, *, options: RankOptions, console: Console | None = None
+) -> Ranking:
     """Score the candidate layers of set `name`, mark the Pareto fronts, store the ranking.
 
-    Raises MissingError, StaleError, and InputError where no layer is left to rank.
+    `console` is told of moments in the making. Raises MissingError, StaleError, and
+    InputError where no layer is left to rank.
     """
-    pointer = read_pointer(store, read_manifest(store, name))
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
     header = store.read_header(gradient_path(pointer.forget), GradientHeader)
-    scores = [
-        score
+    layers = [
+        layer
         for layer in sorted(header.weights)
         if is_candidate(layer)
         and options.tower in (None, tower_of(layer))
         and selected(layer, include=options.include, exclude=options.exclude)
-        and (score := _score(store, pointer, header, layer, options.alignment)) is not None
     ]
+    whitened = options.direction is Direction.WHITENED
+    moments = None
+    if whitened and layers:
+        moments = ensure_moments(
+            store,
+            manifest,
+            pointer,
+            layers,
+            device=pick_device(options.device),
+            console=console or Console(verbosity=-1),
+        )
+        layers = [layer for layer in layers if layer in moments.places]
+    scored = (_score(store, pointer, header, layer, options, moments) for layer in layers)
+    scores = [score for score in scored if score is not None]
     if not scores:
         raise InputError(
             f"no layer of {name} is left to rank",
@@ -57,6 +88,8 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
         forget=pointer.forget,
         retain=pointer.retain,
         alignment=options.alignment,
+        direction=options.direction,
+        ridge=options.ridge if whitened else None,
         scores=tuple(_with_fronts(scores)),
         version=slsgu_cli.__version__,
     )
@@ -65,7 +98,12 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
 
 
 def _score(
-    store: Store, pointer: GradientPointer, header: GradientHeader, layer: str, kind: Alignment
+    store: Store,
+    pointer: GradientPointer,
+    header: GradientHeader,
+    layer: str,
+    options: RankOptions,
+    moments: Moments | None,
 ) -> LayerScore | None:
     """Return the score of one layer; None where the loss does not reach it, or it is zeros.
 
@@ -84,16 +122,44 @@ def _score(
     tower = tower_of(layer)
     if not forget_norm or not weight_norm or tower is None:
         return None
+    if moments is None:
+        figures = importance(forget_norm, weight_norm), alignment(forget, retain, Alignment.SIGNED)
+    else:
+        figures = _whitened_figures(moments, layer, forget, retain, weight_norm, options)
+    signed = options.alignment is Alignment.SIGNED
     return LayerScore(
         layer=layer,
         tower=tower,
         shape=header.weights[layer].shape,
-        importance=importance(forget_norm, weight_norm),
-        alignment=alignment(forget, retain, kind),
+        importance=figures[0],
+        alignment=figures[1] if signed else abs(figures[1]),
         forget_norm=forget_norm,
         retain_norm=norm(retain),
         weight_norm=weight_norm,
         front=False,
+    )
+
+
+def _whitened_figures(
+    moments: Moments,
+    layer: str,
+    forget: Vector,
+    retain: Vector,
+    weight_norm: float,
+    options: RankOptions,
+) -> tuple[float, float]:
+    """Return importance and signed alignment of the whitened direction."""
+    import torch
+
+    from slsgu_cli.whitening import whitened_alignment, whitened_importance
+
+    metric = moments.metric(layer, options.ridge, pick_device(options.device))
+    f, r = (torch.from_numpy(values).to(metric.moment.device) for values in (forget, retain))
+    direction = metric.whiten(f)
+    size = metric.weight_norm(weight_norm, moments.output(layer))
+    return (
+        whitened_importance(f, direction, size),
+        whitened_alignment(f, direction, r, metric.whiten(r)),
     )
 
 

@@ -34,11 +34,19 @@ class Alignment(StrEnum):
     SIGNED = "signed"
 
 
+class Direction(StrEnum):
+    """Where a layer moves: along its forget gradient, or that whitened by retained inputs."""
+
+    GRADIENT = "gradient"
+    WHITENED = "whitened"
+
+
 class Steer(StrEnum):
-    """The forget accuracy that the search drives to zero."""
+    """What the search drives to zero: a forget accuracy, or what a margin lacks."""
 
     FA1 = "fa1"
     FA5 = "fa5"
+    MARGIN = "margin"
 
 
 class Precision(StrEnum):
@@ -178,6 +186,34 @@ class GradientPointer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LayerMoment:
+    """The second moment C of one layer's inputs: a tensor of the file, and what it says.
+
+    `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
+    `output` the mean squared output of the layer on them, tr(W C W^T).
+    """
+
+    axis: int
+    count: float
+    output: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MomentHeader:
+    """What a file of moments holds, of which model, over which retain rows.
+
+    `unseen` are layers that were looked for, and whose inputs their tower does not show.
+    """
+
+    model: str
+    data: str
+    rows: int
+    layers: dict[str, LayerMoment]
+    unseen: tuple[str, ...]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LayerScore:
     """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower."""
 
@@ -200,6 +236,8 @@ class Ranking:
     forget: str
     retain: str
     alignment: Alignment
+    direction: Direction
+    ridge: float | None
     scores: tuple[LayerScore, ...]
     version: str
 
@@ -215,30 +253,40 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """One (layer, step): forget accuracy, and utility where it was measured.
+    """One (layer, ridge, step): forget accuracy, and utility where it was measured.
 
-    `share` is the step's length over the layer's own norm. `utility` is None where the
-    step could not win, so nothing was spent on it.
+    `ridge` is None along the gradient itself. `share` is the step's length over the
+    layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
+    fifth best other, at the forget image where it comes closest. `utility` is None where
+    the step could not win, so nothing was spent on it.
     """
 
     layer: str
     tower: Tower
+    ridge: float | None
     step: float
     share: float
     forget: Accuracy
+    gap: float
     utility: dict[str, Accuracy] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trials:
-    """Every trial of a search, with the original model's figures."""
+    """Every trial of a search, with the original model's figures.
+
+    `retain_data` names the rows whose inputs whitened the direction, if it is whitened.
+    """
 
     name: str
     forget: str
+    direction: Direction
+    retain_data: str | None
     model_fingerprint: str
     evals: dict[str, str]
     precision: Precision
     steer: Steer
+    margin: float | None
     baseline_forget: Accuracy
     baseline_utility: dict[str, Accuracy]
     trials: tuple[Trial, ...]
@@ -247,7 +295,7 @@ class Trials:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EditHeader:
-    """An edit: add the tensor `delta` (= step * gradient) to `layer`.
+    """An edit: add the tensor `delta` (= step * direction) to `layer`.
 
     The file also holds the original layer as `before`, so that an edit can be undone to
     the bit. `digests` are of the layer's original values, rounded to fp32, fp16 and
@@ -264,7 +312,12 @@ class EditHeader:
     model_fingerprint: str
     digests: dict[str, str]
     gradient: str
+    direction: Direction
+    ridge: float | None
+    retain_data: str | None
     steer: Steer | None
+    margin: float | None
+    forgotten: bool | None
     baseline_forget: Accuracy | None
     baseline_utility: dict[str, Accuracy] | None
     forget: Accuracy | None

@@ -14,20 +14,15 @@ from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli.console import Console
+from slsgu_cli.directions import Moments, ensure_moments, forget_direction
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.gradients import check_inputs
-from slsgu_cli.layout import (
-    gradient_path,
-    read_manifest,
-    read_pointer,
-    read_ranking,
-    trials_path,
-)
+from slsgu_cli.gradients import load_graded
+from slsgu_cli.layout import read_manifest, read_pointer, read_ranking, trials_path
 from slsgu_cli.memory import spare
-from slsgu_cli.models import fingerprint, load, pick_device, resolve, tokenizer
+from slsgu_cli.models import pick_device, tokenizer
 from slsgu_cli.naming import find_layers
 from slsgu_cli.records import (
-    Accuracy,
+    Direction,
     EditHeader,
     GradientPointer,
     LayerScore,
@@ -38,26 +33,35 @@ from slsgu_cli.records import (
     Trial,
     Trials,
 )
-from slsgu_cli.stepsize import best, first_step, next_step
+from slsgu_cli.stepsize import best, first_step, left_to_forget, next_step
 from slsgu_cli.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from torch import Tensor
 
     from slsgu_cli.evaluation import Evaluation
     from slsgu_cli.trial import Probe
 
 FORGET = "(forget)"
+MARGIN = 0.02
+# A trial's layer, the ridge that whitened its direction, and its step.
+Key = tuple[str, float | None, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How to search. `full` measures the utility of every trial, winner or not."""
+    """How to search. `full` measures the utility of every trial, winner or not.
+
+    `direction` and, of the whitened one, `ridges` are those of the ranking where none are
+    given; each layer is searched with each ridge. `margin` is a cosine, for that steer.
+    """
 
     layers: Sequence[str] = ()
+    direction: Direction | None = None
+    ridges: Sequence[float] = ()
     steer: Steer = Steer.FA1
+    margin: float = MARGIN
     steps: int = 10
     full: bool = False
     device: str = "cpu"
@@ -91,23 +95,35 @@ def search(store: Store, name: str, *, options: SearchOptions, console: Console)
 
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
-    layers = _layers(read_ranking(store, pointer), options.layers)
-    options = replace(options, device=pick_device(options.device))
+    ranking = read_ranking(store, pointer)
+    layers = _layers(ranking, options.layers)
+    options = _resolved(options, ranking)
+    moments = None
+    if options.direction is Direction.WHITENED:
+        moments = ensure_moments(
+            store,
+            manifest,
+            pointer,
+            [score.layer for score in layers],
+            device=options.device,
+            console=console,
+        )
     with torch.no_grad(), arithmetic(options.precision):
         evaluation = _evaluation(store, manifest, pointer, layers, options, console)
         trials = _resume(store, manifest, pointer, evaluation, options, console)
         recorded = len(trials.trials)
         run = _Run(store, evaluation, trials, options, console)
         for score in layers:
-            run.bisect(score, _gradient(store, pointer, score.layer, options.device))
+            for ridge in options.ridges if moments else (None,):
+                run.bisect(_probe(store, pointer, evaluation, score, ridge, moments, options))
         chosen = run.choose()
         _write_edit(store, manifest, pointer, run, chosen)
     store.write_record(trials_path(name), run.trials)
-    return SearchResult(run.trials, chosen, _accuracy(chosen, options.steer) == 0, recorded)
+    return SearchResult(run.trials, chosen, run.left(chosen) == 0, recorded)
 
 
 class _Run:
-    """The state of one search: probes, trials by layer and step, and the path taken."""
+    """The state of one search: probes, trials by their keys, and the path taken."""
 
     def __init__(
         self,
@@ -121,9 +137,9 @@ class _Run:
         self.evaluation = evaluation
         self.options = options
         self.console = console
-        self.probes: dict[str, Probe] = {}
-        self.path: list[tuple[str, float]] = []
-        self.found = {(trial.layer, trial.step): trial for trial in trials.trials}
+        self.probes: dict[tuple[str, float | None], Probe] = {}
+        self.path: list[Key] = []
+        self.found: dict[Key, Trial] = {(t.layer, t.ridge, t.step): t for t in trials.trials}
         self._header = trials
 
     @property
@@ -131,64 +147,75 @@ class _Run:
         """Return what was recorded so far, as an artifact."""
         return replace(self._header, trials=tuple(self.found.values()))
 
-    def bisect(self, score: LayerScore, gradient: "Tensor") -> None:
-        """Run Algorithm 3 on one layer, on forget accuracy alone."""
-        from slsgu_cli.trial import Probe
+    def left(self, trial: Trial) -> float:
+        """Return what a trial leaves to forget, by what the search steers on."""
+        return left_to_forget(trial, self.options.steer, self.options.margin)
 
-        probe = self.probes[score.layer] = Probe(self.evaluation, score, gradient)
-        first = first_step(score.weight_norm, score.forget_norm)
+    def bisect(self, probe: "Probe") -> None:
+        """Run Algorithm 3 along one direction of one layer, on what is left to forget alone."""
+        layer, ridge = line = probe.score.layer, probe.ridge
+        self.probes[line] = probe
+        first = first_step(probe.score.weight_norm, probe.norm)
         tried: list[tuple[float, float]] = []
-        with self.console.progress(score.layer, self.options.steps) as ticker:
+        with self.console.progress(layer, self.options.steps) as ticker:
             for _ in range(self.options.steps):
                 step = next_step(tried, first)
-                trial = self.found.get((score.layer, step)) or self._try(probe, step)
-                self.found[score.layer, step] = trial
-                tried.append((step, _accuracy(trial, self.options.steer)))
+                trial = self.found.get((*line, step)) or probe.trial(step)
+                self.found[layer, ridge, step] = trial
+                tried.append((step, self.left(trial)))
                 ticker.advance()
-        self.path += [(score.layer, step) for step, _ in tried]
+        self.path += [(layer, ridge, step) for step, _ in tried]
         self.store.write_record(trials_path(self._header.name), self.trials)
 
     def choose(self) -> Trial:
         """Measure the utility of the steps that may win, and return the best (Algorithm 1)."""
         from slsgu_cli.trial import UtilityMeter, mean_top1
 
-        least = min(_accuracy(self.found[key], self.options.steer) for key in self.path)
+        least = min(self.left(self.found[key]) for key in self.path)
         meter = UtilityMeter(self.evaluation)
         beat = float("-inf")
         for key in sorted(set(self.path), key=self._cost):
             trial = self.found[key]
-            may_win = _accuracy(trial, self.options.steer) == least
+            may_win = self.left(trial) == least
             if trial.utility is None and (may_win or self.options.full):
                 bar = float("-inf") if self.options.full else beat
-                found = meter.measure(self.probes[trial.layer], trial.step, beat=bar)
+                probe = self.probes[trial.layer, trial.ridge]
+                found = meter.measure(probe, trial.step, beat=bar)
                 self.found[key] = trial = replace(trial, utility=found)
             if may_win and trial.utility is not None:
                 beat = max(beat, mean_top1(trial.utility))
         measured = [key for key in self.path if self.found[key].utility is not None]
         figures = [
-            (
-                _accuracy(self.found[key], self.options.steer),
-                mean_top1(self.found[key].utility or {}),
-            )
+            (self.left(self.found[key]), mean_top1(self.found[key].utility or {}))
             for key in measured
         ]
         return self.found[measured[best(figures)]]
 
-    def _try(self, probe: "Probe", step: float) -> Trial:
-        score = probe.score
-        return Trial(
-            layer=score.layer,
-            tower=score.tower,
-            step=step,
-            share=step * score.forget_norm / score.weight_norm,
-            forget=probe.forget_accuracy(step),
-            utility=None,
-        )
-
-    def _cost(self, key: tuple[str, float]) -> tuple[bool, int, float]:
+    def _cost(self, key: Key) -> tuple[bool, int, float]:
         """Order trials so that the cheap ones set the mark that dear ones must reach."""
-        probe = self.probes[key[0]]
+        probe = self.probes[key[:2]]
         return (probe.score.tower == "vision", -probe.stage, self.found[key].share)
+
+
+def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
+    """Return the options with the ranking's direction and ridge, and the device.
+
+    Raises StaleError where the layers were ranked for another direction.
+    """
+    direction = options.direction or ranking.direction
+    if direction is not ranking.direction:
+        raise StaleError(
+            f"the layers of {ranking.name} were ranked for the direction {ranking.direction}, "
+            f"not {direction}",
+            hint=f"run `slsgu rank {quote(ranking.name)} --direction {direction}`",
+        )
+    if direction is Direction.GRADIENT and options.ridges:
+        raise UsageError(
+            "--ridge is for the whitened direction",
+            hint=f"run `slsgu rank {quote(ranking.name)} --direction whitened`",
+        )
+    ridges = options.ridges or (() if ranking.ridge is None else (ranking.ridge,))
+    return replace(options, direction=direction, ridges=ridges, device=pick_device(options.device))
 
 
 def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
@@ -220,14 +247,7 @@ def _evaluation(
     """Load the model the gradients belong to and run it once over the evaluation data."""
     from slsgu_cli.evaluation import prepare
 
-    model = resolve(pointer.model)
-    if fingerprint(model) != pointer.model_fingerprint:
-        raise StaleError(
-            f"{pointer.model} has other weights than when its gradients were computed",
-            hint=f"run `slsgu grad {quote(manifest.name)}`",
-        )
-    check_inputs(manifest, model)
-    module = load(model, options.device)
+    model, module = load_graded(manifest, pointer, options.device)
     evaluation = prepare(store, manifest, module, tokenize=tokenizer(model), device=options.device)
     for tower in {score.tower for score in layers}:
         if not evaluation.tower(tower).exact_split:
@@ -251,10 +271,13 @@ def _resume(
     fresh = Trials(
         name=manifest.name,
         forget=pointer.forget,
+        direction=options.direction or Direction.GRADIENT,
+        retain_data=pointer.retain_data if options.direction is Direction.WHITENED else None,
         model_fingerprint=pointer.model_fingerprint,
         evals=evals | {FORGET: shown},
         precision=options.precision,
         steer=options.steer,
+        margin=options.margin if options.steer is Steer.MARGIN else None,
         baseline_forget=evaluation.forget.base_accuracy(),
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
@@ -267,15 +290,27 @@ def _resume(
     except (StaleError, InputError) as error:
         console.note(f"recorded trials cannot be used and are made again: {error}")
         return fresh
-    made_from = attrgetter("forget", "model_fingerprint", "evals", "precision")
+    made_from = attrgetter(
+        "forget", "direction", "retain_data", "model_fingerprint", "evals", "precision"
+    )
     return replace(fresh, trials=old.trials) if made_from(old) == made_from(fresh) else fresh
 
 
-def _gradient(store: Store, pointer: GradientPointer, layer: str, device: str) -> "Tensor":
-    import torch
+def _probe(
+    store: Store,
+    pointer: GradientPointer,
+    evaluation: "Evaluation",
+    score: LayerScore,
+    ridge: float | None,
+    moments: Moments | None,
+    options: SearchOptions,
+) -> "Probe":
+    from slsgu_cli.trial import Probe
 
-    values = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
-    return torch.from_numpy(values).to(device)
+    direction = forget_direction(
+        store, pointer, score.layer, ridge=ridge, moments=moments, device=options.device
+    )
+    return Probe(evaluation, score, direction, ridge)
 
 
 def _write_edit(
@@ -284,7 +319,7 @@ def _write_edit(
     from slsgu_cli.edits import make_edit, write_edit
     from slsgu_cli.weights import layer_digests
 
-    probe = run.probes[chosen.layer]
+    probe = run.probes[chosen.layer, chosen.ridge]
     before = probe.weight.cpu().numpy()
     header = EditHeader(
         name=manifest.name,
@@ -297,14 +332,19 @@ def _write_edit(
         model_fingerprint=pointer.model_fingerprint,
         digests=layer_digests(before),
         gradient=pointer.forget,
-        steer=run.options.steer,
+        direction=run.trials.direction,
+        ridge=chosen.ridge,
+        retain_data=run.trials.retain_data,
+        steer=run.trials.steer,
+        margin=run.trials.margin,
+        forgotten=run.left(chosen) == 0,
         baseline_forget=run.trials.baseline_forget,
         baseline_utility=run.trials.baseline_utility,
         forget=chosen.forget,
         utility=chosen.utility,
         version=slsgu_cli.__version__,
     )
-    delta = (chosen.step * probe.gradient).cpu().numpy()
+    delta = (chosen.step * probe.direction).cpu().numpy()
     write_edit(store, make_edit(header, delta=delta, before=_compact(before)))
 
 
@@ -312,8 +352,3 @@ def _compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":
     """Return values of a half-precision checkpoint in half precision, if that is exact."""
     half = values.astype("float16")
     return half if (half == values).all() else values
-
-
-def _accuracy(trial: Trial, steer: Steer) -> float:
-    figures: Accuracy = trial.forget
-    return figures.top1 if steer is Steer.FA1 else figures.top5

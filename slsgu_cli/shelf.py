@@ -14,6 +14,7 @@ from slsgu_cli.records import (
     EditHeader,
     GradientHeader,
     GradientPointer,
+    MomentHeader,
     Ranking,
     SetManifest,
     Trials,
@@ -28,6 +29,7 @@ class Kind(StrEnum):
     DATA = "data"
     POINTER = "pointer"
     GRADIENT = "gradient"
+    MOMENTS = "moments"
     RANKING = "ranking"
     TRIALS = "trials"
     EDIT = "edit"
@@ -49,6 +51,7 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.SET: ("sets", ".json", SetManifest),
     Kind.POINTER: ("gradients", ".json", GradientPointer),
     Kind.GRADIENT: ("gradients", ".safetensors", GradientHeader),
+    Kind.MOMENTS: ("moments", ".safetensors", MomentHeader),
     Kind.RANKING: ("rankings", ".json", Ranking),
     Kind.TRIALS: ("trials", ".json", Trials),
     Kind.EDIT: ("edits", ".safetensors", EditHeader),
@@ -106,6 +109,7 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
 
 Check = tuple[State, str | None]
 GOOD: Check = (State.OK, None)
+REWHITENED = "the retain set that whitened its direction was built anew since"
 
 
 def _stale(reason: str) -> Check:
@@ -143,6 +147,15 @@ def _check_gradient(shelf: Shelf, name: str, _header: GradientHeader) -> Check:
     return State.UNREFERENCED, "no set's gradients are these"
 
 
+def _check_moments(shelf: Shelf, _name: str, header: MomentHeader) -> Check:
+    made_from = (header.model, header.data)
+    pointers = shelf.readable(Kind.POINTER)
+    used = any((p.model_fingerprint, p.retain_data) == made_from for p in pointers)
+    if used or not shelf.complete(Kind.POINTER):
+        return GOOD
+    return State.UNREFERENCED, "no set's gradients are of this model and these retain rows"
+
+
 def _check_ranking(shelf: Shelf, name: str, ranking: Ranking) -> Check:
     pointer = shelf.get(Kind.POINTER, name)
     if pointer and (ranking.forget, ranking.retain) != (pointer.forget, pointer.retain):
@@ -156,6 +169,8 @@ def _check_trials(shelf: Shelf, name: str, trials: Trials) -> Check:
         return _stale("the forget gradient was computed anew since")
     if pointer and trials.model_fingerprint != pointer.model_fingerprint:
         return _stale("the model has other weights since")
+    if pointer and trials.retain_data not in (None, pointer.retain_data):
+        return _stale(REWHITENED)
     for known, ref in manifest.evals.items() if manifest else ():
         if trials.evals.get(known) != ref.fingerprint:
             return _stale(f"the evaluation set {known} was built anew since")
@@ -165,9 +180,13 @@ def _check_trials(shelf: Shelf, name: str, trials: Trials) -> Check:
 def _check_edit(shelf: Shelf, name: str, edit: EditHeader) -> Check:
     # An edit carries all it needs; without gradients of its name it is not out of date.
     pointer = shelf.get(Kind.POINTER, name)
-    if pointer is None or edit.gradient == pointer.forget:
+    if pointer is None:
         return GOOD
-    return _stale("the forget gradient was computed anew since")
+    if edit.gradient != pointer.forget:
+        return _stale("the forget gradient was computed anew since")
+    if edit.retain_data not in (None, pointer.retain_data):
+        return _stale(REWHITENED)
+    return GOOD
 
 
 def _as_pointer(shelf: Shelf, name: str, pointer: GradientPointer | None) -> Check:
@@ -182,6 +201,7 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.SET: _check_set,
     Kind.POINTER: _check_pointer,
     Kind.GRADIENT: _check_gradient,
+    Kind.MOMENTS: _check_moments,
     Kind.RANKING: _check_ranking,
     Kind.TRIALS: _check_trials,
     Kind.EDIT: _check_edit,

@@ -14,7 +14,8 @@ from rich.filesize import decimal
 from slsgu_cli.console import Console
 from slsgu_cli.layout import edit_path, trials_path
 from slsgu_cli.naming import known_as
-from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Steer, Trial, Trials
+from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Trial, Trials
+from slsgu_cli.stepsize import left_to_forget
 from slsgu_cli.store import Store
 from slsgu_cli.tables import Column
 
@@ -133,6 +134,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
     utility = [Column(f"TA@1 {n}", shown=_roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
+        Column("ridge"),
         Column("step", shown=_step),
         Column("% of norm", shown=_roughly, label="move"),
         Column("FA@1", shown=_roughly),
@@ -144,14 +146,17 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
     rows = [
         (
             trial.layer,
+            trial.ridge,
             trial.step,
             100 * trial.share,
             trial.forget.top1,
             trial.forget.top5,
             *(trial.utility[name].top1 if trial.utility else None for name in sets),
-            (trial.layer, trial.step) == (chosen.layer, chosen.step),
+            trial == chosen,
         )
-        for trial in sorted(shown, key=lambda t: (t.tower != "vision", t.layer, t.step))
+        for trial in sorted(
+            shown, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+        )
     ]
     title = f"trials for {trials.name}"
     if len(shown) < len(trials.trials):
@@ -162,7 +167,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen: {chosen.layer} at step {_step(chosen.step)}, "
-        f"a move by {100 * chosen.share:.1f}% of the layer's norm",
+        f"a move by {100 * chosen.share:.1f}% of the layer's norm along its {_along(chosen)}",
     )
     if not brief:
         before_after(console, chosen_figures(result))
@@ -186,6 +191,12 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
             )
 
 
+def _along(trial: Trial) -> str:
+    if trial.ridge is None:
+        return "gradient"
+    return f"whitened gradient (ridge {trial.ridge:g})"
+
+
 def _best_of_each(trials: Trials, chosen: Trial) -> list[Trial]:
     """Return each layer's trial that forgets most, then keeps most, then moves least."""
     layers: dict[str, list[Trial]] = {}
@@ -193,7 +204,7 @@ def _best_of_each(trials: Trials, chosen: Trial) -> list[Trial]:
         layers.setdefault(trial.layer, []).append(trial)
 
     def order(trial: Trial) -> tuple[bool, float, float, float]:
-        forget = trial.forget.top1 if trials.steer is Steer.FA1 else trial.forget.top5
+        forget = left_to_forget(trial, trials.steer, trials.margin)
         kept = [figure.top1 for figure in (trial.utility or {}).values()]
         return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
 

@@ -1,4 +1,4 @@
-"""The search for a step size along one layer's forget gradient (Algorithm 3).
+"""The search for a step size along one layer's direction (Algorithm 3).
 
 The search is a pure function of what was tried so far, so that recorded trials resume it
 and a test can drive it with any made-up accuracy.
@@ -6,25 +6,27 @@ and a test can drive it with any made-up accuracy.
 
 from collections.abc import Sequence
 
+from slsgu_cli.records import Steer, Trial
 
-def first_step(weight_norm: float, gradient_norm: float) -> float:
+
+def first_step(weight_norm: float, direction_norm: float) -> float:
     """Return the step that moves the layer by 10% of its norm.
 
     The paper's text has Importance / 10, its inverse up to the factor, which moves a layer
     the less the more it has to move; the released code has this one.
     """
-    return 0.1 * weight_norm / gradient_norm
+    return 0.1 * weight_norm / direction_norm
 
 
 def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
-    """Return the step to try after `tried`, a list of (step, forget accuracy) in order.
+    """Return the step to try after `tried`, a list of (step, what is left to forget) in order.
 
-    Doubles until a step forgets completely, then bisects between the largest step known
-    to be too small and the smallest known to be enough.
+    Doubles until nothing is left, then bisects between the largest step known to be too
+    small and the smallest known to be enough.
     """
     low, high, step = 0.0, None, first
-    for tried_step, accuracy in tried:
-        if accuracy == 0:
+    for tried_step, left in tried:
+        if left == 0:
             high = tried_step
         else:
             low = tried_step
@@ -32,9 +34,16 @@ def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
     return step
 
 
-def best(candidates: Sequence[tuple[float, float]]) -> int:
-    """Return the index of the least forget accuracy, ties by the highest utility.
+def left_to_forget(trial: Trial, steer: Steer, margin: float | None) -> float:
+    """Return what the search drives to zero: a forget accuracy, or what the margin lacks."""
+    if steer is Steer.MARGIN:
+        return max(0.0, (margin or 0.0) - trial.gap)
+    return trial.forget.top1 if steer is Steer.FA1 else trial.forget.top5
 
-    Candidates are (forget accuracy, utility); of equals the first is kept.
+
+def best(candidates: Sequence[tuple[float, float]]) -> int:
+    """Return the index of what leaves least to forget, ties by the highest utility.
+
+    Candidates are (what is left to forget, utility); of equals the first is kept.
     """
     return min(range(len(candidates)), key=lambda i: (candidates[i][0], -candidates[i][1], i))

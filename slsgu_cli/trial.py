@@ -1,4 +1,4 @@
-"""Measuring one trial: what a step along one layer's gradient does to the accuracies."""
+"""Measuring one trial: what a step along one layer's direction does to the accuracies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.evaluation import Evaluation, accuracy
-from slsgu_cli.metrics import margins, ranks_of_truth
-from slsgu_cli.records import Accuracy, LayerScore, Tower
+from slsgu_cli.metrics import least_gap, margins, ranks_of_truth
+from slsgu_cli.records import Accuracy, LayerScore, Tower, Trial
+from slsgu_cli.scoring import norm
 from slsgu_cli.zeroshot import PromptSide, edited
 
 # A vision trial's images are looked at in this many parts, the least certain ones first.
@@ -18,32 +19,52 @@ MIN_ROWS = 48
 
 @dataclass(slots=True)
 class Probe:
-    """One layer, its original values and its forget gradient."""
+    """One layer, its original values and the direction it moves in.
+
+    `ridge` is what whitened the direction, None for the gradient itself.
+    """
 
     evaluation: Evaluation
     score: LayerScore
-    gradient: Tensor
+    direction: Tensor
+    ridge: float | None = None
     weight: Tensor = field(init=False)
+    norm: float = field(init=False)
     stage: int = field(init=False)
     _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weight = self.evaluation.model.get_parameter(self.score.layer).data
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
+        self.norm = norm(self.direction.cpu().numpy())
 
     def stepped(self, step: float) -> Tensor:
         """Return the layer after a step; ascent of the forget loss for a positive one."""
-        return torch.add(self.weight, self.gradient, alpha=step)
+        return torch.add(self.weight, self.direction, alpha=step)
 
-    def forget_accuracy(self, step: float) -> Accuracy:
-        """Return how often the concept is still recognised after a step."""
+    def trial(self, step: float) -> Trial:
+        """Measure how well the concept is still recognised after a step, and no utility."""
+        logits = self._forget_logits(step)
+        labels = self.evaluation.forget.images.labels
+        return Trial(
+            layer=self.score.layer,
+            tower=self.score.tower,
+            ridge=self.ridge,
+            step=step,
+            share=step * self.norm / self.score.weight_norm,
+            forget=accuracy(ranks_of_truth(logits, labels)),
+            gap=least_gap(logits, labels),
+            utility=None,
+        )
+
+    def _forget_logits(self, step: float) -> Tensor:
+        """Return the cosines of the forget images with all names after a step."""
         group = self.evaluation.forget
         with edited(self.evaluation.model, self.score.layer, self.stepped(step)):
             if self.score.tower is Tower.VISION:
-                features = group.images.after_edit(self.stage)
-                return accuracy(group.ranks(features, group.prompts.embeddings))
+                return group.images.after_edit(self.stage) @ group.prompts.embeddings.T
             embeddings = self._embeddings[step] = group.prompts.after_edit(self.stage)
-        return accuracy(group.ranks(group.images.features, embeddings))
+        return group.images.features @ embeddings.T
 
     def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
         """Return the classes after a step of a text layer, which must be in place."""

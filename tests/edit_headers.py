@@ -3,7 +3,7 @@
 import numpy as np
 
 from slsgu_cli.edits import Edit, make_edit
-from slsgu_cli.records import EditHeader, ModelSpec, Tower
+from slsgu_cli.records import Direction, EditHeader, ModelSpec, Tower
 from slsgu_cli.weights import layer_digests
 
 MODEL = ModelSpec("local-dir:clip")
@@ -23,7 +23,12 @@ def header(
         model_fingerprint="0" * 24,
         digests=layer_digests(before),
         gradient=f"gradient-of-{name}",
+        direction=Direction.GRADIENT,
+        ridge=None,
+        retain_data=None,
         steer=None,
+        margin=None,
+        forgotten=None,
         baseline_forget=None,
         baseline_utility=None,
         forget=None,

@@ -536,3 +536,25 @@ def test_a_store_that_may_only_be_read(store):
     assert "cannot write" in done.stderr
     assert "Permission denied" in done.stderr
     assert sorted(store.rglob("*")) == before
+
+
+def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
+    done = inside("rank", "blue", "--direction", "whitened", "--ridge", "0.1", store=store)
+    assert done.exit_code == 0, done.output
+    ((head, *_),) = rows(done.stdout)
+    assert head[:5] == ["layer", "tower", "front", "importance", "alignment"]
+    ranking = Store(str(store)).read_record("rankings/blue.json", Ranking)
+    assert (ranking.direction, ranking.ridge) == ("whitened", 0.1)
+    done = inside("search", "blue", "--steps", "3", "--layer", "visual.proj", "-q", store=store)
+    trials, _ = rows(done.stdout)[:2]
+    assert {dict(zip(trials[0], row, strict=True))["ridge"] for row in trials[1:]} == {"0.1"}
+    listed = inside("ls", store=store).stdout
+    assert "\nmoments\t" in listed
+    assert "direction whitened" in listed
+    out = tmp_path / "out"
+    refused = inside("apply", "blue", "--direction", "gradient", "--out", out, store=store)
+    assert refused.exit_code == 4
+    assert "moves along the direction whitened, not gradient" in refused.stderr
+    flags = ("--layer", "visual.proj", "--step", "0.5", "--direction", "whitened", "--out", out)
+    assert inside("apply", "blue", *flags, store=store).exit_code == 0
+    assert (out / "open_clip_model.safetensors").exists()

@@ -12,6 +12,7 @@ from slsgu_cli.records import (
     Accuracy,
     Alignment,
     DataRef,
+    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -82,18 +83,23 @@ def store(tmp_path):
     store.write_record("gradients/facebook.json", pointer)
     score = LayerScore("visual.proj", Tower.VISION, (2, 2), 0.1, 0.01, 1.0, 1.0, 10.0, True)
     scores = (score, replace(score, layer="text_projection", tower=Tower.TEXT, front=False))
-    ranking = Ranking("facebook", "g1", "g2", Alignment.ABS, scores, "0.1.0")
+    ranking = Ranking(
+        "facebook", "g1", "g2", Alignment.ABS, Direction.GRADIENT, None, scores, "0.1.0"
+    )
     store.write_record("rankings/facebook.json", ranking)
-    trial = Trial("visual.proj", Tower.VISION, 3.0, 0.25, AFTER, {"brands": AFTER})
+    trial = Trial("visual.proj", Tower.VISION, None, 3.0, 0.25, AFTER, 0.0, {"brands": AFTER})
     store.write_record(
         "trials/facebook.json",
         Trials(
             "facebook",
             "g1",
+            Direction.GRADIENT,
+            None,
             "model",
             {"brands": "print3", "(forget)": "brands:facebook"},
             Precision.FP32,
             Steer.FA1,
+            None,
             BEFORE,
             {"brands": Accuracy(61.0, 80.0, 10)},
             (trial,),
@@ -105,7 +111,7 @@ def store(tmp_path):
     return store
 
 
-def write_edit(store, name, *, gradient, measured=True):
+def write_edit(store, name, *, gradient, measured=True, retain=None):
     header = EditHeader(
         name=name,
         concept=name,
@@ -117,7 +123,12 @@ def write_edit(store, name, *, gradient, measured=True):
         model_fingerprint="model",
         digests={"fp32": "a"},
         gradient=gradient,
+        direction=Direction.WHITENED if retain else Direction.GRADIENT,
+        ridge=0.01 if retain else None,
+        retain_data=retain,
         steer=Steer.FA1 if measured else None,
+        margin=None,
+        forgotten=True if measured else None,
         baseline_forget=BEFORE if measured else None,
         baseline_utility={"brands": Accuracy(61.0, 80.0, 10)} if measured else None,
         forget=AFTER if measured else None,

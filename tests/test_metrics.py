@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.metrics import accuracies, class_means, cosine_matrix, margins, ranks_of_truth
+from slsgu_cli.metrics import (
+    accuracies,
+    class_means,
+    cosine_matrix,
+    least_gap,
+    margins,
+    ranks_of_truth,
+)
 
 
 def scores(rows, classes, seed=0):
@@ -88,3 +95,17 @@ def test_margins_lead_over_the_best_other_class():
         others = [value for index, value in enumerate(row) if index != label]
         assert margin == pytest.approx(row[label] - max(others), abs=1e-6)
     assert torch.equal(found > 0, ranks_of_truth(logits, labels) == 0)
+
+
+@pytest.mark.parametrize("classes", [4, 9])
+def test_the_gap_is_to_the_fifth_best_other_at_the_closest_row(classes):
+    logits, labels = scores(50, classes)
+    gaps = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        others = sorted((v for index, v in enumerate(row) if index != label), reverse=True)
+        gaps.append(others[min(5, classes - 1) - 1] - row[label])
+    assert least_gap(logits, labels) == pytest.approx(min(gaps), abs=1e-6)
+    if classes > 5:
+        for row in range(50):
+            one = least_gap(logits[row : row + 1], labels[row : row + 1])
+            assert (one > 0) == (ranks_of_truth(logits, labels)[row] >= 5)

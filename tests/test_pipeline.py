@@ -127,7 +127,9 @@ def test_an_edit_that_is_there_is_used(world, tmp_path, console):
 
 
 def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, console):
-    pipeline.rank_and_plot(world.store, "blue", options=RankOptions(include=[ALONE]))
+    pipeline.rank_and_plot(
+        world.store, "blue", options=RankOptions(include=[ALONE]), console=console
+    )
     with pytest.raises(NotForgottenError):
         edit_for(world.store, "blue", options=SearchOptions(steps=1), console=console)
     assert world.store.exists(trials_path("blue"))
@@ -154,17 +156,17 @@ def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, cons
     assert forget_accuracy(world, tmp_path / "out") < forget_accuracy(world, world.folder)
 
 
-def test_a_step_by_hand_needs_no_ranking(world):
+def test_a_step_by_hand_needs_no_ranking(world, console):
     world.store.remove(ranking_path("blue"))
-    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
     moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
     assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
     assert edit.header.gradient == world.pointer.forget
 
 
-def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path):
-    expected = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path, console):
+    expected = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
     folder = shutil.copytree(world.folder, tmp_path / "training")
     model = folder / "open_clip_model.safetensors"
     tensors = {f"module.{name}": value for name, value in load_tensors(model).items()}
@@ -172,7 +174,7 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
     model.unlink()
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
     world.store.write_record(pointer_path("blue"), pointer)
-    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5)
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
     assert edit.header.digests == expected.header.digests
     np.testing.assert_array_equal(edit.before(), expected.before())
 
@@ -180,16 +182,18 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
 def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):
     result = find(world, console, steps=3)
     own = load_edit(world.store, "blue")
-    by_hand = direct_edit(world.store, "blue", layer=result.chosen.layer, step=result.chosen.step)
+    by_hand = direct_edit(
+        world.store, "blue", layer=result.chosen.layer, step=result.chosen.step, console=console
+    )
     np.testing.assert_array_equal(own.delta(), by_hand.delta())
     assert own.header.digests == by_hand.header.digests
     assert own.header.share == pytest.approx(by_hand.header.share)
 
 
 @pytest.mark.parametrize("layer", ["nothing", "mlp.c_fc", "logit_scale"])
-def test_a_layer_by_hand_must_be_one_layer(layer, world):
+def test_a_layer_by_hand_must_be_one_layer(layer, world, console):
     with pytest.raises(UsageError, match=f"--layer {layer} fits") as error:
-        direct_edit(world.store, "blue", layer=layer, step=1.0)
+        direct_edit(world.store, "blue", layer=layer, step=1.0, console=console)
     assert "slsgu rank blue" in error.value.hint
 
 
@@ -244,7 +248,7 @@ def test_a_name_that_is_nothing_is_told(world, tmp_path, console):
 def test_plots_are_drawn_of_fronts_and_steps(world, console, plots, monkeypatch):
     for name, function in plots.items():
         monkeypatch.setattr(slsgu_cli.plots, name, function)
-    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions())
+    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions(), console=console)
     assert len(drawn) == 2
     result = pipeline.search_and_plot(
         world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER]), console=console

@@ -13,7 +13,16 @@ from slsgu_cli import canvas, pictures, plots
 from slsgu_cli.canvas import VERMILION
 from slsgu_cli.errors import InputError
 from slsgu_cli.plots import Example, before_after_plot, cosine_plot, pareto_plot, step_plot
-from slsgu_cli.records import Accuracy, LayerScore, Precision, Steer, Tower, Trial, Trials
+from slsgu_cli.records import (
+    Accuracy,
+    Direction,
+    LayerScore,
+    Precision,
+    Steer,
+    Tower,
+    Trial,
+    Trials,
+)
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 
@@ -52,16 +61,21 @@ def trials(figures):
         model_fingerprint="m",
         evals={},
         precision=Precision.FP32,
+        direction=Direction.GRADIENT,
+        retain_data=None,
         steer=Steer.FA1,
+        margin=None,
         baseline_forget=Accuracy(95.0, 100.0, 30),
         baseline_utility={"brands": Accuracy(62.0, 90.0, 1000), "objects": Accuracy(55.0, 80.0, 9)},
         trials=tuple(
             Trial(
                 LAYER,
                 Tower.VISION,
+                None,
                 step,
                 step * 0.02,
                 Accuracy(fa, fa, 30),
+                0.0,
                 None
                 if ta is None
                 else {"brands": Accuracy(ta, 1, 9), "objects": Accuracy(50, 1, 9)},

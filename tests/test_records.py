@@ -15,6 +15,7 @@ from slsgu_cli import records
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records import (
     Accuracy,
+    Direction,
     EditHeader,
     LayerScore,
     ModelSpec,
@@ -50,6 +51,7 @@ for kind in KINDS:
     st.register_type_strategy(kind, any_record)
 
 ACCURACY = Accuracy(87.5, 100.0, 40)
+TRIAL = Trial("l", Tower.TEXT, None, 1.0, 0.1, ACCURACY, 0.0, None)
 SCORE = LayerScore("visual.proj", Tower.VISION, (4, 2), 0.1, 0.0, 1.0, 2.0, 10.0, True)
 
 
@@ -75,7 +77,9 @@ def test_a_record_that_lacks_any_field_is_stale(record, data):
 
 
 def test_the_types_come_back_too():
-    ranking = Ranking("n", "f", "r", records.Alignment.ABS, (SCORE,), "0.1.0")
+    ranking = Ranking(
+        "n", "f", "r", records.Alignment.ABS, Direction.GRADIENT, None, (SCORE,), "0.1.0"
+    )
     back = decode(Ranking, through_json(ranking))
     assert isinstance(back.scores, tuple)
     assert isinstance(back.scores[0].tower, Tower)
@@ -103,7 +107,7 @@ def test_a_whole_number_is_taken_for_a_float_field():
         (Accuracy, {"top1": 1.0, "top5": 1.0, "rows": True}),
         (LayerScore, {**encode(SCORE), "front": "false"}),
         (LayerScore, {**encode(SCORE), "tower": "audio"}),
-        (Trial, {**encode(Trial("l", Tower.TEXT, 1.0, 0.1, ACCURACY, None)), "utility": [1]}),
+        (Trial, {**encode(TRIAL), "utility": [1]}),
     ],
 )
 def test_a_field_of_another_shape_is_stale_not_bent_into_place(kind, value):
@@ -181,7 +185,12 @@ def test_an_edit_without_figures_survives():
         model_fingerprint="m",
         digests={"fp32": "a"},
         gradient="g",
+        direction=Direction.GRADIENT,
+        ridge=None,
+        retain_data=None,
         steer=None,
+        margin=None,
+        forgotten=None,
         baseline_forget=None,
         baseline_utility=None,
         forget=None,

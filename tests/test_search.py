@@ -12,15 +12,16 @@ from plain import Plain
 from safetensors.numpy import load_file, save_file
 
 from slsgu_cli import zeroshot
+from slsgu_cli.directions import find_moments
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
 from slsgu_cli.models import load as load_model
 from slsgu_cli.models import resolve
-from slsgu_cli.pipeline import require_forgotten
+from slsgu_cli.pipeline import edit_for, require_forgotten
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import ModelSpec, PassOptions, Precision, Steer, Trials
+from slsgu_cli.records import Direction, ModelSpec, PassOptions, Precision, Steer, Trials
 from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
 from slsgu_cli.towers import OpenClipText, OpenClipVision
@@ -387,3 +388,104 @@ def test_trials_of_another_arithmetic_are_not_used(world, console):
     find(world, console, steps=2, layers=SOME)
     assert find(world, console, steps=2, layers=SOME).reused
     assert not find(world, console, steps=2, layers=SOME, precision=Precision.TF32).reused
+
+
+RIDGE = 0.03
+
+
+def whitened(world, console, **options):
+    """Rank for the whitened direction, then search along it."""
+    rank(
+        world.store,
+        world.name,
+        options=RankOptions(direction=Direction.WHITENED, ridge=RIDGE, device="cpu"),
+        console=console,
+    )
+    return find(world, console, **options)
+
+
+def dense_direction(world, layer, gradient, ridge):
+    """Return the whitened direction by the definition, from the stored moment."""
+    moments = find_moments(world.store, world.pointer)
+    path, about = moments.places[layer]
+    moment = world.store.read_tensors(path, [layer])[layer].astype(float)
+    if moment.ndim == 1:
+        return (gradient / (moment + ridge * moment.mean())).astype(np.float32)
+    inverse = np.linalg.inv(moment + ridge * moment.trace() / len(moment) * np.eye(len(moment)))
+    rows = gradient.reshape(len(gradient), -1).astype(float)
+    found = rows @ inverse if about.axis == 1 else inverse @ rows
+    return found.reshape(gradient.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world, console):
+    result = whitened(world, console, steps=5, cache_budget=budget, full=True)
+    reference = Plain(world)
+    reference.gradient = {
+        layer: dense_direction(world, layer, reference.gradient[layer], RIDGE)
+        for layer in front(world)
+    }
+    assert_same_search(result, reference.algorithm1(front(world), 5, Steer.FA1), full=True)
+    assert {trial.ridge for trial in result.trials.trials} == {RIDGE}
+    edit = load_edit(world.store, "blue")
+    header = edit.header
+    assert (header.direction, header.ridge) == (Direction.WHITENED, RIDGE)
+    assert header.retain_data == world.manifest.retain.fingerprint
+    expected = header.step * reference.gradient[header.layer]
+    np.testing.assert_allclose(edit.delta(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_each_ridge_is_searched_and_recorded(world, console):
+    result = whitened(world, console, steps=2, layers=SOME[:1], ridges=(0.1, 0.001))
+    assert Counter(trial.ridge for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
+    again = find(world, console, steps=3, layers=SOME[:1], ridges=(0.1,))
+    assert again.reused == 4
+    assert again.chosen.ridge == 0.1
+
+
+def test_the_direction_is_that_of_the_ranking(world, console):
+    with pytest.raises(StaleError, match="ranked for the direction gradient, not whi") as error:
+        find(world, console, steps=1, direction=Direction.WHITENED)
+    assert "slsgu rank blue --direction whitened" in error.value.hint
+    with pytest.raises(UsageError, match="--ridge is for the whitened direction"):
+        find(world, console, steps=1, ridges=(0.1,))
+    along = find(world, console, layers=SOME, steps=2)
+    assert along.trials.direction is Direction.GRADIENT
+    assert whitened(world, console, layers=SOME, steps=2).reused == 0
+
+
+def test_moments_of_other_retain_rows_are_not_used(world, console):
+    whitened(world, console, layers=SOME, steps=1)
+    assert len(world.store.names("moments")) == 1
+    world.build(retain_samples=40)
+    world.grade()
+    assert not find_moments(world.store, world.pointer).places
+    with pytest.raises(StaleError, match="whitened by other retain rows") as error:
+        edit_for(world.store, "blue", options=SearchOptions(), console=console)
+    assert "slsgu search blue" in error.value.hint
+    assert whitened(world, console, layers=SOME, steps=1).reused == 0
+    assert len(world.store.names("moments")) == 2
+
+
+def test_damaged_moments_are_computed_again(world, console):
+    whitened(world, console, layers=SOME, steps=1)
+    (name,) = world.store.names("moments")
+    world.store.write_bytes(f"moments/{name}", b"{}")
+    console.heard.clear()
+    assert whitened(world, console, layers=SOME, steps=1).trials.trials
+    assert any("lack the moments" in text for text in console.heard)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, world, console):
+    result = find(world, console, layers=["visual.proj"], steps=8, steer=Steer.MARGIN,
+                  margin=margin)  # fmt: skip
+    assert result.forgotten
+    assert result.chosen.gap >= margin
+    assert result.chosen.forget.top5 == 0
+    least = min(trial.step for trial in result.trials.trials if trial.gap >= margin)
+    shorter = [trial for trial in result.trials.trials if trial.step < least]
+    assert shorter
+    assert all(trial.gap < margin for trial in shorter)
+    header = load_edit(world.store, "blue").header
+    assert (header.steer, header.margin, header.forgotten) == (Steer.MARGIN, margin, True)

@@ -56,9 +56,13 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    path = folder / f"test-{request.param}.json"
-    path.write_text(json.dumps(CONFIGS[request.param]))
+    return make(request.param, tmp_path_factory.mktemp("model"))
+
+
+def make(kind, folder):
+    """Return an untrained model of one of the configurations, by way of `folder`."""
+    path = folder / f"test-{kind}.json"
+    path.write_text(json.dumps(CONFIGS[kind]))
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     built = open_clip.create_model(path.stem).eval()

@@ -1,0 +1,180 @@
+"""The direction a layer moves in: its forget gradient, or that whitened by retained inputs.
+
+Whitening takes the second moments of the layers' inputs. They are addressed by the model
+and the retain rows, so every concept that shares these shares them. What is missing is
+computed in one forward over the retain set, for all layers that are asked for at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.gradients import load_graded
+from slsgu_cli.layout import gradient_path, moments_path
+from slsgu_cli.records import (
+    GradientPointer,
+    LayerMoment,
+    MomentHeader,
+    Precision,
+    SetManifest,
+    digest,
+)
+from slsgu_cli.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slsgu_cli.whitening import RetainMetric
+
+# Part of every address of moments: a change in what is computed must change it.
+REVISION = 1
+# The ridge that whitens unless another is given.
+RIDGE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """The moments in the store of one model's layers over one set of retain rows."""
+
+    store: Store
+    places: dict[str, tuple[str, LayerMoment]]
+    unseen: frozenset[str]
+
+    def metric(self, layer: str, ridge: float, device: str = "cpu") -> "RetainMetric":
+        """Return the inner product that the layer's retained inputs make of its changes."""
+        import torch
+
+        from slsgu_cli.whitening import RetainMetric, exact_device
+
+        path, found = self.places[layer]
+        values = torch.from_numpy(self.store.read_tensors(path, [layer])[layer])
+        return RetainMetric(values.to(exact_device(device)), found.axis, ridge)
+
+    def output(self, layer: str) -> float:
+        """Return the layer's mean squared output over the retain set."""
+        return self.places[layer][1].output
+
+
+def find_moments(store: Store, pointer: GradientPointer) -> Moments:
+    """Return the moments that the store has for the model and retain rows of `pointer`."""
+    places: dict[str, tuple[str, LayerMoment]] = {}
+    unseen: set[str] = set()
+    for name in store.names("moments", ".safetensors"):
+        path = moments_path(name)
+        try:
+            header = store.read_header(path, MomentHeader)
+        except SlsguError:
+            # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
+            continue
+        if (header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data):
+            places |= {layer: (path, found) for layer, found in header.layers.items()}
+            unseen.update(header.unseen)
+    return Moments(store, places, frozenset(unseen))
+
+
+def ensure_moments(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+    console: Console,
+) -> Moments:
+    """Return moments of `layers`, computing what the store lacks.
+
+    A layer whose inputs its tower does not show has none; they are told with -v.
+    Raises StaleError where the model is not the one the gradients are of.
+    """
+    known = find_moments(store, pointer)
+    missing = sorted(set(layers) - set(known.places) - known.unseen)
+    if missing:
+        console.note(
+            f"{len(missing)} layers lack the moments of their inputs: "
+            "one forward over the retain set"
+        )
+        _compute(store, manifest, pointer, missing, device=device, console=console)
+        known = find_moments(store, pointer)
+    unseen = sorted(known.unseen.intersection(layers))
+    if unseen:
+        console.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
+    return known
+
+
+def forget_direction(
+    store: Store,
+    pointer: GradientPointer,
+    layer: str,
+    *,
+    ridge: float | None,
+    moments: Moments | None,
+    device: str,
+) -> "Tensor":
+    """Return fp32 where the layer moves: its gradient, or with `moments` that whitened."""
+    import torch
+
+    values = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
+    gradient = torch.from_numpy(values)
+    if moments is None or ridge is None:
+        return gradient.to(device)
+    if layer not in moments.places:
+        raise InputError(
+            f"{layer} cannot be whitened: its tower does not show what the layer is applied to",
+            hint="--direction gradient, or another layer",
+        )
+    metric = moments.metric(layer, ridge, device)
+    return metric.whiten(gradient.to(metric.moment.device)).float().to(device)
+
+
+def _compute(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+    console: Console,
+) -> None:
+    """Run the towers of `layers` over the retain set and store the moments of their inputs."""
+    import torch
+
+    from slsgu_cli.gradpass import arithmetic
+    from slsgu_cli.moments import chosen_rows, input_moments
+    from slsgu_cli.sets import DataBlock
+    from slsgu_cli.whitening import mean_square_output
+
+    _, module = load_graded(manifest, pointer, device)
+    block = DataBlock.open(store, manifest.retain)
+    with torch.no_grad(), arithmetic(Precision.FP32):
+        found = input_moments(
+            module, layers, block, spec=manifest.input, device=device, console=console
+        )
+        means = {layer: moment.mean() for layer, moment in sorted(found.items())}
+        about = {
+            layer: LayerMoment(
+                axis=found[layer].axis,
+                count=found[layer].count,
+                output=mean_square_output(module.get_parameter(layer), mean, found[layer].axis),
+            )
+            for layer, mean in means.items()
+        }
+    header = MomentHeader(
+        model=pointer.model_fingerprint,
+        data=pointer.retain_data,
+        rows=len(chosen_rows(block.rows)),
+        layers=about,
+        unseen=tuple(layer for layer in layers if layer not in found),
+        version=slsgu_cli.__version__,
+    )
+    made_from = {
+        "revision": REVISION,
+        "model": header.model,
+        "data": header.data,
+        "input": manifest.input,
+        "layers": sorted(layers),
+    }
+    arrays = {layer: mean.float().cpu().numpy() for layer, mean in means.items()}
+    store.write_tensors(moments_path(digest(made_from)), arrays, header)

@@ -1,0 +1,185 @@
+"""Second moments of what layers are applied to: C = E[x x^T] over the rows of a block.
+
+A layer is a linear map somewhere inside a tower, and the towers call it in several ways:
+as a module, as a function on a weight or a part of one, on one token only where no more
+is needed, as a convolution of patches. All of them end in one of PyTorch's functions with
+the weight as an argument, and there the inputs are taken: what counts is what the layer
+is applied to in the very computation that gives the features.
+
+The mean is over pairs of an output and a position, so over positions wherever a call
+applies the whole weight. Positions behind the end of a text reach no feature and do not
+count. A norm is a linear map of a diagonal weight: its moment is the diagonal of C.
+Products are fp32, of one forward's rows; their sums are fp64.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from slsgu_cli.batches import by_length, pixel_normalizer, read_ahead, spans, to_tokens
+from slsgu_cli.console import Console
+from slsgu_cli.naming import tower_of
+from slsgu_cli.records import InputSpec, Tower
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.towers import SplitTower, text_tower, vision_tower
+from slsgu_cli.whitening import exact_device
+
+# More retain rows than these tell no more of the moments that a ridge is added to.
+MOST_ROWS = 1000
+ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+NORMS = (F.layer_norm, F.rms_norm)
+
+
+@dataclass(slots=True)
+class Moment:
+    """The sum over one layer's inputs so far; `axis` is the weight's axis of inputs."""
+
+    axis: int
+    total: Tensor
+    count: float = 0.0
+
+    def mean(self) -> Tensor:
+        """Return C (inputs, inputs), or its diagonal (inputs,) for a norm; fp64."""
+        return self.total / self.count
+
+
+class InputMoments(TorchFunctionMode):
+    """While active, adds up the second moments of the inputs of some layers of a model."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.found: dict[str, Moment] = {}
+        self._valid: Tensor | None = None
+        weights = {name: model.get_parameter(name) for name in layers}
+        self._layers = {_place(weight): (n, weight.numel()) for n, weight in weights.items()}
+
+    @contextmanager
+    def only(self, valid: Tensor) -> Iterator[None]:
+        """Count only the positions of some texts where `valid` (rows, length) holds."""
+        self._valid = valid
+        try:
+            yield
+        finally:
+            self._valid = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the inputs of a call that applies one of the layers, and make the call."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            self._take(args[1], lambda: args[0], axis=1)
+        elif func in MATMULS:
+            self._take(args[1], lambda: args[0], axis=0)
+        elif func is F.conv2d:
+            self._take(args[1], lambda: _patches(*args, **kwargs), axis=1)
+        elif func in NORMS:
+            weight = args[2] if len(args) > 2 else kwargs.get("weight")
+            self._take(weight, lambda: _normed(func, args, kwargs), axis=0)
+        return func(*args, **kwargs)
+
+    def _take(self, weight: Any, inputs: Any, *, axis: int) -> None:
+        if not isinstance(weight, Tensor) or _place(weight) not in self._layers:
+            return
+        name, size = self._layers[_place(weight)]
+        x = inputs()
+        if self._valid is not None and x.shape[:-1] == self._valid.shape:
+            x = x[self._valid]
+        x = x.reshape(-1, x.shape[-1])
+        total = x.square().sum(dim=0) if weight.ndim == 1 else x.T @ x
+        share = weight.numel() / size
+        if name not in self.found:
+            zeros = torch.zeros(
+                total.shape, dtype=torch.float64, device=exact_device(total.device.type)
+            )
+            self.found[name] = Moment(axis, zeros)
+        moment = self.found[name]
+        moment.total.add_(total.to(moment.total.device), alpha=share)
+        moment.count += share * x.shape[0]
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module,
+    layers: Sequence[str],
+    block: DataBlock,
+    *,
+    spec: InputSpec,
+    device: str,
+    console: Console,
+) -> dict[str, Moment]:
+    """Return the moments of `layers` over pairs of a block, by one forward of their towers.
+
+    Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
+    map of its tower is seen to apply is left out.
+    """
+    rows = chosen_rows(block.rows)
+    inputs = InputMoments(model, layers)
+    size = ROWS_PER_FORWARD[device.partition(":")[0]]
+    towers = {tower_of(layer) for layer in layers}
+    if Tower.TEXT in towers:
+        tokens = to_tokens(block.tokens[rows], "cpu")
+        _run_texts(text_tower(model), inputs, tokens, size, device)
+    if Tower.VISION in towers:
+        tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
+        parts = [rows[start:stop] for start, stop in spans(len(rows), size)]
+        with console.progress("retain inputs", len(rows)) as ticker:
+            for images in read_ahead(block.take, parts, threads=2):
+                pixels = normalize(images)
+                with inputs:
+                    tower.features(pixels, pixels)
+                ticker.advance(len(images))
+    return inputs.found
+
+
+def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
+    """Return the rows of a block of `rows` whose inputs count."""
+    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).round().astype(np.int64)
+
+
+def _run_texts(
+    tower: SplitTower, inputs: InputMoments, tokens: Tensor, size: int, device: str
+) -> None:
+    for rows in by_length(tower, tokens, size):
+        short = tower.trim(tokens[rows])
+        valid = torch.arange(short.shape[1]) < tower.lengths(short).unsqueeze(1)
+        short = short.to(device)
+        with inputs, inputs.only(valid.to(device)):
+            tower.features(short, short)
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what a parameter shares with its parts and with nothing else."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _patches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Return what a convolution applies its flattened weight to, (rows, positions, inputs)."""
+    parts = F.unfold(x, weight.shape[2:], dilation=dilation, padding=padding, stride=stride)
+    return parts.transpose(1, 2)
+
+
+def _normed(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return what a norm multiplies by its weight."""
+    eps = kwargs.get("eps", args[-1] if len(args) > 3 else None)
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    rest = {} if eps is None else {"eps": eps}
+    normed: Tensor = func(args[0], shape, **rest)
+    return normed

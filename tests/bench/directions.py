@@ -1,0 +1,221 @@
+"""Compare the gradient with the whitened direction at equal forgetting, on ten concepts.
+
+    python tests/bench/directions.py                         # five brands, five objects
+    python tests/bench/directions.py --concepts github castle --towers text
+    python tests/bench/directions.py --steer margin
+
+The concepts are drawn by seed from the embedded model's classes that have at least ten
+held-out images. Each tower's whole front is searched along each direction; `both` is the
+better of the two towers. Losses are points of TA@1 at the chosen step, against the
+original model; a concept that no step forgets counts in `forgotten` alone. Then the edits
+of three concepts are put into one model.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from slsgu_cli.build import build_sets
+from slsgu_cli.console import Console
+from slsgu_cli.demonstration import DATA, demo_request
+from slsgu_cli.edits import Edit, load_edit
+from slsgu_cli.evaluation import EvaluationSet, accuracy, prepare
+from slsgu_cli.gradients import compute_gradients, load_graded
+from slsgu_cli.layout import edit_path, read_manifest, read_pointer
+from slsgu_cli.models import tokenizer
+from slsgu_cli.prompts import find_class
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import Direction, PassOptions, Steer, Tower
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.store import Store
+from slsgu_cli.zeroshot import edited
+
+LEAST_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One search: a concept, a direction, a tower, and what its chosen step leaves and costs."""
+
+    concept: str
+    kind: str
+    direction: Direction
+    tower: str
+    layer: str
+    ridge: float | None
+    share: float
+    fa1: float
+    fa5: float
+    gap: float
+    brands: float
+    objects: float
+    forgotten: bool
+    seconds: float
+
+
+def draw(seed: int, each: int) -> dict[str, str]:
+    """Return concepts drawn by seed, with their kind: brands, then objects."""
+    held = Counter(
+        pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"].to_pylist()
+    )
+    classes = json.loads((DATA / "classes.json").read_text())
+    rng = random.Random(seed)
+    drawn = {}
+    for kind, names in sorted(classes.items()):
+        enough = sorted(name for name in names if held[name] >= LEAST_IMAGES)
+        drawn |= dict.fromkeys(rng.sample(enough, each), kind)
+    return drawn
+
+
+def grade(store: Store, concept: str, others: Sequence[str], console: Console) -> None:
+    """Build the set and its gradients; all concepts share one retain set."""
+    request = replace(demo_request(concept), retain_exclude=list(others))
+    build_sets(store, request, console=console)
+    compute_gradients(store, request.name, model=None, options=PassOptions(), console=console)
+
+
+def searched(
+    store: Store, concept: str, kind: str, towers: Sequence[Tower], steer: Steer, console: Console
+) -> Iterator[Row]:
+    """Search each tower along each direction; the best edit of a direction is kept aside."""
+    for direction in Direction:
+        rows, edits = [], []
+        for tower in towers:
+            start = time.perf_counter()
+            options = RankOptions(direction=direction, tower=tower)
+            rank(store, concept, options=options, console=console)
+            result = search(store, concept, options=SearchOptions(steer=steer), console=console)
+            chosen, baseline = result.chosen, result.trials.baseline_utility
+            lost = {
+                name: baseline[name].top1 - found.top1
+                for name, found in (chosen.utility or {}).items()
+            }
+            rows.append(
+                Row(
+                    concept, kind, direction, str(tower), chosen.layer, chosen.ridge, chosen.share,
+                    chosen.forget.top1, chosen.forget.top5, chosen.gap,
+                    lost["brands"], lost["objects"], result.forgotten,
+                    time.perf_counter() - start,
+                )
+            )  # fmt: skip
+            edits.append(store.read_bytes(edit_path(concept)))
+        best = min(range(len(rows)), key=lambda i: (not rows[i].forgotten, loss(rows[i])))
+        store.write_bytes(edit_path(f"{concept}-{direction}"), edits[best])
+        yield from rows
+        if len(rows) > 1:
+            yield replace(rows[best], tower="both", seconds=sum(row.seconds for row in rows))
+
+
+def loss(row: Row) -> float:
+    """Return the mean loss of a row, by which the better tower is chosen."""
+    return (row.brands + row.objects) / 2
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Return the table: a line for each direction and tower."""
+    lines = ["tower\tdirection\tforgotten\tbrands mean\tworst\tobjects mean\tworst\tseconds"]
+    for tower in ("text", "vision", "both"):
+        for direction in Direction:
+            own = [row for row in rows if (row.tower, row.direction) == (tower, direction)]
+            done = [row for row in own if row.forgotten]
+            if not done:
+                continue
+            figures = []
+            for name in ("brands", "objects"):
+                lost = [getattr(row, name) for row in done]
+                figures += [f"{sum(lost) / len(lost):.2f}", f"{max(lost):.2f}"]
+            seconds = sum(row.seconds for row in own) / len(own)
+            words = [tower, direction, f"{len(done)} of {len(own)}", *figures, f"{seconds:.0f}"]
+            lines.append("\t".join(words))
+    return lines
+
+
+def joint(store: Store, concepts: Sequence[str], console: Console) -> list[str]:
+    """Return what the edits of some concepts do together, a line for each direction."""
+    manifest = read_manifest(store, concepts[0])
+    resolved, model = load_graded(manifest, read_pointer(store, manifest), "cpu")
+    evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
+    lines = ["direction\tconcepts\tFA@1\tFA@5\tbrands lost\tobjects lost"]
+    kept: dict[str, float] = {}
+    for label in ("original", *Direction):
+        edits = (
+            [load_edit(store, f"{c}-{label}") for c in concepts] if label in {*Direction} else []
+        )
+        with torch.no_grad(), ExitStack() as stack:
+            for layer, values in moved(model, edits).items():
+                stack.enter_context(edited(model, layer, values))
+            evaluation.base_pass((), cache_bytes=0, console=console)
+            forget, utility = shares(evaluation.forget, evaluation.utility, concepts)
+        lost = [f"{kept.setdefault(name, top1) - top1:.2f}" for name, top1 in utility.items()]
+        words = [label, ", ".join(concepts), *(f"{value:.1f}" for value in forget), *lost]
+        lines.append("\t".join(words))
+    return lines
+
+
+def moved(model: torch.nn.Module, edits: Sequence[Edit]) -> dict[str, torch.Tensor]:
+    """Return the layers that the edits change, all edits of a layer added."""
+    found: dict[str, torch.Tensor] = {}
+    for edit in edits:
+        layer = edit.header.layer
+        before = found.get(layer, model.get_parameter(layer).data)
+        found[layer] = before + torch.from_numpy(edit.delta())
+    return found
+
+
+def shares(
+    forget: EvaluationSet, utility: dict[str, EvaluationSet], concepts: Sequence[str]
+) -> tuple[tuple[float, float], dict[str, float]]:
+    """Return FA over the images of all `concepts`, and TA@1 over the images of none of them."""
+    gone, kept = [forget.base_ranks()], {}
+    for name, group in sorted(utility.items()):
+        own = [find_class(group.names, concept) for concept in concepts]
+        shows = torch.isin(group.images.labels, torch.tensor([i for i in own if i is not None]))
+        ranks = group.base_ranks()
+        gone.append(ranks[shows])
+        kept[name] = accuracy(ranks[~shows]).top1
+    found = accuracy(torch.cat(gone))
+    return (found.top1, found.top5), kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concepts", nargs="+", help="these, and none drawn")
+    parser.add_argument("--each", type=int, default=5, help="brands, and as many objects")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--towers", nargs="+", type=Tower, default=list(Tower))
+    parser.add_argument("--steer", type=Steer, default=Steer.FA5)
+    parser.add_argument("--rows", type=Path, help="keep each search as a line of JSON here")
+    parser.add_argument("--store", help="keep sets, gradients and edits here")
+    args = parser.parse_args()
+    concepts = draw(args.seed, args.each)
+    if args.concepts:
+        concepts = dict.fromkeys(args.concepts, "given")
+    with tempfile.TemporaryDirectory() as folder:
+        store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
+        rows: list[Row] = []
+        for concept, kind in concepts.items():
+            grade(store, concept, list(concepts), console)
+            for row in searched(store, concept, kind, args.towers, args.steer, console):
+                rows.append(row)
+                sys.stderr.write(f"{json.dumps(asdict(row))}\n")
+        if args.rows:
+            args.rows.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
+        sys.stdout.write("\n".join(summary(rows)) + "\n\n")
+        three = list(concepts)[:2] + list(concepts)[-1:]
+        if len(concepts) >= 3:
+            sys.stdout.write("\n".join(joint(store, three, console)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

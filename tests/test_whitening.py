@@ -1,0 +1,153 @@
+"""The whitened direction solves what it says, and its scores predict what a step does."""
+
+import pytest
+import tiny_clip
+import torch
+import torch.nn.functional as F
+
+from slsgu_cli.moments import InputMoments
+from slsgu_cli.towers import text_tower, vision_tower
+from slsgu_cli.whitening import (
+    RetainMetric,
+    mean_square_output,
+    whitened_alignment,
+    whitened_importance,
+)
+
+RIDGE = 0.05
+
+
+def random_layer(shape, inputs, axis, seed=0):
+    """Return a gradient, the inputs of a layer of that shape, and their moment."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, inputs, generator=generator, dtype=torch.float64)
+    x = x @ torch.diag(torch.linspace(0.01, 3, inputs, dtype=torch.float64))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64), x, x.T @ x / len(x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "axis"), [((5, 12), 12, 1), ((12, 5), 12, 0), ((5, 3, 2, 2), 12, 1)]
+)
+def test_the_direction_is_the_dense_solution(shape, inputs, axis):
+    gradient, _, moment = random_layer(shape, inputs, axis)
+    damped = moment + RIDGE * moment.trace() / inputs * torch.eye(inputs)
+    inverse = torch.linalg.inv(damped)
+    rows = gradient.reshape(shape[0], -1)
+    expected = rows @ inverse if axis == 1 else inverse @ rows
+    found = RetainMetric(moment, axis, RIDGE).whiten(gradient.float())
+    assert found.shape == gradient.shape
+    torch.testing.assert_close(found, expected.reshape(shape), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_has_a_diagonal():
+    gradient, _, moment = random_layer((12,), 12, 0)
+    diagonal = moment.diagonal()
+    found = RetainMetric(diagonal, 0, RIDGE).whiten(gradient)
+    torch.testing.assert_close(found, gradient / (diagonal + RIDGE * diagonal.mean()))
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    assert mean_square_output(weight, diagonal, 0) == pytest.approx(
+        float((weight.square() * diagonal).sum())
+    )
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 12), 1), ((12, 5), 0)])
+def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
+    gradient, x, moment = random_layer(shape, 12, axis)
+    metric = RetainMetric(moment, axis, RIDGE)
+
+    def gain(change):
+        outputs = x @ (change.T if axis == 1 else change)
+        disturbance = outputs.square().sum(1).mean() + metric.floor * change.square().sum()
+        return (gradient * change).sum() / disturbance.sqrt()
+
+    direction = metric.whiten(gradient)
+    best = gain(direction)
+    assert best == pytest.approx(whitened_importance(gradient, direction, 1.0))
+    generator = torch.Generator().manual_seed(3)
+    others = [gradient, *(direction + torch.randn(shape, generator=generator) for _ in range(50))]
+    assert all(gain(other) < best for other in others)
+
+
+class World:
+    """A tiny CLIP in fp64 with pairs to forget and pairs to retain."""
+
+    def __init__(self):
+        self.model = tiny_clip.fresh_model().double()
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(12, 3, 32, 32, generator=generator, dtype=torch.float64)
+        self.ids = torch.randint(1, 900, (12, 16), generator=generator)
+        self.ids[:, 9] = 49407
+        self.towers = vision_tower(self.model), text_tower(self.model)
+
+    def features(self, rows):
+        vision, text = self.towers
+        v = F.normalize(
+            vision.head(
+                vision.advance(self.pixels[rows], self.pixels[rows], -1, vision.depth),
+                self.pixels[rows],
+            ),
+            dim=-1,
+        )
+        ids = text.trim(self.ids[rows])
+        return v, F.normalize(text.head(text.advance(ids, ids, -1, text.depth), ids), dim=-1)
+
+    def forget(self):
+        v, t = self.features(slice(0, 6))
+        return (1 - (v * t).sum(-1)).mean()
+
+    def retain(self):
+        v, t = self.features(slice(6, 12))
+        logits = 20 * v @ t.T
+        truth = torch.arange(6)
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+    def slope(self, loss, layer, direction, size=1e-4):
+        """Return a loss's change along a direction by central differences."""
+        parameter = self.model.get_parameter(layer)
+        original = parameter.data.clone()
+        size /= direction.norm()
+        values = []
+        for sign in (1, -1):
+            parameter.data = original + sign * size * direction
+            values.append(loss().item())
+        parameter.data = original
+        return (values[0] - values[1]) / (2 * size.item())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "visual.proj",
+        "visual.conv1.weight",
+        "visual.transformer.resblocks.1.ln_2.weight",
+        "transformer.resblocks.1.mlp.c_proj.weight",
+        "transformer.resblocks.0.attn.out_proj.weight",
+    ],
+)
+def test_importance_and_alignment_are_slopes_over_disturbance(layer):
+    world = World()
+    weight = world.model.get_parameter(layer)
+    f, r = (torch.autograd.grad(loss(), weight)[0] for loss in (world.forget, world.retain))
+    inputs = InputMoments(world.model, [layer])
+    with torch.no_grad(), inputs:
+        world.features(slice(6, 12))
+    moment = inputs.found[layer]
+    metric = RetainMetric(moment.mean(), moment.axis, RIDGE)
+    along, along_retain = metric.whiten(f), metric.whiten(r)
+
+    def size(change):
+        """Return the disturbance of the retained outputs, with the ridge's share."""
+        square = mean_square_output(change, moment.mean(), moment.axis)
+        return (square + metric.floor * change.square().sum().item()) ** 0.5
+
+    with torch.no_grad():
+        gain = world.slope(world.forget, layer, along) / size(along)
+        harm = world.slope(world.retain, layer, along) / size(along)
+        most = world.slope(world.retain, layer, along_retain) / size(along_retain)
+    output = mean_square_output(weight.detach(), moment.mean(), moment.axis)
+    norm = metric.weight_norm(weight.detach().norm().item(), output)
+    assert norm == pytest.approx(size(weight.detach()))
+    assert whitened_importance(f, along, norm) == pytest.approx(gain / norm, rel=1e-4)
+    assert whitened_alignment(f, along, r, along_retain) == pytest.approx(
+        harm / most, rel=1e-3, abs=1e-5
+    )
