@@ -37,6 +37,14 @@ MOST_ROWS = 1000
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NORMS = (F.layer_norm, F.rms_norm)
+# The arguments of the functions that apply a weight, in their order.
+ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys(MATMULS, ("input", "other")),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
 
 
 @dataclass(slots=True)
@@ -76,15 +84,15 @@ class InputMoments(TorchFunctionMode):
     ) -> Any:
         """Take the inputs of a call that applies one of the layers, and make the call."""
         kwargs = kwargs or {}
+        named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
         if func is F.linear:
-            self._take(args[1], lambda: args[0], axis=1)
+            self._take(named["weight"], lambda: named["input"], axis=1)
         elif func in MATMULS:
-            self._take(args[1], lambda: args[0], axis=0)
+            self._take(named.get("other"), lambda: named["input"], axis=0)
         elif func is F.conv2d:
-            self._take(args[1], lambda: _patches(*args, **kwargs), axis=1)
+            self._take(named["weight"], lambda: _patches(**named), axis=1)
         elif func in NORMS:
-            weight = args[2] if len(args) > 2 else kwargs.get("weight")
-            self._take(weight, lambda: _normed(func, args, kwargs), axis=0)
+            self._take(named.get("weight"), lambda: _normed(func, named), axis=0)
         return func(*args, **kwargs)
 
     def _take(self, weight: Any, inputs: Any, *, axis: int) -> None:
@@ -163,23 +171,22 @@ def _place(tensor: Tensor) -> int:
 
 
 def _patches(
-    x: Tensor,
+    *,
+    input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
-    groups: int = 1,
+    **_rest: Any,
 ) -> Tensor:
     """Return what a convolution applies its flattened weight to, (rows, positions, inputs)."""
-    parts = F.unfold(x, weight.shape[2:], dilation=dilation, padding=padding, stride=stride)
+    size = weight.shape[2:]
+    parts = F.unfold(input, size, dilation=dilation, padding=padding, stride=stride)
     return parts.transpose(1, 2)
 
 
-def _normed(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+def _normed(func: Any, named: dict[str, Any]) -> Tensor:
     """Return what a norm multiplies by its weight."""
-    eps = kwargs.get("eps", args[-1] if len(args) > 3 else None)
-    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-    rest = {} if eps is None else {"eps": eps}
-    normed: Tensor = func(args[0], shape, **rest)
+    plain = {name: value for name, value in named.items() if name not in ("weight", "bias")}
+    normed: Tensor = func(**plain)
     return normed

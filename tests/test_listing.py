@@ -17,8 +17,10 @@ from slsgu_cli.records import (
     GradientHeader,
     GradientPointer,
     InputSpec,
+    LayerMoment,
     LayerScore,
     ModelSpec,
+    MomentHeader,
     ParameterNorm,
     Precision,
     Ranking,
@@ -29,6 +31,7 @@ from slsgu_cli.records import (
     Trials,
     encode,
 )
+from slsgu_cli.shelf import REWHITENED
 from slsgu_cli.store import Store
 
 MODEL = ModelSpec("local-dir:clip")
@@ -197,6 +200,7 @@ def test_entries_say_what_they_were_made_from(store):
         "model": "local-dir:clip",
         "concept": "facebook",
         "layer": "visual.proj",
+        "direction": "gradient",
         "step": "3 (25% of its norm)",
         "FA@1": "95.00 to 0.00",
         "TA@1 brands": "61.00 to 60.50",
@@ -210,7 +214,7 @@ def test_an_edit_that_was_not_measured_has_no_figures(store):
     entry = by_path(store)["edits/other.safetensors"]
     assert (entry.state, list(entry.made_from)) == (
         State.OK,
-        ["model", "concept", "layer", "step"],
+        ["model", "concept", "layer", "direction", "step"],
     )
 
 
@@ -357,3 +361,24 @@ def test_listing_imports_nothing_heavy(store):
         [sys.executable, "-c", code, store.root], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "11\n", "")
+
+
+def test_moments_are_of_a_model_and_retain_rows_in_use(store):
+    layers = {"visual.proj": LayerMoment(0, 9.0, 1.5)}
+    for name, data in (("m1", "print2"), ("m2", "older")):
+        header = MomentHeader("model", data, 9, layers, (), "0.1.0")
+        store.write_tensors(f"moments/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
+    entry = by_path(store)["moments/m1.safetensors"]
+    assert (entry.kind, entry.state) == (Kind.MOMENTS, State.OK)
+    assert entry.made_from == {"layers": "1", "rows": "9"}
+    assert set(not_ok(store)) == {"moments/m2.safetensors"}
+
+
+def test_what_other_retain_rows_whitened_is_stale(store):
+    write_edit(store, "facebook", gradient="g1", retain="print2")
+    assert not not_ok(store)
+    write_edit(store, "facebook", gradient="g1", retain="older")
+    change(store, "trials/facebook.json", direction="whitened", retain_data="older")
+    found = not_ok(store)
+    assert set(found) == {"edits/facebook.safetensors", "trials/facebook.json"}
+    assert {reason for _, reason in found.values()} == {REWHITENED}

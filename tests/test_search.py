@@ -70,7 +70,7 @@ def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("steer", list(Steer))
+@pytest.mark.parametrize("steer", [Steer.FA1, Steer.FA5])
 def test_search_is_the_plain_search(steer, budget, world, plain, console):
     reference = plain.algorithm1(front(world), 6, steer)
     result = find(world, console, steer=steer, steps=6, cache_budget=budget)

@@ -1,7 +1,7 @@
 """Compare the gradient with the whitened direction at equal forgetting, on ten concepts.
 
     python tests/bench/directions.py                         # five brands, five objects
-    python tests/bench/directions.py --concepts github castle --towers text
+    python tests/bench/directions.py --concepts git mouse --towers text
     python tests/bench/directions.py --steer margin
 
 The concepts are drawn by seed from the embedded model's classes that have at least ten
@@ -19,16 +19,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
 from slsgu_cli.build import build_sets
 from slsgu_cli.console import Console
-from slsgu_cli.demonstration import DATA, demo_request
+from slsgu_cli.demonstration import DATA, RETAIN_SAMPLES, demo_request
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.evaluation import EvaluationSet, accuracy, prepare
 from slsgu_cli.gradients import compute_gradients, load_graded
@@ -39,7 +40,7 @@ from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import Direction, PassOptions, Steer, Tower
 from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import edited
+from slsgu_cli.zeroshot import CacheBudget, ImageSide, edited
 
 LEAST_IMAGES = 10
 
@@ -78,9 +79,36 @@ def draw(seed: int, each: int) -> dict[str, str]:
     return drawn
 
 
-def grade(store: Store, concept: str, others: Sequence[str], console: Console) -> None:
+@contextmanager
+def features_known() -> Iterator[None]:
+    """Let searches of text layers share the original model's image features, by set."""
+    plain = ImageSide.base_pass
+    known: dict[str, torch.Tensor] = {}
+
+    def base_pass(side: ImageSide, stages: Sequence[int], budget: CacheBudget) -> Iterator[int]:
+        if stages:
+            yield from plain(side, stages, budget)
+            return
+        place = side.block.where
+        if place not in known:
+            rows = np.arange(side.block.rows)
+            whole = replace(side, rows=rows, labels=torch.zeros(len(rows), dtype=torch.long))
+            for _ in plain(whole, stages, budget):
+                pass
+            known[place] = whole.features
+        side.features = known[place][torch.from_numpy(side.rows)]
+        yield len(side)
+
+    ImageSide.base_pass = base_pass
+    try:
+        yield
+    finally:
+        ImageSide.base_pass = plain
+
+
+def grade(store: Store, concept: str, others: Sequence[str], retain: int, console: Console) -> None:
     """Build the set and its gradients; all concepts share one retain set."""
-    request = replace(demo_request(concept), retain_exclude=list(others))
+    request = replace(demo_request(concept), retain_exclude=list(others), retain_samples=retain)
     build_sets(store, request, console=console)
     compute_gradients(store, request.name, model=None, options=PassOptions(), console=console)
 
@@ -190,30 +218,32 @@ def shares(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", nargs="+", help="these, and none drawn")
+    parser.add_argument("--concepts", nargs="+", help="of those drawn, these only")
     parser.add_argument("--each", type=int, default=5, help="brands, and as many objects")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--towers", nargs="+", type=Tower, default=list(Tower))
+    parser.add_argument("--retain", type=int, default=RETAIN_SAMPLES)
     parser.add_argument("--steer", type=Steer, default=Steer.FA5)
     parser.add_argument("--rows", type=Path, help="keep each search as a line of JSON here")
     parser.add_argument("--store", help="keep sets, gradients and edits here")
     args = parser.parse_args()
-    concepts = draw(args.seed, args.each)
-    if args.concepts:
-        concepts = dict.fromkeys(args.concepts, "given")
+    drawn = draw(args.seed, args.each)
+    concepts = [c for c in drawn if not args.concepts or c in args.concepts]
     with tempfile.TemporaryDirectory() as folder:
         store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
         rows: list[Row] = []
-        for concept, kind in concepts.items():
-            grade(store, concept, list(concepts), console)
-            for row in searched(store, concept, kind, args.towers, args.steer, console):
-                rows.append(row)
-                sys.stderr.write(f"{json.dumps(asdict(row))}\n")
+        with features_known():
+            for concept in concepts:
+                grade(store, concept, list(drawn), args.retain, console)
+                kind = drawn[concept]
+                for row in searched(store, concept, kind, args.towers, args.steer, console):
+                    rows.append(row)
+                    sys.stderr.write(f"{json.dumps(asdict(row))}\n")
         if args.rows:
             args.rows.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
         sys.stdout.write("\n".join(summary(rows)) + "\n\n")
-        three = list(concepts)[:2] + list(concepts)[-1:]
         if len(concepts) >= 3:
+            three = [*concepts[:2], concepts[-1]]
             sys.stdout.write("\n".join(joint(store, three, console)) + "\n")
 
 
