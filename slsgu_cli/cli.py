@@ -13,6 +13,8 @@ from slsgu_cli.app import app
 from slsgu_cli.records import Alignment, Precision, Steer
 from slsgu_cli.session import Session, command
 
+__all__ = ["app"]
+
 
 @command(app, "build-sets")
 def build_sets(

@@ -174,7 +174,7 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
     seen = {}
     for name, module in modules.items():
         module.register_forward_pre_hook(
-            lambda _, args, name=name: seen.setdefault(name, args[0].flatten(0, -2).double())
+            lambda _, args, name=name: seen.update({name: args[0].flatten(0, -2).double()})
         )
     size = CONFIGS[kind]["vision_cfg"]["image_size"]
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
