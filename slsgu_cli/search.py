@@ -214,7 +214,9 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
             "--ridge is for the whitened direction",
             hint=f"run `slsgu rank {quote(ranking.name)} --direction whitened`",
         )
-    ridges = options.ridges or (() if ranking.ridge is None else (ranking.ridge,))
+    ridges = tuple(dict.fromkeys(options.ridges)) or (
+        () if ranking.ridge is None else (ranking.ridge,)
+    )
     return replace(options, direction=direction, ridges=ridges, device=pick_device(options.device))
 
 

@@ -134,7 +134,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
     utility = [Column(f"TA@1 {n}", shown=_roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
-        Column("ridge"),
+        Column("ridge", on_terminal=len({trial.ridge for trial in trials.trials}) > 1),
         Column("step", shown=_step),
         Column("% of norm", shown=_roughly, label="move"),
         Column("FA@1", shown=_roughly),

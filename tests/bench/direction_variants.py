@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 import torch
-from directions import draw, grade
+from directions import draw, features_known, grade
 from torch import Tensor
 
 from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
 from slsgu_cli.console import Console
+from slsgu_cli.demonstration import RETAIN_SAMPLES
 from slsgu_cli.directions import RIDGE, ensure_moments
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.gradients import load_graded
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--each", type=int, default=2, help="brands, and as many objects")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--retain", type=int, default=RETAIN_SAMPLES)
     parser.add_argument("--store", help="keep sets, gradients and moments here")
     args = parser.parse_args()
     drawn = draw(args.seed, 5)
@@ -147,10 +149,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
         results = []
-        for concept in concepts:
-            grade(store, concept, list(drawn), console)
-            results.append(tried(store, concept, console))
-            sys.stderr.write(f"{concept}: {results[-1]}\n")
+        with features_known():
+            for concept in concepts:
+                grade(store, concept, list(drawn), args.retain, console)
+                results.append(tried(store, concept, console))
+                sys.stderr.write(f"{concept}: {results[-1]}\n")
     sys.stdout.write("direction\tforgotten\tbrands mean\tworst\tobjects mean\tworst\n")
     for label in results[0]:
         done = [found for result in results if (found := result[label]) is not None]
