@@ -26,7 +26,7 @@ from slsgu_cli.store import Arrays
 from slsgu_cli.towers import SplitTower, text_tower, vision_tower
 
 # Pairs per forward beyond which a device gains nothing more, measured.
-BEST_PAIRS = {"cpu": 128, "cuda": 1024, "mps": 256}
+BEST_PAIRS = {"cpu": 64, "cuda": 1024, "mps": 256}
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
 
 

@@ -1,7 +1,7 @@
-"""Decoded images on disk for as long as a block is being put in order.
+"""Decoded images, kept for as long as a block is being put in order.
 
-Images come in the order of their source and are written in the order of the draw; neither
-order fits in memory.
+Images come in the order of their source and are written in the order of the draw. Those
+that fit in a part of the free memory stay there, the rest goes to a file.
 """
 
 import tempfile
@@ -14,42 +14,51 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.errors import InputError
+from slsgu_cli.memory import spare
 from slsgu_cli.store import Store
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class Scratch:
-    """Images of one size in a file, by the number they were put under."""
+    """Images of one size by the number they were put under, the first `room` in memory."""
 
-    def __init__(self, file: IO[bytes], *, height: int, width: int) -> None:
+    def __init__(self, file: IO[bytes], *, height: int, width: int, room: int) -> None:
         self._file = file
         self._shape = (height, width, 3)
         self._bytes = height * width * 3
-        self._count = 0
+        self._held: list[Pixels] = []
+        self._room = room
+        self._filed = 0
 
     def put(self, image: Pixels) -> int:
-        """Store an image and return its number. Raises InputError on a full disk."""
+        """Keep an image and return its number. Raises InputError on a full disk."""
+        if len(self._held) < self._room:
+            self._held.append(image)
+            return len(self._held) - 1
         with _explained():
             # A memory map would end the process with a signal on a full disk; this raises.
-            self._file.seek(self._count * self._bytes)
-            self._file.write(image.tobytes())
-        self._count += 1
-        return self._count - 1
+            self._file.seek(self._filed * self._bytes)
+            self._file.write(np.ascontiguousarray(image))
+        self._filed += 1
+        return len(self._held) + self._filed - 1
 
     def get(self, number: int) -> Pixels:
-        """Return the image stored under `number`."""
+        """Return the image kept under `number`."""
+        if number < len(self._held):
+            return self._held[number]
         with _explained():
-            self._file.seek(number * self._bytes)
+            self._file.seek((number - len(self._held)) * self._bytes)
             data = self._file.read(self._bytes)
         return np.frombuffer(data, dtype=np.uint8).reshape(self._shape)
 
 
 @contextmanager
 def scratch(store: Store, *, height: int, width: int) -> Iterator[Scratch]:
-    """Yield a scratch file beside the store's data, where there is room for the data itself.
+    """Yield room for images: half of what may be taken of the memory, then a file.
 
-    The file has no name: it is gone with the process, however that ends.
+    The file lies beside the store's data, where there is room for the data itself. It has
+    no name: it is gone with the process, however that ends.
     """
     with _explained():
         folder = Path(store.root) if store.is_local else None
@@ -57,7 +66,8 @@ def scratch(store: Store, *, height: int, width: int) -> Iterator[Scratch]:
             folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
     try:
-        yield Scratch(file, height=height, width=width)
+        room = spare("cpu") // 2 // (height * width * 3)
+        yield Scratch(file, height=height, width=width, room=room)
     finally:
         with _explained():
             file.close()

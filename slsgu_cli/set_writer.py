@@ -9,6 +9,7 @@ group's attributes.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,8 @@ from slsgu_cli.store import Store
 
 CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 64
+# Chunks that are compressed and written while the next one fills.
+WRITERS = 2
 DIGEST_BYTES = 16
 
 
@@ -38,6 +41,8 @@ class BlockWriter:
         )
         # The number of rows is known in the end; `rows` is the most there can be.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
+        self._writing: list[Future[None]] = []
         self._texts: dict[str, list[str]] = {"keys": [], "captions": []}
         self._labels: list[int] = []
         self._digests: list[bytes] = []
@@ -67,17 +72,17 @@ class BlockWriter:
         self._digests.append(source_digest)
         self._content.update(digest)
         if self.rows % len(self._chunk) == 0:
-            self._images[self.rows - len(self._chunk) : self.rows] = self._chunk
+            self._write(len(self._chunk))
 
     def finish(self, tokens: Ints | None, attributes: dict[str, Any]) -> str:
         """Write what is left, and the attributes; return the fingerprint of the rows.
 
         `tokens` is (rows, length), or None for rows that have no use for any.
         """
-        left = self.rows % len(self._chunk)
+        if self.rows % len(self._chunk):
+            self._write(self.rows % len(self._chunk))
+        self._await(0)
         self._images.resize((self.rows, *self._images.shape[1:]))
-        if left:
-            self._images[self.rows - left :] = self._chunk[:left]
         tokens = np.zeros((self.rows, 0), dtype=np.int32) if tokens is None else tokens
         labels = np.asarray(self._labels, dtype=np.int32)
         self._put("tokens", tokens)
@@ -98,6 +103,23 @@ class BlockWriter:
         )
         return fingerprint
 
+    def close(self) -> None:
+        """Wait for the writes that have begun and drop the others."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _write(self, rows: int) -> None:
+        """Have the last `rows` rows written, and go on with a chunk of their own."""
+        self._await(WRITERS - 1)
+        place = slice(self.rows - rows, self.rows)
+        part = self._chunk[:rows]
+        self._writing.append(self._pool.submit(self._images.__setitem__, place, part))
+        self._chunk = np.empty_like(self._chunk)
+
+    def _await(self, most: int) -> None:
+        """Return when at most `most` chunks are being written. Raises what a write raised."""
+        while len(self._writing) > most:
+            self._writing.pop(0).result()
+
     def _put(self, name: str, values: npt.NDArray[Any]) -> None:
         # A chunk has at least one element in zarr, an array may have none.
         chunks = tuple(max(size, 1) for size in values.shape)
@@ -115,7 +137,10 @@ def block_writer(
         location: Any = LocalStore(partial) if store.is_local else partial
         group = zarr.open_group(location, mode="w", zarr_format=3)
         writer = BlockWriter(group, height=height, width=width, rows=rows)
-        yield writer
+        try:
+            yield writer
+        finally:
+            writer.close()
         if not group.attrs.get("complete"):
             raise RuntimeError("a block was left without `finish`")
 

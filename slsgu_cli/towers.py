@@ -58,7 +58,7 @@ class SplitTower(ABC):
     def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
         """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
         if start == EMBED and stop > EMBED:
-            x, start = self.embed(x), 0
+            x, start = _widened(self.embed(x)), 0
         for index in range(start, min(stop, self.depth)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.stage, index, x, inputs, use_reentrant=False)
@@ -278,6 +278,11 @@ def attention_half(
 def mlp_half(block: Any, x: Tensor) -> Tensor:
     """Run the MLP of an open_clip residual block."""
     return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return what blocks add to, in fp32 where a 16-bit pass would round every sum."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _visible(keep: Tensor, length: int) -> Tensor:

@@ -179,7 +179,7 @@ def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, console, m
     assert_equal(found, plain["contrastive"][0])
 
 
-# bf16 has 8 bits, of which 16-fold cosines in a softmax lose some more.
+# bf16 has 8 bits; the residual stream stays fp32.
 @pytest.mark.parametrize(("loss", "bound"), [("cosine", 0.03), ("contrastive", 0.12)])
 def test_half_precision_is_close(loss, bound, folders, plain, spec, console):
     model = load(folders["contrastive"])

@@ -1,17 +1,22 @@
 import numpy as np
 import pytest
 
+import slsgu_cli.scratch
 from slsgu_cli.errors import InputError
 from slsgu_cli.scratch import scratch
 from slsgu_cli.store import Store
 
 
-def test_images_come_back_by_number_and_the_file_goes(tmp_path):
+# Memory for all of 20 images of 36 bytes, for 7 of them, and for none.
+@pytest.mark.parametrize("memory", [1 << 20, 2 * 7 * 36, 0])
+def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(slsgu_cli.scratch, "spare", lambda device: memory)
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 4, 3), dtype=np.uint8)
     store = Store(str(tmp_path / "store"))
     with scratch(store, height=3, width=4) as kept:
         numbers = [kept.put(image) for image in images]
-        for place in (19, 0, 7):
+        assert numbers == list(range(20))
+        for place in (19, 0, 7, 6):
             assert np.array_equal(kept.get(numbers[place]), images[place])
     assert list((tmp_path / "store").iterdir()) == []
 
@@ -28,6 +33,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr(slsgu_cli.scratch, "spare", lambda device: 0)
     with (
         pytest.raises(InputError, match="No space left") as caught,
         scratch(Store(str(tmp_path)), height=1, width=1) as kept,

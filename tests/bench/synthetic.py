@@ -1,9 +1,11 @@
 """Models with random weights and sets of random rows, for measuring speed and memory.
 
-Neither depends on what the weights are. Images are smooth noise, so that no two are alike.
-Captions have the lengths of web captions: log-normal, median 14 tokens, cut at the
-context. Labels are mostly the model's own predictions, so that accuracies start high and
-the search has something to forget.
+Neither depends on what the weights are, but for one thing: a random tower maps everything
+to nearly one feature, and a search that leaves off where accuracy is lost would find none
+to lose. So the last norm of each tower is centred. Images are smooth noise, so that no two
+are alike. Captions have the lengths of web captions: log-normal, median 14 tokens, cut at
+the context. Labels are mostly the model's own predictions, so that accuracies start high
+and the search has something to forget.
 """
 
 import json
@@ -16,11 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 import slsgu_cli
+from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
 from slsgu_cli.layout import manifest_path
-from slsgu_cli.models import input_spec, resolve
+from slsgu_cli.metrics import class_means
+from slsgu_cli.models import input_spec, load, resolve, tokenizer
 from slsgu_cli.records import DataRef, ModelSpec, SetManifest
 from slsgu_cli.set_writer import block_writer
 from slsgu_cli.store import Store
+from slsgu_cli.towers import text_tower, vision_tower
 
 TEMPLATES = ("{}", "a photo of a {}.", "a picture of {}", "itap of a {}.")
 
@@ -32,9 +37,32 @@ def random_model(folder: Path, name: str) -> ModelSpec:
     path = folder / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
-    model = open_clip.create_model(name)
+    model = open_clip.create_model(name).eval()
+    _centre(model)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return ModelSpec(f"local-dir:{folder}")
+
+
+@torch.no_grad()
+def _centre(model: torch.nn.Module) -> None:
+    """Take the mean of what leaves the last norm of each tower off that norm's bias."""
+    size, context = model.visual.image_size, model.context_length
+    height = size[0] if isinstance(size, tuple) else size
+    images = torch.from_numpy(random_images(48, height, 7)).permute(0, 3, 1, 2) / 127.5 - 1
+    tokens = torch.from_numpy(random_tokens(48, context, 49408, 7)).long()
+    vision, text = vision_tower(model), text_tower(model)
+    trunk = getattr(model.visual, "trunk", None)
+    norms = (
+        (model.visual.ln_post if trunk is None else trunk.norm, vision, images),
+        (getattr(model, "text", model).ln_final, text, tokens),
+    )
+    for norm, tower, inputs in norms:
+        left: list[torch.Tensor] = []
+        handle = norm.register_forward_hook(lambda _, __, out, left=left: left.append(out))
+        tower.features(inputs, inputs)
+        handle.remove()
+        pooled = left[0] if left[0].ndim == 2 else left[0][:, 0]
+        norm.bias -= pooled.mean(dim=0)
 
 
 def random_images(rows: int, size: int, seed: int) -> np.ndarray:
@@ -102,11 +130,6 @@ def own_labels(
     model: ModelSpec, names: Sequence[str], *, rows: int, seed: int, device: str
 ) -> np.ndarray:
     """Return what the model itself takes the images of `labelled_block` for, a tenth altered."""
-    from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
-    from slsgu_cli.metrics import class_means
-    from slsgu_cli.models import load, tokenizer
-    from slsgu_cli.towers import text_tower, vision_tower
-
     resolved = resolve(model)
     module, spec = load(resolved, device), input_spec(resolved)
     normalize = pixel_normalizer(spec, device)
@@ -128,6 +151,12 @@ def own_labels(
     return labels
 
 
+def _concept(labels: np.ndarray, classes: int, *, least: int) -> int:
+    """Return the class with the fewest images of those that have `least`, else with the most."""
+    counts = np.bincount(labels, minlength=classes)
+    return int(np.where(counts < least, len(labels) + 1 - counts, counts).argmin())
+
+
 def synthetic_set(
     store: Store,
     name: str,
@@ -145,11 +174,7 @@ def synthetic_set(
         names = class_names(classes, seed=number)
         labels = own_labels(model, names, rows=rows, seed=10**6 * (number + 1), device=device)
         if not concept:
-            concept = names[int(np.bincount(labels).argmax())]
-            share = np.flatnonzero(labels == names.index(concept))
-            # A random model has favourites: leave the concept a realistic number of images.
-            spare = share[max(20, rows // 500) :]
-            labels[spare] = np.random.default_rng(0).integers(0, classes, len(spare))
+            concept = names[_concept(labels, classes, least=max(20, rows // 500))]
         refs[key] = labelled_block(
             store, f"{name}-{key}", labels=labels, names=names, size=spec.height,
             seed=10**6 * (number + 1),
