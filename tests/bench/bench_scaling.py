@@ -1,0 +1,179 @@
+"""Time and peak memory against the number of samples, of layers, and the size of the model.
+
+    python tests/bench/bench_scaling.py                     # all tables; about 15 minutes
+    python tests/bench/bench_scaling.py --tables pairs layers --most 4096
+    python tests/bench/bench_scaling.py --tables models --models ViT-B-32 ViT-L-14 --pairs 64
+
+Every line is one command's work in a process of its own, from the store on disk to the
+store on disk, so that its peak memory is its own. Sets are random (see synthetic.py) and,
+but for the table of models, made for the embedded CLIP.
+
+- pairs: `grad` against the rows of the retain set
+- images: `search` against the evaluation images, with 256 MiB for kept activations
+- layers: `search` against the layers searched, the front first
+- models: `grad` against the size of the model
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from synthetic import random_model, synthetic_set
+
+import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.layout import read_manifest, read_pointer
+from slsgu_cli.memory import parse_size
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.store import Store
+
+EMBEDDED = ModelSpec(f"local-dir:{Path(slsgu_cli.__file__).parent / 'demo' / 'clip'}")
+QUIET = Console(verbosity=-1)
+CACHE = "256M"
+FORGET = 32
+
+
+def counts(most: int, least: int = 1024) -> list[int]:
+    """Return `least`, twice as many, and so on, up to `most`."""
+    found = [least]
+    while 2 * found[-1] <= most:
+        found.append(2 * found[-1])
+    return found
+
+
+def measure(folder: str, name: str, device: str, layers: list[str] | None) -> None:
+    """Do one command's work and print its seconds and this process's peak memory."""
+    store = Store(folder)
+    start = time.perf_counter()
+    if layers is None:
+        options = PassOptions(device=device)
+        compute_gradients(store, name, model=None, options=options, console=QUIET)
+    else:
+        search(
+            store,
+            name,
+            options=SearchOptions(layers=layers, device=device, cache_budget=parse_size(CACHE)),
+            console=QUIET,
+        )
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": round(seconds, 1), "peak memory, MB": round(peak)}))
+
+
+def apart(store: Store, name: str, device: str, layers: list[str] | None = None) -> dict:
+    """Return what `measure` finds in a process of its own."""
+    command = [sys.executable, __file__, "--measure", store.root, name, "--device", device]
+    if layers is not None:
+        command += ["--layers", *layers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def pairs_table(store: Store, args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for count in counts(args.most):
+        name = f"pairs-{count}"
+        synthetic_set(
+            store, name, EMBEDDED, forget=FORGET, retain=count, evals={}, device=args.device
+        )
+        found = apart(store, name, args.device)
+        rate = round((count + FORGET) / found["seconds"])
+        rows.append({"pairs": count, **found, "pairs/s": rate})
+    return rows
+
+
+def searchable(store: Store, name: str, images: int, device: str) -> list[str]:
+    """Build, grade and rank a set; return its layers, the front first."""
+    evals = {"made-up": (images, 100)}
+    synthetic_set(store, name, EMBEDDED, forget=64, retain=256, evals=evals, device=device)
+    options = PassOptions(device=device)
+    compute_gradients(store, name, model=None, options=options, console=QUIET)
+    scores = rank(store, name, options=RankOptions()).scores
+    return [score.layer for score in sorted(scores, key=lambda score: not score.front)]
+
+
+def images_table(store: Store, args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for count in counts(args.most):
+        layers = searchable(store, f"images-{count}", count, args.device)[:4]
+        rows.append({"images": count, **apart(store, f"images-{count}", args.device, layers)})
+    return rows
+
+
+def layers_table(store: Store, args: argparse.Namespace) -> list[dict]:
+    layers = searchable(store, "layers", 2048, args.device)
+    rows = []
+    for count in counts(16, least=1):
+        store.remove("trials/layers.json")
+        found = apart(store, "layers", args.device, layers[:count])
+        rows.append({"layers": count, **found})
+    return rows
+
+
+def models_table(store: Store, args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for name in ["embedded", *args.models]:
+        folder = Path(store.root) / "models" / name
+        model = EMBEDDED if name == "embedded" else random_model(folder, name)
+        synthetic_set(
+            store, name, model, forget=FORGET, retain=args.pairs, evals={}, device=args.device
+        )
+        found = apart(store, name, args.device)
+        pointer = read_pointer(store, read_manifest(store, name))
+        header = store.read_header(f"gradients/{pointer.forget}.safetensors", GradientHeader)
+        size = sum(_product(norm.shape) for norm in header.weights.values())
+        rate = round((args.pairs + FORGET) / found["seconds"], 1)
+        rows.append({"model": name, "M parameters": round(size / 1e6), **found, "pairs/s": rate})
+    return rows
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+TABLES = {
+    "pairs": pairs_table,
+    "images": images_table,
+    "layers": layers_table,
+    "models": models_table,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--most", type=int, default=16384, help="samples in the longest lines")
+    parser.add_argument("--models", nargs="*", default=["ViT-B-32", "ViT-L-14"])
+    parser.add_argument("--pairs", type=int, default=32, help="retain rows in the table of models")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--measure", nargs=2, metavar=("STORE", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--layers", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(*args.measure, args.device, args.layers)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for table in args.tables:
+            rows = TABLES[table](Store(folder), args)
+            print("| " + " | ".join(rows[0]) + " |")
+            print("|" + "---|" * len(rows[0]))
+            for row in rows:
+                print("| " + " | ".join(map(str, row.values())) + " |")
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
