@@ -39,7 +39,7 @@ class Scratch:
         with _explained():
             # A memory map would end the process with a signal on a full disk; this raises.
             self._file.seek(self._filed * self._bytes)
-            self._file.write(np.ascontiguousarray(image))
+            self._file.write(np.ascontiguousarray(image).data)
         self._filed += 1
         return len(self._held) + self._filed - 1
 
