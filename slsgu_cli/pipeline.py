@@ -117,7 +117,7 @@ def direct_edit(
     *,
     layer: str,
     step: float,
-    direction: Direction = Direction.GRADIENT,
+    direction: Direction = Direction.WHITENED,
     ridge: float = RIDGE,
     device: str = "auto",
     console: Console,

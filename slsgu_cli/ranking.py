@@ -38,7 +38,7 @@ class RankOptions:
     """
 
     alignment: Alignment = Alignment.ABS
-    direction: Direction = Direction.GRADIENT
+    direction: Direction = Direction.WHITENED
     ridge: float = RIDGE
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()

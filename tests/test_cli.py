@@ -23,6 +23,7 @@ from slsgu_cli.records import EditHeader, Ranking
 from slsgu_cli.store import Store
 
 COMMANDS = ("build-sets", "grad", "rank", "search", "apply", "eval", "ls", "demo")
+PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
 
 
@@ -226,7 +227,7 @@ def test_version_and_completion():
     assert slsgu(env=wanted).stdout.split() == ["rank"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["rank", "blue"], ["apply", "blue"]])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], PLAIN_RANK, ["apply", "blue"]])
 def test_what_needs_no_model_imports_none(store, tmp_path, words):
     options = ["--store", store] if words != ["--help"] else []
     options += ["--out", tmp_path / "out"] if words[0] == "apply" else []

@@ -18,7 +18,7 @@ from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageE
 from slsgu_cli.layout import edit_path, gradient_path, pointer_path, ranking_path, trials_path
 from slsgu_cli.pipeline import ApplyRequest, apply_named, direct_edit, edit_for
 from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import ModelSpec, Tower
+from slsgu_cli.records import Direction, ModelSpec, Tower
 from slsgu_cli.search import SearchOptions, search
 
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
@@ -128,7 +128,10 @@ def test_an_edit_that_is_there_is_used(world, tmp_path, console):
 
 def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, console):
     pipeline.rank_and_plot(
-        world.store, "blue", options=RankOptions(include=[ALONE]), console=console
+        world.store,
+        "blue",
+        options=RankOptions(direction=Direction.GRADIENT, include=[ALONE]),
+        console=console,
     )
     with pytest.raises(NotForgottenError):
         edit_for(world.store, "blue", options=SearchOptions(steps=1), console=console)
@@ -148,7 +151,7 @@ def test_an_edit_of_other_gradients_is_refused(world, tmp_path, console):
 
 
 def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, console):
-    apply(world, tmp_path / "out", console, layer=LAYER, step=0.02)
+    apply(world, tmp_path / "out", console, layer=LAYER, step=0.02, direction=Direction.GRADIENT)
     found = changed(world, tmp_path / "out")
     assert set(found) == {LAYER}
     expected = 0.02 * gradient(world)[LAYER]
@@ -158,7 +161,9 @@ def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, cons
 
 def test_a_step_by_hand_needs_no_ranking(world, console):
     world.store.remove(ranking_path("blue"))
-    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
+    edit = direct_edit(
+        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
+    )
     moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
     assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
@@ -166,7 +171,9 @@ def test_a_step_by_hand_needs_no_ranking(world, console):
 
 
 def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path, console):
-    expected = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
+    expected = direct_edit(
+        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
+    )
     folder = shutil.copytree(world.folder, tmp_path / "training")
     model = folder / "open_clip_model.safetensors"
     tensors = {f"module.{name}": value for name, value in load_tensors(model).items()}
@@ -174,7 +181,9 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
     model.unlink()
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
     world.store.write_record(pointer_path("blue"), pointer)
-    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, console=console)
+    edit = direct_edit(
+        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
+    )
     assert edit.header.digests == expected.header.digests
     np.testing.assert_array_equal(edit.before(), expected.before())
 

@@ -8,11 +8,11 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.layout import gradient_path, pointer_path, read_ranking
 from slsgu_cli.naming import is_candidate, tower_of
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Alignment, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.records import Alignment, Direction, GradientHeader, ParameterNorm, Tower
 
 
-def ranked(world, **options):
-    return rank(world.store, world.name, options=RankOptions(**options))
+def ranked(world, direction=Direction.GRADIENT, **options):
+    return rank(world.store, world.name, options=RankOptions(direction=direction, **options))
 
 
 def gradients(world):

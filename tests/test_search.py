@@ -334,7 +334,7 @@ def test_a_ranking_of_other_gradients_is_refused(world, console):
     )
     with pytest.raises(StaleError, match="ranking of blue was made from other gradients"):
         find(world, console, steps=1)
-    rank(world.store, "blue", options=RankOptions())
+    rank(world.store, "blue", options=RankOptions(direction=Direction.GRADIENT))
     assert find(world, console, steps=1).trials.forget == world.pointer.forget
 
 

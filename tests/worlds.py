@@ -8,7 +8,14 @@ from slsgu_cli.console import Console
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import read_manifest, read_pointer, read_ranking
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import GradientPointer, ModelSpec, PassOptions, Ranking, SetManifest
+from slsgu_cli.records import (
+    Direction,
+    GradientPointer,
+    ModelSpec,
+    PassOptions,
+    Ranking,
+    SetManifest,
+)
 from slsgu_cli.store import Store
 
 
@@ -65,8 +72,8 @@ class World:
         return build_sets(self.store, replace(request, **changes), console=Ear())
 
     def grade(self, **options) -> None:
-        """Compute the gradients and rank the layers."""
+        """Compute the gradients and rank the layers for them."""
         compute_gradients(
             self.store, self.name, model=None, options=PassOptions(**options), console=Ear()
         )
-        rank(self.store, self.name, options=RankOptions())
+        rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))

@@ -34,9 +34,10 @@ def main() -> None:
         words = {
             "slsgu --help": ["--help"],
             "slsgu ls": ["ls", "--store", folder],
-            "slsgu rank": ["rank", "castle", "-q", "--store", folder],
+            "slsgu rank": ["rank", "castle", "--direction", "gradient", "-q", "--store", folder],
             "slsgu apply": ["apply", "castle", "-q", "--store", folder, "--dry-run",
-                            "--layer", "visual.conv1", "--step", "1", "--out", f"{folder}/out"],
+                            "--layer", "visual.conv1", "--step", "1", "--direction", "gradient",
+                            "--out", f"{folder}/out"],
         }  # fmt: skip
         make_store(folder)
         commands = {"python -c pass": [sys.executable, "-c", "pass"]}
