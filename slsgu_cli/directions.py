@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli.console import Console
+from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.layout import gradient_path, moments_path
@@ -25,8 +26,6 @@ from slsgu_cli.records import (
 from slsgu_cli.store import Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from slsgu_cli.whitening import RetainMetric
 
 # Part of every address of moments: a change in what is computed must change it.
@@ -37,13 +36,17 @@ RIDGE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The moments in the store of one model's layers over one set of retain rows."""
+    """The moments in the store of one model's layers over one set of retain rows.
+
+    `device` is where they are solved with.
+    """
 
     store: Store
     places: dict[str, tuple[str, LayerMoment]]
     unseen: frozenset[str]
+    device: str = "cpu"
 
-    def metric(self, layer: str, ridge: float, device: str = "cpu") -> "RetainMetric":
+    def metric(self, layer: str, ridge: float) -> "RetainMetric":
         """Return the inner product that the layer's retained inputs make of its changes."""
         import torch
 
@@ -51,15 +54,18 @@ class Moments:
 
         path, found = self.places[layer]
         values = torch.from_numpy(self.store.read_tensors(path, [layer])[layer])
-        return RetainMetric(values.to(exact_device(device)), found.axis, ridge)
+        return RetainMetric(values.to(exact_device(self.device)), found.axis, ridge)
 
     def output(self, layer: str) -> float:
         """Return the layer's mean squared output over the retain set."""
         return self.places[layer][1].output
 
 
-def find_moments(store: Store, pointer: GradientPointer) -> Moments:
-    """Return the moments that the store has for the model and retain rows of `pointer`."""
+def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") -> Moments:
+    """Return the moments that the store has for the model and retain rows of `pointer`.
+
+    `device` is where they are to be solved with.
+    """
     places: dict[str, tuple[str, LayerMoment]] = {}
     unseen: set[str] = set()
     for name in store.names("moments", ".safetensors"):
@@ -72,7 +78,7 @@ def find_moments(store: Store, pointer: GradientPointer) -> Moments:
         if (header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data):
             places |= {layer: (path, found) for layer, found in header.layers.items()}
             unseen.update(header.unseen)
-    return Moments(store, places, frozenset(unseen))
+    return Moments(store, places, frozenset(unseen), device)
 
 
 def ensure_moments(
@@ -89,7 +95,7 @@ def ensure_moments(
     A layer whose inputs its tower does not show has none; they are told with -v.
     Raises StaleError where the model is not the one the gradients are of.
     """
-    known = find_moments(store, pointer)
+    known = find_moments(store, pointer, device)
     missing = sorted(set(layers) - set(known.places) - known.unseen)
     if missing:
         console.note(
@@ -97,7 +103,7 @@ def ensure_moments(
             "one forward over the retain set"
         )
         _compute(store, manifest, pointer, missing, device=device, console=console)
-        known = find_moments(store, pointer)
+        known = find_moments(store, pointer, device)
     unseen = sorted(known.unseen.intersection(layers))
     if unseen:
         console.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
@@ -105,28 +111,26 @@ def ensure_moments(
 
 
 def forget_direction(
-    store: Store,
-    pointer: GradientPointer,
-    layer: str,
-    *,
-    ridge: float | None,
-    moments: Moments | None,
-    device: str,
-) -> "Tensor":
-    """Return fp32 where the layer moves: its gradient, or with `moments` that whitened."""
-    import torch
+    store: Store, pointer: GradientPointer, layer: str, *, ridge: float, moments: Moments | None
+) -> Floats:
+    """Return fp32 where a layer moves: its forget gradient, or with `moments` that whitened.
 
-    values = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
-    gradient = torch.from_numpy(values)
-    if moments is None or ridge is None:
-        return gradient.to(device)
+    PyTorch is loaded for the latter only.
+    """
+    gradient: Floats = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
+    if moments is None:
+        return gradient
     if layer not in moments.places:
         raise InputError(
             f"{layer} cannot be whitened: its tower does not show what the layer is applied to",
             hint="--direction gradient, or another layer",
         )
-    metric = moments.metric(layer, ridge, device)
-    return metric.whiten(gradient.to(metric.moment.device)).float().to(device)
+    import torch
+
+    metric = moments.metric(layer, ridge)
+    along = metric.whiten(torch.from_numpy(gradient).to(metric.moment.device))
+    whitened: Floats = along.float().cpu().numpy()
+    return whitened
 
 
 def _compute(

@@ -9,8 +9,7 @@ from shlex import quote
 import slsgu_cli
 from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
 from slsgu_cli.console import Console
-from slsgu_cli.directions import RIDGE, ensure_moments, forget_direction
-from slsgu_cli.dtypes import Floats
+from slsgu_cli.directions import ensure_moments, forget_direction
 from slsgu_cli.edits import Edit, load_edit, make_edit
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.layout import (
@@ -30,10 +29,8 @@ from slsgu_cli.records import (
     Direction,
     EditHeader,
     GradientHeader,
-    GradientPointer,
     ModelSpec,
     Ranking,
-    SetManifest,
     Tower,
 )
 from slsgu_cli.scoring import norm
@@ -117,14 +114,13 @@ def direct_edit(
     *,
     layer: str,
     step: float,
-    direction: Direction = Direction.WHITENED,
-    ridge: float = RIDGE,
-    device: str = "auto",
-    console: Console,
+    options: RankOptions | None = None,
+    console: Console | None = None,
 ) -> Edit:
     """Return the edit that moves `layer` by `step` along its direction, unsearched.
 
-    Raises UsageError where the gradients have no such layer.
+    `options` say which direction, and how it is whitened. Raises UsageError where the
+    gradients have no such layer.
     """
     from slsgu_cli.weights import layer_digests, read_layer
 
@@ -139,11 +135,19 @@ def direct_edit(
             f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
             hint=f"run `slsgu rank {quote(name)}` for their names",
         )
-    along = _direction(
-        store, manifest, pointer, fitting[0],
-        ridge=ridge if direction is Direction.WHITENED else None,
-        device=device, console=console,
-    )  # fmt: skip
+    options = options or RankOptions()
+    whitened = options.direction is Direction.WHITENED
+    moments = None
+    if whitened:
+        moments = ensure_moments(
+            store,
+            manifest,
+            pointer,
+            fitting,
+            device=pick_device(options.device),
+            console=console or Console(verbosity=-1),
+        )
+    along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
     before = read_layer(resolve(pointer.model).weights, fitting[0])
     edit = EditHeader(
         name=name,
@@ -156,9 +160,9 @@ def direct_edit(
         model_fingerprint=pointer.model_fingerprint,
         digests=layer_digests(before),
         gradient=pointer.forget,
-        direction=direction,
-        ridge=ridge if direction is Direction.WHITENED else None,
-        retain_data=pointer.retain_data if direction is Direction.WHITENED else None,
+        direction=options.direction,
+        ridge=options.ridge if whitened else None,
+        retain_data=pointer.retain_data if whitened else None,
         steer=None,
         margin=None,
         forgotten=None,
@@ -169,27 +173,6 @@ def direct_edit(
         version=slsgu_cli.__version__,
     )
     return make_edit(edit, delta=step * along, before=before)
-
-
-def _direction(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    layer: str,
-    *,
-    ridge: float | None,
-    device: str,
-    console: Console,
-) -> Floats:
-    """Return where a layer moves; with a ridge whitened, which loads PyTorch."""
-    if ridge is None:
-        gradient: Floats = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
-        return gradient
-    device = pick_device(device)
-    moments = ensure_moments(store, manifest, pointer, [layer], device=device, console=console)
-    along = forget_direction(store, pointer, layer, ridge=ridge, moments=moments, device=device)
-    whitened: Floats = along.cpu().numpy()
-    return whitened
 
 
 def rank_and_plot(
@@ -253,16 +236,13 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
     if request.layer is not None:
         if request.step is None or len(request.names) != 1:
             raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
-        chosen = _rank_options(options)
         edits = [
             direct_edit(
                 store,
                 request.names[0],
                 layer=request.layer,
                 step=request.step,
-                direction=chosen.direction,
-                ridge=chosen.ridge,
-                device=request.device,
+                options=_rank_options(options),
                 console=console,
             )
         ]

@@ -153,7 +153,7 @@ def _whitened_figures(
 
     from slsgu_cli.whitening import whitened_alignment, whitened_importance
 
-    metric = moments.metric(layer, options.ridge, pick_device(options.device))
+    metric = moments.metric(layer, options.ridge)
     f, r = (torch.from_numpy(values).to(metric.moment.device) for values in (forget, retain))
     direction = metric.whiten(f)
     size = metric.weight_norm(weight_norm, moments.output(layer))

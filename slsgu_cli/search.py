@@ -307,12 +307,12 @@ def _probe(
     moments: Moments | None,
     options: SearchOptions,
 ) -> "Probe":
+    import torch
+
     from slsgu_cli.trial import Probe
 
-    direction = forget_direction(
-        store, pointer, score.layer, ridge=ridge, moments=moments, device=options.device
-    )
-    return Probe(evaluation, score, direction, ridge)
+    along = forget_direction(store, pointer, score.layer, ridge=ridge or 0, moments=moments)
+    return Probe(evaluation, score, torch.from_numpy(along).to(options.device), ridge)
 
 
 def _write_edit(

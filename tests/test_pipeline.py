@@ -23,6 +23,7 @@ from slsgu_cli.search import SearchOptions, search
 
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
 ALONE = "[t]ransformer.resblocks.1.attn.out_proj.weight"
+PLAIN = RankOptions(direction=Direction.GRADIENT)
 LAYER = "visual.transformer.resblocks.1.attn.out_proj.weight"
 
 
@@ -159,21 +160,17 @@ def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, cons
     assert forget_accuracy(world, tmp_path / "out") < forget_accuracy(world, world.folder)
 
 
-def test_a_step_by_hand_needs_no_ranking(world, console):
+def test_a_step_by_hand_needs_no_ranking(world):
     world.store.remove(ranking_path("blue"))
-    edit = direct_edit(
-        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
-    )
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
     assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
     assert edit.header.gradient == world.pointer.forget
 
 
-def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path, console):
-    expected = direct_edit(
-        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
-    )
+def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path):
+    expected = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     folder = shutil.copytree(world.folder, tmp_path / "training")
     model = folder / "open_clip_model.safetensors"
     tensors = {f"module.{name}": value for name, value in load_tensors(model).items()}
@@ -181,9 +178,7 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
     model.unlink()
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
     world.store.write_record(pointer_path("blue"), pointer)
-    edit = direct_edit(
-        world.store, "blue", layer=LAYER, step=0.5, direction=Direction.GRADIENT, console=console
-    )
+    edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     assert edit.header.digests == expected.header.digests
     np.testing.assert_array_equal(edit.before(), expected.before())
 
@@ -192,7 +187,7 @@ def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):
     result = find(world, console, steps=3)
     own = load_edit(world.store, "blue")
     by_hand = direct_edit(
-        world.store, "blue", layer=result.chosen.layer, step=result.chosen.step, console=console
+        world.store, "blue", layer=result.chosen.layer, step=result.chosen.step, options=PLAIN
     )
     np.testing.assert_array_equal(own.delta(), by_hand.delta())
     assert own.header.digests == by_hand.header.digests
@@ -200,9 +195,9 @@ def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):
 
 
 @pytest.mark.parametrize("layer", ["nothing", "mlp.c_fc", "logit_scale"])
-def test_a_layer_by_hand_must_be_one_layer(layer, world, console):
+def test_a_layer_by_hand_must_be_one_layer(layer, world):
     with pytest.raises(UsageError, match=f"--layer {layer} fits") as error:
-        direct_edit(world.store, "blue", layer=layer, step=1.0, console=console)
+        direct_edit(world.store, "blue", layer=layer, step=1.0)
     assert "slsgu rank blue" in error.value.hint
 
 
@@ -266,3 +261,17 @@ def test_plots_are_drawn_of_fronts_and_steps(world, console, plots, monkeypatch)
     assert set(drawn) == {"blue-front-vision", "blue-front-text", f"blue-steps-{LAYER}"}
     assert result.chosen.layer == LAYER
     assert all(world.store.size(f"plots/{name}.png") > 1000 for name in drawn)
+
+
+def test_a_whitened_step_by_hand_is_the_whitened_searchs(world, console):
+    options = RankOptions(ridge=0.1, device="cpu")
+    pipeline.rank_and_plot(world.store, "blue", options=options, console=console)
+    result = find(world, console, steps=2, layers=[LAYER])
+    own = load_edit(world.store, "blue")
+    by_hand = direct_edit(
+        world.store, "blue", layer=LAYER, step=result.chosen.step, options=options
+    )
+    np.testing.assert_allclose(by_hand.delta(), own.delta(), rtol=1e-5, atol=1e-7)
+    for name in ("direction", "ridge", "retain_data", "gradient"):
+        assert getattr(by_hand.header, name) == getattr(own.header, name)
+    assert by_hand.header.direction is Direction.WHITENED
