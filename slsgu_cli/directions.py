@@ -15,6 +15,7 @@ from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.layout import gradient_path, moments_path
+from slsgu_cli.models import pick_device
 from slsgu_cli.records import (
     GradientPointer,
     LayerMoment,
@@ -88,13 +89,15 @@ def ensure_moments(
     layers: Sequence[str],
     *,
     device: str,
-    console: Console,
+    console: Console | None,
 ) -> Moments:
-    """Return moments of `layers`, computing what the store lacks.
+    """Return moments of `layers`, computing what the store lacks; `console` is told, if any.
 
     A layer whose inputs its tower does not show has none; they are told with -v.
     Raises StaleError where the model is not the one the gradients are of.
     """
+    console = console or Console(verbosity=-1)
+    device = pick_device(device)
     known = find_moments(store, pointer, device)
     missing = sorted(set(layers) - set(known.places) - known.unseen)
     if missing:

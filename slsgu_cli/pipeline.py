@@ -22,7 +22,7 @@ from slsgu_cli.layout import (
     read_manifest,
     read_pointer,
 )
-from slsgu_cli.models import pick_device, resolve
+from slsgu_cli.models import resolve
 from slsgu_cli.naming import find_layers, is_candidate, tower_of
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import (
@@ -140,12 +140,7 @@ def direct_edit(
     moments = None
     if whitened:
         moments = ensure_moments(
-            store,
-            manifest,
-            pointer,
-            fitting,
-            device=pick_device(options.device),
-            console=console or Console(verbosity=-1),
+            store, manifest, pointer, fitting, device=options.device, console=console
         )
     along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
     before = read_layer(resolve(pointer.model).weights, fitting[0])

@@ -15,7 +15,6 @@ from slsgu_cli.console import Console
 from slsgu_cli.directions import RIDGE, Moments, ensure_moments
 from slsgu_cli.errors import InputError
 from slsgu_cli.layout import gradient_path, ranking_path, read_manifest, read_pointer
-from slsgu_cli.models import pick_device
 from slsgu_cli.naming import is_candidate, selected, tower_of
 from slsgu_cli.records import (
     Alignment,
@@ -68,12 +67,7 @@ def rank(
     moments = None
     if whitened and layers:
         moments = ensure_moments(
-            store,
-            manifest,
-            pointer,
-            layers,
-            device=pick_device(options.device),
-            console=console or Console(verbosity=-1),
+            store, manifest, pointer, layers, device=options.device, console=console
         )
         layers = [layer for layer in layers if layer in moments.places]
     scored = (_score(store, pointer, header, layer, options, moments) for layer in layers)

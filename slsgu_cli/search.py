@@ -100,13 +100,9 @@ def search(store: Store, name: str, *, options: SearchOptions, console: Console)
     options = _resolved(options, ranking)
     moments = None
     if options.direction is Direction.WHITENED:
+        names = [score.layer for score in layers]
         moments = ensure_moments(
-            store,
-            manifest,
-            pointer,
-            [score.layer for score in layers],
-            device=options.device,
-            console=console,
+            store, manifest, pointer, names, device=options.device, console=console
         )
     with torch.no_grad(), arithmetic(options.precision):
         evaluation = _evaluation(store, manifest, pointer, layers, options, console)

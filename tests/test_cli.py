@@ -548,7 +548,8 @@ def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
     assert (ranking.direction, ranking.ridge) == ("whitened", 0.1)
     done = inside("search", "blue", "--steps", "3", "--layer", "visual.proj", "-q", store=store)
     head, *trials = rows(done.stdout)[0][:-1]
-    assert {row[head.index("ridge")] for row in trials} == {"0.1"}
+    (chosen,) = [row for row in trials if row[head.index("chosen")]]
+    assert (chosen[0], chosen[head.index("ridge")]) == ("visual.proj", "0.1")
     listed = inside("ls", store=store).stdout
     assert "\nmoments\t" in listed
     assert "direction whitened" in listed
