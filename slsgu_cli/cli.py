@@ -20,14 +20,7 @@ __all__ = ["app"]
 def build_sets(
     session: Session,
     name: opt.Name,
-    source: Annotated[
-        list[str],
-        typer.Option(
-            "--source",
-            "-s",
-            help="Tar shards, parquet, folder or glob; rows by ?column=value. Repeatable.",
-        ),
-    ],
+    source: opt.Sources,
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
     concept: Annotated[
@@ -37,50 +30,25 @@ def build_sets(
         list[str] | None,
         typer.Option("--match", help="Captions to forget hold these words. Default: the concept."),
     ] = None,
-    not_match: Annotated[
-        list[str] | None,
-        typer.Option("--not-match", help="Captions that are in neither set. Repeatable."),
-    ] = None,
+    not_match: opt.NotMatch = None,
     regex: Annotated[
         bool, typer.Option("--regex", help="Patterns are regular expressions.")
     ] = False,
-    max_forget: Annotated[
-        int | None, typer.Option("--max-forget", min=1, help="At most this many forget rows.")
-    ] = None,
-    retain_source: Annotated[
-        list[str] | None,
-        typer.Option("--retain-source", help="Where retain rows come from. Default: --source."),
-    ] = None,
-    retain_samples: Annotated[
-        int, typer.Option("--retain-samples", min=1, help="Retain rows drawn by seed.")
-    ] = 8000,
-    retain_exclude: Annotated[
-        list[str] | None,
-        typer.Option("--retain-exclude", help="Captions kept out of the retain set. Repeatable."),
-    ] = None,
-    evaluation: Annotated[
-        list[str] | None,
-        typer.Option("--eval", help="NAME=SOURCE to measure on, with labels. Repeatable."),
-    ] = None,
+    max_forget: opt.MaxForget = None,
+    retain_source: opt.RetainSources = None,
+    retain_samples: opt.RetainSamples = 8000,
+    retain_exclude: opt.RetainExclude = None,
+    evaluation: opt.Evals = None,
     classes: Annotated[
         list[str] | None,
         typer.Option("--classes", help="NAME=FILE or NAME=imagenet: class names. Repeatable."),
     ] = None,
-    templates: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--templates",
-            help="NAME=FILE, or imagenet, imagenet-simple, celeba: prompts. Repeatable.",
-        ),
-    ] = None,
-    forget_eval: Annotated[
-        str | None,
-        typer.Option("--forget-eval", help="Evaluation set that shows the concept."),
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Parquet column of images.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Parquet column of captions.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of evaluation labels.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+    templates: opt.Templates = None,
+    forget_eval: opt.ForgetEval = None,
+    image_column: opt.ImageColumn = None,
+    caption_column: opt.CaptionColumn = None,
+    label_column: opt.LabelColumn = None,
+    seed: opt.Seed = 0,
 ) -> None:
     """Curate a forget set, a retain set and evaluation sets.
 
@@ -193,7 +161,10 @@ def rank(
 @command(app, "search")
 def search(
     session: Session,
-    name: opt.Name,
+    names: opt.Names,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Search edits that forget all of them together.")
+    ] = False,
     direction: opt.DirectionOption = None,
     ridge: opt.Ridges = None,
     steer: opt.SteerOption = Steer.FA1,
@@ -207,31 +178,28 @@ def search(
 ) -> None:
     """Find each front layer's step size and write the best edit.
 
+    Several sets are searched one after another; with --joint, for edits that forget all
+    their concepts together.
+
     Example: slsgu search facebook --steer fa5
     """
-    from slsgu_cli import show
-    from slsgu_cli.pipeline import require_forgotten, search_and_plot
     from slsgu_cli.search import SearchOptions
+    from slsgu_cli.several.command import search_jointly, search_sets
 
-    result = search_and_plot(
-        session.store,
-        name,
-        options=SearchOptions(
-            layers=layer or (),
-            direction=direction,
-            ridges=ridge or (),
-            steer=steer,
-            **opt.given(margin=margin),
-            steps=steps,
-            full=full,
-            precision=precision,
-            device=device,
-            cache_budget=opt.size(cache_budget),
-        ),
-        console=session.console,
+    options = SearchOptions(
+        layers=layer or (),
+        direction=direction,
+        ridges=ridge or (),
+        steer=steer,
+        **opt.given(margin=margin),
+        steps=steps,
+        full=full,
+        precision=precision,
+        device=device,
+        cache_budget=opt.size(cache_budget),
     )
-    show.search(session.console, session.store, result)
-    require_forgotten(result)
+    run = search_jointly if joint else search_sets
+    run(session, names, options)
 
 
 @command(app, "apply")
@@ -294,28 +262,31 @@ def apply(
 @command(app, "eval")
 def evaluate(
     session: Session,
-    name: opt.Name,
+    names: opt.Names,
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
     device: opt.Device = "auto",
 ) -> None:
     """Measure what is forgotten and what is kept.
 
-    The original model is compared with --model, or else with the set's edit in memory.
+    The original model is compared with --model, or else with the edits of the sets in
+    memory.
 
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
     """
     from slsgu_cli import show
     from slsgu_cli.measure import measure
 
-    result = measure(
-        session.store,
-        name,
-        model=opt.model_spec(model, pretrained),
-        device=device,
-        console=session.console,
-    )
-    show.measured(session.console, result)
+    spec, console = opt.model_spec(model, pretrained), session.console
+    if len(names) == 1:
+        found = measure(session.store, names[0], model=spec, device=device, console=console)
+        show.measured(console, found)
+        return
+    from slsgu_cli.several import show as show_several
+    from slsgu_cli.several.measure import measure_several
+
+    several = measure_several(session.store, names, model=spec, device=device, console=console)
+    show_several.measured(console, several)
 
 
 @command(app, "ls")
@@ -352,3 +323,7 @@ def demo(
 
     chosen = RankOptions(**opt.given(direction=direction, ridge=ridge))
     demonstrate(session, concept, steer=steer, ranked=chosen, device=device)
+
+
+# Commands of subpackages register themselves as they are imported.
+import slsgu_cli.several.cli  # noqa: E402, F401

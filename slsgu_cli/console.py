@@ -105,6 +105,15 @@ class Console:
         for path in paths:
             self.note(f"wrote {path}")
 
+    @contextmanager
+    def part(self, key: str) -> Iterator[None]:
+        """Collect the JSON results of a block in an object of their own, under `key`."""
+        whole, self._results = self._results, {}
+        try:
+            yield
+        finally:
+            whole[key], self._results = self._results, whole
+
     def flush(self) -> None:
         """Write the collected JSON document, if that is what was asked for."""
         if self.as_json and self._results:

@@ -1,11 +1,12 @@
 """A model and a set's evaluation data, joined: forget accuracy and utility.
 
 The forget images are the rows of one evaluation set that show the concept; they are left
-out of that set's own accuracy, which says what was kept.
+out of that set's own accuracy, which says what was kept. Several concepts can share the
+model, its evaluation sets and its base pass.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from shlex import quote
 
 import numpy as np
@@ -18,6 +19,7 @@ from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.metrics import accuracies, ranks_of_truth
 from slsgu_cli.models import Tokenize
+from slsgu_cli.naming import tower_of
 from slsgu_cli.prompts import find_class
 from slsgu_cli.records import Accuracy, SetManifest, Tower
 from slsgu_cli.sets import DataBlock
@@ -46,10 +48,7 @@ class EvaluationSet:
 
     def some(self, rows: Ints) -> "EvaluationSet":
         """Return the set with some of its images only."""
-        images = self.images
-        labels = images.labels[torch.from_numpy(rows).to(images.labels.device)]
-        fewer = ImageSide(images.tower, images.block, images.rows[rows], labels, images.normalize)
-        return EvaluationSet(fewer, self.prompts, self.names)
+        return EvaluationSet(self.images.some(rows), self.prompts, self.names)
 
     def ranks(self, features: Tensor, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the rank of the true class for the features of `rows` (default: all)."""
@@ -58,35 +57,92 @@ class EvaluationSet:
 
 
 @dataclass(slots=True)
-class Evaluation:
-    """Everything the search measures on. `forget` holds the images of the concept."""
+class _Measured:
+    """A model in split form, and what is measured on it."""
 
     model: nn.Module
     vision: SplitTower
     text: SplitTower
-    forget: EvaluationSet
-    utility: dict[str, EvaluationSet]
-    _budget: CacheBudget = field(init=False)
+
+    def groups(self) -> list[EvaluationSet]:
+        """Return what the base pass runs over, in this order."""
+        raise NotImplementedError
 
     def base_pass(self, layers: Iterable[str], *, cache_bytes: int, console: Console) -> None:
         """Run the original model once, keeping what edits of `layers` will resume from."""
-        self._budget = CacheBudget(cache_bytes)
-        stages: dict[bool, set[int]] = {True: set(), False: set()}
-        for layer in layers:
-            vision = layer.startswith("visual.")
-            stages[vision].add((self.vision if vision else self.text).stage_of(layer))
-        everything = [self.forget, *self.utility.values()]
-        total = sum(len(group.images) for group in everything)
+        budget, groups, names = CacheBudget(cache_bytes), self.groups(), set(layers)
+        stages = {
+            tower: sorted({self.tower(tower).stage_of(n) for n in names if tower_of(n) is tower})
+            for tower in Tower
+        }
+        total = sum(len(group.images) for group in groups)
         with torch.no_grad(), console.progress("original model", total) as ticker:
-            for prompts in {id(group.prompts): group.prompts for group in everything}.values():
-                prompts.base_pass(sorted(stages[False]), self._budget)
-            for group in everything:
-                for count in group.images.base_pass(sorted(stages[True]), self._budget):
+            for prompts in {id(group.prompts): group.prompts for group in groups}.values():
+                prompts.base_pass(stages[Tower.TEXT], budget)
+            for group in groups:
+                for count in group.images.base_pass(stages[Tower.VISION], budget):
                     ticker.advance(count)
 
     def tower(self, tower: Tower) -> SplitTower:
         """Return the split form of a tower."""
         return self.vision if tower is Tower.VISION else self.text
+
+
+@dataclass(slots=True)
+class Evaluation(_Measured):
+    """Everything the search measures on. `forget` holds the images of the concept."""
+
+    forget: EvaluationSet
+    utility: dict[str, EvaluationSet]
+
+    def groups(self) -> list[EvaluationSet]:
+        """Return the concept's images, then all others."""
+        return [self.forget, *self.utility.values()]
+
+
+@dataclass(slots=True)
+class SharedEvaluation(_Measured):
+    """A model and the evaluation sets that several concepts are measured on.
+
+    `sets` have all their rows. `forget` has the images of each concept, by the name of its
+    set: part of one of `sets`, or the forget set's own where no evaluation set knows it.
+    """
+
+    sets: dict[str, EvaluationSet]
+    forget: dict[str, EvaluationSet]
+
+    def groups(self) -> list[EvaluationSet]:
+        """Return the concepts' images, then all images.
+
+        The former run apart and first: every trial needs them, so that what is kept of them
+        must not depend on what memory is left for the rest.
+        """
+        return [*self.forget.values(), *self.sets.values()]
+
+    def of(self, manifest: SetManifest) -> Evaluation:
+        """Return what one concept is measured on. Raises InputError."""
+        forget, utility = self.forget[manifest.name], self.utility([manifest])
+        return Evaluation(self.model, self.vision, self.text, forget, utility)
+
+    def utility(self, manifests: Sequence[SetManifest]) -> dict[str, EvaluationSet]:
+        """Return the sets without the images that show any of the concepts. Raises InputError."""
+        kept = {}
+        for name, group in self.sets.items():
+            shown = np.zeros(len(group.images), bool)
+            for manifest in manifests:
+                shown |= _shown(name, group, manifest)
+            if not shown.all():
+                kept[name] = group.some(np.flatnonzero(~shown))
+        if not kept:
+            names = " and ".join(manifest.name for manifest in manifests)
+            concepts = " and ".join(repr(manifest.concept) for manifest in manifests)
+            raise InputError(
+                f"the evaluation sets of {names} show nothing but {concepts}, so "
+                "what is kept cannot be measured",
+                hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets "
+                f"{quote(manifests[0].name)}`",
+            )
+        return kept
 
 
 def accuracy(ranks: Tensor) -> Accuracy:
@@ -99,51 +155,62 @@ def prepare(
     store: Store, manifest: SetManifest, model: nn.Module, *, tokenize: Tokenize, device: str
 ) -> Evaluation:
     """Open the evaluation sets of `manifest` for `model`. Raises InputError without any."""
-    if not manifest.evals:
+    shared = prepare_shared(store, [manifest], model, tokenize=tokenize, device=device)
+    return shared.of(manifest)
+
+
+def prepare_shared(
+    store: Store,
+    manifests: Sequence[SetManifest],
+    model: nn.Module,
+    *,
+    tokenize: Tokenize,
+    device: str,
+) -> SharedEvaluation:
+    """Open the evaluation sets that all of `manifests` have. Raises InputError without any.
+
+    Their evaluation sets must be the same: the first one's are opened.
+    """
+    first = manifests[0]
+    if not first.evals:
         raise InputError(
-            f"set {manifest.name} has nothing to measure on",
-            hint=f"run `slsgu build-sets {quote(manifest.name)} ... --eval NAME=SOURCE`",
+            f"set {first.name} has nothing to measure on",
+            hint=f"run `slsgu build-sets {quote(first.name)} ... --eval NAME=SOURCE`",
         )
     vision, text = vision_tower(model), text_tower(model)
-    blocks = {name: DataBlock.open(store, ref) for name, ref in sorted(manifest.evals.items())}
-    prompts = {name: _prompts(text, block, (), tokenize, device) for name, block in blocks.items()}
-    normalize = pixel_normalizer(manifest.input, device)
+    blocks = {name: DataBlock.open(store, ref) for name, ref in sorted(first.evals.items())}
+    normalize = pixel_normalizer(first.input, device)
 
-    def images(block: DataBlock, rows: Ints, labels: Ints) -> ImageSide:
-        return ImageSide(vision, block, rows, to_tokens(labels, device), normalize)
-
-    utility, forget = {}, None
-    for name, block in blocks.items():
-        own = find_class(block.class_names, manifest.concept)
-        is_forget = name == manifest.forget_eval
-        shows = block.labels == own if is_forget else np.zeros(block.rows, bool)
-        kept, gone = np.flatnonzero(~shows), np.flatnonzero(shows)
-        if kept.size:
-            utility[name] = EvaluationSet(
-                images(block, kept, block.labels[kept]), prompts[name], block.class_names
-            )
-        if is_forget:
-            forget = EvaluationSet(
-                images(block, gone, block.labels[gone]), prompts[name], block.class_names
-            )
-    if not utility:
-        raise InputError(
-            f"the evaluation sets of {manifest.name} show nothing but {manifest.concept!r}, so "
-            "what is kept cannot be measured",
-            hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets "
-            f"{quote(manifest.name)}`",
-        )
-    if forget is None:
-        first = next(iter(blocks.values()))
-        names = (*first.class_names, manifest.concept)
-        block = DataBlock.open(store, manifest.forget)
+    def opened(
+        block: DataBlock, labels: Ints, extra: Sequence[str], asked: DataBlock
+    ) -> EvaluationSet:
         rows = np.arange(block.rows)
-        forget = EvaluationSet(
-            images(block, rows, np.full(block.rows, len(names) - 1)),
-            _prompts(text, first, (manifest.concept,), tokenize, device),
-            names,
-        )
-    return Evaluation(model, vision, text, forget, utility)
+        images = ImageSide(vision, block, rows, to_tokens(labels, device), normalize)
+        prompts = _prompts(text, asked, extra, tokenize, device)
+        return EvaluationSet(images, prompts, (*asked.class_names, *extra))
+
+    sets = {name: opened(block, block.labels, (), block) for name, block in blocks.items()}
+    forget = {}
+    for manifest in manifests:
+        if manifest.forget_eval is not None:
+            group = sets[manifest.forget_eval]
+            shown = _shown(manifest.forget_eval, group, manifest)
+            forget[manifest.name] = group.some(np.flatnonzero(shown))
+        else:
+            asked = next(iter(blocks.values()))
+            block = DataBlock.open(store, manifest.forget)
+            labels = np.full(block.rows, len(asked.class_names))
+            forget[manifest.name] = opened(block, labels, (manifest.concept,), asked)
+    return SharedEvaluation(model, vision, text, sets, forget)
+
+
+def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArray[np.bool_]:
+    """Return which rows of the set called `name` measure the forget accuracy of a concept."""
+    labels = group.images.labels.cpu().numpy()
+    if manifest.forget_eval != name:
+        return np.zeros(len(labels), bool)
+    found: npt.NDArray[np.bool_] = labels == find_class(group.names, manifest.concept)
+    return found
 
 
 def _prompts(

@@ -1,12 +1,15 @@
 """Where each artifact of a set lies in the store, and how the ones in use are read."""
 
 import re
+from collections.abc import Sequence
 from shlex import quote
 
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.records import GradientPointer, Ranking, SetManifest
+from slsgu_cli.records import GradientPointer, Ranking, SetManifest, digest
 from slsgu_cli.store import Store, require
 
+# File systems end names at 255 bytes; plots add the name of a layer.
+LONGEST_LABEL = 100
 _NAME = re.compile(r"[\w][\w .+@-]*")
 
 
@@ -30,9 +33,9 @@ def pointer_path(name: str) -> str:
     return f"gradients/{check_name(name)}.json"
 
 
-def gradient_path(digest: str) -> str:
-    """Return where the gradient called `digest` lies."""
-    return f"gradients/{digest}.safetensors"
+def gradient_path(address: str) -> str:
+    """Return where the gradient called `address`, a digest, lies."""
+    return f"gradients/{address}.safetensors"
 
 
 def moments_path(digest: str) -> str:
@@ -48,6 +51,29 @@ def ranking_path(name: str) -> str:
 def trials_path(name: str) -> str:
     """Return where the search of the set `name` is recorded."""
     return f"trials/{check_name(name)}.json"
+
+
+def joint_label(names: Sequence[str]) -> str:
+    """Return what a joint search over several sets is called: their names, as far as they fit."""
+    label = "+".join(names)
+    if len(label) <= LONGEST_LABEL:
+        return label
+    return f"{names[0]}+{len(names) - 1}-{digest(list(names))[:8]}"
+
+
+def joint_path(names: Sequence[str]) -> str:
+    """Return where the joint search over several sets is recorded."""
+    return f"joint/{check_name(joint_label(names))}.json"
+
+
+def sweep_path(name: str) -> str:
+    """Return where the sweep `name` is recorded."""
+    return f"sweeps/{check_name(name)}.json"
+
+
+def trajectory_path(name: str) -> str:
+    """Return where the trajectories of the set `name` are recorded."""
+    return f"trajectories/{check_name(name)}.json"
 
 
 def edit_path(name: str) -> str:
@@ -82,8 +108,8 @@ def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
             f"the gradients of {name} were computed before its {which} set was built anew",
             hint=f"run `{run}`",
         )
-    for digest in (pointer.forget, pointer.retain):
-        require(store, gradient_path(digest), what=f"gradient {digest} of {name}", run=run)
+    for address in (pointer.forget, pointer.retain):
+        require(store, gradient_path(address), what=f"gradient {address} of {name}", run=run)
     return pointer
 
 

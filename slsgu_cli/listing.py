@@ -19,6 +19,7 @@ from slsgu_cli.records import (
     SetManifest,
     Trials,
 )
+from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.shelf import CHECKS, PLACES, Kind, Shelf, State, attributes, blocks
 from slsgu_cli.store import Store
 
@@ -45,7 +46,7 @@ class Entry:
         return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
 
 
-_FOLDERS = ("sets", "data", "gradients", "moments", "rankings", "trials", "edits", "plots")
+_FOLDERS = tuple(sorted({folder for folder, _, _ in PLACES.values()} | {"data", "plots"}))
 
 
 def entries(store: Store) -> list[Entry]:
@@ -126,6 +127,16 @@ def _about_trials(trials: Trials) -> dict[str, str]:
     return about | {"trials": many}
 
 
+def _about_joint(found: JointSearch) -> dict[str, str]:
+    sets = ", ".join(found.names)
+    return {"sets": sets, "steer": found.steer, "trials": str(len(found.trials))}
+
+
+def _about_sweep(sweep: Sweep) -> dict[str, str]:
+    done = f"{len(sweep.rows)} of {len(sweep.classes)}"
+    return {"model": str(sweep.model), "classes": done, "steer": sweep.steer}
+
+
 def _about_edit(edit: EditHeader) -> dict[str, str]:
     words = {
         "model": str(edit.model),
@@ -134,6 +145,8 @@ def _about_edit(edit: EditHeader) -> dict[str, str]:
         "direction": edit.direction,
         "step": f"{edit.step:.4g} ({100 * edit.share:.3g}% of its norm)",
     }
+    if edit.joint:
+        words["together with"] = ", ".join(n for n in edit.joint.names if n != edit.name)
     if edit.forget:
         words["FA@1"] = _change(edit.baseline_forget, edit.forget)
     for name, figures in (edit.utility or {}).items():
@@ -152,6 +165,9 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.MOMENTS: _about_moments,
     Kind.RANKING: _about_ranking,
     Kind.TRIALS: _about_trials,
+    Kind.TRAJECTORY: _about_trials,
+    Kind.JOINT: _about_joint,
+    Kind.SWEEP: _about_sweep,
     Kind.EDIT: _about_edit,
 }
 

@@ -16,6 +16,7 @@ def _device(name: str) -> str:
 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the set.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of sets.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -29,6 +30,56 @@ Pretrained = Annotated[
     str | None,
     typer.Option("--pretrained", "-p", help="open_clip tag or checkpoint file, for a name."),
 ]
+Sources = Annotated[
+    list[str],
+    typer.Option(
+        "--source",
+        "-s",
+        help="Tar shards, parquet, folder or glob; rows by ?column=value. Repeatable.",
+    ),
+]
+NotMatch = Annotated[
+    list[str] | None,
+    typer.Option("--not-match", help="Captions that are in neither set. Repeatable."),
+]
+MaxForget = Annotated[
+    int | None, typer.Option("--max-forget", min=1, help="At most this many forget rows.")
+]
+RetainSources = Annotated[
+    list[str] | None,
+    typer.Option("--retain-source", help="Where retain rows come from. Default: --source."),
+]
+RetainSamples = Annotated[
+    int, typer.Option("--retain-samples", min=1, help="Retain rows drawn by seed.")
+]
+RetainExclude = Annotated[
+    list[str] | None,
+    typer.Option("--retain-exclude", help="Captions kept out of the retain set. Repeatable."),
+]
+Evals = Annotated[
+    list[str] | None,
+    typer.Option("--eval", help="NAME=SOURCE to measure on, with labels. Repeatable."),
+]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--templates",
+        help="NAME=FILE, or imagenet, imagenet-simple, celeba: prompts. Repeatable.",
+    ),
+]
+ForgetEval = Annotated[
+    str | None, typer.Option("--forget-eval", help="Evaluation set that shows the concept.")
+]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", help="Parquet column of images.")
+]
+CaptionColumn = Annotated[
+    str | None, typer.Option("--caption-column", help="Parquet column of captions.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="Column of evaluation labels.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)
 ]

@@ -34,6 +34,15 @@ class Example:
     after: Guesses
 
 
+@dataclass(frozen=True, slots=True)
+class CosineMap:
+    """A cosine matrix, (classes, classes), its title, and the names that were forgotten in it."""
+
+    title: str
+    values: Matrix
+    forgotten: Sequence[str]
+
+
 def cosine_plot(
     before: Matrix,
     after: Matrix | None,
@@ -47,27 +56,42 @@ def cosine_plot(
     `before` and `after` are (classes, classes): rows images, columns names. `thumbnails`
     is uint8 (classes, H, W, 3), one image a row. Without `after` there is one map.
     """
-    maps = [("before", before)] + ([("after", after)] if after is not None else [])
-    low, high = min(m.min() for _, m in maps), max(m.max() for _, m in maps)
+    maps = [CosineMap("cosine similarity" if after is None else "before", before, forgotten)]
+    if after is not None:
+        maps.append(CosineMap("after", after, forgotten))
+    return cosine_maps(maps, names, thumbnails=thumbnails)
+
+
+def cosine_maps(
+    maps: Sequence[CosineMap], names: Sequence[str], *, thumbnails: Images | None = None
+) -> bytes:
+    """Draw cosine matrices of the same classes side by side, on one scale (Figures 3, 7, 8).
+
+    Up to two stand in a row, more of them three in a row.
+    """
+    across = len(maps) if len(maps) < 3 else 3
+    low, high = min(m.values.min() for m in maps), max(m.values.max() for m in maps)
     count = len(names)
     cell = 0.56 if count <= 16 else max(0.12, 9 / count)
     side, gap = cell * count, 0.35 + cell * (thumbnails is not None)
-    width, height = len(maps) * (side + gap) + 0.6, side + 0.4
+    rows = -(-len(maps) // across)
+    below = side + (1.6 if rows > 1 else 0)
+    width, height = across * (side + gap) + 0.6, below * (rows - 1) + side + 0.4
     figure = blank(width, height)
-    for index, (title, values) in enumerate(maps):
-        left = gap + index * (side + gap)
-        axes = _place(figure, left, 0, side, side)
-        image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
-        _name_axes(axes, names, forgotten, cell=cell, rows=index == 0)
-        _mark(axes, values, [names.index(name) for name in forgotten if name in names])
+    for index, each in enumerate(maps):
+        left = gap + index % across * (side + gap)
+        bottom = below * (rows - 1 - index // across)
+        axes = _place(figure, left, bottom, side, side)
+        image = axes.imshow(each.values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+        _name_axes(axes, names, each.forgotten, cell=cell, rows=index % across == 0)
+        _mark(axes, each.values, [names.index(n) for n in each.forgotten if n in names])
         if count <= 16:
-            _annotate(axes, values, (low + high) / 2)
+            _annotate(axes, each.values, (low + high) / 2)
         if thumbnails is not None:
-            _beside(figure, thumbnails, left - cell, side, cell)
+            _beside(figure, thumbnails, left - cell, bottom + side, cell)
             axes.tick_params(axis="y", pad=72 * cell + 4)
-        heading = title if after is not None else "cosine similarity"
-        axes.set_title(heading, fontsize=12, fontweight="bold", color=INK, pad=8)
-    bar = figure.colorbar(image, cax=_place(figure, width - 0.5, 0, 0.16, side))
+        axes.set_title(plain(each.title, 40), fontsize=12, fontweight="bold", color=INK, pad=8)
+    bar = figure.colorbar(image, cax=_place(figure, width - 0.5, height - 0.4 - side, 0.16, side))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9, color=PALE)
     bar.set_label("cosine similarity of image and name", color=INK, fontsize=10)
@@ -141,10 +165,10 @@ def _thumbnail(axes: Axes, image: Images, frame: str) -> None:
     axes.spines[:].set(color=frame, linewidth=1.8)
 
 
-def _beside(figure: Figure, images: Images, left: float, side: float, cell: float) -> None:
-    """Put one thumbnail left of each row of a map."""
+def _beside(figure: Figure, images: Images, left: float, top: float, cell: float) -> None:
+    """Put one thumbnail left of each row of a map that ends at `top`."""
     for row, image in enumerate(images):
-        bottom = side - (row + 1) * cell
+        bottom = top - (row + 1) * cell
         axes = _place(figure, left + 0.04 * cell, bottom + 0.05 * cell, 0.88 * cell, 0.9 * cell)
         _thumbnail(axes, image, PALE)
 

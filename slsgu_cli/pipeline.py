@@ -165,6 +165,7 @@ def direct_edit(
         baseline_utility=None,
         forget=None,
         utility=None,
+        joint=None,
         version=slsgu_cli.__version__,
     )
     return make_edit(edit, delta=step * along, before=before)
@@ -191,9 +192,16 @@ def search_and_plot(
     store: Store, name: str, *, options: SearchOptions, console: Console
 ) -> SearchResult:
     """Search a set's layers and draw the accuracies against the step for each."""
+    result = search(store, name, options=options, console=console)
+    draw_steps(store, result)
+    return result
+
+
+def draw_steps(store: Store, result: SearchResult) -> None:
+    """Draw the accuracies against the step for each layer that was searched."""
     from slsgu_cli.plots import step_plot
 
-    result = search(store, name, options=options, console=console)
+    name = result.trials.name
     chosen, trials = result.chosen, result.trials
     lines: dict[str, set[float | None]] = {}
     for trial in trials.trials:
@@ -203,7 +211,6 @@ def search_and_plot(
             step = chosen.step if (layer, ridge) == (chosen.layer, chosen.ridge) else None
             path = plot_path(name, f"steps-{layer}" + (f"-{ridge:g}" if len(ridges) > 1 else ""))
             store.write_bytes(path, step_plot(trials, layer=layer, ridge=ridge, chosen=step))
-    return result
 
 
 def require_forgotten(result: SearchResult) -> None:
@@ -252,6 +259,8 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
             console.warn(
                 f"the edit {edit.header.name} does not forget completely: its search failed"
             )
+    if not request.revert:
+        _tell_of_joint_searches(edits, console)
     model = resolve(_shared_model(edits, request.model))
     source = CheckpointSource(
         model.spec, model.weights, model.folder, model.config, model.preprocess
@@ -266,6 +275,20 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
         overwrite=request.overwrite,
         dry_run=request.dry_run,
     )
+
+
+def _tell_of_joint_searches(edits: Sequence[Edit], console: Console) -> None:
+    """Warn of edits that were searched to be in place with others which are not there."""
+    present = {(edit.header.name, edit.header.joint) for edit in edits}
+    joints = {edit.header.joint for edit in edits if edit.header.joint}
+    for joint in sorted(joints, key=lambda joint: joint.digest):
+        missing = [name for name in joint.names if (name, joint) not in present]
+        if missing:
+            there = [name for name in joint.names if name not in missing]
+            console.warn(
+                f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
+                "that search is not applied here; the figures hold for all of them together"
+            )
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

@@ -78,8 +78,8 @@ def step_plot(
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
     dress(axes)
-    _draw_accuracies(axes, trials, tried)
-    _step_axes(axes, tried)
+    draw_accuracies(axes, trials, tried)
+    step_axes(axes, tried)
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
     axes.set_ylim(0, 103)
@@ -123,9 +123,9 @@ def _draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> None:
         )
 
 
-def _draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial]) -> None:
-    """Draw a line a figure, from the original model at step 0 on."""
-    line: dict[str, Any] = {"linewidth": 2, "markersize": 6, "clip_on": False}
+def draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial], *, size: float = 6) -> None:
+    """Draw a line a figure, from the original model at step 0 on, with markers of a size."""
+    line: dict[str, Any] = {"linewidth": size / 3, "markersize": size, "clip_on": False}
     steps = [0.0, *(t.step for t in tried)]
     top1 = [trials.baseline_forget.top1, *(t.forget.top1 for t in tried)]
     top5 = [trials.baseline_forget.top5, *(t.forget.top5 for t in tried)]
@@ -147,7 +147,7 @@ def _draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial]) -> None
         axes.axhline(baseline.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
 
 
-def _step_axes(axes: Axes, tried: Sequence[Trial]) -> None:
+def step_axes(axes: Axes, tried: Sequence[Trial]) -> None:
     """Scale the step axis and put the share of the layer's norm above it."""
     first, last = tried[0].step, tried[-1].step
     percent = 100 * tried[-1].share / last

@@ -294,12 +294,24 @@ class Trials:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class JointRef:
+    """The joint search an edit belongs to: its sets, and a digest of all layers and steps.
+
+    Edits of equal digests were searched to be in place together.
+    """
+
+    names: tuple[str, ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class EditHeader:
     """An edit: add the tensor `delta` (= step * direction) to `layer`.
 
     The file also holds the original layer as `before`, so that an edit can be undone to
     the bit. `digests` are of the layer's original values, rounded to fp32, fp16 and
-    bf16, so that the same weights are recognised in another precision.
+    bf16, so that the same weights are recognised in another precision. The figures of an
+    edit that was searched jointly are those with all edits of `joint` in place.
     """
 
     name: str
@@ -322,6 +334,7 @@ class EditHeader:
     baseline_utility: dict[str, Accuracy] | None
     forget: Accuracy | None
     utility: dict[str, Accuracy] | None
+    joint: JointRef | None
     version: str
 
 

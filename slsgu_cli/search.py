@@ -6,7 +6,7 @@ and for images of an edited vision tower only until the step can no longer win. 
 and step chosen are those that measuring everything would choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from shlex import quote
@@ -25,6 +25,7 @@ from slsgu_cli.records import (
     Direction,
     EditHeader,
     GradientPointer,
+    JointRef,
     LayerScore,
     Precision,
     Ranking,
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from slsgu_cli.evaluation import Evaluation
+    from slsgu_cli.edits import Edit
+    from slsgu_cli.evaluation import Evaluation, SharedEvaluation
     from slsgu_cli.trial import Probe
 
 FORGET = "(forget)"
@@ -79,8 +81,41 @@ class SearchResult:
     reused: int
 
 
-def search(store: Store, name: str, *, options: SearchOptions, console: Console) -> SearchResult:
-    """Search the front layers of set `name`, record the trials, write the edit.
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One set to search: its gradients, the layers to try, and the directions they move in.
+
+    `options` have the direction, the ridges and the device that are in force.
+    """
+
+    manifest: SetManifest
+    pointer: GradientPointer
+    layers: tuple[LayerScore, ...]
+    options: SearchOptions
+    moments: Moments | None
+
+    @property
+    def name(self) -> str:
+        """The name of the set."""
+        return self.manifest.name
+
+    def probes(self, store: Store, evaluation: "Evaluation") -> "Iterator[Probe]":
+        """Yield a probe for every direction of every layer."""
+        import torch
+
+        from slsgu_cli.trial import Probe
+
+        for score in self.layers:
+            for ridge in self.options.ridges if self.moments else (None,):
+                along = forget_direction(
+                    store, self.pointer, score.layer, ridge=ridge or 0, moments=self.moments
+                )
+                direction = torch.from_numpy(along).to(self.options.device)
+                yield Probe(evaluation, score, direction, ridge)
+
+
+def read_case(store: Store, name: str, *, options: SearchOptions, console: Console) -> Case:
+    """Return what to search of set `name`, with the moments its directions take.
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
@@ -89,10 +124,6 @@ def search(store: Store, name: str, *, options: SearchOptions, console: Console)
             "a search in bf16 would count accuracies of a rounded model",
             hint="--precision fp32, or tf32 on a GPU that has it",
         )
-    import torch
-
-    from slsgu_cli.gradpass import arithmetic
-
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
@@ -104,16 +135,40 @@ def search(store: Store, name: str, *, options: SearchOptions, console: Console)
         moments = ensure_moments(
             store, manifest, pointer, names, device=options.device, console=console
         )
+    return Case(manifest, pointer, tuple(layers), options, moments)
+
+
+def search(
+    store: Store,
+    name: str,
+    *,
+    options: SearchOptions,
+    console: Console,
+    evaluation: "Evaluation | None" = None,
+) -> SearchResult:
+    """Search the front layers of set `name`, record the trials, write the edit.
+
+    `evaluation` is the set's, after its base pass, where several sets share one.
+    Raises MissingError, StaleError, InputError and UsageError.
+    """
+    import torch
+
+    from slsgu_cli.edits import write_edit
+    from slsgu_cli.gradpass import arithmetic
+
+    case = read_case(store, name, options=options, console=console)
+    options = case.options
     with torch.no_grad(), arithmetic(options.precision):
-        evaluation = _evaluation(store, manifest, pointer, layers, options, console)
-        trials = _resume(store, manifest, pointer, evaluation, options, console)
+        evaluation = evaluation or load_evaluation(store, case, console)
+        fresh = fresh_trials(case, evaluation)
+        trials = recorded_trials(store, trials_path(name), fresh, console)
         recorded = len(trials.trials)
         run = _Run(store, evaluation, trials, options, console)
-        for score in layers:
-            for ridge in options.ridges if moments else (None,):
-                run.bisect(_probe(store, pointer, evaluation, score, ridge, moments, options))
+        for probe in case.probes(store, evaluation):
+            run.bisect(probe)
         chosen = run.choose()
-        _write_edit(store, manifest, pointer, run, chosen)
+        probe = run.probes[chosen.layer, chosen.ridge]
+        write_edit(store, searched_edit(case, probe, run.trials, chosen))
     store.write_record(trials_path(name), run.trials)
     return SearchResult(run.trials, chosen, run.left(chosen) == 0, recorded)
 
@@ -234,39 +289,37 @@ def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
     return chosen
 
 
-def _evaluation(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    layers: Sequence[LayerScore],
-    options: SearchOptions,
-    console: Console,
-) -> "Evaluation":
+def load_evaluation(store: Store, case: Case, console: Console) -> "Evaluation":
     """Load the model the gradients belong to and run it once over the evaluation data."""
     from slsgu_cli.evaluation import prepare
 
-    model, module = load_graded(manifest, pointer, options.device)
-    evaluation = prepare(store, manifest, module, tokenize=tokenizer(model), device=options.device)
+    device = case.options.device
+    model, module = load_graded(case.manifest, case.pointer, device)
+    evaluation = prepare(store, case.manifest, module, tokenize=tokenizer(model), device=device)
+    run_base_pass(evaluation, case.layers, case.options, console)
+    return evaluation
+
+
+def run_base_pass(
+    evaluation: "Evaluation | SharedEvaluation",
+    layers: Sequence[LayerScore],
+    options: SearchOptions,
+    console: Console,
+) -> None:
+    """Run the original model once within the cache budget; tell of towers that are not split."""
     for tower in {score.tower for score in layers}:
         if not evaluation.tower(tower).exact_split:
             console.detail(f"the {tower} tower is not split: every trial runs all of it")
     budget = options.cache_budget if options.cache_budget is not None else spare(options.device)
     evaluation.base_pass((s.layer for s in layers), cache_bytes=budget, console=console)
-    return evaluation
 
 
-def _resume(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    evaluation: "Evaluation",
-    options: SearchOptions,
-    console: Console,
-) -> Trials:
-    """Return the recorded trials if they were made from the same things, else none."""
+def fresh_trials(case: Case, evaluation: "Evaluation") -> Trials:
+    """Return a record without trials, with what they will be made from."""
+    manifest, pointer, options = case.manifest, case.pointer, case.options
     shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
     evals = {name: ref.fingerprint for name, ref in sorted(manifest.evals.items())}
-    fresh = Trials(
+    return Trials(
         name=manifest.name,
         forget=pointer.forget,
         direction=options.direction or Direction.GRADIENT,
@@ -281,10 +334,14 @@ def _resume(
         trials=(),
         version=slsgu_cli.__version__,
     )
-    if not store.exists(trials_path(manifest.name)):
+
+
+def recorded_trials(store: Store, path: str, fresh: Trials, console: Console) -> Trials:
+    """Return `fresh` with the trials recorded at `path`, if they were made from the same things."""
+    if not store.exists(path):
         return fresh
     try:
-        old = store.read_record(trials_path(manifest.name), Trials)
+        old = store.read_record(path, Trials)
     except (StaleError, InputError) as error:
         console.note(f"recorded trials cannot be used and are made again: {error}")
         return fresh
@@ -294,56 +351,40 @@ def _resume(
     return replace(fresh, trials=old.trials) if made_from(old) == made_from(fresh) else fresh
 
 
-def _probe(
-    store: Store,
-    pointer: GradientPointer,
-    evaluation: "Evaluation",
-    score: LayerScore,
-    ridge: float | None,
-    moments: Moments | None,
-    options: SearchOptions,
-) -> "Probe":
-    import torch
-
-    from slsgu_cli.trial import Probe
-
-    along = forget_direction(store, pointer, score.layer, ridge=ridge or 0, moments=moments)
-    return Probe(evaluation, score, torch.from_numpy(along).to(options.device), ridge)
-
-
-def _write_edit(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, run: _Run, chosen: Trial
-) -> None:
-    from slsgu_cli.edits import make_edit, write_edit
+def searched_edit(
+    case: Case, probe: "Probe", trials: Trials, chosen: Trial, joint: JointRef | None = None
+) -> "Edit":
+    """Return the edit that a chosen trial of a search amounts to."""
+    from slsgu_cli.edits import make_edit
     from slsgu_cli.weights import layer_digests
 
-    probe = run.probes[chosen.layer, chosen.ridge]
     before = probe.weight.cpu().numpy()
     header = EditHeader(
-        name=manifest.name,
-        concept=manifest.concept,
+        name=case.name,
+        concept=case.manifest.concept,
         layer=chosen.layer,
         tower=chosen.tower,
         step=chosen.step,
         share=chosen.share,
-        model=pointer.model,
-        model_fingerprint=pointer.model_fingerprint,
+        model=case.pointer.model,
+        model_fingerprint=case.pointer.model_fingerprint,
         digests=layer_digests(before),
-        gradient=pointer.forget,
-        direction=run.trials.direction,
+        gradient=case.pointer.forget,
+        direction=trials.direction,
         ridge=chosen.ridge,
-        retain_data=run.trials.retain_data,
-        steer=run.trials.steer,
-        margin=run.trials.margin,
-        forgotten=run.left(chosen) == 0,
-        baseline_forget=run.trials.baseline_forget,
-        baseline_utility=run.trials.baseline_utility,
+        retain_data=trials.retain_data,
+        steer=trials.steer,
+        margin=trials.margin,
+        forgotten=left_to_forget(chosen, trials.steer, trials.margin) == 0,
+        baseline_forget=trials.baseline_forget,
+        baseline_utility=trials.baseline_utility,
         forget=chosen.forget,
         utility=chosen.utility,
+        joint=joint,
         version=slsgu_cli.__version__,
     )
     delta = (chosen.step * probe.direction).cpu().numpy()
-    write_edit(store, make_edit(header, delta=delta, before=_compact(before)))
+    return make_edit(header, delta=delta, before=_compact(before))
 
 
 def _compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":

@@ -19,6 +19,7 @@ from slsgu_cli.records import (
     SetManifest,
     Trials,
 )
+from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.store import Store
 
 
@@ -32,6 +33,9 @@ class Kind(StrEnum):
     MOMENTS = "moments"
     RANKING = "ranking"
     TRIALS = "trials"
+    TRAJECTORY = "trajectory"
+    JOINT = "joint"
+    SWEEP = "sweep"
     EDIT = "edit"
     PLOT = "plot"
     UNFINISHED = "unfinished"
@@ -54,6 +58,9 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.MOMENTS: ("moments", ".safetensors", MomentHeader),
     Kind.RANKING: ("rankings", ".json", Ranking),
     Kind.TRIALS: ("trials", ".json", Trials),
+    Kind.TRAJECTORY: ("trajectories", ".json", Trials),
+    Kind.JOINT: ("joint", ".json", JointSearch),
+    Kind.SWEEP: ("sweeps", ".json", Sweep),
     Kind.EDIT: ("edits", ".safetensors", EditHeader),
 }
 
@@ -177,6 +184,27 @@ def _check_trials(shelf: Shelf, name: str, trials: Trials) -> Check:
     return _as_pointer(shelf, name, pointer)
 
 
+def _check_joint(shelf: Shelf, _name: str, found: JointSearch) -> Check:
+    for name, gradient in found.gradients.items():
+        pointer, manifest = shelf.get(Kind.POINTER, name), shelf.get(Kind.SET, name)
+        if pointer is None or pointer.forget != gradient:
+            return _stale(f"the forget gradient of {name} was computed anew since, or is gone")
+        if pointer.model_fingerprint != found.model_fingerprint:
+            return _stale("the model has other weights since")
+        for known, ref in manifest.evals.items() if manifest else ():
+            if found.evals.get(known) != ref.fingerprint:
+                return _stale(f"the evaluation set {known} was built anew since")
+    return GOOD
+
+
+def _check_sweep(shelf: Shelf, _name: str, sweep: Sweep) -> Check:
+    for row in sweep.rows:
+        pointer = shelf.get(Kind.POINTER, row.name)
+        if pointer is None or pointer.forget != row.gradient:
+            return _stale(f"the forget gradient of {row.name} was computed anew since, or is gone")
+    return GOOD
+
+
 def _check_edit(shelf: Shelf, name: str, edit: EditHeader) -> Check:
     # An edit carries all it needs; without gradients of its name it is not out of date.
     pointer = shelf.get(Kind.POINTER, name)
@@ -204,5 +232,8 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.MOMENTS: _check_moments,
     Kind.RANKING: _check_ranking,
     Kind.TRIALS: _check_trials,
+    Kind.TRAJECTORY: _check_trials,
+    Kind.JOINT: _check_joint,
+    Kind.SWEEP: _check_sweep,
     Kind.EDIT: _check_edit,
 }

@@ -5,7 +5,7 @@ of layers, sizes and shares in their units, and of long tables what matters unle
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 # Points of accuracy on an evaluation set that an edit should not cost unnoticed.
 COSTLY = 5.0
-# A model's label, its forget accuracy and its utility by evaluation set.
-Figures = dict[str, tuple[Accuracy, dict[str, Accuracy]]]
+# A model's label, its forget accuracy (or that of each set's concept), its utility by
+# evaluation set.
+Figures = Mapping[str, tuple[Accuracy | dict[str, Accuracy], dict[str, Accuracy]]]
 
 
 def _percent(value: float) -> str:
@@ -242,8 +243,16 @@ def before_after(console: Console, models: Figures) -> None:
     labels = list(models)
     sets = sorted(next(iter(models.values()))[1])
     rows: list[tuple[Any, ...]] = []
-    for k, attribute in ((1, "top1"), (5, "top5")):
-        rows.append((f"FA@{k}", *(getattr(models[label][0], attribute) for label in labels)))
+    forgets = {
+        label: {f" {name}": found for name, found in forget.items()}
+        if isinstance(forget, dict)
+        else {"": forget}
+        for label, (forget, _) in models.items()
+    }
+    for name in forgets[labels[0]]:
+        for k, attribute in ((1, "top1"), (5, "top5")):
+            figures = (getattr(forgets[label][name], attribute) for label in labels)
+            rows.append((f"FA@{k}{name}", *figures))
     for name in sets:
         for k, attribute in ((1, "top1"), (5, "top5")):
             figures = (models[label][1].get(name) for label in labels)

@@ -6,7 +6,7 @@ and a test can drive it with any made-up accuracy.
 
 from collections.abc import Sequence
 
-from slsgu_cli.records import Steer, Trial
+from slsgu_cli.records import Accuracy, Steer, Trial
 
 
 def first_step(weight_norm: float, direction_norm: float) -> float:
@@ -36,9 +36,14 @@ def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
 
 def left_to_forget(trial: Trial, steer: Steer, margin: float | None) -> float:
     """Return what the search drives to zero: a forget accuracy, or what the margin lacks."""
+    return left_of(trial.forget, trial.gap, steer, margin)
+
+
+def left_of(forget: Accuracy, gap: float, steer: Steer, margin: float | None) -> float:
+    """Return what a forget accuracy, and the gap that comes with it, leave to forget."""
     if steer is Steer.MARGIN:
-        return max(0.0, (margin or 0.0) - trial.gap)
-    return trial.forget.top1 if steer is Steer.FA1 else trial.forget.top5
+        return max(0.0, (margin or 0.0) - gap)
+    return forget.top1 if steer is Steer.FA1 else forget.top5
 
 
 def best(candidates: Sequence[tuple[float, float]]) -> int:

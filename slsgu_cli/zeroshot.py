@@ -99,9 +99,22 @@ class ImageSide:
     normalize: Pixels
     features: Tensor = field(init=False)
     _states: dict[int, Tensor] = field(init=False, default_factory=dict)
+    # Where the rows lie in the states, for a part of the rows that the states are of.
+    _places: Tensor | None = field(init=False, default=None)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def some(self, chosen: npt.NDArray[np.integer]) -> "ImageSide":
+        """Return some of the rows, with what the base pass kept of them if it has run."""
+        places = torch.from_numpy(chosen).to(self.labels.device)
+        rows, labels = self.rows[chosen], self.labels[places]
+        part = ImageSide(self.tower, self.block, rows, labels, self.normalize)
+        if hasattr(self, "features"):
+            part.features = self.features[places]
+            part._states = self._states
+            part._places = places if self._places is None else self._places[places]
+        return part
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> Iterator[int]:
         """Compute the features, keeping what enters `stages`; yield rows as they are done."""
@@ -130,7 +143,8 @@ class ImageSide:
                 pixels = self.normalize(self.block.take(self.rows[some.numpy()]))
                 parts.append(self.tower.features(pixels, pixels))
             else:
-                x = self._states[start][some.to(self.labels.device)]
+                at = some.to(self.labels.device)
+                x = self._states[start][at if self._places is None else self._places[at]]
                 parts.append(self.tower.features(x, x, start))
         return torch.cat(parts)
 

@@ -5,11 +5,12 @@ A world is a store with a set that is built, graded and ranked (see `worlds.py`)
 - `world`, of this test alone: the colour blue and a tiny model of coloured shapes (see
   `tiny_clip.py`), with evaluation sets of 64 colours and 40 shapes;
 - `shared_world`, the same for all tests, to which nobody may write;
+- `several_world`, the same for all tests with sets for red and green beside blue, which
+  share a retain set;
 - `demo_world`, shared too: facebook and the embedded CLIP, with few rows.
 """
 
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,20 @@ def shared_world(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def world(shared_world, tmp_path):
+    return shared_world.copied(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def several_world(shared_world, tmp_path_factory):
     from dataclasses import replace
 
-    folder = tmp_path / "store"
-    shutil.copytree(shared_world.store.root, folder)
-    return replace(shared_world, store=Store(str(folder)))
+    names = ("blue", "red", "green")
+    world = shared_world.copied(tmp_path_factory.mktemp("several") / "store")
+    for name in names:
+        own = replace(world, name=name)
+        own.build(retain_exclude=names)
+        own.grade()
+    return world
 
 
 @pytest.fixture(scope="session")

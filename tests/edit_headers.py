@@ -33,6 +33,7 @@ def header(
         baseline_utility=None,
         forget=None,
         utility=None,
+        joint=None,
         version="0",
     )
 

@@ -22,7 +22,9 @@ from slsgu_cli.naming import known_as
 from slsgu_cli.records import EditHeader, Ranking
 from slsgu_cli.store import Store
 
-COMMANDS = ("build-sets", "grad", "rank", "search", "apply", "eval", "ls", "demo")
+COMMANDS = (
+    "build-sets", "grad", "rank", "search", "apply", "eval", "trajectory", "sweep", "ls", "demo",
+)  # fmt: skip
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
 

@@ -136,6 +136,7 @@ def write_edit(store, name, *, gradient, measured=True, retain=None):
         baseline_utility={"brands": Accuracy(61.0, 80.0, 10)} if measured else None,
         forget=AFTER if measured else None,
         utility={"brands": Accuracy(60.5, 80.0, 10)} if measured else None,
+        joint=None,
         version="0.1.0",
     )
     store.write_tensors(f"edits/{name}.safetensors", {"delta": np.ones((2, 2))}, header)

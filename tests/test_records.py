@@ -195,6 +195,7 @@ def test_an_edit_without_figures_survives():
         baseline_utility=None,
         forget=None,
         utility={"brands": ACCURACY},
+        joint=None,
         version="0.1.0",
     )
     assert decode(EditHeader, through_json(header)) == header

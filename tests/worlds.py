@@ -1,5 +1,6 @@
 """Whole stores for the tests: sets that are built, graded and ranked."""
 
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,6 +57,11 @@ class World:
     @property
     def ranking(self) -> Ranking:
         return read_ranking(self.store, self.pointer)
+
+    def copied(self, folder: Path) -> "World":
+        """Return the same world in a store of its own."""
+        shutil.copytree(self.store.root, folder)
+        return replace(self, store=Store(str(folder)))
 
     def build(self, **changes) -> SetManifest:
         """Build the set, with `changes` to the request."""

@@ -1,0 +1,1 @@
+"""Several steps, several concepts at once, several classes one after another."""

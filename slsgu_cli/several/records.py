@@ -1,0 +1,99 @@
+"""The records of joint searches and of sweeps."""
+
+from dataclasses import dataclass
+
+from slsgu_cli.records import Accuracy, Direction, ModelSpec, Precision, Steer, Tower
+
+
+@dataclass(frozen=True, slots=True)
+class JointMove:
+    """One concept's part in a joint edit: the layer it moves and how far."""
+
+    name: str
+    layer: str
+    tower: Tower
+    ridge: float | None
+    step: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class JointTrial:
+    """Several moves in place at once, with what they leave of each concept, by its set's name.
+
+    `gaps` are the concepts' gaps, as a trial has one. `utility` is None where it was not
+    measured.
+    """
+
+    moves: tuple[JointMove, ...]
+    forget: dict[str, Accuracy]
+    gaps: dict[str, float]
+    utility: dict[str, Accuracy] | None
+
+
+@dataclass(frozen=True, slots=True)
+class JointSearch:
+    """A joint search: what it was made from, and what it found for 1, 2, ... concepts.
+
+    `gradients` maps each set to its forget gradient, `retain_data` each whose direction is
+    whitened to the retain rows that whitened it. `stages` has the trial that stands
+    for the first concept, for the first two, and so on; the last one is what was written.
+    Utility is measured without the images of any of the concepts, at every stage.
+    """
+
+    names: tuple[str, ...]
+    concepts: tuple[str, ...]
+    gradients: dict[str, str]
+    retain_data: dict[str, str]
+    model: ModelSpec
+    model_fingerprint: str
+    evals: dict[str, str]
+    precision: Precision
+    steer: Steer
+    margin: float | None
+    baseline_forget: dict[str, Accuracy]
+    baseline_utility: dict[str, Accuracy]
+    stages: tuple[JointTrial, ...]
+    trials: tuple[JointTrial, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One class of a sweep: the edit its search chose, and its figures before and after.
+
+    `gradient` and `retain` name the gradients it was made from.
+    """
+
+    name: str
+    gradient: str
+    retain: str
+    layer: str
+    tower: Tower
+    direction: Direction
+    ridge: float | None
+    step: float
+    share: float
+    baseline_forget: Accuracy
+    baseline_utility: dict[str, Accuracy]
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    forgotten: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The same job for each class of a list, as far as it is done.
+
+    `recipe` is a digest of everything that was asked for; rows of another recipe are not
+    used again.
+    """
+
+    name: str
+    recipe: str
+    classes: tuple[str, ...]
+    model: ModelSpec
+    model_fingerprint: str
+    steer: Steer
+    rows: tuple[SweepRow, ...]
+    version: str

@@ -1,0 +1,269 @@
+"""A joint search forgets all its concepts with the edits in place that it writes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from plain import Plain
+from safetensors.torch import load_file
+from test_cli import inside, rows
+
+from slsgu_cli.edits import load_edit
+from slsgu_cli.errors import InputError, NotForgottenError, UsageError
+from slsgu_cli.layout import joint_label, joint_path
+from slsgu_cli.listing import Kind, State, entries
+from slsgu_cli.pipeline import ApplyRequest, apply_named
+from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.records import Direction, Steer
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.several import joint as joint_module
+from slsgu_cli.several.joint import joint_search, require_all_forgotten
+from slsgu_cli.several.measure import measure_several
+from slsgu_cli.several.records import JointSearch
+
+NAMES = ("blue", "red", "green")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots():
+    """Draw nothing, which takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("several_plot", "cosine_maps"):
+            patch.setattr(joint_module, kind, lambda *_, **__: b"a plot")
+        patch.setattr("slsgu_cli.several.measure.cosine_maps", lambda *_, **__: b"a plot")
+        yield
+
+
+def find(world, console, *names, **options):
+    asked = SearchOptions(**{"steps": 10} | options)
+    return joint_search(world.store, names or NAMES, options=asked, console=console)
+
+
+@pytest.fixture(scope="module")
+def searched(several_world):
+    """A world that is searched jointly, for tests that change nothing."""
+    from worlds import Ear
+
+    return several_world, find(several_world, Ear())
+
+
+@pytest.fixture
+def apart(searched, tmp_path):
+    return searched[0].copied(tmp_path / "store"), searched[1]
+
+
+def plain_figures(world, model):
+    """Return (FA by set, TA by evaluation set) by plain forwards, without the concepts' images."""
+    forget, kept = {}, {}
+    worlds = [replace(world, name=name) for name in NAMES]
+    for own in worlds:
+        forget[own.name] = Plain(own, model).figures().forget
+    plain = Plain(worlds[0], model)
+    for name, block in plain.blocks.items():
+        ranks, labels = plain._ranks(block, block.labels, block.class_names, block)
+        gone = [block.class_names.index(n) for n in NAMES if n in block.class_names]
+        others = ranks[~np.isin(labels, gone)]
+        kept[name] = tuple(100 * float(np.mean(others < k)) for k in (1, 5))
+    return forget, kept
+
+
+def assert_figures(trial, figures):
+    forget, kept = figures
+    for name, found in trial.forget.items():
+        assert (found.top1, found.top5) == pytest.approx(forget[name]), name
+    for name, found in trial.utility.items():
+        assert (found.top1, found.top5) == pytest.approx(kept[name]), name
+
+
+def test_a_joint_search_is_the_summed_edits_by_plain_forwards(searched):
+    world, result = searched
+    assert result.forgotten
+    assert {name: found.top1 for name, found in result.chosen.forget.items()} == dict.fromkeys(
+        NAMES, 0.0
+    )
+    model = open_clip.create_model(world.model.name).eval()
+    baseline = plain_figures(world, model)
+    for name in NAMES:
+        edit = load_edit(world.store, name)
+        with torch.no_grad():
+            model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
+    assert_figures(result.chosen, plain_figures(world, model))
+    before = result.found
+    kept = {name: (found.top1, found.top5) for name, found in before.baseline_utility.items()}
+    assert kept == {name: pytest.approx(figures) for name, figures in baseline[1].items()}
+
+
+def test_edits_are_of_the_original_gradients_and_say_that_they_belong_together(searched):
+    world, result = searched
+    headers = [load_edit(world.store, name).header for name in NAMES]
+    assert len({header.joint.digest for header in headers}) == 1
+    for header, move in zip(headers, result.chosen.moves, strict=True):
+        assert header.joint.names == NAMES
+        assert (header.name, header.layer, header.step) == (move.name, move.layer, move.step)
+        assert header.forget == result.chosen.forget[header.name]
+        assert header.utility == result.chosen.utility
+        own = replace(world, name=header.name)
+        assert header.gradient == own.pointer.forget
+        gradient = Plain(own).gradient[header.layer]
+        delta = load_edit(world.store, header.name).delta()
+        np.testing.assert_allclose(delta, header.step * gradient, rtol=1e-6)
+
+
+def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, console):
+    world, result = searched
+    request = ApplyRequest(names=NAMES, out=tmp_path / "out")
+    apply_named(world.store, request, console=console)
+    assert not any("searched jointly" in told for told in console.heard)
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    assert_figures(result.chosen, plain_figures(world, model))
+    before = load_file(world.folder / "open_clip_model.safetensors")
+    after = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {move.layer for move in result.chosen.moves}
+
+
+def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, console):
+    world, _ = apart
+    request = ApplyRequest(names=("blue", "green"), out=tmp_path / "out", dry_run=True)
+    apply_named(world.store, request, console=console)
+    assert any("blue, green: searched jointly with red" in told for told in console.heard)
+    console.heard.clear()
+    # The edit of a set that was searched alone since is not the one of the joint search.
+    search(world.store, "red", options=SearchOptions(steps=3), console=console)
+    apply_named(world.store, replace(request, names=NAMES), console=console)
+    assert any("blue, green: searched jointly with red" in told for told in console.heard)
+
+
+def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(searched):
+    _, result = searched
+    found = result.found
+    assert [tuple(m.name for m in stage.moves) for stage in found.stages] == [
+        NAMES[:1], NAMES[:2], NAMES,
+    ]  # fmt: skip
+    for before, after in zip(found.stages, found.stages[1:], strict=False):
+        kept = [(move.name, move.layer) for move in before.moves]
+        assert [(move.name, move.layer) for move in after.moves[:-1]] == kept
+    assert all(stage in found.trials for stage in found.stages)
+    assert len({move.layer for move in result.chosen.moves}) > 1
+
+
+def test_a_joint_search_again_measures_nothing_anew(apart, console, monkeypatch):
+    world, result = apart
+    before = world.store.read_bytes(joint_path(NAMES))
+    monkeypatch.setattr("slsgu_cli.several.joining.Combined.left", None)
+    again = find(world, console)
+    assert again.found == result.found
+    assert again.reused == len(result.found.trials)
+    assert world.store.read_bytes(joint_path(NAMES)) == before
+
+
+def test_five_guesses_can_be_driven_to_zero_together(apart, console):
+    world, _ = apart
+    result = find(world, console, "blue", "red", steer=Steer.FA5)
+    if result.forgotten:
+        assert all(found.top5 == 0 for found in result.chosen.forget.values())
+    else:
+        assert any(found.top5 > 0 for found in result.chosen.forget.values())
+    assert load_edit(world.store, "blue").header.steer is Steer.FA5
+
+
+def test_whitened_directions_and_margins_join_as_well(apart, console):
+    world, _ = apart
+    for name in ("blue", "red"):
+        rank(world.store, name, options=RankOptions(direction=Direction.WHITENED))
+    result = find(world, console, "blue", "red", steer=Steer.MARGIN, margin=0.01)
+    header = load_edit(world.store, "red").header
+    assert header.direction is Direction.WHITENED
+    assert (header.ridge, header.margin) == (result.chosen.moves[1].ridge, 0.01)
+    assert header.ridge is not None
+    assert result.forgotten == all(gap >= 0.01 for gap in result.chosen.gaps.values())
+    assert header.forgotten == (result.chosen.gaps["red"] >= 0.01)
+    before = open_clip.create_model(world.model.name).get_parameter(header.layer).data
+    moved = np.linalg.norm(load_edit(world.store, "red").delta()) / before.norm().item()
+    assert moved == pytest.approx(header.share, rel=1e-4)
+
+
+def test_what_cannot_be_forgotten_is_told_and_kept(apart, console):
+    world, _ = apart
+    result = find(world, console, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
+    assert not result.forgotten
+    with pytest.raises(NotForgottenError, match="no steps forget blue and red and green") as error:
+        require_all_forgotten(result)
+    assert error.value.exit_code == 5
+    assert "--joint" in error.value.hint
+    assert load_edit(world.store, "blue").header.joint is not None
+
+
+def test_sets_that_are_measured_on_other_rows_are_refused(apart, console):
+    world, _ = apart
+    other = replace(world, name="red")
+    other.build(evals={"first": world.sources["first"]}, templates={}, retain_exclude=NAMES)
+    other.grade()
+    with pytest.raises(InputError, match="blue and red are not measured on the same rows"):
+        find(world, console)
+    with pytest.raises(InputError, match="not measured on the same rows"):
+        measure_several(world.store, NAMES, model=None, device="cpu", console=console)
+    listed = {entry.kind: entry for entry in entries(world.store)}
+    assert listed[Kind.JOINT].state is State.STALE
+
+
+def test_names_that_make_no_joint_search_are_refused(several_world, console):
+    with pytest.raises(UsageError, match="several names"):
+        find(several_world, console, "blue")
+    with pytest.raises(UsageError, match="twice"):
+        find(several_world, console, "blue", "blue")
+
+
+def test_long_lists_have_short_labels():
+    assert joint_label(NAMES) == "blue+red+green"
+    label = joint_label([f"concept {index}" for index in range(50)])
+    assert label.startswith("concept 0+49-")
+    assert len(label) < 100
+
+
+def test_eval_of_several_has_the_figures_of_the_search(searched, console):
+    world, result = searched
+    found = measure_several(world.store, NAMES, model=None, device="cpu", console=console)
+    before, after = found.models
+    assert before.forget == result.found.baseline_forget
+    assert before.utility == result.found.baseline_utility
+    assert after.forget == result.chosen.forget
+    assert after.utility == result.chosen.utility
+    # Three colours that were forgotten, and the other five.
+    assert before.cosines.shape == (8, 8)
+    for place in range(3):
+        assert after.cosines[place, place] < before.cosines[place, place]
+
+
+def test_the_record_comes_back(searched):
+    world, result = searched
+    assert world.store.read_record(joint_path(NAMES), JointSearch) == result.found
+    listed = {(entry.kind, entry.name): entry for entry in entries(world.store)}
+    joint = listed[Kind.JOINT, "blue+red+green"]
+    assert joint.state is State.OK
+    assert joint.made_from["sets"] == "blue, red, green"
+    assert listed[Kind.EDIT, "red"].made_from["together with"] == "blue, green"
+
+
+def test_the_commands(apart):
+    root = apart[0].store.root
+    done = inside("search", *NAMES, "--joint", store=root)
+    assert done.exit_code == 0
+    edits, stages = rows(done.stdout)
+    assert [row[0] for row in edits] == ["set", *NAMES]
+    assert edits[0][1:4] == ["layer", "ridge", "step"]
+    assert [row[:2] for row in stages[1:]] == [
+        ["0", "-"], ["1", "blue"], ["2", "red"], ["3", "green"],
+    ]  # fmt: skip
+    assert stages[0][3:] == [
+        "FA@1 at most", "TA@1 first", "TA@5 first", "TA@1 second", "TA@5 second",
+    ]  # fmt: skip
+    found = json.loads(inside("eval", *NAMES, "--json", store=root).stdout)
+    assert [row["figure"] for row in found["accuracy"]][:2] == ["FA@1 blue", "FA@5 blue"]
+    failed = inside("search", *NAMES, "--joint", "--steps", "1", "--layer",
+                    "transformer.resblocks.1.attn.out_proj.weight", store=root)  # fmt: skip
+    assert failed.exit_code == 5
+    assert inside("search", "blue", "--joint", store=root).exit_code == 2

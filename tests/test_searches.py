@@ -1,0 +1,75 @@
+"""Several sets searched in one call find what each finds by itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_cli import inside, rows
+
+from slsgu_cli.edits import load_edit
+from slsgu_cli.evaluation import SharedEvaluation
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.several.searches import grouped, read_cases, search_each
+
+NAMES = ("blue", "red", "green")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Count base passes."""
+    counted = []
+    run = SharedEvaluation.base_pass
+    monkeypatch.setattr(
+        SharedEvaluation, "base_pass", lambda *a, **k: (counted.append(1), run(*a, **k))[1]
+    )
+    return counted
+
+
+@pytest.mark.parametrize("budget", [None, 0, 200_000])
+def test_each_finds_what_it_finds_alone(budget, several_world, console, tmp_path, passes):
+    together, apart = (several_world.copied(tmp_path / name) for name in ("together", "apart"))
+    options = SearchOptions(steps=5, cache_budget=budget)
+    results = list(search_each(together.store, NAMES, options=options, console=console))
+    assert len(passes) == 1
+    assert [result.trials.name for result in results] == list(NAMES)
+    for result in results:
+        single = search(apart.store, result.trials.name, options=options, console=console)
+        assert result.chosen == single.chosen
+        assert result.trials.baseline_utility == single.trials.baseline_utility
+        for one, other in zip(result.trials.trials, single.trials.trials, strict=True):
+            assert (one.layer, one.step, one.forget) == (other.layer, other.step, other.forget)
+        name = result.trials.name
+        assert load_edit(together.store, name).header == load_edit(apart.store, name).header
+
+
+def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, console, tmp_path, passes):
+    world = several_world.copied(tmp_path / "store")
+    other = replace(world, name="red")
+    other.build(evals={"first": world.sources["first"]}, templates={}, retain_exclude=NAMES)
+    other.grade()
+    groups = grouped(read_cases(world.store, NAMES, options=SearchOptions(), console=console))
+    assert [[case.name for case in group] for group in groups] == [["blue", "green"], ["red"]]
+    options = SearchOptions(steps=2)
+    results = list(search_each(world.store, NAMES, options=options, console=console))
+    assert [result.trials.name for result in results] == ["blue", "green", "red"]
+    assert len(passes) == 2
+    assert set(results[2].trials.baseline_utility) == {"first"}
+
+
+def test_the_command(several_world, tmp_path, monkeypatch):
+    monkeypatch.setattr("slsgu_cli.plots.step_plot", lambda *_, **__: b"a plot")
+    root = several_world.copied(tmp_path / "store").store.root
+    done = inside("search", "blue", "red", "--steps", "5", store=root)
+    assert done.exit_code == 0
+    tables = rows(done.stdout)
+    assert [row for table in tables for row in table if row[0] == "set"] == [
+        ["set", "blue"], ["set", "red"],
+    ]  # fmt: skip
+    found = json.loads(inside("search", "blue", "red", "--steps", "5", "--json", store=root).stdout)
+    assert list(found) == ["blue", "red"]
+    assert found["red"]["trials"]["name"] == "red"
+    assert inside("search", "blue", "blue", store=root).exit_code == 2
+    left = inside("search", "blue", "red", "--steps", "1", "--layer",
+                  "transformer.resblocks.1.attn.out_proj.weight", store=root)  # fmt: skip
+    assert left.exit_code == 5
+    assert "no step forgets blue" in left.stderr

@@ -1,0 +1,196 @@
+"""A sweep's rows are those of single runs; what classes can share is made once."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_cli import inside, rows
+
+from slsgu_cli import gradients
+from slsgu_cli.build import BuildRequest
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError, NotForgottenError, UsageError
+from slsgu_cli.evaluation import SharedEvaluation
+from slsgu_cli.layout import sweep_path
+from slsgu_cli.listing import Kind, State, entries
+from slsgu_cli.ranking import RankOptions
+from slsgu_cli.records import Direction, PassOptions
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.several import searches
+from slsgu_cli.several.records import Sweep
+from slsgu_cli.several.sweep import SweepRequest, require_all_forgotten, sweep
+from slsgu_cli.store import Store
+
+CLASSES = ("blue", "red", "green")
+
+
+@pytest.fixture
+def request_(shared_world):
+    return SweepRequest(
+        name="colours",
+        classes=CLASSES,
+        build=BuildRequest(
+            name="",
+            concept="",
+            model=shared_world.model,
+            sources=[shared_world.sources["pairs"]],
+            retain_samples=60,
+            label_column="label",
+            evals={name: shared_world.sources[name] for name in ("first", "second")},
+            templates=dict.fromkeys(("first", "second"), shared_world.sources["templates"]),
+        ),
+        gradients=PassOptions(),
+        ranking=RankOptions(direction=Direction.GRADIENT),
+        search=SearchOptions(steps=5),
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "swept"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count gradients by role, base passes and searches."""
+    counts = {"forget": 0, "retain": 0, "base": 0, "search": 0}
+
+    def counting(owner, name, key):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            counts[arguments[1].role if key is None else key] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counting(gradients, "_compute", None)
+    counting(SharedEvaluation, "base_pass", "base")
+    counting(searches, "search", "search")
+    return counts
+
+
+def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path, console):
+    result = sweep(store, request_, console=console)
+    assert [row.name for row in result.sweep.rows] == list(CLASSES)
+    apart = several_world.copied(tmp_path / "single")
+    for row in result.sweep.rows:
+        own = replace(apart, name=row.name)
+        single = search(own.store, own.name, options=request_.search, console=console)
+        chosen, trials = single.chosen, single.trials
+        assert (row.layer, row.step) == (chosen.layer, pytest.approx(chosen.step))
+        assert (row.forget, row.utility) == (chosen.forget, chosen.utility)
+        assert row.baseline_forget == trials.baseline_forget
+        assert row.baseline_utility == trials.baseline_utility
+        assert row.forgotten == single.forgotten
+        assert (row.gradient, row.retain) == (own.pointer.forget, own.pointer.retain)
+
+
+def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, console, counted):
+    sweep(store, request_, console=console)
+    assert counted == {"forget": 3, "retain": 1, "base": 1, "search": 3}
+    rows = store.read_record(sweep_path("colours"), Sweep).rows
+    assert len({row.retain for row in rows}) == 1
+    assert len({row.gradient for row in rows}) == 3
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, console, counted, monkeypatch):
+    whole = sweep(Store(store.root + "-whole"), request_, console=console).sweep
+    counted.update(dict.fromkeys(counted, 0))
+    run = searches.search
+
+    def interrupted(store, name, **options):
+        if name == "red":
+            raise KeyboardInterrupt
+        return run(store, name, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searches, "search", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(store, request_, console=console)
+    assert [row.name for row in store.read_record(sweep_path("colours"), Sweep).rows] == ["blue"]
+    result = sweep(store, request_, console=console)
+    assert (result.sweep, result.reused) == (whole, 1)
+    assert counted == {"forget": 3, "retain": 1, "base": 2, "search": 3}
+    again = sweep(store, request_, console=console)
+    assert (again.sweep, again.reused) == (whole, 3)
+    assert counted["search"] == 3
+
+
+def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, console, counted):
+    two = replace(request_, classes=CLASSES[:2])
+    sweep(store, two, console=console)
+    assert counted["search"] == 2
+    for changed in (
+        replace(two, search=SearchOptions(steps=4)),
+        replace(two, ranking=RankOptions(direction=Direction.WHITENED)),
+        replace(two, build=replace(two.build, retain_samples=50)),
+        replace(two, classes=("red", "blue")),
+    ):
+        assert sweep(store, changed, console=console).reused == 0
+    # A class whose gradients are others by now is made again, and no other.
+    assert sweep(store, changed, console=console).reused == 2
+    gradients.compute_gradients(
+        store, "red", model=None, options=PassOptions(batch_size=8), console=console
+    )
+    listed = {entry.kind: entry for entry in entries(store)}
+    assert listed[Kind.SWEEP].state is State.STALE
+    assert sweep(store, changed, console=console).reused == 1
+    listed = {entry.kind: entry for entry in entries(store)}
+    assert listed[Kind.SWEEP].state is State.OK
+
+
+def test_a_source_can_hold_the_class(request_):
+    build = replace(request_.build, sources=["icons.parquet?concept={}"])
+    own = replace(request_, build=build, classes=("t shirt", "a&b")).of("a&b")
+    assert own.sources == ["icons.parquet?concept=a%26b"]
+    assert own.retain_exclude == ["t shirt", "a&b"]
+    assert (own.name, own.concept) == ("a&b", "a&b")
+
+
+def test_what_cannot_be_swept_is_told(request_, store, console):
+    with pytest.raises(UsageError, match="no class"):
+        sweep(store, replace(request_, classes=()), console=console)
+    with pytest.raises(UsageError, match="cannot name a set"):
+        sweep(store, replace(request_, classes=("a/b",)), console=console)
+    for changes in ({"evals": {}, "templates": {}}, {"sources": ["x?label={}"]}):
+        with pytest.raises(UsageError):
+            build = replace(request_.build, **changes)
+            sweep(store, replace(request_, build=build), console=console)
+    with pytest.raises(InputError, match="nothing matches 'mauve'"):
+        sweep(store, replace(request_, classes=("mauve",)), console=console)
+
+
+def test_the_command(shared_world, request_, store, tmp_path):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("blue\nred\n")
+    source, templates = shared_world.sources["pairs"], shared_world.sources["templates"]
+    asked = [
+        "sweep", "colours", "--classes", listed, "-m", shared_world.model.name, "-s", source,
+        "--retain-samples", 60, "--label-column", "label", "--steps", 5,
+        "--eval", f"first={shared_world.sources['first']}", "--templates", f"first={templates}",
+    ]  # fmt: skip
+    done = inside(*asked, store=store.root)
+    assert done.exit_code == 0
+    (table,) = rows(done.stdout)
+    assert table[0] == [
+        "class", "layer", "ridge", "step", "% of norm", "FA@1 before", "FA@1 after", "FA@5 before",
+        "FA@5 after", "TA@1 first before", "TA@1 first after", "TA@5 first before",
+        "TA@5 first after",
+    ]  # fmt: skip
+    assert [row[0] for row in table[1:]] == ["blue", "red", "mean"]
+    values = [[float(cell) for cell in row[5:]] for row in table[1:]]
+    assert values[2] == pytest.approx([(a + b) / 2 for a, b in zip(*values[:2], strict=True)])
+    found = json.loads(inside(*asked, "--json", store=store.root).stdout)
+    assert [row["name"] for row in found["sweep"]["rows"]] == ["blue", "red"]
+    assert inside(*asked[:4], "-s", source, store=store.root).exit_code == 2
+
+
+def test_a_class_that_is_left_ends_with_exit_code_5(request_, store):
+    console = Console(verbosity=-1)
+    result = sweep(store, replace(request_, classes=CLASSES[:1]), console=console)
+    require_all_forgotten(result)
+    left = replace(result.sweep.rows[0], forgotten=False)
+    with pytest.raises(NotForgottenError, match="no step forgets blue") as error:
+        require_all_forgotten(replace(result, sweep=replace(result.sweep, rows=(left,))))
+    assert error.value.exit_code == 5
