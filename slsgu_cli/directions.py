@@ -159,21 +159,20 @@ def _compute(
         found = input_moments(
             module, layers, block, spec=manifest.input, device=device, console=console
         )
-        means = {layer: moment.mean() for layer, moment in sorted(found.items())}
-        about = {
-            layer: LayerMoment(
-                axis=found[layer].axis,
-                count=found[layer].count,
-                output=mean_square_output(module.get_parameter(layer), mean, found[layer].axis),
-            )
-            for layer, mean in means.items()
-        }
+        about, arrays = {}, {}
+        for layer in sorted(found):
+            # The sums are fp64 and large: each goes as soon as its mean is taken.
+            moment = found.pop(layer)
+            mean = moment.mean()
+            output = mean_square_output(module.get_parameter(layer), mean, moment.axis)
+            about[layer] = LayerMoment(moment.axis, moment.count, output)
+            arrays[layer] = mean.float().cpu().numpy()
     header = MomentHeader(
         model=pointer.model_fingerprint,
         data=pointer.retain_data,
         rows=len(chosen_rows(block.rows)),
         layers=about,
-        unseen=tuple(layer for layer in layers if layer not in found),
+        unseen=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
     )
     made_from = {
@@ -183,5 +182,4 @@ def _compute(
         "input": manifest.input,
         "layers": sorted(layers),
     }
-    arrays = {layer: mean.float().cpu().numpy() for layer, mean in means.items()}
     store.write_tensors(moments_path(digest(made_from)), arrays, header)

@@ -218,10 +218,11 @@ def require_forgotten(result: SearchResult) -> None:
     if result.forgotten:
         return
     chosen, trials = result.chosen, result.trials
+    margin = "" if trials.margin is None else f", and a gap of {chosen.gap:.3f}"
     raise NotForgottenError(
         f"no step forgets {trials.name}: the best, {chosen.layer} at {chosen.step:.4g}, leaves "
         f"FA@1 {chosen.forget.top1:.1f} and FA@5 {chosen.forget.top5:.1f} "
-        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}",
+        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
         hint="the trials and this edit are kept; try --steps 20, or another --layer",
     )
 
