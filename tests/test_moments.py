@@ -189,3 +189,30 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
             inputs.found[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
         )
         assert inputs.found[name].axis == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ({"kernel_size": 2, "stride": 2}, True),
+        ({"kernel_size": 1}, True),
+        ({"kernel_size": 3, "padding": 1}, False),
+        ({"kernel_size": 2, "stride": 2, "groups": 2}, False),
+        ({"kernel_size": 3, "padding": "same"}, False),
+    ],
+)
+def test_a_convolution_of_patches_that_do_not_overlap_is_a_linear_map(settings, seen):
+    layer = torch.nn.Conv2d(4, 6, bias=False, **settings)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = InputMoments(layer, ["weight"])
+    with torch.no_grad():
+        with inputs:
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x))
+    assert set(inputs.found) == ({"weight"} if seen else set())
+    if seen:
+        # The mean square of the outputs is what the moment says of them.
+        rows = layer.weight.detach().reshape(6, -1).double()
+        told = torch.einsum("oi,ij,oj->o", rows, inputs.found["weight"].mean(), rows)
+        torch.testing.assert_close(told, found.double().square().mean((0, 2, 3)), rtol=1e-4,
+                                   atol=1e-6)  # fmt: skip

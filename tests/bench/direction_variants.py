@@ -1,12 +1,11 @@
-"""Try what might better the whitened direction, on the text layers of some concepts' fronts.
+"""Try what might better the whitened direction, at the text layers that it chose.
 
-    python tests/bench/direction_variants.py --each 3 --store STORE
+    python tests/bench/directions.py --towers text --retain 1000 --store STORE
+    python tests/bench/direction_variants.py STORE android mouse
 
-With the store of `directions.py`, its sets, gradients and moments are used again. For
-each variant, every layer of the concept's text front is searched to FA@5 = 0, and the
-layer that keeps most counts.
+Every variant is searched to FA@5 = 0 at the layer of the concept's whitened edit:
 
-- gradient, whitened: the two directions of the tool, on the same layers; other ridges
+- gradient, whitened: the two directions of the tool on the same layer; other ridges
 - projected: whitened, less its part along the retain loss's own whitened gradient
 - both factors: whitened on the side of the outputs too, by the sum of R R^T over the
   retain loss's gradients R of mini-batches
@@ -15,24 +14,23 @@ layer that keeps most counts.
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from directions import draw, features_known, grade
+from directions import features_known
 from torch import Tensor
 
 from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
 from slsgu_cli.console import Console
-from slsgu_cli.demonstration import RETAIN_SAMPLES
 from slsgu_cli.directions import RIDGE, ensure_moments
+from slsgu_cli.edits import load_edit
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.layout import gradient_path, read_manifest, read_pointer
 from slsgu_cli.losses import contrastive
 from slsgu_cli.models import tokenizer
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, LayerScore, SetManifest, Steer, Tower
+from slsgu_cli.records import Direction, LayerScore, SetManifest, Steer
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.stepsize import first_step, left_to_forget, next_step
 from slsgu_cli.store import Store
@@ -41,7 +39,7 @@ from slsgu_cli.whitening import RetainMetric
 
 RANKS = (1, 2, 4, 8, 16)
 RIDGES = (1.0, 0.1, 0.001)
-PAIRS = 512
+PAIRS = 256
 STEPS = 10
 
 
@@ -62,30 +60,25 @@ def variants(
         yield f"rank {count}", (u[:, :count] * s[:count]) @ v[:count]
 
 
-def output_moments(
-    model: torch.nn.Module,
-    evaluation: Evaluation,
-    manifest: SetManifest,
-    store: Store,
-    layers: Sequence[str],
-) -> dict[str, Tensor]:
-    """Return for each layer the sum of R R^T over the retain loss's mini-batch gradients R."""
+def gradient_moment(
+    model: torch.nn.Module, evaluation: Evaluation, manifest: SetManifest, store: Store, layer: str
+) -> Tensor:
+    """Return the sum of R R^T over gradients R of the layer, of the retain loss's mini-batches."""
     block = DataBlock.open(store, manifest.retain)
     rows = min(PAIRS, block.rows)
     images = pixel_normalizer(manifest.input, "cpu")(block.images(0, rows))
     ids = to_tokens(block.tokens[:rows], "cpu")
     with torch.no_grad():
         v = evaluation.vision.features(images, images)
-    weights = [model.get_parameter(layer) for layer in layers]
-    sums = [torch.zeros(()).double() for _ in layers]
+    weight = model.get_parameter(layer)
+    total = torch.zeros(weight.shape[0], weight.shape[0], dtype=torch.float64)
     for start in range(0, rows, 16):
         part = slice(start, start + 16)
         t = text_features(evaluation.text, ids[part], 16, "cpu")
         loss = contrastive(model.logit_scale.exp())(v[part], t, len(t)).sum()
-        for index, gradient in enumerate(torch.autograd.grad(loss, weights)):
-            rows_out = gradient.double()
-            sums[index] = sums[index] + rows_out @ rows_out.T
-    return dict(zip(layers, sums, strict=True))
+        (gradient,) = torch.autograd.grad(loss, weight)
+        total += gradient.double() @ gradient.double().T
+    return total
 
 
 def cost(
@@ -106,54 +99,37 @@ def cost(
 
 
 def tried(store: Store, concept: str, console: Console) -> dict[str, tuple[float, float] | None]:
-    """Return each variant's losses for a concept, at the layer where they are least."""
-    options = RankOptions(direction=Direction.WHITENED, tower=Tower.TEXT)
-    ranking = rank(store, concept, options=options, console=console)
-    scores = [s for s in ranking.scores if s.front and s.layer.endswith("weight")]
-    scores = [score for score in scores if len(score.shape) == 2]
-    layers = [score.layer for score in scores]
+    """Return each variant's losses for a concept, at the layer of its whitened edit."""
+    layer = load_edit(store, f"{concept}-{Direction.WHITENED}").header.layer
     manifest = read_manifest(store, concept)
     pointer = read_pointer(store, manifest)
-    moments = ensure_moments(store, manifest, pointer, layers, device="cpu", console=console)
+    ranking = rank(store, concept, options=RankOptions(include=[layer]), console=console)
+    score = next(score for score in ranking.scores if score.layer == layer)
+    moments = ensure_moments(store, manifest, pointer, [layer], device="cpu", console=console)
     resolved, model = load_graded(manifest, pointer, "cpu")
     evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
-    evaluation.base_pass(layers, cache_bytes=1 << 30, console=console)
-    outputs = output_moments(model, evaluation, manifest, store, layers)
-    best: dict[str, tuple[float, float] | None] = {}
+    evaluation.base_pass([layer], cache_bytes=1 << 30, console=console)
+    outputs = gradient_moment(model, evaluation, manifest, store, layer)
+    f, r = (
+        torch.from_numpy(store.read_tensors(gradient_path(d), [layer])[layer])
+        for d in (pointer.forget, pointer.retain)
+    )
+    directions = variants(f, r, moments.metric(layer, RIDGE), outputs)
     with torch.no_grad():
-        for score in scores:
-            f, r = (
-                torch.from_numpy(store.read_tensors(gradient_path(d), [score.layer])[score.layer])
-                for d in (pointer.forget, pointer.retain)
-            )
-            metric = moments.metric(score.layer, RIDGE)
-            for label, direction in variants(f, r, metric, outputs[score.layer]):
-                found, known = cost(evaluation, score, direction), best.get(label)
-                if found is None or (known is not None and sum(known) <= sum(found)):
-                    best.setdefault(label, None)
-                else:
-                    best[label] = found
-    return best
+        return {label: cost(evaluation, score, along) for label, along in directions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--each", type=int, default=2, help="brands, and as many objects")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--retain", type=int, default=RETAIN_SAMPLES)
-    parser.add_argument("--store", help="keep sets, gradients and moments here")
+    parser.add_argument("store", help="what `directions.py --store` kept")
+    parser.add_argument("concepts", nargs="+", help="some of those it searched")
     args = parser.parse_args()
-    drawn = draw(args.seed, 5)
-    kinds = sorted(set(drawn.values()))
-    concepts = [c for kind in kinds for c in [c for c in drawn if drawn[c] == kind][: args.each]]
-    with tempfile.TemporaryDirectory() as folder:
-        store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
-        results = []
-        with features_known():
-            for concept in concepts:
-                grade(store, concept, list(drawn), args.retain, console)
-                results.append(tried(store, concept, console))
-                sys.stderr.write(f"{concept}: {results[-1]}\n")
+    store, console = Store(args.store), Console(verbosity=-1)
+    results = []
+    with features_known():
+        for concept in args.concepts:
+            results.append(tried(store, concept, console))
+            sys.stderr.write(f"{concept}: {results[-1]}\n")
     sys.stdout.write("direction\tforgotten\tbrands mean\tworst\tobjects mean\tworst\n")
     for label in results[0]:
         done = [found for result in results if (found := result[label]) is not None]
