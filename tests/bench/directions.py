@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -176,18 +176,20 @@ def joint(store: Store, concepts: Sequence[str], console: Console) -> list[str]:
     evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
     lines = ["direction\tconcepts\tFA@1\tFA@5\tbrands lost\tobjects lost"]
     kept: dict[str, float] = {}
-    for label in ("original", *Direction):
-        edits = (
-            [load_edit(store, f"{c}-{label}") for c in concepts] if label in {*Direction} else []
-        )
-        with torch.no_grad(), ExitStack() as stack:
-            for layer, values in moved(model, edits).items():
-                stack.enter_context(edited(model, layer, values))
-            evaluation.base_pass((), cache_bytes=0, console=console)
-            forget, utility = shares(evaluation.forget, evaluation.utility, concepts)
-        lost = [f"{kept.setdefault(name, top1) - top1:.2f}" for name, top1 in utility.items()]
-        words = [label, ", ".join(concepts), *(f"{value:.1f}" for value in forget), *lost]
-        lines.append("\t".join(words))
+    found: dict[str, list[Edit]] = {"original": []}
+    for direction in Direction:
+        found[direction] = [load_edit(store, f"{c}-{direction}") for c in concepts]
+    of_text = all(e.header.tower is Tower.TEXT for edits in found.values() for e in edits)
+    with torch.no_grad(), features_known() if of_text else nullcontext():
+        for label, edits in found.items():
+            with ExitStack() as stack:
+                for layer, values in moved(model, edits).items():
+                    stack.enter_context(edited(model, layer, values))
+                evaluation.base_pass((), cache_bytes=0, console=console)
+                forget, utility = shares(evaluation.forget, evaluation.utility, concepts)
+            lost = [f"{kept.setdefault(name, top1) - top1:.2f}" for name, top1 in utility.items()]
+            words = [label, ", ".join(concepts), *(f"{value:.1f}" for value in forget), *lost]
+            lines.append("\t".join(words))
     return lines
 
 
