@@ -18,6 +18,7 @@ from slsgu_cli.matching import matcher
 from slsgu_cli.pairs import TAKE, Rule, Tally, build_pairs, first_pass
 from slsgu_cli.preprocess import decoder
 from slsgu_cli.records import DataRef, ModelSpec, SetManifest
+from slsgu_cli.replay import build_command
 from slsgu_cli.samples import Columns
 from slsgu_cli.sources import open_sources
 from slsgu_cli.store import Store
@@ -94,6 +95,7 @@ def build_sets(store: Store, request: BuildRequest, *, console: Console) -> SetM
         evals=evals,
         forget_eval=forget_eval,
         seed=request.seed,
+        command=tuple(build_command(request)),
         version=__version__,
     )
     store.write_record(manifest_path(request.name), manifest)

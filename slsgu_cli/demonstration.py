@@ -27,6 +27,7 @@ from slsgu_cli.pipeline import (
 )
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import ModelSpec, PassOptions, Steer
+from slsgu_cli.replay import build_command
 from slsgu_cli.search import SearchOptions
 from slsgu_cli.session import Session
 
@@ -122,19 +123,9 @@ def _commands(
 ) -> list[list[str]]:
     """Return the words of each command that does what the demo did."""
     name = request.name
-    build = ["slsgu", "build-sets", name, "--model", request.model.name]
-    for option, values in (
-        ("--source", request.sources),
-        ("--retain-source", request.retain_sources),
-        ("--retain-samples", [str(request.retain_samples)]),
-        ("--eval", [f"{key}={value}" for key, value in request.evals.items()]),
-        ("--templates", [f"{key}={value}" for key, value in request.templates.items()]),
-    ):
-        for value in values:
-            build += [option, value]
     return [
         ["export", f"SLSGU_STORE={store}"],
-        build,
+        build_command(request),
         ["slsgu", "grad", name],
         ["slsgu", "rank", name, *_direction_flags(ranked)],
         ["slsgu", "search", name, "--steer", str(steer)],

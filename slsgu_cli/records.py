@@ -124,7 +124,8 @@ class SetManifest:
     `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the
     rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
     set knows the concept, and the forget set's own images stand in, classified among
-    the classes of the first evaluation set and the concept itself.
+    the classes of the first evaluation set and the concept itself. `command` has the
+    words of the command line that builds the same set again.
     """
 
     name: str
@@ -137,6 +138,7 @@ class SetManifest:
     evals: dict[str, DataRef]
     forget_eval: str | None
     seed: int
+    command: tuple[str, ...]
     version: str
 
 

@@ -77,6 +77,7 @@ def store(tmp_path):
             evals={"brands": brands},
             forget_eval="brands",
             seed=0,
+            command=("slsgu", "build-sets", "facebook"),
             version="0.1.0",
         ),
     )

@@ -191,6 +191,7 @@ def synthetic_set(
         evals=refs,
         forget_eval=next(iter(refs), None),
         seed=0,
+        command=(),
         version=slsgu_cli.__version__,
     )
     store.write_record(manifest_path(name), manifest)

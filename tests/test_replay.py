@@ -1,0 +1,60 @@
+from dataclasses import fields
+
+import pytest
+
+import slsgu_cli.build
+from slsgu_cli.build import BuildRequest
+from slsgu_cli.cli import app
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records import ModelSpec
+from slsgu_cli.replay import build_command
+
+PLAIN = BuildRequest(
+    name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]
+)
+FULL = BuildRequest(
+    name="mickey",
+    concept="Mickey Mouse",
+    model=ModelSpec("ViT-B-32", "openai"),
+    sources=["a.parquet?kind=brand&kind=object", "b b.tar"],
+    match=["Mickey Mouse", "--mickey"],
+    not_match=["mouse pad"],
+    regex=True,
+    max_forget=7,
+    retain_sources=["-c.tar"],
+    retain_samples=20,
+    retain_exclude=["minnie"],
+    evals={"brands": "heldout.parquet?kind=brand", "objects": "o"},
+    classes={"brands": "imagenet"},
+    templates={"objects": "templates.txt"},
+    forget_eval="brands",
+    image_column="pixels",
+    caption_column="words",
+    label_column="name",
+    seed=3,
+)
+
+
+@pytest.mark.parametrize("request_", [PLAIN, FULL], ids=["defaults", "everything"])
+def test_the_command_line_asks_for_the_same(request_, monkeypatch):
+    asked = []
+
+    def remember(store, request, *, console):
+        asked.append(request)
+        raise UsageError("that will do")
+
+    monkeypatch.setattr(slsgu_cli.build, "build_sets", remember)
+    program, *words = build_command(request_)
+    assert program == "slsgu"
+    with pytest.raises(SystemExit):
+        app([*words, "--quiet"])
+    for field in fields(BuildRequest):
+        meant, got = getattr(request_, field.name), getattr(asked[0], field.name)
+        assert got == (type(got)(meant) if isinstance(meant, list) else meant), field.name
+
+
+def test_what_is_not_said_is_the_default():
+    told = build_command(PLAIN)
+    assert told == [
+        "slsgu", "build-sets", "mickey", "--model", "local-dir:clip", "--source", "a.parquet"
+    ]  # fmt: skip
