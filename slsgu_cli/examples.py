@@ -35,8 +35,8 @@ def draw_examples(
             small.base_pass((), cache_bytes=0, console=Console(verbosity=-1))
             scale = float(module.logit_scale.exp())
             groups = [small.forget, *small.utility.values()]
-            guesses.append([guess for group in groups for guess in _guesses(group, scale)])
-        examples = [pair for group in groups for pair in _pictures(group)]
+            guesses.append([guess for group in groups for guess in guesses_of(group, scale)])
+        examples = [pair for group in groups for pair in labelled_images(group)]
     rows = [
         Example(image, label, first, second)
         for (image, label), first, second in zip(examples, *guesses, strict=True)
@@ -57,7 +57,8 @@ def _few(whole: Evaluation, manifest: SetManifest) -> Evaluation:
     return Evaluation(whole.model, whole.vision, whole.text, forget, {name: group.some(rows)})
 
 
-def _guesses(group: EvaluationSet, scale: float) -> list[Guesses]:
+def guesses_of(group: EvaluationSet, scale: float) -> list[Guesses]:
+    """Return the most probable names of each image, the most probable first."""
     logits = scale * group.images.features @ group.prompts.embeddings.T
     top = logits.softmax(dim=-1).topk(min(GUESSES, len(group.names)))
     return [
@@ -66,7 +67,8 @@ def _guesses(group: EvaluationSet, scale: float) -> list[Guesses]:
     ]
 
 
-def _pictures(group: EvaluationSet) -> list[tuple[np.ndarray, str]]:
+def labelled_images(group: EvaluationSet) -> list[tuple[np.ndarray, str]]:
+    """Return each image, uint8 (H, W, 3), with the name of its class."""
     images = group.images.block.take(group.images.rows)
     return [
         (image, group.names[label])

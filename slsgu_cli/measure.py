@@ -51,17 +51,17 @@ def measure(
     manifest = read_manifest(store, name)
     device = pick_device(device)
     edit = load_edit(store, name) if model is None and store.exists(edit_path(name)) else None
-    shown: _Shown | None = None
+    shown: Shown | None = None
     found = []
     with torch.no_grad():
         for label, spec in {"original": manifest.model, str(model): model}.items():
             if spec is None:
                 continue
             evaluation = _evaluation(store, manifest, spec, device, console)
-            shown = shown or _choose(evaluation, manifest)
+            shown = shown or choose(evaluation, manifest)
             found.append(_figures(evaluation, label, shown))
             if edit is not None:
-                with _with_edit(evaluation.model, edit):
+                with with_edit(evaluation.model, edit):
                     evaluation.base_pass((), cache_bytes=0, console=console)
                     found.append(_figures(evaluation, f"edit {name}", shown))
     path = plot_path(name, "cosines")
@@ -71,8 +71,8 @@ def measure(
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """The classes in the cosine plot, the evaluation set they are from, a picture of each."""
+class Shown:
+    """The classes whose cosines are shown, the evaluation set they are from, a picture of each."""
 
     evaluation: str
     classes: tuple[int, ...]
@@ -91,7 +91,7 @@ def _evaluation(
     return evaluation
 
 
-def _choose(evaluation: Evaluation, manifest: SetManifest) -> _Shown:
+def choose(evaluation: Evaluation, manifest: SetManifest) -> Shown:
     """Choose the concept and the classes with the most images beside it."""
     name = manifest.forget_eval or ""
     if name not in evaluation.utility:
@@ -106,10 +106,20 @@ def _choose(evaluation: Evaluation, manifest: SetManifest) -> _Shown:
         row = group.images.rows[int(np.flatnonzero(labels == index)[0])]
         pictures.append(group.images.block.take(np.array([row]))[0])
     names = (forget.names[own], *(group.names[i] for i in common))
-    return _Shown(name, (own, *common), names, np.stack(pictures))
+    return Shown(name, (own, *common), names, np.stack(pictures))
 
 
-def _figures(evaluation: Evaluation, label: str, shown: _Shown) -> MeasuredModel:
+def _figures(evaluation: Evaluation, label: str, shown: Shown) -> MeasuredModel:
+    return MeasuredModel(
+        label=label,
+        forget=evaluation.forget.base_accuracy(),
+        utility={name: own.base_accuracy() for name, own in evaluation.utility.items()},
+        cosines=cosines(evaluation, shown),
+    )
+
+
+def cosines(evaluation: Evaluation, shown: Shown) -> Matrix:
+    """Return the mean cosine of each shown class's images with each shown name."""
     group, forget = evaluation.utility[shown.evaluation], evaluation.forget
     position = {index: place for place, index in enumerate(shown.classes[1:], start=1)}
     labels = group.images.labels
@@ -123,15 +133,10 @@ def _figures(evaluation: Evaluation, label: str, shown: _Shown) -> MeasuredModel
             group.prompts.embeddings[list(shown.classes[1:]), :],
         ]
     )
-    return MeasuredModel(
-        label=label,
-        forget=forget.base_accuracy(),
-        utility={name: own.base_accuracy() for name, own in evaluation.utility.items()},
-        cosines=cosine_matrix(features, owners, texts).cpu().numpy(),
-    )
+    return cosine_matrix(features, owners, texts).cpu().numpy()
 
 
-def _plot(found: list[MeasuredModel], shown: _Shown, manifest: SetManifest) -> bytes:
+def _plot(found: list[MeasuredModel], shown: Shown, manifest: SetManifest) -> bytes:
     after = found[1].cosines if len(found) > 1 else None
     return cosine_plot(
         found[0].cosines,
@@ -143,7 +148,8 @@ def _plot(found: list[MeasuredModel], shown: _Shown, manifest: SetManifest) -> b
 
 
 @contextmanager
-def _with_edit(model: nn.Module, edit: Edit) -> Iterator[None]:
+def with_edit(model: nn.Module, edit: Edit) -> Iterator[None]:
+    """Put an edit into a model for the length of a block."""
     layer = edit.header.layer
     original = model.get_parameter(layer).data
     delta = torch.from_numpy(edit.delta()).to(original.device)

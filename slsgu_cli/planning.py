@@ -96,7 +96,7 @@ class _Case:
         deltas = self._deltas()
         if not force:
             self._require_original(current, deltas)
-        new, share = _moved(current, deltas, self.entry.dtype)
+        new, share = moved_values(current, deltas, self.entry.dtype)
         if not math.isfinite(share):
             raise InputError(
                 f"{self.layer} would hold values that {self.entry.dtype} cannot, in {self.path}",
@@ -107,7 +107,7 @@ class _Case:
     def reverted(self, current: Raw, force: bool) -> tuple[Raw, float]:
         """Return the stored values that stood there before the edits, and the share."""
         before = self._before()
-        edited, share = _moved(before, self._deltas(), self.entry.dtype)
+        edited, share = moved_values(before, self._deltas(), self.entry.dtype)
         if not force and not _same(edited, current):
             what = "not edited" if _same(before, current) else "not what these edits made of it"
             raise StaleError(
@@ -141,7 +141,7 @@ class _Case:
         for edit in self.edits:
             if _recognised(current, self.entry.dtype, edit.header.digests):
                 continue
-            if _same(_moved(self._before(), deltas, self.entry.dtype)[0], current):
+            if _same(moved_values(self._before(), deltas, self.entry.dtype)[0], current):
                 raise StaleError(
                     f"{self.path} already holds {_names(self.edits)}",
                     hint="--revert to undo",
@@ -166,7 +166,7 @@ def _recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
     )
 
 
-def _moved(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
+def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
     """Return stored values plus the sum of factor * delta, as stored values, and the share.
 
     The share is the length of the move over the norm of what moved; it is not finite

@@ -14,8 +14,8 @@ from rich.filesize import decimal
 from slsgu_cli.console import Console
 from slsgu_cli.layout import edit_path, trials_path
 from slsgu_cli.naming import known_as
-from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Trial, Trials
-from slsgu_cli.stepsize import left_to_forget
+from slsgu_cli.records import Accuracy, GradientHeader, Ranking, SetManifest, Trial
+from slsgu_cli.stepsize import best_of_each
 from slsgu_cli.store import Store
 from slsgu_cli.tables import Column
 
@@ -143,7 +143,7 @@ def search(console: Console, store: Store, result: "SearchResult", *, brief: boo
         *utility,
         Column("chosen"),
     )
-    shown = trials.trials if not (brief or console.brief) else _best_of_each(trials, chosen)
+    shown = trials.trials if not (brief or console.brief) else best_of_each(trials, chosen)
     rows = [
         (
             trial.layer,
@@ -196,20 +196,6 @@ def _along(trial: Trial) -> str:
     if trial.ridge is None:
         return "gradient"
     return f"whitened gradient (ridge {trial.ridge:g})"
-
-
-def _best_of_each(trials: Trials, chosen: Trial) -> list[Trial]:
-    """Return each layer's trial that forgets most, then keeps most, then moves least."""
-    layers: dict[str, list[Trial]] = {}
-    for trial in trials.trials:
-        layers.setdefault(trial.layer, []).append(trial)
-
-    def order(trial: Trial) -> tuple[bool, float, float, float]:
-        forget = left_to_forget(trial, trials.steer, trials.margin)
-        kept = [figure.top1 for figure in (trial.utility or {}).values()]
-        return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
-
-    return [min(own, key=order) for own in layers.values()]
 
 
 def applied(console: Console, result: "AppliedResult") -> None:

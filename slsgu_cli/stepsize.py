@@ -6,7 +6,7 @@ and a test can drive it with any made-up accuracy.
 
 from collections.abc import Sequence
 
-from slsgu_cli.records import Accuracy, Steer, Trial
+from slsgu_cli.records import Accuracy, Steer, Trial, Trials
 
 
 def first_step(weight_norm: float, direction_norm: float) -> float:
@@ -52,3 +52,20 @@ def best(candidates: Sequence[tuple[float, float]]) -> int:
     Candidates are (what is left to forget, utility); of equals the first is kept.
     """
     return min(range(len(candidates)), key=lambda i: (candidates[i][0], -candidates[i][1], i))
+
+
+def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
+    """Return each layer's trial that forgets most, then keeps most, then moves least.
+
+    Of the layer of `chosen`, that is the one.
+    """
+    layers: dict[str, list[Trial]] = {}
+    for trial in trials.trials:
+        layers.setdefault(trial.layer, []).append(trial)
+
+    def order(trial: Trial) -> tuple[bool, float, float, float]:
+        forget = left_to_forget(trial, trials.steer, trials.margin)
+        kept = [figure.top1 for figure in (trial.utility or {}).values()]
+        return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
+
+    return [min(own, key=order) for own in layers.values()]

@@ -23,9 +23,11 @@ from slsgu_cli.records import EditHeader, Ranking
 from slsgu_cli.store import Store
 
 COMMANDS = (
-    "build-sets", "grad", "rank", "search", "apply", "eval", "trajectory", "sweep", "ls", "demo",
+    "build-sets", "grad", "rank", "search", "apply", "eval", "trajectory", "sweep", "report", "ls",
+    "demo",
 )  # fmt: skip
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
+PLAIN_REPORT = ["report", "blue", "--no-examples"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
 
 
@@ -229,10 +231,10 @@ def test_version_and_completion():
     assert slsgu(env=wanted).stdout.split() == ["rank"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], PLAIN_RANK, ["apply", "blue"]])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], PLAIN_RANK, ["apply", "blue"], PLAIN_REPORT])
 def test_what_needs_no_model_imports_none(store, tmp_path, words):
     options = ["--store", store] if words != ["--help"] else []
-    options += ["--out", tmp_path / "out"] if words[0] == "apply" else []
+    options += ["--out", tmp_path / "out"] if words[0] in ("apply", "report") else []
     assert imported(*words, *options) == []
 
 

@@ -1,0 +1,134 @@
+"""What a store knows of one name: its records, and whether each may be shown as true."""
+
+import hashlib
+from dataclasses import dataclass, field
+from shlex import quote
+from typing import Any, Generic, TypeVar
+
+from slsgu_cli.dtypes import PRECISION, narrow, widen
+from slsgu_cli.edits import Edit, read_edit
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.layout import (
+    edit_path,
+    manifest_path,
+    pointer_path,
+    ranking_path,
+    read_manifest,
+    trials_path,
+)
+from slsgu_cli.planning import moved_values
+from slsgu_cli.records import (
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    Ranking,
+    SetManifest,
+    Trials,
+)
+from slsgu_cli.shelf import CHECKS, Kind, Shelf, State
+from slsgu_cli.store import Store
+from slsgu_cli.weights import layer_digest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding(Generic[T]):
+    """One record as the store has it: the record where it may be shown, else why not.
+
+    `state` is None where there is none; `run` is the command that makes it.
+    """
+
+    what: str
+    path: str
+    run: str
+    record: T | None = None
+    state: State | None = None
+    reason: str | None = None
+    sha256: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the record is not shown; None where it is."""
+        if self.record is not None:
+            return None
+        if self.state is None:
+            return f"There is no {self.what} yet."
+        return f"The {self.what} is {self.state}: {self.reason}."
+
+
+@dataclass(frozen=True, slots=True)
+class EditFacts:
+    """What an edit changes: digests of the layer before and after by precision."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+    changed: int
+    values: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dossier:
+    """All that is known of one name."""
+
+    name: str
+    concept: str
+    manifest: Finding[SetManifest]
+    pointer: Finding[GradientPointer]
+    ranking: Finding[Ranking]
+    trials: Finding[Trials]
+    edit: Finding[EditHeader]
+    gradients: dict[str, GradientHeader] = field(default_factory=dict)
+    facts: EditFacts | None = None
+
+    def findings(self) -> list[Finding[Any]]:
+        """Return every record in the order in which one is made from another."""
+        return [self.manifest, self.pointer, self.ranking, self.trials, self.edit]
+
+
+def gather(store: Store, name: str, shelf: Shelf) -> Dossier:
+    """Return what the store knows of `name`. Raises MissingError where it has no such set."""
+    manifest = read_manifest(store, name)
+    word = quote(name)
+
+    def find(kind: Kind, what: str, path: str, command: str) -> Finding[Any]:
+        return _find(store, shelf, Finding(what, path, f"slsgu {command}"), kind, name)
+
+    pointer = find(Kind.POINTER, "gradients", pointer_path(name), f"grad {word}")
+    edit = find(Kind.EDIT, "edit", edit_path(name), f"search {word}")
+    named = pointer.record and {"forget": pointer.record.forget, "retain": pointer.record.retain}
+    return Dossier(
+        name=name,
+        concept=manifest.concept,
+        manifest=find(Kind.SET, "set", manifest_path(name), f"build-sets {word} ..."),
+        pointer=pointer,
+        ranking=find(Kind.RANKING, "ranking", ranking_path(name), f"rank {word}"),
+        trials=find(Kind.TRIALS, "search", trials_path(name), f"search {word}"),
+        edit=edit,
+        gradients={role: shelf.get(Kind.GRADIENT, d) for role, d in (named or {}).items()},
+        facts=edit_facts(read_edit(store, edit.path)) if edit.record else None,
+    )
+
+
+def _find(store: Store, shelf: Shelf, sought: Finding[Any], kind: Kind, name: str) -> Finding[Any]:
+    met = shelf.read[kind].get(name)
+    if met is None:
+        return sought
+    if isinstance(met, SlsguError):
+        state, reason, record = State.DAMAGED, met.message, None
+    else:
+        state, told = CHECKS[kind](shelf, name, met)
+        reason, record = told or "", met if state is State.OK else None
+    sha256 = hashlib.sha256(store.read_bytes(sought.path)).hexdigest()
+    return Finding(sought.what, sought.path, sought.run, record, state, reason, sha256)
+
+
+def edit_facts(edit: Edit) -> EditFacts:
+    """Return what the edit makes of the layer, rounded as `apply` rounds it."""
+    before, delta = edit.before(), edit.delta()
+    after = {}
+    for dtype in ("F32", "F16", "BF16"):
+        stored, _ = moved_values(narrow(before, dtype), [(1.0, delta)], dtype)
+        after[PRECISION[dtype]] = layer_digest(widen(stored, dtype), "fp32")
+    changed = int((delta != 0).sum())
+    return EditFacts(edit.header.digests, after, changed, int(delta.size))

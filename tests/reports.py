@@ -1,0 +1,178 @@
+"""A store that knows all there is to know of a concept with a hostile name, and no model."""
+
+import numpy as np
+
+from slsgu_cli.edits import make_edit, write_edit
+from slsgu_cli.pictures import Example
+from slsgu_cli.records import (
+    Accuracy,
+    Alignment,
+    DataRef,
+    Direction,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    InputSpec,
+    LayerScore,
+    ModelSpec,
+    ParameterNorm,
+    Precision,
+    Ranking,
+    SetManifest,
+    Steer,
+    Tower,
+    Trial,
+    Trials,
+)
+from slsgu_cli.report import effect
+from slsgu_cli.report.gather import Dossier, gather
+from slsgu_cli.report.looks import Looks
+from slsgu_cli.report.page import page
+from slsgu_cli.report.sections import Section
+from slsgu_cli.report.write import all_sections
+from slsgu_cli.shelf import Shelf
+from slsgu_cli.store import Store
+from slsgu_cli.weights import layer_digests
+
+NAME = "mouse"
+HOSTILE = "<script>alert('m')</script> & \"mouse\"\u202e\x07"
+MODEL = ModelSpec("local-dir:clip")
+INPUT = InputSpec(8, 8, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest", 0, "tokenizer", 16)
+LAYERS = tuple(
+    f"{start}transformer.resblocks.{block}.{part}.weight"
+    for start in ("visual.", "")
+    for block in range(12)
+    for part in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+)
+CHOSEN = "transformer.resblocks.3.mlp.c_proj.weight"
+FRONT = (LAYERS[2], LAYERS[19], LAYERS[35], CHOSEN, LAYERS[60])
+BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)
+
+
+def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
+    """Write every record of one concept, all of them good."""
+    evals = {"brands": _block(store, name, "brands"), "objects <b>": _block(store, name, "objects")}
+    manifest = SetManifest(
+        name=name,
+        concept=concept,
+        patterns=(concept, "a.*b"),
+        model=MODEL,
+        input=INPUT,
+        forget=_block(store, name, "forget"),
+        retain=_block(store, name, "retain"),
+        evals=evals,
+        forget_eval="brands",
+        seed=0,
+        command=("slsgu", "build-sets", name, "--concept", concept, "--source", "a b.parquet"),
+        version="0.1.0",
+    )
+    store.write_record(f"sets/{name}.json", manifest)
+    weights = {layer: ParameterNorm((4, 6), 8.0) for layer in LAYERS}
+    for role, loss in (("forget", "cosine"), ("retain", "contrastive")):
+        header = GradientHeader(
+            loss, "+grad", 0.484, 6, 16, 96, "fp32", "model", f"{name}-{role}", weights, "0.1.0"
+        )
+        store.write_tensors(f"gradients/{name}-{role}.safetensors", {}, header)
+    roles = (f"{name}-forget", f"{name}-retain")
+    pointer = GradientPointer(name, MODEL, "model", *roles, *roles, 16, "fp32", "0.1.0")
+    store.write_record(f"gradients/{name}.json", pointer)
+    ranking = Ranking(
+        name, *roles, Alignment.ABS, Direction.GRADIENT, None, tuple(map(score, LAYERS)), "0.1.0"
+    )
+    store.write_record(f"rankings/{name}.json", ranking)
+    trials = [trial for layer in FRONT for trial in _trials(layer, set(evals))]
+    shown = {known: ref.fingerprint for known, ref in evals.items()}
+    recorded = Trials(
+        name, roles[0], Direction.GRADIENT, None, "model", shown, Precision.FP32, Steer.FA1, None,
+        BEFORE, dict.fromkeys(evals, KEPT), tuple(trials), "0.1.0",
+    )  # fmt: skip
+    store.write_record(f"trials/{name}.json", recorded)
+    _write_edit(store, name, concept, next(t for t in trials if t.layer == CHOSEN and t.utility))
+
+
+def looks(concept: str = HOSTILE, names: int = 10) -> Looks:
+    """Return what a model might make of some images."""
+    rng = np.random.default_rng(0)
+    others = ["castle", "a very long name of a class, indeed", *(f"name {n}" for n in range(8))]
+    called = (concept, *others[: names - 1])
+    images = rng.integers(0, 255, (names, 64, 64, 3), np.uint8)
+    before = tuple(
+        (name, p) for name, p in zip(called, (0.9, 0.05, 0.02, 0.01, 0.01), strict=False)
+    )
+    examples = [Example(images[i], called[i], before, before[::-1]) for i in range(5)]
+    was = rng.normal(0.1, 0.04, (names, names)) + 0.2 * np.eye(names)
+    now = was.copy()
+    now[0, 0] = -0.06
+    return Looks(tuple(examples), called, (33,) * names, images, was, now)
+
+
+def _block(store: Store, name: str, role: str) -> DataRef:
+    path, print_ = f"data/{name}-{role}.zarr", f"{name}-{role}"
+    told = f'{{"attributes": {{"rows": 96, "fingerprint": "{print_}", "complete": true}}}}'
+    store.write_bytes(f"{path}/zarr.json", told.encode())
+    refused = {"about <i>the</i> concept": 12, "broken image": 3}
+    sources = (f"../icons/<{role}>.parquet?kind=brand",)
+    return DataRef(path, print_, 96, 17689, refused, sources)
+
+
+def score(layer: str) -> LayerScore:
+    place = LAYERS.index(layer)
+    front = layer in FRONT
+    importance = 0.03 * 0.93**place * (3 if front else 1)
+    alignment = 0.2 * 0.9 ** (place * 7 % 36) / (20 if front else 1)
+    tower = Tower.VISION if layer.startswith("visual.") else Tower.TEXT
+    return LayerScore(layer, tower, (4, 6), importance, alignment, 0.2, 0.3, 8.0, front)
+
+
+def _trials(layer: str, evals: set[str]) -> list[Trial]:
+    tower = Tower.VISION if layer.startswith("visual.") else Tower.TEXT
+    found = []
+    for share in (0.1, 0.2, 0.15, 0.125, 0.1125):
+        gone = max(0.0, 97 - 1000 * max(0.0, share - 0.02))
+        forget = Accuracy(gone, min(100.0, gone + 33), 33)
+        kept = Accuracy(94.73 - 20 * share, 97.0, 1138)
+        utility = dict.fromkeys(sorted(evals), kept) if gone == 0 and share < 0.18 else None
+        found.append(Trial(layer, tower, None, 12 * share, share, forget, 0.0, utility))
+    return found
+
+
+def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
+    before = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
+    header = EditHeader(
+        name=name,
+        concept=concept,
+        layer=chosen.layer,
+        tower=chosen.tower,
+        step=chosen.step,
+        share=chosen.share,
+        model=MODEL,
+        model_fingerprint="model",
+        digests=layer_digests(before),
+        gradient=f"{name}-forget",
+        direction=Direction.GRADIENT,
+        ridge=None,
+        retain_data=None,
+        steer=Steer.FA1,
+        margin=None,
+        forgotten=True,
+        joint=None,
+        baseline_forget=BEFORE,
+        baseline_utility=dict.fromkeys(chosen.utility or {}, KEPT),
+        forget=chosen.forget,
+        utility=chosen.utility,
+        version="0.1.0",
+    )
+    write_edit(store, make_edit(header, delta=0.1 * before**2, before=before))
+
+
+def sections(store: Store, name: str = NAME) -> tuple[Dossier, list[Section]]:
+    """Return what is known of a name and every section of the page on it."""
+    dossier = gather(store, name, Shelf(store))
+    views = [effect.examples(looks()), effect.cosines(looks())]
+    return dossier, all_sections(dossier, views, store.url)
+
+
+def html(store: Store, *names: str) -> str:
+    """Return the page on some names."""
+    found = [sections(store, name) for name in names or (NAME,)]
+    return page([dossier for dossier, _ in found], {d.name: parts for d, parts in found})

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+from reports import CHOSEN, FRONT, NAME, fill
+
+from slsgu_cli.records import Direction, GradientPointer, Precision, Ranking, Steer, Trials
+from slsgu_cli.report.commands import commands
+from slsgu_cli.report.gather import gather
+from slsgu_cli.shelf import Shelf
+from slsgu_cli.store import Store
+
+PATHS = {
+    GradientPointer: f"gradients/{NAME}.json",
+    Ranking: f"rankings/{NAME}.json",
+    Trials: f"trials/{NAME}.json",
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    fill(store, concept="Mickey Mouse")
+    return store
+
+
+def told(store):
+    return commands(gather(store, NAME, Shelf(store)))
+
+
+def change(store, kind, **changes):
+    record = store.read_record(PATHS[kind], kind)
+    store.write_record(PATHS[kind], replace(record, **changes))
+
+
+def test_a_line_for_each_step_in_order(store):
+    assert told(store) == [
+        "slsgu build-sets mouse --concept 'Mickey Mouse' --source 'a b.parquet'",
+        "slsgu grad mouse",
+        "slsgu rank mouse --direction gradient",
+        "slsgu search mouse --steer fa1 --steps 5",
+        "slsgu apply mouse --out without-mouse",
+        "slsgu eval mouse --model local-dir:without-mouse",
+    ]
+
+
+def test_options_that_were_not_the_default_are_told(store):
+    change(store, GradientPointer, batch_size=8, precision="bf16")
+    trials = store.read_record(PATHS[Trials], Trials)
+    some = tuple(trial for trial in trials.trials if trial.layer in FRONT[:2])
+    change(store, Trials, trials=some, precision=Precision.TF32)
+    lines = told(store)
+    assert lines[1] == "slsgu grad mouse --batch-size 8 --precision bf16"
+    assert lines[3] == (
+        f"slsgu search mouse --steer fa1 --layer {FRONT[0]} --layer {FRONT[1]} --steps 5 "
+        "--precision tf32"
+    )
+    assert CHOSEN not in lines[3]
+
+
+def test_the_direction_is_told(store):
+    change(store, Ranking, direction=Direction.WHITENED, ridge=0.01)
+    trials = store.read_record(PATHS[Trials], Trials)
+    halves = [replace(trial, ridge=ridge) for ridge in (0.1, 0.01) for trial in trials.trials]
+    change(
+        store, Trials, direction=Direction.WHITENED, trials=tuple(halves), steer=Steer.MARGIN,
+        margin=0.05,
+    )  # fmt: skip
+    lines = told(store)
+    assert lines[2] == "slsgu rank mouse"
+    assert lines[3] == (
+        "slsgu search mouse --steer margin --margin 0.05 --ridge 0.1 --ridge 0.01 --steps 5"
+    )
+
+
+def test_stale_steps_are_not_told_as_if_they_led_here(store):
+    change(store, Ranking, forget="another")
+    assert [line.split()[1] for line in told(store)] == ["build-sets", "grad", "apply", "eval"]

@@ -1,0 +1,92 @@
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import DTYPES, save, state
+from edit_headers import MODEL, edit
+from reports import NAME, fill
+
+from slsgu_cli.apply import CheckpointSource, apply_edits
+from slsgu_cli.console import Console
+from slsgu_cli.dtypes import PRECISION
+from slsgu_cli.errors import MissingError
+from slsgu_cli.records import GradientPointer, Ranking
+from slsgu_cli.report.gather import edit_facts, gather
+from slsgu_cli.shelf import Shelf, State
+from slsgu_cli.store import Store
+from slsgu_cli.weights import layer_digest, read_layer
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    fill(store)
+    return store
+
+
+def found(store):
+    return gather(store, NAME, Shelf(store))
+
+
+def test_everything_is_found_with_its_hash(store):
+    dossier = found(store)
+    for finding in dossier.findings():
+        assert finding.state is State.OK
+        assert finding.trouble is None
+        assert finding.sha256 == sha256(Path(store.where(finding.path)).read_bytes()).hexdigest()
+    assert dossier.gradients["forget"].loss == "cosine"
+    assert dossier.gradients["retain"].loss == "contrastive"
+
+
+def test_a_stale_record_is_named_and_withheld(store):
+    path = f"rankings/{NAME}.json"
+    ranking = store.read_record(path, Ranking)
+    store.write_record(path, replace(ranking, forget="another"))
+    ranking = found(store).ranking
+    assert ranking.record is None
+    assert ranking.state is State.STALE
+    assert ranking.trouble == "The ranking is stale: the gradients were computed anew since."
+    assert ranking.run == f"slsgu rank {NAME}"
+
+
+def test_what_is_made_of_new_gradients_is_stale_too(store):
+    path = f"gradients/{NAME}.json"
+    pointer = store.read_record(path, GradientPointer)
+    store.write_record(path, replace(pointer, forget=pointer.retain))
+    dossier = found(store)
+    assert dossier.pointer.state is State.OK
+    assert {dossier.ranking.state, dossier.trials.state, dossier.edit.state} == {State.STALE}
+    assert dossier.facts is None
+
+
+def test_a_damaged_record_and_a_missing_one(store):
+    store.write_bytes(f"trials/{NAME}.json", b"{")
+    store.remove(f"edits/{NAME}.safetensors")
+    dossier = found(store)
+    assert dossier.trials.state is State.DAMAGED
+    assert "is not JSON" in dossier.trials.trouble
+    assert dossier.edit.state is None
+    assert dossier.edit.trouble == "There is no edit yet."
+
+
+def test_without_a_set_there_is_nothing_to_report(store):
+    with pytest.raises(MissingError, match="it has mouse"):
+        gather(store, "other", Shelf(store))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
+    precision = PRECISION[dtype]
+    layer = "visual.proj"
+    original = read_layer(save(state(), tmp_path / "original.safetensors"), layer)
+    delta = 0.1 * np.random.default_rng(0).standard_normal(original.shape)
+    change = edit(layer, delta.astype(np.float32), original)
+    path = save(state(DTYPES[dtype]), tmp_path / "model.safetensors")
+    out = tmp_path / "edited.safetensors"
+    apply_edits([change], CheckpointSource(MODEL, path), out, console=Console(verbosity=-1))
+    facts = edit_facts(change)
+    assert facts.before[precision] == layer_digest(read_layer(path, layer), "fp32")
+    assert facts.after[precision] == layer_digest(read_layer(out, layer), "fp32")
+    assert facts.changed == facts.values == original.size

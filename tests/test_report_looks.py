@@ -1,0 +1,81 @@
+"""Guesses and cosines before and after an edit, against models that run as a whole."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from worlds import Ear
+
+from slsgu_cli.edits import load_edit, write_edit
+from slsgu_cli.errors import StaleError
+from slsgu_cli.evaluation import prepare
+from slsgu_cli.examples import guesses_of
+from slsgu_cli.measure import choose, cosines, with_edit
+from slsgu_cli.models import load, resolve, tokenizer
+from slsgu_cli.pipeline import direct_edit
+from slsgu_cli.report.looks import Viewer
+from slsgu_cli.store import Store
+
+LAYERS = {"visual.transformer.resblocks.1.mlp.c_proj.weight": 3.0, "text_projection": 0.5}
+
+
+@pytest.fixture(scope="module")
+def edited(shared_world, tmp_path_factory):
+    """A world with an edit made by hand, one in each tower."""
+    found = {}
+    for layer, share in LAYERS.items():
+        folder = tmp_path_factory.mktemp("looks") / "store"
+        shutil.copytree(shared_world.store.root, folder)
+        world = replace(shared_world, store=Store(str(folder)))
+        edit = direct_edit(world.store, world.name, layer=layer, step=1.0, console=Ear())
+        edit = edit.restepped(share / edit.header.share)
+        header = replace(edit.header, step=share / edit.header.share, share=share)
+        made = replace(edit, header=header, factor=1.0)
+        delta = edit.factor * edit.delta()
+        write_edit(world.store, replace(made, load={"delta": delta, "before": edit.before()}.get))
+        found[layer] = world
+    return found
+
+
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
+    world = edited[layer]
+    edit = load_edit(world.store, world.name)
+    looks = Viewer(world.store, device="cpu", console=Ear()).look(world.manifest, edit.header)
+
+    model = resolve(world.model)
+    module = load(model)
+    with torch.no_grad():
+        evaluation = prepare(
+            world.store, world.manifest, module, tokenize=tokenizer(model), device="cpu"
+        )
+        evaluation.base_pass((), cache_bytes=0, console=Ear())
+        shown = choose(evaluation, world.manifest)
+        scale = float(module.logit_scale.exp())
+        plain = [cosines(evaluation, shown)]
+        guesses = [guesses_of(evaluation.forget, scale)]
+        with with_edit(module, edit):
+            evaluation.base_pass((), cache_bytes=0, console=Ear())
+        plain.append(cosines(evaluation, shown))
+        guesses.append(guesses_of(evaluation.forget, scale))
+
+    np.testing.assert_allclose(looks.before, plain[0], atol=1e-5)
+    np.testing.assert_allclose(looks.after, plain[1], atol=1e-5)
+    assert np.abs(looks.after - looks.before).max() > 0.01
+    assert looks.names[0] == world.name
+    assert [example.label for example in looks.examples[:4]] == [world.name] * 4
+    for number, example in enumerate(looks.examples[:4]):
+        for got, wanted in ((example.before, guesses[0]), (example.after, guesses[1])):
+            assert [name for name, _ in got] == [name for name, _ in wanted[number]]
+            assert [p for _, p in got] == pytest.approx([p for _, p in wanted[number]], abs=1e-4)
+    assert len({example.label for example in looks.examples[4:]}) == len(looks.examples) - 4
+
+
+def test_a_model_with_other_weights_is_refused(edited):
+    world = edited["text_projection"]
+    header = replace(load_edit(world.store, world.name).header, model_fingerprint="other")
+    viewer = Viewer(world.store, device="cpu", console=Ear())
+    with pytest.raises(StaleError, match="other weights"):
+        viewer.look(world.manifest, header)

@@ -1,0 +1,189 @@
+"""The page as a whole, on a store whose names are markup."""
+
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from reports import CHOSEN, HOSTILE, NAME, fill, html
+
+from slsgu_cli.records import SetManifest
+from slsgu_cli.report.markup import VOID
+from slsgu_cli.store import Store
+
+TITLES = (
+    "Result", "What was asked", "Single images", "Cosine similarities", "Where the concept lies",
+    "Search for the step", "Model and gradients", "The edit", "To repeat it",
+    "Records behind this page",
+)  # fmt: skip
+
+
+class Outline(HTMLParser):
+    """A page's elements with their attributes, its headings and ids; tags must match."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.headings = [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), tag
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append((self.open[-1], data))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = Store(str(tmp_path_factory.mktemp("report") / "store"))
+    fill(store)
+    fill(store, concept="castle", name="castle")
+    return store
+
+
+@pytest.fixture(scope="module")
+def alone(store):
+    return html(store)
+
+
+def test_names_stay_text_and_nothing_comes_from_outside(alone):
+    outline = Outline(alone)
+    tags = {tag for tag, _ in outline.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "form", "b", "i" * 2}
+    assert HOSTILE not in alone
+    assert "<script" not in alone
+    for tag, attributes in outline.elements:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+    assert "@import" not in alone
+    assert "url(" not in alone
+    policy = [meta for meta in outline.all("meta") if "http-equiv" in meta]
+    assert policy[0]["content"].startswith("default-src 'none'")
+
+
+def test_the_same_inputs_give_the_same_bytes(store, alone):
+    assert html(store) == alone
+    assert not re.search(r"20\d\d-\d\d-\d\d", alone)
+
+
+def test_sections_are_headed_linked_and_in_order(alone):
+    outline = Outline(alone)
+    assert [text for tag, text in outline.headings if tag == "h3"] == list(TITLES)
+    assert [tag for tag, _ in outline.headings][:2] == ["h1", "h2"]
+    ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = [link["href"].removeprefix("#") for link in outline.all("a")]
+    assert set(targets) <= set(ids)
+    for section in outline.all("section"):
+        assert section["aria-labelledby"] in ids
+
+
+def test_it_can_be_read_without_sight_of_it(alone):
+    outline = Outline(alone)
+    assert outline.all("html") == [{"lang": "en"}]
+    assert all("alt" in image for image in outline.all("img"))
+    assert all(head.get("scope") in ("row", "col") for head in outline.all("th"))
+    told = [svg for svg in outline.all("svg") if svg.get("aria-hidden") != "true"]
+    assert told
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in told)
+    tables = [tag for tag, _ in outline.elements if tag in ("table", "caption")]
+    assert tables == ["table", "caption"] * (len(tables) // 2)
+
+
+def test_it_says_what_was_measured(alone):
+    text = re.sub(r"<[^>]+>", " ", alone)
+    assert "named 96.97% rightly before the edit" in text
+    assert "0.0 to 10.4%" in text
+    assert CHOSEN in text
+    for word in ("mouse-forget", "a.*b", "17,689", "export SLSGU_STORE=", "slsgu grad mouse"):
+        assert word in text
+    assert "not one of them any more" in text
+
+
+def test_missing_records_are_told_in_one_line_with_the_command(store, tmp_path):
+    shutil.copytree(store.root, tmp_path / "store")
+    fewer = Store(str(tmp_path / "store"))
+    fewer.remove(f"trials/{NAME}.json")
+    fewer.remove(f"edits/{NAME}.safetensors")
+    page = html(fewer)
+    assert page.count("There is no search yet. To add it: <code>slsgu search mouse</code>") == 1
+    assert page.count("There is no edit yet. To add it: <code>slsgu search mouse</code>") == 2
+    assert "of them any more" not in page
+
+
+def test_figures_whose_rows_may_be_others_now_are_told_as_the_edits_own(store, tmp_path):
+    shutil.copytree(store.root, tmp_path / "store")
+    rebuilt = Store(str(tmp_path / "store"))
+    path = f"sets/{NAME}.json"
+    manifest = rebuilt.read_record(path, SetManifest)
+    brands = replace(manifest.evals["brands"], path="data/new.zarr", fingerprint="new")
+    told = '{"attributes": {"rows": 9, "fingerprint": "new", "complete": true}}'
+    rebuilt.write_bytes("data/new.zarr/zarr.json", told.encode())
+    evals = manifest.evals | {"brands": brands}
+    rebuilt.write_record(path, replace(manifest, evals=evals))
+    page = html(rebuilt)
+    assert "These figures are the edit&#x27;s own" in page
+    assert "The search is stale: the evaluation set brands was built anew since." in page
+    assert "The best trial of each layer" not in page
+
+
+def test_several_names_have_a_summary_and_an_article_each(store):
+    page = html(store, NAME, "castle")
+    outline = Outline(page)
+    assert [text for tag, text in outline.headings if tag == "h2"][1] == "castle"
+    assert len(outline.all("article")) - 2 == 10  # the rest are example images
+    assert "What this page reports, edit by edit" in page
+
+
+def test_the_style_knows_print_phones_and_dark_rooms(alone):
+    for rule in ("@media print", "@page", "prefers-color-scheme: dark", "max-width: 40rem"):
+        assert rule in alone
+    assert 'name="viewport"' in alone
+
+
+def channels(colour):
+    return [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+
+
+def mixed(one, other, share):
+    return [share * a + (1 - share) * b for a, b in zip(one, other, strict=True)]
+
+
+def luminance(colour):
+    """Return the relative luminance as WCAG 2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_contrast_on_every_ground(alone):
+    style = alone.partition("<style>")[2].partition("</style>")[0]
+    for theme in re.findall(r":root \{(.*?)\}", style, re.S)[:2]:
+        colours = {name: channels(c) for name, c in re.findall(r"--(\w+): (#\w{6})", theme)}
+        grounds = {name: colours[name] for name in ("paper", "faint")}
+        strength = float(re.search(r"--strength: ([\d.]+)", theme)[1])
+        # The darkest cell of a cosine table.
+        cell = mixed(colours["accent"], colours["faint"], strength)
+        assert contrast(colours["ink"], cell) >= 4.5
+        for ink in ("ink", "muted", "accent"):
+            for ground in grounds.values():
+                assert contrast(colours[ink], ground) >= 4.5
