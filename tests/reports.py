@@ -1,8 +1,11 @@
 """A store that knows all there is to know of a concept with a hostile name, and no model."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from slsgu_cli.edits import make_edit, write_edit
+from slsgu_cli.layout import joint_label
 from slsgu_cli.pictures import Example
 from slsgu_cli.records import (
     Accuracy,
@@ -30,6 +33,7 @@ from slsgu_cli.report.looks import Looks
 from slsgu_cli.report.page import page
 from slsgu_cli.report.sections import Section
 from slsgu_cli.report.write import all_sections
+from slsgu_cli.several.records import JointMove, JointSearch, JointTrial, Sweep, SweepRow
 from slsgu_cli.shelf import Shelf
 from slsgu_cli.store import Store
 from slsgu_cli.weights import layer_digests
@@ -51,7 +55,10 @@ BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)
 
 def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
     """Write every record of one concept, all of them good."""
-    evals = {"brands": _block(store, name, "brands"), "objects <b>": _block(store, name, "objects")}
+    evals = {
+        "brands": _block(store, "all", "brands"),
+        "objects <b>": _block(store, "all", "others"),
+    }
     manifest = SetManifest(
         name=name,
         concept=concept,
@@ -87,7 +94,52 @@ def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
         BEFORE, dict.fromkeys(evals, KEPT), tuple(trials), "0.1.0",
     )  # fmt: skip
     store.write_record(f"trials/{name}.json", recorded)
+    walked = (replace(t, utility=dict.fromkeys(evals, Accuracy(90.0, 97.0, 9))) for t in trials)
+    store.write_record(f"trajectories/{name}.json", replace(recorded, trials=tuple(walked)))
     _write_edit(store, name, concept, next(t for t in trials if t.layer == CHOSEN and t.utility))
+
+
+def fill_several(store: Store, *names: str) -> None:
+    """Write a joint search and a sweep of concepts that the store knows."""
+    first = store.read_record(f"trials/{names[0]}.json", Trials)
+    gone = next(trial for trial in first.trials if trial.utility)
+    move = (gone.layer, gone.tower, None, gone.step, gone.share)
+    moves = [JointMove(name, *move) for name in names]
+    stages = [
+        JointTrial(
+            tuple(moves[:count]), dict.fromkeys(names[:count], gone.forget),
+            dict.fromkeys(names[:count], 0.1), gone.utility,
+        )
+        for count in range(1, len(names) + 1)
+    ]  # fmt: skip
+    joint = JointSearch(
+        names=names,
+        concepts=tuple(HOSTILE for _ in names),
+        gradients={name: f"{name}-forget" for name in names},
+        retain_data={},
+        model=MODEL,
+        model_fingerprint="model",
+        evals=first.evals,
+        precision=Precision.FP32,
+        steer=Steer.FA1,
+        margin=None,
+        baseline_forget=dict.fromkeys(names, BEFORE),
+        baseline_utility=first.baseline_utility,
+        stages=tuple(stages),
+        trials=tuple(stages),
+        version="0.1.0",
+    )
+    store.write_record(f"joint/{joint_label(names)}.json", joint)
+    rows = [
+        SweepRow(
+            name, f"{name}-forget", f"{name}-retain", gone.layer, gone.tower, Direction.GRADIENT,
+            None, gone.step, gone.share, BEFORE, first.baseline_utility, gone.forget,
+            gone.utility or {}, True,
+        )
+        for name in names
+    ]  # fmt: skip
+    sweep = Sweep("all", "recipe", names, MODEL, "model", Steer.FA1, tuple(rows), "0.1.0")
+    store.write_record("sweeps/all.json", sweep)
 
 
 def looks(concept: str = HOSTILE, names: int = 10) -> Looks:

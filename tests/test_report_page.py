@@ -6,15 +6,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from reports import CHOSEN, HOSTILE, NAME, fill, html
+from reports import CHOSEN, HOSTILE, NAME, fill, fill_several, html
 
-from slsgu_cli.records import SetManifest
+from slsgu_cli.records import GradientPointer, SetManifest
 from slsgu_cli.report.markup import VOID
 from slsgu_cli.store import Store
 
 TITLES = (
     "Result", "What was asked", "Single images", "Cosine similarities", "Where the concept lies",
-    "Search for the step", "Model and gradients", "The edit", "To repeat it",
+    "Search for the step", "Trajectories", "Model and gradients", "The edit", "To repeat it",
     "Records behind this page",
 )  # fmt: skip
 
@@ -148,6 +148,25 @@ def test_several_names_have_a_summary_and_an_article_each(store):
     assert [text for tag, text in outline.headings if tag == "h2"][1] == "castle"
     assert len(outline.all("article")) - 2 == 10  # the rest are example images
     assert "What this page reports, edit by edit" in page
+
+
+def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store, tmp_path):
+    shutil.copytree(store.root, tmp_path / "store")
+    more = Store(str(tmp_path / "store"))
+    fill(more, concept="dog", name="dog")
+    fill_several(more, NAME, "castle")
+    assert "Forgotten together" not in html(more, "dog")
+    page = html(more)
+    headings = [text for tag, text in Outline(page).headings if tag == "h3"]
+    assert headings[7:9] == ["Forgotten together: mouse+castle", "Sweep: all"]
+    assert "All edits in place, each concept on its own images" in page
+    assert re.search(r'<tr class="marked"><th scope="row">mouse</th>', page)
+    assert HOSTILE not in page
+    pointer = more.read_record("gradients/castle.json", GradientPointer)
+    more.write_record("gradients/castle.json", replace(pointer, forget=pointer.retain))
+    page = html(more)
+    assert "The sweep all is stale: the forget gradient of castle was computed anew" in page
+    assert "All edits in place" not in page
 
 
 def test_the_style_knows_print_phones_and_dark_rooms(alone):

@@ -1,21 +1,15 @@
 """What a store knows of one name: its records, and whether each may be shown as true."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import Any, Generic, TypeVar
 
 from slsgu_cli.dtypes import PRECISION, narrow, widen
 from slsgu_cli.edits import Edit, read_edit
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.layout import (
-    edit_path,
-    manifest_path,
-    pointer_path,
-    ranking_path,
-    read_manifest,
-    trials_path,
-)
+from slsgu_cli.layout import read_manifest
 from slsgu_cli.planning import moved_values
 from slsgu_cli.records import (
     EditHeader,
@@ -25,7 +19,8 @@ from slsgu_cli.records import (
     SetManifest,
     Trials,
 )
-from slsgu_cli.shelf import CHECKS, Kind, Shelf, State
+from slsgu_cli.several.records import JointSearch, Sweep
+from slsgu_cli.shelf import CHECKS, PLACES, Kind, Shelf, State
 from slsgu_cli.store import Store
 from slsgu_cli.weights import layer_digest
 
@@ -78,12 +73,16 @@ class Dossier:
     ranking: Finding[Ranking]
     trials: Finding[Trials]
     edit: Finding[EditHeader]
+    trajectory: Finding[Trials]
+    joint: dict[str, Finding[JointSearch]]
+    sweeps: dict[str, Finding[Sweep]]
     gradients: dict[str, GradientHeader] = field(default_factory=dict)
     facts: EditFacts | None = None
 
     def findings(self) -> list[Finding[Any]]:
         """Return every record in the order in which one is made from another."""
-        return [self.manifest, self.pointer, self.ranking, self.trials, self.edit]
+        alone = (self.manifest, self.pointer, self.ranking, self.trials, self.edit)
+        return [*alone, self.trajectory, *self.joint.values(), *self.sweeps.values()]
 
 
 def gather(store: Store, name: str, shelf: Shelf) -> Dossier:
@@ -91,36 +90,57 @@ def gather(store: Store, name: str, shelf: Shelf) -> Dossier:
     manifest = read_manifest(store, name)
     word = quote(name)
 
-    def find(kind: Kind, what: str, path: str, command: str) -> Finding[Any]:
-        return _find(store, shelf, Finding(what, path, f"slsgu {command}"), kind, name)
+    def find(kind: Kind, what: str, command: str, label: str = name) -> Finding[Any]:
+        return _find(store, shelf, kind, label, Finding(what, "", f"slsgu {command}"))
 
-    pointer = find(Kind.POINTER, "gradients", pointer_path(name), f"grad {word}")
-    edit = find(Kind.EDIT, "edit", edit_path(name), f"search {word}")
+    pointer = find(Kind.POINTER, "gradients", f"grad {word}")
+    edit = find(Kind.EDIT, "edit", f"search {word}")
     named = pointer.record and {"forget": pointer.record.forget, "retain": pointer.record.retain}
+    joint = _about(shelf, Kind.JOINT, lambda found: name in found.names)
+    swept = _about(shelf, Kind.SWEEP, lambda sweep: any(row.name == name for row in sweep.rows))
     return Dossier(
         name=name,
         concept=manifest.concept,
-        manifest=find(Kind.SET, "set", manifest_path(name), f"build-sets {word} ..."),
+        manifest=find(Kind.SET, "set", f"build-sets {word} ..."),
         pointer=pointer,
-        ranking=find(Kind.RANKING, "ranking", ranking_path(name), f"rank {word}"),
-        trials=find(Kind.TRIALS, "search", trials_path(name), f"search {word}"),
+        ranking=find(Kind.RANKING, "ranking", f"rank {word}"),
+        trials=find(Kind.TRIALS, "search", f"search {word}"),
         edit=edit,
+        trajectory=find(Kind.TRAJECTORY, "trajectory", f"trajectory {word}"),
+        joint={
+            label: find(Kind.JOINT, f"joint search {label}", "search ... --joint", label)
+            for label in joint
+        },
+        sweeps={
+            label: find(Kind.SWEEP, f"sweep {label}", f"sweep {quote(label)} ...", label)
+            for label in swept
+        },
         gradients={role: shelf.get(Kind.GRADIENT, d) for role, d in (named or {}).items()},
         facts=edit_facts(read_edit(store, edit.path)) if edit.record else None,
     )
 
 
-def _find(store: Store, shelf: Shelf, sought: Finding[Any], kind: Kind, name: str) -> Finding[Any]:
+def _about(shelf: Shelf, kind: Kind, concerns: Callable[[Any], bool]) -> list[str]:
+    """Return the names of the records of a kind that concern the set, stale ones too."""
+    return [
+        label
+        for label, record in sorted(shelf.read[kind].items())
+        if not isinstance(record, SlsguError) and concerns(record)
+    ]
+
+
+def _find(store: Store, shelf: Shelf, kind: Kind, name: str, sought: Finding[Any]) -> Finding[Any]:
+    folder, suffix, _ = PLACES[kind]
+    sought = replace(sought, path=f"{folder}/{name}{suffix}")
     met = shelf.read[kind].get(name)
     if met is None:
         return sought
-    if isinstance(met, SlsguError):
-        state, reason, record = State.DAMAGED, met.message, None
-    else:
-        state, told = CHECKS[kind](shelf, name, met)
-        reason, record = told or "", met if state is State.OK else None
     sha256 = hashlib.sha256(store.read_bytes(sought.path)).hexdigest()
-    return Finding(sought.what, sought.path, sought.run, record, state, reason, sha256)
+    if isinstance(met, SlsguError):
+        return replace(sought, state=State.DAMAGED, reason=met.message, sha256=sha256)
+    state, reason = CHECKS[kind](shelf, name, met)
+    record = met if state is State.OK else None
+    return replace(sought, record=record, state=state, reason=reason, sha256=sha256)
 
 
 def edit_facts(edit: Edit) -> EditFacts:

@@ -83,17 +83,23 @@ def _figures(score: LayerScore) -> tuple[Child, ...]:
 
 
 def _search(trials: Trials, edit: EditHeader | None) -> Html:
-    lines = list(dict.fromkeys((trial.layer, trial.ridge) for trial in trials.trials))
+    layers = {trial.layer for trial in trials.trials}
     intro = paragraph(
-        f"{count(len(trials.trials))} trials on {len({layer for layer, _ in lines})} layers, in "
+        f"{count(len(trials.trials))} trials on {len(layers)} layers, in "
         f"{trials.precision}. Of each layer the step was doubled until {goal(trials)}, then halved "
         "between what was too little and what was enough. TA was measured where it could decide "
         "the choice.",
     )
+    drawn = step_charts(trials, edit)
+    return joined((intro, drawn, _best(trials, edit), _all(trials, edit)))
+
+
+def step_charts(trials: Trials, edit: EditHeader | None) -> Html:
+    """Draw accuracies against the step for every layer and ridge, with what the lines mean."""
+    lines = list(dict.fromkeys((trial.layer, trial.ridge) for trial in trials.trials))
     charts = [_steps(trials, layer, ridge, edit) for layer, ridge in lines]
     key = legend(step_series(trials, *lines[0])) if lines else None
-    grid = element("div", *charts, class_="charts")
-    return joined((intro, key, grid, _best(trials, edit), _all(trials, edit)))
+    return joined((key, element("div", *charts, class_="charts")))
 
 
 def goal(trials: Trials) -> str:
@@ -108,8 +114,8 @@ def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | N
     chosen = edit is not None and (edit.layer, edit.ridge) == (layer, ridge)
     name = known_as(layer)
     told = (
-        f"Forget accuracy and kept accuracy against the step along {name}; the best trial of "
-        "each layer is in the table below."
+        f"Forget accuracy and kept accuracy against the step along {name}; the tables below "
+        "have the figures."
     )
     caption = joined(
         (
