@@ -151,7 +151,7 @@ def rank(
             exclude=exclude or (),
             tower=tower,
             device=device,
-            **opt.given(direction=direction, ridge=ridge),
+            **opt.along(direction, ridge),
         ),
         console=session.console,
     )
@@ -245,8 +245,7 @@ def apply(
             model=opt.model_spec(model, pretrained),
             layer=layer,
             step=step,
-            direction=direction,
-            ridge=ridge,
+            **opt.along(direction, ridge),
             scale=scale,
             revert=revert,
             force=force,
@@ -321,7 +320,7 @@ def demo(
     from slsgu_cli.demonstration import demonstrate
     from slsgu_cli.ranking import RankOptions
 
-    chosen = RankOptions(**opt.given(direction=direction, ridge=ridge))
+    chosen = RankOptions(**opt.along(direction, ridge))
     demonstrate(session, concept, steer=steer, ranked=chosen, device=device)
 
 

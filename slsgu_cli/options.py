@@ -155,6 +155,15 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def along(direction: Direction | None, ridge: float | None) -> dict[str, Any]:
+    """Return what was given of a direction. Raises UsageError for a ridge of the gradient."""
+    from slsgu_cli.errors import UsageError
+
+    if direction is Direction.GRADIENT and ridge is not None:
+        raise UsageError("--ridge is for the whitened direction", hint="--direction whitened")
+    return given(direction=direction, ridge=ridge)
+
+
 def size(text: str | None) -> int | None:
     """Return the bytes that a size option means, None where it is not given."""
     from slsgu_cli.memory import parse_size

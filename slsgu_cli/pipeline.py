@@ -97,6 +97,12 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
             hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
             f"`slsgu search {quote(name)}`",
         )
+    if options.ridges and edit.header.ridge not in options.ridges:
+        had = "no ridge" if edit.header.ridge is None else f"ridge {edit.header.ridge:g}"
+        raise StaleError(
+            f"the edit {name} was whitened with {had}, not {options.ridges[0]:g}",
+            hint=f"run `slsgu search {quote(name)} --ridge {options.ridges[0]:g}`",
+        )
     return edit
 
 

@@ -315,6 +315,8 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["search", "blue", "--layer", "nosuch"], 2, "fits 0 ranked layers: none"),
         (["apply", "blue", "--layer", "attn", "--step", "1", "--out", "x"], 2, "fits 12 layers"),
         (["apply", "blue", "--layer", "conv1", "--out", "x"], 2, "--layer goes with"),
+        (["apply", "blue", "--ridge", "0.5", "--out", "x"], 4, "with ridge 0.01, not 0.5"),
+        (["rank", "blue", "--direction", "gradient", "--ridge", "1"], 2, "--ridge is for the whi"),
         (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
         (["grad", "blue", "--device", "gpu"], 2, "'gpu' is none of auto, cpu"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),

@@ -149,7 +149,7 @@ def sweep(
             device=device,
             memory_budget=opt.size(memory_budget),
         ),
-        ranking=RankOptions(**opt.given(direction=direction, ridge=ridge), device=device),
+        ranking=RankOptions(**opt.along(direction, ridge), device=device),
         search=SearchOptions(
             steer=steer,
             **opt.given(margin=margin),
