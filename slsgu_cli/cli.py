@@ -220,6 +220,10 @@ def apply(
     direction: opt.DirectionOption = None,
     ridge: opt.Ridge = None,
     scale: Annotated[float, typer.Option("--scale", help="Apply this much of the edit.")] = 1.0,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Keep this many singular directions of the edit."),
+    ] = None,
     revert: Annotated[bool, typer.Option("--revert", help="Take the edits out again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even to other weights.")] = False,
     overwrite: Annotated[
@@ -247,6 +251,7 @@ def apply(
             step=step,
             **opt.along(direction, ridge),
             scale=scale,
+            rank=rank,
             revert=revert,
             force=force,
             overwrite=overwrite,

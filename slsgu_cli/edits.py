@@ -55,6 +55,20 @@ class Edit:
             raise InputError(f"the edit {self.header.name} was made at step 0")
         return dataclasses.replace(self, factor=1.0).scaled(step / self.header.step)
 
+    def of_rank(self, rank: int) -> "Edit":
+        """Return the edit with the `rank` largest singular directions of its change only."""
+        if rank < 1:
+            raise InputError(f"an edit cannot have rank {rank}")
+
+        def load(name: str) -> Floats:
+            whole = self.load(name)
+            if name != DELTA or whole.ndim < 2:
+                return whole
+            u, s, v = np.linalg.svd(whole.reshape(len(whole), -1), full_matrices=False)
+            return ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
+
+        return dataclasses.replace(self, load=load)
+
 
 def make_edit(header: EditHeader, *, delta: Floats, before: Floats) -> Edit:
     """Return an edit held in memory. Raises InputError where its tensors do not fit it."""

@@ -54,6 +54,7 @@ class ApplyRequest:
     direction: Direction | None = None
     ridge: float | None = None
     scale: float = 1.0
+    rank: int | None = None
     revert: bool = False
     force: bool = False
     overwrite: bool = False
@@ -259,6 +260,8 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
         edits = [edit_for(store, n, options=options, console=console) for n in request.names]
         if request.step is not None:
             edits = [edit.restepped(request.step) for edit in edits]
+    if request.rank is not None:
+        edits = [edit.of_rank(request.rank) for edit in edits]
     if request.scale != 1:
         edits = [edit.scaled(request.scale) for edit in edits]
     for edit in edits:

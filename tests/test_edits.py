@@ -79,3 +79,25 @@ def test_tensors_that_do_not_fit_are_refused_when_made() -> None:
     bad[2, 3] = np.nan
     with pytest.raises(InputError, match="not finite"):
         make_edit(header("visual.proj", BEFORE), delta=bad, before=BEFORE)
+
+
+def test_an_edit_of_a_rank_keeps_its_largest_directions():
+    rng = np.random.default_rng(0)
+    delta = rng.normal(size=(6, 3, 2)).astype(np.float32)
+    whole = edit("visual.conv1.weight", delta, np.zeros_like(delta))
+    values = np.linalg.svd(delta.reshape(6, 6), compute_uv=False)
+    for rank in (1, 2, 6, 9):
+        kept = whole.of_rank(rank)
+        assert kept.delta().shape == delta.shape
+        assert np.linalg.matrix_rank(kept.delta().reshape(6, 6), tol=1e-4) == min(rank, 6)
+        left = np.linalg.norm(delta - kept.delta())
+        assert left == pytest.approx(np.linalg.norm(values[rank:]), abs=1e-5)
+        np.testing.assert_array_equal(kept.before(), whole.before())
+    assert kept.header is whole.header
+    with pytest.raises(InputError, match="cannot have rank 0"):
+        whole.of_rank(0)
+
+
+def test_a_norms_edit_has_one_direction():
+    norm = edit("visual.ln_post.weight", np.ones(4, np.float32), np.zeros(4, np.float32))
+    np.testing.assert_array_equal(norm.of_rank(1).delta(), norm.delta())

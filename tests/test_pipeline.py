@@ -275,3 +275,17 @@ def test_a_whitened_step_by_hand_is_the_whitened_searchs(world, console):
     for name in ("direction", "ridge", "retain_data", "gradient"):
         assert getattr(by_hand.header, name) == getattr(own.header, name)
     assert by_hand.header.direction is Direction.WHITENED
+
+
+def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path, console):
+    find(world, console, steps=3, layers=[LAYER])
+    apply(world, tmp_path / "out", console, rank=1)
+    found = changed(world, tmp_path / "out")
+    assert set(found) == {LAYER}
+    values = np.linalg.svd(found[LAYER].astype(float), compute_uv=False)
+    whole = np.linalg.svd(load_edit(world.store, "blue").delta(), compute_uv=False)
+    assert values[0] == pytest.approx(whole[0], rel=1e-2)
+    assert values[1] < 0.05 * values[0]
+    model = ModelSpec(f"local-dir:{tmp_path / 'out'}")
+    apply(world, tmp_path / "back", console, model=model, revert=True, rank=1)
+    assert not changed(world, tmp_path / "back")

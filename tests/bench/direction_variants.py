@@ -10,6 +10,9 @@ Every variant is searched to FA@5 = 0 at the layer of the concept's whitened edi
 - both factors: whitened on the side of the outputs too, by the sum of R R^T over the
   retain loss's gradients R of mini-batches
 - rank R: the R largest singular directions of the whitened direction
+
+Before that, each edit is measured at its own step with few singular directions kept, as
+`apply --rank` writes it.
 """
 
 import argparse
@@ -119,6 +122,24 @@ def tried(store: Store, concept: str, console: Console) -> dict[str, tuple[float
         return {label: cost(evaluation, score, along) for label, along in directions}
 
 
+def truncated(store: Store, concept: str, console: Console) -> Iterator[str]:
+    """Yield what the whitened edit does at its own step when few singular directions are kept."""
+    edit = load_edit(store, f"{concept}-{Direction.WHITENED}")
+    layer, manifest = edit.header.layer, read_manifest(store, concept)
+    resolved, model = load_graded(manifest, read_pointer(store, manifest), "cpu")
+    evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
+    evaluation.base_pass([layer], cache_bytes=1 << 30, console=console)
+    ranking = rank(store, concept, options=RankOptions(include=[layer]), console=console)
+    base = {name: group.base_accuracy().top1 for name, group in evaluation.utility.items()}
+    for count in (*RANKS, max(edit.delta().shape)):
+        probe = Probe(evaluation, ranking.scores[0], torch.from_numpy(edit.of_rank(count).delta()))
+        with torch.no_grad():
+            forget = probe.trial(1.0).forget
+            kept = UtilityMeter(evaluation).measure(probe, 1.0, beat=float("-inf")) or {}
+        lost = [f"{base[name] - kept[name].top1:.2f}" for name in ("brands", "objects")]
+        yield "\t".join([concept, str(count), f"{forget.top1:.1f}", f"{forget.top5:.1f}", *lost])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", help="what `directions.py --store` kept")
@@ -127,7 +148,9 @@ def main() -> None:
     store, console = Store(args.store), Console(verbosity=-1)
     results = []
     with features_known():
+        sys.stdout.write("concept\trank\tFA@1\tFA@5\tbrands lost\tobjects lost\n")
         for concept in args.concepts:
+            sys.stdout.write("".join(f"{line}\n" for line in truncated(store, concept, console)))
             results.append(tried(store, concept, console))
             sys.stderr.write(f"{concept}: {results[-1]}\n")
     sys.stdout.write("direction\tforgotten\tbrands mean\tworst\tobjects mean\tworst\n")
