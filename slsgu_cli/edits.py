@@ -65,7 +65,8 @@ class Edit:
             if name != DELTA or whole.ndim < 2:
                 return whole
             u, s, v = np.linalg.svd(whole.reshape(len(whole), -1), full_matrices=False)
-            return ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
+            kept: Floats = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
+            return kept
 
         return dataclasses.replace(self, load=load)
 
