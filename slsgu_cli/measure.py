@@ -1,13 +1,13 @@
 """What `slsgu eval` does: the built sets' figures for the original and one other model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit, load_edit
@@ -61,7 +61,7 @@ def measure(
             shown = shown or choose(evaluation, manifest)
             found.append(_figures(evaluation, label, shown))
             if edit is not None:
-                with with_edit(evaluation.model, edit):
+                with with_edits(evaluation.model, [edit]):
                     evaluation.base_pass((), cache_bytes=0, console=console)
                     found.append(_figures(evaluation, f"edit {name}", shown))
     path = plot_path(name, "cosines")
@@ -148,10 +148,15 @@ def _plot(found: list[MeasuredModel], shown: Shown, manifest: SetManifest) -> by
 
 
 @contextmanager
-def with_edit(model: nn.Module, edit: Edit) -> Iterator[None]:
-    """Put an edit into a model for the length of a block."""
-    layer = edit.header.layer
-    original = model.get_parameter(layer).data
-    delta = torch.from_numpy(edit.delta()).to(original.device)
-    with edited(model, layer, original + edit.factor * delta):
+def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
+    """Put edits into a model for the length of a block; those of one layer are summed."""
+    values: dict[str, Tensor] = {}
+    for edit in edits:
+        layer = edit.header.layer
+        before = values.get(layer, model.get_parameter(layer).data)
+        delta = torch.from_numpy(edit.delta()).to(before.device)
+        values[layer] = torch.add(before, delta, alpha=edit.factor)
+    with ExitStack() as stack:
+        for layer, value in values.items():
+            stack.enter_context(edited(model, layer, value))
         yield

@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import DEMO
 from plain import Plain
 from safetensors.torch import load_file
 from test_cli import inside, rows
@@ -25,6 +26,12 @@ from slsgu_cli.several.measure import measure_several
 from slsgu_cli.several.records import JointSearch
 
 NAMES = ("blue", "red", "green")
+DEMO_LAYERS = (
+    "visual.transformer.resblocks.6.attn.out_proj.weight",
+    "transformer.resblocks.0.attn.out_proj.weight",
+    "transformer.resblocks.0.mlp.c_proj.weight",
+    "transformer.resblocks.2.attn.out_proj.weight",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,16 +62,16 @@ def apart(searched, tmp_path):
     return searched[0].copied(tmp_path / "store"), searched[1]
 
 
-def plain_figures(world, model):
+def plain_figures(world, model, names=NAMES):
     """Return (FA by set, TA by evaluation set) by plain forwards, without the concepts' images."""
     forget, kept = {}, {}
-    worlds = [replace(world, name=name) for name in NAMES]
+    worlds = [replace(world, name=name) for name in names]
     for own in worlds:
         forget[own.name] = Plain(own, model).figures().forget
     plain = Plain(worlds[0], model)
     for name, block in plain.blocks.items():
         ranks, labels = plain._ranks(block, block.labels, block.class_names, block)
-        gone = [block.class_names.index(n) for n in NAMES if n in block.class_names]
+        gone = [block.class_names.index(n) for n in names if n in block.class_names]
         others = ranks[~np.isin(labels, gone)]
         kept[name] = tuple(100 * float(np.mean(others < k)) for k in (1, 5))
     return forget, kept
@@ -110,6 +117,31 @@ def test_edits_are_of_the_original_gradients_and_say_that_they_belong_together(s
         gradient = Plain(own).gradient[header.layer]
         delta = load_edit(world.store, header.name).delta()
         np.testing.assert_allclose(delta, header.step * gradient, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, console, tmp_path):
+    names = ("facebook", "github", "twitter")
+    world = demo_world.copied(tmp_path / "store")
+    for name in names:
+        own = replace(world, name=name)
+        own.build(
+            sources=[f"{DEMO / 'train.parquet'}?concept={name}"],
+            retain_sources=[world.sources["pairs"]],
+            retain_samples=36,
+            retain_exclude=names,
+            max_forget=20,
+        )
+        own.grade()
+    result = find(world, console, *names, layers=DEMO_LAYERS)
+    assert result.forgotten
+    assert all(before.top1 > 60 for before in result.found.baseline_forget.values())
+    model = open_clip.create_model(world.model.name).eval()
+    for name in names:
+        edit = load_edit(world.store, name)
+        with torch.no_grad():
+            model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
+    assert_figures(result.chosen, plain_figures(world, model, names))
 
 
 def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, console):

@@ -18,7 +18,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.evaluation import Evaluation, EvaluationSet, prepare
 from slsgu_cli.examples import guesses_of, labelled_images
 from slsgu_cli.gradients import check_inputs
-from slsgu_cli.measure import Matrix, Shown, choose, cosines, with_edit
+from slsgu_cli.measure import Matrix, Shown, choose, cosines, with_edits
 from slsgu_cli.memory import spare
 from slsgu_cli.models import fingerprint, load, resolve, tokenizer
 from slsgu_cli.pictures import Example, Guesses, Images
@@ -96,7 +96,7 @@ def _looks(few: Evaluation, shown: Shown, edit: Edit) -> Looks:
     groups = (few.forget, few.utility[shown.evaluation])
     picked = [np.arange(min(FORGOTTEN_SHOWN, len(few.forget.images))), _one_of_each(groups[1])]
     before, named_before = cosines(few, shown), _named(few, groups, picked)
-    with with_edit(few.model, edit):
+    with with_edits(few.model, [edit]):
         _run_on(few, groups, edit.header)
     after, named_after = cosines(few, shown), _named(few, groups, picked)
     images = [

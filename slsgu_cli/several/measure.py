@@ -1,17 +1,16 @@
 """What `slsgu eval A B ...` does: the figures of several concepts, before and after."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from slsgu_cli.console import Console
-from slsgu_cli.edits import Edit, load_edit
+from slsgu_cli.edits import load_edit
 from slsgu_cli.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.gradients import check_inputs
 from slsgu_cli.layout import joint_label, plot_path, read_manifest
+from slsgu_cli.measure import with_edits
 from slsgu_cli.models import load, pick_device, resolve, tokenizer
 from slsgu_cli.pictures import CosineMap, cosine_maps
 from slsgu_cli.records import Accuracy, ModelSpec, SetManifest
@@ -19,7 +18,6 @@ from slsgu_cli.several.combined import UNMOVED
 from slsgu_cli.several.matrices import Matrix, Shown, choose
 from slsgu_cli.several.searches import measured_on, require_alike, require_distinct
 from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import edited
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ def measure_several(
         found = [_figures(shared, manifests, "original", shown)]
         if model is not None:
             shared = _opened(store, manifests, model, device, console)
-        with edits_in_place(shared.model, edits):
+        with with_edits(shared.model, edits):
             if edits:
                 shared.base_pass((), cache_bytes=0, console=console)
             label = str(model) if model is not None else "all edits"
@@ -73,21 +71,6 @@ def measure_several(
     ]
     store.write_bytes(path, cosine_maps(maps, shown.names, thumbnails=shown.thumbnails))
     return SeveralMeasured(tuple(names), tuple(found), store.where(path))
-
-
-@contextmanager
-def edits_in_place(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """Put edits into a model for the length of a block; those of one layer are summed."""
-    values: dict[str, Tensor] = {}
-    for edit in edits:
-        layer = edit.header.layer
-        before = values.get(layer, model.get_parameter(layer).data)
-        delta = torch.from_numpy(edit.delta()).to(before.device)
-        values[layer] = torch.add(before, delta, alpha=edit.factor)
-    with ExitStack() as stack:
-        for layer, value in values.items():
-            stack.enter_context(edited(model, layer, value))
-        yield
 
 
 def _opened(
