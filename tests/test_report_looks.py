@@ -12,7 +12,7 @@ from slsgu_cli.edits import load_edit, write_edit
 from slsgu_cli.errors import StaleError
 from slsgu_cli.evaluation import prepare
 from slsgu_cli.examples import guesses_of
-from slsgu_cli.measure import choose, cosines, with_edit
+from slsgu_cli.measure import choose, cosines, with_edits
 from slsgu_cli.models import load, resolve, tokenizer
 from slsgu_cli.pipeline import direct_edit
 from slsgu_cli.report.looks import Viewer
@@ -56,7 +56,7 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
         scale = float(module.logit_scale.exp())
         plain = [cosines(evaluation, shown)]
         guesses = [guesses_of(evaluation.forget, scale)]
-        with with_edit(module, edit):
+        with with_edits(module, [edit]):
             evaluation.base_pass((), cache_bytes=0, console=Ear())
         plain.append(cosines(evaluation, shown))
         guesses.append(guesses_of(evaluation.forget, scale))
