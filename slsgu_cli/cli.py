@@ -331,4 +331,5 @@ def demo(
 
 # Commands of subpackages register themselves as they are imported.
 import slsgu_cli.report.cli  # noqa: E402
-import slsgu_cli.several.cli  # noqa: E402, F401
+import slsgu_cli.several.cli  # noqa: E402
+import slsgu_cli.verification.cli  # noqa: E402, F401

@@ -186,8 +186,9 @@ def prepare_shared(
     ) -> EvaluationSet:
         rows = np.arange(block.rows)
         images = ImageSide(vision, block, rows, to_tokens(labels, device), normalize)
-        prompts = _prompts(text, asked, extra, tokenize, device)
-        return EvaluationSet(images, prompts, (*asked.class_names, *extra))
+        names = (*asked.class_names, *extra)
+        prompts = prompt_side(text, names, asked.templates, tokenize=tokenize, device=device)
+        return EvaluationSet(images, prompts, names)
 
     sets = {name: opened(block, block.labels, (), block) for name, block in blocks.items()}
     forget = {}
@@ -213,11 +214,16 @@ def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArra
     return found
 
 
-def _prompts(
-    text: SplitTower, block: DataBlock, extra: Sequence[str], tokenize: Tokenize, device: str
+def prompt_side(
+    text: SplitTower,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    tokenize: Tokenize,
+    device: str,
 ) -> PromptSide:
-    names = [*block.class_names, *extra]
-    texts = [template.replace("{}", name) for name in names for template in block.templates]
-    owners = np.repeat(np.arange(len(names)), len(block.templates))
+    """Return the prompts of some classes: each name in each template."""
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    owners = np.repeat(np.arange(len(names)), len(templates))
     tokens = to_tokens(tokenize(texts), device)
     return PromptSide(text, tokens, to_tokens(owners, device), len(names))

@@ -81,6 +81,11 @@ def edit_path(name: str) -> str:
     return f"edits/{check_name(name)}.safetensors"
 
 
+def verification_path(name: str) -> str:
+    """Return where the verification of the set `name` is recorded."""
+    return f"verifications/{check_name(name)}.json"
+
+
 def plot_path(name: str, kind: str) -> str:
     """Return where a plot of the set `name` lies."""
     return f"plots/{check_name(name)}-{kind}.png"

@@ -22,6 +22,7 @@ from slsgu_cli.records import (
 from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.shelf import CHECKS, PLACES, Kind, Shelf, State, attributes, blocks
 from slsgu_cli.store import Store
+from slsgu_cli.verification.records import Verification
 
 __all__ = ["Entry", "Kind", "State", "entries", "unreferenced"]
 
@@ -154,6 +155,11 @@ def _about_edit(edit: EditHeader) -> dict[str, str]:
     return words
 
 
+def _about_verification(verification: Verification) -> dict[str, str]:
+    labels = ", ".join(subject.label for subject in verification.subjects)
+    return {"set": verification.name, "models": labels}
+
+
 def _change(before: Accuracy | None, after: Accuracy) -> str:
     return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"
 
@@ -169,6 +175,7 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.JOINT: _about_joint,
     Kind.SWEEP: _about_sweep,
     Kind.EDIT: _about_edit,
+    Kind.VERIFICATION: _about_verification,
 }
 
 

@@ -78,19 +78,7 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
         console.note(f"{name} has no edit yet: searching for one")
         result = search_and_plot(store, name, options=options, console=console)
         require_forgotten(result)
-    edit = load_edit(store, name)
-    pointer = store.exists(pointer_path(name)) and read_pointer(store, read_manifest(store, name))
-    if pointer and edit.header.gradient != pointer.forget:
-        raise StaleError(
-            f"the edit {name} was made from other gradients than the set has now",
-            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
-        )
-    if pointer and edit.header.retain_data not in (None, pointer.retain_data):
-        raise StaleError(
-            f"the direction of the edit {name} was whitened by other retain rows than the set "
-            "has now",
-            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
-        )
+    edit = current_edit(store, name)
     if options.direction not in (None, edit.header.direction):
         raise StaleError(
             f"the edit {name} moves along the direction {edit.header.direction}, "
@@ -103,6 +91,28 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
         raise StaleError(
             f"the edit {name} was whitened with {had}, not {options.ridges[0]:g}",
             hint=f"run `slsgu search {quote(name)} --ridge {options.ridges[0]:g}`",
+        )
+    return edit
+
+
+def current_edit(store: Store, name: str) -> Edit:
+    """Return the edit of the set `name`.
+
+    Raises MissingError, and StaleError where it was made from other rows or gradients than
+    the set has now.
+    """
+    edit = load_edit(store, name)
+    pointer = store.exists(pointer_path(name)) and read_pointer(store, read_manifest(store, name))
+    if pointer and edit.header.gradient != pointer.forget:
+        raise StaleError(
+            f"the edit {name} was made from other gradients than the set has now",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
+        )
+    if pointer and edit.header.retain_data not in (None, pointer.retain_data):
+        raise StaleError(
+            f"the direction of the edit {name} was whitened by other retain rows than the set "
+            "has now",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
         )
     return edit
 

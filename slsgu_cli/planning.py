@@ -139,7 +139,7 @@ class _Case:
 
     def _require_original(self, current: Raw, deltas: Deltas) -> None:
         for edit in self.edits:
-            if _recognised(current, self.entry.dtype, edit.header.digests):
+            if recognised(current, self.entry.dtype, edit.header.digests):
                 continue
             if _same(moved_values(self._before(), deltas, self.entry.dtype)[0], current):
                 raise StaleError(
@@ -154,7 +154,7 @@ class _Case:
             )
 
 
-def _recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
+def recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
     """Return whether one of the two layers is the other, or a rounded copy of it."""
     values = widen(current, dtype)
     # What the file stores is rounded to its precision already.

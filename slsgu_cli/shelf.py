@@ -21,6 +21,7 @@ from slsgu_cli.records import (
 )
 from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.store import Store
+from slsgu_cli.verification.records import Verification
 
 
 class Kind(StrEnum):
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     JOINT = "joint"
     SWEEP = "sweep"
     EDIT = "edit"
+    VERIFICATION = "verification"
     PLOT = "plot"
     UNFINISHED = "unfinished"
 
@@ -62,6 +64,7 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.JOINT: ("joint", ".json", JointSearch),
     Kind.SWEEP: ("sweeps", ".json", Sweep),
     Kind.EDIT: ("edits", ".safetensors", EditHeader),
+    Kind.VERIFICATION: ("verifications", ".json", Verification),
 }
 
 
@@ -217,6 +220,19 @@ def _check_edit(shelf: Shelf, name: str, edit: EditHeader) -> Check:
     return GOOD
 
 
+def _check_verification(shelf: Shelf, name: str, verification: Verification) -> Check:
+    manifest, edit = shelf.get(Kind.SET, name), shelf.get(Kind.EDIT, name)
+    if manifest is None:
+        return _stale(f"the set {name} is not in the store or cannot be read")
+    for role, ref in blocks(manifest):
+        if verification.data.get(role) != ref.fingerprint:
+            return _stale(f"its {role} rows were built anew since")
+    edits = [subject.edit for subject in verification.subjects if subject.edit is not None]
+    if edit and edits and edit not in edits:
+        return _stale("the edit was made anew since")
+    return GOOD
+
+
 def _as_pointer(shelf: Shelf, name: str, pointer: GradientPointer | None) -> Check:
     """Return stale where the gradients in use are gone or stale themselves."""
     if pointer is None:
@@ -236,4 +252,5 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.JOINT: _check_joint,
     Kind.SWEEP: _check_sweep,
     Kind.EDIT: _check_edit,
+    Kind.VERIFICATION: _check_verification,
 }

@@ -1,0 +1,83 @@
+"""Which models are verified: the original, and an edit of it or another checkpoint."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slsgu_cli.console import Console
+from slsgu_cli.edits import Edit, load_edit
+from slsgu_cli.gradients import check_inputs
+from slsgu_cli.models import ResolvedModel, fingerprint, load, resolve, tokenizer
+from slsgu_cli.pipeline import current_edit
+from slsgu_cli.records import ModelSpec, SetManifest, digest
+from slsgu_cli.store import Store
+from slsgu_cli.verification.bench import Bench, add_edit, open_bench
+from slsgu_cli.verification.records import Settings, Subject
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to verify, with what it takes to load it."""
+
+    subject: Subject
+    model: ResolvedModel
+    edit: Edit | None
+
+
+def candidates_of(
+    store: Store, manifest: SetManifest, model: ModelSpec | None, edits: Sequence[str]
+) -> list[Candidate]:
+    """Return the original model, then those it is compared with."""
+    original = resolve(manifest.model)
+    own = fingerprint(original)
+
+    def of(label: str, of_model: ResolvedModel, marks: str, edit: Edit | None) -> Candidate:
+        key = marks if edit is None else digest({"model": marks, "edit": _identity(edit)})
+        header = None if edit is None else edit.header
+        return Candidate(Subject(key, label, of_model.spec, marks, header), of_model, edit)
+
+    found = [of(ORIGINAL, original, own, None)]
+    if model is not None:
+        other = resolve(model)
+        found.append(of(str(model), other, fingerprint(other), None))
+    loaded = {text: load_edit(store, text) for text in edits}
+    if model is None and not edits:
+        loaded = {manifest.name: current_edit(store, manifest.name)}
+    return found + [of(f"edit {text}", original, own, edit) for text, edit in loaded.items()]
+
+
+def _identity(edit: Edit) -> dict[str, Any]:
+    """Return what tells an edit from every other one: its header and what it adds."""
+    added = hashlib.sha256(edit.delta().tobytes()).hexdigest()
+    return {"header": digest(edit.header), "delta": added, "factor": edit.factor}
+
+
+def open_candidate(
+    store: Store,
+    manifest: SetManifest,
+    candidate: Candidate,
+    settings: Settings,
+    *,
+    device: str,
+    console: Console,
+) -> Bench:
+    """Load a candidate and measure its features as it is."""
+    check_inputs(manifest, candidate.model)
+    module = load(candidate.model, device, warn=console.warn)
+    if candidate.edit is not None:
+        add_edit(module, candidate.edit)
+    bench = open_bench(
+        store,
+        manifest,
+        module,
+        tokenize=tokenizer(candidate.model),
+        device=device,
+        rows=settings.rows,
+        seed=settings.seed,
+        is_original=candidate.subject.label == ORIGINAL,
+    )
+    bench.evaluation.base_pass((), cache_bytes=0, console=console)
+    return bench

@@ -1,0 +1,172 @@
+"""How a verification is printed: a verdict a probe, then what the concept became."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from slsgu_cli.console import Console
+from slsgu_cli.records import Accuracy
+from slsgu_cli.tables import Column
+from slsgu_cli.verification.records import Attack, Check, Subject
+from slsgu_cli.verification.verdicts import Row, Verdict, exposure, rows
+from slsgu_cli.verification.verify import Verified
+
+Cells = list[tuple[Any, ...]]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def verified(console: Console, result: Verified) -> None:
+    """Print the verdicts, what the concept became, membership, and curves where all is shown."""
+    original, *others = result.subjects
+    found = [(subject, row) for subject in others for row in rows(original, subject)]
+    _verdicts(console, found, several=len(others) > 1)
+    _became(console, result.subjects)
+    _membership(console, original, others)
+    if not console.brief:
+        _curves(console, result.subjects)
+    for subject in others:
+        own = [row for known, row in found if known is subject]
+        counts = Counter(row.verdict for row in own if not row.detail)
+        words = ", ".join(f"{said} {counts[said]}" for said in Verdict if counts[said])
+        console.value(f"verdict of {subject.label}", f"{subject.label}: {words}")
+        for row in own:
+            if row.note:
+                console.value(f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+    console.paths("files", result.files)
+    if result.reused:
+        console.note(f"{result.reused} recorded findings were used again")
+
+
+def _verdicts(console: Console, found: Sequence[tuple[Subject, Row]], *, several: bool) -> None:
+    shown = [(subject, row) for subject, row in found if not (console.brief and row.detail)]
+    sets = sorted({name for _, row in shown for name in row.utility_after or {}})
+    columns = [
+        Column("check"),
+        Column("probe"),
+        Column("model", on_terminal=several),
+        Column("original FA@1", shown=_percent, label="FA@1\noriginal"),
+        Column("FA@1", shown=_percent, label="FA@1\nnow"),
+        Column("original FA@5", on_terminal=False),
+        Column("FA@5", shown=_percent, label="FA@5\nnow"),
+        *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
+        Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
+        Column("verdict"),
+        Column("note", on_terminal=False),
+    ]
+    cells: Cells = [
+        (
+            row.check,
+            row.probe,
+            subject.label,
+            row.before.top1,
+            row.after.top1,
+            row.before.top5,
+            row.after.top5,
+            *(_top1(side, name) for name in sets for side in row.utilities),
+            _utility_change(row),
+            row.verdict,
+            row.note,
+        )
+        for subject, row in shown
+    ]
+    title = "does it stay forgotten? FA on the concept, TA on everything else"
+    console.table("verification", columns, cells, title=title)
+
+
+_SIDES = ("original ", "")
+
+
+def _top1(side: dict[str, Accuracy] | None, name: str) -> float | None:
+    return side[name].top1 if side and name in side else None
+
+
+def _utility_change(row: Row) -> float | None:
+    """Return the change of TA@1 against the original under the same probe, mean over sets."""
+    if not row.utility_before or not row.utility_after:
+        return None
+    changes = [now.top1 - row.utility_before[name].top1 for name, now in row.utility_after.items()]
+    return sum(changes) / len(changes)
+
+
+def _became(console: Console, subjects: Sequence[Subject]) -> None:
+    """Print the nearest names and the first guesses of each model, side by side."""
+    known = [
+        (subject, finding.became)
+        for subject in subjects
+        if (finding := subject.finding(Check.NEIGHBOURS)) and finding.became
+    ]
+    if not known:
+        return
+    columns = [Column("what"), *(Column(subject.label) for subject, _ in known)]
+    cells: Cells = []
+    kinds = {
+        "nearest name": [[f"{n.name} {n.cosine:.2f}" for n in b.nearest] for _, b in known],
+        "taken for": [
+            [f"{t.name} {100 * t.rows / b.rows:.0f}%" for t in b.taken_for] for _, b in known
+        ],
+    }
+    for what, lists in kinds.items():
+        for place in range(max(map(len, lists))):
+            each = (names[place] if place < len(names) else None for names in lists)
+            cells.append((f"{what} {place + 1}", *each))
+    console.table("became", columns, cells, title="what the concept became")
+
+
+def _membership(console: Console, original: Subject, others: Sequence[Subject]) -> None:
+    before = original.finding(Check.MEMBERSHIP)
+    if before is None:
+        return
+    cells: Cells = []
+    for subject in others:
+        finding = subject.finding(Check.MEMBERSHIP)
+        for was, now in zip(before.attacks, finding.attacks if finding else (), strict=True):
+            cells.append(_attack(subject, was, now))
+    columns = [
+        Column("figure"),
+        Column("against"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("original mean", label="mean\noriginal", shown=_percent),
+        Column("original sd", shown=_points, label="\nsd"),
+        Column("mean", label="\nmean", shown=_percent),
+        Column("sd", shown=_points, label="\nsd"),
+        Column("members", on_terminal=False),
+        Column("others", on_terminal=False),
+        Column("verdict"),
+    ]
+    title = "membership inference: accuracy of telling the forget set from other pairs"
+    console.table("membership", columns, cells, title=title)
+
+
+def _attack(subject: Subject, was: Attack, now: Attack) -> tuple[Any, ...]:
+    return (
+        now.figure,
+        now.against,
+        subject.label,
+        was.mean,
+        was.deviation,
+        now.mean,
+        now.deviation,
+        now.members,
+        now.others,
+        exposure(was, now),
+    )
+
+
+def _curves(console: Console, subjects: Sequence[Subject]) -> None:
+    cells: Cells = [
+        (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
+        for subject in subjects
+        for finding in subject.findings
+        for curve in finding.curves
+        for p in curve.points
+    ]
+    if cells:
+        columns = ("check", "model", "trained name", "step", "FA@1", "FA@5")
+        console.table("curves", columns, cells, title="forget accuracy during training")

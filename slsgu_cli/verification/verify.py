@@ -1,0 +1,206 @@
+"""What `slsgu verify` does: every check on the original model and on each other one.
+
+What is found is recorded after each check, under a digest of all it was made from, so a
+run that was cut short goes on, and no edit is shown with another's figures.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.layout import plot_path, read_manifest, verification_path
+from slsgu_cli.models import pick_device
+from slsgu_cli.records import ModelSpec, SetManifest, digest
+from slsgu_cli.store import Store
+from slsgu_cli.verification.augment import augment
+from slsgu_cli.verification.bench import Bench
+from slsgu_cli.verification.candidates import candidates_of, open_candidate
+from slsgu_cli.verification.exposure import membership
+from slsgu_cli.verification.neighbours import neighbours
+from slsgu_cli.verification.paraphrase import paraphrase
+from slsgu_cli.verification.plots import relearning_plot
+from slsgu_cli.verification.quantise import quantise
+from slsgu_cli.verification.records import (
+    Check,
+    Finding,
+    Probe,
+    Settings,
+    Subject,
+    Verification,
+)
+from slsgu_cli.verification.relearn import finetune, relearn
+
+# Part of every key: a change in what a check measures must change it.
+REVISION = 1
+_SAMPLE = ("rows", "seed")
+_TRAINING = ("steps", "learning_rate", "batch_size", *_SAMPLE)
+# Which settings change what a check finds.
+USES: dict[Check, tuple[str, ...]] = {
+    Check.BASELINE: _SAMPLE,
+    Check.PARAPHRASE: ("templates", "aliases", *_SAMPLE),
+    Check.AUGMENT: ("seed",),
+    Check.QUANTISE: _SAMPLE,
+    Check.FINETUNE: _TRAINING,
+    Check.RELEARN: ("shots", *_TRAINING),
+    Check.NEIGHBOURS: (),
+    Check.MEMBERSHIP: _SAMPLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The record, the models that were asked for in it, the original first, and the files."""
+
+    record: Verification
+    subjects: tuple[Subject, ...]
+    reused: int
+    files: tuple[str, ...]
+
+
+def verify(
+    store: Store,
+    name: str,
+    *,
+    checks: Sequence[Check],
+    settings: Settings,
+    model: ModelSpec | None,
+    edits: Sequence[str],
+    device: str,
+    console: Console,
+) -> Verified:
+    """Run `checks` on the original of set `name` and on a model, some edits, or its own edit.
+
+    Raises MissingError, InputError, and StaleError where an edit belongs to other weights.
+    """
+    manifest = read_manifest(store, name)
+    device = pick_device(device)
+    candidates = candidates_of(store, manifest, model, edits)
+    record = _recorded(store, manifest, console)
+    wanted = sorted({Check.BASELINE, *checks}, key=list(Check).index)
+    reused = 0
+    for candidate in candidates:
+        subject = record.subject(candidate.subject.key) or candidate.subject
+        subject = replace(candidate.subject, findings=subject.findings)
+        keys = {check: _key(subject, record, check, settings) for check in wanted}
+        known = {finding.key for finding in subject.findings}
+        missing = {check: key for check, key in keys.items() if key not in known}
+        reused += len(keys) - len(missing)
+        record = _with(record, subject)
+        if not missing:
+            continue
+        with torch.no_grad():
+            bench = open_candidate(
+                store, manifest, candidate, settings, device=device, console=console
+            )
+            for check, key in missing.items():
+                with console.progress(f"{subject.label}: {check}", None) as bench.ticker:
+                    finding = _found(bench, check, key, settings)
+                subject = _with_finding(subject, finding)
+                record = _with(record, subject)
+                store.write_record(verification_path(name), record)
+    store.write_record(verification_path(name), record)
+    shown = tuple(_only(record.subject(c.subject.key) or c.subject, wanted) for c in candidates)
+    files = [store.where(verification_path(name))]
+    if {Check.FINETUNE, Check.RELEARN} & set(wanted):
+        path = plot_path(name, "relearning")
+        store.write_bytes(path, relearning_plot(shown, concept=manifest.concept))
+        files.append(store.where(path))
+    return Verified(record, shown, reused, tuple(files))
+
+
+def _key(subject: Subject, record: Verification, check: Check, settings: Settings) -> str:
+    made_from = {
+        "revision": REVISION,
+        "subject": subject.key,
+        "concept": record.concept,
+        "data": record.data,
+        "check": check,
+        "settings": _used(check, settings),
+    }
+    return digest(made_from)
+
+
+def _used(check: Check, settings: Settings) -> dict[str, str]:
+    """Return the settings that a check depends on, as text."""
+    values = asdict(settings)
+    shown = {name: values[name] for name in sorted(USES[check])}
+    return {
+        name: " | ".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in shown.items()
+    }
+
+
+def _recorded(store: Store, manifest: SetManifest, console: Console) -> Verification:
+    """Return the record of the set as it is built now, with what was found on it before."""
+    roles = {"forget": manifest.forget, "retain": manifest.retain} | manifest.evals
+    fresh = Verification(
+        name=manifest.name,
+        concept=manifest.concept,
+        data={role: ref.fingerprint for role, ref in sorted(roles.items())},
+        subjects=(),
+        version=slsgu_cli.__version__,
+    )
+    try:
+        old = store.read_record(verification_path(manifest.name), Verification)
+    except MissingError:
+        return fresh
+    except (StaleError, InputError) as error:
+        console.note(f"recorded findings cannot be used and are made again: {error}")
+        return fresh
+    same = (old.concept, old.data) == (fresh.concept, fresh.data)
+    return replace(fresh, subjects=old.subjects) if same else fresh
+
+
+def _baseline(bench: Bench, _settings: Settings) -> list[Probe]:
+    groups = bench.evaluation.utility.items()
+    utility = {name: group.base_accuracy() for name, group in groups}
+    return [Probe("as it is", bench.evaluation.forget.base_accuracy(), utility)]
+
+
+def _found(bench: Bench, check: Check, key: str, settings: Settings) -> Finding:
+    """Run one check."""
+    part, run = CHECKS[check]
+    value = run(bench, settings)
+    parts: dict[str, Any] = {part: tuple(value) if isinstance(value, list) else value}
+    return Finding(check, key, _used(check, settings), **parts)
+
+
+# What each check fills of a finding, and what runs it.
+CHECKS: dict[Check, tuple[str, Callable[[Bench, Settings], Any]]] = {
+    Check.BASELINE: ("probes", _baseline),
+    Check.PARAPHRASE: ("probes", paraphrase),
+    Check.AUGMENT: ("probes", augment),
+    Check.QUANTISE: ("probes", quantise),
+    Check.FINETUNE: ("curves", finetune),
+    Check.RELEARN: ("curves", relearn),
+    Check.NEIGHBOURS: ("became", neighbours),
+    Check.MEMBERSHIP: ("attacks", membership),
+}
+
+
+def _with_finding(subject: Subject, finding: Finding) -> Subject:
+    """Return the subject with a finding in the place of the check's last one."""
+    kept = [found for found in subject.findings if found.check is not finding.check]
+    order = list(Check)
+    findings = sorted([*kept, finding], key=lambda found: order.index(found.check))
+    return replace(subject, findings=tuple(findings))
+
+
+def _with(record: Verification, subject: Subject) -> Verification:
+    """Return the record with a subject in the place of the one of its key."""
+    keys = [known.key for known in record.subjects]
+    if subject.key not in keys:
+        return replace(record, subjects=(*record.subjects, subject))
+    place = keys.index(subject.key)
+    subjects = (*record.subjects[:place], subject, *record.subjects[place + 1 :])
+    return replace(record, subjects=subjects)
+
+
+def _only(subject: Subject, wanted: Sequence[Check]) -> Subject:
+    kept = tuple(finding for finding in subject.findings if finding.check in wanted)
+    return replace(subject, findings=kept)

@@ -1,0 +1,388 @@
+"""What a verification finds on a tiny model; no edit is ever shown with another's figures.
+
+`verified` runs every check once, of the original and of its edit, for all tests here.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plain import Plain
+from processes import slsgu
+from worlds import Ear
+
+import slsgu_cli.verification.verify as module
+from slsgu_cli.console import Console
+from slsgu_cli.edits import load_edit, write_edit
+from slsgu_cli.errors import MissingError, StaleError, UsageError
+from slsgu_cli.layout import edit_path, verification_path
+from slsgu_cli.listing import entries
+from slsgu_cli.measure import measure
+from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.shelf import Kind, State
+from slsgu_cli.store import Store
+from slsgu_cli.verification import show
+from slsgu_cli.verification.cli import _checks
+from slsgu_cli.verification.paraphrase import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verification.records import Check, Settings, Verification
+from slsgu_cli.verification.relearn import NEW, OWN
+from slsgu_cli.verification.verify import verify
+
+SETTINGS = Settings(
+    templates=("this is {}", "a photo of the {}!"),
+    aliases=("azure", "red"),
+    steps=3,
+    shots=4,
+    learning_rate=1e-3,
+    batch_size=8,
+    rows=30,
+)
+LAYER = "visual.proj"
+
+
+def find(world, layer=LAYER):
+    options = SearchOptions(steps=6, layers=[layer])
+    return search(world.store, world.name, options=options, console=Ear())
+
+
+def run(world, *, checks=(), edits=(), model=None, console=None, **changes):
+    return verify(
+        world.store,
+        world.name,
+        checks=checks,
+        settings=replace(SETTINGS, **changes),
+        model=model,
+        edits=edits,
+        device="cpu",
+        console=console or Ear(),
+    )
+
+
+def finding(result, check, place=1):
+    return result.subjects[place].finding(check)
+
+
+def probes(result, check, place=1):
+    return {probe.name: probe for probe in finding(result, check, place).probes}
+
+
+@pytest.fixture(scope="module")
+def edited(shared_world, tmp_path_factory):
+    """A world with an edit, to be copied or read."""
+    folder = tmp_path_factory.mktemp("verified") / "store"
+    shutil.copytree(shared_world.store.root, folder)
+    world = replace(shared_world, store=Store(str(folder)))
+    find(world)
+    return world
+
+
+@pytest.fixture(scope="module")
+def verified(edited):
+    """The world's edit after every check."""
+    return run(edited, checks=list(Check))
+
+
+@pytest.fixture
+def world(edited, verified, tmp_path):
+    """A copy of the world that was verified."""
+    folder = tmp_path / "store"
+    shutil.copytree(edited.store.root, folder)
+    return replace(edited, store=Store(str(folder)))
+
+
+def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
+    monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
+    found = measure(edited.store, "blue", model=None, device="cpu", console=Ear())
+    for place, model in enumerate(found.models):
+        (probe,) = finding(verified, Check.BASELINE, place).probes
+        assert probe.forget == model.forget
+    assert verified.subjects[0].label == "original"
+    # 30 of the 56 other colours, and all shapes there are of 40 in it.
+    assert {name: a.rows for name, a in probe.utility.items()} == {"first": 30, "second": 30}
+
+
+def test_all_rows_are_measured_where_there_are_no_more(world, monkeypatch):
+    monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
+    found = measure(world.store, "blue", model=None, device="cpu", console=Ear())
+    result = run(world, rows=1000)
+    for place, model in enumerate(found.models):
+        assert finding(result, Check.BASELINE, place).probes[0].utility == model.utility
+
+
+def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified):
+    plain = Plain(edited)
+    block = plain.blocks["first"]
+    expected = {}
+    for names in (SETTINGS.templates, *((t,) for t in SETTINGS.templates)):
+        block.attributes["templates"] = list(names)
+        expected[names] = plain.figures().forget
+    found = probes(verified, Check.PARAPHRASE, place=0)
+    together = found[TOGETHER].forget
+    assert (together.top1, together.top5) == pytest.approx(expected[SETTINGS.templates])
+    for template in SETTINGS.templates:
+        alone = found[f"template: {template}"].forget
+        assert (alone.top1, alone.top5) == pytest.approx(expected[(template,)])
+
+
+def test_an_alias_takes_the_names_place(verified):
+    found = probes(verified, Check.PARAPHRASE, place=0)
+    assert found["alias: red"].forget.top1 < found[TOGETHER].forget.top1
+
+
+def test_unseen_templates_are_those_the_set_does_not_have(edited, tmp_path):
+    assert unseen_templates(edited.store, "blue", None) == TEMPLATES
+    own = tmp_path / "own.txt"
+    own.write_text("a photo of the {}.\nsomething {}\n{}\nsomething {}\n")
+    assert unseen_templates(edited.store, "blue", str(own)) == ("something {}",)
+    own.write_text("a photo of the {}.\n")
+    with pytest.raises(UsageError, match="every template"):
+        unseen_templates(edited.store, "blue", str(own))
+
+
+def test_every_kind_of_check_found_something(verified):
+    for subject in verified.subjects:
+        assert [found.check for found in subject.findings] == list(Check)
+    names = ["flip", "crop", "colour", "rotation", "blur", "jpeg"]
+    assert list(probes(verified, Check.AUGMENT)) == names
+    coarse = probes(verified, Check.QUANTISE)
+    assert list(coarse) == ["int8", "fp16", "bf16"]
+    assert coarse["int8"].utility is not None
+    assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
+
+
+def test_rounding_that_changes_no_weight_changes_no_figure(world, verified, monkeypatch):
+    monkeypatch.setattr("slsgu_cli.verification.quantise.to_int8", lambda values, _axis: values)
+    with torch.no_grad():
+        result = run(world, checks=[Check.QUANTISE], seed=1)
+    for place in range(2):
+        exact = probes(result, Check.QUANTISE, place)["int8"]
+        assert exact.forget == finding(verified, Check.BASELINE, place).probes[0].forget
+
+
+def test_training_starts_from_the_model_as_it_is_and_leaves_it_so(verified):
+    for place in range(2):
+        first = finding(verified, Check.BASELINE, place).probes[0].forget
+        for check in (Check.FINETUNE, Check.RELEARN):
+            curve = finding(verified, check, place).curves[0]
+            assert curve.points[0].forget == first
+            assert [point.step for point in curve.points] == [0, 1, 2, 3]
+    # Membership comes after the training, and neighbours do: both see the model as it is.
+    again = finding(verified, Check.NEIGHBOURS).became
+    assert sum(taken.rows for taken in again.taken_for) <= again.rows
+
+
+def test_the_original_also_learns_a_new_name(verified):
+    own, new = finding(verified, Check.RELEARN, place=0).curves
+    assert (own.name, new.name) == (OWN, NEW)
+    assert own.target == "blue"
+    assert new.target != "blue"
+    assert new.points[0].forget.top1 < own.points[0].forget.top1
+    assert [c.name for c in finding(verified, Check.RELEARN).curves] == [OWN]
+
+
+def test_images_of_the_concept_bring_it_back(world):
+    result = run(world, checks=[Check.RELEARN], steps=12, batch_size=16)
+
+    def best(curve):
+        return max(point.forget.top1 for point in curve.points)
+
+    own, new = finding(result, Check.RELEARN, place=0).curves
+    assert best(own) >= own.points[0].forget.top1
+    assert best(new) >= new.points[0].forget.top1 + 30
+    relearnt = finding(result, Check.RELEARN).curves[0]
+    assert relearnt.points[0].forget.top1 == 0
+    assert best(relearnt) >= 60
+
+
+def test_neighbours_are_the_nearest_names_and_the_commonest_guesses(edited, verified):
+    plain = Plain(edited)
+    block = plain.blocks["first"]
+    with torch.no_grad():
+        texts = [t.format(n) for n in block.class_names for t in block.templates]
+        t = plain.model.encode_text(plain.tokenize(texts), normalize=True)
+    means = torch.nn.functional.normalize(t.reshape(8, 3, -1).mean(1), dim=-1)
+    cosines = (means @ means[block.class_names.index("blue")]).numpy()
+    order = [i for i in np.argsort(-cosines) if block.class_names[i] != "blue"]
+    became = finding(verified, Check.NEIGHBOURS, place=0).became
+    assert [near.name for near in became.nearest] == [block.class_names[i] for i in order[:5]]
+    assert became.nearest[0].cosine == pytest.approx(float(cosines[order[0]]), abs=1e-5)
+    assert became.taken_for[0].name == "blue"
+    assert "blue" not in {t.name for t in finding(verified, Check.NEIGHBOURS).became.taken_for}
+
+
+def test_membership_is_of_the_forget_set_and_the_held_out_rows(edited, verified):
+    for attack in finding(verified, Check.MEMBERSHIP).attacks:
+        assert attack.members == edited.manifest.forget.rows
+        assert attack.others == (8 if attack.against == "held out" else 30)
+        assert 0 <= attack.mean <= 100
+    named = {(a.figure, a.against) for a in finding(verified, Check.MEMBERSHIP).attacks}
+    assert len(named) == 4
+
+
+def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
+    monkeypatch.setattr(module, "open_candidate", lambda *_, **__: pytest.fail("loaded"))
+    again = run(world, checks=list(Check))
+    assert again.reused == 2 * len(Check)
+    assert again.subjects == verified.subjects
+
+
+def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
+    world.store.remove(verification_path("blue"))
+    part, right = module.CHECKS[Check.AUGMENT]
+
+    def stop(_bench, _settings):
+        raise KeyboardInterrupt
+
+    checks = [Check.PARAPHRASE, Check.AUGMENT]
+    monkeypatch.setitem(module.CHECKS, Check.AUGMENT, (part, stop))
+    with pytest.raises(KeyboardInterrupt):
+        run(world, checks=checks)
+    monkeypatch.setitem(module.CHECKS, Check.AUGMENT, (part, right))
+    result = run(world, checks=checks)
+    assert result.reused == 2
+    for check in checks:
+        assert finding(result, check) == finding(verified, check)
+
+
+def test_other_settings_are_measured_anew_and_only_where_they_matter(world):
+    result = run(world, checks=[Check.AUGMENT, Check.PARAPHRASE], aliases=("navy",))
+    assert result.reused == 4
+    assert "alias: navy" in probes(result, Check.PARAPHRASE)
+
+
+def test_another_edit_of_the_set_has_figures_of_its_own(world, verified):
+    find(world, "transformer.resblocks.1.ln_1.weight")
+    result = run(world, checks=[Check.AUGMENT])
+    # The original's two are known; the new edit's are not.
+    assert result.reused == 2
+    assert result.subjects[1].edit.layer == "transformer.resblocks.1.ln_1.weight"
+    assert result.subjects[1].key != verified.subjects[1].key
+    assert len(result.record.subjects) == 3
+
+
+def test_an_edit_with_the_same_header_and_another_change_is_another(world, verified):
+    edit = load_edit(world.store, "blue")
+    other = replace(edit, load=lambda name: edit.load(name) * (0 if name == "delta" else 1))
+    write_edit(world.store, other)
+    result = run(world)
+    assert result.subjects[1].key != verified.subjects[1].key
+    assert finding(result, Check.BASELINE) != finding(verified, Check.BASELINE)
+    assert finding(result, Check.BASELINE).probes == finding(result, Check.BASELINE, 0).probes
+
+
+def test_several_edits_stand_side_by_side(world, tmp_path):
+    copy = tmp_path / "first.safetensors"
+    shutil.copy(world.store.where(edit_path("blue")), copy)
+    find(world, "transformer.resblocks.1.ln_1.weight")
+    result = run(world, checks=[Check.AUGMENT], edits=["blue", str(copy)])
+    assert [s.label for s in result.subjects] == ["original", "edit blue", f"edit {copy}"]
+    assert result.reused == 4
+
+
+def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
+    from slsgu_cli.pipeline import ApplyRequest, apply_named
+    from slsgu_cli.records import ModelSpec
+
+    request = ApplyRequest(names=["blue"], out=tmp_path / "out")
+    spec = ModelSpec(apply_named(world.store, request, console=Ear()).model)
+    result = run(world, model=spec)
+    assert result.subjects[1].label == str(spec)
+    own = finding(run(world), Check.BASELINE)
+    assert finding(result, Check.BASELINE).probes == own.probes
+
+
+def test_an_edit_of_other_weights_is_refused(world):
+    edit = load_edit(world.store, "blue")
+    header = replace(edit.header, digests={"fp32": "0", "fp16": "1", "bf16": "2"})
+    write_edit(world.store, replace(edit, header=header))
+    with pytest.raises(StaleError, match="made for another visual"):
+        run(world)
+
+
+def test_a_set_without_an_edit_says_what_to_run(world):
+    world.store.remove(edit_path("blue"))
+    with pytest.raises(MissingError, match="no edit blue") as error:
+        run(world)
+    assert "slsgu search blue" in error.value.hint
+
+
+def test_the_list_knows_when_a_verification_is_of_other_things(world):
+    def state():
+        found = {entry.kind: entry for entry in entries(world.store)}[Kind.VERIFICATION]
+        return found.state, found.reason
+
+    assert state() == (State.OK, None)
+    find(world, "transformer.resblocks.1.ln_1.weight")
+    assert state() == (State.STALE, "the edit was made anew since")
+    run(world)
+    assert state()[0] is State.OK
+    world.build(retain_samples=50)
+    assert state() == (State.STALE, "its retain rows were built anew since")
+
+
+def test_a_concept_that_is_no_class_is_verified_too(world):
+    world.build(evals={"second": world.sources["second"]}, templates={})
+    world.grade()
+    find(world)
+    result = run(world, checks=[Check.MEMBERSHIP, Check.NEIGHBOURS, Check.RELEARN], steps=1)
+    assert {a.against for a in finding(result, Check.MEMBERSHIP).attacks} == {
+        "other classes", "retain set",
+    }  # fmt: skip
+    assert result.subjects[1].finding(Check.RELEARN).curves[0].target == "blue"
+
+
+def test_the_plot_is_drawn(verified):
+    with Image.open(verified.files[1]) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 100
+
+
+def test_the_command_prints_verdicts_and_writes_the_record(world):
+    options = ("--checks", "augment,neighbours", "--rows", "30")
+    piped = slsgu("verify", "blue", "--store", world.store.root, *options)
+    assert piped.returncode == 0, piped.stderr
+    verdicts, became = (part.splitlines() for part in piped.stdout.split("\n\n"))
+    head, *lines = (line.split("\t") for line in verdicts)
+    assert head[:4] == ["check", "probe", "model", "original FA@1"]
+    assert [line[0] for line in lines] == ["baseline", *["augment"] * 6]
+    assert all(line[head.index("verdict")] for line in lines)
+    assert became[0].split("\t") == ["what", "original", "edit blue"]
+    assert became[-1].startswith("edit blue: kept forgotten")
+    assert "6 recorded findings were used again" in piped.stderr
+    record = world.store.read_record(verification_path("blue"), Verification)
+    assert {subject.label for subject in record.subjects} == {"original", "edit blue"}
+
+
+def test_in_json_every_table_is_there(verified, capsys):
+    console = Console(as_json=True)
+    show.verified(console, verified)
+    console.flush()
+    document = json.loads(capsys.readouterr().out)
+    rows = document["verification"]
+    assert {row["check"] for row in rows} == set(Check) - {Check.NEIGHBOURS, Check.MEMBERSHIP}
+    assert rows[0]["original FA@1"] > rows[0]["FA@1"] == 0
+    assert len(document["membership"]) == 4
+    assert {row["trained name"] for row in document["curves"]} >= {"blue"}
+    assert document["files"] == list(verified.files)
+
+
+def test_a_terminal_sees_the_worst_template_alone(verified, monkeypatch, capsys):
+    monkeypatch.setattr(Console, "on_terminal", property(lambda _: True))
+    show.verified(Console(), verified)
+    seen = capsys.readouterr().out
+    assert seen.count("template:") == 1
+    assert "relearn: back " in seen
+    assert "trained name" not in seen
+    assert max(map(len, seen.splitlines())) <= 80
+
+
+def test_checks_are_named_one_by_one():
+    assert _checks("augment, relearn") == [Check.AUGMENT, Check.RELEARN]
+    assert Check.BASELINE not in _checks(None)
+    for wrong in ("augment,nothing", "baseline", ","):
+        with pytest.raises(UsageError, match="there are: paraphrase"):
+            _checks(wrong)
