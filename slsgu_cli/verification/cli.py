@@ -53,7 +53,9 @@ def verify(
     shots: Annotated[
         int, typer.Option("--shots", min=1, help="Images of the concept to relearn from.")
     ] = 8,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 3e-5,
+    lr: Annotated[
+        float, typer.Option("--lr", min=0.0, help="Learning rate of the training.")
+    ] = 3e-5,
     batch_size: opt.BatchSize = 16,
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Images of each evaluation set to measure TA on.")
