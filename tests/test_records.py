@@ -28,13 +28,14 @@ from slsgu_cli.records import (
     digest,
     encode,
 )
+from slsgu_cli.several import records as several_records
 
 KINDS = sorted(
-    (
+    {
         kind
-        for kind in vars(records).values()
+        for kind in (*vars(records).values(), *vars(several_records).values())
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
-    ),
+    },
     key=lambda kind: kind.__name__,
 )
 # Hypothesis cannot see the field types behind slots on its own for nested dictionaries of
