@@ -98,6 +98,9 @@ def grad(
     precision: opt.PrecisionOption = Precision.FP32,
     device: opt.Device = "auto",
     memory_budget: opt.MemoryBudget = None,
+    squares: Annotated[
+        bool, typer.Option("--squares", help="Mean squared mini-batch gradients as well (slower).")
+    ] = False,
 ) -> None:
     """Compute the forget and retain gradients of a set, once.
 
@@ -118,6 +121,7 @@ def grad(
             memory_budget=opt.size(memory_budget),
         ),
         console=session.console,
+        squares=squares,
     )
     show.gradients(session.console, result)
 
@@ -330,6 +334,7 @@ def demo(
 
 
 # Commands of subpackages register themselves as they are imported.
+import slsgu_cli.baselines.cli  # noqa: E402
 import slsgu_cli.report.cli  # noqa: E402
 import slsgu_cli.several.cli  # noqa: E402
 import slsgu_cli.verification.cli  # noqa: E402, F401

@@ -4,14 +4,15 @@ A gradient is addressed by the content of what it was computed from, so the same
 a cache hit, and concepts that share a retain set share its gradient.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from shlex import quote
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import slsgu_cli
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.layout import gradient_path, pointer_path, read_manifest
+from slsgu_cli.layout import gradient_path, pointer_path, read_manifest, squares_path
 from slsgu_cli.models import (
     ResolvedModel,
     fingerprint,
@@ -28,6 +29,7 @@ from slsgu_cli.records import (
     ParameterNorm,
     PassOptions,
     SetManifest,
+    SquaresHeader,
     digest,
 )
 from slsgu_cli.scoring import norm
@@ -53,11 +55,17 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class GradResult:
-    """The gradients of a set, and which of them this call computed."""
+    """The gradients of a set, and which of them this call computed.
+
+    `squared` names the roles whose squares were computed, None where none were asked for.
+    `seconds` is how long each pass of this call took.
+    """
 
     pointer: GradientPointer
     headers: dict[str, GradientHeader]
     computed: tuple[str, ...]
+    squared: tuple[str, ...] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def compute_gradients(
@@ -67,8 +75,9 @@ def compute_gradients(
     model: ModelSpec | None,
     options: PassOptions,
     console: Console,
+    squares: bool = False,
 ) -> GradResult:
-    """Ensure the forget and retain gradients of set `name` are in the store.
+    """Ensure the forget and retain gradients of set `name`, and squares, are in the store.
 
     Raises MissingError, InputError, and StaleError where the model takes other inputs
     than the set was built for.
@@ -78,19 +87,46 @@ def compute_gradients(
     model_fingerprint = fingerprint(resolved)
     gradients = _wanted(manifest, resolved, model_fingerprint, options)
     missing = [g for g in gradients if not _is_whole(store, g, console)]
+    unsquared = [g for g in gradients if squares and not _has_squares(store, g, console)]
+    wanted = [g for g in gradients if g in missing or g in unsquared]
     for gradient in gradients:
-        if gradient not in missing:
+        if gradient not in wanted:
             console.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
-    if missing:
+    seconds = {}
+    if wanted:
         check_inputs(manifest, resolved)
         options = replace(options, device=pick_device(options.device))
         module = load(resolved, options.device, warn=console.warn)
-        for gradient in missing:
-            _compute(store, gradient, module, manifest, model_fingerprint, options, console)
+        job = _Job(store, manifest, module, model_fingerprint, options, console)
+        for gradient in wanted:
+            start = perf_counter()
+            job.compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
+            seconds[gradient.role] = perf_counter() - start
+    pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
+    store.write_record(pointer_path(name), pointer)
+    headers = {
+        g.role: store.read_header(gradient_path(g.digest), GradientHeader) for g in gradients
+    }
+    return GradResult(
+        pointer,
+        headers,
+        computed=tuple(g.role for g in missing),
+        squared=tuple(g.role for g in unsquared) if squares else None,
+        seconds=seconds,
+    )
+
+
+def _pointer(
+    name: str,
+    model: ModelSpec,
+    model_fingerprint: str,
+    gradients: tuple[Gradient, Gradient],
+    options: PassOptions,
+) -> GradientPointer:
     forget, retain = gradients
-    pointer = GradientPointer(
+    return GradientPointer(
         name=name,
-        model=model or manifest.model,
+        model=model,
         model_fingerprint=model_fingerprint,
         forget=forget.digest,
         retain=retain.digest,
@@ -100,17 +136,20 @@ def compute_gradients(
         precision=options.precision,
         version=slsgu_cli.__version__,
     )
-    store.write_record(pointer_path(name), pointer)
-    headers = {
-        g.role: store.read_header(gradient_path(g.digest), GradientHeader) for g in gradients
-    }
-    return GradResult(pointer, headers, tuple(g.role for g in missing))
 
 
 def _is_whole(store: Store, gradient: Gradient, console: Console) -> bool:
-    """Return whether the gradient can be used; one that is damaged is to be made again."""
+    return _stands(store, gradient_path(gradient.digest), GradientHeader, console)
+
+
+def _has_squares(store: Store, gradient: Gradient, console: Console) -> bool:
+    return _stands(store, squares_path(gradient.digest), SquaresHeader, console)
+
+
+def _stands(store: Store, path: str, kind: type[Any], console: Console) -> bool:
+    """Return whether a file can be used; one that is damaged is to be made again."""
     try:
-        store.read_header(gradient_path(gradient.digest), GradientHeader)
+        store.read_header(path, kind)
     except MissingError:
         return False
     except (InputError, StaleError) as error:
@@ -172,43 +211,68 @@ def _wanted(
     )
 
 
-def _compute(
-    store: Store,
-    gradient: Gradient,
-    module: "nn.Module",
-    manifest: SetManifest,
-    model_fingerprint: str,
-    options: PassOptions,
-    console: Console,
-) -> None:
-    from slsgu_cli.gradpass import GradientPass
-    from slsgu_cli.sets import DataBlock
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What computing any gradient of a set takes."""
 
-    block = DataBlock.open(store, gradient.data)
-    size = min(options.batch_size, block.rows)
-    run = GradientPass.prepare(
-        module,
-        gradient.loss,
-        spec=manifest.input,
-        options=replace(options, batch_size=size),
-        console=console,
-    )
-    arrays, mean_loss = run.run(block, f"{gradient.role} gradient")
-    weights = {
-        name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
-        for name, p in module.named_parameters()
-    }
-    header = GradientHeader(
-        loss=gradient.loss,
-        sign="+grad",
-        mean_loss=mean_loss,
-        batches=-(-block.rows // size),
-        batch_size=options.batch_size,
-        rows=block.rows,
-        precision=options.precision,
-        model=model_fingerprint,
-        data=gradient.data.fingerprint,
-        weights=weights,
-        version=slsgu_cli.__version__,
-    )
-    store.write_tensors(gradient_path(gradient.digest), arrays, header)
+    store: Store
+    manifest: SetManifest
+    module: "nn.Module"
+    model_fingerprint: str
+    options: PassOptions
+    console: Console
+
+    def compute(self, gradient: Gradient, *, plain: bool, squares: bool) -> None:
+        """Compute and store a gradient, its squares, or both in one pass."""
+        from slsgu_cli.gradpass import GradientPass
+        from slsgu_cli.sets import DataBlock
+
+        block = DataBlock.open(self.store, gradient.data)
+        size = min(self.options.batch_size, block.rows)
+        run = GradientPass.prepare(
+            self.module,
+            gradient.loss,
+            spec=self.manifest.input,
+            options=replace(self.options, batch_size=size),
+            console=self.console,
+        )
+        label = f"{gradient.role} gradient"
+        if squares:
+            arrays, squared, mean_loss = run.run_squared(block, label)
+            about = self._about_squares(gradient, -(-block.rows // size))
+            self.store.write_tensors(squares_path(gradient.digest), squared, about)
+        else:
+            arrays, mean_loss = run.run(block, label)
+        if plain:
+            header = self._header(gradient, -(-block.rows // size), mean_loss)
+            self.store.write_tensors(gradient_path(gradient.digest), arrays, header)
+
+    def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
+        weights = {
+            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
+            for name, p in self.module.named_parameters()
+        }
+        return GradientHeader(
+            loss=gradient.loss,
+            sign="+grad",
+            mean_loss=mean_loss,
+            batches=batches,
+            batch_size=self.options.batch_size,
+            rows=gradient.data.rows,
+            precision=self.options.precision,
+            model=self.model_fingerprint,
+            data=gradient.data.fingerprint,
+            weights=weights,
+            version=slsgu_cli.__version__,
+        )
+
+    def _about_squares(self, gradient: Gradient, batches: int) -> SquaresHeader:
+        return SquaresHeader(
+            gradient=gradient.digest,
+            loss=gradient.loss,
+            batches=batches,
+            batch_size=self.options.batch_size,
+            rows=gradient.data.rows,
+            precision=self.options.precision,
+            version=slsgu_cli.__version__,
+        )

@@ -28,6 +28,7 @@ from slsgu_cli.towers import SplitTower, text_tower, vision_tower
 # Pairs per forward beyond which a device gains nothing more, measured.
 BEST_PAIRS = {"cpu": 64, "cuda": 1024, "mps": 256}
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
+Sums = dict[str, Tensor]
 
 
 @dataclass(slots=True)
@@ -67,8 +68,23 @@ class GradientPass:
 
         Raises InputError naming mini-batch and keys where a loss or gradient is not finite.
         """
+        return self._run(block, label, None)
+
+    def run_squared(self, block: DataBlock, label: str) -> tuple[Arrays, Arrays, float]:
+        """Return the mean gradient, the mean of its squares over mini-batches, the mean loss.
+
+        The gradient of a sum of losses does not tell their squares apart, so each
+        mini-batch has a forward and a backward of its own.
+        """
+        squares: Sums = {}
+        gradient, loss = self._run(block, label, squares)
+        return gradient, {name: value.cpu().numpy() for name, value in squares.items()}, loss
+
+    def _run(self, block: DataBlock, label: str, squares: Sums | None) -> tuple[Arrays, float]:
+        """Run the pass; fill `squares`, if given, with the mean squared gradients."""
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
+        squared = [torch.zeros_like(value) for value in sums] if squares is not None else []
         tokens = block.tokens
         total, batches = 0.0, 0
         with (
@@ -77,6 +93,8 @@ class GradientPass:
         ):
             normalize = pixel_normalizer(self.spec, self.options.device)
             pairs = self._pairs_per_forward(block)
+            if squares is not None:
+                pairs = self.options.batch_size
             start = 0
             while start < block.rows:
                 try:
@@ -88,16 +106,21 @@ class GradientPass:
                         if not _finite(values, gradients):
                             self._name_culprit(block, first, stop)
                         _accumulate(sums, gradients)
+                        if squares is not None:
+                            _accumulate(squared, [g if g is None else g * g for g in gradients])
                         total += float(values.double().sum())
                         batches += values.numel()
                         ticker.advance(stop - first)
                         start = stop
                 except torch.cuda.OutOfMemoryError:
                     pairs = self._shrink(pairs)
+        if squares is not None:
+            means_of_squares = (value.div_(batches) for value in squared)
+            squares.update(zip(parameters, means_of_squares, strict=True))
         means = (value.div_(batches).cpu().numpy() for value in sums)
         return dict(zip(parameters, means, strict=True)), total / batches
 
-    def _losses(self, images: Tensor, ids: Tensor) -> Tensor:
+    def losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
         half = self.options.precision is Precision.BF16
         with torch.autocast(self._kind, dtype=torch.bfloat16, enabled=half):
@@ -109,7 +132,7 @@ class GradientPass:
         self, images: Tensor, ids: Tensor, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the losses of some mini-batches and the gradient of their sum."""
-        values = self._losses(images, ids)
+        values = self.losses(images, ids)
         gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
         return values.detach(), list(gradients)
 
@@ -160,7 +183,7 @@ class GradientPass:
         images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
         ids = to_tokens(block.tokens[:rows], "cpu")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self._losses(images, ids)
+            self.losses(images, ids)
         return max(1, sum(kept.values()))
 
     def _shrink(self, pairs: int) -> int:

@@ -43,6 +43,11 @@ def moments_path(digest: str) -> str:
     return f"moments/{digest}.safetensors"
 
 
+def squares_path(digest: str) -> str:
+    """Return where the squared gradients lie that go with the gradient called `digest`."""
+    return f"squares/{digest}.safetensors"
+
+
 def ranking_path(name: str) -> str:
     """Return where the ranking of the set `name` lies."""
     return f"rankings/{check_name(name)}.json"
@@ -74,6 +79,11 @@ def sweep_path(name: str) -> str:
 def trajectory_path(name: str) -> str:
     """Return where the trajectories of the set `name` are recorded."""
     return f"trajectories/{check_name(name)}.json"
+
+
+def comparison_path(name: str) -> str:
+    """Return where the comparison of methods on the set `name` is recorded."""
+    return f"comparisons/{check_name(name)}.json"
 
 
 def edit_path(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records import (
     Accuracy,
@@ -17,6 +18,7 @@ from slsgu_cli.records import (
     MomentHeader,
     Ranking,
     SetManifest,
+    SquaresHeader,
     Trials,
 )
 from slsgu_cli.several.records import JointSearch, Sweep
@@ -105,7 +107,7 @@ def _about_pointer(pointer: GradientPointer) -> dict[str, str]:
     return {"model": str(pointer.model), "set": pointer.name, "batches of": how}
 
 
-def _about_gradient(header: GradientHeader) -> dict[str, str]:
+def _about_gradient(header: GradientHeader | SquaresHeader) -> dict[str, str]:
     how = f"{header.batch_size} in {header.precision}"
     return {"loss": header.loss, "rows": str(header.rows), "batches of": how}
 
@@ -160,6 +162,11 @@ def _about_verification(verification: Verification) -> dict[str, str]:
     return {"set": verification.name, "models": labels}
 
 
+def _about_comparison(comparison: Comparison) -> dict[str, str]:
+    methods = ", ".join(dict.fromkeys(outcome.method for outcome in comparison.outcomes))
+    return {"set": comparison.name, "outcomes": f"{len(comparison.outcomes)} of {methods}"}
+
+
 def _change(before: Accuracy | None, after: Accuracy) -> str:
     return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"
 
@@ -169,6 +176,7 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.POINTER: _about_pointer,
     Kind.GRADIENT: _about_gradient,
     Kind.MOMENTS: _about_moments,
+    Kind.SQUARES: _about_gradient,
     Kind.RANKING: _about_ranking,
     Kind.TRIALS: _about_trials,
     Kind.TRAJECTORY: _about_trials,
@@ -176,6 +184,7 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.SWEEP: _about_sweep,
     Kind.EDIT: _about_edit,
     Kind.VERIFICATION: _about_verification,
+    Kind.COMPARISON: _about_comparison,
 }
 
 

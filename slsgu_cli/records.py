@@ -172,6 +172,22 @@ class GradientHeader:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SquaresHeader:
+    """Mean squared mini-batch gradients of every parameter, beside the gradient they go with.
+
+    `gradient` is that gradient's digest: squares are of the same model, rows and options.
+    """
+
+    gradient: str
+    loss: str
+    batches: int
+    batch_size: int
+    rows: int
+    precision: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
     """Which gradient files belong to a set, and the model and data they came from."""
 

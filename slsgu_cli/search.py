@@ -145,10 +145,12 @@ def search(
     options: SearchOptions,
     console: Console,
     evaluation: "Evaluation | None" = None,
+    records: Store | None = None,
 ) -> SearchResult:
     """Search the front layers of set `name`, record the trials, write the edit.
 
-    `evaluation` is the set's, after its base pass, where several sets share one.
+    `evaluation` is the set's, after its base pass, where several sets share one. Trials
+    are looked up and written in `records`, and so is the edit; default: the store.
     Raises MissingError, StaleError, InputError and UsageError.
     """
     import torch
@@ -156,20 +158,21 @@ def search(
     from slsgu_cli.edits import write_edit
     from slsgu_cli.gradpass import arithmetic
 
+    records = records or store
     case = read_case(store, name, options=options, console=console)
     options = case.options
     with torch.no_grad(), arithmetic(options.precision):
         evaluation = evaluation or load_evaluation(store, case, console)
         fresh = fresh_trials(case, evaluation)
-        trials = recorded_trials(store, trials_path(name), fresh, console)
+        trials = recorded_trials(records, trials_path(name), fresh, console)
         recorded = len(trials.trials)
-        run = _Run(store, evaluation, trials, options, console)
+        run = _Run(records, evaluation, trials, options, console)
         for probe in case.probes(store, evaluation):
             run.bisect(probe)
         chosen = run.choose()
         probe = run.probes[chosen.layer, chosen.ridge]
-        write_edit(store, searched_edit(case, probe, run.trials, chosen))
-    store.write_record(trials_path(name), run.trials)
+        write_edit(records, searched_edit(case, probe, run.trials, chosen))
+    records.write_record(trials_path(name), run.trials)
     return SearchResult(run.trials, chosen, run.left(chosen) == 0, recorded)
 
 
@@ -317,15 +320,13 @@ def run_base_pass(
 def fresh_trials(case: Case, evaluation: "Evaluation") -> Trials:
     """Return a record without trials, with what they will be made from."""
     manifest, pointer, options = case.manifest, case.pointer, case.options
-    shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
-    evals = {name: ref.fingerprint for name, ref in sorted(manifest.evals.items())}
     return Trials(
         name=manifest.name,
         forget=pointer.forget,
         direction=options.direction or Direction.GRADIENT,
         retain_data=pointer.retain_data if options.direction is Direction.WHITENED else None,
         model_fingerprint=pointer.model_fingerprint,
-        evals=evals | {FORGET: shown},
+        evals=measured_on(manifest),
         precision=options.precision,
         steer=options.steer,
         margin=options.margin if options.steer is Steer.MARGIN else None,
@@ -334,6 +335,13 @@ def fresh_trials(case: Case, evaluation: "Evaluation") -> Trials:
         trials=(),
         version=slsgu_cli.__version__,
     )
+
+
+def measured_on(manifest: SetManifest) -> dict[str, str]:
+    """Return the fingerprints of what the accuracies of a set are measured on."""
+    shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
+    evals = {name: ref.fingerprint for name, ref in sorted(manifest.evals.items())}
+    return evals | {FORGET: shown}
 
 
 def recorded_trials(store: Store, path: str, fresh: Trials, console: Console) -> Trials:

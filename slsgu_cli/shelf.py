@@ -8,6 +8,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
+from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records import (
     DataRef,
@@ -17,6 +18,7 @@ from slsgu_cli.records import (
     MomentHeader,
     Ranking,
     SetManifest,
+    SquaresHeader,
     Trials,
 )
 from slsgu_cli.several.records import JointSearch, Sweep
@@ -32,6 +34,7 @@ class Kind(StrEnum):
     POINTER = "pointer"
     GRADIENT = "gradient"
     MOMENTS = "moments"
+    SQUARES = "squares"
     RANKING = "ranking"
     TRIALS = "trials"
     TRAJECTORY = "trajectory"
@@ -39,6 +42,7 @@ class Kind(StrEnum):
     SWEEP = "sweep"
     EDIT = "edit"
     VERIFICATION = "verification"
+    COMPARISON = "comparison"
     PLOT = "plot"
     UNFINISHED = "unfinished"
 
@@ -58,6 +62,7 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.POINTER: ("gradients", ".json", GradientPointer),
     Kind.GRADIENT: ("gradients", ".safetensors", GradientHeader),
     Kind.MOMENTS: ("moments", ".safetensors", MomentHeader),
+    Kind.SQUARES: ("squares", ".safetensors", SquaresHeader),
     Kind.RANKING: ("rankings", ".json", Ranking),
     Kind.TRIALS: ("trials", ".json", Trials),
     Kind.TRAJECTORY: ("trajectories", ".json", Trials),
@@ -65,6 +70,7 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.SWEEP: ("sweeps", ".json", Sweep),
     Kind.EDIT: ("edits", ".safetensors", EditHeader),
     Kind.VERIFICATION: ("verifications", ".json", Verification),
+    Kind.COMPARISON: ("comparisons", ".json", Comparison),
 }
 
 
@@ -150,7 +156,7 @@ def _check_pointer(shelf: Shelf, name: str, pointer: GradientPointer) -> Check:
     return GOOD
 
 
-def _check_gradient(shelf: Shelf, name: str, _header: GradientHeader) -> Check:
+def _check_gradient(shelf: Shelf, name: str, _header: GradientHeader | SquaresHeader) -> Check:
     used = any(name in (p.forget, p.retain) for p in shelf.readable(Kind.POINTER))
     if used or not shelf.complete(Kind.POINTER):
         return GOOD
@@ -174,15 +180,20 @@ def _check_ranking(shelf: Shelf, name: str, ranking: Ranking) -> Check:
 
 
 def _check_trials(shelf: Shelf, name: str, trials: Trials) -> Check:
-    pointer, manifest = shelf.get(Kind.POINTER, name), shelf.get(Kind.SET, name)
-    if pointer and trials.forget != pointer.forget:
-        return _stale("the forget gradient was computed anew since")
-    if pointer and trials.model_fingerprint != pointer.model_fingerprint:
-        return _stale("the model has other weights since")
+    pointer = shelf.get(Kind.POINTER, name)
     if pointer and trials.retain_data not in (None, pointer.retain_data):
         return _stale(REWHITENED)
+    return _check_figures(shelf, name, trials)
+
+
+def _check_figures(shelf: Shelf, name: str, measured: Trials | Comparison) -> Check:
+    pointer, manifest = shelf.get(Kind.POINTER, name), shelf.get(Kind.SET, name)
+    if pointer and measured.forget != pointer.forget:
+        return _stale("the forget gradient was computed anew since")
+    if pointer and measured.model_fingerprint != pointer.model_fingerprint:
+        return _stale("the model has other weights since")
     for known, ref in manifest.evals.items() if manifest else ():
-        if trials.evals.get(known) != ref.fingerprint:
+        if measured.evals.get(known) != ref.fingerprint:
             return _stale(f"the evaluation set {known} was built anew since")
     return _as_pointer(shelf, name, pointer)
 
@@ -246,6 +257,7 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.POINTER: _check_pointer,
     Kind.GRADIENT: _check_gradient,
     Kind.MOMENTS: _check_moments,
+    Kind.SQUARES: _check_gradient,
     Kind.RANKING: _check_ranking,
     Kind.TRIALS: _check_trials,
     Kind.TRAJECTORY: _check_trials,
@@ -253,4 +265,5 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.SWEEP: _check_sweep,
     Kind.EDIT: _check_edit,
     Kind.VERIFICATION: _check_verification,
+    Kind.COMPARISON: _check_figures,
 }

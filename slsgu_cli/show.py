@@ -86,7 +86,11 @@ def gradients(console: Console, result: "GradResult") -> None:
 
     rows = [row(role, header) for role, header in result.headers.items()]
     digest = Column("gradient", shown=_artifact)
-    columns = ("role", "loss", "mean loss", "rows", "batches", digest, "made")
+    columns: list[str | Column] = ["role", "loss", "mean loss", "rows", "batches", digest, "made"]
+    if result.squared is not None:
+        made = ["computed" if role in result.squared else "cached" for role in result.headers]
+        rows = [(*row, word) for row, word in zip(rows, made, strict=True)]
+        columns.append("squares")
     console.table("gradients", columns, rows, title=f"gradients of {pointer.name}")
 
 

@@ -14,15 +14,20 @@ from safetensors.numpy import load_file, save_file
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import gradient_path, pointer_path
+from slsgu_cli.layout import gradient_path, pointer_path, squares_path
 from slsgu_cli.models import fingerprint, resolve
 from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision
+from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision, SquaresHeader
 
 
-def compute(world, console, *, model=None, **options):
+def compute(world, console, *, model=None, squares=False, **options):
     return compute_gradients(
-        world.store, world.name, model=model, options=PassOptions(**options), console=console
+        world.store,
+        world.name,
+        model=model,
+        options=PassOptions(**options),
+        console=console,
+        squares=squares,
     )
 
 
@@ -211,3 +216,35 @@ def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model, console)
 def test_a_set_that_is_not_there_is_told(world, console):
     with pytest.raises(MissingError, match="set nobody"):
         compute(replace(world, name="nobody"), console)
+
+
+def test_squares_go_with_their_gradient_and_are_computed_once(world, console):
+    before = {d: world.store.read_bytes(gradient_path(d)) for d in digests(world)}
+    assert compute(world, console).squared is None
+    first = compute(world, console, squares=True)
+    assert (first.computed, first.squared) == ((), ("forget", "retain"))
+    assert set(first.seconds) == {"forget", "retain"}
+    for digest, role in zip(digests(world), ("forget", "retain"), strict=True):
+        about = world.store.read_header(squares_path(digest), SquaresHeader)
+        assert (about.gradient, about.rows) == (digest, getattr(world.manifest, role).rows)
+        squares = world.store.read_tensors(squares_path(digest))
+        gradient = world.store.read_tensors(gradient_path(digest))
+        assert {n: v.shape for n, v in squares.items()} == {n: v.shape for n, v in gradient.items()}
+        assert all((value >= 0).all() for value in squares.values())
+        assert world.store.read_bytes(gradient_path(digest)) == before[digest]
+    again = compute(world, console, squares=True)
+    assert (again.computed, again.squared, again.seconds) == ((), (), {})
+    world.store.write_bytes(squares_path(digests(world)[0]), b"cut short")
+    assert compute(world, console, squares=True).squared == ("forget",)
+
+
+def test_gradients_and_squares_come_of_one_pass(world, console):
+    for digest in digests(world):
+        world.store.remove(gradient_path(digest))
+    found = compute(world, console, squares=True)
+    assert found.computed == found.squared == ("forget", "retain")
+    assert rank(world.store, world.name, options=RankOptions()).scores
+
+
+def digests(world):
+    return world.pointer.forget, world.pointer.retain

@@ -146,6 +146,31 @@ def test_grouped_is_one_mini_batch_after_another(
     assert not any("recomputed" in text for text in console.heard)
 
 
+def plain_squares(model, loss, block, spec, size=16):
+    """Return the mean over mini-batches of each squared gradient."""
+    total = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
+    values = list(plain_losses(model, loss, block, spec, size))
+    for value in values:
+        model.zero_grad()
+        value.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[name] += parameter.grad.numpy().astype(float) ** 2
+    return {name: value / len(values) for name, value in total.items()}
+
+
+@pytest.mark.parametrize("loss", ["cosine", "contrastive"])
+def test_squares_are_of_one_mini_batch_after_another(loss, folders, plain, spec, console):
+    model = load(folders["contrastive"])
+    prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions(), console=console)
+    gradient, squares, mean_loss = prepared.run_squared(Rows(61), "test")
+    assert_equal(gradient, plain[loss][0])
+    assert mean_loss == pytest.approx(plain[loss][1], rel=1e-5)
+    assert_equal(squares, plain_squares(model, loss, Rows(61), spec), relative=1e-4)
+    # The square of the mean is another thing: the mini-batches differ.
+    assert (squares["visual.proj"] > gradient["visual.proj"] ** 2).mean() > 0.9
+
+
 # A mini-batch of this model keeps about 2.8 MiB, a block at a time less.
 @pytest.mark.parametrize(("budget", "pairs"), [(1, 16), (3, 16), (6.5, 32), (64, 61)])
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])

@@ -1,0 +1,261 @@
+"""Every method on the same footing, recorded as it ends, and never run twice."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from processes import slsgu
+from typer.testing import CliRunner
+from worlds import Ear
+
+from slsgu_cli.baselines import ours as ours_module
+from slsgu_cli.baselines.bench import Bench
+from slsgu_cli.baselines.compare import CompareOptions, compare
+from slsgu_cli.baselines.records import Comparison, Method
+from slsgu_cli.baselines.show import comparison_plot
+from slsgu_cli.baselines.table import better, mean_rows
+from slsgu_cli.cli import app
+from slsgu_cli.edits import load_edit
+from slsgu_cli.errors import StaleError, UsageError
+from slsgu_cli.layout import comparison_path, squares_path
+from slsgu_cli.listing import Kind, State, entries
+from slsgu_cli.records import Accuracy
+from slsgu_cli.store import Store
+
+OPTIONS = CompareOptions(rates=(1e-3,), epochs=2, batch_size=16, retain_rows=32)
+
+
+@pytest.fixture(scope="module")
+def compared_world(shared_world, tmp_path_factory):
+    """A store in which every method was compared once, and what came out."""
+    folder = tmp_path_factory.mktemp("compared") / "store"
+    shutil.copytree(shared_world.store.root, folder)
+    world = replace(shared_world, store=Store(str(folder)))
+    return world, run(world, Ear())
+
+
+@pytest.fixture
+def own(compared_world, tmp_path):
+    """The same store for one test alone."""
+    world, _ = compared_world
+    shutil.copytree(world.store.root, tmp_path / "store")
+    return replace(world, store=Store(str(tmp_path / "store")))
+
+
+def run(world, console, **changes):
+    options = replace(OPTIONS, **changes)
+    return compare(world.store, [world.name], options=options, console=console)
+
+
+def rows_of(compared):
+    return {outcome.method: outcome for outcome in next(iter(compared.concepts.values()))}
+
+
+def test_every_method_has_its_row_in_the_papers_order(compared_world):
+    _, compared = compared_world
+    rows = next(iter(compared.concepts.values()))
+    assert [row.method for row in rows] == list(Method)
+    assert compared.chosen is None
+    for row in rows:
+        assert set(row.utility) == {"first", "second"}
+        assert (row.seconds > 0) == (row.method is not Method.ORIGINAL)
+
+
+def test_passes_count_what_each_method_ran(compared_world):
+    world, compared = compared_world
+    rows = rows_of(compared)
+    share = 32 / world.manifest.retain.rows
+
+    def passes(method):
+        return rows[method].forget_passes, pytest.approx(rows[method].retain_passes)
+
+    assert passes(Method.ORIGINAL) == (0, 0)
+    assert passes(Method.FT) == (0, 2 * share)
+    assert passes(Method.GA)[1] == 0
+    assert 1 <= rows[Method.GA].forget_passes <= 2
+    gaft, salun = rows[Method.GAFT], rows[Method.SALUN]
+    assert gaft.retain_passes == pytest.approx(gaft.forget_passes * share)
+    assert salun.retain_passes == pytest.approx((salun.forget_passes - 1) * share)
+    assert passes(Method.SSD) == passes(Method.OURS) == (1, 1)
+
+
+def test_ours_is_the_sets_edit(compared_world):
+    world, compared = compared_world
+    edit, ours = load_edit(world.store, world.name).header, rows_of(compared)[Method.OURS]
+    assert (ours.forget, ours.utility) == (edit.forget, edit.utility)
+    assert ours.edit == f"{edit.layer} at {edit.step:.10g}"
+    assert rows_of(compared)[Method.ORIGINAL].forget == edit.baseline_forget
+
+
+def test_squares_are_stored_and_the_comparison_is_listed(compared_world):
+    world, _ = compared_world
+    found = {(e.kind, e.name): e for e in entries(world.store)}
+    for digest in (world.pointer.forget, world.pointer.retain):
+        assert world.store.exists(squares_path(digest))
+        assert found[Kind.SQUARES, digest].state is State.OK
+    entry = found[Kind.COMPARISON, world.name]
+    assert entry.state is State.OK
+    assert "salun" in entry.made_from["outcomes"]
+    assert not [e for e in found.values() if e.state is not State.OK]
+
+
+def test_a_second_call_runs_nothing(own, compared_world, console, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a recorded row was run again")
+
+    monkeypatch.setattr(Bench, "run", never)
+    monkeypatch.setattr(Bench, "open", never)  # nor is the model loaded
+    monkeypatch.setattr(ours_module, "search", never)
+    assert run(own, console).concepts == compared_world[1].concepts
+
+
+def test_a_run_that_was_cut_short_goes_on(own, compared_world, console, monkeypatch):
+    path = comparison_path(own.name)
+    record = own.store.read_record(path, Comparison)
+    kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
+    own.store.write_record(path, replace(record, outcomes=kept))
+    ran = []
+    original = Bench.run
+    monkeypatch.setattr(Bench, "run", lambda self, *rest: ran.append(rest) or original(self, *rest))
+    found = rows_of(run(own, console))[Method.GA]
+    assert ran == [(Method.GA, 1e-3)]
+    assert replace(found, seconds=0.0) == replace(
+        rows_of(compared_world[1])[Method.GA], seconds=0.0
+    )
+
+
+def test_another_plan_is_another_row(own, console):
+    first = own.store.read_record(comparison_path(own.name), Comparison)
+    run(own, console, methods=[Method.GA], epochs=1)
+    second = own.store.read_record(comparison_path(own.name), Comparison)
+    assert len(second.outcomes) == len(first.outcomes) + 1
+    assert second.outcomes[-1].plan.epochs == 1
+
+
+def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own, console):
+    path, edit = comparison_path(own.name), f"edits/{own.name}.safetensors"
+    record = own.store.read_record(path, Comparison)
+    own.store.remove(path)
+    before = own.store.read_bytes(edit)
+    found = rows_of(run(own, console, methods=[Method.OURS]))[Method.OURS]
+    assert found.seconds > 0
+    assert own.store.read_bytes(edit) == before
+    again = own.store.read_record(path, Comparison)
+    assert set(again.passes) == {own.pointer.forget, own.pointer.retain}
+    assert set(again.passes) < set(record.passes)
+
+
+def test_a_set_without_gradients_gets_them(world, console):
+    world.store.remove(f"gradients/{world.name}.json")
+    digests = world.store.names("gradients", ".safetensors")
+    for digest in digests:
+        world.store.remove(f"gradients/{digest}.safetensors")
+    found = rows_of(run(world, console, methods=[Method.OURS]))
+    assert list(found) == [Method.OURS]
+    assert world.store.names("gradients", ".safetensors") == digests
+    assert any("no gradients yet" in text for text in console.heard)
+
+
+def test_an_edit_of_other_evaluation_rows_is_refused(own, console):
+    own.build(evals={"first": own.sources["first"]}, templates={})
+    with pytest.raises(StaleError, match="not among the trials") as error:
+        run(own, console)
+    assert error.value.hint == "run `slsgu search blue`"
+
+
+def test_a_comparison_of_rebuilt_evaluation_rows_is_stale(own):
+    own.build(evals={"first": f"{own.sources['first']}&label=blue&label=red",
+                     "second": own.sources["second"]})  # fmt: skip
+    entry = next(e for e in entries(own.store) if e.kind is Kind.COMPARISON)
+    assert entry.state is State.STALE
+
+
+def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, console, monkeypatch):
+    replace(own, name="red").build()
+    ran = []
+    outcome = rows_of(run(own, console))[Method.FT]
+
+    def fake(self, method, setting):
+        ran.append((self.manifest.name, method, setting))
+        kept = {name: Accuracy(90 - abs(setting - 1e-5) * 1e6, 0, 1) for name in outcome.utility}
+        return replace(outcome, method=method, setting=setting, plan=self.plan, utility=kept)
+
+    monkeypatch.setattr(Bench, "run", fake)
+    options = replace(OPTIONS, methods=[Method.FT], rates=None)
+    found = compare(own.store, ["blue", "red"], options=options, console=console)
+    assert found.chosen == {Method.FT: 1e-5}
+    assert len([r for r in ran if r[0] == "blue"]) == 5
+    assert [r for r in ran if r[0] == "red"] == [("red", Method.FT, 1e-5)]
+    rows = mean_rows(found.concepts, found.chosen)
+    assert [(row.setting, row.concepts, row.chosen) for row in rows] == [(1e-5, 2, True)]
+
+
+def test_means_are_over_concepts(compared_world):
+    outcomes = compared_world[1].concepts["blue"]
+    other = tuple(
+        replace(o, forget=Accuracy(o.forget.top1 + 10, o.forget.top5, 5), seconds=o.seconds + 2)
+        for o in outcomes
+    )
+    for row, own in zip(mean_rows({"a": outcomes, "b": other}, None), outcomes, strict=True):
+        assert row.forget.top1 == pytest.approx(own.forget.top1 + 5)
+        assert row.seconds == pytest.approx(own.seconds + 1)
+        assert row.utility["first"].top1 == pytest.approx(own.utility["first"].top1)
+    foreign = tuple(replace(o, utility={"third": o.forget}) for o in outcomes)
+    with pytest.raises(UsageError, match="no evaluation set in common"):
+        mean_rows({"a": outcomes, "b": foreign}, None)
+
+
+def test_a_baseline_that_beats_ours_is_told(compared_world):
+    rows = mean_rows(compared_world[1].concepts, None)
+    ours = next(row for row in rows if row.method is Method.OURS)
+    worse = replace(ours, method=Method.FT, forget=Accuracy(ours.forget.top1 + 1, 0, 1))
+    more = {name: Accuracy(f.top1 + 1, f.top5, f.rows) for name, f in ours.utility.items()}
+    beats = replace(ours, method=Method.GA, utility=more)
+    equal = replace(ours, method=Method.SSD)
+    assert better([ours, worse, beats, equal]) == [beats]
+
+
+def test_the_plot_is_a_picture_that_tells_settings_apart(compared_world):
+    rows = mean_rows(compared_world[1].concepts, None)
+    first = comparison_plot(rows, title="blue")
+    assert first.startswith(b"\x89PNG")
+    assert first == comparison_plot(rows, title="blue")
+    assert first != comparison_plot(rows[:-1], title="blue")
+
+
+def test_methods_that_are_not_asked_for_are_not_run(own, console):
+    found = run(own, console, methods=[Method.ORIGINAL, Method.SSD])
+    assert [row.method for row in found.concepts["blue"]] == [Method.ORIGINAL, Method.SSD]
+
+
+def test_the_command(own):
+    words = ["compare", "blue", "--lr", "1e-3", "--epochs", "2", "--batch-size", "16"]
+    words += ["--retain-rows", "32", "--store", own.store.root]
+    done = slsgu(*words)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert lines[0][:7] == ["method", "setting", "lr", "alpha", "epoch", "FA@1", "FA@5"]
+    assert [line[0] for line in lines[1:]] == [str(method) for method in Method]
+    assert "plots/blue-comparison.png" in done.stderr
+    inside = CliRunner().invoke(app, [*words, "--json", "--methods", "ga,ours"])
+    document = json.loads(inside.stdout)
+    assert [row["method"] for row in document["comparison"]] == ["original", "ga", "ours"]
+    assert document["comparison"][1]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lr", "0.1,fast"], "--lr fast is no learning rate"),
+        (["--lr", "auto,1e-6"], "--lr auto is no learning rate"),
+        (["--lr", "-1"], "--lr -1 is no learning rate"),
+        (["--methods", "ga,magic"], "--methods magic is no method"),
+    ],
+)
+def test_what_makes_no_sense_is_told(words, told, tmp_path):
+    from slsgu_cli.baselines.cli import _methods, _rates
+
+    option, value = words
+    with pytest.raises(UsageError, match=told):
+        (_rates if option == "--lr" else _methods)([value])

@@ -1,0 +1,68 @@
+"""The first epoch that forgets is reported, else the first of those that forget most."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from plain import Plain
+from test_baseline_training import open_bench
+
+from slsgu_cli.baselines import epochs as epochs_module
+from slsgu_cli.baselines.records import Method
+from slsgu_cli.records import Accuracy
+
+
+@dataclass
+class Counter:
+    """A model whose weight is the number of epochs it was trained for."""
+
+    model: torch.nn.Module
+
+
+def run(accuracies, console, monkeypatch):
+    counter = Counter(torch.nn.Linear(1, 1))
+
+    def epochs():
+        for epoch in range(1, len(accuracies) + 1):
+            counter.model.weight.data.fill_(epoch)
+            yield epoch
+
+    def forget(evaluation):
+        return Accuracy(accuracies[int(evaluation.model.weight) - 1], 50.0, 10)
+
+    def kept(evaluation):
+        return {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
+
+    monkeypatch.setattr(epochs_module, "forget_accuracy", forget)
+    monkeypatch.setattr(epochs_module, "utility", kept)
+    return epochs_module.follow(
+        epochs(), counter, label="test", total=len(accuracies), console=console
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "reported", "ran"),
+    [
+        ([90.0, 40.0, 0.0, 0.0, 10.0], 3, 3),
+        ([0.0, 50.0], 1, 1),
+        ([90.0, 40.0, 60.0, 40.0], 2, 4),
+        ([90.0, 90.0], 1, 2),
+        ([50.0, 40.0, 30.0], 3, 3),
+    ],
+)
+def test_the_epoch_that_is_reported(accuracies, reported, ran, console, monkeypatch):
+    found = run(accuracies, console, monkeypatch)
+    assert (found.epoch, found.epochs) == (reported, ran)
+    assert found.forget.top1 == accuracies[reported - 1]
+    assert found.utility["set"].top1 == reported  # measured with that epoch's weights
+
+
+def test_the_figures_are_those_of_the_model_that_is_left(shared_world):
+    bench = open_bench(shared_world)
+    outcome = bench.run(Method.GA, 3e-3)
+    expected = Plain(shared_world, model=bench.model).figures()
+    assert expected.forget == pytest.approx((outcome.forget.top1, outcome.forget.top5))
+    assert set(outcome.utility) == set(expected.utility)
+    for name, figures in outcome.utility.items():
+        assert expected.utility[name] == pytest.approx((figures.top1, figures.top5))
+    assert outcome.forget.top1 < bench.original()[0].top1
