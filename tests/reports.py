@@ -3,6 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
+from slsgu_cli.baselines.records import Comparison, Method, Outcome
+from slsgu_cli.verification.records import (
+    Attack,
+    Became,
+    Check,
+    Curve,
+    Finding,
+    NearName,
+    Point,
+    Probe,
+    Subject,
+    Taken,
+    Verification,
+)
+from slsgu_cli.verification.relearn import NEW
 
 from slsgu_cli.edits import make_edit, write_edit
 from slsgu_cli.layout import joint_label
@@ -34,7 +49,7 @@ from slsgu_cli.report.page import page
 from slsgu_cli.report.sections import Section
 from slsgu_cli.report.write import all_sections
 from slsgu_cli.several.records import JointMove, JointSearch, JointTrial, Sweep, SweepRow
-from slsgu_cli.shelf import Shelf
+from slsgu_cli.shelf import Shelf, blocks
 from slsgu_cli.store import Store
 from slsgu_cli.weights import layer_digests
 
@@ -140,6 +155,59 @@ def fill_several(store: Store, *names: str) -> None:
     ]  # fmt: skip
     sweep = Sweep("all", "recipe", names, MODEL, "model", Steer.FA1, tuple(rows), "0.1.0")
     store.write_record("sweeps/all.json", sweep)
+
+
+def fill_verification(store: Store, name: str = NAME) -> None:
+    """Write what a verification of a concept's edit might have found."""
+    edit = store.read_header(f"edits/{name}.safetensors", EditHeader)
+    manifest = store.read_record(f"sets/{name}.json", SetManifest)
+    subjects = []
+    for label, header, top1 in (("original", None, 96.0), ("edit", edit, 3.0)):
+        gone = Accuracy(top1, top1, 33)
+        back = tuple(
+            Point(step, Accuracy(min(96.0, top1 + 12 * step), 97.0, 33)) for step in range(9)
+        )
+        curves = (Curve("its name", HOSTILE, back, None), Curve(NEW, "zorp", back[:5], None))
+        near = Became((NearName(HOSTILE, 0.5),), (Taken("castle", 12),), 33)
+        attack = Attack("loss", "retain", 71.0, 2.0, 96, 96)
+        findings = (
+            Finding(Check.BASELINE, "k", {}, probes=(Probe("as it is", gone, kept_figures()),)),
+            Finding(Check.AUGMENT, "k", {}, probes=(Probe("<b>flip</b>", gone),)),
+            Finding(Check.RELEARN, "k", {"shots": "8"}, curves=curves),
+            Finding(Check.NEIGHBOURS, "k", {}, became=near),
+            Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
+        )
+        subjects.append(Subject(label, label, MODEL, "model", header, findings))
+    data = {role: ref.fingerprint for role, ref in blocks(manifest)}
+    record = Verification(name, manifest.concept, data, tuple(subjects), "0.1.0")
+    store.write_record(f"verifications/{name}.json", record)
+
+
+def kept_figures() -> dict[str, Accuracy]:
+    """Return what is kept, by evaluation set."""
+    return {"brands": KEPT, "objects <b>": KEPT}
+
+
+def fill_comparison(store: Store, name: str = NAME) -> None:
+    """Write what other methods might have done to a concept."""
+    trials = store.read_record(f"trials/{name}.json", Trials)
+    outcomes = [
+        Outcome(
+            method=method, setting=setting, plan=None, edit=None, epoch=None,
+            forget=Accuracy(left, left, 33), utility=trials.baseline_utility, seconds=seconds,
+            forget_passes=1.0, retain_passes=1.0, where="<cpu>",
+        )
+        for method, setting, left, seconds in (
+            (Method.ORIGINAL, None, 97.0, 0.0), (Method.GA, 1e-6, 30.0, 60.0),
+            (Method.OURS, None, 0.0, 20.0),
+        )
+    ]  # fmt: skip
+    made_from = (trials.forget, f"{name}-retain")
+    record = Comparison(
+        name=name, model_fingerprint="model", forget=made_from[0], retain=made_from[1],
+        evals=trials.evals, passes={}, outcomes=tuple(outcomes), version="0.1.0",
+    )  # fmt: skip
+    store.write_record(f"comparisons/{name}.json", record)
 
 
 def looks(concept: str = HOSTILE, names: int = 10) -> Looks:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import DTYPES, save, state
 from edit_headers import MODEL, edit
-from reports import NAME, fill
+from reports import NAME, fill, fill_comparison, fill_verification
 
 from slsgu_cli.apply import CheckpointSource, apply_edits
 from slsgu_cli.console import Console
@@ -31,6 +31,8 @@ def found(store):
 
 
 def test_everything_is_found_with_its_hash(store):
+    fill_verification(store)
+    fill_comparison(store)
     dossier = found(store)
     for finding in dossier.findings():
         assert finding.state is State.OK

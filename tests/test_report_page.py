@@ -6,15 +6,26 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from reports import CHOSEN, HOSTILE, NAME, fill, fill_several, html
+from reports import (
+    CHOSEN,
+    HOSTILE,
+    NAME,
+    fill,
+    fill_comparison,
+    fill_several,
+    fill_verification,
+    html,
+)
 
+from slsgu_cli.edits import load_edit, write_edit
 from slsgu_cli.records import GradientPointer, SetManifest
 from slsgu_cli.report.markup import VOID
 from slsgu_cli.store import Store
 
 TITLES = (
-    "Result", "What was asked", "Single images", "Cosine similarities", "Where the concept lies",
-    "Search for the step", "Trajectories", "Model and gradients", "The edit", "To repeat it",
+    "Result", "What was asked", "Single images", "Cosine similarities",
+    "Does it stay forgotten", "Where the concept lies", "Search for the step", "Trajectories",
+    "Other methods", "Model and gradients", "The edit", "To repeat it",
     "Records behind this page",
 )  # fmt: skip
 
@@ -158,7 +169,7 @@ def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store,
     assert "Forgotten together" not in html(more, "dog")
     page = html(more)
     headings = [text for tag, text in Outline(page).headings if tag == "h3"]
-    assert headings[7:9] == ["Forgotten together: mouse+castle", "Sweep: all"]
+    assert headings[8:10] == ["Forgotten together: mouse+castle", "Sweep: all"]
     assert "All edits in place, each concept on its own images" in page
     assert re.search(r'<tr class="marked"><th scope="row">mouse</th>', page)
     assert HOSTILE not in page
@@ -167,6 +178,28 @@ def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store,
     page = html(more)
     assert "The sweep all is stale: the forget gradient of castle was computed anew" in page
     assert "All edits in place" not in page
+
+
+def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_path):
+    page = html(store)
+    assert "There is no verification yet. To add it: <code>slsgu verify mouse</code>" in page
+    assert "There is no comparison yet. To add it: <code>slsgu compare mouse</code>" in page
+    shutil.copytree(store.root, tmp_path / "store")
+    more = Store(str(tmp_path / "store"))
+    fill_verification(more)
+    fill_comparison(more)
+    page = html(more)
+    for word in (
+        "kept forgotten 2", "&lt;b&gt;flip&lt;/b&gt;", "What the concept became", "castle 36%",
+        "71.0 ± 2.0%", "Taught the concept again", "No other method is at least as good",
+        "lr 1e-06",
+    ):  # fmt: skip
+        assert word in page, word
+    edit = load_edit(more, NAME)
+    write_edit(more, replace(edit, header=replace(edit.header, step=0.5)))
+    page = html(more)
+    assert "The verification is stale: the edit was made anew since." in page
+    assert "What the concept became" not in page
 
 
 def test_the_style_knows_print_phones_and_dark_rooms(alone):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import Any, Generic, TypeVar
 
+from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.dtypes import PRECISION, narrow, widen
 from slsgu_cli.edits import Edit, read_edit
 from slsgu_cli.errors import SlsguError
@@ -22,6 +23,7 @@ from slsgu_cli.records import (
 from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.shelf import CHECKS, PLACES, Kind, Shelf, State
 from slsgu_cli.store import Store
+from slsgu_cli.verification.records import Verification
 from slsgu_cli.weights import layer_digest
 
 T = TypeVar("T")
@@ -76,13 +78,16 @@ class Dossier:
     trajectory: Finding[Trials]
     joint: dict[str, Finding[JointSearch]]
     sweeps: dict[str, Finding[Sweep]]
+    verification: Finding[Verification]
+    comparison: Finding[Comparison]
     gradients: dict[str, GradientHeader] = field(default_factory=dict)
     facts: EditFacts | None = None
 
     def findings(self) -> list[Finding[Any]]:
         """Return every record in the order in which one is made from another."""
-        alone = (self.manifest, self.pointer, self.ranking, self.trials, self.edit)
-        return [*alone, self.trajectory, *self.joint.values(), *self.sweeps.values()]
+        found: list[Finding[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
+        found += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
+        return [*found, self.verification, self.comparison]
 
 
 def gather(store: Store, name: str, shelf: Shelf) -> Dossier:
@@ -115,6 +120,8 @@ def gather(store: Store, name: str, shelf: Shelf) -> Dossier:
             label: find(Kind.SWEEP, f"sweep {label}", f"sweep {quote(label)} ...", label)
             for label in swept
         },
+        verification=find(Kind.VERIFICATION, "verification", f"verify {word}"),
+        comparison=find(Kind.COMPARISON, "comparison", f"compare {word}"),
         gradients={role: shelf.get(Kind.GRADIENT, d) for role, d in (named or {}).items()},
         facts=edit_facts(read_edit(store, edit.path)) if edit.record else None,
     )

@@ -8,7 +8,7 @@ from shlex import quote
 from slsgu_cli.console import Console
 from slsgu_cli.copying import replacing
 from slsgu_cli.errors import InputError, SlsguError, UsageError
-from slsgu_cli.report import asked, effect, layers, proof, several
+from slsgu_cli.report import asked, compared, effect, layers, proof, several, verified
 from slsgu_cli.report.gather import Dossier, gather
 from slsgu_cli.report.page import page
 from slsgu_cli.report.sections import Section, absent
@@ -62,11 +62,13 @@ def all_sections(dossier: Dossier, views: Sequence[Section], store: str) -> list
         effect.result(dossier),
         asked.request(dossier),
         *views,
+        verified.verification(dossier),
         layers.front(dossier),
         layers.search(dossier),
         several.trajectories(dossier),
         *several.together(dossier),
         *several.swept(dossier),
+        compared.comparison(dossier),
         asked.fingerprints(dossier),
         proof.the_edit(dossier),
         proof.repeat(dossier, store),
