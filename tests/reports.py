@@ -3,22 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
-from slsgu_cli.baselines.records import Comparison, Method, Outcome
-from slsgu_cli.verification.records import (
-    Attack,
-    Became,
-    Check,
-    Curve,
-    Finding,
-    NearName,
-    Point,
-    Probe,
-    Subject,
-    Taken,
-    Verification,
-)
-from slsgu_cli.verification.relearn import NEW
 
+from slsgu_cli.baselines.records import Comparison, Method, Outcome
 from slsgu_cli.edits import make_edit, write_edit
 from slsgu_cli.layout import joint_label
 from slsgu_cli.pictures import Example
@@ -51,6 +37,20 @@ from slsgu_cli.report.write import all_sections
 from slsgu_cli.several.records import JointMove, JointSearch, JointTrial, Sweep, SweepRow
 from slsgu_cli.shelf import Shelf, blocks
 from slsgu_cli.store import Store
+from slsgu_cli.verification.records import (
+    Attack,
+    Became,
+    Check,
+    Curve,
+    Finding,
+    NearName,
+    Point,
+    Probe,
+    Subject,
+    Taken,
+    Verification,
+)
+from slsgu_cli.verification.relearn import NEW
 from slsgu_cli.weights import layer_digests
 
 NAME = "mouse"
