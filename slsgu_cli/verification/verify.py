@@ -19,7 +19,7 @@ from slsgu_cli.records import ModelSpec, SetManifest, digest
 from slsgu_cli.store import Store
 from slsgu_cli.verification.augment import augment
 from slsgu_cli.verification.bench import Bench
-from slsgu_cli.verification.candidates import candidates_of, open_candidate
+from slsgu_cli.verification.candidates import Candidate, candidates_of, open_candidate
 from slsgu_cli.verification.exposure import membership
 from slsgu_cli.verification.neighbours import neighbours
 from slsgu_cli.verification.paraphrase import paraphrase
@@ -80,37 +80,59 @@ def verify(
     manifest = read_manifest(store, name)
     device = pick_device(device)
     candidates = candidates_of(store, manifest, model, edits)
-    record = _recorded(store, manifest, console)
+    run = _Run(store, manifest, _recorded(store, manifest, console), settings, device, console)
     wanted = sorted({Check.BASELINE, *checks}, key=list(Check).index)
-    reused = 0
-    for candidate in candidates:
-        subject = record.subject(candidate.subject.key) or candidate.subject
-        subject = replace(candidate.subject, findings=subject.findings)
-        keys = {check: _key(subject, record, check, settings) for check in wanted}
-        known = {finding.key for finding in subject.findings}
-        missing = {check: key for check, key in keys.items() if key not in known}
-        reused += len(keys) - len(missing)
-        record = _with(record, subject)
-        if not missing:
-            continue
-        with torch.no_grad():
-            bench = open_candidate(
-                store, manifest, candidate, settings, device=device, console=console
-            )
-            for check, key in missing.items():
-                with console.progress(f"{subject.label}: {check}", None) as bench.ticker:
-                    finding = _found(bench, check, key, settings)
-                subject = _with_finding(subject, finding)
-                record = _with(record, subject)
-                store.write_record(verification_path(name), record)
-    store.write_record(verification_path(name), record)
-    shown = tuple(_only(record.subject(c.subject.key) or c.subject, wanted) for c in candidates)
+    shown = tuple(_only(run.checked(candidate, wanted), wanted) for candidate in candidates)
+    store.write_record(verification_path(name), run.record)
     files = [store.where(verification_path(name))]
     if {Check.FINETUNE, Check.RELEARN} & set(wanted):
         path = plot_path(name, "relearning")
         store.write_bytes(path, relearning_plot(shown, concept=manifest.concept))
         files.append(store.where(path))
-    return Verified(record, shown, reused, tuple(files))
+    return Verified(run.record, shown, run.reused, tuple(files))
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one verification: what is recorded so far, and how much of it was there."""
+
+    store: Store
+    manifest: SetManifest
+    record: Verification
+    settings: Settings
+    device: str
+    console: Console
+    reused: int = 0
+
+    def checked(self, candidate: Candidate, wanted: Sequence[Check]) -> Subject:
+        """Return a candidate with what the wanted checks found, running those not on record."""
+        known = self.record.subject(candidate.subject.key)
+        subject = replace(candidate.subject, findings=known.findings if known else ())
+        keys = {check: _key(subject, self.record, check, self.settings) for check in wanted}
+        there = {finding.key for finding in subject.findings}
+        missing = {check: key for check, key in keys.items() if key not in there}
+        self.reused += len(keys) - len(missing)
+        self.record = _with(self.record, subject)
+        return self._run(candidate, subject, missing) if missing else subject
+
+    @torch.no_grad()
+    def _run(self, candidate: Candidate, subject: Subject, missing: dict[Check, str]) -> Subject:
+        """Load a candidate and run checks on it, recording each as it is done."""
+        bench = open_candidate(
+            self.store,
+            self.manifest,
+            candidate,
+            self.settings,
+            device=self.device,
+            console=self.console,
+        )
+        for check, key in missing.items():
+            with self.console.progress(f"{subject.label}: {check}", None) as bench.ticker:
+                finding = _found(bench, check, key, self.settings)
+            subject = _with_finding(subject, finding)
+            self.record = _with(self.record, subject)
+            self.store.write_record(verification_path(self.record.name), self.record)
+        return subject
 
 
 def _key(subject: Subject, record: Verification, check: Check, settings: Settings) -> str:
