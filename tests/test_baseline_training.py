@@ -129,8 +129,8 @@ def test_gaft_forgets_before_it_retains(bench, shared_world):
 def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
     rows = np.arange(shared_world.manifest.forget.rows)
     bench_module.set_weights(bench.model, bench._original)
-    before = float(loss(shared_world, bench.model, "forget", rows))
-    after = float(loss(shared_world, trained(bench, Method.GA), "forget", rows))
+    before = loss(shared_world, bench.model, "forget", rows).item()
+    after = loss(shared_world, trained(bench, Method.GA), "forget", rows).item()
     assert after > before + 0.1
 
 

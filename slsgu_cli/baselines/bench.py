@@ -90,7 +90,7 @@ class Bench:
     def run(self, method: Method, setting: float) -> Outcome:
         """Run a baseline on the original model and measure the epoch that is reported."""
         set_weights(self.model, self._original)
-        seconds, forget_passes, retain_passes = self._before(method)
+        seconds = self._seconds_before(method)
         what = "alpha" if method is Method.SSD else "lr"
         label = f"{method} {what} {setting:g}"
         with arithmetic(Precision.FP32):
@@ -101,11 +101,7 @@ class Bench:
                 total=self.plan.epochs,
                 console=self.console,
             )
-        if method is not Method.SSD:
-            lessons = lessons_of(method, forget=self._forget, retain=self._retain)
-            forget_passes += found.epochs * (self._forget in lessons)
-            share = len(self._retain.pairs) / self.manifest.retain.rows
-            retain_passes += found.epochs * share * (self._retain in lessons)
+        forget_passes, retain_passes = self._passes(method, found.epochs)
         self.console.detail(
             f"{label}: FA@1 {found.forget.top1:.1f} after epoch {found.epoch} of {found.epochs}"
         )
@@ -123,17 +119,29 @@ class Bench:
             where=self.times.where,
         )
 
-    def _before(self, method: Method) -> tuple[float, float, float]:
-        """Return seconds and passes over forget and retain rows before the first epoch."""
+    def _passes(self, method: Method, epochs: int) -> tuple[float, float]:
+        """Return the passes over all forget and all retain rows that a run amounts to."""
+        if method is Method.SSD:
+            return 1.0, 1.0
+        lessons = lessons_of(method, forget=self._forget, retain=self._retain)
+        share = len(self._retain.pairs) / self.manifest.retain.rows
+        of_the_mask = 1.0 if method is Method.SALUN else 0.0
+        return (
+            of_the_mask + epochs * (self._forget in lessons),
+            epochs * share * (self._retain in lessons),
+        )
+
+    def _seconds_before(self, method: Method) -> float:
+        """Return what the gradients take that a method needs before its first epoch."""
         if method is Method.SALUN:
-            return self._seconds(["forget"], squares=False), 1.0, 0.0
+            return self._seconds(["forget"], squares=False)
         if method is Method.SSD:
             digests = (self.pointer.forget, self.pointer.retain)
             if not all(self.store.exists(squares_path(digest)) for digest in digests):
                 self.console.note("SSD needs squared gradients: computing them")
                 self.times.ensure(self.pointer, squares=True)
-            return self._seconds(ROLES, squares=True), 1.0, 1.0
-        return 0.0, 0.0, 0.0
+            return self._seconds(ROLES, squares=True)
+        return 0.0
 
     def _seconds(self, roles: Iterable[str], *, squares: bool) -> float:
         return self.times.seconds(self.pointer, roles, squares=squares, model=self.model)

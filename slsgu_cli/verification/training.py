@@ -4,7 +4,6 @@ AdamW over all parameters with a constant learning rate, on mini-batches drawn b
 model has its own weights again afterwards.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slsgu_cli.baselines.recipe import BETAS, EPSILON, LARGEST_LOGIT_SCALE
 from slsgu_cli.records import Accuracy
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.verification.bench import Bench, Utility, altered
 from slsgu_cli.verification.records import Point, Settings
 
-BETAS, EPSILON = (0.9, 0.98), 1e-6
-LOG_SCALE_MOST = math.log(100)
 Rows = npt.NDArray[np.integer]
 
 
@@ -117,5 +115,5 @@ def _update(bench: Bench, batch: Batch, optimizer: torch.optim.Optimizer) -> Non
         optimizer.zero_grad()
         torch.autograd.backward(loss)
     optimizer.step()
-    model.logit_scale.data.clamp_(max=LOG_SCALE_MOST)
+    model.logit_scale.data.clamp_(max=LARGEST_LOGIT_SCALE)
     bench.tick()
