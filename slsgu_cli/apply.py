@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.console import Console
-from slsgu_cli.copying import copy_file, replacing, same_place
+from slsgu_cli.copying import copy_file, link_file, replacing, same_place
 from slsgu_cli.destination import all_files, require_nothing_lost, require_place
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, MissingError, UsageError
@@ -68,8 +68,11 @@ class AppliedResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where everything goes: `files` maps a name below `out` ("" is `out`) to its source."""
+class CopyPlan:
+    """Where everything goes: `files` maps a name below `out` ("" is `out`) to its source.
+
+    Files with a plan are edited, `texts` are written anew, all others are as they were.
+    """
 
     out: Path
     files: dict[str, Path]
@@ -94,27 +97,41 @@ def apply_edits(
     `overwrite`, what stands at `out` is replaced in one step, the source itself included.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
-    _require_distinct(edits)
+    require_distinct(edits)
     if not source.weights.is_file():
         raise MissingError(f"there is no checkpoint {source.weights}")
     require_place(source.folder or source.weights, out, overwrite=overwrite)
     if source.folder is not None:
-        layout = _folder_layout(edits, source, out, console, revert=revert, force=force)
+        plan = _folder_plan(edits, source, out, console, revert=revert, force=force)
     else:
-        plan = plan_file(source.weights, edits, revert=revert, force=force)
-        layout = _single_layout(source, out, plan)
-    require_nothing_lost(out, [*layout.files, *layout.texts])
+        plan = _single_plan(
+            source, out, plan_file(source.weights, edits, revert=revert, force=force)
+        )
+    loadable = CONFIG in plan.files or CONFIG in plan.texts
+    model = f"local-dir:{out}" if loadable else None
+    return write_copy(plan, model=model, revert=revert, dry_run=dry_run)
+
+
+def write_copy(
+    plan: CopyPlan, *, model: str | None, revert: bool, dry_run: bool, link: bool = False
+) -> AppliedResult:
+    """Write what a plan says, all of it or nothing; with `dry_run` only tell.
+
+    With `link`, files that are not edited become hard links to their source where the
+    file system allows it. Raises InputError where files at `out` would be lost.
+    """
+    require_nothing_lost(plan.out, [*plan.files, *plan.texts])
     if not dry_run:
-        _write(layout)
+        _write(plan, link=link)
     files = tuple(
-        WrittenFile(str(out / name), layout.files[name].stat().st_size, plan.changes)
-        for name, plan in sorted(layout.plans.items())
+        WrittenFile(str(plan.out / name), plan.files[name].stat().st_size, file.changes)
+        for name, file in sorted(plan.plans.items())
     )
-    loadable = CONFIG in layout.files or CONFIG in layout.texts
-    return AppliedResult(str(out), f"local-dir:{out}" if loadable else None, files, revert, dry_run)
+    return AppliedResult(str(plan.out), model, files, revert, dry_run)
 
 
-def _require_distinct(edits: Sequence[Edit]) -> None:
+def require_distinct(edits: Sequence[Edit]) -> None:
+    """Refuse to apply no edit, or one edit twice. Raises UsageError."""
     if not edits:
         raise UsageError("no edit to apply was named")
     seen = Counter((e.header.name, e.header.layer, e.header.gradient) for e in edits)
@@ -123,7 +140,7 @@ def _require_distinct(edits: Sequence[Edit]) -> None:
         raise UsageError(f"the edit {twice[0]} is named twice", hint="use --scale 2")
 
 
-def _folder_layout(
+def _folder_plan(
     edits: Sequence[Edit],
     source: CheckpointSource,
     out: Path,
@@ -131,7 +148,7 @@ def _folder_layout(
     *,
     revert: bool,
     force: bool,
-) -> _Layout:
+) -> CopyPlan:
     folder = source.folder or source.weights.parent
     plans = {
         path.name: plan_file(path, edits, revert=revert, force=force)
@@ -144,7 +161,7 @@ def _folder_layout(
     for name in files:
         if Path(name).suffix in SUFFIXES and Path(name).parent != Path():
             console.warn(f"{folder / name} lies below the model's folder: copied without the edit")
-    return _Layout(out, files, plans, {})
+    return CopyPlan(out, files, plans, {})
 
 
 def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: bool) -> bool:
@@ -173,8 +190,22 @@ def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: 
     return False
 
 
-def _single_layout(source: CheckpointSource, out: Path, plan: FilePlan) -> _Layout:
+def _single_plan(source: CheckpointSource, out: Path, plan: FilePlan) -> CopyPlan:
     weights = source.weights
+    alone = single_file(weights, out, plan)
+    if "" in alone.files or source.config is None:
+        return alone
+    name = STANDARD_NAME[open_weights(weights).container]
+    config = {"model_cfg": source.config, "preprocess_cfg": source.preprocess or {}}
+    text = json.dumps(config, indent=2) + "\n"
+    return CopyPlan(out, {name: weights}, {name: plan}, {CONFIG: text})
+
+
+def single_file(weights: Path, out: Path, plan: FilePlan) -> CopyPlan:
+    """Return the plan of one edited file at `out`, which is a file, or a folder to put it in.
+
+    Raises UsageError or InputError where `out` can be neither.
+    """
     container = open_weights(weights).container
     if out.suffix in {*SUFFIXES, weights.suffix} - {""} and not out.is_dir():
         if (out.suffix == SAFETENSORS) != (container == "safetensors"):
@@ -182,25 +213,20 @@ def _single_layout(source: CheckpointSource, out: Path, plan: FilePlan) -> _Layo
                 f"{out.name} asks for another format than {weights.name} has",
                 hint=f"--out {out.with_suffix(weights.suffix)}, or a folder",
             )
-        return _Layout(out, {"": weights}, {"": plan}, {})
+        return CopyPlan(out, {"": weights}, {"": plan}, {})
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file without a checkpoint's suffix", hint="another --out")
-    if source.config is None:
-        return _Layout(out, {weights.name: weights}, {weights.name: plan}, {})
-    name = STANDARD_NAME[container]
-    config = {"model_cfg": source.config, "preprocess_cfg": source.preprocess or {}}
-    text = json.dumps(config, indent=2) + "\n"
-    return _Layout(out, {name: weights}, {name: plan}, {CONFIG: text})
+    return CopyPlan(out, {weights.name: weights}, {weights.name: plan}, {})
 
 
-def _write(layout: _Layout) -> None:
-    with replacing(layout.out) as partial:
-        for name, origin in layout.files.items():
+def _write(plan: CopyPlan, *, link: bool) -> None:
+    with replacing(plan.out) as partial:
+        for name, origin in plan.files.items():
             target = partial / name if name else partial
             target.parent.mkdir(parents=True, exist_ok=True)
-            if name in layout.plans:
-                copy_spliced(origin, target, layout.plans[name].splices)
-            else:
+            if name in plan.plans:
+                copy_spliced(origin, target, plan.plans[name].splices)
+            elif not (link and link_file(origin, target)):
                 copy_file(origin, target)
-        for name, text in layout.texts.items():
+        for name, text in plan.texts.items():
             (partial / name).write_text(text)

@@ -134,6 +134,15 @@ def rank(
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     tower: opt.TowerOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="Leave out what cannot influence this model: path, sd1, sd2, sdxl, llava, clip.",
+        ),
+    ] = None,
+    encoder: opt.Encoder = None,
     direction: opt.DirectionOption = None,
     ridge: opt.Ridge = None,
     device: opt.Device = "auto",
@@ -154,6 +163,8 @@ def rank(
             include=include or (),
             exclude=exclude or (),
             tower=tower,
+            target=target,
+            encoder=encoder,
             device=device,
             **opt.along(direction, ridge),
         ),
@@ -215,6 +226,11 @@ def apply(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the new checkpoint goes.")],
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--target", "-t", help="Edit this model built on CLIP: folder or file."),
+    ] = None,
+    encoder: opt.Encoder = None,
     layer: Annotated[
         str | None, typer.Option("--layer", help="Move this layer along its direction, unsearched.")
     ] = None,
@@ -236,11 +252,14 @@ def apply(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and tell, write nothing.")
     ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links for the files of --target left as they are.")
+    ] = False,
     device: opt.Device = "auto",
 ) -> None:
-    """Write a copy of the model's checkpoint with edits in it.
+    """Write a copy of a model with edits in it.
 
-    Example: slsgu apply facebook --out clip-without-facebook
+    Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook
     """
     from slsgu_cli import show
     from slsgu_cli.pipeline import ApplyRequest, apply_named
@@ -251,6 +270,8 @@ def apply(
             names=names,
             out=out,
             model=opt.model_spec(model, pretrained),
+            target=target,
+            encoder=encoder,
             layer=layer,
             step=step,
             **opt.along(direction, ridge),
@@ -260,6 +281,7 @@ def apply(
             force=force,
             overwrite=overwrite,
             dry_run=dry_run,
+            link=link,
             device=device,
         ),
         console=session.console,

@@ -78,6 +78,15 @@ def copy_file(source: Path, target: Path) -> None:
             os.close(new)
 
 
+def link_file(source: Path, target: Path) -> bool:
+    """Make `target` another name of the file `source`; return False where that cannot be."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True
+
+
 def write_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
     """Overwrite bytes of a file at the given offsets."""
     with path.open("r+b", buffering=0) as file:

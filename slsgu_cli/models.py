@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records import InputSpec, ModelSpec, digest
+from slsgu_cli.targets.clip_weights import ClipWeights
+from slsgu_cli.targets.mapping import Spelling
+from slsgu_cli.targets.transformers_clip import (
+    is_clip,
+    model_config,
+    preprocess_config,
+    vocabulary,
+)
+from slsgu_cli.weights import read_layer as read_open_clip_layer
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +47,9 @@ PREFERRED = (
     "pytorch_model.pth",
     "model.pth",
 )
+# What open_clip takes where a configuration is silent, as most are on these.
+SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
+QUICK_GELU = ("quick_gelu", False)
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
 # Hub clients and downloads fail in many kinds; a programming error is none of these.
 FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
@@ -47,7 +60,8 @@ Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
 class ResolvedModel:
     """A model's configuration and where its weights lie.
 
-    `folder` is set for `local-dir:` models. `identifier` is what open_clip calls it.
+    `folder` is set for models that are folders. `identifier` is what open_clip calls it;
+    it has no word for a folder of transformers, which `spelling` tells.
     """
 
     spec: ModelSpec
@@ -56,6 +70,7 @@ class ResolvedModel:
     preprocess: dict[str, Any]
     weights: Path
     folder: Path | None
+    spelling: Spelling = Spelling.OPEN_CLIP
 
 
 def resolve(spec: ModelSpec) -> ResolvedModel:
@@ -65,7 +80,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     """
     if spec.name.startswith(LOCAL):
         return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
-    if (Path(spec.name) / CONFIG).is_file():
+    if (Path(spec.name) / CONFIG).is_file() or is_clip(Path(spec.name)):
         return _resolve_folder(spec, Path(spec.name))
     if spec.name.startswith(HUB):
         return _resolve_hub(spec)
@@ -94,7 +109,11 @@ def input_spec(model: ResolvedModel) -> InputSpec:
 def tokenizer(model: ResolvedModel) -> Tokenize:
     """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
     with _quiet(), _explained(model):
-        tokenize = _open_clip_tokenizer(model.identifier)
+        if model.spelling is Spelling.TRANSFORMERS:
+            tokenize = _clip_tokenizer(model.config["text_cfg"]["context_length"])
+            _check_vocabulary(model, tokenize.encoder)
+        else:
+            tokenize = _open_clip_tokenizer(model.identifier)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
         return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
@@ -108,6 +127,8 @@ def load(
     """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
     import open_clip
 
+    if model.spelling is Spelling.TRANSFORMERS:
+        return _load_transformers(model, device)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
@@ -131,7 +152,28 @@ def fingerprint(model: ResolvedModel) -> str:
     """Return a digest of weights and architecture, the same for every container of them."""
     from slsgu_cli.weights import fingerprint as weights_fingerprint
 
-    return digest({"weights": weights_fingerprint(model.weights), "config": model.config})
+    if model.spelling is Spelling.TRANSFORMERS:
+        weights = ClipWeights(model.weights.parent).fingerprint()
+    else:
+        weights = weights_fingerprint(model.weights)
+    return digest({"weights": weights, "config": plain_config(model.config)})
+
+
+def read_layer(model: ResolvedModel, layer: str) -> Floats:
+    """Return a parameter in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
+    if model.spelling is Spelling.TRANSFORMERS:
+        return ClipWeights(model.weights.parent).read(layer)
+    return read_open_clip_layer(model.weights, layer)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model_cfg without what it would be anyway, to compare two by."""
+    towers = {
+        name: {key: value for key, value in config[name].items() if SILENT[name].get(key) != value}
+        for name in SILENT
+    }
+    rest = {key: value for key, value in config.items() if key not in SILENT}
+    return {key: value for key, value in rest.items() if (key, value) != QUICK_GELU} | towers
 
 
 def pick_device(name: str) -> str:
@@ -155,6 +197,33 @@ def pick_device(name: str) -> str:
 
 
 @functools.cache
+def _clip_tokenizer(context_length: int) -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
+    """Refuse a folder whose tokenizer has other tokens than CLIP's; two have other names."""
+    theirs = vocabulary(model.weights.parent)
+    words = {token: number for token, number in ours.items() if number < len(ours) - 2}
+    if theirs is not None and any(theirs.get(word) != number for word, number in words.items()):
+        raise InputError(f"{model.spec} has a tokenizer of its own, which slsgu cannot use")
+
+
+def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
+    """Build open_clip's CLIP from a CLIPModel folder."""
+    import open_clip
+    import torch
+
+    weights = ClipWeights(model.weights.parent)
+    with _quiet(), _explained(model):
+        module: torch.nn.Module = open_clip.CLIP(**model.config)
+        module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
+    return module.float().to(device).eval().requires_grad_(True)
+
+
+@functools.cache
 def _open_clip_tokenizer(identifier: str) -> Any:
     """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
     import open_clip
@@ -170,10 +239,16 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
             hint="leave --pretrained out",
         )
     path = folder / CONFIG
+    if not path.is_file() and is_clip(folder):
+        weights = ClipWeights(folder).state.path
+        config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
+        spelling = Spelling.TRANSFORMERS
+        return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
     if not path.is_file():
         raise MissingError(
             f"{folder} is not an open_clip model folder: it has no {CONFIG}",
-            hint="name a folder written by open_clip, or --model ARCH --pretrained FILE",
+            hint="name a folder written by open_clip, a CLIPModel of transformers, "
+            "or --model ARCH --pretrained FILE",
         )
     config, preprocess = _configuration(path)
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]
@@ -236,7 +311,8 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
         raise InputError(
             f"open_clip has no model {name}" + (f"; near: {', '.join(near)}" if near else ""),
-            hint="an open_clip name, local-dir:PATH, hf-hub:ID or an architecture .json",
+            hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
+            "or a CLIPModel folder of transformers",
         )
     if not spec.pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a checkpoint file"

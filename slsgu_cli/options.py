@@ -23,7 +23,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="open_clip name, local-dir:PATH, hf-hub:ID or an architecture .json.",
+        help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json or CLIPModel folder.",
     ),
 ]
 Pretrained = Annotated[
@@ -80,6 +80,10 @@ LabelColumn = Annotated[
     str | None, typer.Option("--label-column", help="Column of evaluation labels.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+Encoder = Annotated[
+    str | None,
+    typer.Option("--encoder", help="Which encoder of the target: text_encoder_2, for SDXL."),
+]
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)
 ]

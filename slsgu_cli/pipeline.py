@@ -22,7 +22,7 @@ from slsgu_cli.layout import (
     read_manifest,
     read_pointer,
 )
-from slsgu_cli.models import resolve
+from slsgu_cli.models import read_layer, resolve
 from slsgu_cli.naming import find_layers, is_candidate, tower_of
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import (
@@ -36,6 +36,10 @@ from slsgu_cli.records import (
 from slsgu_cli.scoring import norm
 from slsgu_cli.search import SearchOptions, SearchResult, search
 from slsgu_cli.store import Store
+from slsgu_cli.targets.carrying import CarryOptions, carry
+from slsgu_cli.targets.mapping import Spelling
+from slsgu_cli.targets.states import read_states
+from slsgu_cli.targets.target import read_target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class ApplyRequest:
     names: Sequence[str]
     out: Path
     model: ModelSpec | None = None
+    target: Path | None = None
+    encoder: str | None = None
     layer: str | None = None
     step: float | None = None
     direction: Direction | None = None
@@ -59,11 +65,19 @@ class ApplyRequest:
     force: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    link: bool = False
     device: str = "auto"
 
 
-def edit_for(store: Store, name: str, *, options: SearchOptions, console: Console) -> Edit:
-    """Return the edit `name`, running the rank and search it still lacks.
+def edit_for(
+    store: Store,
+    name: str,
+    *,
+    options: SearchOptions,
+    console: Console,
+    ranking: RankOptions | None = None,
+) -> Edit:
+    """Return the edit `name`, running the rank (as `ranking` says) and search it still lacks.
 
     Raises StaleError where the edit was made from gradients, or for another direction,
     than the set has now.
@@ -74,7 +88,7 @@ def edit_for(store: Store, name: str, *, options: SearchOptions, console: Consol
     if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
         if not store.exists(ranking_path(name)):
             console.note(f"{name} has no ranking yet: ranking its layers")
-            rank_and_plot(store, name, options=_rank_options(options), console=console)
+            rank_and_plot(store, name, options=ranking or _rank_options(options), console=console)
         console.note(f"{name} has no edit yet: searching for one")
         result = search_and_plot(store, name, options=options, console=console)
         require_forgotten(result)
@@ -139,7 +153,7 @@ def direct_edit(
     `options` say which direction, and how it is whitened. Raises UsageError where the
     gradients have no such layer.
     """
-    from slsgu_cli.weights import layer_digests, read_layer
+    from slsgu_cli.weights import layer_digests
 
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
@@ -160,7 +174,8 @@ def direct_edit(
             store, manifest, pointer, fitting, device=options.device, console=console
         )
     along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
-    before = read_layer(resolve(pointer.model).weights, fitting[0])
+    model = resolve(pointer.model)
+    before = read_layer(model, fitting[0])
     edit = EditHeader(
         name=name,
         concept=manifest.concept,
@@ -184,6 +199,7 @@ def direct_edit(
         utility=None,
         joint=None,
         version=slsgu_cli.__version__,
+        layout=model.spelling,
     )
     return make_edit(edit, delta=step * along, before=before)
 
@@ -246,34 +262,9 @@ def require_forgotten(result: SearchResult) -> None:
 
 def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
-    options = SearchOptions(
-        direction=request.direction,
-        ridges=() if request.ridge is None else (request.ridge,),
-        device=request.device,
-    )
-    if request.step is not None and not math.isfinite(request.step):
-        raise UsageError(f"--step {request.step} is no step size")
-    if request.layer is not None:
-        if request.step is None or len(request.names) != 1:
-            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
-        edits = [
-            direct_edit(
-                store,
-                request.names[0],
-                layer=request.layer,
-                step=request.step,
-                options=_rank_options(options),
-                console=console,
-            )
-        ]
-    else:
-        edits = [edit_for(store, n, options=options, console=console) for n in request.names]
-        if request.step is not None:
-            edits = [edit.restepped(request.step) for edit in edits]
-    if request.rank is not None:
-        edits = [edit.of_rank(request.rank) for edit in edits]
-    if request.scale != 1:
-        edits = [edit.scaled(request.scale) for edit in edits]
+    if request.target is not None and request.model is not None:
+        raise UsageError("--target takes the place of --model", hint="leave one of them out")
+    edits = _requested_edits(store, request, console)
     for edit in edits:
         if edit.header.steer is not None and not edit.header.forgotten:
             console.warn(
@@ -281,7 +272,11 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
             )
     if not request.revert:
         _tell_of_joint_searches(edits, console)
+    if request.target is not None:
+        return _carried(edits, request, request.target, console)
     model = resolve(_shared_model(edits, request.model))
+    if model.folder is not None and _in_transformers(model.folder):
+        return _carried(edits, request, model.folder, console)
     source = CheckpointSource(
         model.spec, model.weights, model.folder, model.config, model.preprocess
     )
@@ -309,6 +304,61 @@ def _tell_of_joint_searches(edits: Sequence[Edit], console: Console) -> None:
                 f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
                 "that search is not applied here; the figures hold for all of them together"
             )
+
+
+def _requested_edits(store: Store, request: ApplyRequest, console: Console) -> list[Edit]:
+    options = SearchOptions(
+        direction=request.direction,
+        ridges=() if request.ridge is None else (request.ridge,),
+        device=request.device,
+    )
+    target = None if request.target is None else str(request.target)
+    ranking = replace(_rank_options(options), target=target, encoder=request.encoder)
+    if request.step is not None and not math.isfinite(request.step):
+        raise UsageError(f"--step {request.step} is no step size")
+    if request.layer is not None:
+        if request.step is None or len(request.names) != 1:
+            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+        edits = [
+            direct_edit(
+                store,
+                request.names[0],
+                layer=request.layer,
+                step=request.step,
+                options=ranking,
+                console=console,
+            )
+        ]
+    else:
+        edits = [
+            edit_for(store, name, options=options, console=console, ranking=ranking)
+            for name in request.names
+        ]
+        if request.step is not None:
+            edits = [edit.restepped(request.step) for edit in edits]
+    if request.rank is not None:
+        edits = [edit.of_rank(request.rank) for edit in edits]
+    return edits if request.scale == 1 else [edit.scaled(request.scale) for edit in edits]
+
+
+def _in_transformers(folder: Path) -> bool:
+    """Return whether weights in a folder have transformers' names; open_clip's may lie beside."""
+    states, _ = read_states(folder)
+    return any(h.spelling is Spelling.TRANSFORMERS for state in states for h in state.homes)
+
+
+def _carried(
+    edits: Sequence[Edit], request: ApplyRequest, path: Path, console: Console
+) -> AppliedResult:
+    options = CarryOptions(
+        encoder=request.encoder,
+        revert=request.revert,
+        force=request.force,
+        overwrite=request.overwrite,
+        dry_run=request.dry_run,
+        link=request.link,
+    )
+    return carry(edits, read_target(path), request.out, options=options, console=console)
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

@@ -17,7 +17,7 @@ from slsgu_cli.dtypes import FLOATS, PRECISION, Floats, Raw, narrow, widen
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records import EditHeader
-from slsgu_cli.tensor_file import CHUNK, Splice, TensorEntry
+from slsgu_cli.tensor_file import CHUNK, Splice
 from slsgu_cli.weights import layer_digest, open_weights
 
 COARSE = ("fp16", "bf16")
@@ -56,30 +56,55 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
     file = open_weights(path)
     patches: dict[str, Raw] = {}
     changes: list[LayerChange] = []
-    for layer in sorted({edit.header.layer for edit in edits}):
+    for layer, group in by_layer(edits).items():
         name = file.resolve_name(layer)
-        group = sorted(
-            (edit for edit in edits if edit.header.layer == layer),
-            key=lambda edit: (edit.header.name, edit.header.gradient, edit.factor),
+        patches[name], change = plan_layer(
+            path,
+            layer,
+            file.stored(name),
+            file.entry(name).dtype,
+            group,
+            revert=revert,
+            force=force,
         )
-        entry = file.entry(name)
-        if entry.dtype not in FLOATS:
-            raise InputError(f"{name} in {path} is {entry.dtype}, not floating point")
-        case = _Case(path, layer, entry, group)
-        current = file.stored(name)
-        new, share = case.reverted(current, force) if revert else case.moved(current, force)
-        patches[name] = new
-        changes.append(
-            LayerChange(
-                layer=layer,
-                dtype=entry.dtype,
-                shape=entry.shape,
-                nbytes=new.nbytes,
-                share=share,
-                edits=tuple(edit.header.name for edit in group),
-            )
-        )
+        changes.append(change)
     return FilePlan(path, file.splices(patches), tuple(changes))
+
+
+def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
+    """Return edits by the layer they change, layers and edits in an order of their own."""
+
+    def order(edit: Edit) -> tuple[str, str, float]:
+        return edit.header.name, edit.header.gradient, edit.factor
+
+    layers = sorted({edit.header.layer for edit in edits})
+    return {
+        layer: sorted((edit for edit in edits if edit.header.layer == layer), key=order)
+        for layer in layers
+    }
+
+
+def plan_layer(
+    path: Path,
+    layer: str,
+    current: Raw,
+    dtype: str,
+    edits: Sequence[Edit],
+    *,
+    revert: bool,
+    force: bool,
+) -> tuple[Raw, LayerChange]:
+    """Return the stored values that edits of one layer lead to, and what that changes.
+
+    `current` are the values stored now, in the layer's shape, of the number format `dtype`;
+    `path` is where they lie, for messages. Raises InputError or StaleError.
+    """
+    if dtype not in FLOATS:
+        raise InputError(f"{layer} in {path} is {dtype}, not floating point")
+    case = _Case(path, layer, current.shape, dtype, edits)
+    new, share = case.reverted(current, force) if revert else case.moved(current, force)
+    names = tuple(edit.header.name for edit in edits)
+    return new, LayerChange(layer, dtype, current.shape, new.nbytes, share, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +113,19 @@ class _Case:
 
     path: Path
     layer: str
-    entry: TensorEntry
-    edits: list[Edit]
+    shape: tuple[int, ...]
+    dtype: str
+    edits: Sequence[Edit]
 
     def moved(self, current: Raw, force: bool) -> tuple[Raw, float]:
         """Return the stored values with the edits applied to the current ones, and the share."""
         deltas = self._deltas()
         if not force:
             self._require_original(current, deltas)
-        new, share = moved_values(current, deltas, self.entry.dtype)
+        new, share = moved_values(current, deltas, self.dtype)
         if not math.isfinite(share):
             raise InputError(
-                f"{self.layer} would hold values that {self.entry.dtype} cannot, in {self.path}",
+                f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
                 hint="a smaller --scale or --step",
             )
         return new, share
@@ -107,7 +133,7 @@ class _Case:
     def reverted(self, current: Raw, force: bool) -> tuple[Raw, float]:
         """Return the stored values that stood there before the edits, and the share."""
         before = self._before()
-        edited, share = moved_values(before, self._deltas(), self.entry.dtype)
+        edited, share = moved_values(before, self._deltas(), self.dtype)
         if not force and not _same(edited, current):
             what = "not edited" if _same(before, current) else "not what these edits made of it"
             raise StaleError(
@@ -120,10 +146,10 @@ class _Case:
     def _deltas(self) -> Deltas:
         pairs = [(edit.factor, edit.delta()) for edit in self.edits]
         for edit, (_, delta) in zip(self.edits, pairs, strict=True):
-            if delta.shape != self.entry.shape:
+            if delta.shape != self.shape:
                 raise StaleError(
                     f"the edit {edit.header.name} changes {self.layer} of shape "
-                    f"{list(delta.shape)}, but in {self.path} it has {list(self.entry.shape)}",
+                    f"{list(delta.shape)}, but in {self.path} it has {list(self.shape)}",
                     hint=_right_model(edit.header),
                 )
             if not np.isfinite(delta).all():
@@ -133,15 +159,15 @@ class _Case:
     def _before(self) -> Raw:
         # Of edits made on copies in several precisions, the finest knows the original best.
         before = max((edit.before() for edit in self.edits), key=lambda values: values.itemsize)
-        if before.shape != self.entry.shape:
+        if before.shape != self.shape:
             raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
-        return narrow(before, self.entry.dtype)
+        return narrow(before, self.dtype)
 
     def _require_original(self, current: Raw, deltas: Deltas) -> None:
         for edit in self.edits:
-            if recognised(current, self.entry.dtype, edit.header.digests):
+            if recognised(current, self.dtype, edit.header.digests):
                 continue
-            if _same(moved_values(self._before(), deltas, self.entry.dtype)[0], current):
+            if _same(moved_values(self._before(), deltas, self.dtype)[0], current):
                 raise StaleError(
                     f"{self.path} already holds {_names(self.edits)}",
                     hint="--revert to undo",

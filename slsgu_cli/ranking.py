@@ -27,6 +27,7 @@ from slsgu_cli.records import (
 )
 from slsgu_cli.scoring import Vector, alignment, importance, norm, pareto_front
 from slsgu_cli.store import Store
+from slsgu_cli.targets.choosing import aim_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
     `ridge` is of the whitened direction alone, as is `device`, where moments are computed.
+    With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
 
     alignment: Alignment = Alignment.ABS
@@ -42,6 +44,8 @@ class RankOptions:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     tower: Tower | None = None
+    target: str | None = None
+    encoder: str | None = None
     device: str = "auto"
 
 
@@ -56,13 +60,15 @@ def rank(
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     header = store.read_header(gradient_path(pointer.forget), GradientHeader)
-    layers = [
+    candidates = [
         layer
         for layer in sorted(header.weights)
         if is_candidate(layer)
         and options.tower in (None, tower_of(layer))
         and selected(layer, include=options.include, exclude=options.exclude)
     ]
+    unreached = _unreached(header, candidates, options)
+    layers = [layer for layer in candidates if layer not in unreached]
     whitened = options.direction is Direction.WHITENED
     moments = None
     if whitened and layers:
@@ -75,7 +81,8 @@ def rank(
     if not scores:
         raise InputError(
             f"no layer of {name} is left to rank",
-            hint="check --include, --exclude and --tower; `slsgu rank NAME` alone ranks all layers",
+            hint="check --include, --exclude, --tower and --target; "
+            "`slsgu rank NAME` alone ranks all layers",
         )
     ranking = Ranking(
         name=name,
@@ -86,9 +93,22 @@ def rank(
         ridge=options.ridge if whitened else None,
         scores=tuple(_with_fronts(scores)),
         version=slsgu_cli.__version__,
+        target=options.target,
+        unreached=unreached,
     )
     store.write_record(ranking_path(name), ranking)
     return ranking
+
+
+def _unreached(
+    header: GradientHeader, layers: Sequence[str], options: RankOptions
+) -> dict[str, str]:
+    """Return the layers that cannot influence the target, with the reason."""
+    if options.target is None:
+        return {}
+    shapes = {name: weight.shape for name, weight in header.weights.items()}
+    aim = aim_at(options.target, shapes, encoder=options.encoder)
+    return {layer: reason for layer in layers if (reason := aim.why_not(layer)) is not None}
 
 
 def _score(

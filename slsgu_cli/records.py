@@ -248,7 +248,11 @@ class LayerScore:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
-    """Every candidate layer of a model, scored for one concept."""
+    """Every candidate layer of a model, scored for one concept.
+
+    `target` is the model it was made for, None for the CLIP itself; `unreached` are the
+    layers that cannot influence it, with the reason.
+    """
 
     name: str
     forget: str
@@ -258,6 +262,8 @@ class Ranking:
     ridge: float | None
     scores: tuple[LayerScore, ...]
     version: str
+    target: str | None = None
+    unreached: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -330,6 +336,8 @@ class EditHeader:
     the bit. `digests` are of the layer's original values, rounded to fp32, fp16 and
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
+    `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
+    the layer's name and shape are open_clip's in any case.
     """
 
     name: str
@@ -354,6 +362,7 @@ class EditHeader:
     utility: dict[str, Accuracy] | None
     joint: JointRef | None
     version: str
+    layout: str = "open_clip"
 
 
 def encode(record: Any) -> Any:

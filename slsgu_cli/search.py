@@ -19,7 +19,7 @@ from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.layout import read_manifest, read_pointer, read_ranking, trials_path
 from slsgu_cli.memory import spare
-from slsgu_cli.models import pick_device, tokenizer
+from slsgu_cli.models import pick_device, resolve, tokenizer
 from slsgu_cli.naming import find_layers
 from slsgu_cli.records import (
     Direction,
@@ -390,6 +390,7 @@ def searched_edit(
         utility=chosen.utility,
         joint=joint,
         version=slsgu_cli.__version__,
+        layout=resolve(case.pointer.model).spelling,
     )
     delta = (chosen.step * probe.direction).cpu().numpy()
     return make_edit(header, delta=delta, before=_compact(before))

@@ -5,6 +5,7 @@ of layers, sizes and shares in their units, and of long tables what matters unle
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,8 @@ def ranking(
     console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)
     if console.brief and len(rows) < len(ranked.scores):
         console.note(f"{len(ranked.scores) - len(rows)} layers are on no front; -v shows them too")
+    for reason, count in sorted(Counter(ranked.unreached.values()).items()):
+        console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
     console.paths("plots", plots)
 
 

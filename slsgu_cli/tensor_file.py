@@ -91,7 +91,7 @@ class TensorFile:
             return plain[older]
         hint = None
         if any(own.startswith(("text_model.", "vision_model.")) for own in plain):
-            hint = "this file has the names of transformers; give the model in open_clip's format"
+            hint = "this file has the names of transformers: name it with --target"
         raise InputError(f"{self.path} holds no layer {name}{self._near(name)}", hint=hint)
 
     def stored(self, name: str) -> Raw:

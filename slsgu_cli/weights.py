@@ -5,7 +5,7 @@ Neither torch nor open_clip is imported; a checkpoint of several GB is read in p
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,13 +89,35 @@ def fingerprint(path: Path) -> str:
     weights does not count.
     """
     file = open_weights(path)
-    names = sorted(file.names(), key=canonical_name)
+    names = {canonical_name(name): name for name in file.names()}
+    return combined_fingerprint(
+        {name: file.entry(own).shape for name, own in names.items()},
+        lambda name: _tensor_digest(file, names[name]),
+    )
+
+
+def combined_fingerprint(
+    shapes: Mapping[str, tuple[int, ...]], digest: Callable[[str], str]
+) -> str:
+    """Return the fingerprint of weights from their shapes and `digest`, which hashes one."""
+    names = sorted(shapes)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda name: _tensor_digest(file, name), names))
+        digests = list(pool.map(digest, names))
     whole = hashlib.sha256()
-    for name, digest in zip(names, digests, strict=True):
-        whole.update(f"{canonical_name(name)} {list(file.entry(name).shape)} {digest}\n".encode())
+    for name, value in zip(names, digests, strict=True):
+        whole.update(f"{name} {list(shapes[name])} {value}\n".encode())
     return whole.hexdigest()
+
+
+def values_digest(chunks: Iterable[Raw], dtype: str) -> str:
+    """Return the digest of stored elements that stand in the number format `dtype`."""
+    value = hashlib.sha256()
+    if dtype not in FLOATS:
+        value.update(f"{dtype} ".encode())
+    for chunk in chunks:
+        wide = widen(chunk, dtype).astype("<f4", copy=False) if dtype in FLOATS else chunk
+        value.update(np.ascontiguousarray(wide).data)
+    return value.hexdigest()
 
 
 def patched_copy(
@@ -127,11 +149,4 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensor_digest(file: TensorFile, name: str) -> str:
-    dtype = file.entry(name).dtype
-    value = hashlib.sha256()
-    if dtype not in FLOATS:
-        value.update(f"{dtype} ".encode())
-    for chunk in file.chunks(name):
-        wide = widen(chunk, dtype).astype("<f4", copy=False) if dtype in FLOATS else chunk
-        value.update(np.ascontiguousarray(wide).data)
-    return value.hexdigest()
+    return values_digest(file.chunks(name), file.entry(name).dtype)

@@ -11,6 +11,7 @@ A world is a store with a set that is built, graded and ranked (see `worlds.py`)
 """
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,24 @@ def tiny_model(vocabulary, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny") / "clip"
     return ModelSpec(f"local-dir:{tiny_clip.write_folder(folder, tiny_clip.fitted_model())}")
+
+
+@pytest.fixture(scope="session")
+def state():
+    """The weights of an untrained tiny CLIP with a small vocabulary; do not change them."""
+    import tiny_clip
+
+    text = tiny_clip.CONFIG["text_cfg"] | {"vocab_size": 64}
+    return tiny_clip.fresh_model(tiny_clip.CONFIG | {"text_cfg": text}).state_dict()
+
+
+@pytest.fixture(scope="session")
+def trained_models():
+    """A folder with a trained CLIP in clip/, and in sd/ and llava/ models built on it."""
+    folder = Path(os.environ.get("SLSGU_TEST_MODELS", ""))
+    if not (folder / "sd" / "model_index.json").is_file():
+        pytest.skip("SLSGU_TEST_MODELS names no folder with clip/, sd/ and llava/")
+    return folder
 
 
 @pytest.fixture(scope="session")

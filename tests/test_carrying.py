@@ -1,0 +1,396 @@
+"""Edits carried into every layout: the right values, nothing else, and back to the bit."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_clip
+import tiny_targets
+import torch
+from edit_headers import edit
+from safetensors.torch import load_file
+from tiny_targets import llava, pipeline, save, tower, under
+from worlds import Ear
+
+from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.targets.carrying import CarryOptions, carry
+from slsgu_cli.targets.target import read_target
+
+TEXT = "transformer.resblocks.1.{}"
+VISION = "visual.transformer.resblocks.1.{}"
+LAYERS = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_proj.weight", "ln_2.weight")
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another text tower: wider, one block more."""
+    text = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 4}
+    config = tiny_clip.CONFIG | {"text_cfg": text}
+    return tiny_clip.fresh_model(config, seed=1).state_dict()
+
+
+def changed_to(layer, number):
+    """Return a layer of another block."""
+    return layer.replace(".1.", f".{number}.")
+
+
+def sd1_file(state, _other):
+    return under("cond_stage_model.transformer.", tower(state, "text"))
+
+
+def sd2_file(state, _other):
+    own = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    return under("cond_stage_model.model.", own)
+
+
+def sdxl_file(state, other):
+    second = {name: value for name, value in other.items() if not name.startswith("visual.")}
+    first = under("conditioner.embedders.0.transformer.", tower(state, "text"))
+    return first | under("conditioner.embedders.1.model.", second)
+
+
+def sdxl(folder, state, other):
+    second = tiny_targets.transformers_weights(other)
+    second = {n: v for n, v in second.items() if n.startswith("text_")}
+    return pipeline(folder, "StableDiffusionXLPipeline", {
+        "text_encoder": ("CLIPTextModel", tower(state, "text")),
+        "text_encoder_2": ("CLIPTextModelWithProjection", second),
+    })  # fmt: skip
+
+
+def sd1(folder, state, _other, inner=True):
+    encoder = ("CLIPTextModel", tower(state, "text", inner=inner))
+    return pipeline(folder, "StableDiffusionPipeline", {"text_encoder": encoder})
+
+
+def variants(folder, state, _other):
+    """An fp16 variant and a .bin beside the file, as repositories have them."""
+    sd1(folder, state, _other)
+    half = {name: value.half() for name, value in tower(state, "text").items()}
+    save(half, folder / "text_encoder/model.fp16.safetensors")
+    save(tower(state, "text"), folder / "text_encoder/pytorch_model.bin")
+    return folder
+
+
+def clip(folder, state, _other, *, shards=0, dtype=torch.float32):
+    weights = {n: v.to(dtype) for n, v in tiny_targets.transformers_weights(state).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    tiny_targets.write_json(folder / "config.json", {"model_type": "clip"})
+    if shards:
+        tiny_targets.save_shards(weights, folder, shards)
+    else:
+        save(weights, folder / "model.safetensors")
+    return folder
+
+
+def vision(folder, state, _other):
+    tiny_targets.write_json(folder / "config.json", {"model_type": "clip_vision_model"})
+    save(tower(state, "vision", inner=False), folder / "model.safetensors")
+    return folder
+
+
+LAYOUTS = {
+    "clip": (clip, TEXT),
+    "clip bf16": (lambda f, s, o: clip(f, s, o, dtype=torch.bfloat16), VISION),
+    "clip in shards": (lambda f, s, o: clip(f, s, o, shards=3), VISION),
+    "vision tower of transformers 5": (vision, VISION),
+    "sd": (sd1, TEXT),
+    "sd of transformers 5": (lambda f, s, o: sd1(f, s, o, inner=False), TEXT),
+    "sd with variants": (variants, TEXT),
+    "sdxl": (sdxl, TEXT),
+    "sd1 file": (lambda f, s, o: save(sd1_file(s, o), f / "sd.safetensors"), TEXT),
+    "sd1 ckpt": (lambda f, s, o: _ckpt(f, sd1_file(s, o)), TEXT),
+    "sd2 file": (lambda f, s, o: save(sd2_file(s, o), f / "sd.safetensors"), TEXT),
+    "sdxl file": (lambda f, s, o: save(sdxl_file(s, o), f / "sd.safetensors"), TEXT),
+    "llava": (lambda f, s, _: llava(f, s, "vision_tower.vision_model."), VISION),
+    "llava of transformers 5": (lambda f, s, _: llava(f, s, "vision_tower."), VISION),
+    "llava in shards": (lambda f, s, _: llava(f, s, "model.vision_tower.", shards=2), VISION),
+}
+
+
+def _ckpt(folder, weights):
+    path = folder / "sd.ckpt"
+    folder.mkdir()
+    torch.save({"state_dict": weights, "global_step": 1}, path)
+    return path
+
+
+def edit_of(state, layer, *, name="facebook", seed=0, factor=0.05):
+    before = state[layer].numpy()
+    rng = np.random.default_rng(seed)
+    delta = (factor * rng.standard_normal(before.shape)).astype(np.float32)
+    return edit(layer, delta, before, name=name)
+
+
+def run(edits, path, out, console=None, **options):
+    ear = console or Ear()
+    return carry(edits, read_target(path), out, options=CarryOptions(**options), console=ear)
+
+
+def files(path):
+    """Return the bytes of every file below a path, by relative name."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def tensors(path):
+    """Return every tensor below a path by file and name."""
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.suffix == ".safetensors":
+            loaded = load_file(file)
+        elif file.suffix in (".bin", ".ckpt"):
+            loaded = torch.load(file)
+            loaded = loaded.get("state_dict", loaded)
+        else:
+            continue
+        where = "" if file == path else str(file.relative_to(path))
+        found |= {(where, name): value for name, value in loaded.items()}
+    return found
+
+
+def parts(value, delta, layer):
+    """Return what a layer becomes, whole and in the pieces that transformers keeps."""
+    wide = value.double() + torch.from_numpy(delta).double()
+    # numpy rounds fp64 to fp16 once, torch by way of fp32.
+    half = value.dtype == torch.float16
+    new = torch.from_numpy(wide.numpy().astype(np.float16)) if half else wide.to(value.dtype)
+    return [new, *(new.chunk(3) if "in_proj" in layer else [])]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layer_changes_and_nothing_else(tmp_path, state, other, layout, layer):
+    make, names = LAYOUTS[layout]
+    path = make(tmp_path / "original", state, other)
+    original = files(path)
+    layer = names.format(layer)
+    made = edit_of(state, layer)
+    if "bf16" in layout:
+        half = {name: value.bfloat16().float() for name, value in state.items()}
+        made = edit_of(half, layer)
+    out = tmp_path / ("out" + path.suffix)
+    ear = Ear()
+    result = run([made], path, out, ear)
+    assert ear.heard == []
+    before, after = tensors(path), tensors(out)
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    for key in changed:
+        expected = parts(state[layer].to(before[key].dtype), made.delta(), layer)
+        assert any(torch.equal(after[key], part) for part in expected), key
+    copies = 3 if layout == "sd with variants" else 1
+    fused = "in_proj" in layer and layout not in ("sd2 file",)
+    assert len(changed) == copies * (3 if fused else 1)
+    edited = {name for name, _ in changed}
+    assert {Path(f.path).relative_to(out).as_posix() for f in result.files} == {
+        name or "." for name in edited
+    }
+    now = files(out)
+    assert {n: b for n, b in now.items() if n not in edited} == {
+        n: b for n, b in original.items() if n not in edited
+    }
+    assert files(path) == original
+    back = tmp_path / ("back" + path.suffix)
+    run([made], out, back, revert=True)
+    assert files(back) == original
+
+
+@pytest.mark.parametrize("layer", ["visual.proj", "text_projection", "visual.conv1.weight"])
+def test_projections_are_written_transposed(tmp_path, state, other, layer):
+    path = clip(tmp_path / "original", state, other)
+    made = edit_of(state, layer)
+    run([made], path, tmp_path / "out")
+    ours = dict(state) | {layer: state[layer] + torch.from_numpy(made.delta())}
+    expected = tiny_targets.transformers_weights(ours)
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+    run([made], tmp_path / "out", tmp_path / "back", revert=True)
+    assert files(tmp_path / "back") == files(path)
+
+
+def test_each_edit_of_sdxl_finds_its_encoder(tmp_path, state, other):
+    path = sdxl(tmp_path / "original", state, other)
+    both = [edit_of(state, TEXT.format(LAYERS[0])), edit_of(other, TEXT.format(LAYERS[1]))]
+    result = run(both, path, tmp_path / "out")
+    assert [Path(file.path).parent.name for file in result.files] == [
+        "text_encoder", "text_encoder_2",
+    ]  # fmt: skip
+    run(both, tmp_path / "out", tmp_path / "back", revert=True)
+    assert files(tmp_path / "back") == files(path)
+    with pytest.raises(StaleError, match="of shape"):
+        run(both[:1], path, tmp_path / "no", encoder="text_encoder_2")
+    with pytest.raises(UsageError, match="no encoder clip; it has text_encoder, text_encoder_2"):
+        run(both[:1], path, tmp_path / "no", encoder="clip")
+
+
+def test_two_encoders_with_the_same_weights_must_be_told_apart(tmp_path, state):
+    path = sdxl(tmp_path / "original", state, state)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    with pytest.raises(UsageError, match="several encoders"):
+        run([made], path, tmp_path / "no")
+    result = run([made], path, tmp_path / "out", encoder="text_encoder_2")
+    assert [Path(file.path).parent.name for file in result.files] == ["text_encoder_2"]
+
+
+def test_several_edits_of_a_layer_sum_and_revert_together(tmp_path, state, other):
+    path = clip(tmp_path / "original", state, other, shards=2)
+    layer = VISION.format(LAYERS[0])
+    edits = [edit_of(state, layer, name=f"c{n}", seed=n) for n in range(3)]
+    edits.append(edit_of(state, "text_projection", name="text"))
+    run(edits, path, tmp_path / "a")
+    run(edits[::-1], path, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    with pytest.raises(StaleError, match="not what these edits made"):
+        run(edits[:2], tmp_path / "a", tmp_path / "no", revert=True)
+    run(edits, tmp_path / "a", tmp_path / "back", revert=True)
+    assert files(tmp_path / "back") == files(path)
+
+
+# -- which weights
+
+
+def test_other_weights_are_refused_unless_forced(tmp_path, state, other):
+    foreign = {name: value + 1e-3 for name, value in state.items()}
+    path = sd1(tmp_path / "sd", foreign, other)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    with pytest.raises(StaleError, match="not the layer that the edit facebook was made for"):
+        run([made], path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run([made], path, tmp_path / "out", force=True)
+    assert files(tmp_path / "out") != files(path)
+
+
+def test_an_edit_is_not_carried_over_twice(tmp_path, state, other):
+    path = sd1(tmp_path / "sd", state, other)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    run([made], path, tmp_path / "out")
+    with pytest.raises(StaleError, match="already holds the edit facebook"):
+        run([made], tmp_path / "out", tmp_path / "twice")
+
+
+# -- which layers
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "why"),
+    [
+        (sd1, "visual.proj", "the vision tower is not part of it"),
+        (sd1, "text_projection", "which is not projected"),
+        (sdxl, changed_to(TEXT.format("mlp.c_fc.weight"), 2), "penultimate"),
+        (LAYOUTS["sd2 file"][0], changed_to(TEXT.format("ln_1.weight"), 2), "penultimate"),
+        (LAYOUTS["llava"][0], changed_to(VISION.format("ln_1.weight"), 2), "layer -2"),
+        (LAYOUTS["llava"][0], "visual.ln_post.weight", "before the final norm"),
+    ],
+)
+def test_layers_without_influence_are_refused_with_the_reason(
+    tmp_path, state, other, make, layer, why
+):
+    path = make(tmp_path / "original", state, other)
+    with pytest.raises(InputError, match=f"cannot influence .*{why}") as caught:
+        run([edit_of(state, layer)], path, tmp_path / "out")
+    assert "rank facebook --target" in str(caught.value.hint)
+
+
+def test_force_writes_a_layer_without_influence(tmp_path, state, other):
+    path = llava(tmp_path / "original", state, "vision_tower.vision_model.")
+    run([edit_of(state, "visual.ln_post.weight")], path, tmp_path / "out", force=True)
+    with pytest.raises(InputError, match=r"visual\.proj cannot influence .*not projected"):
+        run([edit_of(state, "visual.proj")], path, tmp_path / "no", force=True)
+
+
+# -- what lies beside
+
+
+def test_unedited_files_can_be_hard_links_and_edited_ones_never(tmp_path, state, other):
+    path = sd1(tmp_path / "sd", state, other)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    run([made], path, tmp_path / "copied")
+    run([made], path, tmp_path / "linked", link=True)
+    assert files(tmp_path / "copied") == files(tmp_path / "linked")
+    unet, encoder = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+    same = os.path.samefile
+    assert same(path / unet, tmp_path / "linked" / unet)
+    assert not same(path / unet, tmp_path / "copied" / unet)
+    assert not same(path / encoder, tmp_path / "linked" / encoder)
+
+
+def test_in_place_is_asked_for(tmp_path, state, other):
+    path = sd1(tmp_path / "sd", state, other)
+    original = files(path)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    with pytest.raises(InputError, match="is the model itself"):
+        run([made], path, path)
+    run([made], path, path, overwrite=True)
+    assert files(path) != original
+    run([made], path, path, overwrite=True, revert=True)
+    assert files(path) == original
+
+
+def test_weights_that_cannot_be_edited_stop_it(tmp_path, state, other):
+    path = sd1(tmp_path / "sd", state, other)
+    legacy = path / "text_encoder/pytorch_model.bin"
+    torch.save(tower(state, "text"), legacy, _use_new_zipfile_serialization=False)
+    made = edit_of(state, TEXT.format(LAYERS[0]))
+    with pytest.raises(InputError, match="cannot be edited"):
+        run([made], path, tmp_path / "out")
+    run([made], path, tmp_path / "out", force=True)
+    assert (tmp_path / "out/text_encoder/pytorch_model.bin").read_bytes() == legacy.read_bytes()
+
+
+def test_other_files_with_the_layer_are_told_of(tmp_path, state, other):
+    path = sd1(tmp_path / "sd", state, other)
+    save(sd1_file(state, other), path / "v1-5.safetensors")
+    (path / "text_encoder/flax_model.msgpack").write_bytes(b"weights")
+    ear = Ear()
+    run([edit_of(state, TEXT.format(LAYERS[0]))], path, tmp_path / "out", ear)
+    told = [line for line in ear.heard if "copied without the edit" in line]
+    assert ["v1-5.safetensors" in told[0], "flax_model.msgpack" in told[1]] == [True, True]
+
+
+def test_a_lost_shard_is_noticed(tmp_path, state, other):
+    path = clip(tmp_path / "clip", state, other, shards=3)
+    where = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    (path / where["vision_model.encoder.layers.1.self_attn.k_proj.weight"]).unlink()
+    with pytest.raises(InputError, match=r"holds no weights of a CLIP: only 2 of its 3 shards"):
+        read_target(path)
+    save(tiny_targets.transformers_weights(state), path / "model.safetensors")
+    with pytest.raises(InputError, match="lies beside the weights and cannot be edited: only 2"):
+        run([edit_of(state, VISION.format(LAYERS[0]))], path, tmp_path / "out")
+
+
+# -- trained models
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("sd", "transformer.resblocks.0.mlp.c_proj.weight"),
+        ("sd", "transformer.resblocks.7.attn.in_proj_weight"),
+        ("llava", "visual.transformer.resblocks.6.attn.in_proj_weight"),
+    ],
+)
+def test_trained_models_take_an_edit_of_their_clip_and_give_it_back(
+    tmp_path, trained_models, name, layer
+):
+    own = load_file(trained_models / "clip/open_clip_model.safetensors")
+    made = edit_of(own, layer)
+    path = trained_models / name
+    run([made], path, tmp_path / "out")
+    if name == "sd":
+        from transformers import CLIPTextModel
+
+        loaded = CLIPTextModel.from_pretrained(tmp_path / "out/text_encoder")
+    else:
+        from transformers import LlavaForConditionalGeneration
+
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    whole, *thirds = parts(own[layer], made.delta(), layer)
+    pieces = thirds or [whole]
+    values = [value.half() for value in loaded.state_dict().values()]
+    for piece in pieces:
+        assert sum(v.shape == piece.shape and torch.equal(v, piece) for v in values) == 1
+    run([made], tmp_path / "out", tmp_path / "back", revert=True)
+    assert files(tmp_path / "back") == files(path)

@@ -1,0 +1,93 @@
+"""The mapping of names and shapes, against another table and against transformers itself."""
+
+import hf_clip
+import numpy as np
+import pytest
+import tiny_clip
+import tiny_targets
+import torch
+
+from slsgu_cli.records import Tower
+from slsgu_cli.targets.mapping import Home, Spelling, assembled, homes, placed, slots
+
+
+def mapped(state, keys):
+    found = {}
+    for home in homes(keys):
+        for name, value in state.items():
+            found |= placed(slots(name, home), value.numpy()) if slots(name, home) else {}
+    return found
+
+
+def test_every_tensor_of_a_clip_has_its_place_in_transformers(state):
+    expected = tiny_targets.transformers_weights(state)
+    found = mapped(state, expected)
+    assert sorted(found) == sorted(set(expected) - {"logit_scale"})
+    assert all(np.array_equal(found[name], expected[name].numpy()) for name in found)
+
+
+def test_features_are_equal_in_transformers():
+    ours = tiny_clip.fresh_model()
+    theirs = hf_clip.untrained()
+    found = mapped(ours.state_dict(), theirs.state_dict())
+    weights = {name: torch.from_numpy(value.copy()) for name, value in found.items()}
+    theirs.load_state_dict({**weights, "logit_scale": ours.logit_scale})
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    texts = torch.zeros(2, 16, dtype=torch.long)
+    texts[:, :4] = torch.tensor([[49406, 320, 1125, 49407], [49406, 2, 3, 49407]])
+    with torch.no_grad():
+        answers = theirs(input_ids=texts, pixel_values=images)
+        for one, other in (
+            (answers.image_embeds, ours.encode_image(images, normalize=True)),
+            (answers.text_embeds, ours.encode_text(texts, normalize=True)),
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+def test_a_layer_comes_back_from_its_parts(state):
+    keys = tiny_targets.transformers_weights(state)
+    for home in homes(keys):
+        for name, value in state.items():
+            places = slots(name, home)
+            if places:
+                again = assembled(places, placed(places, value.numpy()))
+                assert np.array_equal(again, value.numpy()), name
+
+
+@pytest.mark.parametrize(
+    ("key", "home"),
+    [
+        ("text_model.embeddings.token_embedding.weight", "text_model."),
+        ("embeddings.token_embedding.weight", ""),
+        ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+         "cond_stage_model.transformer.text_model."),
+        ("conditioner.embedders.1.model.token_embedding.weight", "conditioner.embedders.1.model."),
+        ("text.token_embedding.weight", "text."),
+        ("token_embedding.weight", ""),
+    ],
+)  # fmt: skip
+def test_text_towers_are_found_by_what_their_names_end_with(key, home):
+    spelling = Spelling.TRANSFORMERS if "embeddings." in key else Spelling.OPEN_CLIP
+    assert homes([key, "logit_scale"]) == [Home(Tower.TEXT, spelling, home)]
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix", "spelling"),
+    [
+        ("model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
+         "model.vision_tower.vision_tower.vision_model.", Spelling.TRANSFORMERS),
+        ("vision_tower.embeddings.patch_embedding.weight", "vision_tower.", Spelling.TRANSFORMERS),
+        ("module.visual.conv1.weight", "module.", Spelling.OPEN_CLIP),
+    ],
+)  # fmt: skip
+def test_vision_towers_are_found_too(key, prefix, spelling):
+    assert homes([key]) == [Home(Tower.VISION, spelling, prefix)]
+
+
+def test_layers_without_a_counterpart_have_no_place():
+    text = Home(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+    assert slots("visual.proj", text) == ()
+    assert slots("logit_scale", text) == ()
+    assert slots("text.transformer.resblocks.0.attn.q_norm.weight", text) == ()
+    (place,) = slots("text.text_projection", text)
+    assert (place.key, place.transposed) == ("text_projection.weight", True)
