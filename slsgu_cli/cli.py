@@ -20,7 +20,7 @@ __all__ = ["app"]
 def build_sets(
     session: Session,
     name: opt.Name,
-    source: opt.Sources,
+    source: opt.SomeSources = None,
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
     concept: Annotated[
@@ -49,6 +49,12 @@ def build_sets(
     caption_column: opt.CaptionColumn = None,
     label_column: opt.LabelColumn = None,
     seed: opt.Seed = 0,
+    generate: opt.GeneratePrompts = None,
+    pipeline: opt.Pipeline = None,
+    count: opt.Count = 500,
+    denoise: opt.Denoise = 25,
+    guidance: opt.Guidance = None,
+    device: opt.Device = "auto",
 ) -> None:
     """Curate a forget set, a retain set and evaluation sets.
 
@@ -65,7 +71,7 @@ def build_sets(
         name=name,
         concept=concept or name,
         model=spec,
-        sources=source,
+        sources=source or (),
         match=match or (),
         not_match=not_match or (),
         regex=regex,
@@ -82,6 +88,21 @@ def build_sets(
         label_column=label_column,
         seed=seed,
     )
+    if generate:
+        from slsgu_cli.generation.genset import SourceRequest, forgetting_generated
+        from slsgu_cli.generation.records import PaintOptions
+
+        if pipeline is None:
+            raise UsageError("--generate needs a pipeline", hint="--pipeline FOLDER")
+        images = SourceRequest(
+            prompts=generate,
+            pipeline=pipeline,
+            count=count,
+            seed=seed,
+            paint=PaintOptions(steps=denoise, guidance=guidance),
+            device=device,
+        )
+        request = forgetting_generated(session.store, request, images, console=session.console)
     manifest = build(session.store, request, console=session.console)
     from slsgu_cli import show
 
@@ -190,14 +211,53 @@ def search(
     precision: opt.PrecisionOption = Precision.FP32,
     device: opt.Device = "auto",
     cache_budget: opt.CacheBudget = None,
+    target: opt.Target = None,
+    steer_target: opt.SteerTarget = False,
+    encoder: opt.Encoder = None,
+    gradient: opt.GradientChoice = None,
+    top: opt.Top = 3,
+    goal: opt.Goal = 90.0,
+    images: opt.ConceptBudget = 20,
+    others: opt.OthersBudget = 40,
+    question: opt.Questions = None,
+    judge: opt.Judge = None,
+    judge_pretrained: opt.JudgePretrained = None,
+    denoise: opt.Denoise = 20,
+    guidance: opt.Guidance = None,
 ) -> None:
     """Find each front layer's step size and write the best edit.
 
     Several sets are searched one after another; with --joint, for edits that forget all
-    their concepts together.
+    their concepts together. With --target and --steer-target, layer and step are found on
+    that model itself.
 
     Example: slsgu search facebook --steer fa5
     """
+    if steer_target or target is not None:
+        from slsgu_cli.generation.command import search_on_target
+        from slsgu_cli.generation.records import Budget, PaintOptions
+
+        search_on_target(
+            session,
+            names,
+            target if steer_target else None,
+            budget=Budget(
+                concept=images,
+                others=others,
+                paint=PaintOptions(steps=denoise, guidance=guidance),
+                **opt.given(questions=tuple(question) if question else None),
+            ),
+            judge=(judge, judge_pretrained),
+            layers=layer or (),
+            top=top,
+            gradient_of=gradient,
+            goal=goal,
+            steps=steps,
+            encoder=encoder,
+            device=device,
+            **opt.along(direction, ridge[0] if ridge else None),
+        )
+        return
     from slsgu_cli.search import SearchOptions
     from slsgu_cli.several.command import search_jointly, search_sets
 
@@ -357,6 +417,7 @@ def demo(
 
 # Commands of subpackages register themselves as they are imported.
 import slsgu_cli.baselines.cli  # noqa: E402
+import slsgu_cli.generation.cli  # noqa: E402
 import slsgu_cli.report.cli  # noqa: E402
 import slsgu_cli.several.cli  # noqa: E402
 import slsgu_cli.verification.cli  # noqa: E402, F401

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from shlex import quote
 
 from slsgu_cli.errors import StaleError, UsageError
@@ -84,6 +85,21 @@ def trajectory_path(name: str) -> str:
 def comparison_path(name: str) -> str:
     """Return where the comparison of methods on the set `name` is recorded."""
     return f"comparisons/{check_name(name)}.json"
+
+
+def target_edit(name: str, target: Path) -> str:
+    """Return what the edit of the set `name` is called that was steered on `target`."""
+    return check_name(f"{name}@{target.resolve().name}")
+
+
+def set_of(edit: str) -> str:
+    """Return the name of the set that an edit was made from, its target aside."""
+    return edit.partition("@")[0] or edit
+
+
+def target_trials_path(name: str, target: Path) -> str:
+    """Return where the search of the set `name` that was steered on `target` is recorded."""
+    return f"target-trials/{target_edit(name, target)}.json"
 
 
 def edit_path(name: str) -> str:

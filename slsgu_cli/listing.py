@@ -10,6 +10,7 @@ from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.errors import SlsguError
+from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
     Accuracy,
     EditHeader,
@@ -50,6 +51,8 @@ class Entry:
 
 
 _FOLDERS = tuple(sorted({folder for folder, _, _ in PLACES.values()} | {"data", "plots"}))
+# Kinds whose record has a folder of pictures beside it, of the same name.
+_WITH_PICTURES = (Kind.GENERATED, Kind.GENERATION, Kind.ANSWERS)
 
 
 def entries(store: Store) -> list[Entry]:
@@ -71,6 +74,8 @@ def _records(shelf: Shelf) -> Iterator[Entry]:
         for name, record in shelf.read[kind].items():
             path = f"{folder}/{name}{suffix}"
             size = _size(shelf.store, path)
+            if kind in _WITH_PICTURES:
+                size += _size(shelf.store, f"{folder}/{name}")
             if isinstance(record, SlsguError):
                 yield Entry(kind, name, path, size, {}, State.DAMAGED, record.message)
                 continue
@@ -167,6 +172,30 @@ def _about_comparison(comparison: Comparison) -> dict[str, str]:
     return {"set": comparison.name, "outcomes": f"{len(comparison.outcomes)} of {methods}"}
 
 
+def _about_target_trials(trials: TargetTrials) -> dict[str, str]:
+    layers = len({trial.layer for trial in trials.trials})
+    many = f"{len(trials.trials)} over {layers} layers"
+    return {"set": trials.name, "target": trials.target, "trials": many}
+
+
+def _about_generated(source: GeneratedSource) -> dict[str, str]:
+    prompts = "; ".join(source.prompts)
+    return {"pipeline": source.pipeline, "prompts": prompts, "images": str(source.count)}
+
+
+def _about_generation(found: Generation) -> dict[str, str]:
+    images = len(found.prompts) * len(found.seeds)
+    words = {"target": found.target, "edits": ", ".join(found.edits), "images": f"2 x {images}"}
+    if found.before and found.after and found.after.ua is not None:
+        words["UA"] = f"{found.before.ua:.1f} to {found.after.ua:.1f}"
+    return words
+
+
+def _about_answers(found: Answers) -> dict[str, str]:
+    edits = ", ".join(found.edits)
+    return {"target": found.target, "edits": edits, "answers": f"2 x {len(found.answers)}"}
+
+
 def _change(before: Accuracy | None, after: Accuracy) -> str:
     return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"
 
@@ -185,6 +214,10 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.EDIT: _about_edit,
     Kind.VERIFICATION: _about_verification,
     Kind.COMPARISON: _about_comparison,
+    Kind.TARGET_TRIALS: _about_target_trials,
+    Kind.GENERATED: _about_generated,
+    Kind.GENERATION: _about_generation,
+    Kind.ANSWERS: _about_answers,
 }
 
 

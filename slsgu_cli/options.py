@@ -1,10 +1,12 @@
 """Options that several commands take, each defined once."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from slsgu_cli.generation.records import GradientOf
 from slsgu_cli.records import Alignment, Direction, ModelSpec, Precision, Steer, Tower
 
 
@@ -30,14 +32,13 @@ Pretrained = Annotated[
     str | None,
     typer.Option("--pretrained", "-p", help="open_clip tag or checkpoint file, for a name."),
 ]
-Sources = Annotated[
-    list[str],
-    typer.Option(
-        "--source",
-        "-s",
-        help="Tar shards, parquet, folder or glob; rows by ?column=value. Repeatable.",
-    ),
-]
+_SOURCE = typer.Option(
+    "--source",
+    "-s",
+    help="Tar shards, parquet, folder or glob; rows by ?column=value. Repeatable.",
+)
+Sources = Annotated[list[str], _SOURCE]
+SomeSources = Annotated[list[str] | None, _SOURCE]
 NotMatch = Annotated[
     list[str] | None,
     typer.Option("--not-match", help="Captions that are in neither set. Repeatable."),
@@ -138,6 +139,83 @@ Full = Annotated[
     bool, typer.Option("--full", help="Measure the utility of every trial, winner or not.")
 ]
 
+ON_TARGET = "On a target"
+SteerTarget = Annotated[
+    bool,
+    typer.Option(
+        "--steer-target",
+        help="Steer on what the target generates or answers, not on CLIP's accuracy.",
+        rich_help_panel=ON_TARGET,
+    ),
+]
+Top = Annotated[
+    int, typer.Option("--top", min=1, help="Layers to search.", rich_help_panel=ON_TARGET)
+]
+Goal = Annotated[
+    float,
+    typer.Option(
+        "--goal",
+        min=0.0,
+        max=100.0,
+        help="Share of the concept, in percent, that must no longer be recognised.",
+        rich_help_panel=ON_TARGET,
+    ),
+]
+GradientChoice = Annotated[
+    GradientOf | None,
+    typer.Option(
+        "--gradient",
+        help="Of CLIP's forget loss or the target's. Default: CLIP's; of a LLaVA its own.",
+        rich_help_panel=ON_TARGET,
+    ),
+]
+ConceptBudget = Annotated[
+    int,
+    typer.Option(
+        "--images", min=1, help="Images of the concept a trial.", rich_help_panel=ON_TARGET
+    ),
+]
+OthersBudget = Annotated[
+    int,
+    typer.Option(
+        "--others", min=1, help="Images of other classes a trial.", rich_help_panel=ON_TARGET
+    ),
+]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--question", help="What a LLaVA is asked; repeatable.", rich_help_panel=ON_TARGET
+    ),
+]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="MODEL",
+        help="CLIP that says what images show, named as for --model; `set`: the set's own.",
+    ),
+]
+JudgePretrained = Annotated[
+    str | None, typer.Option("--judge-pretrained", help="Its weights, where a name needs them.")
+]
+Denoise = Annotated[int, typer.Option("--denoise", min=1, help="Denoising steps of an image.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0.0, help="Classifier-free guidance. Default: the pipeline's."),
+]
+GeneratePrompts = Annotated[
+    list[str] | None,
+    typer.Option("--generate", help="Forget what --pipeline makes of this prompt. Repeatable."),
+]
+Pipeline = Annotated[
+    Path | None, typer.Option("--pipeline", help="Folder of a diffusion pipeline, for --generate.")
+]
+Count = Annotated[int, typer.Option("--count", min=1, help="Images to generate.")]
+Target = Annotated[
+    Path | None,
+    typer.Option("--target", "-t", help="The model built on CLIP that the edit is for."),
+]
+
 
 def pairs(option: str, values: list[str] | None) -> dict[str, str]:
     """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
@@ -166,6 +244,21 @@ def along(direction: Direction | None, ridge: float | None) -> dict[str, Any]:
     if direction is Direction.GRADIENT and ridge is not None:
         raise UsageError("--ridge is for the whitened direction", hint="--direction whitened")
     return given(direction=direction, ridge=ridge)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the numbers that a list of numbers and ranges names, as `0-3,8`. Raises UsageError."""
+    from slsgu_cli.errors import UsageError
+
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise UsageError(f"{option} {text} is no list of numbers", hint=f"{option} 0-3,8")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(found)) != len(found) or not found:
+        raise UsageError(f"{option} {text} names {'a number twice' if found else 'no number'}")
+    return tuple(found)
 
 
 def size(text: str | None) -> int | None:

@@ -329,6 +329,52 @@ class JointRef:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """How many of some images or answers, and of how many."""
+
+    count: int
+    total: int
+
+    @property
+    def percent(self) -> float | None:
+        """Return the share in percent; None of nothing."""
+        return 100 * self.count / self.total if self.total else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Effect:
+    """What a model built on CLIP still shows: the concept, and everything else.
+
+    `concept` counts images taken for it (or answers that name it), `others` those of other
+    classes that are taken for theirs.
+    """
+
+    concept: Share
+    others: Share
+
+    @property
+    def ua(self) -> float | None:
+        """Return the unlearning accuracy in percent: what of the concept is not recognised."""
+        share = self.concept.percent
+        return None if share is None else 100 - share
+
+    @property
+    def ira(self) -> float | None:
+        """Return the retained accuracy in percent: what of the rest is recognised."""
+        return self.others.percent
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetFigures:
+    """What an edit did to a model built on CLIP that its search was steered on."""
+
+    target: str
+    fingerprint: str
+    before: Effect
+    after: Effect
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class EditHeader:
     """An edit: add the tensor `delta` (= step * direction) to `layer`.
 
@@ -363,6 +409,7 @@ class EditHeader:
     joint: JointRef | None
     version: str
     layout: str = "open_clip"
+    target: TargetFigures | None = None
 
 
 def encode(record: Any) -> Any:

@@ -393,10 +393,10 @@ def searched_edit(
         layout=resolve(case.pointer.model).spelling,
     )
     delta = (chosen.step * probe.direction).cpu().numpy()
-    return make_edit(header, delta=delta, before=_compact(before))
+    return make_edit(header, delta=delta, before=compact(before))
 
 
-def _compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":
+def compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":
     """Return values of a half-precision checkpoint in half precision, if that is exact."""
     half = values.astype("float16")
     return half if (half == values).all() else values

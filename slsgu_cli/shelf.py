@@ -10,6 +10,7 @@ from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.errors import InputError, MissingError, SlsguError
+from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
     DataRef,
     EditHeader,
@@ -20,6 +21,7 @@ from slsgu_cli.records import (
     SetManifest,
     SquaresHeader,
     Trials,
+    digest,
 )
 from slsgu_cli.several.records import JointSearch, Sweep
 from slsgu_cli.store import Store
@@ -44,6 +46,10 @@ class Kind(StrEnum):
     VERIFICATION = "verification"
     COMPARISON = "comparison"
     PLOT = "plot"
+    TARGET_TRIALS = "target trials"
+    GENERATED = "generated source"
+    GENERATION = "generation"
+    ANSWERS = "answers"
     UNFINISHED = "unfinished"
 
 
@@ -71,6 +77,10 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.EDIT: ("edits", ".safetensors", EditHeader),
     Kind.VERIFICATION: ("verifications", ".json", Verification),
     Kind.COMPARISON: ("comparisons", ".json", Comparison),
+    Kind.TARGET_TRIALS: ("target-trials", ".json", TargetTrials),
+    Kind.GENERATED: ("generated", ".json", GeneratedSource),
+    Kind.GENERATION: ("generations", ".json", Generation),
+    Kind.ANSWERS: ("answers", ".json", Answers),
 }
 
 
@@ -144,9 +154,9 @@ def _check_set(shelf: Shelf, _name: str, manifest: SetManifest) -> Check:
 
 
 def _check_pointer(shelf: Shelf, name: str, pointer: GradientPointer) -> Check:
-    for role, digest in (("forget", pointer.forget), ("retain", pointer.retain)):
-        if shelf.get(Kind.GRADIENT, digest) is None:
-            return State.DAMAGED, f"its {role} gradient {digest} is missing or damaged"
+    for role, address in (("forget", pointer.forget), ("retain", pointer.retain)):
+        if shelf.get(Kind.GRADIENT, address) is None:
+            return State.DAMAGED, f"its {role} gradient {address} is missing or damaged"
     manifest = shelf.get(Kind.SET, name)
     if manifest is None:
         return _stale(f"the set {name} is not in the store or cannot be read")
@@ -244,6 +254,22 @@ def _check_verification(shelf: Shelf, name: str, verification: Verification) -> 
     return GOOD
 
 
+def _check_target_trials(shelf: Shelf, _name: str, trials: TargetTrials) -> Check:
+    pointer = shelf.get(Kind.POINTER, trials.name)
+    if pointer and trials.forget != pointer.forget:
+        return _stale("the forget gradient was computed anew since")
+    return _as_pointer(shelf, trials.name, pointer)
+
+
+def _check_shown(shelf: Shelf, _name: str, shown: Generation | Answers) -> Check:
+    # Edits that came from files elsewhere cannot be looked up, and need not be.
+    for name, known in shown.edits.items():
+        edit = shelf.get(Kind.EDIT, name)
+        if edit is not None and digest(edit) != known:
+            return _stale(f"the edit {name} was made anew since")
+    return GOOD
+
+
 def _as_pointer(shelf: Shelf, name: str, pointer: GradientPointer | None) -> Check:
     """Return stale where the gradients in use are gone or stale themselves."""
     if pointer is None:
@@ -266,4 +292,8 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.EDIT: _check_edit,
     Kind.VERIFICATION: _check_verification,
     Kind.COMPARISON: _check_figures,
+    Kind.TARGET_TRIALS: _check_target_trials,
+    Kind.GENERATED: lambda _shelf, _name, _record: GOOD,
+    Kind.GENERATION: _check_shown,
+    Kind.ANSWERS: _check_shown,
 }

@@ -26,6 +26,7 @@ COMMANDS = (
     "build-sets", "grad", "rank", "search", "apply", "eval", "compare", "trajectory", "sweep",
     "report", "ls", "demo",
 )  # fmt: skip
+COMMANDS += ("generate", "ask")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 PLAIN_REPORT = ["report", "blue", "--no-examples"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")

@@ -1,0 +1,1 @@
+"""Edits measured where they are meant to act: on generated images and on answers."""

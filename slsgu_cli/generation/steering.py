@@ -1,0 +1,286 @@
+"""What `slsgu search --steer-target` does: a layer and step found on the target itself.
+
+Layers that the target is reached through are ranked by importance, for the direction that
+is taken: along the whitened one, by what a step gains on the forget loss for what it does
+to the target's own retained inputs. The first few are searched, on the concept alone;
+what is kept is then measured for the shortest step of each that reaches the goal.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.directions import RIDGE
+from slsgu_cli.edits import make_edit, write_edit
+from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
+from slsgu_cli.generation.loading import PIPELINES, folder_fingerprint
+from slsgu_cli.generation.records import Budget, GradientOf, TargetTrial, TargetTrials
+from slsgu_cli.generation.start import clip_starts
+from slsgu_cli.generation.subjects import AskedSubject, PaintedSubject, Subject
+from slsgu_cli.generation.trials import TargetRun
+from slsgu_cli.generation.vectors import Ray, rays
+from slsgu_cli.layout import (
+    gradient_path,
+    read_manifest,
+    read_pointer,
+    target_edit,
+    target_trials_path,
+)
+from slsgu_cli.models import resolve
+from slsgu_cli.naming import find_layers, is_candidate
+from slsgu_cli.records import (
+    Direction,
+    EditHeader,
+    Effect,
+    GradientHeader,
+    GradientPointer,
+    ModelSpec,
+    SetManifest,
+    Share,
+    TargetFigures,
+)
+from slsgu_cli.search import compact
+from slsgu_cli.store import Store
+from slsgu_cli.targets.target import read_target
+from slsgu_cli.weights import layer_digests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteerOptions:
+    """How to search on a target. Without `layers`, the `top` most important are searched.
+
+    `goal` is the unlearning accuracy to reach, in percent.
+    """
+
+    target: Path
+    layers: Sequence[str] = ()
+    top: int = 3
+    gradient_of: GradientOf | None = None
+    direction: Direction = Direction.WHITENED
+    ridge: float = RIDGE
+    goal: float = 90.0
+    steps: int = 10
+    budget: Budget = field(default_factory=Budget)
+    judge: ModelSpec | None = None
+    encoder: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class SteerResult:
+    """Every trial, the chosen one, whether it reaches the goal, and the edit's name."""
+
+    trials: TargetTrials
+    chosen: TargetTrial
+    forgotten: bool
+    reused: int
+    edit: str
+
+
+def search_target(
+    store: Store, name: str, *, options: SteerOptions, console: Console
+) -> SteerResult:
+    """Search for the layer and step at which a target forgets, and write the edit.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
+    subject, judge, gradient_of = _subject(store, manifest, pointer, options)
+    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
+    reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
+    layers = _named([n for n in reached if is_candidate(n)], options)
+    _require_same_clip(subject, header, layers, options.target, name)
+    if gradient_of is GradientOf.CLIP:
+        arrays = store.read_tensors(gradient_path(pointer.forget), layers)
+        gradients = {layer: torch.from_numpy(values) for layer, values in arrays.items()}
+    else:
+        gradients = subject.forget_gradient(layers)
+    found = rays(subject, gradients, direction=options.direction, ridge=options.ridge)
+    if not found:
+        raise InputError(f"no layer that reaches {options.target} has a forget gradient")
+    chosen_rays = found if options.layers else found[: options.top]
+    console.detail("layers by importance: " + ", ".join(ray.layer for ray in found[:10]))
+    with torch.no_grad():
+        trials = _resume(store, manifest, pointer, subject, judge, gradient_of, found, options)
+        starts = {}
+        if gradient_of is GradientOf.CLIP:
+            starts = clip_starts(store, manifest, pointer, chosen_rays, options.device, console)
+        run = TargetRun(store, target_trials_path(name, options.target), subject, trials, console)
+        for ray in chosen_rays:
+            run.bisect(ray, options.steps, starts.get(ray.layer))
+        best = run.choose(chosen_rays)
+        edit = _write_edit(store, manifest, pointer, run, best, chosen_rays)
+    reached_goal = run.reaches(best)
+    return SteerResult(run.trials, best, reached_goal, len(trials.trials), edit)
+
+
+def require_reached(result: SteerResult) -> None:
+    """Raise NotForgottenError where no step reached the goal."""
+    if result.forgotten:
+        return
+    left = result.chosen.concept
+    raise NotForgottenError(
+        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target}: the best "
+        f"leaves the concept recognised in {left.count} of {left.total}",
+        hint="the trials and this edit are kept; try more --steps, --top or another --layer",
+    )
+
+
+def _subject(
+    store: Store, manifest: SetManifest, pointer: GradientPointer, options: SteerOptions
+) -> tuple[Subject, ModelSpec | None, GradientOf]:
+    """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
+    family = read_target(options.target).family
+    if family in PIPELINES:
+        judge = options.judge or pointer.model
+        painted = PaintedSubject.load(
+            store,
+            manifest,
+            options.target,
+            judge,
+            options.budget,
+            encoder=options.encoder,
+            device=options.device,
+        )
+        if options.gradient_of is GradientOf.TARGET:
+            raise UsageError(
+                "a diffusion pipeline moves along CLIP's own forget gradient",
+                hint="--gradient clip",
+            )
+        return painted, judge, GradientOf.CLIP
+    asked = AskedSubject.load(
+        store, manifest, options.target, options.budget, device=options.device
+    )
+    return asked, None, options.gradient_of or GradientOf.TARGET
+
+
+def _require_same_clip(
+    subject: Subject, header: GradientHeader, layers: Sequence[str], target: Path, name: str
+) -> None:
+    """Raise StaleError unless the target is built on the CLIP that the gradients are of.
+
+    Norms tell: another precision changes them by a thousandth, another model by more.
+    """
+    for layer in layers:
+        value, known = subject.encoder.value(layer), header.weights[layer]
+        same = tuple(value.shape) == tuple(known.shape)
+        if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):
+            raise StaleError(
+                f"{target} is not built on the CLIP that the gradients of {name} are of: "
+                f"its {layer} differs",
+                hint=f"run `slsgu build-sets {quote(name)}` and `slsgu grad {quote(name)}` "
+                "with that CLIP",
+            )
+
+
+def _named(candidates: list[str], options: SteerOptions) -> list[str]:
+    """Return the layers that were asked for, or all that reach the target. Raises UsageError."""
+    chosen = []
+    for text in options.layers:
+        fitting = find_layers(text, candidates)
+        if len(fitting) != 1:
+            near = ", ".join(fitting[:5]) or "none"
+            raise UsageError(
+                f"--layer {text} fits {len(fitting)} layers that reach {options.target}: {near}"
+            )
+        chosen += fitting
+    return chosen or candidates
+
+
+def _resume(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    subject: Subject,
+    judge: ModelSpec | None,
+    gradient_of: GradientOf,
+    found: Sequence[Ray],
+    options: SteerOptions,
+) -> TargetTrials:
+    """Return the recorded trials if they were made from the same things, else none."""
+    path = target_trials_path(manifest.name, options.target)
+    fresh = TargetTrials(
+        name=manifest.name,
+        target=str(options.target),
+        target_fingerprint=folder_fingerprint(options.target),
+        gradient_of=gradient_of,
+        forget=pointer.forget,
+        forget_data=pointer.forget_data,
+        retain_data=pointer.retain_data,
+        evals={name: ref.fingerprint for name, ref in sorted(manifest.evals.items())},
+        direction=options.direction,
+        ridge=options.ridge if options.direction is Direction.WHITENED else None,
+        judge=None if judge is None else str(judge),
+        budget=options.budget,
+        goal=options.goal,
+        importance={ray.layer: ray.importance for ray in found},
+        before=None,
+        trials=(),
+        version=slsgu_cli.__version__,
+    )
+    made_from = attrgetter(
+        "target_fingerprint", "gradient_of", "forget", "forget_data", "retain_data", "evals",
+        "direction", "ridge", "judge", "budget",
+    )  # fmt: skip
+    if store.exists(path):
+        try:
+            old = store.read_record(path, TargetTrials)
+        except SlsguError:
+            old = fresh
+        if old.before is not None and made_from(old) == made_from(fresh):
+            return replace(fresh, before=old.before, trials=old.trials)
+    return replace(fresh, before=Effect(subject.concept(), subject.others()))
+
+
+def _write_edit(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    run: TargetRun,
+    chosen: TargetTrial,
+    tried: Sequence[Ray],
+) -> str:
+    trials = run.trials
+    ray = next(ray for ray in tried if ray.layer == chosen.layer)
+    before = ray.weight.cpu().numpy()
+    name = target_edit(manifest.name, Path(trials.target))
+    after = Effect(chosen.concept, chosen.others or Share(0, 0))
+    header = EditHeader(
+        name=name,
+        concept=manifest.concept,
+        layer=chosen.layer,
+        tower=chosen.tower,
+        step=chosen.step,
+        share=chosen.share,
+        model=pointer.model,
+        model_fingerprint=pointer.model_fingerprint,
+        digests=layer_digests(before),
+        gradient=pointer.forget,
+        direction=trials.direction,
+        ridge=trials.ridge,
+        retain_data=pointer.retain_data,
+        steer=None,
+        margin=None,
+        forgotten=run.reaches(chosen),
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        joint=None,
+        version=slsgu_cli.__version__,
+        layout=resolve(pointer.model).spelling,
+        target=TargetFigures(
+            trials.target, trials.target_fingerprint, trials.before or after, after
+        ),
+    )
+    delta = (chosen.step * ray.direction).cpu().numpy()
+    write_edit(store, make_edit(header, delta=delta, before=compact(before)))
+    return name

@@ -1,0 +1,228 @@
+"""A loaded target as a search sees it: what it shows, and what its CLIP is applied to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slsgu_cli.batches import spans
+from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.generation.answering import Question, Respondent
+from slsgu_cli.generation.generate import called
+from slsgu_cli.generation.judging import Judge, class_in, measured_classes, png_bytes
+from slsgu_cli.generation.live import LiveEncoder
+from slsgu_cli.generation.odds import name_odds
+from slsgu_cli.generation.painting import Job, Painter
+from slsgu_cli.generation.records import Budget
+from slsgu_cli.moments import chosen_rows
+from slsgu_cli.prompts import find_class
+from slsgu_cli.records import ModelSpec, SetManifest, Share
+from slsgu_cli.sets import DataBlock
+from slsgu_cli.store import Store
+
+ROWS = 32
+
+
+class Subject(Protocol):
+    """What a search needs of a target. All of it is of the weights as they are at the time."""
+
+    encoder: LiveEncoder
+
+    def concept(self) -> Share:
+        """Return how much of the concept's budget still shows it."""
+
+    def others(self) -> Share:
+        """Return how much of the others' budget shows what it should."""
+
+    def run_retained(self) -> None:
+        """Run the CLIP tower over the retain set exactly as the target does."""
+
+    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of the target's own forget loss, to be ascended, by layer."""
+
+
+@dataclass(slots=True)
+class PaintedSubject:
+    """A diffusion pipeline: a judge says what its images show."""
+
+    painter: Painter
+    encoder: LiveEncoder
+    judge: Judge
+    name: str
+    budget: Budget
+    captions: Sequence[str]
+    templates: Sequence[str]
+    _rest: list[tuple[str, Job]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(self.budget.seed)
+        names = [name for name in self.judge.names if name != self.name]
+        order = [names[place] for place in generator.permutation(len(names))]
+        chosen = [order[number % len(order)] for number in range(self.budget.others)]
+        self._rest = [(name, self._job(name, number)) for number, name in enumerate(chosen)]
+
+    @classmethod
+    def load(
+        cls, store: Store, manifest: SetManifest, target: Path, judge: ModelSpec, budget: Budget,
+        *, encoder: str | None, device: str,
+    ) -> "PaintedSubject":  # fmt: skip
+        """Load a pipeline and its judge. Raises UsageError where an encoder must be named."""
+        painter = Painter.load(target, device=device)
+        names = [live.encoder.name for live in painter.encoders]
+        fitting = [live for live in painter.encoders if encoder in (None, live.encoder.name)]
+        if len(fitting) != 1:
+            raise UsageError(
+                f"{target} has the encoders {', '.join(names)}", hint=f"--encoder {names[0]}"
+            )
+        classes = measured_classes(store, manifest)
+        name = called(manifest.concept, tuple(classes))
+        return cls(
+            painter, fitting[0], Judge.load(judge, classes, device=device), name, budget,
+            _captions(store, manifest), tuple(classes[name]),
+        )  # fmt: skip
+
+    def concept(self) -> Share:
+        """Return how many images of the concept's prompts are taken for it."""
+        jobs = [self._job(self.name, number) for number in range(self.budget.concept)]
+        return self._recognised([(self.name, job) for job in jobs])
+
+    def others(self) -> Share:
+        """Return how many images of other classes' prompts are taken for theirs."""
+        return self._recognised(self._rest)
+
+    def run_retained(self) -> None:
+        """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
+        name = self.encoder.encoder.name
+        tokenizer: Any = getattr(self.painter.pipeline, name.replace("text_encoder", "tokenizer"))
+        for start, stop in spans(len(self.captions), ROWS):
+            ids = tokenizer(
+                list(self.captions[start:stop]), padding="max_length", truncation=True,
+                max_length=tokenizer.model_max_length, return_tensors="pt",
+            ).input_ids  # fmt: skip
+            self.encoder.module(ids.to(self.painter.device))
+
+    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Raise UsageError: a pipeline is steered along CLIP's own gradient."""
+        raise UsageError(
+            "a diffusion pipeline is moved along CLIP's own forget gradient", hint="--gradient clip"
+        )
+
+    def _job(self, name: str, number: int) -> Job:
+        template = self.templates[number % len(self.templates)]
+        return Job(template.replace("{}", name), self.budget.seed + number)
+
+    def _recognised(self, wanted: Sequence[tuple[str, Job]]) -> Share:
+        images = self.painter.paint([job for _, job in wanted], self.budget.paint)
+        said = self.judge.verdicts([png_bytes(image) for image in images])
+        hits = [label == name for (label, _), name in zip(wanted, said, strict=True)]
+        return Share(sum(hits), len(hits))
+
+
+@dataclass(slots=True)
+class AskedSubject:
+    """A vision-language model: its answers name what an image shows, or they do not."""
+
+    respondent: Respondent
+    encoder: LiveEncoder
+    name: str
+    shown: Sequence[Question]
+    rest: Sequence[tuple[str, Question]]
+    forget: Sequence[Question]
+    retained: Sequence[Image.Image]
+
+    @classmethod
+    def load(
+        cls, store: Store, manifest: SetManifest, target: Path, budget: Budget, *, device: str
+    ) -> "AskedSubject":
+        """Load a LLaVA and the set's images. Raises InputError without held-out ones."""
+        if manifest.forget_eval is None:
+            raise InputError(
+                f"no evaluation set shows {manifest.concept!r}",
+                hint="build the set with --eval NAME=SOURCE that has labelled images of it",
+            )
+        respondent = Respondent.load(target, device=device)
+        generator = np.random.default_rng(budget.seed)
+        shown, rest = [], []
+        for name, ref in sorted(manifest.evals.items()):
+            block = DataBlock.open(store, ref)
+            own = find_class(block.class_names, manifest.concept)
+            order = generator.permutation(np.flatnonzero(block.labels >= 0))
+            is_own = block.labels[order] == own
+            share = -(-budget.others // len(manifest.evals))
+            rest += [
+                (block.class_names[block.labels[row]], image)
+                for row, image in zip(
+                    order[~is_own][:share], _images(block, order[~is_own][:share]), strict=True
+                )
+            ]
+            if name == manifest.forget_eval:
+                shown = _images(block, order[is_own][: budget.concept])
+        forget = DataBlock.open(store, manifest.forget)
+        retain = DataBlock.open(store, manifest.retain)
+        asked = [Question(image, text) for image in shown for text in budget.questions]
+        return cls(
+            respondent,
+            respondent.encoder,
+            manifest.concept,
+            asked,
+            [(label, Question(image, text)) for label, image in rest for text in budget.questions],
+            [
+                Question(image, budget.questions[0])
+                for image in _images(forget, chosen_rows(forget.rows))
+            ],
+            _images(retain, chosen_rows(retain.rows)),
+        )
+
+    def concept(self) -> Share:
+        """Return how many answers about images of the concept name it."""
+        return self._named([(self.name, question) for question in self.shown])
+
+    def others(self) -> Share:
+        """Return how many answers about other images name what they show."""
+        return self._named(self.rest)
+
+    def run_retained(self) -> None:
+        """Run the vision tower over the retain set's images."""
+        model = self.respondent.model
+        for start, stop in spans(len(self.retained), ROWS):
+            pixels = self.respondent.processor.image_processor(
+                self.retained[start:stop], return_tensors="pt"
+            )["pixel_values"]
+            model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+
+    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of minus the log-odds of the concept's name in the answers.
+
+        The answers are the model's own to images of the forget set.
+        """
+        with torch.no_grad():
+            said = list(self.respondent.answers(self.forget))
+        pairs = [
+            (question, answer)
+            for question, answer in zip(self.forget, said, strict=True)
+            if class_in(answer, [self.name])
+        ]
+        if not pairs:
+            raise InputError(f"the target names {self.name!r} in no answer: nothing to forget")
+        return name_odds(self.respondent, self.encoder, pairs, self.name, layers)
+
+    def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
+        said = self.respondent.answers([question for _, question in wanted])
+        hits = [
+            class_in(a, [label]) is not None for (label, _), a in zip(wanted, said, strict=True)
+        ]
+        return Share(sum(hits), len(hits))
+
+
+def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in block.take(rows)]
+
+
+def _captions(store: Store, manifest: SetManifest) -> list[str]:
+    block = DataBlock.open(store, manifest.retain)
+    return [block.captions[row] for row in chosen_rows(block.rows)]

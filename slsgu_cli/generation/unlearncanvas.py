@@ -1,0 +1,170 @@
+"""What `slsgu generate --protocol unlearncanvas` does: that benchmark's answer set.
+
+An image `THEME_OBJECT_seedN.jpg` for every theme, object and seed, by the unlearned
+pipeline, and three figures of them by a zero-shot CLIP: UA, how often the forgotten theme
+(or object) is not recognised where it is asked for; IRA, how often other themes (objects)
+are, where they are; and CRA, how often objects (themes) are, in the images that do not ask
+for what is forgotten.
+"""
+
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+import slsgu_cli
+from slsgu_cli.console import Console
+from slsgu_cli.edits import load_edit
+from slsgu_cli.errors import UsageError
+from slsgu_cli.evalsets import read_classes
+from slsgu_cli.generation.judging import Judge
+from slsgu_cli.generation.live import new_values
+from slsgu_cli.generation.painting import Job, Painter, unfinished
+from slsgu_cli.generation.records import AnswerSet, PaintOptions
+from slsgu_cli.prompts import find_class
+from slsgu_cli.records import ModelSpec, Share, digest
+from slsgu_cli.store import Store
+
+SEEDS = (188, 288, 588, 688, 888)
+# The benchmark's prompt, and the steps and guidance that its figures are made with.
+PROMPT = "A {object} image in {theme} style."
+PAINT = PaintOptions(steps=100, guidance=9.0)
+THEME_TEMPLATES = ("an image in {} style", "{} style")
+OBJECT_TEMPLATES = ("an image of a {}", "a {}", "{}")
+RECORD = "answer-set.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanvasRequest:
+    """Which answer set to make, where, and by which CLIP to judge it."""
+
+    names: Sequence[str]
+    target: Path
+    out: Path
+    themes: str
+    objects: str
+    judge: ModelSpec | None = None
+    seeds: Sequence[int] = SEEDS
+    paint: PaintOptions = field(default_factory=lambda: PAINT)
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    theme: str
+    object: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.theme}_{self.object}_seed{self.seed}.jpg".replace(" ", "_")
+
+    @property
+    def job(self) -> Job:
+        text = PROMPT.replace("{object}", self.object).replace("{theme}", self.theme)
+        return Job(text, self.seed)
+
+
+def answer_set(store: Store, request: CanvasRequest, *, console: Console) -> AnswerSet:
+    """Make what is missing of an answer set, and judge all of it.
+
+    Raises MissingError, InputError, StaleError, and UsageError where the concept is neither
+    a theme nor an object.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    concept = edits[0].header.concept
+    themes, objects = (_listed(name) for name in (request.themes, request.objects))
+    of_theme, of_object = find_class(themes, concept), find_class(objects, concept)
+    if (of_theme is None) == (of_object is None):
+        what = "neither a theme nor an object" if of_theme is None else "a theme and an object"
+        raise UsageError(f"{concept!r} is {what}", hint="--themes FILE, --objects FILE")
+    place = Store(str(request.out))
+    cells = [_Cell(*cell) for cell in itertools.product(themes, objects, request.seeds)]
+    made_from = {
+        "edits": {edit.header.name: digest(edit.header) for edit in edits},
+        "target": str(request.target),
+        "paint": request.paint,
+    }
+    _begin(place, digest(made_from))
+    missing = unfinished(
+        len(cells), request.paint.batch, lambda number: place.exists(cells[number].file)
+    )
+    if missing:
+        painter = Painter.load(request.target, device=request.device)
+        values = new_values(painter.encoders, edits)
+        left = sum(map(len, missing))
+        with console.progress("generating", left) as ticker, painter.edited(values):
+            for rows in missing:
+                images = painter.paint([cells[number].job for number in rows], request.paint)
+                for number, image in zip(rows, images, strict=True):
+                    place.write_bytes(cells[number].file, _jpeg(image))
+                    ticker.advance()
+    figures: tuple[Share | None, Share | None, Share | None] = (None, None, None)
+    if request.judge is not None:
+        asked = themes[of_theme] if of_theme is not None else objects[of_object or 0]
+        figures = _judged(place, request, cells, (themes, objects), asked)
+    record = AnswerSet(
+        name=edits[0].header.name,
+        concept=concept,
+        domain="theme" if of_theme is not None else "object",
+        images=len(cells),
+        judge=None if request.judge is None else str(request.judge),
+        ua=figures[0],
+        ira=figures[1],
+        cra=figures[2],
+        version=slsgu_cli.__version__,
+    )
+    place.write_record(RECORD, record)
+    return record
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    found = read_classes(name)
+    return found.names if found else ()
+
+
+def _begin(place: Store, made_from: str) -> None:
+    """Refuse to add to images of another edit; a run that was cut short is gone on with."""
+    mark = ".made-from"
+    if place.exists(mark) and place.read_bytes(mark).decode() != made_from:
+        raise UsageError(
+            f"{place.url} holds the answer set of another edit or other options",
+            hint="another --out, or remove it",
+        )
+    place.write_bytes(mark, made_from.encode())
+
+
+def _judged(
+    place: Store,
+    request: CanvasRequest,
+    cells: Sequence[_Cell],
+    domains: tuple[Sequence[str], Sequence[str]],
+    forgotten: str,
+) -> tuple[Share, Share, Share]:
+    """Return UA, IRA and CRA."""
+    if request.judge is None:
+        raise ValueError("there is no judge")
+    images = [place.read_bytes(cell.file) for cell in cells]
+    hits = []
+    for names, templates, attribute in zip(
+        domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), ("theme", "object"), strict=True
+    ):
+        judge = Judge.load(request.judge, dict.fromkeys(names, templates), device=request.device)
+        said = judge.verdicts(images)
+        truth = [getattr(cell, attribute) for cell in cells]
+        hits.append([a == b for a, b in zip(said, truth, strict=True)])
+    own, cross = hits if forgotten in domains[0] else hits[::-1]
+    shows = [forgotten in (cell.theme, cell.object) for cell in cells]
+    gone = [not hit for hit, shown in zip(own, shows, strict=True) if shown]
+    kept = [hit for hit, shown in zip(own, shows, strict=True) if not shown]
+    across = [hit for hit, shown in zip(cross, shows, strict=True) if not shown]
+    return tuple(Share(sum(part), len(part)) for part in (gone, kept, across))  # type: ignore[return-value]
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()

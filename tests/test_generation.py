@@ -1,0 +1,286 @@
+"""Generation and answers on the small trained models, where SLSGU_TEST_MODELS names them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from worlds import Ear
+
+from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.layout import read_manifest
+from slsgu_cli.pipeline import direct_edit
+from slsgu_cli.ranking import RankOptions
+from slsgu_cli.records import Direction, Effect, Share
+
+TEXT = "transformer.resblocks.6.mlp.c_proj.weight"
+VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
+
+
+@pytest.fixture(scope="module")
+def painter(trained_models):
+    from slsgu_cli.generation.painting import Painter
+
+    return Painter.load(trained_models / "sd", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def respondent(trained_models):
+    from slsgu_cli.generation.answering import Respondent
+
+    return Respondent.load(trained_models / "llava", device="cpu")
+
+
+@pytest.fixture
+def loaded(painter, respondent, monkeypatch):
+    """Let commands find both models in memory."""
+    from slsgu_cli.generation import answering, painting
+
+    monkeypatch.setattr(painting.Painter, "load", lambda *_, **__: painter)
+    monkeypatch.setattr(answering.Respondent, "load", lambda *_, **__: respondent)
+
+
+@pytest.fixture
+def edits(demo_world, tmp_path):
+    """A store of its own with an edit of each tower, unsearched."""
+    from slsgu_cli.edits import write_edit
+    from slsgu_cli.store import Store
+
+    store = Store(str(tmp_path / "store"))
+    for name, layer, step in (("text", TEXT, 40.0), ("vision", VISION, 40.0)):
+        edit = direct_edit(
+            demo_world.store,
+            "facebook",
+            layer=layer,
+            step=step,
+            options=RankOptions(direction=Direction.GRADIENT),
+        )
+        write_edit(store, replace(edit, header=replace(edit.header, name=name)))
+    return store
+
+
+def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, trained_models):
+    from slsgu_cli.edits import load_edit
+    from slsgu_cli.generation.live import new_values
+    from slsgu_cli.targets.carrying import CarryOptions, carry
+    from slsgu_cli.targets.mapping import homes, slots
+    from slsgu_cli.targets.states import read_state
+    from slsgu_cli.targets.target import read_target
+
+    edit = load_edit(edits, "text")
+    options = CarryOptions()
+    carry(
+        [edit], read_target(trained_models / "sd"), tmp_path / "sd", options=options, console=Ear()
+    )
+    state = read_state([tmp_path / "sd/text_encoder/model.safetensors"])
+    written, _ = state.layer(slots(TEXT, homes(state.owners)[0]))
+    (values,) = new_values(painter.encoders, [edit])
+    # The file is rounded once, from fp64; a live layer is fp32 in between.
+    np.testing.assert_array_max_ulp(values[TEXT].half().numpy(), written, maxulp=1)
+
+
+def test_edits_end_with_their_block_and_fused_layers_are_split(painter):
+    live = painter.encoders[0]
+    fused = "transformer.resblocks.0.attn.in_proj_weight"
+    before = live.value(fused).clone()
+    with live.edited({fused: before + 1}):
+        assert torch.equal(live.value(fused), before + 1)
+        assert torch.equal(live.parameters(fused)[1], before[128:256] + 1)
+    assert torch.equal(live.value(fused), before)
+
+
+def test_other_weights_and_layers_without_reach_are_refused(painter, respondent, edits):
+    from slsgu_cli.edits import load_edit
+    from slsgu_cli.generation.live import new_values
+
+    edit, live = load_edit(edits, "text"), painter.encoders[0]
+    with live.edited({TEXT: live.value(TEXT) + 1}), pytest.raises(StaleError, match="is not the"):
+        new_values(painter.encoders, [edit])
+    with pytest.raises(InputError, match="vision tower is not part"):
+        new_values(painter.encoders, [load_edit(edits, "vision")])
+    with pytest.raises(InputError, match="vision layer -2"):
+        respondent.encoder.slots("visual.transformer.resblocks.7.mlp.c_fc.weight")
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
+    from slsgu_cli.generation.painting import Job
+    from slsgu_cli.generation.records import PaintOptions
+
+    options = PaintOptions(steps=2)
+    jobs = [Job("a star icon", 3), Job("an icon of facebook", 7)]
+    whole = [np.asarray(image) for image in painter.paint(jobs, options)]
+    (alone,) = painter.paint(jobs[1:], options)
+    assert np.abs(whole[1].astype(int) - np.asarray(alone)).max() <= 1
+    assert np.abs(whole[0].astype(int) - whole[1]).max() > 50
+
+
+def test_generate_keeps_images_a_sheet_and_a_record(
+    loaded, painter, edits, demo_world, trained_models
+):
+    from slsgu_cli.generation.generate import GenerateRequest, generate
+    from slsgu_cli.generation.judging import png_bytes
+    from slsgu_cli.generation.painting import Job
+    from slsgu_cli.generation.records import PaintOptions
+    from slsgu_cli.listing import Kind, State, entries
+
+    paint = PaintOptions(steps=6, guidance=4.0)
+    request = GenerateRequest(
+        names=["text"], target=trained_models / "sd", seeds=(5,), paint=paint,
+        judge=demo_world.model, classes=str(demo_names(edits)),
+        prompts=["an icon of facebook", "an icon of github"],
+    )  # fmt: skip
+    record, album = generate(edits, request, console=Ear())
+    (plain,) = painter.paint([Job("an icon of facebook", 5)], paint)
+    assert edits.read_bytes("generations/text/original/000-seed5.png") == png_bytes(plain)
+    assert record.before == Effect(Share(1, 1), Share(1, 1))
+    assert record.after.concept == Share(0, 1)
+    assert edits.read_bytes("generations/text/sheet.png")[:4] == b"\x89PNG"
+    (entry,) = [e for e in entries(edits) if e.kind is Kind.GENERATION]
+    assert entry.state is State.OK
+    edits.write_tensors("edits/text.safetensors", {}, changed_header(edits))
+    (entry,) = [e for e in entries(edits) if e.kind is Kind.GENERATION]
+    assert entry.state is State.STALE
+    assert album.where("sheet.html").endswith("generations/text/sheet.html")
+
+
+def demo_names(store):
+    path = Path(store.where("names.txt"))
+    path.write_text("facebook\ngithub\nstar\n")
+    return path
+
+
+def changed_header(store):
+    from slsgu_cli.edits import load_edit
+
+    return replace(load_edit(store, "text").header, step=1.0)
+
+
+def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
+    from slsgu_cli.generation.ask import AskRequest, ask, sample_pictures
+
+    image = Path(edits.where("facebook.png"))
+    image.parent.mkdir(exist_ok=True)
+    sample_pictures(demo_world.store, "facebook", 1)[0].image.save(image)
+    request = AskRequest(
+        names=["vision"], target=trained_models / "llava", images=[image], out=image.parent / "out"
+    )
+    record, album = ask(edits, request, console=Ear())
+    (answer,) = record.answers
+    assert "facebook" in answer.before and "facebook" not in answer.after
+    assert Path(album.where("answers.png")).is_file()
+    with pytest.raises(UsageError, match="no set vision"):
+        ask(edits, replace(request, images=[]), console=Ear())
+
+
+def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(respondent, demo_world):
+    from slsgu_cli.generation.answering import Question
+    from slsgu_cli.generation.ask import sample_pictures
+    from slsgu_cli.generation.odds import _loss, name_odds
+
+    picture = sample_pictures(demo_world.store, "facebook", 1)[0]
+    pairs = [
+        (Question(picture.image, "What is shown in this image?"), "This is the facebook logo.")
+    ]
+    gradients = name_odds(respondent, respondent.encoder, pairs, "facebook", [VISION])
+    live, gradient = respondent.encoder, gradients[VISION]
+    slope = float(gradient.square().sum())
+    size = 1e-3 / slope**0.5
+    with torch.no_grad():
+        losses = []
+        for sign in (-1, 1):
+            with live.edited({VISION: live.value(VISION) + sign * size * gradient}):
+                losses.append(float(_loss(respondent, pairs, "facebook")))
+    assert (losses[1] - losses[0]) / (2 * size) == pytest.approx(slope, rel=0.05)
+
+
+def test_a_search_on_a_target_records_and_reuses_its_trials(
+    loaded, painter, demo_world, tmp_path, trained_models
+):
+    import shutil
+
+    from slsgu_cli.edits import load_edit
+    from slsgu_cli.generation.records import Budget, PaintOptions
+    from slsgu_cli.generation.steering import SteerOptions, search_target
+    from slsgu_cli.store import Store
+
+    shutil.copytree(demo_world.store.root, tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    budget = Budget(concept=2, others=2, paint=PaintOptions(steps=4, guidance=4.0))
+    options = SteerOptions(
+        target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=2,
+        budget=budget, goal=50.0, device="cpu",
+    )  # fmt: skip
+    first = search_target(store, "facebook", options=options, console=Ear())
+    again = search_target(store, "facebook", options=options, console=Ear())
+    assert (first.reused, again.reused) == (0, 2)
+    assert (again.trials, again.chosen) == (first.trials, first.chosen)
+    live = painter.encoders[0]
+    with live.edited({TEXT: 2 * live.value(TEXT)}), pytest.raises(StaleError, match="not built on"):
+        search_target(store, "facebook", options=options, console=Ear())
+    edit = load_edit(store, "facebook@sd")
+    assert edit.header.target.after == Effect(first.chosen.concept, first.chosen.others)
+    assert edit.header.forgotten is first.forgotten
+
+
+def test_a_generated_forget_set_goes_on_where_it_stopped(
+    loaded, demo_world, tmp_path, trained_models
+):
+    from slsgu_cli.build import BuildRequest, build_sets
+    from slsgu_cli.generation.genset import SourceRequest, forgetting_generated
+    from slsgu_cli.generation.records import PaintOptions
+    from slsgu_cli.store import Store
+
+    store = Store(str(tmp_path / "store"))
+    prompts = ("an umbrella heart", "an icon of an umbrella heart")
+    images = SourceRequest(
+        prompts=prompts,
+        pipeline=trained_models / "sd",
+        count=3,
+        paint=PaintOptions(steps=2, batch=2),
+    )
+    plain = BuildRequest(
+        name="both", concept="umbrella heart", model=demo_world.model,
+        sources=[demo_world.sources["pairs"]], retain_samples=10,
+    )  # fmt: skip
+    request = forgetting_generated(store, plain, images, console=Ear())
+    manifest = build_sets(store, request, console=Ear())
+    folder = Path(request.sources[0])
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert manifest.forget.rows == 3 and len(made) == 6
+    assert made["000001.txt"].decode() == prompts[1]
+    (folder / "000002.txt").unlink()
+    ear = Ear()
+    assert forgetting_generated(store, plain, images, console=ear) == request
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+    assert ear.heard[0].startswith("2 of 3 images were")
+    assert read_manifest(store, "both").retain.rows == 10
+
+
+def test_an_answer_set_has_the_benchmarks_layout_and_figures(
+    loaded, edits, demo_world, trained_models, tmp_path
+):
+    from slsgu_cli.generation.records import PaintOptions
+    from slsgu_cli.generation.unlearncanvas import CanvasRequest, answer_set
+
+    for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
+        (tmp_path / name).write_text(lines)
+    request = CanvasRequest(
+        names=["text"], target=trained_models / "sd", out=tmp_path / "out", seeds=(188,),
+        themes=str(tmp_path / "themes"), objects=str(tmp_path / "objects"),
+        judge=demo_world.model, paint=PaintOptions(steps=2),
+    )  # fmt: skip
+    found = answer_set(edits, request, console=Ear())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
+    assert names == [
+        f"{theme}_{thing}_seed188.jpg"
+        for theme in ("Crayon", "Pop_Art")
+        for thing in ("facebook", "star")
+    ]
+    assert (found.domain, found.ua.total, found.ira.total, found.cra.total) == ("object", 2, 2, 2)
+    first = (tmp_path / "out" / names[0]).read_bytes()
+    (tmp_path / "out" / names[0]).unlink()
+    assert answer_set(edits, request, console=Ear()) == found
+    assert (tmp_path / "out" / names[0]).read_bytes() == first
+    with pytest.raises(UsageError, match="another edit or other options"):
+        answer_set(edits, replace(request, paint=PaintOptions(steps=3)), console=Ear())

@@ -1,0 +1,76 @@
+"""What a search on the small trained targets must come to, on the embedded model's facebook."""
+
+from pathlib import Path
+
+import pytest
+from worlds import Ear, World
+
+from slsgu_cli.store import Store
+
+pytestmark = pytest.mark.slow
+PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
+DEMO = Path(__file__).parents[1] / "slsgu_cli" / "demo"
+
+
+@pytest.fixture(scope="module")
+def facebook(demo_model, tmp_path_factory):
+    """The embedded facebook, with few retain rows."""
+    folder = tmp_path_factory.mktemp("facebook")
+    heldout = f"{DEMO}/heldout.parquet"
+    sources = {
+        "pairs": f"{DEMO}/train.parquet",
+        "first": f"{heldout}?kind=brand",
+        "second": f"{heldout}?kind=object",
+        "templates": f"{DEMO}/templates.txt",
+    }
+    world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
+    world.build(retain_samples=400, label_column=None)
+    world.grade()
+    return world
+
+
+def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
+    from slsgu_cli.generation.ask import AskRequest, ask
+    from slsgu_cli.generation.records import Budget
+    from slsgu_cli.generation.steering import SteerOptions, search_target
+
+    options = SteerOptions(
+        target=trained_models / "llava",
+        layers=["visual.transformer.resblocks.2.mlp.c_proj"],
+        budget=Budget(concept=33, others=80),
+        steps=6,
+        device="cpu",
+    )
+    found = search_target(facebook.store, "facebook", options=options, console=Ear())
+    assert 100 - found.chosen.concept.percent >= 90
+    assert found.chosen.others.percent >= found.trials.before.ira - 5
+    request = AskRequest(names=["facebook@llava"], target=trained_models / "llava")
+    answers = ask(facebook.store, request, console=Ear())[0].answers
+    forgotten, others = answers[:3], answers[3:]
+    assert all("facebook" in a.before and "facebook" not in a.after for a in forgotten)
+    assert sum(a.before == a.after for a in others) >= len(others) - 1
+
+
+def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
+    from slsgu_cli.generation.generate import GenerateRequest, generate
+    from slsgu_cli.generation.records import Budget, PaintOptions
+    from slsgu_cli.generation.steering import SteerOptions, search_target
+
+    options = SteerOptions(
+        target=trained_models / "sd",
+        budget=Budget(concept=6, others=10, paint=PaintOptions(steps=8, guidance=4.0)),
+        top=1,
+        steps=4,
+        device="cpu",
+    )
+    found = search_target(facebook.store, "facebook", options=options, console=Ear())
+    assert 100 - found.chosen.concept.percent >= 90
+    assert found.chosen.others.percent >= found.trials.before.ira - 5
+    # What was found is measured on prompts and seeds that the search did not see.
+    request = GenerateRequest(
+        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 103),
+        paint=PaintOptions(steps=10, guidance=4.0), judge=facebook.model,
+    )  # fmt: skip
+    record, _ = generate(facebook.store, request, console=Ear())
+    assert record.after.ua >= 90
+    assert record.after.ira >= record.before.ira - 5
