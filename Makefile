@@ -3,14 +3,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FETCH := .venv-img2dataset
 
 .PHONY: demo test quick check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slsgu demo $(CONCEPT)
 
-test: check
-	$(BIN)/python -m pytest --cov --cov-report=term
+# img2dataset has old versions of its own, so it gets an environment of its own.
+test: check $(FETCH)/.installed
+	SLSGU_IMG2DATASET=$(CURDIR)/$(FETCH)/bin/img2dataset $(BIN)/python -m pytest --cov --cov-report=term
 
 quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
@@ -31,5 +33,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	touch $@
 
+$(FETCH)/.installed:
+	$(PYTHON) -m venv $(FETCH)
+	$(FETCH)/bin/python -m pip install --quiet img2dataset
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FETCH) build *.egg-info

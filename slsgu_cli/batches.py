@@ -1,8 +1,6 @@
 """Rows of a data block as device tensors, read ahead of the arithmetic."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +10,6 @@ from torch import Tensor
 from slsgu_cli.records import InputSpec
 from slsgu_cli.towers import SplitTower
 
-S = TypeVar("S")
-T = TypeVar("T")
-AHEAD = 3
 Pixels = Callable[[npt.NDArray[np.uint8]], Tensor]
 
 
@@ -35,21 +30,6 @@ def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:
         return raw.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
 
     return normalize
-
-
-def read_ahead(read: Callable[[S], T], items: Iterable[S], *, threads: int = 1) -> Iterator[T]:
-    """Yield `read(item)` in order, a few items ahead of the consumer."""
-    pool = ThreadPoolExecutor(threads)
-    waiting: list[Future[T]] = []
-    try:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > AHEAD * threads:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def spans(rows: int, size: int) -> list[tuple[int, int]]:

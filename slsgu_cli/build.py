@@ -6,130 +6,87 @@ one. The manifest is written last, so a set that can be read is a set that is wh
 
 import difflib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from slsgu_cli import __version__, models
+from slsgu_cli.build_request import BuildRequest, check
 from slsgu_cli.console import Console
-from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.curation.dropping import drop
+from slsgu_cli.curation.screening import screen_for
+from slsgu_cli.errors import InputError
 from slsgu_cli.evalsets import EvalPlan, build_eval, plan_eval
-from slsgu_cli.layout import check_name, manifest_path
+from slsgu_cli.layout import manifest_path
 from slsgu_cli.matching import matcher
-from slsgu_cli.pairs import TAKE, Rule, Tally, build_pairs, first_pass
+from slsgu_cli.pairs import build_pairs
 from slsgu_cli.preprocess import decoder
-from slsgu_cli.records import DataRef, ModelSpec, SetManifest
+from slsgu_cli.records import DataRef, SetManifest, encode
 from slsgu_cli.replay import build_command
 from slsgu_cli.samples import Columns
 from slsgu_cli.sources import open_sources
 from slsgu_cli.store import Store
+from slsgu_cli.tally import TAKE, Rule, Tally, Upstream, first_pass
 from slsgu_cli.workshop import Workshop, counted
 
-RETAIN_SAMPLES = 8000
 MATCHES_CONCEPT = "about the concept"
 EXCLUDED = "excluded"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildRequest:
-    """What `build-sets` is asked for.
-
-    Sources are in the grammar of `sources.parse_source`. `match` defaults to the concept
-    itself, `retain_sources` to `sources`. `evals`, `classes` and `templates` go by the
-    evaluation set's name; `forget_eval` names the set that has the concept as a class.
-    """
-
-    name: str
-    concept: str
-    model: ModelSpec
-    sources: Sequence[str]
-    match: Sequence[str] = ()
-    not_match: Sequence[str] = ()
-    regex: bool = False
-    max_forget: int | None = None
-    retain_sources: Sequence[str] = ()
-    retain_samples: int = RETAIN_SAMPLES
-    retain_exclude: Sequence[str] = ()
-    evals: dict[str, str] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)
-    templates: dict[str, str] = field(default_factory=dict)
-    forget_eval: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    label_column: str | None = None
-    seed: int = 0
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns that make a caption one of the forget set."""
-        return tuple(self.match) or (self.concept,)
+__all__ = ["BuildRequest", "build_sets"]
 
 
-def build_sets(store: Store, request: BuildRequest, *, console: Console) -> SetManifest:
+def build_sets(
+    store: Store,
+    request: BuildRequest,
+    *,
+    console: Console,
+    upstream: Mapping[str, Upstream] = MappingProxyType({}),
+) -> SetManifest:
     """Build the set that `request` describes and return its manifest.
 
-    Blocks that stand in the store for the same recipe are used again. Raises UsageError,
-    MissingError or InputError, and then leaves no manifest behind.
+    Blocks that stand in the store for the same recipe are used again. `upstream` says what
+    was left out of the sources before they came here, for `forget` and `retain`. Raises
+    UsageError, MissingError or InputError, and then leaves no manifest behind.
     """
-    _check(request)
+    check(request)
     resolved = models.resolve(request.model)
     spec = models.input_spec(resolved)
-    shop = Workshop(store, console, spec, decoder(spec), models.tokenizer(resolved))
+    screen = screen_for(request.screening, resolved, spec, console)
+    shop = Workshop(store, console, spec, decoder(spec), models.tokenizer(resolved), screen)
     with warnings.catch_warnings():
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        forget_tally, retain_tally, plans = _first_passes(shop, request)
+        forget_tally, retain_tally, plans = _first_passes(shop, request, upstream)
         forget_eval = _forget_eval(request, plans, console)
         forget, block = build_pairs(shop, forget_tally, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
         retain, _ = build_pairs(shop, retain_tally, seed=request.seed, avoid=avoid)
         evals = {plan.name: build_eval(shop, plan) for plan in plans}
-    _tell(console, request, {"forget": forget, "retain": retain, **evals})
+    parts = {"forget": forget, "retain": retain, **evals}
+    parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
+    _tell(console, request, parts)
     manifest = SetManifest(
         name=request.name,
         concept=request.concept,
         patterns=request.patterns,
         model=request.model,
         input=spec,
-        forget=forget,
-        retain=retain,
-        evals=evals,
+        forget=parts["forget"],
+        retain=parts["retain"],
+        evals={name: parts[name] for name in evals},
         forget_eval=forget_eval,
         seed=request.seed,
         command=tuple(build_command(request)),
         version=__version__,
+        request=encode(request),
     )
     store.write_record(manifest_path(request.name), manifest)
     return manifest
 
 
-def _check(request: BuildRequest) -> None:
-    check_name(request.name)
-    if not request.concept.strip():
-        raise UsageError("the concept to forget is blank")
-    if not request.sources:
-        raise UsageError("there is no source to build from", hint="name one with --source")
-    for option, value in (
-        ("--retain-samples", request.retain_samples),
-        ("--max-forget", 1 if request.max_forget is None else request.max_forget),
-    ):
-        if value < 1:
-            raise UsageError(f"{option} is {value}; it must be 1 or more")
-    named = {
-        "--classes": request.classes,
-        "--templates": request.templates,
-        "--forget-eval": [] if request.forget_eval is None else [request.forget_eval],
-    }
-    for option, names in named.items():
-        for name in names:
-            if name not in request.evals:
-                known = ", ".join(sorted(request.evals)) or "none"
-                raise UsageError(
-                    f"{option} speaks of an evaluation set {name}; there are: {known}",
-                    hint=f"add --eval {name}=SOURCE",
-                )
-
-
-def _first_passes(shop: Workshop, request: BuildRequest) -> tuple[Tally, Tally, list[EvalPlan]]:
+def _first_passes(
+    shop: Workshop, request: BuildRequest, upstream: Mapping[str, Upstream]
+) -> tuple[Tally, Tally, list[EvalPlan]]:
     """Open every source and read captions and labels, so that mistakes show before the work."""
     columns = Columns(
         image=request.image_column,
@@ -149,6 +106,9 @@ def _first_passes(shop: Workshop, request: BuildRequest) -> tuple[Tally, Tally, 
     rules = _rules(request)
     forget = Tally("forget", rules[0], request.max_forget, request.sources, readers)
     retain = Tally("retain", rules[1], request.retain_samples, retain_sources, retain_readers)
+    for tally in (forget, retain):
+        if tally.role in upstream:
+            tally.follow(upstream[tally.role])
     first_pass(shop, readers, [forget, retain] if shared else [forget], request.seed)
     _require_rows(forget, request)
     if not shared:

@@ -10,6 +10,8 @@ import typer
 
 from slsgu_cli import options as opt
 from slsgu_cli.app import app
+from slsgu_cli.curation import options as cur
+from slsgu_cli.curation.records import Distributor
 from slsgu_cli.records import Alignment, Precision, Steer
 from slsgu_cli.session import Session, command
 
@@ -19,7 +21,7 @@ __all__ = ["app"]
 @command(app, "build-sets")
 def build_sets(
     session: Session,
-    name: opt.Name,
+    name: cur.MaybeName = None,
     source: opt.SomeSources = None,
     model: opt.Model = None,
     pretrained: opt.Pretrained = None,
@@ -55,21 +57,46 @@ def build_sets(
     denoise: opt.Denoise = 25,
     guidance: opt.Guidance = None,
     device: opt.Device = "auto",
+    names: cur.Names = None,
+    metadata: cur.Metadata = None,
+    url_col: cur.UrlColumn = "URL",
+    distributor: cur.DistributorOption = Distributor.MULTIPROCESSING,
+    processes: cur.Processes = None,
+    timeout: cur.Timeout = 10,
+    retries: cur.Retries = 1,
+    img2dataset: cur.Img2dataset = None,
+    min_similarity: cur.MinSimilarity = None,
+    near_duplicates: cur.NearDuplicates = None,
+    replay: cur.Replay = False,
 ) -> None:
     """Curate a forget set, a retain set and evaluation sets.
 
     Example: slsgu build-sets facebook -m local-dir:clip -s 'laion/*.tar' --eval brands=test.parquet
     """
+    from slsgu_cli import show
     from slsgu_cli.build import BuildRequest
-    from slsgu_cli.build import build_sets as build
+    from slsgu_cli.curation import asking, building, printing
+    from slsgu_cli.curation.concepts import read_names
+    from slsgu_cli.curation.records import DownloadOptions, Screening
     from slsgu_cli.errors import UsageError
 
+    if replay:
+        from slsgu_cli.curation.replay import replay as build_again
+
+        again = asking.check_replay(name, [source, model, metadata, names, match, evaluation])
+        printing.replayed(
+            session.console, build_again(session.store, again, console=session.console)
+        )
+        return
+    if (name is None) == (names is None):
+        raise UsageError("build-sets needs either NAME or --names FILE")
+    concepts = read_names(names) if names else []
     spec = opt.model_spec(model, pretrained)
     if spec is None:
         raise UsageError("build-sets needs the model the sets are for", hint="--model MODEL")
     request = BuildRequest(
-        name=name,
-        concept=concept or name,
+        name=name or concepts[0].name,
+        concept=concept or name or concepts[0].name,
         model=spec,
         sources=source or (),
         match=match or (),
@@ -87,6 +114,7 @@ def build_sets(
         caption_column=caption_column,
         label_column=label_column,
         seed=seed,
+        screening=Screening(min_similarity=min_similarity, near_duplicates=near_duplicates),
     )
     if generate:
         from slsgu_cli.generation.genset import SourceRequest, forgetting_generated
@@ -103,10 +131,26 @@ def build_sets(
             device=device,
         )
         request = forgetting_generated(session.store, request, images, console=session.console)
-    manifest = build(session.store, request, console=session.console)
-    from slsgu_cli import show
-
-    show.manifest(session.console, manifest)
+    request = asking.with_collection(
+        request,
+        concepts,
+        metadata=metadata or (),
+        url_column=url_col,
+        download=DownloadOptions(
+            distributor=distributor,
+            processes=processes,
+            timeout=timeout,
+            retries=retries,
+            command=img2dataset,
+        ),
+    )
+    store, console = session.store, session.console
+    if not concepts:
+        show.manifest(console, building.build(store, request, console=console))
+        return
+    built, failed = building.build_many(store, request, concepts, console=console)
+    printing.manifests(console, built)
+    building.require_all(failed)
 
 
 @command(app, "grad")
@@ -417,6 +461,7 @@ def demo(
 
 # Commands of subpackages register themselves as they are imported.
 import slsgu_cli.baselines.cli  # noqa: E402
+import slsgu_cli.curation.cli  # noqa: E402
 import slsgu_cli.generation.cli  # noqa: E402
 import slsgu_cli.report.cli  # noqa: E402
 import slsgu_cli.several.cli  # noqa: E402

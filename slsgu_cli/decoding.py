@@ -4,14 +4,14 @@ PIL lets go of the interpreter lock while it decodes and resizes, so threads are
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from slsgu_cli.preprocess import DecodeError, Pixels
+from slsgu_cli.ahead import cores
+from slsgu_cli.preprocess import DecodeError, Picture, Pixels
 
 T = TypeVar("T")
 AHEAD = 4
@@ -21,13 +21,15 @@ AHEAD = 4
 class Decoded:
     """One image, or the reason why there is none.
 
-    `digest` names the pixels, `source_digest` the encoded bytes.
+    `digest` names the pixels, `source_digest` the encoded bytes; `oddities` says what was
+    odd about an image that can be used.
     """
 
     pixels: Pixels | None
     reason: str | None
     digest: bytes
     source_digest: bytes
+    oddities: tuple[str, ...] = ()
 
     def without_pixels(self) -> "Decoded":
         """Return the same without the image, to remember it by."""
@@ -35,7 +37,7 @@ class Decoded:
 
 
 def decode_in_order(
-    encoded: Iterable[tuple[T, bytes | None]], decode: Callable[[bytes], Pixels]
+    encoded: Iterable[tuple[T, bytes | None]], decode: Callable[[bytes], Picture]
 ) -> Iterator[tuple[T, Decoded]]:
     """Yield (tag, result) for every (tag, encoded image), in order.
 
@@ -58,19 +60,18 @@ def decode_in_order(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def pixel_digest(pixels: Pixels) -> bytes:
+    """Return what names an image by its pixels."""
+    return hashlib.sha256(pixels.tobytes()).digest()
 
 
-def _decode_one(data: bytes | None, decode: Callable[[bytes], Pixels]) -> Decoded:
+def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
     if data is None:
         return Decoded(None, "no image", b"", b"")
     source = hashlib.blake2b(data, digest_size=16).digest()
     try:
-        pixels = decode(data)
+        picture = decode(data)
     except DecodeError as error:
         return Decoded(None, error.reason, b"", source)
-    return Decoded(pixels, None, hashlib.sha256(pixels.tobytes()).digest(), source)
+    digest = pixel_digest(picture.pixels)
+    return Decoded(picture.pixels, None, digest, source, picture.oddities)

@@ -9,16 +9,25 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from slsgu_cli.samples import Origin
+
+BEYOND = "beyond --max-forget"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Candidate:
-    """A row that was drawn; candidates sort by their place in the seeded order."""
+    """A row that was drawn; candidates sort by their place in the seeded order.
+
+    `cleaned` says that the caption had control characters in it.
+    """
 
     priority: int
     file: int
     index: int
     key: str
     caption: str
+    cleaned: bool = False
+    origin: Origin | None = None
 
 
 def priority(seed: int, identity: str) -> int:
@@ -26,6 +35,21 @@ def priority(seed: int, identity: str) -> int:
     salt = str(seed).encode()[:64]
     data = identity.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big")
+
+
+def first_met(file: str, row: int) -> str:
+    """Return what decides the place in the draw of a row that was first met there."""
+    return f"{tail(file)}\0{row}"
+
+
+def line_for(wanted: int) -> int:
+    """Return how many rows to have in line, so that every other one may be unusable."""
+    return 2 * wanted + 1000
+
+
+def tail(path: str) -> str:
+    """Return a file's name and its folder's: what is left of a path when a source moves."""
+    return "/".join(path.rsplit("/", 2)[-2:])
 
 
 class Draw:

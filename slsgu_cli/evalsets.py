@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -23,7 +23,7 @@ from slsgu_cli.prompts import (
     parse_templates,
 )
 from slsgu_cli.records import DataRef, encode
-from slsgu_cli.samples import Columns, Reader
+from slsgu_cli.samples import Columns, Origin, Reader
 from slsgu_cli.set_writer import BlockWriter, block_writer
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.sources import RowId, fetch, parse_source, scan
@@ -37,6 +37,7 @@ class LabelledRow:
     key: str
     caption: str | None
     label: int
+    origin: Origin | None = None
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class EvalPlan:
     seen: int
     refused: Counter[str]
     block: DataBlock | None = None
+    noted: Counter[str] = field(default_factory=Counter)
 
     def rows_of(self, concept: str) -> int | None:
         """Return how many rows show the concept; None if it is no class of this set."""
@@ -142,7 +144,7 @@ def _labelled(
 ) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
     """Return class names, rows that have a class, how many rows were seen, and refusals."""
     refused: Counter[str] = Counter()
-    found: list[tuple[RowId, str, str | None, str]] = []
+    found: list[tuple[RowId, str, str | None, str, Origin]] = []
     seen = 0
     with shop.console.progress("reading labels", None) as ticker:
         for number, row in scan(readers, refused, tick=ticker.advance):
@@ -150,17 +152,18 @@ def _labelled(
             if row.label is None or not row.has_image:
                 refused["no label" if row.label is None else "no image"] += 1
             else:
-                found.append(((number, row.index), row.key, row.caption, row.label))
+                origin = row.origin or Origin(readers[number].path, row.index)
+                found.append(((number, row.index), row.key, row.caption, row.label, origin))
     if not found:
         raise InputError(
             f"no row of {source} can be evaluated on: {seen} rows, {counted(refused) or 'none'}",
             hint="name the label column with --label-column, or give a folder of class folders; "
             "check the filter behind the question mark",
         )
-    names, index = class_indices(known, {label for *_, label in found})
+    names, index = class_indices(known, {label for *_, label, _ in found})
     rows = {
-        place: LabelledRow(key, caption, index[label])
-        for place, key, caption, label in found
+        place: LabelledRow(key, caption, index[label], origin)
+        for place, key, caption, label, origin in found
         if label in index
     }
     refused["unknown label"] += len(found) - len(rows)
@@ -187,7 +190,9 @@ def _decode_into(writer: BlockWriter, shop: Workshop, plan: EvalPlan, title: str
                 caption=row.caption,
                 label=row.label,
                 source_digest=decoded.source_digest,
+                origin=row.origin,
             )
+            plan.noted.update(decoded.oddities)
     plan.refused["unreadable"] += len(plan.rows) - met
 
 
@@ -197,6 +202,7 @@ def _attributes(shop: Workshop, plan: EvalPlan) -> dict[str, Any]:
         "sources": [plan.source],
         "seen": plan.seen,
         "refused": {reason: count for reason, count in plan.refused.items() if count},
+        "noted": dict(sorted(plan.noted.items())),
         "class_names": list(plan.class_names),
         "templates": list(plan.templates),
         "input": encode(shop.spec),

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.batches import pixel_normalizer, read_ahead, spans, text_features, to_tokens
+from slsgu_cli.ahead import read_ahead
+from slsgu_cli.batches import pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.losses import GroupedLoss, contrastive, cosine_forget, sigmoid

@@ -112,6 +112,11 @@ def verification_path(name: str) -> str:
     return f"verifications/{check_name(name)}.json"
 
 
+def collection_path(folder: str) -> str:
+    """Return where the collection of samples in `folder` is described."""
+    return f"{folder}.json"
+
+
 def plot_path(name: str, kind: str) -> str:
     """Return where a plot of the set `name` lies."""
     return f"plots/{check_name(name)}-{kind}.png"

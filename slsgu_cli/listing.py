@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
+from slsgu_cli.curation.records import Collection
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
@@ -51,8 +52,8 @@ class Entry:
 
 
 _FOLDERS = tuple(sorted({folder for folder, _, _ in PLACES.values()} | {"data", "plots"}))
-# Kinds whose record has a folder of pictures beside it, of the same name.
-_WITH_PICTURES = (Kind.GENERATED, Kind.GENERATION, Kind.ANSWERS)
+# Kinds whose record has a folder beside it, of the same name.
+_WITH_FOLDER = (Kind.COLLECTION, Kind.GENERATED, Kind.GENERATION, Kind.ANSWERS)
 
 
 def entries(store: Store) -> list[Entry]:
@@ -74,7 +75,7 @@ def _records(shelf: Shelf) -> Iterator[Entry]:
         for name, record in shelf.read[kind].items():
             path = f"{folder}/{name}{suffix}"
             size = _size(shelf.store, path)
-            if kind in _WITH_PICTURES:
+            if kind in _WITH_FOLDER:
                 size += _size(shelf.store, f"{folder}/{name}")
             if isinstance(record, SlsguError):
                 yield Entry(kind, name, path, size, {}, State.DAMAGED, record.message)
@@ -100,6 +101,11 @@ def _data(shelf: Shelf) -> Iterator[Entry]:
         if state is State.OK and path not in users and shelf.complete(Kind.SET):
             state, reason = State.UNREFERENCED, "no set refers to it"
         yield Entry(Kind.DATA, name, path, _size(shelf.store, path), made_from, state, reason)
+
+
+def _about_collection(collection: Collection) -> dict[str, str]:
+    found = {name: f"{tried.found} rows" for name, tried in collection.concepts.items()}
+    return {"files": str(collection.files), "rows": str(collection.seen), **found}
 
 
 def _about_set(manifest: SetManifest) -> dict[str, str]:
@@ -201,6 +207,7 @@ def _change(before: Accuracy | None, after: Accuracy) -> str:
 
 
 _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
+    Kind.COLLECTION: _about_collection,
     Kind.SET: _about_set,
     Kind.POINTER: _about_pointer,
     Kind.GRADIENT: _about_gradient,
@@ -234,6 +241,12 @@ def _unfinished(store: Store) -> Iterator[Entry]:
             reason = "a write under way, or what a killed process left"
             size = _size(store, path)
             yield Entry(Kind.UNFINISHED, name, path, size, {}, State.UNREFERENCED, reason)
+    folders = [name for name in store.names("collections") if not name.endswith(".json")]
+    for name in sorted(set(folders) - set(store.names("collections", ".json"))):
+        path = f"collections/{name}"
+        reason = "a collection under way; the same build-sets goes on with it"
+        size = _size(store, path)
+        yield Entry(Kind.UNFINISHED, name, path, size, {}, State.UNREFERENCED, reason)
 
 
 def _size(store: Store, path: str) -> int:

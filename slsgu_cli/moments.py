@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from slsgu_cli.batches import by_length, pixel_normalizer, read_ahead, spans, to_tokens
+from slsgu_cli.ahead import read_ahead
+from slsgu_cli.batches import by_length, pixel_normalizer, spans, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.naming import tower_of
 from slsgu_cli.records import InputSpec, Tower

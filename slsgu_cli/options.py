@@ -75,7 +75,8 @@ ImageColumn = Annotated[
     str | None, typer.Option("--image-column", help="Parquet column of images.")
 ]
 CaptionColumn = Annotated[
-    str | None, typer.Option("--caption-column", help="Parquet column of captions.")
+    str | None,
+    typer.Option("--caption-column", "--caption-col", help="Parquet column of captions."),
 ]
 LabelColumn = Annotated[
     str | None, typer.Option("--label-column", help="Column of evaluation labels.")

@@ -6,69 +6,24 @@ written in the order of the draw, so that neighbours in the source do not share 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slsgu_cli.decoding import Decoded, decode_in_order
-from slsgu_cli.draw import Candidate, Draw, by_file, identities, priority
+from slsgu_cli.draw import BEYOND, Candidate, by_file, identities
 from slsgu_cli.errors import InputError
 from slsgu_cli.records import DataRef, digest, encode
-from slsgu_cli.samples import Reader, Row
 from slsgu_cli.scratch import Scratch, scratch
 from slsgu_cli.set_writer import block_writer
 from slsgu_cli.sets import DataBlock
-from slsgu_cli.sources import RowId, fetch, scan
+from slsgu_cli.sources import RowId, fetch
+from slsgu_cli.tally import Tally
 from slsgu_cli.workshop import Workshop, block_path, counted, file_recipe, reference, text_digest
 
-TAKE = ""
 SAME_AS_FORGET = "same image as a forget row"
-BEYOND = "beyond --max-forget"
-# What a caption is refused for; TAKE if it qualifies, None if it is of no concern.
-Rule = Callable[[str], str | None]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What the first pass found for one set."""
-
-    role: str
-    rule: Rule
-    wanted: int | None
-    sources: Sequence[str]
-    readers: Sequence[Reader]
-    seen: int = 0
-    captions: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    draw: Draw = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Twice what is wanted: every other row may be broken before the set comes out short.
-        self.draw = Draw(None if self.wanted is None else 2 * self.wanted + 1000)
-
-    def meet(self, number: int, row: Row, seed: int) -> None:
-        """Take one row of the source into account."""
-        self.seen += 1
-        reader = self.readers[number]
-        caption = row.caption
-        if caption is None and reader.labels_are_captions and row.label:
-            caption = " ".join(row.label.replace("_", " ").split())
-        if not caption:
-            self.refused["no caption"] += 1
-            return
-        self.captions += 1
-        if len(self.examples) < 3:
-            self.examples.append(caption)
-        verdict = self.rule(caption)
-        if verdict == TAKE and not row.has_image:
-            verdict = "no image"
-        if verdict == TAKE:
-            shard = "/".join(reader.path.rsplit("/", 2)[-2:])
-            place = priority(seed, f"{shard}\0{row.index}\0{row.key}")
-            self.draw.offer(Candidate(place, number, row.index, row.key, caption))
-        elif verdict is not None:
-            self.refused[verdict] += 1
+CLEANED = "control characters in the caption"
+SAME_KEY = "key of another row too"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +33,6 @@ class Kept:
     candidate: Candidate
     number: int
     decoded: Decoded
-
-
-def first_pass(
-    shop: Workshop, readers: Sequence[Reader], tallies: Sequence[Tally], seed: int
-) -> None:
-    """Read every caption of a source once, for all the sets drawn from it."""
-    trouble: Counter[str] = Counter()
-    with shop.console.progress("reading captions", None) as ticker:
-        for number, row in scan(readers, trouble, tick=ticker.advance):
-            for tally in tallies:
-                tally.meet(number, row, seed)
-    for tally in tallies:
-        tally.refused.update(trouble)
 
 
 def build_pairs(
@@ -114,8 +56,9 @@ def build_pairs(
     refused = tally.refused + Counter(found.attributes["refused"])
     if tally.role == "forget":
         taken = found.rows + sum(found.attributes["refused"].values())
-        refused[BEYOND] = max(0, tally.draw.offered - taken)
-    return reference(path, found, seen=tally.seen, refused=refused, sources=tally.sources), found
+        refused[BEYOND] += max(0, tally.draw.offered - taken)
+    seen = tally.upstream.seen if tally.upstream else tally.seen
+    return reference(path, found, seen=seen, refused=refused, sources=tally.sources), found
 
 
 def _recipe(
@@ -128,6 +71,7 @@ def _recipe(
         "tokens": [shop.spec.tokenizer, shop.spec.context_length],
         "seed": seed,
         "wanted": tally.wanted,
+        "screen": shop.screen.recipe if shop.screen else None,
         # The rows in line stand for the patterns: patterns that choose alike make one set.
         "rows": text_digest(identities(candidates)),
     }
@@ -168,17 +112,28 @@ def _make(
                     key=row.candidate.key,
                     caption=row.candidate.caption,
                     source_digest=row.decoded.source_digest,
+                    origin=row.candidate.origin,
                 )
             attributes = {
                 "role": tally.role,
                 "sources": list(tally.sources),
                 "seen": tally.seen,
                 "refused": dict(refused),
+                "noted": _noted(kept),
                 "input": encode(shop.spec),
                 "recipe": recipe,
             }
             writer.finish(shop.tokens(writer.captions), attributes)
     return path, DataBlock.at(shop.store, path)
+
+
+def _noted(kept: Sequence[Kept]) -> dict[str, int]:
+    """Count what is odd about rows that were kept, by what it is."""
+    keys = Counter(row.candidate.key for row in kept)
+    noted = Counter(what for row in kept for what in row.decoded.oddities)
+    noted[CLEANED] = sum(row.candidate.cleaned for row in kept)
+    noted[SAME_KEY] = sum(keys[row.candidate.key] > 1 for row in kept)
+    return {what: count for what, count in sorted(noted.items()) if count}
 
 
 def _second_pass(
@@ -194,23 +149,34 @@ def _second_pass(
     refused: Counter[str] = Counter()
     met: set[tuple[bytes, str]] = set()
     start = 0
+    look = shop.screen.start() if shop.screen else None
     while len(kept) < wanted and start < len(candidates):
         missing = wanted - len(kept)
         # A few more than are missing, so that one round is enough where few are broken.
         line = candidates[start : start + missing + max(16, missing // 32)]
         start += len(line)
         found = _decode_round(shop, tally, line, images)
+        if look:
+            look.see(_whole(line, found), images.get)
         for candidate in line:
             if len(kept) == wanted:
                 break
             number, decoded = found.get((candidate.file, candidate.index), (-1, None))
             reason = _refusal(candidate, decoded, met, avoid)
+            if look and not reason:
+                reason = look.refusal(number)
             if decoded is None or reason:
                 refused[reason or "unreadable"] += 1
                 continue
             met.add((decoded.source_digest, candidate.caption))
             kept.append(Kept(candidate, number, decoded))
     return kept, refused
+
+
+def _whole(line: Sequence[Candidate], found: Mapping[RowId, tuple[int, Decoded]]) -> dict[int, str]:
+    """Return the captions of the images that could be decoded, by the image's number."""
+    places = ((found.get((c.file, c.index), (-1, None))[0], c.caption) for c in line)
+    return {number: caption for number, caption in places if number >= 0}
 
 
 def _refusal(

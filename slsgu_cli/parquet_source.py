@@ -20,6 +20,7 @@ from slsgu_cli.samples import (
     LABEL_FIELDS,
     Columns,
     Filters,
+    Origin,
     Row,
     as_text,
     file_identity,
@@ -53,9 +54,10 @@ class ParquetSource:
             caption = self._find(names, "caption", self.columns.caption, CAPTION_FIELDS)
             label = self._find(names, "label", self.columns.label, LABEL_FIELDS)
             key = _detect(names, ("key", "__key__", "id"))
+            url = _detect(names, ("url",))
             for name in self.filters:
                 self._require(names, name)
-            wanted = {*self.filters, *filter(None, (caption, label, key))}
+            wanted = {*self.filters, *filter(None, (caption, label, key, url))}
             stem = self.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
             for index, fields in enumerate(_records(file, sorted(wanted))):
                 if passes(self.filters, fields):
@@ -64,6 +66,7 @@ class ParquetSource:
                         as_text(fields.get(key)) or f"{stem}:{index}",
                         as_text(fields.get(caption)),
                         as_text(fields.get(label)),
+                        origin=_origin(self.path, index, fields.get(url)),
                     )
 
     def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
@@ -133,6 +136,10 @@ def _detect(names: list[str], usual: Sequence[str]) -> str | None:
     """Return the first column with one of the usual names, whatever its case."""
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in usual if name in lower), None)
+
+
+def _origin(path: str, index: int, url: Any) -> Origin | None:
+    return Origin(path, index, as_text(url)) if url else None
 
 
 def _records(file: pq.ParquetFile, columns: list[str]) -> Iterator[dict[Any, Any]]:

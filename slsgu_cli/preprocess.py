@@ -9,6 +9,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,21 @@ DECODE_ERRORS = (
     zlib.error,
 )
 
+# What is kept though it is odd, and counted: each is read as open_clip reads it.
+ROTATED = "rotated by EXIF, taken as stored"
+ANIMATED = "animated, first frame taken"
+TRANSPARENT = "alpha dropped"
+CMYK = "CMYK converted"
+ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image, uint8 (height, width, 3), and what was odd about its file."""
+
+    pixels: Pixels
+    oddities: tuple[str, ...] = ()
+
 
 class DecodeError(ValueError):
     """An image that cannot be used; `reason` is what it is counted under."""
@@ -44,23 +60,25 @@ class DecodeError(ValueError):
         self.reason = reason
 
 
-def decoder(spec: InputSpec) -> Callable[[bytes], Pixels]:
-    """Return a function from an encoded image to uint8 pixels (height, width, 3).
+def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
+    """Return a function from an encoded image to its pixels at the model's input size.
 
     It may be called from several threads. It raises DecodeError.
     """
     stages = _pil_stages(spec)
 
-    def decode(encoded: bytes) -> Pixels:
+    def decode(encoded: bytes) -> Picture:
         if not encoded:
             raise DecodeError("empty file")
         try:
             with Image.open(io.BytesIO(encoded)) as opened:
                 _check_shape(opened.size, spec)
+                oddities = _oddities(opened)
+                _check_depth(opened)
                 image: Any = opened
                 for stage in stages:
                     image = stage(image)
-                return np.asarray(image, dtype=np.uint8)
+                return Picture(np.asarray(image, dtype=np.uint8), oddities)
         except Image.DecompressionBombError as error:
             raise DecodeError("decompression bomb") from error
         except UnidentifiedImageError as error:
@@ -99,3 +117,22 @@ def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:
     scale = max(spec.width / width, spec.height / height)
     if scale * width * scale * height > limit:
         raise DecodeError("extreme shape")
+
+
+def _check_depth(image: Image.Image) -> None:
+    """Refuse grey values above 255: open_clip would turn all of them to white."""
+    if image.mode[0] not in "IF":
+        return
+    highest: Any = image.getextrema()[1]
+    if highest > 255:
+        raise DecodeError("more than 8 bits a pixel")
+
+
+def _oddities(image: Image.Image) -> tuple[str, ...]:
+    found = {
+        CMYK: image.mode == "CMYK",
+        TRANSPARENT: image.has_transparency_data,
+        ANIMATED: getattr(image, "is_animated", False),
+        ROTATED: image.getexif().get(ORIENTATION, 1) not in (0, 1),
+    }
+    return tuple(what for what, here in found.items() if here)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from shlex import quote
 from typing import Any, TypeVar
@@ -106,7 +106,8 @@ class InputSpec:
 class DataRef:
     """A block of rows in the store: where it lies, what is in it, what was left out.
 
-    `refused` counts rows by the reason they were not kept.
+    `refused` counts rows by the reason they were not kept, `noted` rows that were kept
+    though something about them is odd.
     """
 
     path: str
@@ -115,6 +116,7 @@ class DataRef:
     seen: int
     refused: dict[str, int]
     sources: tuple[str, ...]
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class SetManifest:
     rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
     set knows the concept, and the forget set's own images stand in, classified among
     the classes of the first evaluation set and the concept itself. `command` has the
-    words of the command line that builds the same set again.
+    words of the command line that builds the same set again, `request` all that this
+    command stands for.
     """
 
     name: str
@@ -140,6 +143,7 @@ class SetManifest:
     seed: int
     command: tuple[str, ...]
     version: str
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -446,7 +450,9 @@ def _build(kind: Any, value: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         inner = next(argument for argument in arguments if argument is not type(None))
         return None if value is None else _build(inner, value)
-    if origin is tuple:
+    if kind is Any:
+        return value
+    if origin in (tuple, Sequence):
         return tuple(_build(arguments[0], item) for item in _checked(value, list, tuple))
     if origin is dict:
         return {key: _build(arguments[1], item) for key, item in _checked(value, dict).items()}

@@ -5,6 +5,7 @@ image; the second yields the encoded images of the rows that were chosen, in the
 they lie in. So a source of any size is read in constant memory.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ IMAGE_SUFFIXES = frozenset(
 CAPTION_FIELDS = ("caption", "text")
 LABEL_FIELDS = ("label", "concept", "class", "cls")
 Filters = dict[str, frozenset[str]]
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +38,27 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sample was first met: a file, the row in it, and the URL of the image."""
+
+    file: str
+    row: int
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One sample without its image; `index` is its place in the file, filters aside."""
+    """One sample without its image; `index` is its place in the file, filters aside.
+
+    `origin` is set where the file is not where the sample was first met, or has URLs.
+    """
 
     index: int
     key: str
     caption: str | None
     label: str | None
     has_image: bool = True
+    origin: Origin | None = None
 
 
 class Reader(Protocol):
@@ -89,6 +104,14 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     return (str(value).strip() or None) if value is not None else None
+
+
+def printable(text: str) -> str:
+    """Return `text` with NULs, other controls and halves of characters as spaces.
+
+    Tokenizers would take them for letters, or fail. Line breaks stay: they are white space.
+    """
+    return _UNPRINTABLE.sub(" ", text).strip()
 
 
 def passes(filters: Filters, fields: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from slsgu_cli.samples import Origin
 from slsgu_cli.sets import Ints, Pixels
 from slsgu_cli.store import Store
 
@@ -46,6 +47,7 @@ class BlockWriter:
         self._texts: dict[str, list[str]] = {"keys": [], "captions": []}
         self._labels: list[int] = []
         self._digests: list[bytes] = []
+        self._origins: list[Origin | None] = []
         self._content = hashlib.sha256(repr((height, width)).encode())
 
     @property
@@ -62,6 +64,7 @@ class BlockWriter:
         caption: str | None = None,
         label: int = -1,
         source_digest: bytes = bytes(DIGEST_BYTES),
+        origin: Origin | None = None,
     ) -> None:
         """Append a row. `digest` names the pixels, `source_digest` the encoded image."""
         self._chunk[self.rows % len(self._chunk)] = image
@@ -70,6 +73,7 @@ class BlockWriter:
         self._texts["captions"].append(caption or "")
         self._labels.append(label)
         self._digests.append(source_digest)
+        self._origins.append(origin)
         self._content.update(digest)
         if self.rows % len(self._chunk) == 0:
             self._write(len(self._chunk))
@@ -91,8 +95,10 @@ class BlockWriter:
             "source_digests",
             np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
         )
-        for name, texts in self._texts.items():
-            self._put(name, np.frombuffer(_pack(texts), dtype=np.uint8))
+        origins = [None if o is None else [o.file, o.row, o.url] for o in self._origins]
+        lists: dict[str, Sequence[Any]] = {**self._texts, "origins": origins}
+        for name, values in lists.items():
+            self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
         for part in (tokens.astype("<i4").tobytes(), labels.astype("<i4").tobytes()):
             self._content.update(part)
         measured = [attributes.get("class_names", []), attributes.get("templates", [])]
@@ -163,5 +169,5 @@ def _create(
     )
 
 
-def _pack(texts: Sequence[str]) -> bytes:
-    return json.dumps(texts).encode()
+def _pack(values: Sequence[Any]) -> bytes:
+    return json.dumps(values).encode()

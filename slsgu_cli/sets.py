@@ -18,13 +18,14 @@ from zarr.storage import LocalStore
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records import DataRef
+from slsgu_cli.samples import Origin
 from slsgu_cli.store import Store
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 Digests = npt.NDArray[np.uint8]
 
-ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests")
+ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
 # What zarr and its codecs raise on a group that is cut short, altered or no group.
 DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
@@ -120,12 +121,18 @@ class DataBlock:
     @cached_property
     def keys(self) -> list[str]:
         """What each row is called in its source."""
-        return _unpack(self._read("keys"))
+        return [str(key) for key in _unpack(self._read("keys"))]
 
     @cached_property
     def captions(self) -> list[str]:
         """The caption of each row; empty where it has none."""
-        return _unpack(self._read("captions"))
+        return [str(caption) for caption in _unpack(self._read("captions"))]
+
+    @cached_property
+    def origins(self) -> list[Origin | None]:
+        """Where each row was first met; None where nothing but the key is known of it."""
+        found = _unpack(self._read("origins"))
+        return [None if origin is None else Origin(*origin) for origin in found]
 
     @cached_property
     def source_digests(self) -> Digests:
@@ -166,5 +173,5 @@ def _undamaged(where: str) -> Iterator[None]:
         ) from error
 
 
-def _unpack(data: npt.NDArray[np.uint8]) -> list[str]:
-    return [str(text) for text in json.loads(data.tobytes())]
+def _unpack(data: npt.NDArray[np.uint8]) -> list[Any]:
+    return list(json.loads(data.tobytes()))

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
+from slsgu_cli.curation.records import Collection
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
@@ -31,6 +32,7 @@ from slsgu_cli.verification.records import Verification
 class Kind(StrEnum):
     """Kinds of artifact, in the order in which one is made from another."""
 
+    COLLECTION = "collection"
     SET = "set"
     DATA = "data"
     POINTER = "pointer"
@@ -64,6 +66,7 @@ class State(StrEnum):
 
 # Which records lie where. Data blocks and plots have no record of ours.
 PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
+    Kind.COLLECTION: ("collections", ".json", Collection),
     Kind.SET: ("sets", ".json", SetManifest),
     Kind.POINTER: ("gradients", ".json", GradientPointer),
     Kind.GRADIENT: ("gradients", ".safetensors", GradientHeader),
@@ -140,6 +143,15 @@ REWHITENED = "the retain set that whitened its direction was built anew since"
 
 def _stale(reason: str) -> Check:
     return State.STALE, reason
+
+
+def _check_collection(shelf: Shelf, name: str, collection: Collection) -> Check:
+    held = set(shelf.store.names(f"collections/{name}/parts"))
+    tried = [*collection.concepts.values(), collection.retain]
+    for shard in sorted({shard for one in tried for shard in one.shards}):
+        if shard not in held:
+            return State.DAMAGED, f"its shard {shard} is missing"
+    return GOOD
 
 
 def _check_set(shelf: Shelf, _name: str, manifest: SetManifest) -> Check:
@@ -279,6 +291,7 @@ def _as_pointer(shelf: Shelf, name: str, pointer: GradientPointer | None) -> Che
 
 
 CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
+    Kind.COLLECTION: _check_collection,
     Kind.SET: _check_set,
     Kind.POINTER: _check_pointer,
     Kind.GRADIENT: _check_gradient,

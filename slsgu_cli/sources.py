@@ -55,7 +55,7 @@ def open_source(source: Source, columns: Columns) -> list[Reader]:
     Raises MissingError where nothing is there, InputError where it is no known source.
     """
     readers: list[Reader] = []
-    for path in _expand(source):
+    for path in expand(source):
         readers.extend(_readers(path, source, columns))
     return readers
 
@@ -86,7 +86,8 @@ def fetch(
                 yield (number, index), data
 
 
-def _expand(source: Source) -> list[str]:
+def expand(source: Source) -> list[str]:
+    """Return the files and folders that a source names. Raises MissingError or InputError."""
     paths: list[str] = []
     for pattern in _ranges(source.path):
         try:

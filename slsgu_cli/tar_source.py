@@ -22,6 +22,7 @@ from slsgu_cli.samples import (
     LABEL_FIELDS,
     Columns,
     Filters,
+    Origin,
     Row,
     as_text,
     file_identity,
@@ -31,9 +32,13 @@ from slsgu_cli.samples import (
 
 MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 TEXT_SUFFIXES = frozenset(("txt", "json", "cls"))
+# Fields by which a collected sample tells where it comes from.
+ORIGIN_FILE, ORIGIN_ROW = "origin_file", "origin_row"
 TRUNCATED = "truncated shard"
 BROKEN = (tarfile.TarError, EOFError, zlib.error)
-Group = tuple[int, str, dict[str, bytes | None]]
+Members = dict[str, bytes | None]
+# Place, key, members by suffix (None: not read), and what reads one of these after all.
+Group = tuple[int, str, Members, Callable[[str], bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +62,33 @@ class TarSource:
         """
         fields_seen: set[str] = set()
         groups = self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble)
-        for index, key, members in groups:
-            fields = self._fields(key, members)
-            fields_seen.update(fields)
-            if passes(self.filters, fields):
-                image = any(suffix in IMAGE_SUFFIXES for suffix in members)
-                caption, label = as_text(fields["caption"]), as_text(fields["label"])
-                yield Row(index, key, caption, label, image)
+        for index, key, members, _ in groups:
+            row = self._row(index, key, members, fields_seen)
+            if row is not None:
+                yield row
         for name in self.filters:
             if fields_seen and name not in fields_seen:
                 raise no_column(
                     self.path, f"field {name}", sorted(fields_seen), "correct the filter's name"
                 )
+
+    def select(
+        self, wants: Callable[[Row], bool], trouble: Counter[str]
+    ) -> Iterator[tuple[Row, bytes | None]]:
+        """Yield the wanted rows with their encoded images, the shard being read once.
+
+        An image mostly comes before its caption. A local shard is gone back in for it; of
+        one that streams, the images of one sample at a time are held.
+        """
+        streams = self._mode() != "r:"
+        groups = self._groups(
+            lambda _, suffix: suffix in TEXT_SUFFIXES or (streams and suffix in IMAGE_SUFFIXES),
+            trouble,
+        )
+        for index, key, members, load in groups:
+            row = self._row(index, key, members)
+            if row is not None and wants(row):
+                yield row, _image(members, load)
 
     def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows."""
@@ -76,13 +96,30 @@ class TarSource:
         groups = self._groups(
             lambda index, suffix: suffix in IMAGE_SUFFIXES and index in wanted, Counter()
         )
-        for index, _, members in groups:
+        for index, _, members, load in groups:
             if index in wanted:
-                yield index, next((data for data in members.values() if data is not None), None)
+                yield index, _image(members, load)
             if index >= last:
                 return
 
-    def _fields(self, key: str, members: dict[str, bytes | None]) -> dict[str, Any]:
+    def _row(
+        self,
+        index: int,
+        key: str,
+        members: Members,
+        fields_seen: set[str] | None = None,
+    ) -> Row | None:
+        """Return the sample's row if it passes the filters; note the fields there are."""
+        fields = self._fields(key, members)
+        if fields_seen is not None:
+            fields_seen.update(fields)
+        if not passes(self.filters, fields):
+            return None
+        image = any(suffix in IMAGE_SUFFIXES for suffix in members)
+        caption, label = as_text(fields["caption"]), as_text(fields["label"])
+        return Row(index, key, caption, label, image, _origin(self.path, index, fields))
+
+    def _fields(self, key: str, members: Members) -> dict[str, Any]:
         """Return the sample's JSON fields, with its key, caption and label among them."""
         fields = _json(members.get("json"))
         columns = self.columns
@@ -98,7 +135,7 @@ class TarSource:
         return fields | {"key": key}
 
     def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
-        """Yield (index, key, {suffix: bytes or None}); `read` says which members to read."""
+        """Yield the shard's samples; `read` says which members to read."""
         started = False
         try:
             with (
@@ -127,7 +164,12 @@ class TarSource:
 
 
 def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator[Group]:
-    index, current, members = -1, "", dict[str, bytes | None]()
+    index, current, members, heads = -1, "", Members(), dict[str, tarfile.TarInfo]()
+
+    def load(suffix: str) -> bytes | None:
+        content = tar.extractfile(heads[suffix])
+        return content.read() if content else None
+
     while (member := tar.next()) is not None:
         # The module remembers every member it has met; a stream must not.
         tar.members.clear()  # type: ignore[attr-defined]
@@ -135,16 +177,26 @@ def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator
         if match is None or not member.isfile():
             continue
         key, suffix = match[1], match[2].lower()
-        if key != current:
+        # A key met twice in a row is two samples; none of them may swallow the other.
+        if key != current or suffix in members:
             if index >= 0:
-                yield index, current, members
-            index, current, members = index + 1, key, {}
-        content = tar.extractfile(member) if read(index, suffix) else None
-        members[suffix] = content.read() if content else None
+                yield index, current, members, load
+            index, current = index + 1, key
+            members, heads = {}, {}
+        heads[suffix] = member
+        members[suffix] = load(suffix) if read(index, suffix) else None
     if index >= 0:
-        yield index, current, members
+        yield index, current, members, load
     if getattr(tar.tarinfo, "broken_off", False):
         raise tarfile.ReadError("it breaks off")
+
+
+def _image(members: Members, load: Callable[[str], bytes | None]) -> bytes | None:
+    """Return the first image of a sample that has one."""
+    for suffix, data in members.items():
+        if suffix in IMAGE_SUFFIXES:
+            return load(suffix) if data is None else data
+    return None
 
 
 def _header() -> type[tarfile.TarInfo]:
@@ -165,6 +217,14 @@ def _header() -> type[tarfile.TarInfo]:
                 raise
 
     return Header
+
+
+def _origin(path: str, index: int, fields: dict[str, Any]) -> Origin | None:
+    """Return where a sample was downloaded or taken from, as its fields tell it."""
+    url, file, row = (fields.get(name) for name in ("url", ORIGIN_FILE, ORIGIN_ROW))
+    if isinstance(file, str) and isinstance(row, int):
+        return Origin(file, row, as_text(url))
+    return Origin(path, index, as_text(url)) if url else None
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

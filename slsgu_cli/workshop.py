@@ -4,21 +4,24 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
-from slsgu_cli.preprocess import Pixels
+from slsgu_cli.preprocess import Picture
 from slsgu_cli.records import DataRef, InputSpec, digest
 from slsgu_cli.samples import Reader
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
 
+if TYPE_CHECKING:
+    from slsgu_cli.curation.screening import Screen
+
 # Counts up when a block of the same recipe would come out differently.
-FORMAT = 1
+FORMAT = 2
 TEXTS_AT_ONCE = 1024
 Ints = npt.NDArray[np.int32]
 
@@ -30,8 +33,9 @@ class Workshop:
     store: Store
     console: Console
     spec: InputSpec
-    decode: Callable[[bytes], Pixels]
+    decode: Callable[[bytes], Picture]
     tokenize: Callable[[Sequence[str]], Ints]
+    screen: "Screen | None" = None
 
     def tokens(self, captions: Sequence[str]) -> Ints:
         """Return the token ids of captions, int32 (captions, length)."""
@@ -89,6 +93,7 @@ def reference(
         seen=seen,
         refused=counts,
         sources=tuple(sources),
+        noted=dict(block.attributes.get("noted", {})),
     )
 
 

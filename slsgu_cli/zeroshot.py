@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.batches import Pixels, by_length, read_ahead, spans
+from slsgu_cli.ahead import read_ahead
+from slsgu_cli.batches import Pixels, by_length, spans
 from slsgu_cli.metrics import class_means
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.towers import EMBED, SplitTower

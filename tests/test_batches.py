@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from slsgu_cli import batches, models
-from slsgu_cli.batches import pixel_normalizer, read_ahead, spans, text_features, to_tokens
+from slsgu_cli import ahead, batches, models
+from slsgu_cli.ahead import read_ahead
+from slsgu_cli.batches import pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.towers import text_tower
 
 
@@ -48,7 +49,7 @@ def test_reading_ahead_is_bounded():
     reading = read_ahead(lambda n: started.append(n) or n, range(1000))
     assert next(reading) == 0
     reading.close()
-    assert len(started) <= batches.AHEAD + 2
+    assert len(started) <= ahead.AHEAD + 2
 
 
 def test_reading_ahead_runs_beside_the_consumer():

@@ -1,11 +1,13 @@
 import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-from tiny_images import encoded, sample, shard, write_folder, write_parquet
+from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 
 import slsgu_cli.build as build
 from slsgu_cli import models
@@ -15,6 +17,7 @@ from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.layout import read_manifest
 from slsgu_cli.preprocess import decoder
 from slsgu_cli.records import ModelSpec
+from slsgu_cli.samples import Origin
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
 
@@ -117,7 +120,7 @@ def test_images_and_tokens_are_the_models(store, pairs):
     decode = decoder(models.input_spec(resolved))
     for row in (0, 7, 19):
         seed = int(forget.keys[row].removeprefix("row"))
-        assert np.array_equal(forget.images(row, row + 1)[0], decode(encoded(seed)))
+        assert np.array_equal(forget.images(row, row + 1)[0], decode(encoded(seed)).pixels)
     assert np.array_equal(forget.tokens, models.tokenizer(resolved)(forget.captions))
 
 
@@ -229,6 +232,57 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
     assert any("460 fewer than asked for" in line for line in ear.heard)
     # And the same again, from the blocks that stand.
     assert run(store, source, retain_samples=500, name="all") == everything
+
+
+def test_the_webs_mess_has_a_fate_for_everything(store, tmp_path):
+    whole = encoded(1, kind="JPEG")
+    bomb = bytearray(encoded(2))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    mess = {
+        "dog\nin two\nlines": whole,
+        "dog with a \0 NUL": encoded(3),
+        "dog \ud83d halved": encoded(4),
+        "cmyk dog": encoded(5, mode="CMYK", kind="JPEG"),
+        "dog in alpha": encoded(6, mode="RGBA"),
+        "dog of zero bytes": b"",
+        "dog that is HTML": b"<!doctype html><title>404</title>",
+        "dog cut short": whole[: len(whole) // 2],
+        "dog bomb": bytes(bomb),
+        "\0": encoded(7),
+        "a cat": encoded(8),
+    }
+    members = []
+    for number, (caption, image) in enumerate(mess.items()):
+        key = f"{number:05}" if number > 1 else "twice"
+        fields = json.dumps({"caption": caption, "url": f"http://web/{number}"}).encode()
+        members += [(f"{key}.jpg", image), (f"{key}.json", fields)]
+    shard = write_tar(tmp_path / "web.tar", members)
+    manifest = run(store, shard, retain_samples=1)
+    forget = DataBlock.open(store, manifest.forget)
+    assert set(forget.captions) == {
+        "dog\nin two\nlines",
+        "dog with a   NUL",
+        "dog   halved",
+        "cmyk dog",
+        "dog in alpha",
+    }
+    assert manifest.forget.refused == {
+        "no caption": 1,
+        "empty file": 1,
+        "not an image": 1,
+        "broken image": 1,
+        "decompression bomb": 1,
+    }
+    assert manifest.forget.noted == {
+        "CMYK converted": 1,
+        "alpha dropped": 1,
+        "control characters in the caption": 2,
+        "key of another row too": 2,
+    }
+    places = {origin.row: origin for origin in forget.origins}
+    assert places[1] == Origin(shard, 1, "http://web/1")
+    assert forget.captions[forget.origins.index(places[3])] == "cmyk dog"
 
 
 def test_a_retain_set_that_avoids_an_image_is_not_taken_for_one_that_does_not(store, tmp_path):

@@ -6,11 +6,11 @@ import pytest
 
 from slsgu_cli import decoding
 from slsgu_cli.decoding import decode_in_order
-from slsgu_cli.preprocess import DecodeError
+from slsgu_cli.preprocess import DecodeError, Picture
 
 
 def pixels(data: bytes):
-    return np.full((2, 2, 3), data[0], dtype=np.uint8)
+    return Picture(np.full((2, 2, 3), data[0], dtype=np.uint8))
 
 
 def test_order_is_kept_though_some_are_slow():

@@ -2,11 +2,11 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.matching import matcher
+from slsgu_cli.matching import folded, matcher
 
 WORDS = st.text(st.sampled_from("ab C+.#é1"), min_size=1, max_size=6).map(str.strip).filter(bool)
 GLUE = st.sampled_from([" ", "  ", ", ", "-", "!", "", "x", "_", "\n", "9"])
@@ -47,12 +47,37 @@ def test_whole_words_agree_with_a_search_by_hand(parts, tail, word):
         ("google play", "Google  Play store", "googleplay"),
         ("a.b", "an a.b thing", "an axb thing"),
         ("beyoncé", "BEYONCE\u0301 on stage", "beyonce"),
+        ("straße", "the STRASSE at night", "a strasbourg street"),
+        ("google", "the ＧＯＯＧＬＥ logo", "ｇｏｏｇｌｅｐｌａｙ"),
+        ("google", "Google™ and Google\u00ae", "googletm"),
+        ("google", "goo\u00adgle maps", "goo-gle maps"),
+        ("at&t", "an AT&amp;T store, AT&amp;amp;T", "at t"),
+        ("mcdonald's", "a McDONALD\u2019S sign", "mcdonalds"),
+        ("spider-man", "Spider\u2011Man, spider\u2013man", "spiderman"),
+        ("ΣΊΣΥΦΟΣ", "ο σίσυφος", "σίσυφοι"),
+        ("特斯拉", "一辆特斯拉汽车", "特斯"),
+        ("tesla", "新款Tesla汽车", "teslacoil"),
+        ("राम", "राम का घर", "रामायण"),
     ],
 )
 def test_names_with_odd_edges(pattern, yes, no):
     test = matcher([pattern])
     assert test(yes)
     assert not test(no)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Mn", "Mc"]), max_size=12))
+def test_folding_is_done_once_and_for_all(text):
+    # Entities aside: resolving them may make new ones.
+    text = text.replace("&", "")
+    assert folded(folded(text)) == folded(text)
+
+
+def test_regular_expressions_see_readable_text():
+    assert matcher([r"caf\u00e9s?\b"], regex=True)("ＣＡＦＥ\u0301S &amp; bars")
+    assert matcher(["(?-i:Apple)"], regex=True)("an Apple")
+    assert not matcher(["(?-i:Apple)"], regex=True)("an apple")
 
 
 def test_any_pattern_is_enough_and_none_matches_nothing():
@@ -70,3 +95,5 @@ def test_bad_patterns_are_usage_errors():
         matcher(["("], regex=True)
     with pytest.raises(UsageError, match="blank"):
         matcher(["  "])
+    with pytest.raises(UsageError, match="blank"):
+        matcher(["\u00ad"])

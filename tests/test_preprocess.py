@@ -9,7 +9,15 @@ from open_clip.transform import image_transform
 from PIL import Image
 from tiny_images import encoded
 
-from slsgu_cli.preprocess import DecodeError, decoder
+from slsgu_cli.preprocess import (
+    ANIMATED,
+    CMYK,
+    ORIENTATION,
+    ROTATED,
+    TRANSPARENT,
+    DecodeError,
+    decoder,
+)
 from slsgu_cli.records import InputSpec
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,7 +74,7 @@ def test_pixels_are_open_clips_to_the_bit(image, name):
         with pytest.raises(DecodeError, match="broken image"):
             decoder(wanted)(data)
         return
-    pixels = decoder(wanted)(data)
+    pixels = decoder(wanted)(data).pixels
     assert pixels.dtype == np.uint8
     assert pixels.shape == (wanted.height, wanted.width, 3)
     scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(255)
@@ -92,12 +100,63 @@ def test_every_failure_has_its_reason(monkeypatch):
         decode(jpeg)
 
 
+def oriented(orientation):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.open(io.BytesIO(encoded(1, (40, 20)))).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+def animation(kind):
+    buffer = io.BytesIO()
+    frames = [Image.open(io.BytesIO(encoded(seed))) for seed in (1, 2)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "oddities"),
+    [
+        (IMAGES["rgb"], ()),
+        (IMAGES["grayscale"], ()),
+        (IMAGES["cmyk"], (CMYK,)),
+        (IMAGES["rgba"], (TRANSPARENT,)),
+        (IMAGES["gray-alpha"], (TRANSPARENT,)),
+        (animation("GIF"), (ANIMATED,)),
+        (animation("WEBP"), (ANIMATED,)),
+        (animation("PNG"), (ANIMATED,)),
+        (oriented(6), (ROTATED,)),
+        (oriented(1), ()),
+    ],
+)
+def test_what_is_odd_is_kept_and_noted(data, oddities):
+    assert decoder(spec())(data).oddities == oddities
+
+
+def test_a_rotated_image_is_taken_as_it_is_stored():
+    stored = decoder(spec())(oriented(1)).pixels
+    assert np.array_equal(decoder(spec())(oriented(6)).pixels, stored)
+
+
+def test_grey_of_sixteen_bits_is_refused_where_it_would_turn_white():
+    grey = np.linspace(0, 65_535, 400).reshape(20, 20).astype(np.uint16)
+    for values, refused in ((grey, True), (grey // 257, False)):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        if refused:
+            with pytest.raises(DecodeError, match="more than 8 bits"):
+                decoder(spec())(buffer.getvalue())
+        else:
+            assert decoder(spec())(buffer.getvalue()).pixels.min() < 20
+
+
 def test_a_thin_image_is_refused_before_it_grows():
     # 2 x 60,000 pixels would be resized to 448 x 13,440,000.
     thin = encoded(0, (2, 60_000))
     with pytest.raises(DecodeError, match="extreme shape"):
         decoder(spec(448, 448))(thin)
-    assert decoder(spec(8, 8))(thin).shape == (8, 8, 3)
+    assert decoder(spec(8, 8))(thin).pixels.shape == (8, 8, 3)
 
 
 def test_a_png_that_claims_to_be_huge_is_a_bomb():

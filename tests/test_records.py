@@ -43,9 +43,18 @@ KINDS = sorted(
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 
 
+JSON = st.recursive(st.none() | st.booleans() | st.text(), st.lists, max_leaves=3)
+
+
 def any_record(kind):
     hints = typing.get_type_hints(kind)
-    return st.builds(kind, **{name: st.from_type(hint) for name, hint in hints.items()})
+    fields = {
+        name: st.dictionaries(st.text(), JSON, max_size=2)
+        if hint == dict[str, typing.Any]
+        else st.from_type(hint)
+        for name, hint in hints.items()
+    }
+    return st.builds(kind, **fields)
 
 
 for kind in KINDS:

@@ -1,10 +1,12 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
-import slsgu_cli.build
 from slsgu_cli.build import BuildRequest
 from slsgu_cli.cli import app
+from slsgu_cli.curation import building
+from slsgu_cli.curation.asking import with_collection
+from slsgu_cli.curation.records import Concept, DownloadOptions, Screening
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records import ModelSpec
 from slsgu_cli.replay import build_command
@@ -32,6 +34,7 @@ FULL = BuildRequest(
     caption_column="words",
     label_column="name",
     seed=3,
+    screening=Screening(min_similarity=0.25, near_duplicates=4),
 )
 
 
@@ -43,7 +46,7 @@ def test_the_command_line_asks_for_the_same(request_, monkeypatch):
         asked.append(request)
         raise UsageError("that will do")
 
-    monkeypatch.setattr(slsgu_cli.build, "build_sets", remember)
+    monkeypatch.setattr(building, "build_sets", remember)
     program, *words = build_command(request_)
     assert program == "slsgu"
     with pytest.raises(SystemExit):
@@ -58,3 +61,19 @@ def test_what_is_not_said_is_the_default():
     assert told == [
         "slsgu", "build-sets", "mickey", "--model", "local-dir:clip", "--source", "a.parquet"
     ]  # fmt: skip
+
+
+def collected(*concepts):
+    request = BuildRequest(name="mickey", concept="mickey", model=ModelSpec("m"), sources=())
+    options = {"metadata": ("a.parquet",), "url_column": "link", "download": DownloadOptions()}
+    return with_collection(request, concepts, **options)
+
+
+def test_sets_from_metadata_are_asked_for_by_it_and_others_by_their_manifest():
+    assert build_command(collected()) == [
+        "slsgu", "build-sets", "mickey", "--model", "m", "--metadata", "a.parquet",
+        "--url-col", "link",
+    ]  # fmt: skip
+    again = ["slsgu", "build-sets", "mickey", "--replay"]
+    assert build_command(collected(Concept("a", ("a",)), Concept("b", ("b",)))) == again
+    assert build_command(replace(PLAIN, dropped={"forget": ("key",)})) == again

@@ -52,7 +52,7 @@ class Judge:
         vision = vision_tower(module)
 
         def see(images: Sequence[bytes]) -> Tensor:
-            pixels = normalize(np.stack([decode(image) for image in images]))
+            pixels = normalize(np.stack([decode(image).pixels for image in images]))
             return vision.features(pixels, pixels)
 
         with torch.no_grad():

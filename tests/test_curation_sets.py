@@ -1,0 +1,152 @@
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import slsgu
+from worlds import Ear
+
+from slsgu_cli.build import BuildRequest
+from slsgu_cli.curation.dropping import drop, hashes
+from slsgu_cli.curation.inspection import drop_from_set, inspect_set, read_keys, top_words
+from slsgu_cli.curation.replay import replay
+from slsgu_cli.curation.sheet import contact_sheet
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.layout import manifest_path, read_pointer
+from slsgu_cli.listing import State, entries
+from slsgu_cli.records import decode
+from slsgu_cli.samples import Origin
+from slsgu_cli.sets import DataBlock
+
+
+def open_block(world, part="forget"):
+    manifest = world.manifest
+    ref = {"forget": manifest.forget, "retain": manifest.retain, **manifest.evals}[part]
+    return DataBlock.open(world.store, ref)
+
+
+def test_what_a_set_holds_is_told(shared_world):
+    world = shared_world
+    seen = inspect_set(world.store, world.name, images=5)
+    block = open_block(world)
+    assert [row.key for row in seen.rows] == block.keys
+    assert [row.hash for row in seen.rows] == hashes(block)
+    assert seen.rows[0].origin == Origin(world.sources["pairs"], seen.rows[0].origin.row)
+    assert seen.sources == [(world.sources["pairs"], block.rows)]
+    assert ("blue", block.rows) in seen.words
+    sheet = Image.open(io.BytesIO(world.store.read_bytes(seen.sheet)))
+    assert sheet.format == "PNG"
+    assert seen.sheet == "plots/blue-forget-sheet.png"
+
+
+def test_every_part_can_be_looked_at(shared_world):
+    for part in ("retain", "first", "second"):
+        assert inspect_set(shared_world.store, "blue", part=part, images=1).part == part
+    with pytest.raises(UsageError, match="no part third"):
+        inspect_set(shared_world.store, "blue", part="third")
+
+
+def test_a_sheet_shows_each_image_once():
+    shades = [np.full((20, 20, 3), shade, np.uint8) for shade in (40, 90, 140, 190)]
+    labels = [(f"key{n}", "特斯拉 $x$\n\0") for n in range(4)]
+    page = np.asarray(Image.open(io.BytesIO(contact_sheet(np.stack(shades), labels, title="t"))))
+    for shade in (40, 90, 140, 190):
+        assert (page[..., :3] == shade).all(-1).sum() > 20_000
+
+
+def test_words_are_counted_by_caption():
+    assert top_words(["The Dog's dog and dog", "a DOG's life", "life of 特斯拉"]) == [
+        ("dog's", 2),
+        ("life", 2),
+        ("dog", 1),
+        ("特斯拉", 1),
+    ]
+
+
+def test_dropped_rows_are_gone_and_what_was_made_of_them_is_stale(world):
+    before = open_block(world)
+    keys = [before.keys[3], hashes(before)[0][:10]]
+    drop_from_set(world.store, world.name, keys, part="forget")
+    after = open_block(world)
+    kept = [n for n in range(before.rows) if n not in (0, 3)]
+    assert after.keys == [before.keys[n] for n in kept]
+    assert after.captions == [before.captions[n] for n in kept]
+    assert after.origins == [before.origins[n] for n in kept]
+    assert np.array_equal(after.tokens, before.tokens[kept])
+    assert np.array_equal(after.images(0, after.rows), before.images(0, before.rows)[kept])
+    assert world.manifest.forget.refused["dropped by hand"] == 2
+    with pytest.raises(StaleError, match="before its forget set was built anew"):
+        read_pointer(world.store, world.manifest)
+    stale = {entry.kind for entry in entries(world.store) if entry.state is State.STALE}
+    assert {"pointer", "ranking"} <= stale
+
+
+def test_an_evaluation_set_keeps_its_labels_and_classes(world):
+    before = open_block(world, "first")
+    drop_from_set(world.store, world.name, [before.keys[5]], part="first")
+    after = open_block(world, "first")
+    assert after.labels.tolist() == [n for i, n in enumerate(before.labels.tolist()) if i != 5]
+    assert after.class_names == before.class_names
+    assert after.templates == before.templates
+
+
+def test_rows_dropped_in_steps_are_as_if_dropped_at_once(world):
+    block = open_block(world)
+    once = drop(world.store, world.manifest.forget, block.keys[:2])
+    first = drop(world.store, world.manifest.forget, block.keys[:1])
+    assert drop(world.store, first, block.keys[1:2]).fingerprint == once.fingerprint
+    assert drop(world.store, once, ()) == once
+
+
+def test_what_names_no_row_or_all_rows_is_told(world, tmp_path):
+    block = open_block(world)
+    with pytest.raises(MissingError, match="no row with the key or hash nothing"):
+        drop(world.store, world.manifest.forget, ["nothing"])
+    with pytest.raises(InputError, match=r"all \d+ rows would be dropped"):
+        drop(world.store, world.manifest.forget, block.keys)
+    with pytest.raises(InputError, match="cannot read the keys"):
+        read_keys(str(tmp_path / "none"))
+    (tmp_path / "keys").write_text("a b\n\nc\n")
+    assert read_keys(str(tmp_path / "keys")) == ["a b", "c"]
+
+
+def test_a_set_is_built_again_as_it_was_with_rows_dropped(world):
+    assert all(replay(world.store, world.name, console=Ear()).same.values())
+    drop_from_set(world.store, world.name, open_block(world).keys[:3], part="forget")
+    before = world.manifest
+    result = replay(world.store, world.name, console=Ear())
+    assert result.same == dict.fromkeys(("forget", "retain", "first", "second"), True)
+    assert result.manifest.forget.fingerprint == before.forget.fingerprint
+    assert result.manifest.request == before.request
+
+
+def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
+    request = decode(BuildRequest, shared_world.manifest.request)
+    assert request.sources == (shared_world.sources["pairs"],)
+    assert request.model == shared_world.model
+    assert request.collect is None
+
+
+def test_a_manifest_that_does_not_say_how_is_stale(world):
+    world.store.write_record(manifest_path(world.name), replace(world.manifest, request={}))
+    with pytest.raises(StaleError, match="does not say how it was built"):
+        replay(world.store, world.name, console=Ear())
+
+
+def test_show_and_replay_from_the_command_line(world):
+    store = ("--store", world.store.root)
+    key = open_block(world).keys[0]
+    shown = slsgu("show", "blue", "--json", "--drop", key, *store)
+    assert shown.returncode == 0, shown.stderr
+    told = json.loads(shown.stdout)
+    assert told["set"]["left out"]["dropped by hand"] == 1
+    assert key not in [row["key"] for row in told["rows"]]
+    assert "stale" in shown.stderr
+    again = slsgu("build-sets", "blue", "--replay", *store)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[1] == "forget\tsame rows"
+    both = slsgu("build-sets", "blue", "--replay", "--match", "x", *store)
+    assert both.returncode == 2
+    assert "takes no other options" in both.stderr

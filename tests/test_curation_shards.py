@@ -1,0 +1,132 @@
+import tarfile
+from collections import Counter
+
+import pytest
+from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
+from worlds import Ear
+
+from slsgu_cli.curation import shards
+from slsgu_cli.curation.collection import collect
+from slsgu_cli.curation.records import CollectRequest, Concept
+from slsgu_cli.errors import InputError
+from slsgu_cli.samples import Columns, Origin
+from slsgu_cli.sources import open_sources
+from slsgu_cli.store import Store
+from slsgu_cli.tar_source import TarSource
+
+KINDS = ("dog", "cat", "bird")
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Four shards of 30 rows: dogs, cats and birds in turn."""
+    for number in range(4):
+        captions = [f"a {KINDS[n % 3]} number {n}" for n in range(number * 30, number * 30 + 30)]
+        shard(tmp_path / "tars" / f"{number:05}.tar", captions, first=number * 30)
+    return f"{tmp_path}/tars"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+def ask(*sources, **options):
+    options = {"concepts": (Concept("dog", ("dog",)), Concept("cat", ("cat",)))} | options
+    return CollectRequest(sources=sources, **options)
+
+
+def held(store, collected):
+    """Return (row, image) of everything in a collection."""
+    readers = open_sources([store.where(collected.folder)], Columns())
+    found = []
+    for reader in readers:
+        rows = {row.index: row for row in reader.rows(Counter())}
+        found += [(rows[index], data) for index, data in reader.images(rows.keys())]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_shard_is_read_once_and_yields_what_two_passes_yield(tmp_path, mode, monkeypatch):
+    members = []
+    for n in range(12):
+        members += [(f"{n}.jpg", encoded(n)), (f"{n}.txt", f"a {KINDS[n % 3]}".encode())]
+    path = write_tar(tmp_path / ("a.tar" if mode == "w" else "a.tar.gz"), members, mode)
+    reader = TarSource(path, Columns(), {})
+    wanted = {row.index: row for row in reader.rows(Counter()) if row.caption == "a cat"}
+    opened = []
+    real = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(1) or real(*a, **k))
+    found = list(reader.select(lambda row: row.caption == "a cat", Counter()))
+    assert len(opened) == 1
+    assert [row for row, _ in found] == list(wanted.values())
+    assert [data for _, data in found] == [encoded(n) for n in range(1, 12, 3)]
+
+
+def test_samples_of_many_names_with_their_origins(store, tars):
+    collected = collect(store, ask(tars), console=Ear())
+    record = collected.record
+    assert record.seen == 120
+    assert {name: tried.found for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
+    found = held(store, collected)
+    assert len(found) == 80
+    for row, data in found:
+        number = int(row.caption.split()[-1])
+        assert row.origin == Origin(f"{tars}/{number // 30:05}.tar", number % 30)
+        assert data == encoded(number, kind="JPEG")
+
+
+def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, monkeypatch):
+    monkeypatch.setattr(shards, "retain_wanted", lambda request: 15)
+    record = collect(store, ask(tars, retain_samples=5), console=Ear()).record
+    assert record.retain.found == 20
+    assert len(record.retain.shards) == 2
+
+
+def test_only_files_that_were_not_done_are_read_again(store, tars, monkeypatch):
+    monkeypatch.setattr(shards, "cores", lambda: 1)
+    real, read = shards.select, []
+
+    def breaking(reader, wants, trouble):
+        read.append(reader.path)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return real(reader, wants, trouble)
+
+    monkeypatch.setattr(shards, "select", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        collect(store, ask(tars), console=Ear())
+    assert store.names("collections", ".json") == []
+    record = collect(store, ask(tars), console=Ear()).record
+    assert len(read) == 5
+    assert record.concepts["dog"].found == 40
+    ear = Ear()
+    assert collect(store, ask(tars), console=ear).record == record
+    assert "were collected before" in ear.heard[0]
+
+
+def test_a_changed_source_is_another_collection(store, tars):
+    first = collect(store, ask(tars), console=Ear())
+    shard(__import__("pathlib").Path(tars) / "00000.tar", ["a dog"] * 31)
+    assert collect(store, ask(tars), console=Ear()).folder != first.folder
+
+
+def test_sources_of_other_kinds(store, tmp_path):
+    table = write_parquet(tmp_path / "a.parquet", [sample(n, f"a {KINDS[n]}") for n in range(3)])
+    photos = write_folder(tmp_path / "photos", {"dog/1.png": encoded(7), "ant/2.png": encoded(8)})
+    collected = collect(store, ask(table, photos), console=Ear())
+    assert [(row.caption, data) for row, data in held(store, collected)] == [
+        ("a dog", encoded(0)),
+        ("a cat", encoded(1)),
+        ("dog", encoded(7)),
+    ]
+
+
+def test_broken_shards_are_counted_and_damage_is_told(store, tars, tmp_path):
+    path = tmp_path / "tars" / "00003.tar"
+    path.write_bytes(path.read_bytes()[:20_000])
+    record = collect(store, ask(tars), console=Ear()).record
+    assert record.refused == {"truncated shard": 1}
+    path.write_bytes(b"no tar at all")
+    with pytest.raises(InputError, match="cannot be read as a tar shard"):
+        collect(store, ask(tars), console=Ear())
