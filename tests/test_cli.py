@@ -23,8 +23,8 @@ from slsgu_cli.records import EditHeader, Ranking
 from slsgu_cli.store import Store
 
 COMMANDS = (
-    "build-sets", "grad", "rank", "search", "apply", "eval", "compare", "trajectory", "sweep",
-    "report", "ls", "demo",
+    "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",
+    "sweep", "report", "ls", "demo",
 )  # fmt: skip
 COMMANDS += ("generate", "ask")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]

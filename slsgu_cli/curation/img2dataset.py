@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -138,12 +139,7 @@ def _arguments(store: Store, urls: UrlList, folder: str, options: DownloadOption
         "enable_wandb": False,
     }
     # Its command line reads values as Python does: a quoted text stays a text.
-    return [f"--{name}={json.dumps(value) if _quoted(value) else value}" for name, value in
-            settings.items()]  # fmt: skip
-
-
-def _quoted(value: object) -> bool:
-    return isinstance(value, str | list)
+    return [f"--{name}={value!r}" for name, value in settings.items()]
 
 
 def _run(store: Store, command: list[str], folder: str, ticker: Ticker) -> str:
@@ -173,8 +169,6 @@ def _run(store: Store, command: list[str], folder: str, ticker: Ticker) -> str:
 @contextmanager
 def _log(store: Store, folder: str) -> Iterator[IO[bytes]]:
     """Yield the file that img2dataset's output goes to, beside its shards where it can be."""
-    import tempfile
-
     if not store.is_local:
         with tempfile.TemporaryFile() as file:
             yield file

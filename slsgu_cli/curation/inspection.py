@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from slsgu_cli.curation.dropping import drop, hashes
 from slsgu_cli.curation.sheet import contact_sheet
@@ -105,8 +106,6 @@ def drop_from_set(store: Store, name: str, wanted: Sequence[str], *, part: str) 
 
 def read_keys(path: str) -> list[str]:
     """Return the keys or hashes listed in a file, one a line. Raises InputError."""
-    from pathlib import Path
-
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slsgu_cli.console import Console
-from slsgu_cli.records import encode
 from slsgu_cli.store import Store
 from slsgu_cli.tables import Column
 from slsgu_cli.workshop import counted
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from slsgu_cli.curation.inspection import Inspection, SeenRow
     from slsgu_cli.curation.replay import Replayed
     from slsgu_cli.records import SetManifest
+    from slsgu_cli.samples import Origin
 
 CAPTIONS_SHOWN = 12
 
@@ -56,13 +56,14 @@ def rows(console: Console, shown: Sequence["SeenRow"]) -> None:
         Column("url", on_terminal=False),
     )
     brief = shown[:CAPTIONS_SHOWN] if console.brief else shown
-    cells = [
-        (row.key, row.hash, row.caption, *(encode(row.origin) or dict.fromkeys("fru")).values())
-        for row in brief
-    ]
+    cells = [(row.key, row.hash, row.caption, *_place(row.origin)) for row in brief]
     console.table("rows", columns, cells, title="rows")
     if len(brief) < len(shown):
         console.note(f"{len(shown) - len(brief)} more rows; -v shows them too")
+
+
+def _place(origin: "Origin | None") -> tuple[str | None, int | None, str | None]:
+    return (origin.file, origin.row, origin.url) if origin else (None, None, None)
 
 
 def manifests(console: Console, built: Sequence["SetManifest"]) -> None:
