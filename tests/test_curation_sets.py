@@ -27,8 +27,7 @@ def open_block(world, part="forget"):
     return DataBlock.open(world.store, ref)
 
 
-def test_what_a_set_holds_is_told(shared_world):
-    world = shared_world
+def test_what_a_set_holds_is_told(world):
     seen = inspect_set(world.store, world.name, images=5)
     block = open_block(world)
     assert [row.key for row in seen.rows] == block.keys
@@ -41,11 +40,11 @@ def test_what_a_set_holds_is_told(shared_world):
     assert seen.sheet == "plots/blue-forget-sheet.png"
 
 
-def test_every_part_can_be_looked_at(shared_world):
+def test_every_part_can_be_looked_at(world):
     for part in ("retain", "first", "second"):
-        assert inspect_set(shared_world.store, "blue", part=part, images=1).part == part
+        assert inspect_set(world.store, "blue", part=part, images=1).part == part
     with pytest.raises(UsageError, match="no part third"):
-        inspect_set(shared_world.store, "blue", part="third")
+        inspect_set(world.store, "blue", part="third")
 
 
 def test_a_sheet_shows_each_image_once():

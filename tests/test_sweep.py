@@ -64,7 +64,7 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    counting(gradients, "_compute", None)
+    counting(gradients._Job, "compute", None)
     counting(SharedEvaluation, "base_pass", "base")
     counting(searches, "search", "search")
     return counts
