@@ -32,7 +32,7 @@ from slsgu_cli.search import SearchOptions
 from slsgu_cli.session import Session
 
 DATA = Path(__file__).parent / "demo"
-RETAIN_SAMPLES = 1000
+RETAIN_SAMPLES = 800
 LINE = 100
 
 

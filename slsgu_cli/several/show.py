@@ -53,10 +53,14 @@ def joint(console: Console, store: Store, result: "JointResult") -> None:
     concepts = (
         Column("set"),
         Column("layer", shown=known_as),
-        Column("ridge"),
+        Column("ridge", on_terminal=False),
         Column("step", shown=_step),
         Column("% of norm", shown=_percent, label="move"),
-        *(Column(f"FA@{k} {when}", shown=_percent) for k in (1, 5) for when in ("before", "after")),
+        *(
+            Column(f"FA@{k} {when}", shown=_percent, label=f"FA@{k}\n{when}")
+            for k in (1, 5)
+            for when in ("before", "after")
+        ),
     )
     rows = []
     for move in chosen.moves:
@@ -70,8 +74,12 @@ def joint(console: Console, store: Store, result: "JointResult") -> None:
         Column("concepts"),
         Column("added"),
         Column("layer", shown=known_as),
-        Column("FA@1 at most", shown=_percent),
-        *(Column(f"TA@{k} {name}", shown=_figure) for name in sets for k in (1, 5)),
+        Column("FA@1 at most", shown=_percent, label="FA@1\nat most"),
+        *(
+            Column(f"TA@{k} {name}", shown=_figure, label=f"TA@{k}\n{name}")
+            for name in sets
+            for k in (1, 5)
+        ),
     )
     kept = [found.baseline_utility, *(stage.utility or {} for stage in found.stages)]
     stages: list[tuple[object, ...]] = []
