@@ -97,7 +97,9 @@ def icons():
 @pytest.fixture(scope="module")
 def web(icons):
     handler = type("Icons", (Web,), {"images": tuple(row["image"] for row in icons)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    # All downloads knock at once: a queue of the usual five would turn some away.
+    kind = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 512})
+    server = kind(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -146,7 +148,9 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
         (),
         metadata=(str(metadata),),
         url_column="URL",
-        download=DownloadOptions(command=command, processes=1, retries=0, shard_rows=200),
+        download=DownloadOptions(
+            command=command, processes=1, retries=0, timeout=60, shard_rows=200
+        ),
     )
     store = Store(str(tmp_path / "web"))
     manifest = build(store, request, console=Ear())
