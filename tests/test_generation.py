@@ -1,11 +1,13 @@
 """Generation and answers on the small trained models, where SLSGU_TEST_MODELS names them."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from worlds import Ear
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
@@ -119,7 +121,6 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, painter, edits, demo_world, trained_models
 ):
     from slsgu_cli.generation.generate import GenerateRequest, generate
-    from slsgu_cli.generation.judging import png_bytes
     from slsgu_cli.generation.painting import Job
     from slsgu_cli.generation.records import PaintOptions
     from slsgu_cli.listing import Kind, State, entries
@@ -132,7 +133,9 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     )  # fmt: skip
     record, album = generate(edits, request, console=Ear())
     (plain,) = painter.paint([Job("an icon of facebook", 5)], paint)
-    assert edits.read_bytes("generations/text/original/000-seed5.png") == png_bytes(plain)
+    kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
+    # Painted beside another one: equal but for rounding.
+    assert np.abs(np.asarray(kept).astype(int) - np.asarray(plain)).max() <= 1
     assert record.before == Effect(Share(1, 1), Share(1, 1))
     assert record.after.concept == Share(0, 1)
     assert edits.read_bytes("generations/text/sheet.png")[:4] == b"\x89PNG"
