@@ -110,9 +110,8 @@ def main() -> None:
         resolved = resolve(random_model(Path(folder) / "model", args.model))
         model, spec = load(resolved, args.device), input_spec(resolved)
         store = Store(f"{folder}/store")
-        ref = pairs_block(
-            store, "pairs", rows=args.rows, size=spec.height, context=spec.context_length
-        )
+        tokens = random_tokens(args.rows, spec.context_length, 49408, 0)
+        ref = pairs_block(store, "pairs", tokens=tokens, size=spec.height)
         sequential = plain_rate(model, spec, batch=16, groups=4 * args.groups, options=options)
         plain, size = best_plain(model, spec, args.sizes, args.groups, options)
         run = GradientPass.prepare(

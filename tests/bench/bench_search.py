@@ -2,7 +2,7 @@
 
     python tests/bench/bench_search.py                       # the embedded CLIP, facebook
     python tests/bench/bench_search.py --concept castle --steer fa5
-    python tests/bench/bench_search.py --model ViT-B-32 --images 400 --classes 50
+    python tests/bench/bench_search.py --model ViT-B-32 --images 400 --wrong 0
 
 `plain` loads the model and runs open_clip's own forward once over every evaluation image
 and every prompt at the full context. A plain search does that 1 + steps x layers times.
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--wrong", type=float, default=0.1, help="share the model has wrong")
     parser.add_argument("--steer", type=Steer, default=Steer.FA1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
@@ -77,7 +78,7 @@ def main() -> None:
             manifest = synthetic_set(
                 store, "made-up", random_model(Path(folder) / "model", args.model),
                 forget=args.pairs, retain=args.pairs,
-                evals={"first": (args.images, args.classes)}, device=args.device,
+                evals={"first": (args.images, args.classes)}, device=args.device, wrong=args.wrong,
             )  # fmt: skip
         else:
             request = replace(demo_request(args.concept), retain_samples=args.retain)

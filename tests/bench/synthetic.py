@@ -5,7 +5,7 @@ to nearly one feature, and a search that leaves off where accuracy is lost would
 to lose. So the last norm of each tower is centred. Images are smooth noise, so that no two
 are alike. Captions have the lengths of web captions: log-normal, median 14 tokens, cut at
 the context. Labels are mostly the model's own predictions, so that accuracies start high
-and the search has something to forget.
+and the search has something to forget; captions then name the classes.
 """
 
 import json
@@ -85,9 +85,18 @@ def random_tokens(rows: int, context: int, vocabulary: int, seed: int) -> np.nda
     return tokens
 
 
-def pairs_block(store: Store, name: str, *, rows: int, size: int, context: int) -> DataRef:
-    """Write image-text pairs to the store."""
-    tokens = random_tokens(rows, context, 49408, seed=len(name))
+def captions(names: Sequence[str], rows: int, seed: int, concept: str = "") -> list[str]:
+    """Return captions that name one to three of `names`, and `concept` before them."""
+    rng = np.random.default_rng(seed)
+    picked = [
+        [names[i] for i in rng.integers(0, len(names), rng.integers(1, 4))] for _ in range(rows)
+    ]
+    return [" and ".join([concept, *chosen] if concept else chosen) for chosen in picked]
+
+
+def pairs_block(store: Store, name: str, *, tokens: np.ndarray, size: int) -> DataRef:
+    """Write image-text pairs to the store, a made-up image for each row of `tokens`."""
+    rows = len(tokens)
     path = f"data/{name}.zarr"
     with block_writer(store, path, height=size, width=size, rows=rows) as writer:
         for start in range(0, rows, 512):
@@ -127,9 +136,9 @@ def class_names(count: int, seed: int) -> list[str]:
 
 
 def own_labels(
-    model: ModelSpec, names: Sequence[str], *, rows: int, seed: int, device: str
+    model: ModelSpec, names: Sequence[str], *, rows: int, wrong: float, seed: int, device: str
 ) -> np.ndarray:
-    """Return what the model itself takes the images of `labelled_block` for, a tenth altered."""
+    """Return what the model takes the images of `labelled_block` for, a share of them altered."""
     resolved = resolve(model)
     module, spec = load(resolved, device), input_spec(resolved)
     normalize = pixel_normalizer(spec, device)
@@ -146,7 +155,7 @@ def own_labels(
             found.append((features @ classes.T).argmax(1))
     labels = torch.cat(found).cpu().numpy()
     rng = np.random.default_rng(seed)
-    altered = rng.random(rows) < 0.1
+    altered = rng.random(rows) < wrong
     labels[altered] = rng.integers(0, len(names), int(altered.sum()))
     return labels
 
@@ -169,28 +178,43 @@ def synthetic_set(
     retain: int,
     evals: dict[str, tuple[int, int]],
     device: str,
+    wrong: float = 0.1,
 ) -> SetManifest:
-    """Build a set; `evals` maps a name to its (images, classes)."""
-    spec = input_spec(resolve(model))
-    refs, concept = {}, ""
+    """Build a set; `evals` maps a name to its (images, classes).
+
+    Of the evaluation images a share `wrong` is labelled otherwise than the model would.
+    Captions name the classes, so that what is retained is what the evaluation measures;
+    without evaluation sets they are random tokens.
+    """
+    resolved = resolve(model)
+    spec = input_spec(resolved)
+    refs, concept, kept = {}, "", []
     for number, (key, (rows, classes)) in enumerate(evals.items()):
         names = class_names(classes, seed=number)
-        labels = own_labels(model, names, rows=rows, seed=10**6 * (number + 1), device=device)
-        if not concept:
-            concept = names[_concept(labels, classes)]
+        seed = 10**6 * (number + 1)
+        labels = own_labels(model, names, rows=rows, wrong=wrong, seed=seed, device=device)
+        concept = concept or names[_concept(labels, classes)]
+        kept += [name for name in names if name != concept]
         refs[key] = labelled_block(
-            store, f"{name}-{key}", labels=labels, names=names, size=spec.height,
-            seed=10**6 * (number + 1),
-        )  # fmt: skip
-    context = spec.context_length
+            store, f"{name}-{key}", labels=labels, names=names, size=spec.height, seed=seed
+        )
+
+    def pairs(part: str, rows: int, shown: str = "") -> DataRef:
+        if kept:
+            texts = captions(kept, rows, len(part), shown)
+            tokens = np.asarray(tokenizer(resolved)(texts), np.int32)
+        else:
+            tokens = random_tokens(rows, spec.context_length, 49408, len(part))
+        return pairs_block(store, f"{name}-{part}", tokens=tokens, size=spec.height)
+
     manifest = SetManifest(
         name=name,
         concept=concept,
         patterns=(concept,),
         model=model,
         input=spec,
-        forget=pairs_block(store, f"{name}-forget", rows=forget, size=spec.height, context=context),
-        retain=pairs_block(store, f"{name}-retain", rows=retain, size=spec.height, context=context),
+        forget=pairs("forget", forget, concept),
+        retain=pairs("retain", retain),
         evals=refs,
         forget_eval=next(iter(refs), None),
         seed=0,
