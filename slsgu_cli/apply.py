@@ -19,6 +19,7 @@ from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.planning import FilePlan, LayerChange, plan_file
 from slsgu_cli.records import ModelSpec
+from slsgu_cli.thirds import parameter_of
 from slsgu_cli.weights import SUFFIXES, copy_spliced, open_weights, weight_files
 
 CONFIG = "open_clip_config.json"
@@ -177,13 +178,13 @@ def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: 
             ) from error
         console.warn(f"{path} was copied as it is: {error.message}")
         return False
-    held = set()
+    names = set()
     for layer in layers:
         try:
-            held.add(file.resolve_name(layer))
+            names.add(file.resolve_name(parameter_of(layer)))
         except InputError:
             continue
-    if held:
+    if names:
         return True
     if file.names():
         console.warn(f"{path} has no {' or '.join(sorted(layers))} and is copied without the edit")

@@ -210,6 +210,7 @@ def rank(
     encoder: opt.Encoder = None,
     direction: opt.DirectionOption = None,
     ridge: opt.Ridge = None,
+    qkv: opt.QkvOption = None,
     device: opt.Device = "auto",
 ) -> None:
     """Score layers by importance and alignment; mark Pareto fronts.
@@ -232,6 +233,7 @@ def rank(
             encoder=encoder,
             device=device,
             **opt.along(direction, ridge),
+            **opt.given(qkv=qkv),
         ),
         console=session.console,
     )
@@ -247,6 +249,7 @@ def search(
     ] = False,
     direction: opt.DirectionOption = None,
     ridge: opt.Ridges = None,
+    qkv: opt.QkvOption = None,
     steer: opt.SteerOption = Steer.FA1,
     margin: opt.Margin = None,
     steps: opt.Steps = 10,
@@ -300,6 +303,7 @@ def search(
             encoder=encoder,
             device=device,
             **opt.along(direction, ridge[0] if ridge else None),
+            **opt.given(qkv=qkv),
         )
         return
     from slsgu_cli.search import SearchOptions
@@ -309,6 +313,7 @@ def search(
         layers=layer or (),
         direction=direction,
         ridges=ridge or (),
+        qkv=qkv,
         steer=steer,
         **opt.given(margin=margin),
         steps=steps,
@@ -343,6 +348,7 @@ def apply(
     ] = None,
     direction: opt.DirectionOption = None,
     ridge: opt.Ridge = None,
+    qkv: opt.QkvOption = None,
     scale: Annotated[float, typer.Option("--scale", help="Apply this much of the edit.")] = 1.0,
     rank: Annotated[
         int | None,
@@ -379,6 +385,7 @@ def apply(
             layer=layer,
             step=step,
             **opt.along(direction, ridge),
+            qkv=qkv,
             scale=scale,
             rank=rank,
             revert=revert,

@@ -25,6 +25,7 @@ from slsgu_cli.records import (
     digest,
 )
 from slsgu_cli.store import Store
+from slsgu_cli.thirds import held, parameter_of
 
 if TYPE_CHECKING:
     from slsgu_cli.whitening import RetainMetric
@@ -47,19 +48,27 @@ class Moments:
     unseen: frozenset[str]
     device: str = "cpu"
 
+    def has(self, layer: str) -> bool:
+        """Return whether the moments of the layer's inputs are known."""
+        return parameter_of(layer) in self.places
+
     def metric(self, layer: str, ridge: float) -> "RetainMetric":
-        """Return the inner product that the layer's retained inputs make of its changes."""
+        """Return the inner product that the layer's retained inputs make of its changes.
+
+        A third of a parameter is applied to what the whole is applied to.
+        """
         import torch
 
         from slsgu_cli.whitening import RetainMetric, exact_device
 
-        path, found = self.places[layer]
-        values = torch.from_numpy(self.store.read_tensors(path, [layer])[layer])
+        name = parameter_of(layer)
+        path, found = self.places[name]
+        values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
         return RetainMetric(values.to(exact_device(self.device)), found.axis, ridge)
 
-    def output(self, layer: str) -> float:
-        """Return the layer's mean squared output over the retain set."""
-        return self.places[layer][1].output
+    def output(self, parameter: str) -> float:
+        """Return a whole parameter's mean squared output over the retain set."""
+        return self.places[parameter][1].output
 
 
 def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") -> Moments:
@@ -99,7 +108,8 @@ def ensure_moments(
     console = console or Console(verbosity=-1)
     device = pick_device(device)
     known = find_moments(store, pointer, device)
-    missing = sorted(set(layers) - set(known.places) - known.unseen)
+    wanted = {parameter_of(layer) for layer in layers}
+    missing = sorted(wanted - set(known.places) - known.unseen)
     if missing:
         console.note(
             f"{len(missing)} layers lack the moments of their inputs: "
@@ -107,10 +117,17 @@ def ensure_moments(
         )
         _compute(store, manifest, pointer, missing, device=device, console=console)
         known = find_moments(store, pointer, device)
-    unseen = sorted(known.unseen.intersection(layers))
+    unseen = sorted(known.unseen & wanted)
     if unseen:
         console.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
     return known
+
+
+def layer_gradient(store: Store, address: str, layer: str) -> Floats:
+    """Return fp32 the gradient of a layer from the gradients at an address of the store."""
+    name = parameter_of(layer)
+    values: Floats = held(layer, store.read_tensors(gradient_path(address), [name])[name])
+    return values
 
 
 def forget_direction(
@@ -120,10 +137,10 @@ def forget_direction(
 
     PyTorch is loaded for the latter only.
     """
-    gradient: Floats = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
+    gradient = layer_gradient(store, pointer.forget, layer)
     if moments is None:
         return gradient
-    if layer not in moments.places:
+    if not moments.has(layer):
         raise InputError(
             f"{layer} cannot be whitened: its tower does not show what the layer is applied to",
             hint="--direction gradient, or another layer",

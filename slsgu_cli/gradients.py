@@ -162,14 +162,20 @@ def load_graded(
     manifest: SetManifest, pointer: GradientPointer, device: str
 ) -> "tuple[ResolvedModel, nn.Module]":
     """Load the model that the gradients of a set belong to. Raises StaleError for another."""
+    model = graded_model(pointer)
+    check_inputs(manifest, model)
+    return model, load(model, device)
+
+
+def graded_model(pointer: GradientPointer) -> ResolvedModel:
+    """Return the model that gradients belong to. Raises StaleError for other weights."""
     model = resolve(pointer.model)
     if fingerprint(model) != pointer.model_fingerprint:
         raise StaleError(
             f"{pointer.model} has other weights than when its gradients were computed",
-            hint=f"run `slsgu grad {quote(manifest.name)}`",
+            hint=f"run `slsgu grad {quote(pointer.name)}`",
         )
-    check_inputs(manifest, model)
-    return model, load(model, device)
+    return model
 
 
 def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:

@@ -1,13 +1,13 @@
 """What `slsgu eval` does: the built sets' figures for the original and one other model."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit, load_edit
@@ -19,7 +19,7 @@ from slsgu_cli.models import load, pick_device, resolve, tokenizer
 from slsgu_cli.plots import cosine_plot
 from slsgu_cli.records import Accuracy, ModelSpec, SetManifest
 from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import edited
+from slsgu_cli.zeroshot import moved
 
 # As many names as the paper's Figure 3 has.
 NAMES_SHOWN = 10
@@ -150,13 +150,6 @@ def _plot(found: list[MeasuredModel], shown: Shown, manifest: SetManifest) -> by
 @contextmanager
 def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
     """Put edits into a model for the length of a block; those of one layer are summed."""
-    values: dict[str, Tensor] = {}
-    for edit in edits:
-        layer = edit.header.layer
-        before = values.get(layer, model.get_parameter(layer).data)
-        delta = torch.from_numpy(edit.delta()).to(before.device)
-        values[layer] = torch.add(before, delta, alpha=edit.factor)
-    with ExitStack() as stack:
-        for layer, value in values.items():
-            stack.enter_context(edited(model, layer, value))
+    moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)
+    with moved(model, moves):
         yield

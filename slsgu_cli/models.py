@@ -28,6 +28,7 @@ from slsgu_cli.targets.transformers_clip import (
     preprocess_config,
     vocabulary,
 )
+from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.weights import read_layer as read_open_clip_layer
 
 if TYPE_CHECKING:
@@ -160,9 +161,10 @@ def fingerprint(model: ResolvedModel) -> str:
 
 
 def read_layer(model: ResolvedModel, layer: str) -> Floats:
-    """Return a parameter in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
+    """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
     if model.spelling is Spelling.TRANSFORMERS:
-        return ClipWeights(model.weights.parent).read(layer)
+        values: Floats = held(layer, ClipWeights(model.weights.parent).read(parameter_of(layer)))
+        return values
     return read_open_clip_layer(model.weights, layer)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from slsgu_cli.generation.records import GradientOf
-from slsgu_cli.records import Alignment, Direction, ModelSpec, Precision, Steer, Tower
+from slsgu_cli.records import Alignment, Direction, ModelSpec, Precision, Qkv, Steer, Tower
 
 
 def _device(name: str) -> str:
@@ -114,6 +114,10 @@ TowerOption = Annotated[Tower | None, typer.Option("--tower", help="Rank one tow
 DirectionOption = Annotated[
     Direction | None,
     typer.Option("--direction", help="Along the forget gradient, or that whitened."),
+]
+QkvOption = Annotated[
+    Qkv | None,
+    typer.Option("--qkv", help="Query, key and value as one layer, or as a layer each."),
 ]
 Ridge = Annotated[
     float | None,

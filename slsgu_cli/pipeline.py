@@ -23,13 +23,14 @@ from slsgu_cli.layout import (
     read_pointer,
 )
 from slsgu_cli.models import read_layer, resolve
-from slsgu_cli.naming import find_layers, is_candidate, tower_of
+from slsgu_cli.naming import find_layers, tower_of
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import (
     Direction,
     EditHeader,
     GradientHeader,
     ModelSpec,
+    Qkv,
     Ranking,
     Tower,
 )
@@ -40,14 +41,15 @@ from slsgu_cli.targets.carrying import CarryOptions, carry
 from slsgu_cli.targets.mapping import Spelling
 from slsgu_cli.targets.states import read_states
 from slsgu_cli.targets.target import read_target
+from slsgu_cli.thirds import is_of, layers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRequest:
     """What `apply` is asked for. `layer` with `step` takes a direction without a search.
 
-    `direction` and `ridge` are for what has no ranking yet, or is not searched for; an
-    edit that is there already must be of that direction.
+    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
+    edit that is there already must be of that direction, and of a layer of that kind.
     """
 
     names: Sequence[str]
@@ -59,6 +61,7 @@ class ApplyRequest:
     step: float | None = None
     direction: Direction | None = None
     ridge: float | None = None
+    qkv: Qkv | None = None
     scale: float = 1.0
     rank: int | None = None
     revert: bool = False
@@ -100,6 +103,13 @@ def edit_for(
             hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
             f"`slsgu search {quote(name)}`",
         )
+    if options.qkv and not is_of(options.qkv, edit.header.layer):
+        raise StaleError(
+            f"the edit {name} changes {edit.header.layer}, which is no layer where query, key "
+            f"and value are {options.qkv}",
+            hint=f"run `slsgu rank {quote(name)} --qkv {options.qkv}` and "
+            f"`slsgu search {quote(name)}`",
+        )
     if options.ridges and edit.header.ridge not in options.ridges:
         had = "no ridge" if edit.header.ridge is None else f"ridge {edit.header.ridge:g}"
         raise StaleError(
@@ -136,6 +146,8 @@ def _rank_options(options: SearchOptions) -> RankOptions:
     chosen = RankOptions(device=options.device)
     if options.direction is not None:
         chosen = replace(chosen, direction=options.direction)
+    if options.qkv is not None:
+        chosen = replace(chosen, qkv=options.qkv)
     return replace(chosen, ridge=options.ridges[0]) if options.ridges else chosen
 
 
@@ -159,7 +171,8 @@ def direct_edit(
     pointer = read_pointer(store, manifest)
     path = gradient_path(pointer.forget)
     header = store.read_header(path, GradientHeader)
-    fitting = find_layers(layer, [known for known in header.weights if is_candidate(known)])
+    whole, split = (find_layers(layer, layers_of(header.weights, qkv)) for qkv in Qkv)
+    fitting = whole or split
     tower = tower_of(fitting[0]) if len(fitting) == 1 else None
     if tower is None:
         raise UsageError(
@@ -310,6 +323,7 @@ def _requested_edits(store: Store, request: ApplyRequest, console: Console) -> l
     options = SearchOptions(
         direction=request.direction,
         ridges=() if request.ridge is None else (request.ridge,),
+        qkv=request.qkv,
         device=request.device,
     )
     target = None if request.target is None else str(request.target)

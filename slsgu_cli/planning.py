@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from slsgu_cli.dtypes import FLOATS, PRECISION, Floats, Raw, narrow, widen
 from slsgu_cli.edits import Edit
-from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records import EditHeader
 from slsgu_cli.tensor_file import CHUNK, Splice
+from slsgu_cli.thirds import both_held, held, parameter_of, put
 from slsgu_cli.weights import layer_digest, open_weights
 
 COARSE = ("fp16", "bf16")
@@ -57,27 +58,30 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
     patches: dict[str, Raw] = {}
     changes: list[LayerChange] = []
     for layer, group in by_layer(edits).items():
-        name = file.resolve_name(layer)
-        patches[name], change = plan_layer(
-            path,
-            layer,
-            file.stored(name),
-            file.entry(name).dtype,
-            group,
-            revert=revert,
-            force=force,
-        )
+        name = file.resolve_name(parameter_of(layer))
+        whole = patches[name] if name in patches else file.stored(name)
+        current, dtype = held(layer, whole), file.entry(name).dtype
+        new, change = plan_layer(path, layer, current, dtype, group, revert=revert, force=force)
+        patches[name] = put(layer, new, into=whole)
         changes.append(change)
     return FilePlan(path, file.splices(patches), tuple(changes))
 
 
 def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
-    """Return edits by the layer they change, layers and edits in an order of their own."""
+    """Return edits by the layer they change, layers and edits in an order of their own.
+
+    Raises UsageError where one changes a whole parameter and another a third of it.
+    """
 
     def order(edit: Edit) -> tuple[str, str, float]:
         return edit.header.name, edit.header.gradient, edit.factor
 
     layers = sorted({edit.header.layer for edit in edits})
+    if twice := both_held(layers):
+        raise UsageError(
+            f"{_names(edits)} change {twice} as a whole and a third of it as well",
+            hint="rank and search all of them with the same --qkv",
+        )
     return {
         layer: sorted((edit for edit in edits if edit.header.layer == layer), key=order)
         for layer in layers

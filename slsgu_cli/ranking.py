@@ -7,27 +7,37 @@ taken: the same formulas, in the inner product that the retained inputs make of 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import slsgu_cli
 from slsgu_cli.console import Console
-from slsgu_cli.directions import RIDGE, Moments, ensure_moments
+from slsgu_cli.directions import RIDGE, Moments, ensure_moments, layer_gradient
+from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError
+from slsgu_cli.gradients import graded_model
 from slsgu_cli.layout import gradient_path, ranking_path, read_manifest, read_pointer
-from slsgu_cli.naming import is_candidate, selected, tower_of
+from slsgu_cli.models import ResolvedModel, read_layer
+from slsgu_cli.naming import selected, tower_of
 from slsgu_cli.records import (
     Alignment,
     Direction,
     GradientHeader,
     GradientPointer,
     LayerScore,
+    ParameterNorm,
+    Qkv,
     Ranking,
     Tower,
 )
 from slsgu_cli.scoring import Vector, alignment, importance, norm, pareto_front
 from slsgu_cli.store import Store
 from slsgu_cli.targets.choosing import aim_at
+from slsgu_cli.thirds import layers_of, third_of
+
+if TYPE_CHECKING:
+    from slsgu_cli.whitening import RetainMetric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +45,14 @@ class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
     `ridge` is of the whitened direction alone, as is `device`, where moments are computed.
+    With `qkv` split, query, key and value compete as layers of their own.
     With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
 
     alignment: Alignment = Alignment.ABS
     direction: Direction = Direction.WHITENED
     ridge: float = RIDGE
+    qkv: Qkv = Qkv.FUSED
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     tower: Tower | None = None
@@ -62,9 +74,8 @@ def rank(
     header = store.read_header(gradient_path(pointer.forget), GradientHeader)
     candidates = [
         layer
-        for layer in sorted(header.weights)
-        if is_candidate(layer)
-        and options.tower in (None, tower_of(layer))
+        for layer in layers_of(header.weights, options.qkv)
+        if options.tower in (None, tower_of(layer))
         and selected(layer, include=options.include, exclude=options.exclude)
     ]
     unreached = _unreached(header, candidates, options)
@@ -75,8 +86,10 @@ def rank(
         moments = ensure_moments(
             store, manifest, pointer, layers, device=options.device, console=console
         )
-        layers = [layer for layer in layers if layer in moments.places]
-    scored = (_score(store, pointer, header, layer, options, moments) for layer in layers)
+        layers = [layer for layer in layers if moments.has(layer)]
+    model = graded_model(pointer) if any(third_of(layer) is not None for layer in layers) else None
+    weights = _Weights(header, model)
+    scored = (_score(store, pointer, weights, layer, options, moments) for layer in layers)
     scores = [score for score in scored if score is not None]
     if not scores:
         raise InputError(
@@ -95,6 +108,7 @@ def rank(
         version=slsgu_cli.__version__,
         target=options.target,
         unreached=unreached,
+        qkv=options.qkv,
     )
     store.write_record(ranking_path(name), ranking)
     return ranking
@@ -111,10 +125,42 @@ def _unreached(
     return {layer: reason for layer in layers if (reason := aim.why_not(layer)) is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A model's layers as they are: whole ones as recorded, thirds as `model` has them."""
+
+    header: GradientHeader
+    model: ResolvedModel | None
+
+    def norm(self, layer: str) -> ParameterNorm:
+        """Return a layer's shape and norm."""
+        values = self._third(layer)
+        if values is None:
+            return self.header.weights[layer]
+        return ParameterNorm(values.shape, norm(values))
+
+    def output(self, layer: str, moments: Moments, metric: "RetainMetric") -> float:
+        """Return a layer's mean squared output over the retain set."""
+        import torch
+
+        from slsgu_cli.whitening import mean_square_output
+
+        values = self._third(layer)
+        if values is None:
+            return moments.output(layer)
+        weight = torch.tensor(values, device=metric.moment.device)
+        return mean_square_output(weight, metric.moment, metric.axis)
+
+    def _third(self, layer: str) -> Floats | None:
+        if self.model is None or third_of(layer) is None:
+            return None
+        return read_layer(self.model, layer).astype(np.float32, copy=False)
+
+
 def _score(
     store: Store,
     pointer: GradientPointer,
-    header: GradientHeader,
+    weights: _Weights,
     layer: str,
     options: RankOptions,
     moments: Moments | None,
@@ -123,8 +169,8 @@ def _score(
 
     A step is a share of the layer's own norm, so a layer of zeros has none.
     """
-    forget = store.read_tensors(gradient_path(pointer.forget), [layer])[layer]
-    retain = store.read_tensors(gradient_path(pointer.retain), [layer])[layer]
+    forget = layer_gradient(store, pointer.forget, layer)
+    retain = layer_gradient(store, pointer.retain, layer)
     if not (np.isfinite(forget).all() and np.isfinite(retain).all()):
         raise InputError(
             f"the stored gradient of {layer} holds values that are not finite",
@@ -132,45 +178,40 @@ def _score(
             f"run `slsgu grad {quote(pointer.name)}`",
         )
     forget_norm = norm(forget)
-    weight_norm = header.weights[layer].norm
+    weight = weights.norm(layer)
     tower = tower_of(layer)
-    if not forget_norm or not weight_norm or tower is None:
+    if not forget_norm or not weight.norm or tower is None:
         return None
     if moments is None:
-        figures = importance(forget_norm, weight_norm), alignment(forget, retain, Alignment.SIGNED)
+        figures = importance(forget_norm, weight.norm), alignment(forget, retain, Alignment.SIGNED)
     else:
-        figures = _whitened_figures(moments, layer, forget, retain, weight_norm, options)
+        metric = moments.metric(layer, options.ridge)
+        size = metric.weight_norm(weight.norm, weights.output(layer, moments, metric))
+        figures = _whitened_figures(metric, forget, retain, size)
     signed = options.alignment is Alignment.SIGNED
     return LayerScore(
         layer=layer,
         tower=tower,
-        shape=header.weights[layer].shape,
+        shape=weight.shape,
         importance=figures[0],
         alignment=figures[1] if signed else abs(figures[1]),
         forget_norm=forget_norm,
         retain_norm=norm(retain),
-        weight_norm=weight_norm,
+        weight_norm=weight.norm,
         front=False,
     )
 
 
 def _whitened_figures(
-    moments: Moments,
-    layer: str,
-    forget: Vector,
-    retain: Vector,
-    weight_norm: float,
-    options: RankOptions,
+    metric: "RetainMetric", forget: Vector, retain: Vector, size: float
 ) -> tuple[float, float]:
-    """Return importance and signed alignment of the whitened direction."""
+    """Return importance and signed alignment of the whitened direction; `size` is ||W||_P."""
     import torch
 
     from slsgu_cli.whitening import whitened_alignment, whitened_importance
 
-    metric = moments.metric(layer, options.ridge)
-    f, r = (torch.from_numpy(values).to(metric.moment.device) for values in (forget, retain))
+    f, r = (torch.tensor(values, device=metric.moment.device) for values in (forget, retain))
     direction = metric.whiten(f)
-    size = metric.weight_norm(weight_norm, moments.output(layer))
     return (
         whitened_importance(f, direction, size),
         whitened_alignment(f, direction, r, metric.whiten(r)),

@@ -41,6 +41,13 @@ class Direction(StrEnum):
     WHITENED = "whitened"
 
 
+class Qkv(StrEnum):
+    """Whether query, key and value are one layer, or a layer each."""
+
+    FUSED = "fused"
+    SPLIT = "split"
+
+
 class Steer(StrEnum):
     """What the search drives to zero: a forget accuracy, or what a margin lacks."""
 
@@ -268,6 +275,7 @@ class Ranking:
     version: str
     target: str | None = None
     unreached: dict[str, str] = dataclasses.field(default_factory=dict)
+    qkv: Qkv = Qkv.FUSED
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

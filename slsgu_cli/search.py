@@ -28,6 +28,7 @@ from slsgu_cli.records import (
     JointRef,
     LayerScore,
     Precision,
+    Qkv,
     Ranking,
     SetManifest,
     Steer,
@@ -55,13 +56,14 @@ Key = tuple[str, float | None, float]
 class SearchOptions:
     """How to search. `full` measures the utility of every trial, winner or not.
 
-    `direction` and, of the whitened one, `ridges` are those of the ranking where none are
+    `direction`, `qkv` and, of the whitened one, `ridges` are those of the ranking where none are
     given; each layer is searched with each ridge. `margin` is a cosine, for that steer.
     """
 
     layers: Sequence[str] = ()
     direction: Direction | None = None
     ridges: Sequence[float] = ()
+    qkv: Qkv | None = None
     steer: Steer = Steer.FA1
     margin: float = MARGIN
     steps: int = 10
@@ -254,7 +256,7 @@ class _Run:
 def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
     """Return the options with the ranking's direction and ridge, and the device.
 
-    Raises StaleError where the layers were ranked for another direction.
+    Raises StaleError where the layers were ranked for another direction, or other layers were.
     """
     direction = options.direction or ranking.direction
     if direction is not ranking.direction:
@@ -262,6 +264,12 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
             f"the layers of {ranking.name} were ranked for the direction {ranking.direction}, "
             f"not {direction}",
             hint=f"run `slsgu rank {quote(ranking.name)} --direction {direction}`",
+        )
+    if options.qkv not in (None, ranking.qkv):
+        raise StaleError(
+            f"the layers of {ranking.name} were ranked with query, key and value {ranking.qkv}, "
+            f"not {options.qkv}",
+            hint=f"run `slsgu rank {quote(ranking.name)} --qkv {options.qkv}`",
         )
     if direction is Direction.GRADIENT and options.ridges:
         raise UsageError(

@@ -10,6 +10,7 @@ from slsgu_cli.evaluation import Evaluation, accuracy
 from slsgu_cli.metrics import least_gap, margins, ranks_of_truth
 from slsgu_cli.records import Accuracy, LayerScore, Tower, Trial
 from slsgu_cli.scoring import norm
+from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.zeroshot import PromptSide, edited
 
 # A vision trial's images are looked at in this many parts, the least certain ones first.
@@ -34,7 +35,8 @@ class Probe:
     _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.weight = self.evaluation.model.get_parameter(self.score.layer).data
+        parameter = self.evaluation.model.get_parameter(parameter_of(self.score.layer))
+        self.weight = held(self.score.layer, parameter.data)
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.direction.cpu().numpy())
 

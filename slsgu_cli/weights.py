@@ -16,6 +16,7 @@ from slsgu_cli.dtypes import FLOATS, Floats, Raw, rounded, widen
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.safetensors_file import looks_like_safetensors, open_safetensors
 from slsgu_cli.tensor_file import CHUNK, CONVERT_HINT, Splice, TensorFile, canonical_name
+from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.torch_zip import open_torch
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -50,16 +51,15 @@ def open_weights(path: Path) -> TensorFile:
 
 
 def read_layer(path: Path, layer: str) -> Floats:
-    """Return the parameter open_clip calls `layer` in the file's own precision.
+    """Return the layer of open_clip's names in the file's own precision.
 
     fp16 stays fp16 and fp64 stays fp64; fp32 and bf16 come as fp32.
     """
     file = open_weights(path)
-    name = file.resolve_name(layer)
-    if file.entry(name).dtype == "F16":
-        half: Floats = file.stored(name)
-        return half
-    return file.read(name)
+    name = file.resolve_name(parameter_of(layer))
+    half = file.entry(name).dtype == "F16"
+    values: Floats = held(layer, file.stored(name) if half else file.read(name))
+    return values
 
 
 def layer_digests(values: Floats) -> dict[str, str]:

@@ -6,8 +6,8 @@ stage; the other tower's features stay what they were. What does not fit the cac
 is computed again from the nearest stage before it that was kept.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from slsgu_cli.ahead import read_ahead
 from slsgu_cli.batches import Pixels, by_length, spans
 from slsgu_cli.metrics import class_means
 from slsgu_cli.sets import DataBlock
+from slsgu_cli.thirds import held, parameter_of, third_of
 from slsgu_cli.towers import EMBED, SplitTower
 
 ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
@@ -168,11 +169,30 @@ class ImageSide:
 
 @contextmanager
 def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
-    """Give `layer` other values for the length of a block; nothing is copied."""
-    parameter = model.get_parameter(layer)
+    """Give `layer` other values for the length of a block; no whole parameter is copied."""
+    parameter = model.get_parameter(parameter_of(layer))
     original = parameter.data
-    parameter.data = values
+    if third_of(layer) is None:
+        parameter.data = values
+    else:
+        parameter.data = original.clone()
+        held(layer, parameter.data).copy_(values)
     try:
         yield
     finally:
         parameter.data = original
+
+
+@contextmanager
+def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Iterator[None]:
+    """Add moves, each a layer's change and how often, to a model for the length of a block."""
+    values: dict[str, Tensor] = {}
+    for layer, change, factor in moves:
+        name = parameter_of(layer)
+        if name not in values:
+            values[name] = model.get_parameter(name).data.clone()
+        held(layer, values[name]).add_(change.to(values[name].device), alpha=factor)
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(edited(model, name, value))
+        yield

@@ -17,6 +17,7 @@ from worlds import Ear
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.targets.carrying import CarryOptions, carry
 from slsgu_cli.targets.target import read_target
+from slsgu_cli.thirds import held, parameter_of
 
 TEXT = "transformer.resblocks.1.{}"
 VISION = "visual.transformer.resblocks.1.{}"
@@ -118,7 +119,7 @@ def _ckpt(folder, weights):
 
 
 def edit_of(state, layer, *, name="facebook", seed=0, factor=0.05):
-    before = state[layer].numpy()
+    before = held(layer, state[parameter_of(layer)].numpy())
     rng = np.random.default_rng(seed)
     delta = (factor * rng.standard_normal(before.shape)).astype(np.float32)
     return edit(layer, delta, before, name=name)
@@ -196,6 +197,38 @@ def test_the_layer_changes_and_nothing_else(tmp_path, state, other, layout, laye
     back = tmp_path / ("back" + path.suffix)
     run([made], out, back, revert=True)
     assert files(back) == original
+
+
+@pytest.mark.parametrize(
+    "layout", ["clip", "clip in shards", "sd with variants", "sd2 file", "llava"]
+)
+def test_a_third_changes_its_tensor_or_its_rows_and_nothing_else(tmp_path, state, other, layout):
+    make, names = LAYOUTS[layout]
+    path = make(tmp_path / "original", state, other)
+    keys = [edit_of(state, names.format("attn.in_proj_weight.k")),
+            edit_of(state, names.format("attn.in_proj_weight.v"), seed=1)]  # fmt: skip
+    out, back = (tmp_path / (name + path.suffix) for name in ("out", "back"))
+    run(keys[:1], path, out)
+    before, after = tensors(path), tensors(out)
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert len(changed) == (3 if layout == "sd with variants" else 1)
+    for key in changed:
+        was, now = before[key], after[key]
+        if key[1].endswith("attn.in_proj_weight"):
+            others = torch.tensor([0, 2])
+            assert torch.equal(*(whole.unflatten(0, (3, -1))[others] for whole in (was, now)))
+            was, now = (whole.chunk(3)[1] for whole in (was, now))
+        else:
+            assert key[1].endswith("layers.1.self_attn.k_proj.weight")
+        assert torch.equal(now, parts(was, keys[0].delta(), "")[0])
+    own = {name for name, _ in changed}
+    rest = [{n: b for n, b in files(place).items() if n not in own} for place in (path, out)]
+    assert rest[0] == rest[1]
+    run(keys[:1], out, back, revert=True)
+    assert files(back) == files(path)
+    run(keys, path, out, overwrite=True)
+    run(keys, out, back, revert=True, overwrite=True)
+    assert files(back) == files(path)
 
 
 @pytest.mark.parametrize("layer", ["visual.proj", "text_projection", "visual.conv1.weight"])

@@ -90,6 +90,11 @@ def test_edits_end_with_their_block_and_fused_layers_are_split(painter):
         assert torch.equal(live.value(fused), before + 1)
         assert torch.equal(live.parameters(fused)[1], before[128:256] + 1)
     assert torch.equal(live.value(fused), before)
+    key = f"{fused}.k"
+    with live.edited({key: live.value(key) + 1}):
+        expected = torch.cat([before[:128], before[128:256] + 1, before[256:]])
+        assert torch.equal(live.value(fused), expected)
+    assert torch.equal(live.value(fused), before)
 
 
 def test_other_weights_and_layers_without_reach_are_refused(painter, respondent, edits):

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from shlex import quote
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.planning import by_layer
 from slsgu_cli.targets.mapping import Home, Slot, homes, slots
 from slsgu_cli.targets.target import Encoder
 from slsgu_cli.weights import DIGEST_PRECISIONS, layer_digest
@@ -59,9 +59,8 @@ class LiveEncoder:
         with ExitStack() as stack:
             for layer, value in values.items():
                 for slot in self.slots(layer):
-                    now = self._parameter(slot)
-                    part: Any = slot.take(value)  # type: ignore[arg-type]
-                    own = part.to(now.device, now.dtype).contiguous()
+                    own = self._parameter(slot).clone()
+                    slot.rows(own).copy_(slot.take(value))
                     stack.enter_context(edited(self.module, slot.key, own))
             yield
 
@@ -75,9 +74,7 @@ class LiveEncoder:
 
 def joined(places: Sequence[Slot], parts: Sequence[Tensor]) -> Tensor:
     """Return a layer in open_clip's shape from values in the shape of the tensors it lies in."""
-    straight = [
-        part.T if slot.transposed else part for slot, part in zip(places, parts, strict=True)
-    ]
+    straight = [slot.held(part) for slot, part in zip(places, parts, strict=True)]
     return straight[0] if len(straight) == 1 else torch.cat(straight)
 
 
@@ -85,10 +82,11 @@ def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[
     """Return for each encoder the values that edits give its layers.
 
     An edit goes to the encoder that holds the weights it was made for. Raises StaleError
-    where none does, InputError where its layer has no influence.
+    where none does, InputError where its layer has no influence, UsageError where one edit
+    changes a whole parameter and another a third of it.
     """
     values: list[dict[str, Tensor]] = [{} for _ in live]
-    for edit in edits:
+    for edit in (edit for group in by_layer(edits).values() for edit in group):
         layer = edit.header.layer
         place = _home_of(live, edit)
         now = values[place].get(layer)

@@ -17,7 +17,7 @@ import torch
 
 import slsgu_cli
 from slsgu_cli.console import Console
-from slsgu_cli.directions import RIDGE
+from slsgu_cli.directions import RIDGE, layer_gradient
 from slsgu_cli.edits import make_edit, write_edit
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.generation.loading import PIPELINES, folder_fingerprint
@@ -34,7 +34,7 @@ from slsgu_cli.layout import (
     target_trials_path,
 )
 from slsgu_cli.models import resolve
-from slsgu_cli.naming import find_layers, is_candidate
+from slsgu_cli.naming import find_layers
 from slsgu_cli.records import (
     Direction,
     EditHeader,
@@ -42,6 +42,7 @@ from slsgu_cli.records import (
     GradientHeader,
     GradientPointer,
     ModelSpec,
+    Qkv,
     SetManifest,
     Share,
     TargetFigures,
@@ -49,6 +50,7 @@ from slsgu_cli.records import (
 from slsgu_cli.search import compact
 from slsgu_cli.store import Store
 from slsgu_cli.targets.target import read_target
+from slsgu_cli.thirds import layers_of, parameter_of
 from slsgu_cli.weights import layer_digests
 
 
@@ -65,6 +67,7 @@ class SteerOptions:
     gradient_of: GradientOf | None = None
     direction: Direction = Direction.WHITENED
     ridge: float = RIDGE
+    qkv: Qkv = Qkv.FUSED
     goal: float = 90.0
     steps: int = 10
     budget: Budget = field(default_factory=Budget)
@@ -96,11 +99,13 @@ def search_target(
     subject, judge, gradient_of = _subject(store, manifest, pointer, options)
     header = store.read_header(gradient_path(pointer.forget), GradientHeader)
     reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
-    layers = _named([n for n in reached if is_candidate(n)], options)
+    layers = _named(layers_of(reached, options.qkv), options)
     _require_same_clip(subject, header, layers, options.target, name)
     if gradient_of is GradientOf.CLIP:
-        arrays = store.read_tensors(gradient_path(pointer.forget), layers)
-        gradients = {layer: torch.from_numpy(values) for layer, values in arrays.items()}
+        gradients = {
+            layer: torch.from_numpy(layer_gradient(store, pointer.forget, layer))
+            for layer in layers
+        }
     else:
         gradients = subject.forget_gradient(layers)
     found = rays(subject, gradients, direction=options.direction, ridge=options.ridge)
@@ -169,7 +174,7 @@ def _require_same_clip(
 
     Norms tell: another precision changes them by a thousandth, another model by more.
     """
-    for layer in layers:
+    for layer in sorted({parameter_of(layer) for layer in layers}):
         value, known = subject.encoder.value(layer), header.weights[layer]
         same = tuple(value.shape) == tuple(known.shape)
         if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):

@@ -43,7 +43,8 @@ def _rank(ranking: Ranking) -> list[str]:
     words = ["slsgu", "rank", ranking.name]
     words += _unless(RANK.alignment, "--alignment", ranking.alignment)
     words += _unless(RANK.direction, "--direction", ranking.direction)
-    return words + _unless(RANK.ridge, "--ridge", ranking.ridge)
+    words += _unless(RANK.ridge, "--ridge", ranking.ridge)
+    return words + _unless(RANK.qkv, "--qkv", ranking.qkv)
 
 
 def _search(trials: Trials, ranking: Ranking) -> list[str]:

@@ -1,17 +1,16 @@
 """Measuring several edits in place at once: the moves of a layer are summed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from slsgu_cli.evaluation import EvaluationSet, SharedEvaluation, accuracy
 from slsgu_cli.metrics import least_gap, ranks_of_truth
 from slsgu_cli.records import Accuracy, Tower
 from slsgu_cli.trial import Probe
-from slsgu_cli.zeroshot import ImageSide, PromptSide, edited
+from slsgu_cli.zeroshot import ImageSide, PromptSide, moved
 
 Moves = Sequence[tuple[Probe, float]]
 
@@ -62,13 +61,10 @@ UNMOVED = Combined({}, {})
 @contextmanager
 def combined(evaluation: SharedEvaluation, moves: Moves) -> Iterator[Combined]:
     """Put several moves into the model for the length of a block."""
-    values: dict[str, Tensor] = {}
     stages: dict[Tower, int] = {}
-    for probe, step in moves:
-        layer, tower = probe.score.layer, probe.score.tower
-        values[layer] = torch.add(values.get(layer, probe.weight), probe.direction, alpha=step)
+    for probe, _ in moves:
+        tower = probe.score.tower
         stages[tower] = min(stages.get(tower, probe.stage), probe.stage)
-    with ExitStack() as stack:
-        for layer, value in values.items():
-            stack.enter_context(edited(evaluation.model, layer, value))
+    changes = ((probe.score.layer, probe.direction, step) for probe, step in moves)
+    with moved(evaluation.model, changes):
         yield Combined(stages, {})

@@ -97,13 +97,19 @@ class _NewValues:
     patches: dict[Path, dict[str, Raw]] = field(default_factory=dict)
     changes: dict[Path, list[LayerChange]] = field(default_factory=dict)
 
-    def add(self, state: State, values: Mapping[str, Raw], change: LayerChange) -> None:
-        """Add a layer's new tensors to the files that own them."""
-        for key, value in values.items():
+    def add(self, state: State, places: Sequence[Slot], values: Raw, change: LayerChange) -> None:
+        """Add a layer's new values to the tensors and files that hold it."""
+
+        def now(key: str) -> Raw:
+            path = state.owners[key]
+            own = self.patches.get(path, {})
+            return own[key] if key in own else state.files[path].stored(key)
+
+        for key, value in placed(places, values, now).items():
             path = state.owners[key]
             self.states[path] = state
             self.patches.setdefault(path, {})[key] = value
-        for path in {state.owners[key] for key in values}:
+        for path in {state.owners[slot.key] for slot in places}:
             self.changes.setdefault(path, []).append(change)
 
     def plans(self) -> dict[Path, FilePlan]:
@@ -156,7 +162,7 @@ def _places(encoder: Encoder, layer: str) -> Places:
 
 def _planned(
     found: Places, layer: str, group: Sequence[Edit], options: CarryOptions
-) -> list[tuple[State, dict[str, Raw], LayerChange]]:
+) -> list[tuple[State, tuple[Slot, ...], Raw, LayerChange]]:
     planned = []
     for state, places in found:
         current, dtype = state.layer(places)
@@ -164,7 +170,7 @@ def _planned(
         values, change = plan_layer(
             path, layer, current, dtype, group, revert=options.revert, force=options.force
         )
-        planned.append((state, placed(places, values), change))
+        planned.append((state, places, values, change))
     return planned
 
 

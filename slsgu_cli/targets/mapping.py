@@ -8,17 +8,18 @@ so towers are found by what their names end with.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
 from slsgu_cli.dtypes import Raw
 from slsgu_cli.naming import tower_of
 from slsgu_cli.records import Tower
+from slsgu_cli.thirds import LETTERS, parameter_of, rows_of, third_of
 
-QKV = ("q", "k", "v")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _FUSED = re.compile(r"attn\.in_proj_(weight|bias)")
 _IN_BLOCK = {
@@ -87,18 +88,35 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One tensor that holds a layer, or a third of its rows: `part` of query, key, value."""
+    """One tensor that holds a layer, or a third of its rows: `part` of query, key, value.
+
+    With `within`, the layer is itself that third of the tensor's rows.
+    """
 
     key: str
     part: int | None = None
+    within: int | None = None
     transposed: bool = False
 
-    def take(self, layer: Raw) -> Raw:
-        """Return what this tensor holds of a layer that has open_clip's shape."""
+    def take(self, layer: Any) -> Any:
+        """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
         if self.part is not None:
-            rows = layer.shape[0] // len(QKV)
-            layer = layer[self.part * rows : (self.part + 1) * rows]
+            layer = rows_of(self.part, layer)
         return layer.T if self.transposed else layer
+
+    def rows(self, values: Any) -> Any:
+        """Return the rows of this tensor's values that belong to the layer, as a view."""
+        return values if self.within is None else rows_of(self.within, values)
+
+    def held(self, values: Any) -> Any:
+        """Return what `rows` does in open_clip's shape."""
+        return self.rows(values).T if self.transposed else self.rows(values)
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what is held, from that of this tensor."""
+        if self.within is not None:
+            whole = (whole[0] // len(LETTERS), *whole[1:])
+        return whole[::-1] if self.transposed else whole
 
 
 def homes(keys: Iterable[str]) -> list[Home]:
@@ -119,17 +137,21 @@ def slots(layer: str, home: Home) -> tuple[Slot, ...]:
     """
     if tower_of(layer) is not home.tower:
         return ()
-    name = layer.removeprefix(_PREFIX[home.tower])
+    name = parameter_of(layer).removeprefix(_PREFIX[home.tower])
+    third = third_of(layer)
     if home.spelling is Spelling.OPEN_CLIP:
         own = _PREFIX[Tower.VISION] if home.tower is Tower.VISION else ""
-        return (Slot(f"{home.prefix}{own}{name}"),)
+        return (Slot(f"{home.prefix}{own}{name}", within=third),)
     projection, key, inner = _PROJECTION[home.tower]
     if name == projection:
         return (Slot(home.prefix.removesuffix(inner) + key, transposed=True),)
     if name in _OUTSIDE[home.tower]:
         return (Slot(home.prefix + _OUTSIDE[home.tower][name]),)
     block = _BLOCK.fullmatch(name)
-    return _in_block(f"{home.prefix}encoder.layers.{block[1]}.", block[2]) if block else ()
+    if block is None:
+        return ()
+    found = _in_block(f"{home.prefix}encoder.layers.{block[1]}.", block[2])
+    return found if third is None else (Slot(found[third].key),)
 
 
 def names(tower: Tower, blocks: int) -> list[str]:
@@ -149,7 +171,7 @@ def names(tower: Tower, blocks: int) -> list[str]:
 
 def _in_block(prefix: str, name: str) -> tuple[Slot, ...]:
     if fused := _FUSED.fullmatch(name):
-        keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in QKV)
+        keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in LETTERS)
         return tuple(Slot(key, part) for part, key in enumerate(keys))
     module, _, kind = name.rpartition(".")
     known = _IN_BLOCK.get(module)
@@ -158,10 +180,20 @@ def _in_block(prefix: str, name: str) -> tuple[Slot, ...]:
 
 def assembled(places: Sequence[Slot], tensors: Mapping[str, Raw]) -> Raw:
     """Return a layer in open_clip's shape from the tensors that hold it, by their names."""
-    parts = [tensors[slot.key].T if slot.transposed else tensors[slot.key] for slot in places]
+    parts = [slot.held(tensors[slot.key]) for slot in places]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def placed(places: Sequence[Slot], layer: Raw) -> dict[str, Raw]:
-    """Return what each of a layer's tensors holds, by name: the inverse of `assembled`."""
-    return {slot.key: slot.take(layer) for slot in places}
+def placed(places: Sequence[Slot], layer: Raw, tensors: Callable[[str], Raw]) -> dict[str, Raw]:
+    """Return a layer's tensors with its values in them, by name: the inverse of `assembled`.
+
+    `tensors` tells the values as they are, of a tensor that holds more than the layer.
+    """
+    new = {}
+    for slot in places:
+        if slot.within is None:
+            new[slot.key] = slot.take(layer)
+        else:
+            new[slot.key] = tensors(slot.key).copy()
+            slot.rows(new[slot.key])[...] = slot.take(layer)
+    return new

@@ -48,9 +48,9 @@ class State:
 
     def shape(self, places: Sequence[Slot]) -> tuple[int, ...]:
         """Return a layer's shape as open_clip has it."""
-        shapes = [self.files[self.owners[slot.key]].entry(slot.key).shape for slot in places]
-        if places[0].transposed:
-            return shapes[0][::-1]
+        shapes = [
+            slot.shape(self.files[self.owners[slot.key]].entry(slot.key).shape) for slot in places
+        ]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def layer(self, places: Sequence[Slot]) -> tuple[Raw, str]:

@@ -21,6 +21,7 @@ from slsgu_cli.planning import recognised
 from slsgu_cli.records import Accuracy, SetManifest
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
+from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.towers import EMBED
 from slsgu_cli.zeroshot import ROWS_PER_FORWARD
 
@@ -160,9 +161,9 @@ def open_bench(
 def add_edit(model: nn.Module, edit: Edit) -> None:
     """Move the edit's layer of `model`. Raises StaleError where it is not the layer it was."""
     header = edit.header
-    parameter = dict(model.named_parameters()).get(header.layer)
+    parameter = dict(model.named_parameters()).get(parameter_of(header.layer))
     known = parameter is not None and recognised(
-        parameter.detach().cpu().numpy(), "F32", header.digests
+        held(header.layer, parameter.detach().cpu().numpy()), "F32", header.digests
     )
     if parameter is None or not known:
         raise StaleError(
@@ -170,7 +171,8 @@ def add_edit(model: nn.Module, edit: Edit) -> None:
             hint=f"verify it with a set built for {header.model}",
         )
     delta = torch.from_numpy(edit.delta()).to(parameter.device)
-    parameter.data = parameter.data + edit.factor * delta
+    parameter.data = parameter.data.clone()
+    held(header.layer, parameter.data).add_(edit.factor * delta)
 
 
 @contextmanager
