@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.hub import FETCH_ERRORS, HUB, fetch_clip, fetch_open_clip, first_line
 from slsgu_cli.records import InputSpec, ModelSpec, digest
 from slsgu_cli.targets.clip_weights import ClipWeights
 from slsgu_cli.targets.mapping import Spelling
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 LOCAL = "local-dir:"
-HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"
 # The order in which open_clip itself looks for weights in a folder.
 PREFERRED = (
@@ -52,8 +52,6 @@ PREFERRED = (
 SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
 QUICK_GELU = ("quick_gelu", False)
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
-# Hub clients and downloads fail in many kinds; a programming error is none of these.
-FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
 Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
 
 
@@ -242,10 +240,7 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
         )
     path = folder / CONFIG
     if not path.is_file() and is_clip(folder):
-        weights = ClipWeights(folder).state.path
-        config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
-        spelling = Spelling.TRANSFORMERS
-        return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
+        return _resolve_transformers(spec, folder)
     if not path.is_file():
         raise MissingError(
             f"{folder} is not an open_clip model folder: it has no {CONFIG}",
@@ -261,18 +256,19 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
     return ResolvedModel(spec, f"{LOCAL}{folder}", config, preprocess, weights, folder)
 
 
-def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
-    from open_clip.pretrained import download_pretrained_from_hf
+def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
+    weights = ClipWeights(folder).state.path
+    config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
+    spelling = Spelling.TRANSFORMERS
+    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
 
+
+def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     repository = spec.name.removeprefix(HUB)
-    try:
-        path = Path(download_pretrained_from_hf(repository, filename=CONFIG))
-        weights = Path(download_pretrained_from_hf(repository))
-    except FETCH_ERRORS as error:
-        raise MissingError(
-            f"cannot fetch {spec.name} from the hub: {_first_line(error)}",
-            hint="check the name and the connection, or use local-dir:PATH",
-        ) from error
+    found = fetch_open_clip(repository, CONFIG)
+    if found is None:
+        return _resolve_transformers(spec, fetch_clip(repository, CONFIG))
+    path, weights = found
     config, preprocess = _configuration(path)
     return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
 
@@ -332,7 +328,7 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
         weights = Path(open_clip.download_pretrained(tag))
     except FETCH_ERRORS as error:
         raise MissingError(
-            f"cannot fetch {name} {spec.pretrained}: {_first_line(error)}",
+            f"cannot fetch {name} {spec.pretrained}: {first_line(error)}",
             hint="check the connection, or give a file with --pretrained",
         ) from error
     preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
@@ -386,11 +382,6 @@ def _explained(model: ResolvedModel) -> Iterator[None]:
         ) from error
     except Exception as error:  # torch, safetensors and open_clip raise many kinds here
         raise InputError(
-            f"cannot load {model.spec} from {model.weights}: {_first_line(error)}",
+            f"cannot load {model.spec} from {model.weights}: {first_line(error)}",
             hint="check that the weights belong to this architecture and are complete",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__

@@ -228,3 +228,55 @@ def test_pointer_names_the_folder(folder, world):
     )
     pointer = read_pointer(world.store, read_manifest(world.store, world.name))
     assert pointer.model == ModelSpec(str(folder))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub's own cache, without a connection; returns a function that puts a folder there."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(folder, name):
+        place = cache / f"models--org--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("0" * 40)
+        return shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+
+    return put
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+def test_a_hub_model_of_transformers_is_the_folders(hub, copy, state, world, tmp_path, container):
+    if container.endswith(".bin"):
+        (copy / "model.safetensors").unlink()
+        tiny_targets.save(tiny_targets.transformers_weights(state), copy / container)
+    place = hub(copy, "tiny")
+    spec = ModelSpec("hf-hub:org/tiny")
+    found = resolve(spec)
+    assert (found.spec, found.folder, found.weights) == (spec, place, place / container)
+    assert fingerprint(found) == fingerprint(resolve(world.model))
+    assert input_spec(found) == input_spec(resolve(world.model))
+    assert all(torch.equal(value, state[name]) for name, value in load(found).state_dict().items())
+    compute_gradients(world.store, world.name, model=spec, options=PassOptions(), console=Ear())
+    result = applied(world, spec, tmp_path / "out")
+    assert [file.path for file in result.files] == [str(tmp_path / "out" / container)]
+    applied(world, ModelSpec(str(copy)), tmp_path / "local")
+    for path in (tmp_path / "local").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_other_repositories_of_the_hub_are_told_apart(hub, copy):
+    with pytest.raises(MissingError, match="cannot fetch hf-hub:org/none from the hub") as caught:
+        resolve(ModelSpec("hf-hub:org/none"))
+    assert "connection" in caught.value.hint
+    (copy / "model.safetensors").unlink()
+    hub(copy, "empty")
+    with pytest.raises(InputError, match=r"org/empty has no weights that slsgu reads"):
+        resolve(ModelSpec("hf-hub:org/empty"))
+    rewrite(copy / "config.json", lambda content: content.update(model_type="bert"))
+    hub(copy, "bert")
+    with pytest.raises(InputError, match=r"org/bert is no CLIP .* open_clip_config\.json"):
+        resolve(ModelSpec("hf-hub:org/bert"))

@@ -122,6 +122,7 @@ def test_what_cannot_be_fetched_is_told(name, error, monkeypatch):
         raise error
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
     spec = ModelSpec(name, None if ":" in name else "laion2b_s34b_b79k")
     with pytest.raises(MissingError, match=r"cannot fetch .*: offline") as caught:
