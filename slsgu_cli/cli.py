@@ -306,7 +306,7 @@ def search(
             **opt.given(qkv=qkv),
         )
         return
-    from slsgu_cli.search import SearchOptions
+    from slsgu_cli.cases import SearchOptions
     from slsgu_cli.several.command import search_jointly, search_sets
 
     options = SearchOptions(

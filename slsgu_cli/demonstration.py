@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slsgu_cli import show
 from slsgu_cli.build import BuildRequest, build_sets
+from slsgu_cli.cases import SearchOptions
 from slsgu_cli.errors import UsageError
 from slsgu_cli.examples import draw_examples
 from slsgu_cli.gradients import compute_gradients
@@ -28,7 +29,6 @@ from slsgu_cli.pipeline import (
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import ModelSpec, PassOptions, Steer
 from slsgu_cli.replay import build_command
-from slsgu_cli.search import SearchOptions
 from slsgu_cli.session import Session
 
 DATA = Path(__file__).parent / "demo"

@@ -17,8 +17,8 @@ from slsgu_cli.baselines.tuning import tune
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.layout import comparison_path, pointer_path, read_manifest, read_pointer
+from slsgu_cli.outcomes import measured_on
 from slsgu_cli.records import GradientPointer
-from slsgu_cli.search import measured_on
 from slsgu_cli.store import Store
 
 if TYPE_CHECKING:

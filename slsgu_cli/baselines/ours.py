@@ -7,10 +7,12 @@ from time import perf_counter
 
 from slsgu_cli.baselines.passes import ROLES, PassTimes
 from slsgu_cli.baselines.records import Method, Outcome
+from slsgu_cli.cases import MARGIN
 from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.layout import edit_path, trials_path
+from slsgu_cli.outcomes import measured_on
 from slsgu_cli.pipeline import edit_for
 from slsgu_cli.records import (
     Accuracy,
@@ -21,7 +23,7 @@ from slsgu_cli.records import (
     Trial,
     Trials,
 )
-from slsgu_cli.search import MARGIN, SearchOptions, measured_on, search
+from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
 
 

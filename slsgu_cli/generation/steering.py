@@ -35,6 +35,7 @@ from slsgu_cli.layout import (
 )
 from slsgu_cli.models import resolve
 from slsgu_cli.naming import find_layers
+from slsgu_cli.outcomes import compact
 from slsgu_cli.records import (
     Direction,
     EditHeader,
@@ -47,7 +48,6 @@ from slsgu_cli.records import (
     Share,
     TargetFigures,
 )
-from slsgu_cli.search import compact
 from slsgu_cli.store import Store
 from slsgu_cli.targets.target import read_target
 from slsgu_cli.thirds import layers_of, parameter_of

@@ -3,10 +3,10 @@
 import shlex
 from collections import Counter
 
+from slsgu_cli.cases import SearchOptions
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import GradientPointer, PassOptions, Ranking, Steer, Trials
 from slsgu_cli.report.gather import Dossier
-from slsgu_cli.search import SearchOptions
 
 # What the commands do without a word.
 PASS, RANK, SEARCH = PassOptions(), RankOptions(), SearchOptions()

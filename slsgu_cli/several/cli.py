@@ -37,8 +37,8 @@ def trajectory(
 
     Example: slsgu trajectory facebook --points 40
     """
+    from slsgu_cli.cases import SearchOptions
     from slsgu_cli.errors import UsageError
-    from slsgu_cli.search import SearchOptions
     from slsgu_cli.several import show
     from slsgu_cli.several.trajectory import TrajectoryOptions, trajectory_and_plots
 
@@ -110,11 +110,11 @@ def sweep(
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
     from slsgu_cli.build import BuildRequest
+    from slsgu_cli.cases import SearchOptions
     from slsgu_cli.errors import UsageError
     from slsgu_cli.evalsets import read_classes
     from slsgu_cli.ranking import RankOptions
     from slsgu_cli.records import PassOptions
-    from slsgu_cli.search import SearchOptions
     from slsgu_cli.several import show
     from slsgu_cli.several.sweep import SweepRequest, require_all_forgotten
     from slsgu_cli.several.sweep import sweep as run

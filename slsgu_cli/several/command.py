@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from slsgu_cli import show
+from slsgu_cli.cases import SearchOptions
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.pipeline import draw_steps, require_forgotten, search_and_plot
-from slsgu_cli.search import SearchOptions
 from slsgu_cli.session import Session
 from slsgu_cli.several import show as show_several
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
+from slsgu_cli.cases import Case, SearchOptions
 from slsgu_cli.console import Console
 from slsgu_cli.evaluation import EvaluationSet, SharedEvaluation
 from slsgu_cli.layout import trials_path
 from slsgu_cli.records import Trial, Trials
-from slsgu_cli.search import Case, SearchOptions, search
+from slsgu_cli.search import search
 from slsgu_cli.several.combined import Combined, combined
 from slsgu_cli.several.records import JointMove, JointTrial
 from slsgu_cli.several.steps import JointSteps

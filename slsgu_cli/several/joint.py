@@ -11,15 +11,16 @@ from shlex import join
 import torch
 
 import slsgu_cli
+from slsgu_cli.cases import Case, SearchOptions
 from slsgu_cli.console import Console
 from slsgu_cli.edits import write_edit
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation
 from slsgu_cli.gradpass import arithmetic
 from slsgu_cli.layout import joint_label, joint_path, plot_path
+from slsgu_cli.outcomes import FORGET, searched_edit
 from slsgu_cli.pictures import CosineMap, cosine_maps
 from slsgu_cli.records import JointRef, Trial, digest
-from slsgu_cli.search import FORGET, Case, SearchOptions, searched_edit
 from slsgu_cli.several.combined import UNMOVED
 from slsgu_cli.several.joining import Joining, Own, line_of, search_alone
 from slsgu_cli.several.matrices import choose

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from slsgu_cli.cases import Case, SearchOptions, read_case
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation, prepare_shared
@@ -11,7 +12,7 @@ from slsgu_cli.gradients import load_graded
 from slsgu_cli.gradpass import arithmetic
 from slsgu_cli.models import tokenizer
 from slsgu_cli.records import SetManifest, digest
-from slsgu_cli.search import Case, SearchOptions, SearchResult, read_case, run_base_pass, search
+from slsgu_cli.search import SearchResult, run_base_pass, search
 from slsgu_cli.store import Store
 
 

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from slsgu_cli.cases import SearchOptions, read_case
 from slsgu_cli.console import Console
 from slsgu_cli.layout import plot_path, trajectory_path
+from slsgu_cli.outcomes import fresh_trials, recorded_trials
 from slsgu_cli.records import Trial, Trials
-from slsgu_cli.search import (
-    SearchOptions,
-    fresh_trials,
-    load_evaluation,
-    read_case,
-    recorded_trials,
-)
+from slsgu_cli.search import load_evaluation
 from slsgu_cli.stepsize import first_step, left_to_forget
 from slsgu_cli.store import Store
 

@@ -1,0 +1,66 @@
+"""Say where the seconds of `slsgu demo` go, stage by stage.
+
+    python tests/bench/profile_demo.py
+    python tests/bench/profile_demo.py --concept castle
+
+The demo runs as a command does, in this process, with a stopwatch around each of its
+stages. `start` is what comes before the first: imports and the command line.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+
+STARTED = time.perf_counter()
+
+from slsgu_cli import demonstration  # noqa: E402
+from slsgu_cli.cli import app  # noqa: E402
+
+STAGES = {
+    "build-sets": "build_sets",
+    "grad": "compute_gradients",
+    "rank, with the moments of the direction": "rank_and_plot",
+    "search": "search_and_plot",
+    "apply": "apply_named",
+    "picture of before and after": "draw_examples",
+}
+
+
+def timed(call: Callable, seconds: dict[str, float], stage: str) -> Callable:
+    """Return the call with a stopwatch around it."""
+
+    @wraps(call)
+    def wrapped(*args, **kwargs):
+        seconds.setdefault("start", time.perf_counter() - STARTED)
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            seconds[stage] = time.perf_counter() - start
+
+    return wrapped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concept", default="facebook")
+    args = parser.parse_args()
+    seconds: dict[str, float] = {}
+    for stage, name in STAGES.items():
+        setattr(demonstration, name, timed(getattr(demonstration, name), seconds, stage))
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["demo", args.concept, "--store", f"{folder}/store", "-q"]
+        app(command, standalone_mode=False)
+    whole = time.perf_counter() - STARTED
+    seconds["the rest"] = whole - sum(seconds.values())
+    figures = {stage: round(spent, 1) for stage, spent in seconds.items()} | {
+        "all": round(whole, 1)
+    }
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
