@@ -1,12 +1,14 @@
-"""Carry an edit into models of real size and out again: seconds, peak memory, and the bytes.
+"""Carry edits into models of real size and out again: the bytes, seconds, peak memory.
 
     python tests/bench/bench_targets.py            # all; needs 8 GB of disk
     python tests/bench/bench_targets.py llava sdxl
 
-Random fp16 weights in the layouts of Stable Diffusion 1.5 and 2.1, SDXL, and LLaVA-1.5's
-tower (CLIP ViT-L/14-336). For each, a fused and a projecting layer are edited: only the
-edited tensors may differ, and the way back must end at the original bytes. The goal: less
-than 300 MB.
+Random fp16 weights in the layouts of Stable Diffusion 1.5 and 2.1, SDXL's two encoders, and
+LLaVA-1.5's tower (CLIP ViT-L/14-336); a pipeline's other parts are copied like any file and
+left out here. Each is copied by `cp` too, in turn, to compare. Edited are the fused query,
+key and value of block 7 and the last matrix of its MLP. Their tensors must change and no
+others, every other byte must be the original's, and the way back must end at the original;
+else the run fails. The goal: less than 300 MB.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +31,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # Width, blocks, and the width that it is projected to.
 LARGE, HUGE, BIG = (768, 12, 768), (1024, 23, 1024), (1280, 32, 1280)
 VISION = (1024, 24, 768)
-TEXT_BLOCK, VISION_BLOCK = "transformer.resblocks.7.", "visual.transformer.resblocks.7."
-CARRY = """
+APPLY = """
     import sys
     from pathlib import Path
-    from slsgu_cli.console import Console
-    from slsgu_cli.edits import load_edit
-    from slsgu_cli.store import Store
-    from slsgu_cli.targets.carrying import CarryOptions, carry
-    from slsgu_cli.targets.target import read_target
-    store, source, out, revert, *names = sys.argv[1:]
-    edits = [load_edit(Store(store), name) for name in names]
-    options = CarryOptions(revert=revert == "1")
-    carry(edits, read_target(Path(source)), Path(out), options=options, console=Console())
-    status = Path("/proc/self/status")
-    print(status.read_text().partition("VmHWM:")[2].split()[0] if status.exists() else 0)
+    from slsgu_cli.cli import app
+    try:
+        app(sys.argv[1:])
+    finally:
+        status = Path("/proc/self/status")
+        peak = status.read_text().partition("VmHWM:")[2].split()[0] if status.exists() else 0
+        print(f"peak {peak}")
 """
+# The names of tensors by the folder that they lie in.
+Names = set[tuple[Path, str]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The layers to edit, and where the tensors lie that hold them."""
+
+    layers: dict[str, np.ndarray]
+    tensors: Names
 
 
 def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
@@ -66,15 +74,18 @@ def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
     return (own, 4 * width if "c_proj" in name else width)
 
 
-def write(path: Path, home: Home, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1):
-    """Write a tower's random weights in its layout, layer by layer; return some layers."""
+def write(
+    path: Path, home: Home, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
+) -> Made:
+    """Write a tower's random weights in its layout, layer by layer; return what to edit."""
     width, blocks, projected = sizes
     rng = np.random.default_rng(0)
     own = [name for name in names(home.tower, blocks) if name != left_out]
     prefix = "visual." if home.tower is Tower.VISION else ""
     wanted = {f"{prefix}transformer.resblocks.7.attn.in_proj_weight",
               f"{prefix}transformer.resblocks.7.mlp.c_proj.weight"}  # fmt: skip
-    kept = {}
+    kept: dict[str, np.ndarray] = {}
+    held: Names = set()
     path.parent.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         tensors: dict[str, np.ndarray] = {}
@@ -83,11 +94,12 @@ def write(path: Path, home: Home, sizes: tuple[int, int, int], *, left_out: str,
             layer = (0.02 * values).astype("<f2")
             if name in wanted:
                 kept[name] = layer
+                held |= {(path.parent, slot.key) for slot in slots(name, home)}
             for slot in slots(name, home):
                 tensors[slot.key] = np.ascontiguousarray(slot.take(layer))
         file = path if shards == 1 else path.with_stem(f"{path.stem}-{shard + 1:05}-of-{shards:05}")
         save(file, tensors)
-    return kept
+    return Made(kept, held)
 
 
 def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -104,21 +116,21 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
             file.write(value.tobytes())
 
 
-def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]]) -> dict:
-    """Write a diffusers pipeline's text encoders."""
+def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]]) -> Made:
+    """Write a diffusers pipeline's text encoders; the last one is to be edited."""
     index: dict[str, object] = {"_class_name": kind}
-    layers = {}
+    made = Made({}, set())
     for name, sizes in encoders.items():
         second = name == "text_encoder_2"
         index[name] = ["transformers", f"CLIPTextModel{'WithProjection' if second else ''}"]
         home = Home(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
         left_out = "" if second else "text_projection"
-        layers = write(folder / name / "model.safetensors", home, sizes, left_out=left_out)
+        made = write(folder / name / "model.safetensors", home, sizes, left_out=left_out)
     (folder / "model_index.json").write_text(json.dumps(index))
-    return layers
+    return made
 
 
-def llava(folder: Path) -> dict:
+def llava(folder: Path) -> Made:
     """Write LLaVA-1.5's tower in two shards."""
     home = Home(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
     folder.mkdir()
@@ -127,7 +139,7 @@ def llava(folder: Path) -> dict:
     return write(folder / "model.safetensors", home, VISION, left_out="visual.proj", shards=2)
 
 
-def ldm(path: Path) -> dict:
+def ldm(path: Path) -> Made:
     """Write the text encoder of Stable Diffusion 2.1 as it lies in a single file."""
     home = Home(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
     return write(path, home, (1024, 24, 1024), left_out="")
@@ -147,23 +159,31 @@ CASES = {
 }
 
 
-def digests(path: Path) -> dict[str, str]:
-    """Return the digest of every tensor and of every other file below a path."""
+def digests(path: Path) -> dict[tuple[Path, str], str]:
+    """Return digests of all bytes below a path: of every tensor, of what is between, of files.
+
+    The keys are the folder below `path`, and a tensor's or file's name.
+    """
     from slsgu_cli.weights import open_weights
 
     found = {}
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        folder = file.parent.relative_to(path if path.is_dir() else path.parent)
         if file.suffix == ".safetensors":
             opened = open_weights(file)
+            start = min(opened.entry(name).offset for name in opened.names())
+            with file.open("rb") as head:
+                whole = head.read(start) + str(file.stat().st_size).encode()
+            found[folder, file.name] = hashlib.sha256(whole).hexdigest()
             for name in opened.names():
-                found[f"{file.name} {name}"] = hashlib.sha256(opened.stored(name)).hexdigest()
+                found[folder, name] = hashlib.sha256(opened.stored(name)).hexdigest()
         elif file.is_file():
-            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[folder, file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
-def edits(store: Path, layers: dict[str, np.ndarray]) -> list[str]:
-    """Write an edit of each layer into a store; return their names."""
+def write_edits(store: Path, layers: dict[str, np.ndarray]) -> list[str]:
+    """Write an edit of each layer into a store; return their files."""
     from edit_headers import edit
 
     from slsgu_cli.edits import write_edit
@@ -172,45 +192,59 @@ def edits(store: Path, layers: dict[str, np.ndarray]) -> list[str]:
     written = []
     for number, (layer, before) in enumerate(layers.items()):
         delta = np.full(before.shape, 1e-2, np.float32)
-        write_edit(Store(str(store)), edit(layer, delta, before, name=f"edit{number}"))
-        written.append(f"edit{number}")
+        made = edit(layer, delta, before, name=f"edit{number}")
+        written.append(str(store / write_edit(Store(str(store)), made)))
     return written
 
 
-def carry(store: Path, source: Path, out: Path, revert: bool, wanted: list[str]) -> tuple:
-    """Run the carrying in a process of its own; return its seconds and peak memory in MB."""
-    code = textwrap.dedent(CARRY)
+def timed(*command: str) -> tuple[float, str]:
+    """Run a command once what was written lies on the disk; return its seconds and output."""
+    subprocess.run(["sync"], check=True)
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(store), str(source), str(out), str(int(revert)), *wanted],
-        check=True,
-        capture_output=True,
-        text=True,
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def apply(edits: list[str], source: Path, out: Path, *flags: str) -> tuple[float, float]:
+    """Run `slsgu apply --target` in a process of its own; return seconds and peak MB."""
+    words = ["apply", *edits, "--target", str(source), "--out", str(out), *flags]
+    seconds, told = timed(sys.executable, "-c", textwrap.dedent(APPLY), *words)
+    return seconds, int(told.rpartition("peak ")[2]) / 1000
+
+
+def measure(case: str, root: Path) -> str:
+    """Make a model, edit it and take the edits out; return a row of the table."""
+    name, make = CASES[case]
+    source, plain, out, back = (root / kind / name for kind in ("a", "cp", "b", "c"))
+    for path in (source, plain):
+        path.parent.mkdir()
+    made = make(source)
+    base = source if source.is_dir() else source.parent
+    wanted = {(folder.relative_to(base), key) for folder, key in made.tensors}
+    edits = write_edits(root / "store", made.layers)
+    copied, _ = timed("cp", "-r", str(source), str(plain))
+    there, peak = apply(edits, source, out)
+    again, other = apply(edits, out, back, "--revert")
+    one, two, three = digests(source), digests(out), digests(back)
+    changed = {key for key in one if one[key] != two.get(key)}
+    if changed != wanted or one.keys() != two.keys() or one != three:
+        raise SystemExit(f"{case}: {sorted(changed)} changed, {sorted(wanted)} should have")
+    size = sum(path.stat().st_size for path in [source, *source.rglob("*")] if path.is_file()) / 1e9
+    return (
+        f"| {case} | {size:.2f} | {len(changed)} of {len(one)} | {copied:.2f} "
+        f"| {there:.2f} | {again:.2f} | {max(peak, other):.0f} |"
     )
-    return time.perf_counter() - start, int(done.stdout) / 1000
 
 
 def main() -> None:
     """Carry edits into each model named on the command line, or into all."""
+    print(
+        "| model | GB | changed, of tensors and files | `cp`, s | `apply`, s | `--revert`, s | peak MB |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for case in sys.argv[1:] or CASES:
-        name, make = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            source, out, back = (root / kind / name for kind in ("a", "b", "c"))
-            source.parent.mkdir()
-            layers = make(source)
-            wanted = edits(root / "store", layers)
-            seconds, memory = carry(root / "store", source, out, False, wanted)
-            _, again = carry(root / "store", out, back, True, wanted)
-            one, two, three = digests(source), digests(out), digests(back)
-            changed = [key for key in one if one[key] != two[key]]
-            files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
-            size = sum(path.stat().st_size for path in files) / 1e9
-            print(
-                f"{case}: {size:.2f} GB, {seconds:.2f} s, {max(memory, again):.0f} MB at most; "
-                f"{len(changed)} of {len(one)} tensors changed, "
-                f"the way back {'is exact' if one == three else 'is NOT exact'}"
-            )
+            print(measure(case, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":
