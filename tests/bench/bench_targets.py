@@ -238,9 +238,7 @@ def measure(case: str, root: Path) -> str:
 
 def main() -> None:
     """Carry edits into each model named on the command line, or into all."""
-    print(
-        "| model | GB | changed, of tensors and files | `cp`, s | `apply`, s | `--revert`, s | peak MB |"
-    )
+    print("| model | GB | changed, of tensors and files | `cp` | `apply` | `--revert` | peak MB |")
     print("|---|---|---|---|---|---|---|")
     for case in sys.argv[1:] or CASES:
         with tempfile.TemporaryDirectory() as folder:
