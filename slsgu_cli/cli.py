@@ -300,6 +300,7 @@ def search(
             gradient_of=gradient,
             goal=goal,
             steps=steps,
+            full=full,
             encoder=encoder,
             device=device,
             **opt.along(direction, ridge[0] if ridge else None),

@@ -102,6 +102,11 @@ def target_trials_path(name: str, target: Path) -> str:
     return f"target-trials/{target_edit(name, target)}.json"
 
 
+def target_comparison_path(name: str, target: Path) -> str:
+    """Return where the comparison of methods on `target` for the set `name` is recorded."""
+    return f"target-comparisons/{target_edit(name, target)}.json"
+
+
 def edit_path(name: str) -> str:
     """Return where the edit of the set `name` lies."""
     return f"edits/{check_name(name)}.safetensors"

@@ -10,6 +10,7 @@ from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.curation.records import Collection
+from slsgu_cli.erasing.records import PipelineComparison
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
@@ -53,7 +54,13 @@ class Entry:
 
 _FOLDERS = tuple(sorted({folder for folder, _, _ in PLACES.values()} | {"data", "plots"}))
 # Kinds whose record has a folder beside it, of the same name.
-_WITH_FOLDER = (Kind.COLLECTION, Kind.GENERATED, Kind.GENERATION, Kind.ANSWERS)
+_WITH_FOLDER = (
+    Kind.COLLECTION,
+    Kind.TARGET_COMPARISON,
+    Kind.GENERATED,
+    Kind.GENERATION,
+    Kind.ANSWERS,
+)
 
 
 def entries(store: Store) -> list[Entry]:
@@ -184,6 +191,11 @@ def _about_target_trials(trials: TargetTrials) -> dict[str, str]:
     return {"set": trials.name, "target": trials.target, "trials": many}
 
 
+def _about_target_comparison(found: PipelineComparison) -> dict[str, str]:
+    labels = ", ".join(outcome.label for outcome in found.outcomes)
+    return {"set": found.name, "target": found.target, "outcomes": labels}
+
+
 def _about_generated(source: GeneratedSource) -> dict[str, str]:
     prompts = "; ".join(source.prompts)
     return {"pipeline": source.pipeline, "prompts": prompts, "images": str(source.count)}
@@ -222,6 +234,7 @@ _WORDS: dict[Kind, Callable[[Any], dict[str, str]]] = {
     Kind.VERIFICATION: _about_verification,
     Kind.COMPARISON: _about_comparison,
     Kind.TARGET_TRIALS: _about_target_trials,
+    Kind.TARGET_COMPARISON: _about_target_comparison,
     Kind.GENERATED: _about_generated,
     Kind.GENERATION: _about_generation,
     Kind.ANSWERS: _about_answers,

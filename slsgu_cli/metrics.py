@@ -1,4 +1,4 @@
-"""Zero-shot accuracies and cosine matrices from features."""
+"""Zero-shot accuracies, cosine matrices and distances from features."""
 
 import torch
 from torch import Tensor
@@ -57,6 +57,24 @@ def cosine_matrix(images: Tensor, labels: Tensor, texts: Tensor) -> Tensor:
     means.index_add_(0, labels, images)
     counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
     return (means / counts.clamp(min=1).unsqueeze(1)) @ texts.T
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the squared Fréchet distance of normal distributions fitted to features.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), as FID has it; both are (rows, width), of at
+    least two rows. The trace of the root is the sum of the singular values of A1 A2ᵀ, where
+    A are the centred features over the root of rows - 1: no root is taken.
+    """
+    parts = [rows.double() for rows in (first, second)]
+    means = [rows.mean(dim=0) for rows in parts]
+    spread = [
+        (rows - mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip(parts, means, strict=True)
+    ]
+    shared = torch.linalg.svdvals(spread[0] @ spread[1].T).sum()
+    apart = (means[0] - means[1]).square().sum()
+    own = sum(rows.square().sum() for rows in spread)
+    return float((apart + own - 2 * shared).clamp(min=0))
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from slsgu_cli.baselines.records import Comparison
 from slsgu_cli.curation.records import Collection
+from slsgu_cli.erasing.records import PipelineComparison
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.generation.records import Answers, GeneratedSource, Generation, TargetTrials
 from slsgu_cli.records import (
@@ -49,6 +50,7 @@ class Kind(StrEnum):
     COMPARISON = "comparison"
     PLOT = "plot"
     TARGET_TRIALS = "target trials"
+    TARGET_COMPARISON = "target comparison"
     GENERATED = "generated source"
     GENERATION = "generation"
     ANSWERS = "answers"
@@ -81,6 +83,7 @@ PLACES: dict[Kind, tuple[str, str, type[Any]]] = {
     Kind.VERIFICATION: ("verifications", ".json", Verification),
     Kind.COMPARISON: ("comparisons", ".json", Comparison),
     Kind.TARGET_TRIALS: ("target-trials", ".json", TargetTrials),
+    Kind.TARGET_COMPARISON: ("target-comparisons", ".json", PipelineComparison),
     Kind.GENERATED: ("generated", ".json", GeneratedSource),
     Kind.GENERATION: ("generations", ".json", Generation),
     Kind.ANSWERS: ("answers", ".json", Answers),
@@ -266,11 +269,11 @@ def _check_verification(shelf: Shelf, name: str, verification: Verification) -> 
     return GOOD
 
 
-def _check_target_trials(shelf: Shelf, _name: str, trials: TargetTrials) -> Check:
-    pointer = shelf.get(Kind.POINTER, trials.name)
-    if pointer and trials.forget != pointer.forget:
+def _check_on_target(shelf: Shelf, _name: str, found: TargetTrials | PipelineComparison) -> Check:
+    pointer = shelf.get(Kind.POINTER, found.name)
+    if pointer and found.forget != pointer.forget:
         return _stale("the forget gradient was computed anew since")
-    return _as_pointer(shelf, trials.name, pointer)
+    return _as_pointer(shelf, found.name, pointer)
 
 
 def _check_shown(shelf: Shelf, _name: str, shown: Generation | Answers) -> Check:
@@ -305,7 +308,8 @@ CHECKS: dict[Kind, Callable[[Shelf, str, Any], Check]] = {
     Kind.EDIT: _check_edit,
     Kind.VERIFICATION: _check_verification,
     Kind.COMPARISON: _check_figures,
-    Kind.TARGET_TRIALS: _check_target_trials,
+    Kind.TARGET_TRIALS: _check_on_target,
+    Kind.TARGET_COMPARISON: _check_on_target,
     Kind.GENERATED: lambda _shelf, _name, _record: GOOD,
     Kind.GENERATION: _check_shown,
     Kind.ANSWERS: _check_shown,

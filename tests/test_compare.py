@@ -255,7 +255,8 @@ def test_the_command(own):
 )
 def test_what_makes_no_sense_is_told(words, told, tmp_path):
     from slsgu_cli.baselines.cli import _methods, _rates
+    from slsgu_cli.baselines.records import Method
 
     option, value = words
     with pytest.raises(UsageError, match=told):
-        (_rates if option == "--lr" else _methods)([value])
+        _rates([value]) if option == "--lr" else _methods([value], Method)

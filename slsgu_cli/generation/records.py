@@ -123,6 +123,7 @@ class TargetTrials:
     """Every trial of a search that was steered on a target.
 
     `importance` ranks the layers that it can be reached through, for the direction taken.
+    `seconds` is what all of it took, loading included.
     """
 
     name: str
@@ -141,6 +142,7 @@ class TargetTrials:
     importance: dict[str, float]
     before: Effect | None
     trials: tuple[TargetTrial, ...]
+    seconds: float
     version: str
 
 

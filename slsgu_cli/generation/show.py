@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from slsgu_cli.console import Console
-from slsgu_cli.generation.records import Answers, AnswerSet, Generation, TargetTrial
+from slsgu_cli.generation.records import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.layout import edit_path
 from slsgu_cli.naming import known_as
 from slsgu_cli.records import Effect
@@ -73,13 +73,14 @@ def effects(console: Console, before: Effect, after: Effect) -> None:
 
 
 def steered(console: Console, store: Store, result: "SteerResult") -> None:
-    """Print each layer's shortest sufficient step (else its last), and what was chosen."""
+    """Print each layer's shortest sufficient step (else its last), and what was chosen.
+
+    Where all that was tried was measured in full, it is every trial: the frontier of what
+    is forgotten against what is kept.
+    """
     trials, chosen = result.trials, result.chosen
-    best: dict[str, TargetTrial] = {}
-    for trial in trials.trials:
-        own = best.get(trial.layer)
-        if own is None or _order(trial, chosen, trials.goal) < _order(own, chosen, trials.goal):
-            best[trial.layer] = trial
+    full = all(trial.others for trial in trials.trials)
+    shown = trials.trials if full else _best(trials, chosen)
     rows = [
         (
             trial.layer,
@@ -90,7 +91,7 @@ def steered(console: Console, store: Store, result: "SteerResult") -> None:
             trial.others.percent if trial.others else None,
             trial == chosen,
         )
-        for trial in sorted(best.values(), key=lambda trial: -trials.importance[trial.layer])
+        for trial in sorted(shown, key=lambda trial: (-trials.importance[trial.layer], trial.step))
     ]
     columns = (
         Column("layer", shown=known_as),
@@ -101,7 +102,8 @@ def steered(console: Console, store: Store, result: "SteerResult") -> None:
         Column("IRA", shown=_percent),
         "chosen",
     )
-    title = f"the best of {len(trials.trials)} trials on {trials.target}, by layer"
+    many = f"{len(trials.trials)} trials on {trials.target}"
+    title = many if full else f"the best of {many}, by layer"
     data = {"trials": trials, "chosen": chosen, "forgotten": result.forgotten, "edit": result.edit}
     if console.as_json:
         console.table("search", columns, rows, data=data)
@@ -112,6 +114,15 @@ def steered(console: Console, store: Store, result: "SteerResult") -> None:
     console.paths("edit", [store.where(edit_path(result.edit))])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
+
+
+def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
+    best: dict[str, TargetTrial] = {}
+    for trial in trials.trials:
+        own = best.get(trial.layer)
+        if own is None or _order(trial, chosen, trials.goal) < _order(own, chosen, trials.goal):
+            best[trial.layer] = trial
+    return list(best.values())
 
 
 def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, bool, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from shlex import quote
+from time import perf_counter
 
 import torch
 
@@ -58,6 +59,8 @@ from slsgu_cli.weights import layer_digests
 class SteerOptions:
     """How to search on a target. Without `layers`, the `top` most important are searched.
 
+    `full` measures what every trial keeps, not only the shortest sufficient of each layer.
+
     `goal` is the unlearning accuracy to reach, in percent.
     """
 
@@ -70,6 +73,7 @@ class SteerOptions:
     qkv: Qkv = Qkv.FUSED
     goal: float = 90.0
     steps: int = 10
+    full: bool = False
     budget: Budget = field(default_factory=Budget)
     judge: ModelSpec | None = None
     encoder: str | None = None
@@ -94,6 +98,7 @@ def search_target(
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
+    began = perf_counter()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     subject, judge, gradient_of = _subject(store, manifest, pointer, options)
@@ -118,7 +123,8 @@ def search_target(
         starts = {}
         if gradient_of is GradientOf.CLIP:
             starts = clip_starts(store, manifest, pointer, chosen_rays, options.device, console)
-        run = TargetRun(store, target_trials_path(name, options.target), subject, trials, console)
+        path = target_trials_path(name, options.target)
+        run = TargetRun(store, path, subject, trials, console, full=options.full, began=began)
         for ray in chosen_rays:
             run.bisect(ray, options.steps, starts.get(ray.layer))
         best = run.choose(chosen_rays)
@@ -229,6 +235,7 @@ def _resume(
         importance={ray.layer: ray.importance for ray in found},
         before=None,
         trials=(),
+        seconds=0.0,
         version=slsgu_cli.__version__,
     )
     made_from = attrgetter(
@@ -241,7 +248,7 @@ def _resume(
         except SlsguError:
             old = fresh
         if old.before is not None and made_from(old) == made_from(fresh):
-            return replace(fresh, before=old.before, trials=old.trials)
+            return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
     return replace(fresh, before=Effect(subject.concept(), subject.others()))
 
 

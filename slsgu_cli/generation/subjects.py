@@ -1,7 +1,7 @@
 """A loaded target as a search sees it: what it shows, and what its CLIP is applied to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from slsgu_cli.batches import spans
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.generation.answering import Question, Respondent
-from slsgu_cli.generation.generate import called
-from slsgu_cli.generation.judging import Judge, class_in, measured_classes, png_bytes
+from slsgu_cli.generation.gallery import Frame, Gallery
+from slsgu_cli.generation.judging import class_in
 from slsgu_cli.generation.live import LiveEncoder
 from slsgu_cli.generation.odds import name_odds
-from slsgu_cli.generation.painting import Job, Painter
+from slsgu_cli.generation.painting import Painter
 from slsgu_cli.generation.records import Budget
 from slsgu_cli.moments import chosen_rows
 from slsgu_cli.prompts import find_class
@@ -52,19 +52,8 @@ class PaintedSubject:
 
     painter: Painter
     encoder: LiveEncoder
-    judge: Judge
-    name: str
-    budget: Budget
+    gallery: Gallery
     captions: Sequence[str]
-    templates: Sequence[str]
-    _rest: list[tuple[str, Job]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        generator = np.random.default_rng(self.budget.seed)
-        names = [name for name in self.judge.names if name != self.name]
-        order = [names[place] for place in generator.permutation(len(names))]
-        chosen = [order[number % len(order)] for number in range(self.budget.others)]
-        self._rest = [(name, self._job(name, number)) for number, name in enumerate(chosen)]
 
     @classmethod
     def load(
@@ -79,21 +68,16 @@ class PaintedSubject:
             raise UsageError(
                 f"{target} has the encoders {', '.join(names)}", hint=f"--encoder {names[0]}"
             )
-        classes = measured_classes(store, manifest)
-        name = called(manifest.concept, tuple(classes))
-        return cls(
-            painter, fitting[0], Judge.load(judge, classes, device=device), name, budget,
-            _captions(store, manifest), tuple(classes[name]),
-        )  # fmt: skip
+        gallery = Gallery.of_set(store, manifest, judge, budget, device=device)
+        return cls(painter, fitting[0], gallery, _captions(store, manifest))
 
     def concept(self) -> Share:
         """Return how many images of the concept's prompts are taken for it."""
-        jobs = [self._job(self.name, number) for number in range(self.budget.concept)]
-        return self._recognised([(self.name, job) for job in jobs])
+        return self._recognised(self.gallery.own)
 
     def others(self) -> Share:
         """Return how many images of other classes' prompts are taken for theirs."""
-        return self._recognised(self._rest)
+        return self._recognised(self.gallery.rest)
 
     def run_retained(self) -> None:
         """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
@@ -112,15 +96,8 @@ class PaintedSubject:
             "a diffusion pipeline is moved along CLIP's own forget gradient", hint="--gradient clip"
         )
 
-    def _job(self, name: str, number: int) -> Job:
-        template = self.templates[number % len(self.templates)]
-        return Job(template.replace("{}", name), self.budget.seed + number)
-
-    def _recognised(self, wanted: Sequence[tuple[str, Job]]) -> Share:
-        images = self.painter.paint([job for _, job in wanted], self.budget.paint)
-        said = self.judge.verdicts([png_bytes(image) for image in images])
-        hits = [label == name for (label, _), name in zip(wanted, said, strict=True)]
-        return Share(sum(hits), len(hits))
+    def _recognised(self, frames: Sequence[Frame]) -> Share:
+        return self.gallery.recognised(frames, list(self.gallery.painted(self.painter, frames)))
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ A trial may take minutes on a large target, so each is recorded as soon as it is
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
+from time import perf_counter
 
 from slsgu_cli.console import Console
 from slsgu_cli.generation.records import TargetTrial, TargetTrials
@@ -16,12 +17,27 @@ from slsgu_cli.store import Store
 
 
 class TargetRun:
-    """The state of one search: trials by layer and step, and the path taken."""
+    """The state of one search: trials by layer and step, and the path taken.
+
+    With `full`, what is kept is measured for every trial. `began` is when the search did,
+    by the performance counter, if that was earlier.
+    """
 
     def __init__(
-        self, store: Store, path: str, subject: Subject, trials: TargetTrials, console: Console
+        self,
+        store: Store,
+        path: str,
+        subject: Subject,
+        trials: TargetTrials,
+        console: Console,
+        *,
+        full: bool = False,
+        began: float | None = None,
     ) -> None:
         self.store, self.path, self.subject, self.console = store, path, subject, console
+        self.full = full
+        self._began = perf_counter() if began is None else began
+        self._spent = trials.seconds
         self.found = {(trial.layer, trial.step): trial for trial in trials.trials}
         self.taken: list[tuple[str, float]] = []
         self._header = trials
@@ -43,7 +59,7 @@ class TargetRun:
             for _ in range(steps):
                 step = next_step(tried, first)
                 trial = self.found.get((ray.layer, step)) or self._try(ray, step)
-                self._keep(trial)
+                self._keep(self._with_others(ray, trial) if self.full else trial)
                 left = 0.0 if self.reaches(trial) else trial.concept.percent or 0.0
                 tried.append((step, left))
                 ticker.advance()
@@ -65,11 +81,8 @@ class TargetRun:
             shortest = [(ray, least) for ray in tried if ray.layer == least.layer]
         measured = []
         for ray, trial in shortest:
-            if trial.others is None:
-                with self.subject.encoder.edited({ray.layer: ray.at(trial.step)}):
-                    trial = replace(trial, others=self.subject.others())
-                self._keep(trial)
-            measured.append(trial)
+            measured.append(self._with_others(ray, trial))
+            self._keep(measured[-1])
         return max(measured, key=lambda trial: trial.others.count if trial.others else -1)
 
     def _try(self, ray: Ray, step: float) -> TargetTrial:
@@ -78,8 +91,17 @@ class TargetRun:
         tower = self.subject.encoder.home.tower
         return TargetTrial(ray.layer, tower, step, ray.share(step), concept, None)
 
+    def _with_others(self, ray: Ray, trial: TargetTrial) -> TargetTrial:
+        """Return the trial with what it keeps, measured if it was not."""
+        if trial.others is not None:
+            return trial
+        with self.subject.encoder.edited({ray.layer: ray.at(trial.step)}):
+            return replace(trial, others=self.subject.others())
+
     def _keep(self, trial: TargetTrial) -> None:
         """Record a trial at once: each takes minutes on a large target."""
         if self.found.get((trial.layer, trial.step)) != trial:
             self.found[trial.layer, trial.step] = trial
+            spent = self._spent + perf_counter() - self._began
+            self._header = replace(self._header, seconds=spent)
             self.store.write_record(self.path, self.trials)

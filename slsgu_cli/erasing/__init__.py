@@ -1,0 +1,1 @@
+"""Other methods that make a diffusion pipeline forget, measured beside ours."""

@@ -1,0 +1,90 @@
+"""The trials of a search on a target, on a stand-in that forgets as a layer grows."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from worlds import Ear
+
+from slsgu_cli.generation.records import Budget, GradientOf, TargetTrials
+from slsgu_cli.generation.trials import TargetRun
+from slsgu_cli.generation.vectors import Ray
+from slsgu_cli.records import Direction, Effect, Share, Tower
+from slsgu_cli.store import Store
+
+LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
+RAY = Ray(LAYER, torch.tensor([4.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
+
+
+class Target:
+    """A target that shows less of the concept, and of the rest, the larger its layer is."""
+
+    def __init__(self):
+        self.size, self.asked = 4.0, 0
+        self.encoder = SimpleNamespace(edited=self.edited, home=SimpleNamespace(tower=Tower.TEXT))
+
+    @contextmanager
+    def edited(self, values):
+        before, self.size = self.size, float(values[LAYER][0])
+        yield
+        self.size = before
+
+    def concept(self):
+        return Share(max(0, 10 - int(2 * (self.size - 4))), 10)
+
+    def others(self):
+        self.asked += 1
+        return Share(max(0, 20 - int(self.size - 4)), 20)
+
+
+@pytest.fixture
+def target():
+    return Target()
+
+
+@pytest.fixture
+def make(target, tmp_path):
+    trials = TargetTrials(
+        name="blue", target="sd", target_fingerprint="", gradient_of=GradientOf.CLIP, forget="",
+        forget_data="", retain_data="", evals={}, direction=Direction.GRADIENT, ridge=None,
+        judge=None, budget=Budget(), goal=100.0, importance={LAYER: 1.0},
+        before=Effect(Share(10, 10), Share(20, 20)), trials=(), seconds=2.0, version="",
+    )  # fmt: skip
+
+    def made(**options):
+        return TargetRun(Store(str(tmp_path)), "trials.json", target, trials, Ear(), **options)
+
+    return made
+
+
+def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, target):
+    run = make()
+    run.bisect(RAY, 6, None)
+    best = run.choose([RAY])
+    assert best.concept == Share(0, 10)
+    assert [trial for trial in run.trials.trials if trial.others] == [best]
+    assert best.step == min(t.step for t in run.trials.trials if t.concept.count == 0)
+    assert target.asked == 1
+
+
+def test_a_full_search_measures_what_every_trial_keeps(make, target):
+    plain, full = make(), make(full=True)
+    for run in (plain, full):
+        run.bisect(RAY, 6, None)
+    chosen = [run.choose([RAY]) for run in (plain, full)]
+    assert chosen[0] == chosen[1]
+    frontier = sorted(full.trials.trials, key=lambda trial: trial.step)
+    assert all(trial.others for trial in frontier)
+    assert [trial.others.count for trial in frontier] == sorted(
+        (trial.others.count for trial in frontier), reverse=True
+    )
+
+
+def test_the_time_of_a_search_goes_on_from_what_is_recorded(make):
+    run = make()
+    run.bisect(RAY, 2, None)
+    spent = run.trials.seconds
+    assert 2.0 < spent < 60.0
+    run.bisect(RAY, 2, None)
+    assert run.trials.seconds == spent
