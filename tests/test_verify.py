@@ -279,8 +279,17 @@ def test_several_edits_stand_side_by_side(world, tmp_path):
     shutil.copy(world.store.where(edit_path("blue")), copy)
     find(world, "transformer.resblocks.1.ln_1.weight")
     result = run(world, checks=[Check.AUGMENT], edits=["blue", str(copy)])
-    assert [s.label for s in result.subjects] == ["original", "edit blue", f"edit {copy}"]
+    assert [s.label for s in result.subjects] == ["original", "edit blue", "edit first"]
     assert result.reused == 4
+
+
+def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
+    paths = [tmp_path / folder / "first.safetensors" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        shutil.copy(world.store.where(edit_path("blue")), path)
+    result = run(world, checks=[Check.AUGMENT], edits=[str(path) for path in paths])
+    assert [s.label for s in result.subjects[1:]] == [f"edit {path}" for path in paths]
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):

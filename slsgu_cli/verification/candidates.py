@@ -1,12 +1,14 @@
 """Which models are verified: the original, and an edit of it or another checkpoint."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slsgu_cli.console import Console
-from slsgu_cli.edits import Edit, load_edit
+from slsgu_cli.edits import SUFFIX, Edit, load_edit
 from slsgu_cli.gradients import check_inputs
 from slsgu_cli.models import ResolvedModel, fingerprint, load, resolve, tokenizer
 from slsgu_cli.pipeline import current_edit
@@ -46,7 +48,15 @@ def candidates_of(
     loaded = {text: load_edit(store, text) for text in edits}
     if model is None and not edits:
         loaded = {manifest.name: current_edit(store, manifest.name)}
-    return found + [of(f"edit {text}", original, own, edit) for text, edit in loaded.items()]
+    labels = _labels(list(loaded))
+    return found + [of(labels[text], original, own, edit) for text, edit in loaded.items()]
+
+
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """Return what each edit is called: a file by its stem, where no other has the same."""
+    stems = {text: Path(text).stem if text.endswith(SUFFIX) else text for text in texts}
+    shared = {stem for stem, count in Counter(stems.values()).items() if count > 1}
+    return {text: f"edit {text if stem in shared else stem}" for text, stem in stems.items()}
 
 
 def _identity(edit: Edit) -> dict[str, Any]:
