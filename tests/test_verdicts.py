@@ -63,8 +63,10 @@ def relearnt(own, new):
     ("own", "new", "said"),
     [
         ((0, 0, 0, 0, 5), (0, 0, 0, 0, 100), Verdict.FORGOTTEN),
-        ((0, 0, 0, 0, 40), (0, 0, 0, 0, 100), Verdict.PARTLY_BACK),
-        ((0, 0, 0, 0, 89), (0, 0, 0, 0, 100), Verdict.BACK),
+        ((0, 0, 0, 0, 40), (0, 0, 0, 0, 60), Verdict.PARTLY_BACK),
+        ((0, 0, 0, 0, 89), (0, 0, 0, 0, 60), Verdict.BACK),
+        ((0, 0, 0, 0, 89), (0, 0, 0, 0, 100), Verdict.AS_NEW),
+        ((0, 95, 0, 0, 5), (0, 0, 0, 0, 100), Verdict.BACK),
         ((0, 95, 100, 100, 100), (0, 0, 0, 0, 100), Verdict.BACK),
         ((0, 0, 0, 95, 100), (0, 0, 0, 0, 100), Verdict.AS_NEW),
         ((0, 0, 0, 0, 95), (0, 0, 0, 0, 60), Verdict.BACK),

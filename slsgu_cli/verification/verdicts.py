@@ -151,14 +151,11 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ro
     first, last = was.points[0].forget, now.points[-1]
     goal = RETURNED * first.top1
     back, learnt = steps_to(now, goal), steps_to(new, goal)
-    if first.top1 < READABLE:
-        said = Verdict.NOTHING
-    elif back is None:
-        said = verdict(first, last.forget)
-    elif learnt is not None and back >= AS_NEW * learnt:
+    unknown = first.top1 < READABLE
+    said = verdict(first, last.forget) if unknown or back is None else Verdict.BACK
+    needed = last.step if back is None else back
+    if said in (Verdict.PARTLY_BACK, Verdict.BACK) and learnt and needed >= AS_NEW * learnt:
         said = Verdict.AS_NEW
-    else:
-        said = Verdict.BACK
     yield Row(
         check,
         f"{last.step} steps, {after.settings['shots']} shots",
