@@ -152,7 +152,12 @@ def input_moments(
 
 def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
     """Return the rows of a block of `rows` whose inputs count."""
-    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).round().astype(np.int64)
+    return spread(rows, MOST_ROWS)
+
+
+def spread(rows: int, most: int) -> npt.NDArray[np.int64]:
+    """Return at most so many of `rows` rows, at equal distances."""
+    return np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64)
 
 
 def _run_texts(

@@ -36,14 +36,17 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 
     options = SteerOptions(
         target=trained_models / "llava",
-        layers=["visual.transformer.resblocks.2.mlp.c_proj"],
-        budget=Budget(concept=33, others=80),
-        steps=6,
+        budget=Budget(concept=33, others=160),
+        top=1,
+        steps=8,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options, console=Ear())
     assert 100 - found.chosen.concept.percent >= 90
     assert found.chosen.others.percent >= found.trials.before.ira - 5
+    # Late layers change least of what the language model reads of other images.
+    assert next(iter(found.trials.importance)) == found.chosen.layer
+    assert found.chosen.layer == "visual.transformer.resblocks.6.mlp.c_proj.weight"
     request = AskRequest(names=["facebook@llava"], target=trained_models / "llava")
     answers = ask(facebook.store, request, console=Ear())[0].answers
     forgotten, others = answers[:3], answers[3:]

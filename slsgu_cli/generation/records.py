@@ -122,7 +122,8 @@ class TargetTrial:
 class TargetTrials:
     """Every trial of a search that was steered on a target.
 
-    `importance` ranks the layers that it can be reached through, for the direction taken.
+    `importance` ranks the layers that it can be reached through, for the direction taken:
+    of a LLaVA's, it is their promise.
     `seconds` is what all of it took, loading included.
     """
 

@@ -1,9 +1,10 @@
 """What `slsgu search --steer-target` does: a layer and step found on the target itself.
 
-Layers that the target is reached through are ranked by importance, for the direction that
-is taken: along the whitened one, by what a step gains on the forget loss for what it does
-to the target's own retained inputs. The first few are searched, on the concept alone;
-what is kept is then measured for the shortest step of each that reaches the goal.
+Layers that the target is reached through are ranked for the direction that is taken: those
+of a LLaVA by what a step gains on the forget loss for how it changes what is read of other
+images, those of a pipeline by importance, which counts what a step does to the layer's own
+outputs. The first few are searched, on the concept alone; what is kept is then measured
+for the shortest step of each that reaches the goal.
 """
 
 import math
@@ -22,6 +23,7 @@ from slsgu_cli.directions import RIDGE, layer_gradient
 from slsgu_cli.edits import make_edit, write_edit
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.generation.loading import PIPELINES, folder_fingerprint
+from slsgu_cli.generation.promise import by_promise
 from slsgu_cli.generation.records import Budget, GradientOf, TargetTrial, TargetTrials
 from slsgu_cli.generation.start import clip_starts
 from slsgu_cli.generation.subjects import AskedSubject, PaintedSubject, Subject
@@ -113,7 +115,11 @@ def search_target(
         }
     else:
         gradients = subject.forget_gradient(layers)
-    found = rays(subject, gradients, direction=options.direction, ridge=options.ridge)
+    found = by_promise(
+        subject,
+        rays(subject, gradients, direction=options.direction, ridge=options.ridge),
+        gradients,
+    )
     if not found:
         raise InputError(f"no layer that reaches {options.target} has a forget gradient")
     chosen_rays = found if options.layers else found[: options.top]

@@ -19,7 +19,7 @@ from slsgu_cli.generation.live import LiveEncoder
 from slsgu_cli.generation.odds import name_odds
 from slsgu_cli.generation.painting import Painter
 from slsgu_cli.generation.records import Budget
-from slsgu_cli.moments import chosen_rows
+from slsgu_cli.moments import chosen_rows, spread
 from slsgu_cli.prompts import find_class
 from slsgu_cli.records import ModelSpec, SetManifest, Share
 from slsgu_cli.sets import DataBlock
@@ -41,6 +41,12 @@ class Subject(Protocol):
 
     def run_retained(self) -> None:
         """Run the CLIP tower over the retain set exactly as the target does."""
+
+    def read(self) -> Tensor | None:
+        """Return what the target reads of its CLIP on a few retained inputs, flattened.
+
+        None where layers are to be ranked by what they do to their own outputs.
+        """
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the target's own forget loss, to be ascended, by layer."""
@@ -89,6 +95,9 @@ class PaintedSubject:
                 max_length=tokenizer.model_max_length, return_tensors="pt",
             ).input_ids  # fmt: skip
             self.encoder.module(ids.to(self.painter.device))
+
+    def read(self) -> None:
+        """Return None: a pipeline's layers are ranked by what they do to their own outputs."""
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Raise UsageError: a pipeline is steered along CLIP's own gradient."""
@@ -165,12 +174,13 @@ class AskedSubject:
 
     def run_retained(self) -> None:
         """Run the vision tower over the retain set's images."""
-        model = self.respondent.model
         for start, stop in spans(len(self.retained), ROWS):
-            pixels = self.respondent.processor.image_processor(
-                self.retained[start:stop], return_tensors="pt"
-            )["pixel_values"]
-            model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+            self._features(self.retained[start:stop])
+
+    def read(self) -> Tensor:
+        """Return the projected features of a few of the retain set's images, flattened."""
+        few = [self.retained[row] for row in spread(len(self.retained), ROWS)]
+        return torch.cat([features.float().flatten() for features in self._features(few)])
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of minus the log-odds of the concept's name in the answers.
@@ -187,6 +197,16 @@ class AskedSubject:
         if not pairs:
             raise InputError(f"the target names {self.name!r} in no answer: nothing to forget")
         return name_odds(self.respondent, self.encoder, pairs, self.name, layers)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Return what the language model is given of each image."""
+        model = self.respondent.model
+        pixels = self.respondent.processor.image_processor(list(images), return_tensors="pt")
+        found = model.get_image_features(
+            pixel_values=pixels["pixel_values"].to(model.device, model.dtype), return_dict=True
+        )
+        return list(found.pooler_output)
 
     def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
         said = self.respondent.answers([question for _, question in wanted])
