@@ -105,10 +105,10 @@ def compare(
     judge: opt.Judge = None,
     judge_pretrained: opt.JudgePretrained = None,
 ) -> None:
-    """Compare with other unlearning methods (the paper's Table 1, and its Figure 4).
+    """Compare with other unlearning methods (the paper's Table 1).
 
     With --target, ESD-x, SalUn and the edit that was steered on that pipeline are compared
-    by the pictures it makes.
+    by the pictures it makes (its Figure 4).
 
     Example: slsgu compare facebook --lr auto --retain-rows 256
     """
