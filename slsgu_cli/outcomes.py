@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import slsgu_cli
 from slsgu_cli.cases import Case
 from slsgu_cli.console import Console
-from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.models import resolve
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import Direction, EditHeader, JointRef, SetManifest, Steer, Trial, Trials
 from slsgu_cli.stepsize import left_to_forget
 from slsgu_cli.store import Store
@@ -53,17 +53,14 @@ def measured_on(manifest: SetManifest) -> dict[str, str]:
 
 def recorded_trials(store: Store, path: str, fresh: Trials, console: Console) -> Trials:
     """Return `fresh` with the trials recorded at `path`, if they were made from the same things."""
-    if not store.exists(path):
-        return fresh
-    try:
-        old = store.read_record(path, Trials)
-    except (StaleError, InputError) as error:
-        console.note(f"recorded trials cannot be used and are made again: {error}")
-        return fresh
+    unusable = "recorded trials cannot be used and are made again"
+    old = recorded(store, path, Trials, console, unusable=unusable)
     made_from = attrgetter(
         "forget", "direction", "retain_data", "model_fingerprint", "evals", "precision"
     )
-    return replace(fresh, trials=old.trials) if made_from(old) == made_from(fresh) else fresh
+    if old is None or made_from(old) != made_from(fresh):
+        return fresh
+    return replace(fresh, trials=old.trials)
 
 
 def searched_edit(

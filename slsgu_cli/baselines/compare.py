@@ -15,9 +15,9 @@ from slsgu_cli.baselines.passes import PassTimes
 from slsgu_cli.baselines.records import TRAINED, Comparison, Method, Outcome, Plan
 from slsgu_cli.baselines.tuning import tune
 from slsgu_cli.console import Console
-from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.layout import comparison_path, pointer_path, read_manifest, read_pointer
 from slsgu_cli.outcomes import measured_on
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import GradientPointer
 from slsgu_cli.store import Store
 
@@ -175,14 +175,9 @@ class _Ledger:
     def _read(self) -> None:
         """Take up the record in the store, if it was made from the same things."""
         path = comparison_path(self.comparison.name)
-        if not self.store.exists(path):
-            return
-        try:
-            found = self.store.read_record(path, Comparison)
-        except (StaleError, InputError) as error:
-            self.times.console.note(f"recorded outcomes cannot be used and are made again: {error}")
-            return
-        if _made_from(found) == _made_from(self.comparison):
+        unusable = "recorded outcomes cannot be used and are made again"
+        found = recorded(self.store, path, Comparison, self.times.console, unusable=unusable)
+        if found and _made_from(found) == _made_from(self.comparison):
             self.comparison = found
 
 

@@ -17,13 +17,13 @@ from slsgu_cli.erasing.records import TRAINED, Method, Outcome, PipelineComparis
 from slsgu_cli.erasing.sheet import LABELS, sheet
 from slsgu_cli.erasing.steered import steered_edit
 from slsgu_cli.erasing.studio import Studio
-from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.generation.gallery import Gallery
 from slsgu_cli.generation.loading import folder_fingerprint, require_family
 from slsgu_cli.generation.painting import Painter
 from slsgu_cli.generation.records import Budget
 from slsgu_cli.layout import read_manifest, read_pointer, target_comparison_path
 from slsgu_cli.metrics import frechet_distance
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import Effect, GradientPointer, ModelSpec, SetManifest, digest
 from slsgu_cli.store import Store
 
@@ -204,15 +204,12 @@ class _Run:
     def _read(self) -> None:
         """Take up the record in the store, if it was made from the same things."""
         path = target_comparison_path(self.manifest.name, self.options.target)
-        if not self.store.exists(path):
-            return
-        try:
-            found = self.store.read_record(path, PipelineComparison)
-        except (StaleError, InputError) as error:
-            self.times.console.note(f"recorded outcomes cannot be used and are made again: {error}")
-            return
+        unusable = "recorded outcomes cannot be used and are made again"
+        found = recorded(
+            self.store, path, PipelineComparison, self.times.console, unusable=unusable
+        )
         made_from = attrgetter(
             "target_fingerprint", "forget", "forget_data", "retain_data", "evals", "judge", "budget"
         )
-        if made_from(found) == made_from(self.record):
+        if found and made_from(found) == made_from(self.record):
             self.record = found

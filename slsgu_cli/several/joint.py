@@ -14,12 +14,13 @@ import slsgu_cli
 from slsgu_cli.cases import Case, SearchOptions
 from slsgu_cli.console import Console
 from slsgu_cli.edits import write_edit
-from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation
 from slsgu_cli.gradpass import arithmetic
 from slsgu_cli.layout import joint_label, joint_path, plot_path
 from slsgu_cli.outcomes import FORGET, searched_edit
 from slsgu_cli.pictures import CosineMap, cosine_maps
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import JointRef, Trial, digest
 from slsgu_cli.several.combined import UNMOVED
 from slsgu_cli.several.joining import Joining, Own, line_of, search_alone
@@ -120,15 +121,9 @@ def _fresh(owns: Sequence[Own], shared: SharedEvaluation, options: SearchOptions
 
 def _recorded(store: Store, fresh: JointSearch, console: Console) -> tuple[JointTrial, ...]:
     """Return the trials on record, if they were made from the same things."""
-    path = joint_path(fresh.names)
-    if not store.exists(path):
-        return ()
-    try:
-        old = store.read_record(path, JointSearch)
-    except (StaleError, InputError) as error:
-        console.note(f"recorded trials cannot be used and are made again: {error}")
-        return ()
-    return old.trials if _made_from(old) == _made_from(fresh) else ()
+    unusable = "recorded trials cannot be used and are made again"
+    old = recorded(store, joint_path(fresh.names), JointSearch, console, unusable=unusable)
+    return old.trials if old and _made_from(old) == _made_from(fresh) else ()
 
 
 def _made_from(found: JointSearch) -> tuple[object, ...]:

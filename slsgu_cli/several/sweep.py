@@ -13,12 +13,13 @@ from urllib.parse import quote as escape
 import slsgu_cli
 from slsgu_cli.build import BuildRequest, build_sets
 from slsgu_cli.console import Console
-from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
+from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.evalsets import read_classes, read_templates
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import check_name, read_manifest, read_pointer, sweep_path
 from slsgu_cli.models import fingerprint, resolve
 from slsgu_cli.ranking import RankOptions, rank
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import PassOptions, digest, encode
 from slsgu_cli.samples import Columns
 from slsgu_cli.search import SearchOptions, SearchResult
@@ -149,12 +150,9 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
 
 def _recorded(store: Store, path: str, fresh: Sweep, console: Console) -> Sequence[SweepRow]:
     """Return the rows of classes that are done: of the same recipe, and still in the store."""
-    if not store.exists(path):
-        return ()
-    try:
-        old = store.read_record(path, Sweep)
-    except (StaleError, InputError) as error:
-        console.note(f"the recorded sweep cannot be used and is made again: {error}")
+    unusable = "the recorded sweep cannot be used and is made again"
+    old = recorded(store, path, Sweep, console, unusable=unusable)
+    if old is None:
         return ()
     if old.recipe != fresh.recipe:
         console.note(f"the sweep {fresh.name} was asked for otherwise before: it is made again")

@@ -12,9 +12,9 @@ import torch
 
 import slsgu_cli
 from slsgu_cli.console import Console
-from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.layout import plot_path, read_manifest, verification_path
 from slsgu_cli.models import pick_device
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import ModelSpec, SetManifest, digest
 from slsgu_cli.store import Store
 from slsgu_cli.verification.augment import augment
@@ -167,15 +167,12 @@ def _recorded(store: Store, manifest: SetManifest, console: Console) -> Verifica
         subjects=(),
         version=slsgu_cli.__version__,
     )
-    try:
-        old = store.read_record(verification_path(manifest.name), Verification)
-    except MissingError:
+    path = verification_path(manifest.name)
+    unusable = "recorded findings cannot be used and are made again"
+    old = recorded(store, path, Verification, console, unusable=unusable)
+    if old is None or (old.concept, old.data) != (fresh.concept, fresh.data):
         return fresh
-    except (StaleError, InputError) as error:
-        console.note(f"recorded findings cannot be used and are made again: {error}")
-        return fresh
-    same = (old.concept, old.data) == (fresh.concept, fresh.data)
-    return replace(fresh, subjects=old.subjects) if same else fresh
+    return replace(fresh, subjects=old.subjects)
 
 
 def _baseline(bench: Bench, _settings: Settings) -> list[Probe]:

@@ -16,8 +16,6 @@ but for the table of models, made for the embedded CLIP.
 
 import argparse
 import json
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -65,20 +63,9 @@ def measure(folder: str, name: str, device: str, layers: list[str] | None) -> No
             console=QUIET,
         )
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": round(seconds, 1), "peak memory, MB": round(peak_memory())}))
-
-
-def peak_memory() -> float:
-    """Return the most MB that this process had in memory.
-
-    Linux's `getrusage` begins at what the parent had, whose sets are larger than this work.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if peak:
-            return int(peak[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: its peak begins at what the parent had, whose sets are larger than this.
+    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    print(json.dumps({"seconds": round(seconds, 1), "peak memory, MB": round(peak)}))
 
 
 def apart(store: Store, name: str, device: str, layers: list[str] | None = None) -> dict:

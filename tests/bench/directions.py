@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,13 +34,14 @@ from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.evaluation import EvaluationSet, accuracy, prepare
 from slsgu_cli.gradients import compute_gradients, load_graded
 from slsgu_cli.layout import edit_path, read_manifest, read_pointer
+from slsgu_cli.measure import with_edits
 from slsgu_cli.models import tokenizer
 from slsgu_cli.prompts import find_class
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import Direction, PassOptions, Steer, Tower
 from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import CacheBudget, ImageSide, edited
+from slsgu_cli.zeroshot import CacheBudget, ImageSide
 
 LEAST_IMAGES = 10
 
@@ -182,25 +183,13 @@ def joint(store: Store, concepts: Sequence[str], console: Console) -> list[str]:
     of_text = all(e.header.tower is Tower.TEXT for edits in found.values() for e in edits)
     with torch.no_grad(), features_known() if of_text else nullcontext():
         for label, edits in found.items():
-            with ExitStack() as stack:
-                for layer, values in moved(model, edits).items():
-                    stack.enter_context(edited(model, layer, values))
+            with with_edits(model, edits):
                 evaluation.base_pass((), cache_bytes=0, console=console)
                 forget, utility = shares(evaluation.forget, evaluation.utility, concepts)
             lost = [f"{kept.setdefault(name, top1) - top1:.2f}" for name, top1 in utility.items()]
             words = [label, ", ".join(concepts), *(f"{value:.1f}" for value in forget), *lost]
             lines.append("\t".join(words))
     return lines
-
-
-def moved(model: torch.nn.Module, edits: Sequence[Edit]) -> dict[str, torch.Tensor]:
-    """Return the layers that the edits change, all edits of a layer added."""
-    found: dict[str, torch.Tensor] = {}
-    for edit in edits:
-        layer = edit.header.layer
-        before = found.get(layer, model.get_parameter(layer).data)
-        found[layer] = before + torch.from_numpy(edit.delta())
-    return found
 
 
 def shares(
