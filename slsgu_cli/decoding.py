@@ -21,13 +21,12 @@ AHEAD = 4
 class Decoded:
     """One image, or the reason why there is none.
 
-    `digest` names the pixels, `source_digest` the encoded bytes; `oddities` says what was
-    odd about an image that can be used.
+    `source_digest` names the encoded bytes; `oddities` says what was odd about an image that
+    can be used.
     """
 
     pixels: Pixels | None
     reason: str | None
-    digest: bytes
     source_digest: bytes
     oddities: tuple[str, ...] = ()
 
@@ -60,18 +59,12 @@ def decode_in_order(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def pixel_digest(pixels: Pixels) -> bytes:
-    """Return what names an image by its pixels."""
-    return hashlib.sha256(pixels.tobytes()).digest()
-
-
 def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
     if data is None:
-        return Decoded(None, "no image", b"", b"")
+        return Decoded(None, "no image", b"")
     source = hashlib.blake2b(data, digest_size=16).digest()
     try:
         picture = decode(data)
     except DecodeError as error:
-        return Decoded(None, error.reason, b"", source)
-    digest = pixel_digest(picture.pixels)
-    return Decoded(picture.pixels, None, digest, source, picture.oddities)
+        return Decoded(None, error.reason, source)
+    return Decoded(picture.pixels, None, source, picture.oddities)

@@ -7,9 +7,9 @@ stream is cut, and the first rows in that order are a uniform sample without rep
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from slsgu_cli.samples import Origin
+from slsgu_cli.samples import Extent, Origin
 
 BEYOND = "beyond --max-forget"
 
@@ -28,6 +28,7 @@ class Candidate:
     caption: str
     cleaned: bool = False
     origin: Origin | None = None
+    extent: Extent | None = field(default=None, compare=False)
 
 
 def priority(seed: int, identity: str) -> int:
@@ -86,11 +87,11 @@ class _Worst:
         return other.candidate < self.candidate
 
 
-def by_file(candidates: Iterable[Candidate]) -> dict[int, set[int]]:
-    """Return the row indices wanted of each file."""
-    wanted: dict[int, set[int]] = {}
+def by_file(candidates: Iterable[Candidate]) -> dict[int, dict[int, Extent | None]]:
+    """Return the rows wanted of each file."""
+    wanted: dict[int, dict[int, Extent | None]] = {}
     for candidate in candidates:
-        wanted.setdefault(candidate.file, set()).add(candidate.index)
+        wanted.setdefault(candidate.file, {})[candidate.index] = candidate.extent
     return wanted
 
 

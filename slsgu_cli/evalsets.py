@@ -23,7 +23,7 @@ from slsgu_cli.prompts import (
     parse_templates,
 )
 from slsgu_cli.records import DataRef, encode
-from slsgu_cli.samples import Columns, Origin, Reader
+from slsgu_cli.samples import Columns, Extent, Origin, Reader, Row
 from slsgu_cli.set_writer import BlockWriter, block_writer
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.sources import RowId, fetch, parse_source, scan
@@ -32,12 +32,10 @@ from slsgu_cli.workshop import Workshop, block_path, counted, file_recipe, refer
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """A row to decode: what it is called and the class it belongs to."""
+    """A row to decode and the index of the class it belongs to."""
 
-    key: str
-    caption: str | None
+    row: Row
     label: int
-    origin: Origin | None = None
 
 
 @dataclass(slots=True)
@@ -144,7 +142,7 @@ def _labelled(
 ) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
     """Return class names, rows that have a class, how many rows were seen, and refusals."""
     refused: Counter[str] = Counter()
-    found: list[tuple[RowId, str, str | None, str, Origin]] = []
+    found: list[tuple[int, Row, str]] = []
     seen = 0
     with shop.console.progress("reading labels", None) as ticker:
         for number, row in scan(readers, refused, tick=ticker.advance):
@@ -152,18 +150,17 @@ def _labelled(
             if row.label is None or not row.has_image:
                 refused["no label" if row.label is None else "no image"] += 1
             else:
-                origin = row.origin or Origin(readers[number].path, row.index)
-                found.append(((number, row.index), row.key, row.caption, row.label, origin))
+                found.append((number, row, row.label))
     if not found:
         raise InputError(
             f"no row of {source} can be evaluated on: {seen} rows, {counted(refused) or 'none'}",
             hint="name the label column with --label-column, or give a folder of class folders; "
             "check the filter behind the question mark",
         )
-    names, index = class_indices(known, {label for *_, label, _ in found})
+    names, index = class_indices(known, {label for *_, label in found})
     rows = {
-        place: LabelledRow(key, caption, index[label], origin)
-        for place, key, caption, label, origin in found
+        (number, row.index): LabelledRow(row, index[label])
+        for number, row, label in found
         if label in index
     }
     refused["unknown label"] += len(found) - len(rows)
@@ -171,9 +168,9 @@ def _labelled(
 
 
 def _decode_into(writer: BlockWriter, shop: Workshop, plan: EvalPlan, title: str) -> None:
-    wanted: dict[int, set[int]] = {}
-    for number, index in plan.rows:
-        wanted.setdefault(number, set()).add(index)
+    wanted: dict[int, dict[int, Extent | None]] = {}
+    for (number, index), labelled in plan.rows.items():
+        wanted.setdefault(number, {})[index] = labelled.row.extent
     met = 0
     with shop.console.progress(f"decoding {title}", len(plan.rows)) as ticker:
         for place, decoded in decode_in_order(fetch(plan.readers, wanted), shop.decode):
@@ -182,15 +179,15 @@ def _decode_into(writer: BlockWriter, shop: Workshop, plan: EvalPlan, title: str
             if decoded.pixels is None:
                 plan.refused[decoded.reason or "unreadable"] += 1
                 continue
-            row = plan.rows[place]
+            labelled = plan.rows[place]
+            row = labelled.row
             writer.add(
                 decoded.pixels,
-                decoded.digest,
                 key=row.key,
                 caption=row.caption,
-                label=row.label,
+                label=labelled.label,
                 source_digest=decoded.source_digest,
-                origin=row.origin,
+                origin=row.origin or Origin(plan.readers[place[0]].path, row.index),
             )
             plan.noted.update(decoded.oddities)
     plan.refused["unreadable"] += len(plan.rows) - met

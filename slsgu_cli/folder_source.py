@@ -6,14 +6,23 @@ The name of the folder that an image lies in, right below the source folder, is 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.samples import IMAGE_SUFFIXES, Filters, Row, as_text, no_column, passes, stamp
+from slsgu_cli.samples import (
+    IMAGE_SUFFIXES,
+    Filters,
+    Row,
+    Wanted,
+    as_text,
+    no_column,
+    passes,
+    stamp,
+)
 
 FIELDS = ("key", "caption", "label")
 Entry = dict[str, Any]
@@ -53,7 +62,7 @@ class FolderSource:
             if passes(self.filters, {"key": key, "caption": text, "label": label}):
                 yield Row(index, key, text, label)
 
-    def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows."""
         for index, image, _ in self._entries():
             if index in wanted:

@@ -7,6 +7,7 @@ written in the order of the draw, so that neighbours in the source do not share 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,11 +105,14 @@ def _make(
                 hint="check that the sources hold whole images",
             )
         path = avoiding if refused[SAME_AS_FORGET] else plain
-        with block_writer(shop.store, path, height=height, width=width, rows=len(kept)) as writer:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="tokenize") as aside,
+            block_writer(shop.store, path, height=height, width=width, rows=len(kept)) as writer,
+        ):
+            tokens = aside.submit(shop.tokens, [row.candidate.caption for row in kept])
             for row in kept:
                 writer.add(
                     images.get(row.number),
-                    row.decoded.digest,
                     key=row.candidate.key,
                     caption=row.candidate.caption,
                     source_digest=row.decoded.source_digest,
@@ -123,7 +127,7 @@ def _make(
                 "input": encode(shop.spec),
                 "recipe": recipe,
             }
-            writer.finish(shop.tokens(writer.captions), attributes)
+            writer.finish(tokens.result(), attributes)
     return path, DataBlock.at(shop.store, path)
 
 

@@ -5,7 +5,7 @@ first pass reads text columns only; the second skips row groups without a chosen
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from slsgu_cli.samples import (
     Filters,
     Origin,
     Row,
+    Wanted,
     as_text,
     file_identity,
     no_column,
@@ -69,7 +70,7 @@ class ParquetSource:
                         origin=_origin(self.path, index, fields.get(url)),
                     )
 
-    def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows; row groups without any are skipped."""
         with self._open() as file:
             column = self._image(file.schema_arrow)
@@ -151,7 +152,7 @@ def _records(file: pq.ParquetFile, columns: list[str]) -> Iterator[dict[Any, Any
 
 
 def _group_images(
-    file: pq.ParquetFile, group: int, column: str, start: int, wanted: Set[int]
+    file: pq.ParquetFile, group: int, column: str, start: int, wanted: Wanted
 ) -> Iterator[tuple[int, bytes | None]]:
     for batch in file.iter_batches(batch_size=IMAGE_BATCH, row_groups=[group], columns=[column]):
         values = batch.column(0)

@@ -42,6 +42,10 @@ ANIMATED = "animated, first frame taken"
 TRANSPARENT = "alpha dropped"
 CMYK = "CMYK converted"
 ORIENTATION = 0x0112
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
 
     It may be called from several threads. It raises DecodeError.
     """
-    stages = _pil_stages(spec)
+    to_size = _to_size(spec)
 
     def decode(encoded: bytes) -> Picture:
         if not encoded:
@@ -75,10 +79,7 @@ def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
                 _check_shape(opened.size, spec)
                 oddities = _oddities(opened)
                 _check_depth(opened)
-                image: Any = opened
-                for stage in stages:
-                    image = stage(image)
-                return Picture(np.asarray(image, dtype=np.uint8), oddities)
+                return Picture(np.asarray(to_size(opened), dtype=np.uint8), oddities)
         except Image.DecompressionBombError as error:
             raise DecodeError("decompression bomb") from error
         except UnidentifiedImageError as error:
@@ -91,7 +92,8 @@ def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
     return decode
 
 
-def _pil_stages(spec: InputSpec) -> list[Callable[[Any], Any]]:
+def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
+    """Return open_clip's stages as one function from an opened image to one of the input size."""
     transform = image_transform(
         (spec.height, spec.width),
         is_train=False,
@@ -101,11 +103,31 @@ def _pil_stages(spec: InputSpec) -> list[Callable[[Any], Any]]:
         interpolation=spec.interpolation,
         fill_color=spec.fill_color,
     )
-    return list(
+    stages = list(
         itertools.takewhile(
             lambda stage: not isinstance(stage, MaybeToTensor), transform.transforms
         )
     )
+
+    def staged(image: Any) -> Any:
+        for stage in stages:
+            image = stage(image)
+        return image
+
+    def cropped_between(image: Any) -> Any:
+        width, height = image.size
+        if image.mode != "RGB" or width <= height:
+            return staged(image)
+        wide = int(spec.width * width / height)
+        left = round((wide - spec.width) / 2)
+        image = image.resize((wide, height), resample)
+        image = image.crop((left, 0, left + spec.width, height))
+        return image.resize((spec.width, spec.height), resample)
+
+    # PIL resizes rows, rounds, and resizes columns: what will be cropped needs no second half.
+    resample = RESAMPLE.get(spec.interpolation)
+    shortest = spec.resize_mode == "shortest" and spec.height == spec.width
+    return cropped_between if shortest and resample is not None else staged
 
 
 def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:

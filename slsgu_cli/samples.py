@@ -7,8 +7,8 @@ they lie in. So a source of any size is read in constant memory.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import fsspec
@@ -46,11 +46,18 @@ class Origin:
     url: str | None = None
 
 
+# The first byte of an encoded image in a file, and how many there are.
+Extent = tuple[int, int]
+# The rows whose images are wanted, with their extents where the first pass told them.
+Wanted = Mapping[int, Extent | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sample without its image; `index` is its place in the file, filters aside.
 
-    `origin` is set where the file is not where the sample was first met, or has URLs.
+    `origin` is set where the file is not where the sample was first met, or has URLs;
+    `extent` where the image lies in the file as it is.
     """
 
     index: int
@@ -59,6 +66,7 @@ class Row:
     label: str | None
     has_image: bool = True
     origin: Origin | None = None
+    extent: Extent | None = field(default=None, compare=False)
 
 
 class Reader(Protocol):
@@ -78,7 +86,7 @@ class Reader(Protocol):
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
         """Yield the rows that pass the filters; count what cannot be read in `trouble`."""
 
-    def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield (index, encoded image) of the wanted rows in order; None where there is none."""
 
 

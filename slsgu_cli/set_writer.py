@@ -43,22 +43,17 @@ class BlockWriter:
         # The number of rows is known in the end; `rows` is the most there can be.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self._writing: list[Future[None]] = []
+        self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
+        self._spare: list[Pixels] = []
         self._texts: dict[str, list[str]] = {"keys": [], "captions": []}
         self._labels: list[int] = []
         self._digests: list[bytes] = []
         self._origins: list[Origin | None] = []
         self._content = hashlib.sha256(repr((height, width)).encode())
 
-    @property
-    def captions(self) -> Sequence[str]:
-        """The captions of the rows added so far."""
-        return self._texts["captions"]
-
     def add(
         self,
         image: Pixels,
-        digest: bytes,
         *,
         key: str,
         caption: str | None = None,
@@ -66,7 +61,7 @@ class BlockWriter:
         source_digest: bytes = bytes(DIGEST_BYTES),
         origin: Origin | None = None,
     ) -> None:
-        """Append a row. `digest` names the pixels, `source_digest` the encoded image."""
+        """Append a row. `source_digest` names the encoded image."""
         self._chunk[self.rows % len(self._chunk)] = image
         self.rows += 1
         self._texts["keys"].append(key)
@@ -74,7 +69,6 @@ class BlockWriter:
         self._labels.append(label)
         self._digests.append(source_digest)
         self._origins.append(origin)
-        self._content.update(digest)
         if self.rows % len(self._chunk) == 0:
             self._write(len(self._chunk))
 
@@ -116,15 +110,22 @@ class BlockWriter:
     def _write(self, rows: int) -> None:
         """Have the last `rows` rows written, and go on with a chunk of their own."""
         self._await(WRITERS - 1)
-        place = slice(self.rows - rows, self.rows)
-        part = self._chunk[:rows]
-        self._writing.append(self._pool.submit(self._images.__setitem__, place, part))
-        self._chunk = np.empty_like(self._chunk)
+        written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
+        self._writing.append((written, self._chunk))
+        self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
+
+    def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
+        """Write rows from `start` on; return what names each one by its pixels."""
+        self._images[start : start + len(chunk)] = chunk
+        return [hashlib.sha256(image.data).digest() for image in chunk]
 
     def _await(self, most: int) -> None:
         """Return when at most `most` chunks are being written. Raises what a write raised."""
         while len(self._writing) > most:
-            self._writing.pop(0).result()
+            written, chunk = self._writing.pop(0)
+            for digest in written.result():
+                self._content.update(digest)
+            self._spare.append(chunk)
 
     def _put(self, name: str, values: npt.NDArray[Any]) -> None:
         # A chunk has at least one element in zarr, an array may have none.

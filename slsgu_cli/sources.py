@@ -9,14 +9,14 @@ column has one of the values given for it; `%26` stands for `&` in a value.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 import fsspec
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.samples import IMAGE_SUFFIXES, Columns, Filters, Reader, Row
+from slsgu_cli.samples import IMAGE_SUFFIXES, Columns, Filters, Reader, Row, Wanted
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET = (".parquet", ".pq")
@@ -77,7 +77,7 @@ def scan(
 
 
 def fetch(
-    readers: Sequence[Reader], wanted: Mapping[int, Set[int]]
+    readers: Sequence[Reader], wanted: Mapping[int, Wanted]
 ) -> Iterator[tuple[RowId, bytes | None]]:
     """Yield ((file number, row index), encoded image) of the wanted rows: the second pass."""
     for number, reader in enumerate(readers):

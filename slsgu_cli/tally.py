@@ -67,7 +67,7 @@ class Tally:
         if verdict == TAKE:
             origin = row.origin or Origin(reader.path, row.index)
             place = priority(seed, _identity(reader, row))
-            drawn = Candidate(place, number, row.index, row.key, caption, odd, origin)
+            drawn = Candidate(place, number, row.index, row.key, caption, odd, origin, row.extent)
             self.draw.offer(drawn)
         elif verdict is not None:
             self.refused[verdict] += 1

@@ -9,8 +9,9 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import fsspec
@@ -21,9 +22,11 @@ from slsgu_cli.samples import (
     IMAGE_SUFFIXES,
     LABEL_FIELDS,
     Columns,
+    Extent,
     Filters,
     Origin,
     Row,
+    Wanted,
     as_text,
     file_identity,
     no_column,
@@ -37,8 +40,28 @@ ORIGIN_FILE, ORIGIN_ROW = "origin_file", "origin_row"
 TRUNCATED = "truncated shard"
 BROKEN = (tarfile.TarError, EOFError, zlib.error)
 Members = dict[str, bytes | None]
-# Place, key, members by suffix (None: not read), and what reads one of these after all.
-Group = tuple[int, str, Members, Callable[[str], bytes | None]]
+# Reads a member of the sample at hand after all.
+Load = Callable[[str], bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The members of one sample by suffix: their headers, and what was read of them."""
+
+    index: int
+    key: str
+    heads: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    members: Members = field(default_factory=dict)
+
+    def image(self) -> str | None:
+        """Return the suffix of the sample's first image."""
+        return next((suffix for suffix in self.members if suffix in IMAGE_SUFFIXES), None)
+
+    def extent(self) -> Extent | None:
+        """Return where the bytes of the first image lie in the archive, if in one piece."""
+        suffix = self.image()
+        head = self.heads[suffix] if suffix else None
+        return (head.offset_data, head.size) if head and head.sparse is None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +84,9 @@ class TarSource:
         Raises InputError if the file is no tar, or if no sample has a field to filter by.
         """
         fields_seen: set[str] = set()
-        groups = self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble)
-        for index, key, members, _ in groups:
-            row = self._row(index, key, members, fields_seen)
+        streams = self._streams()
+        for group, _ in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
+            row = self._row(group, None if streams else group.extent(), fields_seen)
             if row is not None:
                 yield row
         for name in self.filters:
@@ -80,44 +103,44 @@ class TarSource:
         An image mostly comes before its caption. A local shard is gone back in for it; of
         one that streams, the images of one sample at a time are held.
         """
-        streams = self._mode() != "r:"
+        streams = self._streams()
         groups = self._groups(
             lambda _, suffix: suffix in TEXT_SUFFIXES or (streams and suffix in IMAGE_SUFFIXES),
             trouble,
         )
-        for index, key, members, load in groups:
-            row = self._row(index, key, members)
+        for group, load in groups:
+            row = self._row(group)
             if row is not None and wants(row):
-                yield row, _image(members, load)
+                yield row, _image(group, load)
 
-    def images(self, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the encoded images of the wanted rows."""
-        last = max(wanted, default=-1)
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the encoded images of the wanted rows; the shard is read where they lie."""
+        extents = {index: extent for index, extent in wanted.items() if extent is not None}
+        if len(extents) == len(wanted):
+            yield from self._at(extents)
+            return
+        last = max(wanted)
         groups = self._groups(
             lambda index, suffix: suffix in IMAGE_SUFFIXES and index in wanted, Counter()
         )
-        for index, _, members, load in groups:
-            if index in wanted:
-                yield index, _image(members, load)
-            if index >= last:
+        for group, load in groups:
+            if group.index in wanted:
+                yield group.index, _image(group, load)
+            if group.index >= last:
                 return
 
     def _row(
-        self,
-        index: int,
-        key: str,
-        members: Members,
-        fields_seen: set[str] | None = None,
+        self, group: Group, extent: Extent | None = None, fields_seen: set[str] | None = None
     ) -> Row | None:
         """Return the sample's row if it passes the filters; note the fields there are."""
-        fields = self._fields(key, members)
+        fields = self._fields(group.key, group.members)
         if fields_seen is not None:
             fields_seen.update(fields)
         if not passes(self.filters, fields):
             return None
-        image = any(suffix in IMAGE_SUFFIXES for suffix in members)
         caption, label = as_text(fields["caption"]), as_text(fields["label"])
-        return Row(index, key, caption, label, image, _origin(self.path, index, fields))
+        origin = _origin(self.path, group.index, fields)
+        return Row(group.index, group.key, caption, label, bool(group.image()), origin, extent)
 
     def _fields(self, key: str, members: Members) -> dict[str, Any]:
         """Return the sample's JSON fields, with its key, caption and label among them."""
@@ -134,40 +157,59 @@ class TarSource:
         )
         return fields | {"key": key}
 
-    def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
+    def _at(self, extents: Mapping[int, Extent]) -> Iterator[tuple[int, bytes]]:
+        """Yield images by their extents, in the order of the rows."""
+        with self._file() as file:
+            for index, (start, size) in sorted(extents.items()):
+                file.seek(start)
+                data = file.read(size)
+                # Where the shard breaks off there is no more to be had.
+                if len(data) < size:
+                    return
+                yield index, data
+
+    def _groups(
+        self, read: Callable[[int, str], bool], trouble: Counter[str]
+    ) -> Iterator[tuple[Group, Load]]:
         """Yield the shard's samples; `read` says which members to read."""
         started = False
+        mode: Any = "r|*" if self._streams() else "r:"
+        with self._file() as file:
+            try:
+                with tarfile.open(fileobj=file, mode=mode, tarinfo=_header()) as tar:
+                    started = True
+                    yield from _grouped(tar, read)
+            except BROKEN as error:
+                if not started and "empty" not in str(error):
+                    raise InputError(
+                        f"{self.path} cannot be read as a tar shard: {error}",
+                        hint="the file is damaged or no tar; fetch it again",
+                    ) from error
+                trouble[TRUNCATED] += 1
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
         try:
-            with (
-                fsspec.open(self.path, "rb") as raw,
-                tarfile.open(fileobj=raw, mode=self._mode(), tarinfo=_header()) as tar,
-            ):
-                started = True
-                yield from _grouped(tar, read)
+            with fsspec.open(self.path, "rb") as file:
+                yield file
         except FileNotFoundError as error:
             raise MissingError(f"there is no {self.path}") from error
-        except BROKEN as error:
-            if not started and "empty" not in str(error):
-                raise InputError(
-                    f"{self.path} cannot be read as a tar shard: {error}",
-                    hint="the file is damaged or no tar; fetch it again",
-                ) from error
-            trouble[TRUNCATED] += 1
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error}") from error
 
-    def _mode(self) -> Any:
-        # Only a plain local file can skip over image bytes; all else is read as it streams.
+    def _streams(self) -> bool:
+        """Return whether image bytes cannot be skipped: only those of a plain local file can."""
         fs, _ = fsspec.core.url_to_fs(self.path)
-        local = "file" in fs.protocol
-        return "r:" if local and self.path.endswith(".tar") else "r|*"
+        return "file" not in fs.protocol or not self.path.endswith(".tar")
 
 
-def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator[Group]:
-    index, current, members, heads = -1, "", Members(), dict[str, tarfile.TarInfo]()
+def _grouped(
+    tar: tarfile.TarFile, read: Callable[[int, str], bool]
+) -> Iterator[tuple[Group, Load]]:
+    group = Group(-1, "")
 
     def load(suffix: str) -> bytes | None:
-        content = tar.extractfile(heads[suffix])
+        content = tar.extractfile(group.heads[suffix])
         return content.read() if content else None
 
     while (member := tar.next()) is not None:
@@ -178,25 +220,25 @@ def _grouped(tar: tarfile.TarFile, read: Callable[[int, str], bool]) -> Iterator
             continue
         key, suffix = match[1], match[2].lower()
         # A key met twice in a row is two samples; none of them may swallow the other.
-        if key != current or suffix in members:
-            if index >= 0:
-                yield index, current, members, load
-            index, current = index + 1, key
-            members, heads = {}, {}
-        heads[suffix] = member
-        members[suffix] = load(suffix) if read(index, suffix) else None
-    if index >= 0:
-        yield index, current, members, load
+        if key != group.key or suffix in group.members:
+            if group.index >= 0:
+                yield group, load
+            group = Group(group.index + 1, key)
+        group.heads[suffix] = member
+        group.members[suffix] = load(suffix) if read(group.index, suffix) else None
+    if group.index >= 0:
+        yield group, load
     if getattr(tar.tarinfo, "broken_off", False):
         raise tarfile.ReadError("it breaks off")
 
 
-def _image(members: Members, load: Callable[[str], bytes | None]) -> bytes | None:
+def _image(group: Group, load: Load) -> bytes | None:
     """Return the first image of a sample that has one."""
-    for suffix, data in members.items():
-        if suffix in IMAGE_SUFFIXES:
-            return load(suffix) if data is None else data
-    return None
+    suffix = group.image()
+    if suffix is None:
+        return None
+    data = group.members[suffix]
+    return load(suffix) if data is None else data
 
 
 def _header() -> type[tarfile.TarInfo]:

@@ -42,7 +42,7 @@ def held(store, collected):
     found = []
     for reader in readers:
         rows = {row.index: row for row in reader.rows(Counter())}
-        found += [(rows[index], data) for index, data in reader.images(rows.keys())]
+        found += [(rows[index], data) for index, data in reader.images(dict.fromkeys(rows))]
     return found
 
 

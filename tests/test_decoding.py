@@ -33,16 +33,12 @@ def test_failures_are_results_with_a_reason():
     assert found["a"].reason == "broken image"
     assert found["b"].reason == "no image"
     assert found["c"].reason is None
-    assert found["c"].without_pixels().digest == found["c"].digest
+    assert found["c"].without_pixels().source_digest == found["c"].source_digest
 
 
-def test_digests_tell_pixels_and_bytes_apart():
-    def decode(data):
-        return pixels(data[:1])
-
-    (_, a), (_, b), (_, c) = decode_in_order([(0, b"1x"), (1, b"1y"), (2, b"2x")], decode)
-    assert a.digest == b.digest != c.digest
-    assert len({a.source_digest, b.source_digest, c.source_digest}) == 3
+def test_digests_tell_encoded_images_apart():
+    (_, a), (_, b), (_, c) = decode_in_order([(0, b"1x"), (1, b"1y"), (2, b"1x")], pixels)
+    assert a.source_digest == c.source_digest != b.source_digest
 
 
 def test_few_are_in_flight(monkeypatch):

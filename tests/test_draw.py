@@ -43,5 +43,6 @@ def test_priority_takes_names_that_are_no_text():
 
 
 def test_rows_are_grouped_by_file():
-    rows = [Candidate(0, 1, 5, "", ""), Candidate(0, 0, 2, "", ""), Candidate(0, 1, 7, "", "")]
-    assert by_file(rows) == {1: {5, 7}, 0: {2}}
+    there = Candidate(0, 1, 5, "", "", extent=(512, 9))
+    rows = [there, Candidate(0, 0, 2, "", ""), Candidate(0, 1, 7, "", "")]
+    assert by_file(rows) == {1: {5: (512, 9), 7: None}, 0: {2: None}}

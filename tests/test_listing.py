@@ -315,7 +315,7 @@ def test_a_block_as_it_is_really_written_is_read(tmp_path):
     store = Store(str(tmp_path))
     with block_writer(store, "data/d1.zarr", height=4, width=4, rows=3) as writer:
         for key in "ab":
-            writer.add(np.zeros((4, 4, 3), np.uint8), bytes(16), key=key)
+            writer.add(np.zeros((4, 4, 3), np.uint8), key=key)
         writer.finish(None, {})
     (entry,) = entries(store)
     assert (entry.state, entry.made_from) == (State.UNREFERENCED, {"rows": "2"})

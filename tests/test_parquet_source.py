@@ -34,7 +34,7 @@ def test_columns_can_be_named(tmp_path):
     )
     (row,) = rows(path, image="pic", caption="alt", label="who")
     assert (row.caption, row.label) == ("text", "x")
-    assert list(source(path, image="pic").images({0})) == [(0, b"yes")]
+    assert list(source(path, image="pic").images(dict.fromkeys([0]))) == [(0, b"yes")]
 
 
 def test_structs_as_hugging_face_writes_them(tmp_path):
@@ -42,7 +42,7 @@ def test_structs_as_hugging_face_writes_them(tmp_path):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(images, kind), "text": ["a", "b", "c"]})
     pq.write_table(table, tmp_path / "a.parquet")
-    found = list(source(tmp_path / "a.parquet").images({0, 1, 2}))
+    found = list(source(tmp_path / "a.parquet").images(dict.fromkeys([0, 1, 2])))
     assert found == [(0, encoded(1)), (1, None), (2, None)]
 
 
@@ -54,7 +54,7 @@ def test_row_numbers_hold_over_groups_and_filters(tmp_path):
     )
     found = rows(path, {"kind": frozenset(["odd"])})
     assert [row.index for row in found] == list(range(1, 20, 2))
-    images = dict(source(path).images({1, 2, 19}))
+    images = dict(source(path).images(dict.fromkeys([1, 2, 19])))
     assert images == {i: encoded(i) for i in (1, 2, 19)}
 
 
@@ -67,7 +67,7 @@ def test_only_row_groups_with_wanted_rows_are_read(tmp_path, monkeypatch):
         "iter_batches",
         lambda file, **k: groups.append((k.get("row_groups"), k["columns"])) or real(file, **k),
     )
-    assert [index for index, _ in source(path).images({4})] == [4]
+    assert [index for index, _ in source(path).images(dict.fromkeys([4]))] == [4]
     assert groups == [([1], ["image"])]
     groups.clear()
     rows(path)
@@ -110,6 +110,6 @@ def test_damaged_files_are_refused_wherever_it_shows(tmp_path):
         rows(path)
     path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
     with pytest.raises(InputError, match="cannot be read as parquet"):
-        list(source(path).images(set(range(200))))
+        list(source(path).images(dict.fromkeys(range(200))))
     with pytest.raises(MissingError):
         rows(tmp_path / "gone.parquet")

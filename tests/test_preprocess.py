@@ -54,11 +54,8 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("image", IMAGES)
-@pytest.mark.parametrize("name", SPECS)
-def test_pixels_are_open_clips_to_the_bit(image, name):
-    wanted = SPECS[name]
-    full = image_transform(
+def open_clips(wanted):
+    return image_transform(
         (wanted.height, wanted.width),
         is_train=False,
         mean=MEAN,
@@ -67,6 +64,13 @@ def test_pixels_are_open_clips_to_the_bit(image, name):
         interpolation=wanted.interpolation,
         fill_color=wanted.fill_color,
     )
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", SPECS)
+def test_pixels_are_open_clips_to_the_bit(image, name):
+    wanted = SPECS[name]
+    full = open_clips(wanted)
     data = IMAGES[image]
     try:
         expected = full(Image.open(io.BytesIO(data)))
@@ -80,6 +84,19 @@ def test_pixels_are_open_clips_to_the_bit(image, name):
     scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(255)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     assert torch.equal((scaled - mean) / std, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_wide_images_of_any_size_are_open_clips_to_the_bit(interpolation):
+    wanted = spec(interpolation=interpolation)
+    *stages, _, _ = open_clips(wanted).transforms
+    sizes = np.random.default_rng(0).integers(1, 200, (100, 2))
+    for seed, (one, other) in enumerate(sizes.tolist()):
+        data = encoded(seed, (max(one, other), min(one, other)), kind="JPEG")
+        expected = Image.open(io.BytesIO(data))
+        for stage in stages:
+            expected = stage(expected)
+        assert np.array_equal(decoder(wanted)(data).pixels, np.asarray(expected))
 
 
 def test_every_failure_has_its_reason(monkeypatch):

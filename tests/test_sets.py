@@ -1,4 +1,3 @@
-import hashlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,6 @@ def write(store, images, *, rows=None, tokens=True, labels=None, names=("a", "b"
         for index, image in enumerate(images):
             out.add(
                 image,
-                hashlib.sha256(image.tobytes()).digest(),
                 key=f"k{index}",
                 caption=None if index == 1 else f"cäption\n{index}",
                 label=-1 if labels is None else labels[index],
@@ -155,7 +153,7 @@ def test_an_interrupted_write_leaves_nothing(store):
         pytest.raises(KeyboardInterrupt),
         block_writer(store, PATH, height=SIZE[0], width=SIZE[1], rows=9) as out,
     ):
-        out.add(pixels(1)[0], b"", key="k")
+        out.add(pixels(1)[0], key="k")
         raise KeyboardInterrupt
     assert store.names("data") == []
     assert store.unfinished("data") == []
@@ -163,6 +161,6 @@ def test_an_interrupted_write_leaves_nothing(store):
 
 def test_chunks_are_of_a_size_that_reads_fast(store):
     with block_writer(store, PATH, height=224, width=224, rows=1) as out:
-        out.add(np.zeros((224, 224, 3), dtype=np.uint8), b"", key="k")
+        out.add(np.zeros((224, 224, 3), dtype=np.uint8), key="k")
         out.finish(None, {})
     assert DataBlock.at(store, PATH).chunk_rows == 111

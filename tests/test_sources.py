@@ -79,7 +79,7 @@ def test_two_passes_agree_and_only_wanted_images_come(tmp_path):
     parquet = write_parquet(tmp_path / "b.parquet", [sample(i, f"p{i}") for i in range(4)])
     write_folder(tmp_path / "f", {f"{i}.png": encoded(50 + i) for i in range(3)})
     readers = open_sources([tar, parquet, str(tmp_path / "f")], ANY)
-    got = list(fetch(readers, {0: {2}, 1: {0, 3}, 2: {1}}))
+    got = list(fetch(readers, {0: {2: None}, 1: {0: None, 3: None}, 2: {1: None}}))
     assert got == [
         ((0, 2), encoded(2, kind="JPEG")),
         ((1, 0), encoded(0)),
@@ -104,7 +104,7 @@ def test_remote_file_systems_work_alike(tmp_path):
         found = list(scan(readers, Counter()))
         assert [row.caption for _, row in found] == ["in tar", "in parquet", "in folder"]
         assert found[-1][1].label == "cat"
-        images = [data for _, data in fetch(readers, {0: {0}, 1: {0}, 2: {0}})]
+        images = [data for _, data in fetch(readers, {number: {0: None} for number in range(3)})]
         assert images == [encoded(0, kind="JPEG"), encoded(1), encoded(3)]
         assert len({str(reader.identity()) for reader in readers}) == 3
     finally:

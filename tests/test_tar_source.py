@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -62,7 +63,7 @@ def test_the_first_pass_reads_no_image(tmp_path, monkeypatch):
     assert len(read) == 4
     assert not any(name.endswith("jpg") for name in read)
     read.clear()
-    assert [index for index, _ in source(path).images({1})] == [1]
+    assert [index for index, _ in source(path).images({1: None})] == [1]
     assert read == ["000000001.jpg"]
 
 
@@ -71,7 +72,7 @@ def test_compressed_shards(tmp_path, name):
     members = [("1.jpg", encoded(1)), ("1.txt", b"one")]
     path = write_tar(tmp_path / name, members, "w:gz")
     assert [row.caption for row in rows(path)] == ["one"]
-    assert list(source(path).images({0})) == [(0, encoded(1))]
+    assert list(source(path).images({0: None})) == [(0, encoded(1))]
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
@@ -88,8 +89,25 @@ def test_a_shard_that_breaks_off_gives_what_it_has(tmp_path, suffix):
     found = list(source(cut).rows(trouble))
     assert 0 < len(found) < 6
     assert trouble == {"truncated shard": 1}
-    images = dict(source(cut).images({row.index for row in found}))
-    assert images == {row.index: encoded(row.index, (64, 64)) for row in found}
+    for wanted in ({row.index: row.extent for row in found}, {row.index: None for row in found}):
+        images = dict(source(cut).images(wanted))
+        assert images == {row.index: encoded(row.index, (64, 64)) for row in found}
+
+
+def test_images_are_read_where_the_first_pass_saw_them(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", ["a", "b", "c"])
+    extents = {row.index: row.extent for row in rows(path)}
+    by_member = dict(source(path).images(dict.fromkeys(extents)))
+    monkeypatch.setattr("slsgu_cli.tar_source.tarfile.open", lambda **_: pytest.fail("parsed"))
+    assert dict(source(path).images(extents)) == by_member
+    assert [index for index, _ in source(path).images({2: extents[2], 0: extents[0]})] == [0, 2]
+    os.truncate(path, extents[1][0] + 1)
+    assert [index for index, _ in source(path).images(extents)] == [0]
+
+
+def test_a_shard_that_streams_has_no_extents(tmp_path):
+    path = write_tar(tmp_path / "a.tgz", [("1.jpg", encoded(1)), ("1.txt", b"one")], "w:gz")
+    assert [row.extent for row in rows(path)] == [None]
 
 
 @pytest.mark.parametrize("cut", range(0, 3 * 1024, 512))

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.decoding import pixel_digest
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records import DataRef
 from slsgu_cli.set_writer import block_writer
@@ -86,7 +85,6 @@ def _copy(
                 if index not in going:
                     writer.add(
                         image,
-                        pixel_digest(image),
                         key=block.keys[index],
                         caption=block.captions[index],
                         label=int(block.labels[index]),

@@ -155,7 +155,7 @@ def select(
         yield from reader.select(wants, trouble)
         return
     rows = {row.index: row for row in reader.rows(trouble) if wants(row)}
-    for index, data in reader.images(rows.keys()) if rows else ():
+    for index, data in reader.images(dict.fromkeys(rows)) if rows else ():
         yield rows[index], data
 
 

@@ -101,7 +101,7 @@ def pairs_block(store: Store, name: str, *, tokens: np.ndarray, size: int) -> Da
     with block_writer(store, path, height=size, width=size, rows=rows) as writer:
         for start in range(0, rows, 512):
             for offset, image in enumerate(random_images(min(512, rows - start), size, start)):
-                writer.add(image, str(start + offset).encode(), key=f"{name}-{start + offset}")
+                writer.add(image, key=f"{name}-{start + offset}")
         fingerprint = writer.finish(tokens, {})
     return DataRef(path, fingerprint, rows, rows, {}, ("synthetic",))
 
@@ -116,9 +116,7 @@ def labelled_block(
             images = random_images(min(512, len(labels) - start), size, seed + start)
             for offset, image in enumerate(images):
                 number = start + offset
-                writer.add(
-                    image, str(number).encode(), key=f"{name}-{number}", label=int(labels[number])
-                )
+                writer.add(image, key=f"{name}-{number}", label=int(labels[number]))
         attributes = {"class_names": list(names), "templates": list(TEMPLATES)}
         fingerprint = writer.finish(None, attributes)
     return DataRef(path, fingerprint, len(labels), len(labels), {}, ("synthetic",))
