@@ -10,7 +10,17 @@ from torch import Tensor
 from slsgu_cli.records import InputSpec
 from slsgu_cli.towers import SplitTower
 
-Pixels = Callable[[npt.NDArray[np.uint8]], Tensor]
+Images = npt.NDArray[np.uint8]
+Pixels = Callable[[Images | Tensor], Tensor]
+
+
+def staged(images: Images, device: str) -> Tensor:
+    """Return images on the host as `device` takes them without anyone waiting.
+
+    It copies them once for a CUDA device: to be called where they are read ahead.
+    """
+    raw = torch.from_numpy(images)
+    return raw.pin_memory() if device.startswith("cuda") else raw
 
 
 def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:
@@ -21,12 +31,9 @@ def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:
     mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
 
-    def normalize(images: npt.NDArray[np.uint8]) -> Tensor:
-        raw = torch.from_numpy(images)
-        if device.startswith("cuda"):
-            raw = raw.pin_memory().to(device, non_blocking=True)
-        else:
-            raw = raw.to(device)
+    def normalize(images: Images | Tensor) -> Tensor:
+        raw = images if isinstance(images, Tensor) else staged(images, device)
+        raw = raw.to(device, non_blocking=True)
         return raw.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
 
     return normalize

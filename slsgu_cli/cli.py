@@ -373,7 +373,7 @@ def apply(
     Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook
     """
     from slsgu_cli import show
-    from slsgu_cli.pipeline import ApplyRequest, apply_named
+    from slsgu_cli.applying import ApplyRequest, apply_named
 
     result = apply_named(
         session.store,

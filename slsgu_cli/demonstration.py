@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slsgu_cli import show
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.build import BuildRequest, build_sets
 from slsgu_cli.cases import SearchOptions
 from slsgu_cli.errors import UsageError
@@ -19,13 +20,7 @@ from slsgu_cli.examples import draw_examples
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import plot_path
 from slsgu_cli.models import LOCAL, pick_device
-from slsgu_cli.pipeline import (
-    ApplyRequest,
-    apply_named,
-    rank_and_plot,
-    require_forgotten,
-    search_and_plot,
-)
+from slsgu_cli.pipeline import rank_and_plot, require_forgotten, search_and_plot
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import ModelSpec, PassOptions, Steer
 from slsgu_cli.replay import build_command

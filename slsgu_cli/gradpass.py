@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slsgu_cli.ahead import read_ahead
-from slsgu_cli.batches import pixel_normalizer, spans, text_features, to_tokens
+from slsgu_cli.batches import pixel_normalizer, spans, staged, text_features, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.losses import GroupedLoss, contrastive, cosine_forget, sigmoid
@@ -87,16 +86,16 @@ class GradientPass:
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
         squared = [torch.zeros_like(value) for value in sums] if squares is not None else []
         tokens = block.tokens
-        total, batches = 0.0, 0
+        normalize = pixel_normalizer(self.spec, self.options.device)
+        losses: list[Tensor] = []
         with (
             arithmetic(self.options.precision),
             self.console.progress(label, block.rows) as ticker,
         ):
-            normalize = pixel_normalizer(self.spec, self.options.device)
             pairs = self._pairs_per_forward(block)
             if squares is not None:
                 pairs = self.options.batch_size
-            start = 0
+            start, unchecked = 0, None
             while start < block.rows:
                 try:
                     for first, stop, images in self._stream(block, start, pairs):
@@ -104,21 +103,26 @@ class GradientPass:
                         values, gradients = self._group(
                             normalize(images), ids, list(parameters.values())
                         )
-                        if not _finite(values, gradients):
-                            self._name_culprit(block, first, stop)
                         _accumulate(sums, gradients)
                         if squares is not None:
                             _accumulate(squared, [g if g is None else g * g for g in gradients])
-                        total += float(values.double().sum())
-                        batches += values.numel()
+                        # Looked at when the next group is under way: a GPU never waits for it.
+                        if unchecked:
+                            self._check(block, *unchecked)
+                        unchecked = first, stop, _finite(values, gradients)
+                        losses.append(values)
                         ticker.advance(stop - first)
                         start = stop
                 except torch.cuda.OutOfMemoryError:
                     pairs = self._shrink(pairs)
+            if unchecked:
+                self._check(block, *unchecked)
+        batches = sum(values.numel() for values in losses)
         if squares is not None:
             means_of_squares = (value.div_(batches) for value in squared)
             squares.update(zip(parameters, means_of_squares, strict=True))
         means = (value.div_(batches).cpu().numpy() for value in sums)
+        total = float(torch.cat(losses).cpu().double().sum())
         return dict(zip(parameters, means, strict=True)), total / batches
 
     def losses(self, images: Tensor, ids: Tensor) -> Tensor:
@@ -139,9 +143,10 @@ class GradientPass:
 
     def _stream(
         self, block: DataBlock, start: int, pairs: int
-    ) -> Iterator[tuple[int, int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    ) -> Iterator[tuple[int, int, Tensor]]:
         ranges = [(start + a, start + b) for a, b in spans(block.rows - start, pairs)]
-        images = read_ahead(lambda span: block.images(*span), ranges, threads=2)
+        device = self.options.device
+        images = read_ahead(lambda span: staged(block.images(*span), device), ranges, threads=2)
         for (first, stop), chunk in zip(ranges, images, strict=True):
             yield first, stop, chunk
 
@@ -204,6 +209,10 @@ class GradientPass:
             )
         return pairs
 
+    def _check(self, block: DataBlock, start: int, stop: int, finite: Tensor) -> None:
+        if not finite:
+            self._name_culprit(block, start, stop)
+
     def _name_culprit(self, block: DataBlock, start: int, stop: int) -> None:
         """Raise InputError naming the first mini-batch whose loss or gradient is not finite."""
         normalize = pixel_normalizer(self.spec, self.options.device)
@@ -236,9 +245,9 @@ def _accumulate(sums: list[Tensor], gradients: list[Tensor | None]) -> None:
     torch._foreach_add_([total for total, _ in pairs], [g for _, g in pairs])
 
 
-def _finite(values: Tensor, gradients: list[Tensor | None]) -> bool:
+def _finite(values: Tensor, gradients: list[Tensor | None]) -> Tensor:
     norms = torch._foreach_norm([g for g in gradients if g is not None])
-    return bool(torch.isfinite(torch.stack([values.float().sum(), *norms])).all())
+    return torch.isfinite(torch.stack([values.float().sum(), *norms])).all()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slsgu_cli.ahead import read_ahead
-from slsgu_cli.batches import by_length, pixel_normalizer, spans, to_tokens
+from slsgu_cli.batches import by_length, pixel_normalizer, spans, staged, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.naming import tower_of
 from slsgu_cli.records import InputSpec, Tower
@@ -142,7 +142,8 @@ def input_moments(
         tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
         parts = [rows[start:stop] for start, stop in spans(len(rows), size)]
         with console.progress("retain inputs", len(rows)) as ticker:
-            for images in read_ahead(block.take, parts, threads=2):
+            read = read_ahead(lambda part: staged(block.take(part), device), parts, threads=2)
+            for images in read:
                 pixels = normalize(images)
                 with inputs:
                     tower.features(pixels, pixels)

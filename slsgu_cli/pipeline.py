@@ -1,13 +1,9 @@
 """From a set's name to its edit: found in the store, searched for, or given by hand."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from shlex import quote
 
 import slsgu_cli
-from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
 from slsgu_cli.console import Console
 from slsgu_cli.directions import ensure_moments, forget_direction
 from slsgu_cli.edits import Edit, load_edit, make_edit
@@ -29,7 +25,6 @@ from slsgu_cli.records import (
     Direction,
     EditHeader,
     GradientHeader,
-    ModelSpec,
     Qkv,
     Ranking,
     Tower,
@@ -37,39 +32,7 @@ from slsgu_cli.records import (
 from slsgu_cli.scoring import norm
 from slsgu_cli.search import SearchOptions, SearchResult, search
 from slsgu_cli.store import Store
-from slsgu_cli.targets.carrying import CarryOptions, carry
-from slsgu_cli.targets.mapping import Spelling
-from slsgu_cli.targets.states import read_states
-from slsgu_cli.targets.target import read_target
 from slsgu_cli.thirds import is_of, layers_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyRequest:
-    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
-
-    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
-    edit that is there already must be of that direction, and of a layer of that kind.
-    """
-
-    names: Sequence[str]
-    out: Path
-    model: ModelSpec | None = None
-    target: Path | None = None
-    encoder: str | None = None
-    layer: str | None = None
-    step: float | None = None
-    direction: Direction | None = None
-    ridge: float | None = None
-    qkv: Qkv | None = None
-    scale: float = 1.0
-    rank: int | None = None
-    revert: bool = False
-    force: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    link: bool = False
-    device: str = "auto"
 
 
 def edit_for(
@@ -91,7 +54,7 @@ def edit_for(
     if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
         if not store.exists(ranking_path(name)):
             console.note(f"{name} has no ranking yet: ranking its layers")
-            rank_and_plot(store, name, options=ranking or _rank_options(options), console=console)
+            rank_and_plot(store, name, options=ranking or rank_options(options), console=console)
         console.note(f"{name} has no edit yet: searching for one")
         result = search_and_plot(store, name, options=options, console=console)
         require_forgotten(result)
@@ -141,7 +104,7 @@ def current_edit(store: Store, name: str) -> Edit:
     return edit
 
 
-def _rank_options(options: SearchOptions) -> RankOptions:
+def rank_options(options: SearchOptions) -> RankOptions:
     """Return how to rank for a search that finds no ranking."""
     chosen = RankOptions(device=options.device)
     if options.direction is not None:
@@ -271,118 +234,3 @@ def require_forgotten(result: SearchResult) -> None:
         f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
         hint="the trials and this edit are kept; try --steps 20, or another --layer",
     )
-
-
-def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
-    """Write the checkpoint that `request` describes, running what its edits still lack."""
-    if request.target is not None and request.model is not None:
-        raise UsageError("--target takes the place of --model", hint="leave one of them out")
-    edits = _requested_edits(store, request, console)
-    for edit in edits:
-        if edit.header.steer is not None and not edit.header.forgotten:
-            console.warn(
-                f"the edit {edit.header.name} does not forget completely: its search failed"
-            )
-    if not request.revert:
-        _tell_of_joint_searches(edits, console)
-    if request.target is not None:
-        return _carried(edits, request, request.target, console)
-    model = resolve(_shared_model(edits, request.model))
-    if model.folder is not None and _in_transformers(model.folder):
-        return _carried(edits, request, model.folder, console)
-    source = CheckpointSource(
-        model.spec, model.weights, model.folder, model.config, model.preprocess
-    )
-    return apply_edits(
-        edits,
-        source,
-        request.out,
-        console=console,
-        revert=request.revert,
-        force=request.force,
-        overwrite=request.overwrite,
-        dry_run=request.dry_run,
-    )
-
-
-def _tell_of_joint_searches(edits: Sequence[Edit], console: Console) -> None:
-    """Warn of edits that were searched to be in place with others which are not there."""
-    present = {(edit.header.name, edit.header.joint) for edit in edits}
-    joints = {edit.header.joint for edit in edits if edit.header.joint}
-    for joint in sorted(joints, key=lambda joint: joint.digest):
-        missing = [name for name in joint.names if (name, joint) not in present]
-        if missing:
-            there = [name for name in joint.names if name not in missing]
-            console.warn(
-                f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
-                "that search is not applied here; the figures hold for all of them together"
-            )
-
-
-def _requested_edits(store: Store, request: ApplyRequest, console: Console) -> list[Edit]:
-    options = SearchOptions(
-        direction=request.direction,
-        ridges=() if request.ridge is None else (request.ridge,),
-        qkv=request.qkv,
-        device=request.device,
-    )
-    target = None if request.target is None else str(request.target)
-    ranking = replace(_rank_options(options), target=target, encoder=request.encoder)
-    if request.step is not None and not math.isfinite(request.step):
-        raise UsageError(f"--step {request.step} is no step size")
-    if request.layer is not None:
-        if request.step is None or len(request.names) != 1:
-            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
-        edits = [
-            direct_edit(
-                store,
-                request.names[0],
-                layer=request.layer,
-                step=request.step,
-                options=ranking,
-                console=console,
-            )
-        ]
-    else:
-        edits = [
-            edit_for(store, name, options=options, console=console, ranking=ranking)
-            for name in request.names
-        ]
-        if request.step is not None:
-            edits = [edit.restepped(request.step) for edit in edits]
-    if request.rank is not None:
-        edits = [edit.of_rank(request.rank) for edit in edits]
-    return edits if request.scale == 1 else [edit.scaled(request.scale) for edit in edits]
-
-
-def _in_transformers(folder: Path) -> bool:
-    """Return whether weights in a folder have transformers' names; open_clip's may lie beside."""
-    states, _ = read_states(folder)
-    return any(h.spelling is Spelling.TRANSFORMERS for state in states for h in state.homes)
-
-
-def _carried(
-    edits: Sequence[Edit], request: ApplyRequest, path: Path, console: Console
-) -> AppliedResult:
-    options = CarryOptions(
-        encoder=request.encoder,
-        revert=request.revert,
-        force=request.force,
-        overwrite=request.overwrite,
-        dry_run=request.dry_run,
-        link=request.link,
-    )
-    return carry(edits, read_target(path), request.out, options=options, console=console)
-
-
-def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:
-    """Return the model to edit: the one given, else the one all edits were made for."""
-    if given is not None:
-        return given
-    models = {str(edit.header.model): edit.header.model for edit in edits}
-    if len(models) > 1:
-        raise UsageError(
-            f"the edits were made for different models: {', '.join(sorted(models))}",
-            hint="say which to edit with --model",
-        )
-    return next(iter(models.values()))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli.ahead import read_ahead
-from slsgu_cli.batches import Pixels, by_length, spans
+from slsgu_cli.batches import Pixels, by_length, spans, staged
 from slsgu_cli.metrics import class_means
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.thirds import held, parameter_of, third_of
@@ -162,7 +162,10 @@ class ImageSide:
 
     def _pixel_chunks(self) -> Iterator[tuple[int, Tensor]]:
         ranges = spans(len(self), ROWS_PER_FORWARD[self.labels.device.type])
-        read = read_ahead(lambda span: self.block.take(self.rows[span[0] : span[1]]), ranges)
+        device = str(self.labels.device)
+        read = read_ahead(
+            lambda span: staged(self.block.take(self.rows[slice(*span)]), device), ranges
+        )
         for (start, _), images in zip(ranges, read, strict=True):
             yield start, self.normalize(images)
 

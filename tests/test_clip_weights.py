@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from worlds import Ear
 
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import gradient_path, read_manifest, read_pointer
 from slsgu_cli.models import fingerprint, input_spec, load, plain_config, read_layer, resolve
-from slsgu_cli.pipeline import ApplyRequest, apply_named, direct_edit
+from slsgu_cli.pipeline import direct_edit
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import Direction, ModelSpec, PassOptions
 from slsgu_cli.sets import DataBlock

@@ -210,6 +210,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     from slsgu_cli.edits import load_edit
     from slsgu_cli.generation.records import Budget, PaintOptions
     from slsgu_cli.generation.steering import SteerOptions, search_target
+    from slsgu_cli.layout import target_trials_path
     from slsgu_cli.store import Store
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
@@ -223,6 +224,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     again = search_target(store, "facebook", options=options, console=Ear())
     assert (first.reused, again.reused) == (0, 2)
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
+    record = target_trials_path("facebook", options.target)
+    store.write_bytes(record, b"not a record")
+    console = Ear()
+    assert search_target(store, "facebook", options=options, console=console).reused == 0
+    assert any("recorded trials cannot be used" in told for told in console.heard)
     live = painter.encoders[0]
     with live.edited({TEXT: 2 * live.value(TEXT)}), pytest.raises(StaleError, match="not built on"):
         search_target(store, "facebook", options=options, console=Ear())

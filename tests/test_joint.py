@@ -12,11 +12,11 @@ from plain import Plain
 from safetensors.torch import load_file
 from test_cli import inside, rows
 
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
 from slsgu_cli.layout import joint_label, joint_path
 from slsgu_cli.listing import Kind, State, entries
-from slsgu_cli.pipeline import ApplyRequest, apply_named
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import Direction, Steer
 from slsgu_cli.search import SearchOptions, search

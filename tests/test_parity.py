@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from tiny_targets import transformers_weights
 from worlds import Ear
 
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.models import load, resolve
-from slsgu_cli.pipeline import ApplyRequest, apply_named
 from slsgu_cli.records import Direction, ModelSpec
 from slsgu_cli.sets import DataBlock
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file as load_tensors
 
 import slsgu_cli.plots
 from slsgu_cli import pipeline
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.layout import edit_path, gradient_path, pointer_path, ranking_path, trials_path
-from slsgu_cli.pipeline import ApplyRequest, apply_named, direct_edit, edit_for
+from slsgu_cli.pipeline import direct_edit, edit_for
 from slsgu_cli.ranking import RankOptions
 from slsgu_cli.records import Direction, ModelSpec, Tower
 from slsgu_cli.search import SearchOptions, search

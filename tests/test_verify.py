@@ -293,7 +293,7 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
-    from slsgu_cli.pipeline import ApplyRequest, apply_named
+    from slsgu_cli.applying import ApplyRequest, apply_named
     from slsgu_cli.records import ModelSpec
 
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")

@@ -21,7 +21,7 @@ import slsgu_cli
 from slsgu_cli.console import Console
 from slsgu_cli.directions import RIDGE, layer_gradient
 from slsgu_cli.edits import make_edit, write_edit
-from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
+from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.generation.loading import PIPELINES, folder_fingerprint
 from slsgu_cli.generation.promise import by_promise
 from slsgu_cli.generation.records import Budget, GradientOf, TargetTrial, TargetTrials
@@ -39,6 +39,7 @@ from slsgu_cli.layout import (
 from slsgu_cli.models import resolve
 from slsgu_cli.naming import find_layers
 from slsgu_cli.outcomes import compact
+from slsgu_cli.recorded import recorded
 from slsgu_cli.records import (
     Direction,
     EditHeader,
@@ -125,7 +126,9 @@ def search_target(
     chosen_rays = found if options.layers else found[: options.top]
     console.detail("layers by importance: " + ", ".join(ray.layer for ray in found[:10]))
     with torch.no_grad():
-        trials = _resume(store, manifest, pointer, subject, judge, gradient_of, found, options)
+        trials = _resume(
+            store, manifest, pointer, subject, judge, gradient_of, found, options, console
+        )
         starts = {}
         if gradient_of is GradientOf.CLIP:
             starts = clip_starts(store, manifest, pointer, chosen_rays, options.device, console)
@@ -221,6 +224,7 @@ def _resume(
     gradient_of: GradientOf,
     found: Sequence[Ray],
     options: SteerOptions,
+    console: Console,
 ) -> TargetTrials:
     """Return the recorded trials if they were made from the same things, else none."""
     path = target_trials_path(manifest.name, options.target)
@@ -248,13 +252,10 @@ def _resume(
         "target_fingerprint", "gradient_of", "forget", "forget_data", "retain_data", "evals",
         "direction", "ridge", "judge", "budget",
     )  # fmt: skip
-    if store.exists(path):
-        try:
-            old = store.read_record(path, TargetTrials)
-        except SlsguError:
-            old = fresh
-        if old.before is not None and made_from(old) == made_from(fresh):
-            return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
+    unusable = "recorded trials cannot be used and are made again"
+    old = recorded(store, path, TargetTrials, console, unusable=unusable)
+    if old and old.before is not None and made_from(old) == made_from(fresh):
+        return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
     return replace(fresh, before=Effect(subject.concept(), subject.others()))
 
 

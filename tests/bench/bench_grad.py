@@ -1,21 +1,26 @@
 """Compare the gradient pass with hand-written loops, side by side in one run.
 
     python tests/bench/bench_grad.py --model ViT-B-32 --device cuda --precision bf16 --rows 16384
+    python tests/bench/bench_grad.py --model ViT-B-32 --device cuda --profile
 
 `plain` is open_clip's own forward and backward on random data that is on the device
 already, 77-token texts, at the best of several batch sizes; `sequential` is the same at
-batch 16. `slsgu` reads its rows from the store on disk.
+batch 16. `slsgu` reads its rows from the store on disk. The share of the device's matrix
+products is of what each multiplies itself: `slsgu` leaves out what is behind a text's end.
+With --profile, what the pass of `slsgu` spends its time on follows.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from synthetic import pairs_block, random_images, random_model, random_tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from slsgu_cli.batches import pixel_normalizer, to_tokens
 from slsgu_cli.console import Console
@@ -31,8 +36,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def plain_rate(model, spec, *, batch: int, groups: int, options: PassOptions) -> float:
-    """Return pairs per second of open_clip's forward and backward in mini-batches of 16."""
+def plain_step(model, spec, *, batch: int, options: PassOptions) -> Callable[[], None]:
+    """Return one forward and backward of open_clip over mini-batches of 16."""
     device = options.device
     images = pixel_normalizer(spec, device)(random_images(batch, spec.height, 1))
     tokens = to_tokens(random_tokens(batch, spec.context_length, 49408, 1), device)
@@ -53,14 +58,20 @@ def plain_rate(model, spec, *, batch: int, groups: int, options: PassOptions) ->
         columns = F.cross_entropy(logits.transpose(1, 2).reshape(-1, 16), truth)
         ((rows + columns) / 2).backward()
 
+    return step
+
+
+def plain_rate(model, spec, *, batch: int, groups: int, options: PassOptions) -> float:
+    """Return pairs per second of open_clip's forward and backward in mini-batches of 16."""
+    step = plain_step(model, spec, batch=batch, options=options)
     with arithmetic(options.precision):
         for _ in range(2):
             step()
-        synchronize(device)
+        synchronize(options.device)
         start = time.perf_counter()
         for _ in range(groups):
             step()
-        synchronize(device)
+        synchronize(options.device)
     model.zero_grad()
     return batch * groups / (time.perf_counter() - start)
 
@@ -77,6 +88,25 @@ def best_plain(
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
     return best
+
+
+def flop_a_pair(work: Callable[[], object], pairs: int) -> float:
+    """Return the floating-point operations of matrix products that `work` does a pair."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / pairs
+
+
+def profile(work: Callable[[], object], device: str) -> str:
+    """Return the operations on which `work` spends most time, as a table."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as found:
+        work()
+        synchronize(device)
+    key = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
 
 
 def peak_rate(device: str, precision: Precision) -> float:
@@ -103,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--groups", type=int, default=3)
-    parser.add_argument("--gflop", type=float, help="forward GFLOP a pair, for the share of peak")
+    parser.add_argument("--profile", action="store_true", help="show where the pass spends time")
     args = parser.parse_args()
     options = PassOptions(precision=args.precision, device=args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,11 +171,20 @@ def main() -> None:
         }
         if args.device.startswith("cuda"):
             figures["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-        if args.gflop:
-            peak = peak_rate(args.device, args.precision)
-            figures["card's products, TFLOP/s"] = round(peak / 1e12)
-            figures["plain, share of it"] = round(3 * args.gflop * 1e9 * plain / peak, 3)
+        peak = peak_rate(args.device, args.precision)
+        step = plain_step(model, spec, batch=16, options=options)
+        few = DataBlock.open(store, pairs_block(store, "few", tokens=tokens[:64], size=spec.height))
+        flop = {
+            "plain": (flop_a_pair(step, 16), plain),
+            "slsgu": (flop_a_pair(lambda: run.run(few, "pass"), few.rows), max(rates)),
+        }
+        figures["device's products, TFLOP/s"] = round(peak / 1e12, 2)
+        for name, (each, rate) in flop.items():
+            figures[f"{name}, GFLOP a pair"] = round(each / 1e9, 1)
+            figures[f"{name}, share of the products"] = round(each * rate / peak, 3)
+        table = profile(lambda: run.run(block, "pass"), args.device) if args.profile else ""
     print(json.dumps(figures, indent=1))
+    print(table, end="")
 
 
 if __name__ == "__main__":

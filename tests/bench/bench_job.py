@@ -1,0 +1,95 @@
+"""Time the whole job after `build-sets`: the commands as they are typed, one after another.
+
+    python tests/bench/bench_job.py --model ViT-B-32 --forget 64 --retain 64 --images 400 100
+    python tests/bench/bench_job.py --model ViT-B-32 --device cuda --precision bf16
+
+Left to themselves the sizes are the paper's: 6,000 forget and 7,900 retain pairs, 50,000
+images of 1,000 classes to measure on, and 10,000 more. Weights are random and the sets made
+up (see synthetic.py). Each command is a process of its own, start-up included; peak memory
+is that of the process, and on a GPU that of its tensors as well.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from synthetic import random_model, synthetic_set
+
+from slsgu_cli.store import Store
+
+NAME = "job"
+# Runs the command line in a process that then tells what memory it took.
+RUN = """
+import atexit, sys
+from pathlib import Path
+
+def tell():
+    peak = {"MB": Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]}
+    peak["MB"] = round(int(peak["MB"]) / 1024)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        peak["GPU, MB"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    print("PEAK", __import__("json").dumps(peak), file=sys.stderr)
+
+atexit.register(tell)
+from slsgu_cli.__main__ import main
+main()
+"""
+
+
+def run(store: Store, command: str, *options: str) -> dict:
+    """Run a command and return its seconds and peak memory."""
+    line = [sys.executable, "-c", RUN, command, NAME, *options, "--store", store.root]
+    start = time.perf_counter()
+    done = subprocess.run(line, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    peak = json.loads(done.stderr.rpartition("PEAK ")[2])
+    return {"command": command, "seconds": round(seconds, 1), **peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--forget", type=int, default=6000)
+    parser.add_argument("--retain", type=int, default=7900)
+    parser.add_argument("--images", type=int, nargs=2, default=[50_000, 10_000])
+    parser.add_argument("--classes", type=int, nargs=2, default=[1000, 10])
+    parser.add_argument("--wrong", type=float, default=0.1, help="share the model has wrong")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"{folder}/store")
+        evals = {
+            name: (args.images[number], args.classes[number])
+            for number, name in enumerate(("first", "second"))
+        }
+        synthetic_set(
+            store, NAME, random_model(Path(folder) / "model", args.model),
+            forget=args.forget, retain=args.retain, evals=evals, device=args.device,
+            wrong=args.wrong,
+        )  # fmt: skip
+        there = ("--device", args.device)
+        # Accuracies are not measured in bf16.
+        measuring = "tf32" if args.precision == "bf16" else args.precision
+        rows = [
+            run(store, "grad", *there, "--precision", args.precision),
+            run(store, "rank", *there),
+            run(store, "search", *there, "--precision", measuring),
+            run(store, "apply", "--out", f"{folder}/edited"),
+        ]
+        trials = json.loads(store.read_bytes(f"trials/{NAME}.json"))["trials"]
+    whole = round(sum(row["seconds"] for row in rows), 1)
+    print(json.dumps({"model": args.model, "device": args.device, "precision": args.precision}))
+    for row in [*rows, {"command": "whole job", "seconds": whole, "trials": len(trials)}]:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
