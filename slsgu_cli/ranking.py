@@ -182,40 +182,32 @@ def _score(
     tower = tower_of(layer)
     if not forget_norm or not weight.norm or tower is None:
         return None
-    if moments is None:
-        figures = importance(forget_norm, weight.norm), alignment(forget, retain, Alignment.SIGNED)
-    else:
+    retain_norm = norm(retain)
+    size = weight.norm
+    if moments is not None:
         metric = moments.metric(layer, options.ridge)
         size = metric.weight_norm(weight.norm, weights.output(layer, moments, metric))
-        figures = _whitened_figures(metric, forget, retain, size)
-    signed = options.alignment is Alignment.SIGNED
+        forget, retain = _half_whitened(metric, forget), _half_whitened(metric, retain)
     return LayerScore(
         layer=layer,
         tower=tower,
         shape=weight.shape,
-        importance=figures[0],
-        alignment=figures[1] if signed else abs(figures[1]),
+        importance=importance(norm(forget), size),
+        alignment=alignment(forget, retain, options.alignment),
         forget_norm=forget_norm,
-        retain_norm=norm(retain),
+        retain_norm=retain_norm,
         weight_norm=weight.norm,
         front=False,
     )
 
 
-def _whitened_figures(
-    metric: "RetainMetric", forget: Vector, retain: Vector, size: float
-) -> tuple[float, float]:
-    """Return importance and signed alignment of the whitened direction; `size` is ||W||_P."""
+def _half_whitened(metric: "RetainMetric", gradient: Vector) -> Vector:
+    """Return what stands for a gradient in Eq. 7 and 8 along the whitened direction."""
     import torch
 
-    from slsgu_cli.whitening import whitened_alignment, whitened_importance
-
-    f, r = (torch.tensor(values, device=metric.moment.device) for values in (forget, retain))
-    direction = metric.whiten(f)
-    return (
-        whitened_importance(f, direction, size),
-        whitened_alignment(f, direction, r, metric.whiten(r)),
-    )
+    on_device = torch.tensor(gradient, device=metric.moment.device)
+    half: Vector = metric.half_whiten(on_device).cpu().numpy()
+    return half
 
 
 def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:

@@ -8,7 +8,8 @@ moment C, the mean square of that is tr(A C A^T). With a ridge for what few rows
 is an inner product of changes that counts what they do to retained inputs, as the plain
 one counts entries. In it, the gradient G of a loss is D = G P^-1: <G, A> = <D, A>_P for
 every A. So of all changes that disturb the retained outputs equally, D gains most, and
-Eq. 7 and 8 hold with D for G and P for the identity. A norm's P is a diagonal.
+Eq. 7 and 8 hold with D for G and P for the identity. With P = L L^T they are those of
+G L^-T and the identity, which takes half the work. A norm's P is a diagonal.
 """
 
 from dataclasses import dataclass, field
@@ -54,6 +55,15 @@ class RetainMetric:
         rows = flat.reshape(flat.shape[0], -1)
         return torch.cholesky_solve(rows.T, self._factor).T.reshape(gradient.shape)
 
+    def half_whiten(self, gradient: Tensor) -> Tensor:
+        """Return G L^-T, inputs first: its plain products are those of D in <., .>_P; fp64."""
+        flat = gradient.double()
+        if self.moment.ndim == 1:
+            return flat / self._factor.sqrt()
+        inputs_first = flat if self.axis == 0 else flat.reshape(flat.shape[0], -1).T
+        half: Tensor = torch.linalg.solve_triangular(self._factor, inputs_first, upper=False)
+        return half
+
     def weight_norm(self, weight_norm: float, output: float) -> float:
         """Return ||W||_P from the layer's own norm and its mean squared output tr(W C W^T)."""
         return float((output + self.floor * weight_norm**2) ** 0.5)
@@ -70,18 +80,8 @@ def whitened_importance(forget: Tensor, direction: Tensor, weight_norm: float) -
     It is the forget loss gained by a step along D over the disturbance of the retained
     outputs that it makes, both to first order, and over the size of these outputs.
     """
-    return _inner(forget, direction) ** 0.5 / weight_norm if weight_norm else 0.0
-
-
-def whitened_alignment(
-    forget: Tensor, direction: Tensor, retain: Tensor, retain_direction: Tensor
-) -> float:
-    """Return cos_P of both directions, signed: the retain loss's change along D.
-
-    1 is the change along the retain loss's own D, at equal disturbance.
-    """
-    length = (_inner(forget, direction) * _inner(retain, retain_direction)) ** 0.5
-    return _inner(retain, direction) / length if length else 0.0
+    gain = float((forget.double() * direction.double()).sum())
+    return gain**0.5 / weight_norm if weight_norm else 0.0
 
 
 def mean_square_output(weight: Tensor, moment: Tensor, axis: int) -> float:
@@ -91,7 +91,3 @@ def mean_square_output(weight: Tensor, moment: Tensor, axis: int) -> float:
         return float((rows.square() * moment.double()).sum())
     rows = rows.reshape(rows.shape[0], -1) if axis == 1 else rows.T
     return float(((rows @ moment.double()) * rows).sum())
-
-
-def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())

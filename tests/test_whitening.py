@@ -5,12 +5,13 @@ import tiny_clip
 import torch
 import torch.nn.functional as F
 
+from slsgu_cli import scoring
 from slsgu_cli.moments import InputMoments
+from slsgu_cli.records import Alignment
 from slsgu_cli.towers import text_tower, vision_tower
 from slsgu_cli.whitening import (
     RetainMetric,
     mean_square_output,
-    whitened_alignment,
     whitened_importance,
 )
 
@@ -48,6 +49,19 @@ def test_a_norm_has_a_diagonal():
     assert mean_square_output(weight, diagonal, 0) == pytest.approx(
         float((weight.square() * diagonal).sum())
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((5, 12), 1), ((12, 5), 0), ((5, 3, 2, 2), 1), ((12,), 0)]
+)
+def test_products_of_half_whitened_gradients_are_those_of_directions(shape, axis):
+    f, _, moment = random_layer(shape, 12, axis)
+    r = random_layer(shape, 12, axis, seed=1)[0]
+    metric = RetainMetric(moment if len(shape) > 1 else moment.diagonal(), axis, RIDGE)
+    half, half_retain = metric.half_whiten(f), metric.half_whiten(r)
+    for a, b, direction in ((half, half, f), (half, half_retain, r)):
+        expected = (metric.whiten(f) * direction).sum()
+        torch.testing.assert_close((a * b).sum(), expected)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 12), 1), ((12, 5), 0)])
@@ -148,6 +162,8 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
     norm = metric.weight_norm(weight.detach().norm().item(), output)
     assert norm == pytest.approx(size(weight.detach()))
     assert whitened_importance(f, along, norm) == pytest.approx(gain / norm, rel=1e-4)
-    assert whitened_alignment(f, along, r, along_retain) == pytest.approx(
+    half, half_retain = (metric.half_whiten(each).numpy() for each in (f, r))
+    assert scoring.norm(half) == pytest.approx(gain, rel=1e-4)
+    assert scoring.alignment(half, half_retain, Alignment.SIGNED) == pytest.approx(
         harm / most, rel=1e-3, abs=1e-5
     )

@@ -7,7 +7,8 @@
 already, 77-token texts, at the best of several batch sizes; `sequential` is the same at
 batch 16. `slsgu` reads its rows from the store on disk. The share of the device's matrix
 products is of what each multiplies itself: `slsgu` leaves out what is behind a text's end.
-With --profile, what the pass of `slsgu` spends its time on follows.
+With --profile, what the pass of `slsgu` spends its time on follows. With --compile, the
+pass is timed once more with the halves of its blocks compiled, which `slsgu` does not do.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from synthetic import pairs_block, random_images, random_model, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
+from slsgu_cli import towers
 from slsgu_cli.batches import pixel_normalizer, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.gradpass import GradientPass, arithmetic
@@ -109,6 +111,13 @@ def profile(work: Callable[[], object], device: str) -> str:
     return found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes; it ends with figures on the host."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def peak_rate(device: str, precision: Precision) -> float:
     """Return the device's measured matrix products, in FLOP/s."""
     size = 8192 if device.startswith("cuda") else 2048
@@ -133,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks as well")
     parser.add_argument("--profile", action="store_true", help="show where the pass spends time")
     args = parser.parse_args()
     options = PassOptions(precision=args.precision, device=args.device)
@@ -149,12 +159,8 @@ def main() -> None:
         )
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        rates = []
-        for _ in range(2):
-            block = DataBlock.open(store, ref)
-            start = time.perf_counter()
-            run.run(block, "pass")
-            rates.append(args.rows / (time.perf_counter() - start))
+        block = DataBlock.open(store, ref)
+        rates = [args.rows / timed(lambda: run.run(block, "pass")) for _ in range(2)]
         figures = {
             "model": args.model,
             "device": torch.cuda.get_device_name()
@@ -173,15 +179,25 @@ def main() -> None:
             figures["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         peak = peak_rate(args.device, args.precision)
         step = plain_step(model, spec, batch=16, options=options)
-        few = DataBlock.open(store, pairs_block(store, "few", tokens=tokens[:64], size=spec.height))
+        images = pixel_normalizer(spec, args.device)(block.images(0, 64))
+        ids = to_tokens(tokens[:64], "cpu")
         flop = {
             "plain": (flop_a_pair(step, 16), plain),
-            "slsgu": (flop_a_pair(lambda: run.run(few, "pass"), few.rows), max(rates)),
+            "slsgu": (
+                flop_a_pair(lambda: run.losses(images, ids).sum().backward(), len(ids)),
+                max(rates),
+            ),
         }
         figures["device's products, TFLOP/s"] = round(peak / 1e12, 2)
         for name, (each, rate) in flop.items():
             figures[f"{name}, GFLOP a pair"] = round(each / 1e9, 1)
             figures[f"{name}, share of the products"] = round(each * rate / peak, 3)
+        if args.compile:
+            towers.attention_half = torch.compile(towers.attention_half)
+            towers.mlp_half = torch.compile(towers.mlp_half)
+            seconds = [timed(lambda: run.run(block, "pass")) for _ in range(2)]
+            figures["compiled, pairs/s"] = round(args.rows / seconds[1], 1)
+            figures["compiled, s to warm up"] = round(seconds[0] - seconds[1], 1)
         table = profile(lambda: run.run(block, "pass"), args.device) if args.profile else ""
     print(json.dumps(figures, indent=1))
     print(table, end="")
