@@ -11,7 +11,7 @@ from PIL import Image
 from plain import Plain
 
 import slsgu_cli.measure
-from slsgu_cli import pipeline
+from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.layout import edit_path
 from slsgu_cli.measure import measure
@@ -36,8 +36,8 @@ def find(world, console, **options):
 
 
 def applied(world, console, out):
-    request = pipeline.ApplyRequest(names=[world.name], out=out)
-    return ModelSpec(pipeline.apply_named(world.store, request, console=console).model)
+    request = ApplyRequest(names=[world.name], out=out)
+    return ModelSpec(apply_named(world.store, request, console=console).model)
 
 
 def assert_figures(model, forget, utility):
