@@ -103,13 +103,14 @@ class GradientPass:
                         values, gradients = self._group(
                             normalize(images), ids, list(parameters.values())
                         )
-                        _accumulate(sums, gradients)
-                        if squares is not None:
-                            _accumulate(squared, [g if g is None else g * g for g in gradients])
+                        finite = _finite(values, gradients)
                         # Looked at when the next group is under way: a GPU never waits for it.
                         if unchecked:
                             self._check(block, *unchecked)
-                        unchecked = first, stop, _finite(values, gradients)
+                        _accumulate(sums, gradients)
+                        if squares is not None:
+                            _accumulate(squared, [g if g is None else g * g for g in gradients])
+                        unchecked = first, stop, finite
                         losses.append(values)
                         ticker.advance(stop - first)
                         start = stop

@@ -376,6 +376,24 @@ def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, conso
     assert_equal(found, plain["contrastive"][0])
 
 
+def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
+    folders, plain, spec, console, monkeypatch
+):
+    monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", 32)
+    finite, calls = gradpass._finite, []
+
+    def guarded(values, gradients):
+        calls.append(values.numel())
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return finite(values, gradients)
+
+    monkeypatch.setattr(gradpass, "_finite", guarded)
+    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    assert calls == [2, 1, 1, 1, 1]
+    assert_equal(found, plain["contrastive"][0])
+
+
 def test_a_mini_batch_too_large_for_the_device_is_recomputed_block_by_block(
     folders, plain, spec, console, monkeypatch
 ):
