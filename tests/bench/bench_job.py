@@ -11,46 +11,22 @@ is that of the process, and on a GPU that of its tensors as well.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+import apart
 from synthetic import random_model, synthetic_set
 
 from slsgu_cli.store import Store
 
 NAME = "job"
-# Runs the command line in a process that then tells what memory it took.
-RUN = """
-import atexit, sys
-from pathlib import Path
-
-def tell():
-    peak = {"MB": Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]}
-    peak["MB"] = round(int(peak["MB"]) / 1024)
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        peak["GPU, MB"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    print("PEAK", __import__("json").dumps(peak), file=sys.stderr)
-
-atexit.register(tell)
-from slsgu_cli.__main__ import main
-main()
-"""
 
 
 def run(store: Store, command: str, *options: str) -> dict:
     """Run a command and return its seconds and peak memory."""
-    line = [sys.executable, "-c", RUN, command, NAME, *options, "--store", store.root]
-    start = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    peak = json.loads(done.stderr.rpartition("PEAK ")[2])
-    return {"command": command, "seconds": round(seconds, 1), **peak}
+    seconds, peak = apart.command(command, NAME, *options, "--store", store.root)
+    told = {f"{kind}, MB": round(size / 1024) for kind, size in peak.items()}
+    return {"command": command, "seconds": round(seconds, 1), **told}
 
 
 def main() -> None:

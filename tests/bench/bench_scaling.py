@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
@@ -63,9 +64,8 @@ def measure(folder: str, name: str, device: str, layers: list[str] | None) -> No
             console=QUIET,
         )
     seconds = time.perf_counter() - start
-    # Not getrusage: its peak begins at what the parent had, whose sets are larger than this.
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-    print(json.dumps({"seconds": round(seconds, 1), "peak memory, MB": round(peak)}))
+    peak = round(peak_memory() / 1024)
+    print(json.dumps({"seconds": round(seconds, 1), "peak memory, MB": peak}))
 
 
 def apart(store: Store, name: str, device: str, layers: list[str] | None = None) -> dict:

@@ -17,11 +17,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import apart
 import numpy as np
 
 from slsgu_cli.records import Tower
@@ -31,17 +31,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # Width, blocks, and the width that it is projected to.
 LARGE, HUGE, BIG = (768, 12, 768), (1024, 23, 1024), (1280, 32, 1280)
 VISION = (1024, 24, 768)
-APPLY = """
-    import sys
-    from pathlib import Path
-    from slsgu_cli.cli import app
-    try:
-        app(sys.argv[1:])
-    finally:
-        status = Path("/proc/self/status")
-        peak = status.read_text().partition("VmHWM:")[2].split()[0] if status.exists() else 0
-        print(f"peak {peak}")
-"""
 # The names of tensors by the folder that they lie in.
 Names = set[tuple[Path, str]]
 
@@ -208,8 +197,9 @@ def timed(*command: str) -> tuple[float, str]:
 def apply(edits: list[str], source: Path, out: Path, *flags: str) -> tuple[float, float]:
     """Run `slsgu apply --target` in a process of its own; return seconds and peak MB."""
     words = ["apply", *edits, "--target", str(source), "--out", str(out), *flags]
-    seconds, told = timed(sys.executable, "-c", textwrap.dedent(APPLY), *words)
-    return seconds, int(told.rpartition("peak ")[2]) / 1000
+    subprocess.run(["sync"], check=True)
+    seconds, peak = apart.command(*words)
+    return seconds, peak["process"] / 1000
 
 
 def measure(case: str, root: Path) -> str:
