@@ -87,14 +87,6 @@ class _Worst:
         return other.candidate < self.candidate
 
 
-def by_file(candidates: Iterable[Candidate]) -> dict[int, dict[int, Extent | None]]:
-    """Return the rows wanted of each file."""
-    wanted: dict[int, dict[int, Extent | None]] = {}
-    for candidate in candidates:
-        wanted.setdefault(candidate.file, {})[candidate.index] = candidate.extent
-    return wanted
-
-
 def identities(candidates: Iterable[Candidate]) -> Iterator[str]:
     """Yield what tells each candidate from every other one, for a digest over the draw."""
     for candidate in candidates:

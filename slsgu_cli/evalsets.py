@@ -23,7 +23,7 @@ from slsgu_cli.prompts import (
     parse_templates,
 )
 from slsgu_cli.records import DataRef, encode
-from slsgu_cli.samples import Columns, Extent, Origin, Reader, Row
+from slsgu_cli.samples import Columns, Origin, Reader, Row
 from slsgu_cli.set_writer import BlockWriter, block_writer
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.sources import RowId, fetch, parse_source, scan
@@ -168,9 +168,7 @@ def _labelled(
 
 
 def _decode_into(writer: BlockWriter, shop: Workshop, plan: EvalPlan, title: str) -> None:
-    wanted: dict[int, dict[int, Extent | None]] = {}
-    for (number, index), labelled in plan.rows.items():
-        wanted.setdefault(number, {})[index] = labelled.row.extent
+    wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
     met = 0
     with shop.console.progress(f"decoding {title}", len(plan.rows)) as ticker:
         for place, decoded in decode_in_order(fetch(plan.readers, wanted), shop.decode):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slsgu_cli.decoding import Decoded, decode_in_order
-from slsgu_cli.draw import BEYOND, Candidate, by_file, identities
+from slsgu_cli.draw import BEYOND, Candidate, identities
 from slsgu_cli.errors import InputError
 from slsgu_cli.records import DataRef, digest, encode
 from slsgu_cli.scratch import Scratch, scratch
@@ -202,7 +202,8 @@ def _decode_round(
     """Return where each candidate's image was put; -1 where there is none."""
     found: dict[RowId, tuple[int, Decoded]] = {}
     with shop.console.progress(f"decoding the {tally.role} set", len(line)) as ticker:
-        encoded = fetch(tally.readers, by_file(line))
+        extents = {(c.file, c.index): c.extent for c in line}
+        encoded = fetch(tally.readers, extents)
         for place, decoded in decode_in_order(encoded, shop.decode):
             number = -1 if decoded.pixels is None else images.put(decoded.pixels)
             found[place] = number, decoded.without_pixels()

@@ -109,7 +109,7 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
         )
     )
 
-    def staged(image: Any) -> Any:
+    def by_stages(image: Any) -> Any:
         for stage in stages:
             image = stage(image)
         return image
@@ -117,7 +117,7 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
     def cropped_between(image: Any) -> Any:
         width, height = image.size
         if image.mode != "RGB" or width <= height:
-            return staged(image)
+            return by_stages(image)
         wide = int(spec.width * width / height)
         left = round((wide - spec.width) / 2)
         image = image.resize((wide, height), resample)
@@ -127,7 +127,7 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
     # PIL resizes rows, rounds, and resizes columns: what will be cropped needs no second half.
     resample = RESAMPLE.get(spec.interpolation)
     shortest = spec.resize_mode == "shortest" and spec.height == spec.width
-    return cropped_between if shortest and resample is not None else staged
+    return cropped_between if shortest and resample is not None else by_stages
 
 
 def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import fsspec
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.samples import IMAGE_SUFFIXES, Columns, Filters, Reader, Row, Wanted
+from slsgu_cli.samples import IMAGE_SUFFIXES, Columns, Extent, Filters, Reader, Row
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET = (".parquet", ".pq")
@@ -77,13 +77,18 @@ def scan(
 
 
 def fetch(
-    readers: Sequence[Reader], wanted: Mapping[int, Wanted]
+    readers: Sequence[Reader], wanted: Mapping[RowId, Extent | None]
 ) -> Iterator[tuple[RowId, bytes | None]]:
-    """Yield ((file number, row index), encoded image) of the wanted rows: the second pass."""
-    for number, reader in enumerate(readers):
-        if wanted.get(number):
-            for index, data in reader.images(wanted[number]):
-                yield (number, index), data
+    """Yield ((file number, row index), encoded image) of the wanted rows: the second pass.
+
+    Files come in order, each with its rows; `wanted` has their extents as far as known.
+    """
+    files: list[dict[int, Extent | None]] = [{} for _ in readers]
+    for (number, index), extent in wanted.items():
+        files[number][index] = extent
+    for number, rows in enumerate(files):
+        for index, data in readers[number].images(rows) if rows else ():
+            yield (number, index), data
 
 
 def expand(source: Source) -> list[str]:

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.draw import Candidate, Draw, by_file, priority
+from slsgu_cli.draw import Candidate, Draw, priority
 
 
 def candidate(seed: int, index: int) -> Candidate:
@@ -40,9 +40,3 @@ def test_seeds_give_different_and_even_draws():
 
 def test_priority_takes_names_that_are_no_text():
     assert priority(1, "bad\udcff") != priority(2, "bad\udcff")
-
-
-def test_rows_are_grouped_by_file():
-    there = Candidate(0, 1, 5, "", "", extent=(512, 9))
-    rows = [there, Candidate(0, 0, 2, "", ""), Candidate(0, 1, 7, "", "")]
-    assert by_file(rows) == {1: {5: (512, 9), 7: None}, 0: {2: None}}

@@ -79,13 +79,29 @@ def test_two_passes_agree_and_only_wanted_images_come(tmp_path):
     parquet = write_parquet(tmp_path / "b.parquet", [sample(i, f"p{i}") for i in range(4)])
     write_folder(tmp_path / "f", {f"{i}.png": encoded(50 + i) for i in range(3)})
     readers = open_sources([tar, parquet, str(tmp_path / "f")], ANY)
-    got = list(fetch(readers, {0: {2: None}, 1: {0: None, 3: None}, 2: {1: None}}))
+    got = list(fetch(readers, dict.fromkeys([(0, 2), (1, 0), (1, 3), (2, 1)])))
     assert got == [
         ((0, 2), encoded(2, kind="JPEG")),
         ((1, 0), encoded(0)),
         ((1, 3), encoded(3)),
         ((2, 1), encoded(51)),
     ]
+
+
+def test_rows_are_grouped_by_file():
+    asked = {}
+
+    class Source:
+        def __init__(self, number):
+            self.number = number
+
+        def images(self, wanted):
+            asked[self.number] = wanted
+            return iter(())
+
+    wanted = {(1, 5): (512, 9), (0, 2): None, (1, 7): None}
+    assert not list(fetch([Source(number) for number in range(3)], wanted))
+    assert asked == {1: {5: (512, 9), 7: None}, 0: {2: None}}
 
 
 def test_remote_file_systems_work_alike(tmp_path):
@@ -104,7 +120,7 @@ def test_remote_file_systems_work_alike(tmp_path):
         found = list(scan(readers, Counter()))
         assert [row.caption for _, row in found] == ["in tar", "in parquet", "in folder"]
         assert found[-1][1].label == "cat"
-        images = [data for _, data in fetch(readers, {number: {0: None} for number in range(3)})]
+        images = [data for _, data in fetch(readers, dict.fromkeys([(0, 0), (1, 0), (2, 0)]))]
         assert images == [encoded(0, kind="JPEG"), encoded(1), encoded(3)]
         assert len({str(reader.identity()) for reader in readers}) == 3
     finally:

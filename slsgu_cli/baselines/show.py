@@ -26,9 +26,8 @@ def comparison(console: Console, rows: Sequence[Row], names: Sequence[str], plot
     """Print a row for each method and setting, and say which baselines beat ours."""
     sets = sorted(rows[0].utility)
 
-    def figure(name: str, label: str, *, on_terminal: bool = True) -> Column:
-        shown = "{:.1f}".format
-        return Column(name, shown=shown, label=label, on_terminal=on_terminal)
+    def figure(name: str, label: str) -> Column:
+        return Column(name, shown=lambda value: f"{value:.1f}", label=label)
 
     columns: list[str | Column] = [
         Column("method", shown=lambda method: LABELS[method]),
@@ -39,7 +38,7 @@ def comparison(console: Console, rows: Sequence[Row], names: Sequence[str], plot
         figure("FA@1", "FA@1"),
         figure("FA@5", "FA@5"),
         *(figure(f"TA@1 {name}", f"TA@1\n{name}") for name in sets),
-        *(figure(f"TA@5 {name}", "", on_terminal=False) for name in sets),
+        *(Column(f"TA@5 {name}", on_terminal=False) for name in sets),
         Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
         figure("forget passes", "passes\nforget"),
         figure("retain passes", "passes\nretain"),
