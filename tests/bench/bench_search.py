@@ -24,6 +24,7 @@ from slsgu_cli.build import build_sets
 from slsgu_cli.console import Console
 from slsgu_cli.demonstration import demo_request
 from slsgu_cli.gradients import compute_gradients
+from slsgu_cli.memory import parse_size
 from slsgu_cli.models import load, resolve, tokenizer
 from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import PassOptions, Precision, SetManifest, Steer
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steer", type=Steer, default=Steer.FA1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
+    parser.add_argument("--cache-budget", help="as of search, such as 500M")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--store", help="keep the set here, to run again without building it")
     args = parser.parse_args()
@@ -95,7 +97,10 @@ def main() -> None:
                 store,
                 manifest.name,
                 options=SearchOptions(
-                    steer=args.steer, device=args.device, precision=args.precision
+                    steer=args.steer,
+                    device=args.device,
+                    precision=args.precision,
+                    cache_budget=args.cache_budget and parse_size(args.cache_budget),
                 ),
                 console=console,
             )
