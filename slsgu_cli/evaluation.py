@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli.activations import CacheBudget
 from slsgu_cli.batches import pixel_normalizer, to_tokens
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
@@ -25,7 +26,7 @@ from slsgu_cli.records import Accuracy, SetManifest, Tower
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
 from slsgu_cli.towers import SplitTower, text_tower, vision_tower
-from slsgu_cli.zeroshot import CacheBudget, ImageSide, PromptSide
+from slsgu_cli.zeroshot import ImageSide, PromptSide
 
 Ints = npt.NDArray[np.integer]
 
@@ -64,23 +65,35 @@ class _Measured:
     vision: SplitTower
     text: SplitTower
 
-    def groups(self) -> list[EvaluationSet]:
-        """Return what the base pass runs over, in this order."""
+    def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
+        """Return the concepts' images, which every trial runs over, and all others.
+
+        What is kept of the former does not depend on the others, which share what memory
+        is left.
+        """
         raise NotImplementedError
 
     def base_pass(self, layers: Iterable[str], *, cache_bytes: int, console: Console) -> None:
         """Run the original model once, keeping what edits of `layers` will resume from."""
-        budget, groups, names = CacheBudget(cache_bytes), self.groups(), set(layers)
+        budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), set(layers)
         stages = {
             tower: sorted({self.tower(tower).stage_of(n) for n in names if tower_of(n) is tower})
             for tower in Tower
         }
-        total = sum(len(group.images) for group in groups)
+        groups = [*concepts, *others]
+        total, waiting = (sum(len(group.images) for group in part) for part in (groups, others))
+        vision = stages[Tower.VISION]
         with torch.no_grad(), console.progress("original model", total) as ticker:
             for prompts in {id(group.prompts): group.prompts for group in groups}.values():
                 prompts.base_pass(stages[Tower.TEXT], budget)
-            for group in groups:
-                for count in group.images.base_pass(stages[Tower.VISION], budget):
+            for group in concepts:
+                for count in group.images.base_pass(vision, budget):
+                    ticker.advance(count)
+            for group in others:
+                share = len(group.images) / waiting
+                waiting -= len(group.images)
+                classes = group.prompts.embeddings
+                for count in group.images.base_pass(vision, budget, classes, share):
                     ticker.advance(count)
 
     def tower(self, tower: Tower) -> SplitTower:
@@ -95,9 +108,9 @@ class Evaluation(_Measured):
     forget: EvaluationSet
     utility: dict[str, EvaluationSet]
 
-    def groups(self) -> list[EvaluationSet]:
-        """Return the concept's images, then all others."""
-        return [self.forget, *self.utility.values()]
+    def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
+        """Return the concept's images, and all others."""
+        return [self.forget], list(self.utility.values())
 
 
 @dataclass(slots=True)
@@ -111,13 +124,9 @@ class SharedEvaluation(_Measured):
     sets: dict[str, EvaluationSet]
     forget: dict[str, EvaluationSet]
 
-    def groups(self) -> list[EvaluationSet]:
-        """Return the concepts' images, then all images.
-
-        The former run apart and first: every trial needs them, so that what is kept of them
-        must not depend on what memory is left for the rest.
-        """
-        return [*self.forget.values(), *self.sets.values()]
+    def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
+        """Return the concepts' images, and all images, theirs among them."""
+        return list(self.forget.values()), list(self.sets.values())
 
     def of(self, manifest: SetManifest) -> Evaluation:
         """Return what one concept is measured on. Raises InputError."""

@@ -1,7 +1,7 @@
 """Measuring one trial: what a step along one layer's direction does to the accuracies."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from slsgu_cli.scoring import norm
 from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.zeroshot import PromptSide, edited
 
-# A vision trial's images are looked at in this many parts, the least certain ones first.
-PARTS = 24
+# A vision trial's images are looked at in rounds of at least this many.
 MIN_ROWS = 48
 
 
@@ -98,39 +97,40 @@ class UtilityMeter:
             }
 
     def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Accuracy] | None:
+        """Look at the same share of every set, the rows most likely missed first.
+
+        The guess is the margin by which the true class led when the row was last looked at,
+        by the original model or after the last edit that was measured. Each round looks at
+        no fewer rows than could show the misses that are wanting, in the rows' own order:
+        they are read fastest in that one.
+        """
         groups = self.evaluation.utility
+        order = {name: torch.argsort(self._leads(name)) for name in groups}
         ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
-        missed = dict.fromkeys(groups, 0)
-        for name, rows in self._parts(stage):
-            group = groups[name]
-            logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
-            found = ranks_of_truth(logits, group.images.labels[rows])
-            self._lead[name][rows] = margins(logits, group.images.labels[rows])
-            ranks[name][rows] = found
-            missed[name] += int((found > 0).sum())
-            bound = sum(1 - missed[n] / len(g.images) for n, g in groups.items()) / len(groups)
-            if 100 * bound < beat - 1e-9:
+        least = MIN_ROWS / sum(len(group.images) for group in groups.values())
+        looked, missed = 0.0, 0.0
+        while looked < 1:
+            wanting = 1 - missed - max(beat, 0) / 100
+            if wanting < -1e-11:
                 return None
+            before, looked = looked, min(1, looked + max(wanting, looked / 8, least))
+            for name, group in groups.items():
+                start, stop = (ceil(share * len(group.images)) for share in (before, looked))
+                if start == stop:
+                    continue
+                rows = order[name][start:stop].sort().values
+                logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
+                self._lead[name][rows] = margins(logits, group.images.labels[rows])
+                ranks[name][rows] = found = ranks_of_truth(logits, group.images.labels[rows])
+                missed += int((found > 0).sum()) / len(group.images) / len(groups)
         return {name: accuracy(found) for name, found in ranks.items()}
 
-    def _parts(self, stage: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield rows of the sets in turn, those most likely missed first where that is free.
-
-        The guess is the margin by which the true class led when the row was last looked
-        at, by the original model or after the last edit that was measured.
-        """
-        queues = []
-        for name, group in self.evaluation.utility.items():
-            if name not in self._lead:
-                logits = group.images.features @ group.prompts.embeddings.T
-                self._lead[name] = margins(logits, group.images.labels)
-            lead = self._lead[name]
-            free = group.images.keeps(stage)
-            rows = torch.argsort(lead) if free else torch.arange(len(lead), device=lead.device)
-            size = max(MIN_ROWS, -(-len(rows) // PARTS))
-            queues.append([(name, part) for part in torch.split(rows, size)])
-        for turn in range(max(map(len, queues))):
-            yield from (queue[turn] for queue in queues if turn < len(queue))
+    def _leads(self, name: str) -> Tensor:
+        if name not in self._lead:
+            group = self.evaluation.utility[name]
+            logits = group.images.features @ group.prompts.embeddings.T
+            self._lead[name] = margins(logits, group.images.labels)
+        return self._lead[name]
 
 
 def mean_top1(utility: dict[str, Accuracy]) -> float:

@@ -3,7 +3,8 @@
 One pass over images and prompts gives the original model's features and, for the stages
 asked for, what enters them. An edit is then measured by running on from its layer's
 stage; the other tower's features stay what they were. What does not fit the cache budget
-is computed again from the nearest stage before it that was kept.
+is computed again from the nearest stage before it that was kept. Of images, the ones the
+original model is least certain of are kept: an edit changes their classes first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,28 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli.activations import Activations, CacheBudget, room_for_all, room_for_some
 from slsgu_cli.ahead import read_ahead
 from slsgu_cli.batches import Pixels, by_length, spans, staged
-from slsgu_cli.metrics import class_means
+from slsgu_cli.metrics import class_means, margins
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.thirds import held, parameter_of, third_of
 from slsgu_cli.towers import EMBED, SplitTower
 
 ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
-
-
-@dataclass(slots=True)
-class CacheBudget:
-    """Bytes of activations that may still be kept."""
-
-    left: int
-
-    def take(self, size: int) -> bool:
-        """Reserve `size` bytes if they are left."""
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
 
 
 @dataclass(slots=True)
@@ -53,36 +41,37 @@ class PromptSide:
     classes: int
     embeddings: Tensor = field(init=False)
     _groups: list[Tensor] = field(init=False)
-    _states: dict[int, list[Tensor]] = field(init=False, default_factory=dict)
+    # What entered the stages, of each group.
+    _kept: list[dict[int, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         size = ROWS_PER_FORWARD[self.tokens.device.type]
         self._groups = [g.to(self.tokens.device) for g in by_length(self.tower, self.tokens, size)]
+        self._kept = [{} for _ in self._groups]
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
-        kept: dict[int, list[Tensor]] = {stage: [] for stage in stages if stage > EMBED}
-        features = []
+        wanted = sorted(stage for stage in set(stages) if stage > EMBED)
+        self._kept, features = [], []
         for rows in self._groups:
-            short = self.tower.trim(self.tokens[rows])
-            x, at = short, EMBED
-            for stage in sorted(kept):
+            x = short = self.tower.trim(self.tokens[rows])
+            at, kept = EMBED, {}
+            for stage in wanted:
                 x = self.tower.advance(x, short, at, stage)
                 at = stage
                 if budget.take(x.nbytes):
-                    kept[stage].append(x)
+                    kept[stage] = x
+            self._kept.append(kept)
             features.append(self.tower.features(x, short, at))
-        self._states = {s: parts for s, parts in kept.items() if len(parts) == len(self._groups)}
         self.embeddings = self._means(features)
 
     def after_edit(self, stage: int) -> Tensor:
         """Return the class embeddings with the weights as they are now, from `stage` on."""
-        start = max((s for s in self._states if s <= stage), default=EMBED)
         features = []
-        for index, rows in enumerate(self._groups):
+        for rows, kept in zip(self._groups, self._kept, strict=True):
             short = self.tower.trim(self.tokens[rows])
-            x = short if start == EMBED else self._states[start][index]
-            features.append(self.tower.features(x, short, start))
+            start = max((s for s in kept if s <= stage), default=EMBED)
+            features.append(self.tower.features(kept.get(start, short), short, start))
         return self._means(features)
 
     def _means(self, features: list[Tensor]) -> Tensor:
@@ -100,9 +89,9 @@ class ImageSide:
     labels: Tensor
     normalize: Pixels
     features: Tensor = field(init=False)
-    _states: dict[int, Tensor] = field(init=False, default_factory=dict)
-    # Where the rows lie in the states, for a part of the rows that the states are of.
-    _places: Tensor | None = field(init=False, default=None)
+    _kept: dict[int, Activations] = field(init=False, default_factory=dict)
+    # Which of the rows that the base pass ran over these are, where they are a part of them.
+    _chosen: Tensor | None = field(init=False, default=None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,57 +103,70 @@ class ImageSide:
         part = ImageSide(self.tower, self.block, rows, labels, self.normalize)
         if hasattr(self, "features"):
             part.features = self.features[places]
-            part._states = self._states
-            part._places = places if self._places is None else self._places[places]
+            part._kept = self._kept
+            part._chosen = places if self._chosen is None else self._chosen[places]
         return part
 
-    def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> Iterator[int]:
-        """Compute the features, keeping what enters `stages`; yield rows as they are done."""
+    def base_pass(
+        self,
+        stages: Sequence[int],
+        budget: CacheBudget,
+        classes: Tensor | None = None,
+        share: float = 1.0,
+    ) -> Iterator[int]:
+        """Compute the features, keeping what enters `stages`; yield rows as they are done.
+
+        Of a stage, all rows are kept or none. With class embeddings, those are kept that
+        the model is least certain of, as many as fit into a share of the budget.
+        """
         wanted = sorted(stage for stage in set(stages) if stage > EMBED)
         features: list[Tensor] = []
-        for start, pixels in self._pixel_chunks():
+        for start, pixels in self._pixels(torch.arange(len(self))):
             x, at, entering = pixels, EMBED, {}
             for stage in wanted:
                 entering[stage] = x = self.tower.advance(x, pixels, at, stage)
                 at = stage
             features.append(self.tower.features(x, pixels, at))
-            if start == 0:
-                self._reserve(entering, budget)
-            for stage, kept in self._states.items():
-                kept[start : start + len(pixels)] = entering[stage]
+            if start == 0 and classes is None:
+                self._kept = room_for_all(entering, len(self), budget)
+            elif start == 0:
+                self._kept = room_for_some(entering, len(self), budget, share)
+            labels = self.labels[start : start + len(pixels)]
+            lead = torch.zeros_like(labels, dtype=torch.float)
+            if classes is not None:
+                lead = margins(features[-1] @ classes.T, labels)
+            for stage, kept in self._kept.items():
+                kept.offer(start, entering[stage], lead)
             yield len(pixels)
         self.features = torch.cat(features)
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
         """Return features with the weights as they are now, of some rows or of all."""
-        chosen = torch.arange(len(self)) if rows is None else rows.cpu()
-        start = max((s for s in self._states if s <= stage), default=EMBED)
-        parts = []
-        for some in torch.split(chosen, ROWS_PER_FORWARD[self.labels.device.type]):
-            if start == EMBED:
-                pixels = self.normalize(self.block.take(self.rows[some.numpy()]))
-                parts.append(self.tower.features(pixels, pixels))
-            else:
-                at = some.to(self.labels.device)
-                x = self._states[start][at if self._places is None else self._places[at]]
-                parts.append(self.tower.features(x, x, start))
-        return torch.cat(parts)
+        if rows is None:
+            rows = torch.arange(len(self), device=self.labels.device)
+        order, features = [], []
+        waiting = torch.ones_like(rows, dtype=torch.bool)
+        for start in sorted((s for s in self._kept if s <= stage), reverse=True):
+            places = self._kept[start].places[rows if self._chosen is None else self._chosen[rows]]
+            there = (waiting & (places >= 0)).nonzero().squeeze(1)
+            waiting[there] = False
+            for first, last in spans(len(there), ROWS_PER_FORWARD[self.labels.device.type]):
+                some = there[first:last]
+                x = self._kept[start].values[places[some]]
+                order.append(some)
+                features.append(self.tower.features(x, x, start))
+        rest = waiting.nonzero().squeeze(1)
+        for start, pixels in self._pixels(rows[rest]):
+            order.append(rest[start : start + len(pixels)])
+            features.append(self.tower.features(pixels, pixels))
+        return torch.cat(features)[torch.argsort(torch.cat(order))]
 
-    def keeps(self, stage: int) -> bool:
-        """Return whether rows can be resumed in any order without reading images again."""
-        return any(kept <= stage for kept in self._states)
-
-    def _reserve(self, entering: dict[int, Tensor], budget: CacheBudget) -> None:
-        """Allocate room for the states that fit, the deepest first: they save the most."""
-        for stage, x in sorted(entering.items(), reverse=True):
-            if budget.take(x[0].nbytes * len(self)):
-                self._states[stage] = x.new_empty(len(self), *x.shape[1:])
-
-    def _pixel_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        ranges = spans(len(self), ROWS_PER_FORWARD[self.labels.device.type])
-        device = str(self.labels.device)
+    def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the pixels of `rows` a few at a time, each with how many came before."""
+        wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
+        ranges = spans(len(wanted), ROWS_PER_FORWARD[self.labels.device.type])
         read = read_ahead(
-            lambda span: staged(self.block.take(self.rows[slice(*span)]), device), ranges
+            lambda span: staged(self.block.take(wanted[slice(*span)]), device), ranges
         )
         for (start, _), images in zip(ranges, read, strict=True):
             yield start, self.normalize(images)

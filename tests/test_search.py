@@ -26,7 +26,7 @@ from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
 from slsgu_cli.towers import OpenClipText, OpenClipVision
 
-BUDGETS = [None, 0, 200_000, 2_000_000]
+BUDGETS = [None, 2_000_000, 200_000, 0]
 # One layer of each tower, where a search shows how it goes on and not how it chooses.
 SOME = ("visual.proj", "transformer.resblocks.1.ln_1.weight")
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
@@ -90,6 +90,21 @@ def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, console, 
     reference = plain.algorithm1(front(world), 6, Steer.FA1)
     result = find(world, console, steps=6, cache_budget=budget, full=True)
     assert_same_search(result, reference, full=True)
+
+
+def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, console, monkeypatch):
+    """However little is kept, trials are left after the same images."""
+    from_pixels, looked_at = [], []
+    for budget in (None, 200_000, 0):
+        with monkeypatch.context() as patch:
+            rows, embedded = Rows().watch(patch), Rows().watch(patch, "embed")
+            find(world, console, steps=6, cache_budget=budget)
+        from_pixels.append(embedded[OpenClipVision])
+        looked_at.append(rows[OpenClipVision])
+        world.store.remove(trials_path("blue"))
+    everything, part, nothing = from_pixels
+    assert everything < part < nothing == looked_at[-1]
+    assert max(looked_at) - min(looked_at) <= 2
 
 
 def test_every_candidate_layer_is_measured_rightly(world, plain, console):
@@ -193,17 +208,17 @@ def test_an_edit_of_half_precision_weights_keeps_them_in_half(world, tmp_path, c
 
 
 class Rows(Counter):
-    """Counts the images and prompts that run through a tower's head."""
+    """Counts the images and prompts that run through a part of a tower."""
 
-    def watch(self, monkeypatch):
+    def watch(self, monkeypatch, part="head"):
         for kind in (OpenClipVision, OpenClipText):
-            head = kind.head
+            run = getattr(kind, part)
 
-            def counted(tower, x, inputs, head=head, kind=kind):
+            def counted(tower, x, *inputs, run=run, kind=kind):
                 self[kind] += x.shape[0]
-                return head(tower, x, inputs)
+                return run(tower, x, *inputs)
 
-            monkeypatch.setattr(kind, "head", counted)
+            monkeypatch.setattr(kind, part, counted)
         return self
 
 

@@ -11,10 +11,10 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli.activations import CacheBudget
 from slsgu_cli.console import Console
 from slsgu_cli.evaluation import Evaluation
 from slsgu_cli.records import Accuracy
-from slsgu_cli.zeroshot import CacheBudget
 
 Weights = dict[str, Tensor]
 

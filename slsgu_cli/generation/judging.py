@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slsgu_cli.activations import CacheBudget
 from slsgu_cli.batches import pixel_normalizer, spans, to_tokens
 from slsgu_cli.models import input_spec, load, pick_device, resolve, tokenizer
 from slsgu_cli.preprocess import decoder
@@ -18,7 +19,7 @@ from slsgu_cli.records import ModelSpec, SetManifest
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
 from slsgu_cli.towers import text_tower, vision_tower
-from slsgu_cli.zeroshot import CacheBudget, PromptSide
+from slsgu_cli.zeroshot import PromptSide
 
 BATCH = 64
 # Class names, and the prompt templates that stand for each.

@@ -22,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from slsgu_cli.activations import CacheBudget
 from slsgu_cli.build import build_sets
 from slsgu_cli.console import Console
 from slsgu_cli.demonstration import DATA, RETAIN_SAMPLES, demo_request
@@ -41,7 +43,7 @@ from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import Direction, PassOptions, Steer, Tower
 from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import CacheBudget, ImageSide
+from slsgu_cli.zeroshot import ImageSide
 
 LEAST_IMAGES = 10
 
@@ -86,9 +88,11 @@ def features_known() -> Iterator[None]:
     plain = ImageSide.base_pass
     known: dict[str, torch.Tensor] = {}
 
-    def base_pass(side: ImageSide, stages: Sequence[int], budget: CacheBudget) -> Iterator[int]:
+    def base_pass(
+        side: ImageSide, stages: Sequence[int], budget: CacheBudget, *how: Any
+    ) -> Iterator[int]:
         if stages:
-            yield from plain(side, stages, budget)
+            yield from plain(side, stages, budget, *how)
             return
         place = side.block.where
         if place not in known:
