@@ -14,7 +14,7 @@ from slsgu_cli.thirds import held, parameter_of
 from slsgu_cli.zeroshot import PromptSide, edited
 
 # A vision trial's images are looked at in rounds of at least this many.
-MIN_ROWS = 48
+MIN_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class UtilityMeter:
             wanting = 1 - missed - max(beat, 0) / 100
             if wanting < -1e-11:
                 return None
-            before, looked = looked, min(1, looked + max(wanting, looked / 8, least))
+            before, looked = looked, min(1, looked + max(wanting, looked / 16, least))
             for name, group in groups.items():
                 start, stop = (ceil(share * len(group.images)) for share in (before, looked))
                 if start == stop:
