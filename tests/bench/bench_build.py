@@ -118,6 +118,9 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(cores) as pool:
             pool.map(plain_decode, shards[:cores], chunksize=1)
             for turn in range(args.rounds):
+                # Both sides write new files: written over, the pages of old ones cost nothing.
+                for saved in folder.glob("*.npy"):
+                    saved.unlink()
                 for rates, decode_shard in (
                     (plain, plain_decode),
                     (saving, functools.partial(plain_decode, keep=True)),
