@@ -101,8 +101,8 @@ class UtilityMeter:
 
         The guess is the margin by which the true class led when the row was last looked at,
         by the original model or after the last edit that was measured. Each round looks at
-        no fewer rows than could show the misses that are wanting, in the rows' own order:
-        they are read fastest in that one.
+        no fewer rows than could show the misses that are wanting, nor than a sixteenth of
+        those before it, in the rows' own order: they are read fastest in that one.
         """
         groups = self.evaluation.utility
         order = {name: torch.argsort(self._leads(name)) for name in groups}

@@ -51,18 +51,11 @@ class PromptSide:
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
-        wanted = sorted(stage for stage in set(stages) if stage > EMBED)
         self._kept, features = [], []
         for rows in self._groups:
-            x = short = self.tower.trim(self.tokens[rows])
-            at, kept = EMBED, {}
-            for stage in wanted:
-                x = self.tower.advance(x, short, at, stage)
-                at = stage
-                if budget.take(x.nbytes):
-                    kept[stage] = x
-            self._kept.append(kept)
-            features.append(self.tower.features(x, short, at))
+            entering, found = _through(self.tower, self.tower.trim(self.tokens[rows]), stages)
+            self._kept.append({s: x for s, x in entering.items() if budget.take(x.nbytes)})
+            features.append(found)
         self.embeddings = self._means(features)
 
     def after_edit(self, stage: int) -> Tensor:
@@ -119,24 +112,21 @@ class ImageSide:
         Of a stage, all rows are kept or none. With class embeddings, those are kept that
         the model is least certain of, as many as fit into a share of the budget.
         """
-        wanted = sorted(stage for stage in set(stages) if stage > EMBED)
         features: list[Tensor] = []
         for start, pixels in self._pixels(torch.arange(len(self))):
-            x, at, entering = pixels, EMBED, {}
-            for stage in wanted:
-                entering[stage] = x = self.tower.advance(x, pixels, at, stage)
-                at = stage
-            features.append(self.tower.features(x, pixels, at))
+            entering, found = _through(self.tower, pixels, stages)
+            features.append(found)
             if start == 0 and classes is None:
                 self._kept = room_for_all(entering, len(self), budget)
             elif start == 0:
                 self._kept = room_for_some(entering, len(self), budget, share)
-            labels = self.labels[start : start + len(pixels)]
-            lead = torch.zeros_like(labels, dtype=torch.float)
-            if classes is not None:
-                lead = margins(features[-1] @ classes.T, labels)
-            for stage, kept in self._kept.items():
-                kept.offer(start, entering[stage], lead)
+            if self._kept:
+                labels = self.labels[start : start + len(pixels)]
+                lead = torch.zeros_like(labels, dtype=torch.float)
+                if classes is not None:
+                    lead = margins(found @ classes.T, labels)
+                for stage, kept in self._kept.items():
+                    kept.offer(start, entering[stage], lead)
             yield len(pixels)
         self.features = torch.cat(features)
 
@@ -170,6 +160,17 @@ class ImageSide:
         )
         for (start, _), images in zip(ranges, read, strict=True):
             yield start, self.normalize(images)
+
+
+def _through(
+    tower: SplitTower, inputs: Tensor, stages: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Return what enters each of `stages` behind the embedding, and the features."""
+    x, at, entering = inputs, EMBED, {}
+    for stage in sorted(stage for stage in set(stages) if stage > EMBED):
+        entering[stage] = x = tower.advance(x, inputs, at, stage)
+        at = stage
+    return entering, tower.features(x, inputs, at)
 
 
 @contextmanager
