@@ -30,6 +30,11 @@ class Candidate:
     origin: Origin | None = None
     extent: Extent | None = field(default=None, compare=False)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of the file, and the row in it."""
+        return self.file, self.index
+
 
 def priority(seed: int, identity: str) -> int:
     """Return a row's place: a 64-bit number that looks random and is fixed by the seed."""

@@ -43,6 +43,11 @@ class Scratch:
         self._filed += 1
         return len(self._held) + self._filed - 1
 
+    def clear(self) -> None:
+        """Drop all images; numbers begin again."""
+        self._held.clear()
+        self._filed = 0
+
     def get(self, number: int) -> Pixels:
         """Return the image kept under `number`."""
         if number < len(self._held):

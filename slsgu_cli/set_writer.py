@@ -8,7 +8,7 @@ group's attributes.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +45,8 @@ class BlockWriter:
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
         self._spare: list[Pixels] = []
-        self._texts: dict[str, list[str]] = {"keys": [], "captions": []}
+        self.keys: list[str] = []
+        self._captions: list[str] = []
         self._labels: list[int] = []
         self._digests: list[bytes] = []
         self._origins: list[Origin | None] = []
@@ -64,8 +65,8 @@ class BlockWriter:
         """Append a row. `source_digest` names the encoded image."""
         self._chunk[self.rows % len(self._chunk)] = image
         self.rows += 1
-        self._texts["keys"].append(key)
-        self._texts["captions"].append(caption or "")
+        self.keys.append(key)
+        self._captions.append(caption or "")
         self._labels.append(label)
         self._digests.append(source_digest)
         self._origins.append(origin)
@@ -90,7 +91,11 @@ class BlockWriter:
             np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
         )
         origins = [None if o is None else [o.file, o.row, o.url] for o in self._origins]
-        lists: dict[str, Sequence[Any]] = {**self._texts, "origins": origins}
+        lists: dict[str, Sequence[Any]] = {
+            "keys": self.keys,
+            "captions": self._captions,
+            "origins": origins,
+        }
         for name, values in lists.items():
             self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
         for part in (tokens.astype("<i4").tobytes(), labels.astype("<i4").tobytes()):
@@ -137,10 +142,19 @@ class BlockWriter:
 
 @contextmanager
 def block_writer(
-    store: Store, path: str, *, height: int, width: int, rows: int
+    store: Store,
+    path: str,
+    *,
+    height: int,
+    width: int,
+    rows: int,
+    into: Callable[[], str] | None = None,
 ) -> Iterator[BlockWriter]:
-    """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well."""
-    with store.writing(path) as partial:
+    """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
+
+    `into` tells the path where that is known only when all rows are written.
+    """
+    with store.writing(path, into) as partial:
         location: Any = LocalStore(partial) if store.is_local else partial
         group = zarr.open_group(location, mode="w", zarr_format=3)
         writer = BlockWriter(group, height=height, width=width, rows=rows)

@@ -7,7 +7,7 @@ and two processes may share a store: the last complete write of a name stands.
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,18 +76,19 @@ class Store:
             self._fs.rm(self._full(path), recursive=True)
 
     @contextmanager
-    def writing(self, path: str) -> Iterator[str]:
+    def writing(self, path: str, into: Callable[[], str] | None = None) -> Iterator[str]:
         """Yield a partial location for `path`; move it into place if the block succeeds.
 
-        The location is what `where` would return for the partial name. On an exception
-        the partial file or folder is removed.
+        The location is what `where` would return for the partial name. `into` tells in the
+        end where it is moved instead, in the same folder. On an exception the partial file or
+        folder is removed.
         """
         folder, _, name = path.rpartition("/")
         partial = path.removesuffix(name) + partial_name(name)
         try:
             self._fs.makedirs(self._full(folder), exist_ok=True)
             yield self.where(partial)
-            self._replace(partial, path)
+            self._replace(partial, into() if into else path)
         except OSError as error:
             if isinstance(error, SlsguError):
                 raise

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.preprocess import Picture
@@ -16,14 +13,13 @@ from slsgu_cli.records import DataRef, InputSpec, digest
 from slsgu_cli.samples import Reader
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
+from slsgu_cli.tokenizing import Tokenize
 
 if TYPE_CHECKING:
     from slsgu_cli.curation.screening import Screen
 
 # Counts up when a block of the same recipe would come out differently.
 FORMAT = 2
-TEXTS_AT_ONCE = 1024
-Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +30,8 @@ class Workshop:
     console: Console
     spec: InputSpec
     decode: Callable[[bytes], Picture]
-    tokenize: Callable[[Sequence[str]], Ints]
+    tokenize: Tokenize
     screen: "Screen | None" = None
-
-    def tokens(self, captions: Sequence[str]) -> Ints:
-        """Return the token ids of captions, int32 (captions, length)."""
-        parts = [
-            self.tokenize(captions[start : start + TEXTS_AT_ONCE])
-            for start in range(0, len(captions), TEXTS_AT_ONCE)
-        ]
-        return np.concatenate(parts)
 
     def pixel_recipe(self) -> list[Any]:
         """Return what decides an image's pixels; mean and standard deviation do not."""

@@ -10,16 +10,19 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 
 import slsgu_cli.build as build
-from slsgu_cli import models
+from slsgu_cli import models, second_pass
 from slsgu_cli.build import BuildRequest, build_sets
 from slsgu_cli.console import Console
+from slsgu_cli.curation.records import Screening
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.layout import read_manifest
 from slsgu_cli.preprocess import decoder
 from slsgu_cli.records import ModelSpec
 from slsgu_cli.samples import Origin
+from slsgu_cli.scratch import Scratch
 from slsgu_cli.sets import DataBlock
 from slsgu_cli.store import Store
+from slsgu_cli.tar_source import TarSource
 
 CLIP = ModelSpec(f"local-dir:{Path(build.__file__).parent / 'demo' / 'clip'}")
 KINDS = ("dog", "cat", "bird")
@@ -232,6 +235,42 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
     assert any("460 fewer than asked for" in line for line in ear.heard)
     # And the same again, from the blocks that stand.
     assert run(store, source, retain_samples=500, name="all") == everything
+
+
+@pytest.mark.parametrize("window", [1, 7, 256])
+@pytest.mark.parametrize("screening", [Screening(), Screening(near_duplicates=0)])
+def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
+    tmp_path, monkeypatch, window, screening
+):
+    def tar(first):
+        members = []
+        for i in range(first, first + 40):
+            kind = "dog" if i % 4 == 0 else "cat"
+            # Pairs met twice, broken images, a dog's image among the cats, and one of many pairs.
+            seed = {1: 0, 3: 1}.get(i % 10, i % 60)
+            image = b"no image" if i % 11 == 0 else encoded(seed)
+            members += [(f"{i:04}.png", image), (f"{i:04}.txt", f"a {kind} {i % 60}".encode())]
+        return write_tar(tmp_path / "shards" / f"{first}.tar", members)
+
+    (tmp_path / "shards").mkdir()
+    sources = [tar(first) for first in (0, 40, 80)]
+    options = {"screening": screening, "retain_samples": 30}
+    held, most = [], []
+    put, clear = Scratch.put, Scratch.clear
+    monkeypatch.setattr(Scratch, "put", lambda s, image: (held.append(1), put(s, image))[1])
+    monkeypatch.setattr(
+        Scratch, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
+    )
+    monkeypatch.setattr(second_pass, "WINDOW", window)
+    read = run(Store(str(tmp_path / "windows")), sources, **options)
+    assert max(most) <= window
+    # A shard that streams tells no place of its images, so that all of them are held.
+    monkeypatch.setattr(TarSource, "_streams", lambda source: True)
+    whole = run(Store(str(tmp_path / "whole")), sources, **options)
+    assert replace(read, request={}, command=()) == replace(whole, request={}, command=())
+    refused = {"not an image", "duplicate", "same image as a forget row"}
+    assert refused <= set(read.retain.refused) and read.retain.rows == 30
+    assert (screening.near_duplicates == 0) == ("near-duplicate" in read.retain.refused)
 
 
 def test_the_webs_mess_has_a_fate_for_everything(store, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import tarfile
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ from tiny_images import encoded, shard, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.samples import Columns
-from slsgu_cli.tar_source import TarSource
+from slsgu_cli.tar_source import TarSource, _header, _usual_file
 
 
 def source(path, filters=None, **columns):
@@ -53,8 +54,6 @@ def test_filters_look_into_the_json(tmp_path):
 def test_the_first_pass_reads_no_image(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", ["a", "b"])
     read = []
-    import tarfile
-
     extract = tarfile.TarFile.extractfile
     monkeypatch.setattr(
         tarfile.TarFile, "extractfile", lambda tar, m: read.append(m.name) or extract(tar, m)
@@ -166,3 +165,40 @@ def test_identity_changes_with_the_file(tmp_path):
     before = json.dumps(source(path).identity())
     shard(tmp_path / "a.tar", ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"])
     assert json.dumps(source(path).identity()) != before
+
+
+def read_header(kind, buffer):
+    """Return what a header of that class says, or the error that it raises."""
+    try:
+        member = kind.frombuf(buffer, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return type(error)
+    return member.name, member.size, member.type
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["1.jpg", "ü/é.txt", "x" * 96 + ".jpg", "y" * 40 + "/" + "x" * 80])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, b"\0", b"S"])
+@pytest.mark.parametrize("size", [0, 65_536, 8**11 - 1, 8**11 + 5])
+def test_headers_are_read_as_the_module_reads_them(form, name, kind, size):
+    member = tarfile.TarInfo(name)
+    if form == tarfile.USTAR_FORMAT:
+        # The format has no greater sizes.
+        size = min(size, 8**11 - 1)
+    member.type, member.size, member.mtime = kind, size, 1_700_000_000.5
+    written = member.tobuf(form)
+    for start in range(0, len(written), tarfile.BLOCKSIZE):
+        header = written[start : start + tarfile.BLOCKSIZE]
+        assert read_header(_header(), header) == read_header(tarfile.TarInfo, header)
+    if kind == tarfile.REGTYPE and len(name) < 50 and size < 8**11:
+        assert _usual_file(header)[1] == size
+
+
+def test_a_damaged_header_is_refused_as_the_module_refuses_it():
+    header = tarfile.TarInfo("1.jpg").tobuf()
+    for place in range(tarfile.BLOCKSIZE):
+        damaged = bytearray(header)
+        damaged[place] ^= 0x15
+        wrong = bytes(damaged)
+        assert read_header(_header(), wrong) == read_header(tarfile.TarInfo, wrong)
+    assert read_header(_header(), header[:300]) == tarfile.TruncatedHeaderError

@@ -45,7 +45,7 @@ class Screen:
 
 @dataclass(slots=True)
 class Look:
-    """Screens the rows of one set in their order."""
+    """Screens the rows of one set in their order, some at a time."""
 
     screen: Screen
     _reasons: dict[int, str] = field(default_factory=dict)
@@ -53,7 +53,8 @@ class Look:
     _kept: list[int] = field(default_factory=list)
 
     def see(self, captions: Mapping[int, str], image: Callable[[int], Pixels]) -> None:
-        """Look at images, by number, with their captions before any of them is judged."""
+        """Look at the images to be judged next, by number, with their captions."""
+        self._reasons, self._hashes = {}, {}
         numbers = sorted(captions)
         for start in range(0, len(numbers), BATCH):
             batch = numbers[start : start + BATCH]

@@ -1,0 +1,45 @@
+import threading
+
+import numpy as np
+import pytest
+
+from slsgu_cli.tokenizing import AT_ONCE, tokenizing
+
+
+def codes(texts):
+    return np.asarray([[ord(letter) for letter in text] for text in texts], dtype=np.int32)
+
+
+@pytest.mark.parametrize("count", [1, AT_ONCE - 1, AT_ONCE, 2 * AT_ONCE + 3])
+def test_tokens_come_in_the_order_of_the_captions(count):
+    texts = [f"{number:05}" for number in range(count)]
+    with tokenizing(codes) as captions:
+        for text in texts:
+            captions.add(text)
+        assert np.array_equal(captions.tokens(), codes(texts))
+
+
+def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
+    begun, wait = [], threading.Event()
+
+    def slow(texts):
+        begun.append(len(texts))
+        wait.wait(10)
+        return codes(texts)
+
+    with pytest.raises(KeyError), tokenizing(slow) as captions:
+        for number in range(4 * AT_ONCE):
+            captions.add(str(number))
+        threading.Timer(0.2, wait.set).start()
+        raise KeyError
+    assert begun == [AT_ONCE]
+
+
+def test_what_the_tokenizer_raises_is_raised_with_the_tokens():
+    def broken(texts):
+        raise ValueError(f"{len(texts)} texts")
+
+    with tokenizing(broken) as captions:
+        captions.add("a")
+        with pytest.raises(ValueError, match="1 texts"):
+            captions.tokens()
