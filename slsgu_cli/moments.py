@@ -36,6 +36,8 @@ from slsgu_cli.whitening import exact_device
 # At most so many retain rows are run: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
 MOST_ROWS = 1000
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
+# Columns in a block of a symmetric product on a CPU: 0.6 to 0.75 of the plain one's time.
+GRAM_BLOCK = 256
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NORMS = (F.layer_norm, F.rms_norm)
 # The arguments of the functions that apply a weight, in their order.
@@ -104,7 +106,7 @@ class InputMoments(TorchFunctionMode):
         if self._valid is not None and x.shape[:-1] == self._valid.shape:
             x = x[self._valid]
         x = x.reshape(-1, x.shape[-1])
-        total = x.square().sum(dim=0) if weight.ndim == 1 else x.T @ x
+        total = x.square().sum(dim=0) if weight.ndim == 1 else gram(x)
         share = weight.numel() / size
         if name not in self.found:
             zeros = torch.zeros(
@@ -149,6 +151,20 @@ def input_moments(
                     tower.features(pixels, pixels)
                 ticker.advance(len(images))
     return inputs.found
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return x^T x (columns, columns); what mirrors another block of it is copied."""
+    size = x.shape[1]
+    if size <= GRAM_BLOCK or x.device.type != "cpu":
+        return x.T @ x
+    product = x.new_empty(size, size)
+    for start in range(0, size, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, size)
+        columns = x[:, :stop].T @ x[:, start:stop]
+        product[:stop, start:stop] = columns
+        product[start:stop, :stop] = columns.T
+    return product
 
 
 def chosen_rows(rows: int) -> npt.NDArray[np.int64]:

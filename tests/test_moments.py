@@ -216,3 +216,12 @@ def test_a_convolution_of_patches_that_do_not_overlap_is_a_linear_map(settings, 
         told = torch.einsum("oi,ij,oj->o", rows, inputs.found["weight"].mean(), rows)
         torch.testing.assert_close(told, found.double().square().mean((0, 2, 3)), rtol=1e-4,
                                    atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 700, 1024])
+def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
+    product = moments.gram(x)
+    assert torch.equal(product, product.T)
+    torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
