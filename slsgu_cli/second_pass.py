@@ -58,8 +58,9 @@ class SecondPass:
         kept, start = 0, 0
         spec = self.shop.spec
         title = f"decoding the {self.tally.role} set"
+        most = min(_some_more(self.wanted), len(self.candidates))
         with (
-            self.shop.console.progress(title, _some_more(self.wanted)) as ticker,
+            self.shop.console.progress(title, most) as ticker,
             scratch(self.shop.store, height=spec.height, width=spec.width) as images,
         ):
             while kept < self.wanted and start < len(self.candidates):

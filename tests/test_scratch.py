@@ -18,6 +18,10 @@ def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypa
         assert numbers == list(range(20))
         for place in (19, 0, 7, 6):
             assert np.array_equal(kept.get(numbers[place]), images[place])
+        kept.clear()
+        assert [kept.put(image) for image in images[::-1]] == numbers
+        for place in (19, 0, 7, 6):
+            assert np.array_equal(kept.get(19 - place), images[place])
     assert list((tmp_path / "store").iterdir()) == []
 
 
