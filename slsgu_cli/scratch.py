@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.memory import spare
+from slsgu_cli.sets import Pixels
 from slsgu_cli.store import Store
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class Scratch:

@@ -9,14 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from slsgu_cli.console import Ticker
 from slsgu_cli.curation.screening import Look
 from slsgu_cli.decoding import Decoded, decode_in_order
 from slsgu_cli.draw import Candidate
 from slsgu_cli.scratch import Scratch, scratch
+from slsgu_cli.sets import Pixels
 from slsgu_cli.sources import RowId, fetch
 from slsgu_cli.tally import Tally
 from slsgu_cli.workshop import Workshop
@@ -24,7 +22,6 @@ from slsgu_cli.workshop import Workshop
 SAME_AS_FORGET = "same image as a forget row"
 WINDOW = 256
 UNREADABLE = Decoded(None, "unreadable", b"")
-Pixels = npt.NDArray[np.uint8]
 # What came of each row, and the number its image was put under; -1 where there is none.
 Found = dict[RowId, tuple[int, Decoded]]
 
@@ -41,8 +38,8 @@ class SecondPass:
     candidates: Sequence[Candidate]
     avoid: frozenset[bytes]
     refused: Counter[str] = field(default_factory=Counter)
-    _met: set[tuple[bytes, str]] = field(default_factory=set)
-    _look: Look | None = None
+    _met: set[tuple[bytes, str]] = field(init=False, default_factory=set)
+    _look: Look | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._look = self.shop.screen.start() if self.shop.screen else None

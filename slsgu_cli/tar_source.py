@@ -255,8 +255,9 @@ def _header() -> type[tarfile.TarInfo]:
         def frombuf(cls, buf: Any, encoding: str, errors: str) -> Self:
             usual = _usual_file(buf)
             if usual is not None:
-                header = cls(usual[0].decode(encoding, errors))
-                header.size = usual[1]
+                name, size = usual
+                header = cls(name.decode(encoding, errors))
+                header.size = size
                 return header
             try:
                 return super().frombuf(buf, encoding, errors)

@@ -5,10 +5,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
+
+from slsgu_cli.sets import Ints
 
 AT_ONCE = 512
-Ints = npt.NDArray[np.int32]
 Tokenize = Callable[[Sequence[str]], Ints]
 
 

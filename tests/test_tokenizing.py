@@ -20,16 +20,18 @@ def test_tokens_come_in_the_order_of_the_captions(count):
 
 
 def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
-    begun, wait = [], threading.Event()
+    begun, first, wait = [], threading.Event(), threading.Event()
 
     def slow(texts):
         begun.append(len(texts))
+        first.set()
         wait.wait(10)
         return codes(texts)
 
     with pytest.raises(KeyError), tokenizing(slow) as captions:
         for number in range(4 * AT_ONCE):
             captions.add(str(number))
+        assert first.wait(10)
         threading.Timer(0.2, wait.set).start()
         raise KeyError
     assert begun == [AT_ONCE]

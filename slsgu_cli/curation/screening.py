@@ -20,13 +20,13 @@ from slsgu_cli.console import Console
 from slsgu_cli.curation.records import Screening
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records import InputSpec
+from slsgu_cli.sets import Pixels
 
 if TYPE_CHECKING:
     from torch import nn
 
 BATCH = 64
 GRID, LOW = 32, 8
-Pixels = npt.NDArray[np.uint8]
 Cosines = Callable[[Pixels, Sequence[str]], npt.NDArray[np.float32]]
 
 

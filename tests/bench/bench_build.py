@@ -148,12 +148,13 @@ def main() -> None:
         pairs = zip(rates[rate], rates[to], strict=True)
         return round(statistics.median(ours / other for ours, other in pairs), 2)
 
+    middle = {name: round(statistics.median(found)) for name, found in rates.items()}
     figures = {
         "cores": cores,
-        "plain loop, images/s": round(statistics.median(rates["plain"])),
-        "plain loop that saves, images/s": round(statistics.median(rates["saving"])),
-        "decoding alone, images/s": round(statistics.median(rates["decoding"])),
-        "build-sets, images/s": round(statistics.median(rates["ours"])),
+        "plain loop, images/s": middle["plain"],
+        "plain loop that saves, images/s": middle["saving"],
+        "decoding alone, images/s": middle["decoding"],
+        "build-sets, images/s": middle["ours"],
         "decoding alone / plain": ratio("decoding", "plain"),
         "build-sets / plain": ratio("ours", "plain"),
         "build-sets / plain that saves": ratio("ours", "saving"),
