@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.copying import copy_file, link_file, replacing, same_place
 from slsgu_cli.destination import all_files, require_nothing_lost, require_place
 from slsgu_cli.edits import Edit
@@ -86,7 +86,6 @@ def apply_edits(
     source: CheckpointSource,
     out: Path,
     *,
-    console: Console,
     revert: bool = False,
     force: bool = False,
     overwrite: bool = False,
@@ -103,7 +102,7 @@ def apply_edits(
         raise MissingError(f"there is no checkpoint {source.weights}")
     require_place(source.folder or source.weights, out, overwrite=overwrite)
     if source.folder is not None:
-        plan = _folder_plan(edits, source, out, console, revert=revert, force=force)
+        plan = _folder_plan(edits, source, out, revert=revert, force=force)
     else:
         plan = _single_plan(
             source, out, plan_file(source.weights, edits, revert=revert, force=force)
@@ -142,30 +141,24 @@ def require_distinct(edits: Sequence[Edit]) -> None:
 
 
 def _folder_plan(
-    edits: Sequence[Edit],
-    source: CheckpointSource,
-    out: Path,
-    console: Console,
-    *,
-    revert: bool,
-    force: bool,
+    edits: Sequence[Edit], source: CheckpointSource, out: Path, *, revert: bool, force: bool
 ) -> CopyPlan:
     folder = source.folder or source.weights.parent
     plans = {
         path.name: plan_file(path, edits, revert=revert, force=force)
         for path in weight_files(folder)
-        if same_place(path, source.weights) or _holds_layer(path, edits, console, force=force)
+        if same_place(path, source.weights) or _holds_layer(path, edits, force=force)
     }
     if source.weights.name not in plans:
         raise InputError(f"{source.weights} does not lie in the model's folder {folder}")
     files = all_files(folder)
     for name in files:
         if Path(name).suffix in SUFFIXES and Path(name).parent != Path():
-            console.warn(f"{folder / name} lies below the model's folder: copied without the edit")
+            progress.warn(f"{folder / name} lies below the model's folder: copied without the edit")
     return CopyPlan(out, files, plans, {})
 
 
-def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: bool) -> bool:
+def _holds_layer(path: Path, edits: Sequence[Edit], *, force: bool) -> bool:
     """Return whether a file beside the model's weights holds an edited layer as well."""
     layers = {edit.header.layer for edit in edits}
     try:
@@ -176,7 +169,7 @@ def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: 
                 f"{path} lies beside the model's weights and cannot be edited: {error.message}",
                 hint="move it away, or --force to copy it as it is",
             ) from error
-        console.warn(f"{path} was copied as it is: {error.message}")
+        progress.warn(f"{path} was copied as it is: {error.message}")
         return False
     names = set()
     for layer in layers:
@@ -187,7 +180,7 @@ def _holds_layer(path: Path, edits: Sequence[Edit], console: Console, *, force: 
     if names:
         return True
     if file.names():
-        console.warn(f"{path} has no {' or '.join(sorted(layers))} and is copied without the edit")
+        progress.warn(f"{path} has no {' or '.join(sorted(layers))} and is copied without the edit")
     return False
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slsgu_cli import progress
 from slsgu_cli.apply import AppliedResult, CheckpointSource, apply_edits
-from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import UsageError
 from slsgu_cli.models import resolve
@@ -48,23 +48,23 @@ class ApplyRequest:
     device: str = "auto"
 
 
-def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> AppliedResult:
+def apply_named(store: Store, request: ApplyRequest) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
     if request.target is not None and request.model is not None:
         raise UsageError("--target takes the place of --model", hint="leave one of them out")
-    edits = _requested_edits(store, request, console)
+    edits = _requested_edits(store, request)
     for edit in edits:
         if edit.header.steer is not None and not edit.header.forgotten:
-            console.warn(
+            progress.warn(
                 f"the edit {edit.header.name} does not forget completely: its search failed"
             )
     if not request.revert:
-        _tell_of_joint_searches(edits, console)
+        _tell_of_joint_searches(edits)
     if request.target is not None:
-        return _carried(edits, request, request.target, console)
+        return _carried(edits, request, request.target)
     model = resolve(_shared_model(edits, request.model))
     if model.folder is not None and _in_transformers(model.folder):
-        return _carried(edits, request, model.folder, console)
+        return _carried(edits, request, model.folder)
     source = CheckpointSource(
         model.spec, model.weights, model.folder, model.config, model.preprocess
     )
@@ -72,7 +72,6 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
         edits,
         source,
         request.out,
-        console=console,
         revert=request.revert,
         force=request.force,
         overwrite=request.overwrite,
@@ -80,7 +79,7 @@ def apply_named(store: Store, request: ApplyRequest, *, console: Console) -> App
     )
 
 
-def _tell_of_joint_searches(edits: Sequence[Edit], console: Console) -> None:
+def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
     """Warn of edits that were searched to be in place with others which are not there."""
     present = {(edit.header.name, edit.header.joint) for edit in edits}
     joints = {edit.header.joint for edit in edits if edit.header.joint}
@@ -88,13 +87,13 @@ def _tell_of_joint_searches(edits: Sequence[Edit], console: Console) -> None:
         missing = [name for name in joint.names if (name, joint) not in present]
         if missing:
             there = [name for name in joint.names if name not in missing]
-            console.warn(
+            progress.warn(
                 f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
                 "that search is not applied here; the figures hold for all of them together"
             )
 
 
-def _requested_edits(store: Store, request: ApplyRequest, console: Console) -> list[Edit]:
+def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
     options = SearchOptions(
         direction=request.direction,
         ridges=() if request.ridge is None else (request.ridge,),
@@ -110,19 +109,11 @@ def _requested_edits(store: Store, request: ApplyRequest, console: Console) -> l
             raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
         edits = [
             direct_edit(
-                store,
-                request.names[0],
-                layer=request.layer,
-                step=request.step,
-                options=ranking,
-                console=console,
+                store, request.names[0], layer=request.layer, step=request.step, options=ranking
             )
         ]
     else:
-        edits = [
-            edit_for(store, name, options=options, console=console, ranking=ranking)
-            for name in request.names
-        ]
+        edits = [edit_for(store, name, options=options, ranking=ranking) for name in request.names]
         if request.step is not None:
             edits = [edit.restepped(request.step) for edit in edits]
     if request.rank is not None:
@@ -136,9 +127,7 @@ def _in_transformers(folder: Path) -> bool:
     return any(h.spelling is Spelling.TRANSFORMERS for state in states for h in state.homes)
 
 
-def _carried(
-    edits: Sequence[Edit], request: ApplyRequest, path: Path, console: Console
-) -> AppliedResult:
+def _carried(edits: Sequence[Edit], request: ApplyRequest, path: Path) -> AppliedResult:
     options = CarryOptions(
         encoder=request.encoder,
         revert=request.revert,
@@ -147,7 +136,7 @@ def _carried(
         dry_run=request.dry_run,
         link=request.link,
     )
-    return carry(edits, read_target(path), request.out, options=options, console=console)
+    return carry(edits, read_target(path), request.out, options=options)
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from slsgu_cli import __version__, models
+from slsgu_cli import __version__, models, progress
 from slsgu_cli.build_request import BuildRequest, check
-from slsgu_cli.console import Console
 from slsgu_cli.curation.dropping import drop
 from slsgu_cli.curation.screening import screen_for
 from slsgu_cli.errors import InputError
@@ -36,11 +35,7 @@ __all__ = ["BuildRequest", "build_sets"]
 
 
 def build_sets(
-    store: Store,
-    request: BuildRequest,
-    *,
-    console: Console,
-    upstream: Mapping[str, Upstream] = MappingProxyType({}),
+    store: Store, request: BuildRequest, *, upstream: Mapping[str, Upstream] = MappingProxyType({})
 ) -> SetManifest:
     """Build the set that `request` describes and return its manifest.
 
@@ -51,20 +46,20 @@ def build_sets(
     check(request)
     resolved = models.resolve(request.model)
     spec = models.input_spec(resolved)
-    screen = screen_for(request.screening, resolved, spec, console)
-    shop = Workshop(store, console, spec, decoder(spec), models.tokenizer(resolved), screen)
+    screen = screen_for(request.screening, resolved, spec)
+    shop = Workshop(store, spec, decoder(spec), models.tokenizer(resolved), screen)
     with warnings.catch_warnings():
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         forget_tally, retain_tally, plans = _first_passes(shop, request, upstream)
-        forget_eval = _forget_eval(request, plans, console)
+        forget_eval = _forget_eval(request, plans)
         forget, block = build_pairs(shop, forget_tally, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
         retain, _ = build_pairs(shop, retain_tally, seed=request.seed, avoid=avoid)
         evals = {plan.name: build_eval(shop, plan) for plan in plans}
     parts = {"forget": forget, "retain": retain, **evals}
     parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
-    _tell(console, request, parts)
+    _tell(request, parts)
     manifest = SetManifest(
         name=request.name,
         concept=request.concept,
@@ -168,7 +163,7 @@ def _require_rows(tally: Tally, request: BuildRequest) -> None:
     )
 
 
-def _forget_eval(request: BuildRequest, plans: Sequence[EvalPlan], console: Console) -> str | None:
+def _forget_eval(request: BuildRequest, plans: Sequence[EvalPlan]) -> str | None:
     """Return the evaluation set that has rows of the concept. Raises InputError."""
     asked = request.forget_eval
     for plan in plans:
@@ -186,25 +181,25 @@ def _forget_eval(request: BuildRequest, plans: Sequence[EvalPlan], console: Cons
                 hint="name the concept with --concept as the evaluation set does",
             )
     if plans:
-        console.note(
+        progress.note(
             f"no evaluation set has a class {request.concept!r}: "
             "forget accuracy will be measured on the forget set's own images"
         )
     return None
 
 
-def _tell(console: Console, request: BuildRequest, refs: dict[str, DataRef]) -> None:
+def _tell(request: BuildRequest, refs: dict[str, DataRef]) -> None:
     """Show what was left out against the user's wish, and whether the retain set came out short."""
     silent = {MATCHES_CONCEPT, EXCLUDED}
     for name, ref in refs.items():
         left_out = {k: v for k, v in ref.refused.items() if k not in silent}
         if left_out:
-            console.note(f"{name}: {ref.rows} rows kept, left out: {counted(left_out)}")
+            progress.note(f"{name}: {ref.rows} rows kept, left out: {counted(left_out)}")
     if not request.evals:
-        console.warn("there is no --eval: `search` and `eval` will have nothing to measure on")
+        progress.warn("there is no --eval: `search` and `eval` will have nothing to measure on")
     short = request.retain_samples - refs["retain"].rows
     if short > 0:
-        console.warn(
+        progress.warn(
             f"the retain set has {refs['retain'].rows} rows, {short} fewer than asked for: "
             "no more qualify"
         )

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from slsgu_cli.console import Console
 from slsgu_cli.directions import Moments, ensure_moments, forget_direction
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.layout import read_manifest, read_pointer, read_ranking
@@ -84,7 +83,7 @@ class Case:
                 yield Probe(evaluation, score, direction, ridge)
 
 
-def read_case(store: Store, name: str, *, options: SearchOptions, console: Console) -> Case:
+def read_case(store: Store, name: str, *, options: SearchOptions) -> Case:
     """Return what to search of set `name`, with the moments its directions take.
 
     Raises MissingError, StaleError, InputError and UsageError.
@@ -102,9 +101,7 @@ def read_case(store: Store, name: str, *, options: SearchOptions, console: Conso
     moments = None
     if options.direction is Direction.WHITENED:
         names = [score.layer for score in layers]
-        moments = ensure_moments(
-            store, manifest, pointer, names, device=options.device, console=console
-        )
+        moments = ensure_moments(store, manifest, pointer, names, device=options.device)
     return Case(manifest, pointer, tuple(layers), options, moments)
 
 

@@ -84,9 +84,7 @@ def build_sets(
         from slsgu_cli.curation.replay import replay as build_again
 
         again = asking.check_replay(name, [source, model, metadata, names, match, evaluation])
-        printing.replayed(
-            session.console, build_again(session.store, again, console=session.console)
-        )
+        printing.replayed(session.console, build_again(session.store, again))
         return
     if (name is None) == (names is None):
         raise UsageError("build-sets needs either NAME or --names FILE")
@@ -130,7 +128,7 @@ def build_sets(
             paint=PaintOptions(steps=denoise, guidance=guidance),
             device=device,
         )
-        request = forgetting_generated(session.store, request, images, console=session.console)
+        request = forgetting_generated(session.store, request, images)
     request = asking.with_collection(
         request,
         concepts,
@@ -146,9 +144,9 @@ def build_sets(
     )
     store, console = session.store, session.console
     if not concepts:
-        show.manifest(console, building.build(store, request, console=console))
+        show.manifest(console, building.build(store, request))
         return
-    built, failed = building.build_many(store, request, concepts, console=console)
+    built, failed = building.build_many(store, request, concepts)
     printing.manifests(console, built)
     building.require_all(failed)
 
@@ -185,7 +183,6 @@ def grad(
             device=device,
             memory_budget=opt.size(memory_budget),
         ),
-        console=session.console,
         squares=squares,
     )
     show.gradients(session.console, result)
@@ -235,7 +232,6 @@ def rank(
             **opt.along(direction, ridge),
             **opt.given(qkv=qkv),
         ),
-        console=session.console,
     )
     show.ranking(session.console, ranking, plots)
 
@@ -396,7 +392,6 @@ def apply(
             link=link,
             device=device,
         ),
-        console=session.console,
     )
     show.applied(session.console, result)
 
@@ -421,13 +416,13 @@ def evaluate(
 
     spec, console = opt.model_spec(model, pretrained), session.console
     if len(names) == 1:
-        found = measure(session.store, names[0], model=spec, device=device, console=console)
+        found = measure(session.store, names[0], model=spec, device=device)
         show.measured(console, found)
         return
     from slsgu_cli.several import show as show_several
     from slsgu_cli.several.measure import measure_several
 
-    several = measure_several(session.store, names, model=spec, device=device, console=console)
+    several = measure_several(session.store, names, model=spec, device=device)
     show_several.measured(console, several)
 
 

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records import encode
 from slsgu_cli.tables import Column, drawn, printable, tab_separated
@@ -36,7 +37,7 @@ def _stdout() -> TextIO:
 
 
 @dataclass(slots=True)
-class Console:
+class Console(progress.Sink):
     """Where output goes and how much of it there is.
 
     `verbosity` is -1 (results and errors only), 0, or 1 (how things were done as well).
@@ -142,7 +143,7 @@ class Console:
             self._say(f"  try: {error.hint}")
 
     @contextmanager
-    def progress(self, label: str, total: int | None) -> Iterator["Ticker"]:
+    def bar(self, label: str, total: int | None) -> Iterator[progress.Ticker]:
         """Show a progress bar on a terminal; yield what advances it."""
         # A terminal that cannot move its cursor would be left with an empty line for every bar.
         moves = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
@@ -153,11 +154,10 @@ class Console:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self._stderr,
             transient=True,
             disable=not shown,
         ) as bar:
-            yield Ticker(bar, bar.add_task(label, total=total))
+            yield _Ticker(bar, bar.add_task(label, total=total))
 
     def _say(self, text: str, style: str | None = None) -> None:
         # Hours of work do not end because a log is full or nobody listens.
@@ -187,8 +187,8 @@ class Console:
 
 
 @dataclass(slots=True)
-class Ticker:
-    """Advances one progress bar."""
+class _Ticker(progress.Ticker):
+    """Advances one bar on the terminal."""
 
     _bar: Progress
     _task: Any

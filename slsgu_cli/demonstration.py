@@ -47,31 +47,29 @@ def demonstrate(
     console.note(
         f"1/5 build-sets: icons of {concept!r} to forget, others to keep and to measure on"
     )
-    manifest = build_sets(store, request, console=console)
+    manifest = build_sets(store, request)
     show.manifest(console, manifest)
     console.note("\n2/5 grad: one gradient pass over the forget set and one over the retain set")
     options = PassOptions(device=device)
-    show.gradients(
-        console, compute_gradients(store, name, model=None, options=options, console=console)
-    )
+    show.gradients(console, compute_gradients(store, name, model=None, options=options))
     console.note(
         "\n3/5 rank: the layers that matter much to the concept (importance) "
         "and little to the rest (alignment)"
     )
     ranked = replace(ranked, device=device)
-    ranking, plots = rank_and_plot(store, name, options=ranked, console=console)
+    ranking, plots = rank_and_plot(store, name, options=ranked)
     show.ranking(console, ranking, plots, front_only=True)
     console.note(
         "\n4/5 search: for each of these layers, the step at which the concept is forgotten"
     )
     search = SearchOptions(steer=steer, device=device)
-    result = search_and_plot(store, name, options=search, console=console)
+    result = search_and_plot(store, name, options=search)
     show.search(console, store, result, brief=True)
     require_forgotten(result)
     console.note("\n5/5 apply: a copy of the checkpoint with one layer moved")
     out = Path(store.root if store.is_local else ".") / "checkpoints" / f"clip-without-{name}"
     apply = ApplyRequest(names=[name], out=out, overwrite=True)
-    show.applied(console, apply_named(store, apply, console=console))
+    show.applied(console, apply_named(store, apply))
 
     after = ModelSpec(f"{LOCAL}{out}")
     picture = plot_path(name, "before-after")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.gradients import load_graded
@@ -98,28 +98,26 @@ def ensure_moments(
     layers: Sequence[str],
     *,
     device: str,
-    console: Console | None,
 ) -> Moments:
-    """Return moments of `layers`, computing what the store lacks; `console` is told, if any.
+    """Return moments of `layers`, computing what the store lacks.
 
     A layer whose inputs its tower does not show has none; they are told with -v.
     Raises StaleError where the model is not the one the gradients are of.
     """
-    console = console or Console(verbosity=-1)
     device = pick_device(device)
     known = find_moments(store, pointer, device)
     wanted = {parameter_of(layer) for layer in layers}
     missing = sorted(wanted - set(known.places) - known.unseen)
     if missing:
-        console.note(
+        progress.note(
             f"{len(missing)} layers lack the moments of their inputs: "
             "one forward over the retain set"
         )
-        _compute(store, manifest, pointer, missing, device=device, console=console)
+        _compute(store, manifest, pointer, missing, device=device)
         known = find_moments(store, pointer, device)
     unseen = sorted(known.unseen & wanted)
     if unseen:
-        console.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
+        progress.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
     return known
 
 
@@ -160,7 +158,6 @@ def _compute(
     layers: Sequence[str],
     *,
     device: str,
-    console: Console,
 ) -> None:
     """Run the towers of `layers` over the retain set and store the moments of their inputs."""
     import torch
@@ -173,9 +170,7 @@ def _compute(
     _, module = load_graded(manifest, pointer, device)
     block = DataBlock.open(store, manifest.retain)
     with torch.no_grad(), arithmetic(Precision.FP32):
-        found = input_moments(
-            module, layers, block, spec=manifest.input, device=device, console=console
-        )
+        found = input_moments(module, layers, block, spec=manifest.input, device=device)
         about, arrays = {}, {}
         for layer in sorted(found):
             # The sums are fp64 and large: each goes as soon as its mean is taken.

@@ -7,6 +7,7 @@ from typing import Any
 
 import fsspec
 
+from slsgu_cli import progress
 from slsgu_cli.decoding import decode_in_order
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.prompts import (
@@ -120,7 +121,7 @@ def build_eval(shop: Workshop, plan: EvalPlan) -> DataRef:
     title = f"evaluation set {plan.name}"
     block = plan.block
     if block is not None:
-        shop.console.note(f"{title}: {block.rows} rows were decoded before and are used again")
+        progress.note(f"{title}: {block.rows} rows were decoded before and are used again")
     else:
         height, width = shop.spec.height, shop.spec.width
         with block_writer(
@@ -144,7 +145,7 @@ def _labelled(
     refused: Counter[str] = Counter()
     found: list[tuple[int, Row, str]] = []
     seen = 0
-    with shop.console.progress("reading labels", None) as ticker:
+    with progress.bar("reading labels", None) as ticker:
         for number, row in scan(readers, refused, tick=ticker.advance):
             seen += 1
             if row.label is None or not row.has_image:
@@ -170,7 +171,7 @@ def _labelled(
 def _decode_into(writer: BlockWriter, shop: Workshop, plan: EvalPlan, title: str) -> None:
     wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
     met = 0
-    with shop.console.progress(f"decoding {title}", len(plan.rows)) as ticker:
+    with progress.bar(f"decoding {title}", len(plan.rows)) as ticker:
         for place, decoded in decode_in_order(fetch(plan.readers, wanted), shop.decode):
             met += 1
             ticker.advance()

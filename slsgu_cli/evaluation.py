@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.activations import CacheBudget
 from slsgu_cli.batches import pixel_normalizer, to_tokens
-from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.metrics import accuracies, ranks_of_truth
 from slsgu_cli.models import Tokenize
@@ -73,7 +73,7 @@ class _Measured:
         """
         raise NotImplementedError
 
-    def base_pass(self, layers: Iterable[str], *, cache_bytes: int, console: Console) -> None:
+    def base_pass(self, layers: Iterable[str], *, cache_bytes: int) -> None:
         """Run the original model once, keeping what edits of `layers` will resume from."""
         budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), set(layers)
         stages = {
@@ -83,7 +83,7 @@ class _Measured:
         groups = [*concepts, *others]
         total, waiting = (sum(len(group.images) for group in part) for part in (groups, others))
         vision = stages[Tower.VISION]
-        with torch.no_grad(), console.progress("original model", total) as ticker:
+        with torch.no_grad(), progress.bar("original model", total) as ticker:
             for prompts in {id(group.prompts): group.prompts for group in groups}.values():
                 prompts.base_pass(stages[Tower.TEXT], budget)
             for group in concepts:

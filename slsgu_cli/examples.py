@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.evaluation import Evaluation, EvaluationSet, prepare
 from slsgu_cli.models import load, resolve, tokenizer
 from slsgu_cli.pictures import Example, Guesses, before_after_plot
@@ -32,7 +32,8 @@ def draw_examples(
         whole = prepare(store, manifest, module, tokenize=tokenizer(model), device=device)
         small = _few(whole, manifest)
         with torch.no_grad():
-            small.base_pass((), cache_bytes=0, console=Console(verbosity=-1))
+            with progress.silent():
+                small.base_pass((), cache_bytes=0)
             scale = float(module.logit_scale.exp())
             groups = [small.forget, *small.utility.values()]
             guesses.append([guess for group in groups for guess in guesses_of(group, scale)])

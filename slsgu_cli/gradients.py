@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.layout import gradient_path, pointer_path, read_manifest, squares_path
 from slsgu_cli.models import (
@@ -69,13 +69,7 @@ class GradResult:
 
 
 def compute_gradients(
-    store: Store,
-    name: str,
-    *,
-    model: ModelSpec | None,
-    options: PassOptions,
-    console: Console,
-    squares: bool = False,
+    store: Store, name: str, *, model: ModelSpec | None, options: PassOptions, squares: bool = False
 ) -> GradResult:
     """Ensure the forget and retain gradients of set `name`, and squares, are in the store.
 
@@ -86,18 +80,18 @@ def compute_gradients(
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
     gradients = _wanted(manifest, resolved, model_fingerprint, options)
-    missing = [g for g in gradients if not _is_whole(store, g, console)]
-    unsquared = [g for g in gradients if squares and not _has_squares(store, g, console)]
+    missing = [g for g in gradients if not _is_whole(store, g)]
+    unsquared = [g for g in gradients if squares and not _has_squares(store, g)]
     wanted = [g for g in gradients if g in missing or g in unsquared]
     for gradient in gradients:
         if gradient not in wanted:
-            console.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
+            progress.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
     seconds = {}
     if wanted:
         check_inputs(manifest, resolved)
         options = replace(options, device=pick_device(options.device))
-        module = load(resolved, options.device, warn=console.warn)
-        job = _Job(store, manifest, module, model_fingerprint, options, console)
+        module = load(resolved, options.device, warn=progress.warn)
+        job = _Job(store, manifest, module, model_fingerprint, options)
         for gradient in wanted:
             start = perf_counter()
             job.compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
@@ -138,22 +132,22 @@ def _pointer(
     )
 
 
-def _is_whole(store: Store, gradient: Gradient, console: Console) -> bool:
-    return _stands(store, gradient_path(gradient.digest), GradientHeader, console)
+def _is_whole(store: Store, gradient: Gradient) -> bool:
+    return _stands(store, gradient_path(gradient.digest), GradientHeader)
 
 
-def _has_squares(store: Store, gradient: Gradient, console: Console) -> bool:
-    return _stands(store, squares_path(gradient.digest), SquaresHeader, console)
+def _has_squares(store: Store, gradient: Gradient) -> bool:
+    return _stands(store, squares_path(gradient.digest), SquaresHeader)
 
 
-def _stands(store: Store, path: str, kind: type[Any], console: Console) -> bool:
+def _stands(store: Store, path: str, kind: type[Any]) -> bool:
     """Return whether a file can be used; one that is damaged is to be made again."""
     try:
         store.read_header(path, kind)
     except MissingError:
         return False
     except (InputError, StaleError) as error:
-        console.warn(f"{error.message}; it is computed again")
+        progress.warn(f"{error.message}; it is computed again")
         return False
     return True
 
@@ -226,7 +220,6 @@ class _Job:
     module: "nn.Module"
     model_fingerprint: str
     options: PassOptions
-    console: Console
 
     def compute(self, gradient: Gradient, *, plain: bool, squares: bool) -> None:
         """Compute and store a gradient, its squares, or both in one pass."""
@@ -240,7 +233,6 @@ class _Job:
             gradient.loss,
             spec=self.manifest.input,
             options=replace(self.options, batch_size=size),
-            console=self.console,
         )
         label = f"{gradient.role} gradient"
         if squares:

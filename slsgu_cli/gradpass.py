@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.ahead import read_ahead
 from slsgu_cli.batches import pixel_normalizer, spans, staged, text_features, to_tokens
-from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError
 from slsgu_cli.losses import GroupedLoss, contrastive, cosine_forget, sigmoid
 from slsgu_cli.memory import spare
@@ -41,11 +41,10 @@ class GradientPass:
     loss: GroupedLoss
     spec: InputSpec
     options: PassOptions
-    console: Console
 
     @classmethod
     def prepare(
-        cls, model: nn.Module, loss: str, *, spec: InputSpec, options: PassOptions, console: Console
+        cls, model: nn.Module, loss: str, *, spec: InputSpec, options: PassOptions
     ) -> "GradientPass":
         """Return a pass over `model` for the loss called cosine, contrastive or sigmoid."""
         scale: Any = model.logit_scale
@@ -61,7 +60,7 @@ class GradientPass:
             return values
 
         vision, text = vision_tower(model), text_tower(model)
-        return cls(model, vision, text, grouped, spec, options, console)
+        return cls(model, vision, text, grouped, spec, options)
 
     def run(self, block: DataBlock, label: str) -> tuple[Arrays, float]:
         """Return the mean gradient of every parameter and the mean loss, over mini-batches.
@@ -90,7 +89,7 @@ class GradientPass:
         losses: list[Tensor] = []
         with (
             arithmetic(self.options.precision),
-            self.console.progress(label, block.rows) as ticker,
+            progress.bar(label, block.rows) as ticker,
         ):
             pairs = self._pairs_per_forward(block)
             if squares is not None:
@@ -159,12 +158,10 @@ class GradientPass:
         if needed * size > budget:
             self.vision.checkpointing = self.text.checkpointing = True
             needed = self._pair_bytes(block)
-            self.console.note("memory is short: activations are recomputed block by block")
+            progress.note("memory is short: activations are recomputed block by block")
         fits = max(1, int(budget / needed / size))
         pairs = size * max(1, min(fits, BEST_PAIRS[self._kind] // size))
-        self.console.detail(
-            f"{needed / 2**20:.1f} MiB of activations a pair, {pairs} pairs a forward"
-        )
+        progress.detail(f"{needed / 2**20:.1f} MiB of activations a pair, {pairs} pairs a forward")
         return pairs
 
     def _pair_bytes(self, block: DataBlock) -> float:
@@ -199,10 +196,10 @@ class GradientPass:
         size = self.options.batch_size
         if pairs > size:
             pairs = max(size, pairs // 2 // size * size)
-            self.console.note(f"out of memory: going on with {pairs} pairs a forward")
+            progress.note(f"out of memory: going on with {pairs} pairs a forward")
         elif not self.vision.checkpointing:
             self.vision.checkpointing = self.text.checkpointing = True
-            self.console.note("out of memory: activations are recomputed block by block")
+            progress.note("out of memory: activations are recomputed block by block")
         else:
             raise InputError(
                 f"one mini-batch of {size} pairs does not fit in {self.options.device}'s memory",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.gradients import check_inputs
@@ -44,9 +44,7 @@ class Measured:
     plot: str
 
 
-def measure(
-    store: Store, name: str, *, model: ModelSpec | None, device: str, console: Console
-) -> Measured:
+def measure(store: Store, name: str, *, model: ModelSpec | None, device: str) -> Measured:
     """Measure the original model, and `model` or else the set's own edit."""
     manifest = read_manifest(store, name)
     device = pick_device(device)
@@ -57,12 +55,12 @@ def measure(
         for label, spec in {"original": manifest.model, str(model): model}.items():
             if spec is None:
                 continue
-            evaluation = _evaluation(store, manifest, spec, device, console)
+            evaluation = _evaluation(store, manifest, spec, device)
             shown = shown or choose(evaluation, manifest)
             found.append(_figures(evaluation, label, shown))
             if edit is not None:
                 with with_edits(evaluation.model, [edit]):
-                    evaluation.base_pass((), cache_bytes=0, console=console)
+                    evaluation.base_pass((), cache_bytes=0)
                     found.append(_figures(evaluation, f"edit {name}", shown))
     path = plot_path(name, "cosines")
     if shown is not None:
@@ -80,14 +78,12 @@ class Shown:
     thumbnails: npt.NDArray[np.uint8]
 
 
-def _evaluation(
-    store: Store, manifest: SetManifest, spec: ModelSpec, device: str, console: Console
-) -> Evaluation:
+def _evaluation(store: Store, manifest: SetManifest, spec: ModelSpec, device: str) -> Evaluation:
     model = resolve(spec)
     check_inputs(manifest, model)
-    module = load(model, device, warn=console.warn)
+    module = load(model, device, warn=progress.warn)
     evaluation = prepare(store, manifest, module, tokenize=tokenizer(model), device=device)
-    evaluation.base_pass((), cache_bytes=0, console=console)
+    evaluation.base_pass((), cache_bytes=0)
     return evaluation
 
 

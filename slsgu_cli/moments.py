@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slsgu_cli import progress
 from slsgu_cli.ahead import read_ahead
 from slsgu_cli.batches import by_length, pixel_normalizer, spans, staged, to_tokens
-from slsgu_cli.console import Console
 from slsgu_cli.naming import tower_of
 from slsgu_cli.records import InputSpec, Tower
 from slsgu_cli.sets import DataBlock
@@ -120,13 +120,7 @@ class InputMoments(TorchFunctionMode):
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module,
-    layers: Sequence[str],
-    block: DataBlock,
-    *,
-    spec: InputSpec,
-    device: str,
-    console: Console,
+    model: nn.Module, layers: Sequence[str], block: DataBlock, *, spec: InputSpec, device: str
 ) -> dict[str, Moment]:
     """Return the moments of `layers` over pairs of a block, by one forward of their towers.
 
@@ -143,7 +137,7 @@ def input_moments(
     if Tower.VISION in towers:
         tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
         parts = [rows[start:stop] for start, stop in spans(len(rows), size)]
-        with console.progress("retain inputs", len(rows)) as ticker:
+        with progress.bar("retain inputs", len(rows)) as ticker:
             read = read_ahead(lambda part: staged(block.take(part), device), parts, threads=2)
             for images in read:
                 pixels = normalize(images)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli.cases import Case
-from slsgu_cli.console import Console
 from slsgu_cli.models import resolve
 from slsgu_cli.recorded import recorded
 from slsgu_cli.records import Direction, EditHeader, JointRef, SetManifest, Steer, Trial, Trials
@@ -51,10 +50,10 @@ def measured_on(manifest: SetManifest) -> dict[str, str]:
     return evals | {FORGET: shown}
 
 
-def recorded_trials(store: Store, path: str, fresh: Trials, console: Console) -> Trials:
+def recorded_trials(store: Store, path: str, fresh: Trials) -> Trials:
     """Return `fresh` with the trials recorded at `path`, if they were made from the same things."""
     unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, path, Trials, console, unusable=unusable)
+    old = recorded(store, path, Trials, unusable=unusable)
     made_from = attrgetter(
         "forget", "direction", "retain_data", "model_fingerprint", "evals", "precision"
     )

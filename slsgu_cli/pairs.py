@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from slsgu_cli import progress
 from slsgu_cli.draw import BEYOND, Candidate, identities
 from slsgu_cli.errors import InputError
 from slsgu_cli.records import DataRef, digest, encode
@@ -38,7 +39,7 @@ def build_pairs(
     block = _made_before(shop, (avoiding, plain) if avoid else (plain,), avoid)
     if block is not None:
         path, found = block
-        shop.console.note(f"{tally.role}: {found.rows} rows were decoded before and are used again")
+        progress.note(f"{tally.role}: {found.rows} rows were decoded before and are used again")
     else:
         path, found = _make(shop, tally, candidates, avoid, (plain, avoiding, recipe))
     refused = tally.refused + Counter(found.attributes["refused"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 from shlex import quote
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.directions import ensure_moments, forget_direction
 from slsgu_cli.edits import Edit, load_edit, make_edit
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
@@ -36,12 +36,7 @@ from slsgu_cli.thirds import is_of, layers_of
 
 
 def edit_for(
-    store: Store,
-    name: str,
-    *,
-    options: SearchOptions,
-    console: Console,
-    ranking: RankOptions | None = None,
+    store: Store, name: str, *, options: SearchOptions, ranking: RankOptions | None = None
 ) -> Edit:
     """Return the edit `name`, running the rank (as `ranking` says) and search it still lacks.
 
@@ -53,10 +48,10 @@ def edit_for(
         return load_edit(store, name)
     if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
         if not store.exists(ranking_path(name)):
-            console.note(f"{name} has no ranking yet: ranking its layers")
-            rank_and_plot(store, name, options=ranking or rank_options(options), console=console)
-        console.note(f"{name} has no edit yet: searching for one")
-        result = search_and_plot(store, name, options=options, console=console)
+            progress.note(f"{name} has no ranking yet: ranking its layers")
+            rank_and_plot(store, name, options=ranking or rank_options(options))
+        progress.note(f"{name} has no edit yet: searching for one")
+        result = search_and_plot(store, name, options=options)
         require_forgotten(result)
     edit = current_edit(store, name)
     if options.direction not in (None, edit.header.direction):
@@ -115,13 +110,7 @@ def rank_options(options: SearchOptions) -> RankOptions:
 
 
 def direct_edit(
-    store: Store,
-    name: str,
-    *,
-    layer: str,
-    step: float,
-    options: RankOptions | None = None,
-    console: Console | None = None,
+    store: Store, name: str, *, layer: str, step: float, options: RankOptions | None = None
 ) -> Edit:
     """Return the edit that moves `layer` by `step` along its direction, unsearched.
 
@@ -146,9 +135,7 @@ def direct_edit(
     whitened = options.direction is Direction.WHITENED
     moments = None
     if whitened:
-        moments = ensure_moments(
-            store, manifest, pointer, fitting, device=options.device, console=console
-        )
+        moments = ensure_moments(store, manifest, pointer, fitting, device=options.device)
     along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
     model = resolve(pointer.model)
     before = read_layer(model, fitting[0])
@@ -180,13 +167,11 @@ def direct_edit(
     return make_edit(edit, delta=step * along, before=before)
 
 
-def rank_and_plot(
-    store: Store, name: str, *, options: RankOptions, console: Console
-) -> tuple[Ranking, list[str]]:
+def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:
     """Rank the layers of a set and draw each tower's front; return where the plots are."""
     from slsgu_cli.plots import pareto_plot
 
-    ranking = rank(store, name, options=options, console=console)
+    ranking = rank(store, name, options=options)
     plots = []
     for tower in Tower:
         if any(score.tower is tower for score in ranking.scores):
@@ -197,11 +182,9 @@ def rank_and_plot(
     return ranking, plots
 
 
-def search_and_plot(
-    store: Store, name: str, *, options: SearchOptions, console: Console
-) -> SearchResult:
+def search_and_plot(store: Store, name: str, *, options: SearchOptions) -> SearchResult:
     """Search a set's layers and draw the accuracies against the step for each."""
-    result = search(store, name, options=options, console=console)
+    result = search(store, name, options=options)
     draw_steps(store, result)
     return result
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import slsgu_cli
-from slsgu_cli.console import Console
 from slsgu_cli.directions import RIDGE, Moments, ensure_moments, layer_gradient
 from slsgu_cli.dtypes import Floats
 from slsgu_cli.errors import InputError
@@ -61,13 +60,10 @@ class RankOptions:
     device: str = "auto"
 
 
-def rank(
-    store: Store, name: str, *, options: RankOptions, console: Console | None = None
-) -> Ranking:
+def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
     """Score the candidate layers of set `name`, mark the Pareto fronts, store the ranking.
 
-    `console` is told of moments in the making. Raises MissingError, StaleError, and
-    InputError where no layer is left to rank.
+    Raises MissingError, StaleError, and InputError where no layer is left to rank.
     """
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
@@ -83,9 +79,7 @@ def rank(
     whitened = options.direction is Direction.WHITENED
     moments = None
     if whitened and layers:
-        moments = ensure_moments(
-            store, manifest, pointer, layers, device=options.device, console=console
-        )
+        moments = ensure_moments(store, manifest, pointer, layers, device=options.device)
         layers = [layer for layer in layers if moments.has(layer)]
     model = graded_model(pointer) if any(third_of(layer) is not None for layer in layers) else None
     weights = _Weights(header, model)

@@ -2,16 +2,14 @@
 
 from typing import TypeVar
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.store import Store
 
 T = TypeVar("T")
 
 
-def recorded(
-    store: Store, path: str, kind: type[T], console: Console, *, unusable: str
-) -> T | None:
+def recorded(store: Store, path: str, kind: type[T], *, unusable: str) -> T | None:
     """Return the record at `path`, or None where there is none that can be read.
 
     One that cannot be read is told of by `unusable` and the reason. Whether it was made
@@ -22,5 +20,5 @@ def recorded(
     try:
         return store.read_record(path, kind)
     except (StaleError, InputError) as error:
-        console.note(f"{unusable}: {error}")
+        progress.note(f"{unusable}: {error}")
         return None

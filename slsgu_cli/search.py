@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from slsgu_cli import progress
 from slsgu_cli.cases import Case, SearchOptions, read_case
-from slsgu_cli.console import Console
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.layout import trials_path
 from slsgu_cli.memory import spare
@@ -46,7 +46,6 @@ def search(
     name: str,
     *,
     options: SearchOptions,
-    console: Console,
     evaluation: "Evaluation | None" = None,
     records: Store | None = None,
 ) -> SearchResult:
@@ -62,14 +61,14 @@ def search(
     from slsgu_cli.gradpass import arithmetic
 
     records = records or store
-    case = read_case(store, name, options=options, console=console)
+    case = read_case(store, name, options=options)
     options = case.options
     with torch.no_grad(), arithmetic(options.precision):
-        evaluation = evaluation or load_evaluation(store, case, console)
+        evaluation = evaluation or load_evaluation(store, case)
         fresh = fresh_trials(case, evaluation)
-        trials = recorded_trials(records, trials_path(name), fresh, console)
+        trials = recorded_trials(records, trials_path(name), fresh)
         recorded = len(trials.trials)
-        run = _Run(records, evaluation, trials, options, console)
+        run = _Run(records, evaluation, trials, options)
         for probe in case.probes(store, evaluation):
             run.bisect(probe)
         chosen = run.choose()
@@ -83,17 +82,11 @@ class _Run:
     """The state of one search: probes, trials by their keys, and the path taken."""
 
     def __init__(
-        self,
-        store: Store,
-        evaluation: "Evaluation",
-        trials: Trials,
-        options: SearchOptions,
-        console: Console,
+        self, store: Store, evaluation: "Evaluation", trials: Trials, options: SearchOptions
     ) -> None:
         self.store = store
         self.evaluation = evaluation
         self.options = options
-        self.console = console
         self.probes: dict[tuple[str, float | None], Probe] = {}
         self.path: list[Key] = []
         self.found: dict[Key, Trial] = {(t.layer, t.ridge, t.step): t for t in trials.trials}
@@ -114,7 +107,7 @@ class _Run:
         self.probes[line] = probe
         first = first_step(probe.score.weight_norm, probe.norm)
         tried: list[tuple[float, float]] = []
-        with self.console.progress(layer, self.options.steps) as ticker:
+        with progress.bar(layer, self.options.steps) as ticker:
             for _ in range(self.options.steps):
                 step = next_step(tried, first)
                 trial = self.found.get((*line, step)) or probe.trial(step)
@@ -154,14 +147,14 @@ class _Run:
         return (probe.score.tower == "vision", -probe.stage, self.found[key].share)
 
 
-def load_evaluation(store: Store, case: Case, console: Console) -> "Evaluation":
+def load_evaluation(store: Store, case: Case) -> "Evaluation":
     """Load the model the gradients belong to and run it once over the evaluation data."""
     from slsgu_cli.evaluation import prepare
 
     device = case.options.device
     model, module = load_graded(case.manifest, case.pointer, device)
     evaluation = prepare(store, case.manifest, module, tokenize=tokenizer(model), device=device)
-    run_base_pass(evaluation, case.layers, case.options, console)
+    run_base_pass(evaluation, case.layers, case.options)
     return evaluation
 
 
@@ -169,11 +162,10 @@ def run_base_pass(
     evaluation: "Evaluation | SharedEvaluation",
     layers: Sequence[LayerScore],
     options: SearchOptions,
-    console: Console,
 ) -> None:
     """Run the original model once within the cache budget; tell of towers that are not split."""
     for tower in {score.tower for score in layers}:
         if not evaluation.tower(tower).exact_split:
-            console.detail(f"the {tower} tower is not split: every trial runs all of it")
+            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
     budget = options.cache_budget if options.cache_budget is not None else spare(options.device)
-    evaluation.base_pass((s.layer for s in layers), cache_bytes=budget, console=console)
+    evaluation.base_pass((s.layer for s in layers), cache_bytes=budget)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from slsgu_cli.console import Ticker
+from slsgu_cli import progress
 from slsgu_cli.curation.screening import Look
 from slsgu_cli.decoding import Decoded, decode_in_order
 from slsgu_cli.draw import Candidate
@@ -57,7 +57,7 @@ class SecondPass:
         title = f"decoding the {self.tally.role} set"
         most = min(_some_more(self.wanted), len(self.candidates))
         with (
-            self.shop.console.progress(title, most) as ticker,
+            progress.bar(title, most) as ticker,
             scratch(self.shop.store, height=spec.height, width=spec.width) as images,
         ):
             while kept < self.wanted and start < len(self.candidates):
@@ -75,7 +75,7 @@ class SecondPass:
                     yield candidate, decoded, images.get(number)
 
     def _decoded(
-        self, line: Sequence[Candidate], images: Scratch, ticker: Ticker
+        self, line: Sequence[Candidate], images: Scratch, ticker: progress.Ticker
     ) -> Iterator[tuple[Candidate, int, Decoded]]:
         """Yield the line's rows in order, with the number of each one's image.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slsgu_cli import progress
 from slsgu_cli.errors import ExitCode, SlsguError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
             console = Console(verbosity=verbosity, as_json=common["as_json"])
             with _Ending(console, debug=common["debug"]):
                 # Results go through the console alone; what a library prints is no result.
-                with contextlib.redirect_stdout(sys.stderr):
+                with contextlib.redirect_stdout(sys.stderr), progress.using(console):
                     function(Session(Store(common["store"]), console), **values)
                 console.flush()
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from slsgu_cli import progress
 from slsgu_cli.draw import Candidate, Draw, first_met, line_for, priority, tail
 from slsgu_cli.samples import Origin, Reader, Row, printable
 from slsgu_cli.sources import scan
@@ -90,7 +91,7 @@ def first_pass(
 ) -> None:
     """Read every caption of a source once, for all the sets drawn from it."""
     trouble: Counter[str] = Counter()
-    with shop.console.progress("reading captions", None) as ticker:
+    with progress.bar("reading captions", None) as ticker:
         for number, row in scan(readers, trouble, tick=ticker.advance):
             for tally in tallies:
                 tally.meet(number, row, seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError
 from slsgu_cli.preprocess import Picture
 from slsgu_cli.records import DataRef, InputSpec, digest
@@ -24,10 +24,9 @@ FORMAT = 2
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """The store and console, and how the model takes its inputs."""
+    """The store, and how the model takes its inputs."""
 
     store: Store
-    console: Console
     spec: InputSpec
     decode: Callable[[bytes], Picture]
     tokenize: Tokenize
@@ -46,7 +45,7 @@ class Workshop:
         try:
             return DataBlock.at(self.store, path)
         except InputError as error:
-            self.console.warn(f"{error.message}; it is made again")
+            progress.warn(f"{error.message}; it is made again")
             return None
 
 

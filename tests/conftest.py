@@ -23,11 +23,22 @@ from slsgu_cli.store import Store
 DEMO = Path(slsgu_cli.__file__).parent / "demo"
 
 
-@pytest.fixture
-def console():
-    from worlds import Ear
+@pytest.fixture(autouse=True)
+def silence():
+    """Let no test hear what another one listens to."""
+    from slsgu_cli import progress
 
-    return Ear()
+    before = progress.set_sink(progress.Sink())
+    yield
+    progress.set_sink(before)
+
+
+@pytest.fixture
+def listener():
+    """What the package tells during this test, as `listener.heard`."""
+    from worlds import Listener
+
+    return Listener()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from checkpoints import DTYPES, load, save, state
 from edit_headers import MODEL, edit
 
 from slsgu_cli.apply import CONFIG, AppliedResult, CheckpointSource, apply_edits
-from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit, write_edit
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.store import Store
@@ -26,10 +25,6 @@ from slsgu_cli.weights import fingerprint, open_weights, read_layer
 LAYER = "visual.proj"
 OTHER = "transformer.resblocks.0.mlp.c_fc.weight"
 CONTAINERS = ("safetensors", "pt")
-
-
-def console() -> Console:
-    return Console(verbosity=-1)
 
 
 def delta(shape: tuple[int, ...] = (6, 5), seed: int = 5) -> np.ndarray:
@@ -48,7 +43,7 @@ def edit_of(path: Path, layer: str = LAYER, **options: Any) -> Edit:
 def run(edits: list[Edit], path: Path, out: Path, **options: Any) -> AppliedResult:
     folder = path.parent if (path.parent / CONFIG).exists() else None
     source = CheckpointSource(MODEL, path, folder)
-    return apply_edits(edits, source, out, console=console(), **options)
+    return apply_edits(edits, source, out, **options)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -343,7 +338,7 @@ def test_a_single_file_becomes_a_folder_that_open_clip_loads(tmp_path: Path) -> 
         made = edit_of(path)
         out = tmp_path / f"out-{container}"
         source = CheckpointSource(MODEL, path, config=clip_config(), preprocess={"mean": (0, 0, 0)})
-        result = apply_edits([made], source, out, console=console())
+        result = apply_edits([made], source, out)
         assert sorted(entry.name for entry in out.iterdir()) == sorted([name, CONFIG])
         loaded = open_clip.create_model(str(result.model))
         expected = tiny_model().visual.proj + torch.from_numpy(made.delta())
@@ -444,7 +439,6 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         from pathlib import Path
         import slsgu_cli.weights as weights
         from slsgu_cli.apply import CheckpointSource, apply_edits
-        from slsgu_cli.console import Console
         from slsgu_cli.edits import load_edit
         from slsgu_cli.records import ModelSpec
         from slsgu_cli.store import Store
@@ -455,7 +449,7 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         folder = Path({str(folder)!r})
         source = CheckpointSource(ModelSpec("x"), folder / "open_clip_model.safetensors", folder)
         edit = load_edit(Store({store.root!r}), "facebook").scaled(3)
-        apply_edits([edit], source, Path({str(out)!r}), console=Console(), overwrite=True)
+        apply_edits([edit], source, Path({str(out)!r}), overwrite=True)
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
@@ -480,14 +474,13 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
         import sys
         from pathlib import Path
         from slsgu_cli.apply import CheckpointSource, apply_edits
-        from slsgu_cli.console import Console
         from slsgu_cli.edits import load_edit
         from slsgu_cli.records import ModelSpec
         from slsgu_cli.store import Store
         source = CheckpointSource(ModelSpec("x"), Path({str(path)!r}))
         edit = load_edit(Store({store.root!r}), "facebook")
         out = Path({str(tmp_path / "out.safetensors")!r})
-        print(apply_edits([edit], source, out, console=Console()).files[0].nbytes)
+        print(apply_edits([edit], source, out).files[0].nbytes)
         print(sorted({{"torch", "open_clip", "zarr", "pyarrow"}} & set(sys.modules)))
     """
     done = subprocess.run(

@@ -35,9 +35,8 @@ def bench(shared_world):
 
 
 def open_bench(world, plan=PLAN):
-    from worlds import Ear
 
-    times = PassTimes(world.store, world.manifest, "cpu", Ear())
+    times = PassTimes(world.store, world.manifest, "cpu")
     return Bench.open(world.store, world.manifest, world.pointer, plan, times)
 
 

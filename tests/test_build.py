@@ -8,11 +8,11 @@ import fsspec
 import numpy as np
 import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
+from worlds import Listener
 
 import slsgu_cli.build as build
 from slsgu_cli import models, second_pass
 from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.curation.records import Screening
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.layout import read_manifest
@@ -26,19 +26,6 @@ from slsgu_cli.tar_source import TarSource
 
 CLIP = ModelSpec(f"local-dir:{Path(build.__file__).parent / 'demo' / 'clip'}")
 KINDS = ("dog", "cat", "bird")
-
-
-class Ear(Console):
-    """A console that remembers what it was told."""
-
-    def __init__(self):
-        super().__init__()
-        self.heard = []
-
-    def note(self, text):
-        self.heard.append(text)
-
-    warn = note
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,8 +77,8 @@ def request(source, **options):
     return BuildRequest(model=CLIP, sources=sources, **options)
 
 
-def run(store, source, *, console=None, **options):
-    return build_sets(store, request(source, **options), console=console or Ear())
+def run(store, source, **options):
+    return build_sets(store, request(source, **options))
 
 
 def blocks(store, manifest):
@@ -170,14 +157,14 @@ def test_concepts_share_retain_and_evaluation_rows(store, pairs, labelled, decod
     dog = run(store, pairs, **common)
     assert len(decoded) == 20 + 20 + 12  # forget, all of the few birds as spare, evaluation
     decoded.clear()
-    ear = Ear()
-    cat = run(store, pairs, name="cat", concept="cat", console=ear, **common)
+    listener = Listener()
+    cat = run(store, pairs, name="cat", concept="cat", **common)
     assert len(decoded) == 20
     assert cat.retain.path == dog.retain.path
     assert cat.retain.fingerprint == dog.retain.fingerprint
     assert cat.evals == dog.evals
     assert cat.forget.fingerprint != dog.forget.fingerprint
-    assert sum("used again" in line for line in ear.heard) == 2
+    assert sum("used again" in line for line in listener.heard) == 2
     decoded.clear()
     assert run(store, pairs, **common) == dog
     assert not decoded
@@ -212,8 +199,8 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
     # A cat's picture that is also a dog's must not be retained.
     shared = [sample(600, "the dog"), sample(600, "a cat after all")]
     source = write_parquet(tmp_path / "a.parquet", whole + broken + none + twice + silent + shared)
-    ear = Ear()
-    manifest = run(store, source, retain_samples=40, console=ear)
+    listener = Listener()
+    manifest = run(store, source, retain_samples=40)
     forget, retain = blocks(store, manifest)
     assert sorted(forget.captions) == ["a dog", "another dog", "the dog"]
     assert manifest.forget.refused == {"duplicate": 1, "no caption": 2}
@@ -222,8 +209,8 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
     assert refused["not an image"] <= 30
     assert refused["no image"] <= 5
     assert refused["same image as a forget row"] <= 1
-    assert any("1 duplicate" in line and "2 no caption" in line for line in ear.heard)
-    everything = run(store, source, retain_samples=500, console=ear, name="all")
+    assert any("1 duplicate" in line and "2 no caption" in line for line in listener.heard)
+    everything = run(store, source, retain_samples=500, name="all")
     assert everything.retain.rows == 40
     assert everything.retain.refused == {
         "about the concept": 4,
@@ -232,7 +219,7 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
         "not an image": 30,
         "same image as a forget row": 1,
     }
-    assert any("460 fewer than asked for" in line for line in ear.heard)
+    assert any("460 fewer than asked for" in line for line in listener.heard)
     # And the same again, from the blocks that stand.
     assert run(store, source, retain_samples=500, name="all") == everything
 
@@ -429,10 +416,10 @@ def test_the_forget_evaluation_is_the_first_that_shows_the_concept(
     assert manifest.forget_eval == "y"
     assert run(store, pairs, evals=evals, forget_eval="a").forget_eval == "a"
     assert run(store, pairs).forget_eval is None
-    ear = Ear()
-    none = run(store, pairs, evals={"z": evals["z"]}, console=ear)
+    listener = Listener()
+    none = run(store, pairs, evals={"z": evals["z"]})
     assert none.forget_eval is None
-    assert any("no evaluation set has a class 'dog'" in line for line in ear.heard)
+    assert any("no evaluation set has a class 'dog'" in line for line in listener.heard)
 
 
 def test_a_forget_evaluation_without_the_concept_is_refused(store, pairs, labelled):
@@ -544,9 +531,9 @@ def test_a_damaged_block_is_made_again(store, pairs):
     first = run(store, pairs)
     chunk = next(Path(store.where(first.retain.path), "images").rglob("0/0/0/0"))
     chunk.unlink()
-    ear = Ear()
-    assert run(store, pairs, console=ear) == first
-    assert any("damaged" in line and "made again" in line for line in ear.heard)
+    listener = Listener()
+    assert run(store, pairs) == first
+    assert any("damaged" in line and "made again" in line for line in listener.heard)
     assert DataBlock.open(store, first.retain).images(0, 30).any()
 
 

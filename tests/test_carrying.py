@@ -12,7 +12,7 @@ import torch
 from edit_headers import edit
 from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
-from worlds import Ear
+from worlds import Listener
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.targets.carrying import CarryOptions, carry
@@ -125,9 +125,8 @@ def edit_of(state, layer, *, name="facebook", seed=0, factor=0.05):
     return edit(layer, delta, before, name=name)
 
 
-def run(edits, path, out, console=None, **options):
-    ear = console or Ear()
-    return carry(edits, read_target(path), out, options=CarryOptions(**options), console=ear)
+def run(edits, path, out, **options):
+    return carry(edits, read_target(path), out, options=CarryOptions(**options))
 
 
 def files(path):
@@ -174,9 +173,9 @@ def test_the_layer_changes_and_nothing_else(tmp_path, state, other, layout, laye
         half = {name: value.bfloat16().float() for name, value in state.items()}
         made = edit_of(half, layer)
     out = tmp_path / ("out" + path.suffix)
-    ear = Ear()
-    result = run([made], path, out, ear)
-    assert ear.heard == []
+    listener = Listener()
+    result = run([made], path, out, listener)
+    assert listener.heard == []
     before, after = tensors(path), tensors(out)
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     for key in changed:
@@ -377,9 +376,9 @@ def test_other_files_with_the_layer_are_told_of(tmp_path, state, other):
     path = sd1(tmp_path / "sd", state, other)
     save(sd1_file(state, other), path / "v1-5.safetensors")
     (path / "text_encoder/flax_model.msgpack").write_bytes(b"weights")
-    ear = Ear()
-    run([edit_of(state, TEXT.format(LAYERS[0]))], path, tmp_path / "out", ear)
-    told = [line for line in ear.heard if "copied without the edit" in line]
+    listener = Listener()
+    run([edit_of(state, TEXT.format(LAYERS[0]))], path, tmp_path / "out", listener)
+    told = [line for line in listener.heard if "copied without the edit" in line]
     assert ["v1-5.safetensors" in told[0], "flax_model.msgpack" in told[1]] == [True, True]
 
 

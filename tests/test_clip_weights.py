@@ -9,7 +9,6 @@ import tiny_clip
 import tiny_targets
 import torch
 from safetensors.torch import load_file
-from worlds import Ear
 
 from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.errors import InputError, MissingError
@@ -77,9 +76,7 @@ def test_shards_and_other_containers_are_the_same_model(tmp_path, copy, state, s
 def test_gradients_are_found_again_and_are_transformers_own(folder, world, state):
     store, name = world.store, world.name
     before = world.pointer
-    result = compute_gradients(
-        store, name, model=ModelSpec(str(folder)), options=PassOptions(), console=Ear()
-    )
+    result = compute_gradients(store, name, model=ModelSpec(str(folder)), options=PassOptions())
     assert result.computed == ()
     assert (result.pointer.forget, result.pointer.retain) == (before.forget, before.retain)
     expected = plain_gradient(hf_clip.model(state), store, read_manifest(store, name))
@@ -121,7 +118,7 @@ def applied(world, model, out):
         names=[world.name], out=out, model=model, layer=TEXT, step=1.0,
         direction=Direction.GRADIENT,
     )  # fmt: skip
-    return apply_named(world.store, request, console=Ear())
+    return apply_named(world.store, request)
 
 
 def test_edits_go_both_ways(folder, world, tmp_path):
@@ -131,7 +128,7 @@ def test_edits_go_both_ways(folder, world, tmp_path):
     edit = made_by_hand(world)
     assert edit.header.layout == "open_clip"
     applied(world, spec, tmp_path / "hf")
-    compute_gradients(world.store, world.name, model=spec, options=PassOptions(), console=Ear())
+    compute_gradients(world.store, world.name, model=spec, options=PassOptions())
     there = made_by_hand(world)
     assert there.header.layout == "transformers"
     assert (there.delta() == edit.delta()).all() and there.header.digests == edit.header.digests
@@ -224,9 +221,7 @@ def test_weights_that_are_not_a_whole_clip_are_refused(copy, state):
 
 
 def test_pointer_names_the_folder(folder, world):
-    compute_gradients(
-        world.store, world.name, model=ModelSpec(str(folder)), options=PassOptions(), console=Ear()
-    )
+    compute_gradients(world.store, world.name, model=ModelSpec(str(folder)), options=PassOptions())
     pointer = read_pointer(world.store, read_manifest(world.store, world.name))
     assert pointer.model == ModelSpec(str(folder))
 
@@ -261,7 +256,7 @@ def test_a_hub_model_of_transformers_is_the_folders(hub, copy, state, world, tmp
     assert fingerprint(found) == fingerprint(resolve(world.model))
     assert input_spec(found) == input_spec(resolve(world.model))
     assert all(torch.equal(value, state[name]) for name, value in load(found).state_dict().items())
-    compute_gradients(world.store, world.name, model=spec, options=PassOptions(), console=Ear())
+    compute_gradients(world.store, world.name, model=spec, options=PassOptions())
     result = applied(world, spec, tmp_path / "out")
     assert [file.path for file in result.files] == [str(tmp_path / "out" / container)]
     applied(world, ModelSpec(str(copy)), tmp_path / "local")

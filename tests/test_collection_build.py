@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from processes import slsgu
 from tiny_images import encoded, shard
-from worlds import Ear
+from worlds import Listener
 
 from slsgu_cli.build import BuildRequest
 from slsgu_cli.curation import collection
@@ -54,7 +54,7 @@ def ask(model, *, concepts=(), metadata=(), sources=(), **options):
 
 def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
     request = ask(tiny_model, metadata=(metadata,), not_match=("not this",))
-    manifest = build(store, request, console=Ear())
+    manifest = build(store, request)
     forget = DataBlock.open(store, manifest.forget)
     assert sorted(int(c.split()[-1]) for c in forget.captions) == [
         n for n in range(0, 60, 3) if n not in (3, 6, 9)
@@ -67,17 +67,17 @@ def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
     assert retain.rows == 8
     assert not any("dog" in caption for caption in retain.captions)
     assert [e.kind for e in entries(store) if e.state != "ok"] == []
-    assert all(replay(store, "dog", console=Ear()).same.values())
+    assert all(replay(store, "dog").same.values())
 
 
 def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, tmp_path):
-    first = build(store, ask(tiny_model, metadata=(metadata,)), console=Ear())
+    first = build(store, ask(tiny_model, metadata=(metadata,)))
     other = Store(str(tmp_path / "other"))
     request = ask(tiny_model, metadata=(metadata,))
     # Other shards, in which everything lies elsewhere.
     small = DownloadOptions(command=FAKE, shard_rows=7)
     collect = replace(request.collect, download=small)
-    second = build(other, replace(request, collect=collect), console=Ear())
+    second = build(other, replace(request, collect=collect))
     assert second.forget.fingerprint == first.forget.fingerprint
     assert second.retain.fingerprint == first.retain.fingerprint
 
@@ -88,11 +88,11 @@ def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model,
         shard(tmp_path / "tars" / f"{number:05}.tar", captions, first=number * 20)
     concepts = [Concept(name, (name,)) for name in ("dog", "cat", "unicorn")]
     request = ask(tiny_model, concepts=concepts, sources=(f"{tmp_path}/tars",))
-    ear = Ear()
-    built, failed = build_many(store, request, concepts, console=ear)
+    listener = Listener()
+    built, failed = build_many(store, request, concepts)
     assert [m.name for m in built] == ["dog", "cat"]
     assert failed == ["unicorn"]
-    assert any("unicorn: the forget set is empty" in told for told in ear.heard)
+    assert any("unicorn: the forget set is empty" in told for told in listener.heard)
     with pytest.raises(InputError, match="no set was built for 1 of the names: unicorn"):
         require_all(failed)
     assert built[0].retain.path == built[1].retain.path
@@ -105,14 +105,14 @@ def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model,
 def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, monkeypatch):
     monkeypatch.setattr(collection, "line_for", lambda wanted: 2 * wanted)
     request = ask(tiny_model, metadata=(metadata,), max_forget=5)
-    manifest = build(store, request, console=Ear())
+    manifest = build(store, request)
     (urls,) = Path(store.root).glob("collections/*/urls.parquet")
     roles = [row["role"] for row in pq.read_table(urls).to_pylist()]
     assert roles.count("forget") == 10
     assert manifest.forget.rows == 5
     monkeypatch.undo()
     other = Store(f"{store.root}-2")
-    whole = build(other, request, console=Ear())
+    whole = build(other, request)
     assert whole.forget.fingerprint == manifest.forget.fingerprint
     assert whole.forget.refused["beyond --max-forget"] > 10
 
@@ -120,17 +120,17 @@ def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, m
 def test_other_rows_to_retain_may_be_named(store, tiny_model, metadata, tmp_path):
     shard(tmp_path / "retain.tar", [f"a house {n}" for n in range(12)])
     request = ask(tiny_model, metadata=(metadata,), retain_sources=(f"{tmp_path}/retain.tar",))
-    manifest = build(store, request, console=Ear())
+    manifest = build(store, request)
     assert manifest.retain.seen == 12
 
 
 def test_nothing_found_and_nothing_had_are_told_apart(store, tiny_model, metadata):
     none = ask(tiny_model, metadata=(metadata,), match=("unicorn",))
     with pytest.raises(InputError, match="nothing matches 'unicorn' among 60 captions"):
-        build(store, none, console=Ear())
+        build(store, none)
     dead = ask(tiny_model, metadata=(metadata,), match=("dog 3",))
     with pytest.raises(InputError, match="none of the 1 images of dog could be had: 1 connection"):
-        build(store, dead, console=Ear())
+        build(store, dead)
     assert store.names("sets") == []
 
 

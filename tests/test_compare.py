@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from processes import slsgu
 from typer.testing import CliRunner
-from worlds import Ear
 
 from slsgu_cli.baselines import ours as ours_module
 from slsgu_cli.baselines.bench import Bench
@@ -32,7 +31,7 @@ def compared_world(shared_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "store"
     shutil.copytree(shared_world.store.root, folder)
     world = replace(shared_world, store=Store(str(folder)))
-    return world, run(world, Ear())
+    return world, run(world)
 
 
 @pytest.fixture
@@ -43,9 +42,9 @@ def own(compared_world, tmp_path):
     return replace(world, store=Store(str(tmp_path / "store")))
 
 
-def run(world, console, **changes):
+def run(world, **changes):
     options = replace(OPTIONS, **changes)
-    return compare(world.store, [world.name], options=options, console=console)
+    return compare(world.store, [world.name], options=options)
 
 
 def rows_of(compared):
@@ -100,17 +99,17 @@ def test_squares_are_stored_and_the_comparison_is_listed(compared_world):
     assert not [e for e in found.values() if e.state is not State.OK]
 
 
-def test_a_second_call_runs_nothing(own, compared_world, console, monkeypatch):
+def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a recorded row was run again")
 
     monkeypatch.setattr(Bench, "run", never)
     monkeypatch.setattr(Bench, "open", never)  # nor is the model loaded
     monkeypatch.setattr(ours_module, "search", never)
-    assert run(own, console).concepts == compared_world[1].concepts
+    assert run(own).concepts == compared_world[1].concepts
 
 
-def test_a_run_that_was_cut_short_goes_on(own, compared_world, console, monkeypatch):
+def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
     path = comparison_path(own.name)
     record = own.store.read_record(path, Comparison)
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
@@ -118,27 +117,27 @@ def test_a_run_that_was_cut_short_goes_on(own, compared_world, console, monkeypa
     ran = []
     original = Bench.run
     monkeypatch.setattr(Bench, "run", lambda self, *rest: ran.append(rest) or original(self, *rest))
-    found = rows_of(run(own, console))[Method.GA]
+    found = rows_of(run(own))[Method.GA]
     assert ran == [(Method.GA, 1e-3)]
     assert replace(found, seconds=0.0) == replace(
         rows_of(compared_world[1])[Method.GA], seconds=0.0
     )
 
 
-def test_another_plan_is_another_row(own, console):
+def test_another_plan_is_another_row(own):
     first = own.store.read_record(comparison_path(own.name), Comparison)
-    run(own, console, methods=[Method.GA], epochs=1)
+    run(own, methods=[Method.GA], epochs=1)
     second = own.store.read_record(comparison_path(own.name), Comparison)
     assert len(second.outcomes) == len(first.outcomes) + 1
     assert second.outcomes[-1].plan.epochs == 1
 
 
-def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own, console):
+def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own):
     path, edit = comparison_path(own.name), f"edits/{own.name}.safetensors"
     record = own.store.read_record(path, Comparison)
     own.store.remove(path)
     before = own.store.read_bytes(edit)
-    found = rows_of(run(own, console, methods=[Method.OURS]))[Method.OURS]
+    found = rows_of(run(own, methods=[Method.OURS]))[Method.OURS]
     assert found.seconds > 0
     assert own.store.read_bytes(edit) == before
     again = own.store.read_record(path, Comparison)
@@ -146,21 +145,21 @@ def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own, consol
     assert set(again.passes) < set(record.passes)
 
 
-def test_a_set_without_gradients_gets_them(world, console):
+def test_a_set_without_gradients_gets_them(world, listener):
     world.store.remove(f"gradients/{world.name}.json")
     digests = world.store.names("gradients", ".safetensors")
     for digest in digests:
         world.store.remove(f"gradients/{digest}.safetensors")
-    found = rows_of(run(world, console, methods=[Method.OURS]))
+    found = rows_of(run(world, methods=[Method.OURS]))
     assert list(found) == [Method.OURS]
     assert world.store.names("gradients", ".safetensors") == digests
-    assert any("no gradients yet" in text for text in console.heard)
+    assert any("no gradients yet" in text for text in listener.heard)
 
 
-def test_an_edit_of_other_evaluation_rows_is_refused(own, console):
+def test_an_edit_of_other_evaluation_rows_is_refused(own):
     own.build(evals={"first": own.sources["first"]}, templates={})
     with pytest.raises(StaleError, match="not among the trials") as error:
-        run(own, console)
+        run(own)
     assert error.value.hint == "run `slsgu search blue`"
 
 
@@ -171,10 +170,10 @@ def test_a_comparison_of_rebuilt_evaluation_rows_is_stale(own):
     assert entry.state is State.STALE
 
 
-def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, console, monkeypatch):
+def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, monkeypatch):
     replace(own, name="red").build()
     ran = []
-    outcome = rows_of(run(own, console))[Method.FT]
+    outcome = rows_of(run(own))[Method.FT]
 
     def fake(self, method, setting):
         ran.append((self.manifest.name, method, setting))
@@ -183,7 +182,7 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, co
 
     monkeypatch.setattr(Bench, "run", fake)
     options = replace(OPTIONS, methods=[Method.FT], rates=None)
-    found = compare(own.store, ["blue", "red"], options=options, console=console)
+    found = compare(own.store, ["blue", "red"], options=options)
     assert found.chosen == {Method.FT: 1e-5}
     assert len([r for r in ran if r[0] == "blue"]) == 5
     assert [r for r in ran if r[0] == "red"] == [("red", Method.FT, 1e-5)]
@@ -224,8 +223,8 @@ def test_the_plot_is_a_picture_that_tells_settings_apart(compared_world):
     assert first != comparison_plot(rows[:-1], title="blue")
 
 
-def test_methods_that_are_not_asked_for_are_not_run(own, console):
-    found = run(own, console, methods=[Method.ORIGINAL, Method.SSD])
+def test_methods_that_are_not_asked_for_are_not_run(own):
+    found = run(own, methods=[Method.ORIGINAL, Method.SSD])
     assert [row.method for row in found.concepts["blue"]] == [Method.ORIGINAL, Method.SSD]
 
 

@@ -5,7 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Ear
 
 from slsgu_cli.curation import metadata
 from slsgu_cli.curation.concepts import ConceptIndex
@@ -56,7 +55,7 @@ def ask(**options):
 
 
 def scan(paths, request):
-    return scan_metadata(paths, request, ConceptIndex(request.concepts, request.regex), Ear())
+    return scan_metadata(paths, request, ConceptIndex(request.concepts, request.regex))
 
 
 def test_rows_of_many_names_are_found_in_one_pass(tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import slsgu
-from worlds import Ear
 
 from slsgu_cli.build import BuildRequest
 from slsgu_cli.curation.dropping import drop, hashes
@@ -112,10 +111,10 @@ def test_what_names_no_row_or_all_rows_is_told(world, tmp_path):
 
 
 def test_a_set_is_built_again_as_it_was_with_rows_dropped(world):
-    assert all(replay(world.store, world.name, console=Ear()).same.values())
+    assert all(replay(world.store, world.name).same.values())
     drop_from_set(world.store, world.name, open_block(world).keys[:3], part="forget")
     before = world.manifest
-    result = replay(world.store, world.name, console=Ear())
+    result = replay(world.store, world.name)
     assert result.same == dict.fromkeys(("forget", "retain", "first", "second"), True)
     assert result.manifest.forget.fingerprint == before.forget.fingerprint
     assert result.manifest.request == before.request
@@ -131,7 +130,7 @@ def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
 def test_a_manifest_that_does_not_say_how_is_stale(world):
     world.store.write_record(manifest_path(world.name), replace(world.manifest, request={}))
     with pytest.raises(StaleError, match="does not say how it was built"):
-        replay(world.store, world.name, console=Ear())
+        replay(world.store, world.name)
 
 
 def test_show_and_replay_from_the_command_line(world):

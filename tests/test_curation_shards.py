@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
-from worlds import Ear
+from worlds import Listener
 
 from slsgu_cli.curation import shards
 from slsgu_cli.curation.collection import collect
@@ -64,7 +64,7 @@ def test_a_shard_is_read_once_and_yields_what_two_passes_yield(tmp_path, mode, m
 
 
 def test_samples_of_many_names_with_their_origins(store, tars):
-    collected = collect(store, ask(tars), console=Ear())
+    collected = collect(store, ask(tars))
     record = collected.record
     assert record.seen == 120
     assert {name: tried.found for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
@@ -78,7 +78,7 @@ def test_samples_of_many_names_with_their_origins(store, tars):
 
 def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, monkeypatch):
     monkeypatch.setattr(shards, "retain_wanted", lambda request: 15)
-    record = collect(store, ask(tars, retain_samples=5), console=Ear()).record
+    record = collect(store, ask(tars, retain_samples=5)).record
     assert record.retain.found == 20
     assert len(record.retain.shards) == 2
 
@@ -95,26 +95,26 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, monkeypatch):
 
     monkeypatch.setattr(shards, "select", breaking)
     with pytest.raises(KeyboardInterrupt):
-        collect(store, ask(tars), console=Ear())
+        collect(store, ask(tars))
     assert store.names("collections", ".json") == []
-    record = collect(store, ask(tars), console=Ear()).record
+    record = collect(store, ask(tars)).record
     assert len(read) == 5
     assert record.concepts["dog"].found == 40
-    ear = Ear()
-    assert collect(store, ask(tars), console=ear).record == record
-    assert "were collected before" in ear.heard[0]
+    listener = Listener()
+    assert collect(store, ask(tars)).record == record
+    assert "were collected before" in listener.heard[0]
 
 
 def test_a_changed_source_is_another_collection(store, tars):
-    first = collect(store, ask(tars), console=Ear())
+    first = collect(store, ask(tars))
     shard(__import__("pathlib").Path(tars) / "00000.tar", ["a dog"] * 31)
-    assert collect(store, ask(tars), console=Ear()).folder != first.folder
+    assert collect(store, ask(tars)).folder != first.folder
 
 
 def test_sources_of_other_kinds(store, tmp_path):
     table = write_parquet(tmp_path / "a.parquet", [sample(n, f"a {KINDS[n]}") for n in range(3)])
     photos = write_folder(tmp_path / "photos", {"dog/1.png": encoded(7), "ant/2.png": encoded(8)})
-    collected = collect(store, ask(table, photos), console=Ear())
+    collected = collect(store, ask(table, photos))
     assert [(row.caption, data) for row, data in held(store, collected)] == [
         ("a dog", encoded(0)),
         ("a cat", encoded(1)),
@@ -125,8 +125,8 @@ def test_sources_of_other_kinds(store, tmp_path):
 def test_broken_shards_are_counted_and_damage_is_told(store, tars, tmp_path):
     path = tmp_path / "tars" / "00003.tar"
     path.write_bytes(path.read_bytes()[:20_000])
-    record = collect(store, ask(tars), console=Ear()).record
+    record = collect(store, ask(tars)).record
     assert record.refused == {"truncated shard": 1}
     path.write_bytes(b"no tar at all")
     with pytest.raises(InputError, match="cannot be read as a tar shard"):
-        collect(store, ask(tars), console=Ear())
+        collect(store, ask(tars))

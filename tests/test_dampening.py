@@ -45,10 +45,8 @@ def plain_squares(world, model, role):
     return {name: value / len(groups) for name, value in total.items()}
 
 
-def test_dampening_is_the_plain_loop(world, console):
-    compute_gradients(
-        world.store, world.name, model=None, options=PassOptions(), console=console, squares=True
-    )
+def test_dampening_is_the_plain_loop(world):
+    compute_gradients(world.store, world.name, model=None, options=PassOptions(), squares=True)
     bench = open_bench(world)
     forget, retain = (
         world.store.read_tensors(squares_path(digest))

@@ -19,7 +19,7 @@ class Counter:
     model: torch.nn.Module
 
 
-def run(accuracies, console, monkeypatch):
+def run(accuracies, monkeypatch):
     counter = Counter(torch.nn.Linear(1, 1))
 
     def epochs():
@@ -35,9 +35,7 @@ def run(accuracies, console, monkeypatch):
 
     monkeypatch.setattr(epochs_module, "forget_accuracy", forget)
     monkeypatch.setattr(epochs_module, "utility", kept)
-    return epochs_module.follow(
-        epochs(), counter, label="test", total=len(accuracies), console=console
-    )
+    return epochs_module.follow(epochs(), counter, label="test", total=len(accuracies))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +48,8 @@ def run(accuracies, console, monkeypatch):
         ([50.0, 40.0, 30.0], 3, 3),
     ],
 )
-def test_the_epoch_that_is_reported(accuracies, reported, ran, console, monkeypatch):
-    found = run(accuracies, console, monkeypatch)
+def test_the_epoch_that_is_reported(accuracies, reported, ran, monkeypatch):
+    found = run(accuracies, monkeypatch)
     assert (found.epoch, found.epochs) == (reported, ran)
     assert found.forget.top1 == accuracies[reported - 1]
     assert found.utility["set"].top1 == reported  # measured with that epoch's weights

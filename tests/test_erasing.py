@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import Ear
 
 from slsgu_cli.erasing.denoiser import Denoiser
 from slsgu_cli.erasing.records import Plan
@@ -85,7 +84,7 @@ def test_esd_changes_all_cross_attention_and_nothing_else(denoiser):
     from slsgu_cli.erasing.esd import erase
 
     before = weights(denoiser)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=3, rate=1e-3, steps=4), Ear())
+    erase(denoiser, PROMPTS[1:2], Plan(iterations=3, rate=1e-3, steps=4))
     names = {name for name in before if ".attn2." in name}
     assert changed(denoiser, before) == names
     assert len(names) < len(before) / 2
@@ -107,7 +106,7 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
     goal = negated(denoiser, original, noisy, time, condition, empty)
     asked, plain = says(original, condition), says(original, empty)
     torch.testing.assert_close(goal, 2 * plain - asked)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=60, rate=3e-3, steps=4), Ear())
+    erase(denoiser, PROMPTS[1:2], Plan(iterations=60, rate=3e-3, steps=4))
     after = says(None, condition)
     assert (after - goal).norm() < 0.6 * (asked - goal).norm()
     # What the prompt adds now points away from what it added.
@@ -147,7 +146,7 @@ def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser,
     total = sum(value.numel() for value in mask.values())
     assert sum(int(value.sum()) for value in mask.values()) == total // 2
     before = weights(denoiser)
-    unlearn(denoiser, lessons, plan, Ear())
+    unlearn(denoiser, lessons, plan)
     now = denoiser.unet.state_dict()
     moved = {name: before[name] != now[name] for name in before}
     assert not any((moved[name] & ~mask[name]).any() for name in mask)
@@ -170,7 +169,7 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
         return float((said[0] - said[1]).norm())
 
     before = apart()
-    salun.unlearn(denoiser, lessons, Plan(iterations=20, rate=3e-4), Ear())
+    salun.unlearn(denoiser, lessons, Plan(iterations=20, rate=3e-4))
     assert apart() < 0.7 * before
 
 
@@ -222,7 +221,7 @@ def test_a_unet_of_two_encoders_reads_pooled_states_and_sizes(diffusers):
     assert condition.added["time_ids"].tolist() == 2 * [[32, 32, 0, 0, 32, 32]]
     assert torch.equal(condition.added["text_embeds"], condition.states[:, 0])
     before = weights(denoiser)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=1, rate=1e-3, steps=2), Ear())
+    erase(denoiser, PROMPTS[1:2], Plan(iterations=1, rate=1e-3, steps=2))
     assert changed(denoiser, before)
 
 
@@ -253,7 +252,7 @@ def searched(demo_world, trained_models, tmp_path_factory):
         target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=1,
         budget=budget, device="cpu",
     )  # fmt: skip
-    search_target(store, "facebook", options=options, console=Ear())
+    search_target(store, "facebook", options=options)
     return store
 
 
@@ -279,7 +278,7 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
         target=trained_models / "sd", rates=(1e-2,), iterations=2, device="cpu",
         budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=3, guidance=4.0)),
     )  # fmt: skip
-    found = comparing.compare(steered, "facebook", options=options, console=Ear())
+    found = comparing.compare(steered, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
     original, esd, salun, ours = found.outcomes
     assert original.distance < 1e-6 < min(esd.distance, salun.distance, ours.distance)
@@ -296,10 +295,10 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.
     monkeypatch.setattr(comparing.Painter, "load", lambda *_, **__: pytest.fail("painted again"))
-    assert comparing.compare(steered, "facebook", options=options, console=Ear()) == found
+    assert comparing.compare(steered, "facebook", options=options) == found
     with pytest.raises(pytest.fail.Exception, match="painted again"):
         more = replace(options, iterations=3)
-        comparing.compare(steered, "facebook", options=more, console=Ear())
+        comparing.compare(steered, "facebook", options=more)
 
 
 def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_models):

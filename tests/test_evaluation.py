@@ -40,10 +40,10 @@ def test_images_of_the_concept_are_apart_from_what_is_kept(shared_world):
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-def test_the_original_models_accuracies(cache_bytes, shared_world, console):
+def test_the_original_models_accuracies(cache_bytes, shared_world):
     found = evaluation(shared_world)
     layers = ["visual.conv1.weight", "text_projection"]
-    found.base_pass(layers, cache_bytes=cache_bytes, console=console)
+    found.base_pass(layers, cache_bytes=cache_bytes)
     figures = Plain(shared_world).figures()
     base = found.forget.base_accuracy()
     assert (base.top1, base.top5, base.rows) == (*figures.forget, 8)
@@ -52,18 +52,18 @@ def test_the_original_models_accuracies(cache_bytes, shared_world, console):
         assert (own.top1, own.top5) == pytest.approx(figures.utility[name])
 
 
-def test_without_a_class_of_the_concept_it_is_one_more_class(world, console):
+def test_without_a_class_of_the_concept_it_is_one_more_class(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     found = evaluation(world)
     assert found.forget.names == (*sorted(tiny_clip.SHAPES), "blue")
     assert found.utility["second"].names == tuple(sorted(tiny_clip.SHAPES))
     assert labels_of(found.forget) == ["blue"] * world.manifest.forget.rows
-    found.base_pass((), cache_bytes=0, console=console)
+    found.base_pass((), cache_bytes=0)
     assert found.forget.base_accuracy().top1 == pytest.approx(Plain(world).figures().forget[0])
 
 
 @pytest.mark.parametrize("concept", ["BLUE", "light_blue", " Light  Blue "])
-def test_the_concept_is_found_however_it_is_written(concept, world, tmp_path, console):
+def test_the_concept_is_found_however_it_is_written(concept, world, tmp_path):
     """As the set was built: without regard to case, underscores and spaces."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -92,7 +92,7 @@ def blue_alone(tmp_path):
     return tiny_clip.write_labelled(tmp_path / "blue.parquet", {"colour": blue}), str(names)
 
 
-def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path, console):
+def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path):
     rows, names = blue_alone(tmp_path)
     world.build(evals={"blues": rows, "second": world.sources["second"]},
                 classes={"blues": names}, templates={})  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path, cons
     assert set(found.utility) == {"second"}
     assert labels_of(found.forget) == ["blue"] * 8
     assert len(found.forget.names) == len(tiny_clip.COLOURS)
-    found.base_pass((), cache_bytes=0, console=console)
+    found.base_pass((), cache_bytes=0)
     assert found.utility["second"].base_accuracy().rows == 40
 
 

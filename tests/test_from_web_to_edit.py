@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import DEMO
-from worlds import Ear
 
 from slsgu_cli.build import BuildRequest, build_sets
 from slsgu_cli.curation.asking import with_collection
@@ -124,9 +123,9 @@ def write_local(folder, urls, icons):
 
 
 def edit_of(store, name):
-    compute_gradients(store, name, model=None, options=PassOptions(), console=Ear())
+    compute_gradients(store, name, model=None, options=PassOptions())
     rank(store, name, options=RankOptions())
-    search(store, name, options=SearchOptions(layers=(LAYER,), steps=3), console=Ear())
+    search(store, name, options=SearchOptions(layers=(LAYER,), steps=3))
     return store.read_bytes(edit_path(name))
 
 
@@ -153,7 +152,7 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
         ),
     )
     store = Store(str(tmp_path / "web"))
-    manifest = build(store, request, console=Ear())
+    manifest = build(store, request)
     about = [n for n, row in enumerate(icons) if "facebook" in row["caption"].lower()]
     fates = Counter(fate(n) for n in about)
     had = {(icons[n]["image"], icons[n]["caption"]) for n in about if fate(n) not in DEAD}
@@ -171,7 +170,6 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
         BuildRequest(
             sources=(f"{local}?role=forget",), retain_sources=(f"{local}?role=retain",), **common
         ),
-        console=Ear(),
     )
     assert manifest.forget.fingerprint == same.forget.fingerprint
     assert manifest.retain.fingerprint == same.retain.fingerprint

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worlds import Ear
+from worlds import Listener
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.layout import read_manifest
@@ -72,9 +72,7 @@ def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, tra
 
     edit = load_edit(edits, "text")
     options = CarryOptions()
-    carry(
-        [edit], read_target(trained_models / "sd"), tmp_path / "sd", options=options, console=Ear()
-    )
+    carry([edit], read_target(trained_models / "sd"), tmp_path / "sd", options=options)
     state = read_state([tmp_path / "sd/text_encoder/model.safetensors"])
     written, _ = state.layer(slots(TEXT, homes(state.owners)[0]))
     (values,) = new_values(painter.encoders, [edit])
@@ -136,7 +134,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
         judge=demo_world.model, classes=str(demo_names(edits)),
         prompts=["an icon of facebook", "an icon of github"],
     )  # fmt: skip
-    record, album = generate(edits, request, console=Ear())
+    record, album = generate(edits, request)
     (plain,) = painter.paint([Job("an icon of facebook", 5)], paint)
     kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
     # Painted beside another one: equal but for rounding.
@@ -173,12 +171,12 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
     request = AskRequest(
         names=["vision"], target=trained_models / "llava", images=[image], out=image.parent / "out"
     )
-    record, album = ask(edits, request, console=Ear())
+    record, album = ask(edits, request)
     (answer,) = record.answers
     assert "facebook" in answer.before and "facebook" not in answer.after
     assert Path(album.where("answers.png")).is_file()
     with pytest.raises(UsageError, match="no set vision"):
-        ask(edits, replace(request, images=[]), console=Ear())
+        ask(edits, replace(request, images=[]))
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(respondent, demo_world):
@@ -220,18 +218,18 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
         target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=2,
         budget=budget, goal=50.0, device="cpu",
     )  # fmt: skip
-    first = search_target(store, "facebook", options=options, console=Ear())
-    again = search_target(store, "facebook", options=options, console=Ear())
+    first = search_target(store, "facebook", options=options)
+    again = search_target(store, "facebook", options=options)
     assert (first.reused, again.reused) == (0, 2)
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
     record = target_trials_path("facebook", options.target)
     store.write_bytes(record, b"not a record")
-    console = Ear()
-    assert search_target(store, "facebook", options=options, console=console).reused == 0
-    assert any("recorded trials cannot be used" in told for told in console.heard)
+    listener = Listener()
+    assert search_target(store, "facebook", options=options).reused == 0
+    assert any("recorded trials cannot be used" in told for told in listener.heard)
     live = painter.encoders[0]
     with live.edited({TEXT: 2 * live.value(TEXT)}), pytest.raises(StaleError, match="not built on"):
-        search_target(store, "facebook", options=options, console=Ear())
+        search_target(store, "facebook", options=options)
     edit = load_edit(store, "facebook@sd")
     assert edit.header.target.after == Effect(first.chosen.concept, first.chosen.others)
     assert edit.header.forgotten is first.forgotten
@@ -257,17 +255,17 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
         name="both", concept="umbrella heart", model=demo_world.model,
         sources=[demo_world.sources["pairs"]], retain_samples=10,
     )  # fmt: skip
-    request = forgetting_generated(store, plain, images, console=Ear())
-    manifest = build_sets(store, request, console=Ear())
+    request = forgetting_generated(store, plain, images)
+    manifest = build_sets(store, request)
     folder = Path(request.sources[0])
     made = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert manifest.forget.rows == 3 and len(made) == 6
     assert made["000001.txt"].decode() == prompts[1]
     (folder / "000002.txt").unlink()
-    ear = Ear()
-    assert forgetting_generated(store, plain, images, console=ear) == request
+    listener = Listener()
+    assert forgetting_generated(store, plain, images) == request
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
-    assert ear.heard[0].startswith("2 of 3 images were")
+    assert listener.heard[0].startswith("2 of 3 images were")
     assert read_manifest(store, "both").retain.rows == 10
 
 
@@ -284,7 +282,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
         themes=str(tmp_path / "themes"), objects=str(tmp_path / "objects"),
         judge=demo_world.model, paint=PaintOptions(steps=2),
     )  # fmt: skip
-    found = answer_set(edits, request, console=Ear())
+    found = answer_set(edits, request)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
     assert names == [
         f"{theme}_{thing}_seed188.jpg"
@@ -294,7 +292,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     assert (found.domain, found.ua.total, found.ira.total, found.cra.total) == ("object", 2, 2, 2)
     first = (tmp_path / "out" / names[0]).read_bytes()
     (tmp_path / "out" / names[0]).unlink()
-    assert answer_set(edits, request, console=Ear()) == found
+    assert answer_set(edits, request) == found
     assert (tmp_path / "out" / names[0]).read_bytes() == first
     with pytest.raises(UsageError, match="another edit or other options"):
-        answer_set(edits, replace(request, paint=PaintOptions(steps=3)), console=Ear())
+        answer_set(edits, replace(request, paint=PaintOptions(steps=3)))

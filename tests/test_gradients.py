@@ -20,14 +20,9 @@ from slsgu_cli.ranking import RankOptions, rank
 from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision, SquaresHeader
 
 
-def compute(world, console, *, model=None, squares=False, **options):
+def compute(world, *, model=None, squares=False, **options):
     return compute_gradients(
-        world.store,
-        world.name,
-        model=model,
-        options=PassOptions(**options),
-        console=console,
-        squares=squares,
+        world.store, world.name, model=model, options=PassOptions(**options), squares=squares
     )
 
 
@@ -72,22 +67,21 @@ def test_headers_say_what_the_gradients_are_of(world):
             assert arrays[name].dtype == np.float32
 
 
-def test_a_second_call_computes_nothing(world, console):
-    again = compute(world, console)
+def test_a_second_call_computes_nothing(world, listener):
+    again = compute(world)
     assert again.computed == ()
     assert again.pointer == world.pointer
-    assert sum("in the store already" in text for text in console.heard) == 2
+    assert sum("in the store already" in text for text in listener.heard) == 2
 
 
 def test_a_hit_imports_no_torch(world):
     program = """
 import sys
-from slsgu_cli.console import Console
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.records import PassOptions
 from slsgu_cli.store import Store
 found = compute_gradients(
-    Store(sys.argv[1]), "blue", model=None, options=PassOptions(), console=Console(verbosity=-1)
+    Store(sys.argv[1]), "blue", model=None, options=PassOptions()
 )
 heavy = {"torch", "open_clip", "torchvision", "zarr", "pyarrow"} & set(sys.modules)
 print(found.computed, sorted(heavy))
@@ -97,11 +91,11 @@ print(found.computed, sorted(heavy))
     assert done.stdout.strip() == "() []"
 
 
-def test_concepts_with_one_retain_set_share_its_gradient(world, console):
+def test_concepts_with_one_retain_set_share_its_gradient(world):
     neutral = [f"{world.sources['pairs']}?colour=white&colour=cyan"]
     for name in ("blue", "red"):
         replace(world, name=name).build(retain_sources=neutral, retain_samples=30)
-    first, second = (compute(replace(world, name=name), console) for name in ("blue", "red"))
+    first, second = (compute(replace(world, name=name)) for name in ("blue", "red"))
     assert first.computed == ("retain",)  # its forget rows are what they were
     assert second.computed == ("forget",)
     assert first.pointer.retain == second.pointer.retain
@@ -109,9 +103,9 @@ def test_concepts_with_one_retain_set_share_its_gradient(world, console):
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"precision": Precision.BF16}])
-def test_options_that_change_the_numbers_change_the_address(change, world, console):
+def test_options_that_change_the_numbers_change_the_address(change, world):
     before = world.pointer
-    result = compute(world, console, **change)
+    result = compute(world, **change)
     assert result.computed == ("forget", "retain")
     after = result.pointer
     assert not {after.forget, after.retain} & {before.forget, before.retain}
@@ -120,66 +114,66 @@ def test_options_that_change_the_numbers_change_the_address(change, world, conso
 
 
 @pytest.mark.parametrize("change", [{"memory_budget": 1}, {"device": "auto"}])
-def test_options_that_change_speed_alone_do_not(change, world, console):
-    assert compute(world, console, **change).computed == ()
+def test_options_that_change_speed_alone_do_not(change, world):
+    assert compute(world, **change).computed == ()
 
 
-def test_other_weights_change_the_address(world, own_model, console):
-    assert compute(world, console, model=own_model).computed == ()
+def test_other_weights_change_the_address(world, own_model):
+    assert compute(world, model=own_model).computed == ()
     weights = load_file(weights_file(own_model))
     weights["visual.ln_post.bias"][0] += 1e-3
     save_file(weights, weights_file(own_model))
-    result = compute(world, console, model=own_model)
+    result = compute(world, model=own_model)
     assert result.computed == ("forget", "retain")
     assert result.pointer.model == own_model
     assert result.pointer.model_fingerprint != fingerprint(resolve(world.model))
 
 
-def test_an_architecture_with_other_arithmetic_changes_the_address(world, tmp_path, console):
+def test_an_architecture_with_other_arithmetic_changes_the_address(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "quick")
     reconfigured(folder, "model_cfg", quick_gelu=True)
-    result = compute(world, console, model=ModelSpec(f"local-dir:{folder}"))
+    result = compute(world, model=ModelSpec(f"local-dir:{folder}"))
     assert result.computed == ("forget", "retain")
 
 
-def test_other_rows_change_the_address_of_their_role(world, console):
+def test_other_rows_change_the_address_of_their_role(world):
     world.build(retain_samples=40)
-    assert compute(world, console).computed == ("retain",)
+    assert compute(world).computed == ("retain",)
     world.build(retain_samples=40, max_forget=10)
-    assert compute(world, console).computed == ("forget",)
+    assert compute(world).computed == ("forget",)
 
 
-def test_ranking_a_set_built_anew_is_refused(world, console):
+def test_ranking_a_set_built_anew_is_refused(world):
     for changes, role in (({"retain_samples": 40}, "retain"), ({"max_forget": 10}, "forget")):
         world.build(**changes)
         with pytest.raises(StaleError, match=f"before its {role} set was built anew"):
             rank(world.store, "blue", options=RankOptions())
-    compute(world, console)
+    compute(world)
     assert rank(world.store, "blue", options=RankOptions()).scores
 
 
-def test_a_model_with_other_inputs_is_refused(world, tmp_path, console):
+def test_a_model_with_other_inputs_is_refused(world, tmp_path):
     vision = tiny_clip.CONFIG["vision_cfg"] | {"image_size": 24}
     folder = tiny_clip.write_folder(tmp_path / "small", vision_cfg=vision)
     before = world.pointer
     with pytest.raises(StaleError, match="takes other inputs: height 24, the set has 32") as error:
-        compute(world, console, model=ModelSpec(f"local-dir:{folder}"))
+        compute(world, model=ModelSpec(f"local-dir:{folder}"))
     assert "slsgu build-sets blue" in error.value.hint
     assert world.pointer == before
 
 
 @pytest.mark.parametrize("change", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
-def test_pixels_on_another_scale_are_other_inputs(change, world, own_model, console):
+def test_pixels_on_another_scale_are_other_inputs(change, world, own_model):
     """The rows stay the same bytes, yet the model sees other numbers."""
     own = replace(world, model=own_model)
     reconfigured(own.folder, "preprocess_cfg", **change)
     own.build()
     assert own.manifest.forget.fingerprint == world.manifest.forget.fingerprint
-    result = compute(own, console)
+    result = compute(own)
     assert result.computed == ("forget", "retain")
     fresh = replace(own, store=type(own.store)(own.store.root + "-fresh"))
     fresh.build()
-    compute(fresh, console)
+    compute(fresh)
     for role in ("forget", "retain"):
         found, expected = (
             w.store.read_tensors(gradient_path(getattr(w.pointer, role))) for w in (own, fresh)
@@ -187,41 +181,41 @@ def test_pixels_on_another_scale_are_other_inputs(change, world, own_model, cons
         np.testing.assert_array_equal(found["visual.proj"], expected["visual.proj"])
 
 
-def test_sigmoid_models_retain_by_the_sigmoid_loss(world, tmp_path, console):
+def test_sigmoid_models_retain_by_the_sigmoid_loss(world, tmp_path):
     folder = tiny_clip.write_folder(tmp_path / "siglip", custom_text=True, init_logit_bias=-2.0)
-    result = compute(world, console, model=ModelSpec(f"local-dir:{folder}"), batch_size=32)
+    result = compute(world, model=ModelSpec(f"local-dir:{folder}"), batch_size=32)
     assert result.headers["retain"].loss == "sigmoid"
     assert result.headers["forget"].loss == "cosine"
 
 
-def test_a_set_smaller_than_a_mini_batch_is_one(world, console):
-    result = compute(world, console, batch_size=500)
+def test_a_set_smaller_than_a_mini_batch_is_one(world):
+    result = compute(world, batch_size=500)
     header = result.headers["retain"]
     assert (header.batches, header.batch_size, header.rows) == (1, 500, 60)
 
 
-def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model, console):
+def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model):
     weights = load_file(weights_file(own_model))
     weights["visual.proj"][0, 0] = np.nan
     save_file(weights, weights_file(own_model))
     files = world.store.names("gradients")
     before = world.store.read_bytes(pointer_path("blue"))
     with pytest.raises(InputError, match="not finite in mini-batch 0"):
-        compute(world, console, model=own_model)
+        compute(world, model=own_model)
     assert world.store.names("gradients") == files
     assert world.store.unfinished("gradients") == []
     assert world.store.read_bytes(pointer_path("blue")) == before
 
 
-def test_a_set_that_is_not_there_is_told(world, console):
+def test_a_set_that_is_not_there_is_told(world):
     with pytest.raises(MissingError, match="set nobody"):
-        compute(replace(world, name="nobody"), console)
+        compute(replace(world, name="nobody"))
 
 
-def test_squares_go_with_their_gradient_and_are_computed_once(world, console):
+def test_squares_go_with_their_gradient_and_are_computed_once(world):
     before = {d: world.store.read_bytes(gradient_path(d)) for d in digests(world)}
-    assert compute(world, console).squared is None
-    first = compute(world, console, squares=True)
+    assert compute(world).squared is None
+    first = compute(world, squares=True)
     assert (first.computed, first.squared) == ((), ("forget", "retain"))
     assert set(first.seconds) == {"forget", "retain"}
     for digest, role in zip(digests(world), ("forget", "retain"), strict=True):
@@ -232,16 +226,16 @@ def test_squares_go_with_their_gradient_and_are_computed_once(world, console):
         assert {n: v.shape for n, v in squares.items()} == {n: v.shape for n, v in gradient.items()}
         assert all((value >= 0).all() for value in squares.values())
         assert world.store.read_bytes(gradient_path(digest)) == before[digest]
-    again = compute(world, console, squares=True)
+    again = compute(world, squares=True)
     assert (again.computed, again.squared, again.seconds) == ((), (), {})
     world.store.write_bytes(squares_path(digests(world)[0]), b"cut short")
-    assert compute(world, console, squares=True).squared == ("forget",)
+    assert compute(world, squares=True).squared == ("forget",)
 
 
-def test_gradients_and_squares_come_of_one_pass(world, console):
+def test_gradients_and_squares_come_of_one_pass(world):
     for digest in digests(world):
         world.store.remove(gradient_path(digest))
-    found = compute(world, console, squares=True)
+    found = compute(world, squares=True)
     assert found.computed == found.squared == ("forget", "retain")
     assert rank(world.store, world.name, options=RankOptions()).scores
 

@@ -95,10 +95,8 @@ def plain_gradient(model, loss, block, spec, size=16):
     return gradients, sum(values) / len(values)
 
 
-def run(model, loss, block, spec, console, **options):
-    prepared = GradientPass.prepare(
-        model, loss, spec=spec, options=PassOptions(**options), console=console
-    )
+def run(model, loss, block, spec, **options):
+    prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions(**options))
     return prepared.run(block, "test")
 
 
@@ -134,16 +132,16 @@ def tiny_spec(folder):
 @pytest.mark.parametrize("pairs", [1, 40, 1024])
 @pytest.mark.parametrize("loss", ["cosine", "contrastive", "sigmoid"])
 def test_grouped_is_one_mini_batch_after_another(
-    loss, pairs, folders, plain, spec, console, monkeypatch
+    loss, pairs, folders, plain, spec, listener, monkeypatch
 ):
     monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", pairs)
     model = load(folders["sigmoid" if loss == "sigmoid" else "contrastive"])
-    found, mean_loss = run(model, loss, Rows(61), spec, console)
+    found, mean_loss = run(model, loss, Rows(61), spec)
     expected, expected_loss = plain[loss]
     assert mean_loss == pytest.approx(expected_loss, rel=1e-5)
     assert_equal(found, expected)
     assert all(value.dtype == np.float32 for value in found.values())
-    assert not any("recomputed" in text for text in console.heard)
+    assert not any("recomputed" in text for text in listener.heard)
 
 
 def plain_squares(model, loss, block, spec, size=16):
@@ -160,9 +158,9 @@ def plain_squares(model, loss, block, spec, size=16):
 
 
 @pytest.mark.parametrize("loss", ["cosine", "contrastive"])
-def test_squares_are_of_one_mini_batch_after_another(loss, folders, plain, spec, console):
+def test_squares_are_of_one_mini_batch_after_another(loss, folders, plain, spec):
     model = load(folders["contrastive"])
-    prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions(), console=console)
+    prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions())
     gradient, squares, mean_loss = prepared.run_squared(Rows(61), "test")
     assert_equal(gradient, plain[loss][0])
     assert mean_loss == pytest.approx(plain[loss][1], rel=1e-5)
@@ -175,42 +173,42 @@ def test_squares_are_of_one_mini_batch_after_another(loss, folders, plain, spec,
 @pytest.mark.parametrize(("budget", "pairs"), [(1, 16), (3, 16), (6.5, 32), (64, 61)])
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 def test_a_memory_budget_changes_no_gradient(
-    loss, budget, pairs, folders, plain, spec, console, monkeypatch
+    loss, budget, pairs, folders, plain, spec, listener, monkeypatch
 ):
     seen = short_of_memory(monkeypatch, 128)
     model = load(folders["sigmoid" if loss == "sigmoid" else "contrastive"])
-    found, mean_loss = run(model, loss, Rows(61), spec, console, memory_budget=int(budget * 2**20))
+    found, mean_loss = run(model, loss, Rows(61), spec, memory_budget=int(budget * 2**20))
     assert max(seen) == pairs
     assert mean_loss == pytest.approx(plain[loss][1], rel=1e-5)
     assert_equal(found, plain[loss][0])
-    told = any("recomputed block by block" in text for text in console.heard)
+    told = any("recomputed block by block" in text for text in listener.heard)
     assert told == (budget == 1)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 16), (16, 16), (33, 16), (20, 19), (5, 2)])
-def test_any_last_mini_batch(rows, size, folders, spec, console):
+def test_any_last_mini_batch(rows, size, folders, spec):
     block = Rows(rows, seed=rows)
     for loss in ("cosine", "contrastive"):
         model = load(folders["contrastive"])
         expected, expected_loss = plain_gradient(model, loss, block, spec, size)
-        found, mean_loss = run(model, loss, block, spec, console, batch_size=size)
+        found, mean_loss = run(model, loss, block, spec, batch_size=size)
         assert mean_loss == pytest.approx(expected_loss, rel=1e-5)
         assert_equal(found, expected)
 
 
-def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, console, monkeypatch):
+def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, monkeypatch):
     monkeypatch.setitem(gradpass.TEXTS_PER_FORWARD, "cpu", 7)
-    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
 
 
 # bf16 has 8 bits; the residual stream stays fp32.
 @pytest.mark.parametrize(("loss", "bound"), [("cosine", 0.02), ("contrastive", 0.05)])
-def test_half_precision_is_close(loss, bound, folders, plain, spec, console):
+def test_half_precision_is_close(loss, bound, folders, plain, spec):
     model = load(folders["contrastive"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found, mean_loss = run(
-        model, loss, Rows(61), spec, console, precision=Precision.BF16, memory_budget=3 << 20
+        model, loss, Rows(61), spec, precision=Precision.BF16, memory_budget=3 << 20
     )
     assert mean_loss == pytest.approx(plain[loss][1], rel=0.02)
     whole, expected = (
@@ -234,11 +232,11 @@ def test_precision_of_matrix_products_is_put_back():
 
 
 @pytest.mark.parametrize("loss", ["cosine", "contrastive", "sigmoid"])
-def test_gradients_are_slopes(loss, folders, spec, console):
+def test_gradients_are_slopes(loss, folders, spec):
     """Central differences in fp64 along random directions, for layers of both towers."""
     folder = folders["sigmoid" if loss == "sigmoid" else "contrastive"]
     block = Rows(22)
-    gradients, _ = run(load(folder), loss, block, spec, console)
+    gradients, _ = run(load(folder), loss, block, spec)
     model = load(folder).double()
     names = [name for name in gradients if is_candidate(name)][::5]
     names += ["visual.conv1.weight", "visual.proj", "logit_scale"]
@@ -312,25 +310,23 @@ def assert_blames(error, first, last, block, size=16):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layer", ["visual.conv1.weight", "text_projection", "logit_scale"])
-def test_weights_that_are_no_numbers_are_told(layer, value, folders, spec, console):
+def test_weights_that_are_no_numbers_are_told(layer, value, folders, spec):
     model, block = load(folders["contrastive"]), Rows(40)
     model.get_parameter(layer).data.reshape(-1)[0] = value
     with pytest.raises(InputError, match="not finite") as error:
-        run(model, "contrastive", block, spec, console)
+        run(model, "contrastive", block, spec)
     assert_blames(error, 0, 15, block)
 
 
 @pytest.mark.parametrize("pairs", [16, 128])
 @pytest.mark.parametrize("row", [3, 31, 39])
-def test_the_mini_batch_that_is_not_finite_is_named(
-    row, pairs, folders, spec, console, monkeypatch
-):
+def test_the_mini_batch_that_is_not_finite_is_named(row, pairs, folders, spec, monkeypatch):
     monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", pairs)
     model, block = load(folders["contrastive"]), Rows(40)
     word = block.tokens[row, 1] = 40_000  # a word that no other row has
     model.token_embedding.weight.data[word] = 1e30
     with pytest.raises(InputError, match="not finite") as error:
-        run(model, "cosine", block, spec, console)
+        run(model, "cosine", block, spec)
     assert_blames(error, row // 16 * 16, min(row // 16 * 16 + 15, 39), block)
 
 
@@ -351,16 +347,16 @@ def short_of_memory(monkeypatch, limit, *, checkpointed=None):
     return seen
 
 
-def test_out_of_memory_goes_on_with_fewer_pairs(folders, plain, spec, console, monkeypatch):
+def test_out_of_memory_goes_on_with_fewer_pairs(folders, plain, spec, listener, monkeypatch):
     seen = short_of_memory(monkeypatch, 32)
-    found, mean_loss = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    found, mean_loss = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
     assert mean_loss == pytest.approx(plain["contrastive"][1], rel=1e-5)
     assert max(seen) <= 32
-    assert any("out of memory: going on with 32 pairs" in text for text in console.heard)
+    assert any("out of memory: going on with 32 pairs" in text for text in listener.heard)
 
 
-def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, console, monkeypatch):
+def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monkeypatch):
     monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", 32)
     embed, calls = OpenClipVision.embed, []
 
@@ -371,13 +367,13 @@ def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, conso
         return embed(tower, inputs)
 
     monkeypatch.setattr(OpenClipVision, "embed", guarded)
-    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert calls == [16, 32, 29, 16, 13]
     assert_equal(found, plain["contrastive"][0])
 
 
 def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
-    folders, plain, spec, console, monkeypatch
+    folders, plain, spec, monkeypatch
 ):
     monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", 32)
     finite, calls = gradpass._finite, []
@@ -389,24 +385,24 @@ def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
         return finite(values, gradients)
 
     monkeypatch.setattr(gradpass, "_finite", guarded)
-    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert calls == [2, 1, 1, 1, 1]
     assert_equal(found, plain["contrastive"][0])
 
 
 def test_a_mini_batch_too_large_for_the_device_is_recomputed_block_by_block(
-    folders, plain, spec, console, monkeypatch
+    folders, plain, spec, listener, monkeypatch
 ):
     short_of_memory(monkeypatch, 15, checkpointed=16)
-    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+    found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
-    assert any("recomputed block by block" in text for text in console.heard)
+    assert any("recomputed block by block" in text for text in listener.heard)
 
 
-def test_a_mini_batch_that_never_fits_is_an_error(folders, spec, console, monkeypatch):
+def test_a_mini_batch_that_never_fits_is_an_error(folders, spec, monkeypatch):
     short_of_memory(monkeypatch, 15)
     with pytest.raises(InputError, match="one mini-batch of 16 pairs does not fit") as error:
-        run(load(folders["contrastive"]), "contrastive", Rows(61), spec, console)
+        run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert "--batch-size" in error.value.hint
 
 

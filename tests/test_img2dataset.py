@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_images import encoded
-from worlds import Ear
 
 from slsgu_cli.curation import img2dataset
 from slsgu_cli.curation.collection import collect
@@ -55,7 +54,7 @@ def ask(metadata, **download):
 def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     request = ask(metadata, distributor=Distributor.RAY, retries=3, timeout=7)
-    record = collect(store, request, console=Ear()).record
+    record = collect(store, request).record
     dog = record.concepts["dog"]
     assert dog.found == 15
     assert dog.refused == {"connection failed": 1, "dead link (HTTP 404)": 1}
@@ -72,33 +71,33 @@ def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatc
     monkeypatch.setenv("FAKE_DIES", "2")
     monkeypatch.setattr(img2dataset, "TRIES", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
-        collect(store, ask(metadata), console=Ear())
+        collect(store, ask(metadata))
     assert "goes on where it stopped" in told.value.hint
     assert store.names("collections", ".json") == []
     monkeypatch.delenv("FAKE_DIES")
     first = next(Path(store.root).glob("collections/*/parts/00000.tar"))
     before = first.stat().st_mtime_ns
-    assert collect(store, ask(metadata), console=Ear()).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
     assert first.stat().st_mtime_ns == before
     assert len((tmp_path / "log").read_text().splitlines()) == 2
 
 
 def test_a_run_that_stops_early_is_started_again(store, metadata, monkeypatch):
     monkeypatch.setenv("FAKE_DIES", "2")
-    assert collect(store, ask(metadata), console=Ear()).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
 
 
 def test_a_run_that_gets_nowhere_is_not_started_forever(store, metadata, monkeypatch):
     monkeypatch.setenv("FAKE_DIES", "0")
     with pytest.raises(InputError, match="finished 0 of 4 shards"):
-        collect(store, ask(metadata), console=Ear())
+        collect(store, ask(metadata))
 
 
 def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
     script = textwrap.dedent(
         f"""
-        from test_img2dataset import Ear, Store, ask, collect
-        collect(Store({store.root!r}), ask({metadata!r}), console=Ear())
+        from test_img2dataset import Store, ask, collect
+        collect(Store({store.root!r}), ask({metadata!r}))
         """
     )
     log = tmp_path / "log"

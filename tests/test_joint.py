@@ -44,17 +44,16 @@ def plots():
         yield
 
 
-def find(world, console, *names, **options):
+def find(world, *names, **options):
     asked = SearchOptions(**{"steps": 10} | options)
-    return joint_search(world.store, names or NAMES, options=asked, console=console)
+    return joint_search(world.store, names or NAMES, options=asked)
 
 
 @pytest.fixture(scope="module")
 def searched(several_world):
     """A world that is searched jointly, for tests that change nothing."""
-    from worlds import Ear
 
-    return several_world, find(several_world, Ear())
+    return several_world, find(several_world)
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_edits_are_of_the_original_gradients_and_say_that_they_belong_together(s
 
 
 @pytest.mark.slow
-def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, console, tmp_path):
+def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, tmp_path):
     names = ("facebook", "github", "twitter")
     world = demo_world.copied(tmp_path / "store")
     for name in names:
@@ -133,7 +132,7 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, console
             max_forget=20,
         )
         own.grade()
-    result = find(world, console, *names, layers=DEMO_LAYERS)
+    result = find(world, *names, layers=DEMO_LAYERS)
     assert result.forgotten
     assert all(before.top1 > 60 for before in result.found.baseline_forget.values())
     model = open_clip.create_model(world.model.name).eval()
@@ -144,11 +143,11 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, console
     assert_figures(result.chosen, plain_figures(world, model, names))
 
 
-def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, console):
+def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, listener):
     world, result = searched
     request = ApplyRequest(names=NAMES, out=tmp_path / "out")
-    apply_named(world.store, request, console=console)
-    assert not any("searched jointly" in told for told in console.heard)
+    apply_named(world.store, request)
+    assert not any("searched jointly" in told for told in listener.heard)
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     assert_figures(result.chosen, plain_figures(world, model))
     before = load_file(world.folder / "open_clip_model.safetensors")
@@ -157,16 +156,16 @@ def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, cons
     assert changed == {move.layer for move in result.chosen.moves}
 
 
-def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, console):
+def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
     world, _ = apart
     request = ApplyRequest(names=("blue", "green"), out=tmp_path / "out", dry_run=True)
-    apply_named(world.store, request, console=console)
-    assert any("blue, green: searched jointly with red" in told for told in console.heard)
-    console.heard.clear()
+    apply_named(world.store, request)
+    assert any("blue, green: searched jointly with red" in told for told in listener.heard)
+    listener.heard.clear()
     # The edit of a set that was searched alone since is not the one of the joint search.
-    search(world.store, "red", options=SearchOptions(steps=3), console=console)
-    apply_named(world.store, replace(request, names=NAMES), console=console)
-    assert any("blue, green: searched jointly with red" in told for told in console.heard)
+    search(world.store, "red", options=SearchOptions(steps=3))
+    apply_named(world.store, replace(request, names=NAMES))
+    assert any("blue, green: searched jointly with red" in told for told in listener.heard)
 
 
 def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(searched):
@@ -182,19 +181,19 @@ def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(sea
     assert len({move.layer for move in result.chosen.moves}) > 1
 
 
-def test_a_joint_search_again_measures_nothing_anew(apart, console, monkeypatch):
+def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     world, result = apart
     before = world.store.read_bytes(joint_path(NAMES))
     monkeypatch.setattr("slsgu_cli.several.joining.Combined.left", None)
-    again = find(world, console)
+    again = find(world)
     assert again.found == result.found
     assert again.reused == len(result.found.trials)
     assert world.store.read_bytes(joint_path(NAMES)) == before
 
 
-def test_five_guesses_can_be_driven_to_zero_together(apart, console):
+def test_five_guesses_can_be_driven_to_zero_together(apart):
     world, _ = apart
-    result = find(world, console, "blue", "red", steer=Steer.FA5)
+    result = find(world, "blue", "red", steer=Steer.FA5)
     if result.forgotten:
         assert all(found.top5 == 0 for found in result.chosen.forget.values())
     else:
@@ -202,11 +201,11 @@ def test_five_guesses_can_be_driven_to_zero_together(apart, console):
     assert load_edit(world.store, "blue").header.steer is Steer.FA5
 
 
-def test_whitened_directions_and_margins_join_as_well(apart, console):
+def test_whitened_directions_and_margins_join_as_well(apart):
     world, _ = apart
     for name in ("blue", "red"):
         rank(world.store, name, options=RankOptions(direction=Direction.WHITENED))
-    result = find(world, console, "blue", "red", steer=Steer.MARGIN, margin=0.01)
+    result = find(world, "blue", "red", steer=Steer.MARGIN, margin=0.01)
     header = load_edit(world.store, "red").header
     assert header.direction is Direction.WHITENED
     assert (header.ridge, header.margin) == (result.chosen.moves[1].ridge, 0.01)
@@ -218,9 +217,9 @@ def test_whitened_directions_and_margins_join_as_well(apart, console):
     assert moved == pytest.approx(header.share, rel=1e-4)
 
 
-def test_what_cannot_be_forgotten_is_told_and_kept(apart, console):
+def test_what_cannot_be_forgotten_is_told_and_kept(apart):
     world, _ = apart
-    result = find(world, console, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
+    result = find(world, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
     assert not result.forgotten
     with pytest.raises(NotForgottenError, match="no steps forget blue and red and green") as error:
         require_all_forgotten(result)
@@ -229,24 +228,24 @@ def test_what_cannot_be_forgotten_is_told_and_kept(apart, console):
     assert load_edit(world.store, "blue").header.joint is not None
 
 
-def test_sets_that_are_measured_on_other_rows_are_refused(apart, console):
+def test_sets_that_are_measured_on_other_rows_are_refused(apart):
     world, _ = apart
     other = replace(world, name="red")
     other.build(evals={"first": world.sources["first"]}, templates={}, retain_exclude=NAMES)
     other.grade()
     with pytest.raises(InputError, match="blue and red are not measured on the same rows"):
-        find(world, console)
+        find(world)
     with pytest.raises(InputError, match="not measured on the same rows"):
-        measure_several(world.store, NAMES, model=None, device="cpu", console=console)
+        measure_several(world.store, NAMES, model=None, device="cpu")
     listed = {entry.kind: entry for entry in entries(world.store)}
     assert listed[Kind.JOINT].state is State.STALE
 
 
-def test_names_that_make_no_joint_search_are_refused(several_world, console):
+def test_names_that_make_no_joint_search_are_refused(several_world):
     with pytest.raises(UsageError, match="several names"):
-        find(several_world, console, "blue")
+        find(several_world, "blue")
     with pytest.raises(UsageError, match="twice"):
-        find(several_world, console, "blue", "blue")
+        find(several_world, "blue", "blue")
 
 
 def test_long_lists_have_short_labels():
@@ -256,9 +255,9 @@ def test_long_lists_have_short_labels():
     assert len(label) < 100
 
 
-def test_eval_of_several_has_the_figures_of_the_search(searched, console):
+def test_eval_of_several_has_the_figures_of_the_search(searched):
     world, result = searched
-    found = measure_several(world.store, NAMES, model=None, device="cpu", console=console)
+    found = measure_several(world.store, NAMES, model=None, device="cpu")
     before, after = found.models
     assert before.forget == result.found.baseline_forget
     assert before.utility == result.found.baseline_utility

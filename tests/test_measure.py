@@ -27,17 +27,17 @@ def plot(monkeypatch):
     return draw
 
 
-def measured(world, console, model=None):
-    return measure(world.store, world.name, model=model, device="cpu", console=console)
+def measured(world, model=None):
+    return measure(world.store, world.name, model=model, device="cpu")
 
 
-def find(world, console, **options):
-    return search(world.store, world.name, options=SearchOptions(**options), console=console)
+def find(world, **options):
+    return search(world.store, world.name, options=SearchOptions(**options))
 
 
-def applied(world, console, out):
+def applied(world, out):
     request = ApplyRequest(names=[world.name], out=out)
-    return ModelSpec(apply_named(world.store, request, console=console).model)
+    return ModelSpec(apply_named(world.store, request).model)
 
 
 def assert_figures(model, forget, utility):
@@ -46,10 +46,10 @@ def assert_figures(model, forget, utility):
 
 
 @pytest.mark.parametrize("layer", ["visual.proj", "transformer.resblocks.1.ln_1.weight"])
-def test_the_applied_checkpoint_has_the_searchs_figures(layer, world, console, tmp_path):
-    result = find(world, console, steps=6, layers=[layer])
-    model = applied(world, console, tmp_path / "out")
-    before, after = measured(world, console, model).models
+def test_the_applied_checkpoint_has_the_searchs_figures(layer, world, tmp_path):
+    result = find(world, steps=6, layers=[layer])
+    model = applied(world, tmp_path / "out")
+    before, after = measured(world, model).models
     assert (before.label, after.label) == ("original", str(model))
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
@@ -58,22 +58,22 @@ def test_the_applied_checkpoint_has_the_searchs_figures(layer, world, console, t
     assert figures.forget == pytest.approx((after.forget.top1, after.forget.top5))
 
 
-def test_without_another_model_the_sets_edit_is_measured(world, console):
-    result = find(world, console, steps=4, layers=["visual.proj"])
-    before, after = measured(world, console).models
+def test_without_another_model_the_sets_edit_is_measured(world):
+    result = find(world, steps=4, layers=["visual.proj"])
+    before, after = measured(world).models
     assert (before.label, after.label) == ("original", "edit blue")
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
 
 
-def test_without_an_edit_the_original_stands_alone(world, console):
+def test_without_an_edit_the_original_stands_alone(world):
     assert not world.store.exists(edit_path("blue"))
-    assert [model.label for model in measured(world, console).models] == ["original"]
+    assert [model.label for model in measured(world).models] == ["original"]
 
 
-def test_cosines_are_means_over_images_of_a_class(world, console):
-    find(world, console, steps=4, layers=["visual.proj"])
-    found = measured(world, console)
+def test_cosines_are_means_over_images_of_a_class(world):
+    find(world, steps=4, layers=["visual.proj"])
+    found = measured(world)
     before, after = (model.cosines for model in found.models)
     plain = Plain(world)
     block = plain.blocks["first"]
@@ -91,32 +91,32 @@ def test_cosines_are_means_over_images_of_a_class(world, console):
     assert after[0, 0] < before[0, 0]
 
 
-def test_the_plot_is_where_it_says(world, console, plot, monkeypatch):
+def test_the_plot_is_where_it_says(world, plot, monkeypatch):
     monkeypatch.setattr(slsgu_cli.measure, "cosine_plot", plot)
-    find(world, console, steps=2, layers=["visual.proj"])
-    found = measured(world, console)
+    find(world, steps=2, layers=["visual.proj"])
+    found = measured(world)
     with Image.open(found.plot) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 100
 
 
-def test_a_concept_that_is_no_class_is_measured_too(world, console):
+def test_a_concept_that_is_no_class_is_measured_too(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
-    result = find(world, console, steps=3)
-    before, after = measured(world, console).models
+    result = find(world, steps=3)
+    before, after = measured(world).models
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
     assert before.cosines.shape == (6, 6)
 
 
-def test_a_model_with_other_inputs_is_refused(world, console, tmp_path):
+def test_a_model_with_other_inputs_is_refused(world, tmp_path):
     vision = tiny_clip.CONFIG["vision_cfg"] | {"image_size": 24}
     folder = tiny_clip.write_folder(tmp_path / "small", vision_cfg=vision)
     with pytest.raises(StaleError, match="takes other inputs"):
-        measured(world, console, ModelSpec(f"local-dir:{folder}"))
+        measured(world, ModelSpec(f"local-dir:{folder}"))
 
 
-def test_a_set_that_is_not_there_is_told(world, console):
+def test_a_set_that_is_not_there_is_told(world):
     with pytest.raises(MissingError, match="set nobody"):
-        measured(replace(world, name="nobody"), console)
+        measured(replace(world, name="nobody"))

@@ -49,8 +49,8 @@ def layers_of(model):
     return [name for name, _ in model.named_parameters() if is_candidate(name)]
 
 
-def found_by(model, block, console):
-    return input_moments(model, layers_of(model), block, spec=SPEC, device="cpu", console=console)
+def found_by(model, block):
+    return input_moments(model, layers_of(model), block, spec=SPEC, device="cpu")
 
 
 class Plain(dict):
@@ -135,29 +135,29 @@ def plain(model, block):
     return {name: total / count for name, (total, count) in found.items()}
 
 
-def test_moments_are_those_of_open_clips_own_modules(model, block, console):
+def test_moments_are_those_of_open_clips_own_modules(model, block):
     expected = plain(model, block)
-    found = found_by(model, block, console)
+    found = found_by(model, block)
     assert set(found) == set(expected) == set(layers_of(model))
     for name, moment in found.items():
         torch.testing.assert_close(moment.mean(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_groups_of_rows_change_nothing(model, block, console, monkeypatch):
-    whole = found_by(model, block, console)
+def test_groups_of_rows_change_nothing(model, block, monkeypatch):
+    whole = found_by(model, block)
     monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 2)
-    for name, moment in found_by(model, block, console).items():
+    for name, moment in found_by(model, block).items():
         assert moment.count == pytest.approx(whole[name].count)
         torch.testing.assert_close(moment.mean(), whole[name].mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_of_many_rows_some_are_taken_at_equal_distances(model, block, console, monkeypatch):
+def test_of_many_rows_some_are_taken_at_equal_distances(model, block, monkeypatch):
     monkeypatch.setattr(moments, "MOST_ROWS", 4)
     rows = moments.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
     some = Block(4, block.tokens[rows], block.pixels[rows])
-    few = found_by(model, block, console)
-    for name, moment in found_by(model, some, console).items():
+    few = found_by(model, block)
+    for name, moment in found_by(model, some).items():
         torch.testing.assert_close(moment.mean(), few[name].mean())
 
 

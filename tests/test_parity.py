@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_targets import transformers_weights
-from worlds import Ear
 
 from slsgu_cli.applying import ApplyRequest, apply_named
 from slsgu_cli.models import load, resolve
@@ -94,7 +93,7 @@ def test_a_pipeline_conditions_as_open_clip_does(pipeline, diffusers, world, tmp
             names=[world.name], out=tmp_path / out, layer=layer, step=4.0,
             direction=Direction.GRADIENT, **where,
         )  # fmt: skip
-        apply_named(world.store, request, console=Ear())
+        apply_named(world.store, request)
         return tmp_path / out
 
     def opened(folder):

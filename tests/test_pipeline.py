@@ -28,12 +28,12 @@ PLAIN = RankOptions(direction=Direction.GRADIENT)
 LAYER = "visual.transformer.resblocks.1.attn.out_proj.weight"
 
 
-def apply(world, out, console, names=("blue",), **request):
-    return apply_named(world.store, ApplyRequest(names=names, out=out, **request), console=console)
+def apply(world, out, names=("blue",), **request):
+    return apply_named(world.store, ApplyRequest(names=names, out=out, **request))
 
 
-def find(world, console, name="blue", **options):
-    return search(world.store, name, options=SearchOptions(**options), console=console)
+def find(world, name="blue", **options):
+    return search(world.store, name, options=SearchOptions(**options))
 
 
 def weights(folder):
@@ -83,10 +83,10 @@ def forget_accuracy(world, folder):
     "layers",
     [("visual.proj", "transformer.resblocks.0.ln_1.weight"), ("visual.proj", "visual.proj")],
 )
-def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_path, console):
+def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_path):
     for world, layer in zip(two, layers, strict=True):
-        assert find(world, console, world.name, steps=6, layers=[layer]).forgotten
-    apply(two[0], tmp_path / "out", console, names=["blue", "red"])
+        assert find(world, world.name, steps=6, layers=[layer]).forgotten
+    apply(two[0], tmp_path / "out", names=["blue", "red"])
     sums = {}
     for world, layer in zip(two, layers, strict=True):
         sums[layer] = sums.get(layer, 0) + load_edit(world.store, world.name).delta()
@@ -99,61 +99,58 @@ def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_p
         assert forget_accuracy(world, tmp_path / "out") < before
 
 
-def test_the_order_of_names_does_not_matter(two, tmp_path, console):
+def test_the_order_of_names_does_not_matter(two, tmp_path):
     for world in two:
-        find(world, console, world.name, steps=2, layers=["visual.proj"])
+        find(world, world.name, steps=2, layers=["visual.proj"])
     for out, names in (("one", ["blue", "red"]), ("other", ["red", "blue"])):
-        apply(two[0], tmp_path / out, console, names=names)
+        apply(two[0], tmp_path / out, names=names)
     one, other = (weights(tmp_path / out) for out in ("one", "other"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, console):
+def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
     world.store.remove(ranking_path("blue"))
-    result = apply(world, tmp_path / "out", console)
+    result = apply(world, tmp_path / "out")
     assert world.store.exists(ranking_path("blue"))
     assert world.store.exists(edit_path("blue"))
-    assert any("has no ranking yet" in text for text in console.heard)
-    assert any("has no edit yet" in text for text in console.heard)
+    assert any("has no ranking yet" in text for text in listener.heard)
+    assert any("has no edit yet" in text for text in listener.heard)
     header = load_edit(world.store, "blue").header
     assert header.forget.top1 == 0
     assert set(changed(world, tmp_path / "out")) == {header.layer}
     assert result.model == f"local-dir:{tmp_path / 'out'}"
 
 
-def test_an_edit_that_is_there_is_used(world, tmp_path, console):
-    find(world, console, steps=3)
+def test_an_edit_that_is_there_is_used(world, tmp_path):
+    find(world, steps=3)
     world.store.remove(ranking_path("blue"))
-    apply(world, tmp_path / "out", console)
+    apply(world, tmp_path / "out")
     assert not world.store.exists(ranking_path("blue"))
 
 
-def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, console):
+def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, listener):
     pipeline.rank_and_plot(
-        world.store,
-        "blue",
-        options=RankOptions(direction=Direction.GRADIENT, include=[ALONE]),
-        console=console,
+        world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, include=[ALONE])
     )
     with pytest.raises(NotForgottenError):
-        edit_for(world.store, "blue", options=SearchOptions(steps=1), console=console)
+        edit_for(world.store, "blue", options=SearchOptions(steps=1))
     assert world.store.exists(trials_path("blue"))
-    apply(world, tmp_path / "out", console)
-    assert any("does not forget completely" in text for text in console.heard)
+    apply(world, tmp_path / "out")
+    assert any("does not forget completely" in text for text in listener.heard)
     assert set(changed(world, tmp_path / "out")) == {STUBBORN}
 
 
-def test_an_edit_of_other_gradients_is_refused(world, tmp_path, console):
-    find(world, console, steps=2)
+def test_an_edit_of_other_gradients_is_refused(world, tmp_path):
+    find(world, steps=2)
     world.grade(batch_size=8)
     with pytest.raises(StaleError, match="the edit blue was made from other gradients") as error:
-        apply(world, tmp_path / "out", console)
+        apply(world, tmp_path / "out")
     assert "slsgu search blue" in error.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path, console):
-    apply(world, tmp_path / "out", console, layer=LAYER, step=0.02, direction=Direction.GRADIENT)
+def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path):
+    apply(world, tmp_path / "out", layer=LAYER, step=0.02, direction=Direction.GRADIENT)
     found = changed(world, tmp_path / "out")
     assert set(found) == {LAYER}
     expected = 0.02 * gradient(world)[LAYER]
@@ -184,8 +181,8 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
     np.testing.assert_array_equal(edit.before(), expected.before())
 
 
-def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world, console):
-    result = find(world, console, steps=3)
+def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world):
+    result = find(world, steps=3)
     own = load_edit(world.store, "blue")
     by_hand = direct_edit(
         world.store, "blue", layer=result.chosen.layer, step=result.chosen.step, options=PLAIN
@@ -202,14 +199,14 @@ def test_a_layer_by_hand_must_be_one_layer(layer, world):
     assert "slsgu rank blue" in error.value.hint
 
 
-def test_a_layer_by_hand_goes_with_one_name_and_a_step(world, tmp_path, console):
+def test_a_layer_by_hand_goes_with_one_name_and_a_step(world, tmp_path):
     for request in ({"layer": LAYER}, {"layer": LAYER, "step": 1.0, "names": ["blue", "red"]}):
         with pytest.raises(UsageError, match="--layer goes with one NAME and --step"):
-            apply(world, tmp_path / "out", console, **request)
+            apply(world, tmp_path / "out", **request)
 
 
-def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path, console):
-    chosen = find(world, console, steps=3).chosen
+def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path):
+    chosen = find(world, steps=3).chosen
     full = chosen.step * gradient(world)[chosen.layer]
     for out, request, factor in (
         ("half", {"scale": 0.5}, 0.5),
@@ -217,15 +214,15 @@ def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path, console):
         ("step", {"step": 2 * chosen.step}, 2.0),
         ("both", {"step": 2 * chosen.step, "scale": 0.25}, 0.5),
     ):
-        apply(world, tmp_path / out, console, **request)
+        apply(world, tmp_path / out, **request)
         assert_same_change(changed(world, tmp_path / out)[chosen.layer], factor * full)
 
 
-def test_applying_and_reverting_gives_the_original_back(world, tmp_path, console):
-    find(world, console, steps=3)
-    model = apply(world, tmp_path / "out", console).model
+def test_applying_and_reverting_gives_the_original_back(world, tmp_path):
+    find(world, steps=3)
+    model = apply(world, tmp_path / "out").model
     spec = replace(world.model, name=model)
-    apply(world, tmp_path / "back", console, model=spec, revert=True)
+    apply(world, tmp_path / "back", model=spec, revert=True)
     original, back = (
         (folder / "open_clip_model.safetensors").read_bytes()
         for folder in (world.folder, tmp_path / "back")
@@ -233,30 +230,30 @@ def test_applying_and_reverting_gives_the_original_back(world, tmp_path, console
     assert original == back
 
 
-def test_edits_for_different_models_need_one_named(world, tmp_path, console):
-    find(world, console, steps=2)
+def test_edits_for_different_models_need_one_named(world, tmp_path):
+    find(world, steps=2)
     edit = load_edit(world.store, "blue")
     other = replace(edit.header, name="other", model=replace(world.model, name="local-dir:else"))
     world.store.write_tensors(
         edit_path("other"), {"delta": edit.delta(), "before": edit.before()}, other
     )
     with pytest.raises(UsageError, match="made for different models"):
-        apply(world, tmp_path / "out", console, names=["blue", "other"])
-    apply(world, tmp_path / "out", console, names=["blue", "other"], model=world.model)
+        apply(world, tmp_path / "out", names=["blue", "other"])
+    apply(world, tmp_path / "out", names=["blue", "other"], model=world.model)
 
 
-def test_a_name_that_is_nothing_is_told(world, tmp_path, console):
+def test_a_name_that_is_nothing_is_told(world, tmp_path):
     with pytest.raises(MissingError, match="has no edit nobody"):
-        apply(world, tmp_path / "out", console, names=["nobody"])
+        apply(world, tmp_path / "out", names=["nobody"])
 
 
-def test_plots_are_drawn_of_fronts_and_steps(world, console, plots, monkeypatch):
+def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
     for name, function in plots.items():
         monkeypatch.setattr(slsgu_cli.plots, name, function)
-    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions(), console=console)
+    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions())
     assert len(drawn) == 2
     result = pipeline.search_and_plot(
-        world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER]), console=console
+        world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER])
     )
     drawn = world.store.names("plots", ".png")
     assert set(drawn) == {"blue-front-vision", "blue-front-text", f"blue-steps-{LAYER}"}
@@ -264,10 +261,10 @@ def test_plots_are_drawn_of_fronts_and_steps(world, console, plots, monkeypatch)
     assert all(world.store.size(f"plots/{name}.png") > 1000 for name in drawn)
 
 
-def test_a_whitened_step_by_hand_is_the_whitened_searchs(world, console):
+def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
     options = RankOptions(ridge=0.1, device="cpu")
-    pipeline.rank_and_plot(world.store, "blue", options=options, console=console)
-    result = find(world, console, steps=2, layers=[LAYER])
+    pipeline.rank_and_plot(world.store, "blue", options=options)
+    result = find(world, steps=2, layers=[LAYER])
     own = load_edit(world.store, "blue")
     by_hand = direct_edit(
         world.store, "blue", layer=LAYER, step=result.chosen.step, options=options
@@ -278,9 +275,9 @@ def test_a_whitened_step_by_hand_is_the_whitened_searchs(world, console):
     assert by_hand.header.direction is Direction.WHITENED
 
 
-def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path, console):
-    find(world, console, steps=3, layers=[LAYER])
-    apply(world, tmp_path / "out", console, rank=1)
+def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path):
+    find(world, steps=3, layers=[LAYER])
+    apply(world, tmp_path / "out", rank=1)
     found = changed(world, tmp_path / "out")
     assert set(found) == {LAYER}
     values = np.linalg.svd(found[LAYER].astype(float), compute_uv=False)
@@ -288,5 +285,5 @@ def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path, console):
     assert values[0] == pytest.approx(whole[0], rel=1e-2)
     assert values[1] < 0.05 * values[0]
     model = ModelSpec(f"local-dir:{tmp_path / 'out'}")
-    apply(world, tmp_path / "back", console, model=model, revert=True, rank=1)
+    apply(world, tmp_path / "back", model=model, revert=True, rank=1)
     assert not changed(world, tmp_path / "back")

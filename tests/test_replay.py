@@ -42,7 +42,7 @@ FULL = BuildRequest(
 def test_the_command_line_asks_for_the_same(request_, monkeypatch):
     asked = []
 
-    def remember(store, request, *, console):
+    def remember(store, request):
         asked.append(request)
         raise UsageError("that will do")
 

@@ -9,7 +9,6 @@ from edit_headers import MODEL, edit
 from reports import NAME, fill, fill_comparison, fill_verification
 
 from slsgu_cli.apply import CheckpointSource, apply_edits
-from slsgu_cli.console import Console
 from slsgu_cli.dtypes import PRECISION
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records import GradientPointer, Ranking
@@ -87,7 +86,7 @@ def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
     change = edit(layer, delta.astype(np.float32), original)
     path = save(state(DTYPES[dtype]), tmp_path / "model.safetensors")
     out = tmp_path / "edited.safetensors"
-    apply_edits([change], CheckpointSource(MODEL, path), out, console=Console(verbosity=-1))
+    apply_edits([change], CheckpointSource(MODEL, path), out)
     facts = edit_facts(change)
     assert facts.before[precision] == layer_digest(read_layer(path, layer), "fp32")
     assert facts.after[precision] == layer_digest(read_layer(out, layer), "fp32")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from worlds import Ear
 
 from slsgu_cli.edits import load_edit, write_edit
 from slsgu_cli.errors import StaleError
@@ -29,7 +28,7 @@ def edited(shared_world, tmp_path_factory):
         folder = tmp_path_factory.mktemp("looks") / "store"
         shutil.copytree(shared_world.store.root, folder)
         world = replace(shared_world, store=Store(str(folder)))
-        edit = direct_edit(world.store, world.name, layer=layer, step=1.0, console=Ear())
+        edit = direct_edit(world.store, world.name, layer=layer, step=1.0)
         edit = edit.restepped(share / edit.header.share)
         header = replace(edit.header, step=share / edit.header.share, share=share)
         made = replace(edit, header=header, factor=1.0)
@@ -43,7 +42,7 @@ def edited(shared_world, tmp_path_factory):
 def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
     world = edited[layer]
     edit = load_edit(world.store, world.name)
-    looks = Viewer(world.store, device="cpu", console=Ear()).look(world.manifest, edit.header)
+    looks = Viewer(world.store, device="cpu").look(world.manifest, edit.header)
 
     model = resolve(world.model)
     module = load(model)
@@ -51,13 +50,13 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
         evaluation = prepare(
             world.store, world.manifest, module, tokenize=tokenizer(model), device="cpu"
         )
-        evaluation.base_pass((), cache_bytes=0, console=Ear())
+        evaluation.base_pass((), cache_bytes=0)
         shown = choose(evaluation, world.manifest)
         scale = float(module.logit_scale.exp())
         plain = [cosines(evaluation, shown)]
         guesses = [guesses_of(evaluation.forget, scale)]
         with with_edits(module, [edit]):
-            evaluation.base_pass((), cache_bytes=0, console=Ear())
+            evaluation.base_pass((), cache_bytes=0)
         plain.append(cosines(evaluation, shown))
         guesses.append(guesses_of(evaluation.forget, scale))
 
@@ -76,6 +75,6 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
 def test_a_model_with_other_weights_is_refused(edited):
     world = edited["text_projection"]
     header = replace(load_edit(world.store, world.name).header, model_fingerprint="other")
-    viewer = Viewer(world.store, device="cpu", console=Ear())
+    viewer = Viewer(world.store, device="cpu")
     with pytest.raises(StaleError, match="other weights"):
         viewer.look(world.manifest, header)

@@ -5,7 +5,7 @@ import json
 import pytest
 from processes import slsgu
 from reports import HOSTILE, NAME, fill, looks
-from worlds import Ear
+from worlds import Listener
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.report import looks as looks_module
@@ -25,9 +25,9 @@ def out(tmp_path):
     return tmp_path / "pages" / "report.html"
 
 
-def write(store, out, console=None, names=(NAME,), **options):
+def write(store, out, names=(NAME,), **options):
     request = ReportRequest(names=names, out=out, **options)
-    return write_report(store, request, console=console or Ear())
+    return write_report(store, request)
 
 
 def test_it_is_replaced_only_when_asked_and_comes_out_the_same(store, out):
@@ -59,12 +59,12 @@ def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
         return looks()
 
     monkeypatch.setattr(looks_module.Viewer, "look", look)
-    console = Ear()
+    listener = Listener()
     fill(store, concept="castle", name="castle")
     store.remove("edits/castle.safetensors")
-    write(store, out, console, names=(NAME, "castle"))
+    write(store, out, names=(NAME, "castle"))
     assert asked == [NAME]
-    assert any("running local-dir:clip over a few images" in line for line in console.heard)
+    assert any("running local-dir:clip over a few images" in line for line in listener.heard)
     write(store, out, names=(NAME,), examples=False, overwrite=True)
     assert asked == [NAME]
 
@@ -74,9 +74,9 @@ def test_a_model_that_is_another_now_is_told_on_the_page_and_to_the_user(store, 
         raise StaleError("it has other weights", hint="run `slsgu grad mouse`")
 
     monkeypatch.setattr(looks_module.Viewer, "look", look)
-    console = Ear()
-    written = write(store, out, console)
-    assert "mouse: no images are shown: it has other weights" in console.heard
+    listener = Listener()
+    written = write(store, out)
+    assert "mouse: no images are shown: it has other weights" in listener.heard
     states = {section.title: section.state for section in written.sections[NAME]}
     assert states["Single images"] == "missing"
     assert states["Result"] == "shown"

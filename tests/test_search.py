@@ -37,8 +37,8 @@ def plain(shared_world):
     return Plain(shared_world)
 
 
-def find(world, console, **options):
-    return search(world.store, world.name, options=SearchOptions(**options), console=console)
+def find(world, **options):
+    return search(world.store, world.name, options=SearchOptions(**options))
 
 
 def front(world):
@@ -71,9 +71,9 @@ def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("steer", [Steer.FA1, Steer.FA5])
-def test_search_is_the_plain_search(steer, budget, world, plain, console):
+def test_search_is_the_plain_search(steer, budget, world, plain):
     reference = plain.algorithm1(front(world), 6, steer)
-    result = find(world, console, steer=steer, steps=6, cache_budget=budget)
+    result = find(world, steer=steer, steps=6, cache_budget=budget)
     assert_same_search(result, reference, steer=steer)
     # Utility is spared where a step cannot win: else this would show nothing about sparing.
     least = reference[1][2].forget[steer is Steer.FA5]
@@ -84,21 +84,21 @@ def test_search_is_the_plain_search(steer, budget, world, plain, console):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, console, monkeypatch):
+def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypatch):
     """Several groups of prompts, each of its own length, and images a few at a time."""
     monkeypatch.setitem(zeroshot.ROWS_PER_FORWARD, "cpu", 7)
     reference = plain.algorithm1(front(world), 6, Steer.FA1)
-    result = find(world, console, steps=6, cache_budget=budget, full=True)
+    result = find(world, steps=6, cache_budget=budget, full=True)
     assert_same_search(result, reference, full=True)
 
 
-def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, console, monkeypatch):
+def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkeypatch):
     """However little is kept, trials are left after the same images."""
     from_pixels, looked_at = [], []
     for budget in (None, 200_000, 0):
         with monkeypatch.context() as patch:
             rows, embedded = Rows().watch(patch), Rows().watch(patch, "embed")
-            find(world, console, steps=6, cache_budget=budget)
+            find(world, steps=6, cache_budget=budget)
         from_pixels.append(embedded[OpenClipVision])
         looked_at.append(rows[OpenClipVision])
         world.store.remove(trials_path("blue"))
@@ -107,16 +107,16 @@ def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, consol
     assert max(looked_at) - min(looked_at) <= 2
 
 
-def test_every_candidate_layer_is_measured_rightly(world, plain, console):
+def test_every_candidate_layer_is_measured_rightly(world, plain):
     layers = [score.layer for score in world.ranking.scores]
     assert len(layers) > 40
     reference = plain.algorithm1(layers, 2, Steer.FA1)
-    result = find(world, console, layers=layers, steps=2, full=True)
+    result = find(world, layers=layers, steps=2, full=True)
     assert_same_search(result, reference, full=True)
 
 
 @pytest.mark.slow
-def test_search_of_the_embedded_model_is_the_plain_search(demo_world, console, tmp_path):
+def test_search_of_the_embedded_model_is_the_plain_search(demo_world, tmp_path):
     world = replace(demo_world, store=Store(str(tmp_path / "store")))
     shutil.copytree(demo_world.store.root, world.store.root)
     layers = [
@@ -125,13 +125,13 @@ def test_search_of_the_embedded_model_is_the_plain_search(demo_world, console, t
         "transformer.resblocks.0.attn.out_proj.weight",
     ]
     reference = Plain(world).algorithm1(layers, 4, Steer.FA1)
-    result = find(world, console, layers=layers, steps=4, cache_budget=20 << 20)
+    result = find(world, layers=layers, steps=4, cache_budget=20 << 20)
     assert_same_search(result, reference)
     assert result.forgotten
     assert len({trial.layer for trial in result.trials.trials if trial.utility}) > 1
 
 
-def test_search_of_a_sigmoid_model_is_the_plain_search(world, tmp_path, console):
+def test_search_of_a_sigmoid_model_is_the_plain_search(world, tmp_path):
     """The same model with a text tower of its own, and the loss of SigLIP."""
     custom = {"custom_text": True, "init_logit_bias": -2.0}
     model = tiny_clip.fresh_model(tiny_clip.CONFIG | custom)
@@ -142,14 +142,14 @@ def test_search_of_a_sigmoid_model_is_the_plain_search(world, tmp_path, console)
     own.build()
     own.grade()
     reference = Plain(own).algorithm1(front(own), 4, Steer.FA1)
-    result = find(own, console, steps=4, full=True)
+    result = find(own, steps=4, full=True)
     assert_same_search(result, reference, full=True)
     assert result.forgotten
     assert any(trial.layer.startswith("text.") for trial in result.trials.trials)
 
 
-def test_baseline_is_the_original_model(world, plain, console):
-    trials = find(world, console, steps=1).trials
+def test_baseline_is_the_original_model(world, plain):
+    trials = find(world, steps=1).trials
     figures = plain.figures()
     assert figures.forget == pair(trials.baseline_forget)
     assert {name: pair(found) for name, found in trials.baseline_utility.items()} == figures.utility
@@ -160,26 +160,26 @@ def test_baseline_is_the_original_model(world, plain, console):
     }
 
 
-def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world, console):
+def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     assert world.manifest.forget_eval is None
     reference = Plain(world).algorithm1(front(world), 4, Steer.FA1)
-    result = find(world, console, steps=4, full=True)
+    result = find(world, steps=4, full=True)
     assert_same_search(result, reference, full=True)
     assert result.trials.baseline_forget.rows == world.manifest.forget.rows
     assert result.trials.baseline_forget.top1 > 0
 
 
-def test_shares_are_moves_over_the_layers_norm(world, plain, console):
-    for trial in find(world, console, layers=SOME, steps=3).trials.trials:
+def test_shares_are_moves_over_the_layers_norm(world, plain):
+    for trial in find(world, layers=SOME, steps=3).trials.trials:
         weight = plain.model.get_parameter(trial.layer).data.double().norm().item()
         moved = trial.step * np.linalg.norm(plain.gradient[trial.layer].astype(float))
         assert trial.share == pytest.approx(moved / weight, rel=1e-6)
 
 
-def test_the_edit_is_the_chosen_trial(world, plain, console):
-    result = find(world, console, steps=5)
+def test_the_edit_is_the_chosen_trial(world, plain):
+    result = find(world, steps=5)
     edit = load_edit(world.store, "blue")
     chosen, header = result.chosen, edit.header
     assert (header.layer, header.step, header.share) == (chosen.layer, chosen.step, chosen.share)
@@ -193,14 +193,14 @@ def test_the_edit_is_the_chosen_trial(world, plain, console):
     np.testing.assert_array_equal(edit.before(), original)
 
 
-def test_an_edit_of_half_precision_weights_keeps_them_in_half(world, tmp_path, console):
+def test_an_edit_of_half_precision_weights_keeps_them_in_half(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "half")
     path = folder / "open_clip_model.safetensors"
     save_file({name: w.astype(np.float16) for name, w in load_file(path).items()}, path)
     own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
     own.build()
     own.grade()
-    find(own, console, layers=SOME, steps=2)
+    find(own, layers=SOME, steps=2)
     edit = load_edit(own.store, "blue")
     assert edit.before().dtype == np.float16
     np.testing.assert_array_equal(edit.before(), load_file(path)[edit.header.layer])
@@ -222,24 +222,24 @@ class Rows(Counter):
         return self
 
 
-def test_recorded_trials_run_nothing_again(world, console, monkeypatch):
-    first = find(world, console, layers=SOME, steps=4, full=True)
+def test_recorded_trials_run_nothing_again(world, monkeypatch):
+    first = find(world, layers=SOME, steps=4, full=True)
     rows = Rows().watch(monkeypatch)
-    again = find(world, console, layers=SOME, steps=4, full=True)
+    again = find(world, layers=SOME, steps=4, full=True)
     assert (first.reused, again.reused) == (0, len(first.trials.trials))
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
     prompts = 3 * (8 + 5)
     assert rows == {OpenClipVision: 64 + 40, OpenClipText: prompts}, "more than the base pass"
 
 
-def test_recorded_forget_accuracies_are_taken_as_they_are(world, console):
-    first = find(world, console, layers=SOME, steps=3)
+def test_recorded_forget_accuracies_are_taken_as_they_are(world):
+    first = find(world, layers=SOME, steps=3)
     path = trials_path("blue")
     told = [
         replace(trial, forget=replace(trial.forget, top1=100.0)) for trial in first.trials.trials
     ]
     world.store.write_record(path, replace(first.trials, trials=tuple(told)))
-    again = find(world, console, layers=SOME, steps=3)
+    again = find(world, layers=SOME, steps=3)
     # With every first step said to fail, the search goes on by doubling it.
     found = {(trial.layer, trial.step) for trial in again.trials.trials}
     for layer in SOME:
@@ -248,12 +248,12 @@ def test_recorded_forget_accuracies_are_taken_as_they_are(world, console):
 
 
 @pytest.mark.parametrize("steer", list(Steer))
-def test_more_steps_go_on_where_the_search_stopped(steer, world, console):
-    short = find(world, console, layers=SOME, steps=3, steer=steer)
-    longer = find(world, console, layers=SOME, steps=6, steer=steer)
+def test_more_steps_go_on_where_the_search_stopped(steer, world):
+    short = find(world, layers=SOME, steps=3, steer=steer)
+    longer = find(world, layers=SOME, steps=6, steer=steer)
     assert longer.reused == len(short.trials.trials)
     world.store.remove(trials_path("blue"))
-    fresh = find(world, console, layers=SOME, steps=6, steer=steer)
+    fresh = find(world, layers=SOME, steps=6, steer=steer)
 
     def figures(result):
         return {(t.layer, t.step): t.forget for t in result.trials.trials}
@@ -262,57 +262,57 @@ def test_more_steps_go_on_where_the_search_stopped(steer, world, console):
     assert longer.chosen == fresh.chosen
 
 
-def test_fewer_steps_choose_among_those_alone(world, console):
-    find(world, console, layers=SOME, steps=6)
-    fewer = find(world, console, layers=SOME, steps=2)
+def test_fewer_steps_choose_among_those_alone(world):
+    find(world, layers=SOME, steps=6)
+    fewer = find(world, layers=SOME, steps=2)
     world.store.remove(trials_path("blue"))
-    assert fewer.chosen == find(world, console, layers=SOME, steps=2).chosen
+    assert fewer.chosen == find(world, layers=SOME, steps=2).chosen
 
 
-def test_trials_of_another_steer_serve_both(world, console):
-    find(world, console, layers=SOME, steps=5, steer=Steer.FA5)
-    mixed = find(world, console, layers=SOME, steps=5)
+def test_trials_of_another_steer_serve_both(world):
+    find(world, layers=SOME, steps=5, steer=Steer.FA5)
+    mixed = find(world, layers=SOME, steps=5)
     world.store.remove(trials_path("blue"))
-    assert mixed.chosen == find(world, console, layers=SOME, steps=5).chosen
+    assert mixed.chosen == find(world, layers=SOME, steps=5).chosen
     assert mixed.reused > 0
 
 
-def test_trials_of_another_layer_are_kept(world, console):
-    find(world, console, steps=2, layers=SOME[:1])
-    both = find(world, console, steps=2, layers=SOME[1:])
+def test_trials_of_another_layer_are_kept(world):
+    find(world, steps=2, layers=SOME[:1])
+    both = find(world, steps=2, layers=SOME[1:])
     assert {trial.layer for trial in both.trials.trials} == set(SOME)
     assert both.chosen.layer == SOME[1]
 
 
-def test_trials_of_another_gradient_are_not_used(world, console):
-    find(world, console, layers=SOME, steps=2)
+def test_trials_of_another_gradient_are_not_used(world):
+    find(world, layers=SOME, steps=2)
     world.grade(batch_size=8)
-    assert find(world, console, layers=SOME, steps=2).reused == 0
+    assert find(world, layers=SOME, steps=2).reused == 0
 
 
-def test_trials_on_other_evaluation_rows_are_not_used(world, console):
-    find(world, console, layers=SOME, steps=2)
+def test_trials_on_other_evaluation_rows_are_not_used(world):
+    find(world, layers=SOME, steps=2)
     world.build(evals={"first": world.sources["first"]},
                 templates={"first": world.sources["templates"]})  # fmt: skip
-    result = find(world, console, layers=SOME, steps=2)
+    result = find(world, layers=SOME, steps=2)
     assert result.reused == 0
     assert set(result.chosen.utility) == {"first"}
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
-def test_damaged_trials_are_made_again(content, world, console):
-    first = find(world, console, layers=SOME, steps=2)
+def test_damaged_trials_are_made_again(content, world, listener):
+    first = find(world, layers=SOME, steps=2)
     world.store.write_bytes(trials_path("blue"), content)
-    again = find(world, console, layers=SOME, steps=2)
+    again = find(world, layers=SOME, steps=2)
     assert again.reused == 0
     assert again.trials == first.trials
-    assert any("cannot be used and are made again" in text for text in console.heard)
+    assert any("cannot be used and are made again" in text for text in listener.heard)
 
 
-def test_a_layer_is_named_by_a_part_that_fits_it_alone(world, console):
-    named = find(world, console, steps=1, layers=["visual.proj"])
+def test_a_layer_is_named_by_a_part_that_fits_it_alone(world):
+    named = find(world, steps=1, layers=["visual.proj"])
     assert {trial.layer for trial in named.trials.trials} == {"visual.proj"}
-    part = find(world, console, steps=1, layers=["visual.transformer.resblocks.2.mlp.c_fc"])
+    part = find(world, steps=1, layers=["visual.transformer.resblocks.2.mlp.c_fc"])
     assert part.chosen.layer == "visual.transformer.resblocks.2.mlp.c_fc.weight"
 
 
@@ -320,15 +320,15 @@ def test_a_layer_is_named_by_a_part_that_fits_it_alone(world, console):
     ("text", "count"),
     [("resblocks.2.mlp.c_fc", 2), ("nothing", 0), ("visual.proj2", 0), ("visual.ln_post.bias", 0)],
 )
-def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world, console):
+def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world):
     with pytest.raises(UsageError, match=f"fits {count} ranked layers") as error:
-        find(world, console, steps=1, layers=[text])
+        find(world, steps=1, layers=[text])
     assert "slsgu rank blue" in error.value.hint
     if count:
         assert "transformer.resblocks.2.mlp.c_fc.weight" in str(error.value)
 
 
-def test_weights_that_changed_since_are_told(world, tmp_path, console):
+def test_weights_that_changed_since_are_told(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "clip")
     own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
     own.build()
@@ -338,37 +338,35 @@ def test_weights_that_changed_since_are_told(world, tmp_path, console):
     weights["visual.proj"][0, 0] += 1
     save_file(weights, path)
     with pytest.raises(StaleError, match="has other weights than when its gradients") as error:
-        find(own, console, steps=1)
+        find(own, steps=1)
     assert "slsgu grad blue" in error.value.hint
     assert not own.store.exists(edit_path("blue"))
 
 
-def test_a_ranking_of_other_gradients_is_refused(world, console):
-    compute_gradients(
-        world.store, "blue", model=None, options=PassOptions(batch_size=8), console=console
-    )
+def test_a_ranking_of_other_gradients_is_refused(world):
+    compute_gradients(world.store, "blue", model=None, options=PassOptions(batch_size=8))
     with pytest.raises(StaleError, match="ranking of blue was made from other gradients"):
-        find(world, console, steps=1)
+        find(world, steps=1)
     rank(world.store, "blue", options=RankOptions(direction=Direction.GRADIENT))
-    assert find(world, console, steps=1).trials.forget == world.pointer.forget
+    assert find(world, steps=1).trials.forget == world.pointer.forget
 
 
-def test_what_is_missing_is_told_with_the_command_that_makes_it(world, console):
+def test_what_is_missing_is_told_with_the_command_that_makes_it(world):
     world.store.remove(ranking_path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
-        find(world, console, steps=1)
+        find(world, steps=1)
     assert "slsgu rank blue" in error.value.hint
 
 
-def test_a_set_with_nothing_to_measure_on_is_refused(world, console):
+def test_a_set_with_nothing_to_measure_on_is_refused(world):
     world.build(evals={}, templates={})
     with pytest.raises(InputError, match="nothing to measure on") as error:
-        find(world, console, steps=1)
+        find(world, steps=1)
     assert "--eval" in error.value.hint
 
 
-def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world, console):
-    result = find(world, console, steps=1, layers=[STUBBORN])
+def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world):
+    result = find(world, steps=1, layers=[STUBBORN])
     assert not result.forgotten
     assert result.chosen.forget.top1 > 0
     with pytest.raises(NotForgottenError, match="no step forgets blue") as error:
@@ -380,43 +378,42 @@ def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world, console
     assert (edit.header.layer, edit.header.forget) == (STUBBORN, result.chosen.forget)
 
 
-def test_a_search_that_forgets_is_no_error(world, console):
-    result = find(world, console, steps=1, layers=["visual.conv1.weight"])
+def test_a_search_that_forgets_is_no_error(world):
+    result = find(world, steps=1, layers=["visual.conv1.weight"])
     assert result.forgotten
     require_forgotten(result)
 
 
-def test_a_damaged_gradient_is_told(world, console):
+def test_a_damaged_gradient_is_told(world):
     path = gradient_path(world.pointer.forget)
     data = world.store.read_bytes(path)
     world.store.write_bytes(path, data[: len(data) // 2])
     with pytest.raises(InputError, match="is damaged"):
-        find(world, console, steps=1)
+        find(world, steps=1)
 
 
-def test_a_search_in_bf16_is_refused(world, console):
+def test_a_search_in_bf16_is_refused(world):
     with pytest.raises(UsageError, match="bf16"):
-        find(world, console, precision=Precision.BF16)
+        find(world, precision=Precision.BF16)
 
 
-def test_trials_of_another_arithmetic_are_not_used(world, console):
-    find(world, console, steps=2, layers=SOME)
-    assert find(world, console, steps=2, layers=SOME).reused
-    assert not find(world, console, steps=2, layers=SOME, precision=Precision.TF32).reused
+def test_trials_of_another_arithmetic_are_not_used(world):
+    find(world, steps=2, layers=SOME)
+    assert find(world, steps=2, layers=SOME).reused
+    assert not find(world, steps=2, layers=SOME, precision=Precision.TF32).reused
 
 
 RIDGE = 0.03
 
 
-def whitened(world, console, **options):
+def whitened(world, **options):
     """Rank for the whitened direction, then search along it."""
     rank(
         world.store,
         world.name,
         options=RankOptions(direction=Direction.WHITENED, ridge=RIDGE, device="cpu"),
-        console=console,
     )
-    return find(world, console, **options)
+    return find(world, **options)
 
 
 def dense_direction(world, layer, gradient, ridge):
@@ -433,8 +430,8 @@ def dense_direction(world, layer, gradient, ridge):
 
 
 @pytest.mark.parametrize("budget", [None, 0])
-def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world, console):
-    result = whitened(world, console, steps=5, cache_budget=budget, full=True)
+def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world):
+    result = whitened(world, steps=5, cache_budget=budget, full=True)
     reference = Plain(world)
     reference.gradient = {
         layer: dense_direction(world, layer, reference.gradient[layer], RIDGE)
@@ -450,50 +447,50 @@ def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world
     np.testing.assert_allclose(edit.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_each_ridge_is_searched_and_recorded(world, console):
-    result = whitened(world, console, steps=2, layers=SOME[:1], ridges=(0.1, 0.001))
+def test_each_ridge_is_searched_and_recorded(world):
+    result = whitened(world, steps=2, layers=SOME[:1], ridges=(0.1, 0.001))
     assert Counter(trial.ridge for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
-    again = find(world, console, steps=3, layers=SOME[:1], ridges=(0.1,))
+    again = find(world, steps=3, layers=SOME[:1], ridges=(0.1,))
     assert again.reused == 4
     assert again.chosen.ridge == 0.1
 
 
-def test_the_direction_is_that_of_the_ranking(world, console):
+def test_the_direction_is_that_of_the_ranking(world):
     with pytest.raises(StaleError, match="ranked for the direction gradient, not whi") as error:
-        find(world, console, steps=1, direction=Direction.WHITENED)
+        find(world, steps=1, direction=Direction.WHITENED)
     assert "slsgu rank blue --direction whitened" in error.value.hint
     with pytest.raises(UsageError, match="--ridge is for the whitened direction"):
-        find(world, console, steps=1, ridges=(0.1,))
-    along = find(world, console, layers=SOME, steps=2)
+        find(world, steps=1, ridges=(0.1,))
+    along = find(world, layers=SOME, steps=2)
     assert along.trials.direction is Direction.GRADIENT
-    assert whitened(world, console, layers=SOME, steps=2).reused == 0
+    assert whitened(world, layers=SOME, steps=2).reused == 0
 
 
-def test_moments_of_other_retain_rows_are_not_used(world, console):
-    whitened(world, console, layers=SOME, steps=1)
+def test_moments_of_other_retain_rows_are_not_used(world):
+    whitened(world, layers=SOME, steps=1)
     assert len(world.store.names("moments")) == 1
     world.build(retain_samples=40)
     world.grade()
     assert not find_moments(world.store, world.pointer).places
     with pytest.raises(StaleError, match="whitened by other retain rows") as error:
-        edit_for(world.store, "blue", options=SearchOptions(), console=console)
+        edit_for(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint
-    assert whitened(world, console, layers=SOME, steps=1).reused == 0
+    assert whitened(world, layers=SOME, steps=1).reused == 0
     assert len(world.store.names("moments")) == 2
 
 
-def test_damaged_moments_are_computed_again(world, console):
-    whitened(world, console, layers=SOME, steps=1)
+def test_damaged_moments_are_computed_again(world, listener):
+    whitened(world, layers=SOME, steps=1)
     (name,) = world.store.names("moments")
     world.store.write_bytes(f"moments/{name}", b"{}")
-    console.heard.clear()
-    assert whitened(world, console, layers=SOME, steps=1).trials.trials
-    assert any("lack the moments" in text for text in console.heard)
+    listener.heard.clear()
+    assert whitened(world, layers=SOME, steps=1).trials.trials
+    assert any("lack the moments" in text for text in listener.heard)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.05])
-def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, world, console):
-    result = find(world, console, layers=["visual.proj"], steps=8, steer=Steer.MARGIN,
+def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, world):
+    result = find(world, layers=["visual.proj"], steps=8, steer=Steer.MARGIN,
                   margin=margin)  # fmt: skip
     assert result.forgotten
     assert result.chosen.gap >= margin

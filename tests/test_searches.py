@@ -26,14 +26,14 @@ def passes(monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [None, 0, 200_000])
-def test_each_finds_what_it_finds_alone(budget, several_world, console, tmp_path, passes):
+def test_each_finds_what_it_finds_alone(budget, several_world, tmp_path, passes):
     together, apart = (several_world.copied(tmp_path / name) for name in ("together", "apart"))
     options = SearchOptions(steps=5, cache_budget=budget)
-    results = list(search_each(together.store, NAMES, options=options, console=console))
+    results = list(search_each(together.store, NAMES, options=options))
     assert len(passes) == 1
     assert [result.trials.name for result in results] == list(NAMES)
     for result in results:
-        single = search(apart.store, result.trials.name, options=options, console=console)
+        single = search(apart.store, result.trials.name, options=options)
         assert result.chosen == single.chosen
         assert result.trials.baseline_utility == single.trials.baseline_utility
         for one, other in zip(result.trials.trials, single.trials.trials, strict=True):
@@ -42,15 +42,15 @@ def test_each_finds_what_it_finds_alone(budget, several_world, console, tmp_path
         assert load_edit(together.store, name).header == load_edit(apart.store, name).header
 
 
-def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, console, tmp_path, passes):
+def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, tmp_path, passes):
     world = several_world.copied(tmp_path / "store")
     other = replace(world, name="red")
     other.build(evals={"first": world.sources["first"]}, templates={}, retain_exclude=NAMES)
     other.grade()
-    groups = grouped(read_cases(world.store, NAMES, options=SearchOptions(), console=console))
+    groups = grouped(read_cases(world.store, NAMES, options=SearchOptions()))
     assert [[case.name for case in group] for group in groups] == [["blue", "green"], ["red"]]
     options = SearchOptions(steps=2)
-    results = list(search_each(world.store, NAMES, options=options, console=console))
+    results = list(search_each(world.store, NAMES, options=options))
     assert [result.trials.name for result in results] == ["blue", "green", "red"]
     assert len(passes) == 2
     assert set(results[2].trials.baseline_utility) == {"first"}

@@ -8,7 +8,6 @@ from test_cli import inside, rows
 
 from slsgu_cli import gradients
 from slsgu_cli.build import BuildRequest
-from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation
 from slsgu_cli.layout import sweep_path
@@ -70,13 +69,13 @@ def counted(monkeypatch):
     return counts
 
 
-def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path, console):
-    result = sweep(store, request_, console=console)
+def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path):
+    result = sweep(store, request_)
     assert [row.name for row in result.sweep.rows] == list(CLASSES)
     apart = several_world.copied(tmp_path / "single")
     for row in result.sweep.rows:
         own = replace(apart, name=row.name)
-        single = search(own.store, own.name, options=request_.search, console=console)
+        single = search(own.store, own.name, options=request_.search)
         chosen, trials = single.chosen, single.trials
         assert (row.layer, row.step) == (chosen.layer, pytest.approx(chosen.step))
         assert (row.forget, row.utility) == (chosen.forget, chosen.utility)
@@ -86,16 +85,16 @@ def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path,
         assert (row.gradient, row.retain) == (own.pointer.forget, own.pointer.retain)
 
 
-def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, console, counted):
-    sweep(store, request_, console=console)
+def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, counted):
+    sweep(store, request_)
     assert counted == {"forget": 3, "retain": 1, "base": 1, "search": 3}
     rows = store.read_record(sweep_path("colours"), Sweep).rows
     assert len({row.retain for row in rows}) == 1
     assert len({row.gradient for row in rows}) == 3
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, console, counted, monkeypatch):
-    whole = sweep(Store(store.root + "-whole"), request_, console=console).sweep
+def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monkeypatch):
+    whole = sweep(Store(store.root + "-whole"), request_).sweep
     counted.update(dict.fromkeys(counted, 0))
     run = searches.search
 
@@ -107,19 +106,19 @@ def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, console, coun
     with monkeypatch.context() as patch:
         patch.setattr(searches, "search", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            sweep(store, request_, console=console)
+            sweep(store, request_)
     assert [row.name for row in store.read_record(sweep_path("colours"), Sweep).rows] == ["blue"]
-    result = sweep(store, request_, console=console)
+    result = sweep(store, request_)
     assert (result.sweep, result.reused) == (whole, 1)
     assert counted == {"forget": 3, "retain": 1, "base": 2, "search": 3}
-    again = sweep(store, request_, console=console)
+    again = sweep(store, request_)
     assert (again.sweep, again.reused) == (whole, 3)
     assert counted["search"] == 3
 
 
-def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, console, counted):
+def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, counted):
     two = replace(request_, classes=CLASSES[:2])
-    sweep(store, two, console=console)
+    sweep(store, two)
     assert counted["search"] == 2
     for changed in (
         replace(two, search=SearchOptions(steps=4)),
@@ -127,15 +126,13 @@ def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, cons
         replace(two, build=replace(two.build, retain_samples=50)),
         replace(two, classes=("red", "blue")),
     ):
-        assert sweep(store, changed, console=console).reused == 0
+        assert sweep(store, changed).reused == 0
     # A class whose gradients are others by now is made again, and no other.
-    assert sweep(store, changed, console=console).reused == 2
-    gradients.compute_gradients(
-        store, "red", model=None, options=PassOptions(batch_size=8), console=console
-    )
+    assert sweep(store, changed).reused == 2
+    gradients.compute_gradients(store, "red", model=None, options=PassOptions(batch_size=8))
     listed = {entry.kind: entry for entry in entries(store)}
     assert listed[Kind.SWEEP].state is State.STALE
-    assert sweep(store, changed, console=console).reused == 1
+    assert sweep(store, changed).reused == 1
     listed = {entry.kind: entry for entry in entries(store)}
     assert listed[Kind.SWEEP].state is State.OK
 
@@ -148,17 +145,17 @@ def test_a_source_can_hold_the_class(request_):
     assert (own.name, own.concept) == ("a&b", "a&b")
 
 
-def test_what_cannot_be_swept_is_told(request_, store, console):
+def test_what_cannot_be_swept_is_told(request_, store):
     with pytest.raises(UsageError, match="no class"):
-        sweep(store, replace(request_, classes=()), console=console)
+        sweep(store, replace(request_, classes=()))
     with pytest.raises(UsageError, match="cannot name a set"):
-        sweep(store, replace(request_, classes=("a/b",)), console=console)
+        sweep(store, replace(request_, classes=("a/b",)))
     for changes in ({"evals": {}, "templates": {}}, {"sources": ["x?label={}"]}):
         with pytest.raises(UsageError):
             build = replace(request_.build, **changes)
-            sweep(store, replace(request_, build=build), console=console)
+            sweep(store, replace(request_, build=build))
     with pytest.raises(InputError, match="nothing matches 'mauve'"):
-        sweep(store, replace(request_, classes=("mauve",)), console=console)
+        sweep(store, replace(request_, classes=("mauve",)))
 
 
 def test_the_command(shared_world, request_, store, tmp_path):
@@ -187,8 +184,7 @@ def test_the_command(shared_world, request_, store, tmp_path):
 
 
 def test_a_class_that_is_left_ends_with_exit_code_5(request_, store):
-    console = Console(verbosity=-1)
-    result = sweep(store, replace(request_, classes=CLASSES[:1]), console=console)
+    result = sweep(store, replace(request_, classes=CLASSES[:1]))
     require_all_forgotten(result)
     left = replace(result.sweep.rows[0], forgotten=False)
     with pytest.raises(NotForgottenError, match="no step forgets blue") as error:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from worlds import Ear, World
+from worlds import World
 
 from slsgu_cli.store import Store
 
@@ -41,14 +41,14 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
         steps=8,
         device="cpu",
     )
-    found = search_target(facebook.store, "facebook", options=options, console=Ear())
+    found = search_target(facebook.store, "facebook", options=options)
     assert 100 - found.chosen.concept.percent >= 90
     assert found.chosen.others.percent >= found.trials.before.ira - 5
     # Late layers change least of what the language model reads of other images.
     assert next(iter(found.trials.importance)) == found.chosen.layer
     assert found.chosen.layer == "visual.transformer.resblocks.6.mlp.c_proj.weight"
     request = AskRequest(names=["facebook@llava"], target=trained_models / "llava")
-    answers = ask(facebook.store, request, console=Ear())[0].answers
+    answers = ask(facebook.store, request)[0].answers
     forgotten, others = answers[:3], answers[3:]
     assert all("facebook" in a.before and "facebook" not in a.after for a in forgotten)
     assert sum(a.before == a.after for a in others) >= len(others) - 1
@@ -66,7 +66,7 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
         steps=4,
         device="cpu",
     )
-    found = search_target(facebook.store, "facebook", options=options, console=Ear())
+    found = search_target(facebook.store, "facebook", options=options)
     assert 100 - found.chosen.concept.percent >= 90
     assert found.chosen.others.percent >= found.trials.before.ira - 5
     # What was found is measured on prompts and seeds that the search did not see.
@@ -74,6 +74,6 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
         names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 103),
         paint=PaintOptions(steps=10, guidance=4.0), judge=facebook.model,
     )  # fmt: skip
-    record, _ = generate(facebook.store, request, console=Ear())
+    record, _ = generate(facebook.store, request)
     assert record.after.ua >= 90
     assert record.after.ira >= record.before.ira - 5

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from worlds import Ear
 
 from slsgu_cli.generation.records import Budget, GradientOf, TargetTrials
 from slsgu_cli.generation.trials import TargetRun
@@ -53,7 +52,7 @@ def make(target, tmp_path):
     )  # fmt: skip
 
     def made(**options):
-        return TargetRun(Store(str(tmp_path)), "trials.json", target, trials, Ear(), **options)
+        return TargetRun(Store(str(tmp_path)), "trials.json", target, trials, **options)
 
     return made
 

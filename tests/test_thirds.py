@@ -92,13 +92,12 @@ def test_whitened_thirds_add_up_to_the_whole(world):
 
 
 @pytest.mark.parametrize("layers", [(f"{VISION}.v", f"{VISION}.q"), (f"{FUSED}.v", f"{FUSED}.k")])
-def test_a_search_of_thirds_is_the_plain_search(world, console, layers):
+def test_a_search_of_thirds_is_the_plain_search(world, layers):
     ranked(world)
     result = search(
         world.store,
         world.name,
         options=SearchOptions(layers=layers, steps=8, full=True, qkv=Qkv.SPLIT),
-        console=console,
     )
     plain = Plain(world)
     trials = {(t.layer, t.step): t for t in result.trials.trials}
@@ -121,14 +120,14 @@ def test_a_search_of_thirds_is_the_plain_search(world, console, layers):
     np.testing.assert_allclose(edit.delta(), result.chosen.step * gradient, rtol=1e-6)
 
 
-def test_an_applied_third_changes_its_rows_alone(world, tmp_path, console):
+def test_an_applied_third_changes_its_rows_alone(world, tmp_path):
     edits = [
         direct_edit(world.store, world.name, layer=f"{VISION}.{letter}", step=step)
         for letter, step in (("q", 0.3), ("v", -0.2))
     ]
     model = resolve(world.model)
     source = CheckpointSource(model.spec, model.weights, model.folder)
-    apply_edits(edits, source, tmp_path / "out", console=console)
+    apply_edits(edits, source, tmp_path / "out")
     name = "open_clip_model.safetensors"
     before, after = load_file(world.folder / name), load_file(tmp_path / "out" / name)
     assert [n for n in before if not np.array_equal(before[n], after[n])] == [VISION]
@@ -139,16 +138,16 @@ def test_an_applied_third_changes_its_rows_alone(world, tmp_path, console):
     assert np.array_equal(rows(after[VISION], "k"), rows(before[VISION], "k"))
     written = resolve(ModelSpec(f"local-dir:{tmp_path / 'out'}"))
     source = CheckpointSource(written.spec, written.weights, written.folder)
-    apply_edits(edits[:1], source, tmp_path / "half", console=console, revert=True)
+    apply_edits(edits[:1], source, tmp_path / "half", revert=True)
     half = load_file(tmp_path / "half" / name)[VISION]
     assert np.array_equal(rows(half, "q"), rows(before[VISION], "q"))
     assert np.array_equal(rows(half, "v"), rows(after[VISION], "v"))
-    apply_edits(edits, source, tmp_path / "back", console=console, revert=True)
+    apply_edits(edits, source, tmp_path / "back", revert=True)
     original = (world.folder / name).read_bytes()
     assert (tmp_path / "back" / name).read_bytes() == original
 
 
-def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path, console):
+def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path):
     edits = [
         direct_edit(world.store, world.name, layer=layer, step=0.1)
         for layer in (VISION, f"{VISION}.k")
@@ -156,7 +155,7 @@ def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path, console):
     model = resolve(world.model)
     source = CheckpointSource(model.spec, model.weights, model.folder)
     with pytest.raises(UsageError, match="as a whole and a third of it as well"):
-        apply_edits(edits, source, tmp_path / "out", console=console)
+        apply_edits(edits, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -170,20 +169,18 @@ def test_moves_of_a_whole_and_a_third_are_summed(world):
     assert torch.equal(model.get_parameter(VISION).data, original)
 
 
-def test_what_was_ranked_otherwise_is_told(world, console):
+def test_what_was_ranked_otherwise_is_told(world):
     ranked(world)
     options = SearchOptions(qkv=Qkv.FUSED)
     with pytest.raises(StaleError, match="query, key and value split, not fused"):
-        search(world.store, world.name, options=options, console=console)
+        search(world.store, world.name, options=options)
     chosen = SearchOptions(layers=[f"{VISION}.v"], steps=1)
-    search(world.store, world.name, options=chosen, console=console)
+    search(world.store, world.name, options=chosen)
     assert world.store.exists(edit_path(world.name))
     with pytest.raises(StaleError, match="no layer where query, key and value are fused"):
-        edit_for(world.store, world.name, options=options, console=console)
+        edit_for(world.store, world.name, options=options)
     assert (
-        edit_for(
-            world.store, world.name, options=SearchOptions(qkv=Qkv.SPLIT), console=console
-        ).header.layer
+        edit_for(world.store, world.name, options=SearchOptions(qkv=Qkv.SPLIT)).header.layer
         == f"{VISION}.v"
     )
 

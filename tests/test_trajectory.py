@@ -29,13 +29,13 @@ from slsgu_cli.stepsize import left_to_forget
 SOME = ("visual.proj", "transformer.resblocks.1.ln_1.weight")
 
 
-def follow(world, console, *, points=4, until=None, **search):
+def follow(world, *, points=4, until=None, **search):
     options = TrajectoryOptions(search=SearchOptions(**search), points=points, until=until)
-    return trajectory(world.store, world.name, options=options, console=console)
+    return trajectory(world.store, world.name, options=options)
 
 
-def test_every_step_has_the_figures_of_plain_forwards(world, console):
-    found = follow(world, console, layers=SOME)
+def test_every_step_has_the_figures_of_plain_forwards(world):
+    found = follow(world, layers=SOME)
     plain = Plain(world)
     assert [len(found.of(line)) for line in found.lines()] == [4, 4]
     for trial in found.trials.trials:
@@ -47,9 +47,9 @@ def test_every_step_has_the_figures_of_plain_forwards(world, console):
     assert found.trials.baseline_forget.top1 == pytest.approx(plain.figures().forget[0])
 
 
-def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world, console):
+def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
     for steer in Steer:
-        found = follow(world, console, steer=steer)
+        found = follow(world, steer=steer)
         front = [(score.layer, None) for score in world.ranking.scores if score.front]
         assert found.lines() == front
         for line in found.lines():
@@ -61,44 +61,44 @@ def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world, console
             assert forget == 0 or last.share == pytest.approx(FARTHEST)
 
 
-def test_whitened_directions_are_followed_for_each_ridge(world, console):
+def test_whitened_directions_are_followed_for_each_ridge(world):
     rank(world.store, "blue", options=RankOptions(direction=Direction.WHITENED))
-    found = follow(world, console, layers=SOME[:1], points=2, ridges=(0.1, 0.01))
+    found = follow(world, layers=SOME[:1], points=2, ridges=(0.1, 0.01))
     assert found.lines() == [(SOME[0], 0.1), (SOME[0], 0.01)]
-    found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]), console=console)
-    along = {t.step: t for t in follow(world, console, layers=SOME[:1]).trials.trials}
+    found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]))
+    along = {t.step: t for t in follow(world, layers=SOME[:1]).trials.trials}
     for trial in found.trials.trials:
         if trial.step in along:
             assert along[trial.step].forget == trial.forget
 
 
-def test_the_end_can_be_given(world, console):
-    found = follow(world, console, layers=SOME, points=3, until=0.3)
+def test_the_end_can_be_given(world):
+    found = follow(world, layers=SOME, points=3, until=0.3)
     for line in found.lines():
         assert [trial.share for trial in found.of(line)] == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_steps_on_record_are_not_measured_again(world, console):
-    first = follow(world, console, layers=SOME)
+def test_steps_on_record_are_not_measured_again(world):
+    first = follow(world, layers=SOME)
     assert first.measured == len(first.trials.trials)
     path = trajectory_path("blue")
     data = world.store.read_bytes(path)
-    again = follow(world, console, layers=SOME)
+    again = follow(world, layers=SOME)
     assert again.measured == 0
     assert again.trials == first.trials
     assert world.store.read_bytes(path) == data
     # Half of a finer grid is known.
-    finer = follow(world, console, layers=SOME[:1], points=8)
+    finer = follow(world, layers=SOME[:1], points=8)
     assert (finer.measured, len(finer.trials.trials)) == (4, 8)
     assert len(world.store.read_record(path, Trials).trials) == 12
 
 
-def test_steps_of_another_gradient_are_measured_anew(world, console):
-    follow(world, console, layers=SOME)
+def test_steps_of_another_gradient_are_measured_anew(world):
+    follow(world, layers=SOME)
     world.grade(batch_size=8)
     listed = {entry.kind: entry for entry in entries(world.store)}
     assert listed[Kind.TRAJECTORY].state is State.STALE
-    found = follow(world, console, layers=SOME)
+    found = follow(world, layers=SOME)
     assert found.measured == len(found.trials.trials)
     listed = {entry.kind: entry for entry in entries(world.store)}
     assert listed[Kind.TRAJECTORY].state is State.OK
@@ -118,13 +118,13 @@ def test_a_rise_is_the_most_that_any_pair_rises_by(values):
     assert (rise.points == 0) == (sorted(values, reverse=True) == values)
 
 
-def test_figures_are_drawn(world, console, monkeypatch):
+def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "slsgu_cli.plots.step_plot", lambda *_, layer, ridge: drawn.append((layer, ridge)) or b"1"
     )
     options = TrajectoryOptions(search=SearchOptions(layers=SOME), points=3)
-    found, paths = trajectory_and_plots(world.store, "blue", options=options, console=console)
+    found, paths = trajectory_and_plots(world.store, "blue", options=options)
     assert drawn == found.lines()
     names = ["trajectories", *(f"trajectory-{layer}" for layer in SOME)]
     assert paths == [world.store.where(f"plots/blue-{name}.png") for name in names]
@@ -133,17 +133,17 @@ def test_figures_are_drawn(world, console, monkeypatch):
     assert world.store.read_bytes("plots/blue-trajectories.png") == picture
 
 
-def test_what_is_missing_or_wrong_is_told(world, console):
+def test_what_is_missing_or_wrong_is_told(world):
     with pytest.raises(UsageError, match="bf16"):
-        follow(world, console, precision=Precision.BF16)
+        follow(world, precision=Precision.BF16)
     with pytest.raises(UsageError, match="fits 0 ranked layers"):
-        follow(world, console, layers=["nothing"])
+        follow(world, layers=["nothing"])
     world.store.remove(ranking_path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
-        follow(world, console)
+        follow(world)
     assert "slsgu rank blue" in error.value.hint
     with pytest.raises(MissingError, match="set nobody"):
-        follow(replace(world, name="nobody"), console)
+        follow(replace(world, name="nobody"))
 
 
 def test_the_command(world):

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from plain import Plain
 from processes import slsgu
-from worlds import Ear
 
 import slsgu_cli.verification.verify as module
 from slsgu_cli.console import Console
@@ -46,10 +45,10 @@ LAYER = "visual.proj"
 
 def find(world, layer=LAYER):
     options = SearchOptions(steps=6, layers=[layer])
-    return search(world.store, world.name, options=options, console=Ear())
+    return search(world.store, world.name, options=options)
 
 
-def run(world, *, checks=(), edits=(), model=None, console=None, **changes):
+def run(world, *, checks=(), edits=(), model=None, **changes):
     return verify(
         world.store,
         world.name,
@@ -58,7 +57,6 @@ def run(world, *, checks=(), edits=(), model=None, console=None, **changes):
         model=model,
         edits=edits,
         device="cpu",
-        console=console or Ear(),
     )
 
 
@@ -96,7 +94,7 @@ def world(edited, verified, tmp_path):
 
 def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
     monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
-    found = measure(edited.store, "blue", model=None, device="cpu", console=Ear())
+    found = measure(edited.store, "blue", model=None, device="cpu")
     for place, model in enumerate(found.models):
         (probe,) = finding(verified, Check.BASELINE, place).probes
         assert probe.forget == model.forget
@@ -107,7 +105,7 @@ def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
 
 def test_all_rows_are_measured_where_there_are_no_more(world, monkeypatch):
     monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
-    found = measure(world.store, "blue", model=None, device="cpu", console=Ear())
+    found = measure(world.store, "blue", model=None, device="cpu")
     result = run(world, rows=1000)
     for place, model in enumerate(found.models):
         assert finding(result, Check.BASELINE, place).probes[0].utility == model.utility
@@ -297,7 +295,7 @@ def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
     from slsgu_cli.records import ModelSpec
 
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")
-    spec = ModelSpec(apply_named(world.store, request, console=Ear()).model)
+    spec = ModelSpec(apply_named(world.store, request).model)
     result = run(world, model=spec)
     assert result.subjects[1].label == str(spec)
     own = finding(run(world), Check.BASELINE)

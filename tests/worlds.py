@@ -4,8 +4,8 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from slsgu_cli import progress
 from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import read_manifest, read_pointer, read_ranking
 from slsgu_cli.ranking import RankOptions, rank
@@ -21,10 +21,13 @@ from slsgu_cli.store import Store
 
 
 @dataclass
-class Ear(Console):
-    """A console that remembers what it was told and prints nothing."""
+class Listener(progress.Sink):
+    """Remembers what the package tells, from when it is made to the end of the test."""
 
     heard: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        progress.set_sink(self)
 
     def note(self, text: str) -> None:
         self.heard.append(text)
@@ -75,11 +78,9 @@ class World:
             evals={name: self.sources[name] for name in ("first", "second")},
             templates=dict.fromkeys(("first", "second"), self.sources["templates"]),
         )
-        return build_sets(self.store, replace(request, **changes), console=Ear())
+        return build_sets(self.store, replace(request, **changes))
 
     def grade(self, **options) -> None:
         """Compute the gradients and rank the layers for them."""
-        compute_gradients(
-            self.store, self.name, model=None, options=PassOptions(**options), console=Ear()
-        )
+        compute_gradients(self.store, self.name, model=None, options=PassOptions(**options))
         rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
+from slsgu_cli import progress
 from slsgu_cli.baselines.dampening import dampen, importance_of
 from slsgu_cli.baselines.epochs import (
     Weights,
@@ -25,7 +26,6 @@ from slsgu_cli.baselines.training import (
     saliency_mask,
     train,
 )
-from slsgu_cli.console import Console
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.gradients import load_graded
 from slsgu_cli.gradpass import GradientPass, arithmetic
@@ -54,7 +54,6 @@ class Bench:
     model: nn.Module
     evaluation: Evaluation
     times: PassTimes
-    console: Console
     _original: Weights
 
     @classmethod
@@ -70,17 +69,7 @@ class Bench:
         device = times.device
         resolved, model = load_graded(manifest, pointer, device)
         evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device=device)
-        return cls(
-            store,
-            manifest,
-            pointer,
-            plan,
-            model,
-            evaluation,
-            times,
-            times.console,
-            weights_of(model),
-        )
+        return cls(store, manifest, pointer, plan, model, evaluation, times, weights_of(model))
 
     def original(self) -> tuple[Accuracy, dict[str, Accuracy]]:
         """Measure the original model: forget accuracy, and that of each evaluation set."""
@@ -95,14 +84,10 @@ class Bench:
         label = f"{method} {what} {setting:g}"
         with arithmetic(Precision.FP32):
             found = follow(
-                self._epochs(method, setting),
-                self.evaluation,
-                label=label,
-                total=self.plan.epochs,
-                console=self.console,
+                self._epochs(method, setting), self.evaluation, label=label, total=self.plan.epochs
             )
         forget_passes, retain_passes = self._passes(method, found.epochs)
-        self.console.detail(
+        progress.detail(
             f"{label}: FA@1 {found.forget.top1:.1f} after epoch {found.epoch} of {found.epochs}"
         )
         return Outcome(
@@ -138,7 +123,7 @@ class Bench:
         if method is Method.SSD:
             digests = (self.pointer.forget, self.pointer.retain)
             if not all(self.store.exists(squares_path(digest)) for digest in digests):
-                self.console.note("SSD needs squared gradients: computing them")
+                progress.note("SSD needs squared gradients: computing them")
                 self.times.ensure(self.pointer, squares=True)
             return self._seconds(ROLES, squares=True)
         return 0.0
@@ -179,6 +164,5 @@ class Bench:
             header.loss,
             spec=self.manifest.input,
             options=PassOptions(batch_size=self.plan.batch_size, device=self.times.device),
-            console=self.console,
         )
         return Lesson(Pairs.read(block, rows), loss, sign, shuffled=role == "retain")

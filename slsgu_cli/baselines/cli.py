@@ -143,7 +143,7 @@ def compare(
         **of_table,
         **opt.given(seed=seed),
     )
-    compared = run(session.store, names, options=options, console=session.console)
+    compared = run(session.store, names, options=options)
     rows = mean_rows(compared.concepts, compared.chosen)
     path = plot_path(joint_label(names), "comparison")
     title = f"forgetting {', '.join(names)}"
@@ -185,7 +185,7 @@ def _on_pipeline(
         device=device,
         **opt.given(iterations=iterations),
     )
-    compared = compare(session.store, names[0], options=options, console=session.console)
+    compared = compare(session.store, names[0], options=options)
     show.comparison(session.console, compared, session.store.where(sheet_path(names[0], target)))
 
 

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import slsgu_cli
+from slsgu_cli import progress
 from slsgu_cli.baselines.dampening import ALPHA
 from slsgu_cli.baselines.ours import original_outcome, our_outcome, standing_trials
 from slsgu_cli.baselines.passes import PassTimes
 from slsgu_cli.baselines.records import TRAINED, Comparison, Method, Outcome, Plan
 from slsgu_cli.baselines.tuning import tune
-from slsgu_cli.console import Console
 from slsgu_cli.layout import comparison_path, pointer_path, read_manifest, read_pointer
 from slsgu_cli.outcomes import measured_on
 from slsgu_cli.recorded import recorded
@@ -52,9 +52,7 @@ class Compared:
     chosen: dict[Method, float] | None
 
 
-def compare(
-    store: Store, names: Sequence[str], *, options: CompareOptions, console: Console
-) -> Compared:
+def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> Compared:
     """Run every method on every set `names`; settings are tuned on the first of them.
 
     Raises MissingError, InputError and StaleError.
@@ -66,7 +64,7 @@ def compare(
     concepts: dict[str, tuple[Outcome, ...]] = {}
     chosen: dict[Method, float] = {}
     for name in dict.fromkeys(names):
-        ledger = _Ledger.open(store, name, options, console)
+        ledger = _Ledger.open(store, name, options)
         rows: list[Outcome] = []
         for method in methods:
             if method in (Method.ORIGINAL, Method.OURS):
@@ -93,13 +91,13 @@ class _Ledger:
     comparison: Comparison
 
     @classmethod
-    def open(cls, store: Store, name: str, options: CompareOptions, console: Console) -> "_Ledger":
+    def open(cls, store: Store, name: str, options: CompareOptions) -> "_Ledger":
         manifest = read_manifest(store, name)
-        times = PassTimes(store, manifest, options.device, console)
+        times = PassTimes(store, manifest, options.device)
         if store.exists(pointer_path(name)):
             pointer = read_pointer(store, manifest)
         else:
-            console.note(f"{name} has no gradients yet: computing them")
+            progress.note(f"{name} has no gradients yet: computing them")
             pointer = times.ensure(None, squares=False)
         plan = Plan(
             epochs=options.epochs,
@@ -134,7 +132,7 @@ class _Ledger:
         recorded = self.comparison.outcomes
         if method is Method.OURS:
             times = self.times
-            return self._add(our_outcome(self.store, self.pointer, recorded, times, times.console))
+            return self._add(our_outcome(self.store, self.pointer, recorded, times))
         known = [outcome for outcome in recorded if outcome.method is Method.ORIGINAL]
         if known:
             return known[-1]
@@ -176,7 +174,7 @@ class _Ledger:
         """Take up the record in the store, if it was made from the same things."""
         path = comparison_path(self.comparison.name)
         unusable = "recorded outcomes cannot be used and are made again"
-        found = recorded(self.store, path, Comparison, self.times.console, unusable=unusable)
+        found = recorded(self.store, path, Comparison, unusable=unusable)
         if found and _made_from(found) == _made_from(self.comparison):
             self.comparison = found
 

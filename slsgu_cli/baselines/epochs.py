@@ -11,8 +11,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.activations import CacheBudget
-from slsgu_cli.console import Console
 from slsgu_cli.evaluation import Evaluation
 from slsgu_cli.records import Accuracy
 
@@ -33,14 +33,12 @@ class Reported:
     seconds: float
 
 
-def follow(
-    epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: int, console: Console
-) -> Reported:
+def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: int) -> Reported:
     """Run epochs until one forgets or none is left; leave the model as it is reported."""
     seconds, epoch, best = 0.0, 0, 0
     least: Accuracy | None = None
     weights: Weights = {}
-    with console.progress(label, total) as ticker:
+    with progress.bar(label, total) as ticker:
         while True:
             start = perf_counter()
             ended = next(epochs, None)
@@ -73,7 +71,8 @@ def forget_accuracy(evaluation: Evaluation) -> Accuracy:
 
 def utility(evaluation: Evaluation) -> dict[str, Accuracy]:
     """Return the accuracy on each evaluation set of the model as it is now."""
-    evaluation.base_pass((), cache_bytes=0, console=Console(verbosity=-1))
+    with progress.silent():
+        evaluation.base_pass((), cache_bytes=0)
     return {name: group.base_accuracy() for name, group in evaluation.utility.items()}
 
 

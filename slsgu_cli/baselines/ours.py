@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from shlex import quote
 from time import perf_counter
 
+from slsgu_cli import progress
 from slsgu_cli.baselines.passes import ROLES, PassTimes
 from slsgu_cli.baselines.records import Method, Outcome
 from slsgu_cli.cases import MARGIN
-from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.layout import edit_path, trials_path
@@ -45,11 +45,7 @@ def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
 
 
 def our_outcome(
-    store: Store,
-    pointer: GradientPointer,
-    recorded: Sequence[Outcome],
-    times: PassTimes,
-    console: Console,
+    store: Store, pointer: GradientPointer, recorded: Sequence[Outcome], times: PassTimes
 ) -> Outcome:
     """Return the row of the set's edit, searching for it if there is none.
 
@@ -62,9 +58,9 @@ def our_outcome(
     start = perf_counter()
     try:
         options = SearchOptions(device=times.asked_device)
-        edit = edit_for(store, name, options=options, console=console)
+        edit = edit_for(store, name, options=options)
     except NotForgottenError as error:
-        console.warn(error.message)
+        progress.warn(error.message)
         edit = load_edit(store, name)
     seconds = perf_counter() - start
     trial = _trial(store, times.manifest, pointer, edit)
@@ -74,8 +70,8 @@ def our_outcome(
     if known:
         return known[-1]
     if not missing:
-        console.detail("the search is run once more for its time")
-        seconds = _rehearse(store, edit.header, times.asked_device, console)
+        progress.detail("the search is run once more for its time")
+        seconds = _rehearse(store, edit.header, times.asked_device)
     seconds += times.seconds(pointer, ROLES, squares=False)
     return Outcome(
         method=Method.OURS,
@@ -119,7 +115,7 @@ def _key(found: Trial | EditHeader) -> tuple[str, float | None, float]:
     return found.layer, found.ridge, found.step
 
 
-def _rehearse(store: Store, header: EditHeader, device: str, console: Console) -> float:
+def _rehearse(store: Store, header: EditHeader, device: str) -> float:
     """Return how long the whole search takes that found an edit; nothing of it is kept."""
     options = SearchOptions(
         device=device,
@@ -129,5 +125,5 @@ def _rehearse(store: Store, header: EditHeader, device: str, console: Console) -
     )
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
-        search(store, header.name, options=options, console=console, records=Store(folder))
+        search(store, header.name, options=options, records=Store(folder))
         return perf_counter() - start

@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from slsgu_cli.baselines.records import Comparison, PassTime
-from slsgu_cli.console import Console
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.layout import comparison_path, gradient_path
@@ -32,7 +31,6 @@ class PassTimes:
     store: Store
     manifest: SetManifest
     asked_device: str
-    console: Console
     known: dict[str, PassTime] = field(default_factory=dict)
 
     @cached_property
@@ -60,7 +58,6 @@ class PassTimes:
             self.manifest.name,
             model=pointer.model if pointer else None,
             options=options,
-            console=self.console,
             squares=squares,
         )
         for role, seconds in result.seconds.items():
@@ -115,9 +112,7 @@ class PassTimes:
             device=self.device,
         )
         start = perf_counter()
-        run = GradientPass.prepare(
-            model, header.loss, spec=self.manifest.input, options=options, console=self.console
-        )
+        run = GradientPass.prepare(model, header.loss, spec=self.manifest.input, options=options)
         label = f"time of the {role} gradient"
         (run.run_squared if squares else run.run)(block, label)
         return PassTime(perf_counter() - start, self.where)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from slsgu_cli import progress
 from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.curation.collection import Collected, collect
 from slsgu_cli.curation.records import Concept, Tried
 from slsgu_cli.curation.shards import FORGET, RETAIN
@@ -14,11 +14,11 @@ from slsgu_cli.store import Store
 from slsgu_cli.tally import Upstream
 
 
-def build(store: Store, request: BuildRequest, *, console: Console) -> SetManifest:
+def build(store: Store, request: BuildRequest) -> SetManifest:
     """Build the set, from a collection if the request asks for one."""
     if request.collect is None:
-        return build_sets(store, request, console=console)
-    collected = collect(store, request.collect, console=console)
+        return build_sets(store, request)
+    collected = collect(store, request.collect)
     record = collected.record
     tried = record.concepts[request.name]
     if not tried.shards:
@@ -34,11 +34,11 @@ def build(store: Store, request: BuildRequest, *, console: Console) -> SetManife
         retained = _shards(store, collected, record.retain, RETAIN)
         found = replace(found, retain_sources=retained)
         upstream["retain"] = Upstream(record.seen, {**record.refused, **record.retain.refused})
-    return build_sets(store, found, console=console, upstream=upstream)
+    return build_sets(store, found, upstream=upstream)
 
 
 def build_many(
-    store: Store, request: BuildRequest, concepts: Sequence[Concept], *, console: Console
+    store: Store, request: BuildRequest, concepts: Sequence[Concept]
 ) -> tuple[list[SetManifest], list[str]]:
     """Build a set for each concept from one collection; return them, and names without one.
 
@@ -54,10 +54,10 @@ def build_many(
             not_match=concept.excluded,
         )
         try:
-            built.append(build(store, own, console=console))
+            built.append(build(store, own))
         except InputError as error:
             failed.append(concept.name)
-            console.warn(f"{concept.name}: {error.message}")
+            progress.warn(f"{concept.name}: {error.message}")
     return built, failed
 
 

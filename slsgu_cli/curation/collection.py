@@ -13,8 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slsgu_cli import __version__
-from slsgu_cli.console import Console
+from slsgu_cli import __version__, progress
 from slsgu_cli.curation.concepts import ConceptIndex
 from slsgu_cli.curation.img2dataset import UrlList, download, finished, reason
 from slsgu_cli.curation.metadata import (
@@ -48,7 +47,7 @@ class Collected:
     folder: str
 
 
-def collect(store: Store, request: CollectRequest, *, console: Console) -> Collected:
+def collect(store: Store, request: CollectRequest) -> Collected:
     """Bring the samples together that `request` asks for, or find them brought together.
 
     Raises UsageError, MissingError or InputError; what was done by then is kept, and the
@@ -64,31 +63,31 @@ def collect(store: Store, request: CollectRequest, *, console: Console) -> Colle
     folder = f"collections/{digest({'format': FORMAT, 'files': identities, **asked})}"
     record = collection_path(folder)
     if store.exists(record):
-        console.note(f"the samples of {len(identities)} files were collected before: {folder}")
+        progress.note(f"the samples of {len(identities)} files were collected before: {folder}")
         return Collected(store.read_record(record, Collection), f"{folder}/parts")
     if request.metadata:
-        made = _from_metadata(store, folder, request, files, console)
+        made = _from_metadata(store, folder, request, files)
     else:
-        made = _from_shards(store, folder, request, readers, console)
+        made = _from_shards(store, folder, request, readers)
     store.write_record(record, made)
     return Collected(made, f"{folder}/parts")
 
 
 def _from_metadata(
-    store: Store, folder: str, request: CollectRequest, files: Sequence[str], console: Console
+    store: Store, folder: str, request: CollectRequest, files: Sequence[str]
 ) -> Collection:
     index = ConceptIndex(request.concepts, request.regex)
-    scan = scan_metadata(files, request, index, console)
+    scan = scan_metadata(files, request, index)
     hits, refused = _once(scan)
     hits = _limited(hits, request, refused)
     retain = scan.retain[: retain_wanted(request)]
     found = Counter(number for hit in hits for number in hit.concepts)
-    console.note(f"{len(hits)} of {scan.seen} captions match; {len(retain)} more rows are drawn")
+    progress.note(f"{len(hits)} of {scan.seen} captions match; {len(retain)} more rows are drawn")
     outcome = _Outcome()
     if hits:
         urls = _write_urls(store, folder, [*hits, *retain])
         parts = f"{folder}/parts"
-        download(store, urls, parts, options=request.download, console=console)
+        download(store, urls, parts, options=request.download)
         outcome = _outcome(store, parts, index)
     return Collection(
         sources=request.metadata,
@@ -114,9 +113,9 @@ def _from_metadata(
 
 
 def _from_shards(
-    store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader], console: Console
+    store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
 ) -> Collection:
-    met = collect_shards(store, folder, request, readers, console)
+    met = collect_shards(store, folder, request, readers)
     refused = sum((Counter(m.refused) for _, m in met), Counter[str]())
     concepts = {}
     for concept in request.concepts:

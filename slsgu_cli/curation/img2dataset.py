@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from slsgu_cli import progress
 from slsgu_cli.ahead import cores
-from slsgu_cli.console import Console, Ticker
 from slsgu_cli.curation.records import DownloadOptions
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.store import Store
@@ -44,9 +44,7 @@ class UrlList:
     columns: tuple[str, ...]
 
 
-def download(
-    store: Store, urls: UrlList, folder: str, *, options: DownloadOptions, console: Console
-) -> list[str]:
+def download(store: Store, urls: UrlList, folder: str, *, options: DownloadOptions) -> list[str]:
     """Fetch the images of a URL list as tar shards into `folder`; return the shards' names.
 
     Shards that are done are not fetched again. Raises MissingError where img2dataset is
@@ -58,7 +56,7 @@ def download(
         done = finished(store, folder)
         if len(done) >= wanted:
             return done
-        with console.progress("downloading", urls.rows) as ticker:
+        with progress.bar("downloading", urls.rows) as ticker:
             tail = _run(store, command, folder, ticker)
         if len(finished(store, folder)) == len(done):
             break
@@ -142,7 +140,7 @@ def _arguments(store: Store, urls: UrlList, folder: str, options: DownloadOption
     return [f"--{name}={value!r}" for name, value in settings.items()]
 
 
-def _run(store: Store, command: list[str], folder: str, ticker: Ticker) -> str:
+def _run(store: Store, command: list[str], folder: str, ticker: progress.Ticker) -> str:
     """Run the command to its end while its shards are counted; return its last line."""
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
     counted: Counter[str] = Counter()
@@ -179,7 +177,7 @@ def _log(store: Store, folder: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _advance(store: Store, folder: str, counted: Counter[str], ticker: Ticker) -> None:
+def _advance(store: Store, folder: str, counted: Counter[str], ticker: progress.Ticker) -> None:
     for name in store.names(folder, STATS):
         if name not in counted:
             try:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from slsgu_cli import progress
 from slsgu_cli.ahead import cores, read_ahead
-from slsgu_cli.console import Console
 from slsgu_cli.curation.concepts import ConceptIndex
 from slsgu_cli.curation.prefilter import Prefilter
 from slsgu_cli.curation.records import CollectRequest
@@ -80,9 +80,7 @@ class Scan:
         self.examples += other.examples[: 3 - len(self.examples)]
 
 
-def scan_metadata(
-    paths: Sequence[str], request: CollectRequest, index: ConceptIndex, console: Console
-) -> Scan:
+def scan_metadata(paths: Sequence[str], request: CollectRequest, index: ConceptIndex) -> Scan:
     """Return the rows of metadata that are about the concepts, and rows drawn to retain.
 
     Raises MissingError and InputError for files that cannot be read or lack a column.
@@ -95,7 +93,7 @@ def scan_metadata(
     prefilter = Prefilter(None if request.regex else patterns)
     work = _Work(request, index, prefilter, pool, limit)
     result = Scan()
-    with console.progress("filtering captions", total) as ticker:
+    with progress.bar("filtering captions", total) as ticker:
         for found in read_ahead(work.scan, groups, threads=threads):
             result.add(found)
             ticker.advance(found.seen)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from shlex import quote
 
 from slsgu_cli.build_request import BuildRequest
-from slsgu_cli.console import Console
 from slsgu_cli.curation.building import build
 from slsgu_cli.errors import StaleError
 from slsgu_cli.layout import read_manifest
@@ -21,7 +20,7 @@ class Replayed:
     same: dict[str, bool]
 
 
-def replay(store: Store, name: str, *, console: Console) -> Replayed:
+def replay(store: Store, name: str) -> Replayed:
     """Build the set `name` once more, rows dropped by hand included.
 
     Raises StaleError where the manifest does not say how.
@@ -33,7 +32,7 @@ def replay(store: Store, name: str, *, console: Console) -> Replayed:
             hint=f"run `slsgu build-sets {quote(name)}` with its sources",
         )
     request = decode(BuildRequest, before.request)
-    after = build(store, request, console=console)
+    after = build(store, request)
     had = {part: ref.fingerprint for part, ref in blocks(before)}
     has = {part: ref.fingerprint for part, ref in blocks(after)}
     return Replayed(after, {part: had.get(part) == has[part] for part in has})

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from slsgu_cli import models
-from slsgu_cli.console import Console
+from slsgu_cli import models, progress
 from slsgu_cli.curation.records import Screening
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records import InputSpec
@@ -83,9 +82,7 @@ class Look:
         return None
 
 
-def screen_for(
-    options: Screening, model: models.ResolvedModel, spec: InputSpec, console: Console
-) -> Screen | None:
+def screen_for(options: Screening, model: models.ResolvedModel, spec: InputSpec) -> Screen | None:
     """Return the tests that `options` ask for, None for none. Raises UsageError."""
     least, bits = options.min_similarity, options.near_duplicates
     if least is not None and not -1 <= least <= 1:
@@ -95,7 +92,7 @@ def screen_for(
     if least is None and bits is None:
         return None
     weights = None if least is None else models.fingerprint(model)
-    cosines = None if least is None else _cosines(model, spec, options.device, console)
+    cosines = None if least is None else _cosines(model, spec, options.device)
     return Screen(options, cosines, [least, weights, bits])
 
 
@@ -117,9 +114,7 @@ def _cosine_basis() -> npt.NDArray[np.float64]:
     return np.cos(np.arange(LOW)[:, None] * places)
 
 
-def _cosines(
-    model: models.ResolvedModel, spec: InputSpec, device: str, console: Console
-) -> Cosines:
+def _cosines(model: models.ResolvedModel, spec: InputSpec, device: str) -> Cosines:
     """Return a function of images and captions that loads the model when first called."""
 
     @cache
@@ -127,7 +122,7 @@ def _cosines(
         from slsgu_cli.batches import pixel_normalizer
 
         where = models.pick_device(device)
-        module = models.load(model, where, warn=console.warn)
+        module = models.load(model, where, warn=progress.warn)
         return module, where, pixel_normalizer(spec, where)
 
     def cosines(pixels: Pixels, captions: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -17,8 +17,8 @@ from multiprocessing import get_context
 
 import fsspec
 
+from slsgu_cli import progress
 from slsgu_cli.ahead import cores
-from slsgu_cli.console import Console
 from slsgu_cli.curation.concepts import ConceptIndex
 from slsgu_cli.curation.metadata import retain_wanted
 from slsgu_cli.curation.records import CollectRequest
@@ -67,7 +67,7 @@ def open_shards(request: CollectRequest) -> list[Reader]:
 
 
 def collect_shards(
-    store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader], console: Console
+    store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
 ) -> list[tuple[str, Met]]:
     """Return for every file of the sources the tar of its samples, and what was met in it.
 
@@ -80,7 +80,7 @@ def collect_shards(
     )
     met: dict[int, Met] = {}
     left = list(order)
-    with console.progress("reading shards", len(readers)) as ticker:
+    with progress.bar("reading shards", len(readers)) as ticker:
         while left and sum(m.retain for m in met.values()) < retain_wanted(request):
             number = left.pop(0)
             met[number] = _collect(_task(store, folder, readers, request, number, retain=True))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import slsgu_cli
 from slsgu_cli.baselines.passes import ROLES, PassTimes
-from slsgu_cli.console import Console
 from slsgu_cli.erasing.records import TRAINED, Method, Outcome, PipelineComparison, Plan
 from slsgu_cli.erasing.sheet import LABELS, sheet
 from slsgu_cli.erasing.steered import steered_edit
@@ -45,14 +44,12 @@ class CompareOptions:
     device: str = "auto"
 
 
-def compare(
-    store: Store, name: str, *, options: CompareOptions, console: Console
-) -> PipelineComparison:
+def compare(store: Store, name: str, *, options: CompareOptions) -> PipelineComparison:
     """Run every method on the pipeline and measure it; write the contact sheet.
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
-    run = _Run.open(store, name, options, console)
+    run = _Run.open(store, name, options)
     ours = Method.OURS in options.methods
     if ours:
         steered_edit(store, run.pointer, options.target)
@@ -90,7 +87,7 @@ class _Run:
     times: PassTimes
 
     @classmethod
-    def open(cls, store: Store, name: str, options: CompareOptions, console: Console) -> "_Run":
+    def open(cls, store: Store, name: str, options: CompareOptions) -> "_Run":
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         require_family(options.target, answers=False)
@@ -110,7 +107,7 @@ class _Run:
             outcomes=(),
             version=slsgu_cli.__version__,
         )
-        times = PassTimes(store, manifest, options.device, console)
+        times = PassTimes(store, manifest, options.device)
         run = cls(store, manifest, pointer, options, gallery, record, times)
         run._read()
         return run
@@ -119,7 +116,7 @@ class _Run:
     def studio(self) -> Studio:
         """The loaded pipeline."""
         painter = Painter.load(self.options.target, device=self.options.device)
-        return Studio(self.store, self.manifest, painter, self.gallery, self.times.console)
+        return Studio(self.store, self.manifest, painter, self.gallery)
 
     def plan(self, rate: float) -> Plan:
         """Return how a trained method runs at a learning rate."""
@@ -151,8 +148,7 @@ class _Run:
 
     def _measured(
         self, method: Method, *, plan: Plan | None = None, edit: str | None = None,
-        seconds: float = 0.0,
-    ) -> Outcome:  # fmt: skip
+        seconds: float = 0.0) -> Outcome:  # fmt: skip
         """Paint by the pipeline as it is now, judge, and record the row and its pictures."""
         images = self.studio.painted(LABELS[method])
         split = len(self.gallery.own)
@@ -205,9 +201,7 @@ class _Run:
         """Take up the record in the store, if it was made from the same things."""
         path = target_comparison_path(self.manifest.name, self.options.target)
         unusable = "recorded outcomes cannot be used and are made again"
-        found = recorded(
-            self.store, path, PipelineComparison, self.times.console, unusable=unusable
-        )
+        found = recorded(self.store, path, PipelineComparison, unusable=unusable)
         made_from = attrgetter(
             "target_fingerprint", "forget", "forget_data", "retain_data", "evals", "judge", "budget"
         )

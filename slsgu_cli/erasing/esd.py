@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.erasing.denoiser import Condition, Denoiser
 from slsgu_cli.erasing.records import Plan
 from slsgu_cli.errors import InputError
@@ -22,7 +22,7 @@ ERASING = 1.0
 GUIDANCE = 3.0
 
 
-def erase(denoiser: Denoiser, prompts: Sequence[str], plan: Plan, console: Console) -> None:
+def erase(denoiser: Denoiser, prompts: Sequence[str], plan: Plan) -> None:
     """Train the UNet in place; the concept's `prompts` take turns.
 
     Raises InputError where the UNet has no cross-attention.
@@ -36,7 +36,7 @@ def erase(denoiser: Denoiser, prompts: Sequence[str], plan: Plan, console: Conso
     optimizer = torch.optim.Adam(own.values(), lr=plan.rate)
     generator = torch.Generator("cpu").manual_seed(plan.seed)
     conditions = [denoiser.conditions([prompt]) for prompt in prompts]
-    with console.progress(f"ESD {plan.rate:g}", plan.iterations) as ticker:
+    with progress.bar(f"ESD {plan.rate:g}", plan.iterations) as ticker:
         for number in range(plan.iterations):
             condition, empty = conditions[number % len(conditions)]
             until = int(torch.randint(plan.steps, (), generator=generator))

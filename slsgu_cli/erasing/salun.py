@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.baselines.training import mask_gradients, saliency_mask
 from slsgu_cli.batches import spans
-from slsgu_cli.console import Console
 from slsgu_cli.erasing.denoiser import Denoiser
 from slsgu_cli.erasing.records import Plan
 
@@ -38,13 +38,13 @@ class Lessons:
     prompt: Callable[[str, int], str]
 
 
-def unlearn(denoiser: Denoiser, lessons: Lessons, plan: Plan, console: Console) -> None:
+def unlearn(denoiser: Denoiser, lessons: Lessons, plan: Plan) -> None:
     """Train the UNet in place."""
     unet = denoiser.unet.requires_grad_(True)
     generator = torch.Generator("cpu").manual_seed(plan.seed)
     mask = forget_mask(denoiser, lessons, generator)
     optimizer = torch.optim.Adam(unet.parameters(), lr=plan.rate)
-    with console.progress(f"SalUn {plan.rate:g}", plan.iterations) as ticker:
+    with progress.bar(f"SalUn {plan.rate:g}", plan.iterations) as ticker:
         for _ in range(plan.iterations):
             optimizer.zero_grad()
             loss = relabelled(denoiser, lessons, generator)

@@ -8,8 +8,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from slsgu_cli import progress
 from slsgu_cli.batches import spans
-from slsgu_cli.console import Console
 from slsgu_cli.edits import Edit
 from slsgu_cli.erasing import esd, salun
 from slsgu_cli.erasing.denoiser import Denoiser
@@ -34,13 +34,12 @@ class Studio:
     manifest: SetManifest
     painter: Painter
     gallery: Gallery
-    console: Console
 
     def painted(self, label: str) -> list[bytes]:
         """Return the gallery's pictures by the pipeline as it is now, the concept's first."""
         frames = [*self.gallery.own, *self.gallery.rest]
         found = []
-        with self.console.progress(f"pictures of {label}", len(frames)) as ticker:
+        with progress.bar(f"pictures of {label}", len(frames)) as ticker:
             for image in self.gallery.painted(self.painter, frames):
                 found.append(image)
                 ticker.advance()
@@ -73,7 +72,7 @@ class Studio:
         if method is Method.ESD:
             name, templates = self.gallery.name, self.gallery.templates
             prompts = [self.gallery.prompt(name, number) for number in range(len(templates))]
-            esd.erase(denoiser, prompts, plan, self.console)
+            esd.erase(denoiser, prompts, plan)
             return
         forget, _ = self._latents(denoiser, self.manifest.forget)
         retain, captions = self._latents(denoiser, self.manifest.retain)
@@ -85,7 +84,7 @@ class Studio:
             others=[name for name in self.gallery.judge.names if name != self.gallery.name],
             prompt=self.gallery.prompt,
         )
-        salun.unlearn(denoiser, lessons, plan, self.console)
+        salun.unlearn(denoiser, lessons, plan)
 
     def _latents(self, denoiser: Denoiser, ref: DataRef) -> tuple[torch.Tensor, Sequence[str]]:
         """Return the latents and captions of a block, of at most as many rows as moments take."""

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.generation.albums import ANSWERS, Album
@@ -54,7 +54,7 @@ class Picture:
     forgotten: bool = False
 
 
-def ask(store: Store, request: AskRequest, *, console: Console) -> tuple[Answers, Album]:
+def ask(store: Store, request: AskRequest) -> tuple[Answers, Album]:
     """Ask every question about every image of both models, and draw what they say.
 
     Raises MissingError, InputError, StaleError and UsageError.
@@ -68,7 +68,7 @@ def ask(store: Store, request: AskRequest, *, console: Console) -> tuple[Answers
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
     (values,) = new_values((respondent.encoder,), edits)
     said: list[list[str]] = []
-    with console.progress("asking", 2 * len(questions)) as ticker:
+    with progress.bar("asking", 2 * len(questions)) as ticker:
         for new in ({}, values):
             said.append([])
             with respondent.encoder.edited(new):

@@ -96,7 +96,7 @@ def generate(
             device=device,
             **opt.given(seeds=numbers),
         )
-        show.answer_set(session.console, answer_set(session.store, canvas, console=session.console))
+        show.answer_set(session.console, answer_set(session.store, canvas))
         return
     record, album = run(
         session.store,
@@ -113,7 +113,6 @@ def generate(
             device=device,
             **opt.given(seeds=numbers),
         ),
-        console=session.console,
     )
     show.generation(session.console, record, album)
 
@@ -155,6 +154,5 @@ def ask(
             out=out,
             device=device,
         ),
-        console=session.console,
     )
     show.answers(session.console, record, album)

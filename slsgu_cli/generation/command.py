@@ -34,7 +34,7 @@ def search_on_target(
     for name in names:
         chosen = judge_spec(session.store, name, *judge)
         steer = SteerOptions(target=target, budget=budget, judge=chosen, **options)
-        results.append(search_target(session.store, name, options=steer, console=session.console))
+        results.append(search_target(session.store, name, options=steer))
         show.steered(session.console, session.store, results[-1])
     for result in results:
         require_reached(result)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.errors import UsageError
 from slsgu_cli.evalsets import read_classes, read_templates
@@ -43,9 +43,7 @@ class GenerateRequest:
     device: str = "auto"
 
 
-def generate(
-    store: Store, request: GenerateRequest, *, console: Console
-) -> tuple[Generation, Album]:
+def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Album]:
     """Generate before and after the edits, judge and lay out what came of it.
 
     Raises MissingError, InputError, StaleError and UsageError.
@@ -62,7 +60,7 @@ def generate(
     )
     album = Album.at(store, edits[0].header.name, request.out)
     painter = Painter.load(request.target, device=request.device)
-    images = before_and_after(painter, edits, prompts, request, console)
+    images = before_and_after(painter, edits, prompts, request)
     judge = request.judge and Judge.load(request.judge, classes, device=request.device)
     verdicts = {k: judge.verdicts(made) if judge else None for k, made in images.items()}
     record = _record(edits, prompts, tuple(classes), request, verdicts)
@@ -100,17 +98,13 @@ def judged_classes(
 
 
 def before_and_after(
-    painter: Painter,
-    edits: Sequence[Edit],
-    prompts: Sequence[Prompt],
-    request: GenerateRequest,
-    console: Console,
+    painter: Painter, edits: Sequence[Edit], prompts: Sequence[Prompt], request: GenerateRequest
 ) -> dict[str, list[bytes]]:
     """Return the images as PNG, prompt by prompt and seed by seed, of both models."""
     jobs = [Job(prompt.text, seed) for prompt in prompts for seed in request.seeds]
     values = new_values(painter.encoders, edits)
     made: dict[str, list[bytes]] = {BEFORE: [], AFTER: []}
-    with console.progress("generating", 2 * len(jobs)) as ticker:
+    with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, images in made.items():
             with painter.edited(values if key == AFTER else ()):
                 for image in painter.paint(jobs, request.paint):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import slsgu_cli
+from slsgu_cli import progress
 from slsgu_cli.build import BuildRequest
-from slsgu_cli.console import Console
 from slsgu_cli.errors import UsageError
 from slsgu_cli.generation.judging import png_bytes
 from slsgu_cli.generation.loading import folder_fingerprint, require_family
@@ -36,7 +36,7 @@ class SourceRequest:
 
 
 def forgetting_generated(
-    store: Store, request: BuildRequest, images: SourceRequest, *, console: Console
+    store: Store, request: BuildRequest, images: SourceRequest
 ) -> BuildRequest:
     """Return a request whose forget set is generated; its own sources are retained.
 
@@ -47,7 +47,7 @@ def forgetting_generated(
     retained = request.retain_sources or request.sources
     if not retained:
         raise UsageError("there is no source to retain", hint="name one with --source")
-    made = generated_source(store, images, console=console)
+    made = generated_source(store, images)
     # Captions are the prompts. More images than asked for may lie there from before.
     return replace(
         request,
@@ -58,7 +58,7 @@ def forgetting_generated(
     )
 
 
-def generated_source(store: Store, request: SourceRequest, *, console: Console) -> str:
+def generated_source(store: Store, request: SourceRequest) -> str:
     """Make what is missing of a source of generated images; return where it lies.
 
     Raises MissingError, InputError and UsageError.
@@ -86,10 +86,10 @@ def generated_source(store: Store, request: SourceRequest, *, console: Console) 
     )
     left = sum(map(len, missing))
     if left < len(jobs):
-        console.note(f"{len(jobs) - left} of {len(jobs)} images were generated before")
+        progress.note(f"{len(jobs) - left} of {len(jobs)} images were generated before")
     if missing:
         painter = Painter.load(request.pipeline, device=request.device)
-        with console.progress("generating", left) as ticker:
+        with progress.bar("generating", left) as ticker:
             for rows in missing:
                 images = painter.paint([jobs[n] for n in rows], request.paint)
                 for number, image in zip(rows, images, strict=True):

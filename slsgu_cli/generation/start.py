@@ -6,7 +6,6 @@ that CLIP no longer puts first.
 
 from collections.abc import Sequence
 
-from slsgu_cli.console import Console
 from slsgu_cli.evaluation import Evaluation, prepare
 from slsgu_cli.generation.vectors import Ray
 from slsgu_cli.gradients import load_graded
@@ -22,19 +21,14 @@ STEPS = 7
 
 
 def clip_starts(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    rays: Sequence[Ray],
-    device: str,
-    console: Console,
+    store: Store, manifest: SetManifest, pointer: GradientPointer, rays: Sequence[Ray], device: str
 ) -> dict[str, float]:
     """Return for each layer the shortest step met at which CLIP's FA@1 is 0, where one is."""
     device = pick_device(device)
     resolved, module = load_graded(manifest, pointer, device)
     whole = prepare(store, manifest, module, tokenize=tokenizer(resolved), device=device)
     few = Evaluation(whole.model, whole.vision, whole.text, whole.forget, {})
-    few.base_pass((ray.layer for ray in rays), cache_bytes=spare(device), console=console)
+    few.base_pass((ray.layer for ray in rays), cache_bytes=spare(device))
     starts = {}
     for ray in rays:
         probe = Probe(few, _score(ray), ray.direction.to(device))

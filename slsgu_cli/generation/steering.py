@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.directions import RIDGE, layer_gradient
 from slsgu_cli.edits import make_edit, write_edit
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
@@ -94,9 +94,7 @@ class SteerResult:
     edit: str
 
 
-def search_target(
-    store: Store, name: str, *, options: SteerOptions, console: Console
-) -> SteerResult:
+def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerResult:
     """Search for the layer and step at which a target forgets, and write the edit.
 
     Raises MissingError, InputError, StaleError and UsageError.
@@ -124,16 +122,14 @@ def search_target(
     if not found:
         raise InputError(f"no layer that reaches {options.target} has a forget gradient")
     chosen_rays = found if options.layers else found[: options.top]
-    console.detail("layers by importance: " + ", ".join(ray.layer for ray in found[:10]))
+    progress.detail("layers by importance: " + ", ".join(ray.layer for ray in found[:10]))
     with torch.no_grad():
-        trials = _resume(
-            store, manifest, pointer, subject, judge, gradient_of, found, options, console
-        )
+        trials = _resume(store, manifest, pointer, subject, judge, gradient_of, found, options)
         starts = {}
         if gradient_of is GradientOf.CLIP:
-            starts = clip_starts(store, manifest, pointer, chosen_rays, options.device, console)
+            starts = clip_starts(store, manifest, pointer, chosen_rays, options.device)
         path = target_trials_path(name, options.target)
-        run = TargetRun(store, path, subject, trials, console, full=options.full, began=began)
+        run = TargetRun(store, path, subject, trials, full=options.full, began=began)
         for ray in chosen_rays:
             run.bisect(ray, options.steps, starts.get(ray.layer))
         best = run.choose(chosen_rays)
@@ -224,7 +220,6 @@ def _resume(
     gradient_of: GradientOf,
     found: Sequence[Ray],
     options: SteerOptions,
-    console: Console,
 ) -> TargetTrials:
     """Return the recorded trials if they were made from the same things, else none."""
     path = target_trials_path(manifest.name, options.target)
@@ -253,7 +248,7 @@ def _resume(
         "direction", "ridge", "judge", "budget",
     )  # fmt: skip
     unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, path, TargetTrials, console, unusable=unusable)
+    old = recorded(store, path, TargetTrials, unusable=unusable)
     if old and old.before is not None and made_from(old) == made_from(fresh):
         return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
     return replace(fresh, before=Effect(subject.concept(), subject.others()))

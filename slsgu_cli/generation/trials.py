@@ -8,7 +8,7 @@ from dataclasses import replace
 from operator import attrgetter
 from time import perf_counter
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.generation.records import TargetTrial, TargetTrials
 from slsgu_cli.generation.subjects import Subject
 from slsgu_cli.generation.vectors import Ray
@@ -29,12 +29,11 @@ class TargetRun:
         path: str,
         subject: Subject,
         trials: TargetTrials,
-        console: Console,
         *,
         full: bool = False,
         began: float | None = None,
     ) -> None:
-        self.store, self.path, self.subject, self.console = store, path, subject, console
+        self.store, self.path, self.subject = store, path, subject
         self.full = full
         self._began = perf_counter() if began is None else began
         self._spent = trials.seconds
@@ -55,7 +54,7 @@ class TargetRun:
         """Run Algorithm 3 on one layer, on what the target shows of the concept."""
         first = start or 0.1 / ray.share(1.0)
         tried: list[tuple[float, float]] = []
-        with self.console.progress(ray.layer, steps) as ticker:
+        with progress.bar(ray.layer, steps) as ticker:
             for _ in range(steps):
                 step = next_step(tried, first)
                 trial = self.found.get((ray.layer, step)) or self._try(ray, step)

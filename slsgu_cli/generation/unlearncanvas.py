@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import load_edit
 from slsgu_cli.errors import UsageError
 from slsgu_cli.evalsets import read_classes
@@ -68,7 +68,7 @@ class _Cell:
         return Job(text, self.seed)
 
 
-def answer_set(store: Store, request: CanvasRequest, *, console: Console) -> AnswerSet:
+def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     """Make what is missing of an answer set, and judge all of it.
 
     Raises MissingError, InputError, StaleError, and UsageError where the concept is neither
@@ -96,7 +96,7 @@ def answer_set(store: Store, request: CanvasRequest, *, console: Console) -> Ans
         painter = Painter.load(request.target, device=request.device)
         values = new_values(painter.encoders, edits)
         left = sum(map(len, missing))
-        with console.progress("generating", left) as ticker, painter.edited(values):
+        with progress.bar("generating", left) as ticker, painter.edited(values):
             for rows in missing:
                 images = painter.paint([cells[number].job for number in rows], request.paint)
                 for number, image in zip(rows, images, strict=True):

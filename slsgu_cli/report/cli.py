@@ -35,7 +35,7 @@ def report(
     request = ReportRequest(
         names=names, out=out, examples=examples, overwrite=overwrite, device=device
     )
-    written = write_report(session.store, request, console=session.console)
+    written = write_report(session.store, request)
     rows = [
         (name, section.title, section.state, section.run)
         for name, sections in written.sections.items()

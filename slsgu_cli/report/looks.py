@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.errors import StaleError
 from slsgu_cli.evaluation import Evaluation, EvaluationSet, prepare
@@ -50,8 +50,8 @@ class Looks:
 class Viewer:
     """Looks at images with models that are loaded once each."""
 
-    def __init__(self, store: Store, *, device: str, console: Console) -> None:
-        self.store, self.device, self.console = store, device, console
+    def __init__(self, store: Store, *, device: str) -> None:
+        self.store, self.device = store, device
         self._loaded: dict[str, tuple[str, Any]] = {}
 
     def look(self, manifest: SetManifest, header: EditHeader) -> Looks:
@@ -64,7 +64,7 @@ class Viewer:
         check_inputs(manifest, model)
         key = str(header.model)
         if key not in self._loaded:
-            module = load(model, self.device, warn=self.console.warn)
+            module = load(model, self.device, warn=progress.warn)
             self._loaded[key] = fingerprint(model), module
         known, module = self._loaded[key]
         if known != header.model_fingerprint:
@@ -78,7 +78,7 @@ class Viewer:
             )
             shown = choose(whole, manifest)
             few = _few(whole, shown)
-            few.base_pass((header.layer,), cache_bytes=spare(self.device), console=self.console)
+            few.base_pass((header.layer,), cache_bytes=spare(self.device))
             return _looks(few, shown, load_edit(self.store, header.name))
 
 

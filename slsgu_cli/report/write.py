@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.copying import replacing
 from slsgu_cli.errors import InputError, SlsguError, UsageError
 from slsgu_cli.report import asked, compared, effect, layers, proof, several, verified
@@ -36,7 +36,7 @@ class Report:
     sections: dict[str, list[Section]]
 
 
-def write_report(store: Store, request: ReportRequest, *, console: Console) -> Report:
+def write_report(store: Store, request: ReportRequest) -> Report:
     """Write the page that `request` describes. Raises UsageError, MissingError, InputError."""
     _require_place(request)
     twice = [name for name in request.names if list(request.names).count(name) > 1]
@@ -44,12 +44,12 @@ def write_report(store: Store, request: ReportRequest, *, console: Console) -> R
         raise UsageError(f"{twice[0]} is named twice")
     shelf = Shelf(store)
     dossiers = [gather(store, name, shelf) for name in request.names]
-    views = _views(store, dossiers, request, console)
+    views = _views(store, dossiers, request)
     sections = {d.name: all_sections(d, views[d.name], store.url) for d in dossiers}
     for dossier in dossiers:
         for finding in dossier.findings():
             if finding.state is not None and finding.trouble:
-                console.warn(f"{dossier.name}: {finding.trouble} Not shown; run `{finding.run}`")
+                progress.warn(f"{dossier.name}: {finding.trouble} Not shown; run `{finding.run}`")
     data = page(dossiers, sections).encode()
     with replacing(request.out) as partial:
         partial.write_bytes(data)
@@ -84,7 +84,7 @@ def _require_place(request: ReportRequest) -> None:
 
 
 def _views(
-    store: Store, dossiers: Sequence[Dossier], request: ReportRequest, console: Console
+    store: Store, dossiers: Sequence[Dossier], request: ReportRequest
 ) -> dict[str, list[Section]]:
     """Return the sections that need the model, or why they are not there."""
     if not request.examples:
@@ -96,7 +96,7 @@ def _views(
     from slsgu_cli.models import pick_device
     from slsgu_cli.report.looks import Viewer
 
-    viewer = Viewer(store, device=pick_device(request.device), console=console)
+    viewer = Viewer(store, device=pick_device(request.device))
     found = {}
     for dossier in dossiers:
         manifest, edit = dossier.manifest, dossier.edit
@@ -104,7 +104,7 @@ def _views(
             lacking = edit if manifest.record else manifest
             found[dossier.name] = _absent(lacking.trouble or "", lacking.run)
             continue
-        console.note(
+        progress.note(
             f"{dossier.name}: running {edit.record.model} over a few images, "
             "before and after the edit (--no-examples leaves this out)"
         )
@@ -112,7 +112,7 @@ def _views(
             looks = viewer.look(manifest.record, edit.record)
             found[dossier.name] = [effect.examples(looks), effect.cosines(looks)]
         except SlsguError as error:
-            console.warn(f"{dossier.name}: no images are shown: {error.message}")
+            progress.warn(f"{dossier.name}: no images are shown: {error.message}")
             hint = error.hint or "slsgu report ... --no-examples"
             found[dossier.name] = _absent(f"{error.message}.", hint)
     return found

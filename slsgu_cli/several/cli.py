@@ -61,7 +61,6 @@ def trajectory(
             points=points,
             until=None if until is None else until / 100,
         ),
-        console=session.console,
     )
     show.trajectory(session.console, session.store, found, plots)
 
@@ -159,6 +158,6 @@ def sweep(
             cache_budget=opt.size(cache_budget),
         ),
     )
-    result = run(session.store, request, console=session.console)
+    result = run(session.store, request)
     show.sweep(session.console, session.store, result)
     require_all_forgotten(result)

@@ -14,14 +14,14 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
     store, console = session.store, session.console
     if len(names) == 1:
-        result = search_and_plot(store, names[0], options=options, console=console)
+        result = search_and_plot(store, names[0], options=options)
         show.search(console, store, result)
         require_forgotten(result)
         return
     from slsgu_cli.several.searches import search_each
 
     failed: list[NotForgottenError] = []
-    for result in search_each(store, names, options=options, console=console):
+    for result in search_each(store, names, options=options):
         name = result.trials.name
         draw_steps(store, result)
         with console.part(name):
@@ -40,6 +40,6 @@ def search_jointly(session: Session, names: Sequence[str], options: SearchOption
     """Search for edits that forget the concepts of several sets together."""
     from slsgu_cli.several.joint import joint_search, require_all_forgotten
 
-    result = joint_search(session.store, names, options=options, console=session.console)
+    result = joint_search(session.store, names, options=options)
     show_several.joint(session.console, session.store, result)
     require_all_forgotten(result)

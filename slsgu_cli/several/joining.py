@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from slsgu_cli.cases import Case, SearchOptions
-from slsgu_cli.console import Console
 from slsgu_cli.evaluation import EvaluationSet, SharedEvaluation
 from slsgu_cli.layout import trials_path
 from slsgu_cli.records import Trial, Trials
@@ -50,10 +49,10 @@ class Own:
         return sorted(self.trials.values(), key=lambda t: (-mean_top1(t.utility or {}), t.share))
 
 
-def search_alone(store: Store, case: Case, shared: SharedEvaluation, console: Console) -> Own:
+def search_alone(store: Store, case: Case, shared: SharedEvaluation) -> Own:
     """Search one concept by itself, and measure what each layer's shortest step keeps."""
     options, evaluation = case.options, shared.of(case.manifest)
-    result = search(store, case.name, options=options, console=console, evaluation=evaluation)
+    result = search(store, case.name, options=options, evaluation=evaluation)
     found = {(*line_of(trial), trial.step): trial for trial in result.trials.trials}
     probes = {(p.score.layer, p.ridge): p for p in case.probes(store, evaluation)}
     meter = UtilityMeter(evaluation)

@@ -11,8 +11,8 @@ from shlex import join
 import torch
 
 import slsgu_cli
+from slsgu_cli import progress
 from slsgu_cli.cases import Case, SearchOptions
-from slsgu_cli.console import Console
 from slsgu_cli.edits import write_edit
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation
@@ -46,9 +46,7 @@ class JointResult:
         return self.found.stages[-1]
 
 
-def joint_search(
-    store: Store, names: Sequence[str], *, options: SearchOptions, console: Console
-) -> JointResult:
+def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) -> JointResult:
     """Search for one edit per set that forget all concepts together; record and write them.
 
     Raises UsageError, MissingError, StaleError, and InputError where the sets are not
@@ -56,17 +54,17 @@ def joint_search(
     """
     if len(names) < 2:
         raise UsageError("--joint goes with several names", hint="slsgu search A B --joint")
-    cases = read_cases(store, names, options=options, console=console)
+    cases = read_cases(store, names, options=options)
     require_alike({case.name: shares(case) for case in cases})
     options = cases[0].options
     with torch.no_grad(), arithmetic(options.precision):
-        shared = share_evaluation(store, cases, console=console)
-        owns = [search_alone(store, case, shared, console) for case in cases]
+        shared = share_evaluation(store, cases)
+        owns = [search_alone(store, case, shared) for case in cases]
         fresh = _fresh(owns, shared, options)
-        recorded = _recorded(store, fresh, console)
+        recorded = _recorded(store, fresh)
         utility = shared.utility([case.manifest for case in cases])
         joining = Joining(shared, utility, options, {trial.moves: trial for trial in recorded})
-        with console.progress("joint", len(owns)) as ticker:
+        with progress.bar("joint", len(owns)) as ticker:
             for own in owns:
                 joining.join(own)
                 ticker.advance()
@@ -119,10 +117,10 @@ def _fresh(owns: Sequence[Own], shared: SharedEvaluation, options: SearchOptions
     )
 
 
-def _recorded(store: Store, fresh: JointSearch, console: Console) -> tuple[JointTrial, ...]:
+def _recorded(store: Store, fresh: JointSearch) -> tuple[JointTrial, ...]:
     """Return the trials on record, if they were made from the same things."""
     unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, joint_path(fresh.names), JointSearch, console, unusable=unusable)
+    old = recorded(store, joint_path(fresh.names), JointSearch, unusable=unusable)
     return old.trials if old and _made_from(old) == _made_from(fresh) else ()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import load_edit
 from slsgu_cli.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.gradients import check_inputs
@@ -40,7 +40,7 @@ class SeveralMeasured:
 
 
 def measure_several(
-    store: Store, names: Sequence[str], *, model: ModelSpec | None, device: str, console: Console
+    store: Store, names: Sequence[str], *, model: ModelSpec | None, device: str
 ) -> SeveralMeasured:
     """Measure the original model, and `model` or else the edits of all sets in place at once.
 
@@ -53,14 +53,14 @@ def measure_several(
     edits = [] if model is not None else [load_edit(store, name) for name in names]
     device = pick_device(device)
     with torch.no_grad():
-        shared = _opened(store, manifests, manifests[0].model, device, console)
+        shared = _opened(store, manifests, manifests[0].model, device)
         shown = choose(shared, manifests)
         found = [_figures(shared, manifests, "original", shown)]
         if model is not None:
-            shared = _opened(store, manifests, model, device, console)
+            shared = _opened(store, manifests, model, device)
         with with_edits(shared.model, edits):
             if edits:
-                shared.base_pass((), cache_bytes=0, console=console)
+                shared.base_pass((), cache_bytes=0)
             label = str(model) if model is not None else "all edits"
             found.append(_figures(shared, manifests, label, choose(shared, manifests)))
     path = plot_path(joint_label(names), "cosines")
@@ -74,14 +74,14 @@ def measure_several(
 
 
 def _opened(
-    store: Store, manifests: Sequence[SetManifest], spec: ModelSpec, device: str, console: Console
+    store: Store, manifests: Sequence[SetManifest], spec: ModelSpec, device: str
 ) -> SharedEvaluation:
     model = resolve(spec)
     for manifest in manifests:
         check_inputs(manifest, model)
-    module = load(model, device, warn=console.warn)
+    module = load(model, device, warn=progress.warn)
     shared = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
-    shared.base_pass((), cache_bytes=0, console=console)
+    shared.base_pass((), cache_bytes=0)
     return shared
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from slsgu_cli.cases import Case, SearchOptions, read_case
-from slsgu_cli.console import Console
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.gradients import load_graded
@@ -39,12 +38,10 @@ def require_distinct(names: Sequence[str]) -> None:
         raise UsageError("a set is named twice")
 
 
-def read_cases(
-    store: Store, names: Sequence[str], *, options: SearchOptions, console: Console
-) -> list[Case]:
+def read_cases(store: Store, names: Sequence[str], *, options: SearchOptions) -> list[Case]:
     """Return what to search of several sets. Raises what `read_case` does, and UsageError."""
     require_distinct(names)
-    return [read_case(store, name, options=options, console=console) for name in names]
+    return [read_case(store, name, options=options) for name in names]
 
 
 def shares(case: Case) -> str:
@@ -60,7 +57,7 @@ def grouped(cases: Sequence[Case]) -> list[list[Case]]:
     return list(groups.values())
 
 
-def share_evaluation(store: Store, cases: Sequence[Case], *, console: Console) -> SharedEvaluation:
+def share_evaluation(store: Store, cases: Sequence[Case]) -> SharedEvaluation:
     """Load the model of a group of cases and run it once over what all of them measure on."""
     first = cases[0]
     device = first.options.device
@@ -68,17 +65,17 @@ def share_evaluation(store: Store, cases: Sequence[Case], *, console: Console) -
     manifests = [case.manifest for case in cases]
     shared = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
     layers = [score for case in cases for score in case.layers]
-    run_base_pass(shared, layers, first.options, console)
+    run_base_pass(shared, layers, first.options)
     return shared
 
 
 def search_each(
-    store: Store, names: Sequence[str], *, options: SearchOptions, console: Console
+    store: Store, names: Sequence[str], *, options: SearchOptions
 ) -> Iterator[SearchResult]:
     """Search the sets one after another, those that can on one model and one base pass."""
-    for group in grouped(read_cases(store, names, options=options, console=console)):
+    for group in grouped(read_cases(store, names, options=options)):
         with torch.no_grad(), arithmetic(options.precision):
-            shared = share_evaluation(store, group, console=console)
+            shared = share_evaluation(store, group)
         for case in group:
             evaluation = shared.of(case.manifest)
-            yield search(store, case.name, options=options, console=console, evaluation=evaluation)
+            yield search(store, case.name, options=options, evaluation=evaluation)

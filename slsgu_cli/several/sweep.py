@@ -11,8 +11,8 @@ from shlex import quote
 from urllib.parse import quote as escape
 
 import slsgu_cli
+from slsgu_cli import progress
 from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.evalsets import read_classes, read_templates
 from slsgu_cli.gradients import compute_gradients
@@ -63,7 +63,7 @@ class SweepResult:
     reused: int
 
 
-def sweep(store: Store, request: SweepRequest, *, console: Console) -> SweepResult:
+def sweep(store: Store, request: SweepRequest) -> SweepResult:
     """Run the job for every class that is not done yet, and record each as it is done.
 
     Raises what the commands it repeats raise; the classes before that stay on record.
@@ -82,15 +82,15 @@ def sweep(store: Store, request: SweepRequest, *, console: Console) -> SweepResu
         version=slsgu_cli.__version__,
     )
     path = sweep_path(request.name)
-    done = {row.name: row for row in _recorded(store, path, fresh, console)}
+    done = {row.name: row for row in _recorded(store, path, fresh)}
     reused = len(done)
     pending = [name for name in request.classes if name not in done]
     for place, name in enumerate(pending, start=1):
-        console.note(f"{place}/{len(pending)} {name}")
-        build_sets(store, request.of(name), console=console)
-        compute_gradients(store, name, model=None, options=request.gradients, console=console)
-        rank(store, name, options=request.ranking, console=console)
-    for result in search_each(store, pending, options=request.search, console=console):
+        progress.note(f"{place}/{len(pending)} {name}")
+        build_sets(store, request.of(name))
+        compute_gradients(store, name, model=None, options=request.gradients)
+        rank(store, name, options=request.ranking)
+    for result in search_each(store, pending, options=request.search):
         done[result.trials.name] = _row(store, result)
         rows = tuple(done[name] for name in request.classes if name in done)
         store.write_record(path, replace(fresh, rows=rows))
@@ -148,14 +148,14 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
     return digest(made_from)
 
 
-def _recorded(store: Store, path: str, fresh: Sweep, console: Console) -> Sequence[SweepRow]:
+def _recorded(store: Store, path: str, fresh: Sweep) -> Sequence[SweepRow]:
     """Return the rows of classes that are done: of the same recipe, and still in the store."""
     unusable = "the recorded sweep cannot be used and is made again"
-    old = recorded(store, path, Sweep, console, unusable=unusable)
+    old = recorded(store, path, Sweep, unusable=unusable)
     if old is None:
         return ()
     if old.recipe != fresh.recipe:
-        console.note(f"the sweep {fresh.name} was asked for otherwise before: it is made again")
+        progress.note(f"the sweep {fresh.name} was asked for otherwise before: it is made again")
         return ()
     return [row for row in old.rows if _stands(store, row)]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from slsgu_cli import progress
 from slsgu_cli.cases import SearchOptions, read_case
-from slsgu_cli.console import Console
 from slsgu_cli.layout import plot_path, trajectory_path
 from slsgu_cli.outcomes import fresh_trials, recorded_trials
 from slsgu_cli.records import Trial, Trials
@@ -87,9 +87,7 @@ def largest_rise(values: Sequence[float], shares: Sequence[float]) -> Rise:
     return rise
 
 
-def trajectory(
-    store: Store, name: str, *, options: TrajectoryOptions, console: Console
-) -> Trajectory:
+def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajectory:
     """Follow the front layers of set `name` along their steps and record what is met.
 
     Raises MissingError, StaleError, InputError and UsageError.
@@ -99,17 +97,17 @@ def trajectory(
     from slsgu_cli.gradpass import arithmetic
     from slsgu_cli.trial import UtilityMeter
 
-    case = read_case(store, name, options=options.search, console=console)
+    case = read_case(store, name, options=options.search)
     path, followed, measured = trajectory_path(name), [], 0
     with torch.no_grad(), arithmetic(case.options.precision):
-        evaluation = load_evaluation(store, case, console)
+        evaluation = load_evaluation(store, case)
         fresh = fresh_trials(case, evaluation)
-        recorded = recorded_trials(store, path, fresh, console).trials
+        recorded = recorded_trials(store, path, fresh).trials
         known = {(trial.layer, trial.ridge, trial.step): trial for trial in recorded}
         meter = UtilityMeter(evaluation)
         for probe in case.probes(store, evaluation):
             line = probe.score.layer, probe.ridge
-            with console.progress(probe.score.layer, options.points) as ticker:
+            with progress.bar(probe.score.layer, options.points) as ticker:
                 for step in _grid(probe, options):
                     trial = known.get((*line, step))
                     if trial is None:
@@ -124,13 +122,13 @@ def trajectory(
 
 
 def trajectory_and_plots(
-    store: Store, name: str, *, options: TrajectoryOptions, console: Console
+    store: Store, name: str, *, options: TrajectoryOptions
 ) -> tuple[Trajectory, list[str]]:
     """Follow a set's layers and draw each, and all of them side by side."""
     from slsgu_cli.plots import step_plot
     from slsgu_cli.several.plots import trajectories_plot
 
-    found = trajectory(store, name, options=options, console=console)
+    found = trajectory(store, name, options=options)
     drawn = {"trajectories": trajectories_plot(found.trials, found.lines())}
     for layer, ridge in found.lines():
         kind = f"trajectory-{layer}" + ("" if ridge is None else f"-{ridge:g}")

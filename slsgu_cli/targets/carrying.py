@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
+from slsgu_cli import progress
 from slsgu_cli.apply import AppliedResult, CopyPlan, require_distinct, single_file, write_copy
-from slsgu_cli.console import Console
 from slsgu_cli.destination import all_files, require_place
 from slsgu_cli.dtypes import Raw
 from slsgu_cli.edits import Edit
@@ -38,7 +38,7 @@ class CarryOptions:
 
 
 def carry(
-    edits: Sequence[Edit], target: Target, out: Path, *, options: CarryOptions, console: Console
+    edits: Sequence[Edit], target: Target, out: Path, *, options: CarryOptions
 ) -> AppliedResult:
     """Write a copy of a target with edits applied (or undone) at `out`.
 
@@ -50,7 +50,7 @@ def carry(
     if target.path.is_file():
         plan = single_file(target.path, out, plans[target.path])
     else:
-        _tell_of_others(target, plans, console, force=options.force)
+        _tell_of_others(target, plans, force=options.force)
         files = all_files(target.path)
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         plan = CopyPlan(out, files, relative, {})
@@ -174,9 +174,7 @@ def _planned(
     return planned
 
 
-def _tell_of_others(
-    target: Target, plans: Mapping[Path, FilePlan], console: Console, *, force: bool
-) -> None:
+def _tell_of_others(target: Target, plans: Mapping[Path, FilePlan], *, force: bool) -> None:
     """Refuse weights that could not be checked; tell of those that other programs load."""
     for path, why in target.unread.items():
         if not force:
@@ -184,11 +182,11 @@ def _tell_of_others(
                 f"{path} lies beside the weights and cannot be edited: {why}",
                 hint="move it away, or --force to copy it as it is",
             )
-        console.warn(f"{path} was copied as it is: {why}")
+        progress.warn(f"{path} was copied as it is: {why}")
     states = [state for encoder in target.encoders for state in encoder.states]
     known = {*target.unread, *(path for state in states for path in state.files)}
     for folder in sorted({target.path, *(path.parent for path in plans)}):
         for path in sorted(folder.iterdir()):
             weights = path.suffix in SUFFIXES and folder == target.path
             if path not in known and (weights or path.suffix in OTHER_FORMATS):
-                console.warn(f"{path} was copied without the edit")
+                progress.warn(f"{path} was copied without the edit")

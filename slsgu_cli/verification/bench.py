@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.batches import Pixels, pixel_normalizer, spans, text_features, to_tokens
-from slsgu_cli.console import Ticker
 from slsgu_cli.edits import Edit
 from slsgu_cli.errors import StaleError
 from slsgu_cli.evaluation import Evaluation, accuracy, prepare, prompt_side
@@ -44,7 +44,7 @@ class Bench:
     tokenize: Tokenize
     device: str
     is_original: bool
-    ticker: Ticker | None = None
+    ticker: progress.Ticker | None = None
     normalize: Pixels = field(init=False)
 
     def __post_init__(self) -> None:

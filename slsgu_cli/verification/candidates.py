@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.edits import SUFFIX, Edit, load_edit
 from slsgu_cli.gradients import check_inputs
 from slsgu_cli.models import ResolvedModel, fingerprint, load, resolve, tokenizer
@@ -66,17 +66,11 @@ def _identity(edit: Edit) -> dict[str, Any]:
 
 
 def open_candidate(
-    store: Store,
-    manifest: SetManifest,
-    candidate: Candidate,
-    settings: Settings,
-    *,
-    device: str,
-    console: Console,
+    store: Store, manifest: SetManifest, candidate: Candidate, settings: Settings, *, device: str
 ) -> Bench:
     """Load a candidate and measure its features as it is."""
     check_inputs(manifest, candidate.model)
-    module = load(candidate.model, device, warn=console.warn)
+    module = load(candidate.model, device, warn=progress.warn)
     if candidate.edit is not None:
         add_edit(module, candidate.edit)
     bench = open_bench(
@@ -89,5 +83,5 @@ def open_candidate(
         seed=settings.seed,
         is_original=candidate.subject.label == ORIGINAL,
     )
-    bench.evaluation.base_pass((), cache_bytes=0, console=console)
+    bench.evaluation.base_pass((), cache_bytes=0)
     return bench

@@ -92,6 +92,5 @@ def verify(
         model=opt.model_spec(model, pretrained),
         edits=edit or (),
         device=device,
-        console=session.console,
     )
     show.verified(session.console, result)

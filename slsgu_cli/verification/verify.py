@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import slsgu_cli
-from slsgu_cli.console import Console
+from slsgu_cli import progress
 from slsgu_cli.layout import plot_path, read_manifest, verification_path
 from slsgu_cli.models import pick_device
 from slsgu_cli.recorded import recorded
@@ -71,7 +71,6 @@ def verify(
     model: ModelSpec | None,
     edits: Sequence[str],
     device: str,
-    console: Console,
 ) -> Verified:
     """Run `checks` on the original of set `name` and on a model, some edits, or its own edit.
 
@@ -80,7 +79,7 @@ def verify(
     manifest = read_manifest(store, name)
     device = pick_device(device)
     candidates = candidates_of(store, manifest, model, edits)
-    run = _Run(store, manifest, _recorded(store, manifest, console), settings, device, console)
+    run = _Run(store, manifest, _recorded(store, manifest), settings, device)
     wanted = sorted({Check.BASELINE, *checks}, key=list(Check).index)
     shown = tuple(_only(run.checked(candidate, wanted), wanted) for candidate in candidates)
     store.write_record(verification_path(name), run.record)
@@ -101,7 +100,6 @@ class _Run:
     record: Verification
     settings: Settings
     device: str
-    console: Console
     reused: int = 0
 
     def checked(self, candidate: Candidate, wanted: Sequence[Check]) -> Subject:
@@ -119,15 +117,10 @@ class _Run:
     def _run(self, candidate: Candidate, subject: Subject, missing: dict[Check, str]) -> Subject:
         """Load a candidate and run checks on it, recording each as it is done."""
         bench = open_candidate(
-            self.store,
-            self.manifest,
-            candidate,
-            self.settings,
-            device=self.device,
-            console=self.console,
+            self.store, self.manifest, candidate, self.settings, device=self.device
         )
         for check, key in missing.items():
-            with self.console.progress(f"{subject.label}: {check}", None) as bench.ticker:
+            with progress.bar(f"{subject.label}: {check}", None) as bench.ticker:
                 finding = _found(bench, check, key, self.settings)
             subject = _with_finding(subject, finding)
             self.record = _with(self.record, subject)
@@ -157,7 +150,7 @@ def _used(check: Check, settings: Settings) -> dict[str, str]:
     }
 
 
-def _recorded(store: Store, manifest: SetManifest, console: Console) -> Verification:
+def _recorded(store: Store, manifest: SetManifest) -> Verification:
     """Return the record of the set as it is built now, with what was found on it before."""
     roles = {"forget": manifest.forget, "retain": manifest.retain} | manifest.evals
     fresh = Verification(
@@ -169,7 +162,7 @@ def _recorded(store: Store, manifest: SetManifest, console: Console) -> Verifica
     )
     path = verification_path(manifest.name)
     unusable = "recorded findings cannot be used and are made again"
-    old = recorded(store, path, Verification, console, unusable=unusable)
+    old = recorded(store, path, Verification, unusable=unusable)
     if old is None or (old.concept, old.data) != (fresh.concept, fresh.data):
         return fresh
     return replace(fresh, subjects=old.subjects)

@@ -29,13 +29,12 @@ APPLY = """
     import sys
     from pathlib import Path
     from slsgu_cli.apply import CheckpointSource, apply_edits
-    from slsgu_cli.console import Console
     from slsgu_cli.edits import load_edit
     from slsgu_cli.records import ModelSpec
     from slsgu_cli.store import Store
     store, source, out = sys.argv[1:]
     source = CheckpointSource(ModelSpec("bench"), Path(source))
-    apply_edits([load_edit(Store(store), "facebook")], source, Path(out), console=Console())
+    apply_edits([load_edit(Store(store), "facebook")], source, Path(out))
     status = Path("/proc/self/status")
     if status.exists():
         print(status.read_text().partition("VmHWM:")[2].split()[0])

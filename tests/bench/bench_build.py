@@ -28,7 +28,6 @@ from PIL import Image
 from synthetic import random_model
 
 from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.decoding import decode_in_order
 from slsgu_cli.models import input_spec, resolve
 from slsgu_cli.preprocess import decoder
@@ -140,7 +139,7 @@ def main() -> None:
                     retain_samples=args.images - 16,
                 )
                 start = time.perf_counter()
-                build_sets(Store(f"{folder}/store"), request, console=Console(verbosity=-1))
+                build_sets(Store(f"{folder}/store"), request)
                 rates["ours"].append(args.images / (time.perf_counter() - start))
 
     def ratio(rate: str, to: str) -> float:

@@ -52,7 +52,6 @@ PLAIN_CAPTIONS = """
     done(start, rows, found)
 """
 OUR_CAPTIONS = """
-    from slsgu_cli.console import Console
     from slsgu_cli.curation.concepts import ConceptIndex
     from slsgu_cli.curation.metadata import scan_metadata
     from slsgu_cli.curation.records import CollectRequest, Concept
@@ -61,7 +60,7 @@ OUR_CAPTIONS = """
     paths = sorted(map(str, Path(sys.argv[1]).glob("*.parquet")))
     request = CollectRequest(concepts=concepts, metadata=paths)
     start = time.perf_counter()
-    result = scan_metadata(paths, request, ConceptIndex(concepts), Console(verbosity=-1))
+    result = scan_metadata(paths, request, ConceptIndex(concepts))
     done(start, result.seen, len(result.hits))
 """
 PLAIN_SHARDS = """
@@ -79,7 +78,6 @@ PLAIN_SHARDS = """
 """
 OUR_SHARDS = """
     import shutil
-    from slsgu_cli.console import Console
     from slsgu_cli.curation.collection import collect
     from slsgu_cli.curation.records import CollectRequest, Concept
     from slsgu_cli.store import Store
@@ -90,7 +88,7 @@ OUR_SHARDS = """
         )
         start = time.perf_counter()
         store = Store(sys.argv[1] + "-store")
-        record = collect(store, request, console=Console(verbosity=-1)).record
+        record = collect(store, request).record
         done(start, record.seen, record.concepts["elon musk"].found)
         shutil.rmtree(store.root)
 """

@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slsgu_cli import towers
 from slsgu_cli.batches import pixel_normalizer, to_tokens
-from slsgu_cli.console import Console
 from slsgu_cli.gradpass import GradientPass, arithmetic
 from slsgu_cli.models import input_spec, load, resolve
 from slsgu_cli.records import PassOptions, Precision
@@ -154,9 +153,7 @@ def main() -> None:
         ref = pairs_block(store, "pairs", tokens=tokens, size=spec.height)
         sequential = plain_rate(model, spec, batch=16, groups=4 * args.groups, options=options)
         plain, size = best_plain(model, spec, args.sizes, args.groups, options)
-        run = GradientPass.prepare(
-            model, "contrastive", spec=spec, options=options, console=Console(verbosity=1)
-        )
+        run = GradientPass.prepare(model, "contrastive", spec=spec, options=options)
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         block = DataBlock.open(store, ref)

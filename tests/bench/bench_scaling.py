@@ -26,7 +26,6 @@ from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
-from slsgu_cli.console import Console
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.layout import read_manifest, read_pointer
 from slsgu_cli.memory import parse_size
@@ -36,7 +35,6 @@ from slsgu_cli.search import SearchOptions, search
 from slsgu_cli.store import Store
 
 EMBEDDED = ModelSpec(f"local-dir:{Path(slsgu_cli.__file__).parent / 'demo' / 'clip'}")
-QUIET = Console(verbosity=-1)
 CACHE = "256M"
 FORGET = 32
 
@@ -55,13 +53,12 @@ def measure(folder: str, name: str, device: str, layers: list[str] | None) -> No
     start = time.perf_counter()
     if layers is None:
         options = PassOptions(device=device)
-        compute_gradients(store, name, model=None, options=options, console=QUIET)
+        compute_gradients(store, name, model=None, options=options)
     else:
         search(
             store,
             name,
             options=SearchOptions(layers=layers, device=device, cache_budget=parse_size(CACHE)),
-            console=QUIET,
         )
     seconds = time.perf_counter() - start
     peak = round(peak_memory() / 1024)
@@ -97,7 +94,7 @@ def searchable(store: Store, name: str, images: int, device: str) -> list[str]:
     evals = {"made-up": (images, 100)}
     synthetic_set(store, name, EMBEDDED, forget=64, retain=256, evals=evals, device=device)
     options = PassOptions(device=device)
-    compute_gradients(store, name, model=None, options=options, console=QUIET)
+    compute_gradients(store, name, model=None, options=options)
     scores = rank(store, name, options=RankOptions()).scores
     return [score.layer for score in sorted(scores, key=lambda score: not score.front)]
 

@@ -21,7 +21,6 @@ from synthetic import random_model, synthetic_set
 
 from slsgu_cli.batches import pixel_normalizer, spans, to_tokens
 from slsgu_cli.build import build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.demonstration import demo_request
 from slsgu_cli.gradients import compute_gradients
 from slsgu_cli.memory import parse_size
@@ -75,7 +74,7 @@ def main() -> None:
     parser.add_argument("--store", help="keep the set here, to run again without building it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
+        store = Store(args.store or f"{folder}/store")
         if args.model:
             manifest = synthetic_set(
                 store, "made-up", random_model(Path(folder) / "model", args.model),
@@ -84,9 +83,9 @@ def main() -> None:
             )  # fmt: skip
         else:
             request = replace(demo_request(args.concept), retain_samples=args.retain)
-            manifest = build_sets(store, request, console=console)
+            manifest = build_sets(store, request)
         options = PassOptions(device=args.device, precision=args.precision)
-        compute_gradients(store, manifest.name, model=None, options=options, console=console)
+        compute_gradients(store, manifest.name, model=None, options=options)
         ranking = rank(store, manifest.name, options=RankOptions())
         plain, ours = [], []
         for _ in range(args.rounds):
@@ -102,7 +101,6 @@ def main() -> None:
                     precision=args.precision,
                     cache_budget=args.cache_budget and parse_size(args.cache_budget),
                 ),
-                console=console,
             )
             ours.append(time.perf_counter() - start)
         layers = sum(score.front for score in ranking.scores)

@@ -24,7 +24,6 @@ from directions import features_known
 from torch import Tensor
 
 from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
-from slsgu_cli.console import Console
 from slsgu_cli.directions import RIDGE, ensure_moments
 from slsgu_cli.edits import load_edit
 from slsgu_cli.evaluation import Evaluation, prepare
@@ -101,17 +100,17 @@ def cost(
     return base["brands"] - found["brands"].top1, base["objects"] - found["objects"].top1
 
 
-def tried(store: Store, concept: str, console: Console) -> dict[str, tuple[float, float] | None]:
+def tried(store: Store, concept: str) -> dict[str, tuple[float, float] | None]:
     """Return each variant's losses for a concept, at the layer of its whitened edit."""
     layer = load_edit(store, f"{concept}-{Direction.WHITENED}").header.layer
     manifest = read_manifest(store, concept)
     pointer = read_pointer(store, manifest)
-    ranking = rank(store, concept, options=RankOptions(include=[layer]), console=console)
+    ranking = rank(store, concept, options=RankOptions(include=[layer]))
     score = next(score for score in ranking.scores if score.layer == layer)
-    moments = ensure_moments(store, manifest, pointer, [layer], device="cpu", console=console)
+    moments = ensure_moments(store, manifest, pointer, [layer], device="cpu")
     resolved, model = load_graded(manifest, pointer, "cpu")
     evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
-    evaluation.base_pass([layer], cache_bytes=1 << 30, console=console)
+    evaluation.base_pass([layer], cache_bytes=1 << 30)
     outputs = gradient_moment(model, evaluation, manifest, store, layer)
     f, r = (
         torch.from_numpy(store.read_tensors(gradient_path(d), [layer])[layer])
@@ -122,14 +121,14 @@ def tried(store: Store, concept: str, console: Console) -> dict[str, tuple[float
         return {label: cost(evaluation, score, along) for label, along in directions}
 
 
-def truncated(store: Store, concept: str, console: Console) -> Iterator[str]:
+def truncated(store: Store, concept: str) -> Iterator[str]:
     """Yield what the whitened edit does at its own step when few singular directions are kept."""
     edit = load_edit(store, f"{concept}-{Direction.WHITENED}")
     layer, manifest = edit.header.layer, read_manifest(store, concept)
     resolved, model = load_graded(manifest, read_pointer(store, manifest), "cpu")
     evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
-    evaluation.base_pass([layer], cache_bytes=1 << 30, console=console)
-    ranking = rank(store, concept, options=RankOptions(include=[layer]), console=console)
+    evaluation.base_pass([layer], cache_bytes=1 << 30)
+    ranking = rank(store, concept, options=RankOptions(include=[layer]))
     base = {name: group.base_accuracy().top1 for name, group in evaluation.utility.items()}
     for count in (*RANKS, max(edit.delta().shape)):
         probe = Probe(evaluation, ranking.scores[0], torch.from_numpy(edit.of_rank(count).delta()))
@@ -145,13 +144,13 @@ def main() -> None:
     parser.add_argument("store", help="what `directions.py --store` kept")
     parser.add_argument("concepts", nargs="+", help="some of those it searched")
     args = parser.parse_args()
-    store, console = Store(args.store), Console(verbosity=-1)
+    store = Store(args.store)
     results = []
     with features_known():
         sys.stdout.write("concept\trank\tFA@1\tFA@5\tbrands lost\tobjects lost\n")
         for concept in args.concepts:
-            sys.stdout.write("".join(f"{line}\n" for line in truncated(store, concept, console)))
-            results.append(tried(store, concept, console))
+            sys.stdout.write("".join(f"{line}\n" for line in truncated(store, concept)))
+            results.append(tried(store, concept))
             sys.stderr.write(f"{concept}: {results[-1]}\n")
     sys.stdout.write("direction\tforgotten\tbrands mean\tworst\tobjects mean\tworst\n")
     for label in results[0]:

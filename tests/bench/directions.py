@@ -30,7 +30,6 @@ import torch
 
 from slsgu_cli.activations import CacheBudget
 from slsgu_cli.build import build_sets
-from slsgu_cli.console import Console
 from slsgu_cli.demonstration import DATA, RETAIN_SAMPLES, demo_request
 from slsgu_cli.edits import Edit, load_edit
 from slsgu_cli.evaluation import EvaluationSet, accuracy, prepare
@@ -111,15 +110,15 @@ def features_known() -> Iterator[None]:
         ImageSide.base_pass = plain
 
 
-def grade(store: Store, concept: str, others: Sequence[str], retain: int, console: Console) -> None:
+def grade(store: Store, concept: str, others: Sequence[str], retain: int) -> None:
     """Build the set and its gradients; all concepts share one retain set."""
     request = replace(demo_request(concept), retain_exclude=list(others), retain_samples=retain)
-    build_sets(store, request, console=console)
-    compute_gradients(store, request.name, model=None, options=PassOptions(), console=console)
+    build_sets(store, request)
+    compute_gradients(store, request.name, model=None, options=PassOptions())
 
 
 def searched(
-    store: Store, concept: str, kind: str, towers: Sequence[Tower], steer: Steer, console: Console
+    store: Store, concept: str, kind: str, towers: Sequence[Tower], steer: Steer
 ) -> Iterator[Row]:
     """Search each tower along each direction; the best edit of a direction is kept aside."""
     for direction in Direction:
@@ -127,8 +126,8 @@ def searched(
         for tower in towers:
             start = time.perf_counter()
             options = RankOptions(direction=direction, tower=tower)
-            rank(store, concept, options=options, console=console)
-            result = search(store, concept, options=SearchOptions(steer=steer), console=console)
+            rank(store, concept, options=options)
+            result = search(store, concept, options=SearchOptions(steer=steer))
             chosen, baseline = result.chosen, result.trials.baseline_utility
             lost = {
                 name: baseline[name].top1 - found.top1
@@ -174,7 +173,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def joint(store: Store, concepts: Sequence[str], console: Console) -> list[str]:
+def joint(store: Store, concepts: Sequence[str]) -> list[str]:
     """Return what the edits of some concepts do together, a line for each direction."""
     manifest = read_manifest(store, concepts[0])
     resolved, model = load_graded(manifest, read_pointer(store, manifest), "cpu")
@@ -188,7 +187,7 @@ def joint(store: Store, concepts: Sequence[str], console: Console) -> list[str]:
     with torch.no_grad(), features_known() if of_text else nullcontext():
         for label, edits in found.items():
             with with_edits(model, edits):
-                evaluation.base_pass((), cache_bytes=0, console=console)
+                evaluation.base_pass((), cache_bytes=0)
                 forget, utility = shares(evaluation.forget, evaluation.utility, concepts)
             lost = [f"{kept.setdefault(name, top1) - top1:.2f}" for name, top1 in utility.items()]
             words = [label, ", ".join(concepts), *(f"{value:.1f}" for value in forget), *lost]
@@ -225,13 +224,13 @@ def main() -> None:
     drawn = draw(args.seed, args.each)
     concepts = [c for c in drawn if not args.concepts or c in args.concepts]
     with tempfile.TemporaryDirectory() as folder:
-        store, console = Store(args.store or f"{folder}/store"), Console(verbosity=-1)
+        store = Store(args.store or f"{folder}/store")
         rows: list[Row] = []
         with features_known():
             for concept in concepts:
-                grade(store, concept, list(drawn), args.retain, console)
+                grade(store, concept, list(drawn), args.retain)
                 kind = drawn[concept]
-                for row in searched(store, concept, kind, args.towers, args.steer, console):
+                for row in searched(store, concept, kind, args.towers, args.steer):
                     rows.append(row)
                     sys.stderr.write(f"{json.dumps(asdict(row))}\n")
         if args.rows:
@@ -239,7 +238,7 @@ def main() -> None:
         sys.stdout.write("\n".join(summary(rows)) + "\n\n")
         if len(concepts) >= 3:
             three = [*concepts[:2], concepts[-1]]
-            sys.stdout.write("\n".join(joint(store, three, console)) + "\n")
+            sys.stdout.write("\n".join(joint(store, three)) + "\n")
 
 
 if __name__ == "__main__":

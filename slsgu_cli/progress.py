@@ -1,0 +1,82 @@
+"""What a long run tells of itself: notes, details, warnings, and how far it is.
+
+The package tells these functions and knows no terminal. They pass everything on to one
+sink, which is silent until a program sets another one; the command line sets its console.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+
+class Ticker:
+    """Advances one progress bar; this one shows nothing."""
+
+    __slots__ = ()
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more items as done."""
+
+
+class Sink:
+    """Where all of it goes. This one is silent; a subclass shows what it overrides."""
+
+    __slots__ = ()
+
+    def note(self, text: str) -> None:
+        """Tell what was done."""
+
+    def detail(self, text: str) -> None:
+        """Tell how it was done."""
+
+    def warn(self, text: str) -> None:
+        """Tell what somebody should look at."""
+
+    def bar(self, label: str, total: int | None) -> AbstractContextManager[Ticker]:
+        """Show how far a loop over `total` items is; yield what advances it."""
+        del label, total
+        return nullcontext(Ticker())
+
+
+_sink = Sink()
+
+
+def set_sink(sink: Sink) -> Sink:
+    """Send everything to `sink` from now on; return the sink that was set before."""
+    global _sink
+    before, _sink = _sink, sink
+    return before
+
+
+@contextmanager
+def using(sink: Sink) -> Iterator[None]:
+    """Send everything to `sink` for the length of a block."""
+    before = set_sink(sink)
+    try:
+        yield
+    finally:
+        set_sink(before)
+
+
+def silent() -> AbstractContextManager[None]:
+    """Tell nobody for the length of a block."""
+    return using(Sink())
+
+
+def note(text: str) -> None:
+    """Tell what was done."""
+    _sink.note(text)
+
+
+def detail(text: str) -> None:
+    """Tell how it was done."""
+    _sink.detail(text)
+
+
+def warn(text: str) -> None:
+    """Tell what somebody should look at."""
+    _sink.warn(text)
+
+
+def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
+    """Show how far a loop over `total` items is; yield what advances it."""
+    return _sink.bar(label, total)
