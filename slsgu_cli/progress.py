@@ -4,6 +4,7 @@ The package tells these functions and knows no terminal. They pass everything on
 sink, which is silent until a program sets another one; the command line sets its console.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -80,3 +81,11 @@ def warn(text: str) -> None:
 def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
     """Show how far a loop over `total` items is; yield what advances it."""
     return _sink.bar(label, total)
+
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return `text` without what would steer a terminal: a caption or a key may hold anything."""
+    return _CONTROL.sub(" ", text)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import slsgu_cli
-from slsgu_cli.records import ModelSpec
-from slsgu_cli.store import Store
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.store import Store
 
 DEMO = Path(slsgu_cli.__file__).parent / "demo"
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from slsgu_cli.edits import Edit, make_edit
-from slsgu_cli.records import Direction, EditHeader, ModelSpec, Tower
-from slsgu_cli.weights import layer_digests
+from slsgu_cli.checkpoints.edits import Edit, make_edit
+from slsgu_cli.checkpoints.weights import layer_digests
+from slsgu_cli.records.method import Direction, EditHeader, Tower
+from slsgu_cli.records.sets import ModelSpec
 
 MODEL = ModelSpec("local-dir:clip")
 

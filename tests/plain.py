@@ -12,9 +12,9 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.layout import gradient_path
-from slsgu_cli.records import Steer
-from slsgu_cli.sets import DataBlock
+from slsgu_cli.records.method import Steer
+from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.blocks import DataBlock
 
 
 @dataclass(frozen=True)

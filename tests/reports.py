@@ -4,54 +4,54 @@ from dataclasses import replace
 
 import numpy as np
 
-from slsgu_cli.baselines.records import Comparison, Method, Outcome
-from slsgu_cli.edits import make_edit, write_edit
-from slsgu_cli.layout import joint_label
-from slsgu_cli.pictures import Example
-from slsgu_cli.records import (
+from slsgu_cli.checkpoints.edits import make_edit, write_edit
+from slsgu_cli.checkpoints.weights import layer_digests
+from slsgu_cli.figures.pictures import Example
+from slsgu_cli.method.guesses import BeforeAfter
+from slsgu_cli.records.method import (
     Accuracy,
     Alignment,
-    DataRef,
     Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
-    InputSpec,
     LayerScore,
-    ModelSpec,
     ParameterNorm,
     Precision,
     Ranking,
-    SetManifest,
     Steer,
     Tower,
     Trial,
     Trials,
 )
-from slsgu_cli.report import effect
-from slsgu_cli.report.gather import Dossier, gather
-from slsgu_cli.report.looks import Looks
-from slsgu_cli.report.page import page
-from slsgu_cli.report.sections import Section
-from slsgu_cli.report.write import all_sections
-from slsgu_cli.several.records import JointMove, JointSearch, JointTrial, Sweep, SweepRow
-from slsgu_cli.shelf import Shelf, blocks
-from slsgu_cli.store import Store
-from slsgu_cli.verification.records import (
+from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
+from slsgu_cli.records.studies import (
+    NEW,
     Attack,
     Became,
     Check,
+    Comparison,
     Curve,
     Finding,
+    JointMove,
+    JointSearch,
+    JointTrial,
+    Method,
     NearName,
+    Outcome,
     Point,
-    Probe,
-    Subject,
+    ProbeFigures,
+    Sweep,
+    SweepRow,
     Taken,
     Verification,
+    VerifiedModel,
 )
-from slsgu_cli.verification.relearn import NEW
-from slsgu_cli.weights import layer_digests
+from slsgu_cli.report import effect
+from slsgu_cli.report.dossier import Section, SetRecords, gather
+from slsgu_cli.report.page import all_sections, page
+from slsgu_cli.store.artifacts import Catalog, blocks, joint_label
+from slsgu_cli.store.store import Store
 
 NAME = "mouse"
 HOSTILE = "<script>alert('m')</script> & \"mouse\"\u202e\x07"
@@ -171,13 +171,15 @@ def fill_verification(store: Store, name: str = NAME) -> None:
         near = Became((NearName(HOSTILE, 0.5),), (Taken("castle", 12),), 33)
         attack = Attack("loss", "retain", 71.0, 2.0, 96, 96)
         findings = (
-            Finding(Check.BASELINE, "k", {}, probes=(Probe("as it is", gone, kept_figures()),)),
-            Finding(Check.AUGMENT, "k", {}, probes=(Probe("<b>flip</b>", gone),)),
+            Finding(
+                Check.BASELINE, "k", {}, probes=(ProbeFigures("as it is", gone, kept_figures()),)
+            ),
+            Finding(Check.AUGMENT, "k", {}, probes=(ProbeFigures("<b>flip</b>", gone),)),
             Finding(Check.RELEARN, "k", {"shots": "8"}, curves=curves),
             Finding(Check.NEIGHBOURS, "k", {}, became=near),
             Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
         )
-        subjects.append(Subject(label, label, MODEL, "model", header, findings))
+        subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))
     data = {role: ref.fingerprint for role, ref in blocks(manifest)}
     record = Verification(name, manifest.concept, data, tuple(subjects), "0.1.0")
     store.write_record(f"verifications/{name}.json", record)
@@ -210,7 +212,7 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
     store.write_record(f"comparisons/{name}.json", record)
 
 
-def looks(concept: str = HOSTILE, names: int = 10) -> Looks:
+def looks(concept: str = HOSTILE, names: int = 10) -> BeforeAfter:
     """Return what a model might make of some images."""
     rng = np.random.default_rng(0)
     others = ["castle", "a very long name of a class, indeed", *(f"name {n}" for n in range(8))]
@@ -223,7 +225,7 @@ def looks(concept: str = HOSTILE, names: int = 10) -> Looks:
     was = rng.normal(0.1, 0.04, (names, names)) + 0.2 * np.eye(names)
     now = was.copy()
     now[0, 0] = -0.06
-    return Looks(tuple(examples), called, (33,) * names, images, was, now)
+    return BeforeAfter(tuple(examples), called, (33,) * names, images, was, now)
 
 
 def _block(store: Store, name: str, role: str) -> DataRef:
@@ -285,9 +287,9 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
     write_edit(store, make_edit(header, delta=0.1 * before**2, before=before))
 
 
-def sections(store: Store, name: str = NAME) -> tuple[Dossier, list[Section]]:
+def sections(store: Store, name: str = NAME) -> tuple[SetRecords, list[Section]]:
     """Return what is known of a name and every section of the page on it."""
-    dossier = gather(store, name, Shelf(store))
+    dossier = gather(store, name, Catalog(store))
     views = [effect.examples(looks()), effect.cosines(looks())]
     return dossier, all_sections(dossier, views, store.url)
 

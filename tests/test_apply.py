@@ -16,11 +16,11 @@ import torch
 from checkpoints import DTYPES, load, save, state
 from edit_headers import MODEL, edit
 
-from slsgu_cli.apply import CONFIG, AppliedResult, CheckpointSource, apply_edits
-from slsgu_cli.edits import Edit, write_edit
+from slsgu_cli.checkpoints.apply import CONFIG, AppliedResult, CheckpointSource, apply_edits
+from slsgu_cli.checkpoints.edits import Edit, write_edit
+from slsgu_cli.checkpoints.weights import fingerprint, open_weights, read_layer
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.store import Store
-from slsgu_cli.weights import fingerprint, open_weights, read_layer
+from slsgu_cli.store.store import Store
 
 LAYER = "visual.proj"
 OTHER = "transformer.resblocks.0.mlp.c_fc.weight"
@@ -408,9 +408,9 @@ def test_a_failure_half_way_leaves_all_as_it_was(
     if there:
         run([made], main_weights(folder), out)
     original = tree(tmp_path)
-    from slsgu_cli import copying
+    from slsgu_cli.store.store import files
 
-    copy: Callable[[Path, Path], None] = copying.copy_file
+    copy: Callable[[Path, Path], None] = files.copy_file
     copied: list[Path] = []
 
     def fail_at_the_third(source: Path, target: Path) -> None:
@@ -420,8 +420,8 @@ def test_a_failure_half_way_leaves_all_as_it_was(
         copied.append(source)
         copy(source, target)
 
-    monkeypatch.setattr("slsgu_cli.apply.copy_file", fail_at_the_third)
-    monkeypatch.setattr("slsgu_cli.weights.copy_file", fail_at_the_third)
+    monkeypatch.setattr("slsgu_cli.checkpoints.apply.copy_file", fail_at_the_third)
+    monkeypatch.setattr("slsgu_cli.checkpoints.weights.copy_file", fail_at_the_third)
     with pytest.raises((InputError, KeyboardInterrupt)):
         run([made.scaled(2)], main_weights(folder), out, overwrite=there)
     assert tree(tmp_path) == original
@@ -438,10 +438,10 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         import time
         from pathlib import Path
         import slsgu_cli.weights as weights
-        from slsgu_cli.apply import CheckpointSource, apply_edits
-        from slsgu_cli.edits import load_edit
-        from slsgu_cli.records import ModelSpec
-        from slsgu_cli.store import Store
+        from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+        from slsgu_cli.checkpoints.edits import load_edit
+        from slsgu_cli.records.sets import ModelSpec
+        from slsgu_cli.store.store import Store
         def stall(path, pieces):
             print("half", flush=True)
             time.sleep(60)
@@ -473,10 +473,10 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
     code = f"""
         import sys
         from pathlib import Path
-        from slsgu_cli.apply import CheckpointSource, apply_edits
-        from slsgu_cli.edits import load_edit
-        from slsgu_cli.records import ModelSpec
-        from slsgu_cli.store import Store
+        from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+        from slsgu_cli.checkpoints.edits import load_edit
+        from slsgu_cli.records.sets import ModelSpec
+        from slsgu_cli.store.store import Store
         source = CheckpointSource(ModelSpec("x"), Path({str(path)!r}))
         edit = load_edit(Store({store.root!r}), "facebook")
         out = Path({str(tmp_path / "out.safetensors")!r})

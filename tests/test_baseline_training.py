@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from slsgu_cli.baselines import bench as bench_module
-from slsgu_cli.baselines.bench import Bench
-from slsgu_cli.baselines.passes import PassTimes
-from slsgu_cli.baselines.recipe import cosine_rate
-from slsgu_cli.baselines.records import TRAINED, Method, Plan
-from slsgu_cli.baselines.training import Lesson, Pairs, lessons_of, saliency_mask, train
-from slsgu_cli.layout import gradient_path
-from slsgu_cli.sets import DataBlock
+from slsgu_cli.compare import run
+from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
+from slsgu_cli.compare.ours import PassTimes
+from slsgu_cli.compare.run import MethodRun
+from slsgu_cli.records.studies import TRAINED, Method, Plan
+from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.blocks import DataBlock
 
 RATE = 1e-3
 PLAN = Plan(epochs=2, batch_size=16, retain_rows=40)
@@ -37,12 +36,12 @@ def bench(shared_world):
 def open_bench(world, plan=PLAN):
 
     times = PassTimes(world.store, world.manifest, "cpu")
-    return Bench.open(world.store, world.manifest, world.pointer, plan, times)
+    return MethodRun.open(world.store, world.manifest, world.pointer, plan, times)
 
 
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
-    bench_module.set_weights(bench.model, bench._original)
+    run.set_weights(bench.model, bench._original)
     for _ in bench._epochs(method, RATE):
         pass
     return copy.deepcopy(bench.model)
@@ -111,7 +110,7 @@ def distance(first, second):
 @pytest.mark.parametrize("method", TRAINED)
 def test_training_is_the_plain_loop(method, bench, shared_world):
     found = trained(bench, method)
-    bench_module.set_weights(bench.model, bench._original)
+    run.set_weights(bench.model, bench._original)
     mask = bench._mask if method is Method.SALUN else None
     expected = plain(shared_world, bench.model, PHASES[method], mask)
     assert distance(found, expected) < 0.01 * distance(expected, bench.model)
@@ -120,14 +119,14 @@ def test_training_is_the_plain_loop(method, bench, shared_world):
 def test_gaft_forgets_before_it_retains(bench, shared_world):
     """The parity above would not hold for another order, nor for two optimizers."""
     found = trained(bench, Method.GAFT)
-    bench_module.set_weights(bench.model, bench._original)
+    run.set_weights(bench.model, bench._original)
     turned = plain(shared_world, bench.model, ("retain", "forget"))
     assert distance(found, turned) > 0.1 * distance(found, bench.model)
 
 
 def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
     rows = np.arange(shared_world.manifest.forget.rows)
-    bench_module.set_weights(bench.model, bench._original)
+    run.set_weights(bench.model, bench._original)
     before = loss(shared_world, bench.model, "forget", rows).item()
     after = loss(shared_world, trained(bench, Method.GA), "forget", rows).item()
     assert after > before + 0.1
@@ -145,13 +144,13 @@ class Unseen:
 
 def test_fine_tuning_never_sees_a_forget_row(bench):
     retain = bench._retain
-    forget = Lesson(Unseen(), bench._forget.loss, -1, shuffled=False)
-    bench_module.set_weights(bench.model, bench._original)
-    before = bench_module.weights_of(bench.model)
-    lessons = lessons_of(Method.FT, forget=forget, retain=retain)
+    forget = LossTerm(Unseen(), bench._forget.loss, -1, shuffled=False)
+    run.set_weights(bench.model, bench._original)
+    before = run.weights_of(bench.model)
+    lessons = loss_terms(Method.FT, forget=forget, retain=retain)
     assert list(train(bench.model, lessons, rate=RATE, plan=PLAN)) == [1, 2]
     assert any(not torch.equal(p, before[name]) for name, p in bench.model.named_parameters())
-    lessons = lessons_of(Method.GA, forget=forget, retain=retain)
+    lessons = loss_terms(Method.GA, forget=forget, retain=retain)
     with pytest.raises(AssertionError, match="forget row"):
         list(train(bench.model, lessons, rate=RATE, plan=PLAN))
 

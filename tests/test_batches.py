@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from slsgu_cli import ahead, batches, models
-from slsgu_cli.ahead import read_ahead
-from slsgu_cli.batches import pixel_normalizer, spans, text_features, to_tokens
-from slsgu_cli.towers import text_tower
+from slsgu_cli.clip import inputs, models
+from slsgu_cli.clip.inputs import pixel_normalizer, prefetch, spans, text_features, to_tokens
+from slsgu_cli.clip.towers import text_tower
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +37,16 @@ def test_pixels_are_scaled_as_torchvision_scales_them(tiny_model):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_reading_ahead_keeps_the_order(threads):
-    assert list(read_ahead(lambda n: n * n, range(40), threads=threads)) == [
-        n * n for n in range(40)
-    ]
-    assert list(read_ahead(str, [])) == []
+    assert list(prefetch(lambda n: n * n, range(40), threads=threads)) == [n * n for n in range(40)]
+    assert list(prefetch(str, [])) == []
 
 
 def test_reading_ahead_is_bounded():
     started = []
-    reading = read_ahead(lambda n: started.append(n) or n, range(1000))
+    reading = prefetch(lambda n: started.append(n) or n, range(1000))
     assert next(reading) == 0
     reading.close()
-    assert len(started) <= ahead.AHEAD + 2
+    assert len(started) <= inputs.AHEAD + 2
 
 
 def test_reading_ahead_runs_beside_the_consumer():
@@ -61,7 +58,7 @@ def test_reading_ahead_runs_beside_the_consumer():
         assert consumed.wait(10)
         return n
 
-    for n in read_ahead(read, range(3)):
+    for n in prefetch(read, range(3)):
         if n == 0:
             consumed.set()
 
@@ -74,7 +71,7 @@ def test_an_error_in_reading_reaches_the_consumer():
 
     seen = []
     with pytest.raises(ValueError, match="row 5"):
-        seen.extend(iter_into(seen, read_ahead(read, range(9))))
+        seen.extend(iter_into(seen, prefetch(read, range(9))))
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -103,7 +100,7 @@ def test_text_features_come_in_the_prompts_order(size, tower):
 
 def test_groups_of_like_lengths_cover_every_prompt_once(tower):
     tokens = prompts()
-    groups = batches.by_length(tower, tokens, 6)
+    groups = inputs.by_length(tower, tokens, 6)
     assert sorted(torch.cat(groups).tolist()) == list(range(20))
     lengths = [tower.lengths(tokens)[rows] for rows in groups]
     assert all(int(a.max()) <= int(b.min()) for a, b in pairwise(lengths))

@@ -10,19 +10,18 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 from worlds import Listener
 
-import slsgu_cli.build as build
-from slsgu_cli import models, second_pass
-from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.curation.records import Screening
+from slsgu_cli.clip import models
+from slsgu_cli.clip.pixels import decoder
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.layout import read_manifest
-from slsgu_cli.preprocess import decoder
-from slsgu_cli.records import ModelSpec
-from slsgu_cli.samples import Origin
-from slsgu_cli.scratch import Scratch
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.store import Store
-from slsgu_cli.tar_source import TarSource
+from slsgu_cli.records.sets import ModelSpec, Origin, Screening
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.context import Scratch
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.sources.tar import TarSource
+from slsgu_cli.store.artifacts import read_manifest
+from slsgu_cli.store.blocks import DataBlock, build
+from slsgu_cli.store.blocks import pairs as pairs_module
+from slsgu_cli.store.store import Store
 
 CLIP = ModelSpec(f"local-dir:{Path(build.__file__).parent / 'demo' / 'clip'}")
 KINDS = ("dog", "cat", "bird")
@@ -248,7 +247,7 @@ def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
     monkeypatch.setattr(
         Scratch, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
     )
-    monkeypatch.setattr(second_pass, "WINDOW", window)
+    monkeypatch.setattr(pairs_module, "WINDOW", window)
     read = run(Store(str(tmp_path / "windows")), sources, **options)
     assert max(most) <= window
     # A shard that streams tells no place of its images, so that all of them are held.

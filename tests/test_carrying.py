@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
 from worlds import Listener
 
+from slsgu_cli.checkpoints.apply import CarryOptions, carry
+from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.targets.carrying import CarryOptions, carry
-from slsgu_cli.targets.target import read_target
-from slsgu_cli.thirds import held, parameter_of
 
 TEXT = "transformer.resblocks.1.{}"
 VISION = "visual.transformer.resblocks.1.{}"

@@ -4,9 +4,9 @@ import pytest
 import tiny_targets
 from tiny_targets import llava, pipeline, tower
 
+from slsgu_cli.checkpoints.layers import is_candidate
+from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.naming import is_candidate
-from slsgu_cli.targets.choosing import aim_at
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def shapes(state):
 
 
 def live(shapes, target, encoder=None):
-    aim = aim_at(str(target), shapes, encoder=encoder)
+    aim = layers_read_by(str(target), shapes, encoder=encoder)
     return {name for name in shapes if aim.why_not(name) is None}
 
 

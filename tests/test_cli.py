@@ -17,10 +17,10 @@ from processes import on_terminal, slsgu
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from slsgu_cli.cli import app
-from slsgu_cli.naming import known_as
-from slsgu_cli.records import EditHeader, Ranking
-from slsgu_cli.store import Store
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli.app import app
+from slsgu_cli.records.method import EditHeader, Ranking
+from slsgu_cli.store.store import Store
 
 COMMANDS = (
     "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",

@@ -10,17 +10,16 @@ import tiny_targets
 import torch
 from safetensors.torch import load_file
 
-from slsgu_cli.applying import ApplyRequest, apply_named
+from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
+from slsgu_cli.clip.models import fingerprint, input_spec, load, plain_config, read_layer, resolve
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import gradient_path, read_manifest, read_pointer
-from slsgu_cli.models import fingerprint, input_spec, load, plain_config, read_layer, resolve
-from slsgu_cli.pipeline import direct_edit
-from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import Direction, ModelSpec, PassOptions
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.targets.clip_weights import ClipWeights
-from slsgu_cli.targets.transformers_clip import model_config, preprocess_config
+from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.records.method import Direction, PassOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import gradient_path, read_manifest, read_pointer
+from slsgu_cli.store.blocks import DataBlock
 
 TEXT = "transformer.resblocks.1.attn.in_proj_weight"
 

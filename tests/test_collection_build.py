@@ -10,17 +10,13 @@ from processes import slsgu
 from tiny_images import encoded, shard
 from worlds import Listener
 
-from slsgu_cli.build import BuildRequest
-from slsgu_cli.curation import collection
-from slsgu_cli.curation.asking import with_collection
-from slsgu_cli.curation.building import build, build_many, require_all
-from slsgu_cli.curation.records import Concept, DownloadOptions
-from slsgu_cli.curation.replay import replay
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.listing import entries
-from slsgu_cli.samples import Origin
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.store import Store
+from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
+from slsgu_cli.sets.build import build, build_many, replay, require_all
+from slsgu_cli.sets.request import BuildRequest, with_collection
+from slsgu_cli.store.blocks import DataBlock, collection
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.store import Store
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"
 KINDS = ("dog", "cat", "bird")

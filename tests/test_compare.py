@@ -8,19 +8,18 @@ import pytest
 from processes import slsgu
 from typer.testing import CliRunner
 
-from slsgu_cli.baselines import ours as ours_module
-from slsgu_cli.baselines.bench import Bench
-from slsgu_cli.baselines.compare import CompareOptions, compare
-from slsgu_cli.baselines.records import Comparison, Method
-from slsgu_cli.baselines.show import comparison_plot
-from slsgu_cli.baselines.table import better, mean_rows
-from slsgu_cli.cli import app
-from slsgu_cli.edits import load_edit
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.cli.app import app
+from slsgu_cli.cli.compare import comparison_plot
+from slsgu_cli.compare import ours as ours_module
+from slsgu_cli.compare.ours import better, mean_rows
+from slsgu_cli.compare.run import CompareOptions, MethodRun, compare
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.layout import comparison_path, squares_path
-from slsgu_cli.listing import Kind, State, entries
-from slsgu_cli.records import Accuracy
-from slsgu_cli.store import Store
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.studies import Comparison, Method
+from slsgu_cli.store.artifacts import ArtifactKind, Standing, comparison_path, squares_path
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.store import Store
 
 OPTIONS = CompareOptions(rates=(1e-3,), epochs=2, batch_size=16, retain_rows=32)
 
@@ -92,19 +91,19 @@ def test_squares_are_stored_and_the_comparison_is_listed(compared_world):
     found = {(e.kind, e.name): e for e in entries(world.store)}
     for digest in (world.pointer.forget, world.pointer.retain):
         assert world.store.exists(squares_path(digest))
-        assert found[Kind.SQUARES, digest].state is State.OK
-    entry = found[Kind.COMPARISON, world.name]
-    assert entry.state is State.OK
+        assert found[ArtifactKind.SQUARES, digest].state is Standing.OK
+    entry = found[ArtifactKind.COMPARISON, world.name]
+    assert entry.state is Standing.OK
     assert "salun" in entry.made_from["outcomes"]
-    assert not [e for e in found.values() if e.state is not State.OK]
+    assert not [e for e in found.values() if e.state is not Standing.OK]
 
 
 def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a recorded row was run again")
 
-    monkeypatch.setattr(Bench, "run", never)
-    monkeypatch.setattr(Bench, "open", never)  # nor is the model loaded
+    monkeypatch.setattr(MethodRun, "run", never)
+    monkeypatch.setattr(MethodRun, "open", never)  # nor is the model loaded
     monkeypatch.setattr(ours_module, "search", never)
     assert run(own).concepts == compared_world[1].concepts
 
@@ -115,8 +114,10 @@ def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
     own.store.write_record(path, replace(record, outcomes=kept))
     ran = []
-    original = Bench.run
-    monkeypatch.setattr(Bench, "run", lambda self, *rest: ran.append(rest) or original(self, *rest))
+    original = MethodRun.run
+    monkeypatch.setattr(
+        MethodRun, "run", lambda self, *rest: ran.append(rest) or original(self, *rest)
+    )
     found = rows_of(run(own))[Method.GA]
     assert ran == [(Method.GA, 1e-3)]
     assert replace(found, seconds=0.0) == replace(
@@ -166,8 +167,8 @@ def test_an_edit_of_other_evaluation_rows_is_refused(own):
 def test_a_comparison_of_rebuilt_evaluation_rows_is_stale(own):
     own.build(evals={"first": f"{own.sources['first']}&label=blue&label=red",
                      "second": own.sources["second"]})  # fmt: skip
-    entry = next(e for e in entries(own.store) if e.kind is Kind.COMPARISON)
-    assert entry.state is State.STALE
+    entry = next(e for e in entries(own.store) if e.kind is ArtifactKind.COMPARISON)
+    assert entry.state is Standing.STALE
 
 
 def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, monkeypatch):
@@ -180,7 +181,7 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, mo
         kept = {name: Accuracy(90 - abs(setting - 1e-5) * 1e6, 0, 1) for name in outcome.utility}
         return replace(outcome, method=method, setting=setting, plan=self.plan, utility=kept)
 
-    monkeypatch.setattr(Bench, "run", fake)
+    monkeypatch.setattr(MethodRun, "run", fake)
     options = replace(OPTIONS, methods=[Method.FT], rates=None)
     found = compare(own.store, ["blue", "red"], options=options)
     assert found.chosen == {Method.FT: 1e-5}
@@ -253,8 +254,8 @@ def test_the_command(own):
     ],
 )
 def test_what_makes_no_sense_is_told(words, told, tmp_path):
-    from slsgu_cli.baselines.cli import _methods, _rates
-    from slsgu_cli.baselines.records import Method
+    from slsgu_cli.cli.compare import _methods, _rates
+    from slsgu_cli.records.studies import Method
 
     option, value = words
     with pytest.raises(UsageError, match=told):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from slsgu_cli.console import Console
+from slsgu_cli.cli.console import Console
+from slsgu_cli.cli.console import text as shown_text
 from slsgu_cli.errors import InputError
-from slsgu_cli.records import Accuracy, Tower
-from slsgu_cli.tables import text as shown_text
+from slsgu_cli.records.method import Accuracy, Tower
 
 COLUMNS = ["name", "figure"]
 ODD = "a\tb\nc  [red]d[/red] :apple: \x1b[31mé"
@@ -17,7 +17,7 @@ FLAT = "a b c [red]d[/red] :apple: [31mé"
 
 SHOW = f"""
 import sys
-from slsgu_cli.console import Console
+from slsgu_cli.cli.console import Console
 from slsgu_cli.errors import InputError
 console = Console(verbosity=1, as_json="--json" in sys.argv)
 console.note("noted [red]")
@@ -72,7 +72,7 @@ def test_a_terminal_gets_a_table_with_cells_printed_literally():
 
 def test_a_narrow_terminal_folds_cells_and_loses_nothing():
     code = (
-        "from slsgu_cli.console import Console\n"
+        "from slsgu_cli.cli.console import Console\n"
         "Console().table('t', ['a', 'b'], [['x' * 50, 'y' * 50]])"
     )
     shown = on_a_terminal(code, columns=30)
@@ -156,8 +156,8 @@ def test_tables_in_one_pipe_are_apart(capsys):
 
 def test_a_terminal_shows_labels_units_and_no_empty_column():
     code = (
-        "from slsgu_cli.console import Console\n"
-        "from slsgu_cli.tables import Column\n"
+        "from slsgu_cli.cli.console import Console\n"
+        "from slsgu_cli.cli.console import Column\n"
         "columns = [Column('bytes', shown=lambda b: f'{b} B', label='size'), 'nothing', 'zero',\n"
         "           Column('path', on_terminal=False)]\n"
         "Console().table('t', columns, [[5, None, 0, 'a/b'], [None, '', 0, 'c/d']])"

@@ -13,9 +13,9 @@ import pytest
 import torch
 from checkpoints import load, save, state
 
-from slsgu_cli import copying
+from slsgu_cli.checkpoints.weights import patched_copy
 from slsgu_cli.errors import InputError, SlsguError
-from slsgu_cli.weights import patched_copy
+from slsgu_cli.store.store import files
 
 
 def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_failure_leaves_the_old_target_and_no_partials(
             Path(str(other)).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(f"slsgu_cli.weights.{stage}", fail)
+    monkeypatch.setattr("slsgu_cli.checkpoints.weights", fail)
     with pytest.raises((InputError, KeyboardInterrupt)) as caught:
         patched_copy(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
     if isinstance(caught.value, SlsguError):
@@ -64,7 +64,7 @@ def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
         import resource, signal
         from pathlib import Path
         from slsgu_cli.errors import InputError
-        from slsgu_cli.weights import patched_copy
+        from slsgu_cli.checkpoints.weights import patched_copy
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         try:
@@ -93,7 +93,7 @@ def test_the_copy_falls_back_where_the_kernel_cannot(
         return os.write(new, os.read(old, 1000))
 
     monkeypatch.setattr(os, "copy_file_range", once)
-    copying.copy_file(source, tmp_path / "out")
+    files.copy_file(source, tmp_path / "out")
     assert len(calls) == 2
     assert (tmp_path / "out").read_bytes() == source.read_bytes()
 
@@ -135,11 +135,11 @@ def test_a_folder_takes_anothers_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(copying, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with copying.replacing(target) as partial:
+    with files.replacing(target) as partial:
         partial.mkdir()
         (partial / "new").write_text("new")
         assert [path.name for path in target.iterdir()] == ["old"]
@@ -152,7 +152,7 @@ def test_two_folders_swap_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "held").write_text(name)
-    assert copying._exchange(tmp_path / "one", tmp_path / "other")
+    assert files._exchange(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "one" / "held").read_text() == "other"
     assert (tmp_path / "other" / "held").read_text() == "one"
-    assert not copying._exchange(tmp_path / "one", tmp_path / "nothing")
+    assert not files._exchange(tmp_path / "one", tmp_path / "nothing")

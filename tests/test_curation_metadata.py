@@ -6,13 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.curation import metadata
-from slsgu_cli.curation.concepts import ConceptIndex
-from slsgu_cli.curation.metadata import priorities, scan_metadata
-from slsgu_cli.curation.prefilter import GROUP, Prefilter
-from slsgu_cli.curation.records import CollectRequest, Concept
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.matching import matcher
+from slsgu_cli.records.sets import CollectRequest, Concept
+from slsgu_cli.sets.metadata import priorities, scan_metadata
+from slsgu_cli.sources.captions import GROUP, ConceptIndex, Prefilter, matcher
+from slsgu_cli.store.blocks import metadata
 
 LETTERS = "elonß ELΣσς&;ampé’'-\u2011ﬁK\u0130ı\u200b\xad™\u0301\u2028\0Ｅ½特İſẞ"
 CAPTIONS = st.lists(st.none() | st.text(st.sampled_from(LETTERS), max_size=9), max_size=20)

@@ -7,17 +7,16 @@ import pytest
 from PIL import Image
 from processes import slsgu
 
-from slsgu_cli.build import BuildRequest
-from slsgu_cli.curation.dropping import drop, hashes
-from slsgu_cli.curation.inspection import drop_from_set, inspect_set, read_keys, top_words
-from slsgu_cli.curation.replay import replay
-from slsgu_cli.curation.sheet import contact_sheet
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.layout import manifest_path, read_pointer
-from slsgu_cli.listing import State, entries
-from slsgu_cli.records import decode
-from slsgu_cli.samples import Origin
-from slsgu_cli.sets import DataBlock
+from slsgu_cli.figures.sheets import contact_sheet
+from slsgu_cli.records.codec import decode
+from slsgu_cli.records.sets import Origin
+from slsgu_cli.sets.build import replay
+from slsgu_cli.sets.inspect import drop, drop_from_set, hashes, inspect_set, read_keys, top_words
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.store.artifacts import Standing, manifest_path, read_pointer
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.catalog import entries
 
 
 def open_block(world, part="forget"):
@@ -77,7 +76,7 @@ def test_dropped_rows_are_gone_and_what_was_made_of_them_is_stale(world):
     assert world.manifest.forget.refused["dropped by hand"] == 2
     with pytest.raises(StaleError, match="before its forget set was built anew"):
         read_pointer(world.store, world.manifest)
-    stale = {entry.kind for entry in entries(world.store) if entry.state is State.STALE}
+    stale = {entry.kind for entry in entries(world.store) if entry.state is Standing.STALE}
     assert {"pointer", "ranking"} <= stale
 
 

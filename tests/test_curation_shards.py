@@ -5,14 +5,14 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 from worlds import Listener
 
-from slsgu_cli.curation import shards
-from slsgu_cli.curation.collection import collect
-from slsgu_cli.curation.records import CollectRequest, Concept
 from slsgu_cli.errors import InputError
-from slsgu_cli.samples import Columns, Origin
-from slsgu_cli.sources import open_sources
-from slsgu_cli.store import Store
-from slsgu_cli.tar_source import TarSource
+from slsgu_cli.records.sets import CollectRequest, Concept, Origin
+from slsgu_cli.sets.collection import collect
+from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.tar import TarSource
+from slsgu_cli.store.blocks import shards
+from slsgu_cli.store.store import Store
 
 KINDS = ("dog", "cat", "bird")
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_baseline_training import loss, open_bench
 
-from slsgu_cli.baselines import bench as bench_module
-from slsgu_cli.baselines.dampening import constants, dampen, dampening, importance_of
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import squares_path
-from slsgu_cli.records import PassOptions
+from slsgu_cli.compare import run
+from slsgu_cli.compare.methods import constants, dampen, dampening, importance_of
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.records.method import PassOptions
+from slsgu_cli.store.artifacts import squares_path
 
 
 def test_only_what_matters_much_more_to_the_forget_set_is_dampened():
@@ -56,7 +56,7 @@ def test_dampening_is_the_plain_loop(world):
     for found, expected in zip((forget, retain), plain, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, 1e-2, 1e-7 + 1e-3 * value.max())
-    bench_module.set_weights(bench.model, bench._original)
+    run.set_weights(bench.model, bench._original)
     alpha = 0.5
     assert list(
         dampen(bench.model, importance_of(forget, retain, "cpu"), alpha=alpha, epochs=3)

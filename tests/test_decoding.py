@@ -4,9 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from slsgu_cli import decoding
-from slsgu_cli.decoding import decode_in_order
-from slsgu_cli.preprocess import DecodeError, Picture
+from slsgu_cli.clip import pixels as pixels_module
+from slsgu_cli.clip.pixels import DecodeError, Picture, decode_in_order
 
 
 def pixels(data: bytes):
@@ -42,7 +41,7 @@ def test_digests_tell_encoded_images_apart():
 
 
 def test_few_are_in_flight(monkeypatch):
-    monkeypatch.setattr(decoding, "cores", lambda: 2)
+    monkeypatch.setattr(pixels_module, "cores", lambda: 2)
     taken = 0
 
     def source():
@@ -54,12 +53,12 @@ def test_few_are_in_flight(monkeypatch):
     results = decode_in_order(source(), pixels)
     for _ in range(10):
         next(results)
-    assert taken <= 10 + 2 * decoding.AHEAD
+    assert taken <= 10 + 2 * pixels_module.AHEAD
     results.close()
 
 
 def test_an_interrupted_consumer_does_not_wait(monkeypatch):
-    monkeypatch.setattr(decoding, "cores", lambda: 2)
+    monkeypatch.setattr(pixels_module, "cores", lambda: 2)
     begun, release = [], threading.Event()
 
     def decode(data):

@@ -12,7 +12,7 @@ import pytest
 from processes import slsgu
 from safetensors.numpy import load_file
 
-from slsgu_cli.demonstration import DATA
+from slsgu_cli.cli.demo import DATA
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "open_clip_model.safetensors"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from edit_headers import edit, header
 
-from slsgu_cli.edits import load_edit, make_edit, read_edit, write_edit
+from slsgu_cli.checkpoints.edits import load_edit, make_edit, read_edit, write_edit
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.layout import edit_path
-from slsgu_cli.records import encode
-from slsgu_cli.store import Store
+from slsgu_cli.records.codec import encode
+from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.store import Store
 
 BEFORE = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
 DELTA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)

@@ -7,9 +7,9 @@ import torch
 from plain import Plain
 from test_baseline_training import open_bench
 
-from slsgu_cli.baselines import epochs as epochs_module
-from slsgu_cli.baselines.records import Method
-from slsgu_cli.records import Accuracy
+from slsgu_cli.compare import run as run_module
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.studies import Method
 
 
 @dataclass
@@ -33,9 +33,9 @@ def run(accuracies, monkeypatch):
     def kept(evaluation):
         return {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
 
-    monkeypatch.setattr(epochs_module, "forget_accuracy", forget)
-    monkeypatch.setattr(epochs_module, "utility", kept)
-    return epochs_module.follow(epochs(), counter, label="test", total=len(accuracies))
+    monkeypatch.setattr(run_module, "forget_accuracy", forget)
+    monkeypatch.setattr(run_module, "utility", kept)
+    return run_module.follow(epochs(), counter, label="test", total=len(accuracies))
 
 
 @pytest.mark.parametrize(

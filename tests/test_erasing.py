@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.erasing.denoiser import Denoiser
-from slsgu_cli.erasing.records import Plan
+from slsgu_cli.clip.zeroshot import frechet_distance
+from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.metrics import frechet_distance
-from slsgu_cli.store import Store
+from slsgu_cli.records.studies import PipelinePlan
+from slsgu_cli.store.store import Store
 
 WIDTH, TOKENS = 16, 3
 PROMPTS = ("", "a star", "an icon of a castle", "blue")
@@ -81,10 +81,10 @@ def changed(denoiser, before):
 
 
 def test_esd_changes_all_cross_attention_and_nothing_else(denoiser):
-    from slsgu_cli.erasing.esd import erase
+    from slsgu_cli.compare.diffusion import erase
 
     before = weights(denoiser)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=3, rate=1e-3, steps=4))
+    erase(denoiser, PROMPTS[1:2], PipelinePlan(iterations=3, rate=1e-3, steps=4))
     names = {name for name in before if ".attn2." in name}
     assert changed(denoiser, before) == names
     assert len(names) < len(before) / 2
@@ -92,7 +92,7 @@ def test_esd_changes_all_cross_attention_and_nothing_else(denoiser):
 
 
 def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
-    from slsgu_cli.erasing.esd import erase, negated
+    from slsgu_cli.compare.diffusion import erase, negated
 
     original = copy.deepcopy(denoiser.unet)
     generator = torch.Generator().manual_seed(5)
@@ -106,7 +106,7 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
     goal = negated(denoiser, original, noisy, time, condition, empty)
     asked, plain = says(original, condition), says(original, empty)
     torch.testing.assert_close(goal, 2 * plain - asked)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=60, rate=3e-3, steps=4))
+    erase(denoiser, PROMPTS[1:2], PipelinePlan(iterations=60, rate=3e-3, steps=4))
     after = says(None, condition)
     assert (after - goal).norm() < 0.6 * (asked - goal).norm()
     # What the prompt adds now points away from what it added.
@@ -117,7 +117,7 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
 
 
 def test_esd_without_cross_attention_is_refused():
-    from slsgu_cli.erasing.esd import cross_attention
+    from slsgu_cli.compare.diffusion import cross_attention
 
     with pytest.raises(InputError, match="no cross-attention"):
         cross_attention(nn.Sequential(nn.Linear(2, 2)))
@@ -125,10 +125,10 @@ def test_esd_without_cross_attention_is_refused():
 
 @pytest.fixture
 def lessons():
-    from slsgu_cli.erasing.salun import Lessons
+    from slsgu_cli.compare.diffusion import LossTerms
 
     generator = torch.Generator().manual_seed(1)
-    return Lessons(
+    return LossTerms(
         forget=torch.randn((10, 2, 4, 4), generator=generator) + 1,
         retain=torch.randn((6, 2, 4, 4), generator=generator) - 1,
         captions=["an icon of a castle"] * 6,
@@ -139,9 +139,9 @@ def lessons():
 
 
 def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser, lessons):
-    from slsgu_cli.erasing.salun import forget_mask, unlearn
+    from slsgu_cli.compare.diffusion import forget_mask, unlearn
 
-    plan = Plan(iterations=3, rate=1e-3, seed=7)
+    plan = PipelinePlan(iterations=3, rate=1e-3, seed=7)
     mask = forget_mask(denoiser, lessons, torch.Generator().manual_seed(plan.seed))
     total = sum(value.numel() for value in mask.values())
     assert sum(int(value.sum()) for value in mask.values()) == total // 2
@@ -154,9 +154,9 @@ def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser,
 
 
 def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lessons, monkeypatch):
-    from slsgu_cli.erasing import salun
+    from slsgu_cli.compare import diffusion
 
-    monkeypatch.setattr(salun, "RETAINING", 0.0)
+    monkeypatch.setattr(diffusion, "RETAINING", 0.0)
 
     (star, _), (blue, _) = (denoiser.conditions([text]) for text in ("a star", "blue"))
 
@@ -169,7 +169,7 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
         return float((said[0] - said[1]).norm())
 
     before = apart()
-    salun.unlearn(denoiser, lessons, Plan(iterations=20, rate=3e-4))
+    diffusion.unlearn(denoiser, lessons, PipelinePlan(iterations=20, rate=3e-4))
     assert apart() < 0.7 * before
 
 
@@ -214,14 +214,14 @@ def test_a_latent_is_denoised_with_the_prompt_up_to_a_step(denoiser):
 
 
 def test_a_unet_of_two_encoders_reads_pooled_states_and_sizes(diffusers):
-    from slsgu_cli.erasing.esd import erase
+    from slsgu_cli.compare.diffusion import erase
 
     denoiser = tiny_denoiser(diffusers, pooled=True)
     condition, _ = denoiser.conditions(["a star", "blue"])
     assert condition.added["time_ids"].tolist() == 2 * [[32, 32, 0, 0, 32, 32]]
     assert torch.equal(condition.added["text_embeds"], condition.states[:, 0])
     before = weights(denoiser)
-    erase(denoiser, PROMPTS[1:2], Plan(iterations=1, rate=1e-3, steps=2))
+    erase(denoiser, PROMPTS[1:2], PipelinePlan(iterations=1, rate=1e-3, steps=2))
     assert changed(denoiser, before)
 
 
@@ -241,8 +241,8 @@ def test_the_distance_is_frechets():
 @pytest.fixture(scope="module")
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
-    from slsgu_cli.generation.records import Budget, PaintOptions
-    from slsgu_cli.generation.steering import SteerOptions, search_target
+    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.records.targets import Budget, PaintOptions
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)
@@ -266,19 +266,20 @@ def steered(searched, tmp_path):
 def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     steered, trained_models, monkeypatch
 ):
-    from slsgu_cli.erasing import compare as comparing
-    from slsgu_cli.generation.painting import Painter
-    from slsgu_cli.generation.records import Budget, PaintOptions
-    from slsgu_cli.listing import Kind, State, entries
+    from slsgu_cli.compare import on_pipeline
+    from slsgu_cli.downstream.models import Pipeline
+    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.store.artifacts import ArtifactKind, Standing
+    from slsgu_cli.store.catalog import entries
 
-    painter = Painter.load(trained_models / "sd", device="cpu")
-    monkeypatch.setattr(comparing.Painter, "load", lambda *_, **__: painter)
+    painter = Pipeline.load(trained_models / "sd", device="cpu")
+    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: painter)
     before = {name: value.clone() for name, value in painter.pipeline.unet.state_dict().items()}
-    options = comparing.CompareOptions(
+    options = on_pipeline.PipelineCompareOptions(
         target=trained_models / "sd", rates=(1e-2,), iterations=2, device="cpu",
         budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=3, guidance=4.0)),
     )  # fmt: skip
-    found = comparing.compare(steered, "facebook", options=options)
+    found = on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
     original, esd, salun, ours = found.outcomes
     assert original.distance < 1e-6 < min(esd.distance, salun.distance, ours.distance)
@@ -290,33 +291,33 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     for folder in ("original", "esd-0.01", "salun-0.01", "ours"):
         assert len(steered.names(f"{pictures}/{folder}", ".png")) == 4
     assert steered.read_bytes(f"{pictures}/sheet.png")[:4] == b"\x89PNG"
-    (entry,) = [e for e in entries(steered) if e.kind is Kind.TARGET_COMPARISON]
-    assert entry.state is State.OK
+    (entry,) = [e for e in entries(steered) if e.kind is ArtifactKind.TARGET_COMPARISON]
+    assert entry.state is Standing.OK
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.
-    monkeypatch.setattr(comparing.Painter, "load", lambda *_, **__: pytest.fail("painted again"))
-    assert comparing.compare(steered, "facebook", options=options) == found
+    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("painted again"))
+    assert on_pipeline.compare_on_pipeline(steered, "facebook", options=options) == found
     with pytest.raises(pytest.fail.Exception, match="painted again"):
         more = replace(options, iterations=3)
-        comparing.compare(steered, "facebook", options=more)
+        on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
 
 
 def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_models):
-    from slsgu_cli.erasing.steered import steered_edit
-    from slsgu_cli.layout import read_manifest, read_pointer
+    from slsgu_cli.compare.on_pipeline import our_edit
+    from slsgu_cli.store.artifacts import read_manifest, read_pointer
 
     pointer = read_pointer(steered, read_manifest(steered, "facebook"))
-    edit, seconds = steered_edit(steered, pointer, trained_models / "sd")
+    edit, seconds = our_edit(steered, pointer, trained_models / "sd")
     assert edit.header.name == "facebook@sd"
     assert seconds > 0
     path = "target-trials/facebook@sd.json"
     record = json.loads(steered.read_bytes(path))
     steered.write_bytes(path, json.dumps({**record, "trials": []}).encode())
     with pytest.raises(StaleError, match="not among the recorded trials"):
-        steered_edit(steered, pointer, trained_models / "sd")
+        our_edit(steered, pointer, trained_models / "sd")
     steered.remove("edits/facebook@sd.safetensors")
     with pytest.raises(MissingError, match="no edit facebook@sd") as met:
-        steered_edit(steered, pointer, trained_models / "sd")
+        our_edit(steered, pointer, trained_models / "sd")
     assert "--steer-target" in met.value.hint
 
 
@@ -333,7 +334,7 @@ def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_mo
 def test_options_of_the_other_comparison_are_refused(words, message, tmp_path):
     from typer.testing import CliRunner
 
-    from slsgu_cli.cli import app
+    from slsgu_cli.cli.app import app
 
     words = ["compare", "blue", *words]
     met = CliRunner().invoke(app, words, env={"SLSGU_STORE": str(tmp_path)})
@@ -344,7 +345,7 @@ def test_options_of_the_other_comparison_are_refused(words, message, tmp_path):
 def test_the_comparison_is_printed_as_rows_for_a_pipe(steered, trained_models):
     from typer.testing import CliRunner
 
-    from slsgu_cli.cli import app
+    from slsgu_cli.cli.app import app
 
     words = ["compare", "facebook", "--target", str(trained_models / "sd"), "--methods", "ours"]
     words += ["--images", "1", "--others", "2", "--denoise", "2", "--device", "cpu"]

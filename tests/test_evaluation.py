@@ -4,12 +4,12 @@ import tiny_clip
 import torch
 from plain import Plain
 
-from slsgu_cli import models
+from slsgu_cli.clip import models
+from slsgu_cli.clip.evaluation import accuracy, prepare
+from slsgu_cli.clip.zeroshot import edited
 from slsgu_cli.errors import InputError
-from slsgu_cli.evaluation import accuracy, prepare
-from slsgu_cli.records import Tower
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.zeroshot import edited
+from slsgu_cli.records.method import Tower
+from slsgu_cli.store.blocks import DataBlock
 
 
 def evaluation(world):

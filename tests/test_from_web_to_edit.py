@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import DEMO
 
-from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.curation.asking import with_collection
-from slsgu_cli.curation.building import build
-from slsgu_cli.curation.img2dataset import find_command
-from slsgu_cli.curation.records import DownloadOptions
 from slsgu_cli.errors import MissingError
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import edit_path
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import PassOptions
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.store import Store
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import PassOptions
+from slsgu_cli.records.sets import DownloadOptions
+from slsgu_cli.sets.build import build, build_sets
+from slsgu_cli.sets.download import find_command
+from slsgu_cli.sets.request import BuildRequest, with_collection
+from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.store import Store
 
 ROWS, FORGET, RETAIN = 400, 40, 48
 LAYER = "visual.proj"

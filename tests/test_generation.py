@@ -11,10 +11,10 @@ from PIL import Image
 from worlds import Listener
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.layout import read_manifest
-from slsgu_cli.pipeline import direct_edit
-from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import Direction, Effect, Share
+from slsgu_cli.method.edit import direct_edit
+from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.records.method import Direction, Effect, Share
+from slsgu_cli.store.artifacts import read_manifest
 
 TEXT = "transformer.resblocks.6.mlp.c_proj.weight"
 VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
@@ -22,32 +22,32 @@ VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
 
 @pytest.fixture(scope="module")
 def painter(trained_models):
-    from slsgu_cli.generation.painting import Painter
+    from slsgu_cli.downstream.models import Pipeline
 
-    return Painter.load(trained_models / "sd", device="cpu")
+    return Pipeline.load(trained_models / "sd", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def respondent(trained_models):
-    from slsgu_cli.generation.answering import Respondent
+    from slsgu_cli.downstream.models import Llava
 
-    return Respondent.load(trained_models / "llava", device="cpu")
+    return Llava.load(trained_models / "llava", device="cpu")
 
 
 @pytest.fixture
 def loaded(painter, respondent, monkeypatch):
     """Let commands find both models in memory."""
-    from slsgu_cli.generation import answering, painting
+    from slsgu_cli.downstream import models
 
-    monkeypatch.setattr(painting.Painter, "load", lambda *_, **__: painter)
-    monkeypatch.setattr(answering.Respondent, "load", lambda *_, **__: respondent)
+    monkeypatch.setattr(models.Pipeline, "load", lambda *_, **__: painter)
+    monkeypatch.setattr(models.Llava, "load", lambda *_, **__: respondent)
 
 
 @pytest.fixture
 def edits(demo_world, tmp_path):
     """A store of its own with an edit of each tower, unsearched."""
-    from slsgu_cli.edits import write_edit
-    from slsgu_cli.store import Store
+    from slsgu_cli.checkpoints.edits import write_edit
+    from slsgu_cli.store.store import Store
 
     store = Store(str(tmp_path / "store"))
     for name, layer, step in (("text", TEXT, 40.0), ("vision", VISION, 40.0)):
@@ -63,18 +63,17 @@ def edits(demo_world, tmp_path):
 
 
 def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, trained_models):
-    from slsgu_cli.edits import load_edit
-    from slsgu_cli.generation.live import new_values
-    from slsgu_cli.targets.carrying import CarryOptions, carry
-    from slsgu_cli.targets.mapping import homes, slots
-    from slsgu_cli.targets.states import read_state
-    from slsgu_cli.targets.target import read_target
+    from slsgu_cli.checkpoints.apply import CarryOptions, carry
+    from slsgu_cli.checkpoints.edits import load_edit
+    from slsgu_cli.checkpoints.layouts import read_weight_set, tensor_places, tower_places
+    from slsgu_cli.checkpoints.targets import read_target
+    from slsgu_cli.downstream.models import new_values
 
     edit = load_edit(edits, "text")
     options = CarryOptions()
     carry([edit], read_target(trained_models / "sd"), tmp_path / "sd", options=options)
-    state = read_state([tmp_path / "sd/text_encoder/model.safetensors"])
-    written, _ = state.layer(slots(TEXT, homes(state.owners)[0]))
+    state = read_weight_set([tmp_path / "sd/text_encoder/model.safetensors"])
+    written, _ = state.layer(tensor_places(TEXT, tower_places(state.owners)[0]))
     (values,) = new_values(painter.encoders, [edit])
     # The file is rounded once, from fp64; a live layer is fp32 in between.
     np.testing.assert_array_max_ulp(values[TEXT].half().numpy(), written, maxulp=1)
@@ -96,8 +95,8 @@ def test_edits_end_with_their_block_and_fused_layers_are_split(painter):
 
 
 def test_other_weights_and_layers_without_reach_are_refused(painter, respondent, edits):
-    from slsgu_cli.edits import load_edit
-    from slsgu_cli.generation.live import new_values
+    from slsgu_cli.checkpoints.edits import load_edit
+    from slsgu_cli.downstream.models import new_values
 
     edit, live = load_edit(edits, "text"), painter.encoders[0]
     with live.edited({TEXT: live.value(TEXT) + 1}), pytest.raises(StaleError, match="is not the"):
@@ -109,11 +108,11 @@ def test_other_weights_and_layers_without_reach_are_refused(painter, respondent,
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
-    from slsgu_cli.generation.painting import Job
-    from slsgu_cli.generation.records import PaintOptions
+    from slsgu_cli.downstream.models import ImageJob
+    from slsgu_cli.records.targets import PaintOptions
 
     options = PaintOptions(steps=2)
-    jobs = [Job("a star icon", 3), Job("an icon of facebook", 7)]
+    jobs = [ImageJob("a star icon", 3), ImageJob("an icon of facebook", 7)]
     whole = [np.asarray(image) for image in painter.paint(jobs, options)]
     (alone,) = painter.paint(jobs[1:], options)
     assert np.abs(whole[1].astype(int) - np.asarray(alone)).max() <= 1
@@ -123,10 +122,11 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
 def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, painter, edits, demo_world, trained_models
 ):
-    from slsgu_cli.generation.generate import GenerateRequest, generate
-    from slsgu_cli.generation.painting import Job
-    from slsgu_cli.generation.records import PaintOptions
-    from slsgu_cli.listing import Kind, State, entries
+    from slsgu_cli.downstream.generate import GenerateRequest, generate
+    from slsgu_cli.downstream.models import ImageJob
+    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.store.artifacts import ArtifactKind, Standing
+    from slsgu_cli.store.catalog import entries
 
     paint = PaintOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
@@ -135,18 +135,18 @@ def test_generate_keeps_images_a_sheet_and_a_record(
         prompts=["an icon of facebook", "an icon of github"],
     )  # fmt: skip
     record, album = generate(edits, request)
-    (plain,) = painter.paint([Job("an icon of facebook", 5)], paint)
+    (plain,) = painter.paint([ImageJob("an icon of facebook", 5)], paint)
     kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
     # Painted beside another one: equal but for rounding.
     assert np.abs(np.asarray(kept).astype(int) - np.asarray(plain)).max() <= 1
     assert record.before == Effect(Share(1, 1), Share(1, 1))
     assert record.after.concept == Share(0, 1)
     assert edits.read_bytes("generations/text/sheet.png")[:4] == b"\x89PNG"
-    (entry,) = [e for e in entries(edits) if e.kind is Kind.GENERATION]
-    assert entry.state is State.OK
+    (entry,) = [e for e in entries(edits) if e.kind is ArtifactKind.GENERATION]
+    assert entry.state is Standing.OK
     edits.write_tensors("edits/text.safetensors", {}, changed_header(edits))
-    (entry,) = [e for e in entries(edits) if e.kind is Kind.GENERATION]
-    assert entry.state is State.STALE
+    (entry,) = [e for e in entries(edits) if e.kind is ArtifactKind.GENERATION]
+    assert entry.state is Standing.STALE
     assert album.where("sheet.html").endswith("generations/text/sheet.html")
 
 
@@ -157,13 +157,13 @@ def demo_names(store):
 
 
 def changed_header(store):
-    from slsgu_cli.edits import load_edit
+    from slsgu_cli.checkpoints.edits import load_edit
 
     return replace(load_edit(store, "text").header, step=1.0)
 
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
-    from slsgu_cli.generation.ask import AskRequest, ask, sample_pictures
+    from slsgu_cli.downstream.ask import AskRequest, ask, sample_pictures
 
     image = Path(edits.where("facebook.png"))
     image.parent.mkdir(exist_ok=True)
@@ -180,15 +180,15 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(respondent, demo_world):
-    from slsgu_cli.generation.answering import Question
-    from slsgu_cli.generation.ask import sample_pictures
-    from slsgu_cli.generation.odds import _loss, name_odds
+    from slsgu_cli.downstream.ask import sample_pictures
+    from slsgu_cli.downstream.models import Question
+    from slsgu_cli.downstream.subjects import _loss, answer_gradient
 
     picture = sample_pictures(demo_world.store, "facebook", 1)[0]
     pairs = [
         (Question(picture.image, "What is shown in this image?"), "This is the facebook logo.")
     ]
-    gradients = name_odds(respondent, respondent.encoder, pairs, "facebook", [VISION])
+    gradients = answer_gradient(respondent, respondent.encoder, pairs, "facebook", [VISION])
     live, gradient = respondent.encoder, gradients[VISION]
     slope = float(gradient.square().sum())
     size = 1e-3 / slope**0.5
@@ -205,11 +205,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 ):
     import shutil
 
-    from slsgu_cli.edits import load_edit
-    from slsgu_cli.generation.records import Budget, PaintOptions
-    from slsgu_cli.generation.steering import SteerOptions, search_target
-    from slsgu_cli.layout import target_trials_path
-    from slsgu_cli.store import Store
+    from slsgu_cli.checkpoints.edits import load_edit
+    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.store.artifacts import target_trials_path
+    from slsgu_cli.store.store import Store
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
@@ -238,10 +238,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 def test_a_generated_forget_set_goes_on_where_it_stopped(
     loaded, demo_world, tmp_path, trained_models
 ):
-    from slsgu_cli.build import BuildRequest, build_sets
-    from slsgu_cli.generation.genset import SourceRequest, forgetting_generated
-    from slsgu_cli.generation.records import PaintOptions
-    from slsgu_cli.store import Store
+    from slsgu_cli.downstream.image_sets import SourceRequest, forgetting_generated
+    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.sets.build import build_sets
+    from slsgu_cli.sets.request import BuildRequest
+    from slsgu_cli.store.store import Store
 
     store = Store(str(tmp_path / "store"))
     prompts = ("an umbrella heart", "an icon of an umbrella heart")
@@ -272,8 +273,8 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
-    from slsgu_cli.generation.records import PaintOptions
-    from slsgu_cli.generation.unlearncanvas import CanvasRequest, answer_set
+    from slsgu_cli.downstream.image_sets import CanvasRequest, answer_set
+    from slsgu_cli.records.targets import PaintOptions
 
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
         (tmp_path / name).write_text(lines)

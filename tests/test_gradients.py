@@ -12,12 +12,13 @@ import pytest
 import tiny_clip
 from safetensors.numpy import load_file, save_file
 
+from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import gradient_path, pointer_path, squares_path
-from slsgu_cli.models import fingerprint, resolve
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions, Precision, SquaresHeader
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.records.method import GradientHeader, PassOptions, Precision, SquaresHeader
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import gradient_path, pointer_path, squares_path
 
 
 def compute(world, *, model=None, squares=False, **options):
@@ -77,9 +78,9 @@ def test_a_second_call_computes_nothing(world, listener):
 def test_a_hit_imports_no_torch(world):
     program = """
 import sys
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.records import PassOptions
-from slsgu_cli.store import Store
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.records.method import PassOptions
+from slsgu_cli.store.store import Store
 found = compute_gradients(
     Store(sys.argv[1]), "blue", model=None, options=PassOptions()
 )

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
-from slsgu_cli import gradpass, models
+from slsgu_cli.checkpoints.layers import is_candidate, tower_of
+from slsgu_cli.clip import models
+from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import InputError
-from slsgu_cli.gradpass import GradientPass
-from slsgu_cli.layout import gradient_path
-from slsgu_cli.naming import is_candidate, tower_of
-from slsgu_cli.records import PassOptions, Precision
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.towers import OpenClipVision
+from slsgu_cli.method import gradient_pass
+from slsgu_cli.method.gradient_pass import GradientPass
+from slsgu_cli.records.method import PassOptions, Precision
+from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.blocks import DataBlock
 
 SIGLIP = {"custom_text": True, "init_logit_bias": -2.0}
 WORDS = ("a red circle", "some blue square there", "ring", "the white pole and a bar", "green")
@@ -134,7 +135,7 @@ def tiny_spec(folder):
 def test_grouped_is_one_mini_batch_after_another(
     loss, pairs, folders, plain, spec, listener, monkeypatch
 ):
-    monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", pairs)
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", pairs)
     model = load(folders["sigmoid" if loss == "sigmoid" else "contrastive"])
     found, mean_loss = run(model, loss, Rows(61), spec)
     expected, expected_loss = plain[loss]
@@ -197,7 +198,7 @@ def test_any_last_mini_batch(rows, size, folders, spec):
 
 
 def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, monkeypatch):
-    monkeypatch.setitem(gradpass.TEXTS_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(gradient_pass.TEXTS_PER_FORWARD, "cpu", 7)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
 
@@ -223,9 +224,9 @@ def test_half_precision_is_close(loss, bound, folders, plain, spec):
 def test_precision_of_matrix_products_is_put_back():
     backend = torch.backends.cuda.matmul
     before = backend.allow_tf32
-    with gradpass.arithmetic(Precision.TF32):
+    with gradient_pass.arithmetic(Precision.TF32):
         assert backend.allow_tf32 and torch.backends.cudnn.allow_tf32
-    with pytest.raises(KeyError), gradpass.arithmetic(Precision.FP32):
+    with pytest.raises(KeyError), gradient_pass.arithmetic(Precision.FP32):
         assert not backend.allow_tf32
         raise KeyError
     assert backend.allow_tf32 == before
@@ -321,7 +322,7 @@ def test_weights_that_are_no_numbers_are_told(layer, value, folders, spec):
 @pytest.mark.parametrize("pairs", [16, 128])
 @pytest.mark.parametrize("row", [3, 31, 39])
 def test_the_mini_batch_that_is_not_finite_is_named(row, pairs, folders, spec, monkeypatch):
-    monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", pairs)
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", pairs)
     model, block = load(folders["contrastive"]), Rows(40)
     word = block.tokens[row, 1] = 40_000  # a word that no other row has
     model.token_embedding.weight.data[word] = 1e30
@@ -357,7 +358,7 @@ def test_out_of_memory_goes_on_with_fewer_pairs(folders, plain, spec, listener, 
 
 
 def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monkeypatch):
-    monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", 32)
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", 32)
     embed, calls = OpenClipVision.embed, []
 
     def guarded(tower, inputs):
@@ -375,8 +376,8 @@ def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monke
 def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
     folders, plain, spec, monkeypatch
 ):
-    monkeypatch.setitem(gradpass.BEST_PAIRS, "cpu", 32)
-    finite, calls = gradpass._finite, []
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", 32)
+    finite, calls = gradient_pass._finite, []
 
     def guarded(values, gradients):
         calls.append(values.numel())
@@ -384,7 +385,7 @@ def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return finite(values, gradients)
 
-    monkeypatch.setattr(gradpass, "_finite", guarded)
+    monkeypatch.setattr(gradient_pass, "_finite", guarded)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert calls == [2, 1, 1, 1, 1]
     assert_equal(found, plain["contrastive"][0])

@@ -14,8 +14,8 @@ from checkpoints import CONTAINERS, header, save, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slsgu_cli.checkpoints.weights import open_weights, patched_copy
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.weights import open_weights, patched_copy
 
 
 class Payload:
@@ -150,7 +150,7 @@ def test_flipped_bytes_never_cause_anything_but_an_input_error(
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_a_corrupt_pickle_is_an_input_error(noise: bytes, place: int) -> None:
-    from slsgu_cli.torch_pickle import read_pickle
+    from slsgu_cli.checkpoints.torch_archive import read_pickle
 
     buffer = io.BytesIO()
     torch.save(state(), buffer)

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_images import encoded
 
-from slsgu_cli.curation import img2dataset
-from slsgu_cli.curation.collection import collect
-from slsgu_cli.curation.img2dataset import find_command, reason
-from slsgu_cli.curation.records import CollectRequest, Concept, Distributor, DownloadOptions
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.store import Store
+from slsgu_cli.records.sets import CollectRequest, Concept, Distributor, DownloadOptions
+from slsgu_cli.sets.collection import collect
+from slsgu_cli.sets.download import find_command, reason
+from slsgu_cli.store.blocks import download as download_module
+from slsgu_cli.store.store import Store
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"
 
@@ -69,7 +69,7 @@ def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monk
 def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
-    monkeypatch.setattr(img2dataset, "TRIES", 1)
+    monkeypatch.setattr(download_module, "TRIES", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
         collect(store, ask(metadata))
     assert "goes on where it stopped" in told.value.hint
@@ -120,16 +120,16 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
 
 
 def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
-    monkeypatch.delenv(img2dataset.VARIABLE, raising=False)
+    monkeypatch.delenv(download_module.VARIABLE, raising=False)
     assert find_command(FAKE) == FAKE.split()
-    monkeypatch.setenv(img2dataset.VARIABLE, FAKE)
+    monkeypatch.setenv(download_module.VARIABLE, FAKE)
     assert find_command(None) == FAKE.split()
     with pytest.raises(MissingError, match="no command nowhere"):
         find_command("nowhere")
-    monkeypatch.delenv(img2dataset.VARIABLE)
+    monkeypatch.delenv(download_module.VARIABLE)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(img2dataset, "find_spec", lambda name: None)
+    monkeypatch.setattr(download_module, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="not installed") as told:
         find_command(None)
     assert "pip install 'slsgu[download]'" in told.value.hint

@@ -10,7 +10,7 @@ import pytest
 from processes import slsgu, start
 from safetensors.numpy import load_file, safe_open, save_file
 
-from slsgu_cli.demonstration import DATA
+from slsgu_cli.cli.demo import DATA
 
 pytestmark = pytest.mark.slow
 SOON = 2.5

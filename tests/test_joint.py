@@ -12,18 +12,19 @@ from plain import Plain
 from safetensors.torch import load_file
 from test_cli import inside, rows
 
-from slsgu_cli.applying import ApplyRequest, apply_named
-from slsgu_cli.edits import load_edit
+from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.layout import joint_label, joint_path
-from slsgu_cli.listing import Kind, State, entries
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, Steer
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.several import joint as joint_module
-from slsgu_cli.several.joint import joint_search, require_all_forgotten
-from slsgu_cli.several.measure import measure_several
-from slsgu_cli.several.records import JointSearch
+from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.method.evaluate import measure_several
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, Steer
+from slsgu_cli.records.studies import JointSearch
+from slsgu_cli.store.artifacts import ArtifactKind, Standing, joint_label, joint_path
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.study import joint as joint_module
+from slsgu_cli.study.joint import joint_search, require_joint
 
 NAMES = ("blue", "red", "green")
 DEMO_LAYERS = (
@@ -40,7 +41,7 @@ def plots():
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("several_plot", "cosine_maps"):
             patch.setattr(joint_module, kind, lambda *_, **__: b"a plot")
-        patch.setattr("slsgu_cli.several.measure.cosine_maps", lambda *_, **__: b"a plot")
+        patch.setattr("slsgu_cli.method.evaluate.cosine_maps", lambda *_, **__: b"a plot")
         yield
 
 
@@ -184,7 +185,7 @@ def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(sea
 def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     world, result = apart
     before = world.store.read_bytes(joint_path(NAMES))
-    monkeypatch.setattr("slsgu_cli.several.joining.Combined.left", None)
+    monkeypatch.setattr("slsgu_cli.study.joint.MovedModel.left", None)
     again = find(world)
     assert again.found == result.found
     assert again.reused == len(result.found.trials)
@@ -222,7 +223,7 @@ def test_what_cannot_be_forgotten_is_told_and_kept(apart):
     result = find(world, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
     assert not result.forgotten
     with pytest.raises(NotForgottenError, match="no steps forget blue and red and green") as error:
-        require_all_forgotten(result)
+        require_joint(result)
     assert error.value.exit_code == 5
     assert "--joint" in error.value.hint
     assert load_edit(world.store, "blue").header.joint is not None
@@ -238,7 +239,7 @@ def test_sets_that_are_measured_on_other_rows_are_refused(apart):
     with pytest.raises(InputError, match="not measured on the same rows"):
         measure_several(world.store, NAMES, model=None, device="cpu")
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[Kind.JOINT].state is State.STALE
+    assert listed[ArtifactKind.JOINT].state is Standing.STALE
 
 
 def test_names_that_make_no_joint_search_are_refused(several_world):
@@ -273,10 +274,10 @@ def test_the_record_comes_back(searched):
     world, result = searched
     assert world.store.read_record(joint_path(NAMES), JointSearch) == result.found
     listed = {(entry.kind, entry.name): entry for entry in entries(world.store)}
-    joint = listed[Kind.JOINT, "blue+red+green"]
-    assert joint.state is State.OK
+    joint = listed[ArtifactKind.JOINT, "blue+red+green"]
+    assert joint.state is Standing.OK
     assert joint.made_from["sets"] == "blue, red, green"
-    assert listed[Kind.EDIT, "red"].made_from["together with"] == "blue, green"
+    assert listed[ArtifactKind.EDIT, "red"].made_from["together with"] == "blue, green"
 
 
 def test_the_commands(apart):

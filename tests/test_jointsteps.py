@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.several.steps import CLOSE, RAISE, JointSteps
+from slsgu_cli.method.scoring import CLOSE, RAISE, JointSteps
 
 
 def adjusted(steps, too_short, accuracies, *, rounds=60):

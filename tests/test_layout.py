@@ -2,15 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli import layout
 from slsgu_cli.errors import MissingError, StaleError, UsageError
+from slsgu_cli.records.method import sets
+from slsgu_cli.store.store import artifacts
 
 
 @pytest.mark.parametrize(
     "name", ["facebook", "Elon Musk", "r2-d2", "a.b", "x@y+1", "日本", "_", "7"]
 )
 def test_names_that_can_be_files(name):
-    assert layout.check_name(name) == name
+    assert sets.check_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -18,47 +19,51 @@ def test_names_that_can_be_files(name):
 )
 def test_names_that_could_lead_elsewhere_are_refused(name):
     with pytest.raises(UsageError, match="cannot name a set"):
-        layout.check_name(name)
+        sets.check_name(name)
     for place in ("manifest", "pointer", "ranking", "trials", "edit"):
         with pytest.raises(UsageError):
-            getattr(layout, f"{place}_path")(name)
+            getattr(artifacts, f"{place}_path")(name)
 
 
 def test_every_artifact_has_a_place_of_its_own():
-    places = [getattr(layout, f"{kind}_path")("x") for kind in
+    places = [getattr(artifacts, f"{kind}_path")("x") for kind in
               ("manifest", "pointer", "ranking", "trials", "edit")]  # fmt: skip
-    places += [layout.gradient_path("x"), layout.plot_path("x", "a"), layout.plot_path("x", "b")]
+    places += [
+        artifacts.gradient_path("x"),
+        artifacts.plot_path("x", "a"),
+        artifacts.plot_path("x", "b"),
+    ]
     assert len(set(places)) == len(places)
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
     store, manifest, pointer = world.store, world.manifest, world.pointer
     with pytest.raises(MissingError, match="set nobody") as error:
-        layout.read_manifest(store, "nobody")
+        artifacts.read_manifest(store, "nobody")
     assert "slsgu build-sets nobody" in error.value.hint
-    store.remove(layout.ranking_path("blue"))
+    store.remove(artifacts.ranking_path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
-        layout.read_ranking(store, pointer)
+        artifacts.read_ranking(store, pointer)
     assert "slsgu rank blue" in error.value.hint
-    store.remove(layout.gradient_path(pointer.retain))
+    store.remove(artifacts.gradient_path(pointer.retain))
     with pytest.raises(MissingError, match=pointer.retain) as error:
-        layout.read_pointer(store, manifest)
+        artifacts.read_pointer(store, manifest)
     assert "slsgu grad blue" in error.value.hint
-    store.remove(layout.pointer_path("blue"))
+    store.remove(artifacts.pointer_path("blue"))
     with pytest.raises(MissingError, match="gradients of blue"):
-        layout.read_pointer(store, manifest)
+        artifacts.read_pointer(store, manifest)
 
 
 @pytest.mark.parametrize("role", ["forget", "retain"])
 def test_gradients_of_other_rows_are_stale(world, role):
     other = replace(getattr(world.manifest, role), fingerprint="other")
     with pytest.raises(StaleError, match=f"before its {role} set was built anew") as error:
-        layout.read_pointer(world.store, replace(world.manifest, **{role: other}))
+        artifacts.read_pointer(world.store, replace(world.manifest, **{role: other}))
     assert "slsgu grad blue" in error.value.hint
 
 
 @pytest.mark.parametrize("role", ["forget", "retain"])
 def test_a_ranking_of_other_gradients_is_stale(world, role):
     with pytest.raises(StaleError, match="ranking of blue was made from other gradients") as error:
-        layout.read_ranking(world.store, replace(world.pointer, **{role: "other"}))
+        artifacts.read_ranking(world.store, replace(world.pointer, **{role: "other"}))
     assert "slsgu rank blue" in error.value.hint

@@ -7,32 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slsgu_cli.listing import Kind, State, entries, unreferenced
-from slsgu_cli.records import (
+from slsgu_cli.records.codec import encode
+from slsgu_cli.records.method import (
     Accuracy,
     Alignment,
-    DataRef,
     Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
-    InputSpec,
     LayerMoment,
     LayerScore,
-    ModelSpec,
     MomentHeader,
     ParameterNorm,
     Precision,
     Ranking,
-    SetManifest,
     Steer,
     Tower,
     Trial,
     Trials,
-    encode,
 )
-from slsgu_cli.shelf import REWHITENED
-from slsgu_cli.store import Store
+from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
+from slsgu_cli.store.artifacts import REWHITENED, ArtifactKind, Standing
+from slsgu_cli.store.catalog import entries, unreferenced
+from slsgu_cli.store.store import Store
 
 MODEL = ModelSpec("local-dir:clip")
 INPUT = InputSpec(64, 64, (0.5,), (0.5,), "bicubic", "shortest", 0, "t", 77)
@@ -152,7 +149,7 @@ def not_ok(store):
     return {
         entry.path: (entry.state, entry.reason)
         for entry in entries(store)
-        if entry.state is not State.OK
+        if entry.state is not Standing.OK
     }
 
 
@@ -215,7 +212,7 @@ def test_an_edit_that_was_not_measured_has_no_figures(store):
     write_edit(store, "other", gradient="g1", measured=False)
     entry = by_path(store)["edits/other.safetensors"]
     assert (entry.state, list(entry.made_from)) == (
-        State.OK,
+        Standing.OK,
         ["model", "concept", "layer", "direction", "step"],
     )
 
@@ -243,7 +240,7 @@ def test_what_no_longer_fits_its_inputs_is_stale(store, path, fields, stale):
 def test_a_block_built_anew_makes_its_set_stale(store):
     write_block(store, "d2", "print2b")
     state, reason = not_ok(store)["sets/facebook.json"]
-    assert state is State.STALE
+    assert state is Standing.STALE
     assert "retain rows were built anew" in reason
 
 
@@ -251,11 +248,11 @@ def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(s
     write_gradient(store, "g9", "print1")
     change(store, "gradients/facebook.json", forget="g9")
     assert not_ok(store) == {
-        "gradients/g1.safetensors": (State.UNREFERENCED, "no set's gradients are these"),
-        "rankings/facebook.json": (State.STALE, "the gradients were computed anew since"),
-        "trials/facebook.json": (State.STALE, "the forget gradient was computed anew since"),
+        "gradients/g1.safetensors": (Standing.UNREFERENCED, "no set's gradients are these"),
+        "rankings/facebook.json": (Standing.STALE, "the gradients were computed anew since"),
+        "trials/facebook.json": (Standing.STALE, "the forget gradient was computed anew since"),
         "edits/facebook.safetensors": (
-            State.STALE,
+            Standing.STALE,
             "the forget gradient was computed anew since",
         ),
     }
@@ -265,7 +262,7 @@ def test_an_edit_alone_in_a_store_is_not_stale(tmp_path):
     store = Store(str(tmp_path))
     write_edit(store, "shared", gradient="elsewhere")
     (entry,) = entries(store)
-    assert (entry.kind, entry.state) == (Kind.EDIT, State.OK)
+    assert (entry.kind, entry.state) == (ArtifactKind.EDIT, Standing.OK)
 
 
 def test_what_nothing_refers_to_is_unreferenced(store):
@@ -281,7 +278,7 @@ def test_what_nothing_refers_to_is_unreferenced(store):
         "gradients/g9.safetensors",
     ]
     unfinished = found["data/.partial-00000000-killed.zarr"]
-    assert (unfinished.kind, unfinished.size) == (Kind.UNFINISHED, 5)
+    assert (unfinished.kind, unfinished.size) == (ArtifactKind.UNFINISHED, 5)
 
 
 def test_nothing_is_unreferenced_while_a_record_cannot_be_read(store):
@@ -305,12 +302,12 @@ def test_a_damaged_artifact_of_any_kind_is_listed_with_the_reason(store, content
     assert list(found) == paths
     for path, entry in found.items():
         if not path.endswith(".png"):
-            assert entry.state is State.DAMAGED
+            assert entry.state is Standing.DAMAGED
             assert Path(path).name in entry.reason
 
 
 def test_a_block_as_it_is_really_written_is_read(tmp_path):
-    from slsgu_cli.set_writer import block_writer
+    from slsgu_cli.store.blocks import block_writer
 
     store = Store(str(tmp_path))
     with block_writer(store, "data/d1.zarr", height=4, width=4, rows=3) as writer:
@@ -318,7 +315,7 @@ def test_a_block_as_it_is_really_written_is_read(tmp_path):
             writer.add(np.zeros((4, 4, 3), np.uint8), key=key)
         writer.finish(None, {})
     (entry,) = entries(store)
-    assert (entry.state, entry.made_from) == (State.UNREFERENCED, {"rows": "2"})
+    assert (entry.state, entry.made_from) == (Standing.UNREFERENCED, {"rows": "2"})
     assert entry.size > 0
 
 
@@ -326,13 +323,13 @@ def test_parts_gone_missing_are_told(store):
     store.remove("data/d1.zarr")
     store.remove("gradients/g2.safetensors")
     found = not_ok(store)
-    assert found["sets/facebook.json"][0] is State.DAMAGED
+    assert found["sets/facebook.json"][0] is Standing.DAMAGED
     assert "forget rows cannot be read" in found["sets/facebook.json"][1]
     assert found["gradients/facebook.json"] == (
-        State.DAMAGED,
+        Standing.DAMAGED,
         "its retain gradient g2 is missing or damaged",
     )
-    assert found["rankings/facebook.json"][0] is State.STALE
+    assert found["rankings/facebook.json"][0] is Standing.STALE
     store.remove("sets/facebook.json")
     store.remove("gradients/facebook.json")
     assert "are not in the store" in not_ok(store)["rankings/facebook.json"][1]
@@ -353,8 +350,8 @@ def test_entries_are_json(store):
 def test_listing_imports_nothing_heavy(store):
     code = (
         "import sys\n"
-        "from slsgu_cli.listing import entries\n"
-        "from slsgu_cli.store import Store\n"
+        "from slsgu_cli.store.catalog import entries\n"
+        "from slsgu_cli.store.store import Store\n"
         "print(len(entries(Store(sys.argv[1]))))\n"
         "heavy = {'torch', 'open_clip', 'zarr', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or None)"
@@ -371,7 +368,7 @@ def test_moments_are_of_a_model_and_retain_rows_in_use(store):
         header = MomentHeader("model", data, 9, layers, (), "0.1.0")
         store.write_tensors(f"moments/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
     entry = by_path(store)["moments/m1.safetensors"]
-    assert (entry.kind, entry.state) == (Kind.MOMENTS, State.OK)
+    assert (entry.kind, entry.state) == (ArtifactKind.MOMENTS, Standing.OK)
     assert entry.made_from == {"layers": "1", "rows": "9"}
     assert set(not_ok(store)) == {"moments/m2.safetensors"}
 

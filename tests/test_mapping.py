@@ -7,15 +7,26 @@ import tiny_clip
 import tiny_targets
 import torch
 
-from slsgu_cli.records import Tower
-from slsgu_cli.targets.mapping import Home, Spelling, assembled, homes, placed, slots
+from slsgu_cli.checkpoints.layouts import (
+    Spelling,
+    TowerPlace,
+    assembled,
+    placed,
+    tensor_places,
+    tower_places,
+)
+from slsgu_cli.records.method import Tower
 
 
 def mapped(state, keys):
     found = {}
-    for home in homes(keys):
+    for home in tower_places(keys):
         for name, value in state.items():
-            found |= placed(slots(name, home), value.numpy(), {}.get) if slots(name, home) else {}
+            found |= (
+                placed(tensor_places(name, home), value.numpy(), {}.get)
+                if tensor_places(name, home)
+                else {}
+            )
     return found
 
 
@@ -46,9 +57,9 @@ def test_features_are_equal_in_transformers():
 
 def test_a_layer_comes_back_from_its_parts(state):
     keys = tiny_targets.transformers_weights(state)
-    for home in homes(keys):
+    for home in tower_places(keys):
         for name, value in state.items():
-            places = slots(name, home)
+            places = tensor_places(name, home)
             if places:
                 again = assembled(places, placed(places, value.numpy(), {}.get))
                 assert np.array_equal(again, value.numpy()), name
@@ -68,7 +79,7 @@ def test_a_layer_comes_back_from_its_parts(state):
 )  # fmt: skip
 def test_text_towers_are_found_by_what_their_names_end_with(key, home):
     spelling = Spelling.TRANSFORMERS if "embeddings." in key else Spelling.OPEN_CLIP
-    assert homes([key, "logit_scale"]) == [Home(Tower.TEXT, spelling, home)]
+    assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, spelling, home)]
 
 
 @pytest.mark.parametrize(
@@ -81,13 +92,13 @@ def test_text_towers_are_found_by_what_their_names_end_with(key, home):
     ],
 )  # fmt: skip
 def test_vision_towers_are_found_too(key, prefix, spelling):
-    assert homes([key]) == [Home(Tower.VISION, spelling, prefix)]
+    assert tower_places([key]) == [TowerPlace(Tower.VISION, spelling, prefix)]
 
 
 def test_layers_without_a_counterpart_have_no_place():
-    text = Home(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
-    assert slots("visual.proj", text) == ()
-    assert slots("logit_scale", text) == ()
-    assert slots("text.transformer.resblocks.0.attn.q_norm.weight", text) == ()
-    (place,) = slots("text.text_projection", text)
+    text = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+    assert tensor_places("visual.proj", text) == ()
+    assert tensor_places("logit_scale", text) == ()
+    assert tensor_places("text.transformer.resblocks.0.attn.q_norm.weight", text) == ()
+    (place,) = tensor_places("text.text_projection", text)
     assert (place.key, place.transposed) == ("text_projection.weight", True)

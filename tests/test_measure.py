@@ -10,20 +10,21 @@ import torch
 from PIL import Image
 from plain import Plain
 
-import slsgu_cli.measure
-from slsgu_cli.applying import ApplyRequest, apply_named
+import slsgu_cli.method.evaluate
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.layout import edit_path
-from slsgu_cli.measure import measure
-from slsgu_cli.records import ModelSpec
-from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.method.evaluate import measure
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import edit_path
 
 
 @pytest.fixture(autouse=True)
 def plot(monkeypatch):
     """Draw nothing, which takes longer than all the rest; return what does draw."""
-    draw = slsgu_cli.measure.cosine_plot
-    monkeypatch.setattr(slsgu_cli.measure, "cosine_plot", lambda *_, **__: b"a plot")
+    draw = slsgu_cli.method.evaluate.cosine_plot
+    monkeypatch.setattr(slsgu_cli.method.evaluate, "cosine_plot", lambda *_, **__: b"a plot")
     return draw
 
 
@@ -92,7 +93,7 @@ def test_cosines_are_means_over_images_of_a_class(world):
 
 
 def test_the_plot_is_where_it_says(world, plot, monkeypatch):
-    monkeypatch.setattr(slsgu_cli.measure, "cosine_plot", plot)
+    monkeypatch.setattr(slsgu_cli.method.evaluate, "cosine_plot", plot)
     find(world, steps=2, layers=["visual.proj"])
     found = measured(world)
     with Image.open(found.plot) as picture:

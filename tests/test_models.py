@@ -11,10 +11,10 @@ import torch
 from open_clip.factory import _find_checkpoint_in_dir
 from safetensors.torch import load_file, save_file
 
-from slsgu_cli import models
+from slsgu_cli.clip import models
+from slsgu_cli.clip.models import PREFERRED, fingerprint, input_spec, load, pick_device, resolve
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.models import PREFERRED, fingerprint, input_spec, load, pick_device, resolve
-from slsgu_cli.records import ModelSpec
+from slsgu_cli.records.sets import ModelSpec
 
 WEIGHTS = "open_clip_model.safetensors"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from test_towers import CONFIGS, make
 
-from slsgu_cli import moments
-from slsgu_cli.moments import InputMoments, input_moments
-from slsgu_cli.naming import is_candidate
-from slsgu_cli.records import InputSpec
-from slsgu_cli.towers import text_tower, vision_tower
+from slsgu_cli.checkpoints.layers import is_candidate
+from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.method import moments
+from slsgu_cli.method.moments import InputMoments, input_moments
+from slsgu_cli.records.sets import InputSpec
 
 ROWS, SIZE = 7, tiny_clip.SIZE
 SPEC = InputSpec(SIZE, SIZE, (0.3, 0.4, 0.5), (0.2, 0.3, 0.4), "bicubic", "shortest", 0, "t", 16)

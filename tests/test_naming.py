@@ -2,8 +2,15 @@ import open_clip
 import pytest
 import tiny_clip
 
-from slsgu_cli.naming import find_layers, is_candidate, known_as, selected, short, tower_of
-from slsgu_cli.records import Tower
+from slsgu_cli.checkpoints.layers import (
+    find_layers,
+    is_candidate,
+    known_as,
+    selected,
+    short,
+    tower_of,
+)
+from slsgu_cli.records.method import Tower
 
 
 def candidates(model):

@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_targets import transformers_weights
 
-from slsgu_cli.applying import ApplyRequest, apply_named
-from slsgu_cli.models import load, resolve
-from slsgu_cli.records import Direction, ModelSpec
-from slsgu_cli.sets import DataBlock
+from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.records.method import Direction
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.blocks import DataBlock
 
 LAYERS = (
     "transformer.resblocks.1.attn.in_proj_weight",

@@ -6,8 +6,8 @@ import pytest
 from tiny_images import encoded, sample, write_parquet
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.parquet_source import ParquetSource
-from slsgu_cli.samples import Columns
+from slsgu_cli.sources.parquet import ParquetSource
+from slsgu_cli.sources.rows import Columns
 
 
 def source(path, filters=None, **columns):

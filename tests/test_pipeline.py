@@ -11,16 +11,23 @@ from plain import Plain
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
-import slsgu_cli.plots
-from slsgu_cli import pipeline
-from slsgu_cli.applying import ApplyRequest, apply_named
-from slsgu_cli.edits import load_edit
+import slsgu_cli.figures.curves
+from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.layout import edit_path, gradient_path, pointer_path, ranking_path, trials_path
-from slsgu_cli.pipeline import direct_edit, edit_for
-from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import Direction, ModelSpec, Tower
-from slsgu_cli.search import SearchOptions, search
+from slsgu_cli.method import edit as edit_module
+from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit, edit_for
+from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, Tower
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import (
+    edit_path,
+    gradient_path,
+    pointer_path,
+    ranking_path,
+    trials_path,
+)
 
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
 ALONE = "[t]ransformer.resblocks.1.attn.out_proj.weight"
@@ -59,9 +66,11 @@ def assert_same_change(found, expected):
 @pytest.fixture(autouse=True)
 def plots(monkeypatch):
     """Draw nothing, which takes longer than all the rest; return what does draw."""
-    drawing = {name: getattr(slsgu_cli.plots, name) for name in ("pareto_plot", "step_plot")}
+    drawing = {
+        name: getattr(slsgu_cli.figures.curves, name) for name in ("pareto_plot", "step_plot")
+    }
     for name in drawing:
-        monkeypatch.setattr(slsgu_cli.plots, name, lambda *_, **__: b"a plot")
+        monkeypatch.setattr(slsgu_cli.figures.curves, name, lambda *_, **__: b"a plot")
     return drawing
 
 
@@ -129,7 +138,7 @@ def test_an_edit_that_is_there_is_used(world, tmp_path):
 
 
 def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, listener):
-    pipeline.rank_and_plot(
+    edit_module.rank_and_plot(
         world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, include=[ALONE])
     )
     with pytest.raises(NotForgottenError):
@@ -249,10 +258,10 @@ def test_a_name_that_is_nothing_is_told(world, tmp_path):
 
 def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
     for name, function in plots.items():
-        monkeypatch.setattr(slsgu_cli.plots, name, function)
-    _, drawn = pipeline.rank_and_plot(world.store, "blue", options=RankOptions())
+        monkeypatch.setattr(slsgu_cli.figures.curves, name, function)
+    _, drawn = edit_module.rank_and_plot(world.store, "blue", options=RankOptions())
     assert len(drawn) == 2
-    result = pipeline.search_and_plot(
+    result = edit_module.search_and_plot(
         world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER])
     )
     drawn = world.store.names("plots", ".png")
@@ -263,7 +272,7 @@ def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
 
 def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
     options = RankOptions(ridge=0.1, device="cpu")
-    pipeline.rank_and_plot(world.store, "blue", options=options)
+    edit_module.rank_and_plot(world.store, "blue", options=options)
     result = find(world, steps=2, layers=[LAYER])
     own = load_edit(world.store, "blue")
     by_hand = direct_edit(

@@ -9,11 +9,11 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
-from slsgu_cli import canvas, pictures, plots
-from slsgu_cli.canvas import VERMILION
 from slsgu_cli.errors import InputError
-from slsgu_cli.plots import Example, before_after_plot, cosine_plot, pareto_plot, step_plot
-from slsgu_cli.records import (
+from slsgu_cli.figures import curves, pictures
+from slsgu_cli.figures.curves import VERMILION, pareto_plot, step_plot
+from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
+from slsgu_cli.records.method import (
     Accuracy,
     Direction,
     LayerScore,
@@ -34,9 +34,9 @@ def drawn(monkeypatch):
 
     def keep(figure, **options):
         figures.append(figure)
-        return canvas.png(figure, **options)
+        return curves.png(figure, **options)
 
-    monkeypatch.setattr(plots, "png", keep)
+    monkeypatch.setattr(curves, "png", keep)
     monkeypatch.setattr(pictures, "png", keep)
     return figures
 
@@ -298,8 +298,8 @@ def test_a_figure_is_the_same_bytes_each_time():
 def test_drawing_leaves_pyplot_alone_and_stdout_clean():
     code = (
         "import sys\n"
-        "from slsgu_cli.plots import pareto_plot\n"
-        "from slsgu_cli.records import LayerScore, Tower\n"
+        "from slsgu_cli.figures.curves import pareto_plot\n"
+        "from slsgu_cli.records.method import LayerScore, Tower\n"
         "score = LayerScore('visual.proj', Tower.VISION, (2,), .1, .1, 1., 1., 1., True)\n"
         "assert pareto_plot([score], tower=Tower.VISION, title='t').startswith(b'\\x89PNG')\n"
         "sys.exit(any(name in sys.modules for name in ('matplotlib.pyplot', 'torch')))"

@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from tiny_images import encoded
 
-from slsgu_cli.preprocess import (
+from slsgu_cli.clip.pixels import (
     ANIMATED,
     CMYK,
     ORIENTATION,
@@ -18,7 +18,7 @@ from slsgu_cli.preprocess import (
     DecodeError,
     decoder,
 )
-from slsgu_cli.records import InputSpec
+from slsgu_cli.records.sets import InputSpec
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.generation.promise import CHANGE, by_promise, promise
-from slsgu_cli.generation.vectors import Ray
+from slsgu_cli.downstream.directions import CHANGE, Move, by_gain, gain_per_change
 
 EARLY, LATE = "visual.transformer.resblocks.0.mlp.c_proj.weight", "visual.proj"
 
@@ -37,7 +36,7 @@ class Reader:
 
     def rays(self, **importance):
         return [
-            Ray(name, self.values[name], torch.eye(4), importance[kind])
+            Move(name, self.values[name], torch.eye(4), importance[kind])
             for kind, name in (("early", EARLY), ("late", LATE))
         ]
 
@@ -49,18 +48,18 @@ def test_a_promise_is_the_slope_over_the_change_for_each_step():
         asked.append(step)
         return 0.5 * step
 
-    assert promise(3.0, change, 0.2) == pytest.approx(6.0)
+    assert gain_per_change(3.0, change, 0.2) == pytest.approx(6.0)
     assert asked == pytest.approx([0.2, CHANGE / 0.5])
 
 
 def test_a_move_that_changes_nothing_that_is_read_promises_nothing():
-    assert promise(3.0, lambda _: 0.0, 0.2) == 0.0
+    assert gain_per_change(3.0, lambda _: 0.0, 0.2) == 0.0
 
 
 def test_layers_are_ranked_by_what_is_read_whatever_they_do_to_their_own_outputs():
     target = Reader()
     gradients = dict.fromkeys((EARLY, LATE), torch.eye(4))
-    found = by_promise(target, target.rays(early=9.0, late=1.0), gradients)
+    found = by_gain(target, target.rays(early=9.0, late=1.0), gradients)
     before, by_hand = target.read(), {}
     for ray in found:
         with target.edited({ray.layer: ray.at(1e-3)}):
@@ -75,7 +74,7 @@ def test_layers_are_ranked_by_what_is_read_whatever_they_do_to_their_own_outputs
 def test_twice_the_slope_is_twice_the_promise():
     target = Reader()
     single, double = (
-        by_promise(target, target.rays(early=1.0, late=1.0)[:1], {EARLY: factor * torch.eye(4)})
+        by_gain(target, target.rays(early=1.0, late=1.0)[:1], {EARLY: factor * torch.eye(4)})
         for factor in (1, 2)
     )
     assert double[0].importance == pytest.approx(2 * single[0].importance)
@@ -84,4 +83,4 @@ def test_twice_the_slope_is_twice_the_promise():
 def test_without_what_is_read_the_rays_stay_as_they_are():
     target = Reader(tells=False)
     given = target.rays(early=1.0, late=2.0)
-    assert all(a is b for a, b in zip(by_promise(target, given, {}), given, strict=True))
+    assert all(a is b for a, b in zip(by_gain(target, given, {}), given, strict=True))

@@ -1,8 +1,8 @@
 import pytest
 
+from slsgu_cli.downstream.generate import Prompt, read_prompts
+from slsgu_cli.downstream.judge import class_in
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.generation.judging import class_in
-from slsgu_cli.generation.prompting import Prompt, read_prompts
 
 NAMES = ("star", "sea star", "github", "c++")
 

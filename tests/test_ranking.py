@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from slsgu_cli.checkpoints.layers import is_candidate, tower_of
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.layout import gradient_path, pointer_path, read_ranking
-from slsgu_cli.naming import is_candidate, tower_of
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Alignment, Direction, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.records.method import Alignment, Direction, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.store.artifacts import gradient_path, pointer_path, read_ranking
 
 
 def ranked(world, direction=Direction.GRADIENT, **options):

@@ -1,7 +1,7 @@
 """Which layers can influence a model, by what it reads."""
 
-from slsgu_cli.records import Tower
-from slsgu_cli.targets.reach import last_state, penultimate, vision_features, whole
+from slsgu_cli.checkpoints.targets import last_state, penultimate, vision_features, whole
+from slsgu_cli.records.method import Tower
 
 TEXT = "transformer.resblocks.{}.mlp.c_fc.weight"
 VISION = "visual.transformer.resblocks.{}.attn.in_proj_weight"

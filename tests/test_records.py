@@ -11,29 +11,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli import records
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records import (
+from slsgu_cli.records.codec import canonical_json, decode, digest, encode
+from slsgu_cli.records.method import (
     Accuracy,
     Direction,
     EditHeader,
     LayerScore,
-    ModelSpec,
     ParameterNorm,
     Ranking,
     Tower,
     Trial,
-    canonical_json,
-    decode,
-    digest,
-    encode,
+    method,
+    studies,
 )
-from slsgu_cli.several import records as several_records
+from slsgu_cli.records.sets import ModelSpec
 
 KINDS = sorted(
     {
         kind
-        for kind in (*vars(records).values(), *vars(several_records).values())
+        for kind in (*vars(method).values(), *vars(studies).values())
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
     key=lambda kind: kind.__name__,
@@ -88,13 +85,13 @@ def test_a_record_that_lacks_any_field_is_stale(record, data):
 
 def test_the_types_come_back_too():
     ranking = Ranking(
-        "n", "f", "r", records.Alignment.ABS, Direction.GRADIENT, None, (SCORE,), "0.1.0"
+        "n", "f", "r", method.Alignment.ABS, Direction.GRADIENT, None, (SCORE,), "0.1.0"
     )
     back = decode(Ranking, through_json(ranking))
     assert isinstance(back.scores, tuple)
     assert isinstance(back.scores[0].tower, Tower)
     assert isinstance(back.scores[0].shape, tuple)
-    assert isinstance(back.alignment, records.Alignment)
+    assert isinstance(back.alignment, method.Alignment)
 
 
 def test_a_whole_number_is_taken_for_a_float_field():
@@ -147,7 +144,8 @@ def test_digest_tells_contents_apart():
 
 def test_digest_is_the_same_in_every_process():
     code = (
-        "from slsgu_cli.records import *; print(digest(DataRef('p', 'f', 3, 4,"
+        "from slsgu_cli.records.codec import digest; from slsgu_cli.records.sets import DataRef;"
+        "print(digest(DataRef('p', 'f', 3, 4,"
         " {'too small': 1, 'broken': 2}, ('a.tar',))), digest({'z': 1, 'é': 0.1, 'a': None}))"
     )
     printed = {

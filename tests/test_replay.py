@@ -2,14 +2,11 @@ from dataclasses import fields, replace
 
 import pytest
 
-from slsgu_cli.build import BuildRequest
-from slsgu_cli.cli import app
-from slsgu_cli.curation import building
-from slsgu_cli.curation.asking import with_collection
-from slsgu_cli.curation.records import Concept, DownloadOptions, Screening
+from slsgu_cli.cli.app import app
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records import ModelSpec
-from slsgu_cli.replay import build_command
+from slsgu_cli.records.sets import Concept, DownloadOptions, ModelSpec, Screening
+from slsgu_cli.sets.request import BuildRequest, build_command, with_collection
+from slsgu_cli.store.blocks import build
 
 PLAIN = BuildRequest(
     name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]
@@ -46,7 +43,7 @@ def test_the_command_line_asks_for_the_same(request_, monkeypatch):
         asked.append(request)
         raise UsageError("that will do")
 
-    monkeypatch.setattr(building, "build_sets", remember)
+    monkeypatch.setattr(build, "build_sets", remember)
     program, *words = build_command(request_)
     assert program == "slsgu"
     with pytest.raises(SystemExit):

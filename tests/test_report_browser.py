@@ -12,7 +12,7 @@ import pytest
 from reports import NAME, fill, html
 from test_report_page import TITLES
 
-from slsgu_cli.store import Store
+from slsgu_cli.store.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import CHOSEN, FRONT, HOSTILE, LAYERS, fill, score
 
-from slsgu_cli.records import Accuracy, Tower, Trials
-from slsgu_cli.report.axes import HEIGHT, WIDTH, linear, logarithmic
-from slsgu_cli.report.charts import front_chart, legend, step_chart, step_series
-from slsgu_cli.store import Store
+from slsgu_cli.records.method import Accuracy, Tower, Trials
+from slsgu_cli.report.charts import (
+    HEIGHT,
+    WIDTH,
+    front_chart,
+    legend,
+    linear,
+    logarithmic,
+    step_chart,
+    step_series,
+)
+from slsgu_cli.store.store import Store
 
 SCORES = [score(layer) for layer in LAYERS]
 

@@ -3,11 +3,10 @@ from dataclasses import replace
 import pytest
 from reports import CHOSEN, FRONT, NAME, fill
 
-from slsgu_cli.records import Direction, GradientPointer, Precision, Ranking, Steer, Trials
-from slsgu_cli.report.commands import commands
-from slsgu_cli.report.gather import gather
-from slsgu_cli.shelf import Shelf
-from slsgu_cli.store import Store
+from slsgu_cli.records.method import Direction, GradientPointer, Precision, Ranking, Steer, Trials
+from slsgu_cli.report.dossier import commands, gather
+from slsgu_cli.store.artifacts import Catalog
+from slsgu_cli.store.store import Store
 
 PATHS = {
     GradientPointer: f"gradients/{NAME}.json",
@@ -24,7 +23,7 @@ def store(tmp_path):
 
 
 def told(store):
-    return commands(gather(store, NAME, Shelf(store)))
+    return commands(gather(store, NAME, Catalog(store)))
 
 
 def change(store, kind, **changes):

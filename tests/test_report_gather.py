@@ -8,14 +8,14 @@ from checkpoints import DTYPES, save, state
 from edit_headers import MODEL, edit
 from reports import NAME, fill, fill_comparison, fill_verification
 
-from slsgu_cli.apply import CheckpointSource, apply_edits
-from slsgu_cli.dtypes import PRECISION
+from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+from slsgu_cli.checkpoints.tensor_file import PRECISION
+from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
-from slsgu_cli.records import GradientPointer, Ranking
-from slsgu_cli.report.gather import edit_facts, gather
-from slsgu_cli.shelf import Shelf, State
-from slsgu_cli.store import Store
-from slsgu_cli.weights import layer_digest, read_layer
+from slsgu_cli.records.method import GradientPointer, Ranking
+from slsgu_cli.report.dossier import edit_facts, gather
+from slsgu_cli.store.artifacts import Catalog, Standing
+from slsgu_cli.store.store import Store
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def store(tmp_path):
 
 
 def found(store):
-    return gather(store, NAME, Shelf(store))
+    return gather(store, NAME, Catalog(store))
 
 
 def test_everything_is_found_with_its_hash(store):
@@ -34,7 +34,7 @@ def test_everything_is_found_with_its_hash(store):
     fill_comparison(store)
     dossier = found(store)
     for finding in dossier.findings():
-        assert finding.state is State.OK
+        assert finding.state is Standing.OK
         assert finding.trouble is None
         assert finding.sha256 == sha256(Path(store.where(finding.path)).read_bytes()).hexdigest()
     assert dossier.gradients["forget"].loss == "cosine"
@@ -47,7 +47,7 @@ def test_a_stale_record_is_named_and_withheld(store):
     store.write_record(path, replace(ranking, forget="another"))
     ranking = found(store).ranking
     assert ranking.record is None
-    assert ranking.state is State.STALE
+    assert ranking.state is Standing.STALE
     assert ranking.trouble == "The ranking is stale: the gradients were computed anew since."
     assert ranking.run == f"slsgu rank {NAME}"
 
@@ -57,8 +57,8 @@ def test_what_is_made_of_new_gradients_is_stale_too(store):
     pointer = store.read_record(path, GradientPointer)
     store.write_record(path, replace(pointer, forget=pointer.retain))
     dossier = found(store)
-    assert dossier.pointer.state is State.OK
-    assert {dossier.ranking.state, dossier.trials.state, dossier.edit.state} == {State.STALE}
+    assert dossier.pointer.state is Standing.OK
+    assert {dossier.ranking.state, dossier.trials.state, dossier.edit.state} == {Standing.STALE}
     assert dossier.facts is None
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_record_and_a_missing_one(store):
     store.write_bytes(f"trials/{NAME}.json", b"{")
     store.remove(f"edits/{NAME}.safetensors")
     dossier = found(store)
-    assert dossier.trials.state is State.DAMAGED
+    assert dossier.trials.state is Standing.DAMAGED
     assert "is not JSON" in dossier.trials.trouble
     assert dossier.edit.state is None
     assert dossier.edit.trouble == "There is no edit yet."
@@ -74,7 +74,7 @@ def test_a_damaged_record_and_a_missing_one(store):
 
 def test_without_a_set_there_is_nothing_to_report(store):
     with pytest.raises(MissingError, match="it has mouse"):
-        gather(store, "other", Shelf(store))
+        gather(store, "other", Catalog(store))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from slsgu_cli.edits import load_edit, write_edit
+from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.clip.evaluation import prepare
+from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.errors import StaleError
-from slsgu_cli.evaluation import prepare
-from slsgu_cli.examples import guesses_of
-from slsgu_cli.measure import choose, cosines, with_edits
-from slsgu_cli.models import load, resolve, tokenizer
-from slsgu_cli.pipeline import direct_edit
-from slsgu_cli.report.looks import Viewer
-from slsgu_cli.store import Store
+from slsgu_cli.method.edit import direct_edit
+from slsgu_cli.method.evaluate import choose_shown, cosines, with_edits
+from slsgu_cli.method.guesses import GuessingModels, guesses_of
+from slsgu_cli.store.store import Store
 
 LAYERS = {"visual.transformer.resblocks.1.mlp.c_proj.weight": 3.0, "text_projection": 0.5}
 
@@ -42,7 +41,7 @@ def edited(shared_world, tmp_path_factory):
 def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
     world = edited[layer]
     edit = load_edit(world.store, world.name)
-    looks = Viewer(world.store, device="cpu").look(world.manifest, edit.header)
+    looks = GuessingModels(world.store, device="cpu").look(world.manifest, edit.header)
 
     model = resolve(world.model)
     module = load(model)
@@ -51,7 +50,7 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
             world.store, world.manifest, module, tokenize=tokenizer(model), device="cpu"
         )
         evaluation.base_pass((), cache_bytes=0)
-        shown = choose(evaluation, world.manifest)
+        shown = choose_shown(evaluation, world.manifest)
         scale = float(module.logit_scale.exp())
         plain = [cosines(evaluation, shown)]
         guesses = [guesses_of(evaluation.forget, scale)]
@@ -75,6 +74,6 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
 def test_a_model_with_other_weights_is_refused(edited):
     world = edited["text_projection"]
     header = replace(load_edit(world.store, world.name).header, model_fingerprint="other")
-    viewer = Viewer(world.store, device="cpu")
+    viewer = GuessingModels(world.store, device="cpu")
     with pytest.raises(StaleError, match="other weights"):
         viewer.look(world.manifest, header)

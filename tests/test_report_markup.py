@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.report.grids import Head, lines, table, terms
-from slsgu_cli.report.markup import Html, element, joined, text
+from slsgu_cli.report.html import Head, Html, element, joined, lines, table, terms, text
 
 
 class Seen(HTMLParser):

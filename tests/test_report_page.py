@@ -17,10 +17,11 @@ from reports import (
     html,
 )
 
-from slsgu_cli.edits import load_edit, write_edit
-from slsgu_cli.records import GradientPointer, SetManifest
-from slsgu_cli.report.markup import VOID
-from slsgu_cli.store import Store
+from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.report.html import VOID
+from slsgu_cli.store.store import Store
 
 TITLES = (
     "Result", "What was asked", "Single images", "Cosine similarities",

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.records import Alignment
-from slsgu_cli.scoring import alignment, importance, norm, pareto_front
+from slsgu_cli.method.scoring import alignment, importance, norm, pareto_front
+from slsgu_cli.records.method import Alignment
 
 # Few values, so that ties are frequent.
 FEW = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])

@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
-import slsgu_cli.scratch
+import slsgu_cli.sets.context
 from slsgu_cli.errors import InputError
-from slsgu_cli.scratch import scratch
-from slsgu_cli.store import Store
+from slsgu_cli.sets.context import scratch
+from slsgu_cli.store.store import Store
 
 
 # Memory for all of 20 images of 36 bytes, for 7 of them, and for none.
 @pytest.mark.parametrize("memory", [1 << 20, 2 * 7 * 36, 0])
 def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(slsgu_cli.scratch, "spare", lambda device: memory)
+    monkeypatch.setattr(slsgu_cli.sets.context, "spare", lambda device: memory)
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 4, 3), dtype=np.uint8)
     store = Store(str(tmp_path / "store"))
     with scratch(store, height=3, width=4) as kept:
@@ -37,7 +37,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
-    monkeypatch.setattr(slsgu_cli.scratch, "spare", lambda device: 0)
+    monkeypatch.setattr(slsgu_cli.sets.context, "spare", lambda device: 0)
     with (
         pytest.raises(InputError, match="No space left") as caught,
         scratch(Store(str(tmp_path)), height=1, width=1) as kept,

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from slsgu_cli import models
-from slsgu_cli.curation.records import Screening
-from slsgu_cli.curation.screening import perceptual_hash
+from slsgu_cli.clip import models
 from slsgu_cli.errors import UsageError
-from slsgu_cli.sets import DataBlock
+from slsgu_cli.records.sets import Screening
+from slsgu_cli.sets.screening import perceptual_hash
+from slsgu_cli.store.blocks import DataBlock
 
 
 def picture(seed, size=96):

@@ -11,20 +11,22 @@ from open_clip.model import convert_to_custom_text_state_dict
 from plain import Plain
 from safetensors.numpy import load_file, save_file
 
-from slsgu_cli import zeroshot
-from slsgu_cli.directions import find_moments
-from slsgu_cli.edits import load_edit
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.clip import zeroshot
+from slsgu_cli.clip.models import load as load_model
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import edit_path, gradient_path, ranking_path, trials_path
-from slsgu_cli.models import load as load_model
-from slsgu_cli.models import resolve
-from slsgu_cli.pipeline import edit_for, require_forgotten
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, ModelSpec, PassOptions, Precision, Steer, Trials
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.store import Store
-from slsgu_cli.towers import OpenClipText, OpenClipVision
+from slsgu_cli.method.directions import find_moments
+from slsgu_cli.method.edit import edit_for, require_forgotten
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, PassOptions, Precision, Steer, Trials
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.store.store import Store
 
 BUDGETS = [None, 2_000_000, 200_000, 0]
 # One layer of each tower, where a search shows how it goes on and not how it chooses.

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from test_cli import inside, rows
 
-from slsgu_cli.edits import load_edit
-from slsgu_cli.evaluation import SharedEvaluation
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.several.searches import grouped, read_cases, search_each
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.clip.evaluation import SharedEvaluation
+from slsgu_cli.method.search import grouped, read_plans, search, search_each
+from slsgu_cli.method.search_plan import SearchOptions
 
 NAMES = ("blue", "red", "green")
 
@@ -47,7 +47,7 @@ def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, tmp_pat
     other = replace(world, name="red")
     other.build(evals={"first": world.sources["first"]}, templates={}, retain_exclude=NAMES)
     other.grade()
-    groups = grouped(read_cases(world.store, NAMES, options=SearchOptions()))
+    groups = grouped(read_plans(world.store, NAMES, options=SearchOptions()))
     assert [[case.name for case in group] for group in groups] == [["blue", "green"], ["red"]]
     options = SearchOptions(steps=2)
     results = list(search_each(world.store, NAMES, options=options))
@@ -57,7 +57,7 @@ def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, tmp_pat
 
 
 def test_the_command(several_world, tmp_path, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.plots.step_plot", lambda *_, **__: b"a plot")
+    monkeypatch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
     root = several_world.copied(tmp_path / "store").store.root
     done = inside("search", "blue", "red", "--steps", "5", store=root)
     assert done.exit_code == 0

@@ -6,12 +6,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from slsgu_cli import set_writer
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records import DataRef
-from slsgu_cli.set_writer import block_writer
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.store import Store
+from slsgu_cli.records.sets import DataRef
+from slsgu_cli.store.blocks import DataBlock, block_writer
+from slsgu_cli.store.store import Store, blocks
 
 PATH = "data/block.zarr"
 SIZE = (6, 5)
@@ -43,8 +41,8 @@ def store(tmp_path):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(set_writer, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(set_writer, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(blocks, "MIN_CHUNK_ROWS", 8)
 
 
 @pytest.mark.parametrize("url", ["local", "memory://sets-test/store"])

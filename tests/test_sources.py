@@ -5,8 +5,8 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.samples import Columns, as_text
-from slsgu_cli.sources import fetch, open_sources, parse_source, scan
+from slsgu_cli.sources.opening import fetch, open_sources, parse_source, scan
+from slsgu_cli.sources.rows import Columns, as_text
 
 ANY = Columns()
 

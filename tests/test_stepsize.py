@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.stepsize import best, first_step, next_step
+from slsgu_cli.method.scoring import best, first_step, next_step
 
 FIRST = st.floats(1e-6, 1e6)
 STEPS = st.integers(1, 14)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records import Accuracy, ModelSpec
-from slsgu_cli.store import Store, require
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.store import Store, require
 
 SPEC = ModelSpec("local-dir:clip")
 REPOSITORY = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ def test_a_full_disk_is_an_input_error_for_tensors_and_bytes(store):
     code = """
         import numpy as np, resource, signal, sys
         from slsgu_cli.errors import InputError
-        from slsgu_cli.store import Store
+        from slsgu_cli.store.store import Store
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         store = Store(sys.argv[1])
@@ -153,7 +154,7 @@ def test_a_full_disk_is_an_input_error_for_tensors_and_bytes(store):
 def test_kill_in_the_middle_of_a_write_leaves_nothing_that_looks_complete(store, kind):
     code = """
         import numpy as np, os, signal, sys
-        from slsgu_cli.store import Store
+        from slsgu_cli.store.store import Store
         store = Store(sys.argv[1])
         if sys.argv[2] == "folder":
             with store.writing("data/a.zarr") as partial:
@@ -234,7 +235,7 @@ def test_a_folder_that_appears_between_look_and_move_is_replaced_not_nested(stor
 def test_tensor_files_are_reproducible_to_the_byte_across_processes(store):
     code = """
         import numpy as np, sys
-        from slsgu_cli.store import Store
+        from slsgu_cli.store.store import Store
         header = {"b": 1, "a": [1.5, None], "weights": {"y": 1, "x": 2}}
         arrays = {name: np.arange(4.0) for name in ("visual.proj", "a", "b")}
         Store(sys.argv[1]).write_tensors(f"edits/{sys.argv[2]}.safetensors", arrays, header)

@@ -6,19 +6,20 @@ from dataclasses import replace
 import pytest
 from test_cli import inside, rows
 
-from slsgu_cli import gradients
-from slsgu_cli.build import BuildRequest
+from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.evaluation import SharedEvaluation
-from slsgu_cli.layout import sweep_path
-from slsgu_cli.listing import Kind, State, entries
-from slsgu_cli.ranking import RankOptions
-from slsgu_cli.records import Direction, PassOptions
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.several import searches
-from slsgu_cli.several.records import Sweep
-from slsgu_cli.several.sweep import SweepRequest, require_all_forgotten, sweep
-from slsgu_cli.store import Store
+from slsgu_cli.method import gradients
+from slsgu_cli.method import search as search_module
+from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, PassOptions
+from slsgu_cli.records.studies import Sweep
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.store.artifacts import ArtifactKind, Standing, sweep_path
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.store import Store
+from slsgu_cli.study.sweep import SweepRequest, require_swept, sweep
 
 CLASSES = ("blue", "red", "green")
 
@@ -65,7 +66,7 @@ def counted(monkeypatch):
 
     counting(gradients._Job, "compute", None)
     counting(SharedEvaluation, "base_pass", "base")
-    counting(searches, "search", "search")
+    counting(search_module, "search", "search")
     return counts
 
 
@@ -96,7 +97,7 @@ def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, co
 def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monkeypatch):
     whole = sweep(Store(store.root + "-whole"), request_).sweep
     counted.update(dict.fromkeys(counted, 0))
-    run = searches.search
+    run = search_module.search
 
     def interrupted(store, name, **options):
         if name == "red":
@@ -104,7 +105,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monk
         return run(store, name, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(searches, "search", interrupted)
+        patch.setattr(search_module, "search", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(store, request_)
     assert [row.name for row in store.read_record(sweep_path("colours"), Sweep).rows] == ["blue"]
@@ -131,10 +132,10 @@ def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, coun
     assert sweep(store, changed).reused == 2
     gradients.compute_gradients(store, "red", model=None, options=PassOptions(batch_size=8))
     listed = {entry.kind: entry for entry in entries(store)}
-    assert listed[Kind.SWEEP].state is State.STALE
+    assert listed[ArtifactKind.SWEEP].state is Standing.STALE
     assert sweep(store, changed).reused == 1
     listed = {entry.kind: entry for entry in entries(store)}
-    assert listed[Kind.SWEEP].state is State.OK
+    assert listed[ArtifactKind.SWEEP].state is Standing.OK
 
 
 def test_a_source_can_hold_the_class(request_):
@@ -185,8 +186,8 @@ def test_the_command(shared_world, request_, store, tmp_path):
 
 def test_a_class_that_is_left_ends_with_exit_code_5(request_, store):
     result = sweep(store, replace(request_, classes=CLASSES[:1]))
-    require_all_forgotten(result)
+    require_swept(result)
     left = replace(result.sweep.rows[0], forgotten=False)
     with pytest.raises(NotForgottenError, match="no step forgets blue") as error:
-        require_all_forgotten(replace(result, sweep=replace(result.sweep, rows=(left,))))
+        require_swept(replace(result, sweep=replace(result.sweep, rows=(left,))))
     assert error.value.exit_code == 5

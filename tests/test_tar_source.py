@@ -7,8 +7,8 @@ import pytest
 from tiny_images import encoded, shard, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.samples import Columns
-from slsgu_cli.tar_source import TarSource, _header, _usual_file
+from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.tar import TarSource, _header, _usual_file
 
 
 def source(path, filters=None, **columns):
@@ -97,7 +97,7 @@ def test_images_are_read_where_the_first_pass_saw_them(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", ["a", "b", "c"])
     extents = {row.index: row.extent for row in rows(path)}
     by_member = dict(source(path).images(dict.fromkeys(extents)))
-    monkeypatch.setattr("slsgu_cli.tar_source.tarfile.open", lambda **_: pytest.fail("parsed"))
+    monkeypatch.setattr("slsgu_cli.sources.tar.tarfile.open", lambda **_: pytest.fail("parsed"))
     assert dict(source(path).images(extents)) == by_member
     assert [index for index, _ in source(path).images({2: extents[2], 0: extents[0]})] == [0, 2]
     os.truncate(path, extents[1][0] + 1)

@@ -9,9 +9,8 @@ from processes import slsgu
 from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
 
+from slsgu_cli.checkpoints.targets import Family, read_target
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.targets.reach import Family
-from slsgu_cli.targets.target import read_target
 
 
 def names(target):

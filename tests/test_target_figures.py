@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from worlds import World
 
-from slsgu_cli.store import Store
+from slsgu_cli.store.store import Store
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
@@ -30,9 +30,9 @@ def facebook(demo_model, tmp_path_factory):
 
 
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.generation.ask import AskRequest, ask
-    from slsgu_cli.generation.records import Budget
-    from slsgu_cli.generation.steering import SteerOptions, search_target
+    from slsgu_cli.downstream.ask import AskRequest, ask
+    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.records.targets import Budget
 
     options = SteerOptions(
         target=trained_models / "llava",
@@ -55,9 +55,9 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 
 
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.generation.generate import GenerateRequest, generate
-    from slsgu_cli.generation.records import Budget, PaintOptions
-    from slsgu_cli.generation.steering import SteerOptions, search_target
+    from slsgu_cli.downstream.generate import GenerateRequest, generate
+    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.records.targets import Budget, PaintOptions
 
     options = SteerOptions(
         target=trained_models / "sd",

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.generation.records import Budget, GradientOf, TargetTrials
-from slsgu_cli.generation.trials import TargetRun
-from slsgu_cli.generation.vectors import Ray
-from slsgu_cli.records import Direction, Effect, Share, Tower
-from slsgu_cli.store import Store
+from slsgu_cli.downstream.directions import Move, TargetRun
+from slsgu_cli.records.method import Direction, Effect, Share, Tower
+from slsgu_cli.records.targets import Budget, GradientOf, TargetTrials
+from slsgu_cli.store.store import Store
 
 LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
-RAY = Ray(LAYER, torch.tensor([4.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
+RAY = Move(LAYER, torch.tensor([4.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
 
 
 class Target:

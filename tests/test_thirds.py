@@ -10,18 +10,20 @@ from plain import Plain
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from slsgu_cli.apply import CheckpointSource, apply_edits
-from slsgu_cli.cli import app
-from slsgu_cli.edits import load_edit
+from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.checkpoints.layers import both_held, layers_of, parameter_of, third_of
+from slsgu_cli.cli.app import app
+from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.zeroshot import moved
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.layout import edit_path, gradient_path, pointer_path
-from slsgu_cli.models import load, resolve
-from slsgu_cli.pipeline import direct_edit, edit_for
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, ModelSpec, Qkv
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.thirds import both_held, layers_of, parameter_of, third_of
-from slsgu_cli.zeroshot import moved
+from slsgu_cli.method.edit import direct_edit, edit_for
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, Qkv
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import edit_path, gradient_path, pointer_path
 
 FUSED = "transformer.resblocks.1.attn.in_proj_weight"
 VISION = f"visual.{FUSED}"

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from slsgu_cli.tokenizing import AT_ONCE, tokenizing
+from slsgu_cli.sets.context import AT_ONCE, tokenizing
 
 
 def codes(texts):

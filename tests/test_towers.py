@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.towers import EMBED, WholeTower, text_tower, vision_tower
+from slsgu_cli.clip.towers import EMBED, WholeTower, text_tower, vision_tower
 
 VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 24, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}

@@ -10,13 +10,15 @@ from plain import Plain
 from test_cli import inside, rows
 
 from slsgu_cli.errors import MissingError, UsageError
-from slsgu_cli.layout import ranking_path, trajectory_path
-from slsgu_cli.listing import Kind, State, entries
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, Precision, Steer, Trials
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.several import plots
-from slsgu_cli.several.trajectory import (
+from slsgu_cli.figures import curves
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.scoring import left_to_forget
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, Precision, Steer, Trials
+from slsgu_cli.store.artifacts import ArtifactKind, Standing, ranking_path, trajectory_path
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.study.trajectory import (
     FARTHEST,
     Rise,
     TrajectoryOptions,
@@ -24,7 +26,6 @@ from slsgu_cli.several.trajectory import (
     trajectory,
     trajectory_and_plots,
 )
-from slsgu_cli.stepsize import left_to_forget
 
 SOME = ("visual.proj", "transformer.resblocks.1.ln_1.weight")
 
@@ -97,11 +98,11 @@ def test_steps_of_another_gradient_are_measured_anew(world):
     follow(world, layers=SOME)
     world.grade(batch_size=8)
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[Kind.TRAJECTORY].state is State.STALE
+    assert listed[ArtifactKind.TRAJECTORY].state is Standing.STALE
     found = follow(world, layers=SOME)
     assert found.measured == len(found.trials.trials)
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[Kind.TRAJECTORY].state is State.OK
+    assert listed[ArtifactKind.TRAJECTORY].state is Standing.OK
 
 
 def test_rises():
@@ -121,7 +122,8 @@ def test_a_rise_is_the_most_that_any_pair_rises_by(values):
 def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "slsgu_cli.plots.step_plot", lambda *_, layer, ridge: drawn.append((layer, ridge)) or b"1"
+        "slsgu_cli.figures.curves.step_plot",
+        lambda *_, layer, ridge: drawn.append((layer, ridge)) or b"1",
     )
     options = TrajectoryOptions(search=SearchOptions(layers=SOME), points=3)
     found, paths = trajectory_and_plots(world.store, "blue", options=options)
@@ -129,7 +131,7 @@ def test_figures_are_drawn(world, monkeypatch):
     names = ["trajectories", *(f"trajectory-{layer}" for layer in SOME)]
     assert paths == [world.store.where(f"plots/blue-{name}.png") for name in names]
     assert world.store.read_bytes("plots/blue-trajectories.png").startswith(b"\x89PNG")
-    picture = plots.trajectories_plot(found.trials, found.lines())
+    picture = curves.trajectories_plot(found.trials, found.lines())
     assert world.store.read_bytes("plots/blue-trajectories.png") == picture
 
 

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli.baselines.records import Method, Outcome
-from slsgu_cli.baselines.tuning import ALPHAS, best, trade_off, tune
-from slsgu_cli.records import Accuracy
+from slsgu_cli.compare.ours import ALPHAS, best, trade_off, tune
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.studies import Method, Outcome
 
 OUTCOME = Outcome(
     method=Method.GA,

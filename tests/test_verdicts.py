@@ -4,11 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli.records import Accuracy, ModelSpec
-from slsgu_cli.verification import verdicts
-from slsgu_cli.verification.records import Attack, Check, Curve, Finding, Point, Probe, Subject
-from slsgu_cli.verification.relearn import NEW, OWN
-from slsgu_cli.verification.verdicts import Exposure, Verdict, exposure, rows, verdict
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import (
+    NEW,
+    Attack,
+    Check,
+    Curve,
+    Finding,
+    Point,
+    ProbeFigures,
+    VerifiedModel,
+)
+from slsgu_cli.verify import verdicts
+from slsgu_cli.verify.relearn import OWN
+from slsgu_cli.verify.verdicts import Exposure, Verdict, exposure, rows, verdict
 
 
 def accuracy(top1):
@@ -16,7 +26,7 @@ def accuracy(top1):
 
 
 def subject(*findings):
-    return Subject("key", "a model", ModelSpec("m"), "weights", None, findings)
+    return VerifiedModel("key", "a model", ModelSpec("m"), "weights", None, findings)
 
 
 def curve(name, values, steps=(0, 1, 2, 4, 8)):
@@ -43,9 +53,11 @@ def test_a_probe_is_judged_by_its_share_of_the_originals(before, after, said):
 
 def test_the_worst_template_stands_out_and_the_others_are_detail():
     names = ("all templates", "template: a {}", "template: b {}", "alias: x")
-    before = Finding(Check.PARAPHRASE, "k", {}, tuple(Probe(n, accuracy(100)) for n in names))
+    before = Finding(
+        Check.PARAPHRASE, "k", {}, tuple(ProbeFigures(n, accuracy(100)) for n in names)
+    )
     values = (0, 3, 30, 0)
-    probes = tuple(Probe(n, accuracy(v)) for n, v in zip(names, values, strict=True))
+    probes = tuple(ProbeFigures(n, accuracy(v)) for n, v in zip(names, values, strict=True))
     found = rows(subject(before), subject(replace(before, probes=probes)))
     assert [row.detail for row in found] == [False, True, False, False]
     assert found[2].verdict is Verdict.PARTLY_BACK
@@ -92,7 +104,7 @@ def test_finetuning_is_judged_where_most_came_back():
 
 
 def test_what_only_one_model_went_through_is_not_judged():
-    finding = Finding(Check.AUGMENT, "k", {}, (Probe("flip", accuracy(100)),))
+    finding = Finding(Check.AUGMENT, "k", {}, (ProbeFigures("flip", accuracy(100)),))
     assert rows(subject(finding), subject()) == []
 
 

@@ -14,22 +14,22 @@ from PIL import Image
 from plain import Plain
 from processes import slsgu
 
-import slsgu_cli.verification.verify as module
-from slsgu_cli.console import Console
-from slsgu_cli.edits import load_edit, write_edit
+from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.cli.console import Console
+from slsgu_cli.cli.steps import verify as cli_verify
+from slsgu_cli.cli.verify import _checks
 from slsgu_cli.errors import MissingError, StaleError, UsageError
-from slsgu_cli.layout import edit_path, verification_path
-from slsgu_cli.listing import entries
-from slsgu_cli.measure import measure
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.shelf import Kind, State
-from slsgu_cli.store import Store
-from slsgu_cli.verification import show
-from slsgu_cli.verification.cli import _checks
-from slsgu_cli.verification.paraphrase import TEMPLATES, TOGETHER, unseen_templates
-from slsgu_cli.verification.records import Check, Settings, Verification
-from slsgu_cli.verification.relearn import NEW, OWN
-from slsgu_cli.verification.verify import verify
+from slsgu_cli.method.evaluate import measure
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.studies import NEW, Check, Settings, Verification
+from slsgu_cli.store.artifacts import ArtifactKind, Standing, edit_path, verification_path
+from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.store import Store
+from slsgu_cli.verify import verify as verify_module
+from slsgu_cli.verify.probes import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verify.relearn import OWN
+from slsgu_cli.verify.verify import verify
 
 SETTINGS = Settings(
     templates=("this is {}", "a photo of the {}!"),
@@ -93,7 +93,7 @@ def world(edited, verified, tmp_path):
 
 
 def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
+    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
     found = measure(edited.store, "blue", model=None, device="cpu")
     for place, model in enumerate(found.models):
         (probe,) = finding(verified, Check.BASELINE, place).probes
@@ -104,7 +104,7 @@ def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
 
 
 def test_all_rows_are_measured_where_there_are_no_more(world, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.measure.cosine_plot", lambda *_, **__: b"a plot")
+    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
     found = measure(world.store, "blue", model=None, device="cpu")
     result = run(world, rows=1000)
     for place, model in enumerate(found.models):
@@ -153,7 +153,7 @@ def test_every_kind_of_check_found_something(verified):
 
 
 def test_rounding_that_changes_no_weight_changes_no_figure(world, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.verification.quantise.to_int8", lambda values, _axis: values)
+    monkeypatch.setattr("slsgu_cli.verify.probes.to_int8", lambda values, _axis: values)
     with torch.no_grad():
         result = run(world, checks=[Check.QUANTISE], seed=1)
     for place in range(2):
@@ -222,7 +222,7 @@ def test_membership_is_of_the_forget_set_and_the_held_out_rows(edited, verified)
 
 
 def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
-    monkeypatch.setattr(module, "open_candidate", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(verify_module, "open_tested", lambda *_, **__: pytest.fail("loaded"))
     again = run(world, checks=list(Check))
     assert again.reused == 2 * len(Check)
     assert again.subjects == verified.subjects
@@ -230,16 +230,16 @@ def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
 
 def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
     world.store.remove(verification_path("blue"))
-    part, right = module.CHECKS[Check.AUGMENT]
+    part, right = verify_module.CHECKS[Check.AUGMENT]
 
     def stop(_bench, _settings):
         raise KeyboardInterrupt
 
     checks = [Check.PARAPHRASE, Check.AUGMENT]
-    monkeypatch.setitem(module.CHECKS, Check.AUGMENT, (part, stop))
+    monkeypatch.setitem(verify_module.CHECKS, Check.AUGMENT, (part, stop))
     with pytest.raises(KeyboardInterrupt):
         run(world, checks=checks)
-    monkeypatch.setitem(module.CHECKS, Check.AUGMENT, (part, right))
+    monkeypatch.setitem(verify_module.CHECKS, Check.AUGMENT, (part, right))
     result = run(world, checks=checks)
     assert result.reused == 2
     for check in checks:
@@ -291,8 +291,8 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
-    from slsgu_cli.applying import ApplyRequest, apply_named
-    from slsgu_cli.records import ModelSpec
+    from slsgu_cli.method.edit import ApplyRequest, apply_named
+    from slsgu_cli.records.sets import ModelSpec
 
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")
     spec = ModelSpec(apply_named(world.store, request).model)
@@ -319,16 +319,16 @@ def test_a_set_without_an_edit_says_what_to_run(world):
 
 def test_the_list_knows_when_a_verification_is_of_other_things(world):
     def state():
-        found = {entry.kind: entry for entry in entries(world.store)}[Kind.VERIFICATION]
+        found = {entry.kind: entry for entry in entries(world.store)}[ArtifactKind.VERIFICATION]
         return found.state, found.reason
 
-    assert state() == (State.OK, None)
+    assert state() == (Standing.OK, None)
     find(world, "transformer.resblocks.1.ln_1.weight")
-    assert state() == (State.STALE, "the edit was made anew since")
+    assert state() == (Standing.STALE, "the edit was made anew since")
     run(world)
-    assert state()[0] is State.OK
+    assert state()[0] is Standing.OK
     world.build(retain_samples=50)
-    assert state() == (State.STALE, "its retain rows were built anew since")
+    assert state() == (Standing.STALE, "its retain rows were built anew since")
 
 
 def test_a_concept_that_is_no_class_is_verified_too(world):
@@ -366,7 +366,7 @@ def test_the_command_prints_verdicts_and_writes_the_record(world):
 
 def test_in_json_every_table_is_there(verified, capsys):
     console = Console(as_json=True)
-    show.verified(console, verified)
+    cli_verify.show_verified(console, verified)
     console.flush()
     document = json.loads(capsys.readouterr().out)
     rows = document["verification"]
@@ -379,7 +379,7 @@ def test_in_json_every_table_is_there(verified, capsys):
 
 def test_a_terminal_sees_the_worst_template_alone(verified, monkeypatch, capsys):
     monkeypatch.setattr(Console, "on_terminal", property(lambda _: True))
-    show.verified(Console(), verified)
+    cli_verify.show_verified(Console(), verified)
     seen = capsys.readouterr().out
     assert seen.count("template:") == 1
     assert "relearn: back " in seen

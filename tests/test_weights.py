@@ -11,8 +11,14 @@ import pytest
 import torch
 from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state
 
+from slsgu_cli.checkpoints.weights import (
+    fingerprint,
+    layer_digests,
+    open_weights,
+    patched_copy,
+    read_layer,
+)
 from slsgu_cli.errors import InputError
-from slsgu_cli.weights import fingerprint, layer_digests, open_weights, patched_copy, read_layer
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -229,7 +235,7 @@ def test_weights_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.weights import fingerprint, patched_copy
+        from slsgu_cli.checkpoints.weights import fingerprint, patched_copy
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
             fingerprint(path)
@@ -259,7 +265,7 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         import re
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.weights import fingerprint, patched_copy
+        from slsgu_cli.checkpoints.weights import fingerprint, patched_copy
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}
         patched_copy(path, path.with_name("out.safetensors"), patch)

@@ -5,15 +5,15 @@ import tiny_clip
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli import scoring
-from slsgu_cli.moments import InputMoments
-from slsgu_cli.records import Alignment
-from slsgu_cli.towers import text_tower, vision_tower
-from slsgu_cli.whitening import (
+from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.method import scoring
+from slsgu_cli.method.moments import (
+    InputMoments,
     RetainMetric,
     mean_square_output,
     whitened_importance,
 )
+from slsgu_cli.records.method import Alignment
 
 RIDGE = 0.05
 

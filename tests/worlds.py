@@ -5,19 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slsgu_cli import progress
-from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import read_manifest, read_pointer, read_ranking
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import (
-    Direction,
-    GradientPointer,
-    ModelSpec,
-    PassOptions,
-    Ranking,
-    SetManifest,
-)
-from slsgu_cli.store import Store
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.records.method import Direction, GradientPointer, PassOptions, Ranking
+from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
+from slsgu_cli.store.store import Store
 
 
 @dataclass

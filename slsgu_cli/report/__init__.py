@@ -1,1 +1,1 @@
-"""One self-contained HTML page of what was removed from a model, how, and what it cost."""
+"""One HTML page of what was done and what it cost."""

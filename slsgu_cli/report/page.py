@@ -1,21 +1,38 @@
-"""The whole page: style, summary, contents, and the sections of every name."""
+"""`report`: gather, look, and write one page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from shlex import quote
 
 import slsgu_cli
-from slsgu_cli.naming import known_as
-from slsgu_cli.report.figures import change, percent
-from slsgu_cli.report.gather import Dossier
-from slsgu_cli.report.grids import Head, code, paragraph, table
-from slsgu_cli.report.markup import Child, Html, element, joined
-from slsgu_cli.report.sections import Section
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.errors import InputError, SlsguError, UsageError
+from slsgu_cli.report import edit_sections, effect, study_sections
+from slsgu_cli.report.dossier import Section, SetRecords, absent, gather
+from slsgu_cli.report.html import (
+    Child,
+    Head,
+    Html,
+    change,
+    code,
+    element,
+    joined,
+    paragraph,
+    percent,
+    table,
+)
+from slsgu_cli.store.artifacts import Catalog
+from slsgu_cli.store.files import replacing
+from slsgu_cli.store.store import Store
 
 # Nothing is fetched and nothing runs, whatever the page's texts hold.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 
 
-def page(dossiers: Sequence[Dossier], sections: Mapping[str, Sequence[Section]]) -> str:
+def page(dossiers: Sequence[SetRecords], sections: Mapping[str, Sequence[Section]]) -> str:
     """Return the page on some names; `sections` has those of each, in order."""
     names = ", ".join(dossier.concept for dossier in dossiers)
     title = f"Unlearning report: {names}"
@@ -59,7 +76,7 @@ def _style() -> str:
     return files("slsgu_cli.report").joinpath("report.css").read_text(encoding="utf-8")
 
 
-def _summary(dossiers: Sequence[Dossier]) -> Html:
+def _summary(dossiers: Sequence[SetRecords]) -> Html:
     """Return a table with a row for each name."""
     rows: list[tuple[Child, ...]] = []
     for number, dossier in enumerate(dossiers, start=1):
@@ -87,7 +104,7 @@ def _summary(dossiers: Sequence[Dossier]) -> Html:
     return table(heads, rows, caption="What this page reports, edit by edit")
 
 
-def _contents(dossiers: Sequence[Dossier], sections: Mapping[str, Sequence[Section]]) -> Html:
+def _contents(dossiers: Sequence[SetRecords], sections: Mapping[str, Sequence[Section]]) -> Html:
     parts = []
     for number, dossier in enumerate(dossiers, start=1):
         links = [
@@ -99,7 +116,7 @@ def _contents(dossiers: Sequence[Dossier], sections: Mapping[str, Sequence[Secti
     return element("nav", *parts, aria_label="Contents")
 
 
-def _article(dossier: Dossier, sections: Sequence[Section], number: int, *, alone: bool) -> Html:
+def _article(dossier: SetRecords, sections: Sequence[Section], number: int, *, alone: bool) -> Html:
     parts = [
         element(
             "section",
@@ -112,3 +129,109 @@ def _article(dossier: Dossier, sections: Sequence[Section], number: int, *, alon
     # The page's own heading says the same of a single name, but not to who skips to here.
     heading = element("h2", dossier.concept, id=f"n{number}", class_="unseen" if alone else None)
     return element("article", heading, *parts, class_="name", aria_labelledby=f"n{number}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportRequest:
+    """What `report` is asked for. Without `examples` no model is run."""
+
+    names: Sequence[str]
+    out: Path
+    examples: bool = True
+    overwrite: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A page that was written: its sections by name, its path and its size."""
+
+    out: str
+    nbytes: int
+    sections: dict[str, list[Section]]
+
+
+def write_report(store: Store, request: ReportRequest) -> Report:
+    """Write the page that `request` describes. Raises UsageError, MissingError, InputError."""
+    _require_place(request)
+    twice = [name for name in request.names if list(request.names).count(name) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is named twice")
+    shelf = Catalog(store)
+    dossiers = [gather(store, name, shelf) for name in request.names]
+    views = _views(store, dossiers, request)
+    sections = {d.name: all_sections(d, views[d.name], store.url) for d in dossiers}
+    for dossier in dossiers:
+        for finding in dossier.findings():
+            if finding.state is not None and finding.trouble:
+                progress.warn(f"{dossier.name}: {finding.trouble} Not shown; run `{finding.run}`")
+    data = page(dossiers, sections).encode()
+    with replacing(request.out) as partial:
+        partial.write_bytes(data)
+    return Report(str(request.out), len(data), sections)
+
+
+def all_sections(dossier: SetRecords, views: Sequence[Section], store: str) -> list[Section]:
+    """Return the sections of one name in the page's order; `views` are those of images."""
+    return [
+        effect.result(dossier),
+        edit_sections.request_section(dossier),
+        *views,
+        study_sections.verification(dossier),
+        edit_sections.front(dossier),
+        edit_sections.search(dossier),
+        study_sections.trajectories(dossier),
+        *study_sections.together(dossier),
+        *study_sections.swept(dossier),
+        study_sections.comparison(dossier),
+        edit_sections.fingerprints_section(dossier),
+        edit_sections.the_edit(dossier),
+        edit_sections.repeat(dossier, store),
+        edit_sections.records(dossier),
+    ]
+
+
+def _require_place(request: ReportRequest) -> None:
+    if request.out.is_dir():
+        raise InputError(f"{request.out} is a folder", hint="--out report.html")
+    if request.out.exists() and not request.overwrite:
+        raise InputError(f"{request.out} exists already", hint="another --out, or --overwrite")
+
+
+def _views(
+    store: Store, dossiers: Sequence[SetRecords], request: ReportRequest
+) -> dict[str, list[Section]]:
+    """Return the sections that need the model, or why they are not there."""
+    if not request.examples:
+        told = "Left out on request, so that no model was run."
+        return {
+            dossier.name: _absent(told, f"slsgu report {quote(dossier.name)} --out report.html")
+            for dossier in dossiers
+        }
+    from slsgu_cli.clip.models import pick_device
+    from slsgu_cli.method.guesses import GuessingModels
+
+    viewer = GuessingModels(store, device=pick_device(request.device))
+    found = {}
+    for dossier in dossiers:
+        manifest, edit = dossier.manifest, dossier.edit
+        if manifest.record is None or edit.record is None:
+            lacking = edit if manifest.record else manifest
+            found[dossier.name] = _absent(lacking.trouble or "", lacking.run)
+            continue
+        progress.note(
+            f"{dossier.name}: running {edit.record.model} over a few images, "
+            "before and after the edit (--no-examples leaves this out)"
+        )
+        try:
+            looks = viewer.look(manifest.record, edit.record)
+            found[dossier.name] = [effect.examples(looks), effect.cosines(looks)]
+        except SlsguError as error:
+            progress.warn(f"{dossier.name}: no images are shown: {error.message}")
+            hint = error.hint or "slsgu report ... --no-examples"
+            found[dossier.name] = _absent(f"{error.message}.", hint)
+    return found
+
+
+def _absent(trouble: str, run: str) -> list[Section]:
+    return [absent(title, trouble, run) for title in (effect.IMAGES, effect.COSINES)]

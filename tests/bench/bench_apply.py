@@ -28,10 +28,10 @@ LAYER = "visual.transformer.resblocks.0.mlp.c_fc.weight"
 APPLY = """
     import sys
     from pathlib import Path
-    from slsgu_cli.apply import CheckpointSource, apply_edits
-    from slsgu_cli.edits import load_edit
-    from slsgu_cli.records import ModelSpec
-    from slsgu_cli.store import Store
+    from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+    from slsgu_cli.checkpoints.edits import load_edit
+    from slsgu_cli.records.sets import ModelSpec
+    from slsgu_cli.store.store import Store
     store, source, out = sys.argv[1:]
     source = CheckpointSource(ModelSpec("bench"), Path(source))
     apply_edits([load_edit(Store(store), "facebook")], source, Path(out))
@@ -64,9 +64,9 @@ def make_edit(store_path: Path, checkpoint: Path) -> None:
     sys.path.insert(0, str(TESTS))
     from edit_headers import edit
 
-    from slsgu_cli.edits import write_edit
-    from slsgu_cli.store import Store
-    from slsgu_cli.weights import read_layer
+    from slsgu_cli.checkpoints.edits import write_edit
+    from slsgu_cli.checkpoints.weights import read_layer
+    from slsgu_cli.store.store import Store
 
     before = read_layer(checkpoint, LAYER)
     delta = np.full(SHAPE, 1e-3, np.float32)

@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 from synthetic import random_model
 
-from slsgu_cli.build import BuildRequest, build_sets
-from slsgu_cli.decoding import decode_in_order
-from slsgu_cli.models import input_spec, resolve
-from slsgu_cli.preprocess import decoder
-from slsgu_cli.store import Store
+from slsgu_cli.clip.models import input_spec, resolve
+from slsgu_cli.clip.pixels import decode_in_order, decoder
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.store.store import Store
 
 SIZE = 224
 

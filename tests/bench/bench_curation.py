@@ -52,9 +52,9 @@ PLAIN_CAPTIONS = """
     done(start, rows, found)
 """
 OUR_CAPTIONS = """
-    from slsgu_cli.curation.concepts import ConceptIndex
-    from slsgu_cli.curation.metadata import scan_metadata
-    from slsgu_cli.curation.records import CollectRequest, Concept
+    from slsgu_cli.sources.captions import ConceptIndex
+    from slsgu_cli.sets.metadata import scan_metadata
+    from slsgu_cli.records.sets import CollectRequest, Concept
 
     concepts = (Concept("elon musk", ("elon musk",)), Concept("ada lovelace", ("ada lovelace",)))
     paths = sorted(map(str, Path(sys.argv[1]).glob("*.parquet")))
@@ -78,9 +78,9 @@ PLAIN_SHARDS = """
 """
 OUR_SHARDS = """
     import shutil
-    from slsgu_cli.curation.collection import collect
-    from slsgu_cli.curation.records import CollectRequest, Concept
-    from slsgu_cli.store import Store
+    from slsgu_cli.sets.collection import collect
+    from slsgu_cli.records.sets import CollectRequest, Concept
+    from slsgu_cli.store.store import Store
 
     if __name__ == "__main__":
         request = CollectRequest(

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from synthetic import pairs_block, random_images, random_model, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsgu_cli import towers
-from slsgu_cli.batches import pixel_normalizer, to_tokens
-from slsgu_cli.gradpass import GradientPass, arithmetic
-from slsgu_cli.models import input_spec, load, resolve
-from slsgu_cli.records import PassOptions, Precision
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.store import Store
+from slsgu_cli.clip import towers
+from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
+from slsgu_cli.clip.models import input_spec, load, resolve
+from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.records.method import PassOptions, Precision
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
 
 
 def synchronize(device: str) -> None:

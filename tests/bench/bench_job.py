@@ -17,7 +17,7 @@ from pathlib import Path
 import apart
 from synthetic import random_model, synthetic_set
 
-from slsgu_cli.store import Store
+from slsgu_cli.store.store import Store
 
 NAME = "job"
 

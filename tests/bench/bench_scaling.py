@@ -26,13 +26,15 @@ from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
-from slsgu_cli.gradients import compute_gradients
-from slsgu_cli.layout import read_manifest, read_pointer
-from slsgu_cli.memory import parse_size
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import GradientHeader, ModelSpec, PassOptions
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.store import Store
+from slsgu_cli.clip.inputs import parse_size
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import GradientHeader, PassOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import read_manifest, read_pointer
+from slsgu_cli.store.store import Store
 
 EMBEDDED = ModelSpec(f"local-dir:{Path(slsgu_cli.__file__).parent / 'demo' / 'clip'}")
 CACHE = "256M"

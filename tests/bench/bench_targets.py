@@ -24,8 +24,8 @@ from pathlib import Path
 import apart
 import numpy as np
 
-from slsgu_cli.records import Tower
-from slsgu_cli.targets.mapping import Home, Spelling, names, slots
+from slsgu_cli.checkpoints.layouts import Spelling, TowerPlace, names, tensor_places
+from slsgu_cli.records.method import Tower
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Width, blocks, and the width that it is projected to.
@@ -64,7 +64,7 @@ def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
 
 
 def write(
-    path: Path, home: Home, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
+    path: Path, home: TowerPlace, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
 ) -> Made:
     """Write a tower's random weights in its layout, layer by layer; return what to edit."""
     width, blocks, projected = sizes
@@ -83,8 +83,8 @@ def write(
             layer = (0.02 * values).astype("<f2")
             if name in wanted:
                 kept[name] = layer
-                held |= {(path.parent, slot.key) for slot in slots(name, home)}
-            for slot in slots(name, home):
+                held |= {(path.parent, slot.key) for slot in tensor_places(name, home)}
+            for slot in tensor_places(name, home):
                 tensors[slot.key] = np.ascontiguousarray(slot.take(layer))
         file = path if shards == 1 else path.with_stem(f"{path.stem}-{shard + 1:05}-of-{shards:05}")
         save(file, tensors)
@@ -112,7 +112,7 @@ def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]])
     for name, sizes in encoders.items():
         second = name == "text_encoder_2"
         index[name] = ["transformers", f"CLIPTextModel{'WithProjection' if second else ''}"]
-        home = Home(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+        home = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
         left_out = "" if second else "text_projection"
         made = write(folder / name / "model.safetensors", home, sizes, left_out=left_out)
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -121,7 +121,7 @@ def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]])
 
 def llava(folder: Path) -> Made:
     """Write LLaVA-1.5's tower in two shards."""
-    home = Home(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
+    home = TowerPlace(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
     folder.mkdir()
     config = {"model_type": "llava", "vision_feature_layer": -2}
     (folder / "config.json").write_text(json.dumps(config))
@@ -130,7 +130,7 @@ def llava(folder: Path) -> Made:
 
 def ldm(path: Path) -> Made:
     """Write the text encoder of Stable Diffusion 2.1 as it lies in a single file."""
-    home = Home(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
+    home = TowerPlace(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
     return write(path, home, (1024, 24, 1024), left_out="")
 
 
@@ -153,7 +153,7 @@ def digests(path: Path) -> dict[tuple[Path, str], str]:
 
     The keys are the folder below `path`, and a tensor's or file's name.
     """
-    from slsgu_cli.weights import open_weights
+    from slsgu_cli.checkpoints.weights import open_weights
 
     found = {}
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -175,8 +175,8 @@ def write_edits(store: Path, layers: dict[str, np.ndarray]) -> list[str]:
     """Write an edit of each layer into a store; return their files."""
     from edit_headers import edit
 
-    from slsgu_cli.edits import write_edit
-    from slsgu_cli.store import Store
+    from slsgu_cli.checkpoints.edits import write_edit
+    from slsgu_cli.store.store import Store
 
     written = []
     for number, (layer, before) in enumerate(layers.items()):

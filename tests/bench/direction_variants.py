@@ -23,21 +23,22 @@ import torch
 from directions import features_known
 from torch import Tensor
 
-from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
-from slsgu_cli.directions import RIDGE, ensure_moments
-from slsgu_cli.edits import load_edit
-from slsgu_cli.evaluation import Evaluation, prepare
-from slsgu_cli.gradients import load_graded
-from slsgu_cli.layout import gradient_path, read_manifest, read_pointer
-from slsgu_cli.losses import contrastive
-from slsgu_cli.models import tokenizer
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, LayerScore, SetManifest, Steer
-from slsgu_cli.sets import DataBlock
-from slsgu_cli.stepsize import first_step, left_to_forget, next_step
-from slsgu_cli.store import Store
-from slsgu_cli.trial import Probe, UtilityMeter
-from slsgu_cli.whitening import RetainMetric
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.clip.evaluation import Evaluation, prepare
+from slsgu_cli.clip.inputs import pixel_normalizer, text_features, to_tokens
+from slsgu_cli.clip.models import tokenizer
+from slsgu_cli.method.directions import RIDGE, ensure_moments
+from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.method.losses import contrastive
+from slsgu_cli.method.moments import RetainMetric
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.scoring import first_step, left_to_forget, next_step
+from slsgu_cli.method.trial import Probe, UtilityMeter
+from slsgu_cli.records.method import Direction, LayerScore, Steer
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.store.artifacts import gradient_path, read_manifest, read_pointer
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
 
 RANKS = (1, 2, 4, 8, 16)
 RIDGES = (1.0, 0.1, 0.001)

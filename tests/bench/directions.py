@@ -28,21 +28,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from slsgu_cli.activations import CacheBudget
-from slsgu_cli.build import build_sets
-from slsgu_cli.demonstration import DATA, RETAIN_SAMPLES, demo_request
-from slsgu_cli.edits import Edit, load_edit
-from slsgu_cli.evaluation import EvaluationSet, accuracy, prepare
-from slsgu_cli.gradients import compute_gradients, load_graded
-from slsgu_cli.layout import edit_path, read_manifest, read_pointer
-from slsgu_cli.measure import with_edits
-from slsgu_cli.models import tokenizer
-from slsgu_cli.prompts import find_class
-from slsgu_cli.ranking import RankOptions, rank
-from slsgu_cli.records import Direction, PassOptions, Steer, Tower
-from slsgu_cli.search import SearchOptions, search
-from slsgu_cli.store import Store
-from slsgu_cli.zeroshot import ImageSide
+from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.cli.demo import DATA, RETAIN_SAMPLES, demo_request
+from slsgu_cli.clip.evaluation import EvaluationSet, accuracy, prepare
+from slsgu_cli.clip.models import tokenizer
+from slsgu_cli.clip.towers import CacheBudget
+from slsgu_cli.clip.zeroshot import ImageSide
+from slsgu_cli.method.evaluate import with_edits
+from slsgu_cli.method.gradients import compute_gradients, load_graded
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, PassOptions, Steer, Tower
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sources.classes import find_class
+from slsgu_cli.store.artifacts import edit_path, read_manifest, read_pointer
+from slsgu_cli.store.store import Store
 
 LEAST_IMAGES = 10
 

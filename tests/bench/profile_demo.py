@@ -16,8 +16,8 @@ from functools import wraps
 
 STARTED = time.perf_counter()
 
-from slsgu_cli import demonstration  # noqa: E402
-from slsgu_cli.cli import app  # noqa: E402
+from slsgu_cli.cli.app import app  # noqa: E402
+from slsgu_cli.cli.steps import demo  # noqa: E402
 
 STAGES = {
     "build-sets": "build_sets",
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds: dict[str, float] = {}
     for stage, name in STAGES.items():
-        setattr(demonstration, name, timed(getattr(demonstration, name), seconds, stage))
+        setattr(demo, name, timed(getattr(demo, name), seconds, stage))
     with tempfile.TemporaryDirectory() as folder:
         command = ["demo", args.concept, "--store", f"{folder}/store", "-q"]
         app(command, standalone_mode=False)

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 import slsgu_cli
-from slsgu_cli.batches import pixel_normalizer, text_features, to_tokens
-from slsgu_cli.layout import manifest_path
-from slsgu_cli.metrics import class_means
-from slsgu_cli.models import input_spec, load, resolve, tokenizer
-from slsgu_cli.records import DataRef, ModelSpec, SetManifest
-from slsgu_cli.set_writer import block_writer
-from slsgu_cli.store import Store
-from slsgu_cli.towers import text_tower, vision_tower
+from slsgu_cli.clip.inputs import pixel_normalizer, text_features, to_tokens
+from slsgu_cli.clip.models import input_spec, load, resolve, tokenizer
+from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.clip.zeroshot import class_means
+from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
+from slsgu_cli.store.artifacts import manifest_path
+from slsgu_cli.store.blocks import block_writer
+from slsgu_cli.store.store import Store
 
 TEMPLATES = ("{}", "a photo of a {}.", "a picture of {}", "itap of a {}.")
 

@@ -1,0 +1,350 @@
+"""Edits: one layer's change, scaled, stacked and undone, and what it makes of one file."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+import numpy.typing as npt
+
+from slsgu_cli.checkpoints.layers import both_held, held, parameter_of, put
+from slsgu_cli.checkpoints.tensor_file import (
+    CHUNK,
+    FLOATS,
+    PRECISION,
+    Floats,
+    Raw,
+    Splice,
+    narrow,
+    widen,
+)
+from slsgu_cli.checkpoints.weights import layer_digest, open_weights
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.records.method import EditHeader
+from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.store import Store
+
+SUFFIX = ".safetensors"
+DELTA, BEFORE = "delta", "before"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Edit:
+    """An edit and how much of it to apply: `factor` times its delta.
+
+    Its tensors are read when they are asked for, one at a time: a layer of a large
+    model takes a good part of the memory an edit may use.
+    """
+
+    header: EditHeader
+    load: Callable[[str], Floats]
+    factor: float = 1.0
+
+    def delta(self) -> Floats:
+        """Return what the edit adds at factor 1, fp32, in the layer's shape."""
+        return self.load(DELTA)
+
+    def before(self) -> Floats:
+        """Return the layer's original values: fp16 of an fp16 layer, else fp32 (or fp64)."""
+        return self.load(BEFORE)
+
+    def scaled(self, factor: float) -> "Edit":
+        """Return the edit at `factor` of its present strength. Raises InputError."""
+        if not math.isfinite(factor) or factor == 0:
+            raise InputError(f"an edit cannot be scaled by {factor}")
+        return dataclasses.replace(self, factor=self.factor * factor)
+
+    def restepped(self, step: float) -> "Edit":
+        """Return the edit as if its step had been `step`. Raises InputError."""
+        if self.header.step == 0:
+            raise InputError(f"the edit {self.header.name} was made at step 0")
+        return dataclasses.replace(self, factor=1.0).scaled(step / self.header.step)
+
+    def of_rank(self, rank: int) -> "Edit":
+        """Return the edit with the `rank` largest singular directions of its change only."""
+        if rank < 1:
+            raise InputError(f"an edit cannot have rank {rank}")
+
+        def load(name: str) -> Floats:
+            whole = self.load(name)
+            if name != DELTA or whole.ndim < 2:
+                return whole
+            u, s, v = np.linalg.svd(whole.reshape(len(whole), -1), full_matrices=False)
+            kept: Floats = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
+            return kept
+
+        return dataclasses.replace(self, load=load)
+
+
+def make_edit(header: EditHeader, *, delta: Floats, before: Floats) -> Edit:
+    """Return an edit held in memory. Raises InputError where its tensors do not fit it."""
+    if delta.shape != before.shape:
+        raise InputError(
+            f"the change of {header.layer} has shape {list(delta.shape)}, "
+            f"the layer {list(before.shape)}"
+        )
+    if not np.isfinite(delta).all():
+        raise InputError(
+            f"the change of {header.layer} holds values that are not finite",
+            hint="a smaller --step, or compute the gradient again in fp32",
+        )
+    tensors = {DELTA: delta.astype(np.float32, copy=False), BEFORE: before}
+    return Edit(header, tensors.__getitem__)
+
+
+def write_edit(store: Store, edit: Edit) -> str:
+    """Write an edit at factor 1 into the store under its name; return its path there."""
+    path = edit_path(edit.header.name)
+    store.write_tensors(path, {DELTA: edit.delta(), BEFORE: edit.before()}, edit.header)
+    return path
+
+
+def read_edit(store: Store, path: str) -> Edit:
+    """Return the edit at `path` of the store. Raises MissingError, InputError or StaleError."""
+    header = store.read_header(path, EditHeader)
+
+    def load(name: str) -> Floats:
+        value: Floats = store.read_tensors(path, [name])[name]
+        return value
+
+    return Edit(header, load)
+
+
+def load_edit(store: Store, name_or_path: str) -> Edit:
+    """Return the edit of that name in the store, or else the one in that file.
+
+    Raises MissingError, InputError or StaleError.
+    """
+    named_as_file = name_or_path.endswith(SUFFIX) or "/" in name_or_path
+    if not named_as_file and store.exists(edit_path(name_or_path)):
+        return read_edit(store, edit_path(name_or_path))
+    path = Path(name_or_path)
+    if path.is_file():
+        return read_edit(Store(str(path.parent)), path.name)
+    if named_as_file:
+        raise MissingError(f"there is no edit file {name_or_path}")
+    known = store.names("edits", SUFFIX)
+    raise MissingError(
+        f"{store.url} has no edit {name_or_path}"
+        + (f"; it has {', '.join(known)}" if known else ""),
+        hint=f"run `slsgu search {quote(name_or_path)}`",
+    )
+
+
+COARSE = ("fp16", "bf16")
+Deltas = list[tuple[float, Floats]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """One layer of one file. `share` is how far the edits move it over its own norm."""
+
+    layer: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    share: float
+    edits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """What to write into a copy of a file, and what that changes."""
+
+    source: Path
+    splices: list[Splice]
+    changes: tuple[LayerChange, ...]
+
+
+def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -> FilePlan:
+    """Check edits against a file and work out the values they lead to; write nothing.
+
+    Edits of the same layer are summed, whatever their order. With `revert` the layer must
+    be what the edits made of it and goes back to what it was. `force` leaves out the check
+    that the weights are the ones the edits were made for.
+    Raises InputError or StaleError.
+    """
+    file = open_weights(path)
+    patches: dict[str, Raw] = {}
+    changes: list[LayerChange] = []
+    for layer, group in by_layer(edits).items():
+        name = file.resolve_name(parameter_of(layer))
+        whole = patches[name] if name in patches else file.stored(name)
+        current, dtype = held(layer, whole), file.entry(name).dtype
+        new, change = plan_layer(path, layer, current, dtype, group, revert=revert, force=force)
+        patches[name] = put(layer, new, into=whole)
+        changes.append(change)
+    return FilePlan(path, file.splices(patches), tuple(changes))
+
+
+def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
+    """Return edits by the layer they change, layers and edits in an order of their own.
+
+    Raises UsageError where one changes a whole parameter and another a third of it.
+    """
+
+    def order(edit: Edit) -> tuple[str, str, float]:
+        return edit.header.name, edit.header.gradient, edit.factor
+
+    layers = sorted({edit.header.layer for edit in edits})
+    if twice := both_held(layers):
+        raise UsageError(
+            f"{_names(edits)} change {twice} as a whole and a third of it as well",
+            hint="rank and search all of them with the same --qkv",
+        )
+    return {
+        layer: sorted((edit for edit in edits if edit.header.layer == layer), key=order)
+        for layer in layers
+    }
+
+
+def plan_layer(
+    path: Path,
+    layer: str,
+    current: Raw,
+    dtype: str,
+    edits: Sequence[Edit],
+    *,
+    revert: bool,
+    force: bool,
+) -> tuple[Raw, LayerChange]:
+    """Return the stored values that edits of one layer lead to, and what that changes.
+
+    `current` are the values stored now, in the layer's shape, of the number format `dtype`;
+    `path` is where they lie, for messages. Raises InputError or StaleError.
+    """
+    if dtype not in FLOATS:
+        raise InputError(f"{layer} in {path} is {dtype}, not floating point")
+    case = _Case(path, layer, current.shape, dtype, edits)
+    new, share = case.reverted(current, force) if revert else case.moved(current, force)
+    names = tuple(edit.header.name for edit in edits)
+    return new, LayerChange(layer, dtype, current.shape, new.nbytes, share, names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """The edits of one layer against one file."""
+
+    path: Path
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    edits: Sequence[Edit]
+
+    def moved(self, current: Raw, force: bool) -> tuple[Raw, float]:
+        """Return the stored values with the edits applied to the current ones, and the share."""
+        deltas = self._deltas()
+        if not force:
+            self._require_original(current, deltas)
+        new, share = moved_values(current, deltas, self.dtype)
+        if not math.isfinite(share):
+            raise InputError(
+                f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
+                hint="a smaller --scale or --step",
+            )
+        return new, share
+
+    def reverted(self, current: Raw, force: bool) -> tuple[Raw, float]:
+        """Return the stored values that stood there before the edits, and the share."""
+        before = self._before()
+        edited, share = moved_values(before, self._deltas(), self.dtype)
+        if not force and not _same(edited, current):
+            what = "not edited" if _same(before, current) else "not what these edits made of it"
+            raise StaleError(
+                f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
+                hint="name all the edits of this layer, with the --scale or --step they had, "
+                "or --force to put its original values there",
+            )
+        return before, share
+
+    def _deltas(self) -> Deltas:
+        pairs = [(edit.factor, edit.delta()) for edit in self.edits]
+        for edit, (_, delta) in zip(self.edits, pairs, strict=True):
+            if delta.shape != self.shape:
+                raise StaleError(
+                    f"the edit {edit.header.name} changes {self.layer} of shape "
+                    f"{list(delta.shape)}, but in {self.path} it has {list(self.shape)}",
+                    hint=_right_model(edit.header),
+                )
+            if not np.isfinite(delta).all():
+                raise InputError(f"the edit {edit.header.name} holds values that are not finite")
+        return pairs
+
+    def _before(self) -> Raw:
+        # Of edits made on copies in several precisions, the finest knows the original best.
+        before = max((edit.before() for edit in self.edits), key=lambda values: values.itemsize)
+        if before.shape != self.shape:
+            raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
+        return narrow(before, self.dtype)
+
+    def _require_original(self, current: Raw, deltas: Deltas) -> None:
+        for edit in self.edits:
+            if recognised(current, self.dtype, edit.header.digests):
+                continue
+            if _same(moved_values(self._before(), deltas, self.dtype)[0], current):
+                raise StaleError(
+                    f"{self.path} already holds {_names(self.edits)}",
+                    hint="--revert to undo",
+                )
+            raise StaleError(
+                f"{self.layer} in {self.path} is not the layer that the edit "
+                f"{edit.header.name} was made for ({edit.header.model})",
+                hint=f"{_right_model(edit.header)}, or --force; "
+                "name several edits of one layer in one call, on the original weights",
+            )
+
+
+def recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
+    """Return whether one of the two layers is the other, or a rounded copy of it."""
+    values = widen(current, dtype)
+    # What the file stores is rounded to its precision already.
+    if layer_digest(values, "fp32") == made_for.get(PRECISION[dtype]):
+        return True
+    return any(
+        made_for.get(coarse) == made_for.get("fp32") == layer_digest(values, coarse)
+        for coarse in COARSE
+    )
+
+
+def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
+    """Return stored values plus the sum of factor * delta, as stored values, and the share.
+
+    The share is the length of the move over the norm of what moved; it is not finite
+    where a new value is not. A few MB are worked on at a time.
+    """
+    flat = stored.reshape(-1)
+    parts = [(factor, delta.reshape(-1)) for factor, delta in deltas]
+    new = np.empty_like(flat)
+    length = norm = 0.0
+    for start in range(0, flat.size, CHUNK):
+        span = slice(start, start + CHUNK)
+        was: npt.NDArray[np.float64] = widen(flat[span], dtype).astype(np.float64)
+        total = was.copy()
+        for factor, delta in parts:
+            total += np.float64(factor) * delta[span]
+        new[span] = narrow(total, dtype)
+        step = widen(new[span], dtype) - was
+        length += float(np.dot(step, step))
+        norm += float(np.dot(was, was))
+    return new.reshape(stored.shape), math.sqrt(length / norm) if norm else math.sqrt(length)
+
+
+def _same(one: Raw, other: Raw) -> bool:
+    unsigned = f"u{one.itemsize}"
+    return bool(
+        np.array_equal(
+            np.ascontiguousarray(one).view(unsigned), np.ascontiguousarray(other).view(unsigned)
+        )
+    )
+
+
+def _names(edits: Sequence[Edit]) -> str:
+    names = [edit.header.name for edit in edits]
+    return f"the edit {names[0]}" if len(names) == 1 else f"the edits {', '.join(names)}"
+
+
+def _right_model(header: EditHeader) -> str:
+    return f"use the weights it was made for, {header.model.flags()}"

@@ -1,0 +1,289 @@
+"""Where a layer of open_clip's lies in other layouts: names, transposes, shards, variants."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slsgu_cli.checkpoints.layers import LETTERS, parameter_of, rows_of, third_of, tower_of
+from slsgu_cli.checkpoints.tensor_file import Raw, TensorFile
+from slsgu_cli.checkpoints.weights import open_weights, weight_files
+from slsgu_cli.errors import InputError
+from slsgu_cli.records.method import Tower
+
+_LAYER_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_FUSED = re.compile(r"attn\.in_proj_(weight|bias)")
+_IN_BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_OUTSIDE = {
+    Tower.TEXT: {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    },
+    Tower.VISION: {
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "ln_pre.weight": "pre_layrnorm.weight",
+        "ln_pre.bias": "pre_layrnorm.bias",
+        "ln_post.weight": "post_layernorm.weight",
+        "ln_post.bias": "post_layernorm.bias",
+    },
+}
+_PROJECTION = {
+    Tower.TEXT: ("text_projection", "text_projection.weight", "text_model."),
+    Tower.VISION: ("proj", "visual_projection.weight", "vision_model."),
+}
+_PREFIX = {Tower.TEXT: "text.", Tower.VISION: "visual."}
+
+
+class Spelling(StrEnum):
+    """Whose names and shapes a checkpoint's towers have."""
+
+    OPEN_CLIP = "open_clip"
+    TRANSFORMERS = "transformers"
+
+
+# The name that tells where a tower is, and what must not stand before it.
+_ANCHORS = (
+    (Tower.TEXT, Spelling.TRANSFORMERS, re.compile(r"(.*\.|)embeddings\.token_embedding\.weight")),
+    (
+        Tower.VISION,
+        Spelling.TRANSFORMERS,
+        re.compile(r"(.*\.|)embeddings\.patch_embedding\.weight"),
+    ),
+    (
+        Tower.TEXT,
+        Spelling.OPEN_CLIP,
+        re.compile(r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
+    ),
+    (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\.conv1\.weight")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerPlace:
+    """One CLIP tower among a checkpoint's tensors: `prefix` stands before its own names."""
+
+    tower: Tower
+    spelling: Spelling
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """One tensor that holds a layer, or a third of its rows: `part` of query, key, value.
+
+    With `within`, the layer is itself that third of the tensor's rows.
+    """
+
+    key: str
+    part: int | None = None
+    within: int | None = None
+    transposed: bool = False
+
+    def take(self, layer: Any) -> Any:
+        """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
+        if self.part is not None:
+            layer = rows_of(self.part, layer)
+        return layer.T if self.transposed else layer
+
+    def rows(self, values: Any) -> Any:
+        """Return the rows of this tensor's values that belong to the layer, as a view."""
+        return values if self.within is None else rows_of(self.within, values)
+
+    def held(self, values: Any) -> Any:
+        """Return what `rows` does in open_clip's shape."""
+        return self.rows(values).T if self.transposed else self.rows(values)
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what is held, from that of this tensor."""
+        if self.within is not None:
+            whole = (whole[0] // len(LETTERS), *whole[1:])
+        return whole[::-1] if self.transposed else whole
+
+
+def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
+    """Return the CLIP towers among the names of a checkpoint's tensors, sorted by prefix."""
+    found = [
+        TowerPlace(tower, spelling, match[1])
+        for key in keys
+        for tower, spelling, anchor in _ANCHORS
+        if (match := anchor.fullmatch(key))
+    ]
+    return sorted(found, key=lambda home: (home.tower, home.prefix))
+
+
+def tensor_places(layer: str, home: TowerPlace) -> tuple[TensorPlace, ...]:
+    """Return the tensors of a tower that hold the layer open_clip calls `layer`, in order.
+
+    Empty where the layer is of the other tower, or has no counterpart in this spelling.
+    """
+    if tower_of(layer) is not home.tower:
+        return ()
+    name = parameter_of(layer).removeprefix(_PREFIX[home.tower])
+    third = third_of(layer)
+    if home.spelling is Spelling.OPEN_CLIP:
+        own = _PREFIX[Tower.VISION] if home.tower is Tower.VISION else ""
+        return (TensorPlace(f"{home.prefix}{own}{name}", within=third),)
+    projection, key, inner = _PROJECTION[home.tower]
+    if name == projection:
+        return (TensorPlace(home.prefix.removesuffix(inner) + key, transposed=True),)
+    if name in _OUTSIDE[home.tower]:
+        return (TensorPlace(home.prefix + _OUTSIDE[home.tower][name]),)
+    block = _LAYER_BLOCK.fullmatch(name)
+    if block is None:
+        return ()
+    found = _in_block(f"{home.prefix}encoder.layers.{block[1]}.", block[2])
+    return found if third is None else (TensorPlace(found[third].key),)
+
+
+def names(tower: Tower, blocks: int) -> list[str]:
+    """Return the names that open_clip's CLIP has for all tensors of a tower."""
+    prefix = _PREFIX[tower] if tower is Tower.VISION else ""
+    modules = ("attn.in_proj_{}", *(f"{module}.{{}}" for module in _IN_BLOCK))
+    inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
+    return [
+        *(prefix + name for name in (*_OUTSIDE[tower], _PROJECTION[tower][0])),
+        *(
+            f"{prefix}transformer.resblocks.{block}.{name}"
+            for block in range(blocks)
+            for name in inside
+        ),
+    ]
+
+
+def _in_block(prefix: str, name: str) -> tuple[TensorPlace, ...]:
+    if fused := _FUSED.fullmatch(name):
+        keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in LETTERS)
+        return tuple(TensorPlace(key, part) for part, key in enumerate(keys))
+    module, _, kind = name.rpartition(".")
+    known = _IN_BLOCK.get(module)
+    return (TensorPlace(f"{prefix}{known}.{kind}"),) if known else ()
+
+
+def assembled(places: Sequence[TensorPlace], tensors: Mapping[str, Raw]) -> Raw:
+    """Return a layer in open_clip's shape from the tensors that hold it, by their names."""
+    parts = [slot.held(tensors[slot.key]) for slot in places]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def placed(
+    places: Sequence[TensorPlace], layer: Raw, tensors: Callable[[str], Raw]
+) -> dict[str, Raw]:
+    """Return a layer's tensors with its values in them, by name: the inverse of `assembled`.
+
+    `tensors` tells the values as they are, of a tensor that holds more than the layer.
+    """
+    new = {}
+    for slot in places:
+        if slot.within is None:
+            new[slot.key] = slot.take(layer)
+        else:
+            new[slot.key] = tensors(slot.key).copy()
+            slot.rows(new[slot.key])[...] = slot.take(layer)
+    return new
+
+
+# A shard's number in a file name, with or without a variant before or behind it.
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+_STATE_BLOCK = re.compile(r"(?:resblocks|encoder\.layers)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """One whole set of weights: a file, or the shards it was cut into.
+
+    `owners` tells which file holds a tensor, `homes` where CLIP's towers are.
+    """
+
+    files: dict[Path, TensorFile]
+    owners: dict[str, Path]
+    homes: list[TowerPlace]
+
+    @property
+    def path(self) -> Path:
+        """Return the file, or the first of the shards, to name this state by."""
+        return next(iter(self.files))
+
+    def holds(self, places: Sequence[TensorPlace]) -> bool:
+        """Return whether every one of some tensors is there. Raises InputError for a part."""
+        missing = [slot.key for slot in places if slot.key not in self.owners]
+        if missing and len(missing) < len(places):
+            raise InputError(
+                f"{self.path.parent} holds a part of a layer only: {', '.join(missing)} is missing",
+                hint="fetch or copy the model again, all of its shards",
+            )
+        return bool(places) and not missing
+
+    def shape(self, places: Sequence[TensorPlace]) -> tuple[int, ...]:
+        """Return a layer's shape as open_clip has it."""
+        shapes = [
+            slot.shape(self.files[self.owners[slot.key]].entry(slot.key).shape) for slot in places
+        ]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+    def layer(self, places: Sequence[TensorPlace]) -> tuple[Raw, str]:
+        """Return a layer's stored values in open_clip's shape, and their number format."""
+        files = {slot.key: self.files[self.owners[slot.key]] for slot in places}
+        formats = {file.entry(key).dtype for key, file in files.items()}
+        if len(formats) > 1:
+            raise InputError(
+                f"{', '.join(files)} are of different number formats in {self.path}",
+                hint="save the model again in one precision",
+            )
+        return assembled(places, {key: f.stored(key) for key, f in files.items()}), formats.pop()
+
+    def blocks(self, home: TowerPlace) -> int:
+        """Return how many blocks a tower has."""
+        names = (key for key in self.owners if key.startswith(home.prefix))
+        return max((int(m[1]) for key in names if (m := _STATE_BLOCK.search(key))), default=-1) + 1
+
+
+def read_weight_set(paths: Iterable[Path]) -> WeightSet:
+    """Read where the tensors of one set of weights lie. Raises MissingError or InputError."""
+    files = {path: open_weights(path) for path in paths}
+    owners: dict[str, Path] = {}
+    for path, file in files.items():
+        for key in file.names():
+            if key in owners:
+                raise InputError(
+                    f"{key} lies in {owners[key]} and in {path.name} as well",
+                    hint="remove the shard that is left over from an earlier save",
+                )
+            owners[key] = path
+    return WeightSet(files, owners, tower_places(owners))
+
+
+def read_weight_sets(folder: Path) -> tuple[list[WeightSet], dict[Path, str]]:
+    """Return each set of weights directly in a folder, and the files that cannot be read.
+
+    Sets without a CLIP tower (an adapter, say) are left out.
+    """
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    for path in weight_files(folder):
+        groups.setdefault(tuple(_SHARD.split(path.name)), []).append(path)
+    states: list[WeightSet] = []
+    unread: dict[Path, str] = {}
+    for name, paths in groups.items():
+        try:
+            if len(name) > 1 and len(paths) != int(name[1]):
+                raise InputError(f"only {len(paths)} of its {int(name[1])} shards are there")
+            state = read_weight_set(paths)
+        except InputError as error:
+            unread |= dict.fromkeys(paths, error.message)
+            continue
+        if state.homes:
+            states.append(state)
+    return states, unread

@@ -1,0 +1,190 @@
+"""A `CLIPModel` folder in open_clip's words: configuration and weights."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slsgu_cli.checkpoints.layouts import (
+    TensorPlace,
+    WeightSet,
+    names,
+    read_weight_sets,
+    tensor_places,
+)
+from slsgu_cli.checkpoints.targets import CONFIG, read_config
+from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
+from slsgu_cli.checkpoints.weights import combined_fingerprint, values_digest
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.method import Tower
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+
+# What transformers takes where a configuration is silent.
+TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048,
+        "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}  # fmt: skip
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+          "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32,
+          "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
+
+# Configurations of before the field was right say 2 and mean the last token of a text.
+END_OF_TEXT = (2, 49407)
+
+
+def is_clip(folder: Path) -> bool:
+    """Return whether a folder holds a CLIPModel in transformers' layout."""
+    path = folder / CONFIG
+    return path.is_file() and read_config(path).get("model_type") == "clip"
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Return open_clip's model_cfg for a CLIPModel folder. Raises InputError."""
+    config = read_config(folder / CONFIG)
+    text, vision = (
+        defaults | config.get(name, {}) | (config.get(f"{name}_dict") or {})
+        for name, defaults in (("text_config", TEXT), ("vision_config", VISION))
+    )
+    required = {
+        "layer_norm_eps": (text["layer_norm_eps"], vision["layer_norm_eps"]) == (1e-5, 1e-5),
+        "hidden_act": text["hidden_act"] == vision["hidden_act"] in ("gelu", "quick_gelu"),
+        "num_channels": vision["num_channels"] == 3,
+        "vocab_size": text["vocab_size"] == TEXT["vocab_size"],
+        "eos_token_id": text["eos_token_id"] in END_OF_TEXT,
+    }
+    for field, fits in required.items():
+        if not fits:
+            values = [part[field] for part in (text, vision) if field in part]
+            raise InputError(
+                f"{folder / CONFIG} has {field} {' and '.join(map(str, values))}, "
+                "which open_clip's CLIP cannot have"
+            )
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": text["hidden_act"] == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "layers": vision["num_hidden_layers"],
+            "width": vision["hidden_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "layers": text["num_hidden_layers"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+        },
+    }
+
+
+def preprocess_config(folder: Path) -> dict[str, Any]:
+    """Return what of open_clip's preprocess_cfg a folder's image processor says.
+
+    Raises InputError where open_clip has no such preprocessing.
+    """
+    path = folder / PREPROCESSOR
+    if path.is_file():
+        told = read_config(path)
+    elif (folder / PROCESSOR).is_file():
+        path = folder / PROCESSOR
+        told = read_config(path).get("image_processor", {})
+    else:
+        return {}
+    found: dict[str, Any] = {}
+    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
+        if theirs in told:
+            found[ours] = told[theirs]
+    resample = told.get("resample", 3)
+    if resample not in INTERPOLATION:
+        raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
+    size = told.get("size", {})
+    squash = isinstance(size, Mapping) and "height" in size and not told.get("do_center_crop", True)
+    return found | {
+        "interpolation": INTERPOLATION[resample],
+        "resize_mode": "squash" if squash else "shortest",
+    }
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Return a folder's tokens and their ids, None where it has no tokenizer."""
+    for name in ("vocab.json", "tokenizer.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            tokens = content["model"]["vocab"] if name == "tokenizer.json" else content
+            return {str(token): int(number) for token, number in tokens.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+    return None
+
+
+# Where transformers itself looks first.
+PREFERRED = ("model.safetensors", "model-", "pytorch_model.bin", "pytorch_model-")
+SCALE = "logit_scale"
+
+
+class ClipWeights:
+    """Every tensor of a CLIP by open_clip's name, read from where transformers keeps it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find the weights that transformers would load. Raises MissingError or InputError."""
+        self.state = _preferred(folder)
+        self._places: dict[str, tuple[TensorPlace, ...]] = {SCALE: (TensorPlace(SCALE),)}
+        for home in self.state.homes:
+            for name in names(home.tower, self.state.blocks(home)):
+                self._places[name] = tensor_places(name, home)
+        for places in self._places.values():
+            if not self.state.holds(places):
+                raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def read(self, name: str) -> Floats:
+        """Return the parameter open_clip calls `name`: fp16 of an fp16 file, else fp32 (or fp64).
+
+        Raises InputError where there is none.
+        """
+        if name not in self._places:
+            raise InputError(f"{self.state.path} holds no layer {name}")
+        stored, dtype = self.state.layer(self._places[name])
+        if dtype not in FLOATS:
+            raise InputError(f"{name} in {self.state.path} is {dtype}, not floating point")
+        values: Floats = np.ascontiguousarray(stored if dtype == "F16" else widen(stored, dtype))
+        return values.reshape(stored.shape)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint that the same weights have in open_clip's layout."""
+        shapes = {name: self.state.shape(places) for name, places in self._places.items()}
+        return combined_fingerprint(shapes, self._digest)
+
+    def _digest(self, name: str) -> str:
+        places = self._places[name]
+        if len(places) > 1 or places[0].transposed:
+            stored, dtype = self.state.layer(places)
+            return values_digest([stored], dtype)
+        file = self.state.files[self.state.owners[places[0].key]]
+        return values_digest(file.chunks(places[0].key), file.entry(places[0].key).dtype)
+
+
+def _preferred(folder: Path) -> WeightSet:
+    states, unread = read_weight_sets(folder)
+    towers = {Tower.TEXT, Tower.VISION}
+    whole = [state for state in states if {home.tower for home in state.homes} == towers]
+    for start in PREFERRED:
+        for state in whole:
+            if state.path.name.startswith(start):
+                return state
+    if whole:
+        return whole[0]
+    why = f": {next(iter(unread.values()))}" if unread else ""
+    raise MissingError(f"{folder} holds no weights of a whole CLIP{why}")

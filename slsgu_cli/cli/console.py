@@ -1,0 +1,280 @@
+"""What the user sees: results on stdout, everything else on stderr."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any, Literal, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from slsgu_cli import progress
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.progress import printable
+from slsgu_cli.records.codec import encode
+
+Rows = Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of results: its name everywhere, and how a terminal shows it.
+
+    `shown` turns a value that is there into the text of a terminal's cell; `label` replaces
+    the name in its header. With `on_terminal` off, the column is for TSV and JSON only.
+    """
+
+    name: str
+    shown: Callable[[Any], str] | None = None
+    label: str | None = None
+    on_terminal: bool = True
+
+    def cell(self, value: Any) -> str:
+        """Return a value as a terminal shows it."""
+        return text(value if self.shown is None or value is None else self.shown(value))
+
+
+def drawn(columns: Sequence[Column], rows: Rows) -> Table:
+    """Return a table for a terminal; a column that is empty in every row is left out.
+
+    Where it is too wide, text is folded and figures are not.
+    """
+    table = Table(
+        box=SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    kept = []
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        if not column.on_terminal or (cells and all(map(_is_empty, cells))):
+            continue
+        kept.append(index)
+        numeric = bool(cells) and all(map(_is_number, cells))
+        label = column.name if column.label is None else column.label
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(label, justify=justify, overflow="fold", no_wrap=numeric)
+    for row in rows:
+        table.add_row(*(columns[index].cell(row[index]) for index in kept))
+    return table
+
+
+def tab_separated(columns: Sequence[Column], rows: Rows) -> str:
+    """Return a header and rows as lines; figures are in full, for the next program to read."""
+    lines = ["\t".join(column.name for column in columns)]
+    lines += ["\t".join(map(_plain, row)) for row in rows]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def text(value: Any) -> str:
+    """Return a value as a person reads it, on one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        if abs(value) < 0.01 or abs(value) >= 1000:
+            return f"{value:.4g}"
+        # Two decimals or three digits, whichever says more: 96.97, 0.50, 0.0379.
+        return max(f"{value:.2f}", f"{value:.3g}", key=len)
+    return " ".join(printable(str(value)).split())
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else text(value)
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or value is None
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value == ""
+
+
+def _stdout() -> TextIO:
+    # Python has no stdout where the shell closed it (`>&-`).
+    return sys.stdout or StringIO()
+
+
+@dataclass(slots=True)
+class Console(progress.Sink):
+    """Where output goes and how much of it there is.
+
+    `verbosity` is -1 (results and errors only), 0, or 1 (how things were done as well).
+    With `as_json`, results are collected and written once by `flush`.
+    """
+
+    verbosity: int = 0
+    as_json: bool = False
+    _stderr: RichConsole = field(
+        default_factory=lambda: RichConsole(stderr=True, highlight=False, emoji=False)
+    )
+    # Held here, so that what others print can be sent elsewhere meanwhile.
+    _stdout: TextIO = field(default_factory=_stdout)
+    _results: dict[str, Any] = field(default_factory=dict)
+    _parts: int = 0
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether results are read by a person, as tables on a terminal."""
+        return not self.as_json and self._stdout.isatty()
+
+    @property
+    def brief(self) -> bool:
+        """Whether long tables may be cut to what matters: on a terminal, without -v."""
+        return self.on_terminal and self.verbosity <= 0
+
+    def table(
+        self,
+        key: str,
+        columns: Sequence[str | Column],
+        rows: Iterable[Sequence[Any]],
+        *,
+        title: str | None = None,
+        data: Any = None,
+    ) -> None:
+        """Print rows as a table, TSV or JSON; `data` replaces the rows in JSON."""
+        heads = [Column(column) if isinstance(column, str) else column for column in columns]
+        rows = [list(row) for row in rows]
+        if self.as_json:
+            names = [head.name for head in heads]
+            named = [dict(zip(names, row, strict=True)) for row in rows]
+            self._results[key] = encode(named if data is None else data)
+            return
+        # Several tables in one pipe are told apart by an empty line.
+        self._write("\n" if self._parts else "")
+        self._parts += 1
+        if self.on_terminal:
+            self._draw(title, drawn(heads, rows))
+        else:
+            self._write(tab_separated(heads, rows))
+
+    def value(self, key: str, text: str, data: Any = None, *, shown: str | None = None) -> None:
+        """Print one result line; in JSON, `data` (default: the text) under `key`.
+
+        `shown` replaces the text on a terminal.
+        """
+        if self.as_json:
+            self._results[key] = encode(text if data is None else data)
+        else:
+            self._write((text if shown is None or not self.on_terminal else shown) + "\n")
+
+    def paths(self, key: str, paths: Sequence[str]) -> None:
+        """Name files that were written: in JSON a result, else a note."""
+        if self.as_json:
+            self._results[key] = list(paths)
+        for path in paths:
+            self.note(f"wrote {path}")
+
+    @contextmanager
+    def part(self, key: str) -> Iterator[None]:
+        """Collect the JSON results of a block in an object of their own, under `key`."""
+        whole, self._results = self._results, {}
+        try:
+            yield
+        finally:
+            whole[key], self._results = self._results, whole
+
+    def flush(self) -> None:
+        """Write the collected JSON document, if that is what was asked for."""
+        if self.as_json and self._results:
+            document = json.dumps(_finite(self._results), indent=1, allow_nan=False)
+            self._results.clear()
+            self._write(document + "\n")
+
+    def note(self, text: str) -> None:
+        """Tell what was done, unless quiet."""
+        if self.verbosity >= 0:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """Tell how it was done, with -v."""
+        if self.verbosity > 0:
+            self._say(text, "dim")
+
+    def warn(self, text: str) -> None:
+        """Tell what the user should look at, even when quiet."""
+        self._say(f"warning: {text}", "yellow")
+
+    def error(self, error: SlsguError) -> None:
+        """Report an error with its hint."""
+        self._say(f"error: {error.message}", "bold red")
+        if error.hint:
+            self._say(f"  try: {error.hint}")
+
+    @contextmanager
+    def bar(self, label: str, total: int | None) -> Iterator[progress.Ticker]:
+        """Show a progress bar on a terminal; yield what advances it."""
+        # A terminal that cannot move its cursor would be left with an empty line for every bar.
+        moves = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
+        shown = self.verbosity >= 0 and moves
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            transient=True,
+            disable=not shown,
+        ) as bar:
+            yield _Ticker(bar, bar.add_task(label, total=total))
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        # Hours of work do not end because a log is full or nobody listens.
+        with suppress(OSError):
+            self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
+
+    def _draw(self, title: str | None, table: Table) -> None:
+        """Print a table on the terminal, through the one way by which results are written."""
+        drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
+        with drawing.capture() as lines:
+            if title:
+                drawing.print(title, style="bold")
+            drawing.print(table)
+        self._write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
+
+    def _write(self, text: str) -> None:
+        """Write results. Raises BrokenPipeError where nobody reads them, or InputError."""
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except OSError as error:
+            # What is left in the buffer would fail once more as Python ends, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise InputError(f"cannot write the results: {error.strerror or error}") from error
+
+
+@dataclass(slots=True)
+class _Ticker(progress.Ticker):
+    """Advances one bar on the terminal."""
+
+    _bar: Progress
+    _task: Any
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more items as done."""
+        self._bar.advance(self._task, count)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

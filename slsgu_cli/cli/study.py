@@ -1,0 +1,387 @@
+"""`trajectory` and `sweep`, which search `search` runs, and their results as tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli import options as opt
+from slsgu_cli.cli import tables
+from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.console import Column, Console
+from slsgu_cli.cli.tables import before_after
+from slsgu_cli.errors import NotForgottenError
+from slsgu_cli.records.method import Accuracy, Precision, Steer
+
+if TYPE_CHECKING:
+    from slsgu_cli.method.evaluate import SeveralMeasured
+    from slsgu_cli.method.search_plan import SearchOptions
+    from slsgu_cli.store.store import Store
+    from slsgu_cli.study.joint import JointResult
+    from slsgu_cli.study.sweep import SweepResult
+    from slsgu_cli.study.trajectory import Trajectory
+
+
+def show_trajectory(
+    console: Console, store: "Store", found: "Trajectory", plots: list[str]
+) -> None:
+    """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
+    from slsgu_cli.store.artifacts import trajectory_path
+
+    trials = found.trials
+    if not console.brief:
+        _steps(console, found)
+    columns = [
+        Column("layer", shown=known_as),
+        Column("ridge"),
+        Column("steps"),
+        Column("% of norm", shown=_percent, label="move\nup to"),
+    ]
+    for figure in found.figures():
+        columns += [
+            Column(f"{figure} rise", shown=_rise, label=figure.replace("TA@1 ", "TA@1\n")),
+            Column(f"{figure} rise at % of norm", on_terminal=False),
+        ]
+    rows = []
+    for line in found.lines():
+        steps, rises = found.of(line), found.rises(line).values()
+        cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
+        rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
+    title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
+    console.table("rises", columns, rows, title=title)
+    console.paths("files", [store.where(trajectory_path(trials.name)), *plots])
+    again = len(trials.trials) - found.measured
+    if again:
+        console.note(f"{again} recorded steps were used again")
+
+
+def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
+    """Print each concept's layer and step, and what is kept as concepts are added."""
+    from slsgu_cli.store.artifacts import edit_path, joint_path
+
+    found, chosen = result.found, result.chosen
+    concepts = (
+        Column("set"),
+        Column("layer", shown=known_as),
+        Column("ridge", on_terminal=False),
+        Column("step", shown=_step),
+        Column("% of norm", shown=_percent, label="move"),
+        *(
+            Column(f"FA@{k} {when}", shown=_percent, label=f"FA@{k}\n{when}")
+            for k in (1, 5)
+            for when in ("before", "after")
+        ),
+    )
+    rows = []
+    for move in chosen.moves:
+        before, after = found.baseline_forget[move.name], chosen.forget[move.name]
+        fall = (before.top1, after.top1, before.top5, after.top5)
+        rows.append((move.name, move.layer, move.ridge, move.step, 100 * move.share, *fall))
+    title = "all edits in place, each concept on its own images"
+    console.table("edits", concepts, rows, title=title, data=found)
+    sets = sorted(found.baseline_utility)
+    columns = (
+        Column("concepts"),
+        Column("added"),
+        Column("layer", shown=known_as),
+        Column("FA@1 at most", shown=_percent, label="FA@1\nat most"),
+        *(
+            Column(f"TA@{k} {name}", shown=_figure, label=f"TA@{k}\n{name}")
+            for name in sets
+            for k in (1, 5)
+        ),
+    )
+    kept = [found.baseline_utility, *(stage.utility or {} for stage in found.stages)]
+    stages: list[tuple[object, ...]] = []
+    for count, utility in enumerate(kept):
+        figures = [figure for name in sets for figure in (utility[name].top1, utility[name].top5)]
+        stage = found.stages[count - 1] if count else None
+        added = stage.moves[-1] if stage else None
+        worst = max(each.top1 for each in stage.forget.values()) if stage else None
+        stages.append((count, added and added.name, added and added.layer, worst, *figures))
+    title = "what is kept as concepts are added, on images of none of them"
+    console.table("stages", columns, stages, title=title)
+    files = [*(edit_path(name) for name in found.names), joint_path(found.names)]
+    console.paths("files", [*map(store.where, files), *result.plots])
+    if result.reused:
+        console.note(f"{result.reused} recorded joint trials were used again")
+
+
+def show_sweep(console: Console, store: "Store", result: "SweepResult") -> None:
+    """Print each class's figures before and after, and their means (the paper's Table 2)."""
+    from slsgu_cli.store.artifacts import sweep_path
+
+    found = result.sweep
+    sets = sorted(found.rows[0].baseline_utility)
+    figures = [f"FA@{k}" for k in (1, 5)] + [f"TA@{k} {name}" for name in sets for k in (1, 5)]
+    before = [_sweep_figures(r.baseline_forget, r.baseline_utility, sets) for r in found.rows]
+    after = [_sweep_figures(r.forget, r.utility, sets) for r in found.rows]
+    rows: list[list[object]] = [
+        [row.name, row.layer, row.ridge, row.step, 100 * row.share, *_paired(console, one, other)]
+        for row, one, other in zip(found.rows, before, after, strict=True)
+    ]
+    means = [
+        [sum(column) / len(column) for column in zip(*part, strict=True)]
+        for part in (before, after)
+    ]
+    rows.append(["mean", None, None, None, None, *_paired(console, *means)])
+    columns = [
+        Column("class"),
+        Column("layer", shown=known_as),
+        Column("ridge", on_terminal=False),
+        Column("step", shown=_step, on_terminal=False),
+        Column("% of norm", shown=_percent, on_terminal=False),
+    ]
+    for figure in figures:
+        if console.on_terminal:
+            columns.append(Column(figure, label=figure.replace(" ", "\n")))
+        else:
+            columns += [Column(f"{figure} before"), Column(f"{figure} after")]
+    title = f"sweep {found.name}: accuracies before and after each class is forgotten"
+    console.table("sweep", columns, rows, title=title, data=found)
+    console.paths("files", [store.where(sweep_path(found.name))])
+    if result.reused:
+        console.note(f"{result.reused} classes were done before")
+
+
+def _sweep_figures(
+    forget: Accuracy, utility: dict[str, Accuracy], sets: Sequence[str]
+) -> list[float]:
+    accuracies = [forget, *(utility[name] for name in sets)]
+    return [figure for found in accuracies for figure in (found.top1, found.top5)]
+
+
+def _paired(console: Console, before: Sequence[float], after: Sequence[float]) -> list[object]:
+    """Return figures before and after: in one cell for a person, in two for a program."""
+    pairs = zip(before, after, strict=True)
+    if console.on_terminal:
+        return [f"{one:.1f} {other:.1f}" for one, other in pairs]
+    return [figure for pair in pairs for figure in pair]
+
+
+def show_measured_several(console: Console, found: "SeveralMeasured") -> None:
+    """Print forget accuracy of each concept and utility, before and after."""
+    before_after(console, {model.label: (model.forget, model.utility) for model in found.models})
+    console.paths("plots", [found.plot])
+
+
+def _steps(console: Console, found: "Trajectory") -> None:
+    columns = [
+        Column("layer", shown=known_as),
+        Column("ridge"),
+        Column("step", shown=_step),
+        Column("% of norm", shown=_percent, label="move"),
+        *(Column(figure, shown=_percent) for figure in found.figures()),
+    ]
+    rows = [
+        [trial.layer, trial.ridge, trial.step, 100 * trial.share, *found.figures(trial).values()]
+        for line in found.lines()
+        for trial in found.of(line)
+    ]
+    title = f"accuracies of {found.trials.name} by layer and step"
+    console.table("trajectory", columns, rows, title=title, data=found.trials)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+def _rise(points: float) -> str:
+    return f"+{points:.2f}" if points else "falls"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _step(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def search_sets(session: Session, names: Sequence[str], options: "SearchOptions") -> None:
+    """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
+    from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
+
+    store, console = session.store, session.console
+    if len(names) == 1:
+        result = search_and_plot(store, names[0], options=options)
+        tables.search(console, store, result)
+        require_forgotten(result)
+        return
+    from slsgu_cli.method.search import search_each
+
+    failed: list[NotForgottenError] = []
+    for result in search_each(store, names, options=options):
+        name = result.trials.name
+        draw_steps(store, result)
+        with console.part(name):
+            console.value("set", f"set\t{name}", data=name, shown=f"\n{name}")
+            tables.search(console, store, result)
+        try:
+            require_forgotten(result)
+        except NotForgottenError as error:
+            failed.append(error)
+    if failed:
+        message = "; ".join(error.message for error in failed)
+        raise NotForgottenError(message, hint=failed[0].hint)
+
+
+def search_jointly(session: Session, names: Sequence[str], options: "SearchOptions") -> None:
+    """Search for edits that forget the concepts of several sets together."""
+    from slsgu_cli.study.joint import joint_search, require_joint
+
+    result = joint_search(session.store, names, options=options)
+    show_joint(session.console, session.store, result)
+    require_joint(result)
+
+
+@command(app, "trajectory")
+def trajectory(
+    session: Session,
+    name: opt.Name,
+    layer: opt.Layers = None,
+    points: Annotated[int, typer.Option("--points", min=2, help="Steps a layer.")] = 20,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            "--until",
+            metavar="PERCENT",
+            help="Move a layer this far, in % of its norm. Default: until it forgets.",
+        ),
+    ] = None,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridges = None,
+    steer: opt.SteerOption = Steer.FA1,
+    margin: opt.Margin = None,
+    precision: opt.PrecisionOption = Precision.FP32,
+    device: opt.Device = "auto",
+    cache_budget: opt.CacheBudget = None,
+) -> None:
+    """Follow accuracies over a fine grid of steps, layer by layer.
+
+    Example: slsgu trajectory facebook --points 40
+    """
+    from slsgu_cli.errors import UsageError
+    from slsgu_cli.method.search_plan import SearchOptions
+    from slsgu_cli.study.trajectory import TrajectoryOptions, trajectory_and_plots
+
+    if until is not None and not 0 < until < float("inf"):
+        raise UsageError(f"--until {until} is no share of a norm", hint="such as --until 50")
+    found, plots = trajectory_and_plots(
+        session.store,
+        name,
+        options=TrajectoryOptions(
+            search=SearchOptions(
+                layers=layer or (),
+                direction=direction,
+                ridges=ridge or (),
+                steer=steer,
+                **opt.given(margin=margin),
+                precision=precision,
+                device=device,
+                cache_budget=opt.size(cache_budget),
+            ),
+            points=points,
+            until=None if until is None else until / 100,
+        ),
+    )
+    show_trajectory(session.console, session.store, found, plots)
+
+
+@command(app, "sweep")
+def sweep(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
+    classes: Annotated[
+        Path, typer.Option("--classes", help="File of classes to forget, one a line.")
+    ],
+    source: opt.Sources,
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    not_match: opt.NotMatch = None,
+    max_forget: opt.MaxForget = None,
+    retain_source: opt.RetainSources = None,
+    retain_samples: opt.RetainSamples = 8000,
+    retain_exclude: opt.RetainExclude = None,
+    evaluation: opt.Evals = None,
+    eval_classes: Annotated[
+        list[str] | None,
+        typer.Option("--eval-classes", help="NAME=FILE or NAME=imagenet: class names. Repeatable."),
+    ] = None,
+    templates: opt.Templates = None,
+    image_column: opt.ImageColumn = None,
+    caption_column: opt.CaptionColumn = None,
+    label_column: opt.LabelColumn = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 16,
+    memory_budget: opt.MemoryBudget = None,
+    direction: opt.DirectionOption = None,
+    ridge: opt.Ridge = None,
+    steer: opt.SteerOption = Steer.FA1,
+    margin: opt.Margin = None,
+    steps: opt.Steps = 10,
+    precision: opt.PrecisionOption = Precision.FP32,
+    device: opt.Device = "auto",
+    cache_budget: opt.CacheBudget = None,
+) -> None:
+    """Forget each class of a list, one at a time.
+
+    Runs build-sets, grad, rank and search for each class, under the class's name. All are
+    kept out of the retain set and share its gradient. `{}` in a --source stands for the class.
+
+    Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
+    """
+    from slsgu_cli.errors import UsageError
+    from slsgu_cli.method.ranking import RankOptions
+    from slsgu_cli.method.search_plan import SearchOptions
+    from slsgu_cli.records.method import PassOptions
+    from slsgu_cli.sets.evaluation_sets import read_classes
+    from slsgu_cli.sets.request import BuildRequest
+    from slsgu_cli.study.sweep import SweepRequest, require_swept
+    from slsgu_cli.study.sweep import sweep as run
+
+    spec, listed = opt.model_spec(model, pretrained), read_classes(str(classes))
+    if spec is None:
+        raise UsageError("sweep needs the model to sweep over", hint="--model MODEL")
+    request = SweepRequest(
+        name=name,
+        classes=listed.names if listed else (),
+        build=BuildRequest(
+            name="",
+            concept="",
+            model=spec,
+            sources=source,
+            not_match=not_match or (),
+            max_forget=max_forget,
+            retain_sources=retain_source or (),
+            retain_samples=retain_samples,
+            retain_exclude=retain_exclude or (),
+            evals=opt.pairs("--eval", evaluation),
+            classes=opt.pairs("--eval-classes", eval_classes),
+            templates=opt.pairs("--templates", templates),
+            image_column=image_column,
+            caption_column=caption_column,
+            label_column=label_column,
+            seed=seed,
+        ),
+        gradients=PassOptions(
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            memory_budget=opt.size(memory_budget),
+        ),
+        ranking=RankOptions(**opt.along(direction, ridge), device=device),
+        search=SearchOptions(
+            steer=steer,
+            **opt.given(margin=margin),
+            steps=steps,
+            precision=precision,
+            device=device,
+            cache_budget=opt.size(cache_budget),
+        ),
+    )
+    result = run(session.store, request)
+    show_sweep(session.console, session.store, result)
+    require_swept(result)

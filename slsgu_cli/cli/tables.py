@@ -1,0 +1,283 @@
+"""Results of the five steps as tables."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli.console import Column, Console
+from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Trial
+from slsgu_cli.records.sets import SetManifest
+
+if TYPE_CHECKING:
+    from slsgu_cli.checkpoints.apply import AppliedResult
+    from slsgu_cli.method.evaluate import Measured
+    from slsgu_cli.method.gradients import GradResult
+    from slsgu_cli.method.search import SearchResult
+    from slsgu_cli.store.catalog import Entry
+    from slsgu_cli.store.store import Store
+
+
+# Points of accuracy on an evaluation set that an edit should not cost unnoticed.
+COSTLY = 5.0
+
+# A model's label, its forget accuracy (or that of each set's concept), its utility by
+# evaluation set.
+Figures = Mapping[str, tuple[Accuracy | dict[str, Accuracy], dict[str, Accuracy]]]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}%"
+
+
+def _roughly(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _artifact(name: str) -> str:
+    """Return an artifact's name with digests and the names of layers cut short."""
+    if re.fullmatch(r"[0-9a-f]{24}", name):
+        return name[:12]
+    return name.replace("transformer.resblocks.", "").removesuffix(".weight")
+
+
+def _step(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def manifest(console: Console, built: SetManifest) -> None:
+    """Print a set's parts: rows kept, rows seen, rows left out by reason."""
+    parts = {"forget": built.forget, "retain": built.retain}
+    parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
+    rows = [
+        (
+            part,
+            ref.rows,
+            ref.seen,
+            ", ".join(f"{count} {reason}" for reason, count in ref.refused.items() if count),
+            ref.path,
+        )
+        for part, ref in parts.items()
+    ]
+    columns = ("part", "rows", "seen", "left out", Column("path", on_terminal=False))
+    console.table("set", columns, rows, title=f"set {built.name}", data=built)
+
+
+def gradients(console: Console, result: "GradResult") -> None:
+    """Print both gradients of a set and whether they were computed now."""
+    pointer = result.pointer
+
+    def row(role: str, header: GradientHeader) -> tuple[Any, ...]:
+        made = "computed" if role in result.computed else "cached"
+        digest = pointer.forget if role == "forget" else pointer.retain
+        return (role, header.loss, header.mean_loss, header.rows, header.batches, digest, made)
+
+    rows = [row(role, header) for role, header in result.headers.items()]
+    digest = Column("gradient", shown=_artifact)
+    columns: list[str | Column] = ["role", "loss", "mean loss", "rows", "batches", digest, "made"]
+    if result.squared is not None:
+        made = ["computed" if role in result.squared else "cached" for role in result.headers]
+        rows = [(*row, word) for row, word in zip(rows, made, strict=True)]
+        columns.append("squares")
+    console.table("gradients", columns, rows, title=f"gradients of {pointer.name}")
+
+
+def ranking(
+    console: Console, ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
+) -> None:
+    """Print every candidate layer, each tower's front first; or the fronts alone."""
+    columns = (
+        Column("layer", shown=known_as),
+        Column("tower"),
+        Column("front"),
+        Column("importance"),
+        Column("alignment"),
+        Column("forget_norm", on_terminal=False),
+        Column("retain_norm", on_terminal=False),
+        Column("weight_norm", on_terminal=False),
+    )
+    front_only = front_only or console.brief
+    rows = [
+        tuple(getattr(score, column.name) for column in columns)
+        for score in ranked.scores
+        if score.front or not front_only
+    ]
+    console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)
+    if console.brief and len(rows) < len(ranked.scores):
+        console.note(f"{len(ranked.scores) - len(rows)} layers are on no front; -v shows them too")
+    for reason, count in sorted(Counter(ranked.unreached.values()).items()):
+        console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
+    console.paths("plots", plots)
+
+
+def chosen_figures(result: "SearchResult") -> Figures:
+    """Return the figures of the original model and of the chosen step."""
+    trials, chosen = result.trials, result.chosen
+    return {
+        "original": (trials.baseline_forget, trials.baseline_utility),
+        "edited": (chosen.forget, chosen.utility or {}),
+    }
+
+
+def search(
+    console: Console, store: "Store", result: "SearchResult", *, brief: bool = False
+) -> None:
+    """Print the trials by layer and step, and the chosen one with its figures.
+
+    In `brief`, only each layer's best trial is shown, and no figures.
+    """
+    from slsgu_cli.method.scoring import best_of_each
+    from slsgu_cli.store.artifacts import edit_path, trials_path
+
+    trials, chosen = result.trials, result.chosen
+    sets = sorted(trials.baseline_utility)
+    utility = [Column(f"TA@1 {n}", shown=_roughly, label=f"TA@1\n{n}") for n in sets]
+    columns = (
+        Column("layer", shown=known_as),
+        Column("ridge", on_terminal=len({trial.ridge for trial in trials.trials}) > 1),
+        Column("step", shown=_step),
+        Column("% of norm", shown=_roughly, label="move"),
+        Column("FA@1", shown=_roughly),
+        Column("FA@5", shown=_roughly),
+        *utility,
+        Column("chosen"),
+    )
+    shown = trials.trials if not (brief or console.brief) else best_of_each(trials, chosen)
+    rows = [
+        (
+            trial.layer,
+            trial.ridge,
+            trial.step,
+            100 * trial.share,
+            trial.forget.top1,
+            trial.forget.top5,
+            *(trial.utility[name].top1 if trial.utility else None for name in sets),
+            trial == chosen,
+        )
+        for trial in sorted(
+            shown, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+        )
+    ]
+    title = f"trials for {trials.name}"
+    if len(shown) < len(trials.trials):
+        title = f"the best of {len(trials.trials)} {title}, by layer"
+    console.table("trials", columns, rows, title=title, data=trials)
+    console.value(
+        "chosen",
+        f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
+        data=chosen,
+        shown=f"\nchosen: {chosen.layer} at step {_step(chosen.step)}, "
+        f"a move by {100 * chosen.share:.1f}% of the layer's norm along its {_along(chosen)}",
+    )
+    if not brief:
+        before_after(console, chosen_figures(result))
+    console.paths(
+        "files",
+        [store.where(edit_path(trials.name)), store.where(trials_path(trials.name))],
+    )
+    if result.reused:
+        console.note(f"{result.reused} recorded trials were used again")
+    if trials.baseline_forget.top1 < 20:
+        console.warn(
+            f"the original model recognises {trials.name} in only "
+            f"{trials.baseline_forget.top1:.0f}% of its images: there is little to forget"
+        )
+    for name, before in sorted(trials.baseline_utility.items()):
+        lost = before.top1 - chosen.utility[name].top1 if chosen.utility else 0.0
+        if lost > COSTLY:
+            console.warn(
+                f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
+                "look at other layers, or steer on fa1"
+            )
+
+
+def _along(trial: Trial) -> str:
+    if trial.ridge is None:
+        return "gradient"
+    return f"whitened gradient (ridge {trial.ridge:g})"
+
+
+def applied(console: Console, result: "AppliedResult") -> None:
+    """Print the files that were written, or would be, and what changed in each."""
+    rows = [
+        (file.path, change.layer, change.dtype, change.share, file.nbytes)
+        for file in result.files
+        for change in file.changes
+    ]
+    title = f"{'would write' if result.dry_run else 'written'}: {result.out}"
+    columns = (
+        Column("file", shown=lambda path: Path(path).name),
+        Column("layer", shown=known_as),
+        "dtype",
+        Column("relative change", shown=lambda share: f"{100 * share:.3g}%", label="moved by"),
+        Column("bytes", shown=decimal, label="size"),
+    )
+    console.table("applied", columns, rows, title=title, data=result)
+    if result.model and not result.dry_run:
+        console.note(f"open_clip loads it as {result.model}")
+
+
+def measured(console: Console, result: "Measured") -> None:
+    """Print the accuracies of each model that was measured."""
+    before_after(console, {m.label: (m.forget, m.utility) for m in result.models})
+    console.paths("plots", [result.plot])
+
+
+def before_after(console: Console, models: Figures) -> None:
+    """Print forget accuracy and utility, a column for each model."""
+    labels = list(models)
+    sets = sorted(next(iter(models.values()))[1])
+    rows: list[tuple[Any, ...]] = []
+    forgets = {
+        label: {f" {name}": found for name, found in forget.items()}
+        if isinstance(forget, dict)
+        else {"": forget}
+        for label, (forget, _) in models.items()
+    }
+    for name in forgets[labels[0]]:
+        for k, attribute in ((1, "top1"), (5, "top5")):
+            figures = (getattr(forgets[label][name], attribute) for label in labels)
+            rows.append((f"FA@{k}{name}", *figures))
+    for name in sets:
+        for k, attribute in ((1, "top1"), (5, "top5")):
+            figures = (models[label][1].get(name) for label in labels)
+            rows.append(
+                (f"TA@{k} {name}", *(getattr(f, attribute) if f else None for f in figures))
+            )
+    columns = [Column("figure"), *(Column(label, shown=_percent) for label in labels)]
+    if len(labels) == 2:
+        rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
+        columns.append(Column("change", shown=_change))
+    title = "accuracy: FA on the concept to forget, TA on everything else"
+    console.table("accuracy", columns, rows, title=title)
+
+
+def listing(console: Console, found: "Sequence[Entry]") -> None:
+    """Print what the store holds."""
+    rows = [
+        (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
+        for entry in found
+    ]
+    columns = (
+        Column("kind"),
+        Column("name", shown=_artifact),
+        Column("bytes", shown=decimal, label="size"),
+        Column("state"),
+        Column("reason", on_terminal=False),
+        Column("made from"),
+    )
+    console.table("store", columns, rows, data=found)
+
+
+def _origin(console: Console, entry: "Entry") -> str:
+    # On a terminal there is no room for the reasons in a column of their own.
+    reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
+    return reason + entry.summary()

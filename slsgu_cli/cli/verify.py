@@ -1,0 +1,307 @@
+"""`verify` and `report`, and their results as tables."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slsgu_cli.cli import options as opt
+from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.console import Column, Console
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.studies import Attack, Check, VerifiedModel
+
+if TYPE_CHECKING:
+    from slsgu_cli.verify.verdicts import VerdictRow
+    from slsgu_cli.verify.verify import Verified
+
+
+Cells = list[tuple[Any, ...]]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def show_verified(console: Console, result: "Verified") -> None:
+    """Print the verdicts, what the concept became, membership, and curves where all is shown."""
+    from slsgu_cli.verify.verdicts import Verdict, rows
+
+    original, *others = result.subjects
+    found = [(subject, row) for subject in others for row in rows(original, subject)]
+    _verdicts(console, found, several=len(others) > 1)
+    _became(console, result.subjects)
+    _membership(console, original, others)
+    if not console.brief:
+        _curves(console, result.subjects)
+    for subject in others:
+        own = [row for known, row in found if known is subject]
+        counts = Counter(row.verdict for row in own if not row.detail)
+        words = ", ".join(f"{said} {counts[said]}" for said in Verdict if counts[said])
+        console.value(f"verdict of {subject.label}", f"{subject.label}: {words}")
+        for row in own:
+            if row.note:
+                console.value(f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+    console.paths("files", result.files)
+    if result.reused:
+        console.note(f"{result.reused} recorded findings were used again")
+
+
+def _verdicts(
+    console: Console, found: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
+) -> None:
+    shown = [(subject, row) for subject, row in found if not (console.brief and row.detail)]
+    sets = sorted({name for _, row in shown for name in row.utility_after or {}})
+    columns = [
+        Column("check"),
+        Column("probe"),
+        Column("model", on_terminal=several),
+        Column("original FA@1", shown=_percent, label="FA@1\noriginal"),
+        Column("FA@1", shown=_percent, label="FA@1\nnow"),
+        Column("original FA@5", on_terminal=False),
+        Column("FA@5", shown=_percent, label="FA@5\nnow"),
+        *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
+        Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
+        Column("verdict"),
+        Column("note", on_terminal=False),
+    ]
+    cells: Cells = [
+        (
+            row.check,
+            row.probe,
+            subject.label,
+            row.before.top1,
+            row.after.top1,
+            row.before.top5,
+            row.after.top5,
+            *(_top1(side, name) for name in sets for side in row.utilities),
+            _utility_change(row),
+            row.verdict,
+            row.note,
+        )
+        for subject, row in shown
+    ]
+    title = "does it stay forgotten? FA on the concept, TA on everything else"
+    console.table("verification", columns, cells, title=title)
+
+
+_SIDES = ("original ", "")
+
+
+def _top1(side: dict[str, Accuracy] | None, name: str) -> float | None:
+    return side[name].top1 if side and name in side else None
+
+
+def _utility_change(row: "VerdictRow") -> float | None:
+    """Return the change of TA@1 against the original under the same probe, mean over sets."""
+    if not row.utility_before or not row.utility_after:
+        return None
+    changes = [now.top1 - row.utility_before[name].top1 for name, now in row.utility_after.items()]
+    return sum(changes) / len(changes)
+
+
+def _became(console: Console, subjects: Sequence[VerifiedModel]) -> None:
+    """Print the nearest names and the first guesses of each model, side by side."""
+    known = [
+        (subject, finding.became)
+        for subject in subjects
+        if (finding := subject.finding(Check.NEIGHBOURS)) and finding.became
+    ]
+    if not known:
+        return
+    columns = [Column("what"), *(Column(subject.label) for subject, _ in known)]
+    cells: Cells = []
+    kinds = {
+        "nearest name": [[f"{n.name} {n.cosine:.2f}" for n in b.nearest] for _, b in known],
+        "taken for": [
+            [f"{t.name} {100 * t.rows / b.rows:.0f}%" for t in b.taken_for] for _, b in known
+        ],
+    }
+    for what, lists in kinds.items():
+        for place in range(max(map(len, lists))):
+            each = (names[place] if place < len(names) else None for names in lists)
+            cells.append((f"{what} {place + 1}", *each))
+    console.table("became", columns, cells, title="what the concept became")
+
+
+def _membership(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
+    before = original.finding(Check.MEMBERSHIP)
+    if before is None:
+        return
+    cells: Cells = []
+    for subject in others:
+        finding = subject.finding(Check.MEMBERSHIP)
+        for was, now in zip(before.attacks, finding.attacks if finding else (), strict=True):
+            cells.append(_attack(subject, was, now))
+    columns = [
+        Column("figure"),
+        Column("against"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("original mean", label="mean\noriginal", shown=_percent),
+        Column("original sd", shown=_points, label="\nsd"),
+        Column("mean", label="\nmean", shown=_percent),
+        Column("sd", shown=_points, label="\nsd"),
+        Column("members", on_terminal=False),
+        Column("others", on_terminal=False),
+        Column("verdict"),
+    ]
+    title = "membership inference: accuracy of telling the forget set from other pairs"
+    console.table("membership", columns, cells, title=title)
+
+
+def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]:
+    from slsgu_cli.verify.verdicts import exposure
+
+    return (
+        now.figure,
+        now.against,
+        subject.label,
+        was.mean,
+        was.deviation,
+        now.mean,
+        now.deviation,
+        now.members,
+        now.others,
+        exposure(was, now),
+    )
+
+
+def _curves(console: Console, subjects: Sequence[VerifiedModel]) -> None:
+    cells: Cells = [
+        (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
+        for subject in subjects
+        for finding in subject.findings
+        for curve in finding.curves
+        for p in curve.points
+    ]
+    if cells:
+        columns = ("check", "model", "trained name", "step", "FA@1", "FA@5")
+        console.table("curves", columns, cells, title="forget accuracy during training")
+
+
+CHOICES = tuple(check for check in Check if check is not Check.BASELINE)
+
+
+def _checks(text: str | None) -> list[Check]:
+    """Return the checks that a comma-separated list names; all without one. Raises UsageError."""
+    from slsgu_cli.errors import UsageError
+
+    if text is None:
+        return list(CHOICES)
+    known = {str(check): check for check in CHOICES}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        what = f"{unknown[0]!r} is no check" if unknown else "it names no check"
+        raise UsageError(f"--checks {text}: {what}; there are: {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+@command(app, "verify")
+def verify(
+    session: Session,
+    name: opt.Name,
+    model: opt.Model = None,
+    pretrained: opt.Pretrained = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option("--edit", help="Verify this edit, by name or file. Repeatable."),
+    ] = None,
+    checks: Annotated[
+        str | None,
+        typer.Option("--checks", help=f"Some of {','.join(CHOICES)}. Default: all."),
+    ] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option("--templates", help="File of unseen templates, or a built-in list's name."),
+    ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option("--alias", help="Another name of the concept. Repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 16,
+    shots: Annotated[
+        int, typer.Option("--shots", min=1, help="Images of the concept to relearn from.")
+    ] = 8,
+    lr: Annotated[
+        float, typer.Option("--lr", min=0.0, help="Learning rate of the training.")
+    ] = 3e-5,
+    batch_size: opt.BatchSize = 16,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Images of each evaluation set to measure TA on.")
+    ] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all draws.")] = 0,
+    device: opt.Device = "auto",
+) -> None:
+    """Try to bring a forgotten concept back, and say what comes back.
+
+    The original model is compared with --model, with each --edit, or else with the set's edit.
+
+    Example: slsgu verify facebook --checks paraphrase,relearn --alias 'the social network'
+    """
+    from slsgu_cli.records.studies import Settings
+    from slsgu_cli.verify.probes import unseen_templates
+    from slsgu_cli.verify.verify import verify as run
+
+    chosen = _checks(checks)
+    result = run(
+        session.store,
+        name,
+        checks=chosen,
+        settings=Settings(
+            templates=unseen_templates(session.store, name, templates),
+            aliases=tuple(alias or ()),
+            steps=steps,
+            shots=shots,
+            learning_rate=lr,
+            batch_size=batch_size,
+            rows=rows,
+            seed=seed,
+        ),
+        model=opt.model_spec(model, pretrained),
+        edits=edit or (),
+        device=device,
+    )
+    show_verified(session.console, result)
+
+
+@command(app, "report")
+def report(
+    session: Session,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of sets.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the page goes.")],
+    examples: Annotated[
+        bool, typer.Option("--examples/--no-examples", help="Run the model over a few images.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is at --out.")
+    ] = False,
+    device: opt.Device = "auto",
+) -> None:
+    """Write one HTML page: what was forgotten, how, at what cost.
+
+    The page is self-contained: it fetches nothing and can be sent as it is.
+
+    Example: slsgu report facebook --out report.html
+    """
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.report.page import ReportRequest, write_report
+
+    request = ReportRequest(
+        names=names, out=out, examples=examples, overwrite=overwrite, device=device
+    )
+    written = write_report(session.store, request)
+    rows = [
+        (name, section.title, section.state, section.run)
+        for name, sections in written.sections.items()
+        for section in sections
+    ]
+    columns = (Column("name"), Column("section"), Column("state"), Column("run", label="to add it"))
+    session.console.table("sections", columns, rows, title=f"report: {written.out}")
+    session.console.paths("files", [written.out])

@@ -1,0 +1,453 @@
+"""From a model's name to its files, inputs and module."""
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layouts import Spelling
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.transformers_clip import (
+    ClipWeights,
+    is_clip,
+    model_config,
+    preprocess_config,
+    vocabulary,
+)
+from slsgu_cli.checkpoints.weights import read_layer as read_open_clip_layer
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.sets import InputSpec, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+HUB = "hf-hub:"
+
+# Hub clients and downloads fail in many kinds; a programming error is none of these.
+FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
+
+# What tells of a model, and its weights: the first of these that it has.
+TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
+
+
+def fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
+    """Return an open_clip repository's configuration and weights; None where it has no `config`.
+
+    Raises MissingError where the weights cannot be fetched.
+    """
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    try:
+        path = Path(download_pretrained_from_hf(repository, filename=config))
+    except FETCH_ERRORS:
+        return None
+    try:
+        return path, Path(download_pretrained_from_hf(repository))
+    except FETCH_ERRORS as error:
+        raise _unreachable(repository, error) from error
+
+
+def fetch_clip(repository: str, config: str) -> Path:
+    """Return the folder of a CLIPModel repository of transformers, as it lies in the cache.
+
+    Raises MissingError where it cannot be fetched, InputError where it is another model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=TEXTS))
+        if is_clip(folder):
+            for weights in WEIGHTS:
+                folder = Path(snapshot_download(repository, allow_patterns=[*TEXTS, weights]))
+                if any(folder.glob(weights)):
+                    return folder
+    except FETCH_ERRORS as error:
+        raise _unreachable(repository, error) from error
+    if not is_clip(folder):
+        raise InputError(
+            f"{HUB}{repository} is no CLIP that slsgu knows: it has no {config}, "
+            "and its config.json is not that of a CLIPModel",
+            hint="name a repository of open_clip, or of a CLIPModel of transformers",
+        )
+    raise InputError(
+        f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
+        hint="save it again as safetensors, and name its folder",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the beginning of an error's message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _unreachable(repository: str, error: BaseException) -> MissingError:
+    return MissingError(
+        f"cannot fetch {HUB}{repository} from the hub: {first_line(error)}",
+        hint="check the name and the connection, or use local-dir:PATH",
+    )
+
+
+LOCAL = "local-dir:"
+CONFIG = "open_clip_config.json"
+
+# The order in which open_clip itself looks for weights in a folder.
+PREFERRED = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+# What open_clip takes where a configuration is silent, as most are on these.
+SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
+QUICK_GELU = ("quick_gelu", False)
+PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
+Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model's configuration and where its weights lie.
+
+    `folder` is set for models that are folders. `identifier` is what open_clip calls it;
+    it has no word for a folder of transformers, which `spelling` tells.
+    """
+
+    spec: ModelSpec
+    identifier: str
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    weights: Path
+    folder: Path | None
+    spelling: Spelling = Spelling.OPEN_CLIP
+
+
+def resolve(spec: ModelSpec) -> ResolvedModel:
+    """Find the configuration and weights that `spec` names.
+
+    Raises MissingError, InputError or UsageError; downloads where the name asks for it.
+    """
+    if spec.name.startswith(LOCAL):
+        return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
+    if (Path(spec.name) / CONFIG).is_file() or is_clip(Path(spec.name)):
+        return _resolve_folder(spec, Path(spec.name))
+    if spec.name.startswith(HUB):
+        return _resolve_hub(spec)
+    return _resolve_name(spec)
+
+
+def input_spec(model: ResolvedModel) -> InputSpec:
+    """Return how `model` takes images and text."""
+    size = model.config["vision_cfg"].get("image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    tokens = tokenizer(model)(PROBE)
+    preprocess = model.preprocess
+    return InputSpec(
+        height=int(height),
+        width=int(width),
+        mean=tuple(float(value) for value in preprocess["mean"]),
+        std=tuple(float(value) for value in preprocess["std"]),
+        interpolation=str(preprocess["interpolation"]),
+        resize_mode=str(preprocess["resize_mode"]),
+        fill_color=int(preprocess.get("fill_color", 0)),
+        tokenizer=digest(tokens.tolist()),
+        context_length=int(tokens.shape[1]),
+    )
+
+
+def tokenizer(model: ResolvedModel) -> Tokenize:
+    """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
+    with _quiet(), _explained(model):
+        if model.spelling is Spelling.TRANSFORMERS:
+            tokenize = _clip_tokenizer(model.config["text_cfg"]["context_length"])
+            _check_vocabulary(model, tokenize.encoder)
+        else:
+            tokenize = _open_clip_tokenizer(model.identifier)
+
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
+
+    return encode
+
+
+def load(
+    model: ResolvedModel, device: str = "cpu", *, warn: Callable[[str], None] | None = None
+) -> "torch.nn.Module":
+    """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
+    import open_clip
+
+    if model.spelling is Spelling.TRANSFORMERS:
+        return _load_transformers(model, device)
+    # An absolute path: a file may have the name of a tag, which open_clip would take first.
+    pretrained = None if ":" in model.identifier else str(model.weights.absolute())
+    with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        module: torch.nn.Module = open_clip.create_model(
+            model.identifier,
+            pretrained=pretrained,
+            device=device,
+            precision="fp32",
+            require_pretrained=True,
+        )
+    if warn and model.spec.pretrained:
+        _check_activation(model, warn)
+    for message in caught:
+        if warn and "QuickGELU" in str(message.message):
+            warn(str(message.message))
+    return module.eval().requires_grad_(True)
+
+
+def fingerprint(model: ResolvedModel) -> str:
+    """Return a digest of weights and architecture, the same for every container of them."""
+    from slsgu_cli.checkpoints.weights import fingerprint as weights_fingerprint
+
+    if model.spelling is Spelling.TRANSFORMERS:
+        weights = ClipWeights(model.weights.parent).fingerprint()
+    else:
+        weights = weights_fingerprint(model.weights)
+    return digest({"weights": weights, "config": plain_config(model.config)})
+
+
+def read_layer(model: ResolvedModel, layer: str) -> Floats:
+    """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
+    if model.spelling is Spelling.TRANSFORMERS:
+        values: Floats = held(layer, ClipWeights(model.weights.parent).read(parameter_of(layer)))
+        return values
+    return read_open_clip_layer(model.weights, layer)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model_cfg without what it would be anyway, to compare two by."""
+    towers = {
+        name: {key: value for key, value in config[name].items() if SILENT[name].get(key) != value}
+        for name in SILENT
+    }
+    rest = {key: value for key, value in config.items() if key not in SILENT}
+    return {key: value for key, value in rest.items() if (key, value) != QUICK_GELU} | towers
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device for `auto` (cuda, else mps, else cpu) or check the named one."""
+    import torch
+
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(kind for kind, available in has.items() if available)
+    kind, _, number = name.partition(":")
+    numbered = not number or number.isdecimal()
+    known = numbered and int(number or 0) < max(1, torch.cuda.device_count())
+    if not has.get(kind, False) or not known:
+        usable = ", ".join(kind for kind, available in has.items() if available)
+        raise UsageError(f"device {name} is not available here", hint=f"--device auto ({usable})")
+    return name
+
+
+@functools.cache
+def _clip_tokenizer(context_length: int) -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
+    """Refuse a folder whose tokenizer has other tokens than CLIP's; two have other names."""
+    theirs = vocabulary(model.weights.parent)
+    words = {token: number for token, number in ours.items() if number < len(ours) - 2}
+    if theirs is not None and any(theirs.get(word) != number for word, number in words.items()):
+        raise InputError(f"{model.spec} has a tokenizer of its own, which slsgu cannot use")
+
+
+def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
+    """Build open_clip's CLIP from a CLIPModel folder."""
+    import open_clip
+    import torch
+
+    weights = ClipWeights(model.weights.parent)
+    with _quiet(), _explained(model):
+        module: torch.nn.Module = open_clip.CLIP(**model.config)
+        module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
+    return module.float().to(device).eval().requires_grad_(True)
+
+
+@functools.cache
+def _open_clip_tokenizer(identifier: str) -> Any:
+    """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
+    import open_clip
+
+    return open_clip.get_tokenizer(identifier)
+
+
+def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
+    if spec.pretrained:
+        raise UsageError(
+            f"--pretrained {spec.pretrained} does not go with {spec.name}: "
+            "a local-dir model carries its own weights",
+            hint="leave --pretrained out",
+        )
+    path = folder / CONFIG
+    if not path.is_file() and is_clip(folder):
+        return _resolve_transformers(spec, folder)
+    if not path.is_file():
+        raise MissingError(
+            f"{folder} is not an open_clip model folder: it has no {CONFIG}",
+            hint="name a folder written by open_clip, a CLIPModel of transformers, "
+            "or --model ARCH --pretrained FILE",
+        )
+    config, preprocess = _configuration(path)
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]
+    named = [folder / name for name in PREFERRED if folder / name in files]
+    if not files:
+        raise MissingError(f"{folder} holds no weights (.safetensors, .bin or .pth)")
+    weights = [*named, *sorted(files, key=lambda file: (file.suffix != ".safetensors", file))][0]
+    return ResolvedModel(spec, f"{LOCAL}{folder}", config, preprocess, weights, folder)
+
+
+def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
+    weights = ClipWeights(folder).state.path
+    config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
+    spelling = Spelling.TRANSFORMERS
+    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
+
+
+def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
+    repository = spec.name.removeprefix(HUB)
+    found = fetch_open_clip(repository, CONFIG)
+    if found is None:
+        return _resolve_transformers(spec, fetch_clip(repository, CONFIG))
+    path, weights = found
+    config, preprocess = _configuration(path)
+    return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
+
+
+def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model_cfg and the preprocess_cfg, with its defaults, of a configuration file."""
+    try:
+        content = json.loads(path.read_text())
+        config = {**content["model_cfg"]}
+        for tower in ("vision_cfg", "text_cfg"):
+            config[tower] = {**config[tower]}
+        return config, _defaults() | content.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is not a valid open_clip configuration: {reason}") from error
+
+
+def _resolve_name(spec: ModelSpec) -> ResolvedModel:
+    import difflib
+
+    import open_clip
+
+    name = spec.name
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise MissingError(f"there is no architecture file {name}")
+        open_clip.add_model_config(name)
+        name = Path(name).stem
+    with _quiet():
+        config = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None and Path(name).exists():
+        what = "a folder without" if Path(name).is_dir() else "a file and not a folder with"
+        raise InputError(
+            f"--model {name} is {what} {CONFIG}",
+            hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
+        )
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
+        raise InputError(
+            f"open_clip has no model {name}" + (f"; near: {', '.join(near)}" if near else ""),
+            hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
+            "or a CLIPModel folder of transformers",
+        )
+    if not spec.pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a checkpoint file"
+        raise UsageError(f"{name} needs weights", hint=f"--pretrained with one of: {tags}")
+    tag = open_clip.get_pretrained_cfg(name, spec.pretrained)
+    if Path(spec.pretrained).is_file():
+        return ResolvedModel(spec, name, config, _defaults(), Path(spec.pretrained), None)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise MissingError(
+            f"{spec.pretrained} is neither a file nor a pretrained tag of {name}",
+            hint=f"tags of {name}: {tags}",
+        )
+    try:
+        weights = Path(open_clip.download_pretrained(tag))
+    except FETCH_ERRORS as error:
+        raise MissingError(
+            f"cannot fetch {name} {spec.pretrained}: {first_line(error)}",
+            hint="check the connection, or give a file with --pretrained",
+        ) from error
+    preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
+    return ResolvedModel(spec, name, config, preprocess, weights, None)
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+
+
+def _check_activation(model: ResolvedModel, warn: Callable[[str], None]) -> None:
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(model.identifier, model.spec.pretrained) or {}
+    trained = bool(tag.get("quick_gelu", False))
+    if tag and trained != bool(model.config.get("quick_gelu", False)):
+        used = "GELU" if trained else "QuickGELU"
+        warn(
+            f"{model.spec} was trained with {'QuickGELU' if trained else 'GELU'} but is built "
+            f"with {used}; its accuracy suffers. Use the {'-quickgelu' if trained else 'plain'} "
+            "architecture name unless you reproduce a result that was made this way"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's own logging off the terminal."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(model: ResolvedModel) -> Iterator[None]:
+    """Turn a library's failure to build or load into one message."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingError(
+            f"{model.spec} needs a package that is not installed: {error}"
+        ) from error
+    except Exception as error:  # torch, safetensors and open_clip raise many kinds here
+        raise InputError(
+            f"cannot load {model.spec} from {model.weights}: {first_line(error)}",
+            hint="check that the weights belong to this architecture and are complete",
+        ) from error

@@ -1,0 +1,382 @@
+"""Towers that stop and resume at any stage, and the activations kept for it."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+EMBED = -1
+_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
+_MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
+
+
+class SplitTower(ABC):
+    """One tower; `inputs` are normalised pixels (N, 3, H, W) or token ids (N, L)."""
+
+    depth: int
+    halves = False
+    checkpointing = False
+    exact_split = True
+
+    @abstractmethod
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return what enters stage 0."""
+
+    @abstractmethod
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return what leaves stage `index`; the last block may leave pooled rows."""
+
+    @abstractmethod
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return features (N, E), not normalised, from what leaves the last stage."""
+
+    def stage_of(self, parameter: str) -> int:
+        """Return the first stage that `parameter` acts in."""
+        match = _BLOCK.search(parameter)
+        if match:
+            block = int(match.group(1))
+            return 2 * block + bool(_MLP_HALF.search(parameter)) if self.halves else block
+        is_head = re.search(
+            r"ln_post|proj$|proj\.weight$|ln_final|(^|\.)norm\.|fc_norm|head", parameter
+        )
+        return self.depth if is_head and "patch_embed" not in parameter else EMBED
+
+    def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
+        """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
+        if start == EMBED and stop > EMBED:
+            x, start = _widened(self.embed(x)), 0
+        for index in range(start, min(stop, self.depth)):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.stage, index, x, inputs, use_reentrant=False)
+            else:
+                x = self.stage(index, x, inputs)
+        return x
+
+    def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
+        """Return unit features from what enters stage `start`."""
+        x = self.advance(x, inputs, start, self.depth)
+        return F.normalize(self.head(x, inputs).float(), dim=-1)
+
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """Return how many positions of each row can influence its features."""
+        return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
+
+    def trim(self, inputs: Tensor) -> Tensor:
+        """Return token ids without the positions that influence no row's features."""
+        return inputs[:, : int(self.lengths(inputs).max())]
+
+
+class OpenClipVision(SplitTower):
+    """open_clip's VisionTransformer."""
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.blocks = visual.transformer.resblocks
+        self.halves = all(map(_is_plain, self.blocks))
+        self.depth = len(self.blocks) * (1 + self.halves)
+        self.one_token = self.halves and visual.attn_pool is None and visual.pool_type == "tok"
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the normalised patch and class tokens."""
+        return _tensor(self.visual._embeds(inputs))
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run half a block, the last one for the class token only if that is all that counts."""
+        if not self.halves:
+            return _tensor(self.blocks[index](x))
+        if index % 2:
+            return mlp_half(self.blocks[index // 2], x)
+        last = index == self.depth - 2 and self.one_token
+        return attention_half(
+            self.blocks[index // 2], x, keep=x.new_zeros(x.shape[0]) if last else None
+        )
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Pool, normalise and project."""
+        pooled = self.visual.ln_post(x) if self.one_token else self.visual._pool(x)[0]
+        return _tensor(pooled if self.visual.proj is None else pooled @ self.visual.proj)
+
+
+class OpenClipText(SplitTower):
+    """The text tower of open_clip's CLIP, or of CustomTextCLIP under `text`."""
+
+    def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
+        self.owner = owner
+        self.blocks = owner.transformer.resblocks
+        self.halves = all(map(_is_plain, self.blocks))
+        self.depth = len(self.blocks) * (1 + self.halves)
+        self.pool_type = pool_type
+        self.eos_id = eos_id
+        self.causal = owner.attn_mask is not None
+        self.shortens = self.causal and pool_type in ("argmax", "eos")
+
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """Count up to the end of text: under a causal mask no later position reaches it."""
+        return self._pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return token plus position embeddings."""
+        x = self.owner.token_embedding(inputs)
+        return _tensor(x + self.owner.positional_embedding[: inputs.shape[1]])
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run half a block, the last one for the pooled token only."""
+        if not self.halves:
+            length = x.shape[1]
+            mask = self.owner.attn_mask[:length, :length] if self.causal else None
+            return _tensor(self.blocks[index](x, attn_mask=mask))
+        if index % 2:
+            return mlp_half(self.blocks[index // 2], x)
+        keep = self._pooled_at(inputs) if index == self.depth - 2 else None
+        return attention_half(self.blocks[index // 2], x, causal=self.causal, keep=keep)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise, pool and project."""
+        if not self.halves:
+            x = x[torch.arange(x.shape[0], device=x.device), self._pooled_at(inputs)]
+        x = self.owner.ln_final(x)
+        projection = self.owner.text_projection
+        if projection is None:
+            return x
+        return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
+
+    def _pooled_at(self, inputs: Tensor) -> Tensor:
+        rows = inputs.shape[0]
+        if self.pool_type == "argmax":
+            return inputs.argmax(dim=-1)
+        if self.pool_type == "eos":
+            return torch.eq(inputs, self.eos_id or 0).int().argmax(dim=-1)
+        position = inputs.shape[1] - 1 if self.pool_type == "last" else 0
+        return torch.full((rows,), position, device=inputs.device)
+
+
+class TimmVision(SplitTower):
+    """timm's plain and EVA vision transformers inside open_clip's adapter."""
+
+    def __init__(self, visual: Any) -> None:
+        self.trunk = visual.trunk
+        self.adapter = visual.head
+        self.depth = len(self.trunk.blocks)
+        self.rope: Tensor | None = None
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return patch tokens with their positions."""
+        x = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
+        if isinstance(x, tuple):
+            x, self.rope = x[0], x[1]
+        for name in ("patch_drop", "norm_pre"):
+            layer = getattr(self.trunk, name, None)
+            x = x if layer is None else layer(x)
+        return _tensor(x)
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one block of the trunk."""
+        block = self.trunk.blocks[index]
+        return _tensor(block(x) if self.rope is None else block(x, rope=self.rope))
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise, pool and project."""
+        return _tensor(self.adapter(self.trunk.forward_head(self.trunk.norm(x))))
+
+
+class WholeTower(SplitTower):
+    """A tower whose inside is unknown: every edit runs the whole of it again."""
+
+    depth = 0
+    exact_split = False
+
+    def __init__(self, encode: Any) -> None:
+        self.encode = encode
+
+    def stage_of(self, parameter: str) -> int:
+        """Return EMBED: nothing is known to be unaffected."""
+        return EMBED
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the features; there is nothing to stop at."""
+        return _tensor(self.encode(inputs))
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Raise: there are no stages."""
+        raise IndexError(index)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Return the features."""
+        return x
+
+
+def vision_tower(model: Any) -> SplitTower:
+    """Return the vision tower of an open_clip model."""
+    visual = model.visual
+    kind = type(visual).__name__
+    if kind == "VisionTransformer" and _batch_first(visual.transformer):
+        return OpenClipVision(visual)
+    trunk = getattr(visual, "trunk", None)
+    if kind == "TimmModel" and type(trunk).__name__ in ("VisionTransformer", "Eva"):
+        return TimmVision(visual)
+    return WholeTower(model.encode_image)
+
+
+def text_tower(model: Any) -> SplitTower:
+    """Return the text tower of an open_clip model."""
+    if type(model).__name__ == "CLIP" and _batch_first(model.transformer):
+        return OpenClipText(model, model.text_pool_type, model.text_eos_id)
+    text: Any = getattr(model, "text", None)
+    is_plain = type(text).__name__ == "TextTransformer" and _batch_first(text.transformer)
+    if is_plain and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
+        return OpenClipText(text, text.pool_type, text.eos_id)
+    return WholeTower(model.encode_text)
+
+
+def attention_half(
+    block: Any, x: Tensor, *, causal: bool = False, keep: Tensor | None = None
+) -> Tensor:
+    """Run the attention of an open_clip residual block by one fused projection and kernel.
+
+    With `keep`, the position of one token a row, only that token leaves the block, as
+    (rows, width): keys and values of all tokens, everything else of one.
+    """
+    rows, length, width = x.shape
+    attention = block.attn
+    heads, size = attention.num_heads, width // attention.num_heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    normed = block.ln_1(x)
+    if keep is None:
+        q, k, v = F.linear(normed, weight, bias).view(rows, length, 3, heads, size).unbind(2)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal
+        )
+        mixed = mixed.transpose(1, 2).reshape(rows, length, width)
+    else:
+        here = (torch.arange(rows, device=x.device), keep.long())
+        query = F.linear(normed[here], weight[:width], None if bias is None else bias[:width])
+        packed = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        k, v = packed.view(rows, length, 2, heads, size).unbind(2)
+        visible = _visible(keep, length) if causal else None
+        mixed = F.scaled_dot_product_attention(
+            query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
+        ).reshape(rows, width)
+        x = x[here]
+    projected = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
+    return _tensor(x + block.ls_1(projected))
+
+
+def mlp_half(block: Any, x: Tensor) -> Tensor:
+    """Run the MLP of an open_clip residual block."""
+    return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return what blocks add to, in fp32 where a 16-bit pass would round every sum."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _visible(keep: Tensor, length: int) -> Tensor:
+    """Return which positions the kept token of each row may look at."""
+    return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]
+
+
+def _is_plain(block: Any) -> bool:
+    """Return whether the two halves together compute what `block` computes."""
+    attention = getattr(block, "attn", None)
+    return (
+        type(block).__name__ == "ResidualAttentionBlock"
+        and not hasattr(block, "ln_1_kv")
+        and isinstance(attention, nn.MultiheadAttention)
+        and attention._qkv_same_embed_dim
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+def _batch_first(transformer: Any) -> bool:
+    return bool(getattr(transformer, "batch_first", False))
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a tower returned {type(value).__name__} where a tensor was expected")
+    return value
+
+
+@dataclass(slots=True)
+class CacheBudget:
+    """Bytes of activations that may still be kept."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes if they are left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+class Activations:
+    """What enters one stage, of as many of `rows` rows as there is room for.
+
+    Those whose keys are least are kept. `places` tells where a row lies in `values`, -1 for
+    a row that is not kept.
+    """
+
+    def __init__(self, rows: int, room: int, like: Tensor) -> None:
+        self.values = like.new_empty(room, *like.shape[1:])
+        self.places = torch.full((rows,), -1, device=like.device)
+        self._rows = torch.full((room,), -1, device=like.device)
+        self._keys = torch.full((room,), float("inf"), device=like.device)
+
+    def offer(self, start: int, x: Tensor, keys: Tensor) -> None:
+        """Keep rows `start` and following, in place of others whose keys are greater."""
+        rows = torch.arange(start, start + len(x), device=x.device)
+        if len(self.values) == len(self.places):
+            self.values[start : start + len(x)] = x
+            self.places[rows] = rows
+            return
+        chosen = torch.zeros(len(self._keys) + len(x), dtype=torch.bool, device=x.device)
+        chosen[torch.cat([self._keys, keys]).topk(len(self._keys), largest=False).indices] = True
+        old, new = torch.split(chosen, [len(self._keys), len(x)])
+        freed, taken = (~old).nonzero().squeeze(1), new.nonzero().squeeze(1)
+        left = self._rows[freed]
+        self.places[left[left >= 0]] = -1
+        self.values[freed] = x[taken]
+        self.places[rows[taken]] = freed
+        self._rows[freed], self._keys[freed] = rows[taken], keys[taken]
+
+
+def room_for_all(
+    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget
+) -> dict[int, Activations]:
+    """Make room for all of `rows` rows where it is left, at the deepest stages first.
+
+    `entering` is what enters each stage, for some rows. The deepest save the most.
+    """
+    return {
+        stage: Activations(rows, rows, entering[stage])
+        for stage in sorted(entering, reverse=True)
+        if budget.take(rows * entering[stage][0].nbytes)
+    }
+
+
+def room_for_some(
+    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget, share: float
+) -> dict[int, Activations]:
+    """Divide a share of what is left evenly among the stages, each for as many rows as fit.
+
+    What a stage needs less is left to the others.
+    """
+    kept, left = {}, int(budget.left * share)
+    stages = sorted(entering, key=lambda stage: entering[stage][0].nbytes)
+    for index, stage in enumerate(stages):
+        size = entering[stage][0].nbytes
+        room = min(rows, left // (len(stages) - index) // size)
+        left -= room * size
+        if room and budget.take(room * size):
+            kept[stage] = Activations(rows, room, entering[stage])
+    return kept

@@ -1,0 +1,280 @@
+"""Zero-shot classification with weights that may be edited, and its figures."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from slsgu_cli.checkpoints.layers import held, parameter_of, third_of
+from slsgu_cli.clip.inputs import Pixels, by_length, prefetch, spans, staged
+from slsgu_cli.clip.towers import (
+    EMBED,
+    Activations,
+    CacheBudget,
+    SplitTower,
+    room_for_all,
+    room_for_some,
+)
+from slsgu_cli.store.blocks import DataBlock
+
+TOP = 5
+
+
+def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each row how many classes score strictly above the true one.
+
+    A class that ties with the truth counts as above it when its index is smaller, which
+    is the order in which `topk` on sorted columns would list them. `logits` is (rows,
+    classes); rank 0 is a top-1 hit, a rank below 5 a top-5 hit. Rows with a value that
+    is not a number never hit.
+    """
+    truth = logits.gather(1, labels.unsqueeze(1))
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    above = (logits > truth) | ((logits == truth) & (columns < labels.unsqueeze(1)))
+    ranks = above.sum(dim=1)
+    return torch.where(torch.isfinite(logits).all(dim=1), ranks, max(logits.shape[1], TOP))
+
+
+def least_gap(logits: Tensor, labels: Tensor) -> float:
+    """Return by how much the name stays below the fifth best other, where it comes closest.
+
+    Positive exactly if no row has the true class among its first five, ties aside. Of
+    fewer than five others, the least counts.
+    """
+    truth = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf"))
+    fifth = others.topk(min(TOP, logits.shape[1] - 1), dim=1).values[:, -1]
+    return float((fifth - truth).min())
+
+
+def accuracies(ranks: Tensor) -> tuple[float, float]:
+    """Return top-1 and top-5 accuracy in percent; NaN without rows."""
+    if ranks.numel() == 0:
+        return float("nan"), float("nan")
+    hits = [(ranks < k).double().mean().item() * 100 for k in (1, TOP)]
+    return hits[0], hits[1]
+
+
+def class_means(features: Tensor, owners: Tensor, classes: int) -> Tensor:
+    """Return the normalised mean of each class's prompt features, shape (classes, width).
+
+    `features` are unit vectors (prompts, width) and `owners` the class of each.
+    """
+    sums = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device)
+    return torch.nn.functional.normalize(sums.index_add_(0, owners, features), dim=-1)
+
+
+def cosine_matrix(images: Tensor, labels: Tensor, texts: Tensor) -> Tensor:
+    """Return the mean cosine of each class's images with each class's name (Figure 3)."""
+    means = torch.zeros(texts.shape[0], images.shape[1], device=images.device)
+    counts = torch.zeros(texts.shape[0], device=images.device)
+    means.index_add_(0, labels, images)
+    counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+    return (means / counts.clamp(min=1).unsqueeze(1)) @ texts.T
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the squared Fréchet distance of normal distributions fitted to features.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), as FID has it; both are (rows, width), of at
+    least two rows. The trace of the root is the sum of the singular values of A1 A2ᵀ, where
+    A are the centred features over the root of rows - 1: no root is taken.
+    """
+    parts = [rows.double() for rows in (first, second)]
+    means = [rows.mean(dim=0) for rows in parts]
+    spread = [
+        (rows - mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip(parts, means, strict=True)
+    ]
+    shared = torch.linalg.svdvals(spread[0] @ spread[1].T).sum()
+    apart = (means[0] - means[1]).square().sum()
+    own = sum(rows.square().sum() for rows in spread)
+    return float((apart + own - 2 * shared).clamp(min=0))
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return by how much the true class leads the best other one; negative if it does not."""
+    truth = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf"))
+    return truth - others.amax(dim=1)
+
+
+ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
+
+
+@dataclass(slots=True)
+class PromptSide:
+    """The prompts of one list of classes, and their class embeddings.
+
+    `tokens` is (prompts, context) and `owners` the class of each prompt. States are kept
+    a group of similar lengths at a time, since each group runs at its own length.
+    """
+
+    tower: SplitTower
+    tokens: Tensor
+    owners: Tensor
+    classes: int
+    embeddings: Tensor = field(init=False)
+    _groups: list[Tensor] = field(init=False)
+    # What entered the stages, of each group.
+    _kept: list[dict[int, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = ROWS_PER_FORWARD[self.tokens.device.type]
+        self._groups = [g.to(self.tokens.device) for g in by_length(self.tower, self.tokens, size)]
+        self._kept = [{} for _ in self._groups]
+
+    def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
+        """Compute the class embeddings, keeping what enters `stages`."""
+        self._kept, features = [], []
+        for rows in self._groups:
+            entering, found = _through(self.tower, self.tower.trim(self.tokens[rows]), stages)
+            self._kept.append({s: x for s, x in entering.items() if budget.take(x.nbytes)})
+            features.append(found)
+        self.embeddings = self._means(features)
+
+    def after_edit(self, stage: int) -> Tensor:
+        """Return the class embeddings with the weights as they are now, from `stage` on."""
+        features = []
+        for rows, kept in zip(self._groups, self._kept, strict=True):
+            short = self.tower.trim(self.tokens[rows])
+            start = max((s for s in kept if s <= stage), default=EMBED)
+            features.append(self.tower.features(kept.get(start, short), short, start))
+        return self._means(features)
+
+    def _means(self, features: list[Tensor]) -> Tensor:
+        owners = self.owners[torch.cat(self._groups)]
+        return class_means(torch.cat(features), owners, self.classes)
+
+
+@dataclass(slots=True)
+class ImageSide:
+    """Some labelled rows of a data block, and their image features."""
+
+    tower: SplitTower
+    block: DataBlock
+    rows: npt.NDArray[np.integer]
+    labels: Tensor
+    normalize: Pixels
+    features: Tensor = field(init=False)
+    _kept: dict[int, Activations] = field(init=False, default_factory=dict)
+    # Which of the rows that the base pass ran over these are, where they are a part of them.
+    _chosen: Tensor | None = field(init=False, default=None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def some(self, chosen: npt.NDArray[np.integer]) -> "ImageSide":
+        """Return some of the rows, with what the base pass kept of them if it has run."""
+        places = torch.from_numpy(chosen).to(self.labels.device)
+        rows, labels = self.rows[chosen], self.labels[places]
+        part = ImageSide(self.tower, self.block, rows, labels, self.normalize)
+        if hasattr(self, "features"):
+            part.features = self.features[places]
+            part._kept = self._kept
+            part._chosen = places if self._chosen is None else self._chosen[places]
+        return part
+
+    def base_pass(
+        self,
+        stages: Sequence[int],
+        budget: CacheBudget,
+        classes: Tensor | None = None,
+        share: float = 1.0,
+    ) -> Iterator[int]:
+        """Compute the features, keeping what enters `stages`; yield rows as they are done.
+
+        Of a stage, all rows are kept or none. With class embeddings, those are kept that
+        the model is least certain of, as many as fit into a share of the budget.
+        """
+        features: list[Tensor] = []
+        for start, pixels in self._pixels(torch.arange(len(self))):
+            entering, found = _through(self.tower, pixels, stages)
+            features.append(found)
+            if start == 0 and classes is None:
+                self._kept = room_for_all(entering, len(self), budget)
+            elif start == 0:
+                self._kept = room_for_some(entering, len(self), budget, share)
+            if self._kept:
+                labels = self.labels[start : start + len(pixels)]
+                lead = torch.zeros_like(labels, dtype=torch.float)
+                if classes is not None:
+                    lead = margins(found @ classes.T, labels)
+                for stage, kept in self._kept.items():
+                    kept.offer(start, entering[stage], lead)
+            yield len(pixels)
+        self.features = torch.cat(features)
+
+    def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
+        """Return features with the weights as they are now, of some rows or of all."""
+        if rows is None:
+            rows = torch.arange(len(self), device=self.labels.device)
+        order, features = [], []
+        waiting = torch.ones_like(rows, dtype=torch.bool)
+        for start in sorted((s for s in self._kept if s <= stage), reverse=True):
+            places = self._kept[start].places[rows if self._chosen is None else self._chosen[rows]]
+            there = (waiting & (places >= 0)).nonzero().squeeze(1)
+            waiting[there] = False
+            for first, last in spans(len(there), ROWS_PER_FORWARD[self.labels.device.type]):
+                some = there[first:last]
+                x = self._kept[start].values[places[some]]
+                order.append(some)
+                features.append(self.tower.features(x, x, start))
+        rest = waiting.nonzero().squeeze(1)
+        for start, pixels in self._pixels(rows[rest]):
+            order.append(rest[start : start + len(pixels)])
+            features.append(self.tower.features(pixels, pixels))
+        return torch.cat(features)[torch.argsort(torch.cat(order))]
+
+    def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the pixels of `rows` a few at a time, each with how many came before."""
+        wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
+        ranges = spans(len(wanted), ROWS_PER_FORWARD[self.labels.device.type])
+        read = prefetch(lambda span: staged(self.block.take(wanted[slice(*span)]), device), ranges)
+        for (start, _), images in zip(ranges, read, strict=True):
+            yield start, self.normalize(images)
+
+
+def _through(
+    tower: SplitTower, inputs: Tensor, stages: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Return what enters each of `stages` behind the embedding, and the features."""
+    x, at, entering = inputs, EMBED, {}
+    for stage in sorted(stage for stage in set(stages) if stage > EMBED):
+        entering[stage] = x = tower.advance(x, inputs, at, stage)
+        at = stage
+    return entering, tower.features(x, inputs, at)
+
+
+@contextmanager
+def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
+    """Give `layer` other values for the length of a block; no whole parameter is copied."""
+    parameter = model.get_parameter(parameter_of(layer))
+    original = parameter.data
+    if third_of(layer) is None:
+        parameter.data = values
+    else:
+        parameter.data = original.clone()
+        held(layer, parameter.data).copy_(values)
+    try:
+        yield
+    finally:
+        parameter.data = original
+
+
+@contextmanager
+def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Iterator[None]:
+    """Add moves, each a layer's change and how often, to a model for the length of a block."""
+    values: dict[str, Tensor] = {}
+    for layer, change, factor in moves:
+        name = parameter_of(layer)
+        if name not in values:
+            values[name] = model.get_parameter(name).data.clone()
+        held(layer, values[name]).add_(change.to(values[name].device), alpha=factor)
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(edited(model, name, value))
+        yield

@@ -1,0 +1,374 @@
+"""Our own row, how long its passes take, and the rows as a table."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from shlex import quote
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.clip.models import pick_device
+from slsgu_cli.errors import NotForgottenError, SlsguError, StaleError, UsageError
+from slsgu_cli.method.edit import edit_for
+from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
+from slsgu_cli.method.search import search
+from slsgu_cli.method.search_plan import MARGIN, SearchOptions, evaluation_blocks
+from slsgu_cli.records.method import (
+    Accuracy,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    PassOptions,
+    Precision,
+    Steer,
+    Trial,
+    Trials,
+)
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import Comparison, Method, Outcome, PassTime
+from slsgu_cli.store.artifacts import comparison_path, edit_path, gradient_path, trials_path
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+LABELS = {
+    Method.ORIGINAL: "Original",
+    Method.FT: "FT",
+    Method.GA: "GA",
+    Method.GAFT: "GAFT",
+    Method.SALUN: "SalUn",
+    Method.SSD: "SSD",
+    Method.OURS: "Ours",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A method at one setting: its mean figures over `concepts`."""
+
+    method: Method
+    setting: float | None
+    epoch: float | None
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    seconds: float
+    forget_passes: float
+    retain_passes: float
+    concepts: int
+    chosen: bool
+
+    @property
+    def kept(self) -> float:
+        """The mean TA@1 over the evaluation sets."""
+        return sum(found.top1 for found in self.utility.values()) / len(self.utility)
+
+    @property
+    def words(self) -> str:
+        """The setting as a person reads it."""
+        if self.setting is None:
+            return ""
+        return f"{'alpha' if self.method is Method.SSD else 'lr'} {self.setting:g}"
+
+
+def mean_rows(
+    concepts: dict[str, tuple[Outcome, ...]], chosen: dict[Method, float] | None
+) -> list[TableRow]:
+    """Return a row for each method and setting that every concept has, in their order.
+
+    Raises UsageError where the concepts have no evaluation set in common.
+    """
+    every = [{(o.method, o.setting): o for o in outcomes} for outcomes in concepts.values()]
+    sets = set.intersection(*(set(o.utility) for found in every for o in found.values()))
+    if not sets:
+        raise UsageError(
+            f"{', '.join(concepts)} have no evaluation set in common",
+            hint="build them with the same --eval names",
+        )
+    rows = []
+    for key in every[0]:
+        if all(key in found for found in every):
+            own = [found[key] for found in every]
+            marked = chosen is not None and chosen.get(key[0]) == key[1]
+            rows.append(_row(own, sorted(sets), chosen=marked))
+    return rows
+
+
+def better(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the baselines that beat ours: no worse on FA@1 and mean TA@1, better on one."""
+    found = []
+    for ours in (row for row in rows if row.method is Method.OURS):
+        for row in rows:
+            gains = (ours.forget.top1 - row.forget.top1, row.kept - ours.kept)
+            if row.method is not Method.OURS and min(gains) >= 0 and max(gains) > 0:
+                found.append(row)
+    return found
+
+
+def _row(own: Sequence[Outcome], sets: Sequence[str], *, chosen: bool) -> TableRow:
+    def mean(value: Callable[[Outcome], float]) -> float:
+        return sum(map(value, own)) / len(own)
+
+    first = own[0]
+    return TableRow(
+        method=first.method,
+        setting=first.setting,
+        epoch=None if first.epoch is None else mean(lambda o: o.epoch or 0),
+        forget=_mean([o.forget for o in own]),
+        utility={name: _mean([o.utility[name] for o in own]) for name in sets},
+        seconds=mean(lambda o: o.seconds),
+        forget_passes=mean(lambda o: o.forget_passes),
+        retain_passes=mean(lambda o: o.retain_passes),
+        concepts=len(own),
+        chosen=chosen,
+    )
+
+
+def _mean(figures: Sequence[Accuracy]) -> Accuracy:
+    return Accuracy(
+        sum(figure.top1 for figure in figures) / len(figures),
+        sum(figure.top5 for figure in figures) / len(figures),
+        sum(figure.rows for figure in figures),
+    )
+
+
+DECADES = (1e-6, 1e-5, 1e-4)
+
+# SSD has no learning rate: its alpha decides how many weights are dampened.
+ALPHAS = (1.0, 10.0, 100.0, 1000.0)
+
+
+def trade_off(outcome: Outcome) -> float:
+    """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1)."""
+    kept = [found.top1 for found in outcome.utility.values()]
+    return (100 - outcome.forget.top1 + sum(kept) / len(kept)) / 2
+
+
+def best(outcomes: list[Outcome]) -> Outcome:
+    """Return the outcome of the best trade-off; of equals the one with the least setting."""
+    return min(outcomes, key=lambda o: (-trade_off(o), o.setting or 0.0))
+
+
+def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list[Outcome]]:
+    """Return a baseline's best outcome and all that were tried for it.
+
+    Learning rates: three decades, then half a decade to either side of the best of them.
+    """
+    if method is Method.SSD:
+        tried = [run(alpha) for alpha in ALPHAS]
+        return best(tried), tried
+    tried = [run(rate) for rate in DECADES]
+    middle = best(tried).setting or 0.0
+    tried += [run(rate) for rate in (_rounded(middle / 10**0.5), _rounded(middle * 10**0.5))]
+    return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.0e}")
+
+
+ROLES = ("forget", "retain")
+
+
+@dataclass
+class PassTimes:
+    """The times of the passes of one set, measured as they are asked for."""
+
+    store: Store
+    manifest: SetManifest
+    asked_device: str
+    known: dict[str, PassTime] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> str:
+        """The device of what is measured, once PyTorch has been asked what there is."""
+        return pick_device(self.asked_device)
+
+    @cached_property
+    def where(self) -> str:
+        """What the times are measured on, in words."""
+        import torch
+
+        if self.device.startswith("cuda"):
+            return str(torch.cuda.get_device_name(self.device))
+        return f"{self.device}, {torch.get_num_threads()} threads"
+
+    def ensure(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
+        """Compute the gradients or squares that are missing, and note how long it took."""
+        options = PassOptions(device=self.asked_device)
+        if pointer is not None:
+            precision = Precision(pointer.precision)
+            options = replace(options, batch_size=pointer.batch_size, precision=precision)
+        result: GradResult = compute_gradients(
+            self.store,
+            self.manifest.name,
+            model=pointer.model if pointer else None,
+            options=options,
+            squares=squares,
+        )
+        for role, seconds in result.seconds.items():
+            key = _pass_key(getattr(result.pointer, role), squares)
+            self.known[key] = PassTime(seconds, self.where)
+        return result.pointer
+
+    def seconds(
+        self,
+        pointer: GradientPointer,
+        roles: Iterable[str],
+        *,
+        squares: bool,
+        model: "nn.Module | None" = None,
+    ) -> float:
+        """Return what the passes of `roles` take; `model` is the original, if it is loaded."""
+        total = 0.0
+        for role in roles:
+            key = _pass_key(getattr(pointer, role), squares)
+            if key not in self.known:
+                found = self._elsewhere(key)
+                if found is None:
+                    model = model or load_graded(self.manifest, pointer, self.device)[1]
+                    found = self._measure(model, pointer, role, squares)
+                self.known[key] = found
+            total += self.known[key].seconds
+        return total
+
+    def _elsewhere(self, key: str) -> PassTime | None:
+        """Return the time that another comparison of the store has for the same pass."""
+        for name in self.store.names("comparisons", ".json"):
+            try:
+                found = self.store.read_record(comparison_path(name), Comparison)
+            except SlsguError:
+                continue
+            time = found.passes.get(key)
+            if time is not None and time.where == self.where:
+                return time
+        return None
+
+    def _measure(
+        self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
+    ) -> PassTime:
+        from slsgu_cli.method.gradient_pass import GradientPass
+        from slsgu_cli.store.blocks import DataBlock
+
+        header = self.store.read_header(gradient_path(getattr(pointer, role)), GradientHeader)
+        block = DataBlock.open(self.store, getattr(self.manifest, role))
+        options = PassOptions(
+            batch_size=min(header.batch_size, block.rows),
+            precision=Precision(header.precision),
+            device=self.device,
+        )
+        start = perf_counter()
+        run = GradientPass.prepare(model, header.loss, spec=self.manifest.input, options=options)
+        label = f"time of the {role} gradient"
+        (run.run_squared if squares else run.run)(block, label)
+        return PassTime(perf_counter() - start, self.where)
+
+
+def _pass_key(digest: str, squares: bool) -> str:
+    return f"squares {digest}" if squares else digest
+
+
+def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
+    """Return the row of the original model."""
+    return Outcome(
+        method=Method.ORIGINAL,
+        setting=None,
+        plan=None,
+        edit=None,
+        epoch=None,
+        forget=forget,
+        utility=utility,
+        seconds=0.0,
+        forget_passes=0.0,
+        retain_passes=0.0,
+        where=None,
+    )
+
+
+def our_outcome(
+    store: Store, pointer: GradientPointer, recorded: Sequence[Outcome], times: PassTimes
+) -> Outcome:
+    """Return the row of the set's edit, searching for it if there is none.
+
+    The seconds are those of both gradient passes and of the search. A search that was run
+    before is run once more, into a folder that is removed, unless it was timed before.
+    Raises StaleError where the edit is not one of the recorded trials.
+    """
+    name = pointer.name
+    missing = not store.exists(edit_path(name))
+    start = perf_counter()
+    try:
+        options = SearchOptions(device=times.asked_device)
+        edit = edit_for(store, name, options=options)
+    except NotForgottenError as error:
+        progress.warn(error.message)
+        edit = load_edit(store, name)
+    seconds = perf_counter() - start
+    trial = _trial(store, times.manifest, pointer, edit)
+    ridge = "" if trial.ridge is None else f", ridge {trial.ridge:g}"
+    words = f"{trial.layer} at {trial.step:.10g}{ridge}"
+    known = [outcome for outcome in recorded if outcome.edit == words]
+    if known:
+        return known[-1]
+    if not missing:
+        progress.detail("the search is run once more for its time")
+        seconds = _rehearse(store, edit.header, times.asked_device)
+    seconds += times.seconds(pointer, ROLES, squares=False)
+    return Outcome(
+        method=Method.OURS,
+        setting=None,
+        plan=None,
+        edit=words,
+        epoch=None,
+        forget=trial.forget,
+        utility=trial.utility or {},
+        seconds=seconds,
+        forget_passes=1.0,
+        retain_passes=1.0,
+        where=times.where,
+    )
+
+
+def standing_trials(store: Store, manifest: SetManifest, pointer: GradientPointer) -> Trials | None:
+    """Return the trials of a set that were made from what it has now; None without such."""
+    if not store.exists(trials_path(manifest.name)):
+        return None
+    trials = store.read_record(trials_path(manifest.name), Trials)
+    now = (pointer.forget, pointer.model_fingerprint, evaluation_blocks(manifest))
+    same = (trials.forget, trials.model_fingerprint, trials.evals) == now
+    return trials if same else None
+
+
+def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: Edit) -> Trial:
+    """Return the recorded trial that the edit is, on the evaluation sets as they are now."""
+    trials = standing_trials(store, manifest, pointer)
+    for trial in trials.trials if trials else ():
+        if _key(trial) == _key(edit.header) and trial.utility is not None:
+            return trial
+    name = manifest.name
+    raise StaleError(
+        f"the edit {name} is not among the trials of its search on the sets as they are now",
+        hint=f"run `slsgu search {quote(name)}`",
+    )
+
+
+def _key(found: Trial | EditHeader) -> tuple[str, float | None, float]:
+    return found.layer, found.ridge, found.step
+
+
+def _rehearse(store: Store, header: EditHeader, device: str) -> float:
+    """Return how long the whole search takes that found an edit; nothing of it is kept."""
+    options = SearchOptions(
+        device=device,
+        direction=header.direction,
+        steer=header.steer or Steer.FA1,
+        margin=MARGIN if header.margin is None else header.margin,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        start = perf_counter()
+        search(store, header.name, options=options, records=Store(folder))
+        return perf_counter() - start

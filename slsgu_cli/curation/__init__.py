@@ -1,1 +1,0 @@
-"""Curating sets: from millions of captions to the pairs of one name, and a look at them."""

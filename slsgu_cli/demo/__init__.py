@@ -1,1 +1,0 @@
-"""The embedded CLIP and labelled icons that `slsgu demo` runs on."""

@@ -1,0 +1,161 @@
+"""What `slsgu ask` does: answers of a vision-language model before and after an edit."""
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.downstream.generate import ANSWERS, OutputFolder
+from slsgu_cli.downstream.judge import png_bytes
+from slsgu_cli.downstream.models import Llava, Question, new_values
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.figures.sheets import answers_png, data_url, page
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.targets import Answer, Answers
+from slsgu_cli.sources.classes import find_class
+from slsgu_cli.store.artifacts import manifest_path, read_manifest, set_of
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+
+QUESTIONS = ("What is shown in this image?",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskRequest:
+    """What `ask` is asked for.
+
+    Without images, `samples` evaluation images of the concept are shown, and as many of
+    other classes.
+    """
+
+    names: Sequence[str]
+    target: Path
+    images: Sequence[Path] = ()
+    samples: int = 3
+    questions: Sequence[str] = QUESTIONS
+    out: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class AskedImage:
+    """An image to ask about, what it is called, and whether it shows the concept."""
+
+    name: str
+    image: Image.Image
+    forgotten: bool = False
+
+
+def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
+    """Ask every question about every image of both models, and draw what they say.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    header = edits[0].header
+    pictures = [_opened(path) for path in request.images]
+    pictures = pictures or sample_pictures(store, set_of(header.name), request.samples)
+    album = OutputFolder.at(store, header.name, request.out, ANSWERS)
+    respondent = Llava.load(request.target, device=request.device)
+    questions = [Question(p.image, text) for p in pictures for text in request.questions]
+    (values,) = new_values((respondent.encoder,), edits)
+    said: list[list[str]] = []
+    with progress.bar("asking", 2 * len(questions)) as ticker:
+        for new in ({}, values):
+            said.append([])
+            with respondent.encoder.edited(new):
+                for answer in respondent.answers(questions):
+                    said[-1].append(answer)
+                    ticker.advance()
+    names = [picture.name for picture in pictures for _ in request.questions]
+    record = Answers(
+        name=header.name,
+        concept=header.concept,
+        target=str(request.target),
+        edits={edit.header.name: digest(edit.header) for edit in edits},
+        answers=tuple(
+            Answer(name, question.text, before, after)
+            for name, question, before, after in zip(names, questions, *said, strict=True)
+        ),
+        version=slsgu_cli.__version__,
+    )
+    _write(album, record, pictures, len(request.questions))
+    return record, album
+
+
+def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
+    """Return evaluation images of a set: of its concept, and of its commonest other classes.
+
+    Raises UsageError where there is no such set.
+    """
+    if not store.exists(manifest_path(name)):
+        raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
+    manifest = read_manifest(store, name)
+    found: list[AskedImage] = []
+    for known, ref in sorted(manifest.evals.items()):
+        block = DataBlock.open(store, ref)
+        own = find_class(block.class_names, manifest.concept)
+        if known == manifest.forget_eval:
+            rows = np.flatnonzero(block.labels == own)[:count]
+            found = [*_pictures(block, rows, forgotten=True), *found]
+        common = np.argsort(-np.bincount(block.labels[block.labels >= 0]), kind="stable")
+        others = [int(place) for place in common if place != own]
+        share = -(-count // len(manifest.evals))
+        rows = np.array([np.flatnonzero(block.labels == place)[0] for place in others[:share]])
+        found += _pictures(block, rows)
+    if not found:
+        raise UsageError(f"set {name} has no evaluation images", hint="--image FILE")
+    return found
+
+
+def _pictures(
+    block: DataBlock,
+    rows: "np.ndarray[tuple[int], np.dtype[np.integer]]",
+    *,
+    forgotten: bool = False,
+) -> list[AskedImage]:
+    if not rows.size:
+        return []
+    return [
+        AskedImage(block.keys[row], Image.fromarray(pixels), forgotten)
+        for row, pixels in zip(rows.tolist(), block.take(rows), strict=True)
+    ]
+
+
+def _opened(path: Path) -> AskedImage:
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return AskedImage(path.name, image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no image {path}") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _write(album: OutputFolder, record: Answers, pictures: Sequence[AskedImage], each: int) -> None:
+    """Write the picture and the page of answers, and last the record."""
+    title = f"Forgetting {record.concept}: {Path(record.target).name}"
+    groups = [
+        (png_bytes(picture.image), picture.forgotten, record.answers[at * each : (at + 1) * each])
+        for at, picture in enumerate(pictures)
+    ]
+    album.begin()
+    album.write("answers.png", answers_png(title, groups))
+    rows = "".join(
+        f'<tr><td><img alt="{html.escape(answer.image, quote=True)}" src="{data_url(image)}"></td>'
+        f"<td>{html.escape(answer.question)}</td><td>{html.escape(answer.before)}</td>"
+        f"<td>{html.escape(answer.after)}</td></tr>\n"
+        for image, _, answers in groups
+        for answer in answers
+    )
+    head = "<tr><th>image</th><th>question</th><th>original</th><th>unlearned</th></tr>\n"
+    body = f"<h1>{html.escape(title)}</h1>\n<table>{head}{rows}</table>"
+    album.write("answers.html", page(title, body).encode())
+    album.finish(record)

@@ -1,0 +1,304 @@
+"""`generate`: images of prompts, before and after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.downstream.judge import Classes, Judge, called, class_in, measured_classes, png_bytes
+from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.figures.sheets import Strip, Tile, sheet_html, sheet_png
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.sets import ModelSpec, check_name
+from slsgu_cli.records.targets import Generation, PaintOptions, PromptResult
+from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
+from slsgu_cli.sources.classes import DEFAULT_TEMPLATES, find_class
+from slsgu_cli.store.artifacts import manifest_path, read_manifest, set_of
+from slsgu_cli.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, and the class it asks for where one is known."""
+
+    text: str
+    label: str | None = None
+
+
+def read_prompts(
+    texts: Sequence[str], file: Path | None, classes: Sequence[str], concept: str
+) -> list[Prompt]:
+    """Return the prompts of the command line, then those of a file.
+
+    A file has a prompt a line, or `prompt<TAB>class`. Of other prompts the class is the
+    longest class name in them. Raises UsageError without any, MissingError, InputError.
+    """
+    lines = [(text.strip(), "--prompt") for text in texts]
+    if file is not None:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingError(f"there is no file of prompts {file}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read prompts from {file}: {error}") from error
+        numbered = enumerate(content.splitlines(), 1)
+        lines += [(line.strip(), f"{file}, line {number}") for number, line in numbered]
+    known = [*classes, concept] if find_class(classes, concept) is None else list(classes)
+    prompts = [_prompt(line, origin, known) for line, origin in lines if line]
+    if not prompts:
+        raise UsageError(
+            "there is nothing to generate from", hint=f"--prompt 'a picture of {concept}'"
+        )
+    return prompts
+
+
+def _prompt(line: str, origin: str, classes: Sequence[str]) -> Prompt:
+    text, tab, label = line.partition("\t")
+    if not tab:
+        return Prompt(text, class_in(text, classes))
+    text, label = text.strip(), label.strip()
+    place = find_class(classes, label)
+    if place is None or not text:
+        raise InputError(
+            f"{origin}: {label!r} is no class that the judge knows",
+            hint="prompt<TAB>class, with a class name of the evaluation sets or of --classes",
+        )
+    return Prompt(text, classes[place])
+
+
+GENERATIONS, ANSWERS = "generations", "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """A folder of pictures and the record that stands beside it once it is complete."""
+
+    store: Store
+    folder: str
+    record: str
+
+    @classmethod
+    def at(
+        cls, store: Store, name: str, out: Path | None, kind: str = GENERATIONS
+    ) -> "OutputFolder":
+        """Return the album of the set `name`: at `out`, or else in the store."""
+        if out is not None:
+            return cls(Store(str(out)), "", f"{kind}.json")
+        folder = f"{kind}/{check_name(name)}"
+        return cls(store, folder, f"{folder}.json")
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write one file of the album."""
+        self.store.write_bytes(self._inside(path), data)
+
+    def finish(self, record: Any) -> None:
+        """Write what the album shows. Written last, it says that the album is complete."""
+        self.store.write_record(self.record, record)
+
+    def begin(self) -> None:
+        """Remove what an earlier run left, its record first."""
+        self.store.remove(self.record)
+        if self.folder:
+            self.store.remove(self.folder)
+
+    def where(self, path: str) -> str:
+        """Return where a file of the album lies, for people and other programs."""
+        return self.store.where(self._inside(path))
+
+    def _inside(self, path: str) -> str:
+        return f"{self.folder}/{path}" if self.folder else path
+
+
+BEFORE, AFTER = "original", "unlearned"
+
+# Names the CLIP that the edit was made for, as it was.
+OWN = "set"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """What `generate` is asked for. `judge` None leaves the images unjudged."""
+
+    names: Sequence[str]
+    target: Path
+    prompts: Sequence[str] = ()
+    prompt_file: Path | None = None
+    seeds: Sequence[int] = (0, 1, 2, 3)
+    paint: PaintOptions = field(default_factory=PaintOptions)
+    judge: ModelSpec | None = None
+    classes: str | None = None
+    templates: str | None = None
+    out: Path | None = None
+    device: str = "auto"
+
+
+def generate(store: Store, request: GenerateRequest) -> tuple[Generation, OutputFolder]:
+    """Generate before and after the edits, judge and lay out what came of it.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    classes = judged_classes(store, edits, request.classes, request.templates)
+    if request.judge is not None and len(classes) < 2:
+        raise UsageError(
+            "a judge needs classes to tell apart, and the set has no evaluation sets",
+            hint="--classes FILE, one class name a line",
+        )
+    prompts = read_prompts(
+        request.prompts, request.prompt_file, tuple(classes), edits[0].header.concept
+    )
+    album = OutputFolder.at(store, edits[0].header.name, request.out)
+    painter = Pipeline.load(request.target, device=request.device)
+    images = before_and_after(painter, edits, prompts, request)
+    judge = request.judge and Judge.load(request.judge, classes, device=request.device)
+    verdicts = {k: judge.verdicts(made) if judge else None for k, made in images.items()}
+    record = _record(edits, prompts, tuple(classes), request, verdicts)
+    _write(album, record, images, verdicts)
+    return record, album
+
+
+def judge_spec(
+    store: Store, name: str, judge: str | None, pretrained: str | None
+) -> ModelSpec | None:
+    """Return the model that the judge's options name; `set` is the one the set is for."""
+    if judge is None and pretrained is not None:
+        raise UsageError("--judge-pretrained needs --judge")
+    if judge == OWN:
+        known = store.exists(manifest_path(name))
+        return read_manifest(store, name).model if known else load_edit(store, name).header.model
+    return None if judge is None else ModelSpec(judge, pretrained)
+
+
+def judged_classes(
+    store: Store, edits: Sequence[Edit], classes: str | None, templates: str | None
+) -> Classes:
+    """Return the classes of a file, else those of the evaluation sets of the edits' sets."""
+    found: dict[str, Sequence[str]] = {}
+    if classes is not None:
+        known = read_classes(classes)
+        texts = read_templates(templates or DEFAULT_TEMPLATES)
+        found = dict.fromkeys(known.names if known else (), texts)
+    else:
+        for edit in edits:
+            name = set_of(edit.header.name)
+            if store.exists(manifest_path(name)):
+                found |= measured_classes(store, read_manifest(store, name))
+    return found
+
+
+def before_and_after(
+    painter: Pipeline, edits: Sequence[Edit], prompts: Sequence[Prompt], request: GenerateRequest
+) -> dict[str, list[bytes]]:
+    """Return the images as PNG, prompt by prompt and seed by seed, of both models."""
+    jobs = [ImageJob(prompt.text, seed) for prompt in prompts for seed in request.seeds]
+    values = new_values(painter.encoders, edits)
+    made: dict[str, list[bytes]] = {BEFORE: [], AFTER: []}
+    with progress.bar("generating", 2 * len(jobs)) as ticker:
+        for key, images in made.items():
+            with painter.edited(values if key == AFTER else ()):
+                for image in painter.paint(jobs, request.paint):
+                    images.append(png_bytes(image))
+                    ticker.advance()
+    return made
+
+
+def effect(concepts: Sequence[str], labels: Sequence[str | None], said: Sequence[str]) -> Effect:
+    """Return what verdicts amount to, from the class that each image was to show."""
+    pairs = [(label, verdict) for label, verdict in zip(labels, said, strict=True) if label]
+    own = [label == verdict for label, verdict in pairs if label in concepts]
+    rest = [label == verdict for label, verdict in pairs if label not in concepts]
+    return Effect(Share(sum(own), len(own)), Share(sum(rest), len(rest)))
+
+
+def _record(
+    edits: Sequence[Edit],
+    prompts: Sequence[Prompt],
+    classes: Sequence[str],
+    request: GenerateRequest,
+    verdicts: dict[str, list[str] | None],
+) -> Generation:
+    seeds = len(request.seeds)
+    labels = [prompt.label for prompt in prompts for _ in range(seeds)]
+    concepts = [called(edit.header.concept, classes) for edit in edits]
+
+    def share(key: str, place: int) -> Share | None:
+        said, label = verdicts[key], prompts[place].label
+        if said is None or label is None:
+            return None
+        return Share(said[place * seeds : (place + 1) * seeds].count(label), seeds)
+
+    def whole(key: str) -> Effect | None:
+        said = verdicts[key]
+        return None if said is None else effect(concepts, labels, said)
+
+    return Generation(
+        name=edits[0].header.name,
+        concept=concepts[0],
+        target=str(request.target),
+        edits={edit.header.name: digest(edit.header) for edit in edits},
+        seeds=tuple(request.seeds),
+        paint=request.paint,
+        prompts=tuple(
+            PromptResult(prompt.text, prompt.label, share(BEFORE, place), share(AFTER, place))
+            for place, prompt in enumerate(prompts)
+        ),
+        judge=None if request.judge is None else str(request.judge),
+        before=whole(BEFORE),
+        after=whole(AFTER),
+        version=slsgu_cli.__version__,
+    )
+
+
+def _write(
+    album: OutputFolder,
+    record: Generation,
+    images: dict[str, list[bytes]],
+    verdicts: dict[str, list[str] | None],
+) -> None:
+    """Write the images, both sheets, and last the record that says they are complete."""
+    album.begin()
+    seeds = len(record.seeds)
+    for key, made in images.items():
+        for place, image in enumerate(made):
+            name = f"{place // seeds:03}-seed{record.seeds[place % seeds]}"
+            album.write(f"{key}/{name}.png", image)
+    strips = [
+        Strip(
+            prompt.prompt,
+            prompt.label == record.concept,
+            {
+                key: _tiles(made, verdicts[key], place * seeds, seeds)
+                for key, made in images.items()
+            },
+        )
+        for place, prompt in enumerate(record.prompts)
+    ]
+    title = f"Forgetting {record.concept}: {Path(record.target).name}"
+    album.write("sheet.png", sheet_png(title, strips))
+    album.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
+    album.finish(record)
+
+
+def _tiles(
+    images: Sequence[bytes], verdicts: Sequence[str] | None, start: int, count: int
+) -> list[Tile]:
+    said = [None] * len(images) if verdicts is None else verdicts
+    return [Tile(images[place], said[place]) for place in range(start, start + count)]
+
+
+def _notes(record: Generation) -> list[str]:
+    """Return what a reader of the page needs to know, and the figures if there are any."""
+    seeds = ", ".join(map(str, record.seeds))
+    notes = [f"Edits: {', '.join(record.edits)}. Seeds {seeds}, {record.paint.steps} steps."]
+    if record.judge:
+        notes.append(f"Below each image: what {record.judge}, which is not edited, takes it for.")
+    for label, found in (("original", record.before), ("unlearned", record.after)):
+        if found and found.ua is not None:
+            kept = "" if found.ira is None else f", IRA {found.ira:.1f}%"
+            notes.append(f"{label}: UA {found.ua:.1f}%{kept}")
+    return notes

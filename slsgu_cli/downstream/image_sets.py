@@ -1,0 +1,258 @@
+"""Folders of generated images: a source of rows; a benchmark's answer set."""
+
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.downstream.judge import Judge, png_bytes
+from slsgu_cli.downstream.models import (
+    ImageJob,
+    Pipeline,
+    folder_fingerprint,
+    new_values,
+    require_family,
+    unfinished,
+)
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import Share
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.targets import AnswerSet, GeneratedSource, PaintOptions
+from slsgu_cli.sets.evaluation_sets import read_classes
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.sources.classes import find_class
+from slsgu_cli.store.store import Store
+
+FOLDER = "generated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRequest:
+    """Which images to make: `count` of them, the prompts in turn, seeds from `seed` on."""
+
+    prompts: Sequence[str]
+    pipeline: Path
+    count: int
+    seed: int = 0
+    paint: PaintOptions = field(default_factory=PaintOptions)
+    device: str = "auto"
+
+
+def forgetting_generated(
+    store: Store, request: BuildRequest, images: SourceRequest
+) -> BuildRequest:
+    """Return a request whose forget set is generated; its own sources are retained.
+
+    Raises MissingError, InputError, and UsageError where nothing is left to retain.
+    """
+    if request.match or request.regex:
+        raise UsageError("with --generate, every image made is forgotten", hint="leave --match out")
+    retained = request.retain_sources or request.sources
+    if not retained:
+        raise UsageError("there is no source to retain", hint="name one with --source")
+    made = generated_source(store, images)
+    # Captions are the prompts. More images than asked for may lie there from before.
+    return replace(
+        request,
+        sources=[made],
+        retain_sources=retained,
+        match=tuple(dict.fromkeys(images.prompts)),
+        max_forget=request.max_forget or images.count,
+    )
+
+
+def generated_source(store: Store, request: SourceRequest) -> str:
+    """Make what is missing of a source of generated images; return where it lies.
+
+    Raises MissingError, InputError and UsageError.
+    """
+    if not request.prompts or any(not prompt.strip() for prompt in request.prompts):
+        raise UsageError("--generate needs a prompt", hint="--generate 'an avocado chair'")
+    require_family(request.pipeline, answers=False)
+    record = GeneratedSource(
+        pipeline=str(request.pipeline),
+        pipeline_fingerprint=folder_fingerprint(request.pipeline),
+        prompts=tuple(request.prompts),
+        count=request.count,
+        seed=request.seed,
+        paint=request.paint,
+        version=slsgu_cli.__version__,
+    )
+    # More images of the same prompts add to those there are; where a run of a pipeline
+    # stands does not matter, nor which version made it.
+    made_from = [record.pipeline_fingerprint, record.prompts, record.seed, record.paint]
+    folder = f"{FOLDER}/{digest(made_from)}"
+    prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
+    jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
+    missing = unfinished(
+        len(jobs), request.paint.batch, lambda number: store.exists(_caption(folder, number))
+    )
+    left = sum(map(len, missing))
+    if left < len(jobs):
+        progress.note(f"{len(jobs) - left} of {len(jobs)} images were generated before")
+    if missing:
+        painter = Pipeline.load(request.pipeline, device=request.device)
+        with progress.bar("generating", left) as ticker:
+            for rows in missing:
+                images = painter.paint([jobs[n] for n in rows], request.paint)
+                for number, image in zip(rows, images, strict=True):
+                    store.write_bytes(f"{folder}/{number:06}.png", png_bytes(image))
+                    # The caption comes last: with it, an image is complete.
+                    store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
+                    ticker.advance()
+    store.write_record(f"{folder}.json", record)
+    return store.where(folder)
+
+
+def _caption(folder: str, number: int) -> str:
+    return f"{folder}/{number:06}.txt"
+
+
+SEEDS = (188, 288, 588, 688, 888)
+
+# The benchmark's prompt, and the steps and guidance that its figures are made with.
+PROMPT = "A {object} image in {theme} style."
+PAINT = PaintOptions(steps=100, guidance=9.0)
+THEME_TEMPLATES = ("an image in {} style", "{} style")
+OBJECT_TEMPLATES = ("an image of a {}", "a {}", "{}")
+RECORD = "answer-set.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanvasRequest:
+    """Which answer set to make, where, and by which CLIP to judge it."""
+
+    names: Sequence[str]
+    target: Path
+    out: Path
+    themes: str
+    objects: str
+    judge: ModelSpec | None = None
+    seeds: Sequence[int] = SEEDS
+    paint: PaintOptions = field(default_factory=lambda: PAINT)
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    theme: str
+    object: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.theme}_{self.object}_seed{self.seed}.jpg".replace(" ", "_")
+
+    @property
+    def job(self) -> ImageJob:
+        text = PROMPT.replace("{object}", self.object).replace("{theme}", self.theme)
+        return ImageJob(text, self.seed)
+
+
+def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
+    """Make what is missing of an answer set, and judge all of it.
+
+    Raises MissingError, InputError, StaleError, and UsageError where the concept is neither
+    a theme nor an object.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    concept = edits[0].header.concept
+    themes, objects = (_listed(name) for name in (request.themes, request.objects))
+    of_theme, of_object = find_class(themes, concept), find_class(objects, concept)
+    if (of_theme is None) == (of_object is None):
+        what = "neither a theme nor an object" if of_theme is None else "a theme and an object"
+        raise UsageError(f"{concept!r} is {what}", hint="--themes FILE, --objects FILE")
+    place = Store(str(request.out))
+    cells = [_Cell(*cell) for cell in itertools.product(themes, objects, request.seeds)]
+    made_from = {
+        "edits": {edit.header.name: digest(edit.header) for edit in edits},
+        "target": str(request.target),
+        "paint": request.paint,
+    }
+    _begin(place, digest(made_from))
+    missing = unfinished(
+        len(cells), request.paint.batch, lambda number: place.exists(cells[number].file)
+    )
+    if missing:
+        painter = Pipeline.load(request.target, device=request.device)
+        values = new_values(painter.encoders, edits)
+        left = sum(map(len, missing))
+        with progress.bar("generating", left) as ticker, painter.edited(values):
+            for rows in missing:
+                images = painter.paint([cells[number].job for number in rows], request.paint)
+                for number, image in zip(rows, images, strict=True):
+                    place.write_bytes(cells[number].file, _jpeg(image))
+                    ticker.advance()
+    figures: tuple[Share | None, Share | None, Share | None] = (None, None, None)
+    if request.judge is not None:
+        asked = themes[of_theme] if of_theme is not None else objects[of_object or 0]
+        figures = _judged(place, request, cells, (themes, objects), asked)
+    record = AnswerSet(
+        name=edits[0].header.name,
+        concept=concept,
+        domain="theme" if of_theme is not None else "object",
+        images=len(cells),
+        judge=None if request.judge is None else str(request.judge),
+        ua=figures[0],
+        ira=figures[1],
+        cra=figures[2],
+        version=slsgu_cli.__version__,
+    )
+    place.write_record(RECORD, record)
+    return record
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    found = read_classes(name)
+    return found.names if found else ()
+
+
+def _begin(place: Store, made_from: str) -> None:
+    """Refuse to add to images of another edit; a run that was cut short is gone on with."""
+    mark = ".made-from"
+    if place.exists(mark) and place.read_bytes(mark).decode() != made_from:
+        raise UsageError(
+            f"{place.url} holds the answer set of another edit or other options",
+            hint="another --out, or remove it",
+        )
+    place.write_bytes(mark, made_from.encode())
+
+
+def _judged(
+    place: Store,
+    request: CanvasRequest,
+    cells: Sequence[_Cell],
+    domains: tuple[Sequence[str], Sequence[str]],
+    forgotten: str,
+) -> tuple[Share, Share, Share]:
+    """Return UA, IRA and CRA."""
+    if request.judge is None:
+        raise ValueError("there is no judge")
+    images = [place.read_bytes(cell.file) for cell in cells]
+    hits = []
+    for names, templates, attribute in zip(
+        domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), ("theme", "object"), strict=True
+    ):
+        judge = Judge.load(request.judge, dict.fromkeys(names, templates), device=request.device)
+        said = judge.verdicts(images)
+        truth = [getattr(cell, attribute) for cell in cells]
+        hits.append([a == b for a, b in zip(said, truth, strict=True)])
+    own, cross = hits if forgotten in domains[0] else hits[::-1]
+    shows = [forgotten in (cell.theme, cell.object) for cell in cells]
+    gone = [not hit for hit, shown in zip(own, shows, strict=True) if shown]
+    kept = [hit for hit, shown in zip(own, shows, strict=True) if not shown]
+    across = [hit for hit, shown in zip(cross, shows, strict=True) if not shown]
+    return tuple(Share(sum(part), len(part)) for part in (gone, kept, across))  # type: ignore[return-value]
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()

@@ -1,0 +1,350 @@
+"""Models built on CLIP as their libraries load them: a pipeline, a LLaVA, their live layers."""
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from slsgu_cli.checkpoints.edits import Edit, by_layer
+from slsgu_cli.checkpoints.layouts import TensorPlace, TowerPlace, tensor_places, tower_places
+from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target
+from slsgu_cli.checkpoints.weights import DIGEST_PRECISIONS, fingerprint, layer_digest, weight_files
+from slsgu_cli.clip.inputs import spans
+from slsgu_cli.clip.models import pick_device
+from slsgu_cli.clip.zeroshot import edited
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.targets import PaintOptions
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEncoder:
+    """A CLIP tower inside a loaded model, and what the model reads of it."""
+
+    module: nn.Module
+    home: TowerPlace
+    encoder: Encoder
+
+    @classmethod
+    def find(cls, module: nn.Module, encoder: Encoder) -> "LiveEncoder":
+        """Return the CLIP tower among a module's parameters. Raises InputError."""
+        tower = encoder.reach[0].tower
+        found = [
+            home for home in tower_places(dict(module.named_parameters())) if home.tower is tower
+        ]
+        if not found:
+            raise InputError(f"{encoder.name} as loaded has no CLIP {tower} tower")
+        return cls(module, found[0], encoder)
+
+    def slots(self, layer: str) -> tuple[TensorPlace, ...]:
+        """Return where the layer lies. Raises InputError where it has no influence or place."""
+        if reason := self.encoder.why_not(layer):
+            raise InputError(
+                f"{layer} cannot influence {self.encoder.name}: {reason}",
+                hint="search with --target, which leaves such layers out",
+            )
+        places = tensor_places(layer, self.home)
+        if not places:
+            raise InputError(f"{self.encoder.name} has no layer {layer}")
+        return places
+
+    def value(self, layer: str) -> Tensor:
+        """Return the layer's values now, in open_clip's shape."""
+        return joined(self.slots(layer), [self._parameter(slot) for slot in self.slots(layer)])
+
+    @contextmanager
+    def edited(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give layers other values for the length of a block."""
+        with ExitStack() as stack:
+            for layer, value in values.items():
+                for slot in self.slots(layer):
+                    own = self._parameter(slot).clone()
+                    slot.rows(own).copy_(slot.take(value))
+                    stack.enter_context(edited(self.module, slot.key, own))
+            yield
+
+    def parameters(self, layer: str) -> list[nn.Parameter]:
+        """Return the parameters that hold a layer, in order."""
+        return [self.module.get_parameter(slot.key) for slot in self.slots(layer)]
+
+    def _parameter(self, slot: TensorPlace) -> Tensor:
+        return self.module.get_parameter(slot.key).data
+
+
+def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
+    """Return a layer in open_clip's shape from values in the shape of the tensors it lies in."""
+    straight = [slot.held(part) for slot, part in zip(places, parts, strict=True)]
+    return straight[0] if len(straight) == 1 else torch.cat(straight)
+
+
+def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[str, Tensor]]:
+    """Return for each encoder the values that edits give its layers.
+
+    An edit goes to the encoder that holds the weights it was made for. Raises StaleError
+    where none does, InputError where its layer has no influence, UsageError where one edit
+    changes a whole parameter and another a third of it.
+    """
+    values: list[dict[str, Tensor]] = [{} for _ in live]
+    for edit in (edit for group in by_layer(edits).values() for edit in group):
+        layer = edit.header.layer
+        place = _home_of(live, edit)
+        now = values[place].get(layer)
+        now = live[place].value(layer).float() if now is None else now
+        delta = torch.from_numpy(edit.delta()).to(now.device)
+        values[place][layer] = now + edit.factor * delta
+    return values
+
+
+def _home_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
+    header = edit.header
+    reached = [n for n, one in enumerate(live) if one.encoder.why_not(header.layer) is None]
+    if not reached:
+        live[0].slots(header.layer)
+    for number in reached:
+        values = live[number].value(header.layer).float().cpu().numpy()
+        known = set(header.digests.values())
+        if any(layer_digest(values, precision) in known for precision in DIGEST_PRECISIONS):
+            return number
+    raise StaleError(
+        f"the target's {header.layer} is not the layer that the edit {header.name} was made for "
+        f"({header.model})",
+        hint=f"a target built on the model that `slsgu search {quote(header.name)}` edited",
+    )
+
+
+INSTALL = "pip install 'slsgu[targets]'"
+PIPELINES = (Family.SD1, Family.SD2, Family.SDXL)
+
+
+def require_family(path: Path, *, answers: bool) -> Target:
+    """Return the target at `path`: a vision-language model, or else a diffusion pipeline.
+
+    Raises MissingError, InputError, and UsageError for a model of the other kind.
+    """
+    target = read_target(path)
+    if answers != (target.family is Family.LLAVA):
+        wanted = "a LLaVA" if answers else "a diffusion pipeline"
+        other = "generate" if answers else "ask"
+        fits = target.family in PIPELINES or target.family is Family.LLAVA
+        raise UsageError(
+            f"{path} is {target.family}, not {wanted}", hint=f"slsgu {other}" if fits else None
+        )
+    if target.path.is_file():
+        raise UsageError(
+            f"{path} is one file of weights, which does not say how it is run",
+            hint="convert it to a folder: diffusers' from_single_file(...).save_pretrained(...)",
+        )
+    return target
+
+
+def library(name: str) -> Any:
+    """Import a library that is not needed elsewhere. Raises MissingError naming its extra."""
+    try:
+        with quiet():
+            module = importlib.import_module(name)
+            # Both libraries draw bars of their own while they load.
+            importlib.import_module("transformers").utils.logging.disable_progress_bar()
+            importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
+            return module
+    except ImportError as error:
+        raise MissingError(
+            f"running this model needs the package {name}: {error}", hint=INSTALL
+        ) from error
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a digest of all the weights in a model's folder and the folders in it."""
+    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    files = [path for inner in folders for path in weight_files(inner)]
+    return digest({str(path.relative_to(folder)): fingerprint(path) for path in files})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the libraries log and warn of while loading off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a library's failure to load the model at `path` into one message."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingError(f"{path} needs a package: {error}", hint=INSTALL) from error
+    except Exception as error:  # each library raises kinds of its own here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = lines[0][:300] if lines else type(error).__name__
+        raise InputError(f"cannot load {path}: {what}", hint="check that it is complete") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ImageJob:
+    """One image to make: what it shall show, and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A pipeline in memory, and its text encoders."""
+
+    pipeline: Any
+    encoders: tuple[LiveEncoder, ...]
+    device: str
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "auto") -> "Pipeline":
+        """Load the pipeline in a folder: fp16 on a GPU, fp32 elsewhere.
+
+        Raises MissingError, InputError, and UsageError where it is no pipeline.
+        """
+        target = require_family(path, answers=False)
+        device = pick_device(device)
+        diffusers = library("diffusers")
+        half = device.startswith("cuda")
+        with quiet(), explained(path):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                path, local_files_only=True, torch_dtype=torch.float16 if half else torch.float32
+            ).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        encoders = tuple(
+            LiveEncoder.find(getattr(pipeline, encoder.name), encoder)
+            for encoder in target.encoders
+        )
+        return cls(pipeline, encoders, device)
+
+    @contextmanager
+    def edited(self, values: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+        """Give layers of the text encoders other values for the length of a block."""
+        with ExitStack() as stack:
+            for encoder, own in zip(self.encoders, values, strict=bool(values)):
+                stack.enter_context(encoder.edited(own))
+            yield
+
+    def paint(self, jobs: Sequence[ImageJob], options: PaintOptions) -> Iterator[Image.Image]:
+        """Yield an image for each job, in order. Raises InputError for a prompt it refuses."""
+        extra = {} if options.guidance is None else {"guidance_scale": options.guidance}
+        for start, stop in spans(len(jobs), options.batch):
+            some = jobs[start:stop]
+            noise = [torch.Generator("cpu").manual_seed(job.seed) for job in some]
+            with torch.no_grad(), quiet():
+                try:
+                    made = self.pipeline(
+                        [job.prompt for job in some],
+                        num_inference_steps=options.steps,
+                        generator=noise,
+                        **extra,
+                    )
+                except (ValueError, TypeError) as error:
+                    raise InputError(f"the pipeline refuses {some[0].prompt!r}: {error}") from error
+            yield from made.images
+
+
+def unfinished(count: int, batch: int, done: Callable[[int], bool]) -> list[range]:
+    """Return the batches of `count` images that are not all `done`.
+
+    A run that was cut short goes on with whole batches, so that every image is made in the
+    company that it would have had: sums in another order change last digits.
+    """
+    batches = [range(start, stop) for start, stop in spans(count, batch)]
+    return [rows for rows in batches if not all(map(done, rows))]
+
+
+BATCH = 32
+MAX_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about an image."""
+
+    image: Image.Image
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Llava:
+    """A LLaVA in memory, and its vision tower."""
+
+    model: Any
+    processor: Any
+    encoder: LiveEncoder
+    device: str
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "auto") -> "Llava":
+        """Load the model in a folder: fp16 on a GPU, fp32 elsewhere.
+
+        Raises MissingError, InputError, and UsageError where it is no LLaVA.
+        """
+        target = require_family(path, answers=True)
+        device = pick_device(device)
+        transformers = library("transformers")
+        half = device.startswith("cuda")
+        with quiet(), explained(path):
+            processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                path, local_files_only=True, dtype=torch.float16 if half else torch.float32
+            )
+        model = model.to(device).eval()
+        return cls(model, processor, LiveEncoder.find(model, target.encoders[0]), device)
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[str]:
+        """Yield the answer to each question, in order, always the likeliest next word."""
+        tokens = self.processor.tokenizer
+        for start, stop in spans(len(questions), BATCH):
+            inputs = self.inputs(questions[start:stop], padding_side="left")
+            with torch.no_grad(), quiet():
+                said = self.model.generate(
+                    **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, use_cache=True
+                )
+            new = said[:, inputs["input_ids"].shape[1] :]
+            yield from (text.strip() for text in tokens.batch_decode(new, skip_special_tokens=True))
+
+    def inputs(
+        self,
+        questions: Sequence[Question],
+        *,
+        padding_side: str,
+        answers: Sequence[str] | None = None,
+    ) -> Any:
+        """Return model inputs for questions, each with its answer where there are answers."""
+        texts = [self._prompt(question.text) for question in questions]
+        if answers is not None:
+            texts = [f"{text} {answer}" for text, answer in zip(texts, answers, strict=True)]
+        self.processor.tokenizer.padding_side = padding_side
+        with quiet():
+            made = self.processor(
+                images=[question.image.convert("RGB") for question in questions],
+                text=texts,
+                return_tensors="pt",
+                padding=True,
+            )
+        return made.to(self.device, self.model.dtype)
+
+    def _prompt(self, question: str) -> str:
+        """Return the conversation as the model was trained on it."""
+        if getattr(self.processor, "chat_template", None) is None:
+            return f"USER: <image>\n{question} ASSISTANT:"
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        conversation = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True))

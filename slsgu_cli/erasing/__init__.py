@@ -1,1 +1,0 @@
-"""Other methods that make a diffusion pipeline forget, measured beside ours."""

@@ -1,0 +1,1 @@
+"""Records in, PNG bytes out."""

@@ -1,0 +1,324 @@
+"""Fronts, steps, trajectories and relearning as PNG bytes, in one style."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from slsgu_cli.checkpoints.layers import known_as, short
+from slsgu_cli.errors import InputError
+from slsgu_cli.records.method import LayerScore, Tower, Trial, Trials
+from slsgu_cli.records.studies import NEW, Check, JointSearch, VerifiedModel
+
+INK = "#1f2328"
+MUTED = "#6e7781"
+PALE = "#d0d7de"
+FAINT = "#eceff2"
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers say it once more.
+VERMILION = "#D55E00"
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+SERIES = (BLUE, "#009E73", "#CC79A7", "#56B4E9", ORANGE, "#7F5AA2", VERMILION)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+
+
+def blank(width: float, height: float, **options: Any) -> Figure:
+    """Return an empty white figure of `width` x `height` inches."""
+    figure = Figure(figsize=(width, height), facecolor="white", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Figure, **options: Any) -> bytes:
+    """Return the figure as PNG bytes, 160 pixels to the inch, without a software stamp."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None}, **options)
+    return buffer.getvalue()
+
+
+def plain(text: str, limit: int | None = None) -> str:
+    """Return `text` so that it is drawn literally, on one line, cut to `limit` characters."""
+    text = " ".join(text.split())
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1].rstrip() + "…"
+    return text.replace("$", r"\$")
+
+
+def dress(axes: Axes) -> None:
+    """Give axes a light frame and grid."""
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10, which="both")
+    for side, spine in axes.spines.items():
+        spine.set_color(PALE)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+TITLE: dict[str, Any] = {"color": INK, "fontsize": 12, "fontweight": "bold"}
+
+
+def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> bytes:
+    """Draw importance against alignment for the layers of `tower` (the paper's Figure 2 a, b).
+
+    Both axes are logarithmic; signed alignments get a symmetric logarithmic axis. Zeros
+    are drawn at the edge, with a note. The best layers stand at the top left. Raises
+    InputError where no score is of `tower`.
+    """
+    ours = sorted((s for s in scores if s.tower == tower), key=lambda s: -s.importance)
+    if not ours:
+        raise InputError(f"the ranking has no layer of the {tower} tower")
+    figure = blank(8.0, 4.8, layout="constrained")
+    axes = figure.add_subplot()
+    dress(axes)
+    _draw_layers(axes, ours)
+    axes.set_xlabel("alignment: cosine of forget and retain gradient (less is better)", color=INK)
+    axes.set_ylabel("importance: forget gradient / weights (more is better)", color=INK)
+    axes.set_title(plain(title), loc="left", **TITLE)
+    front = sum(score.front for score in ours)
+    figure.legend(
+        loc="outside right upper",
+        title="Pareto front",
+        alignment="left",
+        frameon=False,
+        ncols=1 if front <= 18 else 2,
+        fontsize=9 if front <= 14 else 7.5,
+    )
+    return png(figure)
+
+
+def step_plot(
+    trials: Trials, *, layer: str, ridge: float | None = None, chosen: float | None = None
+) -> bytes:
+    """Draw forget accuracy and utility against the step size for one layer (Figure 2 c, d).
+
+    `ridge` is that of the whitened direction, None for the gradient. The second axis gives
+    the step in percent of the layer's norm; step 0 is the original model. Utility is drawn
+    where it was measured. Raises InputError where the search did not try `layer`.
+    """
+    line = (layer, ridge)
+    tried = sorted((t for t in trials.trials if (t.layer, t.ridge) == line), key=lambda t: t.step)
+    if not tried:
+        raise InputError(f"the search of {trials.name} did not try the layer {layer}")
+    figure = blank(8.0, 4.8, layout="constrained")
+    axes = figure.add_subplot()
+    dress(axes)
+    draw_accuracies(axes, trials, tried)
+    step_axes(axes, tried)
+    if chosen is not None:
+        axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
+    axes.set_ylim(0, 103)
+    axes.set_ylabel("accuracy, %", color=INK)
+    along = "" if ridge is None else f", ridge {ridge:g}"
+    title = f"{plain(short(layer))} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
+    axes.set_title(title, loc="left", **TITLE)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
+    return png(figure)
+
+
+def _draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> None:
+    """Draw the front in colours, each layer named, and the other layers as crosses."""
+    x = _scaled(axes, "x", [score.alignment for score in scores])
+    y = _scaled(axes, "y", [score.importance for score in scores])
+    others = [i for i, score in enumerate(scores) if not score.front]
+    front = [i for i, score in enumerate(scores) if score.front]
+    for rank, i in enumerate(front):
+        axes.scatter(
+            x[i],
+            y[i],
+            marker=MARKERS[rank // len(SERIES) % len(MARKERS)],
+            s=80,
+            color=SERIES[rank % len(SERIES)],
+            edgecolor="white",
+            linewidths=0.8,
+            zorder=3,
+            label=plain(short(scores[i].layer), 34),
+        )
+    if others:
+        axes.scatter(
+            [x[i] for i in others],
+            [y[i] for i in others],
+            marker="x",
+            s=22,
+            linewidths=0.9,
+            color="black",
+            alpha=0.65,
+            zorder=2,
+            label=f"{len(others)} other layers",
+        )
+
+
+def draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial], *, size: float = 6) -> None:
+    """Draw a line a figure, from the original model at step 0 on, with markers of a size."""
+    line: dict[str, Any] = {"linewidth": size / 3, "markersize": size, "clip_on": False}
+    steps = [0.0, *(t.step for t in tried)]
+    top1 = [trials.baseline_forget.top1, *(t.forget.top1 for t in tried)]
+    top5 = [trials.baseline_forget.top5, *(t.forget.top5 for t in tried)]
+    axes.plot(steps, top1, "o-", color=VERMILION, label="FA@1", zorder=4, **line)
+    axes.plot(steps, top5, "s--", color=ORANGE, label="FA@5", zorder=3, **line)
+    for index, (name, baseline) in enumerate(sorted(trials.baseline_utility.items())):
+        colour = SERIES[index % 4]
+        measured = [
+            (t.step, t.utility[name].top1) for t in tried if t.utility and name in t.utility
+        ]
+        axes.plot(
+            *zip((0.0, baseline.top1), *measured, strict=True),
+            f"{MARKERS[2 + index % 9]}-",
+            color=colour,
+            label=f"TA@1 {plain(name, 30)}",
+            zorder=3,
+            **line,
+        )
+        axes.axhline(baseline.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
+
+
+def step_axes(axes: Axes, tried: Sequence[Trial]) -> None:
+    """Scale the step axis and put the share of the layer's norm above it."""
+    first, last = tried[0].step, tried[-1].step
+    percent = 100 * tried[-1].share / last
+    above = axes.twiny()
+    dress(above)
+    above.grid(False)
+    # A search that only doubled spans three decades, one that bisected less than one.
+    wide = last / first > 40
+    for each, factor in ((axes, 1.0), (above, percent)):
+        if wide:
+            each.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(first)) * factor)
+            each.xaxis.set_major_formatter("{x:g}")
+        each.set_xlim(0, last * 1.04 * factor)
+    above.spines[:].set_visible(False)
+    axes.set_xlabel("step size", color=INK)
+    above.set_xlabel("step in % of the layer's norm", color=MUTED, fontsize=9)
+    above.tick_params(labelsize=9, labelcolor=MUTED)
+
+
+def _scaled(axes: Axes, which: str, values: Sequence[float]) -> list[float]:
+    """Set a logarithmic scale that fits `values`; return them with zeros moved to its edge."""
+    magnitudes = [abs(value) for value in values if value != 0]
+    least, most = min(magnitudes, default=1e-3), max(magnitudes, default=1e-3)
+    set_scale = axes.set_xscale if which == "x" else axes.set_yscale
+    if any(value < 0 for value in values):
+        set_scale("symlog", linthresh=10 ** math.floor(math.log10(max(least, most / 1000))))
+        axes.axvline(0, color=FAINT, linewidth=2, zorder=1)
+        return list(values)
+    set_scale("log")
+    zeros = sum(value == 0 for value in values)
+    if zeros:
+        what, edge, place = {
+            "x": ("alignment", "left", (0.01, 0.02)),
+            "y": ("importance", "lower", (0.01, 0.06)),
+        }[which]
+        note = f"{zeros} with {what} 0, drawn at the {edge} edge"
+        axes.text(*place, note, transform=axes.transAxes, color=MUTED, fontsize=8)
+    return [value or least / 3 for value in values]
+
+
+ACROSS = 3
+
+
+def trajectories_plot(trials: Trials, lines: Sequence[tuple[str, float | None]]) -> bytes:
+    """Draw a small panel for each layer and ridge: accuracies against the step (Figure 14)."""
+    across = min(ACROSS, len(lines))
+    down = -(-len(lines) // across)
+    figure = blank(1.0 + 3.6 * across, 1.1 + 3.1 * down, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).reshape(-1)
+    for axes in panels[len(lines) :]:
+        axes.set_visible(False)
+    for place, (axes, line) in enumerate(zip(panels, lines, strict=False)):
+        tried = [t for t in trials.trials if (t.layer, t.ridge) == line]
+        tried.sort(key=lambda t: t.step)
+        dress(axes)
+        draw_accuracies(axes, trials, tried, size=3)
+        step_axes(axes, tried)
+        axes.set_ylim(0, 103)
+        if place % across == 0:
+            axes.set_ylabel("accuracy, %", color=INK)
+        ridge = "" if line[1] is None else f", ridge {line[1]:g}"
+        axes.set_title(plain(known_as(line[0]), 34) + ridge, loc="left", **TITLE | {"fontsize": 10})
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
+    figure.suptitle(f"forgetting {plain(trials.name)}", x=0.01, ha="left", **TITLE)
+    return png(figure)
+
+
+def several_plot(found: JointSearch) -> bytes:
+    """Draw accuracies against the number of concepts that are forgotten together."""
+    figure = blank(8.0, 4.8, layout="constrained")
+    axes = figure.add_subplot()
+    dress(axes)
+    counts = range(len(found.stages) + 1)
+    for index, (name, before) in enumerate(sorted(found.baseline_utility.items())):
+        kept = [(stage.utility or {}).get(name, before).top1 for stage in found.stages]
+        colour = SERIES[index % 4]
+        axes.axhline(before.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
+        axes.plot(
+            counts,
+            [before.top1, *kept],
+            f"{MARKERS[2 + index % 9]}-",
+            color=colour,
+            linewidth=2,
+            clip_on=False,
+            label=f"TA@1 {plain(name, 30)}",
+        )
+    worst = [max(found.top1 for found in stage.forget.values()) for stage in found.stages]
+    axes.plot(
+        counts[1:], worst, "o-", color=VERMILION, clip_on=False, label="FA@1, the highest of all"
+    )
+    labels = ["original", *(f"{k}\n+ {plain(n, 14)}" for k, n in enumerate(found.names, start=1))]
+    axes.set_xticks(counts, labels)
+    axes.set_ylim(0, 103)
+    axes.set_xlim(0, len(found.stages))
+    axes.set_xlabel("concepts forgotten together", color=INK)
+    axes.set_ylabel("accuracy, %", color=INK)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
+    return png(figure)
+
+
+# The original, the first edit, and what else is compared.
+COLOURS = (INK, VERMILION, *SERIES)
+PANELS = {
+    Check.FINETUNE: "trained on the retain set",
+    Check.RELEARN: "trained on images of the concept too",
+}
+
+
+def relearning_plot(subjects: Sequence[VerifiedModel], *, concept: str) -> bytes:
+    """Draw FA@1 against training steps, a line a model; the original stands first."""
+    ran = {finding.check for subject in subjects for finding in subject.findings}
+    panels = [check for check in PANELS if check in ran]
+    figure = blank(5.2 * len(panels), 4.4, layout="constrained")
+    for place, check in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        dress(axes)
+        _draw(axes, subjects, check)
+        axes.set_title(PANELS[check], loc="left", **TITLE)
+        axes.set_xlabel("training steps", color=INK)
+        axes.set_ylim(-2, 103)
+        if place == 0:
+            axes.set_ylabel(f"FA@1, {plain(concept, 30)}, %", color=INK)
+    # The last panel has every line there is.
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
+    return png(figure)
+
+
+def _draw(axes: Axes, subjects: Sequence[VerifiedModel], check: Check) -> None:
+    """Draw every curve of a check: the original's dashed, a new name's in grey."""
+    for place, subject in enumerate(subjects):
+        finding = subject.finding(check)
+        for curve in finding.curves if finding else ():
+            new = curve.name == NEW
+            axes.plot(
+                [point.step for point in curve.points],
+                [point.forget.top1 for point in curve.points],
+                f"{MARKERS[place % len(MARKERS)]}{'-' if place else '--'}",
+                color=MUTED if new else COLOURS[place % len(COLOURS)],
+                linewidth=2,
+                markersize=5,
+                clip_on=False,
+                label=plain(f"{subject.label}, a new name" if new else subject.label, 40),
+            )

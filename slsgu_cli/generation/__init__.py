@@ -1,1 +1,0 @@
-"""Edits measured where they are meant to act: on generated images and on answers."""

@@ -1,0 +1,1 @@
+"""The paper: losses, gradients, ranking, search, edits, evaluation."""

@@ -1,0 +1,193 @@
+"""The direction a layer moves in: its forget gradient, or that whitened by retained inputs.
+
+Whitening takes the second moments of the layers' inputs. They are addressed by the model
+and the retain rows, so every concept that shares these shares them. What is missing is
+computed in one forward over the retain set, for all layers that are asked for at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip.models import pick_device
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import GradientPointer, LayerMoment, MomentHeader, Precision
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.store.artifacts import gradient_path, moments_path
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from slsgu_cli.method.moments import RetainMetric
+
+
+# Part of every address of moments: a change in what is computed must change it.
+REVISION = 1
+
+# The ridge that whitens unless another is given.
+RIDGE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """The moments in the store of one model's layers over one set of retain rows.
+
+    `device` is where they are solved with.
+    """
+
+    store: Store
+    places: dict[str, tuple[str, LayerMoment]]
+    unseen: frozenset[str]
+    device: str = "cpu"
+
+    def has(self, layer: str) -> bool:
+        """Return whether the moments of the layer's inputs are known."""
+        return parameter_of(layer) in self.places
+
+    def metric(self, layer: str, ridge: float) -> "RetainMetric":
+        """Return the inner product that the layer's retained inputs make of its changes.
+
+        A third of a parameter is applied to what the whole is applied to.
+        """
+        import torch
+
+        from slsgu_cli.method.moments import RetainMetric, exact_device
+
+        name = parameter_of(layer)
+        path, found = self.places[name]
+        values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
+        return RetainMetric(values.to(exact_device(self.device)), found.axis, ridge)
+
+    def output(self, parameter: str) -> float:
+        """Return a whole parameter's mean squared output over the retain set."""
+        return self.places[parameter][1].output
+
+
+def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") -> Moments:
+    """Return the moments that the store has for the model and retain rows of `pointer`.
+
+    `device` is where they are to be solved with.
+    """
+    places: dict[str, tuple[str, LayerMoment]] = {}
+    unseen: set[str] = set()
+    for name in store.names("moments", ".safetensors"):
+        path = moments_path(name)
+        try:
+            header = store.read_header(path, MomentHeader)
+        except SlsguError:
+            # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
+            continue
+        if (header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data):
+            places |= {layer: (path, found) for layer, found in header.layers.items()}
+            unseen.update(header.unseen)
+    return Moments(store, places, frozenset(unseen), device)
+
+
+def ensure_moments(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+) -> Moments:
+    """Return moments of `layers`, computing what the store lacks.
+
+    A layer whose inputs its tower does not show has none; they are told with -v.
+    Raises StaleError where the model is not the one the gradients are of.
+    """
+    device = pick_device(device)
+    known = find_moments(store, pointer, device)
+    wanted = {parameter_of(layer) for layer in layers}
+    missing = sorted(wanted - set(known.places) - known.unseen)
+    if missing:
+        progress.note(
+            f"{len(missing)} layers lack the moments of their inputs: "
+            "one forward over the retain set"
+        )
+        _compute(store, manifest, pointer, missing, device=device)
+        known = find_moments(store, pointer, device)
+    unseen = sorted(known.unseen & wanted)
+    if unseen:
+        progress.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
+    return known
+
+
+def layer_gradient(store: Store, address: str, layer: str) -> Floats:
+    """Return fp32 the gradient of a layer from the gradients at an address of the store."""
+    name = parameter_of(layer)
+    values: Floats = held(layer, store.read_tensors(gradient_path(address), [name])[name])
+    return values
+
+
+def forget_direction(
+    store: Store, pointer: GradientPointer, layer: str, *, ridge: float, moments: Moments | None
+) -> Floats:
+    """Return fp32 where a layer moves: its forget gradient, or with `moments` that whitened.
+
+    PyTorch is loaded for the latter only.
+    """
+    gradient = layer_gradient(store, pointer.forget, layer)
+    if moments is None:
+        return gradient
+    if not moments.has(layer):
+        raise InputError(
+            f"{layer} cannot be whitened: its tower does not show what the layer is applied to",
+            hint="--direction gradient, or another layer",
+        )
+    import torch
+
+    metric = moments.metric(layer, ridge)
+    along = metric.whiten(torch.from_numpy(gradient).to(metric.moment.device))
+    whitened: Floats = along.float().cpu().numpy()
+    return whitened
+
+
+def _compute(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+) -> None:
+    """Run the towers of `layers` over the retain set and store the moments of their inputs."""
+    import torch
+
+    from slsgu_cli.method.gradient_pass import arithmetic
+    from slsgu_cli.method.moments import chosen_rows, input_moments, mean_square_output
+    from slsgu_cli.store.blocks import DataBlock
+
+    _, module = load_graded(manifest, pointer, device)
+    block = DataBlock.open(store, manifest.retain)
+    with torch.no_grad(), arithmetic(Precision.FP32):
+        found = input_moments(module, layers, block, spec=manifest.input, device=device)
+        about, arrays = {}, {}
+        for layer in sorted(found):
+            # The sums are fp64 and large: each goes as soon as its mean is taken.
+            moment = found.pop(layer)
+            mean = moment.mean()
+            output = mean_square_output(module.get_parameter(layer), mean, moment.axis)
+            about[layer] = LayerMoment(moment.axis, moment.count, output)
+            arrays[layer] = mean.float().cpu().numpy()
+    header = MomentHeader(
+        model=pointer.model_fingerprint,
+        data=pointer.retain_data,
+        rows=len(chosen_rows(block.rows)),
+        layers=about,
+        unseen=tuple(layer for layer in layers if layer not in about),
+        version=slsgu_cli.__version__,
+    )
+    made_from = {
+        "revision": REVISION,
+        "model": header.model,
+        "data": header.data,
+        "input": manifest.input,
+        "layers": sorted(layers),
+    }
+    store.write_tensors(moments_path(digest(made_from)), arrays, header)

@@ -1,0 +1,357 @@
+"""From a set's name to its edit, searched for or given by hand; `apply`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import (
+    AppliedResult,
+    CarryOptions,
+    CheckpointSource,
+    apply_edits,
+    carry,
+)
+from slsgu_cli.checkpoints.edits import Edit, load_edit, make_edit
+from slsgu_cli.checkpoints.layers import find_layers, is_of, layers_of, tower_of
+from slsgu_cli.checkpoints.layouts import Spelling, read_weight_sets
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.models import read_layer, resolve
+from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
+from slsgu_cli.method.directions import ensure_moments, forget_direction
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.scoring import norm
+from slsgu_cli.method.search import SearchResult, search
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import Direction, EditHeader, GradientHeader, Qkv, Ranking, Tower
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.artifacts import (
+    edit_path,
+    gradient_path,
+    manifest_path,
+    plot_path,
+    pointer_path,
+    ranking_path,
+    read_manifest,
+    read_pointer,
+)
+from slsgu_cli.store.store import Store
+
+
+def edit_for(
+    store: Store, name: str, *, options: SearchOptions, ranking: RankOptions | None = None
+) -> Edit:
+    """Return the edit `name`, running the rank (as `ranking` says) and search it still lacks.
+
+    Raises StaleError where the edit was made from gradients, or for another direction,
+    than the set has now.
+    """
+    is_file = "/" in name or name.endswith(".safetensors")
+    if is_file or not store.exists(manifest_path(name)):
+        return load_edit(store, name)
+    if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
+        if not store.exists(ranking_path(name)):
+            progress.note(f"{name} has no ranking yet: ranking its layers")
+            rank_and_plot(store, name, options=ranking or rank_options(options))
+        progress.note(f"{name} has no edit yet: searching for one")
+        result = search_and_plot(store, name, options=options)
+        require_forgotten(result)
+    edit = current_edit(store, name)
+    if options.direction not in (None, edit.header.direction):
+        raise StaleError(
+            f"the edit {name} moves along the direction {edit.header.direction}, "
+            f"not {options.direction}",
+            hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
+            f"`slsgu search {quote(name)}`",
+        )
+    if options.qkv and not is_of(options.qkv, edit.header.layer):
+        raise StaleError(
+            f"the edit {name} changes {edit.header.layer}, which is no layer where query, key "
+            f"and value are {options.qkv}",
+            hint=f"run `slsgu rank {quote(name)} --qkv {options.qkv}` and "
+            f"`slsgu search {quote(name)}`",
+        )
+    if options.ridges and edit.header.ridge not in options.ridges:
+        had = "no ridge" if edit.header.ridge is None else f"ridge {edit.header.ridge:g}"
+        raise StaleError(
+            f"the edit {name} was whitened with {had}, not {options.ridges[0]:g}",
+            hint=f"run `slsgu search {quote(name)} --ridge {options.ridges[0]:g}`",
+        )
+    return edit
+
+
+def current_edit(store: Store, name: str) -> Edit:
+    """Return the edit of the set `name`.
+
+    Raises MissingError, and StaleError where it was made from other rows or gradients than
+    the set has now.
+    """
+    edit = load_edit(store, name)
+    pointer = store.exists(pointer_path(name)) and read_pointer(store, read_manifest(store, name))
+    if pointer and edit.header.gradient != pointer.forget:
+        raise StaleError(
+            f"the edit {name} was made from other gradients than the set has now",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
+        )
+    if pointer and edit.header.retain_data not in (None, pointer.retain_data):
+        raise StaleError(
+            f"the direction of the edit {name} was whitened by other retain rows than the set "
+            "has now",
+            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
+        )
+    return edit
+
+
+def rank_options(options: SearchOptions) -> RankOptions:
+    """Return how to rank for a search that finds no ranking."""
+    chosen = RankOptions(device=options.device)
+    if options.direction is not None:
+        chosen = replace(chosen, direction=options.direction)
+    if options.qkv is not None:
+        chosen = replace(chosen, qkv=options.qkv)
+    return replace(chosen, ridge=options.ridges[0]) if options.ridges else chosen
+
+
+def direct_edit(
+    store: Store, name: str, *, layer: str, step: float, options: RankOptions | None = None
+) -> Edit:
+    """Return the edit that moves `layer` by `step` along its direction, unsearched.
+
+    `options` say which direction, and how it is whitened. Raises UsageError where the
+    gradients have no such layer.
+    """
+    from slsgu_cli.checkpoints.weights import layer_digests
+
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
+    path = gradient_path(pointer.forget)
+    header = store.read_header(path, GradientHeader)
+    whole, split = (find_layers(layer, layers_of(header.weights, qkv)) for qkv in Qkv)
+    fitting = whole or split
+    tower = tower_of(fitting[0]) if len(fitting) == 1 else None
+    if tower is None:
+        raise UsageError(
+            f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
+            hint=f"run `slsgu rank {quote(name)}` for their names",
+        )
+    options = options or RankOptions()
+    whitened = options.direction is Direction.WHITENED
+    moments = None
+    if whitened:
+        moments = ensure_moments(store, manifest, pointer, fitting, device=options.device)
+    along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
+    model = resolve(pointer.model)
+    before = read_layer(model, fitting[0])
+    edit = EditHeader(
+        name=name,
+        concept=manifest.concept,
+        layer=fitting[0],
+        tower=tower,
+        step=step,
+        share=step * norm(along) / (norm(before) or 1.0),
+        model=pointer.model,
+        model_fingerprint=pointer.model_fingerprint,
+        digests=layer_digests(before),
+        gradient=pointer.forget,
+        direction=options.direction,
+        ridge=options.ridge if whitened else None,
+        retain_data=pointer.retain_data if whitened else None,
+        steer=None,
+        margin=None,
+        forgotten=None,
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        joint=None,
+        version=slsgu_cli.__version__,
+        layout=model.spelling,
+    )
+    return make_edit(edit, delta=step * along, before=before)
+
+
+def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:
+    """Rank the layers of a set and draw each tower's front; return where the plots are."""
+    from slsgu_cli.figures.curves import pareto_plot
+
+    ranking = rank(store, name, options=options)
+    plots = []
+    for tower in Tower:
+        if any(score.tower is tower for score in ranking.scores):
+            path = plot_path(name, f"front-{tower}")
+            title = f"{name}: {tower} layers"
+            store.write_bytes(path, pareto_plot(ranking.scores, tower=tower, title=title))
+            plots.append(store.where(path))
+    return ranking, plots
+
+
+def search_and_plot(store: Store, name: str, *, options: SearchOptions) -> SearchResult:
+    """Search a set's layers and draw the accuracies against the step for each."""
+    result = search(store, name, options=options)
+    draw_steps(store, result)
+    return result
+
+
+def draw_steps(store: Store, result: SearchResult) -> None:
+    """Draw the accuracies against the step for each layer that was searched."""
+    from slsgu_cli.figures.curves import step_plot
+
+    name = result.trials.name
+    chosen, trials = result.chosen, result.trials
+    lines: dict[str, set[float | None]] = {}
+    for trial in trials.trials:
+        lines.setdefault(trial.layer, set()).add(trial.ridge)
+    for layer, ridges in sorted(lines.items()):
+        for ridge in ridges:
+            step = chosen.step if (layer, ridge) == (chosen.layer, chosen.ridge) else None
+            path = plot_path(name, f"steps-{layer}" + (f"-{ridge:g}" if len(ridges) > 1 else ""))
+            store.write_bytes(path, step_plot(trials, layer=layer, ridge=ridge, chosen=step))
+
+
+def require_forgotten(result: SearchResult) -> None:
+    """Raise NotForgottenError unless the chosen step brings the steered accuracy to 0."""
+    if result.forgotten:
+        return
+    chosen, trials = result.chosen, result.trials
+    margin = "" if trials.margin is None else f", and a gap of {chosen.gap:.3f}"
+    raise NotForgottenError(
+        f"no step forgets {trials.name}: the best, {chosen.layer} at {chosen.step:.4g}, leaves "
+        f"FA@1 {chosen.forget.top1:.1f} and FA@5 {chosen.forget.top5:.1f} "
+        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
+        hint="the trials and this edit are kept; try --steps 20, or another --layer",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyRequest:
+    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
+
+    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
+    edit that is there already must be of that direction, and of a layer of that kind.
+    """
+
+    names: Sequence[str]
+    out: Path
+    model: ModelSpec | None = None
+    target: Path | None = None
+    encoder: str | None = None
+    layer: str | None = None
+    step: float | None = None
+    direction: Direction | None = None
+    ridge: float | None = None
+    qkv: Qkv | None = None
+    scale: float = 1.0
+    rank: int | None = None
+    revert: bool = False
+    force: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    link: bool = False
+    device: str = "auto"
+
+
+def apply_named(store: Store, request: ApplyRequest) -> AppliedResult:
+    """Write the checkpoint that `request` describes, running what its edits still lack."""
+    if request.target is not None and request.model is not None:
+        raise UsageError("--target takes the place of --model", hint="leave one of them out")
+    edits = _requested_edits(store, request)
+    for edit in edits:
+        if edit.header.steer is not None and not edit.header.forgotten:
+            progress.warn(
+                f"the edit {edit.header.name} does not forget completely: its search failed"
+            )
+    if not request.revert:
+        _tell_of_joint_searches(edits)
+    if request.target is not None:
+        return _carried(edits, request, request.target)
+    model = resolve(_shared_model(edits, request.model))
+    if model.folder is not None and _in_transformers(model.folder):
+        return _carried(edits, request, model.folder)
+    source = CheckpointSource(
+        model.spec, model.weights, model.folder, model.config, model.preprocess
+    )
+    return apply_edits(
+        edits,
+        source,
+        request.out,
+        revert=request.revert,
+        force=request.force,
+        overwrite=request.overwrite,
+        dry_run=request.dry_run,
+    )
+
+
+def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
+    """Warn of edits that were searched to be in place with others which are not there."""
+    present = {(edit.header.name, edit.header.joint) for edit in edits}
+    joints = {edit.header.joint for edit in edits if edit.header.joint}
+    for joint in sorted(joints, key=lambda joint: joint.digest):
+        missing = [name for name in joint.names if (name, joint) not in present]
+        if missing:
+            there = [name for name in joint.names if name not in missing]
+            progress.warn(
+                f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
+                "that search is not applied here; the figures hold for all of them together"
+            )
+
+
+def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
+    options = SearchOptions(
+        direction=request.direction,
+        ridges=() if request.ridge is None else (request.ridge,),
+        qkv=request.qkv,
+        device=request.device,
+    )
+    target = None if request.target is None else str(request.target)
+    ranking = replace(rank_options(options), target=target, encoder=request.encoder)
+    if request.step is not None and not math.isfinite(request.step):
+        raise UsageError(f"--step {request.step} is no step size")
+    if request.layer is not None:
+        if request.step is None or len(request.names) != 1:
+            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+        edits = [
+            direct_edit(
+                store, request.names[0], layer=request.layer, step=request.step, options=ranking
+            )
+        ]
+    else:
+        edits = [edit_for(store, name, options=options, ranking=ranking) for name in request.names]
+        if request.step is not None:
+            edits = [edit.restepped(request.step) for edit in edits]
+    if request.rank is not None:
+        edits = [edit.of_rank(request.rank) for edit in edits]
+    return edits if request.scale == 1 else [edit.scaled(request.scale) for edit in edits]
+
+
+def _in_transformers(folder: Path) -> bool:
+    """Return whether weights in a folder have transformers' names; open_clip's may lie beside."""
+    states, _ = read_weight_sets(folder)
+    return any(h.spelling is Spelling.TRANSFORMERS for state in states for h in state.homes)
+
+
+def _carried(edits: Sequence[Edit], request: ApplyRequest, path: Path) -> AppliedResult:
+    options = CarryOptions(
+        encoder=request.encoder,
+        revert=request.revert,
+        force=request.force,
+        overwrite=request.overwrite,
+        dry_run=request.dry_run,
+        link=request.link,
+    )
+    return carry(edits, read_target(path), request.out, options=options)
+
+
+def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:
+    """Return the model to edit: the one given, else the one all edits were made for."""
+    if given is not None:
+        return given
+    models = {str(edit.header.model): edit.header.model for edit in edits}
+    if len(models) > 1:
+        raise UsageError(
+            f"the edits were made for different models: {', '.join(sorted(models))}",
+            hint="say which to edit with --model",
+        )
+    return next(iter(models.values()))

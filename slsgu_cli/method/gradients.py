@@ -1,0 +1,267 @@
+"""What `slsgu grad` does: find or compute the two gradients of a set, and point to them.
+
+A gradient is addressed by the content of what it was computed from, so the same call is
+a cache hit, and concepts that share a retain set share its gradient.
+"""
+
+from dataclasses import dataclass, field, replace
+from shlex import quote
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, input_spec, load, pick_device, resolve
+from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.method.scoring import norm
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import (
+    GradientHeader,
+    GradientPointer,
+    ParameterNorm,
+    PassOptions,
+    SquaresHeader,
+)
+from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
+from slsgu_cli.store.artifacts import gradient_path, pointer_path, read_manifest, squares_path
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+# Part of every gradient's address: a change in what is computed must change it.
+REVISION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """One gradient of a set: its role, its loss, its rows and its address."""
+
+    role: str
+    loss: str
+    data: DataRef
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class GradResult:
+    """The gradients of a set, and which of them this call computed.
+
+    `squared` names the roles whose squares were computed, None where none were asked for.
+    `seconds` is how long each pass of this call took.
+    """
+
+    pointer: GradientPointer
+    headers: dict[str, GradientHeader]
+    computed: tuple[str, ...]
+    squared: tuple[str, ...] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compute_gradients(
+    store: Store, name: str, *, model: ModelSpec | None, options: PassOptions, squares: bool = False
+) -> GradResult:
+    """Ensure the forget and retain gradients of set `name`, and squares, are in the store.
+
+    Raises MissingError, InputError, and StaleError where the model takes other inputs
+    than the set was built for.
+    """
+    manifest = read_manifest(store, name)
+    resolved = resolve(model or manifest.model)
+    model_fingerprint = fingerprint(resolved)
+    gradients = _wanted(manifest, resolved, model_fingerprint, options)
+    missing = [g for g in gradients if not _is_whole(store, g)]
+    unsquared = [g for g in gradients if squares and not _has_squares(store, g)]
+    wanted = [g for g in gradients if g in missing or g in unsquared]
+    for gradient in gradients:
+        if gradient not in wanted:
+            progress.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
+    seconds = {}
+    if wanted:
+        check_inputs(manifest, resolved)
+        options = replace(options, device=pick_device(options.device))
+        module = load(resolved, options.device, warn=progress.warn)
+        job = _Job(store, manifest, module, model_fingerprint, options)
+        for gradient in wanted:
+            start = perf_counter()
+            job.compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
+            seconds[gradient.role] = perf_counter() - start
+    pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
+    store.write_record(pointer_path(name), pointer)
+    headers = {
+        g.role: store.read_header(gradient_path(g.digest), GradientHeader) for g in gradients
+    }
+    return GradResult(
+        pointer,
+        headers,
+        computed=tuple(g.role for g in missing),
+        squared=tuple(g.role for g in unsquared) if squares else None,
+        seconds=seconds,
+    )
+
+
+def _pointer(
+    name: str,
+    model: ModelSpec,
+    model_fingerprint: str,
+    gradients: tuple[Gradient, Gradient],
+    options: PassOptions,
+) -> GradientPointer:
+    forget, retain = gradients
+    return GradientPointer(
+        name=name,
+        model=model,
+        model_fingerprint=model_fingerprint,
+        forget=forget.digest,
+        retain=retain.digest,
+        forget_data=forget.data.fingerprint,
+        retain_data=retain.data.fingerprint,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        version=slsgu_cli.__version__,
+    )
+
+
+def _is_whole(store: Store, gradient: Gradient) -> bool:
+    return _stands(store, gradient_path(gradient.digest), GradientHeader)
+
+
+def _has_squares(store: Store, gradient: Gradient) -> bool:
+    return _stands(store, squares_path(gradient.digest), SquaresHeader)
+
+
+def _stands(store: Store, path: str, kind: type[Any]) -> bool:
+    """Return whether a file can be used; one that is damaged is to be made again."""
+    try:
+        store.read_header(path, kind)
+    except MissingError:
+        return False
+    except (InputError, StaleError) as error:
+        progress.warn(f"{error.message}; it is computed again")
+        return False
+    return True
+
+
+def load_graded(
+    manifest: SetManifest, pointer: GradientPointer, device: str
+) -> "tuple[ResolvedModel, nn.Module]":
+    """Load the model that the gradients of a set belong to. Raises StaleError for another."""
+    model = graded_model(pointer)
+    check_inputs(manifest, model)
+    return model, load(model, device)
+
+
+def graded_model(pointer: GradientPointer) -> ResolvedModel:
+    """Return the model that gradients belong to. Raises StaleError for other weights."""
+    model = resolve(pointer.model)
+    if fingerprint(model) != pointer.model_fingerprint:
+        raise StaleError(
+            f"{pointer.model} has other weights than when its gradients were computed",
+            hint=f"run `slsgu grad {quote(pointer.name)}`",
+        )
+    return model
+
+
+def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:
+    """Raise StaleError unless `model` takes its inputs as the set was built."""
+    wanted = input_spec(model)
+    if wanted == manifest.input:
+        return
+    fields = wanted.__dataclass_fields__
+    differing = [f for f in fields if getattr(wanted, f) != getattr(manifest.input, f)]
+    first = differing[0]
+    raise StaleError(
+        f"set {manifest.name} was built for {manifest.model}, and {model.spec} takes other "
+        f"inputs: {first} {getattr(wanted, first)}, the set has {getattr(manifest.input, first)}",
+        hint=f"run `slsgu build-sets {quote(manifest.name)} {model.spec.flags()} ...` "
+        "with its sources",
+    )
+
+
+def _wanted(
+    manifest: SetManifest, model: ResolvedModel, model_fingerprint: str, options: PassOptions
+) -> tuple[Gradient, Gradient]:
+    retain_loss = "sigmoid" if model.config.get("init_logit_bias") is not None else "contrastive"
+
+    def address(role: str, loss: str, data: DataRef) -> Gradient:
+        made_from = {
+            "revision": REVISION,
+            "model": model_fingerprint,
+            "data": data.fingerprint,
+            "input": manifest.input,
+            "loss": loss,
+            "batch_size": options.batch_size,
+            "precision": options.precision,
+        }
+        return Gradient(role, loss, data, digest(made_from))
+
+    return (
+        address("forget", "cosine", manifest.forget),
+        address("retain", retain_loss, manifest.retain),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What computing any gradient of a set takes."""
+
+    store: Store
+    manifest: SetManifest
+    module: "nn.Module"
+    model_fingerprint: str
+    options: PassOptions
+
+    def compute(self, gradient: Gradient, *, plain: bool, squares: bool) -> None:
+        """Compute and store a gradient, its squares, or both in one pass."""
+        from slsgu_cli.method.gradient_pass import GradientPass
+        from slsgu_cli.store.blocks import DataBlock
+
+        block = DataBlock.open(self.store, gradient.data)
+        size = min(self.options.batch_size, block.rows)
+        run = GradientPass.prepare(
+            self.module,
+            gradient.loss,
+            spec=self.manifest.input,
+            options=replace(self.options, batch_size=size),
+        )
+        label = f"{gradient.role} gradient"
+        if squares:
+            arrays, squared, mean_loss = run.run_squared(block, label)
+            about = self._about_squares(gradient, -(-block.rows // size))
+            self.store.write_tensors(squares_path(gradient.digest), squared, about)
+        else:
+            arrays, mean_loss = run.run(block, label)
+        if plain:
+            header = self._header(gradient, -(-block.rows // size), mean_loss)
+            self.store.write_tensors(gradient_path(gradient.digest), arrays, header)
+
+    def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
+        weights = {
+            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
+            for name, p in self.module.named_parameters()
+        }
+        return GradientHeader(
+            loss=gradient.loss,
+            sign="+grad",
+            mean_loss=mean_loss,
+            batches=batches,
+            batch_size=self.options.batch_size,
+            rows=gradient.data.rows,
+            precision=self.options.precision,
+            model=self.model_fingerprint,
+            data=gradient.data.fingerprint,
+            weights=weights,
+            version=slsgu_cli.__version__,
+        )
+
+    def _about_squares(self, gradient: Gradient, batches: int) -> SquaresHeader:
+        return SquaresHeader(
+            gradient=gradient.digest,
+            loss=gradient.loss,
+            batches=batches,
+            batch_size=self.options.batch_size,
+            rows=gradient.data.rows,
+            precision=self.options.precision,
+            version=slsgu_cli.__version__,
+        )

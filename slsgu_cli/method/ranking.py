@@ -1,0 +1,214 @@
+"""What `slsgu rank` does: score every candidate layer from the stored gradients.
+
+For the whitened direction, importance and alignment are those of the step that will be
+taken: the same formulas, in the inner product that the retained inputs make of changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from shlex import quote
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import slsgu_cli
+from slsgu_cli.checkpoints.layers import layers_of, selected, third_of, tower_of
+from slsgu_cli.checkpoints.targets import layers_read_by
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip.models import ResolvedModel, read_layer
+from slsgu_cli.errors import InputError
+from slsgu_cli.method.directions import RIDGE, Moments, ensure_moments, layer_gradient
+from slsgu_cli.method.gradients import graded_model
+from slsgu_cli.method.scoring import Vector, alignment, importance, norm, pareto_front
+from slsgu_cli.records.method import (
+    Alignment,
+    Direction,
+    GradientHeader,
+    GradientPointer,
+    LayerScore,
+    ParameterNorm,
+    Qkv,
+    Ranking,
+    Tower,
+)
+from slsgu_cli.store.artifacts import gradient_path, ranking_path, read_manifest, read_pointer
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from slsgu_cli.method.moments import RetainMetric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """Which layers compete, for which direction, and how alignment is read.
+
+    `ridge` is of the whitened direction alone, as is `device`, where moments are computed.
+    With `qkv` split, query, key and value compete as layers of their own.
+    With `target`, a path or a kind of model, layers that cannot influence it are left out.
+    """
+
+    alignment: Alignment = Alignment.ABS
+    direction: Direction = Direction.WHITENED
+    ridge: float = RIDGE
+    qkv: Qkv = Qkv.FUSED
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    tower: Tower | None = None
+    target: str | None = None
+    encoder: str | None = None
+    device: str = "auto"
+
+
+def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
+    """Score the candidate layers of set `name`, mark the Pareto fronts, store the ranking.
+
+    Raises MissingError, StaleError, and InputError where no layer is left to rank.
+    """
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
+    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
+    candidates = [
+        layer
+        for layer in layers_of(header.weights, options.qkv)
+        if options.tower in (None, tower_of(layer))
+        and selected(layer, include=options.include, exclude=options.exclude)
+    ]
+    unreached = _unreached(header, candidates, options)
+    layers = [layer for layer in candidates if layer not in unreached]
+    whitened = options.direction is Direction.WHITENED
+    moments = None
+    if whitened and layers:
+        moments = ensure_moments(store, manifest, pointer, layers, device=options.device)
+        layers = [layer for layer in layers if moments.has(layer)]
+    model = graded_model(pointer) if any(third_of(layer) is not None for layer in layers) else None
+    weights = _Weights(header, model)
+    scored = (_score(store, pointer, weights, layer, options, moments) for layer in layers)
+    scores = [score for score in scored if score is not None]
+    if not scores:
+        raise InputError(
+            f"no layer of {name} is left to rank",
+            hint="check --include, --exclude, --tower and --target; "
+            "`slsgu rank NAME` alone ranks all layers",
+        )
+    ranking = Ranking(
+        name=name,
+        forget=pointer.forget,
+        retain=pointer.retain,
+        alignment=options.alignment,
+        direction=options.direction,
+        ridge=options.ridge if whitened else None,
+        scores=tuple(_with_fronts(scores)),
+        version=slsgu_cli.__version__,
+        target=options.target,
+        unreached=unreached,
+        qkv=options.qkv,
+    )
+    store.write_record(ranking_path(name), ranking)
+    return ranking
+
+
+def _unreached(
+    header: GradientHeader, layers: Sequence[str], options: RankOptions
+) -> dict[str, str]:
+    """Return the layers that cannot influence the target, with the reason."""
+    if options.target is None:
+        return {}
+    shapes = {name: weight.shape for name, weight in header.weights.items()}
+    aim = layers_read_by(options.target, shapes, encoder=options.encoder)
+    return {layer: reason for layer in layers if (reason := aim.why_not(layer)) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A model's layers as they are: whole ones as recorded, thirds as `model` has them."""
+
+    header: GradientHeader
+    model: ResolvedModel | None
+
+    def norm(self, layer: str) -> ParameterNorm:
+        """Return a layer's shape and norm."""
+        values = self._third(layer)
+        if values is None:
+            return self.header.weights[layer]
+        return ParameterNorm(values.shape, norm(values))
+
+    def output(self, layer: str, moments: Moments, metric: "RetainMetric") -> float:
+        """Return a layer's mean squared output over the retain set."""
+        import torch
+
+        from slsgu_cli.method.moments import mean_square_output
+
+        values = self._third(layer)
+        if values is None:
+            return moments.output(layer)
+        weight = torch.tensor(values, device=metric.moment.device)
+        return mean_square_output(weight, metric.moment, metric.axis)
+
+    def _third(self, layer: str) -> Floats | None:
+        if self.model is None or third_of(layer) is None:
+            return None
+        return read_layer(self.model, layer).astype(np.float32, copy=False)
+
+
+def _score(
+    store: Store,
+    pointer: GradientPointer,
+    weights: _Weights,
+    layer: str,
+    options: RankOptions,
+    moments: Moments | None,
+) -> LayerScore | None:
+    """Return the score of one layer; None where the loss does not reach it, or it is zeros.
+
+    A step is a share of the layer's own norm, so a layer of zeros has none.
+    """
+    forget = layer_gradient(store, pointer.forget, layer)
+    retain = layer_gradient(store, pointer.retain, layer)
+    if not (np.isfinite(forget).all() and np.isfinite(retain).all()):
+        raise InputError(
+            f"the stored gradient of {layer} holds values that are not finite",
+            hint=f"remove {gradient_path(pointer.forget)} from the store and "
+            f"run `slsgu grad {quote(pointer.name)}`",
+        )
+    forget_norm = norm(forget)
+    weight = weights.norm(layer)
+    tower = tower_of(layer)
+    if not forget_norm or not weight.norm or tower is None:
+        return None
+    retain_norm = norm(retain)
+    size = weight.norm
+    if moments is not None:
+        metric = moments.metric(layer, options.ridge)
+        size = metric.weight_norm(weight.norm, weights.output(layer, moments, metric))
+        forget, retain = _half_whitened(metric, forget), _half_whitened(metric, retain)
+    return LayerScore(
+        layer=layer,
+        tower=tower,
+        shape=weight.shape,
+        importance=importance(norm(forget), size),
+        alignment=alignment(forget, retain, options.alignment),
+        forget_norm=forget_norm,
+        retain_norm=retain_norm,
+        weight_norm=weight.norm,
+        front=False,
+    )
+
+
+def _half_whitened(metric: "RetainMetric", gradient: Vector) -> Vector:
+    """Return what stands for a gradient in Eq. 7 and 8 along the whitened direction."""
+    import torch
+
+    on_device = torch.tensor(gradient, device=metric.moment.device)
+    half: Vector = metric.half_whiten(on_device).cpu().numpy()
+    return half
+
+
+def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
+    """Mark each tower's Pareto front; order by tower, front first, falling importance."""
+    marked: list[LayerScore] = []
+    for tower in Tower:
+        own = [score for score in scores if score.tower is tower]
+        front = pareto_front([(score.importance, score.alignment) for score in own])
+        rows = [replace(score, front=on) for score, on in zip(own, front, strict=True)]
+        marked += sorted(rows, key=lambda row: (not row.front, -row.importance, row.layer))
+    return marked

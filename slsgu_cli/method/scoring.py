@@ -1,0 +1,176 @@
+"""The method's arithmetic on figures: importance, alignment, front, the next step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from slsgu_cli.records.method import Accuracy, Alignment, Steer, Trial, Trials
+
+Vector = npt.NDArray[np.floating]
+
+
+def norm(values: Vector) -> float:
+    """Return the L2 norm of an array of any shape, summed in fp64."""
+    flat = values.reshape(-1)
+    return float(np.sqrt(_dot(flat, flat)))
+
+
+def importance(forget_norm: float, weight_norm: float) -> float:
+    """Return ||grad L_forget|| / ||W|| (Eq. 7); 0 for a layer of zeros."""
+    return forget_norm / weight_norm if weight_norm else 0.0
+
+
+def alignment(forget: Vector, retain: Vector, kind: Alignment) -> float:
+    """Return the cosine of the two gradients (Eq. 8), its magnitude for `Alignment.ABS`.
+
+    A gradient of zeros is orthogonal to everything.
+    """
+    a, b = forget.reshape(-1), retain.reshape(-1)
+    length = float(np.sqrt(_dot(a, a)) * np.sqrt(_dot(b, b)))
+    cosine = _dot(a, b) / length if length else 0.0
+    return abs(cosine) if kind is Alignment.ABS else cosine
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Return which (importance, alignment) points no other point dominates.
+
+    A point is dominated by one of strictly larger importance and strictly smaller
+    alignment. O(n log n): by falling importance, a point is dominated exactly if a point
+    of larger importance has a smaller alignment.
+    """
+    order = sorted(range(len(points)), key=lambda index: -points[index][0])
+    front = [False] * len(points)
+    least_above = float("inf")
+    start = 0
+    while start < len(order):
+        level = points[order[start]][0]
+        stop = start
+        while stop < len(order) and points[order[stop]][0] == level:
+            index = order[stop]
+            front[index] = points[index][1] <= least_above
+            stop += 1
+        least_above = min(least_above, *(points[index][1] for index in order[start:stop]))
+        start = stop
+    return front
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    """Return the inner product in fp64 without an fp64 copy of the whole layer."""
+    chunk = 1 << 22
+    return sum(
+        float(np.dot(a[i : i + chunk].astype(np.float64), b[i : i + chunk].astype(np.float64)))
+        for i in range(0, a.size, chunk)
+    )
+
+
+def first_step(weight_norm: float, direction_norm: float) -> float:
+    """Return the step that moves the layer by 10% of its norm.
+
+    The paper's text has Importance / 10, its inverse up to the factor, which moves a layer
+    the less the more it has to move; the released code has this one.
+    """
+    return 0.1 * weight_norm / direction_norm
+
+
+def next_step(tried: Sequence[tuple[float, float]], first: float) -> float:
+    """Return the step to try after `tried`, a list of (step, what is left to forget) in order.
+
+    Doubles until nothing is left, then bisects between the largest step known to be too
+    small and the smallest known to be enough.
+    """
+    low, high, step = 0.0, None, first
+    for tried_step, left in tried:
+        if left == 0:
+            high = tried_step
+        else:
+            low = tried_step
+        step = 2 * tried_step if high is None else (low + high) / 2
+    return step
+
+
+def left_to_forget(trial: Trial, steer: Steer, margin: float | None) -> float:
+    """Return what the search drives to zero: a forget accuracy, or what the margin lacks."""
+    return left_of(trial.forget, trial.gap, steer, margin)
+
+
+def left_of(forget: Accuracy, gap: float, steer: Steer, margin: float | None) -> float:
+    """Return what a forget accuracy, and the gap that comes with it, leave to forget."""
+    if steer is Steer.MARGIN:
+        return max(0.0, (margin or 0.0) - gap)
+    return forget.top1 if steer is Steer.FA1 else forget.top5
+
+
+def best(candidates: Sequence[tuple[float, float]]) -> int:
+    """Return the index of what leaves least to forget, ties by the highest utility.
+
+    Candidates are (what is left to forget, utility); of equals the first is kept.
+    """
+    return min(range(len(candidates)), key=lambda i: (candidates[i][0], -candidates[i][1], i))
+
+
+def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
+    """Return each layer's trial that forgets most, then keeps most, then moves least.
+
+    Of the layer of `chosen`, that is the one.
+    """
+    layers: dict[str, list[Trial]] = {}
+    for trial in trials.trials:
+        layers.setdefault(trial.layer, []).append(trial)
+
+    def order(trial: Trial) -> tuple[bool, float, float, float]:
+        forget = left_to_forget(trial, trials.steer, trials.margin)
+        kept = [figure.top1 for figure in (trial.utility or {}).values()]
+        return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
+
+    return [min(own, key=order) for own in layers.values()]
+
+
+# What a concept's step grows by while the concept is still recognised beside the others.
+RAISE = 1.25
+
+# Steps are shortened until they are known to this share of their length.
+CLOSE = 0.02
+
+
+@dataclass(slots=True)
+class JointSteps:
+    """The steps to measure next, by concept, and the shortest that are known to forget.
+
+    First, the step of every concept that is still recognised is raised, until none is.
+    Then all steps are shortened together by bisection; those of concepts that come back go
+    to where they were, and the rest is measured again. `too_short` holds a step of each
+    concept that does not forget it.
+    """
+
+    steps: dict[str, float]
+    too_short: dict[str, float]
+    forgetting: dict[str, float] | None = field(init=False, default=None)
+    done: bool = field(init=False, default=False)
+
+    def observe(self, left: Mapping[str, float]) -> None:
+        """Take in the forget accuracy of each concept at `steps`, and choose the next steps."""
+        recognised = [name for name, accuracy in left.items() if accuracy > 0]
+        for name in recognised:
+            self.too_short[name] = max(self.too_short[name], self.steps[name])
+        if not recognised:
+            self.forgetting = dict(self.steps)
+            self._shorten(self.forgetting)
+        elif self.forgetting is None:
+            for name in recognised:
+                self.steps[name] *= RAISE
+        else:
+            for name in recognised:
+                self.steps[name] = self.forgetting[name]
+            if self.steps == self.forgetting:
+                self._shorten(self.forgetting)
+
+    def _shorten(self, forgetting: Mapping[str, float]) -> None:
+        self.steps = {
+            name: (step + self.too_short[name]) / 2
+            if step - self.too_short[name] > CLOSE * step
+            else step
+            for name, step in forgetting.items()
+        }
+        self.done = self.steps == forgetting

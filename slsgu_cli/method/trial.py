@@ -1,0 +1,205 @@
+"""Steps measured: one move of one layer, or several in place together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, accuracy
+from slsgu_cli.clip.zeroshot import (
+    ImageSide,
+    PromptSide,
+    edited,
+    least_gap,
+    margins,
+    moved,
+    ranks_of_truth,
+)
+from slsgu_cli.method.scoring import norm
+from slsgu_cli.records.method import Accuracy, LayerScore, Tower, Trial
+
+# A vision trial's images are looked at in rounds of at least this many.
+MIN_ROWS = 16
+
+
+@dataclass(slots=True)
+class Probe:
+    """One layer, its original values and the direction it moves in.
+
+    `ridge` is what whitened the direction, None for the gradient itself.
+    """
+
+    evaluation: Evaluation
+    score: LayerScore
+    direction: Tensor
+    ridge: float | None = None
+    weight: Tensor = field(init=False)
+    norm: float = field(init=False)
+    stage: int = field(init=False)
+    _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parameter = self.evaluation.model.get_parameter(parameter_of(self.score.layer))
+        self.weight = held(self.score.layer, parameter.data)
+        self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
+        self.norm = norm(self.direction.cpu().numpy())
+
+    def stepped(self, step: float) -> Tensor:
+        """Return the layer after a step; ascent of the forget loss for a positive one."""
+        return torch.add(self.weight, self.direction, alpha=step)
+
+    def trial(self, step: float) -> Trial:
+        """Measure how well the concept is still recognised after a step, and no utility."""
+        logits = self._forget_logits(step)
+        labels = self.evaluation.forget.images.labels
+        return Trial(
+            layer=self.score.layer,
+            tower=self.score.tower,
+            ridge=self.ridge,
+            step=step,
+            share=step * self.norm / self.score.weight_norm,
+            forget=accuracy(ranks_of_truth(logits, labels)),
+            gap=least_gap(logits, labels),
+            utility=None,
+        )
+
+    def _forget_logits(self, step: float) -> Tensor:
+        """Return the cosines of the forget images with all names after a step."""
+        group = self.evaluation.forget
+        with edited(self.evaluation.model, self.score.layer, self.stepped(step)):
+            if self.score.tower is Tower.VISION:
+                return group.images.after_edit(self.stage) @ group.prompts.embeddings.T
+            embeddings = self._embeddings[step] = group.prompts.after_edit(self.stage)
+        return group.images.features @ embeddings.T
+
+    def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
+        """Return the classes after a step of a text layer, which must be in place."""
+        if prompts is self.evaluation.forget.prompts and step in self._embeddings:
+            return self._embeddings[step]
+        return prompts.after_edit(self.stage)
+
+
+@dataclass(slots=True)
+class UtilityMeter:
+    """Measures what a step keeps, and stops where it can no longer reach the best so far."""
+
+    evaluation: Evaluation
+    _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def measure(self, probe: Probe, step: float, *, beat: float) -> dict[str, Accuracy] | None:
+        """Return the accuracy on each evaluation set, or None once it must stay under `beat`.
+
+        `beat` is a mean top-1 accuracy in percent.
+        """
+        with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
+            if probe.score.tower is Tower.VISION:
+                return self._after_vision_edit(probe.stage, beat)
+            return {
+                name: accuracy(
+                    group.ranks(group.images.features, probe.class_embeddings(group.prompts, step))
+                )
+                for name, group in self.evaluation.utility.items()
+            }
+
+    def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Accuracy] | None:
+        """Look at the same share of every set, the rows most likely missed first.
+
+        The guess is the margin by which the true class led when the row was last looked at,
+        by the original model or after the last edit that was measured. Each round looks at
+        no fewer rows than could show the misses that are wanting, nor than a sixteenth of
+        those before it, in the rows' own order: they are read fastest in that one.
+        """
+        groups = self.evaluation.utility
+        order = {name: torch.argsort(self._leads(name)) for name in groups}
+        ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
+        least = MIN_ROWS / sum(len(group.images) for group in groups.values())
+        looked, missed = 0.0, 0.0
+        while looked < 1:
+            wanting = 1 - missed - max(beat, 0) / 100
+            if wanting < -1e-11:
+                return None
+            before, looked = looked, min(1, looked + max(wanting, looked / 16, least))
+            for name, group in groups.items():
+                start, stop = (ceil(share * len(group.images)) for share in (before, looked))
+                if start == stop:
+                    continue
+                rows = order[name][start:stop].sort().values
+                logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
+                self._lead[name][rows] = margins(logits, group.images.labels[rows])
+                ranks[name][rows] = found = ranks_of_truth(logits, group.images.labels[rows])
+                missed += int((found > 0).sum()) / len(group.images) / len(groups)
+        return {name: accuracy(found) for name, found in ranks.items()}
+
+    def _leads(self, name: str) -> Tensor:
+        if name not in self._lead:
+            group = self.evaluation.utility[name]
+            logits = group.images.features @ group.prompts.embeddings.T
+            self._lead[name] = margins(logits, group.images.labels)
+        return self._lead[name]
+
+
+def mean_top1(utility: dict[str, Accuracy]) -> float:
+    """Return the figure that utility is compared by: the mean top-1 over the sets."""
+    return sum(found.top1 for found in utility.values()) / len(utility)
+
+
+Moves = Sequence[tuple[Probe, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class MovedModel:
+    """The model with several moves in place; what they leave as it was is not run again.
+
+    Features and class embeddings are computed from the first stage of each tower that any
+    of the moves acts in; those of a tower that none moves are the original model's.
+    """
+
+    stages: Mapping[Tower, int]
+    embeddings: dict[int, Tensor]
+
+    def accuracies(self, groups: Mapping[str, EvaluationSet]) -> dict[str, Accuracy]:
+        """Return the accuracy on each set."""
+        return {
+            name: accuracy(group.ranks(self.features(group.images), self.classes(group.prompts)))
+            for name, group in groups.items()
+        }
+
+    def left(self, group: EvaluationSet) -> tuple[Accuracy, float]:
+        """Return the accuracy on the images of a concept, and the concept's gap."""
+        logits = self.features(group.images) @ self.classes(group.prompts).T
+        labels = group.images.labels
+        return accuracy(ranks_of_truth(logits, labels)), least_gap(logits, labels)
+
+    def features(self, images: ImageSide) -> Tensor:
+        """Return the features of images."""
+        stage = self.stages.get(Tower.VISION)
+        return images.features if stage is None else images.after_edit(stage)
+
+    def classes(self, prompts: PromptSide) -> Tensor:
+        """Return the class embeddings of prompts."""
+        stage = self.stages.get(Tower.TEXT)
+        if stage is None:
+            return prompts.embeddings
+        if id(prompts) not in self.embeddings:
+            self.embeddings[id(prompts)] = prompts.after_edit(stage)
+        return self.embeddings[id(prompts)]
+
+
+# The model with its weights as they were when the base pass ran.
+UNMOVED = MovedModel({}, {})
+
+
+@contextmanager
+def moved_model(evaluation: SharedEvaluation, moves: Moves) -> Iterator[MovedModel]:
+    """Put several moves into the model for the length of a block."""
+    stages: dict[Tower, int] = {}
+    for probe, _ in moves:
+        tower = probe.score.tower
+        stages[tower] = min(stages.get(tower, probe.stage), probe.stage)
+    changes = ((probe.score.layer, probe.direction, step) for probe, step in moves)
+    with moved(evaluation.model, changes):
+        yield MovedModel(stages, {})

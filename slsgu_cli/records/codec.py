@@ -1,0 +1,85 @@
+"""Records to and from JSON, and the digest that addresses what was made from them."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from slsgu_cli.errors import StaleError
+
+T = TypeVar("T")
+
+
+def encode(record: Any) -> Any:
+    """Return the JSON-ready form of a record (or of a container of records)."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {
+            field.name: encode(getattr(record, field.name)) for field in dataclasses.fields(record)
+        }
+    if isinstance(record, Mapping):
+        return {str(key): encode(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [encode(value) for value in record]
+    return record
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """Rebuild a record of type `kind` from its JSON form.
+
+    Raises StaleError where a field is missing or has another shape.
+    """
+    try:
+        return typing.cast(T, _build(kind, value))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise StaleError(
+            f"this {kind.__name__} record was not written by this version of slsgu: {reason}",
+            hint="make the artifact again with the command that wrote it",
+        ) from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _build(inner, value)
+    if kind is Any:
+        return value
+    if origin in (tuple, Sequence):
+        return tuple(_build(arguments[0], item) for item in _checked(value, list, tuple))
+    if origin is dict:
+        return {key: _build(arguments[1], item) for key, item in _checked(value, dict).items()}
+    if dataclasses.is_dataclass(kind):
+        _checked(value, dict)
+        hints = typing.get_type_hints(kind)
+        make: Any = kind
+        return make(
+            **{
+                field.name: _build(hints[field.name], value[field.name])
+                for field in dataclasses.fields(kind)
+            }
+        )
+    if kind is float:
+        return float(_checked(value, float, int))
+    return kind(_checked(value, kind)) if kind in (str, int, bool) else kind(value)
+
+
+def _checked(value: Any, *kinds: type) -> Any:
+    """Refuse what a constructor would bend into shape: None to "None", "ab" to a tuple."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{value!r} is not a {kinds[0].__name__}")
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """Return one JSON text per value: keys sorted, no white space."""
+    return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return 24 hexadecimal digits that name a JSON-ready value or record by its content."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]

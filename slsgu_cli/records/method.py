@@ -1,0 +1,331 @@
+"""What gradients, moments, rankings, trials and edits say of themselves."""
+
+import dataclasses
+from enum import StrEnum
+
+from slsgu_cli.records.sets import ModelSpec
+
+
+class Tower(StrEnum):
+    """The two halves of a CLIP model."""
+
+    VISION = "vision"
+    TEXT = "text"
+
+
+class Alignment(StrEnum):
+    """How Eq. 8's cosine enters the ranking: its magnitude, or with its sign."""
+
+    ABS = "abs"
+    SIGNED = "signed"
+
+
+class Direction(StrEnum):
+    """Where a layer moves: along its forget gradient, or that whitened by retained inputs."""
+
+    GRADIENT = "gradient"
+    WHITENED = "whitened"
+
+
+class Qkv(StrEnum):
+    """Whether query, key and value are one layer, or a layer each."""
+
+    FUSED = "fused"
+    SPLIT = "split"
+
+
+class Steer(StrEnum):
+    """What the search drives to zero: a forget accuracy, or what a margin lacks."""
+
+    FA1 = "fa1"
+    FA5 = "fa5"
+    MARGIN = "margin"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the gradient pass; sums of gradients are fp32 in all of them."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    BF16 = "bf16"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PassOptions:
+    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free."""
+
+    batch_size: int = 16
+    precision: Precision = Precision.FP32
+    device: str = "cpu"
+    memory_budget: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParameterNorm:
+    """L2 norm of one parameter of the original model, with its shape."""
+
+    shape: tuple[int, ...]
+    norm: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GradientHeader:
+    """What a gradient file holds and what it was computed from.
+
+    `sign` is always `+grad`: the file holds the gradient of `loss` itself, and unlearning
+    ascends it. `weights` has the norm of every parameter at the time.
+    """
+
+    loss: str
+    sign: str
+    mean_loss: float
+    batches: int
+    batch_size: int
+    rows: int
+    precision: str
+    model: str
+    data: str
+    weights: dict[str, ParameterNorm]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SquaresHeader:
+    """Mean squared mini-batch gradients of every parameter, beside the gradient they go with.
+
+    `gradient` is that gradient's digest: squares are of the same model, rows and options.
+    """
+
+    gradient: str
+    loss: str
+    batches: int
+    batch_size: int
+    rows: int
+    precision: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GradientPointer:
+    """Which gradient files belong to a set, and the model and data they came from."""
+
+    name: str
+    model: ModelSpec
+    model_fingerprint: str
+    forget: str
+    retain: str
+    forget_data: str
+    retain_data: str
+    batch_size: int
+    precision: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerMoment:
+    """The second moment C of one layer's inputs: a tensor of the file, and what it says.
+
+    `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
+    `output` the mean squared output of the layer on them, tr(W C W^T).
+    """
+
+    axis: int
+    count: float
+    output: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MomentHeader:
+    """What a file of moments holds, of which model, over which retain rows.
+
+    `unseen` are layers that were looked for, and whose inputs their tower does not show.
+    """
+
+    model: str
+    data: str
+    rows: int
+    layers: dict[str, LayerMoment]
+    unseen: tuple[str, ...]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerScore:
+    """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower."""
+
+    layer: str
+    tower: Tower
+    shape: tuple[int, ...]
+    importance: float
+    alignment: float
+    forget_norm: float
+    retain_norm: float
+    weight_norm: float
+    front: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """Every candidate layer of a model, scored for one concept.
+
+    `target` is the model it was made for, None for the CLIP itself; `unreached` are the
+    layers that cannot influence it, with the reason.
+    """
+
+    name: str
+    forget: str
+    retain: str
+    alignment: Alignment
+    direction: Direction
+    ridge: float | None
+    scores: tuple[LayerScore, ...]
+    version: str
+    target: str | None = None
+    unreached: dict[str, str] = dataclasses.field(default_factory=dict)
+    qkv: Qkv = Qkv.FUSED
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Zero-shot accuracy in percent over `rows` images."""
+
+    top1: float
+    top5: float
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """One (layer, ridge, step): forget accuracy, and utility where it was measured.
+
+    `ridge` is None along the gradient itself. `share` is the step's length over the
+    layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
+    fifth best other, at the forget image where it comes closest. `utility` is None where
+    the step could not win, so nothing was spent on it.
+    """
+
+    layer: str
+    tower: Tower
+    ridge: float | None
+    step: float
+    share: float
+    forget: Accuracy
+    gap: float
+    utility: dict[str, Accuracy] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trials:
+    """Every trial of a search, with the original model's figures.
+
+    `retain_data` names the rows whose inputs whitened the direction, if it is whitened.
+    """
+
+    name: str
+    forget: str
+    direction: Direction
+    retain_data: str | None
+    model_fingerprint: str
+    evals: dict[str, str]
+    precision: Precision
+    steer: Steer
+    margin: float | None
+    baseline_forget: Accuracy
+    baseline_utility: dict[str, Accuracy]
+    trials: tuple[Trial, ...]
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JointRef:
+    """The joint search an edit belongs to: its sets, and a digest of all layers and steps.
+
+    Edits of equal digests were searched to be in place together.
+    """
+
+    names: tuple[str, ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """How many of some images or answers, and of how many."""
+
+    count: int
+    total: int
+
+    @property
+    def percent(self) -> float | None:
+        """Return the share in percent; None of nothing."""
+        return 100 * self.count / self.total if self.total else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Effect:
+    """What a model built on CLIP still shows: the concept, and everything else.
+
+    `concept` counts images taken for it (or answers that name it), `others` those of other
+    classes that are taken for theirs.
+    """
+
+    concept: Share
+    others: Share
+
+    @property
+    def ua(self) -> float | None:
+        """Return the unlearning accuracy in percent: what of the concept is not recognised."""
+        share = self.concept.percent
+        return None if share is None else 100 - share
+
+    @property
+    def ira(self) -> float | None:
+        """Return the retained accuracy in percent: what of the rest is recognised."""
+        return self.others.percent
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetFigures:
+    """What an edit did to a model built on CLIP that its search was steered on."""
+
+    target: str
+    fingerprint: str
+    before: Effect
+    after: Effect
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EditHeader:
+    """An edit: add the tensor `delta` (= step * direction) to `layer`.
+
+    The file also holds the original layer as `before`, so that an edit can be undone to
+    the bit. `digests` are of the layer's original values, rounded to fp32, fp16 and
+    bf16, so that the same weights are recognised in another precision. The figures of an
+    edit that was searched jointly are those with all edits of `joint` in place.
+    `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
+    the layer's name and shape are open_clip's in any case.
+    """
+
+    name: str
+    concept: str
+    layer: str
+    tower: Tower
+    step: float
+    share: float
+    model: ModelSpec
+    model_fingerprint: str
+    digests: dict[str, str]
+    gradient: str
+    direction: Direction
+    ridge: float | None
+    retain_data: str | None
+    steer: Steer | None
+    margin: float | None
+    forgotten: bool | None
+    baseline_forget: Accuracy | None
+    baseline_utility: dict[str, Accuracy] | None
+    forget: Accuracy | None
+    utility: dict[str, Accuracy] | None
+    joint: JointRef | None
+    version: str
+    layout: str = "open_clip"
+    target: TargetFigures | None = None

@@ -1,0 +1,205 @@
+"""What a set is asked for and made of: model, rows, screening, downloads."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from shlex import quote
+from typing import Any
+
+from slsgu_cli.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model: an open_clip name with weights, `local-dir:PATH`, `hf-hub:ID`."""
+
+    name: str
+    pretrained: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
+
+    def flags(self) -> str:
+        """Return the command-line flags that name this model."""
+        flags = f"--model {quote(self.name)}"
+        return f"{flags} --pretrained {quote(self.pretrained)}" if self.pretrained else flags
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputSpec:
+    """How a model takes its inputs; two models with equal specs can share a set.
+
+    `height` and `width` are pixels; `mean` and `std` are per channel on the 0..1 scale;
+    `tokenizer` is a digest of what the tokenizer makes of a probe text.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+    tokenizer: str
+    context_length: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataRef:
+    """A block of rows in the store: where it lies, what is in it, what was left out.
+
+    `refused` counts rows by the reason they were not kept, `noted` rows that were kept
+    though something about them is odd.
+    """
+
+    path: str
+    fingerprint: str
+    rows: int
+    seen: int
+    refused: dict[str, int]
+    sources: tuple[str, ...]
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetManifest:
+    """A built set: what to forget, what to retain, what to measure on.
+
+    `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the
+    rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
+    set knows the concept, and the forget set's own images stand in, classified among
+    the classes of the first evaluation set and the concept itself. `command` has the
+    words of the command line that builds the same set again, `request` all that this
+    command stands for.
+    """
+
+    name: str
+    concept: str
+    patterns: tuple[str, ...]
+    model: ModelSpec
+    input: InputSpec
+    forget: DataRef
+    retain: DataRef
+    evals: dict[str, DataRef]
+    forget_eval: str | None
+    seed: int
+    command: tuple[str, ...]
+    version: str
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sample was first met: a file, the row in it, and the URL of the image."""
+
+    file: str
+    row: int
+    url: str | None = None
+
+
+_NAME = re.compile(r"[\w][\w .+@-]*")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name artifacts. Raises UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a set",
+            hint="use letters, digits, spaces and . _ + @ -, starting with a letter or digit",
+        )
+    return name
+
+
+class Distributor(StrEnum):
+    """How img2dataset spreads its work."""
+
+    MULTIPROCESSING = "multiprocessing"
+    PYSPARK = "pyspark"
+    RAY = "ray"
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """A name with the patterns that find it and those that rule a caption out."""
+
+    name: str
+    patterns: Sequence[str]
+    excluded: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screening:
+    """Which pairs are kept of those that match.
+
+    `min_similarity` is the least cosine of a pair's own image and caption under the model;
+    `near_duplicates` the most bits in which two images' perceptual hashes may differ and
+    count as one. None: no such test.
+    """
+
+    min_similarity: float | None = None
+    near_duplicates: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadOptions:
+    """How img2dataset is run. None of this changes which rows are asked for."""
+
+    distributor: Distributor = Distributor.MULTIPROCESSING
+    processes: int | None = None
+    threads: int = 64
+    timeout: int = 10
+    retries: int = 1
+    shard_rows: int = 1000
+    command: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectRequest:
+    """Which rows to take out of a large source, for one concept or many, in one pass.
+
+    The source is `metadata` (parquet with URLs to download) or else `sources` (samples with
+    images). `retain_samples` rows about none of the concepts are drawn too; 0 for none. Of
+    a concept in metadata no more is downloaded than it takes to have `max_forget` rows.
+    """
+
+    concepts: Sequence[Concept]
+    regex: bool = False
+    metadata: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    url_column: str = "URL"
+    caption_column: str | None = None
+    image_column: str | None = None
+    retain_samples: int = 0
+    retain_exclude: Sequence[str] = ()
+    max_forget: int | None = None
+    seed: int = 0
+    download: DownloadOptions = field(default_factory=DownloadOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptCounts:
+    """Rows found for a concept (or drawn to retain), and why some could not be had."""
+
+    found: int
+    refused: dict[str, int]
+    shards: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Samples taken out of a large source: what was read and what was had, by concept.
+
+    `shards` of a concept are the tar files that hold its samples.
+    """
+
+    sources: Sequence[str]
+    files: int
+    seen: int
+    refused: dict[str, int]
+    concepts: dict[str, ConceptCounts]
+    retain: ConceptCounts
+    examples: Sequence[str]
+    version: str

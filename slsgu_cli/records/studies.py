@@ -1,0 +1,390 @@
+"""What is recorded of several concepts, of verification and of comparisons."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from slsgu_cli.records.method import (
+    Accuracy,
+    Direction,
+    EditHeader,
+    Effect,
+    Precision,
+    Steer,
+    Tower,
+)
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.targets import Budget
+
+OWN, NEW = "its name", "a new name"
+
+
+@dataclass(frozen=True, slots=True)
+class JointMove:
+    """One concept's part in a joint edit: the layer it moves and how far."""
+
+    name: str
+    layer: str
+    tower: Tower
+    ridge: float | None
+    step: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class JointTrial:
+    """Several moves in place at once, with what they leave of each concept, by its set's name.
+
+    `gaps` are the concepts' gaps, as a trial has one. `utility` is None where it was not
+    measured.
+    """
+
+    moves: tuple[JointMove, ...]
+    forget: dict[str, Accuracy]
+    gaps: dict[str, float]
+    utility: dict[str, Accuracy] | None
+
+
+@dataclass(frozen=True, slots=True)
+class JointSearch:
+    """A joint search: what it was made from, and what it found for 1, 2, ... concepts.
+
+    `gradients` maps each set to its forget gradient, `retain_data` each whose direction is
+    whitened to the retain rows that whitened it. `stages` has the trial that stands
+    for the first concept, for the first two, and so on; the last one is what was written.
+    Utility is measured without the images of any of the concepts, at every stage.
+    """
+
+    names: tuple[str, ...]
+    concepts: tuple[str, ...]
+    gradients: dict[str, str]
+    retain_data: dict[str, str]
+    model: ModelSpec
+    model_fingerprint: str
+    evals: dict[str, str]
+    precision: Precision
+    steer: Steer
+    margin: float | None
+    baseline_forget: dict[str, Accuracy]
+    baseline_utility: dict[str, Accuracy]
+    stages: tuple[JointTrial, ...]
+    trials: tuple[JointTrial, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One class of a sweep: the edit its search chose, and its figures before and after.
+
+    `gradient` and `retain` name the gradients it was made from.
+    """
+
+    name: str
+    gradient: str
+    retain: str
+    layer: str
+    tower: Tower
+    direction: Direction
+    ridge: float | None
+    step: float
+    share: float
+    baseline_forget: Accuracy
+    baseline_utility: dict[str, Accuracy]
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    forgotten: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The same job for each class of a list, as far as it is done.
+
+    `recipe` is a digest of everything that was asked for; rows of another recipe are not
+    used again.
+    """
+
+    name: str
+    recipe: str
+    classes: tuple[str, ...]
+    model: ModelSpec
+    model_fingerprint: str
+    steer: Steer
+    rows: tuple[SweepRow, ...]
+    version: str
+
+
+class Check(StrEnum):
+    """The ways in which a concept may come back; the first is the model as it is."""
+
+    BASELINE = "baseline"
+    PARAPHRASE = "paraphrase"
+    AUGMENT = "augment"
+    QUANTISE = "quantise"
+    FINETUNE = "finetune"
+    RELEARN = "relearn"
+    NEIGHBOURS = "neighbours"
+    MEMBERSHIP = "membership"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to verify. `rows` images of each set measure utility; `shots` are shown to relearn."""
+
+    templates: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    steps: int = 16
+    shots: int = 8
+    learning_rate: float = 3e-5
+    batch_size: int = 16
+    rows: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFigures:
+    """One thing done to prompts, images or weights, and the accuracies then."""
+
+    name: str
+    forget: Accuracy
+    utility: dict[str, Accuracy] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Forget accuracy after so many training steps."""
+
+    step: int
+    forget: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Forget accuracy during training on pairs of images with `target` as their name."""
+
+    name: str
+    target: str
+    points: tuple[Point, ...]
+    utility: dict[str, Accuracy] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NearName:
+    """A class name and the cosine of its embedding with the concept's."""
+
+    name: str
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """For how many of the concept's images a name was the first guess."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Became:
+    """The names nearest to the forgotten one, and what its images are taken for."""
+
+    nearest: tuple[NearName, ...]
+    taken_for: tuple[Taken, ...]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """Accuracy in percent of telling members from others by one figure, over seeds."""
+
+    figure: str
+    against: str
+    mean: float
+    deviation: float
+    members: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found on one model. `key` is a digest of all it was made from."""
+
+    check: Check
+    key: str
+    settings: dict[str, str]
+    probes: tuple[ProbeFigures, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    became: Became | None = None
+    attacks: tuple[Attack, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedModel:
+    """A model that was verified: the original, the original with an edit, another checkpoint.
+
+    `key` is a digest of its weights: those of the model, and of the edit in it.
+    """
+
+    key: str
+    label: str
+    model: ModelSpec
+    model_fingerprint: str
+    edit: EditHeader | None
+    findings: tuple[Finding, ...] = ()
+
+    def finding(self, check: Check) -> Finding | None:
+        """Return what a check found, None where it was not run."""
+        return next((found for found in self.findings if found.check is check), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Everything verified of one set. `data` has the fingerprints of its rows by role."""
+
+    name: str
+    concept: str
+    data: dict[str, str]
+    subjects: tuple[VerifiedModel, ...]
+    version: str
+
+    def subject(self, key: str) -> VerifiedModel | None:
+        """Return the subject of that key, None where it was not verified."""
+        return next((subject for subject in self.subjects if subject.key == key), None)
+
+
+class Method(StrEnum):
+    """The rows of the paper's Table 1, in its order."""
+
+    ORIGINAL = "original"
+    FT = "ft"
+    GA = "ga"
+    GAFT = "gaft"
+    SALUN = "salun"
+    SSD = "ssd"
+    OURS = "ours"
+
+
+TRAINED = (Method.FT, Method.GA, Method.GAFT, Method.SALUN)
+UNRETAINED = (Method.GA, Method.SSD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a baseline runs. It trains on the first `retain_rows` of the retain set, if any."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    retain_rows: int
+    seed: int = 0
+
+    def of(self, method: Method) -> "Plan":
+        """Return the plan as far as it matters to a method."""
+        return replace(self, retain_rows=0) if method in UNRETAINED else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One row: a method at one setting, after the epoch that is reported.
+
+    `setting` is the learning rate, of SSD its alpha. Original and ours have no `plan`;
+    ours names its `edit`. Passes are in units of the set's forget and retain rows, and
+    `where` is what the seconds were measured on.
+    """
+
+    method: Method
+    setting: float | None
+    plan: Plan | None
+    edit: str | None
+    epoch: int | None
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    seconds: float
+    forget_passes: float
+    retain_passes: float
+    where: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """How long one pass of gradients took, and on what."""
+
+    seconds: float
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Every outcome for one concept, with what all of them were made from.
+
+    `passes` has the times of the passes whose results are stored: by the digest of the
+    gradient, or `squares DIGEST`.
+    """
+
+    name: str
+    model_fingerprint: str
+    forget: str
+    retain: str
+    evals: dict[str, str]
+    passes: dict[str, PassTime]
+    outcomes: tuple[Outcome, ...]
+    version: str
+
+
+class PipelineMethod(StrEnum):
+    """The rows of a comparison, in order."""
+
+    ORIGINAL = "original"
+    ESD = "esd"
+    SALUN = "salun"
+    OURS = "ours"
+
+
+PIPELINE_TRAINED = (PipelineMethod.ESD, PipelineMethod.SALUN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePlan:
+    """How a method trains: updates, learning rate, denoising steps of its samples, seed."""
+
+    iterations: int = 1000
+    rate: float = 1e-5
+    steps: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineOutcome:
+    """One row: a method, what its pictures show, and how long it took.
+
+    `plan` is that of a trained method, `edit` the digest of ours. `distance` is between
+    the features of its pictures of other classes and of the original's.
+    """
+
+    method: PipelineMethod
+    plan: PipelinePlan | None
+    edit: str | None
+    effect: Effect
+    distance: float
+    seconds: float
+    where: str | None
+
+    @property
+    def label(self) -> str:
+        """The method and its learning rate, as the row and its folder are called."""
+        return self.method if self.plan is None else f"{self.method} {self.plan.rate:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineComparison:
+    """Every outcome for one concept on one pipeline, with what all of them were made from."""
+
+    name: str
+    concept: str
+    target: str
+    target_fingerprint: str
+    forget: str
+    forget_data: str
+    retain_data: str
+    evals: dict[str, str]
+    judge: str
+    budget: Budget
+    outcomes: tuple[PipelineOutcome, ...]
+    version: str

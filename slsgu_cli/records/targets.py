@@ -1,0 +1,166 @@
+"""What generated images and answers say of themselves in the store."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from slsgu_cli.records.method import Direction, Effect, Share, Tower
+
+
+class GradientOf(StrEnum):
+    """Whose loss the forget gradient is of: CLIP's pooled one, or the target's own."""
+
+    CLIP = "clip"
+    TARGET = "target"
+
+
+class Protocol(StrEnum):
+    """Which images to make: of one's own prompts, or a benchmark's answer set."""
+
+    PROMPTS = "prompts"
+    UNLEARNCANVAS = "unlearncanvas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaintOptions:
+    """How a pipeline generates: denoising steps, and classifier-free guidance.
+
+    `guidance` None is the pipeline's own. Images are made `batch` at a time, by a generator
+    seeded for each, so that one image does not depend on what else was asked for.
+    """
+
+    steps: int = 25
+    guidance: float | None = None
+    batch: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """One prompt: the class it asks for, and images taken for that class by the judge."""
+
+    prompt: str
+    label: str | None
+    before: Share | None
+    after: Share | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Images of a pipeline before and after an edit, from the same prompts and seeds."""
+
+    name: str
+    concept: str
+    target: str
+    edits: dict[str, str]
+    seeds: tuple[int, ...]
+    paint: PaintOptions
+    prompts: tuple[PromptResult, ...]
+    judge: str | None
+    before: Effect | None
+    after: Effect | None
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says to a question about an image, before and after an edit."""
+
+    image: str
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """A vision-language model's answers before and after an edit."""
+
+    name: str
+    concept: str
+    target: str
+    edits: dict[str, str]
+    answers: tuple[Answer, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedSource:
+    """Images that a pipeline made for `build-sets`: image n of prompt n, with seed + n."""
+
+    pipeline: str
+    pipeline_fingerprint: str
+    prompts: tuple[str, ...]
+    count: int
+    seed: int
+    paint: PaintOptions
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one trial on a target may take: images or questions of the concept and of others."""
+
+    concept: int = 20
+    others: int = 40
+    seed: int = 0
+    questions: tuple[str, ...] = ("What is shown in this image?",)
+    paint: PaintOptions = PaintOptions(steps=20)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTrial:
+    """One step of one layer: what the target still shows. `others` None was not measured."""
+
+    layer: str
+    tower: Tower
+    step: float
+    share: float
+    concept: Share
+    others: Share | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetTrials:
+    """Every trial of a search that was steered on a target.
+
+    `importance` ranks the layers that it can be reached through, for the direction taken:
+    of a LLaVA's, it is their promise.
+    `seconds` is what all of it took, loading included.
+    """
+
+    name: str
+    target: str
+    target_fingerprint: str
+    gradient_of: GradientOf
+    forget: str
+    forget_data: str
+    retain_data: str
+    evals: dict[str, str]
+    direction: Direction
+    ridge: float | None
+    judge: str | None
+    budget: Budget
+    goal: float
+    importance: dict[str, float]
+    before: Effect | None
+    trials: tuple[TargetTrial, ...]
+    seconds: float
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSet:
+    """An UnlearnCanvas answer set and its figures, where a judge gave any.
+
+    `ua` counts images of the concept in which it is not recognised, `ira` and `cra` images
+    of other themes and objects in which these are.
+    """
+
+    name: str
+    concept: str
+    domain: str
+    images: int
+    judge: str | None
+    ua: Share | None
+    ira: Share | None
+    cra: Share | None
+    version: str

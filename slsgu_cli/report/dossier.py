@@ -1,0 +1,258 @@
+"""The records of one name, whether each may be shown, and the commands they came from."""
+
+import hashlib
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from shlex import quote
+from typing import Any, Generic, TypeVar
+
+from slsgu_cli.checkpoints.edits import Edit, moved_values, read_edit
+from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
+from slsgu_cli.checkpoints.weights import layer_digest
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.method import (
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    PassOptions,
+    Ranking,
+    Steer,
+    Trials,
+)
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
+from slsgu_cli.report.html import Html, code, paragraph
+from slsgu_cli.store.artifacts import CHECKS, PLACES, ArtifactKind, Catalog, Standing, read_manifest
+from slsgu_cli.store.store import Store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence(Generic[T]):
+    """One record as the store has it: the record where it may be shown, else why not.
+
+    `state` is None where there is none; `run` is the command that makes it.
+    """
+
+    what: str
+    path: str
+    run: str
+    record: T | None = None
+    state: Standing | None = None
+    reason: str | None = None
+    sha256: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the record is not shown; None where it is."""
+        if self.record is not None:
+            return None
+        if self.state is None:
+            return f"There is no {self.what} yet."
+        return f"The {self.what} is {self.state}: {self.reason}."
+
+
+@dataclass(frozen=True, slots=True)
+class EditFacts:
+    """What an edit changes: digests of the layer before and after by precision."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+    changed: int
+    values: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRecords:
+    """All that is known of one name."""
+
+    name: str
+    concept: str
+    manifest: Evidence[SetManifest]
+    pointer: Evidence[GradientPointer]
+    ranking: Evidence[Ranking]
+    trials: Evidence[Trials]
+    edit: Evidence[EditHeader]
+    trajectory: Evidence[Trials]
+    joint: dict[str, Evidence[JointSearch]]
+    sweeps: dict[str, Evidence[Sweep]]
+    verification: Evidence[Verification]
+    comparison: Evidence[Comparison]
+    gradients: dict[str, GradientHeader] = field(default_factory=dict)
+    facts: EditFacts | None = None
+
+    def findings(self) -> list[Evidence[Any]]:
+        """Return every record in the order in which one is made from another."""
+        found: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
+        found += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
+        return [*found, self.verification, self.comparison]
+
+
+def gather(store: Store, name: str, shelf: Catalog) -> SetRecords:
+    """Return what the store knows of `name`. Raises MissingError where it has no such set."""
+    manifest = read_manifest(store, name)
+    word = quote(name)
+
+    def find(kind: ArtifactKind, what: str, command: str, label: str = name) -> Evidence[Any]:
+        return _find(store, shelf, kind, label, Evidence(what, "", f"slsgu {command}"))
+
+    pointer = find(ArtifactKind.POINTER, "gradients", f"grad {word}")
+    edit = find(ArtifactKind.EDIT, "edit", f"search {word}")
+    named = pointer.record and {"forget": pointer.record.forget, "retain": pointer.record.retain}
+    joint = _about(shelf, ArtifactKind.JOINT, lambda found: name in found.names)
+    swept = _about(
+        shelf, ArtifactKind.SWEEP, lambda sweep: any(row.name == name for row in sweep.rows)
+    )
+    return SetRecords(
+        name=name,
+        concept=manifest.concept,
+        manifest=find(ArtifactKind.SET, "set", f"build-sets {word} ..."),
+        pointer=pointer,
+        ranking=find(ArtifactKind.RANKING, "ranking", f"rank {word}"),
+        trials=find(ArtifactKind.TRIALS, "search", f"search {word}"),
+        edit=edit,
+        trajectory=find(ArtifactKind.TRAJECTORY, "trajectory", f"trajectory {word}"),
+        joint={
+            label: find(ArtifactKind.JOINT, f"joint search {label}", "search ... --joint", label)
+            for label in joint
+        },
+        sweeps={
+            label: find(ArtifactKind.SWEEP, f"sweep {label}", f"sweep {quote(label)} ...", label)
+            for label in swept
+        },
+        verification=find(ArtifactKind.VERIFICATION, "verification", f"verify {word}"),
+        comparison=find(ArtifactKind.COMPARISON, "comparison", f"compare {word}"),
+        gradients={role: shelf.get(ArtifactKind.GRADIENT, d) for role, d in (named or {}).items()},
+        facts=edit_facts(read_edit(store, edit.path)) if edit.record else None,
+    )
+
+
+def _about(shelf: Catalog, kind: ArtifactKind, concerns: Callable[[Any], bool]) -> list[str]:
+    """Return the names of the records of a kind that concern the set, stale ones too."""
+    return [
+        label
+        for label, record in sorted(shelf.read[kind].items())
+        if not isinstance(record, SlsguError) and concerns(record)
+    ]
+
+
+def _find(
+    store: Store, shelf: Catalog, kind: ArtifactKind, name: str, sought: Evidence[Any]
+) -> Evidence[Any]:
+    folder, suffix, _ = PLACES[kind]
+    sought = replace(sought, path=f"{folder}/{name}{suffix}")
+    met = shelf.read[kind].get(name)
+    if met is None:
+        return sought
+    sha256 = hashlib.sha256(store.read_bytes(sought.path)).hexdigest()
+    if isinstance(met, SlsguError):
+        return replace(sought, state=Standing.DAMAGED, reason=met.message, sha256=sha256)
+    state, reason = CHECKS[kind](shelf, name, met)
+    record = met if state is Standing.OK else None
+    return replace(sought, record=record, state=state, reason=reason, sha256=sha256)
+
+
+def edit_facts(edit: Edit) -> EditFacts:
+    """Return what the edit makes of the layer, rounded as `apply` rounds it."""
+    before, delta = edit.before(), edit.delta()
+    after = {}
+    for dtype in ("F32", "F16", "BF16"):
+        stored, _ = moved_values(narrow(before, dtype), [(1.0, delta)], dtype)
+        after[PRECISION[dtype]] = layer_digest(widen(stored, dtype), "fp32")
+    changed = int((delta != 0).sum())
+    return EditFacts(edit.header.digests, after, changed, int(delta.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section. `trouble` says why its content is missing, `run` what adds it."""
+
+    title: str
+    content: Html
+    trouble: str | None = None
+    run: str | None = None
+
+    @property
+    def state(self) -> str:
+        """Whether the section shows what it is about."""
+        return "missing" if self.trouble else "shown"
+
+
+def section(title: str, finding: Evidence[T], build: Callable[[T], Html]) -> Section:
+    """Return a section of what a record says, or of what is wrong with it."""
+    if finding.record is not None:
+        return Section(title, build(finding.record))
+    return absent(title, finding.trouble or "", finding.run)
+
+
+def absent(title: str, trouble: str, run: str) -> Section:
+    """Return a section that says what is missing and which command adds it."""
+    line = paragraph(trouble, " To add it: ", code(run), class_="notice")
+    return Section(title, line, trouble, run)
+
+
+# What the commands do without a word.
+PASS, RANK, SEARCH = PassOptions(), RankOptions(), SearchOptions()
+
+
+def commands(dossier: SetRecords) -> list[str]:
+    """Return a command line for each step that the store has a good record of."""
+    name = dossier.name
+    lines: list[list[str]] = []
+    if manifest := dossier.manifest.record:
+        lines.append(list(manifest.command))
+    if pointer := dossier.pointer.record:
+        lines.append(_grad(pointer))
+    if ranking := dossier.ranking.record:
+        lines.append(_rank(ranking))
+    if (trials := dossier.trials.record) and ranking:
+        lines.append(_search(trials, ranking))
+    if edit := dossier.edit.record:
+        names = edit.joint.names if edit.joint else (name,)
+        if edit.joint:
+            lines.append(["slsgu", "search", *names, "--joint", "--steer", str(edit.steer)])
+        lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
+        lines.append(["slsgu", "eval", *names, "--model", f"local-dir:without-{name}"])
+    return [shlex.join(words) for words in lines if words]
+
+
+def _grad(pointer: GradientPointer) -> list[str]:
+    words = ["slsgu", "grad", pointer.name]
+    words += _unless(PASS.batch_size, "--batch-size", pointer.batch_size)
+    return words + _unless(PASS.precision, "--precision", pointer.precision)
+
+
+def _rank(ranking: Ranking) -> list[str]:
+    words = ["slsgu", "rank", ranking.name]
+    words += _unless(RANK.alignment, "--alignment", ranking.alignment)
+    words += _unless(RANK.direction, "--direction", ranking.direction)
+    words += _unless(RANK.ridge, "--ridge", ranking.ridge)
+    return words + _unless(RANK.qkv, "--qkv", ranking.qkv)
+
+
+def _search(trials: Trials, ranking: Ranking) -> list[str]:
+    words = ["slsgu", "search", trials.name, "--steer", str(trials.steer)]
+    if trials.steer is Steer.MARGIN:
+        words += ["--margin", f"{trials.margin:g}"]
+    tried = Counter((trial.layer, trial.ridge) for trial in trials.trials)
+    layers = dict.fromkeys(layer for layer, _ in tried)
+    if set(layers) != {score.layer for score in ranking.scores if score.front}:
+        words += [word for layer in layers for word in ("--layer", layer)]
+    words += _unless(ranking.direction, "--direction", trials.direction)
+    ridges = dict.fromkeys(ridge for _, ridge in tried)
+    if list(ridges) != [ranking.ridge]:
+        words += [word for ridge in ridges for word in _unless(None, "--ridge", ridge)]
+    words += _unless(SEARCH.steps, "--steps", max(tried.values(), default=SEARCH.steps))
+    return words + _unless(SEARCH.precision, "--precision", trials.precision)
+
+
+def _unless(usual: object, option: str, value: float | str | None) -> list[str]:
+    """Return an option and its value, nothing where it is as usual or there is none."""
+    if value is None or value == usual:
+        return []
+    return [option, f"{value:g}" if isinstance(value, float) else str(value)]

@@ -1,0 +1,364 @@
+"""What was requested, which layers, and how to check it: sections of the page."""
+
+import math
+from collections.abc import Sequence
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.method.scoring import best_of_each
+from slsgu_cli.records.method import (
+    Alignment,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    LayerScore,
+    Ranking,
+    Steer,
+    Tower,
+    Trial,
+    Trials,
+)
+from slsgu_cli.records.sets import DataRef, SetManifest
+from slsgu_cli.report.charts import front_chart, legend, step_chart, step_series
+from slsgu_cli.report.dossier import EditFacts, Section, SetRecords, commands, section
+from slsgu_cli.report.html import (
+    Child,
+    Head,
+    Html,
+    code,
+    count,
+    element,
+    figure_of,
+    joined,
+    lines,
+    number,
+    paragraph,
+    percent,
+    share,
+    table,
+    terms,
+)
+
+
+def request_section(dossier: SetRecords) -> Section:
+    """Tell which captions made the forget set, and where every row came from."""
+    return section("What was asked", dossier.manifest, _request)
+
+
+def fingerprints_section(dossier: SetRecords) -> Section:
+    """Tell which model and rows the gradients are of, by their fingerprints."""
+    return section(
+        "Model and gradients",
+        dossier.pointer,
+        lambda pointer: _fingerprints(pointer, dossier.gradients),
+    )
+
+
+def _request(manifest: SetManifest) -> Html:
+    measured = (
+        f"its rows in the evaluation set {manifest.forget_eval}, which no gradient saw"
+        if manifest.forget_eval
+        else "the forget set's own rows, which the gradient saw: not a held-out figure"
+    )
+    told = terms(
+        {
+            "Concept": manifest.concept,
+            "Captions with": lines([code(pattern) for pattern in manifest.patterns]),
+            "Model": code(str(manifest.model)),
+            "Forgetting is measured on": measured if manifest.evals else None,
+            "Seed of the draws": str(manifest.seed),
+        }
+    )
+    parts = [("forget", manifest.forget), ("retain", manifest.retain)]
+    parts += [(f"evaluation: {name}", ref) for name, ref in manifest.evals.items()]
+    rows = [
+        (
+            role,
+            count(ref.rows),
+            count(ref.seen),
+            _left_out(ref),
+            lines([code(source) for source in ref.sources]),
+        )
+        for role, ref in parts
+    ]
+    heads = (Head("rows for", False), Head("kept"), Head("seen"), Head("left out", False),
+             Head("from", False))  # fmt: skip
+    digests = table(
+        (Head("rows for", False), Head("fingerprint of the rows", False)),
+        [(role, code(ref.fingerprint)) for role, ref in parts],
+        caption="Fingerprints of the rows: pixels, tokens, labels, names and prompts",
+    )
+    return joined((told, table(heads, rows, caption="Rows and their sources"), digests))
+
+
+def _left_out(ref: DataRef) -> Html | None:
+    if not ref.refused:
+        return None
+    ordered = sorted(ref.refused.items(), key=lambda item: (-item[1], item[0]))
+    return lines([f"{count(rows)} {reason}" for reason, rows in ordered])
+
+
+def _fingerprints(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> Html:
+    told = terms(
+        {
+            "Model": code(str(pointer.model)),
+            "Fingerprint": code(pointer.model_fingerprint),
+            "Mini-batches of": f"{pointer.batch_size} pairs",
+            "Arithmetic": f"{pointer.precision}, sums in fp32",
+        }
+    )
+    rows = [
+        (
+            role,
+            header.loss,
+            number(header.mean_loss),
+            count(header.rows),
+            count(header.batches),
+            code(getattr(pointer, role)),
+        )
+        for role, header in headers.items()
+    ]
+    heads = (Head("gradient of", False), Head("loss", False), Head("mean loss"), Head("pairs"),
+             Head("mini-batches"), Head("name in the store", False))  # fmt: skip
+    note = element(
+        "p",
+        "The fingerprint covers every weight and the architecture; the same weights in another "
+        "container have the same one.",
+        class_="quiet",
+    )
+    return joined((told, table(heads, rows, caption="The two gradients"), note))
+
+
+WHITENED = (
+    "Both are taken of the gradient whitened by the layer's inputs on the retain set, with a "
+    "ridge of {ridge:g}, and measured by what a change does to those inputs. "
+)
+
+
+def front(dossier: SetRecords) -> Section:
+    """Show importance against alignment, and the layers on the Pareto fronts."""
+    return section(
+        "Where the concept lies",
+        dossier.ranking,
+        lambda record: _front(record, dossier.edit.record),
+    )
+
+
+def search(dossier: SetRecords) -> Section:
+    """Show forgetting and keeping against the step, for every layer that was tried."""
+    return section(
+        "Search for the step", dossier.trials, lambda record: _search(record, dossier.edit.record)
+    )
+
+
+def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
+    size = "magnitude of the cosine" if ranking.alignment is Alignment.ABS else "cosine"
+    intro = paragraph(
+        "Importance is the length of the forget gradient over that of the layer; alignment is the "
+        f"{size} between forget and retain gradient. ",
+        WHITENED.format(ridge=ranking.ridge) if ranking.ridge is not None else None,
+        "A layer is on its tower's Pareto front where no other layer has both more importance and "
+        "less alignment.",
+    )
+    towers = [tower for tower in Tower if any(s.tower is tower for s in ranking.scores)]
+    charts = [
+        figure_of(front_chart(ranking.scores, tower), f"{tower.capitalize()} tower")
+        for tower in towers
+    ]
+    rows: list[tuple[Child, ...]] = []
+    marked: list[int] = []
+    for tower in towers:
+        own = [score for score in ranking.scores if score.tower is tower and score.front]
+        for place, score in enumerate(own, start=1):
+            if edit is not None and score.layer == edit.layer:
+                marked.append(len(rows))
+            rows.append((str(tower), str(place), *_figures(score)))
+    heads = (Head("tower", False), Head("no."), *_HEADS)
+    table_of_front = table(heads, rows, caption="Layers on the Pareto fronts", marked=marked)
+    rest = [score for score in ranking.scores if not score.front]
+    others = table(_HEADS, [_figures(score) for score in rest], caption="Layers on no front")
+    more = element("details", element("summary", f"The other {count(len(rest))} layers"), others)
+    grid = element("div", *charts, class_="charts")
+    return joined((intro, grid, table_of_front, more if rest else None))
+
+
+_HEADS = (Head("layer", False), Head("importance"), Head("alignment"), Head("shape"))
+
+
+def _figures(score: LayerScore) -> tuple[Child, ...]:
+    shape = " × ".join(map(str, score.shape))
+    return (code(known_as(score.layer)), number(score.importance), number(score.alignment), shape)
+
+
+def _search(trials: Trials, edit: EditHeader | None) -> Html:
+    layers = {trial.layer for trial in trials.trials}
+    intro = paragraph(
+        f"{count(len(trials.trials))} trials on {len(layers)} layers, in "
+        f"{trials.precision}. Of each layer the step was doubled until {goal(trials)}, then halved "
+        "between what was too little and what was enough. TA was measured where it could decide "
+        "the choice.",
+    )
+    drawn = step_charts(trials, edit)
+    return joined((intro, drawn, _best(trials, edit), _all(trials, edit)))
+
+
+def step_charts(trials: Trials, edit: EditHeader | None) -> Html:
+    """Draw accuracies against the step for every layer and ridge, with what the lines mean."""
+    lines = list(dict.fromkeys((trial.layer, trial.ridge) for trial in trials.trials))
+    charts = [_steps(trials, layer, ridge, edit) for layer, ridge in lines]
+    key = legend(step_series(trials, *lines[0])) if lines else None
+    return joined((key, element("div", *charts, class_="charts")))
+
+
+def goal(trials: Trials) -> str:
+    """Return in words what the search wanted to reach."""
+    if trials.steer is Steer.MARGIN:
+        return f"the name was a cosine of {trials.margin:g} below the fifth best for every image"
+    return f"{'FA@5' if trials.steer is Steer.FA5 else 'FA@1'} was 0"
+
+
+def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | None) -> Html:
+    """Draw the trials of one layer with one ridge."""
+    chosen = edit is not None and (edit.layer, edit.ridge) == (layer, ridge)
+    name = known_as(layer)
+    told = (
+        f"Forget accuracy and kept accuracy against the step along {name}; the tables below "
+        "have the figures."
+    )
+    caption = joined(
+        (
+            code(name),
+            f", ridge {ridge:g}" if ridge is not None else None,
+            " (chosen)" if chosen else None,
+        )
+    )
+    share_chosen = edit.share if edit is not None and chosen else None
+    return figure_of(step_chart(step_series(trials, layer, ridge), chosen=share_chosen, told=told),
+                  caption)  # fmt: skip
+
+
+def _best(trials: Trials, edit: EditHeader | None) -> Html:
+    chosen = next((trial for trial in trials.trials if _is_chosen(trial, edit)), None)
+    best = best_of_each(trials, chosen)
+    return _trials(trials, best, edit, caption="The best trial of each layer")
+
+
+def _all(trials: Trials, edit: EditHeader | None) -> Html:
+    ordered = sorted(
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+    )
+    every = _trials(trials, ordered, edit, caption="Every trial")
+    return element("details", element("summary", "Every trial"), every)
+
+
+def _is_chosen(trial: Trial, edit: EditHeader | None) -> bool:
+    met = (trial.layer, trial.ridge, trial.step)
+    return edit is not None and met == (edit.layer, edit.ridge, edit.step)
+
+
+def _trials(
+    trials: Trials, shown: Sequence[Trial], edit: EditHeader | None, *, caption: str
+) -> Html:
+    sets = sorted(trials.baseline_utility)
+    whitened = [Head("ridge")] * any(trial.ridge is not None for trial in shown)
+    heads = (Head("layer", False), *whitened, Head("step"), Head("of its norm"), Head("FA@1"),
+             Head("FA@5"), *(Head(f"TA@1 {name}") for name in sets))  # fmt: skip
+    rows: list[tuple[Child, ...]] = [
+        (
+            code(known_as(trial.layer)),
+            *(number(trial.ridge or 0) for _ in whitened),
+            number(trial.step),
+            share(trial.share),
+            percent(trial.forget.top1),
+            percent(trial.forget.top5),
+            *(
+                percent(trial.utility[name].top1) if trial.utility and name in trial.utility
+                else None
+                for name in sets
+            ),
+        )
+        for trial in shown
+    ]  # fmt: skip
+    marked = [index for index, trial in enumerate(shown) if _is_chosen(trial, edit)]
+    return table(heads, rows, caption=caption, marked=marked)
+
+
+def the_edit(dossier: SetRecords) -> Section:
+    """Tell the hash of the edit's file, and what it changes in the model."""
+    return section("The edit", dossier.edit, lambda edit: _edit(edit, dossier))
+
+
+def _edit(edit: EditHeader, dossier: SetRecords) -> Html:
+    facts = dossier.facts
+    told = terms(
+        {
+            "File": code(dossier.edit.path),
+            "SHA-256 of the file": code(dossier.edit.sha256 or ""),
+            "Changes one layer": code(edit.layer),
+            "Tower": str(edit.tower),
+            "Values in it": _extent(facts, dossier.gradients.get("forget")) if facts else None,
+            "Step": f"{number(edit.step)} times the {_direction(edit)}",
+            "Moves the layer by": f"{share(edit.share)} of its norm",
+            "Made for": code(str(edit.model)),
+            "Model's fingerprint": code(edit.model_fingerprint),
+            "Written by": f"slsgu {edit.version}",
+        }
+    )
+    if facts is None:
+        return told
+    rows = [
+        (precision, code(before), code(facts.after[precision]))
+        for precision, before in facts.before.items()
+    ]
+    heads = (Head("precision", False), Head("original", False), Head("edited", False))
+    caption = f"SHA-256 of {known_as(edit.layer)} before and after, by the checkpoint's precision"
+    note = paragraph(
+        "The digest is of the layer's values as fp32 numbers, little-endian, in order. With it, "
+        "anyone can tell an edited checkpoint from an original one. ",
+        "Every other tensor keeps its bytes.",
+        class_="quiet",
+    )
+    return joined((told, table(heads, rows, caption=caption), note))
+
+
+def _direction(edit: EditHeader) -> str:
+    if edit.ridge is None:
+        return "forget gradient"
+    return f"forget gradient, whitened with a ridge of {number(edit.ridge)}"
+
+
+def _extent(facts: EditFacts, header: GradientHeader | None) -> str:
+    told = f"{count(facts.values)}, of which {count(facts.changed)} move"
+    if header is None:
+        return told
+    whole = sum(math.prod(weight.shape) for weight in header.weights.values())
+    return f"{told}; {100 * facts.values / whole:.2g}% of the model's {count(whole)}"
+
+
+def repeat(dossier: SetRecords, store: str) -> Section:
+    """Tell the commands that do it again."""
+    told = commands(dossier)
+    export = element("span", f"export SLSGU_STORE={store}", class_="line")
+    intro = paragraph(
+        "Written from the records. The same sources, model and version give the same edit."
+    )
+    return Section(
+        "To repeat it", joined((intro, element("pre", element("code", export, lines(told)))))
+    )
+
+
+def records(dossier: SetRecords) -> Section:
+    """List every record this page was made from, with its hash and whether it still stands."""
+    rows = [
+        (
+            finding.what,
+            code(finding.path),
+            str(finding.state) if finding.state else "none yet",
+            code(finding.sha256) if finding.sha256 else None,
+        )
+        for finding in dossier.findings()
+    ]
+    heads = (Head("record", False), Head("path in the store", False), Head("state", False),
+             Head("SHA-256", False))  # fmt: skip
+    return Section(
+        "Records behind this page", table(heads, rows, caption="Records and their state")
+    )

@@ -1,0 +1,317 @@
+"""What other commands recorded: verification, several concepts, comparison."""
+
+from itertools import zip_longest
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.compare.ours import LABELS, TableRow, better, mean_rows
+from slsgu_cli.records.method import Accuracy, EditHeader, Trials
+from slsgu_cli.records.studies import (
+    Check,
+    Comparison,
+    JointSearch,
+    Method,
+    Sweep,
+    SweepRow,
+    Verification,
+    VerifiedModel,
+)
+from slsgu_cli.report.charts import Series, legend, line_chart
+from slsgu_cli.report.dossier import Section, SetRecords, absent, section
+from slsgu_cli.report.edit_sections import step_charts
+from slsgu_cli.report.html import (
+    Child,
+    Head,
+    Html,
+    change,
+    code,
+    cosine,
+    count,
+    element,
+    figure_of,
+    joined,
+    number,
+    paragraph,
+    percent,
+    share,
+    table,
+)
+from slsgu_cli.study.trajectory import Trajectory
+
+TITLE = "Does it stay forgotten"
+CURVES = {
+    Check.FINETUNE: "Trained on the retain set, without the concept",
+    Check.RELEARN: "Taught the concept again",
+}
+STYLES = ("fa1", "ta0", "ta1", "ta2")
+
+
+def verification(dossier: SetRecords) -> Section:
+    """Show what may bring the concept back, and whether it did."""
+    found, edit = dossier.verification, dossier.edit.record
+    if found.record is not None and not _of_edit(found.record, edit):
+        return absent(TITLE, "No verification of this edit is recorded.", found.run)
+    return section(TITLE, found, lambda record: _verification(record, edit))
+
+
+def _of_edit(record: Verification, edit: EditHeader | None) -> list[VerifiedModel]:
+    """Return the original model and the model with the edit; nothing without both."""
+    original = [subject for subject in record.subjects if subject.edit is None][:1]
+    edited = [subject for subject in record.subjects if edit and subject.edit == edit][:1]
+    return original + edited if original and edited else []
+
+
+def _verification(record: Verification, edit: EditHeader | None) -> Html:
+    from slsgu_cli.verify.verdicts import Verdict, rows
+
+    original, edited = _of_edit(record, edit)
+    found = [row for row in rows(original, edited) if not row.detail]
+    cells: list[tuple[Child, ...]] = [
+        (
+            row.probe,
+            str(row.check),
+            percent(row.before.top1),
+            percent(row.after.top1),
+            _utility_change(row.utilities),
+            str(row.verdict),
+            row.note,
+        )
+        for row in found
+    ]
+    heads = (Head("probe", False), Head("kind", False), Head("FA@1, original"),
+             Head("FA@1, edited"), Head("TA@1, change in points"), Head("verdict", False),
+             Head("note", False))  # fmt: skip
+    counts = [(said, sum(row.verdict is said for row in found)) for said in Verdict]
+    told = ", ".join(f"{said} {count}" for said, count in counts if count)
+    lead = paragraph(
+        f"{len(found)} probes: {told}. A verdict compares the edited model with the original "
+        "under the same probe."
+    )
+    verdicts = table(heads, cells, caption="What was tried to bring the concept back")
+    return joined(
+        (lead, verdicts, _curves(original, edited), _became(original, edited),
+         _membership(original, edited))
+    )  # fmt: skip
+
+
+def _utility_change(sides: tuple[dict[str, Accuracy] | None, ...]) -> str | None:
+    before, after = sides
+    if not before or not after:
+        return None
+    changes = [now.top1 - before[name].top1 for name, now in after.items() if name in before]
+    return change(sum(changes) / len(changes)) if changes else None
+
+
+def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Draw how fast the name comes back in training, beside a name that never was known."""
+    charts = []
+    for check, title in CURVES.items():
+        before, after = original.finding(check), edited.finding(check)
+        if not (before and after and before.curves and after.curves):
+            continue
+        curves = [("edited", after.curves[0])]
+        curves += [(f"original, {curve.name}", curve) for curve in before.curves]
+        series = [
+            Series(label, tuple((float(p.step), p.forget.top1) for p in curve.points), style)
+            for (label, curve), style in zip(curves, STYLES, strict=False)
+        ]
+        told = f"Forget accuracy by training step. {title}"
+        drawn = line_chart(series, "training step", told=told)
+        charts.append(figure_of(joined((legend(series), drawn)), title))
+    return element("div", *charts, class_="charts") if charts else None
+
+
+def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Tell the names next to the forgotten one, and what its images are taken for."""
+    before, after = (
+        found.became if (found := subject.finding(Check.NEIGHBOURS)) else None
+        for subject in (original, edited)
+    )
+    if before is None or after is None:
+        return None
+    columns = [
+        [f"{near.name} {cosine(near.cosine)}" for near in before.nearest],
+        [f"{near.name} {cosine(near.cosine)}" for near in after.nearest],
+        [f"{taken.name} {100 * taken.rows / before.rows:.0f}%" for taken in before.taken_for],
+        [f"{taken.name} {100 * taken.rows / after.rows:.0f}%" for taken in after.taken_for],
+    ]
+    cells = [(str(n), *row) for n, row in enumerate(zip_longest(*columns), start=1)]
+    heads = (Head("no."), Head("nearest name, original", False),
+             Head("nearest name, edited", False), Head("images taken for, original", False),
+             Head("images taken for, edited", False))  # fmt: skip
+    return table(heads, cells, caption="What the concept became")
+
+
+def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    from slsgu_cli.verify.verdicts import exposure
+
+    before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
+    if before is None or after is None:
+        return None
+    cells = [
+        (
+            f"{was.figure}, against {was.against}",
+            f"{was.mean:.1f} ± {was.deviation:.1f}%",
+            f"{now.mean:.1f} ± {now.deviation:.1f}%",
+            str(exposure(was, now)),
+        )
+        for was, now in zip(before.attacks, after.attacks, strict=True)
+    ]
+    heads = (Head("told by", False), Head("original"), Head("edited"), Head("verdict", False))
+    caption = "Membership inference: how often forget pairs are told from others; 50% is chance"
+    return table(heads, cells, caption=caption)
+
+
+def trajectories(dossier: SetRecords) -> Section:
+    """Show accuracies over a fine grid of steps."""
+    return section(
+        "Trajectories",
+        dossier.trajectory,
+        lambda record: _trajectories(record, dossier.edit.record),
+    )
+
+
+def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
+    found = Trajectory(record, 0)
+    figures = list(found.figures())
+    cells: list[tuple[Child, ...]] = []
+    for line in found.lines():
+        rises = found.rises(line)
+        told = (f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures)
+        layer, ridge = line
+        cells.append((code(known_as(layer)), _ridge(ridge), count(len(found.of(line))), *told))
+    heads = (Head("layer", False), Head("ridge"), Head("steps"),
+             *(Head(f"{name}, rise") for name in figures))  # fmt: skip
+    intro = paragraph(
+        "Accuracies at many steps in a row. The table has the largest rise of each figure along "
+        "the way, in points: 0 where it never rises."
+    )
+    largest = table(heads, cells, caption="Largest rises")
+    return joined((intro, step_charts(record, edit), largest))
+
+
+def _ridge(ridge: float | None) -> str | None:
+    return None if ridge is None else number(ridge)
+
+
+def together(dossier: SetRecords) -> list[Section]:
+    """Show what became of the concepts that were forgotten with this one, search by search."""
+    return [
+        section(f"Forgotten together: {label}", found, _together)
+        for label, found in dossier.joint.items()
+    ]
+
+
+def _together(record: JointSearch) -> Html:
+    last = record.stages[-1]
+    moves: list[tuple[Child, ...]] = [
+        (
+            concept,
+            code(known_as(move.layer)),
+            _ridge(move.ridge),
+            number(move.step),
+            share(move.share),
+            *_pair(record.baseline_forget[move.name], last.forget[move.name], "top1"),
+            *_pair(record.baseline_forget[move.name], last.forget[move.name], "top5"),
+        )
+        for concept, move in zip(record.concepts, last.moves, strict=True)
+    ]
+    heads = (Head("concept", False), Head("layer", False), Head("ridge"), Head("step"),
+             Head("of its norm"), Head("FA@1, original"), Head("FA@1, edited"),
+             Head("FA@5, original"), Head("FA@5, edited"))  # fmt: skip
+    sets = sorted(record.baseline_utility)
+    kept = [("none", None, record.baseline_utility)] + [
+        (concept, stage, stage.utility or {})
+        for concept, stage in zip(record.concepts, record.stages, strict=True)
+    ]
+    stages: list[tuple[Child, ...]] = [
+        (
+            str(place),
+            added,
+            percent(max(each.top1 for each in stage.forget.values())) if stage else None,
+            *(percent(utility[name].top1) if name in utility else None for name in sets),
+        )
+        for place, (added, stage, utility) in enumerate(kept)
+    ]
+    columns = (Head("concepts"), Head("added", False), Head("FA@1, at most"),
+               *(Head(f"TA@1 {name}") for name in sets))  # fmt: skip
+    return joined(
+        (
+            table(heads, moves, caption="All edits in place, each concept on its own images"),
+            table(columns, stages, caption="What is kept, on images of none of the concepts"),
+        )
+    )
+
+
+def swept(dossier: SetRecords) -> list[Section]:
+    """Show the concept beside the other classes of its sweeps, and their means."""
+    return [
+        section(f"Sweep: {label}", found, lambda record: _swept(record, dossier.name))
+        for label, found in dossier.sweeps.items()
+    ]
+
+
+def _swept(record: Sweep, name: str) -> Html:
+    sets = sorted(record.rows[0].baseline_utility)
+    rows = [_sweep_row(row, sets) for row in record.rows]
+    columns = zip(*(_top1s(row, sets) for row in record.rows), strict=True)
+    means = [sum(column) / len(record.rows) for column in columns]
+    rows.append(("mean", None, *map(percent, means)))
+    heads = [Head("class", False), Head("layer", False)]
+    for figure in ("FA@1", *(f"TA@1 {name}" for name in sets)):
+        heads += [Head(f"{figure}, original"), Head(f"{figure}, edited")]
+    own = [index for index, row in enumerate(record.rows) if row.name == name]
+    return table(heads, rows, caption=f"{count(len(record.rows))} classes, each forgotten alone",
+                 marked=own)  # fmt: skip
+
+
+def _sweep_row(row: SweepRow, sets: list[str]) -> tuple[Child, ...]:
+    return (row.name, code(known_as(row.layer)), *map(percent, _top1s(row, sets)))
+
+
+def _top1s(row: SweepRow, sets: list[str]) -> list[float]:
+    pairs = [(row.baseline_forget, row.forget)]
+    pairs += [(row.baseline_utility[name], row.utility[name]) for name in sets]
+    return [figure.top1 for pair in pairs for figure in pair]
+
+
+def _pair(before: Accuracy, after: Accuracy, attribute: str) -> tuple[str, str]:
+    return percent(getattr(before, attribute)), percent(getattr(after, attribute))
+
+
+def comparison(dossier: SetRecords) -> Section:
+    """Show each method's figures and what they cost."""
+    return section("Other methods", dossier.comparison, _comparison)
+
+
+def _comparison(record: Comparison) -> Html:
+    rows = mean_rows({record.name: record.outcomes}, None)
+    sets = sorted({name for row in rows for name in row.utility})
+    cells: list[tuple[Child, ...]] = [
+        (
+            LABELS[row.method],
+            row.words,
+            percent(row.forget.top1),
+            percent(row.forget.top5),
+            *(percent(row.utility[name].top1) for name in sets),
+            f"{row.seconds:.0f}",
+            f"{row.forget_passes:g}",
+            f"{row.retain_passes:g}",
+        )
+        for row in rows
+    ]
+    heads = (Head("method", False), Head("setting", False), Head("FA@1"), Head("FA@5"),
+             *(Head(f"TA@1 {name}") for name in sets), Head("seconds"), Head("forget passes"),
+             Head("retain passes"))  # fmt: skip
+    ours = [index for index, row in enumerate(rows) if row.method is Method.OURS]
+    marked = table(heads, cells, caption="Methods on the same model and rows", marked=ours)
+    return joined((_verdict(rows), marked))
+
+
+def _verdict(rows: list[TableRow]) -> Html:
+    beaten = ", ".join(f"{LABELS[row.method]} ({row.words})" for row in better(rows))
+    told = (
+        f"No worse on FA@1 and on mean TA@1, and better on one of them: {beaten}. "
+        if beaten
+        else "No other method is at least as good on both FA@1 and mean TA@1. "
+    )
+    return paragraph(told, "Passes count gradient passes over the forget and the retain set.")

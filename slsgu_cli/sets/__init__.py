@@ -1,0 +1,1 @@
+"""Forget, retain and evaluation rows, collected and built."""

@@ -1,0 +1,306 @@
+"""`build-sets`: one set, many sets, or a set again."""
+
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from shlex import quote
+from types import MappingProxyType
+
+from slsgu_cli import __version__, progress
+from slsgu_cli.clip import models
+from slsgu_cli.clip.pixels import decoder
+from slsgu_cli.errors import InputError, SlsguError, StaleError
+from slsgu_cli.records.codec import decode, encode
+from slsgu_cli.records.sets import Concept, ConceptCounts, DataRef, SetManifest
+from slsgu_cli.sets.collection import Collected, collect
+from slsgu_cli.sets.context import BuildContext, counted
+from slsgu_cli.sets.evaluation_sets import EvalPlan, build_eval, plan_eval
+from slsgu_cli.sets.inspect import drop
+from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
+from slsgu_cli.sets.request import BuildRequest, build_command, check
+from slsgu_cli.sets.screening import screen_for
+from slsgu_cli.sets.shards import FORGET, RETAIN
+from slsgu_cli.sources.captions import matcher
+from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.rows import Columns
+from slsgu_cli.store.artifacts import blocks, manifest_path, read_manifest
+from slsgu_cli.store.store import Store
+
+MATCHES_CONCEPT = "about the concept"
+EXCLUDED = "excluded"
+
+
+def build_sets(
+    store: Store, request: BuildRequest, *, upstream: Mapping[str, Upstream] = MappingProxyType({})
+) -> SetManifest:
+    """Build the set that `request` describes and return its manifest.
+
+    Blocks that stand in the store for the same recipe are used again. `upstream` says what
+    was left out of the sources before they came here, for `forget` and `retain`. Raises
+    UsageError, MissingError or InputError, and then leaves no manifest behind.
+    """
+    check(request)
+    resolved = models.resolve(request.model)
+    spec = models.input_spec(resolved)
+    screen = screen_for(request.screening, resolved, spec)
+    shop = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), screen)
+    with warnings.catch_warnings():
+        # PIL warns of every odd image; what cannot be used is counted instead.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        forget_tally, retain_tally, plans = _first_passes(shop, request, upstream)
+        forget_eval = _forget_eval(request, plans)
+        forget, block = build_pairs(shop, forget_tally, seed=request.seed)
+        avoid = frozenset(row.tobytes() for row in block.source_digests)
+        retain, _ = build_pairs(shop, retain_tally, seed=request.seed, avoid=avoid)
+        evals = {plan.name: build_eval(shop, plan) for plan in plans}
+    parts = {"forget": forget, "retain": retain, **evals}
+    parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
+    _tell(request, parts)
+    manifest = SetManifest(
+        name=request.name,
+        concept=request.concept,
+        patterns=request.patterns,
+        model=request.model,
+        input=spec,
+        forget=parts["forget"],
+        retain=parts["retain"],
+        evals={name: parts[name] for name in evals},
+        forget_eval=forget_eval,
+        seed=request.seed,
+        command=tuple(build_command(request)),
+        version=__version__,
+        request=encode(request),
+    )
+    store.write_record(manifest_path(request.name), manifest)
+    return manifest
+
+
+def _first_passes(
+    shop: BuildContext, request: BuildRequest, upstream: Mapping[str, Upstream]
+) -> tuple[Selection, Selection, list[EvalPlan]]:
+    """Open every source and read captions and labels, so that mistakes show before the work."""
+    columns = Columns(
+        image=request.image_column,
+        caption=request.caption_column,
+        needs=frozenset(["caption"]),
+    )
+    labelled = Columns(
+        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
+    )
+    readers = open_sources(request.sources, columns)
+    retain_sources = request.retain_sources or request.sources
+    shared = list(retain_sources) == list(request.sources)
+    retain_readers = readers if shared else open_sources(retain_sources, columns)
+    eval_readers = {
+        name: open_sources([source], labelled) for name, source in request.evals.items()
+    }
+    rules = _rules(request)
+    forget = Selection("forget", rules[0], request.max_forget, request.sources, readers)
+    retain = Selection("retain", rules[1], request.retain_samples, retain_sources, retain_readers)
+    for tally in (forget, retain):
+        if tally.role in upstream:
+            tally.follow(upstream[tally.role])
+    first_pass(shop, readers, [forget, retain] if shared else [forget], request.seed)
+    _require_rows(forget, request)
+    if not shared:
+        first_pass(shop, retain_readers, [retain], request.seed)
+    _require_rows(retain, request)
+    plans = [
+        plan_eval(
+            shop,
+            name,
+            source=source,
+            readers=eval_readers[name],
+            classes=request.classes.get(name),
+            templates=request.templates.get(name),
+            columns=labelled,
+        )
+        for name, source in request.evals.items()
+    ]
+    return forget, retain, plans
+
+
+def _rules(request: BuildRequest) -> tuple[Rule, Rule]:
+    """Return which captions the forget set and the retain set take."""
+    about = matcher(request.patterns, regex=request.regex and bool(request.match))
+    excluded = matcher(request.not_match, regex=request.regex)
+    not_retained = matcher(request.retain_exclude, regex=request.regex)
+
+    def forget(caption: str) -> str | None:
+        if not about(caption):
+            return None
+        return EXCLUDED if excluded(caption) else TAKE
+
+    def retain(caption: str) -> str | None:
+        if about(caption):
+            return MATCHES_CONCEPT
+        return EXCLUDED if excluded(caption) or not_retained(caption) else TAKE
+
+    return forget, retain
+
+
+def _require_rows(tally: Selection, request: BuildRequest) -> None:
+    if tally.draw.offered:
+        return
+    sources = ", ".join(tally.sources)
+    left_out = f" ({counted(tally.refused)})" if any(tally.refused.values()) else ""
+    seen = f"{tally.captions} captions in {tally.seen} rows of {sources}{left_out}"
+    if tally.role == "retain":
+        raise InputError(
+            f"no row is left for the retain set: {seen}",
+            hint="name a source of other captions with --retain-source",
+        )
+    patterns = ", ".join(repr(pattern) for pattern in request.patterns)
+    examples = ", ".join(repr(caption[:60]) for caption in tally.examples)
+    hint = f"captions read like {examples}; " if examples else ""
+    raise InputError(
+        f"the forget set is empty: nothing matches {patterns} among {seen}",
+        hint=f"{hint}change --match, or use --regex to match parts of words",
+    )
+
+
+def _forget_eval(request: BuildRequest, plans: Sequence[EvalPlan]) -> str | None:
+    """Return the evaluation set that has rows of the concept. Raises InputError."""
+    asked = request.forget_eval
+    for plan in plans:
+        if asked not in (None, plan.name):
+            continue
+        rows = plan.rows_of(request.concept)
+        if rows:
+            return plan.name
+        if asked is not None:
+            near = difflib.get_close_matches(request.concept, plan.class_names, 3, 0.5)
+            what = "no rows of the class" if rows == 0 else "no class"
+            raise InputError(
+                f"evaluation set {asked} has {what} {request.concept!r}"
+                + (f"; near: {', '.join(near)}" if near else ""),
+                hint="name the concept with --concept as the evaluation set does",
+            )
+    if plans:
+        progress.note(
+            f"no evaluation set has a class {request.concept!r}: "
+            "forget accuracy will be measured on the forget set's own images"
+        )
+    return None
+
+
+def _tell(request: BuildRequest, refs: dict[str, DataRef]) -> None:
+    """Show what was left out against the user's wish, and whether the retain set came out short."""
+    silent = {MATCHES_CONCEPT, EXCLUDED}
+    for name, ref in refs.items():
+        left_out = {k: v for k, v in ref.refused.items() if k not in silent}
+        if left_out:
+            progress.note(f"{name}: {ref.rows} rows kept, left out: {counted(left_out)}")
+    if not request.evals:
+        progress.warn("there is no --eval: `search` and `eval` will have nothing to measure on")
+    short = request.retain_samples - refs["retain"].rows
+    if short > 0:
+        progress.warn(
+            f"the retain set has {refs['retain'].rows} rows, {short} fewer than asked for: "
+            "no more qualify"
+        )
+
+
+def build(store: Store, request: BuildRequest) -> SetManifest:
+    """Build the set, from a collection if the request asks for one."""
+    if request.collect is None:
+        return build_sets(store, request)
+    collected = collect(store, request.collect)
+    record = collected.record
+    tried = record.concepts[request.name]
+    if not tried.shards:
+        raise _nothing(request, collected, tried)
+    found = replace(request, sources=_shards(store, collected, tried, FORGET))
+    upstream = {"forget": Upstream(record.seen, {**record.refused, **tried.refused})}
+    if request.collect.retain_samples:
+        if not record.retain.shards:
+            raise InputError(
+                f"no row to retain was had from {record.files} files",
+                hint="name other rows with --retain-source",
+            )
+        retained = _shards(store, collected, record.retain, RETAIN)
+        found = replace(found, retain_sources=retained)
+        upstream["retain"] = Upstream(record.seen, {**record.refused, **record.retain.refused})
+    return build_sets(store, found, upstream=upstream)
+
+
+def build_many(
+    store: Store, request: BuildRequest, concepts: Sequence[Concept]
+) -> tuple[list[SetManifest], list[str]]:
+    """Build a set for each concept from one collection; return them, and names without one.
+
+    A concept that nothing is found of does not stop the others.
+    """
+    built, failed = [], []
+    for concept in concepts:
+        own = replace(
+            request,
+            name=concept.name,
+            concept=concept.name,
+            match=concept.patterns,
+            not_match=concept.excluded,
+        )
+        try:
+            built.append(build(store, own))
+        except InputError as error:
+            failed.append(concept.name)
+            progress.warn(f"{concept.name}: {error.message}")
+    return built, failed
+
+
+def require_all(failed: Sequence[str]) -> None:
+    """Raise InputError naming the concepts that no set was built for."""
+    if failed:
+        raise InputError(
+            f"no set was built for {len(failed)} of the names: {', '.join(failed)}",
+            hint="the warnings above say why; correct their patterns",
+        )
+
+
+def _shards(store: Store, collected: Collected, tried: ConceptCounts, role: str) -> list[str]:
+    """Return the sources that hold a concept's samples, or those to retain."""
+    where = store.where(collected.folder)
+    return [f"{where}/{shard}?role={role}" for shard in tried.shards]
+
+
+def _nothing(request: BuildRequest, collected: Collected, tried: ConceptCounts) -> SlsguError:
+    record = collected.record
+    patterns = ", ".join(repr(pattern) for pattern in request.patterns)
+    if tried.found:
+        why = ", ".join(f"{count} {what}" for what, count in tried.refused.items())
+        return InputError(
+            f"none of the {tried.found} images of {request.name} could be had: {why}",
+            hint="look at the URLs, or try again later",
+        )
+    examples = ", ".join(repr(" ".join(text.split())[:60]) for text in record.examples)
+    return InputError(
+        f"the forget set is empty: nothing matches {patterns} among {record.seen} captions",
+        hint=f"captions read like {examples}; change --match, or --caption-col",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A set that was built again, and by part whether its rows are those it had."""
+
+    manifest: SetManifest
+    same: dict[str, bool]
+
+
+def replay(store: Store, name: str) -> Replayed:
+    """Build the set `name` once more, rows dropped by hand included.
+
+    Raises StaleError where the manifest does not say how.
+    """
+    before = read_manifest(store, name)
+    if not before.request:
+        raise StaleError(
+            f"the manifest of {name} does not say how it was built",
+            hint=f"run `slsgu build-sets {quote(name)}` with its sources",
+        )
+    request = decode(BuildRequest, before.request)
+    after = build(store, request)
+    had = {part: ref.fingerprint for part, ref in blocks(before)}
+    has = {part: ref.fingerprint for part, ref in blocks(after)}
+    return Replayed(after, {part: had.get(part) == has[part] for part in has})

@@ -1,0 +1,222 @@
+"""Collections: the samples that metadata or shards hold of some concepts, brought together.
+
+A collection is a folder of tar shards in the store, with a record. It is addressed by what
+it was asked for and by the files it was taken from, so that asking again finds it, whole
+or as far as it came.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slsgu_cli import __version__, progress
+from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.records.codec import digest, encode
+from slsgu_cli.records.sets import Collection, CollectRequest, ConceptCounts
+from slsgu_cli.sets.download import UrlList, download, finished, reason
+from slsgu_cli.sets.metadata import EXCLUDED, Hit, Refused, Scan, retain_wanted, scan_metadata
+from slsgu_cli.sets.shards import FORGET, RETAIN, collect_shards, open_shards
+from slsgu_cli.sources.captions import ConceptIndex
+from slsgu_cli.sources.draw import BEYOND, first_met, line_for, priority
+from slsgu_cli.sources.opening import expand, parse_source
+from slsgu_cli.sources.rows import Reader, file_identity
+from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
+from slsgu_cli.store.artifacts import collection_path
+from slsgu_cli.store.store import Store
+
+FORMAT = 1
+COLUMNS = ("role", ORIGIN_FILE, ORIGIN_ROW)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A collection and the folder of its shards, as a path in the store."""
+
+    record: Collection
+    folder: str
+
+
+def collect(store: Store, request: CollectRequest) -> Collected:
+    """Bring the samples together that `request` asks for, or find them brought together.
+
+    Raises UsageError, MissingError or InputError; what was done by then is kept, and the
+    next call goes on from there.
+    """
+    if bool(request.metadata) == bool(request.sources):
+        raise UsageError("a collection is made from --metadata or from --source, not from both")
+    files = [path for text in request.metadata for path in expand(parse_source(text))]
+    readers = open_shards(request)
+    identities = [file_identity(path) for path in files] + [r.identity() for r in readers]
+    asked = encode(request)
+    del asked["download"]
+    folder = f"collections/{digest({'format': FORMAT, 'files': identities, **asked})}"
+    record = collection_path(folder)
+    if store.exists(record):
+        progress.note(f"the samples of {len(identities)} files were collected before: {folder}")
+        return Collected(store.read_record(record, Collection), f"{folder}/parts")
+    if request.metadata:
+        made = _from_metadata(store, folder, request, files)
+    else:
+        made = _from_shards(store, folder, request, readers)
+    store.write_record(record, made)
+    return Collected(made, f"{folder}/parts")
+
+
+def _from_metadata(
+    store: Store, folder: str, request: CollectRequest, files: Sequence[str]
+) -> Collection:
+    index = ConceptIndex(request.concepts, request.regex)
+    scan = scan_metadata(files, request, index)
+    hits, refused = _once(scan)
+    hits = _limited(hits, request, refused)
+    retain = scan.retain[: retain_wanted(request)]
+    found = Counter(number for hit in hits for number in hit.concepts)
+    progress.note(f"{len(hits)} of {scan.seen} captions match; {len(retain)} more rows are drawn")
+    outcome = _Outcome()
+    if hits:
+        urls = _write_urls(store, folder, [*hits, *retain])
+        parts = f"{folder}/parts"
+        download(store, urls, parts, options=request.download)
+        outcome = _outcome(store, parts, index)
+    return Collection(
+        sources=request.metadata,
+        files=len(files),
+        seen=scan.seen,
+        refused={"no caption": scan.no_caption} if scan.no_caption else {},
+        concepts={
+            concept.name: ConceptCounts(
+                found[number],
+                _counts(refused, number) | _counts(outcome.refused, number),
+                tuple(sorted(outcome.shards.get(number, ()))),
+            )
+            for number, concept in enumerate(request.concepts)
+        },
+        retain=ConceptCounts(
+            len(retain),
+            _counts(outcome.refused, None),
+            tuple(sorted(outcome.shards.get(None, ()))),
+        ),
+        examples=tuple(scan.examples),
+        version=__version__,
+    )
+
+
+def _from_shards(
+    store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
+) -> Collection:
+    met = collect_shards(store, folder, request, readers)
+    refused = sum((Counter(m.refused) for _, m in met), Counter[str]())
+    concepts = {}
+    for concept in request.concepts:
+        excluded = sum(m.excluded.get(concept.name, 0) for _, m in met)
+        concepts[concept.name] = ConceptCounts(
+            sum(m.found.get(concept.name, 0) for _, m in met),
+            {EXCLUDED: excluded} if excluded else {},
+            tuple(f"{name}.tar" for name, m in met if m.found.get(concept.name)),
+        )
+    return Collection(
+        sources=request.sources,
+        files=len(readers),
+        seen=sum(m.seen for _, m in met),
+        refused=dict(sorted(refused.items())),
+        concepts=concepts,
+        retain=ConceptCounts(
+            sum(m.retain for _, m in met), {}, tuple(f"{name}.tar" for name, m in met if m.retain)
+        ),
+        examples=tuple(text for _, m in met for text in m.examples)[:3],
+        version=__version__,
+    )
+
+
+class _Outcome:
+    """What a download brought, by concept; None stands for the rows to retain."""
+
+    def __init__(self) -> None:
+        self.refused: Refused = Counter()
+        self.shards: dict[int | None, set[str]] = {}
+
+    def add(self, whom: Iterable[int | None], shard: str, status: str, error: str | None) -> None:
+        for one in whom:
+            if status == "success":
+                self.shards.setdefault(one, set()).add(shard)
+            else:
+                self.refused[one, reason(error)] += 1
+
+
+def _once(scan: Scan) -> tuple[list[Hit], Refused]:
+    """Return each URL with its caption once, and what was left out, by concept."""
+    refused = Counter(scan.refused)
+    met: set[tuple[str, str]] = set()
+    hits = []
+    for hit in scan.hits:
+        if (hit.url, hit.caption) in met:
+            refused.update((number, "duplicate") for number in hit.concepts)
+            continue
+        met.add((hit.url, hit.caption))
+        hits.append(hit)
+    return hits, refused
+
+
+def _limited(hits: Sequence[Hit], request: CollectRequest, refused: Refused) -> list[Hit]:
+    """Return the hits that can come to be drawn where a concept has a limit of rows."""
+    if request.max_forget is None:
+        return list(hits)
+    left = dict.fromkeys(range(len(request.concepts)), line_for(request.max_forget))
+    order = sorted(hits, key=lambda hit: priority(request.seed, first_met(hit.file, hit.row)))
+    kept = set()
+    for hit in order:
+        if any(left[number] > 0 for number in hit.concepts):
+            kept.add((hit.file, hit.row))
+            for number in hit.concepts:
+                left[number] -= 1
+        else:
+            refused.update((number, BEYOND) for number in hit.concepts)
+    return [hit for hit in hits if (hit.file, hit.row) in kept]
+
+
+def _write_urls(store: Store, folder: str, hits: Sequence[Hit]) -> UrlList:
+    roles = [FORGET if hit.concepts else RETAIN for hit in hits]
+    table = pa.table(
+        {
+            "url": [hit.url for hit in hits],
+            "caption": [hit.caption for hit in hits],
+            "role": roles,
+            ORIGIN_FILE: [hit.file for hit in hits],
+            ORIGIN_ROW: [hit.row for hit in hits],
+        }
+    )
+    path = f"{folder}/urls.parquet"
+    with store.writing(path) as partial, fsspec.open(partial, "wb") as file:
+        pq.write_table(table, file)
+    return UrlList(store.where(path), len(hits), COLUMNS)
+
+
+def _outcome(store: Store, parts: str, index: ConceptIndex) -> _Outcome:
+    """Read what became of every URL from the tables beside the shards."""
+    outcome = _Outcome()
+    columns = ["role", "caption", "status", "error_message"]
+    for shard in finished(store, parts):
+        table = store.where(f"{parts}/{shard.removesuffix('.tar')}.parquet")
+        try:
+            with fsspec.open(table, "rb") as file:
+                rows = pq.read_table(file, columns=columns).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"cannot read {table}, which img2dataset wrote: {error}",
+                hint=f"remove {shard.removesuffix('.tar')}* beside it and run this again",
+            ) from error
+        for row in rows:
+            whom: list[int | None] = [None]
+            if row["role"] == FORGET:
+                about = index.about(row["caption"])
+                whom = [n for n in about if not index.excluded(n, row["caption"])]
+            outcome.add(whom, shard, row["status"], row["error_message"])
+    return outcome
+
+
+def _counts(refused: Refused, whom: int | None) -> dict[str, int]:
+    return {what: count for (who, what), count in sorted(refused.items(), key=str) if who == whom}

@@ -1,0 +1,217 @@
+"""Evaluation sets: every row of a source that has a known label, in the source's order."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from slsgu_cli import progress
+from slsgu_cli.clip.pixels import decode_in_order
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.codec import encode
+from slsgu_cli.records.sets import DataRef, Origin
+from slsgu_cli.sets.context import BuildContext, block_path, counted, file_recipe, reference
+from slsgu_cli.sources.classes import (
+    CLASS_NAMES,
+    DEFAULT_TEMPLATES,
+    FROM_LABELS,
+    TEMPLATE_NAMES,
+    ClassList,
+    builtin_classes,
+    builtin_templates,
+    class_indices,
+    find_class,
+    parse_classes,
+    parse_templates,
+)
+from slsgu_cli.sources.opening import RowId, fetch, parse_source, scan
+from slsgu_cli.sources.rows import Columns, Reader, Row
+from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A row to decode and the index of the class it belongs to."""
+
+    row: Row
+    label: int
+
+
+@dataclass(slots=True)
+class EvalPlan:
+    """An evaluation set before its images are read; `block` is set if it was made before."""
+
+    name: str
+    source: str
+    path: str
+    recipe: dict[str, Any]
+    readers: Sequence[Reader]
+    templates: tuple[str, ...]
+    class_names: tuple[str, ...]
+    rows: Mapping[RowId, LabelledRow]
+    seen: int
+    refused: Counter[str]
+    block: DataBlock | None = None
+    noted: Counter[str] = field(default_factory=Counter)
+
+    def rows_of(self, concept: str) -> int | None:
+        """Return how many rows show the concept; None if it is no class of this set."""
+        index = find_class(self.class_names, concept)
+        if index is None:
+            return None
+        if self.block is not None:
+            return int((self.block.labels == index).sum())
+        return sum(row.label == index for row in self.rows.values())
+
+
+def read_classes(name: str) -> ClassList | None:
+    """Return a built-in or a file's list of classes; None where labels are the names."""
+    if name in CLASS_NAMES:
+        return builtin_classes(name)
+    return parse_classes(_text(name, "--classes", CLASS_NAMES), name)
+
+
+def read_templates(name: str) -> tuple[str, ...]:
+    """Return built-in templates or those of a file."""
+    if name in TEMPLATE_NAMES:
+        return builtin_templates(name)
+    return parse_templates(_text(name, "--templates", TEMPLATE_NAMES), name)
+
+
+def plan_eval(
+    shop: BuildContext,
+    name: str,
+    *,
+    source: str,
+    readers: Sequence[Reader],
+    classes: str | None,
+    templates: str | None,
+    columns: Columns,
+) -> EvalPlan:
+    """Read the labels of an evaluation set, or find the set made. Raises InputError."""
+    known = read_classes(classes or FROM_LABELS[0])
+    prompts = read_templates(templates or DEFAULT_TEMPLATES)
+    filters = parse_source(source).filters
+    recipe = {
+        "role": "eval",
+        "files": file_recipe(readers),
+        "filters": {column: sorted(values) for column, values in filters.items()},
+        "label": columns.label,
+        "pixels": shop.pixel_recipe(),
+        "classes": encode([known.names, known.labels]) if known else None,
+        "templates": list(prompts),
+    }
+    path = block_path(recipe)
+    block = shop.standing(path)
+    if block is not None:
+        counts = Counter(block.attributes["refused"])
+        seen = int(block.attributes["seen"])
+        names = block.class_names
+        return EvalPlan(
+            name, source, path, recipe, readers, prompts, names, {}, seen, counts, block
+        )
+    names, rows, seen, refused = _labelled(shop, source, readers, known)
+    return EvalPlan(name, source, path, recipe, readers, prompts, names, rows, seen, refused)
+
+
+def build_eval(shop: BuildContext, plan: EvalPlan) -> DataRef:
+    """Make the block of an evaluation set, or use the one made before."""
+    title = f"evaluation set {plan.name}"
+    block = plan.block
+    if block is not None:
+        progress.note(f"{title}: {block.rows} rows were decoded before and are used again")
+    else:
+        height, width = shop.spec.height, shop.spec.width
+        with block_writer(
+            shop.store, plan.path, height=height, width=width, rows=len(plan.rows)
+        ) as writer:
+            _decode_into(writer, shop, plan, title)
+            if not writer.rows:
+                raise InputError(
+                    f"no row is left for the {title}: {counted(plan.refused)}",
+                    hint="check that its source holds whole images",
+                )
+            writer.finish(None, _attributes(shop, plan))
+        block = DataBlock.at(shop.store, plan.path)
+    return reference(plan.path, block, seen=plan.seen, refused=plan.refused, sources=(plan.source,))
+
+
+def _labelled(
+    shop: BuildContext, source: str, readers: Sequence[Reader], known: ClassList | None
+) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
+    """Return class names, rows that have a class, how many rows were seen, and refusals."""
+    refused: Counter[str] = Counter()
+    found: list[tuple[int, Row, str]] = []
+    seen = 0
+    with progress.bar("reading labels", None) as ticker:
+        for number, row in scan(readers, refused, tick=ticker.advance):
+            seen += 1
+            if row.label is None or not row.has_image:
+                refused["no label" if row.label is None else "no image"] += 1
+            else:
+                found.append((number, row, row.label))
+    if not found:
+        raise InputError(
+            f"no row of {source} can be evaluated on: {seen} rows, {counted(refused) or 'none'}",
+            hint="name the label column with --label-column, or give a folder of class folders; "
+            "check the filter behind the question mark",
+        )
+    names, index = class_indices(known, {label for *_, label in found})
+    rows = {
+        (number, row.index): LabelledRow(row, index[label])
+        for number, row, label in found
+        if label in index
+    }
+    refused["unknown label"] += len(found) - len(rows)
+    return names, rows, seen, refused
+
+
+def _decode_into(writer: BlockWriter, shop: BuildContext, plan: EvalPlan, title: str) -> None:
+    wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
+    met = 0
+    with progress.bar(f"decoding {title}", len(plan.rows)) as ticker:
+        for place, decoded in decode_in_order(fetch(plan.readers, wanted), shop.decode):
+            met += 1
+            ticker.advance()
+            if decoded.pixels is None:
+                plan.refused[decoded.reason or "unreadable"] += 1
+                continue
+            labelled = plan.rows[place]
+            row = labelled.row
+            writer.add(
+                decoded.pixels,
+                key=row.key,
+                caption=row.caption,
+                label=labelled.label,
+                source_digest=decoded.source_digest,
+                origin=row.origin or Origin(plan.readers[place[0]].path, row.index),
+            )
+            plan.noted.update(decoded.oddities)
+    plan.refused["unreadable"] += len(plan.rows) - met
+
+
+def _attributes(shop: BuildContext, plan: EvalPlan) -> dict[str, Any]:
+    return {
+        "role": "eval",
+        "sources": [plan.source],
+        "seen": plan.seen,
+        "refused": {reason: count for reason, count in plan.refused.items() if count},
+        "noted": dict(sorted(plan.noted.items())),
+        "class_names": list(plan.class_names),
+        "templates": list(plan.templates),
+        "input": encode(shop.spec),
+        "recipe": plan.recipe,
+    }
+
+
+def _text(path: str, option: str, names: Sequence[str]) -> str:
+    hint = f"give {option} a file, or one of: {', '.join(names)}"
+    try:
+        with fsspec.open(path, "r", encoding="utf-8-sig") as file:
+            return str(file.read())
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no {path}", hint=hint) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint=hint) from error

@@ -1,0 +1,267 @@
+"""Filter parquet metadata by its captions: a URL list for many concepts in one pass.
+
+Row groups are read on all cores, a batch at a time. Only the column of captions is read,
+until something in the group is wanted. So memory does not grow with the metadata, only
+with what is found in it.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from slsgu_cli import progress
+from slsgu_cli.clip.inputs import cores, prefetch
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.sets import CollectRequest
+from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
+from slsgu_cli.sources.draw import line_for, priority, tail
+from slsgu_cli.sources.rows import CAPTION_FIELDS, no_column, printable
+
+BATCH = 1 << 16
+
+# Rows to retain come from row groups that hold this many times as many, or from all.
+POOL = 1000
+EXCLUDED, NO_URL = "excluded", "no URL"
+
+# Counts by concept and reason; None stands for the rows to retain.
+Refused = Counter[tuple[int | None, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """One row group of a file, and where its first row lies in the file."""
+
+    path: str
+    group: int
+    start: int
+    rows: int
+    schema: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A row that is wanted: for these concepts, or to be retained by its place in the draw."""
+
+    file: str
+    row: int
+    url: str
+    caption: str
+    concepts: tuple[int, ...] = ()
+    place: int = 0
+
+
+@dataclass(slots=True)
+class Scan:
+    """What was found; `refused` counts, by concept, what matches and is not wanted."""
+
+    seen: int = 0
+    hits: list[Hit] = field(default_factory=list)
+    retain: list[Hit] = field(default_factory=list)
+    refused: Refused = field(default_factory=Counter)
+    no_caption: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: "Scan") -> None:
+        """Take in what was found elsewhere."""
+        self.seen += other.seen
+        self.hits += other.hits
+        self.retain += other.retain
+        self.refused.update(other.refused)
+        self.no_caption += other.no_caption
+        self.examples += other.examples[: 3 - len(self.examples)]
+
+
+def scan_metadata(paths: Sequence[str], request: CollectRequest, index: ConceptIndex) -> Scan:
+    """Return the rows of metadata that are about the concepts, and rows drawn to retain.
+
+    Raises MissingError and InputError for files that cannot be read or lack a column.
+    """
+    threads = cores()
+    groups = [group for found in prefetch(_groups, paths, threads=threads) for group in found]
+    total = sum(group.rows for group in groups)
+    pool, limit = _pool(groups, request)
+    patterns = [pattern for concept in index.concepts for pattern in concept.patterns]
+    prefilter = Prefilter(None if request.regex else patterns)
+    work = _Work(request, index, prefilter, pool, limit)
+    result = Scan()
+    with progress.bar("filtering captions", total) as ticker:
+        for found in prefetch(work.scan, groups, threads=threads):
+            result.add(found)
+            ticker.advance(found.seen)
+    result.retain.sort(key=lambda hit: (hit.place, hit.file, hit.row))
+    result.hits.sort(key=lambda hit: (hit.concepts[0], hit.file, hit.row))
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every row group is searched for; called from several threads."""
+
+    request: CollectRequest
+    index: ConceptIndex
+    prefilter: Prefilter
+    pool: frozenset[tuple[str, int]]
+    limit: int
+
+    def scan(self, group: RowGroup) -> Scan:
+        """Search one row group."""
+        result, wanted = Scan(), dict[int, Hit]()
+        caption, url = _columns(group, self.request)
+        start = group.start
+        for captions in _batches(group, caption):
+            self._search(group, captions, start, wanted, result)
+            start += len(captions)
+        start, rows = group.start, sorted(wanted)
+        # The column of URLs is read only where something is wanted.
+        for urls in _batches(group, url) if wanted else ():
+            stop = start + len(urls)
+            for row in rows[bisect_left(rows, start) : bisect_left(rows, stop)]:
+                self._keep(wanted[row], urls[row - start].as_py(), result)
+            start = stop
+        return result
+
+    def _search(
+        self, group: RowGroup, captions: pa.Array, start: int, wanted: dict[int, Hit], result: Scan
+    ) -> None:
+        result.seen += len(captions)
+        result.no_caption += captions.null_count
+        if not result.examples:
+            result.examples += [text for text in captions[:3].to_pylist() if text]
+        for place in self.prefilter.candidates(captions):
+            text = printable(captions[int(place)].as_py() or "")
+            row = start + int(place)
+            about = self.index.about(text)
+            taken = tuple(number for number in about if not self.index.excluded(number, text))
+            result.refused.update((number, EXCLUDED) for number in about if number not in taken)
+            if taken:
+                wanted[row] = Hit(group.path, row, "", text, taken)
+        if (group.path, group.group) in self.pool:
+            self._draw(group, captions, start, wanted)
+
+    def _draw(
+        self, group: RowGroup, captions: pa.Array, start: int, wanted: dict[int, Hit]
+    ) -> None:
+        places = priorities(self.request.seed, group.path, start, len(captions))
+        left_out = matcher(self.request.retain_exclude, regex=self.request.regex)
+        for offset in np.flatnonzero(places <= np.uint64(self.limit)):
+            text = printable(captions[int(offset)].as_py() or "")
+            row = start + int(offset)
+            if text and row not in wanted and not self.index.touched(text) and not left_out(text):
+                wanted[row] = Hit(group.path, row, "", text, (), int(places[offset]))
+
+    def _keep(self, hit: Hit, url: str | None, result: Scan) -> None:
+        if not url or not url.strip():
+            result.refused.update((number, NO_URL) for number in hit.concepts)
+            return
+        whole = Hit(hit.file, hit.row, url.strip(), hit.caption, hit.concepts, hit.place)
+        (result.hits if hit.concepts else result.retain).append(whole)
+
+
+def priorities(seed: int, path: str, start: int, count: int) -> npt.NDArray[np.uint64]:
+    """Return each row's place in a seeded order: 64 bits from seed, file and row (SplitMix64)."""
+    base = priority(seed, tail(path))
+    state = np.arange(start + 1, start + 1 + count, dtype=np.uint64)
+    state = state * np.uint64(0x9E3779B97F4A7C15) + np.uint64(base)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(state ^ (state >> np.uint64(31)))
+
+
+def retain_wanted(request: CollectRequest) -> int:
+    """Return how many rows to draw, so that enough are left where every other one is dead."""
+    return line_for(request.retain_samples) if request.retain_samples else 0
+
+
+def _pool(
+    groups: Sequence[RowGroup], request: CollectRequest
+) -> tuple[frozenset[tuple[str, int]], int]:
+    """Return the row groups to draw from, and the last place in the order that is drawn."""
+    wanted = retain_wanted(request)
+    if not wanted:
+        return frozenset(), 0
+    order = sorted(groups, key=lambda g: priority(request.seed, f"{g.path}\0{g.group}"))
+    chosen, rows = list[RowGroup](), 0
+    for group in order:
+        if rows >= POOL * wanted:
+            break
+        chosen.append(group)
+        rows += group.rows
+    # Twice as many as wanted, for those about a concept or without a caption.
+    share = min(1.0, 2 * (wanted + 100) / max(rows, 1))
+    return frozenset((g.path, g.group) for g in chosen), min(int(share * 2**64), 2**64 - 1)
+
+
+def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
+    lower = {name.lower(): name for name in reversed(group.schema)}
+    usual = next((lower[name] for name in CAPTION_FIELDS if name in lower), None)
+    caption, url = request.caption_column or usual, lower.get(request.url_column.lower())
+    columns = list(group.schema)
+    if caption is None or caption not in columns:
+        name = f"column {caption}" if caption else "caption column"
+        raise no_column(group.path, name, columns, "name it with --caption-col")
+    if url is None:
+        name = f"column {request.url_column}"
+        raise no_column(group.path, name, columns, "name it with --url-col")
+    return caption, url
+
+
+def _groups(path: str) -> list[RowGroup]:
+    with _opened(path) as file:
+        schema, found, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            found.append(RowGroup(path, group, start, rows, schema))
+            start += rows
+        return found
+
+
+def _batches(group: RowGroup, column: str) -> Iterator[pa.Array]:
+    """Yield a column of a row group as arrays of text."""
+    with _opened(group.path) as file:
+        batches = file.iter_batches(
+            BATCH, row_groups=[group.group], columns=[column], use_threads=False
+        )
+        for batch in batches:
+            yield _text(batch.column(0), f"{group.path}: column {column}")
+
+
+def _text(values: pa.Array, what: str) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return values
+    if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
+        texts = [v if v is None else v.decode(errors="replace") for v in values.to_pylist()]
+        return pa.array(texts, pa.string())
+    if pa.types.is_null(values.type):
+        return pc.cast(values, pa.string())
+    raise InputError(f"{what} holds {values.type}, not text")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    fs, inner = fsspec.core.url_to_fs(path)
+    try:
+        # A local file is read without coming back to Python for every block of it.
+        opened = pa.OSFile(inner) if "file" in fs.protocol else fs.open(inner, "rb")
+        with opened as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no {path}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, InputError | MissingError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as parquet: {reason}",
+            hint="the file is damaged or incomplete; fetch it again",
+        ) from error

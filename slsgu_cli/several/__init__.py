@@ -1,1 +1,0 @@
-"""Several steps, several concepts at once, several classes one after another."""

@@ -1,0 +1,281 @@
+"""Which captions are about a concept, or about which of many."""
+
+import html
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.records.sets import Concept, check_name
+
+Matcher = Callable[[str], bool]
+
+# Thai, Lao, Myanmar, Khmer; kana and Han, their extensions included.
+SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+
+# What NFKC would spell out as letters that touch the name before them, or leave apart.
+SIGNS = (
+    dict.fromkeys(map(ord, "™℠©®\u200b"), " ")
+    | dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u200e\u200f\u2060\ufeff"), None)
+    | dict.fromkeys(map(ord, "‘’‛ʼ＇"), "'")
+    | dict.fromkeys(range(0x2010, 0x2016), "-")
+)
+
+
+def matcher(patterns: Sequence[str], *, regex: bool = False) -> Matcher:
+    """Return a test for captions that contain any of `patterns`, whatever the case.
+
+    Patterns are whole words (white space in them stands for any run of it) or, with
+    `regex`, regular expressions found anywhere in the caption as `readable` returns it.
+    Without patterns nothing matches. Raises UsageError for a blank pattern or a malformed
+    expression.
+    """
+    if not patterns:
+        return lambda caption: False
+    for pattern in patterns:
+        if not folded(pattern).strip():
+            raise UsageError("a pattern to match captions by is blank")
+    if regex:
+        tests = [_expression(readable(pattern)) for pattern in patterns]
+        return lambda caption: any(test.search(readable(caption)) for test in tests)
+    found = re.compile(whole_words(patterns)).search
+    return lambda caption: found(folded(caption)) is not None
+
+
+def readable(text: str) -> str:
+    """Return `text` without entities and signs that are written in many ways (NFKC)."""
+    if "&" in text:
+        # Twice, as CLIP's tokenizers do.
+        text = html.unescape(html.unescape(text))
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFKC", text.translate(SIGNS)).translate(SIGNS)
+
+
+def folded(text: str) -> str:
+    """Return `readable` text with cases folded: what whole words are looked for in."""
+    text = readable(text)
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", text.casefold())
+
+
+def whole_words(patterns: Sequence[str]) -> str:
+    """Return a regular expression for any of the patterns as whole words of `folded` text."""
+    return "|".join(_bounded(folded(pattern).split()) for pattern in patterns)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of `folded` text: what lies between whole words' bounds."""
+    return _word().findall(text)
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    return re.compile(f"{_touching()}+")
+
+
+@cache
+def _touching() -> str:
+    """Return an expression for one character of a word, whose neighbour begins no other."""
+    return rf"(?:[^\W{SPACELESS}]|[{_marks()}])"
+
+
+def _bounded(parts: list[str]) -> str:
+    touching = _touching()
+    before = "" if _spaceless(parts[0][0]) else rf"(?<!{touching})"
+    after = "" if _spaceless(parts[-1][-1]) else rf"(?!{touching})"
+    return before + r"\s+".join(map(re.escape, parts)) + after
+
+
+def _spaceless(character: str) -> bool:
+    return re.fullmatch(f"[{SPACELESS}]", character) is not None
+
+
+@cache
+def _marks() -> str:
+    """Return the combining marks as a class: they belong to the word, which `\\w` denies."""
+    marks = [
+        chr(code)
+        for code in range(0x300, 0x1E00)
+        if unicodedata.category(chr(code)).startswith("M") and not _spaceless(chr(code))
+    ]
+    return "".join(marks)
+
+
+def _expression(source: str) -> re.Pattern[str]:
+    try:
+        return re.compile(source, re.IGNORECASE)
+    except re.error as error:
+        raise UsageError(
+            f"{source!r} is not a regular expression: {error}",
+            hint="leave --regex out to match the words as they are written",
+        ) from error
+
+
+OUT = "!"
+
+
+@dataclass(slots=True)
+class ConceptIndex:
+    """Finds the concepts of a caption; `regex` makes all their patterns expressions."""
+
+    concepts: Sequence[Concept]
+    regex: bool = False
+    _about: list[Matcher] = field(init=False)
+    _excluded: list[Matcher] = field(init=False)
+    _by_word: dict[str, list[int]] = field(init=False)
+    _always: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._about = [matcher(c.patterns, regex=self.regex) for c in self.concepts]
+        self._excluded = [matcher(c.excluded, regex=self.regex) for c in self.concepts]
+        self._by_word, self._always = {}, []
+        for number, concept in enumerate(self.concepts):
+            anchors = {self._anchor(pattern) for pattern in concept.patterns}
+            if None in anchors:
+                self._always.append(number)
+                continue
+            for anchor in anchors:
+                self._by_word.setdefault(str(anchor), []).append(number)
+
+    def about(self, caption: str) -> list[int]:
+        """Return the numbers of the concepts whose patterns the caption holds, in order."""
+        asked = set(self._always)
+        if self._by_word:
+            for word in words(folded(caption)):
+                asked.update(self._by_word.get(word, ()))
+        return [number for number in sorted(asked) if self._about[number](caption)]
+
+    def excluded(self, number: int, caption: str) -> bool:
+        """Return whether the caption is ruled out for a concept."""
+        return self._excluded[number](caption)
+
+    def touched(self, caption: str) -> bool:
+        """Return whether the caption is about any concept, or ruled out for any."""
+        return bool(self.about(caption)) or any(test(caption) for test in self._excluded)
+
+    def _anchor(self, pattern: str) -> str | None:
+        found = [] if self.regex else words(folded(pattern))
+        return max(found, key=lambda word: (len(word), word), default=None)
+
+
+def read_names(path: str) -> list[Concept]:
+    """Return the concepts of a file: NAME, aliases and !exclusions, a tab between them.
+
+    Each name is looked for itself as well. Empty lines and lines that begin with # are
+    passed over. Raises InputError.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the names in {path}: {error}") from error
+    concepts = [
+        _concept(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.startswith("#")
+    ]
+    if not concepts:
+        raise InputError(f"{path} has no names", hint="one a line: NAME<tab>alias<tab>!exclusion")
+    twice = [name for name, count in Counter(c.name for c in concepts).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has {twice[0]} twice", hint="give its aliases on one line")
+    return concepts
+
+
+def _concept(line: str, where: str) -> Concept:
+    name, *others = (part.strip() for part in line.split("\t"))
+    try:
+        check_name(name)
+    except UsageError as error:
+        raise InputError(f"{where}: {error.message}", hint=error.hint) from error
+    aliases = [other for other in others if other and not other.startswith(OUT)]
+    excluded = [other[1:].strip() for other in others if other.startswith(OUT)]
+    if not all(map(str.strip, excluded)) or not re.search(r"\S", name):
+        raise InputError(f"{where}: an exclusion is blank")
+    return Concept(name, (name, *aliases), tuple(excluded))
+
+
+# An expression with more names than this outgrows the memory that RE2 is given.
+GROUP = 400
+ENTITY = "&[A-Za-z#]"
+ASCII_GAP = r"[\x00-\x20\x7f]+"
+GAP = r"[\x00-\x20\x{7f}-\x{a0}\p{Z}]+"
+LAST = 0x20000
+Flags = npt.NDArray[np.bool_]
+
+
+class Prefilter:
+    """Finds the captions that may match any of `patterns`; None of them: every caption may."""
+
+    def __init__(self, patterns: Sequence[str] | None) -> None:
+        self._all = patterns is None
+        names = sorted({folded(pattern) for pattern in patterns or ()})
+        self._ascii = _expressions([name for name in names if name.isascii()], ASCII_GAP)
+        self._any = _expressions(names, GAP)
+
+    def candidates(self, captions: pa.Array) -> npt.NDArray[np.int64]:
+        """Return the places of the captions that may match, in order."""
+        if self._all:
+            return np.arange(len(captions))
+        found = _search(captions, self._ascii)
+        others = np.flatnonzero(~_flags(pc.string_is_ascii(captions), True))
+        if others.size:
+            subset = captions.take(pa.array(others))
+            plain = pc.utf8_lower(pc.utf8_normalize(subset, "NFKC"))
+            found[others] = _search(plain, self._any) | _search(subset, [_unlike()])
+        return np.flatnonzero(found)
+
+
+def _expressions(names: Sequence[str], gap: str) -> list[str]:
+    spelled = [gap.join(map(re.escape, name.split())) for name in names]
+    groups = [spelled[start : start + GROUP] for start in range(0, len(spelled), GROUP)] or [[]]
+    return ["|".join([*group, ENTITY]) for group in groups]
+
+
+def _search(captions: pa.Array, expressions: Sequence[str]) -> Flags:
+    """Return which captions any of the expressions is found in, whatever the case."""
+    found = np.zeros(len(captions), dtype=bool)
+    for expression in expressions:
+        found |= _flags(pc.match_substring_regex(captions, expression, ignore_case=True), False)
+    return found
+
+
+def _flags(values: pa.Array, missing: bool) -> Flags:
+    flags: Flags = pc.fill_null(values, missing).to_numpy(zero_copy_only=False)
+    return flags
+
+
+@cache
+def _unlike() -> str:
+    """Return the characters that `folded` makes into something else than NFKC and lower case."""
+    return f"[{_ranges([code for code in range(0x80, LAST) if _is_unlike(chr(code))])}]"
+
+
+def _is_unlike(character: str) -> bool:
+    lower = character.lower()
+    if lower == character.casefold() and unicodedata.is_normalized("NFKC", character + lower):
+        # Nearly all of them come here: what is stable need not be spelled out.
+        return "\u0300" <= character < "\u0370" or ord(character) in SIGNS
+    if unicodedata.category(character) == "Cs":
+        return False
+    return folded(character) != unicodedata.normalize("NFKC", character).lower()
+
+
+def _ranges(codes: Sequence[int]) -> str:
+    """Return codes, in order, as the ranges of a character class."""
+    ends = [n for n, code in enumerate(codes) if codes[n + 1 : n + 2] != [code + 1]]
+    spans = zip([0, *(end + 1 for end in ends)], ends, strict=False)
+    return "".join(rf"\x{{{codes[first]:x}}}-\x{{{codes[last]:x}}}" for first, last in spans)

@@ -1,0 +1,341 @@
+"""Blocks of rows: images, tokens, captions and labels as zarr arrays, written and read."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore
+
+from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.records.sets import DataRef, Origin
+from slsgu_cli.store.store import Store
+
+Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int32]
+Digests = npt.NDArray[np.uint8]
+ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
+
+# What zarr and its codecs raise on a group that is cut short, altered or no group.
+DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class DataBlock:
+    """A block of rows, opened for reading; safe to read from several threads."""
+
+    where: str
+    group: zarr.Group = field(repr=False)
+    attributes: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, store: Store, ref: DataRef) -> "DataBlock":
+        """Open the block that `ref` names.
+
+        Raises MissingError, InputError where it is damaged, and StaleError where it holds
+        other rows than when `ref` was written.
+        """
+        block = cls.at(store, ref.path)
+        if block.attributes["fingerprint"] != ref.fingerprint:
+            raise StaleError(
+                f"{block.where} was built anew since and holds other rows",
+                hint="run `slsgu build-sets` again for this set",
+            )
+        return block
+
+    @classmethod
+    def at(cls, store: Store, path: str) -> "DataBlock":
+        """Open whatever complete block stands at `path`. Raises MissingError or InputError."""
+        where = store.where(path)
+        if not store.exists(path):
+            raise MissingError(
+                f"there is no {where}", hint="run `slsgu build-sets` again for this set"
+            )
+        with _undamaged(where):
+            location: Any = LocalStore(where, read_only=True) if store.is_local else where
+            group = zarr.open_group(location, mode="r", zarr_format=3)
+            block = cls(where, group, dict(group.attrs))
+            block._check()
+        return block
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self.attributes["rows"])
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many images lie together; ranges that begin at multiples of it read fastest."""
+        return int(self._array("images").chunks[0])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that `labels` index; empty for forget and retain sets."""
+        return tuple(self.attributes.get("class_names", ()))
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompt templates, with `{}` for the class name."""
+        return tuple(self.attributes.get("templates", ()))
+
+    def images(self, start: int, stop: int) -> Pixels:
+        """Return rows `start` to `stop` as uint8 (rows, height, width, 3)."""
+        with _undamaged(self.where):
+            return np.asarray(self._array("images")[start:stop])
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
+        """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3)."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
+            raise IndexError(f"rows go from 0 to {self.rows - 1}")
+        images, size = self._array("images"), self.chunk_rows
+        taken = np.empty((len(wanted), *images.shape[1:]), dtype=np.uint8)
+        for chunk in np.unique(wanted // size):
+            there = wanted // size == chunk
+            start = int(chunk) * size
+            taken[there] = self.images(start, start + size)[wanted[there] - start]
+        return taken
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """Token ids, int32 (rows, length); length 0 for evaluation sets."""
+        values: Ints = self._read("tokens")
+        return values
+
+    @cached_property
+    def labels(self) -> Ints:
+        """Class index of each row, int32 (rows,); -1 where it has none."""
+        values: Ints = self._read("labels")
+        return values
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What each row is called in its source."""
+        return [str(key) for key in _unpack(self._read("keys"))]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The caption of each row; empty where it has none."""
+        return [str(caption) for caption in _unpack(self._read("captions"))]
+
+    @cached_property
+    def origins(self) -> list[Origin | None]:
+        """Where each row was first met; None where nothing but the key is known of it."""
+        found = _unpack(self._read("origins"))
+        return [None if origin is None else Origin(*origin) for origin in found]
+
+    @cached_property
+    def source_digests(self) -> Digests:
+        """A digest of each row's encoded image, uint8 (rows, 16)."""
+        values: Digests = self._read("source_digests")
+        return values
+
+    def _read(self, name: str) -> Any:
+        with _undamaged(self.where):
+            return np.asarray(self._array(name)[...])
+
+    def _array(self, name: str) -> Any:
+        return self.group[name]
+
+    def _check(self) -> None:
+        """Raise ValueError unless every part is there: zarr reads absent chunks as zeros."""
+        if self.attributes.get("complete") is not True:
+            raise ValueError("it is not complete")
+        for name in ARRAYS:
+            array = self._array(name)
+            if array.size and array.nchunks_initialized != array.nchunks:
+                raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
+        if self._array("images").shape[0] != self.rows:
+            raise ValueError("it has not as many images as rows")
+
+
+@contextmanager
+def _undamaged(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, MissingError):
+        raise
+    except DAMAGE as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{where} is damaged: {reason}",
+            hint="remove it and run `slsgu build-sets` again for this set",
+        ) from error
+
+
+def _unpack(data: npt.NDArray[np.uint8]) -> list[Any]:
+    return list(json.loads(data.tobytes()))
+
+
+CHUNK_BYTES = 16 << 20
+MIN_CHUNK_ROWS = 64
+
+# Chunks that are compressed and written while the next one fills.
+WRITERS = 2
+DIGEST_BYTES = 16
+
+
+class BlockWriter:
+    """Takes rows one by one and writes them in chunks; made by `block_writer`."""
+
+    def __init__(self, group: zarr.Group, *, height: int, width: int, rows: int) -> None:
+        self.rows = 0
+        self._group = group
+        row_bytes = height * width * 3
+        self._chunk = np.empty(
+            (max(MIN_CHUNK_ROWS, CHUNK_BYTES // row_bytes), height, width, 3), dtype=np.uint8
+        )
+        # The number of rows is known in the end; `rows` is the most there can be.
+        self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
+        self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
+        self._spare: list[Pixels] = []
+        self.keys: list[str] = []
+        self._captions: list[str] = []
+        self._labels: list[int] = []
+        self._digests: list[bytes] = []
+        self._origins: list[Origin | None] = []
+        self._content = hashlib.sha256(repr((height, width)).encode())
+
+    def add(
+        self,
+        image: Pixels,
+        *,
+        key: str,
+        caption: str | None = None,
+        label: int = -1,
+        source_digest: bytes = bytes(DIGEST_BYTES),
+        origin: Origin | None = None,
+    ) -> None:
+        """Append a row. `source_digest` names the encoded image."""
+        self._chunk[self.rows % len(self._chunk)] = image
+        self.rows += 1
+        self.keys.append(key)
+        self._captions.append(caption or "")
+        self._labels.append(label)
+        self._digests.append(source_digest)
+        self._origins.append(origin)
+        if self.rows % len(self._chunk) == 0:
+            self._write(len(self._chunk))
+
+    def finish(self, tokens: Ints | None, attributes: dict[str, Any]) -> str:
+        """Write what is left, and the attributes; return the fingerprint of the rows.
+
+        `tokens` is (rows, length), or None for rows that have no use for any.
+        """
+        if self.rows % len(self._chunk):
+            self._write(self.rows % len(self._chunk))
+        self._await(0)
+        self._images.resize((self.rows, *self._images.shape[1:]))
+        tokens = np.zeros((self.rows, 0), dtype=np.int32) if tokens is None else tokens
+        labels = np.asarray(self._labels, dtype=np.int32)
+        self._put("tokens", tokens)
+        self._put("labels", labels)
+        self._put(
+            "source_digests",
+            np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        )
+        origins = [None if o is None else [o.file, o.row, o.url] for o in self._origins]
+        lists: dict[str, Sequence[Any]] = {
+            "keys": self.keys,
+            "captions": self._captions,
+            "origins": origins,
+        }
+        for name, values in lists.items():
+            self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
+        for part in (tokens.astype("<i4").tobytes(), labels.astype("<i4").tobytes()):
+            self._content.update(part)
+        measured = [attributes.get("class_names", []), attributes.get("templates", [])]
+        self._content.update(json.dumps(measured).encode())
+        fingerprint = self._content.hexdigest()[:24]
+        self._group.attrs.update(
+            attributes | {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
+        )
+        return fingerprint
+
+    def close(self) -> None:
+        """Wait for the writes that have begun and drop the others."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _write(self, rows: int) -> None:
+        """Have the last `rows` rows written, and go on with a chunk of their own."""
+        self._await(WRITERS - 1)
+        written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
+        self._writing.append((written, self._chunk))
+        self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
+
+    def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
+        """Write rows from `start` on; return what names each one by its pixels."""
+        self._images[start : start + len(chunk)] = chunk
+        return [hashlib.sha256(image.data).digest() for image in chunk]
+
+    def _await(self, most: int) -> None:
+        """Return when at most `most` chunks are being written. Raises what a write raised."""
+        while len(self._writing) > most:
+            written, chunk = self._writing.pop(0)
+            for digest in written.result():
+                self._content.update(digest)
+            self._spare.append(chunk)
+
+    def _put(self, name: str, values: npt.NDArray[Any]) -> None:
+        # A chunk has at least one element in zarr, an array may have none.
+        chunks = tuple(max(size, 1) for size in values.shape)
+        array = _create(self._group, name, values.shape, chunks, dtype=str(values.dtype))
+        if values.size:
+            array[:] = values
+
+
+@contextmanager
+def block_writer(
+    store: Store,
+    path: str,
+    *,
+    height: int,
+    width: int,
+    rows: int,
+    into: Callable[[], str] | None = None,
+) -> Iterator[BlockWriter]:
+    """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
+
+    `into` tells the path where that is known only when all rows are written.
+    """
+    with store.writing(path, into) as partial:
+        location: Any = LocalStore(partial) if store.is_local else partial
+        group = zarr.open_group(location, mode="w", zarr_format=3)
+        writer = BlockWriter(group, height=height, width=width, rows=rows)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        if not group.attrs.get("complete"):
+            raise RuntimeError("a block was left without `finish`")
+
+
+def _create(
+    group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str = "u1"
+) -> Any:
+    size = np.dtype(dtype).itemsize
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        compressors=[
+            BloscCodec(typesize=size, cname="lz4", clevel=1, shuffle="noshuffle"),
+            Crc32cCodec(),
+        ],
+        # An image may be all black: zarr would leave it out, and a lost chunk reads the same.
+        config={"write_empty_chunks": True},
+    )
+
+
+def _pack(values: Sequence[Any]) -> bytes:
+    return json.dumps(values).encode()

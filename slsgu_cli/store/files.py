@@ -1,0 +1,215 @@
+"""Files that appear whole or not at all, and copies as fast as `cp`."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from slsgu_cli.errors import InputError, SlsguError
+
+PARTIAL = ".partial-"
+
+# safetensors writes under a temporary name of its own; a killed process leaves that one.
+UNFINISHED = (PARTIAL, ".tmp")
+
+
+def partial_name(name: str) -> str:
+    """Return a fresh name under which to write what will be called `name`."""
+    return f"{PARTIAL}{secrets.token_hex(4)}-{name}"
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename `source` to `target` and let it take its place; one step for files.
+
+    A folder cannot take the place of another in one step: the old one steps aside first,
+    again if another process has put its own there in between. Raises OSError.
+    """
+    while True:
+        try:
+            source.replace(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        remove(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there, under a partial name while it goes."""
+    aside = path.with_name(partial_name(path.name))
+    with suppress(FileNotFoundError):
+        path.replace(aside)
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+
+
+BLOCK = 1 << 30
+BUFFER = 1 << 23
+ABANDONED_SECONDS = 60.0
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to build a file or folder at; put it in `target`'s place on success.
+
+    On any exception, Ctrl-C included, what was built is removed and `target` is as it
+    was. OSErrors (a full disk) become InputErrors.
+    """
+    target = target.resolve()
+    partial = target.parent / partial_name(target.name)
+    lock = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(target)
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+        _locked(lock)
+        yield partial / target.name
+        _put(partial / target.name, target)
+    except OSError as error:
+        if isinstance(error, SlsguError):
+            raise
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}",
+            hint="free some space or choose another place with --out",
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes and permissions to a new file, inside the kernel where it can."""
+    with source.open("rb", buffering=0) as old:
+        status = os.fstat(old.fileno())
+        mode = stat.S_IMODE(status.st_mode) | stat.S_IRUSR | stat.S_IWUSR
+        new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            copied = _copy_in_kernel(old.fileno(), new, status.st_size)
+            old.seek(copied)
+            with os.fdopen(os.dup(new), "wb") as rest:
+                rest.seek(copied)
+                shutil.copyfileobj(old, rest, BUFFER)
+            if os.fstat(new).st_size != status.st_size:
+                raise InputError(f"{source} changed while it was copied")
+        finally:
+            os.close(new)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Make `target` another name of the file `source`; return False where that cannot be."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True
+
+
+def write_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Overwrite bytes of a file at the given offsets."""
+    with path.open("r+b", buffering=0) as file:
+        for offset, data in pieces:
+            file.seek(offset)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to the same file or folder, there or yet to be."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
+def _copy_in_kernel(old: int, new: int, size: int) -> int:
+    """Copy as much as the file systems do by themselves; return the bytes copied."""
+    copied = 0
+    if sys.platform != "linux":
+        return copied
+    while copied < size:
+        try:
+            count = os.copy_file_range(old, new, min(BLOCK, size - copied))
+        except OSError:
+            # Not between these file systems, or the disk is full: plain writes will tell.
+            break
+        if count == 0:
+            break
+        copied += count
+    return copied
+
+
+def _put(built: Path, target: Path) -> None:
+    if not target.exists():
+        built.rename(target)
+        return
+    for path in [built, *built.rglob("*")]:
+        _flush(path)
+    if not target.is_dir():
+        built.replace(target)
+    elif not _exchange(built, target):
+        # Not a partial name: should the process die here, the old content must stay.
+        aside = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
+        target.rename(aside)
+        try:
+            built.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside)
+    _flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; return False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(swap(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_abandoned(target: Path) -> None:
+    for path in target.parent.glob(f"{PARTIAL}*-{target.name}"):
+        # A young one may stand between its creation and its lock.
+        if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _locked(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock that lasts as long as this process; return whether it was free."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

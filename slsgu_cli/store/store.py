@@ -1,0 +1,260 @@
+"""The store: where artifacts lie, written whole or not at all.
+
+A store is a folder or any fsspec URL. Every write goes to a partial name first and is
+moved into place when complete, so a killed process leaves nothing that looks finished
+and two processes may share a store: the last complete write of a name stands.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
+from slsgu_cli.records.codec import canonical_json, decode, encode
+from slsgu_cli.store import files
+from slsgu_cli.store.files import UNFINISHED, partial_name
+
+T = TypeVar("T")
+HEADER = "slsgu"
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Store:
+    """Artifacts under one folder or fsspec URL, addressed by paths relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"cannot open the store {url}: {error}") from error
+        self.root = str(root).rstrip("/")
+        self.is_local = "file" in (
+            self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
+        )
+        if self.is_local and Path(self.root).is_file():
+            raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
+
+    def where(self, path: str) -> str:
+        """Return the full path or URL of `path`, for messages and for opening."""
+        return (
+            f"{self.root}/{path}" if self.is_local else self._fs.unstrip_protocol(self._full(path))
+        )
+
+    def exists(self, path: str) -> bool:
+        """Return whether a complete artifact stands at `path`."""
+        return bool(self._fs.exists(self._full(path)))
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Return the names in `folder`, sorted, without `suffix`; partial writes are left out."""
+        return [
+            name.removesuffix(suffix)
+            for name in self._listed(folder)
+            if name.endswith(suffix) and not name.startswith(UNFINISHED)
+        ]
+
+    def unfinished(self, folder: str) -> list[str]:
+        """Return the partial names in `folder`: writes under way, or left by a killed process."""
+        return [name for name in self._listed(folder) if name.startswith(UNFINISHED)]
+
+    def size(self, path: str) -> int:
+        """Return the bytes that `path` takes, folders included."""
+        return int(self._fs.du(self._full(path)))
+
+    def remove(self, path: str) -> None:
+        """Remove the artifact at `path` if it is there."""
+        if self.is_local:
+            files.remove(Path(self._full(path)))
+        elif self.exists(path):
+            self._fs.rm(self._full(path), recursive=True)
+
+    @contextmanager
+    def writing(self, path: str, into: Callable[[], str] | None = None) -> Iterator[str]:
+        """Yield a partial location for `path`; move it into place if the block succeeds.
+
+        The location is what `where` would return for the partial name. `into` tells in the
+        end where it is moved instead, in the same folder. On an exception the partial file or
+        folder is removed.
+        """
+        folder, _, name = path.rpartition("/")
+        partial = path.removesuffix(name) + partial_name(name)
+        try:
+            self._fs.makedirs(self._full(folder), exist_ok=True)
+            yield self.where(partial)
+            self._replace(partial, into() if into else path)
+        except OSError as error:
+            if isinstance(error, SlsguError):
+                raise
+            raise InputError(
+                f"cannot write {self.where(path)}: {error.strerror or error}",
+                hint="free some space or choose another store with --store",
+            ) from error
+        finally:
+            if self._fs.exists(self._full(partial)):
+                self._fs.rm(self._full(partial), recursive=True)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write `data` at `path`."""
+        with self.writing(path) as partial, self._fs.open(partial, "wb") as file:
+            file.write(data)
+
+    def read_bytes(self, path: str) -> bytes:
+        """Return the content of `path`. Raises MissingError or InputError."""
+        with self._reading(path):
+            return bytes(self._fs.cat_file(self._full(path)))
+
+    def write_record(self, path: str, record: Any) -> None:
+        """Write a record as indented JSON at `path`. Raises InputError for a figure like NaN."""
+        with self._finite(path):
+            text = json.dumps(encode(record), indent=1, allow_nan=False)
+        self.write_bytes(path, f"{text}\n".encode())
+
+    def read_record(self, path: str, kind: type[T]) -> T:
+        """Return the record at `path`. Raises MissingError, StaleError or InputError."""
+        data = self.read_bytes(path)
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise InputError(
+                f"{self.where(path)} is not JSON: {error}",
+                hint="remove it and run the command that wrote it again",
+            ) from error
+        return self._decode(path, kind, value)
+
+    def write_tensors(self, path: str, arrays: Arrays, header: Any) -> None:
+        """Write arrays with a record as their header to a safetensors file at `path`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import save, save_file
+
+        with self._finite(path):
+            metadata = {HEADER: canonical_json(header)}
+        # safetensors writes the raw buffer: a transposed view would come back as other values.
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        with self.writing(path) as partial:
+            if not self.is_local:
+                with self._fs.open(partial, "wb") as file:
+                    file.write(save(arrays, metadata))
+                return
+            Path(partial).touch()
+            mode = Path(partial).stat().st_mode
+            try:
+                save_file(arrays, partial, metadata)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            # safetensors leaves its file readable by its owner alone; a store may be shared.
+            Path(partial).chmod(mode)
+
+    def read_header(self, path: str, kind: type[T]) -> T:
+        """Return the header of the safetensors file at `path`; no tensor is read.
+
+        Raises MissingError, InputError where the file is damaged or foreign, StaleError.
+        """
+        with self._reading(path):
+            size = int(self._fs.size(self._full(path)))
+            length = int.from_bytes(self._fs.cat_file(self._full(path), start=0, end=8), "little")
+            try:
+                if not 0 < length <= size - 8:
+                    raise ValueError("it is too short for its header")
+                raw = self._fs.cat_file(self._full(path), start=8, end=8 + length)
+                content = json.loads(raw)
+                metadata = content.pop("__metadata__", {})
+                ends = [entry["data_offsets"][1] for entry in content.values()]
+                if max(ends, default=0) != size - 8 - length:
+                    raise ValueError("it is not as long as its header says")
+                header = json.loads(metadata.get(HEADER, "null"))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise self._damaged(path, error) from error
+        if header is None:
+            raise InputError(f"{self.where(path)} was not written by slsgu: it has no header")
+        return self._decode(path, kind, header)
+
+    def read_tensors(self, path: str, names: list[str] | None = None) -> Arrays:
+        """Return the named arrays (default: all) of the safetensors file at `path`."""
+        with self._tensor_file(path) as file:
+            wanted = sorted(file.keys()) if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}
+
+    @contextmanager
+    def _tensor_file(self, path: str) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        with self._reading(path), tempfile.TemporaryDirectory() as folder:
+            local = self._full(path)
+            if not self.is_local:
+                local = str(Path(folder) / "tensors")
+                self._fs.get_file(self._full(path), local)
+            try:
+                with safe_open(local, "np") as file:
+                    yield file
+            except SafetensorError as error:
+                raise self._damaged(path, error) from error
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, SlsguError):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise MissingError(f"there is no {self.where(path)}") from error
+            reason = error.strerror or error
+            raise InputError(f"cannot read {self.where(path)}: {reason}") from error
+
+    @contextmanager
+    def _finite(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(
+                f"nothing was written to {self.where(path)}: a figure in it is not finite"
+            ) from error
+
+    def _decode(self, path: str, kind: type[T], value: Any) -> T:
+        try:
+            return decode(kind, value)
+        except StaleError as error:
+            raise StaleError(f"{self.where(path)}: {error.message}", hint=error.hint) from error
+
+    def _damaged(self, path: str, reason: Exception) -> InputError:
+        return InputError(
+            f"{self.where(path)} is damaged: {reason}",
+            hint="remove it and run the command that wrote it again",
+        )
+
+    def _listed(self, folder: str) -> list[str]:
+        full = self._full(folder)
+        if not self._fs.isdir(full):
+            return []
+        return sorted(str(entry).rsplit("/", 1)[-1] for entry in self._fs.ls(full, False))
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    def _replace(self, partial: str, path: str) -> None:
+        source, target = self._full(partial), self._full(path)
+        if self.is_local:
+            files.move(Path(source), Path(target))
+            return
+        if self._fs.exists(target):
+            self._fs.rm(target, recursive=True)
+        self._fs.mv(source, target, recursive=self._fs.isdir(source))
+
+
+def require(store: Store, path: str, *, what: str, run: str) -> None:
+    """Raise MissingError naming `what` and the command to `run` unless `path` is in the store."""
+    if store.exists(path):
+        return
+    if store.exists(""):
+        raise MissingError(f"{store.url} has no {what}", hint=f"run `{run}`")
+    raise MissingError(
+        f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
+        hint=f"run `{run}`, or name the store with --store or SLSGU_STORE",
+    )

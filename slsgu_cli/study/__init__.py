@@ -1,0 +1,1 @@
+"""Several steps, concepts and classes."""

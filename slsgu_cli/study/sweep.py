@@ -1,0 +1,191 @@
+"""What `slsgu sweep` does: the whole job for each class of a list (the paper's Table 2).
+
+Every class is kept out of the retain set, so that all of them share one retain gradient,
+and all are searched on one base pass. What a class came to is recorded as soon as it is
+done: a sweep that was interrupted goes on with the first class that is missing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from shlex import quote
+from urllib.parse import quote as escape
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.search import SearchResult, search_each
+from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.codec import digest, encode
+from slsgu_cli.records.method import PassOptions
+from slsgu_cli.records.sets import check_name
+from slsgu_cli.records.studies import Sweep, SweepRow
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.context import file_recipe
+from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
+from slsgu_cli.sets.request import BuildRequest
+from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.rows import Columns
+from slsgu_cli.store.artifacts import read_manifest, read_pointer, recorded, sweep_path
+from slsgu_cli.store.store import Store
+
+# Stands for the class in a source.
+CLASS = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
+
+    name: str
+    classes: tuple[str, ...]
+    build: BuildRequest
+    gradients: PassOptions
+    ranking: RankOptions
+    search: SearchOptions
+
+    def of(self, name: str) -> BuildRequest:
+        """Return what to build for one class; all classes are kept out of its retain set."""
+        return replace(
+            self.build,
+            name=name,
+            concept=name,
+            sources=[source.replace(CLASS, escape(name)) for source in self.build.sources],
+            retain_exclude=[*self.build.retain_exclude, *self.classes],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """The rows of all classes in order, and how many of them were done before."""
+
+    sweep: Sweep
+    reused: int
+
+
+def sweep(store: Store, request: SweepRequest) -> SweepResult:
+    """Run the job for every class that is not done yet, and record each as it is done.
+
+    Raises what the commands it repeats raise; the classes before that stay on record.
+    """
+    _check(request)
+    model = resolve(request.build.model)
+    made = fingerprint(model)
+    fresh = Sweep(
+        name=request.name,
+        recipe=_recipe(request, made),
+        classes=request.classes,
+        model=request.build.model,
+        model_fingerprint=made,
+        steer=request.search.steer,
+        rows=(),
+        version=slsgu_cli.__version__,
+    )
+    path = sweep_path(request.name)
+    done = {row.name: row for row in _recorded(store, path, fresh)}
+    reused = len(done)
+    pending = [name for name in request.classes if name not in done]
+    for place, name in enumerate(pending, start=1):
+        progress.note(f"{place}/{len(pending)} {name}")
+        build_sets(store, request.of(name))
+        compute_gradients(store, name, model=None, options=request.gradients)
+        rank(store, name, options=request.ranking)
+    for result in search_each(store, pending, options=request.search):
+        done[result.trials.name] = _row(store, result)
+        rows = tuple(done[name] for name in request.classes if name in done)
+        store.write_record(path, replace(fresh, rows=rows))
+    rows = tuple(done[name] for name in request.classes)
+    return SweepResult(replace(fresh, rows=rows), reused)
+
+
+def require_swept(result: SweepResult) -> None:
+    """Raise NotForgottenError unless every class of a sweep is forgotten."""
+    left = [row.name for row in result.sweep.rows if not row.forgotten]
+    if left:
+        raise NotForgottenError(
+            f"no step forgets {', '.join(left)}",
+            hint=f"the sweep is kept; try `slsgu search {quote(left[0])} --steps 20`",
+        )
+
+
+def _check(request: SweepRequest) -> None:
+    check_name(request.name)
+    for name in request.classes:
+        check_name(name)
+    if not request.classes:
+        raise UsageError("there is no class to sweep over")
+    build = request.build
+    if not build.evals:
+        raise UsageError("a sweep needs something to measure on", hint="--eval NAME=SOURCE")
+    if not build.retain_sources and any(CLASS in source for source in build.sources):
+        raise UsageError(
+            "a --source with {} holds the rows of one class, and nothing to retain",
+            hint="name a source of other rows with --retain-source",
+        )
+
+
+def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
+    """Return a digest of all that the rows of a sweep depend on, files included."""
+    build = request.build
+    labelled = [*build.evals.values()]
+    captioned = {s for name in request.classes for s in request.of(name).sources}
+    columns = Columns(
+        image=build.image_column, caption=build.caption_column, label=build.label_column
+    )
+    readers = open_sources(sorted({*captioned, *build.retain_sources, *labelled}), columns)
+    made_from = {
+        "model": model_fingerprint,
+        "build": {key: value for key, value in encode(build).items() if key != "model"},
+        "files": file_recipe(readers),
+        "classes": list(request.classes),
+        "eval classes": [encode(read_classes(name)) for _, name in sorted(build.classes.items())],
+        "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
+        "batch size": request.gradients.batch_size,
+        "precision": [request.gradients.precision, request.search.precision],
+        "direction": [request.ranking.direction, request.ranking.ridge],
+        "search": [request.search.steer, request.search.margin, request.search.steps],
+    }
+    return digest(made_from)
+
+
+def _recorded(store: Store, path: str, fresh: Sweep) -> Sequence[SweepRow]:
+    """Return the rows of classes that are done: of the same recipe, and still in the store."""
+    unusable = "the recorded sweep cannot be used and is made again"
+    old = recorded(store, path, Sweep, unusable=unusable)
+    if old is None:
+        return ()
+    if old.recipe != fresh.recipe:
+        progress.note(f"the sweep {fresh.name} was asked for otherwise before: it is made again")
+        return ()
+    return [row for row in old.rows if _stands(store, row)]
+
+
+def _stands(store: Store, row: SweepRow) -> bool:
+    try:
+        pointer = read_pointer(store, read_manifest(store, row.name))
+    except SlsguError:
+        return False
+    return (pointer.forget, pointer.retain) == (row.gradient, row.retain)
+
+
+def _row(store: Store, result: SearchResult) -> SweepRow:
+    trials, chosen = result.trials, result.chosen
+    pointer = read_pointer(store, read_manifest(store, trials.name))
+    return SweepRow(
+        name=trials.name,
+        gradient=pointer.forget,
+        retain=pointer.retain,
+        layer=chosen.layer,
+        tower=chosen.tower,
+        direction=trials.direction,
+        ridge=chosen.ridge,
+        step=chosen.step,
+        share=chosen.share,
+        baseline_forget=trials.baseline_forget,
+        baseline_utility=trials.baseline_utility,
+        forget=chosen.forget,
+        utility=chosen.utility or {},
+        forgotten=result.forgotten,
+    )

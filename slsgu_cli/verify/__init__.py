@@ -1,0 +1,1 @@
+"""Whether a concept stays forgotten."""

@@ -1,0 +1,188 @@
+"""A model under test with the set's data: measured as it is, or while its weights are others."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, recognised
+from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.clip.evaluation import Evaluation, accuracy, prepare, prompt_side
+from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
+from slsgu_cli.clip.models import Tokenize
+from slsgu_cli.clip.towers import EMBED
+from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
+from slsgu_cli.errors import StaleError
+from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+
+Utility = dict[str, Accuracy]
+
+
+@dataclass(slots=True)
+class ModelUnderTest:
+    """One model, what it is measured on, and the rows it may be trained on.
+
+    `evaluation` holds the features of the model as it is; utility is measured on some
+    rows of each set only. `templates` are those by which the set names the concept.
+    """
+
+    manifest: SetManifest
+    evaluation: Evaluation
+    forget: DataBlock
+    retain: DataBlock
+    templates: tuple[str, ...]
+    tokenize: Tokenize
+    device: str
+    is_original: bool
+    ticker: progress.Ticker | None = None
+    normalize: Pixels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.normalize = pixel_normalizer(self.manifest.input, self.device)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
+        return self.evaluation.model
+
+    @property
+    def scale(self) -> Tensor:
+        """What the model multiplies cosines with, exp(logit_scale)."""
+        value: Any = self.model.logit_scale
+        return torch.as_tensor(value.reshape(()).exp())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What a model with the sigmoid loss adds to its logits; None for others."""
+        value: Any = getattr(self.model, "logit_bias", None)
+        return None if value is None else torch.as_tensor(value.reshape(()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes that the concept's images are told apart among."""
+        return self.evaluation.forget.names
+
+    @property
+    def own(self) -> int:
+        """The index of the concept in `names`."""
+        return int(self.evaluation.forget.images.labels[0])
+
+    def renamed(self, name: str) -> tuple[str, ...]:
+        """Return the classes with another name for the concept."""
+        return (*self.names[: self.own], name, *self.names[self.own + 1 :])
+
+    def tick(self) -> None:
+        """Count one more measurement as done."""
+        if self.ticker:
+            self.ticker.advance()
+
+    def classes(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+        """Return class embeddings by the weights as they are now, (classes, width)."""
+        side = prompt_side(
+            self.evaluation.text, names, templates, tokenize=self.tokenize, device=self.device
+        )
+        return side.after_edit(EMBED)
+
+    def figures(self, *, utility: bool) -> tuple[Accuracy, Utility | None]:
+        """Measure with the weights as they are now."""
+        embeddings: dict[int, Tensor] = {}
+        groups = {"": self.evaluation.forget} | (self.evaluation.utility if utility else {})
+        found = {}
+        for name, group in groups.items():
+            if id(group.prompts) not in embeddings:
+                embeddings[id(group.prompts)] = group.prompts.after_edit(EMBED)
+            features = group.images.after_edit(EMBED)
+            found[name] = accuracy(group.ranks(features, embeddings[id(group.prompts)]))
+        self.tick()
+        return found.pop(""), found if utility else None
+
+    def forget_accuracy(self, embeddings: Tensor, features: Tensor | None = None) -> Accuracy:
+        """Return how often the concept is recognised; by the images as they are by default."""
+        group = self.evaluation.forget
+        self.tick()
+        shown = group.images.features if features is None else features
+        return accuracy(group.ranks(shown, embeddings))
+
+    def image_features(self, images: npt.NDArray[np.uint8]) -> Tensor:
+        """Return unit features of uint8 (N, H, W, 3) by the weights as they are now."""
+        tower = self.evaluation.vision
+        parts = []
+        for start, stop in spans(len(images), ROWS_PER_FORWARD[self.device.partition(":")[0]]):
+            pixels = self.normalize(images[start:stop])
+            parts.append(tower.features(pixels, pixels))
+        return torch.cat(parts)
+
+    def text_features(self, tokens: npt.NDArray[np.integer]) -> Tensor:
+        """Return unit features of token ids (N, L) by the weights as they are now."""
+        size = TEXTS_PER_FORWARD[self.device.partition(":")[0]]
+        return text_features(self.evaluation.text, to_tokens(tokens, "cpu"), size, self.device)
+
+
+def open_model(
+    store: Store,
+    manifest: SetManifest,
+    model: nn.Module,
+    *,
+    tokenize: Tokenize,
+    device: str,
+    rows: int,
+    seed: int,
+    is_original: bool,
+) -> ModelUnderTest:
+    """Return a bench of `model`, with `rows` images of each evaluation set, drawn by seed."""
+    evaluation = prepare(store, manifest, model, tokenize=tokenize, device=device)
+    drawn = {}
+    for name, group in evaluation.utility.items():
+        order = np.random.default_rng(seed).permutation(len(group.images))
+        drawn[name] = group.some(np.sort(order[:rows]))
+    naming = manifest.evals[manifest.forget_eval or sorted(manifest.evals)[0]]
+    return ModelUnderTest(
+        manifest=manifest,
+        evaluation=replace(evaluation, utility=drawn),
+        forget=DataBlock.open(store, manifest.forget),
+        retain=DataBlock.open(store, manifest.retain),
+        templates=DataBlock.open(store, naming).templates,
+        tokenize=tokenize,
+        device=device,
+        is_original=is_original,
+    )
+
+
+def add_edit(model: nn.Module, edit: Edit) -> None:
+    """Move the edit's layer of `model`. Raises StaleError where it is not the layer it was."""
+    header = edit.header
+    parameter = dict(model.named_parameters()).get(parameter_of(header.layer))
+    known = parameter is not None and recognised(
+        held(header.layer, parameter.detach().cpu().numpy()), "F32", header.digests
+    )
+    if parameter is None or not known:
+        raise StaleError(
+            f"the edit {header.name} was made for another {header.layer} than the set's model has",
+            hint=f"verify it with a set built for {header.model}",
+        )
+    delta = torch.from_numpy(edit.delta()).to(parameter.device)
+    parameter.data = parameter.data.clone()
+    held(header.layer, parameter.data).add_(edit.factor * delta)
+
+
+@contextmanager
+def altered(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Give every parameter the values that `change` makes of it, for the length of a block."""
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = change(name, before[name])
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = before[name]

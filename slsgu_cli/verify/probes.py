@@ -1,0 +1,226 @@
+"""Checks that train nothing: other words, other images, coarser weights, neighbours."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+from slsgu_cli.checkpoints.layers import is_candidate
+from slsgu_cli.clip.evaluation import accuracy
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.studies import Became, NearName, ProbeFigures, Settings, Taken
+from slsgu_cli.sets.evaluation_sets import read_templates
+from slsgu_cli.store.artifacts import read_manifest
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+from slsgu_cli.verify.model import ModelUnderTest, altered
+
+# For people, brands and objects alike; none takes an article.
+TEMPLATES = (
+    "a photo of {}",
+    "a drawing of {}",
+    "a sketch of {}",
+    "a simple {} symbol",
+    "the {} logo",
+    "a close-up of {}",
+    "an image showing {}",
+    "this is {}",
+    "a picture with {} in it",
+    "what everybody knows as {}",
+    "the one and only {}",
+    "{}, as seen on the web",
+)
+TOGETHER = "all templates"
+TEMPLATE = "template: "
+ALIAS = "alias: "
+
+
+def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
+    """Return the built-in templates, or those of a file, that the set `name` does not have.
+
+    Raises UsageError where none is left, MissingError and InputError.
+    """
+    refs = read_manifest(store, name).evals.values()
+    own = {template for ref in refs for template in DataBlock.open(store, ref).templates}
+    offered = TEMPLATES if wanted is None else read_templates(wanted)
+    unseen = tuple(template for template in dict.fromkeys(offered) if template not in own)
+    if not unseen:
+        raise UsageError(
+            f"every template of --templates {wanted} is one that {name} is measured with",
+            hint="give templates that the set does not have",
+        )
+    return unseen
+
+
+def paraphrase(bench: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+    """Measure with all unseen templates together, with each alone, and by each alias."""
+    sets = bench.evaluation.utility
+    everything = {bench.names, *(group.names for group in sets.values())}
+    alone = {names: _alone(bench, names, settings.templates) for names in sorted(everything)}
+    together = {names: F.normalize(each.sum(dim=0), dim=-1) for names, each in alone.items()}
+    utility = {
+        name: accuracy(group.ranks(group.images.features, together[group.names]))
+        for name, group in sets.items()
+    }
+    probes = [ProbeFigures(TOGETHER, bench.forget_accuracy(together[bench.names]), utility)]
+    for template, embeddings in zip(settings.templates, alone[bench.names], strict=True):
+        probes.append(ProbeFigures(TEMPLATE + template, bench.forget_accuracy(embeddings)))
+    for alias in settings.aliases:
+        embeddings = bench.classes(bench.renamed(alias), bench.templates)
+        probes.append(ProbeFigures(ALIAS + alias, bench.forget_accuracy(embeddings)))
+    return probes
+
+
+def _alone(bench: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    """Return the class embeddings by each template alone, (templates, classes, width)."""
+    return torch.stack([bench.classes(names, (template,)) for template in templates])
+
+
+Images = npt.NDArray[np.uint8]
+Change = Callable[[Image.Image, np.random.Generator], Image.Image]
+CROP = (0.7, 0.9)
+DEGREES = 20.0
+STRENGTH = 0.4
+HUE = 16
+BLUR = 0.015
+JPEG_QUALITY = 30
+
+
+def changed(images: Images, kind: str, *, seed: int) -> Images:
+    """Return images (N, H, W, 3) each changed in the way called `kind`.
+
+    What is drawn for an image depends on the seed, the kind and its place alone.
+    """
+    change, number = CHANGES[kind], list(CHANGES).index(kind)
+    out = np.empty_like(images)
+    for row, pixels in enumerate(images):
+        generator = np.random.default_rng((seed, number, row))
+        out[row] = np.asarray(change(Image.fromarray(pixels), generator))
+    return out
+
+
+def augment(bench: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+    """Measure forget accuracy on the concept's images after each kind of change."""
+    group = bench.evaluation.forget
+    images = group.images.block.take(group.images.rows)
+    probes = []
+    for kind in CHANGES:
+        features = bench.image_features(changed(images, kind, seed=settings.seed))
+        found = bench.forget_accuracy(group.prompts.embeddings, features)
+        probes.append(ProbeFigures(kind, found))
+    return probes
+
+
+def _flip(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
+    return ImageOps.mirror(image)
+
+
+def _crop(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Cut out 70 to 90% of each side, somewhere, and scale it up."""
+    share = generator.uniform(*CROP)
+    width, height = (max(1, round(share * side)) for side in image.size)
+    left = int(generator.integers(0, image.width - width + 1))
+    top = int(generator.integers(0, image.height - height + 1))
+    part = image.crop((left, top, left + width, top + height))
+    return part.resize(image.size, Image.Resampling.BICUBIC)
+
+
+def _colour(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation by up to 40%, and the hue a little."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(generator.uniform(1 - STRENGTH, 1 + STRENGTH))
+    hue, *rest = image.convert("HSV").split()
+    turn = int(generator.integers(-HUE, HUE + 1))
+    turned = Image.fromarray((np.asarray(hue).astype(int) + turn).astype(np.uint8))
+    return Image.merge("HSV", (turned, *rest)).convert("RGB")
+
+
+def _rotation(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Turn by up to 20 degrees; what comes into view has the mean colour of the corners."""
+    pixels = np.asarray(image)
+    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0)
+    fill = tuple(int(round(value)) for value in corners)
+    angle = generator.uniform(-DEGREES, DEGREES)
+    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _blur(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
+
+
+def _jpeg(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return Image.open(buffer).convert("RGB")
+
+
+CHANGES: dict[str, Change] = {
+    "flip": _flip,
+    "crop": _crop,
+    "colour": _colour,
+    "rotation": _rotation,
+    "blur": _blur,
+    "jpeg": _jpeg,
+}
+LEVELS = 127
+
+
+def to_int8(weight: Tensor, axis: int) -> Tensor:
+    """Return weights rounded to 255 levels for each output channel, as floating point.
+
+    Symmetric, to nearest: channel c becomes s_c * round(w / s_c) with s_c = max |w| / 127,
+    so no weight moves by more than s_c / 2. `axis` is that of the output channels.
+    """
+    others = [dimension for dimension in range(weight.ndim) if dimension != axis]
+    scale = weight.abs().amax(dim=others, keepdim=True) / LEVELS
+    # A channel of zeros stays one.
+    return torch.where(scale > 0, (weight / scale).round() * scale, weight)
+
+
+def output_axis(name: str) -> int:
+    """Return the axis of output channels: 1 for projections that stand right of their input."""
+    return 0 if name.endswith("weight") else 1
+
+
+def quantise(bench: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
+    """Measure with the weight matrices in int8, then with all parameters in fp16 and bf16.
+
+    Utility is measured in int8 alone: it is the one that may cost some.
+    """
+
+    def int8(name: str, values: Tensor) -> Tensor:
+        matrix = values.ndim > 1 and is_candidate(name)
+        return to_int8(values, output_axis(name)) if matrix else values
+
+    def through(kind: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+        return lambda _name, values: values.to(kind).to(values.dtype)
+
+    changes = {"int8": int8, "fp16": through(torch.float16), "bf16": through(torch.bfloat16)}
+    probes = []
+    for name, change in changes.items():
+        with altered(bench.model, change):
+            probes.append(ProbeFigures(name, *bench.figures(utility=change is int8)))
+    return probes
+
+
+SHOWN = 5
+
+
+def neighbours(bench: ModelUnderTest, _settings: Settings) -> Became:
+    """Return the names nearest to the concept's, and the first guesses for its images."""
+    group = bench.evaluation.forget
+    cosines = group.prompts.embeddings @ group.prompts.embeddings[bench.own]
+    order = [i for i in torch.argsort(-cosines, stable=True).tolist() if i != bench.own]
+    guesses = (group.images.features @ group.prompts.embeddings.T).argmax(dim=1)
+    counts = torch.bincount(guesses, minlength=len(group.names))
+    frequent = torch.argsort(-counts, stable=True)[:SHOWN].tolist()
+    return Became(
+        tuple(NearName(group.names[i], float(cosines[i])) for i in order[:SHOWN]),
+        tuple(Taken(group.names[i], int(counts[i])) for i in frequent if counts[i]),
+        len(group.images),
+    )
