@@ -408,7 +408,7 @@ def test_a_failure_half_way_leaves_all_as_it_was(
     if there:
         run([made], main_weights(folder), out)
     original = tree(tmp_path)
-    from slsgu_cli.store.store import files
+    from slsgu_cli.store import files
 
     copy: Callable[[Path, Path], None] = files.copy_file
     copied: list[Path] = []

@@ -19,8 +19,9 @@ from slsgu_cli.sets.context import Scratch
 from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.store.artifacts import read_manifest
-from slsgu_cli.store.blocks import DataBlock, build
-from slsgu_cli.store.blocks import pairs as pairs_module
+from slsgu_cli.sets import build
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.sets import pairs as pairs_module
 from slsgu_cli.store.store import Store
 
 CLIP = ModelSpec(f"local-dir:{Path(build.__file__).parent / 'demo' / 'clip'}")

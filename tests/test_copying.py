@@ -15,7 +15,7 @@ from checkpoints import load, save, state
 
 from slsgu_cli.checkpoints.weights import patched_copy
 from slsgu_cli.errors import InputError, SlsguError
-from slsgu_cli.store.store import files
+from slsgu_cli.store import files
 
 
 def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:

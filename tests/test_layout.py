@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from slsgu_cli.errors import MissingError, StaleError, UsageError
-from slsgu_cli.records.method import sets
-from slsgu_cli.store.store import artifacts
+from slsgu_cli.records import sets
+from slsgu_cli.store import artifacts
 
 
 @pytest.mark.parametrize(
