@@ -174,7 +174,7 @@ def test_the_layer_changes_and_nothing_else(tmp_path, state, other, layout, laye
         made = edit_of(half, layer)
     out = tmp_path / ("out" + path.suffix)
     listener = Listener()
-    result = run([made], path, out, listener)
+    result = run([made], path, out)
     assert listener.heard == []
     before, after = tensors(path), tensors(out)
     changed = [key for key in before if not torch.equal(before[key], after[key])]
@@ -377,7 +377,7 @@ def test_other_files_with_the_layer_are_told_of(tmp_path, state, other):
     save(sd1_file(state, other), path / "v1-5.safetensors")
     (path / "text_encoder/flax_model.msgpack").write_bytes(b"weights")
     listener = Listener()
-    run([edit_of(state, TEXT.format(LAYERS[0]))], path, tmp_path / "out", listener)
+    run([edit_of(state, TEXT.format(LAYERS[0]))], path, tmp_path / "out")
     told = [line for line in listener.heard if "copied without the edit" in line]
     assert ["v1-5.safetensors" in told[0], "flax_model.msgpack" in told[1]] == [True, True]
 

@@ -12,9 +12,9 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
+from slsgu_cli.sets import collection
 from slsgu_cli.sets.build import build, build_many, replay, require_all
 from slsgu_cli.sets.request import BuildRequest, with_collection
-from slsgu_cli.sets import collection
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store

@@ -12,8 +12,8 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.app import app
 from slsgu_cli.cli.compare import comparison_plot
 from slsgu_cli.compare import ours as ours_module
-from slsgu_cli.compare.ours import better, mean_rows
 from slsgu_cli.compare.run import CompareOptions, MethodRun, compare
+from slsgu_cli.compare.table import better, mean_rows
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Comparison, Method

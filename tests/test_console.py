@@ -23,7 +23,7 @@ console = Console(verbosity=1, as_json="--json" in sys.argv)
 console.note("noted [red]")
 console.detail("detailed")
 console.warn("warned")
-with console.progress("working", 3) as ticker:
+with console.bar("working", 3) as ticker:
     ticker.advance(3)
 console.table("rows", ["name", "figure"], [[{ODD!r}, 0.5], ["x", None]], title="[b]Title :apple:")
 console.value("path", "out/clip")

@@ -48,7 +48,7 @@ def test_a_failure_leaves_the_old_target_and_no_partials(
             Path(str(other)).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("slsgu_cli.checkpoints.weights", fail)
+    monkeypatch.setattr(f"slsgu_cli.checkpoints.weights.{stage}", fail)
     with pytest.raises((InputError, KeyboardInterrupt)) as caught:
         patched_copy(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
     if isinstance(caught.value, SlsguError):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import CollectRequest, Concept
+from slsgu_cli.sets import metadata
 from slsgu_cli.sets.metadata import priorities, scan_metadata
 from slsgu_cli.sources.captions import GROUP, ConceptIndex, Prefilter, matcher
-from slsgu_cli.sets import metadata
 
 LETTERS = "elonß ELΣσς&;ampé’'-\u2011ﬁK\u0130ı\u200b\xad™\u0301\u2028\0Ｅ½特İſẞ"
 CAPTIONS = st.lists(st.none() | st.text(st.sampled_from(LETTERS), max_size=9), max_size=20)

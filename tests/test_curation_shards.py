@@ -7,11 +7,11 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import CollectRequest, Concept, Origin
+from slsgu_cli.sets import shards
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
 from slsgu_cli.sources.tar import TarSource
-from slsgu_cli.sets import shards
 from slsgu_cli.store.store import Store
 
 KINDS = ("dog", "cat", "bird")

@@ -14,9 +14,9 @@ from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import CollectRequest, Concept, Distributor, DownloadOptions
+from slsgu_cli.sets import download as download_module
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sets.download import find_command, reason
-from slsgu_cli.sets import download as download_module
 from slsgu_cli.store.store import Store
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.figures import curves, pictures
-from slsgu_cli.figures.curves import VERMILION, pareto_plot, step_plot
+from slsgu_cli.figures.curves import VERMILION, pareto_plot, png, step_plot
 from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
 from slsgu_cli.records.method import (
     Accuracy,
@@ -34,7 +34,7 @@ def drawn(monkeypatch):
 
     def keep(figure, **options):
         figures.append(figure)
-        return curves.png(figure, **options)
+        return png(figure, **options)
 
     monkeypatch.setattr(curves, "png", keep)
     monkeypatch.setattr(pictures, "png", keep)

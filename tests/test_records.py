@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import StaleError
+from slsgu_cli.records import method, sets, studies
 from slsgu_cli.records.codec import canonical_json, decode, digest, encode
 from slsgu_cli.records.method import (
     Accuracy,
@@ -22,15 +23,18 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
     Trial,
-    method,
-    studies,
 )
 from slsgu_cli.records.sets import ModelSpec
 
 KINDS = sorted(
     {
         kind
-        for kind in (*vars(method).values(), *vars(studies).values())
+        for kind in (
+            *vars(method).values(),
+            *(ModelSpec, sets.InputSpec, sets.DataRef, sets.SetManifest),
+            *(studies.JointMove, studies.JointTrial, studies.JointSearch),
+            *(studies.SweepRow, studies.Sweep),
+        )
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
     key=lambda kind: kind.__name__,

@@ -5,8 +5,8 @@ import pytest
 from slsgu_cli.cli.app import app
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.sets import Concept, DownloadOptions, ModelSpec, Screening
-from slsgu_cli.sets.request import BuildRequest, build_command, with_collection
 from slsgu_cli.sets import build
+from slsgu_cli.sets.request import BuildRequest, build_command, with_collection
 
 PLAIN = BuildRequest(
     name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]

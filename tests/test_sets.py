@@ -8,8 +8,8 @@ import pytest
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.sets import DataRef
-from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store import blocks
+from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.store import Store
 
 PATH = "data/block.zarr"

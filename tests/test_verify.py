@@ -15,8 +15,8 @@ from plain import Plain
 from processes import slsgu
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
-from slsgu_cli.cli.console import Console
 from slsgu_cli.cli import verify as cli_verify
+from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.verify import _checks
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.method.evaluate import measure

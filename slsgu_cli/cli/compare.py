@@ -10,25 +10,26 @@ import typer
 
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.studies import Method, PipelineComparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from slsgu_cli.compare.ours import TableRow
+    from slsgu_cli.cli.console import Column, Console
+    from slsgu_cli.compare.table import TableRow
 
 
 def show_comparison(
-    console: Console, rows: "Sequence[TableRow]", names: Sequence[str], plot: str
+    console: "Console", rows: "Sequence[TableRow]", names: Sequence[str], plot: str
 ) -> None:
     """Print a row for each method and setting, and say which baselines beat ours."""
-    from slsgu_cli.compare.ours import LABELS, better
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.compare.table import LABELS, better
 
     sets = sorted(rows[0].utility)
 
-    def figure(name: str, label: str) -> Column:
+    def figure(name: str, label: str) -> "Column":
         return Column(name, shown=lambda value: f"{value:.1f}", label=label)
 
     columns: list[str | Column] = [
@@ -102,7 +103,7 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
 
 
 def _mark(axes: "Axes", row: "TableRow") -> None:
-    from slsgu_cli.compare.ours import LABELS
+    from slsgu_cli.compare.table import LABELS
     from slsgu_cli.figures.curves import INK, MARKERS, SERIES
 
     index = list(Method).index(row.method)
@@ -122,11 +123,12 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
     )
 
 
-def show_pipeline_comparison(console: Console, found: PipelineComparison, sheet: str) -> None:
+def show_pipeline_comparison(console: "Console", found: PipelineComparison, sheet: str) -> None:
     """Print a row for each method and learning rate."""
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.compare.on_pipeline import PIPELINE_LABELS
 
-    def percent(name: str) -> Column:
+    def percent(name: str) -> "Column":
         return Column(name, shown=lambda value: f"{value:.1f}%")
 
     columns: list[str | Column] = [
@@ -273,9 +275,9 @@ def compare(
         return
     if meant := [option for option, value in of_pipeline.items() if value is not None]:
         raise UsageError(f"{', '.join(meant)} is for a diffusion pipeline", hint="--target FOLDER")
-    from slsgu_cli.compare.ours import mean_rows
     from slsgu_cli.compare.run import PAPER_RATES, CompareOptions
     from slsgu_cli.compare.run import compare as run
+    from slsgu_cli.compare.table import mean_rows
     from slsgu_cli.store.artifacts import joint_label, plot_path
 
     names = list(dict.fromkeys(names))

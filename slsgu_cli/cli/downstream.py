@@ -10,7 +10,6 @@ import typer
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.method import Effect
 from slsgu_cli.records.targets import (
@@ -24,6 +23,7 @@ from slsgu_cli.records.targets import (
 )
 
 if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.downstream.generate import OutputFolder
     from slsgu_cli.downstream.search import SteerResult
     from slsgu_cli.store.store import Store
@@ -37,8 +37,10 @@ def _change(value: float) -> str:
     return f"{value:+.1f}"
 
 
-def show_generation(console: Console, found: Generation, album: "OutputFolder") -> None:
+def show_generation(console: "Console", found: Generation, album: "OutputFolder") -> None:
     """Print which prompts still give what they ask for, and the figures of a judge."""
+    from slsgu_cli.cli.console import Column
+
     rows = [
         (
             prompt.prompt,
@@ -66,8 +68,10 @@ def show_generation(console: Console, found: Generation, album: "OutputFolder") 
     console.paths("sheets", [album.where("sheet.png"), album.where("sheet.html")])
 
 
-def show_effects(console: Console, before: Effect, after: Effect) -> None:
+def show_effects(console: "Console", before: Effect, after: Effect) -> None:
     """Print unlearning and retained accuracy before and after."""
+    from slsgu_cli.cli.console import Column
+
     rows = []
     for name, first, second, of in (
         ("UA", before.ua, after.ua, before.concept.total),
@@ -86,12 +90,13 @@ def show_effects(console: Console, before: Effect, after: Effect) -> None:
     console.table("effect", columns, rows, title=title)
 
 
-def show_steered(console: Console, store: "Store", result: "SteerResult") -> None:
+def show_steered(console: "Console", store: "Store", result: "SteerResult") -> None:
     """Print each layer's shortest sufficient step (else its last), and what was chosen.
 
     Where all that was tried was measured in full, it is every trial: the frontier of what
     is forgotten against what is kept.
     """
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import edit_path
 
     trials, chosen = result.trials, result.chosen
@@ -146,8 +151,10 @@ def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, 
     return trial != chosen, not enough, trial.step if enough else float(trial.concept.count)
 
 
-def show_answer_set(console: Console, found: AnswerSet) -> None:
+def show_answer_set(console: "Console", found: AnswerSet) -> None:
     """Print the figures of an UnlearnCanvas answer set."""
+    from slsgu_cli.cli.console import Column
+
     figures = (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))
     rows = [(name, share.percent, share.total) for name, share in figures if share]
     columns = ("figure", Column("unlearned", shown=_percent), "of")
@@ -155,8 +162,10 @@ def show_answer_set(console: Console, found: AnswerSet) -> None:
     console.table("answer set", columns, rows, title=title, data=found)
 
 
-def show_answers(console: Console, found: Answers, album: "OutputFolder") -> None:
+def show_answers(console: "Console", found: Answers, album: "OutputFolder") -> None:
     """Print what was said about each image."""
+    from slsgu_cli.cli.console import Column
+
     rows = [(a.image, a.question, a.before, a.after) for a in found.answers]
     columns = ("image", "question", Column("original"), Column("unlearned"))
     console.table("answers", columns, rows, data=found)

@@ -7,9 +7,9 @@ import typer
 
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.console import Column, Console
 
 if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.records.sets import Origin, SetManifest
     from slsgu_cli.sets.build import Replayed
     from slsgu_cli.sets.inspect import Inspection, SeenRow
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CAPTIONS_SHOWN = 12
 
 
-def show_inspection(console: Console, store: "Store", seen: "Inspection") -> None:
+def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> None:
     """Print what a part of a set holds and where it comes from."""
     from slsgu_cli.sets.context import counted
 
@@ -49,8 +49,10 @@ def show_inspection(console: Console, store: "Store", seen: "Inspection") -> Non
     console.paths("sheets", [store.where(seen.sheet)])
 
 
-def show_rows(console: Console, shown: Sequence["SeenRow"]) -> None:
+def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
     """Print rows with their captions and origins; on a terminal the first of them."""
+    from slsgu_cli.cli.console import Column
+
     columns = (
         Column("key"),
         Column("hash", shown=lambda digest: digest[:12]),
@@ -70,7 +72,7 @@ def _place(origin: "Origin | None") -> tuple[str | None, int | None, str | None]
     return (origin.file, origin.row, origin.url) if origin else (None, None, None)
 
 
-def show_manifests(console: Console, built: Sequence["SetManifest"]) -> None:
+def show_manifests(console: "Console", built: Sequence["SetManifest"]) -> None:
     """Print the sets that were built for many names."""
     from slsgu_cli.sets.context import counted
 
@@ -79,7 +81,7 @@ def show_manifests(console: Console, built: Sequence["SetManifest"]) -> None:
     console.table("sets", columns, cells, title="sets", data=list(built))
 
 
-def show_replayed(console: Console, result: "Replayed") -> None:
+def show_replayed(console: "Console", result: "Replayed") -> None:
     """Print whether a set that was built again is what it was."""
     cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
     title = f"set {result.manifest.name}, built again"

@@ -10,12 +10,12 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.tables import before_after
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.records.method import Accuracy, Precision, Steer
 
 if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.method.evaluate import SeveralMeasured
     from slsgu_cli.method.search_plan import SearchOptions
     from slsgu_cli.store.store import Store
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 def show_trajectory(
-    console: Console, store: "Store", found: "Trajectory", plots: list[str]
+    console: "Console", store: "Store", found: "Trajectory", plots: list[str]
 ) -> None:
     """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import trajectory_path
 
     trials = found.trials
@@ -57,8 +58,9 @@ def show_trajectory(
         console.note(f"{again} recorded steps were used again")
 
 
-def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
+def show_joint(console: "Console", store: "Store", result: "JointResult") -> None:
     """Print each concept's layer and step, and what is kept as concepts are added."""
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import edit_path, joint_path
 
     found, chosen = result.found, result.chosen
@@ -109,8 +111,9 @@ def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
         console.note(f"{result.reused} recorded joint trials were used again")
 
 
-def show_sweep(console: Console, store: "Store", result: "SweepResult") -> None:
+def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> None:
     """Print each class's figures before and after, and their means (the paper's Table 2)."""
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import sweep_path
 
     found = result.sweep
@@ -153,7 +156,7 @@ def _sweep_figures(
     return [figure for found in accuracies for figure in (found.top1, found.top5)]
 
 
-def _paired(console: Console, before: Sequence[float], after: Sequence[float]) -> list[object]:
+def _paired(console: "Console", before: Sequence[float], after: Sequence[float]) -> list[object]:
     """Return figures before and after: in one cell for a person, in two for a program."""
     pairs = zip(before, after, strict=True)
     if console.on_terminal:
@@ -161,13 +164,15 @@ def _paired(console: Console, before: Sequence[float], after: Sequence[float]) -
     return [figure for pair in pairs for figure in pair]
 
 
-def show_measured_several(console: Console, found: "SeveralMeasured") -> None:
+def show_measured_several(console: "Console", found: "SeveralMeasured") -> None:
     """Print forget accuracy of each concept and utility, before and after."""
     before_after(console, {model.label: (model.forget, model.utility) for model in found.models})
     console.paths("plots", [found.plot])
 
 
-def _steps(console: Console, found: "Trajectory") -> None:
+def _steps(console: "Console", found: "Trajectory") -> None:
+    from slsgu_cli.cli.console import Column
+
     columns = [
         Column("layer", shown=known_as),
         Column("ridge"),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Trial
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.method.evaluate import Measured
     from slsgu_cli.method.gradients import GradResult
     from slsgu_cli.method.search import SearchResult
@@ -53,8 +53,10 @@ def _step(value: float) -> str:
     return f"{value:.4g}"
 
 
-def manifest(console: Console, built: SetManifest) -> None:
+def manifest(console: "Console", built: SetManifest) -> None:
     """Print a set's parts: rows kept, rows seen, rows left out by reason."""
+    from slsgu_cli.cli.console import Column
+
     parts = {"forget": built.forget, "retain": built.retain}
     parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
     rows = [
@@ -71,8 +73,10 @@ def manifest(console: Console, built: SetManifest) -> None:
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
 
 
-def gradients(console: Console, result: "GradResult") -> None:
+def gradients(console: "Console", result: "GradResult") -> None:
     """Print both gradients of a set and whether they were computed now."""
+    from slsgu_cli.cli.console import Column
+
     pointer = result.pointer
 
     def row(role: str, header: GradientHeader) -> tuple[Any, ...]:
@@ -91,9 +95,11 @@ def gradients(console: Console, result: "GradResult") -> None:
 
 
 def ranking(
-    console: Console, ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
+    console: "Console", ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
 ) -> None:
     """Print every candidate layer, each tower's front first; or the fronts alone."""
+    from slsgu_cli.cli.console import Column
+
     columns = (
         Column("layer", shown=known_as),
         Column("tower"),
@@ -128,12 +134,13 @@ def chosen_figures(result: "SearchResult") -> Figures:
 
 
 def search(
-    console: Console, store: "Store", result: "SearchResult", *, brief: bool = False
+    console: "Console", store: "Store", result: "SearchResult", *, brief: bool = False
 ) -> None:
     """Print the trials by layer and step, and the chosen one with its figures.
 
     In `brief`, only each layer's best trial is shown, and no figures.
     """
+    from slsgu_cli.cli.console import Column
     from slsgu_cli.method.scoring import best_of_each
     from slsgu_cli.store.artifacts import edit_path, trials_path
 
@@ -205,8 +212,10 @@ def _along(trial: Trial) -> str:
     return f"whitened gradient (ridge {trial.ridge:g})"
 
 
-def applied(console: Console, result: "AppliedResult") -> None:
+def applied(console: "Console", result: "AppliedResult") -> None:
     """Print the files that were written, or would be, and what changed in each."""
+    from slsgu_cli.cli.console import Column
+
     rows = [
         (file.path, change.layer, change.dtype, change.share, file.nbytes)
         for file in result.files
@@ -225,14 +234,16 @@ def applied(console: Console, result: "AppliedResult") -> None:
         console.note(f"open_clip loads it as {result.model}")
 
 
-def measured(console: Console, result: "Measured") -> None:
+def measured(console: "Console", result: "Measured") -> None:
     """Print the accuracies of each model that was measured."""
     before_after(console, {m.label: (m.forget, m.utility) for m in result.models})
     console.paths("plots", [result.plot])
 
 
-def before_after(console: Console, models: Figures) -> None:
+def before_after(console: "Console", models: Figures) -> None:
     """Print forget accuracy and utility, a column for each model."""
+    from slsgu_cli.cli.console import Column
+
     labels = list(models)
     sets = sorted(next(iter(models.values()))[1])
     rows: list[tuple[Any, ...]] = []
@@ -260,8 +271,10 @@ def before_after(console: Console, models: Figures) -> None:
     console.table("accuracy", columns, rows, title=title)
 
 
-def listing(console: Console, found: "Sequence[Entry]") -> None:
+def listing(console: "Console", found: "Sequence[Entry]") -> None:
     """Print what the store holds."""
+    from slsgu_cli.cli.console import Column
+
     rows = [
         (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
         for entry in found
@@ -277,7 +290,7 @@ def listing(console: Console, found: "Sequence[Entry]") -> None:
     console.table("store", columns, rows, data=found)
 
 
-def _origin(console: Console, entry: "Entry") -> str:
+def _origin(console: "Console", entry: "Entry") -> str:
     # On a terminal there is no room for the reasons in a column of their own.
     reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
     return reason + entry.summary()

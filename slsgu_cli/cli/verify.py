@@ -9,11 +9,11 @@ import typer
 
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Attack, Check, VerifiedModel
 
 if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.verify.verdicts import VerdictRow
     from slsgu_cli.verify.verify import Verified
 
@@ -29,7 +29,7 @@ def _points(value: float) -> str:
     return f"{value:.1f}"
 
 
-def show_verified(console: Console, result: "Verified") -> None:
+def show_verified(console: "Console", result: "Verified") -> None:
     """Print the verdicts, what the concept became, membership, and curves where all is shown."""
     from slsgu_cli.verify.verdicts import Verdict, rows
 
@@ -54,8 +54,10 @@ def show_verified(console: Console, result: "Verified") -> None:
 
 
 def _verdicts(
-    console: Console, found: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
+    console: "Console", found: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
 ) -> None:
+    from slsgu_cli.cli.console import Column
+
     shown = [(subject, row) for subject, row in found if not (console.brief and row.detail)]
     sets = sorted({name for _, row in shown for name in row.utility_after or {}})
     columns = [
@@ -106,8 +108,10 @@ def _utility_change(row: "VerdictRow") -> float | None:
     return sum(changes) / len(changes)
 
 
-def _became(console: Console, subjects: Sequence[VerifiedModel]) -> None:
+def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     """Print the nearest names and the first guesses of each model, side by side."""
+    from slsgu_cli.cli.console import Column
+
     known = [
         (subject, finding.became)
         for subject in subjects
@@ -130,7 +134,11 @@ def _became(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     console.table("became", columns, cells, title="what the concept became")
 
 
-def _membership(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
+def _membership(
+    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
+) -> None:
+    from slsgu_cli.cli.console import Column
+
     before = original.finding(Check.MEMBERSHIP)
     if before is None:
         return
@@ -172,7 +180,7 @@ def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]
     )
 
 
-def _curves(console: Console, subjects: Sequence[VerifiedModel]) -> None:
+def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     cells: Cells = [
         (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
         for subject in subjects

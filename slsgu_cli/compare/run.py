@@ -24,14 +24,8 @@ from slsgu_cli.compare.methods import (
     saliency_mask,
     train,
 )
-from slsgu_cli.compare.ours import (
-    ROLES,
-    PassTimes,
-    original_outcome,
-    our_outcome,
-    standing_trials,
-    tune,
-)
+from slsgu_cli.compare.ours import ROLES, PassTimes, original_outcome, our_outcome, standing_trials
+from slsgu_cli.compare.table import tune
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.search_plan import evaluation_blocks

@@ -4,15 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from slsgu_cli import progress
-from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
-from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import tokenizer
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.scoring import best, first_step, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchOptions,
@@ -61,7 +54,7 @@ def search(
     are looked up and written in `records`, and so is the edit; default: the store.
     Raises MissingError, StaleError, InputError and UsageError.
     """
-    import torch
+    from torch import no_grad
 
     from slsgu_cli.checkpoints.edits import write_edit
     from slsgu_cli.method.gradient_pass import arithmetic
@@ -69,7 +62,7 @@ def search(
     records = records or store
     case = read_plan(store, name, options=options)
     options = case.options
-    with torch.no_grad(), arithmetic(options.precision):
+    with no_grad(), arithmetic(options.precision):
         evaluation = evaluation or load_evaluation(store, case)
         fresh = fresh_trials(case, evaluation)
         trials = recorded_trials(records, trials_path(name), fresh)
@@ -156,6 +149,8 @@ class _SearchRun:
 def load_evaluation(store: Store, case: SearchPlan) -> "Evaluation":
     """Load the model the gradients belong to and run it once over the evaluation data."""
     from slsgu_cli.clip.evaluation import prepare
+    from slsgu_cli.clip.models import tokenizer
+    from slsgu_cli.method.gradients import load_graded
 
     device = case.options.device
     model, module = load_graded(case.manifest, case.pointer, device)
@@ -170,6 +165,8 @@ def run_base_pass(
     options: SearchOptions,
 ) -> None:
     """Run the original model once within the cache budget; tell of towers that are not split."""
+    from slsgu_cli.clip.inputs import spare
+
     for tower in {score.tower for score in layers}:
         if not evaluation.tower(tower).exact_split:
             progress.detail(f"the {tower} tower is not split: every trial runs all of it")
@@ -219,8 +216,12 @@ def grouped(cases: Sequence[SearchPlan]) -> list[list[SearchPlan]]:
     return list(groups.values())
 
 
-def share_evaluation(store: Store, cases: Sequence[SearchPlan]) -> SharedEvaluation:
+def share_evaluation(store: Store, cases: Sequence[SearchPlan]) -> "SharedEvaluation":
     """Load the model of a group of cases and run it once over what all of them measure on."""
+    from slsgu_cli.clip.evaluation import prepare_shared
+    from slsgu_cli.clip.models import tokenizer
+    from slsgu_cli.method.gradients import load_graded
+
     first = cases[0]
     device = first.options.device
     model, module = load_graded(first.manifest, first.pointer, device)
@@ -235,8 +236,12 @@ def search_each(
     store: Store, names: Sequence[str], *, options: SearchOptions
 ) -> Iterator[SearchResult]:
     """Search the sets one after another, those that can on one model and one base pass."""
+    from torch import no_grad
+
+    from slsgu_cli.method.gradient_pass import arithmetic
+
     for group in grouped(read_plans(store, names, options=options)):
-        with torch.no_grad(), arithmetic(options.precision):
+        with no_grad(), arithmetic(options.precision):
             shared = share_evaluation(store, group)
         for case in group:
             evaluation = shared.of(case.manifest)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
 from slsgu_cli.records.method import Accuracy, EditHeader
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report.dossier import Section, SetRecords, section
@@ -29,6 +28,7 @@ from slsgu_cli.report.html import (
 )
 
 if TYPE_CHECKING:
+    from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
     from slsgu_cli.method.guesses import BeforeAfter
 
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 THUMBNAIL, PICTURE = 64, 192
 
 
-def picture(image: Images, *, alt: str, size: int, class_: str) -> Html:
+def picture(image: "Images", *, alt: str, size: int, class_: str) -> Html:
     """Return an image of at most `size` pixels a side, inside the page as PNG data."""
     small = Image.fromarray(image)
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
@@ -53,7 +53,7 @@ def picture(image: Images, *, alt: str, size: int, class_: str) -> Html:
     )
 
 
-def example_card(example: Example, *, concept: str, number: int) -> Html:
+def example_card(example: "Example", *, concept: str, number: int) -> Html:
     """Return an image with its most probable names before and after."""
     forgotten = example.label == concept
     shown = picture(
@@ -66,7 +66,7 @@ def example_card(example: Example, *, concept: str, number: int) -> Html:
                    class_="example")  # fmt: skip
 
 
-def _guess_bars(when: str, guesses: Guesses, label: str) -> Html:
+def _guess_bars(when: str, guesses: "Guesses", label: str) -> Html:
     rows = []
     for name, probability in guesses:
         share = f"{100 * probability:.1f}"
@@ -86,9 +86,9 @@ def _guess_bars(when: str, guesses: Guesses, label: str) -> Html:
 
 
 def cosine_table(
-    values: Matrix,
+    values: "Matrix",
     names: Sequence[str],
-    thumbnails: Images,
+    thumbnails: "Images",
     *,
     span: tuple[float, float],
     caption: str,

@@ -3,7 +3,7 @@
 from itertools import zip_longest
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.compare.ours import LABELS, TableRow, better, mean_rows
+from slsgu_cli.compare.table import LABELS, TableRow, better, mean_rows
 from slsgu_cli.records.method import Accuracy, EditHeader, Trials
 from slsgu_cli.records.studies import (
     Check,
