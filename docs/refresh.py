@@ -1,14 +1,34 @@
-"""Run the commands of a document and put what they print in place of what stands there.
+"""Run the commands of documents and put what they print in place of what stands there.
 
-    python docs/refresh.py README.md docs/guide.md
-    python docs/refresh.py docs/results.md#sweep        # the section `## Sweep` alone
+    python docs/refresh.py README.md docs/guide       # a page; all pages of a folder
+    python docs/refresh.py docs/guide/search.md       # one page of a folder
+    python docs/refresh.py docs/guide/search.md#rank  # the section `## rank` of one
 
-Every ```console block is run, from the first to the last, in one new folder per document
+Every ```console block is run, from the first to the last, in one new folder per argument
 in which `slsgu_cli` is the checkout's. Lines that begin with `$ ` are commands, lines with
 `> ` go on with them. A comment `<!-- through: FILTER -->` before a block passes its output
-through a shell command, to shorten it. `<!-- picture: FROM TO -->` copies a file of the
-folder to the checkout. A command that fails ends the run, except in a block after
+through a shell command, to shorten it. `<!-- picture: FROM TO -->` copies a file of that
+folder to TO, beside the page. A command that fails ends the run, except in a block after
 `<!-- fails: CODE -->`.
+
+The pages of a folder are run one after another in the order in which its README.md links to
+them, and share what they make. Before its heading a page may say:
+
+    <!-- after: PAGE ... -->   pages beside it whose commands go before. Where this page alone
+                               is refreshed, these are run first and stay as they are; so are
+                               the sections before the one that is asked for.
+    <!-- needs: NAME ... -->   what its commands take that a checkout has not. Where it is
+                               missing, the page is left out with a message, and so is every
+                               page after it.
+
+`needs` knows these names:
+
+- `SLSGU_TEST_MODELS`, an environment variable. It names a folder that holds `sd/`, a small
+  trained Stable Diffusion in the layout of diffusers, and `llava/`, a small LLaVA in that of
+  transformers, both built on the CLIP in `slsgu_cli/demo/clip`. They are too large for the
+  repository: train them, or get them from someone who has. They take `slsgu[targets]`.
+- `img2dataset`, the program: beside the Python that runs this, on the PATH, or where
+  `SLSGU_IMG2DATASET` says. `make test` puts it into `.venv-img2dataset/bin`.
 """
 
 import os
@@ -19,36 +39,115 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?P<notes>(?:<!-- .*? -->\n)*)```console\n(?P<body>.*?)```\n", re.S)
 NOTE = re.compile(r"<!-- (through|fails): (.*?) -->")
 PICTURE = re.compile(r"<!-- picture: (\S+) (\S+) -->")
+HEAD = re.compile(r"<!-- (after|needs): (.*?) -->\n")
+LINK = re.compile(r"\]\(([\w.-]+\.md)[)#]")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
-def refresh(document: Path, wanted: str = "") -> None:
-    """Rewrite `document`, or its section called `wanted`, with the output of its commands."""
-    sections = re.split(r"(?m)^(?=## )", document.read_text())
-    names = [_anchor(section) for section in sections]
-    if wanted and wanted not in names:
-        raise SystemExit(f"{document} has no section {wanted}; it has {', '.join(names[1:])}")
+def main(arguments: Sequence[str]) -> None:
+    """Refresh what each argument names: a page, `page#section`, or a folder of pages."""
+    for argument in arguments:
+        path, _, section = argument.partition("#")
+        refresh(Path(path), section)
+
+
+def refresh(path: Path, section: str = "") -> None:
+    """Rewrite the page `path`, its `section`, or all pages of the folder, with new output."""
+    wanted = reading_order(path) if path.is_dir() else [path]
+    if section and section not in (known := _names(_sections(path))):
+        raise SystemExit(f"{path} has no section {section}; it has {', '.join(known[1:])}")
+    for page in wanted.copy():
+        if lacking := missing(page):
+            sys.stderr.write(f"left out: {page} needs {' and '.join(map(_told, lacking))}\n")
+            wanted.remove(page)
+    before = [] if path.is_dir() else [page for last in wanted for page in pages_before(last)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "slsgu_cli").symlink_to(ROOT / "slsgu_cli")
-        for index, section in enumerate(sections):
-            if wanted in ("", names[index]):
-                sections[index] = BLOCK.sub(lambda found: _run_block(found, folder), section)
-                for origin, target in PICTURE.findall(section):
-                    shutil.copyfile(folder / origin, ROOT / target)
-                document.write_text("".join(sections))
+        for page in [*before, *wanted]:
+            start = time.monotonic()
+            _run_page(page, folder, rewritten=page in wanted, last=section)
+            sys.stderr.write(f"{time.monotonic() - start:6.1f} s  in all, {page}\n")
 
 
-def _anchor(section: str) -> str:
-    """Return what a link to a section calls it: its heading, in lower case, with hyphens."""
-    heading = section.splitlines()[0].lstrip("#").strip().lower() if section else ""
-    return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+def reading_order(folder: Path) -> list[Path]:
+    """Return the pages of a folder: its README.md, then those it links to, as it names them."""
+    index = folder / "README.md"
+    names = [name for name in LINK.findall(index.read_text()) if (folder / name).is_file()]
+    return list(dict.fromkeys([index, *(folder / name for name in names)]))
+
+
+def pages_before(page: Path) -> list[Path]:
+    """Return the pages whose commands go before those of `page`, and before theirs, in order."""
+    pages: list[Path] = []
+    for name in declared(page, "after"):
+        earlier = page.parent / name
+        pages += [*pages_before(earlier), earlier]
+    return list(dict.fromkeys(pages))
+
+
+def missing(page: Path) -> list[str]:
+    """Return what `page`, or a page before it, needs and this machine has not."""
+    needs = [need for each in [*pages_before(page), page] for need in declared(each, "needs")]
+    return [need for need in dict.fromkeys(needs) if not _is_there(need)]
+
+
+def declared(page: Path, key: str) -> list[str]:
+    """Return the words that a comment before the page's heading gives to `key`."""
+    before_heading = page.read_text().partition("# ")[0]
+    return [word for kind, words in HEAD.findall(before_heading) if kind == key
+            for word in words.split()]  # fmt: skip
+
+
+def _is_there(need: str) -> bool:
+    if need == "SLSGU_TEST_MODELS":
+        folder = Path(os.environ.get(need) or "/nowhere")
+        return all(
+            (folder / part).is_file() for part in ("sd/model_index.json", "llava/config.json")
+        )
+    named = os.environ.get(f"SLSGU_{need.upper()}")
+    return bool(named or shutil.which(need, path=_search_path()))
+
+
+def _told(need: str) -> str:
+    if need == "SLSGU_TEST_MODELS":
+        return "SLSGU_TEST_MODELS to name a folder with sd/ and llava/ (docs/contributing.md)"
+    return f"{need}, on the PATH or named by SLSGU_{need.upper()}"
+
+
+def _run_page(page: Path, folder: Path, *, rewritten: bool, last: str) -> None:
+    """Run the page's sections, up to `last` if one is named and then rewrite that one alone."""
+    sections = _sections(page)
+    for index, name in enumerate(_names(sections)):
+        section = BLOCK.sub(lambda block: _run_block(block, folder), sections[index])
+        if rewritten and last in ("", name):
+            for origin, target in PICTURE.findall(section):
+                shutil.copyfile(folder / origin, page.parent / target)
+            sections[index] = section
+            page.write_text("".join(sections))
+        if rewritten and last and last == name:
+            return
+
+
+def _sections(page: Path) -> list[str]:
+    return re.split(r"(?m)^(?=## )", page.read_text())
+
+
+def _names(sections: Sequence[str]) -> list[str]:
+    """Return what links to sections call them: their headings, in lower case, with hyphens."""
+    headings = [section.partition("\n")[0].lstrip("#").strip().lower() for section in sections]
+    return [re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings]
+
+
+def _search_path() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def _run_block(block: re.Match[str], folder: Path) -> str:
@@ -89,13 +188,11 @@ def _commands(body: str) -> list[str]:
 def _run(command: str, folder: Path) -> tuple[int, str]:
     """Return exit code and output of a command whose terminal is plain, with 80 columns."""
     terminal, end = pty.openpty()
-    bin_folder = Path(sys.executable).parent
-    environment = os.environ | {
-        "TERM": "dumb",
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {"TERM": "dumb", "PATH": _search_path(), "PYTHONPATH": str(ROOT)}
     environment.pop("SLSGU_STORE", None)
+    for variable in ("SLSGU_TEST_MODELS", "SLSGU_IMG2DATASET"):
+        if (named := os.environ.get(variable)) and Path(named).exists():
+            environment[variable] = str(Path(named).absolute())  # commands run elsewhere
     process = subprocess.Popen(
         ["bash", "-c", command],
         cwd=folder,
@@ -121,6 +218,4 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        path, _, section = argument.partition("#")
-        refresh(Path(path), section)
+    main(sys.argv[1:])

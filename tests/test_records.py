@@ -213,13 +213,14 @@ def test_an_edit_without_figures_survives():
     assert decode(EditHeader, through_json(header)) == header
 
 
-ARTIFACTS = (Path(__file__).parents[1] / "docs" / "artifacts.md").read_text(encoding="utf-8")
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "artifacts").glob("*.md"))
+ARTIFACTS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if not kind.__name__.endswith("Options")], ids=str
 )
 def test_the_documentation_names_every_field_of_every_record(kind):
-    section = ARTIFACTS.partition(f"### {kind.__name__}\n")[2].partition("\n### ")[0]
+    section = ARTIFACTS.partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
     fields = [field.name for field in dataclasses.fields(kind)]
     assert [name for name in fields if f"`{name}`" not in section] == []
