@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from slsgu_cli.verify import membership
-from slsgu_cli.verify.membership import attack, fit
+from slsgu_cli.verification import membership
+from slsgu_cli.verification.membership import attack, fit
 
 
 def sample(seed, size, *, shift=0.0, scale=1.0):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slsgu_cli.verify.probes import LEVELS, output_axis, to_int8
+from slsgu_cli.verification.probes import LEVELS, output_axis, to_int8
 
 SHAPES = pytest.mark.parametrize("shape", [(7, 12), (5, 3, 4, 4)])
 

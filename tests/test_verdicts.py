@@ -16,9 +16,9 @@ from slsgu_cli.records.studies import (
     ProbeFigures,
     VerifiedModel,
 )
-from slsgu_cli.verify import verdicts
-from slsgu_cli.verify.relearn import OWN
-from slsgu_cli.verify.verdicts import Exposure, Verdict, exposure, rows, verdict
+from slsgu_cli.verification import verdicts
+from slsgu_cli.verification.relearn import OWN
+from slsgu_cli.verification.verdicts import Exposure, Verdict, exposure, rows, verdict
 
 
 def accuracy(top1):

@@ -26,10 +26,10 @@ from slsgu_cli.records.studies import NEW, Check, Settings, Verification
 from slsgu_cli.store.artifacts import ArtifactKind, Standing, edit_path, verification_path
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
-from slsgu_cli.verify import verify as verify_module
-from slsgu_cli.verify.probes import TEMPLATES, TOGETHER, unseen_templates
-from slsgu_cli.verify.relearn import OWN
-from slsgu_cli.verify.verify import verify
+from slsgu_cli.verification import verify as verify_module
+from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verification.relearn import OWN
+from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(
     templates=("this is {}", "a photo of the {}!"),
@@ -153,7 +153,7 @@ def test_every_kind_of_check_found_something(verified):
 
 
 def test_rounding_that_changes_no_weight_changes_no_figure(world, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.verify.probes.to_int8", lambda values, _axis: values)
+    monkeypatch.setattr("slsgu_cli.verification.probes.to_int8", lambda values, _axis: values)
     with torch.no_grad():
         result = run(world, checks=[Check.QUANTISE], seed=1)
     for place in range(2):

@@ -14,8 +14,8 @@ from slsgu_cli.records.studies import Attack, Check, VerifiedModel
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.verify.verdicts import VerdictRow
-    from slsgu_cli.verify.verify import Verified
+    from slsgu_cli.verification.verdicts import VerdictRow
+    from slsgu_cli.verification.verify import Verified
 
 
 Cells = list[tuple[Any, ...]]
@@ -31,7 +31,7 @@ def _points(value: float) -> str:
 
 def show_verified(console: "Console", result: "Verified") -> None:
     """Print the verdicts, what the concept became, membership, and curves where all is shown."""
-    from slsgu_cli.verify.verdicts import Verdict, rows
+    from slsgu_cli.verification.verdicts import Verdict, rows
 
     original, *others = result.subjects
     found = [(subject, row) for subject in others for row in rows(original, subject)]
@@ -164,7 +164,7 @@ def _membership(
 
 
 def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]:
-    from slsgu_cli.verify.verdicts import exposure
+    from slsgu_cli.verification.verdicts import exposure
 
     return (
         now.figure,
@@ -254,8 +254,8 @@ def verify(
     Example: slsgu verify facebook --checks paraphrase,relearn --alias 'the social network'
     """
     from slsgu_cli.records.studies import Settings
-    from slsgu_cli.verify.probes import unseen_templates
-    from slsgu_cli.verify.verify import verify as run
+    from slsgu_cli.verification.probes import unseen_templates
+    from slsgu_cli.verification.verify import verify as run
 
     chosen = _checks(checks)
     result = run(

@@ -61,7 +61,7 @@ def _of_edit(record: Verification, edit: EditHeader | None) -> list[VerifiedMode
 
 
 def _verification(record: Verification, edit: EditHeader | None) -> Html:
-    from slsgu_cli.verify.verdicts import Verdict, rows
+    from slsgu_cli.verification.verdicts import Verdict, rows
 
     original, edited = _of_edit(record, edit)
     found = [row for row in rows(original, edited) if not row.detail]
@@ -142,7 +142,7 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
-    from slsgu_cli.verify.verdicts import exposure
+    from slsgu_cli.verification.verdicts import exposure
 
     before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
     if before is None or after is None:

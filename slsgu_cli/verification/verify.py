@@ -28,10 +28,10 @@ from slsgu_cli.records.studies import (
 )
 from slsgu_cli.store.artifacts import plot_path, read_manifest, recorded, verification_path
 from slsgu_cli.store.store import Store
-from slsgu_cli.verify.membership import membership
-from slsgu_cli.verify.model import ModelUnderTest, add_edit, open_model
-from slsgu_cli.verify.probes import augment, neighbours, paraphrase, quantise
-from slsgu_cli.verify.relearn import finetune, relearn
+from slsgu_cli.verification.membership import membership
+from slsgu_cli.verification.model import ModelUnderTest, add_edit, open_model
+from slsgu_cli.verification.probes import augment, neighbours, paraphrase, quantise
+from slsgu_cli.verification.relearn import finetune, relearn
 
 ORIGINAL = "original"
 

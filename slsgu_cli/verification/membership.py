@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from slsgu_cli.records.studies import Attack, Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.verify.model import ModelUnderTest
+from slsgu_cli.verification.model import ModelUnderTest
 
 Values = npt.NDArray[np.float64]
 SEEDS, SPLITS = 10, 10

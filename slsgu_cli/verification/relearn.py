@@ -15,7 +15,7 @@ from slsgu_cli.compare.methods import BETAS, EPSILON, LARGEST_LOGIT_SCALE
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import NEW, OWN, Curve, Point, Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.verify.model import ModelUnderTest, Utility, altered
+from slsgu_cli.verification.model import ModelUnderTest, Utility, altered
 
 Rows = npt.NDArray[np.integer]
 

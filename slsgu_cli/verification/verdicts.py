@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import NEW, Attack, Check, Curve, Finding, VerifiedModel
-from slsgu_cli.verify.probes import TEMPLATE
+from slsgu_cli.verification.probes import TEMPLATE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
 KEPT, PARTLY = 0.1, 0.5

@@ -18,7 +18,7 @@ from slsgu_cli.sets.evaluation_sets import read_templates
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
-from slsgu_cli.verify.model import ModelUnderTest, altered
+from slsgu_cli.verification.model import ModelUnderTest, altered
 
 # For people, brands and objects alike; none takes an article.
 TEMPLATES = (
