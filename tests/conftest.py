@@ -15,12 +15,10 @@ import os
 from pathlib import Path
 
 import pytest
+from places import DEMO
 
-import slsgu_cli
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store
-
-DEMO = Path(slsgu_cli.__file__).parent / "demo"
 
 
 @pytest.fixture(autouse=True)

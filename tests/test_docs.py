@@ -3,11 +3,10 @@
 import importlib
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 IMPORT = re.compile(r"^(?:> )?from (slsgu_cli[\w.]*) import (.+)$", re.M)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -30,7 +29,7 @@ def test_tests_and_scripts_that_documents_name_exist(document):
     text = DOCUMENTS[document]
     for name in re.findall(r"\b(?:test|bench)_\w+\.py", text):
         assert list(ROOT.glob(f"tests/**/{name}")), name
-    defined = "\n".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    defined = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in defined, name
     for name in re.findall(r"\bdocs/[\w./-]*\w", text):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 WIDTH = {"F32": 4, "F16": 2, "BF16": 2}
 SHAPE = (4096, 1024)
 LAYER = "visual.transformer.resblocks.0.mlp.c_fc.weight"
@@ -61,7 +61,7 @@ def make_checkpoint(path: Path, gigabytes: float, dtype: str) -> None:
 
 def make_edit(store_path: Path, checkpoint: Path) -> None:
     """Write an edit of the first layer into a store."""
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(SUPPORT))
     from edit_headers import edit
 
     from slsgu_cli.checkpoints.edits import write_edit

@@ -27,7 +27,7 @@ import numpy as np
 from slsgu_cli.checkpoints.layouts import Spelling, TowerPlace, names, tensor_places
 from slsgu_cli.records.method import Tower
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 # Width, blocks, and the width that it is projected to.
 LARGE, HUGE, BIG = (768, 12, 768), (1024, 23, 1024), (1280, 32, 1280)
 VISION = (1024, 24, 768)

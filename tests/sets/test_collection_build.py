@@ -1,11 +1,11 @@
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import FAKE_IMG2DATASET
 from processes import slsgu
 from tiny_images import encoded, shard
 from worlds import Listener
@@ -19,9 +19,8 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
 
-FAKE = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"
 KINDS = ("dog", "cat", "bird")
-DOWNLOAD = DownloadOptions(command=FAKE, shard_rows=10)
+DOWNLOAD = DownloadOptions(command=FAKE_IMG2DATASET, shard_rows=10)
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, t
     other = Store(str(tmp_path / "other"))
     request = ask(tiny_model, metadata=(metadata,))
     # Other shards, in which everything lies elsewhere.
-    small = DownloadOptions(command=FAKE, shard_rows=7)
+    small = DownloadOptions(command=FAKE_IMG2DATASET, shard_rows=7)
     collect = replace(request.collect, download=small)
     second = build(other, replace(request, collect=collect))
     assert second.forget.fingerprint == first.forget.fingerprint
@@ -143,7 +142,7 @@ def test_from_the_command_line(store, tiny_model, metadata, tmp_path):
     told = slsgu(
         "build-sets", "--names", tmp_path / "names", "--model", tiny_model.name,
         "--metadata", metadata, "--caption-col", "TEXT", "--retain-samples", 8,
-        "--img2dataset", FAKE, "--store", store.root, "--json",
+        "--img2dataset", FAKE_IMG2DATASET, "--store", store.root, "--json",
     )  # fmt: skip
     assert told.returncode == 3, told.stderr
     assert "no set was built for 1 of the names: unicorn" in told.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from places import DEMO
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 from worlds import Listener
 
@@ -24,7 +25,7 @@ from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
-CLIP = ModelSpec(f"local-dir:{Path(build.__file__).parents[1] / 'demo' / 'clip'}")
+CLIP = ModelSpec(f"local-dir:{DEMO / 'clip'}")
 KINDS = ("dog", "cat", "bird")
 
 

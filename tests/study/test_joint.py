@@ -7,10 +7,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import DEMO
+from places import DEMO
 from plain import Plain
+from processes import inside, rows
 from safetensors.torch import load_file
-from test_cli import inside, rows
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError

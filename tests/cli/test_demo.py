@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from processes import slsgu
 from safetensors.numpy import load_file
 
@@ -17,7 +18,6 @@ from slsgu_cli.cli.demo import DATA
 pytestmark = pytest.mark.slow
 WEIGHTS = "open_clip_model.safetensors"
 PNG = b"\x89PNG\r\n\x1a\n"
-ROOT = Path(__file__).parent.parent
 
 
 def figures(shown):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_baseline_training import loss, open_bench
+from baselines import loss, open_bench
 
 from slsgu_cli.compare import run
 from slsgu_cli.compare.methods import constants, dampen, dampening, importance_of

@@ -7,19 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+from baselines import PLAN, loss, open_bench
 
 from slsgu_cli.compare import run
 from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
-from slsgu_cli.compare.ours import PassTimes
-from slsgu_cli.compare.run import MethodRun
-from slsgu_cli.records.studies import TRAINED, Method, Plan
+from slsgu_cli.records.studies import TRAINED, Method
 from slsgu_cli.store.artifacts import gradient_path
 from slsgu_cli.store.blocks import DataBlock
 
 RATE = 1e-3
-PLAN = Plan(epochs=2, batch_size=16, retain_rows=40)
 PHASES = {
     Method.FT: ("retain",),
     Method.GA: ("forget",),
@@ -33,31 +29,12 @@ def bench(shared_world):
     return open_bench(shared_world)
 
 
-def open_bench(world, plan=PLAN):
-
-    times = PassTimes(world.store, world.manifest, "cpu")
-    return MethodRun.open(world.store, world.manifest, world.pointer, plan, times)
-
-
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
     run.set_weights(bench.model, bench._original)
     for _ in bench._epochs(method, RATE):
         pass
     return copy.deepcopy(bench.model)
-
-
-def loss(world, model, role, rows):
-    """Return one mini-batch's loss by open_clip's own forward."""
-    manifest = world.manifest
-    block = DataBlock.open(world.store, getattr(manifest, role))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (manifest.input.mean, manifest.input.std))
-    images = torch.from_numpy(block.images(0, block.rows)[rows]).permute(0, 3, 1, 2) / 255
-    v = model.encode_image((images - mean) / std, normalize=True)
-    t = model.encode_text(torch.from_numpy(block.tokens[rows]).long(), normalize=True)
-    if role == "forget":
-        return (1 - F.cosine_similarity(v, t)).mean()
-    return ClipLoss()(v, t, model.logit_scale.exp())
 
 
 def batches(world, role, epoch):

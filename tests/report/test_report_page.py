@@ -10,6 +10,7 @@ from reports import (
     CHOSEN,
     HOSTILE,
     NAME,
+    TITLES,
     fill,
     fill_comparison,
     fill_several,
@@ -22,13 +23,6 @@ from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report.html import VOID
 from slsgu_cli.store.store import Store
-
-TITLES = (
-    "Result", "What was asked", "Single images", "Cosine similarities",
-    "Does it stay forgotten", "Where the concept lies", "Search for the step", "Trajectories",
-    "Other methods", "Model and gradients", "The edit", "To repeat it",
-    "Records behind this page",
-)  # fmt: skip
 
 
 class Outline(HTMLParser):

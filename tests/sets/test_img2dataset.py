@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import FAKE_IMG2DATASET
 from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
@@ -18,8 +19,6 @@ from slsgu_cli.sets import download as download_module
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sets.download import find_command, reason
 from slsgu_cli.store.store import Store
-
-FAKE = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def metadata(tmp_path):
 
 
 def ask(metadata, **download):
-    options = {"command": FAKE, "shard_rows": 4} | download
+    options = {"command": FAKE_IMG2DATASET, "shard_rows": 4} | download
     return CollectRequest(
         concepts=(Concept("dog", ("dog",)),),
         metadata=(metadata,),
@@ -104,7 +103,7 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
     environment = os.environ | {
         "FAKE_HANGS": "1",
         "FAKE_LOG": str(log),
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE
@@ -121,9 +120,9 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
 
 def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv(download_module.VARIABLE, raising=False)
-    assert find_command(FAKE) == FAKE.split()
-    monkeypatch.setenv(download_module.VARIABLE, FAKE)
-    assert find_command(None) == FAKE.split()
+    assert find_command(FAKE_IMG2DATASET) == FAKE_IMG2DATASET.split()
+    monkeypatch.setenv(download_module.VARIABLE, FAKE_IMG2DATASET)
+    assert find_command(None) == FAKE_IMG2DATASET.split()
     with pytest.raises(MissingError, match="no command nowhere"):
         find_command("nowhere")
     monkeypatch.delenv(download_module.VARIABLE)

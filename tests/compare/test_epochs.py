@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from baselines import open_bench
 from plain import Plain
-from test_baseline_training import open_bench
 
 from slsgu_cli.compare import run as run_module
 from slsgu_cli.records.method import Accuracy

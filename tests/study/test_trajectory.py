@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plain import Plain
-from test_cli import inside, rows
+from processes import inside, rows
 
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.figures import curves

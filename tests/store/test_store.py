@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.method import Accuracy
@@ -17,7 +18,6 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store, require
 
 SPEC = ModelSpec("local-dir:clip")
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def hidden(folder):
 def run(code, *arguments, **options):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,

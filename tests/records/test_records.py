@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records import method, sets, studies
@@ -213,7 +213,7 @@ def test_an_edit_without_figures_survives():
     assert decode(EditHeader, through_json(header)) == header
 
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "artifacts").glob("*.md"))
+PAGES = sorted((ROOT / "docs" / "artifacts").glob("*.md"))
 ARTIFACTS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 

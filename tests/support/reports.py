@@ -65,6 +65,12 @@ LAYERS = tuple(
 )
 CHOSEN = "transformer.resblocks.3.mlp.c_proj.weight"
 FRONT = (LAYERS[2], LAYERS[19], LAYERS[35], CHOSEN, LAYERS[60])
+TITLES = (
+    "Result", "What was asked", "Single images", "Cosine similarities",
+    "Does it stay forgotten", "Where the concept lies", "Search for the step", "Trajectories",
+    "Other methods", "Model and gradients", "The edit", "To repeat it",
+    "Records behind this page",
+)  # fmt: skip
 BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)
 
 

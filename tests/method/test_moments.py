@@ -7,7 +7,7 @@ import pytest
 import tiny_clip
 import torch
 import torch.nn.functional as F
-from test_towers import CONFIGS, make
+from tower_models import CONFIGS, make
 
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.towers import text_tower, vision_tower

@@ -1,15 +1,13 @@
 """What a search on the small trained targets must come to, on the embedded model's facebook."""
 
-from pathlib import Path
-
 import pytest
+from places import DEMO
 from worlds import World
 
 from slsgu_cli.store.store import Store
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
-DEMO = Path(__file__).parents[1] / "slsgu_cli" / "demo"
 
 
 @pytest.fixture(scope="module")

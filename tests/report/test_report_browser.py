@@ -9,8 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from reports import NAME, fill, html
-from test_report_page import TITLES
+from reports import NAME, TITLES, fill, html
 
 from slsgu_cli.store.store import Store
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DEMO
+from places import DEMO
 
 from slsgu_cli.errors import MissingError
 from slsgu_cli.method.gradients import compute_gradients

@@ -1,4 +1,4 @@
-"""The command line as processes: piped, on a terminal, in the background."""
+"""The command line: in this process; and as others, piped, on a terminal, in the background."""
 
 import fcntl
 import os
@@ -10,7 +10,23 @@ import sys
 import tempfile
 import termios
 
+from typer.testing import CliRunner
+
+from slsgu_cli.cli.app import app
+
 SLSGU = (sys.executable, "-m", "slsgu_cli")
+
+
+def inside(*arguments, store=None):
+    """Run a command in this process, where PyTorch is loaded already."""
+    options = [] if store is None else ["--store", str(store)]
+    return CliRunner().invoke(app, [*map(str, arguments), *options])
+
+
+def rows(tsv):
+    """Return the tables of a piped output, each as a list of rows of cells."""
+    tables = tsv.removesuffix("\n").split("\n\n")
+    return [[line.split("\t") for line in table.split("\n")] for table in tables]
 
 
 def _environment(extra):

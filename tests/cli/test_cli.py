@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_clip
-from processes import on_terminal, slsgu
+from processes import inside, on_terminal, rows, slsgu
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli.app import app
 from slsgu_cli.records.method import EditHeader, Ranking
 from slsgu_cli.store.store import Store
 
@@ -30,18 +28,6 @@ COMMANDS += ("generate", "ask")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 PLAIN_REPORT = ["report", "blue", "--no-examples"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
-
-
-def inside(*arguments, store=None):
-    """Run a command in this process, where PyTorch is loaded already."""
-    options = [] if store is None else ["--store", str(store)]
-    return CliRunner().invoke(app, [*map(str, arguments), *options])
-
-
-def rows(tsv):
-    """Return the tables of a piped output, each as a list of rows of cells."""
-    tables = tsv.removesuffix("\n").split("\n\n")
-    return [[line.split("\t") for line in table.split("\n")] for table in tables]
 
 
 def imported(*arguments, cwd=None):

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_cli import inside, rows
+from processes import inside, rows
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.evaluation import SharedEvaluation

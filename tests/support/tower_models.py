@@ -1,0 +1,64 @@
+"""Untrained models of every tower family that the package knows."""
+
+import json
+
+import open_clip
+import torch
+
+VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+TEXT = {"context_length": 24, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}
+CONFIGS = {
+    "clip": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT},
+    "clip-quickgelu": {"embed_dim": 16, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+    "layer-scale": {
+        "embed_dim": 16,
+        "vision_cfg": VISION | {"ls_init_value": 0.5},
+        "text_cfg": TEXT | {"ls_init_value": 0.5},
+    },
+    "average-pool": {
+        "embed_dim": 16,
+        "vision_cfg": VISION | {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True},
+        "text_cfg": TEXT,
+    },
+    "custom-text": {"embed_dim": 16, "custom_text": True, "vision_cfg": VISION, "text_cfg": TEXT},
+    "siglip-like": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "init_logit_bias": -10,
+        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
+                       "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+    },
+    "eva": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_model_pretrained": False,
+                       "timm_pool": "token", "timm_proj": "linear", "image_size": 224},
+        "text_cfg": TEXT,
+    },
+    "coca": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": VISION | {"attentional_pool": True, "attn_pooler_heads": 2},
+        "text_cfg": TEXT | {"embed_cls": True},
+    },
+    "resnet": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        "text_cfg": TEXT,
+    },
+}  # fmt: skip
+
+
+def make(kind, folder):
+    """Return an untrained model of one of the configurations, by way of `folder`."""
+    path = folder / f"test-{kind}.json"
+    path.write_text(json.dumps(CONFIGS[kind]))
+    open_clip.add_model_config(path)
+    torch.manual_seed(0)
+    built = open_clip.create_model(path.stem).eval()
+    for name, parameter in built.named_parameters():
+        # Fresh projections and norms are zeros and ones in places, which would hide errors.
+        if parameter.ndim < 2 and not name.startswith("logit"):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return built
