@@ -10,7 +10,7 @@ from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, FilePlan, LayerChange, by_layer, plan_file, plan_layer
-from slsgu_cli.checkpoints.layers import parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet, placed, tensor_places
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Target
 from slsgu_cli.checkpoints.tensor_file import Raw
@@ -233,7 +233,7 @@ def _holds_layer(path: Path, edits: Sequence[Edit], *, force: bool) -> bool:
     names = set()
     for layer in layers:
         try:
-            names.add(file.resolve_name(parameter_of(layer)))
+            names.add(file.resolve_name(Layer.parse(layer).parameter))
         except InputError:
             continue
     if names:

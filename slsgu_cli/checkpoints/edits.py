@@ -10,7 +10,7 @@ from shlex import quote
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.checkpoints.layers import both_held, held, parameter_of, put
+from slsgu_cli.checkpoints.layers import Layer, both_held
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
     FLOATS,
@@ -171,11 +171,11 @@ def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -
     patches: dict[str, Raw] = {}
     changes: list[LayerChange] = []
     for layer, group in by_layer(edits).items():
-        name = file.resolve_name(parameter_of(layer))
+        name = file.resolve_name(Layer.parse(layer).parameter)
         whole = patches[name] if name in patches else file.stored(name)
-        current, dtype = held(layer, whole), file.entry(name).dtype
+        current, dtype = Layer.parse(layer).rows(whole), file.entry(name).dtype
         new, change = plan_layer(path, layer, current, dtype, group, revert=revert, force=force)
-        patches[name] = put(layer, new, into=whole)
+        patches[name] = Layer.parse(layer).replaced(whole, new)
         changes.append(change)
     return FilePlan(path, file.splices(patches), tuple(changes))
 

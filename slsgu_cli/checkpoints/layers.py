@@ -1,7 +1,10 @@
-"""Layers by name: which parameters they are, which tower they are in, which rows they hold."""
+"""Layers: which parameter one is, its tower and block, the rows it holds; layers by name."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,21 +17,121 @@ _EXCLUDED = re.compile(
     r"|cls_token|cls_emb|reg_token|mask_token|(^|\.)ls_?\d\.gamma|(^|\.)gamma(_\d)?$"
 )
 _NEITHER = re.compile(r"^(text_decoder\.|logit_)")
+_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|encoder\.layers)\.(\d+)\.")
+
+LETTERS = ("q", "k", "v")
+_FUSED = re.compile(r"attn\.(?:in_proj_weight|qkv\.weight)$")
+_THIRD = re.compile(r"(.*attn\.(?:in_proj_weight|qkv\.weight))\.([qkv])")
 
 
-def tower_of(name: str) -> Tower | None:
-    """Return the tower that the parameter `name` belongs to; None for neither."""
-    if _NEITHER.match(name):
-        return None
-    return Tower.VISION if name.startswith("visual.") else Tower.TEXT
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer: a parameter of open_clip's, or a third of one that fuses query, key and value.
+
+    `tower` is None for a parameter of neither, `block` for one outside the blocks, and
+    `third` (0, 1 or 2: query, key or value) for a layer that is all of its parameter.
+    """
+
+    name: str
+    parameter: str
+    tower: Tower | None
+    block: int | None
+    third: int | None
+
+    @staticmethod
+    def parse(name: str) -> "Layer":
+        """Return the layer of a name, as records and files spell it.
+
+        >>> layer = Layer.parse("visual.transformer.resblocks.7.attn.in_proj_weight.k")
+        >>> layer.parameter, layer.block, layer.third
+        ('visual.transformer.resblocks.7.attn.in_proj_weight', 7, 1)
+        """
+        return _parsed(name)
+
+    @property
+    def short(self) -> str:
+        """Return the name without the parts that every layer of its tower shares."""
+        name = self.name
+        for prefix in ("visual.trunk.", "visual.", "text."):
+            name = name.removeprefix(prefix)
+        return known_as(name)
+
+    def is_of(self, qkv: Qkv) -> bool:
+        """Return whether it is a layer where query, key and value are fused, or split."""
+        return not _FUSED.search(self.name) if qkv is Qkv.SPLIT else self.third is None
+
+    def rows(self, values: Any) -> Any:
+        """Return the layer's rows of its parameter's values, array or tensor, as a view."""
+        return values if self.third is None else third_of(values, self.third)
+
+    def replaced(self, values: Any, new: Any) -> Any:
+        """Return its parameter's values with `new` ones for the layer; `values` stay as they are.
+
+        Both are arrays, or both tensors. Of a layer that is all of its parameter, `new` itself
+        is returned.
+        """
+        if self.third is None:
+            return new
+        whole = deepcopy(values)
+        self.rows(whole)[...] = new
+        return whole
+
+
+@functools.cache
+def _parsed(name: str) -> Layer:
+    third = _THIRD.fullmatch(name)
+    tower = Tower.VISION if name.startswith("visual.") else Tower.TEXT
+    return Layer(
+        name,
+        parameter=third[1] if third else name,
+        tower=None if _NEITHER.match(name) else tower,
+        block=block_of(name),
+        third=LETTERS.index(third[2]) if third else None,
+    )
+
+
+def third_of(values: Any, third: int) -> Any:
+    """Return a third of the rows of an array or tensor, as a view."""
+    rows = values.shape[0] // len(LETTERS)
+    return values[third * rows : (third + 1) * rows]
+
+
+def block_of(name: str) -> int | None:
+    """Return the number of the block that a tensor is in, by open_clip's names or transformers'."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else None
+
+
+def block_count(names: Iterable[str]) -> int:
+    """Return how many blocks the tensors of a tower are in, by their names."""
+    return max((block for name in names if (block := block_of(name)) is not None), default=-1) + 1
 
 
 def is_candidate(name: str) -> bool:
-    """Return whether `name` may be edited: weight matrices and norms of both towers.
+    """Return whether the parameter `name` may be edited: matrices and norms of both towers.
 
     Biases, scales, class, position and token embeddings are not candidates.
     """
-    return tower_of(name) is not None and not _EXCLUDED.search(name)
+    return Layer.parse(name).tower is not None and not _EXCLUDED.search(name)
+
+
+def layers_of(parameters: Iterable[str], qkv: Qkv) -> list[str]:
+    """Return the layers that may be edited among a model's parameters, sorted."""
+    layers = filter(is_candidate, sorted(parameters))
+    if qkv is Qkv.FUSED:
+        return list(layers)
+    return [
+        layer
+        for whole in layers
+        for layer in ([f"{whole}.{x}" for x in LETTERS] if _FUSED.search(whole) else [whole])
+    ]
+
+
+def both_held(layers: Iterable[str]) -> str | None:
+    """Return a parameter that is held as a whole and in thirds as well, if there is one."""
+    names = set(layers)
+    thirds = (layer for layer in map(Layer.parse, sorted(names)) if layer.third is not None)
+    return next((third.parameter for third in thirds if third.parameter in names), None)
 
 
 def selected(name: str, *, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -44,21 +147,13 @@ def selected(name: str, *, include: Sequence[str], exclude: Sequence[str]) -> bo
     return (not include or any(map(matches, include))) and not any(map(matches, exclude))
 
 
-def short(name: str) -> str:
-    """Return `name` without the parts that every layer of its tower shares."""
-    for prefix in ("visual.trunk.", "visual.", "text."):
-        name = name.removeprefix(prefix)
-    return name.replace("transformer.resblocks.", "").removesuffix(".weight")
-
-
 def known_as(name: str) -> str:
-    """Return the layer's name as tables show it: short, still one layer's own.
+    """Return a layer's name, or one that holds it, as tables show it: short, still its own.
 
     >>> known_as("visual.transformer.resblocks.7.mlp.c_fc.weight")
     'visual.7.mlp.c_fc'
     """
-    for part in ("transformer.resblocks.", "trunk."):
-        name = name.replace(part, "")
+    name = name.replace("transformer.resblocks.", "").replace("visual.trunk.", "visual.")
     return name.removesuffix(".weight")
 
 
@@ -69,72 +164,3 @@ def find_layers(wanted: str, names: Sequence[str]) -> list[str]:
         if exact:
             return exact
     return [name for name in names if wanted in name]
-
-
-LETTERS = ("q", "k", "v")
-_FUSED = re.compile(r"attn\.(?:in_proj_weight|qkv\.weight)$")
-_THIRD = re.compile(r"(.*attn\.(?:in_proj_weight|qkv\.weight))\.([qkv])")
-
-
-def parameter_of(layer: str) -> str:
-    """Return the name of the parameter that a layer is, or is a third of.
-
-    >>> parameter_of("visual.transformer.resblocks.7.attn.in_proj_weight.k")
-    'visual.transformer.resblocks.7.attn.in_proj_weight'
-    """
-    match = _THIRD.fullmatch(layer)
-    return match[1] if match else layer
-
-
-def third_of(layer: str) -> int | None:
-    """Return which third of its parameter a layer is: 0, 1, 2; None where it is all of it."""
-    match = _THIRD.fullmatch(layer)
-    return LETTERS.index(match[2]) if match else None
-
-
-def layers_of(parameters: Iterable[str], qkv: Qkv) -> list[str]:
-    """Return the layers that may be edited among a model's parameters, sorted."""
-    layers = filter(is_candidate, sorted(parameters))
-    if qkv is Qkv.FUSED:
-        return list(layers)
-    return [
-        layer
-        for whole in layers
-        for layer in ([f"{whole}.{x}" for x in LETTERS] if _FUSED.search(whole) else [whole])
-    ]
-
-
-def is_of(qkv: Qkv, layer: str) -> bool:
-    """Return whether a layer is one where query, key and value are fused, or split."""
-    return not _FUSED.search(layer) if qkv is Qkv.SPLIT else third_of(layer) is None
-
-
-def both_held(layers: Iterable[str]) -> str | None:
-    """Return a parameter that is held as a whole and in thirds as well, if there is one."""
-    known = set(layers)
-    return next((parameter_of(name) for name in sorted(known) if _overlaps(name, known)), None)
-
-
-def held(layer: str, values: Any) -> Any:
-    """Return a layer's rows of its parameter's values, array or tensor, as a view."""
-    third = third_of(layer)
-    return values if third is None else rows_of(third, values)
-
-
-def put(layer: str, new: Any, *, into: Any) -> Any:
-    """Return a parameter's values, an array, with new ones for a layer; `into` stays as it is."""
-    if third_of(layer) is None:
-        return new
-    values = into.copy()
-    held(layer, values)[...] = new
-    return values
-
-
-def rows_of(third: int, values: Any) -> Any:
-    """Return a third of the rows of an array or tensor, as a view."""
-    rows = values.shape[0] // len(LETTERS)
-    return values[third * rows : (third + 1) * rows]
-
-
-def _overlaps(layer: str, known: set[str]) -> bool:
-    return third_of(layer) is not None and parameter_of(layer) in known

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import LETTERS, parameter_of, rows_of, third_of, tower_of
+from slsgu_cli.checkpoints.layers import LETTERS, Layer, block_count, third_of
 from slsgu_cli.checkpoints.tensor_file import Raw, TensorFile
 from slsgu_cli.checkpoints.weights import open_weights, weight_files
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
 
-_LAYER_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _FUSED = re.compile(r"attn\.in_proj_(weight|bias)")
 _IN_BLOCK = {
     "attn.out_proj": "self_attn.out_proj",
@@ -96,12 +95,12 @@ class TensorPlace:
     def take(self, layer: Any) -> Any:
         """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
         if self.part is not None:
-            layer = rows_of(self.part, layer)
+            layer = third_of(layer, self.part)
         return layer.T if self.transposed else layer
 
     def rows(self, values: Any) -> Any:
         """Return the rows of this tensor's values that belong to the layer, as a view."""
-        return values if self.within is None else rows_of(self.within, values)
+        return values if self.within is None else third_of(values, self.within)
 
     def held(self, values: Any) -> Any:
         """Return what `rows` does in open_clip's shape."""
@@ -125,28 +124,30 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
     return sorted(found, key=lambda home: (home.tower, home.prefix))
 
 
-def tensor_places(layer: str, home: TowerPlace) -> tuple[TensorPlace, ...]:
-    """Return the tensors of a tower that hold the layer open_clip calls `layer`, in order.
+def tensor_places(name: str, home: TowerPlace) -> tuple[TensorPlace, ...]:
+    """Return the tensors of a tower that hold the layer open_clip calls `name`, in order.
 
     Empty where the layer is of the other tower, or has no counterpart in this spelling.
     """
-    if tower_of(layer) is not home.tower:
+    layer = Layer.parse(name)
+    if layer.tower is not home.tower:
         return ()
-    name = parameter_of(layer).removeprefix(_PREFIX[home.tower])
-    third = third_of(layer)
+    name = layer.parameter.removeprefix(_PREFIX[home.tower])
     if home.spelling is Spelling.OPEN_CLIP:
         own = _PREFIX[Tower.VISION] if home.tower is Tower.VISION else ""
-        return (TensorPlace(f"{home.prefix}{own}{name}", within=third),)
+        return (TensorPlace(f"{home.prefix}{own}{name}", within=layer.third),)
     projection, key, inner = _PROJECTION[home.tower]
     if name == projection:
         return (TensorPlace(home.prefix.removesuffix(inner) + key, transposed=True),)
     if name in _OUTSIDE[home.tower]:
         return (TensorPlace(home.prefix + _OUTSIDE[home.tower][name]),)
-    block = _LAYER_BLOCK.fullmatch(name)
-    if block is None:
+    inside = name.removeprefix(f"transformer.resblocks.{layer.block}.")
+    if inside == name:
         return ()
-    found = _in_block(f"{home.prefix}encoder.layers.{block[1]}.", block[2])
-    return found if third is None else (TensorPlace(found[third].key),)
+    places = _in_block(f"{home.prefix}encoder.layers.{layer.block}.", inside)
+    if layer.third is None:
+        return places
+    return tuple(TensorPlace(place.key) for place in places if place.part == layer.third)
 
 
 def names(tower: Tower, blocks: int) -> list[str]:
@@ -198,7 +199,6 @@ def placed(
 
 # A shard's number in a file name, with or without a variant before or behind it.
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
-_STATE_BLOCK = re.compile(r"(?:resblocks|encoder\.layers)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +247,7 @@ class WeightSet:
 
     def blocks(self, home: TowerPlace) -> int:
         """Return how many blocks a tower has."""
-        names = (key for key in self.owners if key.startswith(home.prefix))
-        return max((int(m[1]) for key in names if (m := _STATE_BLOCK.search(key))), default=-1) + 1
+        return block_count(key for key in self.owners if key.startswith(home.prefix))
 
 
 def read_weight_set(paths: Iterable[Path]) -> WeightSet:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.layers import tower_of
+from slsgu_cli.checkpoints.layers import Layer, block_count
 from slsgu_cli.checkpoints.layouts import (
     Spelling,
     TowerPlace,
@@ -20,7 +20,6 @@ from slsgu_cli.checkpoints.layouts import (
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.method import Tower
 
-_LAYER_BLOCK = re.compile(r"(?:resblocks|blocks)\.(\d+)\.")
 _NORM = re.compile(r"ln_final|ln_post|attn_pool|(?:^|\.)norm\.|fc_norm")
 _PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|trunk\.head)")
 
@@ -52,14 +51,15 @@ class ReadFrom:
 
     def why_not(self, layer: str) -> str | None:
         """Return why the layer cannot influence the model; None where it can."""
-        if tower_of(layer) is not self.tower:
-            return f"the {tower_of(layer)} tower is not part of it"
-        block = _LAYER_BLOCK.search(layer)
-        if block and self.blocks is not None and int(block[1]) >= self.blocks:
-            return f"it reads {self.reads}, which lies before block {block[1]}"
-        if not block and not self.norm and _NORM.search(layer):
+        tower, block = Layer.parse(layer).tower, Layer.parse(layer).block
+        if tower is not self.tower:
+            return f"the {tower} tower is not part of it"
+        if block is not None:
+            unread = self.blocks is not None and block >= self.blocks
+            return f"it reads {self.reads}, which lies before block {block}" if unread else None
+        if not self.norm and _NORM.search(layer):
             return f"it reads {self.reads}, which lies before the final norm"
-        if not block and not self.projection and _PROJECTION.search(layer):
+        if not self.projection and _PROJECTION.search(layer):
             return f"it reads {self.reads}, which is not projected"
         return None
 
@@ -309,7 +309,6 @@ def _require_home(place: Path, states: Sequence[WeightSet], unread: dict[Path, s
         raise InputError(f"{place} holds no weights of a CLIP{why}")
 
 
-_RANKED_BLOCK = re.compile(r"(?:resblocks|blocks)\.(\d+)\.")
 Shapes = Mapping[str, tuple[int, ...]]
 
 # SDXL's second encoder is OpenCLIP's bigG, of this width.
@@ -368,11 +367,7 @@ def _of_kind(family: Family, shapes: Shapes, encoder: str | None) -> tuple[ReadF
 
 
 def _depth(shapes: Shapes, tower: Tower) -> int:
-    own = (name for name in shapes if name.startswith("visual.") is (tower is Tower.VISION))
-    return (
-        max((int(match[1]) for name in own if (match := _RANKED_BLOCK.search(name))), default=-1)
-        + 1
-    )
+    return block_count(name for name in shapes if Layer.parse(name).tower is tower)
 
 
 def _fits(encoder: Encoder, shapes: Shapes) -> bool:

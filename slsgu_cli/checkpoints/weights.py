@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
     CONVERT_HINT,
@@ -67,9 +67,9 @@ def read_layer(path: Path, layer: str) -> Floats:
     fp16 stays fp16 and fp64 stays fp64; fp32 and bf16 come as fp32.
     """
     file = open_weights(path)
-    name = file.resolve_name(parameter_of(layer))
+    name = file.resolve_name(Layer.parse(layer).parameter)
     half = file.entry(name).dtype == "F16"
-    values: Floats = held(layer, file.stored(name) if half else file.read(name))
+    values: Floats = Layer.parse(layer).rows(file.stored(name) if half else file.read(name))
     return values
 
 

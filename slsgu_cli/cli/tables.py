@@ -46,7 +46,7 @@ def _artifact(name: str) -> str:
     """Return an artifact's name with digests and the names of layers cut short."""
     if re.fullmatch(r"[0-9a-f]{24}", name):
         return name[:12]
-    return name.replace("transformer.resblocks.", "").removesuffix(".weight")
+    return known_as(name)
 
 
 def _step(value: float) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import tower_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import CacheBudget, SplitTower, text_tower, vision_tower
@@ -76,7 +76,9 @@ class _Measured:
         """Run the original model once, keeping what edits of `layers` will resume from."""
         budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), set(layers)
         stages = {
-            tower: sorted({self.tower(tower).stage_of(n) for n in names if tower_of(n) is tower})
+            tower: sorted(
+                {self.tower(tower).stage_of(n) for n in names if Layer.parse(n).tower is tower}
+            )
             for tower in Tower
         }
         groups = [*concepts, *others]

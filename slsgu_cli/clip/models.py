@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import Spelling
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.checkpoints.transformers_clip import (
@@ -227,7 +227,8 @@ def fingerprint(model: ResolvedModel) -> str:
 def read_layer(model: ResolvedModel, layer: str) -> Floats:
     """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
     if model.spelling is Spelling.TRANSFORMERS:
-        values: Floats = held(layer, ClipWeights(model.weights.parent).read(parameter_of(layer)))
+        whole = ClipWeights(model.weights.parent).read(Layer.parse(layer).parameter)
+        values: Floats = Layer.parse(layer).rows(whole)
         return values
     return read_open_clip_layer(model.weights, layer)
 

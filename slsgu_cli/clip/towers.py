@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slsgu_cli.checkpoints.layers import block_of
+
 EMBED = -1
-_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
 _MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
 
 
@@ -38,9 +39,8 @@ class SplitTower(ABC):
 
     def stage_of(self, parameter: str) -> int:
         """Return the first stage that `parameter` acts in."""
-        match = _BLOCK.search(parameter)
-        if match:
-            block = int(match.group(1))
+        block = block_of(parameter)
+        if block is not None:
             return 2 * block + bool(_MLP_HALF.search(parameter)) if self.halves else block
         is_head = re.search(
             r"ln_post|proj$|proj\.weight$|ln_final|(^|\.)norm\.|fc_norm|head", parameter

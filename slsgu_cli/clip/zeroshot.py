@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.checkpoints.layers import held, parameter_of, third_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.inputs import Pixels, by_length, prefetch, spans, staged
 from slsgu_cli.clip.towers import (
     EMBED,
@@ -252,13 +252,9 @@ def _through(
 @contextmanager
 def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
     """Give `layer` other values for the length of a block; no whole parameter is copied."""
-    parameter = model.get_parameter(parameter_of(layer))
+    parameter = model.get_parameter(Layer.parse(layer).parameter)
     original = parameter.data
-    if third_of(layer) is None:
-        parameter.data = values
-    else:
-        parameter.data = original.clone()
-        held(layer, parameter.data).copy_(values)
+    parameter.data = Layer.parse(layer).replaced(original, values)
     try:
         yield
     finally:
@@ -269,11 +265,12 @@ def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
 def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Iterator[None]:
     """Add moves, each a layer's change and how often, to a model for the length of a block."""
     values: dict[str, Tensor] = {}
-    for layer, change, factor in moves:
-        name = parameter_of(layer)
-        if name not in values:
-            values[name] = model.get_parameter(name).data.clone()
-        held(layer, values[name]).add_(change.to(values[name].device), alpha=factor)
+    for name, change, factor in moves:
+        layer = Layer.parse(name)
+        whole = values.get(layer.parameter)
+        if whole is None:
+            whole = values[layer.parameter] = model.get_parameter(layer.parameter).data.clone()
+        layer.rows(whole).add_(change.to(whole.device), alpha=factor)
     with ExitStack() as stack:
         for name, value in values.items():
             stack.enter_context(edited(model, name, value))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import is_candidate, tower_of
+from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.checkpoints.layouts import TensorPlace
 from slsgu_cli.downstream.subjects import Subject
 from slsgu_cli.method.moments import (
@@ -59,7 +59,7 @@ def moves_of(
         layer
         for layer, gradient in gradients.items()
         if is_candidate(layer)
-        and tower_of(layer) is live.home.tower
+        and Layer.parse(layer).tower is live.home.tower
         and live.encoder.why_not(layer) is None
         and gradient.count_nonzero()
     ]

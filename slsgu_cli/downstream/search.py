@@ -13,7 +13,7 @@ import torch
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
-from slsgu_cli.checkpoints.layers import find_layers, layers_of, parameter_of, tower_of
+from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip.evaluation import Evaluation, prepare
@@ -80,7 +80,7 @@ def clip_starts(
 def _score(ray: Move) -> LayerScore:
     return LayerScore(
         layer=ray.layer,
-        tower=tower_of(ray.layer) or Tower.TEXT,
+        tower=Layer.parse(ray.layer).tower or Tower.TEXT,
         shape=tuple(ray.weight.shape),
         importance=ray.importance,
         alignment=0.0,
@@ -218,7 +218,7 @@ def _require_same_clip(
 
     Norms tell: another precision changes them by a thousandth, another model by more.
     """
-    for layer in sorted({parameter_of(layer) for layer in layers}):
+    for layer in sorted({Layer.parse(layer).parameter for layer in layers}):
         value, known = subject.encoder.value(layer), header.weights[layer]
         same = tuple(value.shape) == tuple(known.shape)
         if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from slsgu_cli.checkpoints.layers import known_as, short
+from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import LayerScore, Tower, Trial, Trials
 from slsgu_cli.records.studies import NEW, Check, JointSearch, VerifiedModel
@@ -114,7 +114,8 @@ def step_plot(
     axes.set_ylim(0, 103)
     axes.set_ylabel("accuracy, %", color=INK)
     along = "" if ridge is None else f", ridge {ridge:g}"
-    title = f"{plain(short(layer))} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
+    name = plain(Layer.parse(layer).short)
+    title = f"{name} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
     return png(figure)
@@ -136,7 +137,7 @@ def _draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> None:
             edgecolor="white",
             linewidths=0.8,
             zorder=3,
-            label=plain(short(scores[i].layer), 34),
+            label=plain(Layer.parse(scores[i].layer).short, 34),
         )
     if others:
         axes.scatter(

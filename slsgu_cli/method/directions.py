@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import InputError, SlsguError
@@ -47,7 +47,7 @@ class Moments:
 
     def has(self, layer: str) -> bool:
         """Return whether the moments of the layer's inputs are known."""
-        return parameter_of(layer) in self.places
+        return Layer.parse(layer).parameter in self.places
 
     def metric(self, layer: str, ridge: float) -> "RetainMetric":
         """Return the inner product that the layer's retained inputs make of its changes.
@@ -58,7 +58,7 @@ class Moments:
 
         from slsgu_cli.method.moments import RetainMetric, exact_device
 
-        name = parameter_of(layer)
+        name = Layer.parse(layer).parameter
         path, found = self.places[name]
         values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
         return RetainMetric(values.to(exact_device(self.device)), found.axis, ridge)
@@ -103,7 +103,7 @@ def ensure_moments(
     """
     device = pick_device(device)
     known = find_moments(store, pointer, device)
-    wanted = {parameter_of(layer) for layer in layers}
+    wanted = {Layer.parse(layer).parameter for layer in layers}
     missing = sorted(wanted - set(known.places) - known.unseen)
     if missing:
         progress.note(
@@ -120,8 +120,9 @@ def ensure_moments(
 
 def layer_gradient(store: Store, address: str, layer: str) -> Floats:
     """Return fp32 the gradient of a layer from the gradients at an address of the store."""
-    name = parameter_of(layer)
-    values: Floats = held(layer, store.read_tensors(gradient_path(address), [name])[name])
+    name = Layer.parse(layer).parameter
+    whole = store.read_tensors(gradient_path(address), [name])[name]
+    values: Floats = Layer.parse(layer).rows(whole)
     return values
 
 

@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.apply import (
     carry,
 )
 from slsgu_cli.checkpoints.edits import Edit, load_edit, make_edit
-from slsgu_cli.checkpoints.layers import find_layers, is_of, layers_of, tower_of
+from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.layouts import Spelling, read_weight_sets
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import read_layer, resolve
@@ -67,7 +67,7 @@ def edit_for(
             hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
             f"`slsgu search {quote(name)}`",
         )
-    if options.qkv and not is_of(options.qkv, edit.header.layer):
+    if options.qkv and not Layer.parse(edit.header.layer).is_of(options.qkv):
         raise StaleError(
             f"the edit {name} changes {edit.header.layer}, which is no layer where query, key "
             f"and value are {options.qkv}",
@@ -131,7 +131,7 @@ def direct_edit(
     header = store.read_header(path, GradientHeader)
     whole, split = (find_layers(layer, layers_of(header.weights, qkv)) for qkv in Qkv)
     fitting = whole or split
-    tower = tower_of(fitting[0]) if len(fitting) == 1 else None
+    tower = Layer.parse(fitting[0]).tower if len(fitting) == 1 else None
     if tower is None:
         raise UsageError(
             f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import tower_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.inputs import by_length, pixel_normalizer, prefetch, spans, staged, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.records.method import Tower
@@ -119,7 +119,7 @@ def input_moments(
     rows = chosen_rows(block.rows)
     inputs = InputMoments(model, layers)
     size = ROWS_PER_FORWARD[device.partition(":")[0]]
-    towers = {tower_of(layer) for layer in layers}
+    towers = {Layer.parse(layer).tower for layer in layers}
     if Tower.TEXT in towers:
         tokens = to_tokens(block.tokens[rows], "cpu")
         _run_texts(text_tower(model), inputs, tokens, size, device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import slsgu_cli
-from slsgu_cli.checkpoints.layers import layers_of, selected, third_of, tower_of
+from slsgu_cli.checkpoints.layers import Layer, layers_of, selected
 from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.models import ResolvedModel, read_layer
@@ -70,7 +70,7 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
     candidates = [
         layer
         for layer in layers_of(header.weights, options.qkv)
-        if options.tower in (None, tower_of(layer))
+        if options.tower in (None, Layer.parse(layer).tower)
         and selected(layer, include=options.include, exclude=options.exclude)
     ]
     unreached = _unreached(header, candidates, options)
@@ -80,7 +80,8 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
     if whitened and layers:
         moments = ensure_moments(store, manifest, pointer, layers, device=options.device)
         layers = [layer for layer in layers if moments.has(layer)]
-    model = graded_model(pointer) if any(third_of(layer) is not None for layer in layers) else None
+    split = any(Layer.parse(layer).third is not None for layer in layers)
+    model = graded_model(pointer) if split else None
     weights = _Weights(header, model)
     scored = (_score(store, pointer, weights, layer, options, moments) for layer in layers)
     scores = [score for score in scored if score is not None]
@@ -145,7 +146,7 @@ class _Weights:
         return mean_square_output(weight, metric.moment, metric.axis)
 
     def _third(self, layer: str) -> Floats | None:
-        if self.model is None or third_of(layer) is None:
+        if self.model is None or Layer.parse(layer).third is None:
             return None
         return read_layer(self.model, layer).astype(np.float32, copy=False)
 
@@ -172,7 +173,7 @@ def _score(
         )
     forget_norm = norm(forget)
     weight = weights.norm(layer)
-    tower = tower_of(layer)
+    tower = Layer.parse(layer).tower
     if not forget_norm or not weight.norm or tower is None:
         return None
     retain_norm = norm(retain)

@@ -8,7 +8,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, accuracy
 from slsgu_cli.clip.zeroshot import (
     ImageSide,
@@ -43,8 +43,8 @@ class Probe:
     _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        parameter = self.evaluation.model.get_parameter(parameter_of(self.score.layer))
-        self.weight = held(self.score.layer, parameter.data)
+        layer = Layer.parse(self.score.layer)
+        self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.direction.cpu().numpy())
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, recognised
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, accuracy, prepare, prompt_side
 from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.models import Tokenize
@@ -161,9 +161,10 @@ def open_model(
 def add_edit(model: nn.Module, edit: Edit) -> None:
     """Move the edit's layer of `model`. Raises StaleError where it is not the layer it was."""
     header = edit.header
-    parameter = dict(model.named_parameters()).get(parameter_of(header.layer))
+    layer = Layer.parse(header.layer)
+    parameter = dict(model.named_parameters()).get(layer.parameter)
     known = parameter is not None and recognised(
-        held(header.layer, parameter.detach().cpu().numpy()), "F32", header.digests
+        layer.rows(parameter.detach().cpu().numpy()), "F32", header.digests
     )
     if parameter is None or not known:
         raise StaleError(
@@ -172,7 +173,7 @@ def add_edit(model: nn.Module, edit: Edit) -> None:
         )
     delta = torch.from_numpy(edit.delta()).to(parameter.device)
     parameter.data = parameter.data.clone()
-    held(header.layer, parameter.data).add_(edit.factor * delta)
+    layer.rows(parameter.data).add_(edit.factor * delta)
 
 
 @contextmanager

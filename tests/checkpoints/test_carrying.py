@@ -15,7 +15,7 @@ from tiny_targets import llava, pipeline, save, tower, under
 from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import CarryOptions, carry
-from slsgu_cli.checkpoints.layers import held, parameter_of
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, StaleError, UsageError
 
@@ -119,7 +119,7 @@ def _ckpt(folder, weights):
 
 
 def edit_of(state, layer, *, name="facebook", seed=0, factor=0.05):
-    before = held(layer, state[parameter_of(layer)].numpy())
+    before = Layer.parse(layer).rows(state[Layer.parse(layer).parameter].numpy())
     rng = np.random.default_rng(seed)
     delta = (factor * rng.standard_normal(before.shape)).astype(np.float32)
     return edit(layer, delta, before, name=name)

@@ -1,14 +1,15 @@
+import numpy as np
 import open_clip
 import pytest
 import tiny_clip
+import torch
 
 from slsgu_cli.checkpoints.layers import (
+    Layer,
     find_layers,
     is_candidate,
     known_as,
     selected,
-    short,
-    tower_of,
 )
 from slsgu_cli.records.method import Tower
 
@@ -33,10 +34,10 @@ def test_candidates_of_a_clip_are_its_matrices_and_norms():
 
 
 def test_candidates_with_a_text_tower_of_its_own_are_the_same():
-    plain = {n for n in candidates(tiny_clip.fresh_model()) if tower_of(n) is Tower.TEXT}
+    plain = {n for n in candidates(tiny_clip.fresh_model()) if Layer.parse(n).tower is Tower.TEXT}
     config = tiny_clip.CONFIG | {"custom_text": True, "init_logit_bias": -2.0}
     custom = candidates(tiny_clip.fresh_model(config))
-    texts = {name.removeprefix("text.") for name in custom if tower_of(name) is Tower.TEXT}
+    texts = {name.removeprefix("text.") for name in custom if Layer.parse(name).tower is Tower.TEXT}
     assert texts == plain
 
 
@@ -80,12 +81,13 @@ def test_what_is_added_scaled_or_looked_up_is_no_candidate(name):
 )
 def test_layers_of_other_families_are_candidates(name):
     assert is_candidate(name)
-    assert tower_of(name) is (Tower.VISION if name.startswith("visual") else Tower.TEXT)
+    assert Layer.parse(name).tower is (Tower.VISION if name.startswith("visual") else Tower.TEXT)
 
 
 def test_scales_and_decoders_belong_to_no_tower():
-    assert tower_of("logit_scale") is tower_of("text_decoder.ln_final.weight") is None
-    assert tower_of("token_embedding.weight") is Tower.TEXT
+    assert Layer.parse("logit_scale").tower is None
+    assert Layer.parse("text_decoder.ln_final.weight").tower is None
+    assert Layer.parse("token_embedding.weight").tower is Tower.TEXT
 
 
 @pytest.mark.parametrize(
@@ -114,15 +116,44 @@ def test_short_names_tell_the_layers_of_a_tower_apart(name):
     assert config is not None
     parts = [f"{kind}.{index}.weight" for kind in ("mlp.c_fc", "ln_1") for index in range(12)]
     for tower in ("visual.transformer.resblocks.", "text.transformer.resblocks.", "visual.trunk."):
-        assert len({short(tower + part) for part in parts}) == len(parts)
+        assert len({Layer.parse(tower + part).short for part in parts}) == len(parts)
 
 
 def test_short_names_leave_out_what_all_share():
-    assert short("visual.transformer.resblocks.11.mlp.c_fc.weight") == "11.mlp.c_fc"
-    assert short("transformer.resblocks.0.attn.in_proj_weight") == "0.attn.in_proj_weight"
-    assert short("text.transformer.resblocks.0.ln_1.weight") == "0.ln_1"
-    assert short("visual.trunk.blocks.3.attn.qkv.weight") == "blocks.3.attn.qkv"
-    assert short("text_projection") == "text_projection"
+    shorter = {
+        "visual.transformer.resblocks.11.mlp.c_fc.weight": "11.mlp.c_fc",
+        "transformer.resblocks.0.attn.in_proj_weight": "0.attn.in_proj_weight",
+        "text.transformer.resblocks.0.ln_1.weight": "0.ln_1",
+        "visual.trunk.blocks.3.attn.qkv.weight": "blocks.3.attn.qkv",
+        "text_projection": "text_projection",
+    }
+    assert {name: Layer.parse(name).short for name in shorter} == shorter
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("visual.transformer.resblocks.11.mlp.c_fc.weight", 11),
+        ("visual.trunk.blocks.3.attn.qkv.weight.v", 3),
+        ("text_model.encoder.layers.4.self_attn.k_proj.weight", 4),
+        ("visual.layer1.0.conv1.weight", None),
+        ("model.down_blocks.2.weight", None),
+    ],
+)
+def test_the_block_is_told_by_the_name(name, block):
+    assert Layer.parse(name).block == block
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor])
+def test_a_layers_rows_are_taken_and_replaced_in_arrays_and_tensors(make):
+    values = make(np.arange(12.0).reshape(6, 2))
+    layer = Layer.parse("transformer.resblocks.0.attn.in_proj_weight.k")
+    assert layer.rows(values).tolist() == [[4, 5], [6, 7]]
+    new = layer.replaced(values, make(np.zeros((2, 2))))
+    assert new.tolist() == [[0, 1], [2, 3], [0, 0], [0, 0], [8, 9], [10, 11]]
+    assert values.tolist()[2] == [4, 5]
+    whole = Layer.parse(layer.parameter)
+    assert whole.rows(values) is values and whole.replaced(values, new) is new
 
 
 def test_the_name_in_tables_is_short_and_one_layers_own():

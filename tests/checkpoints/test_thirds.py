@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.checkpoints.layers import both_held, layers_of, parameter_of, third_of
+from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
 from slsgu_cli.cli.app import app
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.clip.zeroshot import moved
@@ -49,7 +49,8 @@ def rows(values, letter):
     ],
 )
 def test_a_third_is_told_by_its_name(layer, parameter, third):
-    assert (parameter_of(layer), third_of(layer)) == (parameter, third)
+    parsed = Layer.parse(layer)
+    assert (parsed.parameter, parsed.third) == (parameter, third)
 
 
 def test_split_layers_take_the_place_of_fused_ones():
@@ -118,7 +119,7 @@ def test_a_search_of_thirds_is_the_plain_search(world, layers):
             assert figures.utility[name] == pytest.approx((found.top1, found.top5))
     edit = load_edit(world.store, world.name)
     assert edit.header.layer == result.chosen.layer
-    gradient = rows(plain.gradient[parameter_of(edit.header.layer)], edit.header.layer[-1])
+    gradient = rows(plain.gradient[Layer.parse(edit.header.layer).parameter], edit.header.layer[-1])
     np.testing.assert_allclose(edit.delta(), result.chosen.step * gradient, rtol=1e-6)
 
 

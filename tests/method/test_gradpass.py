@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
-from slsgu_cli.checkpoints.layers import is_candidate, tower_of
+from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.clip import models
 from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import InputError
@@ -241,7 +241,7 @@ def test_gradients_are_slopes(loss, folders, spec):
     model = load(folder).double()
     names = [name for name in gradients if is_candidate(name)][::5]
     names += ["visual.conv1.weight", "visual.proj", "logit_scale"]
-    assert {tower_of(name) for name in names if is_candidate(name)} == {"vision", "text"}
+    assert {Layer.parse(name).tower for name in names if is_candidate(name)} == {"vision", "text"}
     rng = np.random.default_rng(1)
     for name in names:
         parameter = model.get_parameter(name)

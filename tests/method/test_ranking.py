@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from slsgu_cli.checkpoints.layers import is_candidate, tower_of
+from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.records.method import Alignment, Direction, GradientHeader, ParameterNorm, Tower
@@ -39,7 +39,7 @@ def test_scores_are_the_papers(world):
         assert score.alignment == pytest.approx(cosine, rel=1e-6, abs=1e-12)
         assert score.weight_norm == pytest.approx(np.linalg.norm(w), rel=1e-6)
         assert score.shape == weights[score.layer].shape
-        assert score.tower is tower_of(score.layer)
+        assert score.tower is Layer.parse(score.layer).tower
 
 
 @pytest.mark.parametrize("kind", list(Alignment))
