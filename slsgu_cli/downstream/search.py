@@ -12,13 +12,12 @@ import torch
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import make_edit, write_edit
+from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import pick_device, resolve, tokenizer
+from slsgu_cli.clip.models import pick_device, tokenizer
 from slsgu_cli.downstream.directions import Move, TargetRun, by_gain, moves_of
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
@@ -26,11 +25,10 @@ from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageErr
 from slsgu_cli.method.directions import RIDGE, layer_gradient
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.scoring import next_step
-from slsgu_cli.method.search_plan import compact
+from slsgu_cli.method.search_plan import compact, unmeasured_edit
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.method import (
     Direction,
-    EditHeader,
     Effect,
     GradientHeader,
     GradientPointer,
@@ -297,37 +295,27 @@ def _write_edit(
 ) -> str:
     trials = run.trials
     ray = next(ray for ray in tried if ray.layer == chosen.layer)
-    before = ray.weight.cpu().numpy()
-    name = target_edit(manifest.name, Path(trials.target))
     after = Effect(chosen.concept, chosen.others or Share(0, 0))
-    header = EditHeader(
-        name=name,
-        concept=manifest.concept,
+    edit = unmeasured_edit(
+        manifest,
+        pointer,
         layer=chosen.layer,
         tower=chosen.tower,
         step=chosen.step,
         share=chosen.share,
-        model=pointer.model,
-        model_fingerprint=pointer.model_fingerprint,
-        digests=layer_digests(before),
-        gradient=pointer.forget,
         direction=trials.direction,
         ridge=trials.ridge,
         retain_data=pointer.retain_data,
-        steer=None,
-        margin=None,
+        delta=(chosen.step * ray.direction).cpu().numpy(),
+        before=compact(ray.weight.cpu().numpy()),
+    )
+    measured = replace(
+        edit.header,
+        name=target_edit(manifest.name, Path(trials.target)),
         forgotten=run.reaches(chosen),
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility=None,
-        joint=None,
-        version=slsgu_cli.__version__,
-        layout=resolve(pointer.model).spelling,
         target=TargetFigures(
             trials.target, trials.target_fingerprint, trials.before or after, after
         ),
     )
-    delta = (chosen.step * ray.direction).cpu().numpy()
-    write_edit(store, make_edit(header, delta=delta, before=compact(before)))
-    return name
+    write_edit(store, replace(edit, header=measured))
+    return measured.name

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import (
     AppliedResult,
@@ -15,7 +14,7 @@ from slsgu_cli.checkpoints.apply import (
     apply_edits,
     carry,
 )
-from slsgu_cli.checkpoints.edits import Edit, load_edit, make_edit
+from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.layouts import Spelling, read_weight_sets
 from slsgu_cli.checkpoints.targets import read_target
@@ -25,8 +24,8 @@ from slsgu_cli.method.directions import ensure_moments, forget_direction
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import SearchResult, search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import Direction, EditHeader, GradientHeader, Qkv, Ranking, Tower
+from slsgu_cli.method.search_plan import SearchOptions, unmeasured_edit
+from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Qkv, Ranking, Tower
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
     edit_path,
@@ -123,54 +122,42 @@ def direct_edit(
     `options` say which direction, and how it is whitened. Raises UsageError where the
     gradients have no such layer.
     """
-    from slsgu_cli.checkpoints.weights import layer_digests
-
+    options = options or RankOptions()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
-    path = gradient_path(pointer.forget)
-    header = store.read_header(path, GradientHeader)
-    whole, split = (find_layers(layer, layers_of(header.weights, qkv)) for qkv in Qkv)
-    fitting = whole or split
-    tower = Layer.parse(fitting[0]).tower if len(fitting) == 1 else None
-    if tower is None:
-        raise UsageError(
-            f"--layer {layer} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
-            hint=f"run `slsgu rank {quote(name)}` for their names",
-        )
-    options = options or RankOptions()
+    moved = _named_layer(store, pointer, layer)
     whitened = options.direction is Direction.WHITENED
     moments = None
     if whitened:
-        moments = ensure_moments(store, manifest, pointer, fitting, device=options.device)
-    along = forget_direction(store, pointer, fitting[0], ridge=options.ridge, moments=moments)
-    model = resolve(pointer.model)
-    before = read_layer(model, fitting[0])
-    edit = EditHeader(
-        name=name,
-        concept=manifest.concept,
-        layer=fitting[0],
-        tower=tower,
+        moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
+    along = forget_direction(store, pointer, moved.name, ridge=options.ridge, moments=moments)
+    before = read_layer(resolve(pointer.model), moved.name)
+    return unmeasured_edit(
+        manifest,
+        pointer,
+        layer=moved.name,
+        tower=moved.tower or Tower.TEXT,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
-        model=pointer.model,
-        model_fingerprint=pointer.model_fingerprint,
-        digests=layer_digests(before),
-        gradient=pointer.forget,
         direction=options.direction,
         ridge=options.ridge if whitened else None,
         retain_data=pointer.retain_data if whitened else None,
-        steer=None,
-        margin=None,
-        forgotten=None,
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility=None,
-        joint=None,
-        version=slsgu_cli.__version__,
-        layout=model.spelling,
+        delta=step * along,
+        before=before,
     )
-    return make_edit(edit, delta=step * along, before=before)
+
+
+def _named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
+    """Return the one layer of the gradients that `text` means. Raises UsageError."""
+    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
+    whole, split = (find_layers(text, layers_of(header.weights, qkv)) for qkv in Qkv)
+    fitting = whole or split
+    if len(fitting) != 1:
+        raise UsageError(
+            f"--layer {text} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
+            hint=f"run `slsgu rank {quote(pointer.name)}` for their names",
+        )
+    return Layer.parse(fitting[0])
 
 
 def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:

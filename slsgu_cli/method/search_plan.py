@@ -7,7 +7,9 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
+from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import find_layers
+from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.method.directions import Moments, ensure_moments, forget_direction
@@ -22,6 +24,7 @@ from slsgu_cli.records.method import (
     Qkv,
     Ranking,
     Steer,
+    Tower,
     Trial,
     Trials,
 )
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from slsgu_cli.checkpoints.edits import Edit
     from slsgu_cli.clip.evaluation import Evaluation
     from slsgu_cli.method.trial import Probe
 
@@ -206,28 +208,71 @@ def recorded_trials(store: Store, path: str, fresh: Trials) -> Trials:
     return replace(fresh, trials=old.trials)
 
 
+def unmeasured_edit(
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    *,
+    layer: str,
+    tower: Tower,
+    step: float,
+    share: float,
+    direction: Direction,
+    ridge: float | None,
+    retain_data: str | None,
+    delta: "npt.NDArray[np.float32]",
+    before: "npt.NDArray[np.floating]",
+) -> Edit:
+    """Return the edit that adds `delta` to a layer of a set's model, with no figures of it.
+
+    `before` are the layer's values, `share` is the step's length over their norm.
+    """
+    header = EditHeader(
+        name=manifest.name,
+        concept=manifest.concept,
+        layer=layer,
+        tower=tower,
+        step=step,
+        share=share,
+        model=pointer.model,
+        model_fingerprint=pointer.model_fingerprint,
+        digests=layer_digests(before),
+        gradient=pointer.forget,
+        direction=direction,
+        ridge=ridge,
+        retain_data=retain_data,
+        steer=None,
+        margin=None,
+        forgotten=None,
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        joint=None,
+        version=slsgu_cli.__version__,
+        layout=resolve(pointer.model).spelling,
+    )
+    return make_edit(header, delta=delta, before=before)
+
+
 def searched_edit(
     case: SearchPlan, probe: "Probe", trials: Trials, chosen: Trial, joint: JointRef | None = None
-) -> "Edit":
+) -> Edit:
     """Return the edit that a chosen trial of a search amounts to."""
-    from slsgu_cli.checkpoints.edits import make_edit
-    from slsgu_cli.checkpoints.weights import layer_digests
-
-    before = probe.weight.cpu().numpy()
-    header = EditHeader(
-        name=case.name,
-        concept=case.manifest.concept,
+    edit = unmeasured_edit(
+        case.manifest,
+        case.pointer,
         layer=chosen.layer,
         tower=chosen.tower,
         step=chosen.step,
         share=chosen.share,
-        model=case.pointer.model,
-        model_fingerprint=case.pointer.model_fingerprint,
-        digests=layer_digests(before),
-        gradient=case.pointer.forget,
         direction=trials.direction,
         ridge=chosen.ridge,
         retain_data=trials.retain_data,
+        delta=(chosen.step * probe.direction).cpu().numpy(),
+        before=compact(probe.weight.cpu().numpy()),
+    )
+    measured = replace(
+        edit.header,
         steer=trials.steer,
         margin=trials.margin,
         forgotten=left_to_forget(chosen, trials.steer, trials.margin) == 0,
@@ -236,11 +281,8 @@ def searched_edit(
         forget=chosen.forget,
         utility=chosen.utility,
         joint=joint,
-        version=slsgu_cli.__version__,
-        layout=resolve(case.pointer.model).spelling,
     )
-    delta = (chosen.step * probe.direction).cpu().numpy()
-    return make_edit(header, delta=delta, before=compact(before))
+    return replace(edit, header=measured)
 
 
 def compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":
