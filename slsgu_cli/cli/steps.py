@@ -411,18 +411,11 @@ def evaluate(
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
     """
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.evaluate import measure
+    from slsgu_cli.method import evaluate as evaluation
 
-    spec, console = opt.model_spec(model, pretrained), session.console
-    if len(names) == 1:
-        found = measure(session.store, names[0], model=spec, device=device)
-        tables.measured(console, found)
-        return
-    from slsgu_cli.cli import study
-    from slsgu_cli.method.evaluate import measure_several
-
-    several = measure_several(session.store, names, model=spec, device=device)
-    study.show_measured_several(console, several)
+    spec = opt.model_spec(model, pretrained)
+    result = evaluation.evaluate(session.store, names, model=spec, device=device)
+    tables.evaluated(session.console, result)
 
 
 @command(app, "ls")

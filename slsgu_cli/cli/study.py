@@ -10,13 +10,11 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.cli.tables import before_after
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.records.method import Accuracy, Precision, Steer
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.method.evaluate import SeveralMeasured
     from slsgu_cli.method.search_plan import SearchOptions
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
@@ -162,12 +160,6 @@ def _paired(console: "Console", before: Sequence[float], after: Sequence[float])
     if console.on_terminal:
         return [f"{one:.1f} {other:.1f}" for one, other in pairs]
     return [figure for pair in pairs for figure in pair]
-
-
-def show_measured_several(console: "Console", found: "SeveralMeasured") -> None:
-    """Print forget accuracy of each concept and utility, before and after."""
-    before_after(console, {model.label: (model.forget, model.utility) for model in found.models})
-    console.paths("plots", [found.plot])
 
 
 def _steps(console: "Console", found: "Trajectory") -> None:

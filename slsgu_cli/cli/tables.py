@@ -15,7 +15,7 @@ from slsgu_cli.records.sets import SetManifest
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.method.evaluate import Measured
+    from slsgu_cli.method.evaluate import EvalResult
     from slsgu_cli.method.gradients import GradResult
     from slsgu_cli.method.search import SearchResult
     from slsgu_cli.store.catalog import Entry
@@ -234,9 +234,14 @@ def applied(console: "Console", result: "AppliedResult") -> None:
         console.note(f"open_clip loads it as {result.model}")
 
 
-def measured(console: "Console", result: "Measured") -> None:
+def evaluated(console: "Console", result: "EvalResult") -> None:
     """Print the accuracies of each model that was measured."""
-    before_after(console, {m.label: (m.forget, m.utility) for m in result.models})
+    single = result.names[0] if len(result.names) == 1 else None
+    figures: Figures = {
+        model.label: (model.forget[single] if single else model.forget, model.utility)
+        for model in result.models
+    }
+    before_after(console, figures)
     console.paths("plots", [result.plot])
 
 

@@ -1,29 +1,34 @@
-"""What models take a few images for, before and after."""
+"""What models take example images for, and how near names are, before and after an edit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, load_edit
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, load, resolve, tokenizer
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot
-from slsgu_cli.method.evaluate import Matrix, ShownClasses, choose_shown, cosines, with_edits
+from slsgu_cli.method.evaluate import Matrix, ShownClasses, choose_shown, with_edits
 from slsgu_cli.method.gradients import check_inputs
-from slsgu_cli.records.method import EditHeader, Tower
+from slsgu_cli.method.trial import UNMOVED, MovedModel
+from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.store.store import Store
 
-FORGOTTEN_DRAWN = 3
-OTHERS_DRAWN = 3
 GUESSES = 5
+
+# Images of the concept, and as many of other classes, one of each: in the figure, on the page.
+EXAMPLES_DRAWN, EXAMPLES_SHOWN = 3, 4
+
+# A class of an evaluation set may have thousands of images; their mean needs few.
+IMAGES_A_NAME = 50
 
 
 def draw_examples(
@@ -33,64 +38,15 @@ def draw_examples(
 
     Both models are loaded from where they lie, so what is drawn is what was written.
     """
-    examples: list[tuple[np.ndarray, str]] = []
     guesses: list[list[Guesses]] = []
     for spec in (before, after):
         model = resolve(spec)
-        module: Any = load(model, device)
-        whole = prepare(store, manifest, module, tokenize=tokenizer(model), device=device)
-        small = _few_rows(whole, manifest)
-        with torch.no_grad():
-            with progress.silent():
-                small.base_pass((), cache_bytes=0)
-            scale = float(module.logit_scale.exp())
-            groups = [small.forget, *small.utility.values()]
-            guesses.append([guess for group in groups for guess in guesses_of(group, scale)])
-        examples = [pair for group in groups for pair in labelled_images(group)]
-    rows = [
-        Example(image, label, first, second)
-        for (image, label), first, second in zip(examples, *guesses, strict=True)
-    ]
-    return before_after_plot(rows, concept=manifest.concept)
-
-
-def _few_rows(whole: Evaluation, manifest: SetManifest) -> Evaluation:
-    """Keep some forget images and one image each of the commonest other classes."""
-    name = manifest.forget_eval or ""
-    if name not in whole.utility:
-        name = next(iter(whole.utility))
-    group = whole.utility[name]
-    labels = group.images.labels.cpu().numpy()
-    common = np.argsort(-np.bincount(labels), kind="stable")[:OTHERS_DRAWN]
-    rows = np.array([np.flatnonzero(labels == index)[0] for index in common])
-    forget = whole.forget.some(np.arange(min(FORGOTTEN_DRAWN, len(whole.forget.images))))
-    return Evaluation(whole.model, whole.vision, whole.text, forget, {name: group.some(rows)})
-
-
-def guesses_of(group: EvaluationSet, scale: float) -> list[Guesses]:
-    """Return the most probable names of each image, the most probable first."""
-    logits = scale * group.images.features @ group.prompts.embeddings.T
-    top = logits.softmax(dim=-1).topk(min(GUESSES, len(group.names)))
-    return [
-        tuple((group.names[i], float(p)) for i, p in zip(indices, values, strict=True))
-        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-
-
-def labelled_images(group: EvaluationSet) -> list[tuple[np.ndarray, str]]:
-    """Return each image, uint8 (H, W, 3), with the name of its class."""
-    images = group.images.block.take(group.images.rows)
-    return [
-        (image, group.names[label])
-        for image, label in zip(images, group.images.labels.tolist(), strict=True)
-    ]
-
-
-FORGOTTEN_SHOWN = 4
-OTHERS_SHOWN = 4
-
-# A class of an evaluation set may have thousands of images; their mean needs few.
-IMAGES_A_NAME = 50
+        opened = _open(store, manifest, model, load(model, device), device)
+        examples = _examples(choose_shown(opened, [manifest]), EXAMPLES_DRAWN)
+        with torch.no_grad(), progress.silent():
+            _run_on(opened, examples)
+            guesses.append(_guesses_of_each(opened, examples, UNMOVED))
+    return before_after_plot(_labelled(examples, *guesses), concept=manifest.concept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +66,14 @@ class BeforeAfter:
 
 
 class GuessingModels:
-    """Looks at images with models that are loaded once each."""
+    """Models, loaded once each, and what they take images for before and after an edit."""
 
     def __init__(self, store: Store, *, device: str) -> None:
         self.store, self.device = store, device
-        self._loaded: dict[str, tuple[str, Any]] = {}
+        self._loaded: dict[str, tuple[str, nn.Module]] = {}
 
-    def look(self, manifest: SetManifest, header: EditHeader) -> BeforeAfter:
-        """Return what the model of an edit sees before and after it.
+    def before_after(self, manifest: SetManifest, header: EditHeader) -> BeforeAfter:
+        """Return what the model of an edit guesses before and after it.
 
         Raises StaleError where the model has other weights than the edit was made for, and
         InputError or MissingError where model or rows cannot be read.
@@ -128,78 +84,103 @@ class GuessingModels:
         if key not in self._loaded:
             module = load(model, self.device, warn=progress.warn)
             self._loaded[key] = fingerprint(model), module
-        known, module = self._loaded[key]
-        if known != header.model_fingerprint:
+        weights, module = self._loaded[key]
+        if weights != header.model_fingerprint:
             raise StaleError(
                 f"{header.model} has other weights than the edit {header.name} was made for",
                 hint=f"run `slsgu grad {quote(manifest.name)}`",
             )
+        opened = _open(self.store, manifest, model, module, self.device)
+        shown = _at_most(choose_shown(opened, [manifest]), IMAGES_A_NAME)
+        edited = MovedModel({header.tower: opened.tower(header.tower).stage_of(header.layer)}, {})
         with torch.no_grad():
-            whole = prepare(
-                self.store, manifest, module, tokenize=tokenizer(model), device=self.device
+            _run_on(
+                opened,
+                (*shown.concepts, shown.others),
+                header.layer,
+                cache_bytes=spare(self.device),
             )
-            shown = choose_shown(whole, manifest)
-            few = _few(whole, shown)
-            few.base_pass((header.layer,), cache_bytes=spare(self.device))
-            return _looks(few, shown, load_edit(self.store, header.name))
+            examples = _examples(shown, EXAMPLES_SHOWN)
+            before = shown.cosines(UNMOVED), _guesses_of_each(opened, examples, UNMOVED)
+            with with_edits(module, [load_edit(self.store, header.name)]):
+                after = shown.cosines(edited), _guesses_of_each(opened, examples, edited)
+        labels = shown.others.images.labels
+        return BeforeAfter(
+            examples=tuple(_labelled(examples, before[1], after[1])),
+            names=shown.names,
+            images=(
+                *(len(concept.images) for concept in shown.concepts),
+                *(int((labels == index).sum()) for index in shown.other_classes),
+            ),
+            thumbnails=shown.thumbnails,
+            before=before[0],
+            after=after[0],
+        )
 
 
-def _few(whole: Evaluation, shown: ShownClasses) -> Evaluation:
-    """Keep some images of the concept and of each of the other classes shown."""
-    group = whole.utility[shown.evaluation]
-    labels = group.images.labels.cpu().numpy()
-    rows = [np.flatnonzero(labels == index)[:IMAGES_A_NAME] for index in shown.classes[1:]]
-    forget = whole.forget.some(np.arange(min(IMAGES_A_NAME, len(whole.forget.images))))
-    others = group.some(np.concatenate(rows))
-    return Evaluation(whole.model, whole.vision, whole.text, forget, {shown.evaluation: others})
-
-
-def _looks(few: Evaluation, shown: ShownClasses, edit: Edit) -> BeforeAfter:
-    groups = (few.forget, few.utility[shown.evaluation])
-    picked = [np.arange(min(FORGOTTEN_SHOWN, len(few.forget.images))), _one_of_each(groups[1])]
-    before, named_before = cosines(few, shown), _named(few, groups, picked)
-    with with_edits(few.model, [edit]):
-        _run_on(few, groups, edit.header)
-    after, named_after = cosines(few, shown), _named(few, groups, picked)
-    images = [
-        pair
-        for group, rows in zip(groups, picked, strict=True)
-        for pair in labelled_images(group.some(rows))
+def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) -> list[Guesses]:
+    """Return the most probable names of each image, the most probable first."""
+    logits = scale * model.features(group.images) @ model.classes(group.prompts).T
+    top = logits.softmax(dim=-1).topk(min(GUESSES, len(group.names)))
+    return [
+        tuple((group.names[i], float(p)) for i, p in zip(indices, values, strict=True))
+        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
-    labels = groups[1].images.labels
-    counts = [len(few.forget.images), *(int((labels == i).sum()) for i in shown.classes[1:])]
-    examples = tuple(
-        Example(image, label, first, second)
-        for (image, label), first, second in zip(images, named_before, named_after, strict=True)
+
+
+def _open(
+    store: Store, manifest: SetManifest, model: ResolvedModel, module: nn.Module, device: str
+) -> SharedEvaluation:
+    return prepare_shared(store, [manifest], module, tokenize=tokenizer(model), device=device)
+
+
+def _at_most(shown: ShownClasses, images: int) -> ShownClasses:
+    """Keep so many images of each class, a class after another."""
+    return replace(
+        shown,
+        concepts=tuple(_first(concept, images) for concept in shown.concepts),
+        others=shown.others.some(shown.rows_of_others(images)),
     )
-    return BeforeAfter(examples, shown.names, tuple(counts), shown.thumbnails, before, after)
 
 
-def _one_of_each(group: EvaluationSet) -> np.ndarray:
-    """Return the first image of each of the first classes."""
-    labels = group.images.labels.cpu().numpy()
-    _, first = np.unique(labels, return_index=True)
-    return np.sort(first)[:OTHERS_SHOWN]
+def _first(group: EvaluationSet, images: int) -> EvaluationSet:
+    return group.some(np.arange(min(images, len(group.images))))
 
 
-def _run_on(few: Evaluation, groups: Sequence[EvaluationSet], header: EditHeader) -> None:
-    """Replace the features or class embeddings by those of the weights as they are now."""
-    stage = few.tower(header.tower).stage_of(header.layer)
-    if header.tower is Tower.VISION:
-        for group in groups:
-            group.images.features = group.images.after_edit(stage)
-        return
-    for prompts in {id(group.prompts): group.prompts for group in groups}.values():
-        prompts.embeddings = prompts.after_edit(stage)
+def _run_on(
+    opened: SharedEvaluation, groups: Sequence[EvaluationSet], *layers: str, cache_bytes: int = 0
+) -> None:
+    """Run the model over a concept's and others' images, keeping what `layers` resume from."""
+    concept, others = groups
+    few = Evaluation(opened.model, opened.vision, opened.text, concept, {"others": others})
+    few.base_pass(layers, cache_bytes=cache_bytes)
 
 
-def _named(
-    few: Evaluation, groups: Sequence[EvaluationSet], picked: Sequence[np.ndarray]
+def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
+    """Return so many images of the concept, and the first of each of so many other classes."""
+    (concept,) = shown.concepts
+    return [_first(concept, count), shown.others.some(shown.rows_of_others(1)[:count])]
+
+
+def _guesses_of_each(
+    opened: SharedEvaluation, examples: Sequence[EvaluationSet], model: MovedModel
 ) -> list[Guesses]:
-    scale = float(few.model.get_parameter("logit_scale").exp())
-    named: list[Guesses] = []
-    for group, rows in zip(groups, picked, strict=True):
-        some = group.some(rows)
-        some.images.features = group.images.features[torch.from_numpy(rows)]
-        named += guesses_of(some, scale)
-    return named
+    scale = float(opened.model.get_parameter("logit_scale").exp())
+    return [guess for group in examples for guess in guesses_of(group, scale, model)]
+
+
+def _labelled(
+    examples: Sequence[EvaluationSet], before: Sequence[Guesses], after: Sequence[Guesses]
+) -> list[Example]:
+    """Return the images, uint8 (H, W, 3), with their true names and what each model says."""
+    images = [
+        (image, group.names[label])
+        for group in examples
+        for image, label in zip(
+            group.images.block.take(group.images.rows), group.images.labels.tolist(), strict=True
+        )
+    ]
+    return [
+        Example(image, label, *guesses)
+        for (image, label), *guesses in zip(images, before, after, strict=True)
+    ]

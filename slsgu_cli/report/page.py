@@ -224,7 +224,7 @@ def _views(
             "before and after the edit (--no-examples leaves this out)"
         )
         try:
-            looks = viewer.look(manifest.record, edit.record)
+            looks = viewer.before_after(manifest.record, edit.record)
             found[dossier.name] = [effect.examples(looks), effect.cosines(looks)]
         except SlsguError as error:
             progress.warn(f"{dossier.name}: no images are shown: {error.message}")

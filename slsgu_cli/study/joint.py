@@ -14,7 +14,7 @@ from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
-from slsgu_cli.method.evaluate import choose_classes
+from slsgu_cli.method.evaluate import choose_shown
 from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.scoring import JointSteps, left_of, left_to_forget
 from slsgu_cli.method.search import read_plans, require_alike, search, share_evaluation, shares
@@ -305,7 +305,7 @@ def _draw(
     store: Store, joining: JointSearchRun, cases: Sequence[SearchPlan], found: JointSearch
 ) -> tuple[str, ...]:
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
-    shown = choose_classes(joining.evaluation, [case.manifest for case in cases])
+    shown = choose_shown(joining.evaluation, [case.manifest for case in cases])
     maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
     for count, stage in enumerate(found.stages, start=1):
         with joining.in_place(stage.moves) as model:

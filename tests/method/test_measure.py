@@ -13,7 +13,7 @@ from plain import Plain
 import slsgu_cli.method.evaluate
 from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.method.edit import ApplyRequest, apply_named
-from slsgu_cli.method.evaluate import measure
+from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -29,7 +29,7 @@ def plot(monkeypatch):
 
 
 def measured(world, model=None):
-    return measure(world.store, world.name, model=model, device="cpu")
+    return evaluate(world.store, [world.name], model=model, device="cpu")
 
 
 def find(world, **options):
@@ -42,7 +42,7 @@ def applied(world, out):
 
 
 def assert_figures(model, forget, utility):
-    assert model.forget == forget
+    assert model.forget == {"blue": forget}
     assert model.utility == utility
 
 
@@ -54,9 +54,9 @@ def test_the_applied_checkpoint_has_the_searchs_figures(layer, world, tmp_path):
     assert (before.label, after.label) == ("original", str(model))
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
-    assert after.forget.top1 < before.forget.top1
+    assert after.forget["blue"].top1 < before.forget["blue"].top1
     figures = Plain(world, open_clip.create_model(model.name).eval()).figures()
-    assert figures.forget == pytest.approx((after.forget.top1, after.forget.top5))
+    assert figures.forget == pytest.approx((after.forget["blue"].top1, after.forget["blue"].top5))
 
 
 def test_without_another_model_the_sets_edit_is_measured(world):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
-from slsgu_cli.clip.evaluation import prepare
+from slsgu_cli.clip.evaluation import prepare_shared
 from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.method.evaluate import choose_shown, cosines, with_edits
+from slsgu_cli.method.evaluate import choose_shown, with_edits
 from slsgu_cli.method.guesses import GuessingModels, guesses_of
 from slsgu_cli.store.store import Store
 
@@ -41,23 +41,22 @@ def edited(shared_world, tmp_path_factory):
 def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
     world = edited[layer]
     edit = load_edit(world.store, world.name)
-    looks = GuessingModels(world.store, device="cpu").look(world.manifest, edit.header)
+    looks = GuessingModels(world.store, device="cpu").before_after(world.manifest, edit.header)
 
     model = resolve(world.model)
     module = load(model)
     with torch.no_grad():
-        evaluation = prepare(
-            world.store, world.manifest, module, tokenize=tokenizer(model), device="cpu"
+        evaluation = prepare_shared(
+            world.store, [world.manifest], module, tokenize=tokenizer(model), device="cpu"
         )
         evaluation.base_pass((), cache_bytes=0)
-        shown = choose_shown(evaluation, world.manifest)
         scale = float(module.logit_scale.exp())
-        plain = [cosines(evaluation, shown)]
-        guesses = [guesses_of(evaluation.forget, scale)]
+        plain = [choose_shown(evaluation, [world.manifest]).cosines()]
+        guesses = [guesses_of(evaluation.forget[world.name], scale)]
         with with_edits(module, [edit]):
             evaluation.base_pass((), cache_bytes=0)
-        plain.append(cosines(evaluation, shown))
-        guesses.append(guesses_of(evaluation.forget, scale))
+        plain.append(choose_shown(evaluation, [world.manifest]).cosines())
+        guesses.append(guesses_of(evaluation.forget[world.name], scale))
 
     np.testing.assert_allclose(looks.before, plain[0], atol=1e-5)
     np.testing.assert_allclose(looks.after, plain[1], atol=1e-5)
@@ -76,4 +75,4 @@ def test_a_model_with_other_weights_is_refused(edited):
     header = replace(load_edit(world.store, world.name).header, model_fingerprint="other")
     viewer = GuessingModels(world.store, device="cpu")
     with pytest.raises(StaleError, match="other weights"):
-        viewer.look(world.manifest, header)
+        viewer.before_after(world.manifest, header)

@@ -58,7 +58,7 @@ def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
         asked.append(header.name)
         return looks()
 
-    monkeypatch.setattr(guesses.GuessingModels, "look", look)
+    monkeypatch.setattr(guesses.GuessingModels, "before_after", look)
     listener = Listener()
     fill(store, concept="castle", name="castle")
     store.remove("edits/castle.safetensors")
@@ -73,7 +73,7 @@ def test_a_model_that_is_another_now_is_told_on_the_page_and_to_the_user(store, 
     def look(self, manifest, header):
         raise StaleError("it has other weights", hint="run `slsgu grad mouse`")
 
-    monkeypatch.setattr(guesses.GuessingModels, "look", look)
+    monkeypatch.setattr(guesses.GuessingModels, "before_after", look)
     listener = Listener()
     written = write(store, out)
     assert "mouse: no images are shown: it has other weights" in listener.heard

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
 from slsgu_cli.method.edit import ApplyRequest, apply_named
-from slsgu_cli.method.evaluate import measure_several
+from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
@@ -41,7 +41,7 @@ def plots():
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("several_plot", "cosine_maps"):
             patch.setattr(joint_module, kind, lambda *_, **__: b"a plot")
-        patch.setattr("slsgu_cli.method.evaluate.cosine_maps", lambda *_, **__: b"a plot")
+        patch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
         yield
 
 
@@ -237,7 +237,7 @@ def test_sets_that_are_measured_on_other_rows_are_refused(apart):
     with pytest.raises(InputError, match="blue and red are not measured on the same rows"):
         find(world)
     with pytest.raises(InputError, match="not measured on the same rows"):
-        measure_several(world.store, NAMES, model=None, device="cpu")
+        evaluate(world.store, NAMES, model=None, device="cpu")
     listed = {entry.kind: entry for entry in entries(world.store)}
     assert listed[ArtifactKind.JOINT].state is Standing.STALE
 
@@ -258,7 +258,7 @@ def test_long_lists_have_short_labels():
 
 def test_eval_of_several_has_the_figures_of_the_search(searched):
     world, result = searched
-    found = measure_several(world.store, NAMES, model=None, device="cpu")
+    found = evaluate(world.store, NAMES, model=None, device="cpu")
     before, after = found.models
     assert before.forget == result.found.baseline_forget
     assert before.utility == result.found.baseline_utility

@@ -19,7 +19,7 @@ from slsgu_cli.cli import verify as cli_verify
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.verify import _checks
 from slsgu_cli.errors import MissingError, StaleError, UsageError
-from slsgu_cli.method.evaluate import measure
+from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.studies import NEW, Check, Settings, Verification
@@ -94,10 +94,10 @@ def world(edited, verified, tmp_path):
 
 def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
     monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
-    found = measure(edited.store, "blue", model=None, device="cpu")
+    found = evaluate(edited.store, ["blue"], model=None, device="cpu")
     for place, model in enumerate(found.models):
         (probe,) = finding(verified, Check.BASELINE, place).probes
-        assert probe.forget == model.forget
+        assert {"blue": probe.forget} == model.forget
     assert verified.subjects[0].label == "original"
     # 30 of the 56 other colours, and all shapes there are of 40 in it.
     assert {name: a.rows for name, a in probe.utility.items()} == {"first": 30, "second": 30}
@@ -105,7 +105,7 @@ def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
 
 def test_all_rows_are_measured_where_there_are_no_more(world, monkeypatch):
     monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
-    found = measure(world.store, "blue", model=None, device="cpu")
+    found = evaluate(world.store, ["blue"], model=None, device="cpu")
     result = run(world, rows=1000)
     for place, model in enumerate(found.models):
         assert finding(result, Check.BASELINE, place).probes[0].utility == model.utility
