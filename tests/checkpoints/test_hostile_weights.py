@@ -14,7 +14,8 @@ from checkpoints import CONTAINERS, header, save, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.checkpoints.weights import open_weights, patched_copy
+from slsgu_cli.checkpoints import torch_archive
+from slsgu_cli.checkpoints.weights import copy_spliced, open_weights, patched_copy
 from slsgu_cli.errors import InputError, MissingError
 
 
@@ -241,3 +242,52 @@ def test_a_directory_that_promises_more_than_the_file_holds(tmp_path: Path) -> N
     path.write_bytes(data)
     with pytest.raises(InputError, match="cut short"):
         open_weights(path)
+
+
+def repickled(path: Path, old: bytes, new: bytes) -> None:
+    """Replace bytes in the pickle of an archive, with checksums that are right."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            if name.endswith("data.pkl"):
+                assert data.count(old) == 1
+                data = data.replace(old, new)
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        b"K\x63\x85",  # 99 values where the storage has 5
+        b"J\xfb\xff\xff\xff\x85",  # -5 values
+    ],
+)
+def test_a_shape_that_its_storage_cannot_hold_is_refused(tmp_path: Path, shape: bytes) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.ones(5)}, path)
+    repickled(path, b"K\x05\x85", b"K\x05\x85")
+    np.testing.assert_array_equal(open_weights(path).read("w"), np.ones(5))
+    repickled(path, b"K\x05\x85", shape)
+    with pytest.raises(InputError):
+        open_weights(path).read("w")
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    path = save(state(), tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(InputError):
+        open_weights(path)
+
+
+def test_a_record_of_many_chunks_keeps_a_right_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_archive, "CHUNK", 64)
+    path, copy = tmp_path / "m.pt", tmp_path / "copy.pt"
+    torch.save({"w": torch.arange(100.0)}, path)
+    moved = np.arange(100, dtype=np.float32) + 1
+    copy_spliced(path, copy, open_weights(path).splices({"w": moved}))
+    with zipfile.ZipFile(copy) as archive:
+        assert archive.testzip() is None
+    np.testing.assert_array_equal(torch.load(copy)["w"].numpy(), moved)

@@ -30,6 +30,13 @@ def test_steps_that_forget_are_shortened_as_far_as_they_were_unknown():
     assert search.forgetting["a"] >= 0.7
 
 
+def test_small_steps_are_known_as_well_as_large_ones():
+    scale = 1e-3
+    search, _ = adjusted({"a": scale}, {"a": scale / 2}, lambda s: {"a": s["a"] < 0.7 * scale})
+    assert search.done
+    assert search.forgetting["a"] == pytest.approx(0.7 * scale, rel=2 * CLOSE)
+
+
 def test_only_what_is_still_recognised_is_raised():
     search, tried = adjusted(
         {"a": 1.0, "b": 1.0}, {"a": 0.99, "b": 0.99}, lambda s: {"a": 0, "b": s["b"] < 1.5}

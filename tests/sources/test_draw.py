@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.sources.draw import Candidate, Draw, priority
+from slsgu_cli.sources.draw import Candidate, Draw, first_met, priority
 
 
 def candidate(seed: int, index: int) -> Candidate:
@@ -40,3 +40,8 @@ def test_seeds_give_different_and_even_draws():
 
 def test_priority_takes_names_that_are_no_text():
     assert priority(1, "bad\udcff") != priority(2, "bad\udcff")
+
+
+def test_a_row_keeps_its_place_when_its_source_moves():
+    assert first_met("/here/laion/00001.tar", 7) == first_met("s3://there/laion/00001.tar", 7)
+    assert first_met("/here/laion/00001.tar", 7) != first_met("/here/coyo/00001.tar", 7)
