@@ -124,10 +124,6 @@ Ridge = Annotated[
     float | None,
     typer.Option("--ridge", min=1e-6, help="Of whitening: a share of the mean moment."),
 ]
-Ridges = Annotated[
-    list[float] | None,
-    typer.Option("--ridge", min=1e-6, help="Search with this ridge of whitening; repeatable."),
-]
 SteerOption = Annotated[
     Steer,
     typer.Option("--steer", help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth."),

@@ -243,7 +243,7 @@ def search(
         bool, typer.Option("--joint", help="Search edits that forget all of them together.")
     ] = False,
     direction: opt.DirectionOption = None,
-    ridge: opt.Ridges = None,
+    ridge: opt.Ridge = None,
     qkv: opt.QkvOption = None,
     steer: opt.SteerOption = Steer.FA1,
     margin: opt.Margin = None,
@@ -298,7 +298,7 @@ def search(
             full=full,
             encoder=encoder,
             device=device,
-            **opt.along(direction, ridge[0] if ridge else None),
+            **opt.along(direction, ridge),
             **opt.given(qkv=qkv),
         )
         return
@@ -308,7 +308,7 @@ def search(
     options = SearchOptions(
         layers=layer or (),
         direction=direction,
-        ridges=ridge or (),
+        ridge=ridge,
         qkv=qkv,
         steer=steer,
         **opt.given(margin=margin),

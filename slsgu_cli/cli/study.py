@@ -61,7 +61,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import edit_path, joint_path
 
-    found, chosen = result.found, result.chosen
+    found, chosen = result.record, result.chosen
     concepts = (
         Column("set"),
         Column("layer", shown=known_as),
@@ -249,7 +249,7 @@ def trajectory(
         ),
     ] = None,
     direction: opt.DirectionOption = None,
-    ridge: opt.Ridges = None,
+    ridge: opt.Ridge = None,
     steer: opt.SteerOption = Steer.FA1,
     margin: opt.Margin = None,
     precision: opt.PrecisionOption = Precision.FP32,
@@ -273,7 +273,7 @@ def trajectory(
             search=SearchOptions(
                 layers=layer or (),
                 direction=direction,
-                ridges=ridge or (),
+                ridge=ridge,
                 steer=steer,
                 **opt.given(margin=margin),
                 precision=precision,

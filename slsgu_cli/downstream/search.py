@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from shlex import quote
@@ -18,14 +19,13 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import pick_device, tokenizer
-from slsgu_cli.downstream.directions import Move, TargetRun, by_gain, moves_of
+from slsgu_cli.downstream.directions import TargetMove, by_gain, moves_of
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import RIDGE, layer_gradient
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.scoring import next_step
-from slsgu_cli.method.search_plan import compact, unmeasured_edit
+from slsgu_cli.method.search import Key, Move, StepSearch, bisection, compact, unmeasured_edit
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.method import (
     Direction,
@@ -37,6 +37,7 @@ from slsgu_cli.records.method import (
     Share,
     TargetFigures,
     Tower,
+    Trial,
 )
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.targets import Budget, GradientOf, TargetTrial, TargetTrials
@@ -50,43 +51,8 @@ from slsgu_cli.store.artifacts import (
 )
 from slsgu_cli.store.store import Store
 
-STEPS = 7
-
-
-def clip_starts(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, rays: Sequence[Move], device: str
-) -> dict[str, float]:
-    """Return for each layer the shortest step met at which CLIP's FA@1 is 0, where one is."""
-    device = pick_device(device)
-    resolved, module = load_graded(manifest, pointer, device)
-    whole = prepare(store, manifest, module, tokenize=tokenizer(resolved), device=device)
-    few = Evaluation(whole.model, whole.vision, whole.text, whole.forget, {})
-    few.base_pass((ray.layer for ray in rays), cache_bytes=spare(device))
-    starts = {}
-    for ray in rays:
-        probe = Probe(few, _score(ray), ray.direction.to(device))
-        tried: list[tuple[float, float]] = []
-        for _ in range(STEPS):
-            step = next_step(tried, 0.1 / ray.share(1.0))
-            tried.append((step, probe.trial(step).forget.top1))
-        enough = [step for step, left in tried if left == 0]
-        if enough:
-            starts[ray.layer] = min(enough)
-    return starts
-
-
-def _score(ray: Move) -> LayerScore:
-    return LayerScore(
-        layer=ray.layer,
-        tower=Layer.parse(ray.layer).tower or Tower.TEXT,
-        shape=tuple(ray.weight.shape),
-        importance=ray.importance,
-        alignment=0.0,
-        forget_norm=0.0,
-        retain_norm=0.0,
-        weight_norm=float(ray.weight.norm()),
-        front=True,
-    )
+# Trials a layer, on CLIP, for the step to begin with on the target.
+CLIP_STEPS = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,48 +91,223 @@ class SteerResult:
     edit: str
 
 
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """A set, the target to search on as it is loaded, and whose loss its layers move along."""
+
+    manifest: SetManifest
+    pointer: GradientPointer
+    options: SteerOptions
+    subject: Subject
+    judge: ModelSpec | None
+    gradient_of: GradientOf
+
+    @classmethod
+    def load(cls, store: Store, name: str, options: SteerOptions) -> "TargetPlan":
+        """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
+        manifest = read_manifest(store, name)
+        pointer = read_pointer(store, manifest)
+        target, budget, device = options.target, options.budget, options.device
+        if read_target(target).family not in PIPELINES:
+            llava = AskedSubject.load(store, manifest, target, budget, device=device)
+            gradient_of = options.gradient_of or GradientOf.TARGET
+            return cls(manifest, pointer, options, llava, None, gradient_of)
+        judge = options.judge or pointer.model
+        pipeline = PaintedSubject.load(
+            store, manifest, target, judge, budget, encoder=options.encoder, device=device
+        )
+        if options.gradient_of is GradientOf.TARGET:
+            raise UsageError(
+                "a diffusion pipeline moves along CLIP's own forget gradient",
+                hint="--gradient clip",
+            )
+        return cls(manifest, pointer, options, pipeline, judge, GradientOf.CLIP)
+
+    def moves(self, store: Store) -> list[TargetMove]:
+        """Return a move for each layer that reaches the target, best first.
+
+        Raises StaleError, UsageError, and InputError where there is none.
+        """
+        options, subject, address = self.options, self.subject, self.pointer.forget
+        header = store.read_header(gradient_path(address), GradientHeader)
+        reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
+        layers = _chosen_layers(layers_of(reached, options.qkv), options)
+        self._require_same_clip(header, layers)
+        if self.gradient_of is GradientOf.CLIP:
+            gradients = {
+                layer: torch.from_numpy(layer_gradient(store, address, layer)) for layer in layers
+            }
+        else:
+            gradients = subject.forget_gradient(layers)
+        moves = moves_of(subject, gradients, direction=options.direction, ridge=options.ridge)
+        moves = by_gain(subject, moves, gradients)
+        if not moves:
+            raise InputError(f"no layer that reaches {options.target} has a forget gradient")
+        return moves
+
+    def _require_same_clip(self, header: GradientHeader, layers: Sequence[str]) -> None:
+        """Raise StaleError unless the target is built on the CLIP that the gradients are of.
+
+        Norms tell: another precision changes them by a thousandth, another model by more.
+        """
+        name = self.manifest.name
+        for layer in sorted({Layer.parse(layer).parameter for layer in layers}):
+            value, known = self.subject.encoder.value(layer), header.weights[layer]
+            same = tuple(value.shape) == tuple(known.shape)
+            if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):
+                raise StaleError(
+                    f"{self.options.target} is not built on the CLIP that the gradients of {name} "
+                    f"are of: its {layer} differs",
+                    hint=f"run `slsgu build-sets {quote(name)}` and `slsgu grad {quote(name)}` "
+                    "with that CLIP",
+                )
+
+    def clip_starts(self, store: Store, moves: Sequence[TargetMove]) -> dict[str, float]:
+        """Return for each layer the shortest step tried at which CLIP's FA@1 is 0, if one is."""
+        device = pick_device(self.options.device)
+        resolved, module = load_graded(self.manifest, self.pointer, device)
+        whole = prepare(store, self.manifest, module, tokenize=tokenizer(resolved), device=device)
+        few = Evaluation(whole.model, whole.vision, whole.text, whole.forget, {})
+        few.base_pass((move.layer for move in moves), cache_bytes=spare(device))
+        starts = {}
+        for move in moves:
+            probe = Probe(few, _score(move), move.direction.to(device))
+            trials = islice(bisection(probe.measure, _top1, move.first), CLIP_STEPS)
+            enough = [trial.step for trial in trials if trial.forget.top1 == 0]
+            if enough:
+                starts[move.layer] = min(enough)
+        return starts
+
+
+def _top1(trial: Trial) -> float:
+    return trial.forget.top1
+
+
+def _score(move: TargetMove) -> LayerScore:
+    return LayerScore(
+        layer=move.layer,
+        tower=Layer.parse(move.layer).tower or Tower.TEXT,
+        shape=tuple(move.weight.shape),
+        importance=move.importance,
+        alignment=0.0,
+        forget_norm=0.0,
+        retain_norm=0.0,
+        weight_norm=float(move.weight.norm()),
+        front=True,
+    )
+
+
+def _chosen_layers(candidates: list[str], options: SteerOptions) -> list[str]:
+    """Return the layers named in the options, or all that reach the target. Raises UsageError."""
+    chosen = []
+    for text in options.layers:
+        fitting = find_layers(text, candidates)
+        if len(fitting) != 1:
+            near = ", ".join(fitting[:5]) or "none"
+            raise UsageError(
+                f"--layer {text} fits {len(fitting)} layers that reach {options.target}: {near}"
+            )
+        chosen += fitting
+    return chosen or candidates
+
+
+class TargetSearch(StepSearch[TargetTrial]):
+    """The search on one target, with its record in a file of a store.
+
+    With `full`, what is kept of other classes is measured for every trial. `began` is when
+    the search did, by the performance counter, if that was earlier.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        file: str,
+        record: TargetTrials,
+        moves: Sequence[TargetMove],
+        *,
+        full: bool = False,
+        began: float | None = None,
+    ) -> None:
+        trials = {((trial.layer, record.ridge), trial.step): trial for trial in record.trials}
+        super().__init__(trials, self.left_to_forget)
+        self.store, self.file, self.full = store, file, full
+        self.moves = {move.layer: move for move in moves}
+        self._began = perf_counter() if began is None else began
+        self._spent = record.seconds
+        self._header = record
+
+    @property
+    def record(self) -> TargetTrials:
+        """The trials so far, as an artifact."""
+        return replace(self._header, trials=tuple(self.trials.values()))
+
+    def reaches(self, trial: TargetTrial) -> bool:
+        """Return whether a trial reaches the goal."""
+        return 100 - (trial.concept.percent or 0.0) >= self._header.goal
+
+    def left_to_forget(self, trial: TargetTrial) -> float:
+        """Return the percentage that shows the concept; 0 once the goal is reached."""
+        return 0.0 if self.reaches(trial) else trial.concept.percent or 0.0
+
+    def trial(self, move: Move[TargetTrial], step: float) -> TargetTrial:
+        """Return the trial of a step, of a full search with what it keeps."""
+        trial = super().trial(move, step)
+        return self.with_others(trial) if self.full else trial
+
+    def keep(self, key: Key, trial: TargetTrial) -> None:
+        """Put a trial on file at once: each takes minutes on a large target."""
+        super().keep(key, trial)
+        spent = self._spent + perf_counter() - self._began
+        self._header = replace(self._header, seconds=spent)
+        self.store.write_record(self.file, self.record)
+
+    def choose(self) -> TargetTrial:
+        """Measure what each layer's shortest sufficient step keeps; return the best.
+
+        Where none suffices, it is the step that leaves least of the concept.
+        """
+        path = [self.trials[key] for key in self.path]
+        shortest = []
+        for layer in self.moves:
+            enough = [t for t in path if t.layer == layer and self.reaches(t)]
+            if enough:
+                shortest.append(min(enough, key=attrgetter("step")))
+        if not shortest:
+            shortest = [min(path, key=lambda trial: trial.concept.count)]
+        measured = [self.with_others(trial) for trial in shortest]
+        return max(measured, key=lambda trial: trial.others.count if trial.others else -1)
+
+    def with_others(self, trial: TargetTrial) -> TargetTrial:
+        """Return the trial with what it keeps, measured if it was not."""
+        if trial.others is None:
+            move = self.moves[trial.layer]
+            trial = replace(trial, others=move.others(trial.step))
+            self.keep((move.line, trial.step), trial)
+        return trial
+
+
 def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerResult:
     """Search for the layer and step at which a target forgets, and write the edit.
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
     began = perf_counter()
-    manifest = read_manifest(store, name)
-    pointer = read_pointer(store, manifest)
-    subject, judge, gradient_of = _subject(store, manifest, pointer, options)
-    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
-    reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
-    layers = _named(layers_of(reached, options.qkv), options)
-    _require_same_clip(subject, header, layers, options.target, name)
-    if gradient_of is GradientOf.CLIP:
-        gradients = {
-            layer: torch.from_numpy(layer_gradient(store, pointer.forget, layer))
-            for layer in layers
-        }
-    else:
-        gradients = subject.forget_gradient(layers)
-    found = by_gain(
-        subject,
-        moves_of(subject, gradients, direction=options.direction, ridge=options.ridge),
-        gradients,
-    )
-    if not found:
-        raise InputError(f"no layer that reaches {options.target} has a forget gradient")
-    chosen_rays = found if options.layers else found[: options.top]
-    progress.detail("layers by importance: " + ", ".join(ray.layer for ray in found[:10]))
+    plan = TargetPlan.load(store, name, options)
+    ranked = plan.moves(store)
+    moves = ranked if options.layers else ranked[: options.top]
+    progress.detail("layers by importance: " + ", ".join(move.layer for move in ranked[:10]))
     with torch.no_grad():
-        trials = _resume(store, manifest, pointer, subject, judge, gradient_of, found, options)
+        record = _resume(store, plan, ranked)
         starts = {}
-        if gradient_of is GradientOf.CLIP:
-            starts = clip_starts(store, manifest, pointer, chosen_rays, options.device)
-        path = target_trials_path(name, options.target)
-        run = TargetRun(store, path, subject, trials, full=options.full, began=began)
-        for ray in chosen_rays:
-            run.bisect(ray, options.steps, starts.get(ray.layer))
-        best = run.choose(chosen_rays)
-        edit = _write_edit(store, manifest, pointer, run, best, chosen_rays)
-    reached_goal = run.reaches(best)
-    return SteerResult(run.trials, best, reached_goal, len(trials.trials), edit)
+        if plan.gradient_of is GradientOf.CLIP:
+            starts = plan.clip_starts(store, moves)
+        file = target_trials_path(name, options.target)
+        run = TargetSearch(store, file, record, moves, full=options.full, began=began)
+        for move in moves:
+            run.bisect(move, options.steps, starts.get(move.layer))
+        best = run.choose()
+        edit = _write_edit(store, plan, run, best)
+    return SteerResult(run.record, best, run.reaches(best), len(record.trials), edit)
 
 
 def require_reached(result: SteerResult) -> None:
@@ -181,94 +322,25 @@ def require_reached(result: SteerResult) -> None:
     )
 
 
-def _subject(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, options: SteerOptions
-) -> tuple[Subject, ModelSpec | None, GradientOf]:
-    """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
-    family = read_target(options.target).family
-    if family in PIPELINES:
-        judge = options.judge or pointer.model
-        painted = PaintedSubject.load(
-            store,
-            manifest,
-            options.target,
-            judge,
-            options.budget,
-            encoder=options.encoder,
-            device=options.device,
-        )
-        if options.gradient_of is GradientOf.TARGET:
-            raise UsageError(
-                "a diffusion pipeline moves along CLIP's own forget gradient",
-                hint="--gradient clip",
-            )
-        return painted, judge, GradientOf.CLIP
-    asked = AskedSubject.load(
-        store, manifest, options.target, options.budget, device=options.device
-    )
-    return asked, None, options.gradient_of or GradientOf.TARGET
-
-
-def _require_same_clip(
-    subject: Subject, header: GradientHeader, layers: Sequence[str], target: Path, name: str
-) -> None:
-    """Raise StaleError unless the target is built on the CLIP that the gradients are of.
-
-    Norms tell: another precision changes them by a thousandth, another model by more.
-    """
-    for layer in sorted({Layer.parse(layer).parameter for layer in layers}):
-        value, known = subject.encoder.value(layer), header.weights[layer]
-        same = tuple(value.shape) == tuple(known.shape)
-        if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):
-            raise StaleError(
-                f"{target} is not built on the CLIP that the gradients of {name} are of: "
-                f"its {layer} differs",
-                hint=f"run `slsgu build-sets {quote(name)}` and `slsgu grad {quote(name)}` "
-                "with that CLIP",
-            )
-
-
-def _named(candidates: list[str], options: SteerOptions) -> list[str]:
-    """Return the layers that were asked for, or all that reach the target. Raises UsageError."""
-    chosen = []
-    for text in options.layers:
-        fitting = find_layers(text, candidates)
-        if len(fitting) != 1:
-            near = ", ".join(fitting[:5]) or "none"
-            raise UsageError(
-                f"--layer {text} fits {len(fitting)} layers that reach {options.target}: {near}"
-            )
-        chosen += fitting
-    return chosen or candidates
-
-
-def _resume(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    subject: Subject,
-    judge: ModelSpec | None,
-    gradient_of: GradientOf,
-    found: Sequence[Move],
-    options: SteerOptions,
-) -> TargetTrials:
+def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> TargetTrials:
     """Return the recorded trials if they were made from the same things, else none."""
+    manifest, pointer, options = plan.manifest, plan.pointer, plan.options
     path = target_trials_path(manifest.name, options.target)
     fresh = TargetTrials(
         name=manifest.name,
         target=str(options.target),
         target_fingerprint=folder_fingerprint(options.target),
-        gradient_of=gradient_of,
+        gradient_of=plan.gradient_of,
         forget=pointer.forget,
         forget_data=pointer.forget_data,
         retain_data=pointer.retain_data,
         evals={name: ref.fingerprint for name, ref in sorted(manifest.evals.items())},
         direction=options.direction,
         ridge=options.ridge if options.direction is Direction.WHITENED else None,
-        judge=None if judge is None else str(judge),
+        judge=None if plan.judge is None else str(plan.judge),
         budget=options.budget,
         goal=options.goal,
-        importance={ray.layer: ray.importance for ray in found},
+        importance={move.layer: move.importance for move in moves},
         before=None,
         trials=(),
         seconds=0.0,
@@ -282,39 +354,32 @@ def _resume(
     old = recorded(store, path, TargetTrials, unusable=unusable)
     if old and old.before is not None and made_from(old) == made_from(fresh):
         return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
-    return replace(fresh, before=Effect(subject.concept(), subject.others()))
+    return replace(fresh, before=Effect(plan.subject.concept(), plan.subject.others()))
 
 
-def _write_edit(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    run: TargetRun,
-    chosen: TargetTrial,
-    tried: Sequence[Move],
-) -> str:
-    trials = run.trials
-    ray = next(ray for ray in tried if ray.layer == chosen.layer)
+def _write_edit(store: Store, plan: TargetPlan, run: TargetSearch, chosen: TargetTrial) -> str:
+    """Write the edit that a chosen trial amounts to; return its name."""
+    record, move = run.record, run.moves[chosen.layer]
     after = Effect(chosen.concept, chosen.others or Share(0, 0))
     edit = unmeasured_edit(
-        manifest,
-        pointer,
+        plan.manifest,
+        plan.pointer,
         layer=chosen.layer,
         tower=chosen.tower,
         step=chosen.step,
         share=chosen.share,
-        direction=trials.direction,
-        ridge=trials.ridge,
-        retain_data=pointer.retain_data,
-        delta=(chosen.step * ray.direction).cpu().numpy(),
-        before=compact(ray.weight.cpu().numpy()),
+        direction=record.direction,
+        ridge=record.ridge,
+        retain_data=plan.pointer.retain_data,
+        delta=(chosen.step * move.direction).cpu().numpy(),
+        before=compact(move.weight.cpu().numpy()),
     )
     measured = replace(
         edit.header,
-        name=target_edit(manifest.name, Path(trials.target)),
+        name=target_edit(plan.manifest.name, Path(record.target)),
         forgotten=run.reaches(chosen),
         target=TargetFigures(
-            trials.target, trials.target_fingerprint, trials.before or after, after
+            record.target, record.target_fingerprint, record.before or after, after
         ),
     )
     write_edit(store, replace(edit, header=measured))

@@ -23,8 +23,8 @@ from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import ensure_moments, forget_direction
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.scoring import norm
-from slsgu_cli.method.search import SearchResult, search
-from slsgu_cli.method.search_plan import SearchOptions, unmeasured_edit
+from slsgu_cli.method.search import SearchResult, search, unmeasured_edit
+from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Qkv, Ranking, Tower
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
@@ -73,11 +73,11 @@ def edit_for(
             hint=f"run `slsgu rank {quote(name)} --qkv {options.qkv}` and "
             f"`slsgu search {quote(name)}`",
         )
-    if options.ridges and edit.header.ridge not in options.ridges:
+    if options.ridge not in (None, edit.header.ridge):
         had = "no ridge" if edit.header.ridge is None else f"ridge {edit.header.ridge:g}"
         raise StaleError(
-            f"the edit {name} was whitened with {had}, not {options.ridges[0]:g}",
-            hint=f"run `slsgu search {quote(name)} --ridge {options.ridges[0]:g}`",
+            f"the edit {name} was whitened with {had}, not {options.ridge:g}",
+            hint=f"run `slsgu search {quote(name)} --ridge {options.ridge:g}`",
         )
     return edit
 
@@ -111,7 +111,7 @@ def rank_options(options: SearchOptions) -> RankOptions:
         chosen = replace(chosen, direction=options.direction)
     if options.qkv is not None:
         chosen = replace(chosen, qkv=options.qkv)
-    return replace(chosen, ridge=options.ridges[0]) if options.ridges else chosen
+    return chosen if options.ridge is None else replace(chosen, ridge=options.ridge)
 
 
 def direct_edit(
@@ -288,7 +288,7 @@ def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
 def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
     options = SearchOptions(
         direction=request.direction,
-        ridges=() if request.ridge is None else (request.ridge,),
+        ridge=request.ridge,
         qkv=request.qkv,
         device=request.device,
     )

@@ -16,7 +16,7 @@ from slsgu_cli.clip.models import load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.zeroshot import cosine_matrix, moved
 from slsgu_cli.figures.pictures import cosine_plot
 from slsgu_cli.method.gradients import check_inputs
-from slsgu_cli.method.search import evaluation_digest, require_alike, require_distinct_names
+from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
 from slsgu_cli.method.trial import UNMOVED, MovedModel
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import ModelSpec, SetManifest

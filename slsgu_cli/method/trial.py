@@ -19,7 +19,7 @@ from slsgu_cli.clip.zeroshot import (
     moved,
     ranks_of_truth,
 )
-from slsgu_cli.method.scoring import norm
+from slsgu_cli.method.scoring import first_step, norm
 from slsgu_cli.records.method import Accuracy, LayerScore, Tower, Trial
 
 # A vision trial's images are looked at in rounds of at least this many.
@@ -28,7 +28,7 @@ MIN_ROWS = 16
 
 @dataclass(slots=True)
 class Probe:
-    """One layer, its original values and the direction it moves in.
+    """A move on the CLIP: one layer, its original values and the direction it moves in.
 
     `ridge` is what whitened the direction, None for the gradient itself.
     """
@@ -48,12 +48,22 @@ class Probe:
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.direction.cpu().numpy())
 
+    @property
+    def line(self) -> tuple[str, float | None]:
+        """The layer and the ridge, which tell its trials from those of other moves."""
+        return self.score.layer, self.ridge
+
+    @property
+    def first(self) -> float:
+        """The first step to try."""
+        return first_step(self.score.weight_norm, self.norm)
+
     def stepped(self, step: float) -> Tensor:
         """Return the layer after a step; ascent of the forget loss for a positive one."""
         return torch.add(self.weight, self.direction, alpha=step)
 
-    def trial(self, step: float) -> Trial:
-        """Measure how well the concept is still recognised after a step, and no utility."""
+    def measure(self, step: float) -> Trial:
+        """Return how well the concept is still recognised after a step; utility is left out."""
         logits = self._forget_logits(step)
         labels = self.evaluation.forget.images.labels
         return Trial(
@@ -130,9 +140,9 @@ class UtilityMeter:
                 rows = order[name][start:stop].sort().values
                 logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
                 self._lead[name][rows] = margins(logits, group.images.labels[rows])
-                ranks[name][rows] = found = ranks_of_truth(logits, group.images.labels[rows])
-                missed += int((found > 0).sum()) / len(group.images) / len(groups)
-        return {name: accuracy(found) for name, found in ranks.items()}
+                ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
+                missed += int((seen > 0).sum()) / len(group.images) / len(groups)
+        return {name: accuracy(values) for name, values in ranks.items()}
 
     def _leads(self, name: str) -> Tensor:
         if name not in self._lead:
@@ -144,7 +154,7 @@ class UtilityMeter:
 
 def mean_top1(utility: dict[str, Accuracy]) -> float:
     """Return the figure that utility is compared by: the mean top-1 over the sets."""
-    return sum(found.top1 for found in utility.values()) / len(utility)
+    return sum(kept.top1 for kept in utility.values()) / len(utility)
 
 
 Moves = Sequence[tuple[Probe, float]]

@@ -211,7 +211,7 @@ def commands(dossier: SetRecords) -> list[str]:
     if ranking := dossier.ranking.record:
         lines.append(_rank(ranking))
     if (trials := dossier.trials.record) and ranking:
-        lines.append(_search(trials, ranking))
+        lines += _searches(trials, ranking)
     if edit := dossier.edit.record:
         names = edit.joint.names if edit.joint else (name,)
         if edit.joint:
@@ -235,7 +235,8 @@ def _rank(ranking: Ranking) -> list[str]:
     return words + _unless(RANK.qkv, "--qkv", ranking.qkv)
 
 
-def _search(trials: Trials, ranking: Ranking) -> list[str]:
+def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
+    """Return a search for each ridge that trials are of."""
     words = ["slsgu", "search", trials.name, "--steer", str(trials.steer)]
     if trials.steer is Steer.MARGIN:
         words += ["--margin", f"{trials.margin:g}"]
@@ -244,11 +245,10 @@ def _search(trials: Trials, ranking: Ranking) -> list[str]:
     if set(layers) != {score.layer for score in ranking.scores if score.front}:
         words += [word for layer in layers for word in ("--layer", layer)]
     words += _unless(ranking.direction, "--direction", trials.direction)
-    ridges = dict.fromkeys(ridge for _, ridge in tried)
-    if list(ridges) != [ranking.ridge]:
-        words += [word for ridge in ridges for word in _unless(None, "--ridge", ridge)]
-    words += _unless(SEARCH.steps, "--steps", max(tried.values(), default=SEARCH.steps))
-    return words + _unless(SEARCH.precision, "--precision", trials.precision)
+    last = _unless(SEARCH.steps, "--steps", max(tried.values(), default=SEARCH.steps))
+    last += _unless(SEARCH.precision, "--precision", trials.precision)
+    ridges = dict.fromkeys(ridge for _, ridge in tried) or {ranking.ridge: None}
+    return [[*words, *_unless(ranking.ridge, "--ridge", ridge), *last] for ridge in ridges]
 
 
 def _unless(usual: object, option: str, value: float | str | None) -> list[str]:

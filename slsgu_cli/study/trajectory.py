@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.method.scoring import first_step, left_to_forget
-from slsgu_cli.method.search import load_evaluation
-from slsgu_cli.method.search_plan import SearchOptions, fresh_trials, read_plan, recorded_trials
+from slsgu_cli.method.search import Line, SetSearch, bisection, load_evaluation
+from slsgu_cli.method.search_plan import SearchOptions, read_plan
 from slsgu_cli.records.method import Trial, Trials
 from slsgu_cli.store.artifacts import plot_path, trajectory_path
 from slsgu_cli.store.store import Store
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 # A layer is followed up to this share of its norm where no step on the way forgets.
 FARTHEST = 6.4
-
-# A layer, and the ridge that whitened its direction; None for the gradient.
-Line = tuple[str, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +63,8 @@ class Trajectory:
         trials = self.trials
         forget = trial.forget if trial else trials.baseline_forget
         utility = (trial.utility or {}) if trial else trials.baseline_utility
-        found = {"FA@1": forget.top1, "FA@5": forget.top5}
-        return found | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
+        forgotten = {"FA@1": forget.top1, "FA@5": forget.top5}
+        return forgotten | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
 
     def rises(self, line: Line) -> dict[str, Rise]:
         """Return the largest rise of each figure, from the original model on."""
@@ -89,37 +85,27 @@ def largest_rise(values: Sequence[float], shares: Sequence[float]) -> Rise:
 
 
 def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajectory:
-    """Follow the front layers of set `name` along their steps and record what is met.
+    """Follow the front layers of set `name` along their steps and record the trials.
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
     import torch
 
     from slsgu_cli.method.gradient_pass import arithmetic
-    from slsgu_cli.method.trial import UtilityMeter
 
-    case = read_plan(store, name, options=options.search)
-    path, followed, measured = trajectory_path(name), [], 0
-    with torch.no_grad(), arithmetic(case.options.precision):
-        evaluation = load_evaluation(store, case)
-        fresh = fresh_trials(case, evaluation)
-        recorded = recorded_trials(store, path, fresh).trials
-        known = {(trial.layer, trial.ridge, trial.step): trial for trial in recorded}
-        meter = UtilityMeter(evaluation)
-        for probe in case.probes(store, evaluation):
-            line = probe.score.layer, probe.ridge
+    plan = read_plan(store, name, options=options.search)
+    followed = []
+    with torch.no_grad(), arithmetic(plan.options.precision):
+        evaluation = load_evaluation(store, plan)
+        run = SetSearch(store, trajectory_path(name), plan, evaluation)
+        for probe in plan.probes(store, evaluation):
             with progress.bar(probe.score.layer, options.points) as ticker:
-                for step in _grid(probe, options):
-                    trial = known.get((*line, step))
-                    if trial is None:
-                        trial = probe.trial(step)
-                        kept = meter.measure(probe, step, beat=float("-inf"))
-                        trial = known[*line, step] = replace(trial, utility=kept)
-                        measured += 1
-                    followed.append(trial)
+                for step in _grid(probe, run, options):
+                    followed.append(run.with_utility(probe, run.trial(probe, step)))
                     ticker.advance()
-            store.write_record(path, replace(fresh, trials=tuple(known.values())))
-    return Trajectory(replace(fresh, trials=tuple(followed)), measured)
+            run.write()
+    trials = replace(run.record, trials=tuple(followed))
+    return Trajectory(trials, len(run.trials) - run.reused)
 
 
 def trajectory_and_plots(
@@ -128,32 +114,25 @@ def trajectory_and_plots(
     """Follow a set's layers and draw each, and all of them side by side."""
     from slsgu_cli.figures.curves import step_plot, trajectories_plot
 
-    found = trajectory(store, name, options=options)
-    drawn = {"trajectories": trajectories_plot(found.trials, found.lines())}
-    for layer, ridge in found.lines():
+    result = trajectory(store, name, options=options)
+    drawn = {"trajectories": trajectories_plot(result.trials, result.lines())}
+    for layer, ridge in result.lines():
         kind = f"trajectory-{layer}" + ("" if ridge is None else f"-{ridge:g}")
-        drawn[kind] = step_plot(found.trials, layer=layer, ridge=ridge)
+        drawn[kind] = step_plot(result.trials, layer=layer, ridge=ridge)
     for kind, picture in drawn.items():
         store.write_bytes(plot_path(name, kind), picture)
-    return found, [store.where(plot_path(name, kind)) for kind in drawn]
+    return result, [store.where(plot_path(name, kind)) for kind in drawn]
 
 
-def _grid(probe: "Probe", options: TrajectoryOptions) -> list[float]:
+def _grid(probe: "Probe", run: SetSearch, options: TrajectoryOptions) -> list[float]:
     """Return evenly spaced steps, the last one at the end of the trajectory."""
-    first = first_step(probe.score.weight_norm, probe.norm)
-    if options.until is None:
-        end = _forgetting(probe, first, options.search)
-    else:
-        end = options.until / 0.1 * first
+    until = options.until
+    end = _forgetting(probe, run) if until is None else until / 0.1 * probe.first
     return [end * (index + 1) / options.points for index in range(options.points)]
 
 
-def _forgetting(probe: "Probe", first: float, search: SearchOptions) -> float:
-    """Return the first step that forgets when doubling from `first`, or where to give up."""
-    step = first
-    while True:
-        trial = probe.trial(step)
-        left = left_to_forget(trial, search.steer, search.margin)
-        if left == 0 or 2 * trial.share > FARTHEST * 1.001:
-            return step
-        step *= 2
+def _forgetting(probe: "Probe", run: SetSearch) -> float:
+    """Return the first step that forgets when doubling steps, or where to give up."""
+    trials = bisection(probe.measure, run.left, probe.first)
+    enough = (t.step for t in trials if run.left(t) == 0 or 2 * t.share > FARTHEST * 1.001)
+    return next(enough)

@@ -18,6 +18,7 @@ Before that, each edit is measured at its own step with few singular directions 
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from directions import features_known
@@ -32,9 +33,10 @@ from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.losses import contrastive
 from slsgu_cli.method.moments import RetainMetric
 from slsgu_cli.method.ranking import RankOptions, rank
-from slsgu_cli.method.scoring import first_step, left_to_forget, next_step
+from slsgu_cli.method.scoring import left_to_forget
+from slsgu_cli.method.search import bisection
 from slsgu_cli.method.trial import Probe, UtilityMeter
-from slsgu_cli.records.method import Direction, LayerScore, Steer
+from slsgu_cli.records.method import Direction, LayerScore, Steer, Trial
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import gradient_path, read_manifest, read_pointer
 from slsgu_cli.store.blocks import DataBlock
@@ -84,16 +86,17 @@ def gradient_moment(
     return total
 
 
+def left_on_fa5(trial: Trial) -> float:
+    return left_to_forget(trial, Steer.FA5, None)
+
+
 def cost(
     evaluation: Evaluation, score: LayerScore, direction: Tensor
 ) -> tuple[float, float] | None:
     """Return the losses on brands and objects at the shortest step tried with FA@5 = 0."""
     probe = Probe(evaluation, score, direction.float().contiguous())
-    tried: list[tuple[float, float]] = []
-    for _ in range(STEPS):
-        step = next_step(tried, first_step(score.weight_norm, probe.norm))
-        tried.append((step, left_to_forget(probe.trial(step), Steer.FA5, None)))
-    enough = [step for step, left in tried if left == 0]
+    trials = islice(bisection(probe.measure, left_on_fa5, probe.first), STEPS)
+    enough = [trial.step for trial in trials if left_on_fa5(trial) == 0]
     if not enough:
         return None
     found = UtilityMeter(evaluation).measure(probe, min(enough), beat=float("-inf")) or {}
@@ -134,7 +137,7 @@ def truncated(store: Store, concept: str) -> Iterator[str]:
     for count in (*RANKS, max(edit.delta().shape)):
         probe = Probe(evaluation, ranking.scores[0], torch.from_numpy(edit.of_rank(count).delta()))
         with torch.no_grad():
-            forget = probe.trial(1.0).forget
+            forget = probe.measure(1.0).forget
             kept = UtilityMeter(evaluation).measure(probe, 1.0, beat=float("-inf")) or {}
         lost = [f"{base[name] - kept[name].top1:.2f}" for name in ("brands", "objects")]
         yield "\t".join([concept, str(count), f"{forget.top1:.1f}", f"{forget.top5:.1f}", *lost])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.downstream.directions import CHANGE, Move, by_gain, gain_per_change
+from slsgu_cli.downstream.directions import CHANGE, TargetMove, by_gain, gain_per_change
 
 EARLY, LATE = "visual.transformer.resblocks.0.mlp.c_proj.weight", "visual.proj"
 
@@ -34,9 +34,9 @@ class Reader:
             return None
         return (self.values[LATE] @ self.values[EARLY] @ self.inputs).flatten()
 
-    def rays(self, **importance):
+    def moves(self, **importance):
         return [
-            Move(name, self.values[name], torch.eye(4), importance[kind])
+            TargetMove(self, name, self.values[name], torch.eye(4), importance[kind])
             for kind, name in (("early", EARLY), ("late", LATE))
         ]
 
@@ -59,28 +59,28 @@ def test_a_move_that_changes_nothing_that_is_read_promises_nothing():
 def test_layers_are_ranked_by_what_is_read_whatever_they_do_to_their_own_outputs():
     target = Reader()
     gradients = dict.fromkeys((EARLY, LATE), torch.eye(4))
-    found = by_gain(target, target.rays(early=9.0, late=1.0), gradients)
+    ranked = by_gain(target, target.moves(early=9.0, late=1.0), gradients)
     before, by_hand = target.read(), {}
-    for ray in found:
-        with target.edited({ray.layer: ray.at(1e-3)}):
-            by_hand[ray.layer] = 4e-3 / float((target.read() - before).norm() / before.norm())
-    for ray in found:
+    for move in ranked:
+        with move.in_place(1e-3):
+            by_hand[move.layer] = 4e-3 / float((target.read() - before).norm() / before.norm())
+    for move in ranked:
         # Both layers stand once in a product, so the change is linear in the step.
-        assert ray.importance == pytest.approx(by_hand[ray.layer], rel=1e-2)
-    assert [ray.layer for ray in found] == [LATE, EARLY]
+        assert move.importance == pytest.approx(by_hand[move.layer], rel=1e-2)
+    assert [move.layer for move in ranked] == [LATE, EARLY]
     assert torch.equal(target.read(), before)
 
 
 def test_twice_the_slope_is_twice_the_promise():
     target = Reader()
     single, double = (
-        by_gain(target, target.rays(early=1.0, late=1.0)[:1], {EARLY: factor * torch.eye(4)})
+        by_gain(target, target.moves(early=1.0, late=1.0)[:1], {EARLY: factor * torch.eye(4)})
         for factor in (1, 2)
     )
     assert double[0].importance == pytest.approx(2 * single[0].importance)
 
 
-def test_without_what_is_read_the_rays_stay_as_they_are():
+def test_without_what_is_read_the_moves_stay_as_they_are():
     target = Reader(tells=False)
-    given = target.rays(early=1.0, late=2.0)
+    given = target.moves(early=1.0, late=2.0)
     assert all(a is b for a, b in zip(by_gain(target, given, {}), given, strict=True))

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.downstream.directions import Move, TargetRun
+from slsgu_cli.downstream.directions import TargetMove
+from slsgu_cli.downstream.search import TargetSearch
 from slsgu_cli.records.method import Direction, Effect, Share, Tower
 from slsgu_cli.records.targets import Budget, GradientOf, TargetTrials
 from slsgu_cli.store.store import Store
 
 LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
-RAY = Move(LAYER, torch.tensor([4.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
 
 
 class Target:
@@ -42,7 +42,12 @@ def target():
 
 
 @pytest.fixture
-def make(target, tmp_path):
+def move(target):
+    return TargetMove(target, LAYER, torch.tensor([4.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
+
+
+@pytest.fixture
+def make(target, move, tmp_path):
     trials = TargetTrials(
         name="blue", target="sd", target_fingerprint="", gradient_of=GradientOf.CLIP, forget="",
         forget_data="", retain_data="", evals={}, direction=Direction.GRADIENT, ridge=None,
@@ -51,38 +56,38 @@ def make(target, tmp_path):
     )  # fmt: skip
 
     def made(**options):
-        return TargetRun(Store(str(tmp_path)), "trials.json", target, trials, **options)
+        return TargetSearch(Store(str(tmp_path)), "trials.json", trials, [move], **options)
 
     return made
 
 
-def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, target):
+def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, move, target):
     run = make()
-    run.bisect(RAY, 6, None)
-    best = run.choose([RAY])
+    run.bisect(move, 6)
+    best = run.choose()
     assert best.concept == Share(0, 10)
-    assert [trial for trial in run.trials.trials if trial.others] == [best]
-    assert best.step == min(t.step for t in run.trials.trials if t.concept.count == 0)
+    assert [trial for trial in run.record.trials if trial.others] == [best]
+    assert best.step == min(t.step for t in run.record.trials if t.concept.count == 0)
     assert target.asked == 1
 
 
-def test_a_full_search_measures_what_every_trial_keeps(make, target):
+def test_a_full_search_measures_what_every_trial_keeps(make, move, target):
     plain, full = make(), make(full=True)
     for run in (plain, full):
-        run.bisect(RAY, 6, None)
-    chosen = [run.choose([RAY]) for run in (plain, full)]
+        run.bisect(move, 6)
+    chosen = [run.choose() for run in (plain, full)]
     assert chosen[0] == chosen[1]
-    frontier = sorted(full.trials.trials, key=lambda trial: trial.step)
+    frontier = sorted(full.record.trials, key=lambda trial: trial.step)
     assert all(trial.others for trial in frontier)
     assert [trial.others.count for trial in frontier] == sorted(
         (trial.others.count for trial in frontier), reverse=True
     )
 
 
-def test_the_time_of_a_search_goes_on_from_what_is_recorded(make):
+def test_the_time_of_a_search_goes_on_from_what_is_recorded(make, move):
     run = make()
-    run.bisect(RAY, 2, None)
-    spent = run.trials.seconds
+    run.bisect(move, 2)
+    spent = run.record.seconds
     assert 2.0 < spent < 60.0
-    run.bisect(RAY, 2, None)
-    assert run.trials.seconds == spent
+    run.bisect(move, 2)
+    assert run.record.seconds == spent

@@ -450,10 +450,13 @@ def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world
 
 
 def test_each_ridge_is_searched_and_recorded(world):
-    result = whitened(world, steps=2, layers=SOME[:1], ridges=(0.1, 0.001))
+    for ridge in (0.1, 0.001):
+        result = whitened(world, steps=2, layers=SOME[:1], ridge=ridge)
+        assert result.chosen.ridge == ridge
     assert Counter(trial.ridge for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
-    again = find(world, steps=3, layers=SOME[:1], ridges=(0.1,))
+    again = find(world, steps=3, layers=SOME[:1], ridge=0.1)
     assert again.reused == 4
+    assert Counter(trial.ridge for trial in again.trials.trials) == {0.1: 3, 0.001: 2}
     assert again.chosen.ridge == 0.1
 
 
@@ -462,7 +465,7 @@ def test_the_direction_is_that_of_the_ranking(world):
         find(world, steps=1, direction=Direction.WHITENED)
     assert "slsgu rank blue --direction whitened" in error.value.hint
     with pytest.raises(UsageError, match="--ridge is for the whitened direction"):
-        find(world, steps=1, ridges=(0.1,))
+        find(world, steps=1, ridge=0.1)
     along = find(world, layers=SOME, steps=2)
     assert along.trials.direction is Direction.GRADIENT
     assert whitened(world, layers=SOME, steps=2).reused == 0

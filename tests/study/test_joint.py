@@ -98,7 +98,7 @@ def test_a_joint_search_is_the_summed_edits_by_plain_forwards(searched):
         with torch.no_grad():
             model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
     assert_figures(result.chosen, plain_figures(world, model))
-    before = result.found
+    before = result.record
     kept = {name: (found.top1, found.top5) for name, found in before.baseline_utility.items()}
     assert kept == {name: pytest.approx(figures) for name, figures in baseline[1].items()}
 
@@ -135,7 +135,7 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, tmp_pat
         own.grade()
     result = find(world, *names, layers=DEMO_LAYERS)
     assert result.forgotten
-    assert all(before.top1 > 60 for before in result.found.baseline_forget.values())
+    assert all(before.top1 > 60 for before in result.record.baseline_forget.values())
     model = open_clip.create_model(world.model.name).eval()
     for name in names:
         edit = load_edit(world.store, name)
@@ -171,7 +171,7 @@ def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
 
 def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(searched):
     _, result = searched
-    found = result.found
+    found = result.record
     assert [tuple(m.name for m in stage.moves) for stage in found.stages] == [
         NAMES[:1], NAMES[:2], NAMES,
     ]  # fmt: skip
@@ -187,8 +187,8 @@ def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     before = world.store.read_bytes(joint_path(NAMES))
     monkeypatch.setattr("slsgu_cli.study.joint.MovedModel.left", None)
     again = find(world)
-    assert again.found == result.found
-    assert again.reused == len(result.found.trials)
+    assert again.record == result.record
+    assert again.reused == len(result.record.trials)
     assert world.store.read_bytes(joint_path(NAMES)) == before
 
 
@@ -260,8 +260,8 @@ def test_eval_of_several_has_the_figures_of_the_search(searched):
     world, result = searched
     found = evaluate(world.store, NAMES, model=None, device="cpu")
     before, after = found.models
-    assert before.forget == result.found.baseline_forget
-    assert before.utility == result.found.baseline_utility
+    assert before.forget == result.record.baseline_forget
+    assert before.utility == result.record.baseline_utility
     assert after.forget == result.chosen.forget
     assert after.utility == result.chosen.utility
     # Three colours that were forgotten, and the other five.
@@ -272,7 +272,7 @@ def test_eval_of_several_has_the_figures_of_the_search(searched):
 
 def test_the_record_comes_back(searched):
     world, result = searched
-    assert world.store.read_record(joint_path(NAMES), JointSearch) == result.found
+    assert world.store.read_record(joint_path(NAMES), JointSearch) == result.record
     listed = {(entry.kind, entry.name): entry for entry in entries(world.store)}
     joint = listed[ArtifactKind.JOINT, "blue+red+green"]
     assert joint.state is Standing.OK

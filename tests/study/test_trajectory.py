@@ -1,6 +1,7 @@
 """Trajectories have the figures of plain forwards, and say where these rise."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -64,8 +65,11 @@ def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
 
 def test_whitened_directions_are_followed_for_each_ridge(world):
     rank(world.store, "blue", options=RankOptions(direction=Direction.WHITENED))
-    found = follow(world, layers=SOME[:1], points=2, ridges=(0.1, 0.01))
-    assert found.lines() == [(SOME[0], 0.1), (SOME[0], 0.01)]
+    for ridge in (0.1, 0.01):
+        found = follow(world, layers=SOME[:1], points=2, ridge=ridge)
+        assert found.lines() == [(SOME[0], ridge)]
+    recorded = world.store.read_record(trajectory_path("blue"), Trials).trials
+    assert Counter(trial.ridge for trial in recorded) == {0.1: 2, 0.01: 2}
     found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]))
     along = {t.step: t for t in follow(world, layers=SOME[:1]).trials.trials}
     for trial in found.trials.trials:
