@@ -92,7 +92,7 @@ def test_a_search_goes_on_from_its_trials_and_leaves_its_edits(store, monkeypatc
     def measured(*_arguments, **_options):
         raise AssertionError("a trial on record was measured again")
 
-    monkeypatch.setattr(Probe, "trial", measured)
+    monkeypatch.setattr(Probe, "measure", measured)
     monkeypatch.setattr(UtilityMeter, "measure", measured)
     before = content(store, "edits", "joint", "moments", "gradients")
     run("search", "red", "blue", "--joint", "--steps", "4")
