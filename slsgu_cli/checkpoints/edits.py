@@ -1,4 +1,4 @@
-"""Edits: one layer's change, scaled, stacked and undone, and what it makes of one file."""
+"""Edits: one layer's change, scaled, stacked and undone, and what it makes of stored values."""
 
 import dataclasses
 import math
@@ -10,18 +10,17 @@ from shlex import quote
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.checkpoints.layers import Layer, both_held
+from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
     FLOATS,
     PRECISION,
     Floats,
     Raw,
-    Splice,
     narrow,
     widen,
 )
-from slsgu_cli.checkpoints.weights import layer_digest, open_weights
+from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.store.artifacts import edit_path
@@ -134,6 +133,31 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOptions:
+    """How edits go into a model, and how the result is written.
+
+    `encoder` names one of several; `scale` and `rank` are of every edit. `revert` undoes the
+    edits. `force` leaves out the check that the weights are those the edits were made for.
+    `overwrite` replaces what stands there, `dry_run` writes nothing, and `link` makes hard
+    links of the files that stay as they are.
+    """
+
+    encoder: str | None = None
+    scale: float = 1.0
+    rank: int | None = None
+    revert: bool = False
+    force: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    link: bool = False
+
+    def strength_of(self, edit: Edit) -> Edit:
+        """Return an edit of `rank` and at `scale`. Raises InputError."""
+        limited = edit if self.rank is None else edit.of_rank(self.rank)
+        return limited if self.scale == 1 else limited.scaled(self.scale)
+
+
 COARSE = ("fp16", "bf16")
 Deltas = list[tuple[float, Floats]]
 
@@ -148,36 +172,6 @@ class LayerChange:
     nbytes: int
     share: float
     edits: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FilePlan:
-    """What to write into a copy of a file, and what that changes."""
-
-    source: Path
-    splices: list[Splice]
-    changes: tuple[LayerChange, ...]
-
-
-def plan_file(path: Path, edits: Sequence[Edit], *, revert: bool, force: bool) -> FilePlan:
-    """Check edits against a file and work out the values they lead to; write nothing.
-
-    Edits of the same layer are summed, whatever their order. With `revert` the layer must
-    be what the edits made of it and goes back to what it was. `force` leaves out the check
-    that the weights are the ones the edits were made for.
-    Raises InputError or StaleError.
-    """
-    file = open_weights(path)
-    patches: dict[str, Raw] = {}
-    changes: list[LayerChange] = []
-    for layer, group in by_layer(edits).items():
-        name = file.resolve_name(Layer.parse(layer).parameter)
-        whole = patches[name] if name in patches else file.stored(name)
-        current, dtype = Layer.parse(layer).rows(whole), file.entry(name).dtype
-        new, change = plan_layer(path, layer, current, dtype, group, revert=revert, force=force)
-        patches[name] = Layer.parse(layer).replaced(whole, new)
-        changes.append(change)
-    return FilePlan(path, file.splices(patches), tuple(changes))
 
 
 def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
@@ -202,44 +196,40 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
 
 
 def plan_layer(
-    path: Path,
-    layer: str,
-    current: Raw,
-    dtype: str,
-    edits: Sequence[Edit],
-    *,
-    revert: bool,
-    force: bool,
+    path: Path, current: Raw, dtype: str, edits: Sequence[Edit], options: ApplyOptions
 ) -> tuple[Raw, LayerChange]:
     """Return the stored values that edits of one layer lead to, and what that changes.
 
     `current` are the values stored now, in the layer's shape, of the number format `dtype`;
-    `path` is where they lie, for messages. Raises InputError or StaleError.
+    `path` is where they lie, for messages. Edits are summed, whatever their order. To be
+    undone, they must be what made the layer what it is; it goes back to what it was.
+    Raises InputError or StaleError.
     """
+    layer = edits[0].header.layer
     if dtype not in FLOATS:
         raise InputError(f"{layer} in {path} is {dtype}, not floating point")
-    case = _Case(path, layer, current.shape, dtype, edits)
-    new, share = case.reverted(current, force) if revert else case.moved(current, force)
+    stored = _StoredLayer(path, layer, current, dtype, edits)
+    new, share = stored.reverted(options) if options.revert else stored.moved(options)
     names = tuple(edit.header.name for edit in edits)
     return new, LayerChange(layer, dtype, current.shape, new.nbytes, share, names)
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
-    """The edits of one layer against one file."""
+class _StoredLayer:
+    """A layer as one file holds it, and the edits of it."""
 
     path: Path
     layer: str
-    shape: tuple[int, ...]
+    current: Raw
     dtype: str
     edits: Sequence[Edit]
 
-    def moved(self, current: Raw, force: bool) -> tuple[Raw, float]:
+    def moved(self, options: ApplyOptions) -> tuple[Raw, float]:
         """Return the stored values with the edits applied to the current ones, and the share."""
         deltas = self._deltas()
-        if not force:
-            self._require_original(current, deltas)
-        new, share = moved_values(current, deltas, self.dtype)
+        if not options.force:
+            self._require_original(deltas)
+        new, share = moved_values(self.current, deltas, self.dtype)
         if not math.isfinite(share):
             raise InputError(
                 f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
@@ -247,12 +237,13 @@ class _Case:
             )
         return new, share
 
-    def reverted(self, current: Raw, force: bool) -> tuple[Raw, float]:
+    def reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
         """Return the stored values that stood there before the edits, and the share."""
         before = self._before()
         edited, share = moved_values(before, self._deltas(), self.dtype)
-        if not force and not _same(edited, current):
-            what = "not edited" if _same(before, current) else "not what these edits made of it"
+        if not options.force and not _same(edited, self.current):
+            unedited = _same(before, self.current)
+            what = "not edited" if unedited else "not what these edits made of it"
             raise StaleError(
                 f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
                 hint="name all the edits of this layer, with the --scale or --step they had, "
@@ -263,10 +254,11 @@ class _Case:
     def _deltas(self) -> Deltas:
         pairs = [(edit.factor, edit.delta()) for edit in self.edits]
         for edit, (_, delta) in zip(self.edits, pairs, strict=True):
-            if delta.shape != self.shape:
+            if delta.shape != self.current.shape:
                 raise StaleError(
                     f"the edit {edit.header.name} changes {self.layer} of shape "
-                    f"{list(delta.shape)}, but in {self.path} it has {list(self.shape)}",
+                    f"{list(delta.shape)}, but in {self.path} it has "
+                    f"{list(self.current.shape)}",
                     hint=_right_model(edit.header),
                 )
             if not np.isfinite(delta).all():
@@ -276,15 +268,15 @@ class _Case:
     def _before(self) -> Raw:
         # Of edits made on copies in several precisions, the finest knows the original best.
         before = max((edit.before() for edit in self.edits), key=lambda values: values.itemsize)
-        if before.shape != self.shape:
+        if before.shape != self.current.shape:
             raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
         return narrow(before, self.dtype)
 
-    def _require_original(self, current: Raw, deltas: Deltas) -> None:
+    def _require_original(self, deltas: Deltas) -> None:
         for edit in self.edits:
-            if recognised(current, self.dtype, edit.header.digests):
+            if recognised(self.current, self.dtype, edit.header.digests):
                 continue
-            if _same(moved_values(self._before(), deltas, self.dtype)[0], current):
+            if _same(moved_values(self._before(), deltas, self.dtype)[0], self.current):
                 raise StaleError(
                     f"{self.path} already holds {_names(self.edits)}",
                     hint="--revert to undo",

@@ -54,7 +54,7 @@ class Spelling(StrEnum):
     TRANSFORMERS = "transformers"
 
 
-# The name that tells where a tower is, and what must not stand before it.
+# The names that tell where a tower is, and what must not stand before it.
 _ANCHORS = (
     (Tower.TEXT, Spelling.TRANSFORMERS, re.compile(r"(.*\.|)embeddings\.token_embedding\.weight")),
     (
@@ -67,7 +67,14 @@ _ANCHORS = (
         Spelling.OPEN_CLIP,
         re.compile(r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
     ),
-    (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\.conv1\.weight")),
+    (
+        Tower.TEXT,
+        Spelling.OPEN_CLIP,
+        re.compile(r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*"),
+    ),
+    # A text tower of another family, as open_clip holds it.
+    (Tower.TEXT, Spelling.OPEN_CLIP, re.compile(r"((?!.*visual\.)(?:.*\.|)text\.).*")),
+    (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\..*")),
 )
 
 
@@ -115,13 +122,13 @@ class TensorPlace:
 
 def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
     """Return the CLIP towers among the names of a checkpoint's tensors, sorted by prefix."""
-    found = [
+    places = {
         TowerPlace(tower, spelling, match[1])
         for key in keys
         for tower, spelling, anchor in _ANCHORS
         if (match := anchor.fullmatch(key))
-    ]
-    return sorted(found, key=lambda home: (home.tower, home.prefix))
+    }
+    return sorted(places, key=lambda place: (place.tower, place.prefix, place.spelling))
 
 
 def tensor_places(name: str, home: TowerPlace) -> tuple[TensorPlace, ...]:

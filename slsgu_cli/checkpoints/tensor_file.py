@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ class TensorFile:
     def entry(self, name: str) -> TensorEntry:
         """Return where the tensor the file calls `name` lies. Raises InputError."""
         if name not in self._entries:
-            raise InputError(f"{self.path} holds no {name}{self._near(name)}")
+            near = near_names(name, map(canonical_name, self._entries))
+            raise InputError(f"{self.path} holds no {name}{near}")
         return self._entries[name]
 
     def resolve_name(self, name: str) -> str:
@@ -169,7 +170,7 @@ class TensorFile:
         hint = None
         if any(own.startswith(("text_model.", "vision_model.")) for own in plain):
             hint = "this file has the names of transformers: name it with --target"
-        raise InputError(f"{self.path} holds no layer {name}{self._near(name)}", hint=hint)
+        raise InputError(f"{self.path} holds no layer {name}{near_names(name, plain)}", hint=hint)
 
     def stored(self, name: str) -> Raw:
         """Return a tensor's elements as they are stored (bf16 as uint16), in its shape."""
@@ -235,14 +236,16 @@ class TensorFile:
             raise InputError(f"{self.path} became shorter while it was read")
         return data
 
-    def _near(self, name: str) -> str:
-        near = difflib.get_close_matches(name, [canonical_name(own) for own in self._entries], n=3)
-        return f"; near names: {', '.join(near)}" if near else ""
-
 
 def canonical_name(name: str) -> str:
     """Return a tensor's name without the prefix of training checkpoints."""
     return name.removeprefix(TRAINING_PREFIX)
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message that names what may have been meant; empty without any."""
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; near names: {', '.join(near)}" if near else ""
 
 
 def strided(flat: Any, entry: TensorEntry) -> Raw:

@@ -28,7 +28,7 @@ from slsgu_cli.checkpoints.tensor_file import (
 )
 from slsgu_cli.checkpoints.torch_archive import open_torch
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.store.files import copy_file, replacing, same_place, write_at
+from slsgu_cli.store.files import copy_file, write_at
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 DIGEST_PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -129,22 +129,6 @@ def values_digest(chunks: Iterable[Raw], dtype: str) -> str:
         wide = widen(chunk, dtype).astype("<f4", copy=False) if dtype in FLOATS else chunk
         value.update(np.ascontiguousarray(wide).data)
     return value.hexdigest()
-
-
-def patched_copy(
-    source: Path, target: Path, patches: Mapping[str, Raw], *, in_place: bool = False
-) -> None:
-    """Copy a checkpoint with other values for some of its tensors, by the file's own names.
-
-    Values are rounded once to the tensor's number format; every other byte is the
-    source's (a torch archive's checksums follow). `target` appears whole or not at all.
-    Raises InputError, also where `target` is the source and `in_place` is not set.
-    """
-    if same_place(source, target) and not in_place:
-        raise InputError(f"{target} is the checkpoint itself", hint="write to another place")
-    splices = open_weights(source).splices(patches)
-    with replacing(target) as partial:
-        copy_spliced(source, partial, splices)
 
 
 def copy_spliced(source: Path, target: Path, splices: Iterable[Splice]) -> None:

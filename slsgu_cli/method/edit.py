@@ -7,16 +7,9 @@ from pathlib import Path
 from shlex import quote
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import (
-    AppliedResult,
-    CarryOptions,
-    CheckpointSource,
-    apply_edits,
-    carry,
-)
-from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, load_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
-from slsgu_cli.checkpoints.layouts import Spelling, read_weight_sets
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import read_layer, resolve
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
@@ -213,7 +206,7 @@ def require_forgotten(result: SearchResult) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyRequest:
+class ApplyRequest(ApplyOptions):
     """What `apply` is asked for. `layer` with `step` takes a direction without a search.
 
     `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
@@ -224,19 +217,11 @@ class ApplyRequest:
     out: Path
     model: ModelSpec | None = None
     target: Path | None = None
-    encoder: str | None = None
     layer: str | None = None
     step: float | None = None
     direction: Direction | None = None
     ridge: float | None = None
     qkv: Qkv | None = None
-    scale: float = 1.0
-    rank: int | None = None
-    revert: bool = False
-    force: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    link: bool = False
     device: str = "auto"
 
 
@@ -253,22 +238,11 @@ def apply_named(store: Store, request: ApplyRequest) -> AppliedResult:
     if not request.revert:
         _tell_of_joint_searches(edits)
     if request.target is not None:
-        return _carried(edits, request, request.target)
+        return apply_edits(edits, read_target(request.target), request.out, options=request)
     model = resolve(_shared_model(edits, request.model))
-    if model.folder is not None and _in_transformers(model.folder):
-        return _carried(edits, request, model.folder)
-    source = CheckpointSource(
-        model.spec, model.weights, model.folder, model.config, model.preprocess
-    )
-    return apply_edits(
-        edits,
-        source,
-        request.out,
-        revert=request.revert,
-        force=request.force,
-        overwrite=request.overwrite,
-        dry_run=request.dry_run,
-    )
+    target = read_target(model.folder or model.weights)
+    config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
+    return apply_edits(edits, target, request.out, options=request, config=config)
 
 
 def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
@@ -308,27 +282,7 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
         edits = [edit_for(store, name, options=options, ranking=ranking) for name in request.names]
         if request.step is not None:
             edits = [edit.restepped(request.step) for edit in edits]
-    if request.rank is not None:
-        edits = [edit.of_rank(request.rank) for edit in edits]
-    return edits if request.scale == 1 else [edit.scaled(request.scale) for edit in edits]
-
-
-def _in_transformers(folder: Path) -> bool:
-    """Return whether weights in a folder have transformers' names; open_clip's may lie beside."""
-    states, _ = read_weight_sets(folder)
-    return any(h.spelling is Spelling.TRANSFORMERS for state in states for h in state.homes)
-
-
-def _carried(edits: Sequence[Edit], request: ApplyRequest, path: Path) -> AppliedResult:
-    options = CarryOptions(
-        encoder=request.encoder,
-        revert=request.revert,
-        force=request.force,
-        overwrite=request.overwrite,
-        dry_run=request.dry_run,
-        link=request.link,
-    )
-    return carry(edits, read_target(path), request.out, options=options)
+    return edits
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

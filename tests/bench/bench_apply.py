@@ -28,13 +28,13 @@ LAYER = "visual.transformer.resblocks.0.mlp.c_fc.weight"
 APPLY = """
     import sys
     from pathlib import Path
-    from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
-    from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.records.sets import ModelSpec
+    from slsgu_cli.checkpoints.apply import apply_edits
+    from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+    from slsgu_cli.checkpoints.targets import read_target
     from slsgu_cli.store.store import Store
     store, source, out = sys.argv[1:]
-    source = CheckpointSource(ModelSpec("bench"), Path(source))
-    apply_edits([load_edit(Store(store), "facebook")], source, Path(out))
+    edit = load_edit(Store(store), "facebook")
+    apply_edits([edit], read_target(Path(source)), Path(out), options=ApplyOptions())
     status = Path("/proc/self/status")
     if status.exists():
         print(status.read_text().partition("VmHWM:")[2].split()[0])

@@ -16,8 +16,9 @@ import torch
 from checkpoints import DTYPES, load, save, state
 from edit_headers import MODEL, edit
 
-from slsgu_cli.checkpoints.apply import CONFIG, AppliedResult, CheckpointSource, apply_edits
-from slsgu_cli.checkpoints.edits import Edit, write_edit
+from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, write_edit
+from slsgu_cli.checkpoints.targets import OPEN_CLIP, read_target
 from slsgu_cli.checkpoints.weights import fingerprint, open_weights, read_layer
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.store.store import Store
@@ -41,9 +42,8 @@ def edit_of(path: Path, layer: str = LAYER, **options: Any) -> Edit:
 
 
 def run(edits: list[Edit], path: Path, out: Path, **options: Any) -> AppliedResult:
-    folder = path.parent if (path.parent / CONFIG).exists() else None
-    source = CheckpointSource(MODEL, path, folder)
-    return apply_edits(edits, source, out, **options)
+    target = read_target(path.parent if (path.parent / OPEN_CLIP).exists() else path)
+    return apply_edits(edits, target, out, options=ApplyOptions(**options))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -233,7 +233,7 @@ def folder(tmp_path: Path) -> Path:
     """A local-dir as open_clip writes it for the hub: both containers, a tokenizer."""
     made = tmp_path / "clip"
     (made / "tokenizer").mkdir(parents=True)
-    (made / CONFIG).write_text(json.dumps({"model_cfg": clip_config(), "preprocess_cfg": {}}))
+    (made / OPEN_CLIP).write_text(json.dumps({"model_cfg": clip_config(), "preprocess_cfg": {}}))
     (made / "tokenizer" / "vocab.txt").write_text("a b c")
     weights = tiny_model().state_dict()
     save(weights, made / "open_clip_model.safetensors")
@@ -309,6 +309,44 @@ def test_weights_of_another_naming_are_copied_with_a_warning(
     assert len(result.files) == 2
 
 
+def test_towers_of_other_families_are_edited_too(tmp_path: Path, listener: Any) -> None:
+    layers = {
+        "visual.trunk.blocks.0.attn.qkv.weight": torch.randn(6, 2),
+        "text.transformer.encoder.layer.0.output.dense.weight": torch.randn(4, 4),
+        "text.proj.weight": torch.randn(4, 3),
+    }
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    (folder / OPEN_CLIP).write_text("{}")
+    path = save(layers, folder / "open_clip_model.safetensors")
+    save({f"module.{n}": t for n, t in layers.items()}, folder / "epoch_1.pt")
+    edits = [edit_of(path, layer, name=layer) for layer in [*layers, f"{next(iter(layers))}.k"]]
+    run([edits[3], *edits[1:3]], path, tmp_path / "out")
+    after = load(tmp_path / "out" / path.name)
+    changed = {name: after[name] - layers[name] for name in layers}
+    for name, one in zip(list(layers)[1:], edits[1:3], strict=True):
+        np.testing.assert_allclose(changed[name], one.delta(), rtol=1e-5, atol=1e-6)
+    thirds = changed["visual.trunk.blocks.0.attn.qkv.weight"].chunk(3)
+    assert [bool(third.count_nonzero()) for third in thirds] == [False, True, False]
+    training = load(tmp_path / "out" / "epoch_1.pt")
+    assert all(torch.equal(training[f"module.{name}"], value) for name, value in after.items())
+    assert listener.heard == []
+
+
+def test_a_file_that_holds_one_of_two_layers_is_told_of(
+    folder: Path, tmp_path: Path, listener: Any
+) -> None:
+    path = folder / "open_clip_pytorch_model.bin"
+    save({name: t for name, t in load(path).items() if name != LAYER}, path)
+    (folder / "tokenizer" / "model.bin").write_bytes(b"weights")
+    edits = [edit_of(main_weights(folder)), edit_of(main_weights(folder), OTHER, name="text")]
+    result = run(edits, main_weights(folder), tmp_path / "out")
+    changes = [[change.layer for change in file.changes] for file in result.files]
+    assert changes == [[OTHER, LAYER], [OTHER]]
+    assert f"{path} has no {LAYER} and is copied without the edit" in listener.heard[0]
+    assert "lies below the model's folder: copied without the edit" in listener.heard[1]
+
+
 def test_links_become_files(folder: Path, tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     main_weights(folder).rename(blob)
@@ -337,9 +375,10 @@ def test_a_single_file_becomes_a_folder_that_open_clip_loads(tmp_path: Path) -> 
         path = save(tiny_model().state_dict(), tmp_path / f"epoch_1.{container}")
         made = edit_of(path)
         out = tmp_path / f"out-{container}"
-        source = CheckpointSource(MODEL, path, config=clip_config(), preprocess={"mean": (0, 0, 0)})
-        result = apply_edits([made], source, out)
-        assert sorted(entry.name for entry in out.iterdir()) == sorted([name, CONFIG])
+        config = {"model_cfg": clip_config(), "preprocess_cfg": {"mean": (0, 0, 0)}}
+        target = read_target(path)
+        result = apply_edits([made], target, out, options=ApplyOptions(), config=config)
+        assert sorted(entry.name for entry in out.iterdir()) == sorted([name, OPEN_CLIP])
         loaded = open_clip.create_model(str(result.model))
         expected = tiny_model().visual.proj + torch.from_numpy(made.delta())
         assert torch.equal(loaded.visual.proj, expected)
@@ -438,18 +477,17 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         import time
         from pathlib import Path
         import slsgu_cli.checkpoints.weights as weights
-        from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
-        from slsgu_cli.checkpoints.edits import load_edit
-        from slsgu_cli.records.sets import ModelSpec
+        from slsgu_cli.checkpoints.apply import apply_edits
+        from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+        from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
         def stall(path, pieces):
             print("half", flush=True)
             time.sleep(60)
         weights.write_at = stall
-        folder = Path({str(folder)!r})
-        source = CheckpointSource(ModelSpec("x"), folder / "open_clip_model.safetensors", folder)
+        target = read_target(Path({str(folder)!r}))
         edit = load_edit(Store({store.root!r}), "facebook").scaled(3)
-        apply_edits([edit], source, Path({str(out)!r}), overwrite=True)
+        apply_edits([edit], target, Path({str(out)!r}), options=ApplyOptions(overwrite=True))
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
@@ -473,14 +511,14 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
     code = f"""
         import sys
         from pathlib import Path
-        from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
-        from slsgu_cli.checkpoints.edits import load_edit
-        from slsgu_cli.records.sets import ModelSpec
+        from slsgu_cli.checkpoints.apply import apply_edits
+        from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+        from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
-        source = CheckpointSource(ModelSpec("x"), Path({str(path)!r}))
+        target = read_target(Path({str(path)!r}))
         edit = load_edit(Store({store.root!r}), "facebook")
         out = Path({str(tmp_path / "out.safetensors")!r})
-        print(apply_edits([edit], source, out).files[0].nbytes)
+        print(apply_edits([edit], target, out, options=ApplyOptions()).files[0].nbytes)
         print(sorted({{"torch", "open_clip", "zarr", "pyarrow"}} & set(sys.modules)))
     """
     done = subprocess.run(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
 from worlds import Listener
 
-from slsgu_cli.checkpoints.apply import CarryOptions, carry
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, StaleError, UsageError
@@ -126,7 +127,7 @@ def edit_of(state, layer, *, name="facebook", seed=0, factor=0.05):
 
 
 def run(edits, path, out, **options):
-    return carry(edits, read_target(path), out, options=CarryOptions(**options))
+    return apply_edits(edits, read_target(path), out, options=ApplyOptions(**options))
 
 
 def files(path):

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import load, save, state
+from checkpoints import load, save, state, write_patched
+from edit_headers import edit
 
-from slsgu_cli.checkpoints.weights import patched_copy
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.store import files
 
@@ -22,15 +25,17 @@ def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:
     source = save(state(), tmp_path / "m.safetensors")
     (tmp_path / "link.safetensors").symlink_to(source)
     before = source.read_bytes()
-    patch = {"visual.proj": np.ones((6, 5), np.float32)}
-    for target in (source, tmp_path / "link.safetensors", tmp_path / "x" / ".." / "m.safetensors"):
+    layer = load(source)["visual.proj"].numpy()
+    change = edit("visual.proj", np.ones((6, 5), np.float32), layer)
+    link = tmp_path / "link.safetensors"
+    for out in (source, link, tmp_path / "x" / ".." / "m.safetensors"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(InputError, match="the checkpoint itself"):
-            patched_copy(source, target, patch)
+        with pytest.raises(InputError, match="the model itself"):
+            apply_edits([change], read_target(source), out, options=ApplyOptions())
     assert source.read_bytes() == before
-    patched_copy(source, tmp_path / "link.safetensors", patch, in_place=True)
-    assert torch.equal(load(source)["visual.proj"], torch.ones(6, 5))
-    assert (tmp_path / "link.safetensors").is_symlink()
+    apply_edits([change], read_target(source), link, options=ApplyOptions(overwrite=True))
+    assert torch.equal(load(source)["visual.proj"], torch.from_numpy(layer + 1))
+    assert link.is_symlink()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -50,7 +55,7 @@ def test_a_failure_leaves_the_old_target_and_no_partials(
 
     monkeypatch.setattr(f"slsgu_cli.checkpoints.weights.{stage}", fail)
     with pytest.raises((InputError, KeyboardInterrupt)) as caught:
-        patched_copy(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
+        write_patched(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
     if isinstance(caught.value, SlsguError):
         assert "No space left" in caught.value.message and caught.value.hint
     assert target.read_text() == "old"
@@ -64,11 +69,13 @@ def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
         import resource, signal
         from pathlib import Path
         from slsgu_cli.errors import InputError
-        from slsgu_cli.checkpoints.weights import patched_copy
+        from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
+        from slsgu_cli.checkpoints.edits import ApplyOptions
+        source, out = Path({str(source)!r}), Path({str(out)!r})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         try:
-            patched_copy(Path({str(source)!r}), Path({str(out)!r}), {{}})
+            write_copy(CopyPlan(out, {{"": source}}, {{"": FilePlan([], ())}}), ApplyOptions())
         except InputError as error:
             print(error.message)
     """
@@ -119,13 +126,13 @@ def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Pat
         (partial,) = target.parent.glob(".partial-*")
         ancient = time.time() - 3600
         os.utime(partial, (ancient, ancient))
-        patched_copy(source, target, {})
+        write_patched(source, target, {})
         assert partial.is_dir(), "a living writer's partial folder is not another's to clear"
         target.write_text("old")
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert target.read_text() == "old"
-    patched_copy(source, target, {})
+    write_patched(source, target, {})
     assert target.read_bytes() == source.read_bytes()
     assert [path.name for path in target.parent.iterdir()] == ["m.safetensors"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONTAINERS, header, save, state
+from checkpoints import CONTAINERS, header, save, state, write_patched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints import torch_archive
-from slsgu_cli.checkpoints.weights import copy_spliced, open_weights, patched_copy
+from slsgu_cli.checkpoints.weights import copy_spliced, open_weights
 from slsgu_cli.errors import InputError, MissingError
 
 
@@ -212,7 +212,7 @@ def test_a_wrong_checksum_is_met_before_anything_is_written(tmp_path: Path) -> N
     data[entry.offset] ^= 1
     source.write_bytes(data)
     with pytest.raises(InputError, match="checksum"):
-        patched_copy(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
+        write_patched(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -225,7 +225,7 @@ def test_patches_that_do_not_fit(tmp_path: Path) -> None:
         {"position_ids": np.ones((1, 9), np.float32)},
     ):
         with pytest.raises(InputError):
-            patched_copy(source, out, patches)
+            write_patched(source, out, patches)
     assert not out.exists()
 
 

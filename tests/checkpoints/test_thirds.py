@@ -10,9 +10,10 @@ from plain import Plain
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
-from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
 from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.clip.zeroshot import moved
@@ -128,9 +129,7 @@ def test_an_applied_third_changes_its_rows_alone(world, tmp_path):
         direct_edit(world.store, world.name, layer=f"{VISION}.{letter}", step=step)
         for letter, step in (("q", 0.3), ("v", -0.2))
     ]
-    model = resolve(world.model)
-    source = CheckpointSource(model.spec, model.weights, model.folder)
-    apply_edits(edits, source, tmp_path / "out")
+    apply_edits(edits, read_target(world.folder), tmp_path / "out", options=ApplyOptions())
     name = "open_clip_model.safetensors"
     before, after = load_file(world.folder / name), load_file(tmp_path / "out" / name)
     assert [n for n in before if not np.array_equal(before[n], after[n])] == [VISION]
@@ -139,13 +138,12 @@ def test_an_applied_third_changes_its_rows_alone(world, tmp_path):
         expected = (rows(before[VISION], letter).astype(float) + edit.delta()).astype(np.float32)
         assert np.array_equal(rows(after[VISION], letter), expected)
     assert np.array_equal(rows(after[VISION], "k"), rows(before[VISION], "k"))
-    written = resolve(ModelSpec(f"local-dir:{tmp_path / 'out'}"))
-    source = CheckpointSource(written.spec, written.weights, written.folder)
-    apply_edits(edits[:1], source, tmp_path / "half", revert=True)
+    written, undo = read_target(tmp_path / "out"), ApplyOptions(revert=True)
+    apply_edits(edits[:1], written, tmp_path / "half", options=undo)
     half = load_file(tmp_path / "half" / name)[VISION]
     assert np.array_equal(rows(half, "q"), rows(before[VISION], "q"))
     assert np.array_equal(rows(half, "v"), rows(after[VISION], "v"))
-    apply_edits(edits, source, tmp_path / "back", revert=True)
+    apply_edits(edits, written, tmp_path / "back", options=undo)
     original = (world.folder / name).read_bytes()
     assert (tmp_path / "back" / name).read_bytes() == original
 
@@ -155,10 +153,8 @@ def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path):
         direct_edit(world.store, world.name, layer=layer, step=0.1)
         for layer in (VISION, f"{VISION}.k")
     ]
-    model = resolve(world.model)
-    source = CheckpointSource(model.spec, model.weights, model.folder)
     with pytest.raises(UsageError, match="as a whole and a third of it as well"):
-        apply_edits(edits, source, tmp_path / "out")
+        apply_edits(edits, read_target(world.folder), tmp_path / "out", options=ApplyOptions())
     assert not (tmp_path / "out").exists()
 
 

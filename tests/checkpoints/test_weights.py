@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state
+from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state, write_patched
 
 from slsgu_cli.checkpoints.weights import (
     fingerprint,
     layer_digests,
     open_weights,
-    patched_copy,
     read_layer,
 )
 from slsgu_cli.errors import InputError
@@ -53,7 +52,7 @@ def test_a_patch_changes_that_tensor_and_nothing_else(
     target = tmp_path / f"out.{container}"
     values = np.random.default_rng(3).standard_normal(weights[name].shape).astype(np.float32)
     values = np.asarray(values)
-    patched_copy(source, target, {name: values})
+    write_patched(source, target, {name: values})
 
     after = load(target)
     for other, tensor in weights.items():
@@ -71,14 +70,14 @@ def test_a_patch_changes_that_tensor_and_nothing_else(
         assert len(outside) <= 8
         with zipfile.ZipFile(target) as archive:
             assert archive.testzip() is None
-    patched_copy(target, tmp_path / f"back.{container}", {name: open_weights(source).stored(name)})
+    write_patched(target, tmp_path / f"back.{container}", {name: open_weights(source).stored(name)})
     assert differing(source, tmp_path / f"back.{container}") == []
 
 
 def test_the_copy_equals_cp_where_nothing_is_patched(tmp_path: Path) -> None:
     source = save(state(), tmp_path / "m.pt")
     source.chmod(0o444)
-    patched_copy(source, tmp_path / "deep" / "er" / "out.pt", {})
+    write_patched(source, tmp_path / "deep" / "er" / "out.pt", {})
     out = tmp_path / "deep" / "er" / "out.pt"
     assert out.read_bytes() == source.read_bytes()
     assert out.stat().st_mode & 0o777 == 0o644 & out.stat().st_mode | 0o444
@@ -98,7 +97,7 @@ def test_parameters_prefixes_and_training_checkpoints(tmp_path: Path) -> None:
     )
     file = open_weights(tmp_path / "epoch_3.pt")
     assert file.resolve_name("visual.proj") == "module.visual.proj"
-    patched_copy(
+    write_patched(
         tmp_path / "epoch_3.pt",
         tmp_path / "out.pt",
         {"module.visual.proj": np.ones((6, 5), np.float32)},
@@ -125,7 +124,7 @@ def test_views_are_read_and_patched_in_place(tmp_path: Path, which: str) -> None
     file = open_weights(tmp_path / "m.pt")
     np.testing.assert_array_equal(file.read("view"), view.numpy())
     values = -np.arange(view.numel(), dtype=np.float32).reshape(view.shape)
-    patched_copy(tmp_path / "m.pt", tmp_path / "out.pt", {"view": values})
+    write_patched(tmp_path / "m.pt", tmp_path / "out.pt", {"view": values})
     after = torch.load(tmp_path / "out.pt")["view"]
     np.testing.assert_array_equal(after.numpy(), values)
     expected = base.clone()
@@ -140,17 +139,17 @@ def test_tensors_in_one_storage_can_change_apart_but_not_where_they_overlap(tmp_
         {"a": flat[:10], "b": flat[10:], "tied": flat[10:], "wide": torch.ones(1).expand(4)},
         tmp_path / "m.pt",
     )
-    patched_copy(tmp_path / "m.pt", tmp_path / "out.pt", {"a": np.zeros(10, np.float32)})
+    write_patched(tmp_path / "m.pt", tmp_path / "out.pt", {"a": np.zeros(10, np.float32)})
     after = torch.load(tmp_path / "out.pt")
     assert torch.equal(after["a"], torch.zeros(10)) and torch.equal(after["b"], flat[10:])
     with pytest.raises(InputError, match="shares its bytes with tied"):
-        patched_copy(tmp_path / "m.pt", tmp_path / "no.pt", {"b": np.zeros(10, np.float32)})
+        write_patched(tmp_path / "m.pt", tmp_path / "no.pt", {"b": np.zeros(10, np.float32)})
     with pytest.raises(InputError, match="repeats its own elements"):
-        patched_copy(tmp_path / "m.pt", tmp_path / "no.pt", {"wide": np.zeros(4, np.float32)})
+        write_patched(tmp_path / "m.pt", tmp_path / "no.pt", {"wide": np.zeros(4, np.float32)})
     held = torch.ones(3)
     torch.save({"state_dict": {"a": held}, "ema": {"shadow": held[:2]}}, tmp_path / "n.pt")
     with pytest.raises(InputError, match="outside the state dict"):
-        patched_copy(tmp_path / "n.pt", tmp_path / "no.pt", {"a": np.zeros(3, np.float32)})
+        write_patched(tmp_path / "n.pt", tmp_path / "no.pt", {"a": np.zeros(3, np.float32)})
     assert not (tmp_path / "no.pt").exists()
 
 
@@ -160,7 +159,7 @@ def test_archives_without_checksums_stay_without(tmp_path: Path) -> None:
         source = save(state(), tmp_path / "m.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    patched_copy(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
+    write_patched(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
     entry = open_weights(source).entry("visual.proj")
     changed = differing(source, tmp_path / "out.pt")
     assert changed and all(0 <= i - entry.offset < entry.nbytes for i in changed)
@@ -173,7 +172,7 @@ def test_archives_of_other_zip_writers(tmp_path: Path) -> None:
         for info in old.infolist():
             new.writestr(info.filename, old.read(info.filename))
     path = tmp_path / "z.pt"
-    patched_copy(path, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
+    write_patched(path, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
     with zipfile.ZipFile(tmp_path / "out.pt") as archive:
         assert archive.testzip() is None
     assert torch.equal(torch.load(tmp_path / "out.pt")["visual.proj"], torch.ones(6, 5))
@@ -235,11 +234,15 @@ def test_weights_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.checkpoints.weights import fingerprint, patched_copy
+        from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
+        from slsgu_cli.checkpoints.edits import ApplyOptions
+        from slsgu_cli.checkpoints.weights import fingerprint, open_weights
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
             fingerprint(path)
-            patched_copy(path, path.parent / "out" / path.name, patch)
+            plan = FilePlan(open_weights(path).splices(patch), ())
+            out = path.parent / "out" / path.name
+            write_copy(CopyPlan(out, {{"": path}}, {{"": plan}}), ApplyOptions())
         print(sorted({{"torch", "open_clip", "safetensors"}} & set(sys.modules)))
     """
     done = subprocess.run(
@@ -265,10 +268,13 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         import re
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.checkpoints.weights import fingerprint, patched_copy
+        from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
+        from slsgu_cli.checkpoints.edits import ApplyOptions
+        from slsgu_cli.checkpoints.weights import fingerprint, open_weights
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}
-        patched_copy(path, path.with_name("out.safetensors"), patch)
+        plan, out = FilePlan(open_weights(path).splices(patch), ()), path.with_name("o.safetensors")
+        write_copy(CopyPlan(out, {{"": path}}, {{"": plan}}), ApplyOptions())
         fingerprint(path)
         # Not getrusage: its peak includes that of the process that forked this one.
         print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)

@@ -63,15 +63,15 @@ def edits(demo_world, tmp_path):
 
 
 def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, trained_models):
-    from slsgu_cli.checkpoints.apply import CarryOptions, carry
-    from slsgu_cli.checkpoints.edits import load_edit
+    from slsgu_cli.checkpoints.apply import apply_edits
+    from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
     from slsgu_cli.checkpoints.layouts import read_weight_set, tensor_places, tower_places
     from slsgu_cli.checkpoints.targets import read_target
     from slsgu_cli.downstream.models import new_values
 
     edit = load_edit(edits, "text")
-    options = CarryOptions()
-    carry([edit], read_target(trained_models / "sd"), tmp_path / "sd", options=options)
+    target = read_target(trained_models / "sd")
+    apply_edits([edit], target, tmp_path / "sd", options=ApplyOptions())
     state = read_weight_set([tmp_path / "sd/text_encoder/model.safetensors"])
     written, _ = state.layer(tensor_places(TEXT, tower_places(state.owners)[0]))
     (values,) = new_values(painter.encoders, [edit])

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import DTYPES, save, state
-from edit_headers import MODEL, edit
+from edit_headers import edit
 from reports import NAME, fill, fill_comparison, fill_verification
 
-from slsgu_cli.checkpoints.apply import CheckpointSource, apply_edits
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import ApplyOptions
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.tensor_file import PRECISION
 from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
@@ -86,7 +88,7 @@ def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
     change = edit(layer, delta.astype(np.float32), original)
     path = save(state(DTYPES[dtype]), tmp_path / "model.safetensors")
     out = tmp_path / "edited.safetensors"
-    apply_edits([change], CheckpointSource(MODEL, path), out)
+    apply_edits([change], read_target(path), out, options=ApplyOptions())
     facts = edit_facts(change)
     assert facts.before[precision] == layer_digest(read_layer(path, layer), "fp32")
     assert facts.after[precision] == layer_digest(read_layer(out, layer), "fp32")

@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
+from slsgu_cli.checkpoints.edits import ApplyOptions
+from slsgu_cli.checkpoints.weights import open_weights
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,6 +50,12 @@ def save(weights: dict[str, torch.Tensor], path: Path) -> Path:
 
 def load(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+
+
+def write_patched(source: Path, out: Path, patches: dict[str, np.ndarray]) -> None:
+    """Write a copy of a file as apply does, with other values for some of its tensors."""
+    plan = FilePlan(open_weights(source).splices(patches), ())
+    write_copy(CopyPlan(out, {"": source}, {"": plan}), ApplyOptions())
 
 
 def differing(one: Path, other: Path) -> list[int]:
