@@ -44,16 +44,16 @@ def build_sets(
     resolved = models.resolve(request.model)
     spec = models.input_spec(resolved)
     screen = screen_for(request.screening, resolved, spec)
-    shop = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), screen)
+    context = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), screen)
     with warnings.catch_warnings():
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        forget_tally, retain_tally, plans = _first_passes(shop, request, upstream)
+        forget_selection, retain_selection, plans = _first_passes(context, request, upstream)
         forget_eval = _forget_eval(request, plans)
-        forget, block = build_pairs(shop, forget_tally, seed=request.seed)
+        forget, block = build_pairs(context, forget_selection, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
-        retain, _ = build_pairs(shop, retain_tally, seed=request.seed, avoid=avoid)
-        evals = {plan.name: build_eval(shop, plan) for plan in plans}
+        retain, _ = build_pairs(context, retain_selection, seed=request.seed, avoid=avoid)
+        evals = {plan.name: build_eval(context, plan) for plan in plans}
     parts = {"forget": forget, "retain": retain, **evals}
     parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
     _tell(request, parts)
@@ -77,7 +77,7 @@ def build_sets(
 
 
 def _first_passes(
-    shop: BuildContext, request: BuildRequest, upstream: Mapping[str, Upstream]
+    context: BuildContext, request: BuildRequest, upstream: Mapping[str, Upstream]
 ) -> tuple[Selection, Selection, list[EvalPlan]]:
     """Open every source and read captions and labels, so that mistakes show before the work."""
     columns = Columns(
@@ -98,17 +98,17 @@ def _first_passes(
     rules = _rules(request)
     forget = Selection("forget", rules[0], request.max_forget, request.sources, readers)
     retain = Selection("retain", rules[1], request.retain_samples, retain_sources, retain_readers)
-    for tally in (forget, retain):
-        if tally.role in upstream:
-            tally.follow(upstream[tally.role])
-    first_pass(shop, readers, [forget, retain] if shared else [forget], request.seed)
+    for selection in (forget, retain):
+        if selection.role in upstream:
+            selection.follow(upstream[selection.role])
+    first_pass(readers, [forget, retain] if shared else [forget], request.seed)
     _require_rows(forget, request)
     if not shared:
-        first_pass(shop, retain_readers, [retain], request.seed)
+        first_pass(retain_readers, [retain], request.seed)
     _require_rows(retain, request)
     plans = [
         plan_eval(
-            shop,
+            context,
             name,
             source=source,
             readers=eval_readers[name],
@@ -140,19 +140,19 @@ def _rules(request: BuildRequest) -> tuple[Rule, Rule]:
     return forget, retain
 
 
-def _require_rows(tally: Selection, request: BuildRequest) -> None:
-    if tally.draw.offered:
+def _require_rows(selection: Selection, request: BuildRequest) -> None:
+    if selection.draw.offered:
         return
-    sources = ", ".join(tally.sources)
-    left_out = f" ({counted(tally.refused)})" if any(tally.refused.values()) else ""
-    seen = f"{tally.captions} captions in {tally.seen} rows of {sources}{left_out}"
-    if tally.role == "retain":
+    sources = ", ".join(selection.sources)
+    left_out = f" ({counted(selection.refused)})" if any(selection.refused.values()) else ""
+    seen = f"{selection.captions} captions in {selection.seen} rows of {sources}{left_out}"
+    if selection.role == "retain":
         raise InputError(
             f"no row is left for the retain set: {seen}",
             hint="name a source of other captions with --retain-source",
         )
     patterns = ", ".join(repr(pattern) for pattern in request.patterns)
-    examples = ", ".join(repr(caption[:60]) for caption in tally.examples)
+    examples = ", ".join(repr(caption[:60]) for caption in selection.examples)
     hint = f"captions read like {examples}; " if examples else ""
     raise InputError(
         f"the forget set is empty: nothing matches {patterns} among {seen}",

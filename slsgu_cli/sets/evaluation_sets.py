@@ -81,7 +81,7 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 
 def plan_eval(
-    shop: BuildContext,
+    context: BuildContext,
     name: str,
     *,
     source: str,
@@ -99,12 +99,12 @@ def plan_eval(
         "files": file_recipe(readers),
         "filters": {column: sorted(values) for column, values in filters.items()},
         "label": columns.label,
-        "pixels": shop.pixel_recipe(),
+        "pixels": context.pixel_recipe(),
         "classes": encode([known.names, known.labels]) if known else None,
         "templates": list(prompts),
     }
     path = block_path(recipe)
-    block = shop.standing(path)
+    block = context.standing(path)
     if block is not None:
         counts = Counter(block.attributes["refused"])
         seen = int(block.attributes["seen"])
@@ -112,34 +112,34 @@ def plan_eval(
         return EvalPlan(
             name, source, path, recipe, readers, prompts, names, {}, seen, counts, block
         )
-    names, rows, seen, refused = _labelled(shop, source, readers, known)
+    names, rows, seen, refused = _labelled(context, source, readers, known)
     return EvalPlan(name, source, path, recipe, readers, prompts, names, rows, seen, refused)
 
 
-def build_eval(shop: BuildContext, plan: EvalPlan) -> DataRef:
+def build_eval(context: BuildContext, plan: EvalPlan) -> DataRef:
     """Make the block of an evaluation set, or use the one made before."""
     title = f"evaluation set {plan.name}"
     block = plan.block
     if block is not None:
         progress.note(f"{title}: {block.rows} rows were decoded before and are used again")
     else:
-        height, width = shop.spec.height, shop.spec.width
+        height, width = context.spec.height, context.spec.width
         with block_writer(
-            shop.store, plan.path, height=height, width=width, rows=len(plan.rows)
+            context.store, plan.path, height=height, width=width, rows=len(plan.rows)
         ) as writer:
-            _decode_into(writer, shop, plan, title)
+            _decode_into(writer, context, plan, title)
             if not writer.rows:
                 raise InputError(
                     f"no row is left for the {title}: {counted(plan.refused)}",
                     hint="check that its source holds whole images",
                 )
-            writer.finish(None, _attributes(shop, plan))
-        block = DataBlock.at(shop.store, plan.path)
+            writer.finish(None, _attributes(context, plan))
+        block = DataBlock.at(context.store, plan.path)
     return reference(plan.path, block, seen=plan.seen, refused=plan.refused, sources=(plan.source,))
 
 
 def _labelled(
-    shop: BuildContext, source: str, readers: Sequence[Reader], known: ClassList | None
+    context: BuildContext, source: str, readers: Sequence[Reader], known: ClassList | None
 ) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
     """Return class names, rows that have a class, how many rows were seen, and refusals."""
     refused: Counter[str] = Counter()
@@ -168,11 +168,11 @@ def _labelled(
     return names, rows, seen, refused
 
 
-def _decode_into(writer: BlockWriter, shop: BuildContext, plan: EvalPlan, title: str) -> None:
+def _decode_into(writer: BlockWriter, context: BuildContext, plan: EvalPlan, title: str) -> None:
     wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
     met = 0
     with progress.bar(f"decoding {title}", len(plan.rows)) as ticker:
-        for place, decoded in decode_in_order(fetch(plan.readers, wanted), shop.decode):
+        for place, decoded in decode_in_order(fetch(plan.readers, wanted), context.decode):
             met += 1
             ticker.advance()
             if decoded.pixels is None:
@@ -192,7 +192,7 @@ def _decode_into(writer: BlockWriter, shop: BuildContext, plan: EvalPlan, title:
     plan.refused["unreadable"] += len(plan.rows) - met
 
 
-def _attributes(shop: BuildContext, plan: EvalPlan) -> dict[str, Any]:
+def _attributes(context: BuildContext, plan: EvalPlan) -> dict[str, Any]:
     return {
         "role": "eval",
         "sources": [plan.source],
@@ -201,7 +201,7 @@ def _attributes(shop: BuildContext, plan: EvalPlan) -> dict[str, Any]:
         "noted": dict(sorted(plan.noted.items())),
         "class_names": list(plan.class_names),
         "templates": list(plan.templates),
-        "input": encode(shop.spec),
+        "input": encode(context.spec),
         "recipe": plan.recipe,
     }
 

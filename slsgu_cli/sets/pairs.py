@@ -21,7 +21,7 @@ from slsgu_cli.sets.context import (
     text_digest,
     tokenizing,
 )
-from slsgu_cli.sets.screening import Judgement
+from slsgu_cli.sets.screening import ScreenedSet
 from slsgu_cli.sources.draw import (
     BEYOND,
     Candidate,
@@ -52,7 +52,7 @@ class Upstream:
 
 @dataclass(slots=True)
 class Selection:
-    """What the first pass found for one set."""
+    """The rows of a source that one set may take: the captions that qualify, and the draw."""
 
     role: str
     rule: Rule
@@ -74,8 +74,8 @@ class Selection:
         self.upstream = upstream
         self.refused.update(upstream.refused)
 
-    def meet(self, number: int, row: Row, seed: int) -> None:
-        """Take one row of the source into account."""
+    def consider(self, number: int, row: Row, seed: int) -> None:
+        """Count one row of file `number`, and offer it to the draw if it qualifies."""
         self.seen += 1
         reader = self.readers[number]
         caption = row.caption
@@ -113,118 +113,139 @@ def _identity(reader: Reader, row: Row) -> str:
     return f"{tail(reader.path)}\0{row.index}\0{row.key}"
 
 
-def first_pass(
-    shop: BuildContext, readers: Sequence[Reader], tallies: Sequence[Selection], seed: int
-) -> None:
+def first_pass(readers: Sequence[Reader], selections: Sequence[Selection], seed: int) -> None:
     """Read every caption of a source once, for all the sets drawn from it."""
     trouble: Counter[str] = Counter()
     with progress.bar("reading captions", None) as ticker:
         for number, row in scan(readers, trouble, tick=ticker.advance):
-            for tally in tallies:
-                tally.meet(number, row, seed)
-    for tally in tallies:
-        tally.refused.update(trouble)
+            for selection in selections:
+                selection.consider(number, row, seed)
+    for selection in selections:
+        selection.refused.update(trouble)
 
 
 SAME_AS_FORGET = "same image as a forget row"
 WINDOW = 256
 UNREADABLE = Decoded(None, "unreadable", b"")
 
-# What came of each row, and the number its image was put under; -1 where there is none.
-Found = dict[RowId, tuple[int, Decoded]]
+
+@dataclass(frozen=True, slots=True)
+class DecodedRow:
+    """A candidate, and what became of its image.
+
+    `decoded` is without the pixels: they lie in the scratch under `number`; None for none.
+    """
+
+    candidate: Candidate
+    decoded: Decoded = UNREADABLE
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowEnd:
+    """Ends a run of encoded images: those of these candidates that can be had have come."""
+
+    candidates: Sequence[Candidate]
 
 
 @dataclass(slots=True)
 class DecodedRows:
-    """One set's rows: which of the candidates are kept, and why others are not.
+    """The second pass for one set: which candidates are kept, and why others are not.
 
     Images whose encoded bytes are in `avoid` are left out.
     """
 
-    shop: BuildContext
-    tally: Selection
+    context: BuildContext
+    selection: Selection
     candidates: Sequence[Candidate]
     avoid: frozenset[bytes]
     refused: Counter[str] = field(default_factory=Counter)
-    _met: set[tuple[bytes, str]] = field(init=False, default_factory=set)
-    _look: Judgement | None = field(init=False)
+    _kept: set[tuple[bytes, str]] = field(init=False, default_factory=set)
+    _screened: ScreenedSet | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._look = self.shop.screen.start() if self.shop.screen else None
+        self._screened = self.context.screen.start() if self.context.screen else None
 
     @property
     def wanted(self) -> int:
         """How many rows are kept if none is refused."""
         count = len(self.candidates)
-        return count if self.tally.wanted is None else min(count, self.tally.wanted)
+        return count if self.selection.wanted is None else min(count, self.selection.wanted)
 
-    def kept(self) -> Iterator[tuple[Candidate, Decoded, Pixels]]:
-        """Yield the rows that are kept, decoded, until as many as wanted are or none is left."""
+    def kept(self) -> Iterator[tuple[DecodedRow, Pixels]]:
+        """Yield the rows that are kept, until as many as wanted are or none is left."""
         kept, start = 0, 0
-        spec = self.shop.spec
-        title = f"decoding the {self.tally.role} set"
+        spec = self.context.spec
+        title = f"decoding the {self.selection.role} set"
         most = min(_some_more(self.wanted), len(self.candidates))
         with (
             progress.bar(title, most) as ticker,
-            scratch(self.shop.store, height=spec.height, width=spec.width) as images,
+            scratch(self.context.store, height=spec.height, width=spec.width) as images,
         ):
             while kept < self.wanted and start < len(self.candidates):
                 line = self.candidates[start : start + _some_more(self.wanted - kept)]
                 start += len(line)
-                for candidate, number, decoded in self._decoded(line, images, ticker):
+                for row in self._decoded(line, images, ticker):
                     if kept == self.wanted:
                         return
-                    reason = self._refusal(candidate, number, decoded)
-                    if reason:
-                        self.refused[reason] += 1
+                    reason = self._refusal(row)
+                    if reason is not None or row.number is None:
+                        self.refused[reason or "unreadable"] += 1
                         continue
-                    self._met.add((decoded.source_digest, candidate.caption))
+                    self._kept.add((row.decoded.source_digest, row.candidate.caption))
                     kept += 1
-                    yield candidate, decoded, images.get(number)
+                    yield row, images.get(row.number)
 
     def _decoded(
         self, line: Sequence[Candidate], images: Scratch, ticker: progress.Ticker
-    ) -> Iterator[tuple[Candidate, int, Decoded]]:
-        """Yield the line's rows in order, with the number of each one's image.
+    ) -> Iterator[DecodedRow]:
+        """Yield the line's rows in order, decoded and looked at by the screen.
 
         An image is kept until the next window begins. The first images of that are decoded
         while the rows of this one are dealt with.
         """
-        found: Found = {}
-        for (window, place), decoded in decode_in_order(self._encoded(line), self.shop.decode):
-            if place is not None:
-                number = -1 if decoded.pixels is None else images.put(decoded.pixels)
-                found[place] = number, decoded.without_pixels()
+        by_candidate: dict[RowId, DecodedRow] = {}
+        for item, decoded in decode_in_order(self._encoded(line), self.context.decode):
+            if isinstance(item, Candidate):
+                number = None if decoded.pixels is None else images.put(decoded.pixels)
+                row = DecodedRow(item, decoded.without_pixels(), number)
+                by_candidate[item.place] = row
                 ticker.advance()
                 continue
-            rows = [(row, *found.get(row.place, (-1, UNREADABLE))) for row in window]
-            if self._look:
-                whole = {number: row.caption for row, number, _ in rows if number >= 0}
-                self._look.see(whole, images.get)
+            rows = [by_candidate.get(c.place, DecodedRow(c)) for c in item.candidates]
+            if self._screened:
+                captions = {r.number: r.candidate.caption for r in rows if r.number is not None}
+                self._screened.judge(captions, images.get)
             yield from rows
-            found = {}
+            by_candidate.clear()
             images.clear()
 
     def _encoded(
         self, line: Sequence[Candidate]
-    ) -> Iterator[tuple[tuple[Sequence[Candidate], RowId | None], bytes | None]]:
-        """Yield ((window, row), encoded image) as they lie; a window ends with no row."""
+    ) -> Iterator[tuple[Candidate | WindowEnd, bytes | None]]:
+        """Yield candidates with their encoded images as they lie, and the end of each window."""
         at_hand = all(candidate.extent is not None for candidate in line)
         size = WINDOW if at_hand else len(line)
         for start in range(0, len(line), size):
             window = line[start : start + size]
-            for place, data in fetch(self.tally.readers, {row.place: row.extent for row in window}):
-                yield (window, place), data
-            yield (window, None), None
+            candidates = {candidate.place: candidate for candidate in window}
+            extents = {place: candidate.extent for place, candidate in candidates.items()}
+            for place, data in fetch(self.selection.readers, extents):
+                yield candidates[place], data
+            yield WindowEnd(window), None
 
-    def _refusal(self, candidate: Candidate, number: int, decoded: Decoded) -> str | None:
-        if decoded.reason:
-            return decoded.reason
-        if decoded.source_digest in self.avoid:
+    def _refusal(self, row: DecodedRow) -> str | None:
+        """Return why a row is not kept, None if it is."""
+        source = row.decoded.source_digest
+        if row.decoded.reason:
+            return row.decoded.reason
+        if source in self.avoid:
             return SAME_AS_FORGET
-        if (decoded.source_digest, candidate.caption) in self._met:
+        if (source, row.candidate.caption) in self._kept:
             return "duplicate"
-        return self._look.refusal(number) if self._look else None
+        if self._screened is None or row.number is None:
+            return None
+        return self._screened.refusal(row.number)
 
 
 def _some_more(rows: int) -> int:
@@ -236,105 +257,118 @@ CLEANED = "control characters in the caption"
 SAME_KEY = "key of another row too"
 
 
+@dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """Where a set's block lies, by its recipe.
+
+    `plain` is for a set in which nothing had to be avoided: it is the same for every concept,
+    and so its path. `avoiding` is for one whose rows depend on what was avoided.
+    """
+
+    recipe: dict[str, Any]
+    plain: str
+    avoiding: str
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any], avoid: frozenset[bytes]) -> "BlockPlace":
+        """Return the places of what is made by a recipe, and with images to be avoided."""
+        avoided = digest(sorted(image.hex() for image in avoid))
+        return cls(recipe, block_path(recipe), block_path(recipe | {"avoid": avoided}))
+
+
 def build_pairs(
-    shop: BuildContext, tally: Selection, *, seed: int, avoid: frozenset[bytes] = frozenset()
+    context: BuildContext,
+    selection: Selection,
+    *,
+    seed: int,
+    avoid: frozenset[bytes] = frozenset(),
 ) -> tuple[DataRef, DataBlock]:
     """Make the block of a forget or retain set, or find it made.
 
     Images whose encoded bytes are in `avoid` are left out.
     """
-    candidates = tally.draw.ranked()
-    recipe = _recipe(shop, tally, candidates, seed)
-    # Where nothing had to be avoided, the set is the same for every concept, and so its place.
-    plain = block_path(recipe)
-    avoiding = block_path(recipe | {"avoid": digest(sorted(d.hex() for d in avoid))})
-    block = _made_before(shop, (avoiding, plain) if avoid else (plain,), avoid)
-    if block is not None:
-        path, found = block
-        progress.note(f"{tally.role}: {found.rows} rows were decoded before and are used again")
+    role, candidates = selection.role, selection.draw.ranked()
+    place = BlockPlace.of(_recipe(context, selection, candidates, seed), avoid)
+    standing = _standing_block(context, place, avoid)
+    if standing is None:
+        path = _write(DecodedRows(context, selection, candidates, avoid), place)
+        block = DataBlock.at(context.store, path)
     else:
-        path, found = _make(shop, tally, candidates, avoid, (plain, avoiding, recipe))
-    refused = tally.refused + Counter(found.attributes["refused"])
-    if tally.role == "forget":
-        taken = found.rows + sum(found.attributes["refused"].values())
-        refused[BEYOND] += max(0, tally.draw.offered - taken)
-    seen = tally.upstream.seen if tally.upstream else tally.seen
-    return reference(path, found, seen=seen, refused=refused, sources=tally.sources), found
+        path, block = standing
+        progress.note(f"{role}: {block.rows} rows were decoded before and are used again")
+    refused = selection.refused + Counter(block.attributes["refused"])
+    if role == "forget":
+        used = block.rows + sum(block.attributes["refused"].values())
+        refused[BEYOND] += max(0, selection.draw.offered - used)
+    seen = selection.upstream.seen if selection.upstream else selection.seen
+    return reference(path, block, seen=seen, refused=refused, sources=selection.sources), block
 
 
 def _recipe(
-    shop: BuildContext, tally: Selection, candidates: Sequence[Candidate], seed: int
+    context: BuildContext, selection: Selection, candidates: Sequence[Candidate], seed: int
 ) -> dict[str, Any]:
     return {
-        "role": tally.role,
-        "files": file_recipe(tally.readers),
-        "pixels": shop.pixel_recipe(),
-        "tokens": [shop.spec.tokenizer, shop.spec.context_length],
+        "role": selection.role,
+        "files": file_recipe(selection.readers),
+        "pixels": context.pixel_recipe(),
+        "tokens": [context.spec.tokenizer, context.spec.context_length],
         "seed": seed,
-        "wanted": tally.wanted,
-        "screen": shop.screen.recipe if shop.screen else None,
+        "wanted": selection.wanted,
+        "screen": context.screen.recipe if context.screen else None,
         # The rows in line stand for the patterns: patterns that choose alike make one set.
         "rows": text_digest(identities(candidates)),
     }
 
 
-def _made_before(
-    shop: BuildContext, paths: Sequence[str], avoid: frozenset[bytes]
+def _standing_block(
+    context: BuildContext, place: BlockPlace, avoid: frozenset[bytes]
 ) -> tuple[str, DataBlock] | None:
-    for path in paths:
-        block = shop.standing(path)
+    """Return the path and block made before, if one has nothing that is to be avoided."""
+    for path in (place.avoiding, place.plain) if avoid else (place.plain,):
+        block = context.standing(path)
         if block and avoid.isdisjoint(row.tobytes() for row in block.source_digests):
             return path, block
     return None
 
 
-def _make(
-    shop: BuildContext,
-    tally: Selection,
-    candidates: Sequence[Candidate],
-    avoid: frozenset[bytes],
-    place: tuple[str, str, dict[str, Any]],
-) -> tuple[str, DataBlock]:
-    plain, avoiding, recipe = place
-    rows = DecodedRows(shop, tally, candidates, avoid)
-
-    def path() -> str:
-        return avoiding if rows.refused[SAME_AS_FORGET] else plain
-
-    height, width = shop.spec.height, shop.spec.width
+def _write(rows: DecodedRows, place: BlockPlace) -> str:
+    """Write the block of the rows that are kept; return its path."""
+    context, selection = rows.context, rows.selection
+    height, width = context.spec.height, context.spec.width
+    noted: Counter[str] = Counter()
     with (
-        tokenizing(shop.tokenize) as captions,
+        tokenizing(context.tokenize) as captions,
         block_writer(
-            shop.store, plain, height=height, width=width, rows=rows.wanted, into=path
+            context.store, place.plain, height=height, width=width, rows=rows.wanted
         ) as writer,
     ):
-        noted: Counter[str] = Counter()
-        for candidate, decoded, pixels in rows.kept():
-            captions.add(candidate.caption)
+        for row, pixels in rows.kept():
+            captions.add(row.candidate.caption)
             writer.add(
                 pixels,
-                key=candidate.key,
-                caption=candidate.caption,
-                source_digest=decoded.source_digest,
-                origin=candidate.origin,
+                key=row.candidate.key,
+                caption=row.candidate.caption,
+                source_digest=row.decoded.source_digest,
+                origin=row.candidate.origin,
             )
-            noted.update(decoded.oddities)
-            noted[CLEANED] += candidate.cleaned
+            noted.update(row.decoded.oddities)
+            noted[CLEANED] += row.candidate.cleaned
         if not writer.rows:
             raise InputError(
-                f"no row is left for the {tally.role} set: {counted(rows.refused)}",
+                f"no row is left for the {selection.role} set: {counted(rows.refused)}",
                 hint="check that the sources hold whole images",
             )
         keys = Counter(writer.keys)
         noted[SAME_KEY] = sum(count for count in keys.values() if count > 1)
         attributes = {
-            "role": tally.role,
-            "sources": list(tally.sources),
-            "seen": tally.seen,
+            "role": selection.role,
+            "sources": list(selection.sources),
+            "seen": selection.seen,
             "refused": dict(rows.refused),
             "noted": {what: count for what, count in sorted(noted.items()) if count},
-            "input": encode(shop.spec),
-            "recipe": recipe,
+            "input": encode(context.spec),
+            "recipe": place.recipe,
         }
-        writer.finish(captions.tokens(), attributes)
-    return path(), DataBlock.at(shop.store, path())
+        path = place.avoiding if rows.refused[SAME_AS_FORGET] else place.plain
+        writer.finish(captions.tokens(), attributes, path=path)
+    return path

@@ -38,13 +38,13 @@ class Screen:
     cosines: Cosines | None
     recipe: list[Any]
 
-    def start(self) -> "Judgement":
+    def start(self) -> "ScreenedSet":
         """Return the tests for one set, which has no rows yet."""
-        return Judgement(self)
+        return ScreenedSet(self)
 
 
 @dataclass(slots=True)
-class Judgement:
+class ScreenedSet:
     """Screens the rows of one set in their order, some at a time."""
 
     screen: Screen
@@ -52,8 +52,8 @@ class Judgement:
     _hashes: dict[int, int] = field(default_factory=dict)
     _kept: list[int] = field(default_factory=list)
 
-    def see(self, captions: Mapping[int, str], image: Callable[[int], Pixels]) -> None:
-        """Look at the images to be judged next, by number, with their captions."""
+    def judge(self, captions: Mapping[int, str], image: Callable[[int], Pixels]) -> None:
+        """Test the next images, by number, with their captions; `refusal` tells what came of it."""
         self._reasons, self._hashes = {}, {}
         numbers = sorted(captions)
         for start in range(0, len(numbers), BATCH):
@@ -74,12 +74,12 @@ class Judgement:
         limit = self.screen.options.near_duplicates
         if reason or limit is None:
             return reason
-        found = self._hashes[number]
-        kept = np.asarray(self._kept, dtype=np.uint64) ^ np.uint64(found)
+        image_hash = self._hashes[number]
+        kept = np.asarray(self._kept, dtype=np.uint64) ^ np.uint64(image_hash)
         differing = np.unpackbits(kept.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
         if differing.size and differing.min() <= limit:
             return "near-duplicate"
-        self._kept.append(found)
+        self._kept.append(image_hash)
         return None
 
 

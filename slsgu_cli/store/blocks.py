@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -188,6 +188,7 @@ class BlockWriter:
 
     def __init__(self, group: zarr.Group, *, height: int, width: int, rows: int) -> None:
         self.rows = 0
+        self.path: str | None = None
         self._group = group
         row_bytes = height * width * 3
         self._chunk = np.empty(
@@ -226,11 +227,15 @@ class BlockWriter:
         if self.rows % len(self._chunk) == 0:
             self._write(len(self._chunk))
 
-    def finish(self, tokens: Ints | None, attributes: dict[str, Any]) -> str:
+    def finish(
+        self, tokens: Ints | None, attributes: dict[str, Any], *, path: str | None = None
+    ) -> str:
         """Write what is left, and the attributes; return the fingerprint of the rows.
 
-        `tokens` is (rows, length), or None for rows that have no use for any.
+        `tokens` is (rows, length), or None for rows that have no use for any. `path` is where
+        the block is to stand, if that was not known before all rows were.
         """
+        self.path = path
         if self.rows % len(self._chunk):
             self._write(self.rows % len(self._chunk))
         self._await(0)
@@ -301,13 +306,12 @@ def block_writer(
     height: int,
     width: int,
     rows: int,
-    into: Callable[[], str] | None = None,
 ) -> Iterator[BlockWriter]:
     """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
 
-    `into` tells the path where that is known only when all rows are written.
+    Where `finish` is given another path, it stands there.
     """
-    with store.writing(path, into) as partial:
+    with store.writing(path, lambda: writer.path or path) as partial:
         location: Any = LocalStore(partial) if store.is_local else partial
         group = zarr.open_group(location, mode="w", zarr_format=3)
         writer = BlockWriter(group, height=height, width=width, rows=rows)
