@@ -23,7 +23,7 @@ from slsgu_cli.checkpoints.tensor_file import (
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.method import EditHeader
-from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 SUFFIX = ".safetensors"
@@ -96,7 +96,7 @@ def make_edit(header: EditHeader, *, delta: Floats, before: Floats) -> Edit:
 
 def write_edit(store: Store, edit: Edit) -> str:
     """Write an edit at factor 1 into the store under its name; return its path there."""
-    path = edit_path(edit.header.name)
+    path = Artifact.EDIT.path(edit.header.name)
     store.write_tensors(path, {DELTA: edit.delta(), BEFORE: edit.before()}, edit.header)
     return path
 
@@ -118,14 +118,14 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     Raises MissingError, InputError or StaleError.
     """
     named_as_file = name_or_path.endswith(SUFFIX) or "/" in name_or_path
-    if not named_as_file and store.exists(edit_path(name_or_path)):
-        return read_edit(store, edit_path(name_or_path))
+    if not named_as_file and store.exists(Artifact.EDIT.path(name_or_path)):
+        return read_edit(store, Artifact.EDIT.path(name_or_path))
     path = Path(name_or_path)
     if path.is_file():
         return read_edit(Store(str(path.parent)), path.name)
     if named_as_file:
         raise MissingError(f"there is no edit file {name_or_path}")
-    known = store.names("edits", SUFFIX)
+    known = Artifact.EDIT.names(store)
     raise MissingError(
         f"{store.url} has no edit {name_or_path}"
         + (f"; it has {', '.join(known)}" if known else ""),

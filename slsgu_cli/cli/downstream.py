@@ -97,7 +97,7 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
     is forgotten against what is kept.
     """
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.store.artifacts import edit_path
+    from slsgu_cli.store.artifacts import Artifact
 
     trials, chosen = result.trials, result.chosen
     full = all(trial.others for trial in trials.trials)
@@ -132,7 +132,7 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
         console.table("trials", columns, rows, title=title)
     if trials.before is not None and chosen.others is not None:
         show_effects(console, trials.before, Effect(chosen.concept, chosen.others))
-    console.paths("edit", [store.where(edit_path(result.edit))])
+    console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
 

@@ -27,7 +27,7 @@ def show_trajectory(
 ) -> None:
     """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.store.artifacts import trajectory_path
+    from slsgu_cli.store.artifacts import Artifact
 
     trials = found.trials
     if not console.brief:
@@ -50,7 +50,7 @@ def show_trajectory(
         rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
     title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
     console.table("rises", columns, rows, title=title)
-    console.paths("files", [store.where(trajectory_path(trials.name)), *plots])
+    console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
     again = len(trials.trials) - found.measured
     if again:
         console.note(f"{again} recorded steps were used again")
@@ -59,7 +59,7 @@ def show_trajectory(
 def show_joint(console: "Console", store: "Store", result: "JointResult") -> None:
     """Print each concept's layer and step, and what is kept as concepts are added."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.store.artifacts import edit_path, joint_path
+    from slsgu_cli.store.artifacts import Artifact, joint_label
 
     found, chosen = result.record, result.chosen
     concepts = (
@@ -103,7 +103,10 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         stages.append((count, added and added.name, added and added.layer, worst, *figures))
     title = "what is kept as concepts are added, on images of none of them"
     console.table("stages", columns, stages, title=title)
-    files = [*(edit_path(name) for name in found.names), joint_path(found.names)]
+    files = [
+        *(Artifact.EDIT.path(name) for name in found.names),
+        Artifact.JOINT.path(joint_label(found.names)),
+    ]
     console.paths("files", [*map(store.where, files), *result.plots])
     if result.reused:
         console.note(f"{result.reused} recorded joint trials were used again")
@@ -112,7 +115,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
 def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> None:
     """Print each class's figures before and after, and their means (the paper's Table 2)."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.store.artifacts import sweep_path
+    from slsgu_cli.store.artifacts import Artifact
 
     found = result.sweep
     sets = sorted(found.rows[0].baseline_utility)
@@ -142,7 +145,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
             columns += [Column(f"{figure} before"), Column(f"{figure} after")]
     title = f"sweep {found.name}: accuracies before and after each class is forgotten"
     console.table("sweep", columns, rows, title=title, data=found)
-    console.paths("files", [store.where(sweep_path(found.name))])
+    console.paths("files", [store.where(Artifact.SWEEP.path(found.name))])
     if result.reused:
         console.note(f"{result.reused} classes were done before")
 

@@ -142,7 +142,7 @@ def search(
     """
     from slsgu_cli.cli.console import Column
     from slsgu_cli.method.scoring import best_of_each
-    from slsgu_cli.store.artifacts import edit_path, trials_path
+    from slsgu_cli.store.artifacts import Artifact
 
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
@@ -188,7 +188,10 @@ def search(
         before_after(console, chosen_figures(result))
     console.paths(
         "files",
-        [store.where(edit_path(trials.name)), store.where(trials_path(trials.name))],
+        [
+            store.where(Artifact.EDIT.path(trials.name)),
+            store.where(Artifact.TRIALS.path(trials.name)),
+        ],
     )
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")

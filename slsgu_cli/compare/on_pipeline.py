@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from shlex import quote
 from time import perf_counter
@@ -42,15 +41,7 @@ from slsgu_cli.records.studies import (
     PipelinePlan,
 )
 from slsgu_cli.records.targets import Budget, TargetTrials
-from slsgu_cli.store.artifacts import (
-    edit_path,
-    read_manifest,
-    read_pointer,
-    recorded,
-    target_comparison_path,
-    target_edit,
-    target_trials_path,
-)
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -182,10 +173,10 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
     """
     name = target_edit(pointer.name, target)
     hint = f"run `slsgu search {quote(pointer.name)} --target {quote(str(target))} --steer-target`"
-    if not store.exists(edit_path(name)):
+    if not store.exists(Artifact.EDIT.path(name)):
         raise MissingError(f"{store.url} has no edit {name} to compare", hint=hint)
     edit = load_edit(store, name)
-    path = target_trials_path(pointer.name, target)
+    path = Artifact.TARGET_TRIALS.path(target_edit(pointer.name, target))
     trials = store.read_record(path, TargetTrials) if store.exists(path) else None
     if trials is not None and trials.forget == pointer.forget:
         key = (edit.header.layer, edit.header.step)
@@ -241,7 +232,7 @@ def sheet_path(name: str, target: Path) -> str:
 
 
 def _folder(name: str, target: Path) -> str:
-    return target_comparison_path(name, target).removesuffix(".json")
+    return Artifact.TARGET_COMPARISON.beside(target_edit(name, target))
 
 
 @dataclass
@@ -280,9 +271,9 @@ class _PipelineRun:
             version=slsgu_cli.__version__,
         )
         times = PassTimes(store, manifest, options.device)
-        run = cls(store, manifest, pointer, options, gallery, record, times)
-        run._read()
-        return run
+        edit = target_edit(name, options.target)
+        record = resume(store, Artifact.TARGET_COMPARISON, edit, record)
+        return cls(store, manifest, pointer, options, gallery, record, times)
 
     @cached_property
     def studio(self) -> TrainedPipeline:
@@ -368,16 +359,5 @@ class _PipelineRun:
         """Record a row; another of the same label gave its pictures their place before."""
         others = [known for known in self.record.outcomes if known.label != outcome.label]
         self.record = replace(self.record, outcomes=(*others, outcome))
-        path = target_comparison_path(self.manifest.name, self.options.target)
-        self.store.write_record(path, self.record)
-
-    def _read(self) -> None:
-        """Take up the record in the store, if it was made from the same things."""
-        path = target_comparison_path(self.manifest.name, self.options.target)
-        unusable = "recorded outcomes cannot be used and are made again"
-        found = recorded(self.store, path, PipelineComparison, unusable=unusable)
-        made_from = attrgetter(
-            "target_fingerprint", "forget", "forget_data", "retain_data", "evals", "judge", "budget"
-        )
-        if found and made_from(found) == made_from(self.record):
-            self.record = found
+        name = target_edit(self.manifest.name, self.options.target)
+        self.store.write_record(Artifact.TARGET_COMPARISON.path(name), self.record)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.clip.models import pick_device
-from slsgu_cli.errors import NotForgottenError, SlsguError, StaleError
+from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.method.edit import edit_for
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import MARGIN, SearchOptions, evaluation_blocks
+from slsgu_cli.method.search_plan import MARGIN, SearchOptions
 from slsgu_cli.records.method import (
     Accuracy,
     EditHeader,
@@ -28,8 +28,9 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Comparison, Method, Outcome, PassTime
-from slsgu_cli.store.artifacts import comparison_path, edit_path, gradient_path, trials_path
+from slsgu_cli.records.studies import Method, Outcome, PassTime
+from slsgu_cli.store.artifacts import SEARCH, Artifact, changed, digests_of
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -103,12 +104,8 @@ class PassTimes:
 
     def _elsewhere(self, key: str) -> PassTime | None:
         """Return the time that another comparison of the store has for the same pass."""
-        for name in self.store.names("comparisons", ".json"):
-            try:
-                found = self.store.read_record(comparison_path(name), Comparison)
-            except SlsguError:
-                continue
-            time = found.passes.get(key)
+        for comparison in Catalog(self.store).readable(Artifact.COMPARISON).values():
+            time: PassTime | None = comparison.passes.get(key)
             if time is not None and time.where == self.where:
                 return time
         return None
@@ -119,7 +116,9 @@ class PassTimes:
         from slsgu_cli.method.gradient_pass import GradientPass
         from slsgu_cli.store.blocks import DataBlock
 
-        header = self.store.read_header(gradient_path(getattr(pointer, role)), GradientHeader)
+        header = self.store.read_header(
+            Artifact.GRADIENT.path(getattr(pointer, role)), GradientHeader
+        )
         block = DataBlock.open(self.store, getattr(self.manifest, role))
         options = PassOptions(
             batch_size=min(header.batch_size, block.rows),
@@ -164,7 +163,7 @@ def our_outcome(
     Raises StaleError where the edit is not one of the recorded trials.
     """
     name = pointer.name
-    missing = not store.exists(edit_path(name))
+    missing = not store.exists(Artifact.EDIT.path(name))
     start = perf_counter()
     try:
         options = SearchOptions(device=times.asked_device)
@@ -200,12 +199,11 @@ def our_outcome(
 
 def standing_trials(store: Store, manifest: SetManifest, pointer: GradientPointer) -> Trials | None:
     """Return the trials of a set that were made from what it has now; None without such."""
-    if not store.exists(trials_path(manifest.name)):
+    path = Artifact.TRIALS.path(manifest.name)
+    if not store.exists(path):
         return None
-    trials = store.read_record(trials_path(manifest.name), Trials)
-    now = (pointer.forget, pointer.model_fingerprint, evaluation_blocks(manifest))
-    same = (trials.forget, trials.model_fingerprint, trials.evals) == now
-    return trials if same else None
+    trials = store.read_record(path, Trials)
+    return None if changed(SEARCH, trials, digests_of(manifest, pointer)) else trials
 
 
 def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: Edit) -> Trial:

@@ -28,7 +28,6 @@ from slsgu_cli.compare.ours import ROLES, PassTimes, original_outcome, our_outco
 from slsgu_cli.compare.table import tune
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.search_plan import evaluation_blocks
 from slsgu_cli.records.method import (
     Accuracy,
     GradientHeader,
@@ -39,13 +38,11 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import TRAINED, Comparison, Method, Outcome, Plan
 from slsgu_cli.store.artifacts import (
-    comparison_path,
-    gradient_path,
-    pointer_path,
+    Artifact,
+    evaluation_blocks,
     read_manifest,
     read_pointer,
-    recorded,
-    squares_path,
+    resume,
 )
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -207,7 +204,7 @@ class MethodRun:
             return self._seconds(["forget"], squares=False)
         if method is Method.SSD:
             digests = (self.pointer.forget, self.pointer.retain)
-            if not all(self.store.exists(squares_path(digest)) for digest in digests):
+            if not all(self.store.exists(Artifact.SQUARES.path(digest)) for digest in digests):
                 progress.note("SSD needs squared gradients: computing them")
                 self.times.ensure(self.pointer, squares=True)
             return self._seconds(ROLES, squares=True)
@@ -219,7 +216,7 @@ class MethodRun:
     def _epochs(self, method: Method, setting: float) -> Iterator[int]:
         if method is Method.SSD:
             forget, retain = (
-                self.store.read_tensors(squares_path(digest))
+                self.store.read_tensors(Artifact.SQUARES.path(digest))
                 for digest in (self.pointer.forget, self.pointer.retain)
             )
             importance = importance_of(forget, retain, self.times.device)
@@ -238,12 +235,14 @@ class MethodRun:
 
     @cached_property
     def _mask(self) -> Mask:
-        mask = saliency_mask(self.store.read_tensors(gradient_path(self.pointer.forget)))
+        mask = saliency_mask(self.store.read_tensors(Artifact.GRADIENT.path(self.pointer.forget)))
         return {name: kept.to(self.times.device) for name, kept in mask.items()}
 
     def _lesson(self, role: str, rows: int, sign: int) -> LossTerm:
         block = DataBlock.open(self.store, getattr(self.manifest, role))
-        header = self.store.read_header(gradient_path(getattr(self.pointer, role)), GradientHeader)
+        header = self.store.read_header(
+            Artifact.GRADIENT.path(getattr(self.pointer, role)), GradientHeader
+        )
         loss = GradientPass.prepare(
             self.model,
             header.loss,
@@ -323,7 +322,7 @@ class _Ledger:
     def open(cls, store: Store, name: str, options: CompareOptions) -> "_Ledger":
         manifest = read_manifest(store, name)
         times = PassTimes(store, manifest, options.device)
-        if store.exists(pointer_path(name)):
+        if store.exists(Artifact.POINTER.path(name)):
             pointer = read_pointer(store, manifest)
         else:
             progress.note(f"{name} has no gradients yet: computing them")
@@ -382,7 +381,8 @@ class _Ledger:
 
     def _add(self, outcome: Outcome) -> Outcome:
         """Record a row, beside those that another process may have recorded meanwhile."""
-        self._read()
+        with progress.silent():
+            self._read()
 
         def same(other: Outcome) -> bool:
             key = (outcome.method, outcome.setting, outcome.plan)
@@ -394,22 +394,10 @@ class _Ledger:
             outcomes=(*others, outcome),
             passes={**self.comparison.passes, **self.times.known},
         )
-        self.store.write_record(comparison_path(self.comparison.name), self.comparison)
+        self.store.write_record(Artifact.COMPARISON.path(self.comparison.name), self.comparison)
         return outcome
 
     def _read(self) -> None:
         """Take up the record in the store, if it was made from the same things."""
-        path = comparison_path(self.comparison.name)
-        unusable = "recorded outcomes cannot be used and are made again"
-        found = recorded(self.store, path, Comparison, unusable=unusable)
-        if found and _made_from(found) == _made_from(self.comparison):
-            self.comparison = found
-
-
-def _made_from(comparison: Comparison) -> tuple[object, ...]:
-    return (
-        comparison.model_fingerprint,
-        comparison.forget,
-        comparison.retain,
-        comparison.evals,
-    )
+        fresh = self.comparison
+        self.comparison = resume(self.store, Artifact.COMPARISON, fresh.name, fresh)

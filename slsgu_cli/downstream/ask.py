@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.downstream.generate import ANSWERS, OutputFolder
+from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.downstream.judge import png_bytes
 from slsgu_cli.downstream.models import Llava, Question, new_values
 from slsgu_cli.errors import InputError, MissingError, UsageError
@@ -20,7 +20,7 @@ from slsgu_cli.figures.sheets import answers_png, data_url, page
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import Answer, Answers
 from slsgu_cli.sources.classes import find_class
-from slsgu_cli.store.artifacts import manifest_path, read_manifest, set_of
+from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -62,7 +62,7 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     header = edits[0].header
     pictures = [_opened(path) for path in request.images]
     pictures = pictures or sample_pictures(store, set_of(header.name), request.samples)
-    album = OutputFolder.at(store, header.name, request.out, ANSWERS)
+    album = OutputFolder.at(store, header.name, request.out, Artifact.ANSWERS)
     respondent = Llava.load(request.target, device=request.device)
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
     (values,) = new_values((respondent.encoder,), edits)
@@ -95,7 +95,7 @@ def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
 
     Raises UsageError where there is no such set.
     """
-    if not store.exists(manifest_path(name)):
+    if not store.exists(Artifact.SET.path(name)):
         raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
     manifest = read_manifest(store, name)
     found: list[AskedImage] = []

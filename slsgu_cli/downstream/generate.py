@@ -14,11 +14,11 @@ from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_html, sheet_png
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, Share
-from slsgu_cli.records.sets import ModelSpec, check_name
+from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Generation, PaintOptions, PromptResult
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sources.classes import DEFAULT_TEMPLATES, find_class
-from slsgu_cli.store.artifacts import manifest_path, read_manifest, set_of
+from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
 from slsgu_cli.store.store import Store
 
 
@@ -71,9 +71,6 @@ def _prompt(line: str, origin: str, classes: Sequence[str]) -> Prompt:
     return Prompt(text, classes[place])
 
 
-GENERATIONS, ANSWERS = "generations", "answers"
-
-
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
     """A folder of pictures and the record that stands beside it once it is complete."""
@@ -84,13 +81,12 @@ class OutputFolder:
 
     @classmethod
     def at(
-        cls, store: Store, name: str, out: Path | None, kind: str = GENERATIONS
+        cls, store: Store, name: str, out: Path | None, kind: Artifact = Artifact.GENERATION
     ) -> "OutputFolder":
         """Return the album of the set `name`: at `out`, or else in the store."""
         if out is not None:
-            return cls(Store(str(out)), "", f"{kind}.json")
-        folder = f"{kind}/{check_name(name)}"
-        return cls(store, folder, f"{folder}.json")
+            return cls(Store(str(out)), "", f"{TABLE[kind].folder}.json")
+        return cls(store, kind.beside(name), kind.path(name))
 
     def write(self, path: str, data: bytes) -> None:
         """Write one file of the album."""
@@ -169,7 +165,7 @@ def judge_spec(
     if judge is None and pretrained is not None:
         raise UsageError("--judge-pretrained needs --judge")
     if judge == OWN:
-        known = store.exists(manifest_path(name))
+        known = store.exists(Artifact.SET.path(name))
         return read_manifest(store, name).model if known else load_edit(store, name).header.model
     return None if judge is None else ModelSpec(judge, pretrained)
 
@@ -186,7 +182,7 @@ def judged_classes(
     else:
         for edit in edits:
             name = set_of(edit.header.name)
-            if store.exists(manifest_path(name)):
+            if store.exists(Artifact.SET.path(name)):
                 found |= measured_classes(store, read_manifest(store, name))
     return found
 

@@ -28,9 +28,8 @@ from slsgu_cli.records.targets import AnswerSet, GeneratedSource, PaintOptions
 from slsgu_cli.sets.evaluation_sets import read_classes
 from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.classes import find_class
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
-
-FOLDER = "generated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +87,8 @@ def generated_source(store: Store, request: SourceRequest) -> str:
     # More images of the same prompts add to those there are; where a run of a pipeline
     # stands does not matter, nor which version made it.
     made_from = [record.pipeline_fingerprint, record.prompts, record.seed, record.paint]
-    folder = f"{FOLDER}/{digest(made_from)}"
+    address = digest(made_from)
+    folder = Artifact.GENERATED.beside(address)
     prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
     jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
     missing = unfinished(
@@ -107,7 +107,7 @@ def generated_source(store: Store, request: SourceRequest) -> str:
                     # The caption comes last: with it, an image is complete.
                     store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
                     ticker.advance()
-    store.write_record(f"{folder}.json", record)
+    store.write_record(Artifact.GENERATED.path(address), record)
     return store.where(folder)
 
 

@@ -41,14 +41,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.targets import Budget, GradientOf, TargetTrial, TargetTrials
-from slsgu_cli.store.artifacts import (
-    gradient_path,
-    read_manifest,
-    read_pointer,
-    recorded,
-    target_edit,
-    target_trials_path,
-)
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.store import Store
 
 # Trials a layer, on CLIP, for the step to begin with on the target.
@@ -129,7 +122,7 @@ class TargetPlan:
         Raises StaleError, UsageError, and InputError where there is none.
         """
         options, subject, address = self.options, self.subject, self.pointer.forget
-        header = store.read_header(gradient_path(address), GradientHeader)
+        header = store.read_header(Artifact.GRADIENT.path(address), GradientHeader)
         reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
         layers = _chosen_layers(layers_of(reached, options.qkv), options)
         self._require_same_clip(header, layers)
@@ -301,7 +294,7 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
         starts = {}
         if plan.gradient_of is GradientOf.CLIP:
             starts = plan.clip_starts(store, moves)
-        file = target_trials_path(name, options.target)
+        file = Artifact.TARGET_TRIALS.path(target_edit(name, options.target))
         run = TargetSearch(store, file, record, moves, full=options.full, began=began)
         for move in moves:
             run.bisect(move, options.steps, starts.get(move.layer))
@@ -325,7 +318,6 @@ def require_reached(result: SteerResult) -> None:
 def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> TargetTrials:
     """Return the recorded trials if they were made from the same things, else none."""
     manifest, pointer, options = plan.manifest, plan.pointer, plan.options
-    path = target_trials_path(manifest.name, options.target)
     fresh = TargetTrials(
         name=manifest.name,
         target=str(options.target),
@@ -346,15 +338,11 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         seconds=0.0,
         version=slsgu_cli.__version__,
     )
-    made_from = attrgetter(
-        "target_fingerprint", "gradient_of", "forget", "forget_data", "retain_data", "evals",
-        "direction", "ridge", "judge", "budget",
-    )  # fmt: skip
-    unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, path, TargetTrials, unusable=unusable)
-    if old and old.before is not None and made_from(old) == made_from(fresh):
-        return replace(fresh, before=old.before, trials=old.trials, seconds=old.seconds)
-    return replace(fresh, before=Effect(plan.subject.concept(), plan.subject.others()))
+    edit = target_edit(manifest.name, options.target)
+    record = resume(store, Artifact.TARGET_TRIALS, edit, fresh)
+    if record.before is None:
+        return replace(record, before=Effect(plan.subject.concept(), plan.subject.others()))
+    return record
 
 
 def _write_edit(store: Store, plan: TargetPlan, run: TargetSearch, chosen: TargetTrial) -> str:

@@ -19,7 +19,7 @@ from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer, LayerMoment, MomentHeader, Precision
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.store.artifacts import gradient_path, moments_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") ->
     places: dict[str, tuple[str, LayerMoment]] = {}
     unseen: set[str] = set()
     for name in store.names("moments", ".safetensors"):
-        path = moments_path(name)
+        path = Artifact.MOMENTS.path(name)
         try:
             header = store.read_header(path, MomentHeader)
         except SlsguError:
@@ -121,7 +121,7 @@ def ensure_moments(
 def layer_gradient(store: Store, address: str, layer: str) -> Floats:
     """Return fp32 the gradient of a layer from the gradients at an address of the store."""
     name = Layer.parse(layer).parameter
-    whole = store.read_tensors(gradient_path(address), [name])[name]
+    whole = store.read_tensors(Artifact.GRADIENT.path(address), [name])[name]
     values: Floats = Layer.parse(layer).rows(whole)
     return values
 
@@ -191,4 +191,4 @@ def _compute(
         "input": manifest.input,
         "layers": sorted(layers),
     }
-    store.write_tensors(moments_path(digest(made_from)), arrays, header)
+    store.write_tensors(Artifact.MOMENTS.path(digest(made_from)), arrays, header)

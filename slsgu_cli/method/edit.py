@@ -21,12 +21,11 @@ from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Qkv, Ranking, Tower
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
-    edit_path,
-    gradient_path,
-    manifest_path,
+    EDIT,
+    Artifact,
+    changed,
+    digests_of,
     plot_path,
-    pointer_path,
-    ranking_path,
     read_manifest,
     read_pointer,
 )
@@ -42,10 +41,10 @@ def edit_for(
     than the set has now.
     """
     is_file = "/" in name or name.endswith(".safetensors")
-    if is_file or not store.exists(manifest_path(name)):
+    if is_file or not store.exists(Artifact.SET.path(name)):
         return load_edit(store, name)
-    if not store.exists(edit_path(name)) and store.exists(pointer_path(name)):
-        if not store.exists(ranking_path(name)):
+    if not store.exists(Artifact.EDIT.path(name)) and store.exists(Artifact.POINTER.path(name)):
+        if not store.exists(Artifact.RANKING.path(name)):
             progress.note(f"{name} has no ranking yet: ranking its layers")
             rank_and_plot(store, name, options=ranking or rank_options(options))
         progress.note(f"{name} has no edit yet: searching for one")
@@ -82,17 +81,19 @@ def current_edit(store: Store, name: str) -> Edit:
     the set has now.
     """
     edit = load_edit(store, name)
-    pointer = store.exists(pointer_path(name)) and read_pointer(store, read_manifest(store, name))
-    if pointer and edit.header.gradient != pointer.forget:
+    if not store.exists(Artifact.POINTER.path(name)):
+        return edit
+    pointer = read_pointer(store, read_manifest(store, name))
+    change = changed(EDIT, edit.header, digests_of(None, pointer))
+    if change:
+        others = {
+            "gradient": f"the edit {name} was made from other gradients than the set has now",
+            "retain_data": f"the direction of the edit {name} was whitened by other retain rows "
+            "than the set has now",
+        }
         raise StaleError(
-            f"the edit {name} was made from other gradients than the set has now",
-            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
-        )
-    if pointer and edit.header.retain_data not in (None, pointer.retain_data):
-        raise StaleError(
-            f"the direction of the edit {name} was whitened by other retain rows than the set "
-            "has now",
-            hint=f"run `slsgu rank {quote(name)}` and `slsgu search {quote(name)}`",
+            others[change.field],
+            hint=f"run `{Artifact.RANKING.command(name)}` and `{Artifact.EDIT.command(name)}`",
         )
     return edit
 
@@ -142,7 +143,7 @@ def direct_edit(
 
 def _named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
     """Return the one layer of the gradients that `text` means. Raises UsageError."""
-    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
+    header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     whole, split = (find_layers(text, layers_of(header.weights, qkv)) for qkv in Qkv)
     fitting = whole or split
     if len(fitting) != 1:

@@ -20,7 +20,7 @@ from slsgu_cli.method.search_plan import evaluation_digest, require_alike, requi
 from slsgu_cli.method.trial import UNMOVED, MovedModel
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import edit_path, joint_label, plot_path, read_manifest
+from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest
 from slsgu_cli.store.store import Store
 
 # As many names as the paper's Figures 3 and 8 have.
@@ -67,7 +67,7 @@ def evaluate(
     manifests = [read_manifest(store, name) for name in names]
     require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
     edits: list[Edit] = []
-    if model is None and (len(names) > 1 or store.exists(edit_path(names[0]))):
+    if model is None and (len(names) > 1 or store.exists(Artifact.EDIT.path(names[0]))):
         edits = [load_edit(store, name) for name in names]
     device = pick_device(device)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from slsgu_cli.records.method import (
     SquaresHeader,
 )
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import gradient_path, pointer_path, read_manifest, squares_path
+from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -88,9 +88,10 @@ def compute_gradients(
             job.compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
             seconds[gradient.role] = perf_counter() - start
     pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
-    store.write_record(pointer_path(name), pointer)
+    store.write_record(Artifact.POINTER.path(name), pointer)
     headers = {
-        g.role: store.read_header(gradient_path(g.digest), GradientHeader) for g in gradients
+        g.role: store.read_header(Artifact.GRADIENT.path(g.digest), GradientHeader)
+        for g in gradients
     }
     return GradResult(
         pointer,
@@ -124,11 +125,11 @@ def _pointer(
 
 
 def _is_whole(store: Store, gradient: Gradient) -> bool:
-    return _stands(store, gradient_path(gradient.digest), GradientHeader)
+    return _stands(store, Artifact.GRADIENT.path(gradient.digest), GradientHeader)
 
 
 def _has_squares(store: Store, gradient: Gradient) -> bool:
-    return _stands(store, squares_path(gradient.digest), SquaresHeader)
+    return _stands(store, Artifact.SQUARES.path(gradient.digest), SquaresHeader)
 
 
 def _stands(store: Store, path: str, kind: type[Any]) -> bool:
@@ -229,12 +230,12 @@ class _Job:
         if squares:
             arrays, squared, mean_loss = run.run_squared(block, label)
             about = self._about_squares(gradient, -(-block.rows // size))
-            self.store.write_tensors(squares_path(gradient.digest), squared, about)
+            self.store.write_tensors(Artifact.SQUARES.path(gradient.digest), squared, about)
         else:
             arrays, mean_loss = run.run(block, label)
         if plain:
             header = self._header(gradient, -(-block.rows // size), mean_loss)
-            self.store.write_tensors(gradient_path(gradient.digest), arrays, header)
+            self.store.write_tensors(Artifact.GRADIENT.path(gradient.digest), arrays, header)
 
     def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
         weights = {

@@ -31,7 +31,7 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
 )
-from slsgu_cli.store.artifacts import gradient_path, ranking_path, read_manifest, read_pointer
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
     """
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
-    header = store.read_header(gradient_path(pointer.forget), GradientHeader)
+    header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     candidates = [
         layer
         for layer in layers_of(header.weights, options.qkv)
@@ -104,7 +104,7 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
         unreached=unreached,
         qkv=options.qkv,
     )
-    store.write_record(ranking_path(name), ranking)
+    store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
 
 
@@ -168,7 +168,7 @@ def _score(
     if not (np.isfinite(forget).all() and np.isfinite(retain).all()):
         raise InputError(
             f"the stored gradient of {layer} holds values that are not finite",
-            hint=f"remove {gradient_path(pointer.forget)} from the store and "
+            hint=f"remove {Artifact.GRADIENT.path(pointer.forget)} from the store and "
             f"run `slsgu grad {quote(pointer.name)}`",
         )
     forget_norm = norm(forget)

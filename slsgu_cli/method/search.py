@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
@@ -21,7 +20,6 @@ from slsgu_cli.method.scoring import best, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchOptions,
     SearchPlan,
-    evaluation_blocks,
     grouped,
     read_plan,
     read_plans,
@@ -40,7 +38,7 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial
-from slsgu_cli.store.artifacts import recorded, trials_path
+from slsgu_cli.store.artifacts import Artifact, evaluation_blocks, resume
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -136,15 +134,15 @@ class SetSearch(StepSearch[Trial]):
     """The search of one set's layers on a CLIP, with its record in a file of a store."""
 
     def __init__(
-        self, records: Store, file: str, plan: SearchPlan, evaluation: "Evaluation"
+        self, records: Store, kind: Artifact, plan: SearchPlan, evaluation: "Evaluation"
     ) -> None:
         from slsgu_cli.method.trial import UtilityMeter
 
-        self._header = recorded_trials(records, file, fresh_trials(plan, evaluation))
+        self._header = resume(records, kind, plan.name, fresh_trials(plan, evaluation))
         trials = {(line_of(trial), trial.step): trial for trial in self._header.trials}
         steer, margin = plan.options.steer, plan.options.margin
         super().__init__(trials, lambda trial: left_to_forget(trial, steer, margin))
-        self.records, self.file, self.plan = records, file, plan
+        self.records, self.file, self.plan = records, kind.path(plan.name), plan
         self.probes: dict[Line, Probe] = {}
         self.reused = len(trials)
         self._meter = UtilityMeter(evaluation)
@@ -227,7 +225,7 @@ def search(
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
         evaluation = load_evaluation(store, plan)
-        run = SetSearch(records or store, trials_path(name), plan, evaluation)
+        run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation)
         return run.run(plan.probes(store, evaluation))
 
 
@@ -245,7 +243,7 @@ def search_each(
         for plan in group:
             with no_grad(), arithmetic(options.precision):
                 evaluation = shared.of(plan.manifest)
-                run = SetSearch(store, trials_path(plan.name), plan, evaluation)
+                run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
                 result = run.run(plan.probes(store, evaluation))
             yield result
 
@@ -312,18 +310,6 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         trials=(),
         version=slsgu_cli.__version__,
     )
-
-
-def recorded_trials(store: Store, path: str, fresh: Trials) -> Trials:
-    """Return `fresh` with the trials recorded at `path`, if they were made from the same things."""
-    unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, path, Trials, unusable=unusable)
-    made_from = attrgetter(
-        "forget", "direction", "retain_data", "model_fingerprint", "evals", "precision"
-    )
-    if old is None or made_from(old) != made_from(fresh):
-        return fresh
-    return replace(fresh, trials=old.trials)
 
 
 def unmeasured_edit(

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 MARGIN = 0.02
 
-# Where the forget accuracy is named among the evaluation sets of a record.
-FORGET = "(forget)"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
@@ -177,13 +174,6 @@ def evaluation_digest(manifest: SetManifest) -> str:
     """Return a digest of the evaluation rows of a set and of how they are taken in."""
     evals = {name: ref.fingerprint for name, ref in manifest.evals.items()}
     return digest([manifest.input, evals])
-
-
-def evaluation_blocks(manifest: SetManifest) -> dict[str, str]:
-    """Return the fingerprints of what the accuracies of a set are measured on."""
-    shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
-    evals = {name: ref.fingerprint for name, ref in sorted(manifest.evals.items())}
-    return evals | {FORGET: shown}
 
 
 def require_alike(digests: Mapping[str, str]) -> None:

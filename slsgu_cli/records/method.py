@@ -1,6 +1,7 @@
 """What gradients, moments, rankings, trials and edits say of themselves."""
 
 import dataclasses
+from collections.abc import Sequence
 from enum import StrEnum
 
 from slsgu_cli.records.sets import ModelSpec
@@ -88,6 +89,10 @@ class GradientHeader:
     weights: dict[str, ParameterNorm]
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        return _pass_in_words(self)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquaresHeader:
@@ -104,6 +109,10 @@ class SquaresHeader:
     precision: str
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        return _pass_in_words(self)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
@@ -119,6 +128,11 @@ class GradientPointer:
     batch_size: int
     precision: str
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        batches = f"{self.batch_size} in {self.precision}"
+        return {"model": str(self.model), "set": self.name, "batches of": batches}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,6 +161,10 @@ class MomentHeader:
     layers: dict[str, LayerMoment]
     unseen: tuple[str, ...]
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        return {"layers": str(len(self.layers)), "rows": str(self.rows)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,6 +201,13 @@ class Ranking:
     target: str | None = None
     unreached: dict[str, str] = dataclasses.field(default_factory=dict)
     qkv: Qkv = Qkv.FUSED
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        front = sum(score.front for score in self.scores)
+        layers = f"{len(self.scores)}, {front} on the fronts"
+        about = {"set": self.name, "alignment": self.alignment, "direction": self.direction}
+        return about | {"layers": layers}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -234,6 +259,11 @@ class Trials:
     baseline_utility: dict[str, Accuracy]
     trials: tuple[Trial, ...]
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        about = {"set": self.name, "direction": self.direction, "steer": self.steer}
+        return about | {"trials": over_layers([trial.layer for trial in self.trials])}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -329,3 +359,34 @@ class EditHeader:
     version: str
     layout: str = "open_clip"
     target: TargetFigures | None = None
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        words = {
+            "model": str(self.model),
+            "concept": self.concept,
+            "layer": self.layer,
+            "direction": self.direction,
+            "step": f"{self.step:.4g} ({100 * self.share:.3g}% of its norm)",
+        }
+        if self.joint:
+            words["together with"] = ", ".join(n for n in self.joint.names if n != self.name)
+        if self.forget:
+            words["FA@1"] = _change(self.baseline_forget, self.forget)
+        for name, kept in (self.utility or {}).items():
+            words[f"TA@1 {name}"] = _change((self.baseline_utility or {}).get(name), kept)
+        return words
+
+
+def over_layers(layers: Sequence[str]) -> str:
+    """Return in words how many trials there are, one a given layer, and of how many layers."""
+    return f"{len(layers)} over {len(set(layers))} layers"
+
+
+def _pass_in_words(header: GradientHeader | SquaresHeader) -> dict[str, str]:
+    batches = f"{header.batch_size} in {header.precision}"
+    return {"loss": header.loss, "rows": str(header.rows), "batches of": batches}
+
+
+def _change(before: Accuracy | None, after: Accuracy) -> str:
+    return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"

@@ -89,6 +89,15 @@ class SetManifest:
     version: str
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def blocks(self) -> dict[str, DataRef]:
+        """Return every block of rows by its role: forget, retain, evaluation names."""
+        return {"forget": self.forget, "retain": self.retain, **self.evals}
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        rows = {role: f"{ref.rows} rows" for role, ref in self.blocks().items()}
+        return {"model": str(self.model), "concept": self.concept, **rows}
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -203,3 +212,8 @@ class Collection:
     retain: ConceptCounts
     examples: Sequence[str]
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        rows = {name: f"{counts.found} rows" for name, counts in self.concepts.items()}
+        return {"files": str(self.files), "rows": str(self.seen), **rows}

@@ -70,6 +70,11 @@ class JointSearch:
     trials: tuple[JointTrial, ...]
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        sets = ", ".join(self.names)
+        return {"sets": sets, "steer": self.steer, "trials": str(len(self.trials))}
+
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
@@ -110,6 +115,11 @@ class Sweep:
     steer: Steer
     rows: tuple[SweepRow, ...]
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        done = f"{len(self.rows)} of {len(self.classes)}"
+        return {"model": str(self.model), "classes": done, "steer": self.steer}
 
 
 class Check(StrEnum):
@@ -249,6 +259,11 @@ class Verification:
         """Return the subject of that key, None where it was not verified."""
         return next((subject for subject in self.subjects if subject.key == key), None)
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        labels = ", ".join(subject.label for subject in self.subjects)
+        return {"set": self.name, "models": labels}
+
 
 class Method(StrEnum):
     """The rows of the paper's Table 1, in its order."""
@@ -327,6 +342,11 @@ class Comparison:
     outcomes: tuple[Outcome, ...]
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        methods = ", ".join(dict.fromkeys(outcome.method for outcome in self.outcomes))
+        return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
+
 
 class PipelineMethod(StrEnum):
     """The rows of a comparison, in order."""
@@ -388,3 +408,8 @@ class PipelineComparison:
     budget: Budget
     outcomes: tuple[PipelineOutcome, ...]
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        labels = ", ".join(outcome.label for outcome in self.outcomes)
+        return {"set": self.name, "target": self.target, "outcomes": labels}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from slsgu_cli.records.method import Direction, Effect, Share, Tower
+from slsgu_cli.records.method import Direction, Effect, Share, Tower, over_layers
 
 
 class GradientOf(StrEnum):
@@ -59,6 +59,14 @@ class Generation:
     after: Effect | None
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        images = f"2 x {len(self.prompts) * len(self.seeds)}"
+        words = {"target": self.target, "edits": ", ".join(self.edits), "images": images}
+        if self.before and self.after and self.after.ua is not None:
+            words["UA"] = f"{self.before.ua:.1f} to {self.after.ua:.1f}"
+        return words
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -81,6 +89,11 @@ class Answers:
     answers: tuple[Answer, ...]
     version: str
 
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        edits, answers = ", ".join(self.edits), f"2 x {len(self.answers)}"
+        return {"target": self.target, "edits": edits, "answers": answers}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedSource:
@@ -93,6 +106,11 @@ class GeneratedSource:
     seed: int
     paint: PaintOptions
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        prompts = "; ".join(self.prompts)
+        return {"pipeline": self.pipeline, "prompts": prompts, "images": str(self.count)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +163,11 @@ class TargetTrials:
     trials: tuple[TargetTrial, ...]
     seconds: float
     version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        trials = over_layers([trial.layer for trial in self.trials])
+        return {"set": self.name, "target": self.target, "trials": trials}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

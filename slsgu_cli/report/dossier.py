@@ -5,7 +5,6 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from shlex import quote
 from typing import Any, Generic, TypeVar
 
 from slsgu_cli.checkpoints.edits import Edit, moved_values, read_edit
@@ -26,8 +25,8 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
 from slsgu_cli.report.html import Html, code, paragraph
-from slsgu_cli.store.artifacts import CHECKS, PLACES, ArtifactKind, Catalog, Standing, read_manifest
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
+from slsgu_cli.store.catalog import Catalog, Standing
 
 T = TypeVar("T")
 
@@ -93,68 +92,52 @@ class SetRecords:
         return [*found, self.verification, self.comparison]
 
 
-def gather(store: Store, name: str, shelf: Catalog) -> SetRecords:
+def gather(catalog: Catalog, name: str) -> SetRecords:
     """Return what the store knows of `name`. Raises MissingError where it has no such set."""
-    manifest = read_manifest(store, name)
-    word = quote(name)
-
-    def find(kind: ArtifactKind, what: str, command: str, label: str = name) -> Evidence[Any]:
-        return _find(store, shelf, kind, label, Evidence(what, "", f"slsgu {command}"))
-
-    pointer = find(ArtifactKind.POINTER, "gradients", f"grad {word}")
-    edit = find(ArtifactKind.EDIT, "edit", f"search {word}")
+    manifest = read_manifest(catalog.store, name)
+    pointer: Evidence[GradientPointer] = _evidence(catalog, Artifact.POINTER, name)
+    edit: Evidence[EditHeader] = _evidence(catalog, Artifact.EDIT, name)
     named = pointer.record and {"forget": pointer.record.forget, "retain": pointer.record.retain}
-    joint = _about(shelf, ArtifactKind.JOINT, lambda found: name in found.names)
-    swept = _about(
-        shelf, ArtifactKind.SWEEP, lambda sweep: any(row.name == name for row in sweep.rows)
-    )
+    joint = catalog.readable(Artifact.JOINT)
+    sweeps = catalog.readable(Artifact.SWEEP)
     return SetRecords(
         name=name,
         concept=manifest.concept,
-        manifest=find(ArtifactKind.SET, "set", f"build-sets {word} ..."),
+        manifest=_evidence(catalog, Artifact.SET, name),
         pointer=pointer,
-        ranking=find(ArtifactKind.RANKING, "ranking", f"rank {word}"),
-        trials=find(ArtifactKind.TRIALS, "search", f"search {word}"),
+        ranking=_evidence(catalog, Artifact.RANKING, name),
+        trials=_evidence(catalog, Artifact.TRIALS, name),
         edit=edit,
-        trajectory=find(ArtifactKind.TRAJECTORY, "trajectory", f"trajectory {word}"),
+        trajectory=_evidence(catalog, Artifact.TRAJECTORY, name),
         joint={
-            label: find(ArtifactKind.JOINT, f"joint search {label}", "search ... --joint", label)
-            for label in joint
+            label: _evidence(catalog, Artifact.JOINT, label, f" {label}")
+            for label, record in sorted(joint.items())
+            if name in record.names
         },
         sweeps={
-            label: find(ArtifactKind.SWEEP, f"sweep {label}", f"sweep {quote(label)} ...", label)
-            for label in swept
+            label: _evidence(catalog, Artifact.SWEEP, label, f" {label}")
+            for label, record in sorted(sweeps.items())
+            if any(row.name == name for row in record.rows)
         },
-        verification=find(ArtifactKind.VERIFICATION, "verification", f"verify {word}"),
-        comparison=find(ArtifactKind.COMPARISON, "comparison", f"compare {word}"),
-        gradients={role: shelf.get(ArtifactKind.GRADIENT, d) for role, d in (named or {}).items()},
-        facts=edit_facts(read_edit(store, edit.path)) if edit.record else None,
+        verification=_evidence(catalog, Artifact.VERIFICATION, name),
+        comparison=_evidence(catalog, Artifact.COMPARISON, name),
+        gradients={r: catalog.get(Artifact.GRADIENT, d) for r, d in (named or {}).items()},
+        facts=edit_facts(read_edit(catalog.store, edit.path)) if edit.record else None,
     )
 
 
-def _about(shelf: Catalog, kind: ArtifactKind, concerns: Callable[[Any], bool]) -> list[str]:
-    """Return the names of the records of a kind that concern the set, stale ones too."""
-    return [
-        label
-        for label, record in sorted(shelf.read[kind].items())
-        if not isinstance(record, SlsguError) and concerns(record)
-    ]
-
-
-def _find(
-    store: Store, shelf: Catalog, kind: ArtifactKind, name: str, sought: Evidence[Any]
-) -> Evidence[Any]:
-    folder, suffix, _ = PLACES[kind]
-    sought = replace(sought, path=f"{folder}/{name}{suffix}")
-    met = shelf.read[kind].get(name)
-    if met is None:
+def _evidence(catalog: Catalog, kind: Artifact, name: str, of: str = "") -> Evidence[Any]:
+    """Return a record with its standing; `of` tells it from others that concern the set."""
+    sought: Evidence[Any] = Evidence(TABLE[kind].noun + of, kind.path(name), kind.command(name))
+    record = catalog.read(kind, name)
+    if record is None:
         return sought
-    sha256 = hashlib.sha256(store.read_bytes(sought.path)).hexdigest()
-    if isinstance(met, SlsguError):
-        return replace(sought, state=Standing.DAMAGED, reason=met.message, sha256=sha256)
-    state, reason = CHECKS[kind](shelf, name, met)
-    record = met if state is Standing.OK else None
-    return replace(sought, record=record, state=state, reason=reason, sha256=sha256)
+    sha256 = hashlib.sha256(catalog.store.read_bytes(sought.path)).hexdigest()
+    if isinstance(record, SlsguError):
+        return replace(sought, state=Standing.DAMAGED, reason=record.message, sha256=sha256)
+    state, reason = catalog.standing(kind, name, record)
+    shown = record if state is Standing.OK else None
+    return replace(sought, record=shown, state=state, reason=reason, sha256=sha256)
 
 
 def edit_facts(edit: Edit) -> EditFacts:

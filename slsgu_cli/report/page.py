@@ -24,7 +24,7 @@ from slsgu_cli.report.html import (
     percent,
     table,
 )
-from slsgu_cli.store.artifacts import Catalog
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.files import replacing
 from slsgu_cli.store.store import Store
 
@@ -157,8 +157,8 @@ def write_report(store: Store, request: ReportRequest) -> Report:
     twice = [name for name in request.names if list(request.names).count(name) > 1]
     if twice:
         raise UsageError(f"{twice[0]} is named twice")
-    shelf = Catalog(store)
-    dossiers = [gather(store, name, shelf) for name in request.names]
+    catalog = Catalog(store)
+    dossiers = [gather(catalog, name) for name in request.names]
     views = _views(store, dossiers, request)
     sections = {d.name: all_sections(d, views[d.name], store.url) for d in dossiers}
     for dossier in dossiers:

@@ -24,7 +24,7 @@ from slsgu_cli.sets.shards import FORGET, RETAIN
 from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
-from slsgu_cli.store.artifacts import blocks, manifest_path, read_manifest
+from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store
 
 MATCHES_CONCEPT = "about the concept"
@@ -72,7 +72,7 @@ def build_sets(
         version=__version__,
         request=encode(request),
     )
-    store.write_record(manifest_path(request.name), manifest)
+    store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest
 
 
@@ -301,6 +301,6 @@ def replay(store: Store, name: str) -> Replayed:
         )
     request = decode(BuildRequest, before.request)
     after = build(store, request)
-    had = {part: ref.fingerprint for part, ref in blocks(before)}
-    has = {part: ref.fingerprint for part, ref in blocks(after)}
+    had = {part: ref.fingerprint for part, ref in before.blocks().items()}
+    has = {part: ref.fingerprint for part, ref in after.blocks().items()}
     return Replayed(after, {part: had.get(part) == has[part] for part in has})

@@ -25,7 +25,7 @@ from slsgu_cli.sources.draw import BEYOND, first_met, line_for, priority
 from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.sources.rows import Reader, file_identity
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
-from slsgu_cli.store.artifacts import collection_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 FORMAT = 1
@@ -53,8 +53,8 @@ def collect(store: Store, request: CollectRequest) -> Collected:
     identities = [file_identity(path) for path in files] + [r.identity() for r in readers]
     asked = encode(request)
     del asked["download"]
-    folder = f"collections/{digest({'format': FORMAT, 'files': identities, **asked})}"
-    record = collection_path(folder)
+    address = digest({"format": FORMAT, "files": identities, **asked})
+    folder, record = Artifact.COLLECTION.beside(address), Artifact.COLLECTION.path(address)
     if store.exists(record):
         progress.note(f"the samples of {len(identities)} files were collected before: {folder}")
         return Collected(store.read_record(record, Collection), f"{folder}/parts")

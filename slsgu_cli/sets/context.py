@@ -19,6 +19,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec
 from slsgu_cli.sources.rows import Reader
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock, Ints, Pixels
 from slsgu_cli.store.store import Store
 
@@ -168,7 +169,7 @@ class BuildContext:
 
 def block_path(recipe: Mapping[str, Any]) -> str:
     """Return where the block made by `recipe` lies."""
-    return f"data/{digest({'format': FORMAT, **recipe})}.zarr"
+    return Artifact.DATA.path(digest({"format": FORMAT, **recipe}))
 
 
 def file_recipe(readers: Sequence[Reader]) -> str:

@@ -15,7 +15,7 @@ from slsgu_cli.figures.sheets import contact_sheet
 from slsgu_cli.records.sets import DataRef, Origin, SetManifest
 from slsgu_cli.sets.context import block_path, reference
 from slsgu_cli.sources.captions import folded
-from slsgu_cli.store.artifacts import blocks, manifest_path, plot_path, read_manifest
+from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest
 from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.store import Store
 
@@ -184,7 +184,7 @@ def drop_from_set(store: Store, name: str, wanted: Sequence[str], *, part: str) 
         changed = replace(manifest, forget=forget, retain=retain)
     else:
         changed = replace(manifest, evals={**manifest.evals, part: ref})
-    store.write_record(manifest_path(name), changed)
+    store.write_record(Artifact.SET.path(name), changed)
     return changed
 
 
@@ -205,7 +205,7 @@ def top_words(captions: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _part(manifest: SetManifest, part: str) -> DataRef:
-    parts = dict(blocks(manifest))
+    parts = manifest.blocks()
     if part not in parts:
         raise UsageError(
             f"set {manifest.name} has no part {part}", hint=f"--part {'|'.join(parts)}"

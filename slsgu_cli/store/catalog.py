@@ -4,40 +4,216 @@ Only records and headers are read: no tensor, no image, and nothing of the model
 artifact that cannot be read is listed with the reason.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from slsgu_cli.errors import SlsguError
-from slsgu_cli.records.method import (
-    Accuracy,
-    EditHeader,
-    GradientHeader,
-    GradientPointer,
-    MomentHeader,
-    Ranking,
-    SquaresHeader,
-    Trials,
-)
+from slsgu_cli.errors import InputError, MissingError, SlsguError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
-from slsgu_cli.records.studies import (
-    Comparison,
-    JointSearch,
-    PipelineComparison,
-    Sweep,
-    Verification,
-)
-from slsgu_cli.records.targets import Answers, GeneratedSource, Generation, TargetTrials
+from slsgu_cli.records.studies import Sweep, Verification
 from slsgu_cli.store.artifacts import (
-    CHECKS,
-    PLACES,
-    ArtifactKind,
-    Catalog,
-    Standing,
-    attributes,
-    blocks,
+    SWEPT,
+    TABLE,
+    Artifact,
+    changed,
+    digests_of,
 )
 from slsgu_cli.store.store import Store
+
+
+class Standing(StrEnum):
+    """Whether an artifact can be used as it stands."""
+
+    OK = "ok"
+    STALE = "stale"
+    UNREFERENCED = "unreferenced"
+    DAMAGED = "damaged"
+
+
+# An artifact's standing, and the reason where it is not ok.
+Verdict = tuple[Standing, str | None]
+GOOD: Verdict = (Standing.OK, None)
+
+
+class Catalog:
+    """The records of a store, each read once, when it is needed."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._records: dict[tuple[Artifact, str], Any] = {}
+        self._names: dict[Artifact, list[str]] = {}
+
+    def read(self, kind: Artifact, name: str) -> Any:
+        """Return a record, the error that reading it raised, or None where there is none."""
+        if (kind, name) not in self._records:
+            row, path = TABLE[kind], kind.beside(name) + TABLE[kind].suffix
+            reader = self.store.read_record if row.suffix == ".json" else self.store.read_header
+            try:
+                self._records[kind, name] = reader(path, row.record)
+            except MissingError:
+                self._records[kind, name] = None
+            except SlsguError as error:
+                self._records[kind, name] = error
+        return self._records[kind, name]
+
+    def get(self, kind: Artifact, name: str) -> Any:
+        """Return a record that could be read, else None."""
+        record = self.read(kind, name)
+        return None if isinstance(record, SlsguError) else record
+
+    def all(self, kind: Artifact) -> dict[str, Any]:
+        """Return every record of a kind by its name, or the error that reading it raised."""
+        if kind not in self._names:
+            self._names[kind] = kind.names(self.store)
+        records = {name: self.read(kind, name) for name in self._names[kind]}
+        return {name: record for name, record in records.items() if record is not None}
+
+    def readable(self, kind: Artifact) -> dict[str, Any]:
+        """Return every record of a kind that could be read, by its name."""
+        return {n: r for n, r in self.all(kind).items() if not isinstance(r, SlsguError)}
+
+    def complete(self, kind: Artifact) -> bool:
+        """Return whether every record of a kind could be read."""
+        return len(self.readable(kind)) == len(self.all(kind))
+
+    def standing(self, kind: Artifact, name: str, record: Any) -> Verdict:
+        """Return whether a record that could be read can be used, and else the reason."""
+        needs = TABLE[kind].needs
+        if kind in BESIDES and (flaw := BESIDES[kind](self, name, record)) is not None:
+            return flaw
+        needed = needs and self.get(needs, record.name)
+        if needs and needed is None:
+            verb = "is" if needs is Artifact.SET else "are"
+            return _stale(
+                f"the {needs.called(record.name)} {verb} not in the store or cannot be read"
+            )
+        if change := changed(TABLE[kind].digests, record, self._now(kind, record)):
+            return _stale(change.reason)
+        if needs is Artifact.POINTER:
+            state, reason = self.standing(needs, record.name, needed)
+            if state is not Standing.OK:
+                return _stale(f"its gradients are {state}: {reason}")
+        return GOOD
+
+    def _now(self, kind: Artifact, record: Any) -> dict[str, Any]:
+        """Return the digests that the store has now of what a record was made from."""
+        if not TABLE[kind].digests:
+            return {}
+        if kind in (Artifact.GENERATION, Artifact.ANSWERS):
+            # Edits that came from files elsewhere cannot be looked up, and need not be.
+            edits = {name: self.get(Artifact.EDIT, name) for name in record.edits}
+            return {"edits": {name: digest(edit) for name, edit in edits.items() if edit}}
+        if kind is Artifact.JOINT:
+            # Of several sets, what differs is what counts.
+            manifests = [self.get(Artifact.SET, name) for name in record.names]
+            pointers = {name: self.get(Artifact.POINTER, name) for name in record.names}
+            models = {p.model_fingerprint for p in pointers.values() if p}
+            evals = [item for m in manifests if m for item in m.evals.items()]
+            return {
+                "gradients": {name: p and p.forget for name, p in pointers.items()},
+                "model_fingerprint": min(models - {record.model_fingerprint}, default=None),
+                "evals": {
+                    name: ref.fingerprint
+                    for name, ref in evals
+                    if ref.fingerprint != record.evals.get(name)
+                },
+            }
+        manifest, pointer = (self.get(k, record.name) for k in (Artifact.SET, Artifact.POINTER))
+        # An edit carries all it needs; without gradients of its name it is not out of date.
+        return digests_of(
+            None if kind is Artifact.EDIT else manifest,
+            None if kind is Artifact.POINTER else pointer,
+        )
+
+
+def attributes(store: Store, path: str) -> dict[str, Any]:
+    """Return what a block says of itself, read without zarr. Raises SlsguError."""
+    try:
+        said = json.loads(store.read_bytes(f"{path}/zarr.json"))["attributes"]
+        if said.get("complete") is not True:
+            raise ValueError("it is not complete")
+        return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
+    except SlsguError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{store.where(path)} is damaged: {reason}") from error
+
+
+def _stale(reason: str) -> Verdict:
+    return Standing.STALE, reason
+
+
+def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdict | None:
+    parts = set(catalog.store.names(f"{Artifact.COLLECTION.beside(name)}/parts"))
+    counts = [*collection.concepts.values(), collection.retain]
+    for shard in sorted({shard for one in counts for shard in one.shards}):
+        if shard not in parts:
+            return Standing.DAMAGED, f"its shard {shard} is missing"
+    return None
+
+
+def _other_block(catalog: Catalog, _name: str, manifest: SetManifest) -> Verdict | None:
+    for role, ref in manifest.blocks().items():
+        try:
+            fingerprint = attributes(catalog.store, ref.path)["fingerprint"]
+        except SlsguError as error:
+            return Standing.DAMAGED, f"its {role} rows cannot be read: {error.message}"
+        if fingerprint != ref.fingerprint:
+            return _stale(f"its {role} rows were built anew since")
+    return None
+
+
+def _missing_gradient(catalog: Catalog, _name: str, pointer: GradientPointer) -> Verdict | None:
+    for role, address in (("forget", pointer.forget), ("retain", pointer.retain)):
+        if catalog.get(Artifact.GRADIENT, address) is None:
+            return Standing.DAMAGED, f"its {role} gradient {address} is missing or damaged"
+    return None
+
+
+def _without_set(catalog: Catalog, name: str, header: Any) -> Verdict | None:
+    pointers = catalog.readable(Artifact.POINTER).values()
+    if isinstance(header, MomentHeader):
+        made_from = (header.model, header.data)
+        used = any((p.model_fingerprint, p.retain_data) == made_from for p in pointers)
+        reason = "no set's gradients are of this model and these retain rows"
+    else:
+        used = any(name in (p.forget, p.retain) for p in pointers)
+        reason = "no set's gradients are these"
+    if used or not catalog.complete(Artifact.POINTER):
+        return None
+    return Standing.UNREFERENCED, reason
+
+
+def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | None:
+    for row in sweep.rows:
+        pointer = catalog.get(Artifact.POINTER, row.name)
+        if pointer is None or changed(SWEPT, row, digests_of(None, pointer)):
+            return _stale(SWEPT["gradient"].format(row.name))
+    return None
+
+
+def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verdict | None:
+    edit = catalog.get(Artifact.EDIT, name)
+    edits = [subject.edit for subject in verification.subjects if subject.edit is not None]
+    return _stale("the edit was made anew since") if edit and edits and edit not in edits else None
+
+
+# What is looked at besides the digests of the table.
+BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
+    Artifact.COLLECTION: _missing_shard,
+    Artifact.SET: _other_block,
+    Artifact.POINTER: _missing_gradient,
+    Artifact.GRADIENT: _without_set,
+    Artifact.MOMENTS: _without_set,
+    Artifact.SQUARES: _without_set,
+    Artifact.SWEEP: _other_gradient,
+    Artifact.VERIFICATION: _other_edit,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +223,7 @@ class Entry:
     `made_from` maps what it was made from to words; `reason` says why it is not ok.
     """
 
-    kind: ArtifactKind
+    kind: Artifact
     name: str
     path: str
     size: int
@@ -60,24 +236,12 @@ class Entry:
         return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
 
 
-_FOLDERS = tuple(sorted({folder for folder, _, _ in PLACES.values()} | {"data", "plots"}))
-
-# Kinds whose record has a folder beside it, of the same name.
-_WITH_FOLDER = (
-    ArtifactKind.COLLECTION,
-    ArtifactKind.TARGET_COMPARISON,
-    ArtifactKind.GENERATED,
-    ArtifactKind.GENERATION,
-    ArtifactKind.ANSWERS,
-)
-
-
 def entries(store: Store) -> list[Entry]:
     """Return every artifact of the store, ordered by kind and name."""
-    shelf = Catalog(store)
-    found = [*_records(shelf), *_data(shelf), *_plots(store), *_unfinished(store)]
-    order = list(ArtifactKind)
-    return sorted(found, key=lambda entry: (order.index(entry.kind), entry.name))
+    catalog = Catalog(store)
+    listed = [*_records(catalog), *_data(catalog), *_plots(store), *_unfinished(store)]
+    order = list(Artifact)
+    return sorted(listed, key=lambda entry: (order.index(entry.kind), entry.name))
 
 
 def unreferenced(store: Store) -> list[Entry]:
@@ -85,194 +249,63 @@ def unreferenced(store: Store) -> list[Entry]:
     return [entry for entry in entries(store) if entry.state is Standing.UNREFERENCED]
 
 
-def _records(shelf: Catalog) -> Iterator[Entry]:
+def _records(catalog: Catalog) -> Iterator[Entry]:
     """Yield an entry for every artifact that carries a record."""
-    for kind, (folder, suffix, _) in PLACES.items():
-        for name, record in shelf.read[kind].items():
-            path = f"{folder}/{name}{suffix}"
-            size = _size(shelf.store, path)
-            if kind in _WITH_FOLDER:
-                size += _size(shelf.store, f"{folder}/{name}")
+    for kind, row in TABLE.items():
+        for name, record in catalog.all(kind).items() if row.record else ():
+            path = kind.beside(name) + row.suffix
+            size = _size(catalog.store, path)
+            if row.has_folder:
+                size += _size(catalog.store, kind.beside(name))
             if isinstance(record, SlsguError):
                 yield Entry(kind, name, path, size, {}, Standing.DAMAGED, record.message)
                 continue
-            state, reason = CHECKS[kind](shelf, name, record)
-            yield Entry(kind, name, path, size, _WORDS[kind](record), state, reason)
+            state, reason = catalog.standing(kind, name, record)
+            yield Entry(kind, name, path, size, record.about(), state, reason)
 
 
-def _data(shelf: Catalog) -> Iterator[Entry]:
+def _data(catalog: Catalog) -> Iterator[Entry]:
     """Yield an entry for every block of rows."""
+    store, kind = catalog.store, Artifact.DATA
     users: dict[str, list[str]] = {}
-    for manifest in shelf.readable(ArtifactKind.SET):
-        for role, ref in blocks(manifest):
+    for manifest in catalog.readable(Artifact.SET).values():
+        for role, ref in manifest.blocks().items():
             users.setdefault(ref.path, []).append(f"{manifest.name} ({role})")
-    for name in shelf.store.names("data", ".zarr"):
-        path = f"data/{name}.zarr"
+    for name in kind.names(store):
+        path = kind.beside(name) + TABLE[kind].suffix
         made_from = {"for": ", ".join(users[path])} if path in users else {}
-        state, reason = Standing.OK, None
+        state, reason = GOOD
         try:
-            made_from = {"rows": str(attributes(shelf.store, path)["rows"]), **made_from}
+            made_from = {"rows": str(attributes(store, path)["rows"]), **made_from}
         except SlsguError as error:
             state, reason = Standing.DAMAGED, error.message
-        if state is Standing.OK and path not in users and shelf.complete(ArtifactKind.SET):
+        if state is Standing.OK and path not in users and catalog.complete(Artifact.SET):
             state, reason = Standing.UNREFERENCED, "no set refers to it"
-        yield Entry(
-            ArtifactKind.DATA, name, path, _size(shelf.store, path), made_from, state, reason
-        )
-
-
-def _about_collection(collection: Collection) -> dict[str, str]:
-    found = {name: f"{tried.found} rows" for name, tried in collection.concepts.items()}
-    return {"files": str(collection.files), "rows": str(collection.seen), **found}
-
-
-def _about_set(manifest: SetManifest) -> dict[str, str]:
-    rows = {role: f"{ref.rows} rows" for role, ref in blocks(manifest)}
-    return {"model": str(manifest.model), "concept": manifest.concept, **rows}
-
-
-def _about_pointer(pointer: GradientPointer) -> dict[str, str]:
-    how = f"{pointer.batch_size} in {pointer.precision}"
-    return {"model": str(pointer.model), "set": pointer.name, "batches of": how}
-
-
-def _about_gradient(header: GradientHeader | SquaresHeader) -> dict[str, str]:
-    how = f"{header.batch_size} in {header.precision}"
-    return {"loss": header.loss, "rows": str(header.rows), "batches of": how}
-
-
-def _about_moments(header: MomentHeader) -> dict[str, str]:
-    return {"layers": str(len(header.layers)), "rows": str(header.rows)}
-
-
-def _about_ranking(ranking: Ranking) -> dict[str, str]:
-    front = sum(score.front for score in ranking.scores)
-    layers = f"{len(ranking.scores)}, {front} on the fronts"
-    about = {"set": ranking.name, "alignment": ranking.alignment}
-    return about | {"direction": ranking.direction, "layers": layers}
-
-
-def _about_trials(trials: Trials) -> dict[str, str]:
-    layers = len({trial.layer for trial in trials.trials})
-    many = f"{len(trials.trials)} over {layers} layers"
-    about = {"set": trials.name, "direction": trials.direction, "steer": trials.steer}
-    return about | {"trials": many}
-
-
-def _about_joint(found: JointSearch) -> dict[str, str]:
-    sets = ", ".join(found.names)
-    return {"sets": sets, "steer": found.steer, "trials": str(len(found.trials))}
-
-
-def _about_sweep(sweep: Sweep) -> dict[str, str]:
-    done = f"{len(sweep.rows)} of {len(sweep.classes)}"
-    return {"model": str(sweep.model), "classes": done, "steer": sweep.steer}
-
-
-def _about_edit(edit: EditHeader) -> dict[str, str]:
-    words = {
-        "model": str(edit.model),
-        "concept": edit.concept,
-        "layer": edit.layer,
-        "direction": edit.direction,
-        "step": f"{edit.step:.4g} ({100 * edit.share:.3g}% of its norm)",
-    }
-    if edit.joint:
-        words["together with"] = ", ".join(n for n in edit.joint.names if n != edit.name)
-    if edit.forget:
-        words["FA@1"] = _change(edit.baseline_forget, edit.forget)
-    for name, figures in (edit.utility or {}).items():
-        words[f"TA@1 {name}"] = _change((edit.baseline_utility or {}).get(name), figures)
-    return words
-
-
-def _about_verification(verification: Verification) -> dict[str, str]:
-    labels = ", ".join(subject.label for subject in verification.subjects)
-    return {"set": verification.name, "models": labels}
-
-
-def _about_comparison(comparison: Comparison) -> dict[str, str]:
-    methods = ", ".join(dict.fromkeys(outcome.method for outcome in comparison.outcomes))
-    return {"set": comparison.name, "outcomes": f"{len(comparison.outcomes)} of {methods}"}
-
-
-def _about_target_trials(trials: TargetTrials) -> dict[str, str]:
-    layers = len({trial.layer for trial in trials.trials})
-    many = f"{len(trials.trials)} over {layers} layers"
-    return {"set": trials.name, "target": trials.target, "trials": many}
-
-
-def _about_target_comparison(found: PipelineComparison) -> dict[str, str]:
-    labels = ", ".join(outcome.label for outcome in found.outcomes)
-    return {"set": found.name, "target": found.target, "outcomes": labels}
-
-
-def _about_generated(source: GeneratedSource) -> dict[str, str]:
-    prompts = "; ".join(source.prompts)
-    return {"pipeline": source.pipeline, "prompts": prompts, "images": str(source.count)}
-
-
-def _about_generation(found: Generation) -> dict[str, str]:
-    images = len(found.prompts) * len(found.seeds)
-    words = {"target": found.target, "edits": ", ".join(found.edits), "images": f"2 x {images}"}
-    if found.before and found.after and found.after.ua is not None:
-        words["UA"] = f"{found.before.ua:.1f} to {found.after.ua:.1f}"
-    return words
-
-
-def _about_answers(found: Answers) -> dict[str, str]:
-    edits = ", ".join(found.edits)
-    return {"target": found.target, "edits": edits, "answers": f"2 x {len(found.answers)}"}
-
-
-def _change(before: Accuracy | None, after: Accuracy) -> str:
-    return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"
-
-
-_WORDS: dict[ArtifactKind, Callable[[Any], dict[str, str]]] = {
-    ArtifactKind.COLLECTION: _about_collection,
-    ArtifactKind.SET: _about_set,
-    ArtifactKind.POINTER: _about_pointer,
-    ArtifactKind.GRADIENT: _about_gradient,
-    ArtifactKind.MOMENTS: _about_moments,
-    ArtifactKind.SQUARES: _about_gradient,
-    ArtifactKind.RANKING: _about_ranking,
-    ArtifactKind.TRIALS: _about_trials,
-    ArtifactKind.TRAJECTORY: _about_trials,
-    ArtifactKind.JOINT: _about_joint,
-    ArtifactKind.SWEEP: _about_sweep,
-    ArtifactKind.EDIT: _about_edit,
-    ArtifactKind.VERIFICATION: _about_verification,
-    ArtifactKind.COMPARISON: _about_comparison,
-    ArtifactKind.TARGET_TRIALS: _about_target_trials,
-    ArtifactKind.TARGET_COMPARISON: _about_target_comparison,
-    ArtifactKind.GENERATED: _about_generated,
-    ArtifactKind.GENERATION: _about_generation,
-    ArtifactKind.ANSWERS: _about_answers,
-}
+        yield Entry(kind, name, path, _size(store, path), made_from, state, reason)
 
 
 def _plots(store: Store) -> Iterator[Entry]:
-    for name in store.names("plots", ".png"):
-        path = f"plots/{name}.png"
-        yield Entry(ArtifactKind.PLOT, name, path, _size(store, path), {})
+    kind = Artifact.PLOT
+    for name in kind.names(store):
+        path = kind.beside(name) + TABLE[kind].suffix
+        yield Entry(kind, name, path, _size(store, path), {})
 
 
 def _unfinished(store: Store) -> Iterator[Entry]:
-    for folder in _FOLDERS:
-        for name in store.unfinished(folder):
-            path = f"{folder}/{name}"
-            reason = "a write under way, or what a killed process left"
-            size = _size(store, path)
-            yield Entry(
-                ArtifactKind.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason
-            )
-    folders = [name for name in store.names("collections") if not name.endswith(".json")]
-    for name in sorted(set(folders) - set(store.names("collections", ".json"))):
-        path = f"collections/{name}"
-        reason = "a collection under way; the same build-sets goes on with it"
-        size = _size(store, path)
-        yield Entry(ArtifactKind.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
+    reasons = {
+        f"{folder}/{name}": "a write under way, or what a killed process left"
+        for folder in sorted({row.folder for row in TABLE.values()})
+        for name in store.unfinished(folder)
+    }
+    folder = TABLE[Artifact.COLLECTION].folder
+    complete = Artifact.COLLECTION.names(store)
+    for name in store.names(folder):
+        if not name.endswith(".json") and name not in complete:
+            going_on = "a collection under way; the same build-sets goes on with it"
+            reasons[f"{folder}/{name}"] = going_on
+    for path, reason in reasons.items():
+        name, size = path.partition("/")[2], _size(store, path)
+        yield Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
 
 
 def _size(store: Store, path: str) -> int:

@@ -25,7 +25,6 @@ from slsgu_cli.method.search import (
     share_evaluation,
 )
 from slsgu_cli.method.search_plan import (
-    FORGET,
     SearchOptions,
     SearchPlan,
     read_plans,
@@ -35,7 +34,7 @@ from slsgu_cli.method.trial import UNMOVED, MovedModel, mean_top1, moved_model
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Trial
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
-from slsgu_cli.store.artifacts import joint_label, joint_path, plot_path, recorded, trials_path
+from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
 
 # Points of mean TA@1 that sharing a layer must keep over the best layer nobody moves.
@@ -69,7 +68,7 @@ class SingleSearch:
 def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> SingleSearch:
     """Search one concept by itself, and measure what each line's shortest step keeps."""
     evaluation = shared.of(plan.manifest)
-    run = SetSearch(store, trials_path(plan.name), plan, evaluation)
+    run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
     chosen = run.run(plan.probes(store, evaluation)).chosen
     trials, too_short = {}, {}
     for line, probe in run.probes.items():
@@ -209,7 +208,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
         shared = share_evaluation(store, plans)
         singles = [search_alone(store, plan, shared) for plan in plans]
         fresh = _fresh(singles, shared, options)
-        recorded = _recorded(store, fresh)
+        recorded = resume(store, Artifact.JOINT, joint_label(names), fresh).trials
         utility = shared.utility([plan.manifest for plan in plans])
         run = JointSearchRun(shared, utility, options, {trial.moves: trial for trial in recorded})
         with progress.bar("joint", len(singles)) as ticker:
@@ -217,7 +216,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
                 run.join(single)
                 ticker.advance()
         record = replace(fresh, stages=tuple(run.stages), trials=tuple(run.trials.values()))
-        store.write_record(joint_path(names), record)
+        store.write_record(Artifact.JOINT.path(joint_label(names)), record)
         _write_edits(store, singles, record)
         plots = _draw(store, run, plans, record)
     return JointResult(record, run.forgets(record.stages[-1]), len(recorded), plots)
@@ -266,18 +265,6 @@ def _fresh(
         trials=(),
         version=slsgu_cli.__version__,
     )
-
-
-def _recorded(store: Store, fresh: JointSearch) -> tuple[JointTrial, ...]:
-    """Return the trials on record, if they were made from the same things."""
-    unusable = "recorded trials cannot be used and are made again"
-    old = recorded(store, joint_path(fresh.names), JointSearch, unusable=unusable)
-    return old.trials if old and _made_from(old) == _made_from(fresh) else ()
-
-
-def _made_from(record: JointSearch) -> tuple[object, ...]:
-    data = record.gradients, record.retain_data, record.evals
-    return *data, record.model_fingerprint, record.precision
 
 
 def _write_edits(store: Store, singles: Sequence[SingleSearch], record: JointSearch) -> None:

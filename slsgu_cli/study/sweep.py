@@ -5,7 +5,6 @@ and all are searched on one base pass. What a class came to is recorded as soon 
 done: a sweep that was interrupted goes on with the first class that is missing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
 from urllib.parse import quote as escape
@@ -28,7 +27,15 @@ from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
-from slsgu_cli.store.artifacts import read_manifest, read_pointer, recorded, sweep_path
+from slsgu_cli.store.artifacts import (
+    SWEPT,
+    Artifact,
+    changed,
+    digests_of,
+    read_manifest,
+    read_pointer,
+    resume,
+)
 from slsgu_cli.store.store import Store
 
 # Stands for the class in a source.
@@ -83,8 +90,9 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
         rows=(),
         version=slsgu_cli.__version__,
     )
-    path = sweep_path(request.name)
-    done = {row.name: row for row in _recorded(store, path, fresh)}
+    path = Artifact.SWEEP.path(request.name)
+    recorded = resume(store, Artifact.SWEEP, request.name, fresh).rows
+    done = {row.name: row for row in recorded if _stands(store, row)}
     reused = len(done)
     pending = [name for name in request.classes if name not in done]
     for place, name in enumerate(pending, start=1):
@@ -150,24 +158,13 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
     return digest(made_from)
 
 
-def _recorded(store: Store, path: str, fresh: Sweep) -> Sequence[SweepRow]:
-    """Return the rows of classes that are done: of the same recipe, and still in the store."""
-    unusable = "the recorded sweep cannot be used and is made again"
-    old = recorded(store, path, Sweep, unusable=unusable)
-    if old is None:
-        return ()
-    if old.recipe != fresh.recipe:
-        progress.note(f"the sweep {fresh.name} was asked for otherwise before: it is made again")
-        return ()
-    return [row for row in old.rows if _stands(store, row)]
-
-
 def _stands(store: Store, row: SweepRow) -> bool:
+    """Return whether the row of a class was made from the gradients that its set has now."""
     try:
         pointer = read_pointer(store, read_manifest(store, row.name))
     except SlsguError:
         return False
-    return (pointer.forget, pointer.retain) == (row.gradient, row.retain)
+    return changed(SWEPT, row, digests_of(None, pointer)) is None
 
 
 def _row(store: Store, result: SearchResult) -> SweepRow:

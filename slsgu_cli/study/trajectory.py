@@ -12,7 +12,7 @@ from slsgu_cli import progress
 from slsgu_cli.method.search import Line, SetSearch, bisection, load_evaluation
 from slsgu_cli.method.search_plan import SearchOptions, read_plan
 from slsgu_cli.records.method import Trial, Trials
-from slsgu_cli.store.artifacts import plot_path, trajectory_path
+from slsgu_cli.store.artifacts import Artifact, plot_path
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     followed = []
     with torch.no_grad(), arithmetic(plan.options.precision):
         evaluation = load_evaluation(store, plan)
-        run = SetSearch(store, trajectory_path(name), plan, evaluation)
+        run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
         for probe in plan.probes(store, evaluation):
             with progress.bar(probe.score.layer, options.points) as ticker:
                 for step in _grid(probe, run, options):

@@ -26,7 +26,7 @@ from slsgu_cli.records.studies import (
     Verification,
     VerifiedModel,
 )
-from slsgu_cli.store.artifacts import plot_path, read_manifest, recorded, verification_path
+from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.membership import membership
 from slsgu_cli.verification.model import ModelUnderTest, add_edit, open_model
@@ -151,8 +151,8 @@ def verify(
     run = _VerifyRun(store, manifest, _recorded(store, manifest), settings, device)
     wanted = sorted({Check.BASELINE, *checks}, key=list(Check).index)
     shown = tuple(_only(run.checked(candidate, wanted), wanted) for candidate in candidates)
-    store.write_record(verification_path(name), run.record)
-    files = [store.where(verification_path(name))]
+    store.write_record(Artifact.VERIFICATION.path(name), run.record)
+    files = [store.where(Artifact.VERIFICATION.path(name))]
     if {Check.FINETUNE, Check.RELEARN} & set(wanted):
         path = plot_path(name, "relearning")
         store.write_bytes(path, relearning_plot(shown, concept=manifest.concept))
@@ -193,7 +193,7 @@ class _VerifyRun:
                 finding = _found(bench, check, key, self.settings)
             subject = _with_finding(subject, finding)
             self.record = _with(self.record, subject)
-            self.store.write_record(verification_path(self.record.name), self.record)
+            self.store.write_record(Artifact.VERIFICATION.path(self.record.name), self.record)
         return subject
 
 
@@ -221,20 +221,14 @@ def _used(check: Check, settings: Settings) -> dict[str, str]:
 
 def _recorded(store: Store, manifest: SetManifest) -> Verification:
     """Return the record of the set as it is built now, with what was found on it before."""
-    roles = {"forget": manifest.forget, "retain": manifest.retain} | manifest.evals
     fresh = Verification(
         name=manifest.name,
         concept=manifest.concept,
-        data={role: ref.fingerprint for role, ref in sorted(roles.items())},
+        data={role: ref.fingerprint for role, ref in sorted(manifest.blocks().items())},
         subjects=(),
         version=slsgu_cli.__version__,
     )
-    path = verification_path(manifest.name)
-    unusable = "recorded findings cannot be used and are made again"
-    old = recorded(store, path, Verification, unusable=unusable)
-    if old is None or (old.concept, old.data) != (fresh.concept, fresh.data):
-        return fresh
-    return replace(fresh, subjects=old.subjects)
+    return resume(store, Artifact.VERIFICATION, manifest.name, fresh)
 
 
 def _baseline(bench: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:

@@ -38,7 +38,7 @@ from slsgu_cli.method.search import bisection
 from slsgu_cli.method.trial import Probe, UtilityMeter
 from slsgu_cli.records.method import Direction, LayerScore, Steer, Trial
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.store.artifacts import gradient_path, read_manifest, read_pointer
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -117,7 +117,7 @@ def tried(store: Store, concept: str) -> dict[str, tuple[float, float] | None]:
     evaluation.base_pass([layer], cache_bytes=1 << 30)
     outputs = gradient_moment(model, evaluation, manifest, store, layer)
     f, r = (
-        torch.from_numpy(store.read_tensors(gradient_path(d), [layer])[layer])
+        torch.from_numpy(store.read_tensors(Artifact.GRADIENT.path(d), [layer])[layer])
         for d in (pointer.forget, pointer.retain)
     )
     directions = variants(f, r, moments.metric(layer, RIDGE), outputs)

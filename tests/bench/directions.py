@@ -42,7 +42,7 @@ from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, PassOptions, Steer, Tower
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sources.classes import find_class
-from slsgu_cli.store.artifacts import edit_path, read_manifest, read_pointer
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 
 LEAST_IMAGES = 10
@@ -142,9 +142,9 @@ def searched(
                     time.perf_counter() - start,
                 )
             )  # fmt: skip
-            edits.append(store.read_bytes(edit_path(concept)))
+            edits.append(store.read_bytes(Artifact.EDIT.path(concept)))
         best = min(range(len(rows)), key=lambda i: (not rows[i].forgotten, loss(rows[i])))
-        store.write_bytes(edit_path(f"{concept}-{direction}"), edits[best])
+        store.write_bytes(Artifact.EDIT.path(f"{concept}-{direction}"), edits[best])
         yield from rows
         if len(rows) > 1:
             yield replace(rows[best], tower="both", seconds=sum(row.seconds for row in rows))

@@ -23,7 +23,7 @@ from slsgu_cli.clip.models import input_spec, load, resolve, tokenizer
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import class_means
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import manifest_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.store import Store
 
@@ -219,5 +219,5 @@ def synthetic_set(
         command=(),
         version=slsgu_cli.__version__,
     )
-    store.write_record(manifest_path(name), manifest)
+    store.write_record(Artifact.SET.path(name), manifest)
     return manifest

@@ -9,7 +9,7 @@ from edit_headers import edit, header
 from slsgu_cli.checkpoints.edits import load_edit, make_edit, read_edit, write_edit
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.codec import encode
-from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 BEFORE = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
@@ -26,7 +26,9 @@ def test_an_edit_is_read_back_to_the_bit(store: Store, kind: str) -> None:
     before = BEFORE.astype(kind)
     made = edit("visual.proj", DELTA, before)
     path = write_edit(store, made)
-    assert path == edit_path("facebook") and store.names("edits") == ["facebook.safetensors"]
+    assert path == Artifact.EDIT.path("facebook") and store.names("edits") == [
+        "facebook.safetensors"
+    ]
     read = read_edit(store, path)
     assert encode(read.header) == encode(made.header) and read.factor == 1
     assert read.delta().dtype == np.float32 and read.before().dtype == np.dtype(kind)

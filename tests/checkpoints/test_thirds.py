@@ -24,7 +24,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Qkv
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import edit_path, gradient_path, pointer_path
+from slsgu_cli.store.artifacts import Artifact
 
 FUSED = "transformer.resblocks.1.attn.in_proj_weight"
 VISION = f"visual.{FUSED}"
@@ -66,7 +66,8 @@ def test_thirds_are_scored_by_their_rows(world):
     weights = load_file(world.folder / "open_clip_model.safetensors")
     pointer = world.pointer
     forget, retain = (
-        world.store.read_tensors(gradient_path(one)) for one in (pointer.forget, pointer.retain)
+        world.store.read_tensors(Artifact.GRADIENT.path(one))
+        for one in (pointer.forget, pointer.retain)
     )
     scores = {score.layer: score for score in ranked(world).scores}
     assert set(scores) == set(layers_of(weights, Qkv.SPLIT))
@@ -175,7 +176,7 @@ def test_what_was_ranked_otherwise_is_told(world):
         search(world.store, world.name, options=options)
     chosen = SearchOptions(layers=[f"{VISION}.v"], steps=1)
     search(world.store, world.name, options=chosen)
-    assert world.store.exists(edit_path(world.name))
+    assert world.store.exists(Artifact.EDIT.path(world.name))
     with pytest.raises(StaleError, match="no layer where query, key and value are fused"):
         edit_for(world.store, world.name, options=options)
     assert (
@@ -187,7 +188,7 @@ def test_what_was_ranked_otherwise_is_told(world):
 def test_a_model_that_changed_is_noticed(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "clip")
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
-    world.store.write_record(pointer_path(world.name), pointer)
+    world.store.write_record(Artifact.POINTER.path(world.name), pointer)
     assert len(ranked(world).scores) > 10
     weights = load_file(folder / "open_clip_model.safetensors")
     weights[VISION] = weights[VISION] * 2

@@ -18,7 +18,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import RankOptions
 from slsgu_cli.records.method import Direction, PassOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import gradient_path, read_manifest, read_pointer
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 
 TEXT = "transformer.resblocks.1.attn.in_proj_weight"
@@ -79,7 +79,7 @@ def test_gradients_are_found_again_and_are_transformers_own(folder, world, state
     assert result.computed == ()
     assert (result.pointer.forget, result.pointer.retain) == (before.forget, before.retain)
     expected = plain_gradient(hf_clip.model(state), store, read_manifest(store, name))
-    stored = store.read_tensors(gradient_path(before.forget))
+    stored = store.read_tensors(Artifact.GRADIENT.path(before.forget))
     tensors = {key: torch.from_numpy(value) for key, value in stored.items()}
     found = tiny_targets.transformers_weights(tensors)
     compared = [key for key in found if expected[key] is not None]

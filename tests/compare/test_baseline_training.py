@@ -12,7 +12,7 @@ from baselines import PLAN, loss, open_bench
 from slsgu_cli.compare import run
 from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
 from slsgu_cli.records.studies import TRAINED, Method
-from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
 RATE = 1e-3
@@ -133,7 +133,7 @@ def test_fine_tuning_never_sees_a_forget_row(bench):
 
 
 def test_the_mask_is_the_top_half_of_the_forget_gradient(shared_world):
-    gradient = shared_world.store.read_tensors(gradient_path(shared_world.pointer.forget))
+    gradient = shared_world.store.read_tensors(Artifact.GRADIENT.path(shared_world.pointer.forget))
     mask = saliency_mask(gradient)
     sizes = np.concatenate([np.abs(gradient[name]).ravel() for name in sorted(gradient)])
     kept = np.concatenate([mask[name].numpy().ravel() for name in sorted(gradient)])

@@ -17,8 +17,8 @@ from slsgu_cli.compare.table import better, mean_rows
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Comparison, Method
-from slsgu_cli.store.artifacts import ArtifactKind, Standing, comparison_path, squares_path
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 
 OPTIONS = CompareOptions(rates=(1e-3,), epochs=2, batch_size=16, retain_rows=32)
@@ -90,9 +90,9 @@ def test_squares_are_stored_and_the_comparison_is_listed(compared_world):
     world, _ = compared_world
     found = {(e.kind, e.name): e for e in entries(world.store)}
     for digest in (world.pointer.forget, world.pointer.retain):
-        assert world.store.exists(squares_path(digest))
-        assert found[ArtifactKind.SQUARES, digest].state is Standing.OK
-    entry = found[ArtifactKind.COMPARISON, world.name]
+        assert world.store.exists(Artifact.SQUARES.path(digest))
+        assert found[Artifact.SQUARES, digest].state is Standing.OK
+    entry = found[Artifact.COMPARISON, world.name]
     assert entry.state is Standing.OK
     assert "salun" in entry.made_from["outcomes"]
     assert not [e for e in found.values() if e.state is not Standing.OK]
@@ -109,7 +109,7 @@ def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
 
 
 def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
-    path = comparison_path(own.name)
+    path = Artifact.COMPARISON.path(own.name)
     record = own.store.read_record(path, Comparison)
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
     own.store.write_record(path, replace(record, outcomes=kept))
@@ -126,15 +126,15 @@ def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
 
 
 def test_another_plan_is_another_row(own):
-    first = own.store.read_record(comparison_path(own.name), Comparison)
+    first = own.store.read_record(Artifact.COMPARISON.path(own.name), Comparison)
     run(own, methods=[Method.GA], epochs=1)
-    second = own.store.read_record(comparison_path(own.name), Comparison)
+    second = own.store.read_record(Artifact.COMPARISON.path(own.name), Comparison)
     assert len(second.outcomes) == len(first.outcomes) + 1
     assert second.outcomes[-1].plan.epochs == 1
 
 
 def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own):
-    path, edit = comparison_path(own.name), f"edits/{own.name}.safetensors"
+    path, edit = Artifact.COMPARISON.path(own.name), f"edits/{own.name}.safetensors"
     record = own.store.read_record(path, Comparison)
     own.store.remove(path)
     before = own.store.read_bytes(edit)
@@ -167,7 +167,7 @@ def test_an_edit_of_other_evaluation_rows_is_refused(own):
 def test_a_comparison_of_rebuilt_evaluation_rows_is_stale(own):
     own.build(evals={"first": f"{own.sources['first']}&label=blue&label=red",
                      "second": own.sources["second"]})  # fmt: skip
-    entry = next(e for e in entries(own.store) if e.kind is ArtifactKind.COMPARISON)
+    entry = next(e for e in entries(own.store) if e.kind is Artifact.COMPARISON)
     assert entry.state is Standing.STALE
 
 

@@ -9,7 +9,7 @@ from slsgu_cli.compare import run
 from slsgu_cli.compare.methods import constants, dampen, dampening, importance_of
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.method import PassOptions
-from slsgu_cli.store.artifacts import squares_path
+from slsgu_cli.store.artifacts import Artifact
 
 
 def test_only_what_matters_much_more_to_the_forget_set_is_dampened():
@@ -49,7 +49,7 @@ def test_dampening_is_the_plain_loop(world):
     compute_gradients(world.store, world.name, model=None, options=PassOptions(), squares=True)
     bench = open_bench(world)
     forget, retain = (
-        world.store.read_tensors(squares_path(digest))
+        world.store.read_tensors(Artifact.SQUARES.path(digest))
         for digest in (world.pointer.forget, world.pointer.retain)
     )
     plain = [plain_squares(world, bench.model, role) for role in ("forget", "retain")]

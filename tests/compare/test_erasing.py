@@ -269,8 +269,8 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     from slsgu_cli.compare import on_pipeline
     from slsgu_cli.downstream.models import Pipeline
     from slsgu_cli.records.targets import Budget, PaintOptions
-    from slsgu_cli.store.artifacts import ArtifactKind, Standing
-    from slsgu_cli.store.catalog import entries
+    from slsgu_cli.store.artifacts import Artifact
+    from slsgu_cli.store.catalog import Standing, entries
 
     painter = Pipeline.load(trained_models / "sd", device="cpu")
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: painter)
@@ -291,7 +291,7 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     for folder in ("original", "esd-0.01", "salun-0.01", "ours"):
         assert len(steered.names(f"{pictures}/{folder}", ".png")) == 4
     assert steered.read_bytes(f"{pictures}/sheet.png")[:4] == b"\x89PNG"
-    (entry,) = [e for e in entries(steered) if e.kind is ArtifactKind.TARGET_COMPARISON]
+    (entry,) = [e for e in entries(steered) if e.kind is Artifact.TARGET_COMPARISON]
     assert entry.state is Standing.OK
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.

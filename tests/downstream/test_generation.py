@@ -125,8 +125,8 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     from slsgu_cli.downstream.generate import GenerateRequest, generate
     from slsgu_cli.downstream.models import ImageJob
     from slsgu_cli.records.targets import PaintOptions
-    from slsgu_cli.store.artifacts import ArtifactKind, Standing
-    from slsgu_cli.store.catalog import entries
+    from slsgu_cli.store.artifacts import Artifact
+    from slsgu_cli.store.catalog import Standing, entries
 
     paint = PaintOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
@@ -142,10 +142,10 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     assert record.before == Effect(Share(1, 1), Share(1, 1))
     assert record.after.concept == Share(0, 1)
     assert edits.read_bytes("generations/text/sheet.png")[:4] == b"\x89PNG"
-    (entry,) = [e for e in entries(edits) if e.kind is ArtifactKind.GENERATION]
+    (entry,) = [e for e in entries(edits) if e.kind is Artifact.GENERATION]
     assert entry.state is Standing.OK
     edits.write_tensors("edits/text.safetensors", {}, changed_header(edits))
-    (entry,) = [e for e in entries(edits) if e.kind is ArtifactKind.GENERATION]
+    (entry,) = [e for e in entries(edits) if e.kind is Artifact.GENERATION]
     assert entry.state is Standing.STALE
     assert album.where("sheet.html").endswith("generations/text/sheet.html")
 
@@ -208,7 +208,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.downstream.search import SteerOptions, search_target
     from slsgu_cli.records.targets import Budget, PaintOptions
-    from slsgu_cli.store.artifacts import target_trials_path
+    from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
@@ -222,7 +222,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     again = search_target(store, "facebook", options=options)
     assert (first.reused, again.reused) == (0, 2)
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
-    record = target_trials_path("facebook", options.target)
+    record = Artifact.TARGET_TRIALS.path(target_edit("facebook", options.target))
     store.write_bytes(record, b"not a record")
     listener = Listener()
     assert search_target(store, "facebook", options=options).reused == 0

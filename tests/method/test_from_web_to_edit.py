@@ -24,7 +24,7 @@ from slsgu_cli.records.sets import DownloadOptions
 from slsgu_cli.sets.build import build, build_sets
 from slsgu_cli.sets.download import find_command
 from slsgu_cli.sets.request import BuildRequest, with_collection
-from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 ROWS, FORGET, RETAIN = 400, 40, 48
@@ -126,7 +126,7 @@ def edit_of(store, name):
     compute_gradients(store, name, model=None, options=PassOptions())
     rank(store, name, options=RankOptions())
     search(store, name, options=SearchOptions(layers=(LAYER,), steps=3))
-    return store.read_bytes(edit_path(name))
+    return store.read_bytes(Artifact.EDIT.path(name))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.records.method import GradientHeader, PassOptions, Precision, SquaresHeader
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import gradient_path, pointer_path, squares_path
+from slsgu_cli.store.artifacts import Artifact
 
 
 def compute(world, *, model=None, squares=False, **options):
@@ -53,7 +53,7 @@ def test_headers_say_what_the_gradients_are_of(world):
     manifest, pointer = world.manifest, world.pointer
     weights = load_file(weights_file(world.model))
     for role, loss, batches in (("forget", "cosine", 2), ("retain", "contrastive", 4)):
-        path = gradient_path(getattr(pointer, role))
+        path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = world.store.read_header(path, GradientHeader)
         data = getattr(manifest, role)
         assert (header.loss, header.sign, header.batch_size) == (loss, "+grad", 16)
@@ -111,7 +111,7 @@ def test_options_that_change_the_numbers_change_the_address(change, world):
     after = result.pointer
     assert not {after.forget, after.retain} & {before.forget, before.retain}
     assert world.pointer == after
-    assert world.store.exists(gradient_path(before.forget))
+    assert world.store.exists(Artifact.GRADIENT.path(before.forget))
 
 
 @pytest.mark.parametrize("change", [{"memory_budget": 1}, {"device": "auto"}])
@@ -177,7 +177,8 @@ def test_pixels_on_another_scale_are_other_inputs(change, world, own_model):
     compute(fresh)
     for role in ("forget", "retain"):
         found, expected = (
-            w.store.read_tensors(gradient_path(getattr(w.pointer, role))) for w in (own, fresh)
+            w.store.read_tensors(Artifact.GRADIENT.path(getattr(w.pointer, role)))
+            for w in (own, fresh)
         )
         np.testing.assert_array_equal(found["visual.proj"], expected["visual.proj"])
 
@@ -200,12 +201,12 @@ def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model):
     weights["visual.proj"][0, 0] = np.nan
     save_file(weights, weights_file(own_model))
     files = world.store.names("gradients")
-    before = world.store.read_bytes(pointer_path("blue"))
+    before = world.store.read_bytes(Artifact.POINTER.path("blue"))
     with pytest.raises(InputError, match="not finite in mini-batch 0"):
         compute(world, model=own_model)
     assert world.store.names("gradients") == files
     assert world.store.unfinished("gradients") == []
-    assert world.store.read_bytes(pointer_path("blue")) == before
+    assert world.store.read_bytes(Artifact.POINTER.path("blue")) == before
 
 
 def test_a_set_that_is_not_there_is_told(world):
@@ -214,28 +215,28 @@ def test_a_set_that_is_not_there_is_told(world):
 
 
 def test_squares_go_with_their_gradient_and_are_computed_once(world):
-    before = {d: world.store.read_bytes(gradient_path(d)) for d in digests(world)}
+    before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
     assert compute(world).squared is None
     first = compute(world, squares=True)
     assert (first.computed, first.squared) == ((), ("forget", "retain"))
     assert set(first.seconds) == {"forget", "retain"}
     for digest, role in zip(digests(world), ("forget", "retain"), strict=True):
-        about = world.store.read_header(squares_path(digest), SquaresHeader)
+        about = world.store.read_header(Artifact.SQUARES.path(digest), SquaresHeader)
         assert (about.gradient, about.rows) == (digest, getattr(world.manifest, role).rows)
-        squares = world.store.read_tensors(squares_path(digest))
-        gradient = world.store.read_tensors(gradient_path(digest))
+        squares = world.store.read_tensors(Artifact.SQUARES.path(digest))
+        gradient = world.store.read_tensors(Artifact.GRADIENT.path(digest))
         assert {n: v.shape for n, v in squares.items()} == {n: v.shape for n, v in gradient.items()}
         assert all((value >= 0).all() for value in squares.values())
-        assert world.store.read_bytes(gradient_path(digest)) == before[digest]
+        assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == before[digest]
     again = compute(world, squares=True)
     assert (again.computed, again.squared, again.seconds) == ((), (), {})
-    world.store.write_bytes(squares_path(digests(world)[0]), b"cut short")
+    world.store.write_bytes(Artifact.SQUARES.path(digests(world)[0]), b"cut short")
     assert compute(world, squares=True).squared == ("forget",)
 
 
 def test_gradients_and_squares_come_of_one_pass(world):
     for digest in digests(world):
-        world.store.remove(gradient_path(digest))
+        world.store.remove(Artifact.GRADIENT.path(digest))
     found = compute(world, squares=True)
     assert found.computed == found.squared == ("forget", "retain")
     assert rank(world.store, world.name, options=RankOptions()).scores

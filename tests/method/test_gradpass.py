@@ -17,7 +17,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.method import gradient_pass
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.records.method import PassOptions, Precision
-from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
 SIGLIP = {"custom_text": True, "init_logit_bias": -2.0}
@@ -288,7 +288,7 @@ def test_ascending_the_stored_gradient_parts_images_from_captions(demo_world):
         "text_projection",
     ]
     for layer, gradient in world.store.read_tensors(
-        gradient_path(world.pointer.forget), layers
+        Artifact.GRADIENT.path(world.pointer.forget), layers
     ).items():
         parameter = model.get_parameter(layer)
         original = parameter.data
@@ -415,6 +415,6 @@ def test_gradients_of_the_embedded_model(demo_world):
     for role, loss in (("forget", "cosine"), ("retain", "contrastive")):
         block = DataBlock.open(world.store, getattr(world.manifest, role))
         expected, _ = plain_gradient(model, loss, block, world.manifest.input)
-        found = world.store.read_tensors(gradient_path(getattr(world.pointer, role)))
+        found = world.store.read_tensors(Artifact.GRADIENT.path(getattr(world.pointer, role)))
         # The pairs of a trained model nearly cancel, which leaves fp32 fewer digits.
         assert_equal(found, expected, relative=5e-5)

@@ -17,7 +17,7 @@ from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import edit_path
+from slsgu_cli.store.artifacts import Artifact
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_without_another_model_the_sets_edit_is_measured(world):
 
 
 def test_without_an_edit_the_original_stands_alone(world):
-    assert not world.store.exists(edit_path("blue"))
+    assert not world.store.exists(Artifact.EDIT.path("blue"))
     assert [model.label for model in measured(world).models] == ["original"]
 
 

@@ -21,13 +21,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Tower
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import (
-    edit_path,
-    gradient_path,
-    pointer_path,
-    ranking_path,
-    trials_path,
-)
+from slsgu_cli.store.artifacts import Artifact
 
 STUBBORN = "transformer.resblocks.1.attn.out_proj.weight"
 ALONE = "[t]ransformer.resblocks.1.attn.out_proj.weight"
@@ -48,7 +42,7 @@ def weights(folder):
 
 
 def gradient(world):
-    return world.store.read_tensors(gradient_path(world.pointer.forget))
+    return world.store.read_tensors(Artifact.GRADIENT.path(world.pointer.forget))
 
 
 def changed(world, out):
@@ -118,10 +112,10 @@ def test_the_order_of_names_does_not_matter(two, tmp_path):
 
 
 def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
-    world.store.remove(ranking_path("blue"))
+    world.store.remove(Artifact.RANKING.path("blue"))
     result = apply(world, tmp_path / "out")
-    assert world.store.exists(ranking_path("blue"))
-    assert world.store.exists(edit_path("blue"))
+    assert world.store.exists(Artifact.RANKING.path("blue"))
+    assert world.store.exists(Artifact.EDIT.path("blue"))
     assert any("has no ranking yet" in text for text in listener.heard)
     assert any("has no edit yet" in text for text in listener.heard)
     header = load_edit(world.store, "blue").header
@@ -132,9 +126,9 @@ def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
 
 def test_an_edit_that_is_there_is_used(world, tmp_path):
     find(world, steps=3)
-    world.store.remove(ranking_path("blue"))
+    world.store.remove(Artifact.RANKING.path("blue"))
     apply(world, tmp_path / "out")
-    assert not world.store.exists(ranking_path("blue"))
+    assert not world.store.exists(Artifact.RANKING.path("blue"))
 
 
 def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, listener):
@@ -143,7 +137,7 @@ def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_pat
     )
     with pytest.raises(NotForgottenError):
         edit_for(world.store, "blue", options=SearchOptions(steps=1))
-    assert world.store.exists(trials_path("blue"))
+    assert world.store.exists(Artifact.TRIALS.path("blue"))
     apply(world, tmp_path / "out")
     assert any("does not forget completely" in text for text in listener.heard)
     assert set(changed(world, tmp_path / "out")) == {STUBBORN}
@@ -168,7 +162,7 @@ def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path):
 
 
 def test_a_step_by_hand_needs_no_ranking(world):
-    world.store.remove(ranking_path("blue"))
+    world.store.remove(Artifact.RANKING.path("blue"))
     edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
@@ -184,7 +178,7 @@ def test_a_step_by_hand_finds_the_layer_of_a_training_checkpoint(world, tmp_path
     torch.save({"epoch": 1, "state_dict": tensors}, folder / "open_clip_pytorch_model.bin")
     model.unlink()
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
-    world.store.write_record(pointer_path("blue"), pointer)
+    world.store.write_record(Artifact.POINTER.path("blue"), pointer)
     edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     assert edit.header.digests == expected.header.digests
     np.testing.assert_array_equal(edit.before(), expected.before())
@@ -244,7 +238,7 @@ def test_edits_for_different_models_need_one_named(world, tmp_path):
     edit = load_edit(world.store, "blue")
     other = replace(edit.header, name="other", model=replace(world.model, name="local-dir:else"))
     world.store.write_tensors(
-        edit_path("other"), {"delta": edit.delta(), "before": edit.before()}, other
+        Artifact.EDIT.path("other"), {"delta": edit.delta(), "before": edit.before()}, other
     )
     with pytest.raises(UsageError, match="made for different models"):
         apply(world, tmp_path / "out", names=["blue", "other"])

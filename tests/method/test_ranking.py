@@ -8,7 +8,7 @@ from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.records.method import Alignment, Direction, GradientHeader, ParameterNorm, Tower
-from slsgu_cli.store.artifacts import gradient_path, pointer_path, read_ranking
+from slsgu_cli.store.artifacts import Artifact, read_ranking
 
 
 def ranked(world, direction=Direction.GRADIENT, **options):
@@ -17,12 +17,15 @@ def ranked(world, direction=Direction.GRADIENT, **options):
 
 def gradients(world):
     pointer = world.pointer
-    return [world.store.read_tensors(gradient_path(d)) for d in (pointer.forget, pointer.retain)]
+    return [
+        world.store.read_tensors(Artifact.GRADIENT.path(d))
+        for d in (pointer.forget, pointer.retain)
+    ]
 
 
 def rewrite(world, change):
     """Write the forget gradient again after `change(arrays, header)`; it returns the header."""
-    path = gradient_path(world.pointer.forget)
+    path = Artifact.GRADIENT.path(world.pointer.forget)
     arrays, header = world.store.read_tensors(path), world.store.read_header(path, GradientHeader)
     world.store.write_tensors(path, arrays, change(arrays, header) or header)
 
@@ -134,7 +137,7 @@ def test_a_gradient_that_is_not_finite_is_told(value, world):
 
 
 def test_gradients_that_are_not_there_are_told(world):
-    world.store.remove(pointer_path("blue"))
+    world.store.remove(Artifact.POINTER.path("blue"))
     with pytest.raises(MissingError, match="gradients of blue") as error:
         ranked(world)
     assert "slsgu grad blue" in error.value.hint

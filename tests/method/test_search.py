@@ -25,7 +25,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, PassOptions, Precision, Steer, Trials
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store.artifacts import edit_path, gradient_path, ranking_path, trials_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 BUDGETS = [None, 2_000_000, 200_000, 0]
@@ -103,7 +103,7 @@ def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkey
             find(world, steps=6, cache_budget=budget)
         from_pixels.append(embedded[OpenClipVision])
         looked_at.append(rows[OpenClipVision])
-        world.store.remove(trials_path("blue"))
+        world.store.remove(Artifact.TRIALS.path("blue"))
     everything, part, nothing = from_pixels
     assert everything < part < nothing == looked_at[-1]
     assert max(looked_at) - min(looked_at) <= 2
@@ -236,7 +236,7 @@ def test_recorded_trials_run_nothing_again(world, monkeypatch):
 
 def test_recorded_forget_accuracies_are_taken_as_they_are(world):
     first = find(world, layers=SOME, steps=3)
-    path = trials_path("blue")
+    path = Artifact.TRIALS.path("blue")
     told = [
         replace(trial, forget=replace(trial.forget, top1=100.0)) for trial in first.trials.trials
     ]
@@ -254,7 +254,7 @@ def test_more_steps_go_on_where_the_search_stopped(steer, world):
     short = find(world, layers=SOME, steps=3, steer=steer)
     longer = find(world, layers=SOME, steps=6, steer=steer)
     assert longer.reused == len(short.trials.trials)
-    world.store.remove(trials_path("blue"))
+    world.store.remove(Artifact.TRIALS.path("blue"))
     fresh = find(world, layers=SOME, steps=6, steer=steer)
 
     def figures(result):
@@ -267,14 +267,14 @@ def test_more_steps_go_on_where_the_search_stopped(steer, world):
 def test_fewer_steps_choose_among_those_alone(world):
     find(world, layers=SOME, steps=6)
     fewer = find(world, layers=SOME, steps=2)
-    world.store.remove(trials_path("blue"))
+    world.store.remove(Artifact.TRIALS.path("blue"))
     assert fewer.chosen == find(world, layers=SOME, steps=2).chosen
 
 
 def test_trials_of_another_steer_serve_both(world):
     find(world, layers=SOME, steps=5, steer=Steer.FA5)
     mixed = find(world, layers=SOME, steps=5)
-    world.store.remove(trials_path("blue"))
+    world.store.remove(Artifact.TRIALS.path("blue"))
     assert mixed.chosen == find(world, layers=SOME, steps=5).chosen
     assert mixed.reused > 0
 
@@ -304,7 +304,7 @@ def test_trials_on_other_evaluation_rows_are_not_used(world):
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
 def test_damaged_trials_are_made_again(content, world, listener):
     first = find(world, layers=SOME, steps=2)
-    world.store.write_bytes(trials_path("blue"), content)
+    world.store.write_bytes(Artifact.TRIALS.path("blue"), content)
     again = find(world, layers=SOME, steps=2)
     assert again.reused == 0
     assert again.trials == first.trials
@@ -342,7 +342,7 @@ def test_weights_that_changed_since_are_told(world, tmp_path):
     with pytest.raises(StaleError, match="has other weights than when its gradients") as error:
         find(own, steps=1)
     assert "slsgu grad blue" in error.value.hint
-    assert not own.store.exists(edit_path("blue"))
+    assert not own.store.exists(Artifact.EDIT.path("blue"))
 
 
 def test_a_ranking_of_other_gradients_is_refused(world):
@@ -354,7 +354,7 @@ def test_a_ranking_of_other_gradients_is_refused(world):
 
 
 def test_what_is_missing_is_told_with_the_command_that_makes_it(world):
-    world.store.remove(ranking_path("blue"))
+    world.store.remove(Artifact.RANKING.path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
         find(world, steps=1)
     assert "slsgu rank blue" in error.value.hint
@@ -375,7 +375,7 @@ def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world):
         require_forgotten(result)
     assert error.value.exit_code == 5
     assert "--steps" in error.value.hint
-    assert world.store.read_record(trials_path("blue"), Trials) == result.trials
+    assert world.store.read_record(Artifact.TRIALS.path("blue"), Trials) == result.trials
     edit = load_edit(world.store, "blue")
     assert (edit.header.layer, edit.header.forget) == (STUBBORN, result.chosen.forget)
 
@@ -387,7 +387,7 @@ def test_a_search_that_forgets_is_no_error(world):
 
 
 def test_a_damaged_gradient_is_told(world):
-    path = gradient_path(world.pointer.forget)
+    path = Artifact.GRADIENT.path(world.pointer.forget)
     data = world.store.read_bytes(path)
     world.store.write_bytes(path, data[: len(data) // 2])
     with pytest.raises(InputError, match="is damaged"):

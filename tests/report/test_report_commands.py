@@ -5,7 +5,7 @@ from reports import CHOSEN, FRONT, NAME, fill
 
 from slsgu_cli.records.method import Direction, GradientPointer, Precision, Ranking, Steer, Trials
 from slsgu_cli.report.dossier import commands, gather
-from slsgu_cli.store.artifacts import Catalog
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
 PATHS = {
@@ -23,7 +23,7 @@ def store(tmp_path):
 
 
 def told(store):
-    return commands(gather(store, NAME, Catalog(store)))
+    return commands(gather(Catalog(store), NAME))
 
 
 def change(store, kind, **changes):

@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.report.dossier import edit_facts, gather
-from slsgu_cli.store.artifacts import Catalog, Standing
+from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store
 
 
@@ -28,7 +28,7 @@ def store(tmp_path):
 
 
 def found(store):
-    return gather(store, NAME, Catalog(store))
+    return gather(Catalog(store), NAME)
 
 
 def test_everything_is_found_with_its_hash(store):
@@ -76,7 +76,7 @@ def test_a_damaged_record_and_a_missing_one(store):
 
 def test_without_a_set_there_is_nothing_to_report(store):
     with pytest.raises(MissingError, match="it has mouse"):
-        gather(store, "other", Catalog(store))
+        gather(Catalog(store), "other")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -14,9 +14,9 @@ from slsgu_cli.records.sets import Origin
 from slsgu_cli.sets.build import replay
 from slsgu_cli.sets.inspect import drop, drop_from_set, hashes, inspect_set, read_keys, top_words
 from slsgu_cli.sets.request import BuildRequest
-from slsgu_cli.store.artifacts import Standing, manifest_path, read_pointer
+from slsgu_cli.store.artifacts import Artifact, read_pointer
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.catalog import Standing, entries
 
 
 def open_block(world, part="forget"):
@@ -127,7 +127,7 @@ def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
 
 
 def test_a_manifest_that_does_not_say_how_is_stale(world):
-    world.store.write_record(manifest_path(world.name), replace(world.manifest, request={}))
+    world.store.write_record(Artifact.SET.path(world.name), replace(world.manifest, request={}))
     with pytest.raises(StaleError, match="does not say how it was built"):
         replay(world.store, world.name)
 

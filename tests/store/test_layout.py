@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -20,20 +21,23 @@ def test_names_that_can_be_files(name):
 def test_names_that_could_lead_elsewhere_are_refused(name):
     with pytest.raises(UsageError, match="cannot name a set"):
         sets.check_name(name)
-    for place in ("manifest", "pointer", "ranking", "trials", "edit"):
+    for kind in artifacts.TABLE:
         with pytest.raises(UsageError):
-            getattr(artifacts, f"{place}_path")(name)
+            kind.path(name)
 
 
 def test_every_artifact_has_a_place_of_its_own():
-    places = [getattr(artifacts, f"{kind}_path")("x") for kind in
-              ("manifest", "pointer", "ranking", "trials", "edit")]  # fmt: skip
-    places += [
-        artifacts.gradient_path("x"),
-        artifacts.plot_path("x", "a"),
-        artifacts.plot_path("x", "b"),
-    ]
+    places = [kind.path("x") for kind in artifacts.TABLE]
+    places += [artifacts.plot_path("x", "a"), artifacts.plot_path("x", "b")]
     assert len(set(places)) == len(places)
+
+
+def test_the_table_names_fields_that_its_records_have():
+    for row in artifacts.TABLE.values():
+        fields = {field.name for field in dataclasses.fields(row.record)} if row.record else set()
+        assert {*row.digests, *row.options, *row.rows} <= fields
+        assert not row.record or callable(row.record.about)
+        assert not row.needs or "name" in fields
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
@@ -41,15 +45,15 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
     with pytest.raises(MissingError, match="set nobody") as error:
         artifacts.read_manifest(store, "nobody")
     assert "slsgu build-sets nobody" in error.value.hint
-    store.remove(artifacts.ranking_path("blue"))
+    store.remove(artifacts.Artifact.RANKING.path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
         artifacts.read_ranking(store, pointer)
     assert "slsgu rank blue" in error.value.hint
-    store.remove(artifacts.gradient_path(pointer.retain))
+    store.remove(artifacts.Artifact.GRADIENT.path(pointer.retain))
     with pytest.raises(MissingError, match=pointer.retain) as error:
         artifacts.read_pointer(store, manifest)
     assert "slsgu grad blue" in error.value.hint
-    store.remove(artifacts.pointer_path("blue"))
+    store.remove(artifacts.Artifact.POINTER.path("blue"))
     with pytest.raises(MissingError, match="gradients of blue"):
         artifacts.read_pointer(store, manifest)
 

@@ -27,8 +27,8 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import REWHITENED, ArtifactKind, Standing
-from slsgu_cli.store.catalog import entries, unreferenced
+from slsgu_cli.store.artifacts import REWHITENED, Artifact
+from slsgu_cli.store.catalog import Standing, entries, unreferenced
 from slsgu_cli.store.store import Store
 
 MODEL = ModelSpec("local-dir:clip")
@@ -262,7 +262,7 @@ def test_an_edit_alone_in_a_store_is_not_stale(tmp_path):
     store = Store(str(tmp_path))
     write_edit(store, "shared", gradient="elsewhere")
     (entry,) = entries(store)
-    assert (entry.kind, entry.state) == (ArtifactKind.EDIT, Standing.OK)
+    assert (entry.kind, entry.state) == (Artifact.EDIT, Standing.OK)
 
 
 def test_what_nothing_refers_to_is_unreferenced(store):
@@ -278,7 +278,7 @@ def test_what_nothing_refers_to_is_unreferenced(store):
         "gradients/g9.safetensors",
     ]
     unfinished = found["data/.partial-00000000-killed.zarr"]
-    assert (unfinished.kind, unfinished.size) == (ArtifactKind.UNFINISHED, 5)
+    assert (unfinished.kind, unfinished.size) == (Artifact.UNFINISHED, 5)
 
 
 def test_nothing_is_unreferenced_while_a_record_cannot_be_read(store):
@@ -368,7 +368,7 @@ def test_moments_are_of_a_model_and_retain_rows_in_use(store):
         header = MomentHeader("model", data, 9, layers, (), "0.1.0")
         store.write_tensors(f"moments/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
     entry = by_path(store)["moments/m1.safetensors"]
-    assert (entry.kind, entry.state) == (ArtifactKind.MOMENTS, Standing.OK)
+    assert (entry.kind, entry.state) == (Artifact.MOMENTS, Standing.OK)
     assert entry.made_from == {"layers": "1", "rows": "9"}
     assert set(not_ok(store)) == {"moments/m2.safetensors"}
 

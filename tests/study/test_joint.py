@@ -21,8 +21,8 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Steer
 from slsgu_cli.records.studies import JointSearch
-from slsgu_cli.store.artifacts import ArtifactKind, Standing, joint_label, joint_path
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.artifacts import Artifact, joint_label
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.study import joint as joint_module
 from slsgu_cli.study.joint import joint_search, require_joint
 
@@ -184,12 +184,12 @@ def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(sea
 
 def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     world, result = apart
-    before = world.store.read_bytes(joint_path(NAMES))
+    before = world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES)))
     monkeypatch.setattr("slsgu_cli.study.joint.MovedModel.left", None)
     again = find(world)
     assert again.record == result.record
     assert again.reused == len(result.record.trials)
-    assert world.store.read_bytes(joint_path(NAMES)) == before
+    assert world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES))) == before
 
 
 def test_five_guesses_can_be_driven_to_zero_together(apart):
@@ -239,7 +239,7 @@ def test_sets_that_are_measured_on_other_rows_are_refused(apart):
     with pytest.raises(InputError, match="not measured on the same rows"):
         evaluate(world.store, NAMES, model=None, device="cpu")
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[ArtifactKind.JOINT].state is Standing.STALE
+    assert listed[Artifact.JOINT].state is Standing.STALE
 
 
 def test_names_that_make_no_joint_search_are_refused(several_world):
@@ -272,12 +272,15 @@ def test_eval_of_several_has_the_figures_of_the_search(searched):
 
 def test_the_record_comes_back(searched):
     world, result = searched
-    assert world.store.read_record(joint_path(NAMES), JointSearch) == result.record
+    assert (
+        world.store.read_record(Artifact.JOINT.path(joint_label(NAMES)), JointSearch)
+        == result.record
+    )
     listed = {(entry.kind, entry.name): entry for entry in entries(world.store)}
-    joint = listed[ArtifactKind.JOINT, "blue+red+green"]
+    joint = listed[Artifact.JOINT, "blue+red+green"]
     assert joint.state is Standing.OK
     assert joint.made_from["sets"] == "blue, red, green"
-    assert listed[ArtifactKind.EDIT, "red"].made_from["together with"] == "blue, green"
+    assert listed[Artifact.EDIT, "red"].made_from["together with"] == "blue, green"
 
 
 def test_the_commands(apart):

@@ -16,8 +16,8 @@ from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, PassOptions
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.sets.request import BuildRequest
-from slsgu_cli.store.artifacts import ArtifactKind, Standing, sweep_path
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.sweep import SweepRequest, require_swept, sweep
 
@@ -89,7 +89,7 @@ def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path)
 def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, counted):
     sweep(store, request_)
     assert counted == {"forget": 3, "retain": 1, "base": 1, "search": 3}
-    rows = store.read_record(sweep_path("colours"), Sweep).rows
+    rows = store.read_record(Artifact.SWEEP.path("colours"), Sweep).rows
     assert len({row.retain for row in rows}) == 1
     assert len({row.gradient for row in rows}) == 3
 
@@ -108,7 +108,9 @@ def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monk
         patch.setattr(search_module, "search", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(store, request_)
-    assert [row.name for row in store.read_record(sweep_path("colours"), Sweep).rows] == ["blue"]
+    assert [row.name for row in store.read_record(Artifact.SWEEP.path("colours"), Sweep).rows] == [
+        "blue"
+    ]
     result = sweep(store, request_)
     assert (result.sweep, result.reused) == (whole, 1)
     assert counted == {"forget": 3, "retain": 1, "base": 2, "search": 3}
@@ -132,10 +134,10 @@ def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, coun
     assert sweep(store, changed).reused == 2
     gradients.compute_gradients(store, "red", model=None, options=PassOptions(batch_size=8))
     listed = {entry.kind: entry for entry in entries(store)}
-    assert listed[ArtifactKind.SWEEP].state is Standing.STALE
+    assert listed[Artifact.SWEEP].state is Standing.STALE
     assert sweep(store, changed).reused == 1
     listed = {entry.kind: entry for entry in entries(store)}
-    assert listed[ArtifactKind.SWEEP].state is Standing.OK
+    assert listed[Artifact.SWEEP].state is Standing.OK
 
 
 def test_a_source_can_hold_the_class(request_):

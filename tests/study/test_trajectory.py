@@ -17,8 +17,8 @@ from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Precision, Steer, Trials
-from slsgu_cli.store.artifacts import ArtifactKind, Standing, ranking_path, trajectory_path
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.study.trajectory import (
     FARTHEST,
     Rise,
@@ -68,7 +68,7 @@ def test_whitened_directions_are_followed_for_each_ridge(world):
     for ridge in (0.1, 0.01):
         found = follow(world, layers=SOME[:1], points=2, ridge=ridge)
         assert found.lines() == [(SOME[0], ridge)]
-    recorded = world.store.read_record(trajectory_path("blue"), Trials).trials
+    recorded = world.store.read_record(Artifact.TRAJECTORY.path("blue"), Trials).trials
     assert Counter(trial.ridge for trial in recorded) == {0.1: 2, 0.01: 2}
     found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]))
     along = {t.step: t for t in follow(world, layers=SOME[:1]).trials.trials}
@@ -86,7 +86,7 @@ def test_the_end_can_be_given(world):
 def test_steps_on_record_are_not_measured_again(world):
     first = follow(world, layers=SOME)
     assert first.measured == len(first.trials.trials)
-    path = trajectory_path("blue")
+    path = Artifact.TRAJECTORY.path("blue")
     data = world.store.read_bytes(path)
     again = follow(world, layers=SOME)
     assert again.measured == 0
@@ -102,11 +102,11 @@ def test_steps_of_another_gradient_are_measured_anew(world):
     follow(world, layers=SOME)
     world.grade(batch_size=8)
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[ArtifactKind.TRAJECTORY].state is Standing.STALE
+    assert listed[Artifact.TRAJECTORY].state is Standing.STALE
     found = follow(world, layers=SOME)
     assert found.measured == len(found.trials.trials)
     listed = {entry.kind: entry for entry in entries(world.store)}
-    assert listed[ArtifactKind.TRAJECTORY].state is Standing.OK
+    assert listed[Artifact.TRAJECTORY].state is Standing.OK
 
 
 def test_rises():
@@ -144,7 +144,7 @@ def test_what_is_missing_or_wrong_is_told(world):
         follow(world, precision=Precision.BF16)
     with pytest.raises(UsageError, match="fits 0 ranked layers"):
         follow(world, layers=["nothing"])
-    world.store.remove(ranking_path("blue"))
+    world.store.remove(Artifact.RANKING.path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
         follow(world)
     assert "slsgu rank blue" in error.value.hint

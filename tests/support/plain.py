@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.records.method import Steer
-from slsgu_cli.store.artifacts import gradient_path
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
 
@@ -48,7 +48,7 @@ class Plain:
 
     @cached_property
     def gradient(self):
-        return self.world.store.read_tensors(gradient_path(self.world.pointer.forget))
+        return self.world.store.read_tensors(Artifact.GRADIENT.path(self.world.pointer.forget))
 
     def figures(self) -> Figures:
         """Classify every image as the model is now."""

@@ -50,7 +50,8 @@ from slsgu_cli.records.studies import (
 from slsgu_cli.report import effect
 from slsgu_cli.report.dossier import Section, SetRecords, gather
 from slsgu_cli.report.page import all_sections, page
-from slsgu_cli.store.artifacts import Catalog, blocks, joint_label
+from slsgu_cli.store.artifacts import joint_label
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
 NAME = "mouse"
@@ -186,7 +187,7 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
         )
         subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))
-    data = {role: ref.fingerprint for role, ref in blocks(manifest)}
+    data = {role: ref.fingerprint for role, ref in manifest.blocks().items()}
     record = Verification(name, manifest.concept, data, tuple(subjects), "0.1.0")
     store.write_record(f"verifications/{name}.json", record)
 
@@ -295,7 +296,7 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
 
 def sections(store: Store, name: str = NAME) -> tuple[SetRecords, list[Section]]:
     """Return what is known of a name and every section of the page on it."""
-    dossier = gather(store, name, Catalog(store))
+    dossier = gather(Catalog(store), name)
     views = [effect.examples(looks()), effect.cosines(looks())]
     return dossier, all_sections(dossier, views, store.url)
 

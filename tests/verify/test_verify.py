@@ -23,8 +23,8 @@ from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.studies import NEW, Check, Settings, Verification
-from slsgu_cli.store.artifacts import ArtifactKind, Standing, edit_path, verification_path
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
@@ -229,7 +229,7 @@ def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
 
 
 def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
-    world.store.remove(verification_path("blue"))
+    world.store.remove(Artifact.VERIFICATION.path("blue"))
     part, right = verify_module.CHECKS[Check.AUGMENT]
 
     def stop(_bench, _settings):
@@ -274,7 +274,7 @@ def test_an_edit_with_the_same_header_and_another_change_is_another(world, verif
 
 def test_several_edits_stand_side_by_side(world, tmp_path):
     copy = tmp_path / "first.safetensors"
-    shutil.copy(world.store.where(edit_path("blue")), copy)
+    shutil.copy(world.store.where(Artifact.EDIT.path("blue")), copy)
     find(world, "transformer.resblocks.1.ln_1.weight")
     result = run(world, checks=[Check.AUGMENT], edits=["blue", str(copy)])
     assert [s.label for s in result.subjects] == ["original", "edit blue", "edit first"]
@@ -285,7 +285,7 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
     paths = [tmp_path / folder / "first.safetensors" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
-        shutil.copy(world.store.where(edit_path("blue")), path)
+        shutil.copy(world.store.where(Artifact.EDIT.path("blue")), path)
     result = run(world, checks=[Check.AUGMENT], edits=[str(path) for path in paths])
     assert [s.label for s in result.subjects[1:]] == [f"edit {path}" for path in paths]
 
@@ -311,7 +311,7 @@ def test_an_edit_of_other_weights_is_refused(world):
 
 
 def test_a_set_without_an_edit_says_what_to_run(world):
-    world.store.remove(edit_path("blue"))
+    world.store.remove(Artifact.EDIT.path("blue"))
     with pytest.raises(MissingError, match="no edit blue") as error:
         run(world)
     assert "slsgu search blue" in error.value.hint
@@ -319,7 +319,7 @@ def test_a_set_without_an_edit_says_what_to_run(world):
 
 def test_the_list_knows_when_a_verification_is_of_other_things(world):
     def state():
-        found = {entry.kind: entry for entry in entries(world.store)}[ArtifactKind.VERIFICATION]
+        found = {entry.kind: entry for entry in entries(world.store)}[Artifact.VERIFICATION]
         return found.state, found.reason
 
     assert state() == (Standing.OK, None)
@@ -360,7 +360,7 @@ def test_the_command_prints_verdicts_and_writes_the_record(world):
     assert became[0].split("\t") == ["what", "original", "edit blue"]
     assert became[-1].startswith("edit blue: kept forgotten")
     assert "6 recorded findings were used again" in piped.stderr
-    record = world.store.read_record(verification_path("blue"), Verification)
+    record = world.store.read_record(Artifact.VERIFICATION.path("blue"), Verification)
     assert {subject.label for subject in record.subjects} == {"original", "edit blue"}
 
 
