@@ -92,7 +92,7 @@ def layer_digest(values: Floats, precision: str) -> str:
     return whole.hexdigest()
 
 
-def fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     """Return 64 hexadecimal digits that name the weights a file holds.
 
     The same weights have one fingerprint in every container and after upcasting, for the

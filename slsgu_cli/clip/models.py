@@ -23,7 +23,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
     preprocess_config,
     vocabulary,
 )
-from slsgu_cli.checkpoints.weights import read_layer as read_open_clip_layer
+from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec, ModelSpec
@@ -215,22 +215,20 @@ def load(
 
 def fingerprint(model: ResolvedModel) -> str:
     """Return a digest of weights and architecture, the same for every container of them."""
-    from slsgu_cli.checkpoints.weights import fingerprint as weights_fingerprint
-
     if model.spelling is Spelling.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent).fingerprint()
     else:
-        weights = weights_fingerprint(model.weights)
+        weights = file_fingerprint(model.weights)
     return digest({"weights": weights, "config": plain_config(model.config)})
 
 
-def read_layer(model: ResolvedModel, layer: str) -> Floats:
+def model_layer(model: ResolvedModel, layer: str) -> Floats:
     """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
     if model.spelling is Spelling.TRANSFORMERS:
         whole = ClipWeights(model.weights.parent).read(Layer.parse(layer).parameter)
         values: Floats = Layer.parse(layer).rows(whole)
         return values
-    return read_open_clip_layer(model.weights, layer)
+    return read_layer(model.weights, layer)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

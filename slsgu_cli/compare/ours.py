@@ -12,7 +12,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import NotForgottenError, StaleError
-from slsgu_cli.method.edit import edit_for
+from slsgu_cli.method.edit import ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import MARGIN, SearchOptions
@@ -167,7 +167,7 @@ def our_outcome(
     start = perf_counter()
     try:
         options = SearchOptions(device=times.asked_device)
-        edit = edit_for(store, name, options=options)
+        edit = ensure_edit(store, name, options=options)
     except NotForgottenError as error:
         progress.warn(error.message)
         edit = load_edit(store, name)

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from slsgu_cli.checkpoints.edits import Edit, by_layer
 from slsgu_cli.checkpoints.layouts import TensorPlace, TowerPlace, tensor_places, tower_places
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target
-from slsgu_cli.checkpoints.weights import DIGEST_PRECISIONS, fingerprint, layer_digest, weight_files
+from slsgu_cli.checkpoints.weights import (
+    DIGEST_PRECISIONS,
+    file_fingerprint,
+    layer_digest,
+    weight_files,
+)
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited
@@ -166,7 +171,7 @@ def folder_fingerprint(folder: Path) -> str:
     """Return a digest of all the weights in a model's folder and the folders in it."""
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     files = [path for inner in folders for path in weight_files(inner)]
-    return digest({str(path.relative_to(folder)): fingerprint(path) for path in files})
+    return digest({str(path.relative_to(folder)): file_fingerprint(path) for path in files})
 
 
 @contextlib.contextmanager

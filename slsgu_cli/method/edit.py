@@ -11,14 +11,22 @@ from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
 from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, load_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import read_layer, resolve
+from slsgu_cli.clip.models import model_layer, resolve
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import ensure_moments, forget_direction
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import SearchResult, search, unmeasured_edit
 from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Qkv, Ranking, Tower
+from slsgu_cli.records.method import (
+    Direction,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    Qkv,
+    Ranking,
+    Tower,
+)
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
     EDIT,
@@ -32,13 +40,15 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 
-def edit_for(
+def ensure_edit(
     store: Store, name: str, *, options: SearchOptions, ranking: RankOptions | None = None
 ) -> Edit:
-    """Return the edit `name`, running the rank (as `ranking` says) and search it still lacks.
+    """Return the edit in a file, or that of the set `name`.
 
-    Raises StaleError where the edit was made from gradients, or for another direction,
-    than the set has now.
+    A set that has none is searched as `options` say, and ranked as `ranking` says where it has
+    no ranking either; both are drawn. Raises NotForgottenError where no step forgets, and
+    StaleError where an edit that is there was made from other gradients than the set has now,
+    or otherwise than `options` say.
     """
     is_file = "/" in name or name.endswith(".safetensors")
     if is_file or not store.exists(Artifact.SET.path(name)):
@@ -48,30 +58,34 @@ def edit_for(
             progress.note(f"{name} has no ranking yet: ranking its layers")
             rank_and_plot(store, name, options=ranking or rank_options(options))
         progress.note(f"{name} has no edit yet: searching for one")
-        result = search_and_plot(store, name, options=options)
-        require_forgotten(result)
+        require_forgotten(search_and_plot(store, name, options=options))
     edit = current_edit(store, name)
-    if options.direction not in (None, edit.header.direction):
+    _require_made_so(edit.header, options)
+    return edit
+
+
+def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
+    """Raise StaleError unless an edit is of the direction, kind of layer and ridge given."""
+    name = header.name
+    ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
+    if options.direction not in (None, header.direction):
         raise StaleError(
-            f"the edit {name} moves along the direction {edit.header.direction}, "
+            f"the edit {name} moves along the direction {header.direction}, "
             f"not {options.direction}",
-            hint=f"run `slsgu rank {quote(name)} --direction {options.direction}` and "
-            f"`slsgu search {quote(name)}`",
+            hint=f"run {ranks} --direction {options.direction}` and {searches}`",
         )
-    if options.qkv and not Layer.parse(edit.header.layer).is_of(options.qkv):
+    if options.qkv and not Layer.parse(header.layer).is_of(options.qkv):
         raise StaleError(
-            f"the edit {name} changes {edit.header.layer}, which is no layer where query, key "
+            f"the edit {name} changes {header.layer}, which is no layer where query, key "
             f"and value are {options.qkv}",
-            hint=f"run `slsgu rank {quote(name)} --qkv {options.qkv}` and "
-            f"`slsgu search {quote(name)}`",
+            hint=f"run {ranks} --qkv {options.qkv}` and {searches}`",
         )
-    if options.ridge not in (None, edit.header.ridge):
-        had = "no ridge" if edit.header.ridge is None else f"ridge {edit.header.ridge:g}"
+    if options.ridge not in (None, header.ridge):
+        had = "no ridge" if header.ridge is None else f"ridge {header.ridge:g}"
         raise StaleError(
             f"the edit {name} was whitened with {had}, not {options.ridge:g}",
-            hint=f"run `slsgu search {quote(name)} --ridge {options.ridge:g}`",
+            hint=f"run {searches} --ridge {options.ridge:g}`",
         )
-    return edit
 
 
 def current_edit(store: Store, name: str) -> Edit:
@@ -125,7 +139,7 @@ def direct_edit(
     if whitened:
         moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
     along = forget_direction(store, pointer, moved.name, ridge=options.ridge, moments=moments)
-    before = read_layer(resolve(pointer.model), moved.name)
+    before = model_layer(resolve(pointer.model), moved.name)
     return unmeasured_edit(
         manifest,
         pointer,
@@ -261,29 +275,30 @@ def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
 
 
 def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
-    options = SearchOptions(
+    """Return the edits of a request: one given by layer and step, or those of the sets."""
+    if request.step is not None and not math.isfinite(request.step):
+        raise UsageError(f"--step {request.step} is no step size")
+    search_options = SearchOptions(
         direction=request.direction,
         ridge=request.ridge,
         qkv=request.qkv,
         device=request.device,
     )
-    target = None if request.target is None else str(request.target)
-    ranking = replace(rank_options(options), target=target, encoder=request.encoder)
-    if request.step is not None and not math.isfinite(request.step):
-        raise UsageError(f"--step {request.step} is no step size")
-    if request.layer is not None:
-        if request.step is None or len(request.names) != 1:
-            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+    ranking = replace(
+        rank_options(search_options),
+        target=None if request.target is None else str(request.target),
+        encoder=request.encoder,
+    )
+    if request.layer is None:
         edits = [
-            direct_edit(
-                store, request.names[0], layer=request.layer, step=request.step, options=ranking
-            )
+            ensure_edit(store, name, options=search_options, ranking=ranking)
+            for name in request.names
         ]
-    else:
-        edits = [edit_for(store, name, options=options, ranking=ranking) for name in request.names]
-        if request.step is not None:
-            edits = [edit.restepped(request.step) for edit in edits]
-    return edits
+        return edits if request.step is None else [edit.restepped(request.step) for edit in edits]
+    if request.step is None or len(request.names) != 1:
+        raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+    (name,) = request.names
+    return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
 
 
 def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:

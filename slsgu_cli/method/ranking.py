@@ -15,7 +15,7 @@ import slsgu_cli
 from slsgu_cli.checkpoints.layers import Layer, layers_of, selected
 from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
-from slsgu_cli.clip.models import ResolvedModel, read_layer
+from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.directions import RIDGE, Moments, ensure_moments, layer_gradient
 from slsgu_cli.method.gradients import graded_model
@@ -148,7 +148,7 @@ class _Weights:
     def _third(self, layer: str) -> Floats | None:
         if self.model is None or Layer.parse(layer).third is None:
             return None
-        return read_layer(self.model, layer).astype(np.float32, copy=False)
+        return model_layer(self.model, layer).astype(np.float32, copy=False)
 
 
 def _score(

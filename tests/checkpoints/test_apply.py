@@ -19,7 +19,7 @@ from edit_headers import MODEL, edit
 from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
 from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, write_edit
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, read_target
-from slsgu_cli.checkpoints.weights import fingerprint, open_weights, read_layer
+from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights, read_layer
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.store.store import Store
 
@@ -525,5 +525,5 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:2] == [str(path.stat().st_size), "[]"]
-    assert fingerprint(tmp_path / "out.safetensors") != fingerprint(path)
+    assert file_fingerprint(tmp_path / "out.safetensors") != file_fingerprint(path)
     assert open_weights(tmp_path / "out.safetensors").entry(LAYER).dtype == dtype

@@ -18,7 +18,7 @@ from slsgu_cli.cli.app import app
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.clip.zeroshot import moved
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.method.edit import direct_edit, edit_for
+from slsgu_cli.method.edit import direct_edit, ensure_edit
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
@@ -178,9 +178,9 @@ def test_what_was_ranked_otherwise_is_told(world):
     search(world.store, world.name, options=chosen)
     assert world.store.exists(Artifact.EDIT.path(world.name))
     with pytest.raises(StaleError, match="no layer where query, key and value are fused"):
-        edit_for(world.store, world.name, options=options)
+        ensure_edit(world.store, world.name, options=options)
     assert (
-        edit_for(world.store, world.name, options=SearchOptions(qkv=Qkv.SPLIT)).header.layer
+        ensure_edit(world.store, world.name, options=SearchOptions(qkv=Qkv.SPLIT)).header.layer
         == f"{VISION}.v"
     )
 

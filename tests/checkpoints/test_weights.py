@@ -12,7 +12,7 @@ import torch
 from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state, write_patched
 
 from slsgu_cli.checkpoints.weights import (
-    fingerprint,
+    file_fingerprint,
     layer_digests,
     open_weights,
     read_layer,
@@ -192,7 +192,7 @@ def test_the_fingerprint_ignores_container_precision_of_storage_and_order(tmp_pa
     ]
     training = {"epoch": 1, "state_dict": {f"module.{n}": t for n, t in full.items()}}
     torch.save(training, tmp_path / "e.pt")
-    prints = {fingerprint(path) for path in [*files, tmp_path / "e.pt"]}
+    prints = {file_fingerprint(path) for path in [*files, tmp_path / "e.pt"]}
     assert len(prints) == 1 and len(prints.pop()) == 64
 
 
@@ -206,7 +206,7 @@ def test_the_fingerprint_tells_values_names_shapes_and_signs_of_zero_apart(tmp_p
         {"a": torch.zeros(2, 3)},
     ]
     prints = {
-        fingerprint(save(variant, tmp_path / f"{i}.safetensors"))
+        file_fingerprint(save(variant, tmp_path / f"{i}.safetensors"))
         for i, variant in enumerate(variants)
     }
     assert len(prints) == len(variants)
@@ -236,10 +236,10 @@ def test_weights_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.checkpoints.edits import ApplyOptions
-        from slsgu_cli.checkpoints.weights import fingerprint, open_weights
+        from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
-            fingerprint(path)
+            file_fingerprint(path)
             plan = FilePlan(open_weights(path).splices(patch), ())
             out = path.parent / "out" / path.name
             write_copy(CopyPlan(out, {{"": path}}, {{"": plan}}), ApplyOptions())
@@ -270,12 +270,12 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.checkpoints.edits import ApplyOptions
-        from slsgu_cli.checkpoints.weights import fingerprint, open_weights
+        from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}
         plan, out = FilePlan(open_weights(path).splices(patch), ()), path.with_name("o.safetensors")
         write_copy(CopyPlan(out, {{"": path}}, {{"": plan}}), ApplyOptions())
-        fingerprint(path)
+        file_fingerprint(path)
         # Not getrusage: its peak includes that of the process that forked this one.
         print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
     """

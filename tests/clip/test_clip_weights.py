@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
-from slsgu_cli.clip.models import fingerprint, input_spec, load, plain_config, read_layer, resolve
+from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit
 from slsgu_cli.method.gradients import compute_gradients
@@ -135,7 +135,7 @@ def test_edits_go_both_ways(folder, world, tmp_path):
     ours, theirs = ModelSpec(f"local-dir:{tmp_path / 'oc'}"), ModelSpec(str(tmp_path / "hf"))
     assert fingerprint(resolve(ours)) == fingerprint(resolve(theirs))
     assert fingerprint(resolve(ours)) != fingerprint(resolve(world.model))
-    assert (read_layer(resolve(spec), TEXT) == there.before()).all()
+    assert (model_layer(resolve(spec), TEXT) == there.before()).all()
     theirs_loaded, ours_loaded = CLIPModel.from_pretrained(tmp_path / "hf"), load(resolve(ours))
     texts = torch.from_numpy(DataBlock.open(world.store, world.manifest.forget).tokens).long()
     with torch.no_grad():

@@ -15,7 +15,7 @@ import slsgu_cli.figures.curves
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method import edit as edit_module
-from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit, edit_for
+from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit, ensure_edit
 from slsgu_cli.method.ranking import RankOptions
 from slsgu_cli.method.search import search
 from slsgu_cli.method.search_plan import SearchOptions
@@ -136,7 +136,7 @@ def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_pat
         world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, include=[ALONE])
     )
     with pytest.raises(NotForgottenError):
-        edit_for(world.store, "blue", options=SearchOptions(steps=1))
+        ensure_edit(world.store, "blue", options=SearchOptions(steps=1))
     assert world.store.exists(Artifact.TRIALS.path("blue"))
     apply(world, tmp_path / "out")
     assert any("does not forget completely" in text for text in listener.heard)

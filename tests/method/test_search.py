@@ -18,7 +18,7 @@ from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import find_moments
-from slsgu_cli.method.edit import edit_for, require_forgotten
+from slsgu_cli.method.edit import ensure_edit, require_forgotten
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import RankOptions, rank
 from slsgu_cli.method.search import search
@@ -478,7 +478,7 @@ def test_moments_of_other_retain_rows_are_not_used(world):
     world.grade()
     assert not find_moments(world.store, world.pointer).places
     with pytest.raises(StaleError, match="whitened by other retain rows") as error:
-        edit_for(world.store, "blue", options=SearchOptions())
+        ensure_edit(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint
     assert whitened(world, layers=SOME, steps=1).reused == 0
     assert len(world.store.names("moments")) == 2
