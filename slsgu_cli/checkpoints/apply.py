@@ -299,7 +299,7 @@ class _NewValues:
 
     def lack(self, layer: str, encoder: Encoder, holding: Sequence[WeightSet]) -> None:
         """Note the sets of an encoder's weights that do not hold a layer."""
-        for weights in encoder.states:
+        for weights in encoder.copies:
             if not any(weights is one for one in holding):
                 self.lacking.setdefault(weights.path, []).append(layer)
 
@@ -347,7 +347,7 @@ def _fitting(
             + ("; --force writes the edit all the same" if fitting else ""),
         )
     if not fitting:
-        names = {key for encoder in chosen for weights in encoder.states for key in weights.owners}
+        names = {key for encoder in chosen for weights in encoder.copies for key in weights.owners}
         near = near_names(layer, sorted(map(canonical_name, names)))
         raise InputError(f"{target.path} holds no layer {layer}{near}")
     return [pair for pair in fitting if options.force or pair[0].why_not(layer) is None]
@@ -357,9 +357,9 @@ def _copies(encoder: Encoder, layer: str) -> Copies:
     """Return where a layer lies in each set of an encoder's weights that holds it."""
     return [
         (weights, places)
-        for weights in encoder.states
-        for home in encoder.homes(weights)
-        if weights.holds(places := tensor_places(layer, home))
+        for weights in encoder.copies
+        for tower_place in encoder.towers(weights)
+        if weights.holds(places := tensor_places(layer, tower_place))
     ]
 
 
@@ -372,7 +372,7 @@ def _tell_of_others(target: Target, plans: Mapping[Path, FilePlan], options: App
                 hint="move it away, or --force to copy it as it is",
             )
         progress.warn(f"{path} was copied as it is: {why}")
-    sets = [weights for encoder in target.encoders for weights in encoder.states]
+    sets = [weights for encoder in target.encoders for weights in encoder.copies]
     known = {*target.unread, *(path for weights in sets for path in weights.files)}
     for folder in sorted({target.path, *(path.parent for path in plans)}):
         for path in sorted(set(folder.iterdir()) - known):

@@ -99,7 +99,7 @@ class TensorPlace:
     within: int | None = None
     transposed: bool = False
 
-    def take(self, layer: Any) -> Any:
+    def from_layer(self, layer: Any) -> Any:
         """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
         if self.part is not None:
             layer = third_of(layer, self.part)
@@ -109,7 +109,7 @@ class TensorPlace:
         """Return the rows of this tensor's values that belong to the layer, as a view."""
         return values if self.within is None else third_of(values, self.within)
 
-    def held(self, values: Any) -> Any:
+    def to_layer(self, values: Any) -> Any:
         """Return what `rows` does in open_clip's shape."""
         return self.rows(values).T if self.transposed else self.rows(values)
 
@@ -131,27 +131,27 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
     return sorted(places, key=lambda place: (place.tower, place.prefix, place.spelling))
 
 
-def tensor_places(name: str, home: TowerPlace) -> tuple[TensorPlace, ...]:
+def tensor_places(name: str, tower_place: TowerPlace) -> tuple[TensorPlace, ...]:
     """Return the tensors of a tower that hold the layer open_clip calls `name`, in order.
 
     Empty where the layer is of the other tower, or has no counterpart in this spelling.
     """
     layer = Layer.parse(name)
-    if layer.tower is not home.tower:
+    if layer.tower is not tower_place.tower:
         return ()
-    name = layer.parameter.removeprefix(_PREFIX[home.tower])
-    if home.spelling is Spelling.OPEN_CLIP:
-        own = _PREFIX[Tower.VISION] if home.tower is Tower.VISION else ""
-        return (TensorPlace(f"{home.prefix}{own}{name}", within=layer.third),)
-    projection, key, inner = _PROJECTION[home.tower]
+    name = layer.parameter.removeprefix(_PREFIX[tower_place.tower])
+    if tower_place.spelling is Spelling.OPEN_CLIP:
+        start = _PREFIX[Tower.VISION] if tower_place.tower is Tower.VISION else ""
+        return (TensorPlace(f"{tower_place.prefix}{start}{name}", within=layer.third),)
+    projection, key, inner = _PROJECTION[tower_place.tower]
     if name == projection:
-        return (TensorPlace(home.prefix.removesuffix(inner) + key, transposed=True),)
-    if name in _OUTSIDE[home.tower]:
-        return (TensorPlace(home.prefix + _OUTSIDE[home.tower][name]),)
+        return (TensorPlace(tower_place.prefix.removesuffix(inner) + key, transposed=True),)
+    if name in _OUTSIDE[tower_place.tower]:
+        return (TensorPlace(tower_place.prefix + _OUTSIDE[tower_place.tower][name]),)
     inside = name.removeprefix(f"transformer.resblocks.{layer.block}.")
     if inside == name:
         return ()
-    places = _in_block(f"{home.prefix}encoder.layers.{layer.block}.", inside)
+    places = _in_block(f"{tower_place.prefix}encoder.layers.{layer.block}.", inside)
     if layer.third is None:
         return places
     return tuple(TensorPlace(place.key) for place in places if place.part == layer.third)
@@ -177,13 +177,13 @@ def _in_block(prefix: str, name: str) -> tuple[TensorPlace, ...]:
         keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in LETTERS)
         return tuple(TensorPlace(key, part) for part, key in enumerate(keys))
     module, _, kind = name.rpartition(".")
-    known = _IN_BLOCK.get(module)
-    return (TensorPlace(f"{prefix}{known}.{kind}"),) if known else ()
+    theirs = _IN_BLOCK.get(module)
+    return (TensorPlace(f"{prefix}{theirs}.{kind}"),) if theirs else ()
 
 
 def assembled(places: Sequence[TensorPlace], tensors: Mapping[str, Raw]) -> Raw:
     """Return a layer in open_clip's shape from the tensors that hold it, by their names."""
-    parts = [slot.held(tensors[slot.key]) for slot in places]
+    parts = [place.to_layer(tensors[place.key]) for place in places]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -195,12 +195,12 @@ def placed(
     `tensors` tells the values as they are, of a tensor that holds more than the layer.
     """
     new = {}
-    for slot in places:
-        if slot.within is None:
-            new[slot.key] = slot.take(layer)
+    for place in places:
+        if place.within is None:
+            new[place.key] = place.from_layer(layer)
         else:
-            new[slot.key] = tensors(slot.key).copy()
-            slot.rows(new[slot.key])[...] = slot.take(layer)
+            new[place.key] = tensors(place.key).copy()
+            place.rows(new[place.key])[...] = place.from_layer(layer)
     return new
 
 
@@ -212,21 +212,21 @@ _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 class WeightSet:
     """One whole set of weights: a file, or the shards it was cut into.
 
-    `owners` tells which file holds a tensor, `homes` where CLIP's towers are.
+    `owners` tells which file holds a tensor, `towers` where CLIP's towers are.
     """
 
     files: dict[Path, TensorFile]
     owners: dict[str, Path]
-    homes: list[TowerPlace]
+    towers: list[TowerPlace]
 
     @property
     def path(self) -> Path:
-        """Return the file, or the first of the shards, to name this state by."""
+        """Return the file, or the first of the shards, to name this set by."""
         return next(iter(self.files))
 
     def holds(self, places: Sequence[TensorPlace]) -> bool:
         """Return whether every one of some tensors is there. Raises InputError for a part."""
-        missing = [slot.key for slot in places if slot.key not in self.owners]
+        missing = [place.key for place in places if place.key not in self.owners]
         if missing and len(missing) < len(places):
             raise InputError(
                 f"{self.path.parent} holds a part of a layer only: {', '.join(missing)} is missing",
@@ -236,14 +236,13 @@ class WeightSet:
 
     def shape(self, places: Sequence[TensorPlace]) -> tuple[int, ...]:
         """Return a layer's shape as open_clip has it."""
-        shapes = [
-            slot.shape(self.files[self.owners[slot.key]].entry(slot.key).shape) for slot in places
-        ]
+        entries = [self.files[self.owners[place.key]].entry(place.key) for place in places]
+        shapes = [place.shape(entry.shape) for place, entry in zip(places, entries, strict=True)]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def layer(self, places: Sequence[TensorPlace]) -> tuple[Raw, str]:
         """Return a layer's stored values in open_clip's shape, and their number format."""
-        files = {slot.key: self.files[self.owners[slot.key]] for slot in places}
+        files = {place.key: self.files[self.owners[place.key]] for place in places}
         formats = {file.entry(key).dtype for key, file in files.items()}
         if len(formats) > 1:
             raise InputError(
@@ -252,9 +251,9 @@ class WeightSet:
             )
         return assembled(places, {key: f.stored(key) for key, f in files.items()}), formats.pop()
 
-    def blocks(self, home: TowerPlace) -> int:
+    def blocks(self, tower_place: TowerPlace) -> int:
         """Return how many blocks a tower has."""
-        return block_count(key for key in self.owners if key.startswith(home.prefix))
+        return block_count(key for key in self.owners if key.startswith(tower_place.prefix))
 
 
 def read_weight_set(paths: Iterable[Path]) -> WeightSet:
@@ -280,16 +279,16 @@ def read_weight_sets(folder: Path) -> tuple[list[WeightSet], dict[Path, str]]:
     groups: dict[tuple[str, ...], list[Path]] = {}
     for path in weight_files(folder):
         groups.setdefault(tuple(_SHARD.split(path.name)), []).append(path)
-    states: list[WeightSet] = []
+    weight_sets: list[WeightSet] = []
     unread: dict[Path, str] = {}
     for name, paths in groups.items():
         try:
             if len(name) > 1 and len(paths) != int(name[1]):
                 raise InputError(f"only {len(paths)} of its {int(name[1])} shards are there")
-            state = read_weight_set(paths)
+            weights = read_weight_set(paths)
         except InputError as error:
             unread |= dict.fromkeys(paths, error.message)
             continue
-        if state.homes:
-            states.append(state)
-    return states, unread
+        if weights.towers:
+            weight_sets.append(weights)
+    return weight_sets, unread

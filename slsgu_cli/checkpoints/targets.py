@@ -65,13 +65,13 @@ class ReadFrom:
 
 
 def last_state(blocks: int | None) -> ReadFrom:
-    """Return the reach of a pipeline that reads the text encoder's last hidden state."""
+    """Return that the last hidden state of a text encoder is read."""
     reads = "the last hidden state" + (f" of {blocks} blocks" if blocks else "")
     return ReadFrom(tower=Tower.TEXT, blocks=blocks, projection=False, reads=reads)
 
 
 def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
-    """Return the reach of a pipeline that reads what enters the last of `blocks` blocks.
+    """Return that what enters the last of a text encoder's `blocks` blocks is read.
 
     With `norm`, the final norm is applied to it.
     """
@@ -85,7 +85,7 @@ def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
 
 
 def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
-    """Return the reach of a model that reads hidden states of a vision tower of `blocks` blocks.
+    """Return that hidden states of a vision tower of `blocks` blocks are read.
 
     State 0 enters block 0, and `blocks` leaves the last; negative ones count from the end.
     """
@@ -101,7 +101,7 @@ def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
 
 
 def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
-    """Return the reach of CLIP itself: all of the towers it has."""
+    """Return that all of CLIP's towers are read."""
     return tuple(ReadFrom(tower=tower) for tower in towers)
 
 
@@ -120,23 +120,23 @@ SINGLE_FILES = {
 class Encoder:
     """A CLIP, or one tower of one, inside a target, and what the target reads of it.
 
-    `states` are its weights, one for every copy that lies there (an fp16 variant beside
+    `copies` are its weights, one for every copy that lies there (an fp16 variant beside
     the fp32 one, say). Where a file holds several encoders, `prefix` tells this one.
     """
 
     name: str
-    states: tuple[WeightSet, ...]
-    reach: tuple[ReadFrom, ...]
+    copies: tuple[WeightSet, ...]
+    read_from: tuple[ReadFrom, ...]
     prefix: str | None = None
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target through this encoder, if so."""
-        reasons = [reach.why_not(layer) for reach in self.reach]
+        reasons = [read_from.why_not(layer) for read_from in self.read_from]
         return None if None in reasons else reasons[-1]
 
-    def homes(self, state: WeightSet) -> list[TowerPlace]:
+    def towers(self, weights: WeightSet) -> list[TowerPlace]:
         """Return the encoder's towers in one of its sets of weights."""
-        return [home for home in state.homes if self.prefix in (None, home.prefix)]
+        return [place for place in weights.towers if self.prefix in (None, place.prefix)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +150,11 @@ class Target:
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
         """Return the encoder called `name`, or with None all of them. Raises UsageError."""
-        found = tuple(encoder for encoder in self.encoders if name in (None, encoder.name))
-        if not found:
+        chosen = tuple(encoder for encoder in self.encoders if name in (None, encoder.name))
+        if not chosen:
             known = ", ".join(encoder.name for encoder in self.encoders)
             raise UsageError(f"{self.path} has no encoder {name}; it has {known}")
-        return found
+        return chosen
 
 
 def read_target(path: Path) -> Target:
@@ -195,15 +195,16 @@ def _is_llava(config: dict[str, Any]) -> bool:
 
 
 def _clip(folder: Path) -> Target:
-    states, unread = read_weight_sets(folder)
-    _require_home(folder, states, unread)
-    towers = sorted({home.tower for state in states for home in state.homes})
-    return Target(folder, Family.CLIP, (Encoder("clip", tuple(states), whole(*towers)),), unread)
+    weight_sets, unread = read_weight_sets(folder)
+    _require_towers(folder, weight_sets, unread)
+    towers = sorted({place.tower for weights in weight_sets for place in weights.towers})
+    encoder = Encoder("clip", tuple(weight_sets), whole(*towers))
+    return Target(folder, Family.CLIP, (encoder,), unread)
 
 
 def _llava(folder: Path, config: dict[str, Any]) -> Target:
-    states, unread = read_weight_sets(folder)
-    towers = [state for state in states if _towers([state], Tower.VISION)]
+    weight_sets, unread = read_weight_sets(folder)
+    towers = [weights for weights in weight_sets if _towers([weights], Tower.VISION)]
     if not towers and "mm_vision_tower" in config:
         elsewhere = config["mm_vision_tower"]
         raise InputError(
@@ -211,19 +212,25 @@ def _llava(folder: Path, config: dict[str, Any]) -> Target:
             hint=f"edit that model (--target a copy of {elsewhere}) "
             f"and let mm_vision_tower in {CONFIG} point to the result",
         )
-    _require_home(folder, towers, unread)
-    reach = _features(towers, config)
-    return Target(folder, Family.LLAVA, (Encoder("vision_tower", tuple(towers), (reach,)),), unread)
+    _require_towers(folder, towers, unread)
+    encoder = Encoder("vision_tower", tuple(towers), (_features(towers, config),))
+    return Target(folder, Family.LLAVA, (encoder,), unread)
 
 
-def _features(states: Sequence[WeightSet], config: dict[str, Any]) -> ReadFrom:
+def _features(weight_sets: Sequence[WeightSet], config: dict[str, Any]) -> ReadFrom:
     layers = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
-    state, home = _towers(states, Tower.VISION)[0]
-    return vision_features(layers if isinstance(layers, list) else [layers], state.blocks(home))
+    weights, place = _towers(weight_sets, Tower.VISION)[0]
+    layers = layers if isinstance(layers, list) else [layers]
+    return vision_features(layers, weights.blocks(place))
 
 
-def _towers(states: Sequence[WeightSet], tower: Tower) -> list[tuple[WeightSet, TowerPlace]]:
-    return [(state, home) for state in states for home in state.homes if home.tower is tower]
+def _towers(weight_sets: Sequence[WeightSet], tower: Tower) -> list[tuple[WeightSet, TowerPlace]]:
+    return [
+        (weights, place)
+        for weights in weight_sets
+        for place in weights.towers
+        if place.tower is tower
+    ]
 
 
 def _pipeline(folder: Path) -> Target:
@@ -239,14 +246,14 @@ def _pipeline(folder: Path) -> Target:
     unread: dict[Path, str] = {}
     encoders, depths = [], []
     for name, class_name in classes.items():
-        states, failed = read_weight_sets(folder / name)
+        weight_sets, failed = read_weight_sets(folder / name)
         unread |= failed
-        _require_home(folder / name, states, failed)
-        state, home = _towers(states, Tower.TEXT)[0]
-        depths.append(state.blocks(home))
+        _require_towers(folder / name, weight_sets, failed)
+        weights, place = _towers(weight_sets, Tower.TEXT)[0]
+        depths.append(weights.blocks(place))
         pooled = class_name.endswith("WithProjection")
-        reach = _text_reach(kind, depths[-1], pooled=pooled)
-        encoders.append(Encoder(name, tuple(states), (reach,)))
+        text = _text_read(kind, depths[-1], pooled=pooled)
+        encoders.append(Encoder(name, tuple(weight_sets), (text,)))
     return Target(folder, _family(kind, depths), tuple(encoders), unread)
 
 
@@ -256,7 +263,7 @@ def _family(kind: str, depths: Sequence[int]) -> Family:
     return Family.SD2 if depths[0] > 12 else Family.SD1
 
 
-def _text_reach(kind: str, blocks: int, *, pooled: bool) -> ReadFrom:
+def _text_read(kind: str, blocks: int, *, pooled: bool) -> ReadFrom:
     """Return what a pipeline reads of a text encoder of `blocks` blocks."""
     if pooled:
         # The pooled and projected embedding goes through all of the encoder.
@@ -267,44 +274,44 @@ def _text_reach(kind: str, blocks: int, *, pooled: bool) -> ReadFrom:
 
 
 def _single_file(path: Path) -> Target:
-    state = read_weight_set([path])
-    _require_home(path, [state], {})
-    texts = [home for _, home in _towers([state], Tower.TEXT)]
+    weights = read_weight_set([path])
+    _require_towers(path, [weights], {})
+    texts = [place for _, place in _towers([weights], Tower.TEXT)]
     family = next(
         (
             family
             for start, family in SINGLE_FILES.items()
-            if any(home.prefix.startswith(start) for home in texts)
+            if any(place.prefix.startswith(start) for place in texts)
         ),
         None,
     )
     if family is not None:
         names = ["text_encoder", *(f"text_encoder_{n}" for n in range(2, len(texts) + 1))]
         encoders = tuple(
-            Encoder(name, (state,), (_file_reach(family, state, home),), home.prefix)
-            for name, home in zip(names, texts, strict=True)
+            Encoder(name, (weights,), (_file_read(family, weights, place),), place.prefix)
+            for name, place in zip(names, texts, strict=True)
         )
         return Target(path, family, encoders)
-    if any(start in key for key in state.owners for start in PROJECTORS):
+    if any(start in key for key in weights.owners for start in PROJECTORS):
         beside = path.parent / CONFIG
         config = read_config(beside) if beside.is_file() else {}
-        encoder = Encoder("vision_tower", (state,), (_features([state], config),))
+        encoder = Encoder("vision_tower", (weights,), (_features([weights], config),))
         return Target(path, Family.LLAVA, (encoder,))
-    towers = sorted({home.tower for home in state.homes})
-    return Target(path, Family.CLIP, (Encoder("clip", (state,), whole(*towers)),))
+    towers = sorted({place.tower for place in weights.towers})
+    return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(*towers)),))
 
 
-def _file_reach(family: Family, state: WeightSet, home: TowerPlace) -> ReadFrom:
-    blocks = state.blocks(home)
+def _file_read(family: Family, weights: WeightSet, place: TowerPlace) -> ReadFrom:
+    blocks = weights.blocks(place)
     if family is Family.SD1:
         return last_state(blocks)
     if family is Family.SD2:
         return penultimate(blocks, norm=True)
-    return _text_reach("XL", blocks, pooled=home.spelling is Spelling.OPEN_CLIP)
+    return _text_read("XL", blocks, pooled=place.spelling is Spelling.OPEN_CLIP)
 
 
-def _require_home(place: Path, states: Sequence[WeightSet], unread: dict[Path, str]) -> None:
-    if not states or not all(state.homes for state in states):
+def _require_towers(place: Path, weight_sets: Sequence[WeightSet], unread: dict[Path, str]) -> None:
+    if not weight_sets or not all(weights.towers for weights in weight_sets):
         why = f": {next(iter(unread.values()))}" if unread else ""
         raise InputError(f"{place} holds no weights of a CLIP{why}")
 
@@ -320,11 +327,11 @@ class TargetLayers:
     """What a ranking is for: the target in the user's words, and what it reads of a CLIP."""
 
     target: str
-    reach: tuple[ReadFrom, ...]
+    read_from: tuple[ReadFrom, ...]
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target; None where it can."""
-        reasons = [reach.why_not(layer) for reach in self.reach]
+        reasons = [read_from.why_not(layer) for read_from in self.read_from]
         return None if None in reasons else reasons[-1]
 
 
@@ -347,7 +354,7 @@ def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> Targe
             f"{target} has several encoders of this shape",
             hint=f"--encoder {' or '.join(one.name for one in fitting)}",
         )
-    return TargetLayers(target, fitting[0].reach)
+    return TargetLayers(target, fitting[0].read_from)
 
 
 def _of_kind(family: Family, shapes: Shapes, encoder: str | None) -> tuple[ReadFrom, ...]:
@@ -372,11 +379,11 @@ def _depth(shapes: Shapes, tower: Tower) -> int:
 
 def _fits(encoder: Encoder, shapes: Shapes) -> bool:
     """Return whether every layer of `shapes` that lies in an encoder has the same shape there."""
-    state = encoder.states[0]
-    found = [
-        state.shape(places) == shape
-        for home in encoder.homes(state)
+    weights = encoder.copies[0]
+    same = [
+        weights.shape(places) == shape
+        for place in encoder.towers(weights)
         for layer, shape in shapes.items()
-        if state.holds(places := tensor_places(layer, home))
+        if weights.holds(places := tensor_places(layer, place))
     ]
-    return bool(found) and all(found)
+    return bool(same) and all(same)

@@ -161,14 +161,14 @@ class TensorFile:
         Training checkpoints prefix every name with `module.`; models with a text tower of
         their own (`text.`) also load from files of models without. Raises InputError.
         """
-        plain = {canonical_name(own): own for own in self._entries}
+        plain = {canonical_name(stored): stored for stored in self._entries}
         if name in plain:
             return plain[name]
         older = name.removeprefix(TEXT_PREFIX)
         if older in plain and "positional_embedding" in plain:
             return plain[older]
         hint = None
-        if any(own.startswith(("text_model.", "vision_model.")) for own in plain):
+        if any(key.startswith(("text_model.", "vision_model.")) for key in plain):
             hint = "this file has the names of transformers: name it with --target"
         raise InputError(f"{self.path} holds no layer {name}{near_names(name, plain)}", hint=hint)
 

@@ -91,22 +91,24 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / PREPROCESSOR
     if path.is_file():
-        told = read_config(path)
+        processor = read_config(path)
     elif (folder / PROCESSOR).is_file():
         path = folder / PROCESSOR
-        told = read_config(path).get("image_processor", {})
+        processor = read_config(path).get("image_processor", {})
     else:
         return {}
-    found: dict[str, Any] = {}
+    preprocess: dict[str, Any] = {}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
-        if theirs in told:
-            found[ours] = told[theirs]
-    resample = told.get("resample", 3)
+        if theirs in processor:
+            preprocess[ours] = processor[theirs]
+    resample = processor.get("resample", 3)
     if resample not in INTERPOLATION:
         raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
-    size = told.get("size", {})
-    squash = isinstance(size, Mapping) and "height" in size and not told.get("do_center_crop", True)
-    return found | {
+    size = processor.get("size", {})
+    squash = (
+        isinstance(size, Mapping) and "height" in size and not processor.get("do_center_crop", True)
+    )
+    return preprocess | {
         "interpolation": INTERPOLATION[resample],
         "resize_mode": "squash" if squash else "shortest",
     }
@@ -137,13 +139,13 @@ class ClipWeights:
 
     def __init__(self, folder: Path) -> None:
         """Find the weights that transformers would load. Raises MissingError or InputError."""
-        self.state = _preferred(folder)
+        self.weights = _preferred(folder)
         self._places: dict[str, tuple[TensorPlace, ...]] = {SCALE: (TensorPlace(SCALE),)}
-        for home in self.state.homes:
-            for name in names(home.tower, self.state.blocks(home)):
-                self._places[name] = tensor_places(name, home)
+        for place in self.weights.towers:
+            for name in names(place.tower, self.weights.blocks(place)):
+                self._places[name] = tensor_places(name, place)
         for places in self._places.values():
-            if not self.state.holds(places):
+            if not self.weights.holds(places):
                 raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")
 
     def __iter__(self) -> Iterator[str]:
@@ -155,35 +157,37 @@ class ClipWeights:
         Raises InputError where there is none.
         """
         if name not in self._places:
-            raise InputError(f"{self.state.path} holds no layer {name}")
-        stored, dtype = self.state.layer(self._places[name])
+            raise InputError(f"{self.weights.path} holds no layer {name}")
+        stored, dtype = self.weights.layer(self._places[name])
         if dtype not in FLOATS:
-            raise InputError(f"{name} in {self.state.path} is {dtype}, not floating point")
+            raise InputError(f"{name} in {self.weights.path} is {dtype}, not floating point")
         values: Floats = np.ascontiguousarray(stored if dtype == "F16" else widen(stored, dtype))
         return values.reshape(stored.shape)
 
     def fingerprint(self) -> str:
         """Return the fingerprint that the same weights have in open_clip's layout."""
-        shapes = {name: self.state.shape(places) for name, places in self._places.items()}
+        shapes = {name: self.weights.shape(places) for name, places in self._places.items()}
         return combined_fingerprint(shapes, self._digest)
 
     def _digest(self, name: str) -> str:
         places = self._places[name]
         if len(places) > 1 or places[0].transposed:
-            stored, dtype = self.state.layer(places)
+            stored, dtype = self.weights.layer(places)
             return values_digest([stored], dtype)
-        file = self.state.files[self.state.owners[places[0].key]]
+        file = self.weights.files[self.weights.owners[places[0].key]]
         return values_digest(file.chunks(places[0].key), file.entry(places[0].key).dtype)
 
 
 def _preferred(folder: Path) -> WeightSet:
-    states, unread = read_weight_sets(folder)
+    weight_sets, unread = read_weight_sets(folder)
     towers = {Tower.TEXT, Tower.VISION}
-    whole = [state for state in states if {home.tower for home in state.homes} == towers]
+    whole = [
+        weights for weights in weight_sets if {place.tower for place in weights.towers} == towers
+    ]
     for start in PREFERRED:
-        for state in whole:
-            if state.path.name.startswith(start):
-                return state
+        for weights in whole:
+            if weights.path.name.startswith(start):
+                return weights
     if whole:
         return whole[0]
     why = f": {next(iter(unread.values()))}" if unread else ""

@@ -102,7 +102,7 @@ def file_fingerprint(path: Path) -> str:
     file = open_weights(path)
     names = {canonical_name(name): name for name in file.names()}
     return combined_fingerprint(
-        {name: file.entry(own).shape for name, own in names.items()},
+        {name: file.entry(stored).shape for name, stored in names.items()},
         lambda name: _tensor_digest(file, names[name]),
     )
 
@@ -139,8 +139,7 @@ def copy_spliced(source: Path, target: Path, splices: Iterable[Splice]) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are named like checkpoints, sorted."""
-    found: Iterable[Path] = (path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
 def _tensor_digest(file: TensorFile, name: str) -> str:

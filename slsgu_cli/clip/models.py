@@ -322,7 +322,7 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 
 def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
-    weights = ClipWeights(folder).state.path
+    weights = ClipWeights(folder).weights.path
     config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
     spelling = Spelling.TRANSFORMERS
     return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)

@@ -57,7 +57,7 @@ class TargetMove:
         """Return what the target still shows of the concept after a step."""
         with self.in_place(step):
             concept = self.subject.concept()
-        tower = self.subject.encoder.home.tower
+        tower = self.subject.encoder.tower_place.tower
         return TargetTrial(self.layer, tower, step, self.share(step), concept, None)
 
     def others(self, step: float) -> Share:
@@ -83,11 +83,11 @@ def moves_of(
         layer
         for layer, gradient in gradients.items()
         if is_candidate(layer)
-        and Layer.parse(layer).tower is live.home.tower
+        and Layer.parse(layer).tower is live.tower_place.tower
         and live.encoder.why_not(layer) is None
         and gradient.count_nonzero()
     ]
-    keys = sorted({slot.key for layer in reached for slot in live.slots(layer)})
+    keys = sorted({place.key for layer in reached for place in live.places(layer)})
     inputs = InputMoments(live.module, keys)
     if direction is Direction.WHITENED:
         with torch.no_grad(), inputs:
@@ -100,9 +100,9 @@ def moves_of(
             moves.append(TargetMove(subject, layer, weight, gradient, importance))
             continue
         # Query, key and value are applied to the same inputs: the moment of one is all's.
-        moment = inputs.found.get(live.slots(layer)[0].key)
+        moment = inputs.found.get(live.places(layer)[0].key)
         if moment is not None:
-            metric = RetainMetric(moment.mean(), _axis(moment.axis, live.slots(layer)), ridge)
+            metric = RetainMetric(moment.mean(), _axis(moment.axis, live.places(layer)), ridge)
             along = metric.whiten(gradient)
             output = mean_square_output(weight, moment.mean(), metric.axis)
             size = metric.weight_norm(float(weight.norm()), output)

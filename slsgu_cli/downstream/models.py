@@ -37,58 +37,58 @@ class LiveEncoder:
     """A CLIP tower inside a loaded model, and what the model reads of it."""
 
     module: nn.Module
-    home: TowerPlace
+    tower_place: TowerPlace
     encoder: Encoder
 
     @classmethod
     def find(cls, module: nn.Module, encoder: Encoder) -> "LiveEncoder":
         """Return the CLIP tower among a module's parameters. Raises InputError."""
-        tower = encoder.reach[0].tower
+        tower = encoder.read_from[0].tower
         found = [
-            home for home in tower_places(dict(module.named_parameters())) if home.tower is tower
+            place for place in tower_places(dict(module.named_parameters())) if place.tower is tower
         ]
         if not found:
             raise InputError(f"{encoder.name} as loaded has no CLIP {tower} tower")
         return cls(module, found[0], encoder)
 
-    def slots(self, layer: str) -> tuple[TensorPlace, ...]:
+    def places(self, layer: str) -> tuple[TensorPlace, ...]:
         """Return where the layer lies. Raises InputError where it has no influence or place."""
         if reason := self.encoder.why_not(layer):
             raise InputError(
                 f"{layer} cannot influence {self.encoder.name}: {reason}",
                 hint="search with --target, which leaves such layers out",
             )
-        places = tensor_places(layer, self.home)
+        places = tensor_places(layer, self.tower_place)
         if not places:
             raise InputError(f"{self.encoder.name} has no layer {layer}")
         return places
 
     def value(self, layer: str) -> Tensor:
         """Return the layer's values now, in open_clip's shape."""
-        return joined(self.slots(layer), [self._parameter(slot) for slot in self.slots(layer)])
+        return joined(self.places(layer), [self._parameter(place) for place in self.places(layer)])
 
     @contextmanager
     def edited(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Give layers other values for the length of a block."""
         with ExitStack() as stack:
             for layer, value in values.items():
-                for slot in self.slots(layer):
-                    own = self._parameter(slot).clone()
-                    slot.rows(own).copy_(slot.take(value))
-                    stack.enter_context(edited(self.module, slot.key, own))
+                for place in self.places(layer):
+                    own = self._parameter(place).clone()
+                    place.rows(own).copy_(place.from_layer(value))
+                    stack.enter_context(edited(self.module, place.key, own))
             yield
 
     def parameters(self, layer: str) -> list[nn.Parameter]:
         """Return the parameters that hold a layer, in order."""
-        return [self.module.get_parameter(slot.key) for slot in self.slots(layer)]
+        return [self.module.get_parameter(place.key) for place in self.places(layer)]
 
-    def _parameter(self, slot: TensorPlace) -> Tensor:
-        return self.module.get_parameter(slot.key).data
+    def _parameter(self, place: TensorPlace) -> Tensor:
+        return self.module.get_parameter(place.key).data
 
 
 def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
     """Return a layer in open_clip's shape from values in the shape of the tensors it lies in."""
-    straight = [slot.held(part) for slot, part in zip(places, parts, strict=True)]
+    straight = [place.to_layer(part) for place, part in zip(places, parts, strict=True)]
     return straight[0] if len(straight) == 1 else torch.cat(straight)
 
 
@@ -102,7 +102,7 @@ def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[
     values: list[dict[str, Tensor]] = [{} for _ in live]
     for edit in (edit for group in by_layer(edits).values() for edit in group):
         layer = edit.header.layer
-        place = _home_of(live, edit)
+        place = _encoder_of(live, edit)
         now = values[place].get(layer)
         now = live[place].value(layer).float() if now is None else now
         delta = torch.from_numpy(edit.delta()).to(now.device)
@@ -110,11 +110,11 @@ def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[
     return values
 
 
-def _home_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
+def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
     header = edit.header
     reached = [n for n, one in enumerate(live) if one.encoder.why_not(header.layer) is None]
     if not reached:
-        live[0].slots(header.layer)
+        live[0].places(header.layer)
     for number in reached:
         values = live[number].value(header.layer).float().cpu().numpy()
         known = set(header.digests.values())

@@ -52,7 +52,7 @@ def answer_gradient(
                 total += gradient.float() / len(pairs)
     means = iter(sums)
     return {
-        layer: joined(encoder.slots(layer), [next(means) for _ in own])
+        layer: joined(encoder.places(layer), [next(means) for _ in own])
         for layer, own in parameters.items()
     }
 

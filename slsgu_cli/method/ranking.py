@@ -115,8 +115,8 @@ def _unreached(
     if options.target is None:
         return {}
     shapes = {name: weight.shape for name, weight in header.weights.items()}
-    aim = layers_read_by(options.target, shapes, encoder=options.encoder)
-    return {layer: reason for layer in layers if (reason := aim.why_not(layer)) is not None}
+    reached = layers_read_by(options.target, shapes, encoder=options.encoder)
+    return {layer: reason for layer in layers if (reason := reached.why_not(layer)) is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,13 +64,13 @@ def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
 
 
 def write(
-    path: Path, home: TowerPlace, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
+    path: Path, place: TowerPlace, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
 ) -> Made:
     """Write a tower's random weights in its layout, layer by layer; return what to edit."""
     width, blocks, projected = sizes
     rng = np.random.default_rng(0)
-    own = [name for name in names(home.tower, blocks) if name != left_out]
-    prefix = "visual." if home.tower is Tower.VISION else ""
+    own = [name for name in names(place.tower, blocks) if name != left_out]
+    prefix = "visual." if place.tower is Tower.VISION else ""
     wanted = {f"{prefix}transformer.resblocks.7.attn.in_proj_weight",
               f"{prefix}transformer.resblocks.7.mlp.c_proj.weight"}  # fmt: skip
     kept: dict[str, np.ndarray] = {}
@@ -83,8 +83,8 @@ def write(
             layer = (0.02 * values).astype("<f2")
             if name in wanted:
                 kept[name] = layer
-                held |= {(path.parent, slot.key) for slot in tensor_places(name, home)}
-            for slot in tensor_places(name, home):
+                held |= {(path.parent, slot.key) for slot in tensor_places(name, place)}
+            for slot in tensor_places(name, place):
                 tensors[slot.key] = np.ascontiguousarray(slot.take(layer))
         file = path if shards == 1 else path.with_stem(f"{path.stem}-{shard + 1:05}-of-{shards:05}")
         save(file, tensors)
@@ -112,26 +112,26 @@ def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]])
     for name, sizes in encoders.items():
         second = name == "text_encoder_2"
         index[name] = ["transformers", f"CLIPTextModel{'WithProjection' if second else ''}"]
-        home = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+        place = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
         left_out = "" if second else "text_projection"
-        made = write(folder / name / "model.safetensors", home, sizes, left_out=left_out)
+        made = write(folder / name / "model.safetensors", place, sizes, left_out=left_out)
     (folder / "model_index.json").write_text(json.dumps(index))
     return made
 
 
 def llava(folder: Path) -> Made:
     """Write LLaVA-1.5's tower in two shards."""
-    home = TowerPlace(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
+    place = TowerPlace(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
     folder.mkdir()
     config = {"model_type": "llava", "vision_feature_layer": -2}
     (folder / "config.json").write_text(json.dumps(config))
-    return write(folder / "model.safetensors", home, VISION, left_out="visual.proj", shards=2)
+    return write(folder / "model.safetensors", place, VISION, left_out="visual.proj", shards=2)
 
 
 def ldm(path: Path) -> Made:
     """Write the text encoder of Stable Diffusion 2.1 as it lies in a single file."""
-    home = TowerPlace(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
-    return write(path, home, (1024, 24, 1024), left_out="")
+    place = TowerPlace(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
+    return write(path, place, (1024, 24, 1024), left_out="")
 
 
 CASES = {

@@ -20,11 +20,11 @@ from slsgu_cli.records.method import Tower
 
 def mapped(state, keys):
     found = {}
-    for home in tower_places(keys):
+    for place in tower_places(keys):
         for name, value in state.items():
             found |= (
-                placed(tensor_places(name, home), value.numpy(), {}.get)
-                if tensor_places(name, home)
+                placed(tensor_places(name, place), value.numpy(), {}.get)
+                if tensor_places(name, place)
                 else {}
             )
     return found
@@ -57,16 +57,16 @@ def test_features_are_equal_in_transformers():
 
 def test_a_layer_comes_back_from_its_parts(state):
     keys = tiny_targets.transformers_weights(state)
-    for home in tower_places(keys):
+    for place in tower_places(keys):
         for name, value in state.items():
-            places = tensor_places(name, home)
+            places = tensor_places(name, place)
             if places:
                 again = assembled(places, placed(places, value.numpy(), {}.get))
                 assert np.array_equal(again, value.numpy()), name
 
 
 @pytest.mark.parametrize(
-    ("key", "home"),
+    ("key", "place"),
     [
         ("text_model.embeddings.token_embedding.weight", "text_model."),
         ("embeddings.token_embedding.weight", ""),
@@ -79,9 +79,9 @@ def test_a_layer_comes_back_from_its_parts(state):
         ("cond_stage_model.model.transformer.resblocks.3.ln_1.weight", "cond_stage_model.model."),
     ],
 )  # fmt: skip
-def test_text_towers_are_found_by_what_their_names_end_with(key, home):
+def test_text_towers_are_found_by_what_their_names_end_with(key, place):
     spelling = Spelling.TRANSFORMERS if "embeddings." in key else Spelling.OPEN_CLIP
-    assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, spelling, home)]
+    assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, spelling, place)]
 
 
 @pytest.mark.parametrize(

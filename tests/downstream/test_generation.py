@@ -104,7 +104,7 @@ def test_other_weights_and_layers_without_reach_are_refused(painter, respondent,
     with pytest.raises(InputError, match="vision tower is not part"):
         new_values(painter.encoders, [load_edit(edits, "vision")])
     with pytest.raises(InputError, match="vision layer -2"):
-        respondent.encoder.slots("visual.transformer.resblocks.7.mlp.c_fc.weight")
+        respondent.encoder.places("visual.transformer.resblocks.7.mlp.c_fc.weight")
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
