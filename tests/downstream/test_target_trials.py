@@ -20,7 +20,9 @@ class Target:
 
     def __init__(self):
         self.size, self.asked = 4.0, 0
-        self.encoder = SimpleNamespace(edited=self.edited, home=SimpleNamespace(tower=Tower.TEXT))
+        self.encoder = SimpleNamespace(
+            edited=self.edited, tower_place=SimpleNamespace(tower=Tower.TEXT)
+        )
 
     @contextmanager
     def edited(self, values):
