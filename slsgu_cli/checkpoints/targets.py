@@ -49,17 +49,18 @@ class ReadFrom:
     projection: bool = True
     reads: str = "the projected features"
 
-    def why_not(self, layer: str) -> str | None:
-        """Return why the layer cannot influence the model; None where it can."""
-        tower, block = Layer.parse(layer).tower, Layer.parse(layer).block
-        if tower is not self.tower:
-            return f"the {tower} tower is not part of it"
-        if block is not None:
-            unread = self.blocks is not None and block >= self.blocks
-            return f"it reads {self.reads}, which lies before block {block}" if unread else None
-        if not self.norm and _NORM.search(layer):
+    def why_not(self, name: str) -> str | None:
+        """Return why a layer cannot influence the model; None where it can."""
+        layer = Layer.parse(name)
+        if layer.tower is not self.tower:
+            return f"the {layer.tower} tower is not part of it"
+        if layer.block is not None:
+            unread = self.blocks is not None and layer.block >= self.blocks
+            before = f"it reads {self.reads}, which lies before block {layer.block}"
+            return before if unread else None
+        if not self.norm and _NORM.search(name):
             return f"it reads {self.reads}, which lies before the final norm"
-        if not self.projection and _PROJECTION.search(layer):
+        if not self.projection and _PROJECTION.search(name):
             return f"it reads {self.reads}, which is not projected"
         return None
 

@@ -61,15 +61,16 @@ def open_weights(path: Path) -> TensorFile:
     )
 
 
-def read_layer(path: Path, layer: str) -> Floats:
-    """Return the layer of open_clip's names in the file's own precision.
+def read_layer(path: Path, name: str) -> Floats:
+    """Return the layer that open_clip calls `name` in the file's own precision.
 
     fp16 stays fp16 and fp64 stays fp64; fp32 and bf16 come as fp32.
     """
     file = open_weights(path)
-    name = file.resolve_name(Layer.parse(layer).parameter)
-    half = file.entry(name).dtype == "F16"
-    values: Floats = Layer.parse(layer).rows(file.stored(name) if half else file.read(name))
+    layer = Layer.parse(name)
+    stored = file.resolve_name(layer.parameter)
+    half = file.entry(stored).dtype == "F16"
+    values: Floats = layer.rows(file.stored(stored) if half else file.read(stored))
     return values
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import Spelling
+from slsgu_cli.checkpoints.targets import OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.checkpoints.transformers_clip import (
     ClipWeights,
@@ -100,7 +101,6 @@ def _unreachable(repository: str, error: BaseException) -> MissingError:
 
 
 LOCAL = "local-dir:"
-CONFIG = "open_clip_config.json"
 
 # The order in which open_clip itself looks for weights in a folder.
 PREFERRED = (
@@ -145,7 +145,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     """
     if spec.name.startswith(LOCAL):
         return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
-    if (Path(spec.name) / CONFIG).is_file() or is_clip(Path(spec.name)):
+    if (Path(spec.name) / OPEN_CLIP).is_file() or is_clip(Path(spec.name)):
         return _resolve_folder(spec, Path(spec.name))
     if spec.name.startswith(HUB):
         return _resolve_hub(spec)
@@ -222,13 +222,13 @@ def fingerprint(model: ResolvedModel) -> str:
     return digest({"weights": weights, "config": plain_config(model.config)})
 
 
-def model_layer(model: ResolvedModel, layer: str) -> Floats:
+def model_layer(model: ResolvedModel, name: str) -> Floats:
     """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
-    if model.spelling is Spelling.TRANSFORMERS:
-        whole = ClipWeights(model.weights.parent).read(Layer.parse(layer).parameter)
-        values: Floats = Layer.parse(layer).rows(whole)
-        return values
-    return read_layer(model.weights, layer)
+    if model.spelling is Spelling.OPEN_CLIP:
+        return read_layer(model.weights, name)
+    layer = Layer.parse(name)
+    values: Floats = layer.rows(ClipWeights(model.weights.parent).read(layer.parameter))
+    return values
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,12 +303,12 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
             "a local-dir model carries its own weights",
             hint="leave --pretrained out",
         )
-    path = folder / CONFIG
+    path = folder / OPEN_CLIP
     if not path.is_file() and is_clip(folder):
         return _resolve_transformers(spec, folder)
     if not path.is_file():
         raise MissingError(
-            f"{folder} is not an open_clip model folder: it has no {CONFIG}",
+            f"{folder} is not an open_clip model folder: it has no {OPEN_CLIP}",
             hint="name a folder written by open_clip, a CLIPModel of transformers, "
             "or --model ARCH --pretrained FILE",
         )
@@ -330,9 +330,9 @@ def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     repository = spec.name.removeprefix(HUB)
-    found = fetch_open_clip(repository, CONFIG)
+    found = fetch_open_clip(repository, OPEN_CLIP)
     if found is None:
-        return _resolve_transformers(spec, fetch_clip(repository, CONFIG))
+        return _resolve_transformers(spec, fetch_clip(repository, OPEN_CLIP))
     path, weights = found
     config, preprocess = _configuration(path)
     return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
@@ -367,7 +367,7 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
     if config is None and Path(name).exists():
         what = "a folder without" if Path(name).is_dir() else "a file and not a folder with"
         raise InputError(
-            f"--model {name} is {what} {CONFIG}",
+            f"--model {name} is {what} {OPEN_CLIP}",
             hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
         )
     if config is None:

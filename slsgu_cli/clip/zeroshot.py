@@ -250,11 +250,12 @@ def _through(
 
 
 @contextmanager
-def edited(model: nn.Module, layer: str, values: Tensor) -> Iterator[None]:
-    """Give `layer` other values for the length of a block; no whole parameter is copied."""
-    parameter = model.get_parameter(Layer.parse(layer).parameter)
+def edited(model: nn.Module, name: str, values: Tensor) -> Iterator[None]:
+    """Give a layer other values for the length of a block; no whole parameter is copied."""
+    layer = Layer.parse(name)
+    parameter = model.get_parameter(layer.parameter)
     original = parameter.data
-    parameter.data = Layer.parse(layer).replaced(original, values)
+    parameter.data = layer.replaced(original, values)
     try:
         yield
     finally:

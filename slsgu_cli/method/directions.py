@@ -118,11 +118,11 @@ def ensure_moments(
     return known
 
 
-def layer_gradient(store: Store, address: str, layer: str) -> Floats:
+def layer_gradient(store: Store, address: str, name: str) -> Floats:
     """Return fp32 the gradient of a layer from the gradients at an address of the store."""
-    name = Layer.parse(layer).parameter
-    whole = store.read_tensors(Artifact.GRADIENT.path(address), [name])[name]
-    values: Floats = Layer.parse(layer).rows(whole)
+    layer = Layer.parse(name)
+    path = Artifact.GRADIENT.path(address)
+    values: Floats = layer.rows(store.read_tensors(path, [layer.parameter])[layer.parameter])
     return values
 
 
