@@ -86,6 +86,6 @@ def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def printable(text: str) -> str:
+def terminal_safe(text: str) -> str:
     """Return `text` without what would steer a terminal: a caption or a key may hold anything."""
     return _CONTROL.sub(" ", text)

@@ -1,7 +1,6 @@
 """Tensors at known offsets of a file, their number formats, and the safetensors format."""
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.errors import InputError
+from slsgu_cli.store.files import LENGTH, safetensors_header
 
 Floats = npt.NDArray[np.floating[Any]]
 Raw = npt.NDArray[Any]
@@ -256,10 +256,6 @@ def strided(flat: Any, entry: TensorEntry) -> Raw:
     return np.lib.stride_tricks.as_strided(flat, entry.shape, steps)
 
 
-LENGTH = 8
-HEADER_LIMIT = 100_000_000
-
-
 def looks_like_safetensors(start: bytes) -> bool:
     """Return whether a file that begins with these bytes has a safetensors header."""
     return len(start) > LENGTH and start[LENGTH : LENGTH + 1] == b"{"
@@ -272,18 +268,16 @@ def open_safetensors(path: Path) -> TensorFile:
     """
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(LENGTH), "little")
-        if total < LENGTH or length > min(HEADER_LIMIT, total - LENGTH):
-            raise _damaged(path, "the file ends before its header does")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not an object")
+
+        def part(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        try:
+            header, base = safetensors_header(part, total)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
     header.pop("__metadata__", None)
-    base = LENGTH + length
     entries = [_entry(path, name, value, base) for name, value in header.items()]
     _check_layout(path, entries, base, total)
     return TensorFile(path, entries)

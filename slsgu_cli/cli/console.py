@@ -24,7 +24,7 @@ from rich.table import Table
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, SlsguError
-from slsgu_cli.progress import printable
+from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import encode
 
 Rows = Sequence[Sequence[Any]]
@@ -89,7 +89,7 @@ def text(value: Any) -> str:
             return f"{value:.4g}"
         # Two decimals or three digits, whichever says more: 96.97, 0.50, 0.0379.
         return max(f"{value:.2f}", f"{value:.3g}", key=len)
-    return " ".join(printable(str(value)).split())
+    return " ".join(terminal_safe(str(value)).split())
 
 
 def _plain(value: Any) -> str:
@@ -235,7 +235,7 @@ class Console(progress.Sink):
     def _say(self, text: str, style: str | None = None) -> None:
         # Hours of work do not end because a log is full or nobody listens.
         with suppress(OSError):
-            self._stderr.print(printable(text), markup=False, soft_wrap=True, style=style)
+            self._stderr.print(terminal_safe(text), markup=False, soft_wrap=True, style=style)
 
     def _draw(self, title: str | None, table: Table) -> None:
         """Print a table on the terminal, through the one way by which results are written."""

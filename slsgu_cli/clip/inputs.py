@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -43,17 +44,22 @@ T = TypeVar("T")
 AHEAD = 3
 
 
-def prefetch(read: Callable[[S], T], items: Iterable[S], *, threads: int = 1) -> Iterator[T]:
-    """Yield `read(item)` in order, a few items ahead of the consumer."""
+def prefetch(
+    read: Callable[[S], T], items: Iterable[S], *, threads: int = 1, ahead: int = AHEAD
+) -> Iterator[T]:
+    """Yield `read(item)` in order, `ahead` items a thread before the consumer wants them.
+
+    When the consumer stops or is interrupted, what has not begun is dropped.
+    """
     pool = ThreadPoolExecutor(threads)
-    waiting: list[Future[T]] = []
+    waiting: deque[Future[T]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(read, item))
-            if len(waiting) > AHEAD * threads:
-                yield waiting.pop(0).result()
+            if len(waiting) > ahead * threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -5,9 +5,7 @@ import io
 import itertools
 import struct
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +14,7 @@ import numpy.typing as npt
 from open_clip.transform import MaybeToTensor, image_transform
 from PIL import Image, UnidentifiedImageError
 
-from slsgu_cli.clip.inputs import cores
+from slsgu_cli.clip.inputs import cores, prefetch
 from slsgu_cli.records.sets import InputSpec
 
 Pixels = npt.NDArray[np.uint8]
@@ -188,23 +186,13 @@ def decode_in_order(
 ) -> Iterator[tuple[T, Decoded]]:
     """Yield (tag, result) for every (tag, encoded image), in order.
 
-    At most a few images per core are in memory. When the consumer stops or is
-    interrupted, what has not begun is dropped.
+    At most a few images per core are in memory.
     """
-    workers = cores()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting: deque[tuple[T, Future[Decoded]]] = deque()
-    try:
-        for tag, data in encoded:
-            waiting.append((tag, pool.submit(_decode_one, data, decode)))
-            if len(waiting) >= workers * AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def one(item: tuple[T, bytes | None]) -> tuple[T, Decoded]:
+        return item[0], _decode_one(item[1], decode)
+
+    return prefetch(one, encoded, threads=cores(), ahead=AHEAD)
 
 
 def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slsgu_cli.progress import printable
+from slsgu_cli.progress import terminal_safe
 
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
@@ -25,7 +25,7 @@ Attribute = str | int | float | bool | None
 
 def text(value: str) -> Html:
     """Return any text so that a browser shows it literally."""
-    readable = printable(value).translate(_REORDERING)
+    readable = terminal_safe(value).translate(_REORDERING)
     # A lone surrogate has no encoding; the page shows its number.
     whole = readable.encode("utf-8", "backslashreplace").decode()
     return Html(html.escape(whole))

@@ -8,23 +8,21 @@ with what is found in it.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from slsgu_cli import progress
 from slsgu_cli.clip.inputs import cores, prefetch
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import CollectRequest
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
 from slsgu_cli.sources.draw import line_for, priority, tail
-from slsgu_cli.sources.rows import CAPTION_FIELDS, no_column, printable
+from slsgu_cli.sources.parquet import open_parquet
+from slsgu_cli.sources.rows import CAPTION_FIELDS, no_column, tokenizable
 
 BATCH = 1 << 16
 
@@ -137,7 +135,7 @@ class _Work:
         if not result.examples:
             result.examples += [text for text in captions[:3].to_pylist() if text]
         for place in self.prefilter.candidates(captions):
-            text = printable(captions[int(place)].as_py() or "")
+            text = tokenizable(captions[int(place)].as_py() or "")
             row = start + int(place)
             about = self.index.about(text)
             taken = tuple(number for number in about if not self.index.excluded(number, text))
@@ -153,7 +151,7 @@ class _Work:
         places = priorities(self.request.seed, group.path, start, len(captions))
         left_out = matcher(self.request.retain_exclude, regex=self.request.regex)
         for offset in np.flatnonzero(places <= np.uint64(self.limit)):
-            text = printable(captions[int(offset)].as_py() or "")
+            text = tokenizable(captions[int(offset)].as_py() or "")
             row = start + int(offset)
             if text and row not in wanted and not self.index.touched(text) and not left_out(text):
                 wanted[row] = Hit(group.path, row, "", text, (), int(places[offset]))
@@ -215,7 +213,7 @@ def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
 
 
 def _groups(path: str) -> list[RowGroup]:
-    with _opened(path) as file:
+    with open_parquet(path) as file:
         schema, found, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -226,7 +224,7 @@ def _groups(path: str) -> list[RowGroup]:
 
 def _batches(group: RowGroup, column: str) -> Iterator[pa.Array]:
     """Yield a column of a row group as arrays of text."""
-    with _opened(group.path) as file:
+    with open_parquet(group.path) as file:
         batches = file.iter_batches(
             BATCH, row_groups=[group.group], columns=[column], use_threads=False
         )
@@ -245,23 +243,3 @@ def _text(values: pa.Array, what: str) -> pa.Array:
     if pa.types.is_null(values.type):
         return pc.cast(values, pa.string())
     raise InputError(f"{what} holds {values.type}, not text")
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[pq.ParquetFile]:
-    fs, inner = fsspec.core.url_to_fs(path)
-    try:
-        # A local file is read without coming back to Python for every block of it.
-        opened = pa.OSFile(inner) if "file" in fs.protocol else fs.open(inner, "rb")
-        with opened as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise MissingError(f"there is no {path}") from error
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, InputError | MissingError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} cannot be read as parquet: {reason}",
-            hint="the file is damaged or incomplete; fetch it again",
-        ) from error

@@ -33,7 +33,7 @@ from slsgu_cli.sources.draw import (
     tail,
 )
 from slsgu_cli.sources.opening import RowId, fetch, scan
-from slsgu_cli.sources.rows import Reader, Row, printable
+from slsgu_cli.sources.rows import Reader, Row, caption_of, tokenizable
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
 
 TAKE = ""
@@ -78,10 +78,8 @@ class Selection:
         """Count one row of file `number`, and offer it to the draw if it qualifies."""
         self.seen += 1
         reader = self.readers[number]
-        caption = row.caption
-        if caption is None and reader.labels_are_captions and row.label:
-            caption = " ".join(row.label.replace("_", " ").split())
-        cleaned = printable(caption) if caption else ""
+        caption = caption_of(reader, row)
+        cleaned = tokenizable(caption) if caption else ""
         if not cleaned:
             self.refused["no caption"] += 1
             return

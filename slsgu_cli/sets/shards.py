@@ -24,7 +24,7 @@ from slsgu_cli.sets.metadata import retain_wanted
 from slsgu_cli.sources.captions import ConceptIndex, matcher
 from slsgu_cli.sources.draw import priority
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns, Reader, Row, printable
+from slsgu_cli.sources.rows import Columns, Reader, Row, caption_of, label_words, tokenizable
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW, TarSource
 from slsgu_cli.store.store import Store
 
@@ -176,10 +176,7 @@ class _Sorter:
     def wants(self, row: Row) -> bool:
         """Return whether the row is about a concept, or to be retained."""
         self._seen += 1
-        caption = row.caption
-        if caption is None and self._task.reader.labels_are_captions and row.label:
-            caption = " ".join(row.label.replace("_", " ").split())
-        caption = printable(caption or "")
+        caption = tokenizable(caption_of(self._task.reader, row) or "")
         if not caption:
             self._refused["no caption"] += 1
             return False
@@ -212,7 +209,7 @@ class _Sorter:
 def _write(tar: tarfile.TarFile, reader: Reader, row: Row, image: bytes | None, role: str) -> None:
     """Add a sample, with its place in the source among its fields."""
     origin = row.origin or Origin(reader.path, row.index)
-    caption = row.caption or " ".join((row.label or "").replace("_", " ").split())
+    caption = row.caption or label_words(row.label or "")
     fields: dict[str, object] = {"caption": caption, "role": role, "source_key": row.key}
     fields |= {ORIGIN_FILE: origin.file, ORIGIN_ROW: origin.row, "url": origin.url}
     members = {"json": json.dumps(fields).encode()}

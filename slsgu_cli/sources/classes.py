@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from slsgu_cli.errors import InputError
+from slsgu_cli.sources.rows import label_words
 
 DEFAULT_TEMPLATES = "imagenet-simple"
 TEMPLATE_NAMES = ("imagenet", "imagenet-simple", "celeba")
@@ -146,8 +147,7 @@ def _by_wnid(classes: ClassList, labels: Collection[str]) -> dict[str, int]:
 
 
 def _plain(label: str) -> str:
-    """Return a label as words: folder names often have underscores for spaces."""
-    return " ".join(label.replace("_", " ").split()) or label
+    return label_words(label) or label
 
 
 def _same(name: str) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.rows import (
     CAPTION_FIELDS,
@@ -32,6 +33,7 @@ from slsgu_cli.sources.rows import (
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 TEXT_BATCH = 4096
 IMAGE_BATCH = 64
+BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class ParquetSource:
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
         """Yield the rows that pass the filters. Raises InputError for a missing column."""
-        with self._open() as file:
+        with open_parquet(self.path, buffer_size=BUFFER) as file:
             names = file.schema_arrow.names
             self._image(file.schema_arrow)
             caption = self._find(names, "caption", self.columns.caption, CAPTION_FIELDS)
@@ -72,7 +74,7 @@ class ParquetSource:
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows; row groups without any are skipped."""
-        with self._open() as file:
+        with open_parquet(self.path, buffer_size=BUFFER) as file:
             column = self._image(file.schema_arrow)
             start = 0
             for group in range(file.metadata.num_row_groups):
@@ -115,22 +117,29 @@ class ParquetSource:
         if name not in names:
             raise no_column(self.path, f"column {name}", names, "correct the column's name")
 
-    @contextmanager
-    def _open(self) -> Iterator[pq.ParquetFile]:
-        try:
-            with (
-                fsspec.open(self.path, "rb") as raw,
-                pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False) as file,
-            ):
-                yield file
-        except FileNotFoundError as error:
-            raise MissingError(f"there is no {self.path}") from error
-        except (pa.ArrowException, OSError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(
-                f"{self.path} cannot be read as parquet: {first}",
-                hint="the file is damaged or incomplete; fetch it again",
-            ) from error
+
+@contextmanager
+def open_parquet(path: str, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    """Yield a parquet file of any file system. Raises MissingError and InputError."""
+    fs, inner = fsspec.core.url_to_fs(path)
+    try:
+        # A local file is read without coming back to Python for every block of it.
+        local = isinstance(fs, LocalFileSystem)
+        with (
+            pa.OSFile(inner) if local else fs.open(inner, "rb") as raw,
+            pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False) as file,
+        ):
+            yield file
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no {path}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, SlsguError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as parquet: {reason}",
+            hint="the file is damaged or incomplete; fetch it again",
+        ) from error
 
 
 def _detect(names: list[str], usual: Sequence[str]) -> str | None:

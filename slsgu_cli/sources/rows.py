@@ -107,7 +107,19 @@ def as_text(value: Any) -> str | None:
     return (str(value).strip() or None) if value is not None else None
 
 
-def printable(text: str) -> str:
+def label_words(label: str) -> str:
+    """Return a label as words: names of folders often have underscores for spaces."""
+    return " ".join(label.replace("_", " ").split())
+
+
+def caption_of(reader: Reader, row: Row) -> str | None:
+    """Return a row's caption, its label as words where that stands in for one."""
+    if row.caption is None and reader.labels_are_captions and row.label:
+        return label_words(row.label)
+    return row.caption
+
+
+def tokenizable(text: str) -> str:
     """Return `text` with NULs, other controls and halves of characters as spaces.
 
     Tokenizers would take them for letters, or fail. Line breaks stay: they are white space.

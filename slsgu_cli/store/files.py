@@ -3,15 +3,17 @@
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from slsgu_cli.errors import InputError, SlsguError
 
@@ -27,10 +29,10 @@ def partial_name(name: str) -> str:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename `source` to `target` and let it take its place; one step for files.
+    """Rename `source` to `target` and let it take its place, in one step where that can be.
 
-    A folder cannot take the place of another in one step: the old one steps aside first,
-    again if another process has put its own there in between. Raises OSError.
+    Where two folders cannot swap, the old one steps aside first, again if another process
+    has put its own there in between. Raises OSError; what was at `target` stays then.
     """
     while True:
         try:
@@ -39,7 +41,22 @@ def move(source: Path, target: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        remove(target)
+        if _exchange(source, target):
+            remove(source)
+            return
+        # Not a partial name: should the process die here, the old content must stay.
+        aside = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            target.rename(aside)
+        try:
+            source.rename(target)
+        except OSError:
+            if not target.exists():
+                aside.rename(target)
+                raise
+        remove(aside)
+        if not source.exists():
+            return
 
 
 def remove(path: Path) -> None:
@@ -51,6 +68,28 @@ def remove(path: Path) -> None:
             shutil.rmtree(aside)
         else:
             aside.unlink()
+
+
+# A safetensors file begins with the length of its header.
+LENGTH = 8
+HEADER_LIMIT = 100_000_000
+
+
+def safetensors_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file of `size` bytes, and where its tensors begin.
+
+    `read` returns the bytes from one offset to another. Raises ValueError with the reason.
+    """
+    length = int.from_bytes(read(0, LENGTH), "little")
+    if size < LENGTH or length > min(HEADER_LIMIT, size - LENGTH):
+        raise ValueError("the file ends before its header does")
+    try:
+        header = json.loads(read(LENGTH, LENGTH + length).decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    return header, LENGTH + length
 
 
 BLOCK = 1 << 30
@@ -152,24 +191,13 @@ def _copy_in_kernel(old: int, new: int, size: int) -> int:
 
 
 def _put(built: Path, target: Path) -> None:
-    if not target.exists():
-        built.rename(target)
-        return
-    for path in [built, *built.rglob("*")]:
+    """Move what was built; where it takes the place of something, not before it is on the disk."""
+    replaced = target.exists()
+    for path in [built, *built.rglob("*")] if replaced else ():
         _flush(path)
-    if not target.is_dir():
-        built.replace(target)
-    elif not _exchange(built, target):
-        # Not a partial name: should the process die here, the old content must stay.
-        aside = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
-        target.rename(aside)
-        try:
-            built.rename(target)
-        except OSError:
-            aside.rename(target)
-            raise
-        shutil.rmtree(aside)
-    _flush(target.parent)
+    move(built, target)
+    if replaced:
+        _flush(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

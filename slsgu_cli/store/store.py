@@ -158,15 +158,14 @@ class Store:
         """
         with self._reading(path):
             size = int(self._fs.size(self._full(path)))
-            length = int.from_bytes(self._fs.cat_file(self._full(path), start=0, end=8), "little")
             try:
-                if not 0 < length <= size - 8:
-                    raise ValueError("it is too short for its header")
-                raw = self._fs.cat_file(self._full(path), start=8, end=8 + length)
-                content = json.loads(raw)
+                content, base = files.safetensors_header(
+                    lambda start, end: self._fs.cat_file(self._full(path), start=start, end=end),
+                    size,
+                )
                 metadata = content.pop("__metadata__", {})
                 ends = [entry["data_offsets"][1] for entry in content.values()]
-                if max(ends, default=0) != size - 8 - length:
+                if max(ends, default=0) != size - base:
                     raise ValueError("it is not as long as its header says")
                 header = json.loads(metadata.get(HEADER, "null"))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -113,9 +113,9 @@ def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Pat
     code = f"""
         import time
         from pathlib import Path
-        from slsgu_cli import copying
-        with copying.replacing(Path({str(target)!r})) as partial:
-            copying.copy_file(Path({str(source)!r}), partial)
+        from slsgu_cli.store import files
+        with files.replacing(Path({str(target)!r})) as partial:
+            files.copy_file(Path({str(source)!r}), partial)
             print("half", flush=True)
             time.sleep(60)
     """
