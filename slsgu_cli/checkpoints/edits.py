@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +128,7 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     raise MissingError(
         f"{store.url} has no edit {name_or_path}"
         + (f"; it has {', '.join(known)}" if known else ""),
-        hint=f"run `slsgu search {quote(name_or_path)}`",
+        hint=f"run `{Artifact.EDIT.command(name_or_path)}`",
     )
 
 

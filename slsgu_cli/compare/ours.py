@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -215,7 +214,7 @@ def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: 
     name = manifest.name
     raise StaleError(
         f"the edit {name} is not among the trials of its search on the sets as they are now",
-        hint=f"run `slsgu search {quote(name)}`",
+        hint=f"run `{Artifact.EDIT.command(name)}`",
     )
 
 

@@ -159,7 +159,7 @@ def graded_model(pointer: GradientPointer) -> ResolvedModel:
     if fingerprint(model) != pointer.model_fingerprint:
         raise StaleError(
             f"{pointer.model} has other weights than when its gradients were computed",
-            hint=f"run `slsgu grad {quote(pointer.name)}`",
+            hint=f"run `{Artifact.POINTER.command(pointer.name)}`",
         )
     return model
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from shlex import quote
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.trial import UNMOVED, MovedModel
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 GUESSES = 5
@@ -88,7 +88,7 @@ class GuessingModels:
         if weights != header.model_fingerprint:
             raise StaleError(
                 f"{header.model} has other weights than the edit {header.name} was made for",
-                hint=f"run `slsgu grad {quote(manifest.name)}`",
+                hint=f"run `{Artifact.POINTER.command(manifest.name)}`",
             )
         opened = _open(self.store, manifest, model, module, self.device)
         shown = _at_most(choose_shown(opened, [manifest]), IMAGES_A_NAME)

@@ -6,7 +6,6 @@ taken: the same formulas, in the inner product that the retained inputs make of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -169,7 +168,7 @@ def _score(
         raise InputError(
             f"the stored gradient of {layer} holds values that are not finite",
             hint=f"remove {Artifact.GRADIENT.path(pointer.forget)} from the store and "
-            f"run `slsgu grad {quote(pointer.name)}`",
+            f"run `{Artifact.POINTER.command(pointer.name)}`",
         )
     forget_norm = norm(forget)
     weight = weights.norm(layer)

@@ -87,9 +87,9 @@ class SetRecords:
 
     def findings(self) -> list[Evidence[Any]]:
         """Return every record in the order in which one is made from another."""
-        found: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
-        found += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
-        return [*found, self.verification, self.comparison]
+        records: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
+        records += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
+        return [*records, self.verification, self.comparison]
 
 
 def gather(catalog: Catalog, name: str) -> SetRecords:

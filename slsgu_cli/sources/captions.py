@@ -50,8 +50,8 @@ def matcher(patterns: Sequence[str], *, regex: bool = False) -> Matcher:
     if regex:
         tests = [_expression(readable(pattern)) for pattern in patterns]
         return lambda caption: any(test.search(readable(caption)) for test in tests)
-    found = re.compile(whole_words(patterns)).search
-    return lambda caption: found(folded(caption)) is not None
+    search = re.compile(whole_words(patterns)).search
+    return lambda caption: search(folded(caption)) is not None
 
 
 def readable(text: str) -> str:
@@ -153,11 +153,11 @@ class ConceptIndex:
 
     def about(self, caption: str) -> list[int]:
         """Return the numbers of the concepts whose patterns the caption holds, in order."""
-        asked = set(self._always)
+        candidates = set(self._always)
         if self._by_word:
             for word in words(folded(caption)):
-                asked.update(self._by_word.get(word, ()))
-        return [number for number in sorted(asked) if self._about[number](caption)]
+                candidates.update(self._by_word.get(word, ()))
+        return [number for number in sorted(candidates) if self._about[number](caption)]
 
     def excluded(self, number: int, caption: str) -> bool:
         """Return whether the caption is ruled out for a concept."""
@@ -168,8 +168,8 @@ class ConceptIndex:
         return bool(self.about(caption)) or any(test(caption) for test in self._excluded)
 
     def _anchor(self, pattern: str) -> str | None:
-        found = [] if self.regex else words(folded(pattern))
-        return max(found, key=lambda word: (len(word), word), default=None)
+        parts = [] if self.regex else words(folded(pattern))
+        return max(parts, key=lambda word: (len(word), word), default=None)
 
 
 def read_names(path: str) -> list[Concept]:
@@ -230,13 +230,13 @@ class Prefilter:
         """Return the places of the captions that may match, in order."""
         if self._all:
             return np.arange(len(captions))
-        found = _search(captions, self._ascii)
+        flags = _search(captions, self._ascii)
         others = np.flatnonzero(~_flags(pc.string_is_ascii(captions), True))
         if others.size:
             subset = captions.take(pa.array(others))
             plain = pc.utf8_lower(pc.utf8_normalize(subset, "NFKC"))
-            found[others] = _search(plain, self._any) | _search(subset, [_unlike()])
-        return np.flatnonzero(found)
+            flags[others] = _search(plain, self._any) | _search(subset, [_unlike()])
+        return np.flatnonzero(flags)
 
 
 def _expressions(names: Sequence[str], gap: str) -> list[str]:
@@ -247,10 +247,10 @@ def _expressions(names: Sequence[str], gap: str) -> list[str]:
 
 def _search(captions: pa.Array, expressions: Sequence[str]) -> Flags:
     """Return which captions any of the expressions is found in, whatever the case."""
-    found = np.zeros(len(captions), dtype=bool)
+    flags = np.zeros(len(captions), dtype=bool)
     for expression in expressions:
-        found |= _flags(pc.match_substring_regex(captions, expression, ignore_case=True), False)
-    return found
+        flags |= _flags(pc.match_substring_regex(captions, expression, ignore_case=True), False)
+    return flags
 
 
 def _flags(values: pa.Array, missing: bool) -> Flags:

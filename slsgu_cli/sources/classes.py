@@ -46,9 +46,9 @@ def parse_classes(text: str, origin: str) -> ClassList:
     filled = [(number, line) for number, line in lines if line]
     tabbed = sum("\t" in line for _, line in filled)
     if not filled or tabbed not in (0, len(filled)):
-        found = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
+        content = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
         raise InputError(
-            f"{origin} is not a list of classes: {found}",
+            f"{origin} is not a list of classes: {content}",
             hint="one class name a line, or label<TAB>name on every line",
         )
     for number, line in filled:

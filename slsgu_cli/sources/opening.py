@@ -106,17 +106,17 @@ def expand(source: Source) -> list[str]:
         try:
             fs, inner = fsspec.core.url_to_fs(pattern)
             if fs.exists(inner):
-                found = [inner]
+                matches = [inner]
             else:
-                found = sorted(fs.glob(inner)) if any(mark in inner for mark in "*?[") else []
+                matches = sorted(fs.glob(inner)) if any(mark in inner for mark in "*?[") else []
         except (ImportError, ValueError, OSError) as error:
             raise InputError(f"cannot open source {source.text}: {error}") from error
-        if not found:
+        if not matches:
             raise MissingError(
                 f"no file matches source {pattern}", hint="check the path; quote wild cards"
             )
         local = "file" in fs.protocol
-        paths.extend(str(path) if local else str(fs.unstrip_protocol(path)) for path in found)
+        paths.extend(str(path) if local else str(fs.unstrip_protocol(path)) for path in matches)
     return paths
 
 

@@ -84,22 +84,22 @@ class ParquetSource:
                 start = stop
 
     def _find(
-        self, names: list[str], what: str, asked: str | None, usual: Sequence[str]
+        self, names: list[str], what: str, chosen: str | None, usual: Sequence[str]
     ) -> str | None:
-        if asked is not None:
-            self._require(names, asked)
-            return asked
-        found = _detect(names, usual)
-        if found is None and what in self.columns.needs:
+        if chosen is not None:
+            self._require(names, chosen)
+            return chosen
+        name = _detect(names, usual)
+        if name is None and what in self.columns.needs:
             raise no_column(self.path, f"{what} column", names, f"name it with --{what}-column")
-        return found
+        return name
 
     def _image(self, schema: pa.Schema) -> str:
         """Return the path of the column that holds image bytes."""
-        asked = self.columns.image
-        if asked is not None:
-            self._require(schema.names, asked)
-        name = asked or _detect(schema.names, IMAGE_NAMES)
+        name = self.columns.image
+        if name is not None:
+            self._require(schema.names, name)
+        name = name or _detect(schema.names, IMAGE_NAMES)
         if name is None:
             hint = "name it with --image-column; img2dataset's own parquet files hold no images"
             raise no_column(self.path, "image column", schema.names, hint)

@@ -314,7 +314,8 @@ def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:
         made_from = (*row.digests, *row.options)
         others = [f for f in made_from if getattr(record, f) != getattr(fresh, f)]
         if others:
-            raise StaleError(f"they are of another {', '.join(others).replace('_', ' ')}")
+            fields = ", ".join(others).replace("_", " ")
+            raise StaleError(f"they were made from other things ({fields})")
     except (StaleError, InputError) as error:
         progress.note(f"recorded {row.measured} cannot be used and are made again: {error}")
         return fresh

@@ -97,12 +97,12 @@ class DataBlock:
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
             raise IndexError(f"rows go from 0 to {self.rows - 1}")
         images, size = self._array("images"), self.chunk_rows
-        taken = np.empty((len(wanted), *images.shape[1:]), dtype=np.uint8)
+        pixels = np.empty((len(wanted), *images.shape[1:]), dtype=np.uint8)
         for chunk in np.unique(wanted // size):
             there = wanted // size == chunk
             start = int(chunk) * size
-            taken[there] = self.images(start, start + size)[wanted[there] - start]
-        return taken
+            pixels[there] = self.images(start, start + size)[wanted[there] - start]
+        return pixels
 
     @cached_property
     def tokens(self) -> Ints:
@@ -129,8 +129,8 @@ class DataBlock:
     @cached_property
     def origins(self) -> list[Origin | None]:
         """Where each row was first met; None where nothing but the key is known of it."""
-        found = _unpack(self._read("origins"))
-        return [None if origin is None else Origin(*origin) for origin in found]
+        origins = _unpack(self._read("origins"))
+        return [None if origin is None else Origin(*origin) for origin in origins]
 
     @cached_property
     def source_digests(self) -> Digests:

@@ -27,7 +27,7 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import REWHITENED, Artifact
+from slsgu_cli.store.artifacts import REWHITENED, Artifact, resume
 from slsgu_cli.store.catalog import Standing, entries, unreferenced
 from slsgu_cli.store.store import Store
 
@@ -230,6 +230,11 @@ def test_an_edit_that_was_not_measured_has_no_figures(store):
         ("trials/facebook.json", {"model_fingerprint": "older"}, ["trials/facebook.json"]),
         ("trials/facebook.json", {"evals": {"brands": "older"}}, ["trials/facebook.json"]),
         ("trials/facebook.json", {"evals": {}}, ["trials/facebook.json"]),
+        (
+            "trials/facebook.json",
+            {"evals": {"brands": "print3", "(forget)": "others:facebook"}},
+            ["trials/facebook.json"],
+        ),
     ],
 )
 def test_what_no_longer_fits_its_inputs_is_stale(store, path, fields, stale):
@@ -256,6 +261,24 @@ def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(s
             "the forget gradient was computed anew since",
         ),
     }
+
+
+def test_a_later_run_goes_on_with_what_was_made_from_the_same(store, listener):
+    on_file = store.read_record("trials/facebook.json", Trials)
+    fresh = replace(on_file, trials=(), steer=Steer.FA5, version="later")
+    again = resume(store, Artifact.TRIALS, "facebook", fresh)
+    assert again == replace(fresh, trials=on_file.trials)
+    assert resume(store, Artifact.TRIALS, "other", fresh) is fresh
+    assert listener.heard == []
+    other = replace(fresh, forget="g9", precision=Precision.TF32)
+    assert resume(store, Artifact.TRIALS, "facebook", other) is other
+    store.write_bytes("trials/facebook.json", b"{")
+    assert resume(store, Artifact.TRIALS, "facebook", fresh) is fresh
+    differing, damaged = listener.heard
+    unusable = "recorded trials cannot be used and are made again: "
+    assert differing == f"{unusable}they were made from other things (forget, precision)"
+    assert damaged.startswith(unusable)
+    assert "is not JSON" in damaged
 
 
 def test_an_edit_alone_in_a_store_is_not_stale(tmp_path):
