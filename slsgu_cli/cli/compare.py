@@ -2,16 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.studies import Method, PipelineComparison
+from slsgu_cli.figures.html import roughly
+from slsgu_cli.records.studies import (
+    CLIP_METHODS,
+    PIPELINE_METHODS,
+    Method,
+    PipelineComparison,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,17 +131,14 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
 def show_pipeline_comparison(console: "Console", found: PipelineComparison, sheet: str) -> None:
     """Print a row for each method and learning rate."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.on_pipeline import PIPELINE_LABELS
-
-    def percent(name: str) -> "Column":
-        return Column(name, shown=lambda value: f"{value:.1f}%")
+    from slsgu_cli.compare.table import LABELS
 
     columns: list[str | Column] = [
-        Column("method", shown=lambda method: PIPELINE_LABELS[method]),
+        Column("method", shown=lambda method: LABELS[method]),
         Column("lr", shown=lambda rate: f"{rate:g}"),
         Column("iterations", on_terminal=False),
-        percent("UA"),
-        percent("IRA"),
+        Column("UA", shown=roughly),
+        Column("IRA", shown=roughly),
         Column("distance", shown=lambda value: f"{value:.3f}"),
         Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
     ]
@@ -162,7 +164,6 @@ def show_pipeline_comparison(console: "Console", found: PipelineComparison, shee
 
 AUTO = "auto"
 ON_PIPELINE = "On a diffusion pipeline"
-Chosen = TypeVar("Chosen", bound=StrEnum)
 
 
 @command(app, "compare")
@@ -282,7 +283,7 @@ def compare(
 
     names = list(dict.fromkeys(names))
     options = CompareOptions(
-        methods=_methods(methods, Method),
+        methods=_methods(methods, CLIP_METHODS),
         rates=_rates(rates) if rates else PAPER_RATES,
         device=device,
         **of_table,
@@ -318,7 +319,6 @@ def _on_pipeline(
         sheet_path,
     )
     from slsgu_cli.downstream.generate import judge_spec
-    from slsgu_cli.records.studies import PipelineMethod
     from slsgu_cli.records.targets import Budget, PaintOptions
 
     if len(set(names)) > 1:
@@ -328,7 +328,7 @@ def _on_pipeline(
         raise UsageError("--lr auto is for comparing without --target", hint="--lr 1e-5,1e-4")
     options = PipelineCompareOptions(
         target=target,
-        methods=_methods(methods, PipelineMethod),
+        methods=_methods(methods, PIPELINE_METHODS),
         rates=found,
         budget=Budget(**{"seed": SEED, **budget}, paint=PaintOptions(**{"steps": 20, **paint})),
         judge=judge_spec(session.store, names[0], *judge),
@@ -341,11 +341,10 @@ def _on_pipeline(
     )
 
 
-def _methods(values: list[str] | None, kinds: type[Chosen]) -> list[Chosen]:
+def _methods(values: list[str] | None, every: Sequence[Method]) -> list[Method]:
     """Return the methods named, with the original model. Raises UsageError."""
-    every = list(kinds)
     if not values:
-        return every
+        return list(every)
     known = {str(method): method for method in every}
     named = _listed(values)
     for name in named:
@@ -353,7 +352,7 @@ def _methods(values: list[str] | None, kinds: type[Chosen]) -> list[Chosen]:
             raise UsageError(
                 f"--methods {name} is no method", hint=f"one or more of {', '.join(known)}"
             )
-    return [known[Method.ORIGINAL], *(known[name] for name in named)]
+    return [Method.ORIGINAL, *(known[name] for name in named)]
 
 
 def _rates(values: list[str]) -> list[float] | None:

@@ -11,6 +11,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
 from slsgu_cli.errors import UsageError
+from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.method import Effect
 from slsgu_cli.records.targets import (
     Answers,
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from slsgu_cli.downstream.generate import OutputFolder
     from slsgu_cli.downstream.search import SteerResult
     from slsgu_cli.store.store import Store
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f}%"
 
 
 def _change(value: float) -> str:
@@ -55,8 +52,8 @@ def show_generation(console: "Console", found: Generation, album: "OutputFolder"
         "prompt",
         Column("class"),
         "images",
-        Column("original", shown=_percent),
-        Column("unlearned", shown=_percent),
+        Column("original", shown=roughly),
+        Column("unlearned", shown=roughly),
     )
     title = "images taken for the class" if found.judge else "generated"
     if console.as_json:
@@ -81,8 +78,8 @@ def show_effects(console: "Console", before: Effect, after: Effect) -> None:
         rows.append((name, first, second, change, of))
     columns = (
         "figure",
-        Column("original", shown=_percent),
-        Column("unlearned", shown=_percent),
+        Column("original", shown=roughly),
+        Column("unlearned", shown=roughly),
         Column("change", shown=_change),
         "of",
     )
@@ -119,8 +116,8 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
         "importance",
         "step",
         Column("move", shown=lambda share: f"{share:.3g}%"),
-        Column("UA", shown=_percent),
-        Column("IRA", shown=_percent),
+        Column("UA", shown=roughly),
+        Column("IRA", shown=roughly),
         "chosen",
     )
     many = f"{len(trials.trials)} trials on {trials.target}"
@@ -157,7 +154,7 @@ def show_answer_set(console: "Console", found: AnswerSet) -> None:
 
     figures = (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))
     rows = [(name, share.percent, share.total) for name, share in figures if share]
-    columns = ("figure", Column("unlearned", shown=_percent), "of")
+    columns = ("figure", Column("unlearned", shown=roughly), "of")
     title = f"{found.images} images; forgetting the {found.domain} {found.concept}"
     console.table("answer set", columns, rows, title=title, data=found)
 

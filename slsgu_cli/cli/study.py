@@ -10,7 +10,9 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.tables import step_size
 from slsgu_cli.errors import NotForgottenError
+from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.method import Accuracy, Precision, Steer
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def show_trajectory(
         Column("layer", shown=known_as),
         Column("ridge"),
         Column("steps"),
-        Column("% of norm", shown=_percent, label="move\nup to"),
+        Column("% of norm", shown=roughly, label="move\nup to"),
     ]
     for figure in found.figures():
         columns += [
@@ -66,10 +68,10 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         Column("set"),
         Column("layer", shown=known_as),
         Column("ridge", on_terminal=False),
-        Column("step", shown=_step),
-        Column("% of norm", shown=_percent, label="move"),
+        Column("step", shown=step_size),
+        Column("% of norm", shown=roughly, label="move"),
         *(
-            Column(f"FA@{k} {when}", shown=_percent, label=f"FA@{k}\n{when}")
+            Column(f"FA@{k} {when}", shown=roughly, label=f"FA@{k}\n{when}")
             for k in (1, 5)
             for when in ("before", "after")
         ),
@@ -86,7 +88,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         Column("concepts"),
         Column("added"),
         Column("layer", shown=known_as),
-        Column("FA@1 at most", shown=_percent, label="FA@1\nat most"),
+        Column("FA@1 at most", shown=roughly, label="FA@1\nat most"),
         *(
             Column(f"TA@{k} {name}", shown=_figure, label=f"TA@{k}\n{name}")
             for name in sets
@@ -135,8 +137,8 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
         Column("class"),
         Column("layer", shown=known_as),
         Column("ridge", on_terminal=False),
-        Column("step", shown=_step, on_terminal=False),
-        Column("% of norm", shown=_percent, on_terminal=False),
+        Column("step", shown=step_size, on_terminal=False),
+        Column("% of norm", shown=roughly, on_terminal=False),
     ]
     for figure in figures:
         if console.on_terminal:
@@ -171,9 +173,9 @@ def _steps(console: "Console", found: "Trajectory") -> None:
     columns = [
         Column("layer", shown=known_as),
         Column("ridge"),
-        Column("step", shown=_step),
-        Column("% of norm", shown=_percent, label="move"),
-        *(Column(figure, shown=_percent) for figure in found.figures()),
+        Column("step", shown=step_size),
+        Column("% of norm", shown=roughly, label="move"),
+        *(Column(figure, shown=roughly) for figure in found.figures()),
     ]
     rows = [
         [trial.layer, trial.ridge, trial.step, 100 * trial.share, *found.figures(trial).values()]
@@ -184,20 +186,12 @@ def _steps(console: "Console", found: "Trajectory") -> None:
     console.table("trajectory", columns, rows, title=title, data=found.trials)
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1f}%"
-
-
 def _rise(points: float) -> str:
     return f"+{points:.2f}" if points else "falls"
 
 
 def _figure(value: float) -> str:
     return f"{value:.2f}"
-
-
-def _step(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def search_sets(session: Session, names: Sequence[str], options: "SearchOptions") -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Trial
 from slsgu_cli.records.sets import SetManifest
 
@@ -30,14 +31,6 @@ COSTLY = 5.0
 Figures = Mapping[str, tuple[Accuracy | dict[str, Accuracy], dict[str, Accuracy]]]
 
 
-def _percent(value: float) -> str:
-    return f"{value:.2f}%"
-
-
-def _roughly(value: float) -> str:
-    return f"{value:.1f}%"
-
-
 def _change(value: float) -> str:
     return f"{value:+.2f}"
 
@@ -49,7 +42,8 @@ def _artifact(name: str) -> str:
     return known_as(name)
 
 
-def _step(value: float) -> str:
+def step_size(value: float) -> str:
+    """Return a step size to four digits."""
     return f"{value:.4g}"
 
 
@@ -146,14 +140,14 @@ def search(
 
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
-    utility = [Column(f"TA@1 {n}", shown=_roughly, label=f"TA@1\n{n}") for n in sets]
+    utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
         Column("ridge", on_terminal=len({trial.ridge for trial in trials.trials}) > 1),
-        Column("step", shown=_step),
-        Column("% of norm", shown=_roughly, label="move"),
-        Column("FA@1", shown=_roughly),
-        Column("FA@5", shown=_roughly),
+        Column("step", shown=step_size),
+        Column("% of norm", shown=roughly, label="move"),
+        Column("FA@1", shown=roughly),
+        Column("FA@5", shown=roughly),
         *utility,
         Column("chosen"),
     )
@@ -181,7 +175,7 @@ def search(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
-        shown=f"\nchosen: {chosen.layer} at step {_step(chosen.step)}, "
+        shown=f"\nchosen: {chosen.layer} at step {step_size(chosen.step)}, "
         f"a move by {100 * chosen.share:.1f}% of the layer's norm along its {_along(chosen)}",
     )
     if not brief:
@@ -271,7 +265,7 @@ def before_after(console: "Console", models: Figures) -> None:
             rows.append(
                 (f"TA@{k} {name}", *(getattr(f, attribute) if f else None for f in figures))
             )
-    columns = [Column("figure"), *(Column(label, shown=_percent) for label in labels)]
+    columns = [Column("figure"), *(Column(label, shown=percent) for label in labels)]
     if len(labels) == 2:
         rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
         columns.append(Column("change", shown=_change))

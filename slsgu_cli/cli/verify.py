@@ -9,6 +9,7 @@ import typer
 
 from slsgu_cli.cli import options as opt
 from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Attack, Check, VerifiedModel
 
@@ -21,25 +22,17 @@ if TYPE_CHECKING:
 Cells = list[tuple[Any, ...]]
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1f}%"
-
-
-def _points(value: float) -> str:
-    return f"{value:.1f}"
-
-
 def show_verified(console: "Console", result: "Verified") -> None:
     """Print the verdicts, what the concept became, membership, and curves where all is shown."""
     from slsgu_cli.verification.verdicts import Verdict, rows
 
-    original, *others = result.subjects
+    original, *others = result.models
     found = [(subject, row) for subject in others for row in rows(original, subject)]
     _verdicts(console, found, several=len(others) > 1)
-    _became(console, result.subjects)
+    _became(console, result.models)
     _membership(console, original, others)
     if not console.brief:
-        _curves(console, result.subjects)
+        _curves(console, result.models)
     for subject in others:
         own = [row for known, row in found if known is subject]
         counts = Counter(row.verdict for row in own if not row.detail)
@@ -64,10 +57,10 @@ def _verdicts(
         Column("check"),
         Column("probe"),
         Column("model", on_terminal=several),
-        Column("original FA@1", shown=_percent, label="FA@1\noriginal"),
-        Column("FA@1", shown=_percent, label="FA@1\nnow"),
+        Column("original FA@1", shown=roughly, label="FA@1\noriginal"),
+        Column("FA@1", shown=roughly, label="FA@1\nnow"),
         Column("original FA@5", on_terminal=False),
-        Column("FA@5", shown=_percent, label="FA@5\nnow"),
+        Column("FA@5", shown=roughly, label="FA@5\nnow"),
         *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
         Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
         Column("verdict"),
@@ -151,10 +144,10 @@ def _membership(
         Column("figure"),
         Column("against"),
         Column("model", on_terminal=len(others) > 1),
-        Column("original mean", label="mean\noriginal", shown=_percent),
-        Column("original sd", shown=_points, label="\nsd"),
-        Column("mean", label="\nmean", shown=_percent),
-        Column("sd", shown=_points, label="\nsd"),
+        Column("original mean", label="mean\noriginal", shown=roughly),
+        Column("original sd", shown=lambda value: f"{value:.1f}", label="\nsd"),
+        Column("mean", label="\nmean", shown=roughly),
+        Column("sd", shown=lambda value: f"{value:.1f}", label="\nsd"),
         Column("members", on_terminal=False),
         Column("others", on_terminal=False),
         Column("verdict"),
@@ -255,13 +248,11 @@ def verify(
     """
     from slsgu_cli.records.studies import Settings
     from slsgu_cli.verification.probes import unseen_templates
+    from slsgu_cli.verification.verify import VerifyRequest
     from slsgu_cli.verification.verify import verify as run
 
-    chosen = _checks(checks)
-    result = run(
-        session.store,
-        name,
-        checks=chosen,
+    request = VerifyRequest(
+        checks=_checks(checks),
         settings=Settings(
             templates=unseen_templates(session.store, name, templates),
             aliases=tuple(alias or ()),
@@ -276,6 +267,7 @@ def verify(
         edits=edit or (),
         device=device,
     )
+    result = run(session.store, name, request)
     show_verified(session.console, result)
 
 

@@ -89,8 +89,8 @@ class Denoiser:
         keep, add = self._rates(times)
         return keep * latents + add * noise
 
-    def truth(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return what a perfect UNet says: the noise, or the velocity. Raises InputError."""
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return what a perfect UNet predicts: the noise, or the velocity. Raises InputError."""
         keep, add = self._rates(times)
         kind = self.pipeline.scheduler.config.prediction_type
         match kind:
@@ -102,14 +102,15 @@ class Denoiser:
             f"the pipeline's UNet predicts {kind!r}", hint="one that predicts noise or velocity"
         )
 
-    def says(
+    def predict(
         self, noisy: Tensor, times: Tensor, condition: Condition, unet: nn.Module | None = None
     ) -> Tensor:
-        """Return what the UNet, or another one, says to noisy latents."""
+        """Return what the UNet, or another one, predicts of noisy latents."""
         added = {"added_cond_kwargs": dict(condition.added)} if condition.added else {}
         run = self.unet if unet is None else unet
-        said: Tensor = run(noisy, times, encoder_hidden_states=condition.states, **added).sample
-        return said
+        output = run(noisy, times, encoder_hidden_states=condition.states, **added)
+        predicted: Tensor = output.sample
+        return predicted
 
     def partly_denoised(
         self,
@@ -133,9 +134,10 @@ class Denoiser:
         with torch.no_grad():
             for time in times[:until]:
                 noisy = scheduler.scale_model_input(latent, time)
-                asked, plain = (self.says(noisy, time, each) for each in (condition, empty))
-                said = plain + guidance * (asked - plain)
-                latent = scheduler.step(said, time, latent, **extra).prev_sample
+                prompted = self.predict(noisy, time, condition)
+                unprompted = self.predict(noisy, time, empty)
+                predicted = unprompted + guidance * (prompted - unprompted)
+                latent = scheduler.step(predicted, time, latent, **extra).prev_sample
             time = times[min(until, len(times) - 1)]
             return scheduler.scale_model_input(latent, time), time
 
@@ -188,7 +190,7 @@ def erase(denoiser: Denoiser, prompts: Sequence[str], plan: PipelinePlan) -> Non
                 generator=generator,
             )
             goal = negated(denoiser, original, noisy, time, condition, empty)
-            loss = nn.functional.mse_loss(denoiser.says(noisy, time, condition), goal)
+            loss = nn.functional.mse_loss(denoiser.predict(noisy, time, condition), goal)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -206,9 +208,9 @@ def negated(
 ) -> Tensor:
     """Return what leads away from a prompt, by the original UNet."""
     with torch.no_grad():
-        asked = denoiser.says(noisy, time, condition, original)
-        plain = denoiser.says(noisy, time, empty, original)
-        return plain - ERASING * (asked - plain)
+        prompted = denoiser.predict(noisy, time, condition, original)
+        unprompted = denoiser.predict(noisy, time, empty, original)
+        return unprompted - ERASING * (prompted - unprompted)
 
 
 def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -217,14 +219,14 @@ def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
         name for name, module in unet.named_modules()
         if getattr(module, "is_cross_attention", False)
     ]  # fmt: skip
-    found = {
+    parameters = {
         name: parameter
         for name, parameter in unet.named_parameters()
         if any(name.startswith(f"{layer}.") for layer in layers)
     }
-    if not found:
+    if not parameters:
         raise InputError("the pipeline's UNet has no cross-attention that ESD could train")
-    return found
+    return parameters
 
 
 BATCH = 8
@@ -234,7 +236,7 @@ RETAINING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class LossTerms:
+class SalunData:
     """What SalUn learns from: latents of the forget set, latents and captions of the retain set.
 
     `prompt` gives a prompt for a class by the number of its turn, `others` are the classes
@@ -249,17 +251,17 @@ class LossTerms:
     prompt: Callable[[str, int], str]
 
 
-def unlearn(denoiser: Denoiser, lessons: LossTerms, plan: PipelinePlan) -> None:
+def unlearn(denoiser: Denoiser, data: SalunData, plan: PipelinePlan) -> None:
     """Train the UNet in place."""
     unet = denoiser.unet.requires_grad_(True)
     generator = torch.Generator("cpu").manual_seed(plan.seed)
-    mask = forget_mask(denoiser, lessons, generator)
+    mask = forget_mask(denoiser, data, generator)
     optimizer = torch.optim.Adam(unet.parameters(), lr=plan.rate)
     with progress.bar(f"SalUn {plan.rate:g}", plan.iterations) as ticker:
         for _ in range(plan.iterations):
             optimizer.zero_grad()
-            loss = relabelled(denoiser, lessons, generator)
-            loss = loss + RETAINING * retained(denoiser, lessons, generator)
+            loss = relabelled(denoiser, data, generator)
+            loss = loss + RETAINING * retained(denoiser, data, generator)
             loss.backward()  # type: ignore[no-untyped-call]
             mask_gradients(unet, mask)
             optimizer.step()
@@ -267,41 +269,43 @@ def unlearn(denoiser: Denoiser, lessons: LossTerms, plan: PipelinePlan) -> None:
 
 
 def forget_mask(
-    denoiser: Denoiser, lessons: LossTerms, generator: torch.Generator
+    denoiser: Denoiser, data: SalunData, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Return where the diffusion loss of the forget set has the larger half of its gradient."""
-    unet, latents = denoiser.unet, lessons.forget
+    unet, latents = denoiser.unet, data.forget
     unet.zero_grad()
     for start, stop in spans(len(latents), BATCH):
-        prompts = [lessons.prompt(lessons.concept, number) for number in range(start, stop)]
+        prompts = [data.prompt(data.concept, number) for number in range(start, stop)]
         _loss(denoiser, latents[start:stop], prompts, generator).backward()  # type: ignore[no-untyped-call]
-    found = {
+    gradient = {
         name: parameter.grad.cpu().numpy()
         for name, parameter in unet.named_parameters()
         if parameter.grad is not None
     }
     unet.zero_grad()
-    return {name: kept.to(denoiser.device) for name, kept in saliency_mask(found).items()}
+    return {name: kept.to(denoiser.device) for name, kept in saliency_mask(gradient).items()}
 
 
-def relabelled(denoiser: Denoiser, lessons: LossTerms, generator: torch.Generator) -> Tensor:
-    """Return how far what is said to the concept's prompt is from what is said to another's."""
-    latents = lessons.forget[_drawn(len(lessons.forget), generator)]
-    turns = _drawn(len(lessons.others), generator, len(latents))
-    named = [lessons.prompt(lessons.concept, number) for number in turns]
-    other = [lessons.prompt(lessons.others[number], number) for number in turns]
+def relabelled(denoiser: Denoiser, data: SalunData, generator: torch.Generator) -> Tensor:
+    """Return how far what the concept's prompt predicts is from what another's does."""
+    latents = data.forget[_drawn(len(data.forget), generator)]
+    turns = _drawn(len(data.others), generator, len(latents))
+    named = [data.prompt(data.concept, number) for number in turns]
+    other = [data.prompt(data.others[number], number) for number in turns]
     times = denoiser.drawn_times(len(latents), generator)
     noisy = denoiser.noised(latents, denoiser.noise(len(latents), generator), times)
     with torch.no_grad():
-        goal = denoiser.says(noisy, times, denoiser.conditions(other)[0])
-    return nn.functional.mse_loss(denoiser.says(noisy, times, denoiser.conditions(named)[0]), goal)
+        goal = denoiser.predict(noisy, times, denoiser.conditions(other)[0])
+    return nn.functional.mse_loss(
+        denoiser.predict(noisy, times, denoiser.conditions(named)[0]), goal
+    )
 
 
-def retained(denoiser: Denoiser, lessons: LossTerms, generator: torch.Generator) -> Tensor:
+def retained(denoiser: Denoiser, data: SalunData, generator: torch.Generator) -> Tensor:
     """Return the diffusion loss of some of the retain set."""
-    rows = _drawn(len(lessons.retain), generator)
-    captions = [lessons.captions[row] for row in rows]
-    return _loss(denoiser, lessons.retain[rows], captions, generator)
+    rows = _drawn(len(data.retain), generator)
+    captions = [data.captions[row] for row in rows]
+    return _loss(denoiser, data.retain[rows], captions, generator)
 
 
 def _loss(
@@ -309,10 +313,10 @@ def _loss(
 ) -> Tensor:
     times = denoiser.drawn_times(len(latents), generator)
     noise = denoiser.noise(len(latents), generator)
-    said = denoiser.says(
+    predicted = denoiser.predict(
         denoiser.noised(latents, noise, times), times, denoiser.conditions(prompts)[0]
     )
-    return nn.functional.mse_loss(said, denoiser.truth(latents, noise, times))
+    return nn.functional.mse_loss(predicted, denoiser.target(latents, noise, times))
 
 
 def _drawn(rows: int, generator: torch.Generator, count: int = BATCH) -> list[int]:

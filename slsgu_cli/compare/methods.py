@@ -1,19 +1,37 @@
-"""The methods compared with: the paper's optimizer; FT, GA, GAFT and SalUn; SSD."""
+"""The methods compared with on CLIP (FT, GA, GAFT, SalUn, SSD), and one run of any of them."""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import progress
+from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
-from slsgu_cli.method.gradient_pass import GradientPass
-from slsgu_cli.records.studies import Method, Plan
+from slsgu_cli.clip.models import tokenizer
+from slsgu_cli.clip.towers import CacheBudget
+from slsgu_cli.compare.ours import ROLES, PassTimes
+from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.records.method import (
+    Accuracy,
+    GradientHeader,
+    GradientPointer,
+    PassOptions,
+    Precision,
+)
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import Method, Outcome, Plan
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
 
 BETAS = (0.9, 0.98)
 EPSILON = 1e-6
@@ -96,24 +114,24 @@ class LossTerm:
 
 def train(
     model: nn.Module,
-    lessons: list[LossTerm],
+    terms: list[LossTerm],
     *,
     rate: float,
     plan: Plan,
     mask: Mask | None = None,
 ) -> Iterator[int]:
-    """Train `model` in place, every lesson in turn; yield the epoch that has just ended."""
+    """Train `model` in place, every term in turn; yield the epoch that has just ended."""
     optimizer = adamw(model, rate)
     epochs = range(1, plan.epochs + 1)
-    steps = plan.epochs * sum(len(lesson.order(plan, 1)) for lesson in lessons)
+    steps = plan.epochs * sum(len(term.order(plan, 1)) for term in terms)
     step = 0
     for epoch in epochs:
-        for lesson in lessons:
-            for rows in lesson.order(plan, epoch):
+        for term in terms:
+            for rows in term.order(plan, epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_rate(rate, step, steps)
                 optimizer.zero_grad()
-                (lesson.sign * _loss(lesson, rows)).backward()  # type: ignore[no-untyped-call]
+                (term.sign * _loss(term, rows)).backward()  # type: ignore[no-untyped-call]
                 if mask is not None:
                     mask_gradients(model, mask)
                 optimizer.step()
@@ -162,8 +180,8 @@ def saliency_mask(gradient: Mapping[str, npt.NDArray[np.floating]]) -> dict[str,
     return mask
 
 
-def _loss(lesson: LossTerm, rows: npt.NDArray[np.intp]) -> Tensor:
-    run, pairs = lesson.loss, lesson.pairs
+def _loss(term: LossTerm, rows: npt.NDArray[np.intp]) -> Tensor:
+    run, pairs = term.loss, term.pairs
     normalize = pixel_normalizer(run.spec, run.options.device)
     ids = to_tokens(pairs.tokens[rows], "cpu")
     return run.losses(normalize(pairs.images[rows]), ids).sum()
@@ -214,3 +232,208 @@ def importance_of(
         )
 
     return importance
+
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """The epoch reported and its figures; how many epochs ran, and their seconds.
+
+    The seconds are those of the epochs alone, without measuring.
+    """
+
+    epoch: int
+    epochs: int
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    seconds: float
+
+
+def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: int) -> Reported:
+    """Run epochs until one forgets or none is left; leave the model as it is reported."""
+    seconds, epoch, best = 0.0, 0, 0
+    least: Accuracy | None = None
+    weights: Weights = {}
+    with progress.bar(label, total) as ticker:
+        while True:
+            start = perf_counter()
+            ended = next(epochs, None)
+            if ended is None:
+                break
+            _settle(evaluation.model)
+            seconds += perf_counter() - start
+            epoch = ended
+            ticker.advance()
+            forget = forget_accuracy(evaluation)
+            if least is None or forget.top1 < least.top1:
+                best, least, weights = epoch, forget, weights_of(evaluation.model)
+            if forget.top1 == 0:
+                break
+    if least is None:
+        raise ValueError("a run has at least one epoch")
+    set_weights(evaluation.model, weights)
+    return Reported(best, epoch, least, utility(evaluation), seconds)
+
+
+def forget_accuracy(evaluation: Evaluation) -> Accuracy:
+    """Return how often the concept is recognised by the model as it is now."""
+    group = evaluation.forget
+    with torch.no_grad():
+        group.prompts.base_pass((), CacheBudget(0))
+        for _ in group.images.base_pass((), CacheBudget(0)):
+            pass
+        return group.base_accuracy()
+
+
+def utility(evaluation: Evaluation) -> dict[str, Accuracy]:
+    """Return the accuracy on each evaluation set of the model as it is now."""
+    with progress.silent():
+        evaluation.base_pass((), cache_bytes=0)
+    return {name: group.base_accuracy() for name, group in evaluation.utility.items()}
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Return a copy of every parameter."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def set_weights(model: nn.Module, weights: Weights) -> None:
+    """Put back what `weights_of` returned."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _settle(model: nn.Module) -> None:
+    """Wait for a GPU: its clock runs on after a call has returned."""
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+
+
+@dataclass
+class BaselineRunner:
+    """The original model, loaded once with its data; every run of a baseline starts from it."""
+
+    store: Store
+    manifest: SetManifest
+    pointer: GradientPointer
+    plan: Plan
+    model: nn.Module
+    evaluation: Evaluation
+    times: PassTimes
+    _original: Weights
+
+    @classmethod
+    def open(
+        cls,
+        store: Store,
+        manifest: SetManifest,
+        pointer: GradientPointer,
+        plan: Plan,
+        times: PassTimes,
+    ) -> "BaselineRunner":
+        """Load the model that the set's gradients are of. Raises StaleError and InputError."""
+        device = times.device
+        resolved, model = load_graded(manifest, pointer, device)
+        evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device=device)
+        return cls(store, manifest, pointer, plan, model, evaluation, times, weights_of(model))
+
+    def original(self) -> tuple[Accuracy, dict[str, Accuracy]]:
+        """Measure the original model: forget accuracy, and that of each evaluation set."""
+        set_weights(self.model, self._original)
+        return forget_accuracy(self.evaluation), utility(self.evaluation)
+
+    def run(self, method: Method, setting: float) -> Outcome:
+        """Run a baseline on the original model and measure the epoch that is reported."""
+        set_weights(self.model, self._original)
+        seconds = self._seconds_before(method)
+        what = "alpha" if method is Method.SSD else "lr"
+        label = f"{method} {what} {setting:g}"
+        with arithmetic(Precision.FP32):
+            reported = follow(
+                self._epochs(method, setting), self.evaluation, label=label, total=self.plan.epochs
+            )
+        forget_passes, retain_passes = self._passes(method, reported.epochs)
+        progress.detail(
+            f"{label}: FA@1 {reported.forget.top1:.1f} after epoch {reported.epoch} "
+            f"of {reported.epochs}"
+        )
+        return Outcome(
+            method=method,
+            setting=setting,
+            plan=self.plan.of(method),
+            edit=None,
+            epoch=reported.epoch,
+            forget=reported.forget,
+            utility=reported.utility,
+            seconds=seconds + reported.seconds,
+            forget_passes=forget_passes,
+            retain_passes=retain_passes,
+            where=self.times.where,
+        )
+
+    def _passes(self, method: Method, epochs: int) -> tuple[float, float]:
+        """Return the passes over all forget and all retain rows that a run amounts to."""
+        if method is Method.SSD:
+            return 1.0, 1.0
+        terms = loss_terms(method, forget=self._forget, retain=self._retain)
+        share = len(self._retain.pairs) / self.manifest.retain.rows
+        of_the_mask = 1.0 if method is Method.SALUN else 0.0
+        return (
+            of_the_mask + epochs * (self._forget in terms),
+            epochs * share * (self._retain in terms),
+        )
+
+    def _seconds_before(self, method: Method) -> float:
+        """Return what the gradients take that a method needs before its first epoch."""
+        if method is Method.SALUN:
+            return self._seconds(["forget"], squares=False)
+        if method is Method.SSD:
+            digests = (self.pointer.forget, self.pointer.retain)
+            if not all(self.store.exists(Artifact.SQUARES.path(digest)) for digest in digests):
+                progress.note("SSD needs squared gradients: computing them")
+                self.times.compute(self.pointer, squares=True)
+            return self._seconds(ROLES, squares=True)
+        return 0.0
+
+    def _seconds(self, roles: Iterable[str], *, squares: bool) -> float:
+        return self.times.seconds(self.pointer, roles, squares=squares, model=self.model)
+
+    def _epochs(self, method: Method, setting: float) -> Iterator[int]:
+        if method is Method.SSD:
+            forget, retain = (
+                self.store.read_tensors(Artifact.SQUARES.path(digest))
+                for digest in (self.pointer.forget, self.pointer.retain)
+            )
+            importance = importance_of(forget, retain, self.times.device)
+            return dampen(self.model, importance, alpha=setting, epochs=self.plan.epochs)
+        terms = loss_terms(method, forget=self._forget, retain=self._retain)
+        mask = self._mask if method is Method.SALUN else None
+        return train(self.model, terms, rate=setting, plan=self.plan, mask=mask)
+
+    @cached_property
+    def _forget(self) -> LossTerm:
+        return self._loss_term("forget", self.manifest.forget.rows, -1)
+
+    @cached_property
+    def _retain(self) -> LossTerm:
+        return self._loss_term("retain", self.plan.retain_rows, 1)
+
+    @cached_property
+    def _mask(self) -> Mask:
+        mask = saliency_mask(self.store.read_tensors(Artifact.GRADIENT.path(self.pointer.forget)))
+        return {name: kept.to(self.times.device) for name, kept in mask.items()}
+
+    def _loss_term(self, role: str, rows: int, sign: int) -> LossTerm:
+        block = DataBlock.open(self.store, getattr(self.manifest, role))
+        path = Artifact.GRADIENT.path(getattr(self.pointer, role))
+        header = self.store.read_header(path, GradientHeader)
+        loss = GradientPass.prepare(
+            self.model,
+            header.loss,
+            spec=self.manifest.input,
+            options=PassOptions(batch_size=self.plan.batch_size, device=self.times.device),
+        )
+        return LossTerm(Pairs.read(block, rows), loss, sign, shuffled=role == "retain")

@@ -19,6 +19,8 @@ from slsgu_cli.clip.zeroshot import frechet_distance
 from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
+from slsgu_cli.compare.run import ComparisonRun
+from slsgu_cli.compare.table import LABELS
 from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts
 from slsgu_cli.downstream.models import (
     Pipeline,
@@ -34,59 +36,68 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, GradientPointer
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.records.studies import (
-    PIPELINE_TRAINED,
+    PIPELINE_METHODS,
+    Method,
+    MethodSetting,
     PipelineComparison,
-    PipelineMethod,
     PipelineOutcome,
     PipelinePlan,
 )
 from slsgu_cli.records.targets import Budget, TargetTrials
-from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
+# Our search paints with the seeds from 0: these are others.
+SEED = 1000
+PAPER_RATES = (1e-5,)
 SHOWN = 8
-PIPELINE_LABELS = {
-    PipelineMethod.ORIGINAL: "Original",
-    PipelineMethod.ESD: "ESD-x",
-    PipelineMethod.SALUN: "SalUn",
-    PipelineMethod.OURS: "Ours",
-}
-
-
-def sheet(
-    gallery: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
-) -> bytes:
-    """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
-    own = len(gallery.own)
-    strips = [
-        _strip(gallery, frames[:SHOWN], {
-            _title(row): images[start : start + SHOWN][: len(frames)]
-            for row, images in pictures.items()
-        })
-        for frames, start in ((gallery.own, 0), (gallery.rest, own))
-    ]  # fmt: skip
-    return sheet_png(f"Forgetting {gallery.name}: {target.name}", strips)
-
-
-def _strip(
-    gallery: JudgedPrompts, frames: Sequence[JudgedPrompt], rows: Mapping[str, Sequence[bytes]]
-) -> Strip:
-    labels = list(dict.fromkeys(frame.label for frame in frames))
-    tiles = {title: _tiles(gallery, images) for title, images in rows.items()}
-    return Strip(f"asked for {', '.join(labels)}", labels == [gallery.name], tiles)
-
-
-def _tiles(gallery: JudgedPrompts, images: Sequence[bytes]) -> list[Tile]:
-    said = gallery.judge.verdicts(images)
-    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
-
-
-def _title(row: PipelineOutcome) -> str:
-    return PIPELINE_LABELS[row.method] + (f" {row.plan.rate:g}" if row.plan else "")
-
-
 ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineCompareOptions:
+    """Which methods to run on which pipeline and how; the judge is the set's CLIP by default."""
+
+    target: Path
+    methods: Sequence[Method] = PIPELINE_METHODS
+    rates: Sequence[float] = PAPER_RATES
+    iterations: int = 1000
+    budget: Budget = field(default_factory=lambda: Budget(seed=SEED))
+    judge: ModelSpec | None = None
+    device: str = "auto"
+
+
+def compare_on_pipeline(
+    store: Store, name: str, *, options: PipelineCompareOptions
+) -> PipelineComparison:
+    """Run every method on the pipeline and measure it; write the contact sheet.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    run = PipelineComparisonRun.open(store, name, options)
+    settings: dict[Method, Sequence[float | None]] = {
+        Method.ORIGINAL: (None,),
+        Method.ESD: options.rates,
+        Method.SALUN: options.rates,
+    }
+    settings = {m: settings[m] for m in settings if m in (Method.ORIGINAL, *options.methods)}
+    if Method.OURS in options.methods:
+        settings[Method.OURS] = (None,)
+        run.our_edit  # noqa: B018 - a missing edit is told of before anything is trained
+    rows = run.rows(settings)
+    pictures = {row: run.pictures(row) for row in rows}
+    store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
+    return replace(run.record, outcomes=tuple(rows))
+
+
+def sheet_path(name: str, target: Path) -> str:
+    """Return where the contact sheet of a comparison lies."""
+    return f"{_folder(name, target)}/sheet.png"
+
+
+def _folder(name: str, target: Path) -> str:
+    return Artifact.TARGET_COMPARISON.beside(target_edit(name, target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +107,14 @@ class TrainedPipeline:
     store: Store
     manifest: SetManifest
     painter: Pipeline
-    gallery: JudgedPrompts
+    judged: JudgedPrompts
 
     def painted(self, label: str) -> list[bytes]:
-        """Return the gallery's pictures by the pipeline as it is now, the concept's first."""
-        frames = [*self.gallery.own, *self.gallery.rest]
+        """Return the judged's pictures by the pipeline as it is now, the concept's first."""
+        frames = [*self.judged.own, *self.judged.rest]
         found = []
         with progress.bar(f"pictures of {label}", len(frames)) as ticker:
-            for image in self.gallery.painted(self.painter, frames):
+            for image in self.judged.painted(self.painter, frames):
                 found.append(image)
                 ticker.advance()
         return found
@@ -115,7 +126,7 @@ class TrainedPipeline:
             yield
 
     @contextmanager
-    def trained(self, method: PipelineMethod, plan: PipelinePlan) -> Iterator[float]:
+    def trained(self, method: Method, plan: PipelinePlan) -> Iterator[float]:
         """Have the UNet trained by a method for the length of a block; yield the seconds."""
         pipeline = self.painter.pipeline
         unet, vae = pipeline.unet, pipeline.vae
@@ -130,24 +141,24 @@ class TrainedPipeline:
         finally:
             unet.load_state_dict(before)
 
-    def _train(self, method: PipelineMethod, plan: PipelinePlan) -> None:
+    def _train(self, method: Method, plan: PipelinePlan) -> None:
         denoiser = Denoiser(self.painter.pipeline, self.painter.device)
-        if method is PipelineMethod.ESD:
-            name, templates = self.gallery.name, self.gallery.templates
-            prompts = [self.gallery.prompt(name, number) for number in range(len(templates))]
+        if method is Method.ESD:
+            name, templates = self.judged.name, self.judged.templates
+            prompts = [self.judged.prompt(name, number) for number in range(len(templates))]
             diffusion.erase(denoiser, prompts, plan)
             return
         forget, _ = self._latents(denoiser, self.manifest.forget)
         retain, captions = self._latents(denoiser, self.manifest.retain)
-        lessons = diffusion.LossTerms(
+        data = diffusion.SalunData(
             forget=forget,
             retain=retain,
             captions=captions,
-            concept=self.gallery.name,
-            others=[name for name in self.gallery.judge.names if name != self.gallery.name],
-            prompt=self.gallery.prompt,
+            concept=self.judged.name,
+            others=[name for name in self.judged.judge.names if name != self.judged.name],
+            prompt=self.judged.prompt,
         )
-        diffusion.unlearn(denoiser, lessons, plan)
+        diffusion.unlearn(denoiser, data, plan)
 
     def _latents(self, denoiser: Denoiser, ref: DataRef) -> tuple[torch.Tensor, Sequence[str]]:
         """Return the latents and captions of a block, of at most as many rows as moments take."""
@@ -164,6 +175,115 @@ def _cast(*parts: tuple[nn.Module, torch.dtype]) -> None:
     with quiet():
         for module, kind in parts:
             module.to(kind)
+
+
+@dataclass
+class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
+    """The comparison on one pipeline; it is loaded for what is not on record."""
+
+    pointer: GradientPointer
+    options: PipelineCompareOptions
+    judged: JudgedPrompts
+
+    artifact = Artifact.TARGET_COMPARISON
+
+    @classmethod
+    def open(
+        cls, store: Store, name: str, options: PipelineCompareOptions
+    ) -> "PipelineComparisonRun":
+        """Read what is on record of a set and a pipeline. Raises MissingError and StaleError."""
+        manifest = read_manifest(store, name)
+        pointer = read_pointer(store, manifest)
+        require_family(options.target, answers=False)
+        judge = options.judge or pointer.model
+        judged = JudgedPrompts.of_set(store, manifest, judge, options.budget, device=options.device)
+        fresh = PipelineComparison(
+            name=name,
+            concept=judged.name,
+            target=str(options.target),
+            target_fingerprint=folder_fingerprint(options.target),
+            forget=pointer.forget,
+            forget_data=pointer.forget_data,
+            retain_data=pointer.retain_data,
+            evals={known: ref.fingerprint for known, ref in sorted(manifest.evals.items())},
+            judge=str(judge),
+            budget=options.budget,
+            outcomes=(),
+            version=slsgu_cli.__version__,
+        )
+        times = PassTimes(store, manifest, options.device)
+        edit = target_edit(name, options.target)
+        return cls(store, edit, fresh, times, pointer, options, judged)
+
+    @cached_property
+    def pipeline(self) -> TrainedPipeline:
+        """The loaded pipeline."""
+        painter = Pipeline.load(self.options.target, device=self.options.device)
+        return TrainedPipeline(self.store, self.times.manifest, painter, self.judged)
+
+    @cached_property
+    def our_edit(self) -> tuple[Edit, float]:
+        """The edit that was steered on the pipeline, and the seconds of its search."""
+        return our_edit(self.store, self.pointer, self.options.target)
+
+    def at(self, method: Method, setting: float | None) -> MethodSetting:
+        """Return a method's learning rate and plan; of ours, the digest of the edit."""
+        if method is Method.OURS:
+            return MethodSetting(method, edit=digest(self.our_edit[0].header))
+        return MethodSetting(method, setting, self._plan(setting))
+
+    def _plan(self, rate: float | None) -> PipelinePlan | None:
+        if rate is None:
+            return None
+        steps, seed = self.options.budget.paint.steps, self.options.budget.seed
+        return PipelinePlan(iterations=self.options.iterations, rate=rate, steps=steps, seed=seed)
+
+    def run(self, method: Method, setting: float | None) -> PipelineOutcome:
+        """Paint by the pipeline as a method leaves it, judge, and keep the pictures."""
+        plan = self._plan(setting)
+        if plan is not None:
+            with self.pipeline.trained(method, plan) as seconds:
+                return self._judged(method, plan=plan, seconds=seconds)
+        if method is Method.ORIGINAL:
+            return self._judged(method)
+        edit, seconds = self.our_edit
+        seconds += self.times.seconds(self.pointer, ROLES, squares=False)
+        with self.pipeline.edited(edit):
+            return self._judged(method, edit=digest(edit.header), seconds=seconds)
+
+    def _judged(
+        self, method: Method, *, plan: PipelinePlan | None = None, edit: str | None = None,
+        seconds: float = 0.0) -> PipelineOutcome:  # fmt: skip
+        """Paint by the pipeline as it is now, judge, and keep the pictures."""
+        judged = self.judged
+        images = self.pipeline.painted(LABELS[method])
+        split = len(judged.own)
+        own, rest = images[:split], images[split:]
+        original = rest
+        if method is not Method.ORIGINAL:
+            original = self.pictures(self.row(Method.ORIGINAL))[split:]
+        features = judged.judge.features
+        outcome = PipelineOutcome(
+            method=method,
+            plan=plan,
+            edit=edit,
+            effect=Effect(judged.recognised(judged.own, own), judged.recognised(judged.rest, rest)),
+            distance=frechet_distance(features(original), features(rest)),
+            seconds=seconds,
+            where=None if method is Method.ORIGINAL else self.times.where,
+        )
+        for place, image in enumerate(images):
+            self.store.write_bytes(self._file(outcome, place), image)
+        return outcome
+
+    def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
+        """Return a row's pictures as they were kept, the concept's first."""
+        count = len(self.judged.own) + len(self.judged.rest)
+        return [self.store.read_bytes(self._file(outcome, place)) for place in range(count)]
+
+    def _file(self, outcome: PipelineOutcome, place: int) -> str:
+        folder = _folder(self.record.name, self.options.target)
+        return f"{folder}/{outcome.label.replace(' ', '-')}/{place:04}.png"
 
 
 def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit, float]:
@@ -185,179 +305,33 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
     raise StaleError(f"the edit {name} is not among the recorded trials of its search", hint=hint)
 
 
-# Our search paints with the seeds from 0: these are others.
-SEED = 1000
-PAPER_RATES = (1e-5,)
+def sheet(
+    judged: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
+) -> bytes:
+    """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
+    own = len(judged.own)
+    strips = [
+        _strip(judged, frames[:SHOWN], {
+            _title(row): images[start : start + SHOWN][: len(frames)]
+            for row, images in pictures.items()
+        })
+        for frames, start in ((judged.own, 0), (judged.rest, own))
+    ]  # fmt: skip
+    return sheet_png(f"Forgetting {judged.name}: {target.name}", strips)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineCompareOptions:
-    """Which methods to run on which pipeline and how; the judge is the set's CLIP by default."""
-
-    target: Path
-    methods: Sequence[PipelineMethod] = tuple(PipelineMethod)
-    rates: Sequence[float] = PAPER_RATES
-    iterations: int = 1000
-    budget: Budget = field(default_factory=lambda: Budget(seed=SEED))
-    judge: ModelSpec | None = None
-    device: str = "auto"
+def _strip(
+    judged: JudgedPrompts, frames: Sequence[JudgedPrompt], rows: Mapping[str, Sequence[bytes]]
+) -> Strip:
+    labels = list(dict.fromkeys(frame.label for frame in frames))
+    tiles = {title: _tiles(judged, images) for title, images in rows.items()}
+    return Strip(f"asked for {', '.join(labels)}", labels == [judged.name], tiles)
 
 
-def compare_on_pipeline(
-    store: Store, name: str, *, options: PipelineCompareOptions
-) -> PipelineComparison:
-    """Run every method on the pipeline and measure it; write the contact sheet.
-
-    Raises MissingError, InputError, StaleError and UsageError.
-    """
-    run = _PipelineRun.open(store, name, options)
-    ours = PipelineMethod.OURS in options.methods
-    if ours:
-        our_edit(store, run.pointer, options.target)
-    rows = [run.original()]
-    for method in (method for method in PIPELINE_TRAINED if method in options.methods):
-        rows += [run.trained(method, run.plan(rate)) for rate in options.rates]
-    if ours:
-        rows.append(run.ours())
-    pictures = {row: run.pictures(row) for row in rows}
-    store.write_bytes(
-        sheet_path(name, options.target), sheet(run.gallery, pictures, options.target)
-    )
-    return replace(run.record, outcomes=tuple(rows))
+def _tiles(judged: JudgedPrompts, images: Sequence[bytes]) -> list[Tile]:
+    said = judged.judge.verdicts(images)
+    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
 
 
-def sheet_path(name: str, target: Path) -> str:
-    """Return where the contact sheet of a comparison lies."""
-    return f"{_folder(name, target)}/sheet.png"
-
-
-def _folder(name: str, target: Path) -> str:
-    return Artifact.TARGET_COMPARISON.beside(target_edit(name, target))
-
-
-@dataclass
-class _PipelineRun:
-    """The record of one concept; the pipeline is loaded for what is missing in it."""
-
-    store: Store
-    manifest: SetManifest
-    pointer: GradientPointer
-    options: PipelineCompareOptions
-    gallery: JudgedPrompts
-    record: PipelineComparison
-    times: PassTimes
-
-    @classmethod
-    def open(cls, store: Store, name: str, options: PipelineCompareOptions) -> "_PipelineRun":
-        manifest = read_manifest(store, name)
-        pointer = read_pointer(store, manifest)
-        require_family(options.target, answers=False)
-        judge = options.judge or pointer.model
-        gallery = JudgedPrompts.of_set(
-            store, manifest, judge, options.budget, device=options.device
-        )
-        record = PipelineComparison(
-            name=name,
-            concept=gallery.name,
-            target=str(options.target),
-            target_fingerprint=folder_fingerprint(options.target),
-            forget=pointer.forget,
-            forget_data=pointer.forget_data,
-            retain_data=pointer.retain_data,
-            evals={known: ref.fingerprint for known, ref in sorted(manifest.evals.items())},
-            judge=str(judge),
-            budget=options.budget,
-            outcomes=(),
-            version=slsgu_cli.__version__,
-        )
-        times = PassTimes(store, manifest, options.device)
-        edit = target_edit(name, options.target)
-        record = resume(store, Artifact.TARGET_COMPARISON, edit, record)
-        return cls(store, manifest, pointer, options, gallery, record, times)
-
-    @cached_property
-    def studio(self) -> TrainedPipeline:
-        """The loaded pipeline."""
-        painter = Pipeline.load(self.options.target, device=self.options.device)
-        return TrainedPipeline(self.store, self.manifest, painter, self.gallery)
-
-    def plan(self, rate: float) -> PipelinePlan:
-        """Return how a trained method runs at a learning rate."""
-        steps, seed = self.options.budget.paint.steps, self.options.budget.seed
-        return PipelinePlan(iterations=self.options.iterations, rate=rate, steps=steps, seed=seed)
-
-    def original(self) -> PipelineOutcome:
-        """Return the row of the pipeline as it is."""
-        return self._known(PipelineMethod.ORIGINAL) or self._measured(PipelineMethod.ORIGINAL)
-
-    def trained(self, method: PipelineMethod, plan: PipelinePlan) -> PipelineOutcome:
-        """Return the row of a trained method, run or recorded."""
-        known = self._known(method, plan=plan)
-        if known is not None:
-            return known
-        with self.studio.trained(method, plan) as seconds:
-            return self._measured(method, plan=plan, seconds=seconds)
-
-    def ours(self) -> PipelineOutcome:
-        """Return the row of the edit that was steered on the pipeline."""
-        edit, seconds = our_edit(self.store, self.pointer, self.options.target)
-        made = digest(edit.header)
-        known = self._known(PipelineMethod.OURS, edit=made)
-        if known is not None:
-            return known
-        seconds += self.times.seconds(self.pointer, ROLES, squares=False)
-        with self.studio.edited(edit):
-            return self._measured(PipelineMethod.OURS, edit=made, seconds=seconds)
-
-    def _measured(
-        self, method: PipelineMethod, *, plan: PipelinePlan | None = None, edit: str | None = None,
-        seconds: float = 0.0) -> PipelineOutcome:  # fmt: skip
-        """Paint by the pipeline as it is now, judge, and record the row and its pictures."""
-        images = self.studio.painted(PIPELINE_LABELS[method])
-        split = len(self.gallery.own)
-        own, rest = images[:split], images[split:]
-        gallery = self.gallery
-        effect = Effect(
-            gallery.recognised(gallery.own, own), gallery.recognised(gallery.rest, rest)
-        )
-        original = (
-            rest if method is PipelineMethod.ORIGINAL else self.pictures(self.original())[split:]
-        )
-        features = gallery.judge.features
-        outcome = PipelineOutcome(
-            method=method,
-            plan=plan,
-            edit=edit,
-            effect=effect,
-            distance=frechet_distance(features(original), features(rest)),
-            seconds=seconds,
-            where=None if method is PipelineMethod.ORIGINAL else self.times.where,
-        )
-        for place, image in enumerate(images):
-            self.store.write_bytes(self._file(outcome, place), image)
-        self._add(outcome)
-        return outcome
-
-    def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
-        """Return a row's pictures as they were kept, the concept's first."""
-        count = len(self.gallery.own) + len(self.gallery.rest)
-        return [self.store.read_bytes(self._file(outcome, place)) for place in range(count)]
-
-    def _file(self, outcome: PipelineOutcome, place: int) -> str:
-        folder = _folder(self.manifest.name, self.options.target)
-        return f"{folder}/{outcome.label.replace(' ', '-')}/{place:04}.png"
-
-    def _known(
-        self, method: PipelineMethod, *, plan: PipelinePlan | None = None, edit: str | None = None
-    ) -> PipelineOutcome | None:
-        for outcome in self.record.outcomes:
-            if (outcome.method, outcome.plan, outcome.edit) == (method, plan, edit):
-                return outcome
-        return None
-
-    def _add(self, outcome: PipelineOutcome) -> None:
-        """Record a row; another of the same label gave its pictures their place before."""
-        others = [known for known in self.record.outcomes if known.label != outcome.label]
-        self.record = replace(self.record, outcomes=(*others, outcome))
-        name = target_edit(self.manifest.name, self.options.target)
-        self.store.write_record(Artifact.TARGET_COMPARISON.path(name), self.record)
+def _title(row: PipelineOutcome) -> str:
+    return LABELS[row.method] + (f" {row.plan.rate:g}" if row.plan else "")

@@ -1,7 +1,7 @@
 """Our own row of a comparison, and how long its passes take."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -35,23 +35,29 @@ from slsgu_cli.store.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-
 ROLES = ("forget", "retain")
 
 
 @dataclass
 class PassTimes:
-    """The times of the passes of one set, measured as they are asked for."""
+    """The times of the passes of one set, measured as they are needed.
+
+    `known` has those measured or remembered so far, by the digest of what the pass gave.
+    """
 
     store: Store
     manifest: SetManifest
-    asked_device: str
+    device_option: str
     known: dict[str, PassTime] = field(default_factory=dict)
+
+    def remember(self, passes: Mapping[str, PassTime]) -> None:
+        """Use times that were recorded before, but for passes that have been measured now."""
+        self.known = {**passes, **self.known}
 
     @cached_property
     def device(self) -> str:
-        """The device of what is measured, once PyTorch has been asked what there is."""
-        return pick_device(self.asked_device)
+        """The device of what is measured, once PyTorch has said what there is."""
+        return pick_device(self.device_option)
 
     @cached_property
     def where(self) -> str:
@@ -62,9 +68,9 @@ class PassTimes:
             return str(torch.cuda.get_device_name(self.device))
         return f"{self.device}, {torch.get_num_threads()} threads"
 
-    def ensure(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
+    def compute(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
         """Compute the gradients or squares that are missing, and note how long it took."""
-        options = PassOptions(device=self.asked_device)
+        options = PassOptions(device=self.device_option)
         if pointer is not None:
             precision = Precision(pointer.precision)
             options = replace(options, batch_size=pointer.batch_size, precision=precision)
@@ -93,16 +99,16 @@ class PassTimes:
         for role in roles:
             key = _pass_key(getattr(pointer, role), squares)
             if key not in self.known:
-                found = self._elsewhere(key)
-                if found is None:
+                time = self._in_other_comparisons(key)
+                if time is None:
                     model = model or load_graded(self.manifest, pointer, self.device)[1]
-                    found = self._measure(model, pointer, role, squares)
-                self.known[key] = found
+                    time = self._measure(model, pointer, role, squares)
+                self.known[key] = time
             total += self.known[key].seconds
         return total
 
-    def _elsewhere(self, key: str) -> PassTime | None:
-        """Return the time that another comparison of the store has for the same pass."""
+    def _in_other_comparisons(self, key: str) -> PassTime | None:
+        """Return the time that another set's comparison has for the same pass."""
         for comparison in Catalog(self.store).readable(Artifact.COMPARISON).values():
             time: PassTime | None = comparison.passes.get(key)
             if time is not None and time.where == self.where:
@@ -115,9 +121,8 @@ class PassTimes:
         from slsgu_cli.method.gradient_pass import GradientPass
         from slsgu_cli.store.blocks import DataBlock
 
-        header = self.store.read_header(
-            Artifact.GRADIENT.path(getattr(pointer, role)), GradientHeader
-        )
+        path = Artifact.GRADIENT.path(getattr(pointer, role))
+        header = self.store.read_header(path, GradientHeader)
         block = DataBlock.open(self.store, getattr(self.manifest, role))
         options = PassOptions(
             batch_size=min(header.batch_size, block.rows),
@@ -133,6 +138,69 @@ class PassTimes:
 
 def _pass_key(digest: str, squares: bool) -> str:
     return f"squares {digest}" if squares else digest
+
+
+@dataclass(frozen=True, slots=True)
+class OurEdit:
+    """The recorded trial that a set's edit is, and the header of the edit.
+
+    `seconds` is what its search took, None where it was there already.
+    """
+
+    trial: Trial
+    header: EditHeader
+    seconds: float | None
+
+    @property
+    def words(self) -> str:
+        """The layer, step and ridge, by which a row names the edit."""
+        ridge = "" if self.trial.ridge is None else f", ridge {self.trial.ridge:g}"
+        return f"{self.trial.layer} at {self.trial.step:.10g}{ridge}"
+
+
+def find_our_edit(
+    store: Store, manifest: SetManifest, pointer: GradientPointer, device: str
+) -> OurEdit:
+    """Return the set's edit, searching for it if there is none.
+
+    Raises StaleError where the edit is not one of the recorded trials.
+    """
+    name = pointer.name
+    missing = not store.exists(Artifact.EDIT.path(name))
+    start = perf_counter()
+    try:
+        edit = ensure_edit(store, name, options=SearchOptions(device=device))
+    except NotForgottenError as error:
+        progress.warn(error.message)
+        edit = load_edit(store, name)
+    seconds = perf_counter() - start
+    trial = _trial(store, manifest, pointer, edit)
+    return OurEdit(trial, edit.header, seconds if missing else None)
+
+
+def our_outcome(store: Store, edit: OurEdit, pointer: GradientPointer, times: PassTimes) -> Outcome:
+    """Return the row of the set's edit.
+
+    The seconds are those of both gradient passes and of the search. A search that was run
+    before is run once more for its time, into a folder that is removed.
+    """
+    seconds = edit.seconds
+    if seconds is None:
+        progress.detail("the search is run once more for its time")
+        seconds = _rehearse(store, edit.header, times.device_option)
+    return Outcome(
+        method=Method.OURS,
+        setting=None,
+        plan=None,
+        edit=edit.words,
+        epoch=None,
+        forget=edit.trial.forget,
+        utility=edit.trial.utility or {},
+        seconds=seconds + times.seconds(pointer, ROLES, squares=False),
+        forget_passes=1.0,
+        retain_passes=1.0,
+        where=times.where,
+    )
 
 
 def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
@@ -152,50 +220,6 @@ def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
     )
 
 
-def our_outcome(
-    store: Store, pointer: GradientPointer, recorded: Sequence[Outcome], times: PassTimes
-) -> Outcome:
-    """Return the row of the set's edit, searching for it if there is none.
-
-    The seconds are those of both gradient passes and of the search. A search that was run
-    before is run once more, into a folder that is removed, unless it was timed before.
-    Raises StaleError where the edit is not one of the recorded trials.
-    """
-    name = pointer.name
-    missing = not store.exists(Artifact.EDIT.path(name))
-    start = perf_counter()
-    try:
-        options = SearchOptions(device=times.asked_device)
-        edit = ensure_edit(store, name, options=options)
-    except NotForgottenError as error:
-        progress.warn(error.message)
-        edit = load_edit(store, name)
-    seconds = perf_counter() - start
-    trial = _trial(store, times.manifest, pointer, edit)
-    ridge = "" if trial.ridge is None else f", ridge {trial.ridge:g}"
-    words = f"{trial.layer} at {trial.step:.10g}{ridge}"
-    known = [outcome for outcome in recorded if outcome.edit == words]
-    if known:
-        return known[-1]
-    if not missing:
-        progress.detail("the search is run once more for its time")
-        seconds = _rehearse(store, edit.header, times.asked_device)
-    seconds += times.seconds(pointer, ROLES, squares=False)
-    return Outcome(
-        method=Method.OURS,
-        setting=None,
-        plan=None,
-        edit=words,
-        epoch=None,
-        forget=trial.forget,
-        utility=trial.utility or {},
-        seconds=seconds,
-        forget_passes=1.0,
-        retain_passes=1.0,
-        where=times.where,
-    )
-
-
 def standing_trials(store: Store, manifest: SetManifest, pointer: GradientPointer) -> Trials | None:
     """Return the trials of a set that were made from what it has now; None without such."""
     path = Artifact.TRIALS.path(manifest.name)
@@ -209,7 +233,7 @@ def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: 
     """Return the recorded trial that the edit is, on the evaluation sets as they are now."""
     trials = standing_trials(store, manifest, pointer)
     for trial in trials.trials if trials else ():
-        if _key(trial) == _key(edit.header) and trial.utility is not None:
+        if _move(trial) == _move(edit.header) and trial.utility is not None:
             return trial
     name = manifest.name
     raise StaleError(
@@ -218,8 +242,8 @@ def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: 
     )
 
 
-def _key(found: Trial | EditHeader) -> tuple[str, float | None, float]:
-    return found.layer, found.ridge, found.step
+def _move(of: Trial | EditHeader) -> tuple[str, float | None, float]:
+    return of.layer, of.ridge, of.step
 
 
 def _rehearse(store: Store, header: EditHeader, device: str) -> float:

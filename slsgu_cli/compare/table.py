@@ -15,6 +15,7 @@ LABELS = {
     Method.SALUN: "SalUn",
     Method.SSD: "SSD",
     Method.OURS: "Ours",
+    Method.ESD: "ESD-x",
 }
 
 
@@ -53,48 +54,37 @@ def mean_rows(
 
     Raises UsageError where the concepts have no evaluation set in common.
     """
-    every = [{(o.method, o.setting): o for o in outcomes} for outcomes in concepts.values()]
-    sets = set.intersection(*(set(o.utility) for found in every for o in found.values()))
+    by_key = [{(o.method, o.setting): o for o in outcomes} for outcomes in concepts.values()]
+    sets = set.intersection(*(set(o.utility) for each in by_key for o in each.values()))
     if not sets:
         raise UsageError(
             f"{', '.join(concepts)} have no evaluation set in common",
             hint="build them with the same --eval names",
         )
     rows = []
-    for key in every[0]:
-        if all(key in found for found in every):
-            own = [found[key] for found in every]
-            marked = chosen is not None and chosen.get(key[0]) == key[1]
-            rows.append(_row(own, sorted(sets), chosen=marked))
+    for method, setting in by_key[0]:
+        outcomes = [each[method, setting] for each in by_key if (method, setting) in each]
+        if len(outcomes) == len(by_key):
+            marked = chosen is not None and chosen.get(method) == setting
+            rows.append(_row(outcomes, sorted(sets), chosen=marked))
     return rows
 
 
-def better(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the baselines that beat ours: no worse on FA@1 and mean TA@1, better on one."""
-    found = []
-    for ours in (row for row in rows if row.method is Method.OURS):
-        for row in rows:
-            gains = (ours.forget.top1 - row.forget.top1, row.kept - ours.kept)
-            if row.method is not Method.OURS and min(gains) >= 0 and max(gains) > 0:
-                found.append(row)
-    return found
-
-
-def _row(own: Sequence[Outcome], sets: Sequence[str], *, chosen: bool) -> TableRow:
+def _row(outcomes: Sequence[Outcome], sets: Sequence[str], *, chosen: bool) -> TableRow:
     def mean(value: Callable[[Outcome], float]) -> float:
-        return sum(map(value, own)) / len(own)
+        return sum(map(value, outcomes)) / len(outcomes)
 
-    first = own[0]
+    first = outcomes[0]
     return TableRow(
         method=first.method,
         setting=first.setting,
         epoch=None if first.epoch is None else mean(lambda o: o.epoch or 0),
-        forget=_mean([o.forget for o in own]),
-        utility={name: _mean([o.utility[name] for o in own]) for name in sets},
+        forget=_mean([o.forget for o in outcomes]),
+        utility={name: _mean([o.utility[name] for o in outcomes]) for name in sets},
         seconds=mean(lambda o: o.seconds),
         forget_passes=mean(lambda o: o.forget_passes),
         retain_passes=mean(lambda o: o.retain_passes),
-        concepts=len(own),
+        concepts=len(outcomes),
         chosen=chosen,
     )
 
@@ -107,21 +97,21 @@ def _mean(figures: Sequence[Accuracy]) -> Accuracy:
     )
 
 
+def better(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the baselines that beat ours: no worse on FA@1 and mean TA@1, better on one."""
+    beating = []
+    for ours in (row for row in rows if row.method is Method.OURS):
+        for row in rows:
+            gains = (ours.forget.top1 - row.forget.top1, row.kept - ours.kept)
+            if row.method is not Method.OURS and min(gains) >= 0 and max(gains) > 0:
+                beating.append(row)
+    return beating
+
+
 DECADES = (1e-6, 1e-5, 1e-4)
 
 # SSD has no learning rate: its alpha decides how many weights are dampened.
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
-
-
-def trade_off(outcome: Outcome) -> float:
-    """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1)."""
-    kept = [found.top1 for found in outcome.utility.values()]
-    return (100 - outcome.forget.top1 + sum(kept) / len(kept)) / 2
-
-
-def best(outcomes: list[Outcome]) -> Outcome:
-    """Return the outcome of the best trade-off; of equals the one with the least setting."""
-    return min(outcomes, key=lambda o: (-trade_off(o), o.setting or 0.0))
 
 
 def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list[Outcome]]:
@@ -136,6 +126,17 @@ def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list
     middle = best(tried).setting or 0.0
     tried += [run(rate) for rate in (_rounded(middle / 10**0.5), _rounded(middle * 10**0.5))]
     return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
+
+
+def best(outcomes: list[Outcome]) -> Outcome:
+    """Return the outcome of the best trade-off; of equals the one with the least setting."""
+    return min(outcomes, key=lambda o: (-trade_off(o), o.setting or 0.0))
+
+
+def trade_off(outcome: Outcome) -> float:
+    """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1)."""
+    kept = [found.top1 for found in outcome.utility.values()]
+    return (100 - outcome.forget.top1 + sum(kept) / len(kept)) / 2
 
 
 def _rounded(rate: float) -> float:

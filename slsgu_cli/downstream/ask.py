@@ -1,6 +1,5 @@
 """What `slsgu ask` does: answers of a vision-language model before and after an edit."""
 
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.downstream.judge import png_bytes
 from slsgu_cli.downstream.models import Llava, Question, new_values
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.figures.sheets import answers_png, data_url, page
+from slsgu_cli.figures.sheets import AnsweredImage, answers_html, answers_png
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import Answer, Answers
 from slsgu_cli.sources.classes import find_class
@@ -143,19 +142,14 @@ def _write(album: OutputFolder, record: Answers, pictures: Sequence[AskedImage],
     """Write the picture and the page of answers, and last the record."""
     title = f"Forgetting {record.concept}: {Path(record.target).name}"
     groups = [
-        (png_bytes(picture.image), picture.forgotten, record.answers[at * each : (at + 1) * each])
-        for at, picture in enumerate(pictures)
+        AnsweredImage(
+            png_bytes(picture.image),
+            picture.forgotten,
+            record.answers[place * each : (place + 1) * each],
+        )
+        for place, picture in enumerate(pictures)
     ]
     album.begin()
     album.write("answers.png", answers_png(title, groups))
-    rows = "".join(
-        f'<tr><td><img alt="{html.escape(answer.image, quote=True)}" src="{data_url(image)}"></td>'
-        f"<td>{html.escape(answer.question)}</td><td>{html.escape(answer.before)}</td>"
-        f"<td>{html.escape(answer.after)}</td></tr>\n"
-        for image, _, answers in groups
-        for answer in answers
-    )
-    head = "<tr><th>image</th><th>question</th><th>original</th><th>unlearned</th></tr>\n"
-    body = f"<h1>{html.escape(title)}</h1>\n<table>{head}{rows}</table>"
-    album.write("answers.html", page(title, body).encode())
+    album.write("answers.html", answers_html(title, groups).encode())
     album.finish(record)

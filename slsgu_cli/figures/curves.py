@@ -287,15 +287,15 @@ PANELS = {
 }
 
 
-def relearning_plot(subjects: Sequence[VerifiedModel], *, concept: str) -> bytes:
+def relearning_plot(models: Sequence[VerifiedModel], *, concept: str) -> bytes:
     """Draw FA@1 against training steps, a line a model; the original stands first."""
-    ran = {finding.check for subject in subjects for finding in subject.findings}
+    ran = {finding.check for model in models for finding in model.findings}
     panels = [check for check in PANELS if check in ran]
     figure = blank(5.2 * len(panels), 4.4, layout="constrained")
     for place, check in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
         dress(axes)
-        _draw(axes, subjects, check)
+        _draw(axes, models, check)
         axes.set_title(PANELS[check], loc="left", **TITLE)
         axes.set_xlabel("training steps", color=INK)
         axes.set_ylim(-2, 103)
@@ -307,10 +307,10 @@ def relearning_plot(subjects: Sequence[VerifiedModel], *, concept: str) -> bytes
     return png(figure)
 
 
-def _draw(axes: Axes, subjects: Sequence[VerifiedModel], check: Check) -> None:
+def _draw(axes: Axes, models: Sequence[VerifiedModel], check: Check) -> None:
     """Draw every curve of a check: the original's dashed, a new name's in grey."""
-    for place, subject in enumerate(subjects):
-        finding = subject.finding(check)
+    for place, model in enumerate(models):
+        finding = model.finding(check)
         for curve in finding.curves if finding else ():
             new = curve.name == NEW
             axes.plot(
@@ -321,5 +321,5 @@ def _draw(axes: Axes, subjects: Sequence[VerifiedModel], check: Check) -> None:
                 linewidth=2,
                 markersize=5,
                 clip_on=False,
-                label=plain(f"{subject.label}, a new name" if new else subject.label, 40),
+                label=plain(f"{model.label}, a new name" if new else model.label, 40),
             )

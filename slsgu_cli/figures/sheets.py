@@ -1,18 +1,21 @@
-"""Contact sheets as PNG and HTML."""
+"""Contact sheets: generated images, answers and the rows of a set, as PNG and HTML."""
 
-import base64
-import html
 import io
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from slsgu_cli.figures.curves import FAINT, INK, MUTED, PALE, VERMILION, blank, plain, png
+from slsgu_cli.figures.curves import FAINT, INK, MUTED, PALE, VERMILION
+from slsgu_cli.figures.html import Html, element, image_html, paragraph
 from slsgu_cli.records.targets import Answer
+
+Images = npt.NDArray[np.uint8]
 
 SIDE = 96
 GAP, EDGE, LABEL, HEAD = 6, 18, 92, 34
@@ -58,86 +61,133 @@ def sheet_png(title: str, strips: Sequence[Strip]) -> bytes:
     top = EDGE + 30
     for strip, height in zip(strips, heights, strict=True):
         colour = VERMILION if strip.forgotten else INK
-        draw.text((EDGE, top + 8), fitted(strip.title, 60), fill=colour, font=_font(15))
+        draw.text((EDGE, top + 8), fitted(strip.title, 60), fill=colour, font=_font(14))
         for number, (label, tiles) in enumerate(strip.rows.items()):
             y = top + HEAD + number * row
-            draw.text((EDGE, y + SIDE // 2 - 8), label, fill=MUTED, font=_font(14))
+            draw.text((EDGE, y + SIDE // 2 - 8), label, fill=MUTED, font=_font(12))
             for place, tile in enumerate(tiles):
                 _paste(sheet, draw, tile, EDGE + LABEL + place * (SIDE + GAP), y)
         top += height
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return _png(sheet)
 
 
-def sheet_html(title: str, notes: Sequence[str], strips: Sequence[Strip], table: str = "") -> str:
+def sheet_html(title: str, notes: Sequence[str], strips: Sequence[Strip]) -> str:
     """Return the same as one HTML page that holds its images and needs nothing else."""
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
-    parts.append(table)
+    parts: list[Html] = [paragraph(note) for note in notes]
     for strip in strips:
-        kind = ' class="forgotten"' if strip.forgotten else ""
-        parts.append(f"<h2{kind}>{html.escape(strip.title)}</h2>")
+        parts.append(element("h2", strip.title, class_="forgotten" if strip.forgotten else None))
         for label, tiles in strip.rows.items():
-            images = "".join(_figure(tile, f"{strip.title}, {label}") for tile in tiles)
-            parts.append(f'<div class="row"><b>{html.escape(label)}</b>{images}</div>')
-    return page(title, "\n".join(parts))
+            images = [_tile_html(tile, f"{strip.title}, {label}") for tile in tiles]
+            parts.append(element("div", element("b", label), *images, class_="row"))
+    return _page(title, parts)
 
 
-def answers_png(title: str, groups: Sequence[tuple[bytes, bool, Sequence[Answer]]]) -> bytes:
-    """Return a picture of answers: an image, and beside it each question and both answers.
+@dataclass(frozen=True, slots=True)
+class AnsweredImage:
+    """An image as PNG, whether it shows what is forgotten, and the answers about it."""
 
-    A group is an image as PNG, whether it shows what is forgotten, and its answers.
-    """
+    image: bytes
+    forgotten: bool
+    answers: Sequence[Answer]
+
+
+def answers_png(title: str, groups: Sequence[AnsweredImage]) -> bytes:
+    """Return a picture of answers: an image, and beside it each question and both answers."""
     line, least = 22, SIDE + 2 * GAP
-    heights = [max(least, 3 * line * len(answers) + GAP) for _, _, answers in groups]
+    heights = [max(least, 3 * line * len(group.answers) + GAP) for group in groups]
     sheet = Image.new("RGB", (760, 2 * EDGE + 30 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((EDGE, EDGE), title, fill=INK, font=_font(19))
     top = EDGE + 34
-    for (image, forgotten, answers), height in zip(groups, heights, strict=True):
-        _paste(sheet, draw, Tile(image), EDGE, top)
-        for number, answer in enumerate(answers):
+    for group, height in zip(groups, heights, strict=True):
+        _paste(sheet, draw, Tile(group.image), EDGE, top)
+        for number, answer in enumerate(group.answers):
             y, left = top + number * 3 * line, EDGE + SIDE + 3 * GAP
             draw.text((left, y), fitted(answer.question, 80), fill=MUTED, font=_font(13))
-            colour = VERMILION if forgotten else INK
+            colour = VERMILION if group.forgotten else INK
             for place, (label, text) in enumerate(
                 (("original", answer.before), ("unlearned", answer.after)), start=1
             ):
-                draw.text((left, y + place * line), label, fill=MUTED, font=_font(14))
+                draw.text((left, y + place * line), label, fill=MUTED, font=_font(13))
                 draw.text(
-                    (left + 84, y + place * line), fitted(text, 64), fill=colour, font=_font(14)
+                    (left + 84, y + place * line), fitted(text, 64), fill=colour, font=_font(13)
                 )
         top += height
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return _png(sheet)
 
 
-def page(title: str, body: str) -> str:
-    """Return a whole HTML page."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+def answers_html(title: str, groups: Sequence[AnsweredImage]) -> str:
+    """Return the same as one HTML page, a row for each question."""
+    heads = ("image", "question", "original", "unlearned")
+    rows = [
+        element("tr", *(element("td", cell) for cell in cells))
+        for group in groups
+        for answer in group.answers
+        for cells in [
+            (
+                image_html(group.image, alt=answer.image),
+                answer.question,
+                answer.before,
+                answer.after,
+            )
+        ]
+    ]
+    head = element("tr", *(element("th", text) for text in heads))
+    return _page(title, [element("table", head, *rows)])
+
+
+def _page(title: str, parts: Sequence[Html]) -> str:
+    """Return a whole HTML page under a heading."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width,initial-scale=1"),
+        element("title", title),
+        element("style", Html(STYLE)),
     )
+    body = element("body", element("h1", title), *parts)
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def data_url(image: bytes) -> str:
-    """Return PNG bytes as a URL that holds them."""
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+def _tile_html(tile: Tile, about: str) -> Html:
+    caption = element("figcaption", tile.verdict) if tile.verdict else None
+    return element("figure", image_html(tile.image, alt=about), caption)
+
+
+# Of the sheet of a set's rows: images a row, their side, and the height of two lines under them.
+COLUMNS, SHOWN_SIDE, LINES, LETTERS = 8, 160, 48, 22
+
+
+def contact_sheet(images: Images, labels: Sequence[tuple[str, str]], *, title: str) -> bytes:
+    """Draw images, uint8 (N, H, W, 3), each above its (key, caption). Return PNG bytes."""
+    columns = min(COLUMNS, max(len(images), 4))
+    across, down = SHOWN_SIDE + EDGE, SHOWN_SIDE + LINES + EDGE
+    top = EDGE + HEAD + 2 * GAP
+    height = top + -(-len(images) // columns) * down
+    sheet = Image.new("RGB", (columns * across + EDGE, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((EDGE, EDGE), fitted(title, 80), fill=INK, font=_font(22, bold=True))
+    for index, (image, (key, caption)) in enumerate(zip(images, labels, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = EDGE + column * across, top + row * down
+        sheet.paste(_square(image), (x, y))
+        # Keys of one source begin alike: the end of a long one tells it apart.
+        end = key if len(key) <= LETTERS else f"…{key[1 - LETTERS :]}"
+        draw.text((x, y + SHOWN_SIDE + 6), fitted(end, LETTERS), fill=MUTED, font=_font(12))
+        draw.text((x, y + SHOWN_SIDE + 25), fitted(caption, LETTERS), fill=INK, font=_font(12))
+    return _png(sheet)
+
+
+def _square(image: Images) -> Image.Image:
+    small = Image.fromarray(image)
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return small.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.NEAREST)
 
 
 def fitted(text: str, limit: int) -> str:
     """Return a text on one line, cut to `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-def _figure(tile: Tile, about: str) -> str:
-    caption = f"<figcaption>{html.escape(tile.verdict)}</figcaption>" if tile.verdict else ""
-    alt = html.escape(about, quote=True)
-    return f'<figure><img alt="{alt}" src="{data_url(tile.image)}">{caption}</figure>'
 
 
 def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
@@ -148,62 +198,17 @@ def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y:
     draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline=PALE)
     if tile.verdict:
         text = fitted(tile.verdict, 15)
-        draw.text((x + SIDE // 2, y + SIDE + 9), text, fill=MUTED, font=_font(11), anchor="mm")
+        draw.text((x + SIDE // 2, y + SIDE + 9), text, fill=MUTED, font=_font(9), anchor="mm")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _png(sheet: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
-Images = npt.NDArray[np.uint8]
-COLUMNS = 8
-IMAGE_INCH, GAP_INCH, TEXT_INCH = 1.0, 0.12, 0.34
-HEAD_INCH = 0.42
-LETTERS = 22
-
-
-def contact_sheet(images: Images, labels: Sequence[tuple[str, str]], *, title: str) -> bytes:
-    """Draw images, uint8 (N, H, W, 3), each above its (key, caption). Return PNG bytes."""
-    columns = min(COLUMNS, max(len(images), 4))
-    rows = -(-len(images) // columns)
-    width = columns * (IMAGE_INCH + GAP_INCH) + GAP_INCH
-    height = HEAD_INCH + rows * (IMAGE_INCH + TEXT_INCH + GAP_INCH)
-    figure = blank(width, height)
-    figure.text(
-        GAP_INCH / width,
-        1 - HEAD_INCH / 2 / height,
-        plain(title),
-        color=INK,
-        fontsize=11,
-        fontweight="bold",
-        va="center",
-    )
-    for index, (image, (key, caption)) in enumerate(zip(images, labels, strict=True)):
-        row, column = divmod(index, columns)
-        left = GAP_INCH + column * (IMAGE_INCH + GAP_INCH)
-        bottom = height - HEAD_INCH - row * (IMAGE_INCH + TEXT_INCH + GAP_INCH) - IMAGE_INCH
-        axes = figure.add_axes(
-            (left / width, bottom / height, IMAGE_INCH / width, IMAGE_INCH / height)
-        )
-        axes.imshow(_thumbnail(image), interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        for line, (text, colour) in enumerate(((key, MUTED), (caption, INK))):
-            place = (bottom - 0.06 - 0.12 * line) / height
-            label = plain(_end(text) if line == 0 else text, LETTERS)
-            figure.text(left / width, place, label, color=colour, fontsize=5.6, va="top")
-    with warnings.catch_warnings():
-        # A letter that the font lacks is drawn as a box; the captions are printed as well.
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
-        return png(figure)
-
-
-def _end(key: str) -> str:
-    """Return the end of a long key: keys of one source begin alike."""
-    return key if len(key) <= LETTERS else f"…{key[1 - LETTERS :]}"
-
-
-def _thumbnail(image: Images) -> Images:
-    side = round(IMAGE_INCH * 160)
-    small = Image.fromarray(image)
-    small.thumbnail((side, side))
-    return np.asarray(small)
+@cache
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return matplotlib's font: prompts and captions are of more scripts than Pillow's has."""
+    name = "DejaVuSans-Bold" if bold else "DejaVuSans"
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)

@@ -1,5 +1,6 @@
 """What is recorded of several concepts, of verification and of comparisons."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -242,7 +243,19 @@ class VerifiedModel:
 
     def finding(self, check: Check) -> Finding | None:
         """Return what a check found, None where it was not run."""
-        return next((found for found in self.findings if found.check is check), None)
+        return next((finding for finding in self.findings if finding.check is check), None)
+
+    def with_finding(self, finding: Finding) -> "VerifiedModel":
+        """Return the model with a finding in the place of the check's last one."""
+        others = [other for other in self.findings if other.check is not finding.check]
+        order = list(Check)
+        findings = sorted([*others, finding], key=lambda finding: order.index(finding.check))
+        return replace(self, findings=tuple(findings))
+
+    def of_checks(self, checks: Collection[Check]) -> "VerifiedModel":
+        """Return the model with the findings of some checks only."""
+        findings = tuple(finding for finding in self.findings if finding.check in checks)
+        return replace(self, findings=findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +268,14 @@ class Verification:
     subjects: tuple[VerifiedModel, ...]
     version: str
 
-    def subject(self, key: str) -> VerifiedModel | None:
-        """Return the subject of that key, None where it was not verified."""
-        return next((subject for subject in self.subjects if subject.key == key), None)
+    def findings_of(self, key: str) -> tuple[Finding, ...]:
+        """Return what was found on the model of that key, nothing where it was not verified."""
+        return next((model.findings for model in self.subjects if model.key == key), ())
+
+    def with_model(self, model: VerifiedModel) -> "Verification":
+        """Return the record with a model in the place of the one of its key, or as the last."""
+        models = {known.key: known for known in self.subjects} | {model.key: model}
+        return replace(self, subjects=tuple(models.values()))
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -266,7 +284,7 @@ class Verification:
 
 
 class Method(StrEnum):
-    """The rows of the paper's Table 1, in its order."""
+    """What is compared: the model as it is, other methods of unlearning, and our edit."""
 
     ORIGINAL = "original"
     FT = "ft"
@@ -275,7 +293,20 @@ class Method(StrEnum):
     SALUN = "salun"
     SSD = "ssd"
     OURS = "ours"
+    ESD = "esd"
 
+
+# The rows of a comparison, in order: of CLIP (the paper's Table 1), of a diffusion pipeline.
+CLIP_METHODS = (
+    Method.ORIGINAL,
+    Method.FT,
+    Method.GA,
+    Method.GAFT,
+    Method.SALUN,
+    Method.SSD,
+    Method.OURS,
+)
+PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
 
 TRAINED = (Method.FT, Method.GA, Method.GAFT, Method.SALUN)
 UNRETAINED = (Method.GA, Method.SSD)
@@ -293,6 +324,29 @@ class Plan:
     def of(self, method: Method) -> "Plan":
         """Return the plan as far as it matters to a method."""
         return replace(self, retain_rows=0) if method in UNRETAINED else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePlan:
+    """How a method trains: updates, learning rate, denoising steps of its samples, seed."""
+
+    iterations: int = 1000
+    rate: float = 1e-5
+    steps: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSetting:
+    """A method at a setting and how it runs, or our edit: what is not run twice.
+
+    `setting` is the learning rate, of SSD its alpha; original and ours have none.
+    """
+
+    method: Method
+    setting: float | None = None
+    plan: Plan | PipelinePlan | None = None
+    edit: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +369,16 @@ class Outcome:
     forget_passes: float
     retain_passes: float
     where: str | None
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+        return MethodSetting(self.method, self.setting, self.plan, self.edit)
+
+    @property
+    def place(self) -> MethodSetting:
+        """The place in the record, which our newer edit takes from an older one."""
+        return replace(self.made_by, edit=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,28 +412,6 @@ class Comparison:
         return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
 
 
-class PipelineMethod(StrEnum):
-    """The rows of a comparison, in order."""
-
-    ORIGINAL = "original"
-    ESD = "esd"
-    SALUN = "salun"
-    OURS = "ours"
-
-
-PIPELINE_TRAINED = (PipelineMethod.ESD, PipelineMethod.SALUN)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelinePlan:
-    """How a method trains: updates, learning rate, denoising steps of its samples, seed."""
-
-    iterations: int = 1000
-    rate: float = 1e-5
-    steps: int = 20
-    seed: int = 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineOutcome:
     """One row: a method, what its pictures show, and how long it took.
@@ -378,7 +420,7 @@ class PipelineOutcome:
     the features of its pictures of other classes and of the original's.
     """
 
-    method: PipelineMethod
+    method: Method
     plan: PipelinePlan | None
     edit: str | None
     effect: Effect
@@ -390,6 +432,17 @@ class PipelineOutcome:
     def label(self) -> str:
         """The method and its learning rate, as the row and its folder are called."""
         return self.method if self.plan is None else f"{self.method} {self.plan.rate:g}"
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+        rate = None if self.plan is None else self.plan.rate
+        return MethodSetting(self.method, rate, self.plan, self.edit)
+
+    @property
+    def place(self) -> str:
+        """The place in the record: where the pictures lie, whatever the plan."""
+        return self.label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.figures.html import Html, element, joined
 from slsgu_cli.records.method import LayerScore, Tower, Trials
-from slsgu_cli.report.html import Html, element, joined
 
 WIDTH, HEIGHT = 480, 330
 LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 50
@@ -68,8 +68,10 @@ def y_scale(kind: Callable[..., Scale], *arguments: float | Sequence[float]) -> 
     return kind(*arguments, start=HEIGHT - BOTTOM, end=TOP)
 
 
-def chart(x: Scale, y: Scale, marks: Sequence[Html], *, names: tuple[str, str], told: str) -> Html:
-    """Return an SVG with axes called `names`; `told` says in words what it shows."""
+def chart(
+    x: Scale, y: Scale, marks: Sequence[Html], *, names: tuple[str, str], description: str
+) -> Html:
+    """Return an SVG with axes called `names`; `description` says in words what it shows."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = []
     for value, label in x.ticks:
@@ -93,7 +95,9 @@ def chart(x: Scale, y: Scale, marks: Sequence[Html], *, names: tuple[str, str], 
     turned = f"translate(13 {(TOP + bottom) / 2:g}) rotate(-90)"
     parts.append(element("text", names[1], transform=turned, text_anchor="middle", class_="name"))
     box = f"0 0 {WIDTH} {HEIGHT}"
-    return element("svg", joined(parts), joined(marks), viewBox=box, role="img", aria_label=told)
+    return element(
+        "svg", joined(parts), joined(marks), viewBox=box, role="img", aria_label=description
+    )
 
 
 def coordinate(value: float) -> str:
@@ -112,26 +116,28 @@ class Series:
 
 def front_chart(scores: Sequence[LayerScore], tower: Tower) -> Html:
     """Draw importance against alignment; the front is numbered, every point tells its layer."""
-    own = [score for score in scores if score.tower is tower]
-    signed = any(score.alignment < 0 for score in own)
-    alignments = [score.alignment for score in own]
+    layers = [score for score in scores if score.tower is tower]
+    signed = any(score.alignment < 0 for score in layers)
+    alignments = [score.alignment for score in layers]
     if signed:
         most = 1.1 * max(map(abs, alignments))
         x = x_scale(linear, -most, most)
     else:
         x = x_scale(logarithmic, alignments)
-    y = y_scale(logarithmic, [score.importance for score in own])
-    numbers = {s.layer: n for n, s in enumerate((s for s in own if s.front), start=1)}
+    y = y_scale(logarithmic, [score.importance for score in layers])
+    numbers = {s.layer: n for n, s in enumerate((s for s in layers if s.front), start=1)}
     marks = [
         _point(score, x.place(score.alignment), y.place(score.importance), numbers.get(score.layer))
-        for score in sorted(own, key=lambda score: score.front)
+        for score in sorted(layers, key=lambda score: score.front)
     ]
-    told = (
-        f"Importance against alignment of the {len(own)} layers of the {tower} tower. "
+    description = (
+        f"Importance against alignment of the {len(layers)} layers of the {tower} tower. "
         f"On the Pareto front, as in the table: "
         + ", ".join(f"{number} {known_as(layer)}" for layer, number in numbers.items())
     )
-    return chart(x, y, marks, names=("alignment (less is better)", "importance"), told=told)
+    return chart(
+        x, y, marks, names=("alignment (less is better)", "importance"), description=description
+    )
 
 
 def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
@@ -161,38 +167,38 @@ def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
 
 def step_series(trials: Trials, layer: str, ridge: float | None) -> list[Series]:
     """Return the accuracies of a layer's trials with a ridge, from the original model on."""
-    own = [trial for trial in trials.trials if (trial.layer, trial.ridge) == (layer, ridge)]
-    tried = sorted(own, key=lambda trial: trial.step)
+    of_layer = [t for t in trials.trials if (t.layer, t.ridge) == (layer, ridge)]
+    steps = sorted(of_layer, key=lambda trial: trial.step)
     series = []
     for k, attribute, style in ((1, "top1", "fa1"), (5, "top5", "fa5")):
         start = (0.0, getattr(trials.baseline_forget, attribute))
-        rest = ((trial.share, getattr(trial.forget, attribute)) for trial in tried)
+        rest = ((trial.share, getattr(trial.forget, attribute)) for trial in steps)
         series.append(Series(f"FA@{k}", (start, *rest), style))
     for index, (name, base) in enumerate(sorted(trials.baseline_utility.items())):
-        points = [(t.share, t.utility[name].top1) for t in tried if t.utility and name in t.utility]
+        points = [(t.share, t.utility[name].top1) for t in steps if t.utility and name in t.utility]
         style = f"ta{index % 3}"
         series.append(Series(f"TA@1 {name}", ((0.0, base.top1), *points), style))
     return series
 
 
-def step_chart(series: Sequence[Series], *, chosen: float | None, told: str) -> Html:
+def step_chart(series: Sequence[Series], *, chosen: float | None, description: str) -> Html:
     """Draw accuracies against the size of the step in percent of the layer's norm."""
     scaled = [
         Series(one.label, tuple((100 * share, value) for share, value in one.points), one.style)
         for one in series
     ]
     mark = None if chosen is None else 100 * chosen
-    return line_chart(scaled, "step, % of the layer's norm", chosen=mark, told=told)
+    return line_chart(scaled, "step, % of the layer's norm", chosen=mark, description=description)
 
 
 def line_chart(
-    series: Sequence[Series], along: str, *, told: str, chosen: float | None = None
+    series: Sequence[Series], along: str, *, description: str, chosen: float | None = None
 ) -> Html:
     """Draw accuracies in percent along an axis called `along`, with a line at `chosen`."""
-    met = sorted({x for one in series for x, _ in one.points})
+    values = sorted({x for one in series for x, _ in one.points})
     # A search that only doubled spans three decades, one that bisected less than one.
-    wide = len(met) > 1 and met[-1] > 40 * met[1]
-    x = x_scale(logarithmic, met) if wide else x_scale(linear, 0.0, 1.04 * met[-1] or 1.0)
+    wide = len(values) > 1 and values[-1] > 40 * values[1]
+    x = x_scale(logarithmic, values) if wide else x_scale(linear, 0.0, 1.04 * values[-1] or 1.0)
     y = y_scale(linear, 0.0, 100.0)
     marks = []
     if chosen is not None:
@@ -200,14 +206,14 @@ def line_chart(
         marks.append(element("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="chosen"))
     # The first series is drawn last, above the rest.
     for one in reversed(series):
-        places = [(x.place(met_at), y.place(value)) for met_at, value in one.points]
+        places = [(x.place(step), y.place(value)) for step, value in one.points]
         path = "M" + "L".join(f"{coordinate(a)} {coordinate(b)}" for a, b in places)
         marks.append(element("path", d=path, class_=f"line {one.style}"))
-        for (a, b), (met_at, value) in zip(places, one.points, strict=True):
-            title = element("title", f"{one.label} {value:.2f}% at {met_at:.3g}")
+        for (a, b), (step, value) in zip(places, one.points, strict=True):
+            title = element("title", f"{one.label} {value:.2f}% at {step:.3g}")
             spot = {"cx": coordinate(a), "cy": coordinate(b)}
             marks.append(element("circle", title, **spot, r=3.4, class_=f"dot {one.style}"))
-    return chart(x, y, marks, names=(along, "accuracy, %"), told=told)
+    return chart(x, y, marks, names=(along, "accuracy, %"), description=description)
 
 
 def legend(series: Sequence[Series]) -> Html:

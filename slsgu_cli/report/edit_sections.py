@@ -4,23 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.method.scoring import best_of_each
-from slsgu_cli.records.method import (
-    Alignment,
-    EditHeader,
-    GradientHeader,
-    GradientPointer,
-    LayerScore,
-    Ranking,
-    Steer,
-    Tower,
-    Trial,
-    Trials,
-)
-from slsgu_cli.records.sets import DataRef, SetManifest
-from slsgu_cli.report.charts import front_chart, legend, step_chart, step_series
-from slsgu_cli.report.dossier import EditFacts, Section, SetRecords, commands, section
-from slsgu_cli.report.html import (
+from slsgu_cli.figures.html import (
     Child,
     Head,
     Html,
@@ -37,20 +21,27 @@ from slsgu_cli.report.html import (
     table,
     terms,
 )
+from slsgu_cli.method.scoring import best_of_each
+from slsgu_cli.records.method import (
+    Alignment,
+    EditHeader,
+    GradientHeader,
+    GradientPointer,
+    LayerScore,
+    Ranking,
+    Steer,
+    Tower,
+    Trial,
+    Trials,
+)
+from slsgu_cli.records.sets import DataRef, SetManifest
+from slsgu_cli.report.charts import front_chart, legend, step_chart, step_series
+from slsgu_cli.report.gather import EditFacts, Section, SetRecords, commands, section
 
 
-def request_section(dossier: SetRecords) -> Section:
+def request(records: SetRecords) -> Section:
     """Tell which captions made the forget set, and where every row came from."""
-    return section("What was asked", dossier.manifest, _request)
-
-
-def fingerprints_section(dossier: SetRecords) -> Section:
-    """Tell which model and rows the gradients are of, by their fingerprints."""
-    return section(
-        "Model and gradients",
-        dossier.pointer,
-        lambda pointer: _fingerprints(pointer, dossier.gradients),
-    )
+    return section("What was asked", records.manifest, _request)
 
 
 def _request(manifest: SetManifest) -> Html:
@@ -59,7 +50,7 @@ def _request(manifest: SetManifest) -> Html:
         if manifest.forget_eval
         else "the forget set's own rows, which the gradient saw: not a held-out figure"
     )
-    told = terms(
+    overview = terms(
         {
             "Concept": manifest.concept,
             "Captions with": lines([code(pattern) for pattern in manifest.patterns]),
@@ -87,7 +78,7 @@ def _request(manifest: SetManifest) -> Html:
         [(role, code(ref.fingerprint)) for role, ref in parts],
         caption="Fingerprints of the rows: pixels, tokens, labels, names and prompts",
     )
-    return joined((told, table(heads, rows, caption="Rows and their sources"), digests))
+    return joined((overview, table(heads, rows, caption="Rows and their sources"), digests))
 
 
 def _left_out(ref: DataRef) -> Html | None:
@@ -97,56 +88,18 @@ def _left_out(ref: DataRef) -> Html | None:
     return lines([f"{count(rows)} {reason}" for reason, rows in ordered])
 
 
-def _fingerprints(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> Html:
-    told = terms(
-        {
-            "Model": code(str(pointer.model)),
-            "Fingerprint": code(pointer.model_fingerprint),
-            "Mini-batches of": f"{pointer.batch_size} pairs",
-            "Arithmetic": f"{pointer.precision}, sums in fp32",
-        }
-    )
-    rows = [
-        (
-            role,
-            header.loss,
-            number(header.mean_loss),
-            count(header.rows),
-            count(header.batches),
-            code(getattr(pointer, role)),
-        )
-        for role, header in headers.items()
-    ]
-    heads = (Head("gradient of", False), Head("loss", False), Head("mean loss"), Head("pairs"),
-             Head("mini-batches"), Head("name in the store", False))  # fmt: skip
-    note = element(
-        "p",
-        "The fingerprint covers every weight and the architecture; the same weights in another "
-        "container have the same one.",
-        class_="quiet",
-    )
-    return joined((told, table(heads, rows, caption="The two gradients"), note))
-
-
 WHITENED = (
     "Both are taken of the gradient whitened by the layer's inputs on the retain set, with a "
     "ridge of {ridge:g}, and measured by what a change does to those inputs. "
 )
 
 
-def front(dossier: SetRecords) -> Section:
+def front(records: SetRecords) -> Section:
     """Show importance against alignment, and the layers on the Pareto fronts."""
     return section(
         "Where the concept lies",
-        dossier.ranking,
-        lambda record: _front(record, dossier.edit.record),
-    )
-
-
-def search(dossier: SetRecords) -> Section:
-    """Show forgetting and keeping against the step, for every layer that was tried."""
-    return section(
-        "Search for the step", dossier.trials, lambda record: _search(record, dossier.edit.record)
+        records.ranking,
+        lambda record: _front(record, records.edit.record),
     )
 
 
@@ -167,8 +120,8 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
     rows: list[tuple[Child, ...]] = []
     marked: list[int] = []
     for tower in towers:
-        own = [score for score in ranking.scores if score.tower is tower and score.front]
-        for place, score in enumerate(own, start=1):
+        on_front = [score for score in ranking.scores if score.tower is tower and score.front]
+        for place, score in enumerate(on_front, start=1):
             if edit is not None and score.layer == edit.layer:
                 marked.append(len(rows))
             rows.append((str(tower), str(place), *_figures(score)))
@@ -187,6 +140,13 @@ _HEADS = (Head("layer", False), Head("importance"), Head("alignment"), Head("sha
 def _figures(score: LayerScore) -> tuple[Child, ...]:
     shape = " × ".join(map(str, score.shape))
     return (code(known_as(score.layer)), number(score.importance), number(score.alignment), shape)
+
+
+def search(records: SetRecords) -> Section:
+    """Show forgetting and keeping against the step, for every layer that was tried."""
+    return section(
+        "Search for the step", records.trials, lambda record: _search(record, records.edit.record)
+    )
 
 
 def _search(trials: Trials, edit: EditHeader | None) -> Html:
@@ -220,7 +180,7 @@ def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | N
     """Draw the trials of one layer with one ridge."""
     chosen = edit is not None and (edit.layer, edit.ridge) == (layer, ridge)
     name = known_as(layer)
-    told = (
+    description = (
         f"Forget accuracy and kept accuracy against the step along {name}; the tables below "
         "have the figures."
     )
@@ -232,8 +192,9 @@ def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | N
         )
     )
     share_chosen = edit.share if edit is not None and chosen else None
-    return figure_of(step_chart(step_series(trials, layer, ridge), chosen=share_chosen, told=told),
-                  caption)  # fmt: skip
+    series = step_series(trials, layer, ridge)
+    chart = step_chart(series, chosen=share_chosen, description=description)
+    return figure_of(chart, caption)
 
 
 def _best(trials: Trials, edit: EditHeader | None) -> Html:
@@ -251,8 +212,8 @@ def _all(trials: Trials, edit: EditHeader | None) -> Html:
 
 
 def _is_chosen(trial: Trial, edit: EditHeader | None) -> bool:
-    met = (trial.layer, trial.ridge, trial.step)
-    return edit is not None and met == (edit.layer, edit.ridge, edit.step)
+    move = (trial.layer, trial.ridge, trial.step)
+    return edit is not None and move == (edit.layer, edit.ridge, edit.step)
 
 
 def _trials(
@@ -282,20 +243,60 @@ def _trials(
     return table(heads, rows, caption=caption, marked=marked)
 
 
-def the_edit(dossier: SetRecords) -> Section:
-    """Tell the hash of the edit's file, and what it changes in the model."""
-    return section("The edit", dossier.edit, lambda edit: _edit(edit, dossier))
+def gradients(records: SetRecords) -> Section:
+    """Tell which model and rows the gradients are of, by their fingerprints."""
+    return section(
+        "Model and gradients",
+        records.pointer,
+        lambda pointer: _gradients(pointer, records.gradients),
+    )
 
 
-def _edit(edit: EditHeader, dossier: SetRecords) -> Html:
-    facts = dossier.facts
-    told = terms(
+def _gradients(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> Html:
+    overview = terms(
         {
-            "File": code(dossier.edit.path),
-            "SHA-256 of the file": code(dossier.edit.sha256 or ""),
+            "Model": code(str(pointer.model)),
+            "Fingerprint": code(pointer.model_fingerprint),
+            "Mini-batches of": f"{pointer.batch_size} pairs",
+            "Arithmetic": f"{pointer.precision}, sums in fp32",
+        }
+    )
+    rows = [
+        (
+            role,
+            header.loss,
+            number(header.mean_loss),
+            count(header.rows),
+            count(header.batches),
+            code(getattr(pointer, role)),
+        )
+        for role, header in headers.items()
+    ]
+    heads = (Head("gradient of", False), Head("loss", False), Head("mean loss"), Head("pairs"),
+             Head("mini-batches"), Head("name in the store", False))  # fmt: skip
+    note = element(
+        "p",
+        "The fingerprint covers every weight and the architecture; the same weights in another "
+        "container have the same one.",
+        class_="quiet",
+    )
+    return joined((overview, table(heads, rows, caption="The two gradients"), note))
+
+
+def the_edit(records: SetRecords) -> Section:
+    """Tell the hash of the edit's file, and what it changes in the model."""
+    return section("The edit", records.edit, lambda edit: _edit(edit, records))
+
+
+def _edit(edit: EditHeader, records: SetRecords) -> Html:
+    facts = records.facts
+    overview = terms(
+        {
+            "File": code(records.edit.path),
+            "SHA-256 of the file": code(records.edit.sha256 or ""),
             "Changes one layer": code(edit.layer),
             "Tower": str(edit.tower),
-            "Values in it": _extent(facts, dossier.gradients.get("forget")) if facts else None,
+            "Values in it": _extent(facts, records.gradients.get("forget")) if facts else None,
             "Step": f"{number(edit.step)} times the {_direction(edit)}",
             "Moves the layer by": f"{share(edit.share)} of its norm",
             "Made for": code(str(edit.model)),
@@ -304,7 +305,7 @@ def _edit(edit: EditHeader, dossier: SetRecords) -> Html:
         }
     )
     if facts is None:
-        return told
+        return overview
     rows = [
         (precision, code(before), code(facts.after[precision]))
         for precision, before in facts.before.items()
@@ -317,7 +318,7 @@ def _edit(edit: EditHeader, dossier: SetRecords) -> Html:
         "Every other tensor keeps its bytes.",
         class_="quiet",
     )
-    return joined((told, table(heads, rows, caption=caption), note))
+    return joined((overview, table(heads, rows, caption=caption), note))
 
 
 def _direction(edit: EditHeader) -> str:
@@ -327,35 +328,35 @@ def _direction(edit: EditHeader) -> str:
 
 
 def _extent(facts: EditFacts, header: GradientHeader | None) -> str:
-    told = f"{count(facts.values)}, of which {count(facts.changed)} move"
+    extent = f"{count(facts.values)}, of which {count(facts.changed)} move"
     if header is None:
-        return told
+        return extent
     whole = sum(math.prod(weight.shape) for weight in header.weights.values())
-    return f"{told}; {100 * facts.values / whole:.2g}% of the model's {count(whole)}"
+    return f"{extent}; {100 * facts.values / whole:.2g}% of the model's {count(whole)}"
 
 
-def repeat(dossier: SetRecords, store: str) -> Section:
+def repeat(records: SetRecords, store: str) -> Section:
     """Tell the commands that do it again."""
-    told = commands(dossier)
+    again = commands(records)
     export = element("span", f"export SLSGU_STORE={store}", class_="line")
     intro = paragraph(
         "Written from the records. The same sources, model and version give the same edit."
     )
     return Section(
-        "To repeat it", joined((intro, element("pre", element("code", export, lines(told)))))
+        "To repeat it", joined((intro, element("pre", element("code", export, lines(again)))))
     )
 
 
-def records(dossier: SetRecords) -> Section:
+def provenance(records: SetRecords) -> Section:
     """List every record this page was made from, with its hash and whether it still stands."""
     rows = [
         (
-            finding.what,
-            code(finding.path),
-            str(finding.state) if finding.state else "none yet",
-            code(finding.sha256) if finding.sha256 else None,
+            evidence.what,
+            code(evidence.path),
+            str(evidence.state) if evidence.state else "none yet",
+            code(evidence.sha256) if evidence.sha256 else None,
         )
-        for finding in dossier.findings()
+        for evidence in records.evidence()
     ]
     heads = (Head("record", False), Head("path in the store", False), Head("state", False),
              Head("SHA-256", False))  # fmt: skip

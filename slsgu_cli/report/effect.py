@@ -1,6 +1,5 @@
 """What the edit did, in figures and in images: sections of the page."""
 
-import base64
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,10 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.records.method import Accuracy, EditHeader
-from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.report.dossier import Section, SetRecords, section
-from slsgu_cli.report.html import (
+from slsgu_cli.figures.html import (
     Child,
     Head,
     Html,
@@ -19,6 +15,7 @@ from slsgu_cli.report.html import (
     cosine,
     count,
     element,
+    image_html,
     interval,
     joined,
     paragraph,
@@ -26,10 +23,139 @@ from slsgu_cli.report.html import (
     scrolled,
     table,
 )
+from slsgu_cli.records.method import Accuracy, EditHeader
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.report.gather import Section, SetRecords, section
 
 if TYPE_CHECKING:
     from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
     from slsgu_cli.method.guesses import BeforeAfter
+
+IMAGES, COSINES = "Single images", "Cosine similarities"
+
+
+def result(records: SetRecords) -> Section:
+    """Tell in words and figures what the edit did."""
+    # An edit carries its figures; only the search's record says that the rows are the same.
+    doubt = records.trials.trouble and paragraph(
+        "These figures are the edit's own, of the time it was made. ",
+        records.trials.trouble,
+        class_="notice",
+    )
+    return section(
+        "Result",
+        records.edit,
+        lambda edit: joined((doubt, _result(edit, records.manifest.record))),
+    )
+
+
+def lead(edit: EditHeader) -> Html:
+    """Return the result in two sentences; nothing for an edit that was never measured."""
+    before, after = edit.baseline_forget, edit.forget
+    if before is None or after is None:
+        return paragraph("The edit was made by hand: it carries no figures.", class_="lead")
+    sentences: list[Child] = [
+        f"Of {count(after.rows)} images of ",
+        element("strong", edit.concept),
+        f", the model named {percent(before.top1)} rightly before the edit and ",
+        element("strong", percent(after.top1)),
+        " after it: ",
+        "not one of them any more" if after.top1 == 0 else "not all of them are forgotten",
+        f". The name was among its first five guesses for {percent(before.top5)} and is for "
+        f"{percent(after.top5)}. ",
+    ]
+    for name, was in sorted((edit.baseline_utility or {}).items()):
+        now = (edit.utility or {}).get(name)
+        if now is not None:
+            sentences.append(
+                f"Accuracy on {name} ({count(now.rows)} other images) went from "
+                f"{percent(was.top1)} to {percent(now.top1)}. "
+            )
+    return paragraph(*sentences, class_="lead")
+
+
+def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
+    accuracies = {"": (edit.baseline_forget, edit.forget)}
+    for name, was in sorted((edit.baseline_utility or {}).items()):
+        accuracies[name] = was, (edit.utility or {}).get(name)
+    rows = [
+        _row(f"TA@{k} {name}" if name else f"FA@{k}", was, now, attribute)
+        for name, (was, now) in accuracies.items()
+        for k, attribute in ((1, "top1"), (5, "top5"))
+    ]
+    heads = (Head("figure", False), Head("original"), Head("edited"), Head("change, points"),
+             Head("images"), Head("95% interval, edited"))  # fmt: skip
+    held_out = (
+        ""
+        if manifest is None or manifest.forget_eval
+        else "The images that measure FA were also used for the gradient. "
+    )
+    meaning = paragraph(
+        "The search did not reach its goal. " if edit.forgotten is False else None,
+        f"The edit was searched for together with those of {', '.join(edit.joint.names)}, and its "
+        "figures are those with all of them in place. "
+        if edit.joint
+        else None,
+        "FA: how often images of the concept get its name, first (@1) or among the first five "
+        "(@5). TA: the same for everything else. ",
+        held_out,
+        "The interval says how far the share of ever more such images may lie from the one seen "
+        "(Wilson, 95%).",
+        class_="quiet",
+    )
+    caption = f"Accuracy with {known_as(edit.layer)} as it was and as edited"
+    return joined((lead(edit), table(heads, rows, caption=caption), meaning))
+
+
+def _row(
+    figure: str, was: Accuracy | None, now: Accuracy | None, attribute: str
+) -> tuple[Child, ...]:
+    before = None if was is None else getattr(was, attribute)
+    after = None if now is None else getattr(now, attribute)
+    return (
+        figure,
+        None if before is None else percent(before),
+        None if after is None else percent(after),
+        None if before is None or after is None else change(after - before),
+        count(was.rows) if was else None,
+        interval(getattr(now, attribute), now.rows) if now and now.rows else None,
+    )
+
+
+def examples(guesses: "BeforeAfter") -> Section:
+    """Show single images with the names they got before and after."""
+    concept = guesses.names[0]
+    cards = [
+        example_card(example, concept=concept, number=number)
+        for number, example in enumerate(guesses.examples, start=1)
+    ]
+    intro = paragraph(
+        f"The first images of {concept}, and of other names with many images, in the order of the "
+        "evaluation set: none was picked for how it came out. The five names the model finds "
+        "most probable, the right one in bold."
+    )
+    return Section(IMAGES, joined((intro, element("div", *cards, class_="examples"))))
+
+
+def cosines(guesses: "BeforeAfter") -> Section:
+    """Show how near images and names are, before and after."""
+    span = (
+        float(min(guesses.before.min(), guesses.after.min())),
+        float(max(guesses.before.max(), guesses.after.max())),
+    )
+    tables = [
+        cosine_table(values, guesses.names, guesses.thumbnails, span=span, caption=caption)
+        for values, caption in ((guesses.before, "Before"), (guesses.after, "After"))
+    ]
+    concept = guesses.names[0]
+    was, now = (cosine(float(values[0, 0])) for values in (guesses.before, guesses.after))
+    few, many = count(min(guesses.images)), count(max(guesses.images))
+    intro = paragraph(
+        "Mean cosine similarity of a name's images (rows) with each name (columns); the "
+        f"stronger the tint, the nearer. Images of {concept} and its name: {was} before, "
+        f"{now} after. {few if few == many else f'{few} to {many}'} images a row."
+    )
+    return Section(COSINES, joined((intro, *tables)))
 
 
 # Twice the size at which they are shown, for screens and printers of high density.
@@ -42,14 +168,8 @@ def picture(image: "Images", *, alt: str, size: int, class_: str) -> Html:
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return element(
-        "img",
-        src=f"data:image/png;base64,{data}",
-        alt=alt,
-        width=small.width,
-        height=small.height,
-        class_=class_,
+    return image_html(
+        buffer.getvalue(), alt=alt, width=small.width, height=small.height, class_=class_
     )
 
 
@@ -122,130 +242,3 @@ def cosine_table(
         class_="cosines",
     )
     return scrolled(table, caption)
-
-
-IMAGES, COSINES = "Single images", "Cosine similarities"
-
-
-def result(dossier: SetRecords) -> Section:
-    """Tell in words and figures what the edit did."""
-    # An edit carries its figures; only the search's record says that the rows are the same.
-    doubt = dossier.trials.trouble and paragraph(
-        "These figures are the edit's own, of the time it was made. ",
-        dossier.trials.trouble,
-        class_="notice",
-    )
-    return section(
-        "Result",
-        dossier.edit,
-        lambda edit: joined((doubt, _result(edit, dossier.manifest.record))),
-    )
-
-
-def lead(edit: EditHeader) -> Html:
-    """Return the result in two sentences; nothing for an edit that was never measured."""
-    before, after = edit.baseline_forget, edit.forget
-    if before is None or after is None:
-        return paragraph("The edit was made by hand: it carries no figures.", class_="lead")
-    told: list[Child] = [
-        f"Of {count(after.rows)} images of ",
-        element("strong", edit.concept),
-        f", the model named {percent(before.top1)} rightly before the edit and ",
-        element("strong", percent(after.top1)),
-        " after it: ",
-        "not one of them any more" if after.top1 == 0 else "not all of them are forgotten",
-        f". The name was among its first five guesses for {percent(before.top5)} and is for "
-        f"{percent(after.top5)}. ",
-    ]
-    for name, was in sorted((edit.baseline_utility or {}).items()):
-        now = (edit.utility or {}).get(name)
-        if now is not None:
-            told.append(
-                f"Accuracy on {name} ({count(now.rows)} other images) went from "
-                f"{percent(was.top1)} to {percent(now.top1)}. "
-            )
-    return paragraph(*told, class_="lead")
-
-
-def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
-    accuracies = {"": (edit.baseline_forget, edit.forget)}
-    for name, was in sorted((edit.baseline_utility or {}).items()):
-        accuracies[name] = was, (edit.utility or {}).get(name)
-    rows = [
-        _row(f"TA@{k} {name}" if name else f"FA@{k}", was, now, attribute)
-        for name, (was, now) in accuracies.items()
-        for k, attribute in ((1, "top1"), (5, "top5"))
-    ]
-    heads = (Head("figure", False), Head("original"), Head("edited"), Head("change, points"),
-             Head("images"), Head("95% interval, edited"))  # fmt: skip
-    held_out = (
-        ""
-        if manifest is None or manifest.forget_eval
-        else "The images that measure FA were also used for the gradient. "
-    )
-    meaning = paragraph(
-        "The search did not reach its goal. " if edit.forgotten is False else None,
-        f"The edit was searched for together with those of {', '.join(edit.joint.names)}, and its "
-        "figures are those with all of them in place. "
-        if edit.joint
-        else None,
-        "FA: how often images of the concept get its name, first (@1) or among the first five "
-        "(@5). TA: the same for everything else. ",
-        held_out,
-        "The interval says how far the share of ever more such images may lie from the one seen "
-        "(Wilson, 95%).",
-        class_="quiet",
-    )
-    caption = f"Accuracy with {known_as(edit.layer)} as it was and as edited"
-    return joined((lead(edit), table(heads, rows, caption=caption), meaning))
-
-
-def _row(
-    figure: str, was: Accuracy | None, now: Accuracy | None, attribute: str
-) -> tuple[Child, ...]:
-    before = None if was is None else getattr(was, attribute)
-    after = None if now is None else getattr(now, attribute)
-    return (
-        figure,
-        None if before is None else percent(before),
-        None if after is None else percent(after),
-        None if before is None or after is None else change(after - before),
-        count(was.rows) if was else None,
-        interval(getattr(now, attribute), now.rows) if now and now.rows else None,
-    )
-
-
-def examples(looks: "BeforeAfter") -> Section:
-    """Show single images with the names they got before and after."""
-    concept = looks.names[0]
-    cards = [
-        example_card(example, concept=concept, number=number)
-        for number, example in enumerate(looks.examples, start=1)
-    ]
-    intro = paragraph(
-        f"The first images of {concept}, and of other names with many images, in the order of the "
-        "evaluation set: none was picked for how it came out. The five names the model finds "
-        "most probable, the right one in bold."
-    )
-    return Section(IMAGES, joined((intro, element("div", *cards, class_="examples"))))
-
-
-def cosines(looks: "BeforeAfter") -> Section:
-    """Show how near images and names are, before and after."""
-    span = (
-        float(min(looks.before.min(), looks.after.min())),
-        float(max(looks.before.max(), looks.after.max())),
-    )
-    tables = [
-        cosine_table(values, looks.names, looks.thumbnails, span=span, caption=caption)
-        for values, caption in ((looks.before, "Before"), (looks.after, "After"))
-    ]
-    concept = looks.names[0]
-    was, now = (cosine(float(values[0, 0])) for values in (looks.before, looks.after))
-    few, many = count(min(looks.images)), count(max(looks.images))
-    intro = paragraph(
-        "Mean cosine similarity of a name's images (rows) with each name (columns); the "
-        f"stronger the tint, the nearer. Images of {concept} and its name: {was} before, "
-        f"{now} after. {few if few == many else f'{few} to {many}'} images a row."
-    )
-    return Section(COSINES, joined((intro, *tables)))

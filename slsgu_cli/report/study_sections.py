@@ -4,21 +4,7 @@ from itertools import zip_longest
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.compare.table import LABELS, TableRow, better, mean_rows
-from slsgu_cli.records.method import Accuracy, EditHeader, Trials
-from slsgu_cli.records.studies import (
-    Check,
-    Comparison,
-    JointSearch,
-    Method,
-    Sweep,
-    SweepRow,
-    Verification,
-    VerifiedModel,
-)
-from slsgu_cli.report.charts import Series, legend, line_chart
-from slsgu_cli.report.dossier import Section, SetRecords, absent, section
-from slsgu_cli.report.edit_sections import step_charts
-from slsgu_cli.report.html import (
+from slsgu_cli.figures.html import (
     Child,
     Head,
     Html,
@@ -35,6 +21,20 @@ from slsgu_cli.report.html import (
     share,
     table,
 )
+from slsgu_cli.records.method import Accuracy, EditHeader, Trials
+from slsgu_cli.records.studies import (
+    Check,
+    Comparison,
+    JointSearch,
+    Method,
+    Sweep,
+    SweepRow,
+    Verification,
+    VerifiedModel,
+)
+from slsgu_cli.report.charts import Series, legend, line_chart
+from slsgu_cli.report.edit_sections import step_charts
+from slsgu_cli.report.gather import Section, SetRecords, absent, section
 from slsgu_cli.study.trajectory import Trajectory
 
 TITLE = "Does it stay forgotten"
@@ -45,18 +45,18 @@ CURVES = {
 STYLES = ("fa1", "ta0", "ta1", "ta2")
 
 
-def verification(dossier: SetRecords) -> Section:
+def verification(records: SetRecords) -> Section:
     """Show what may bring the concept back, and whether it did."""
-    found, edit = dossier.verification, dossier.edit.record
-    if found.record is not None and not _of_edit(found.record, edit):
-        return absent(TITLE, "No verification of this edit is recorded.", found.run)
-    return section(TITLE, found, lambda record: _verification(record, edit))
+    evidence, edit = records.verification, records.edit.record
+    if evidence.record is not None and not _of_edit(evidence.record, edit):
+        return absent(TITLE, "No verification of this edit is recorded.", evidence.run)
+    return section(TITLE, evidence, lambda record: _verification(record, edit))
 
 
 def _of_edit(record: Verification, edit: EditHeader | None) -> list[VerifiedModel]:
     """Return the original model and the model with the edit; nothing without both."""
-    original = [subject for subject in record.subjects if subject.edit is None][:1]
-    edited = [subject for subject in record.subjects if edit and subject.edit == edit][:1]
+    original = [model for model in record.subjects if model.edit is None][:1]
+    edited = [model for model in record.subjects if edit and model.edit == edit][:1]
     return original + edited if original and edited else []
 
 
@@ -64,7 +64,7 @@ def _verification(record: Verification, edit: EditHeader | None) -> Html:
     from slsgu_cli.verification.verdicts import Verdict, rows
 
     original, edited = _of_edit(record, edit)
-    found = [row for row in rows(original, edited) if not row.detail]
+    probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
         (
             row.probe,
@@ -75,16 +75,16 @@ def _verification(record: Verification, edit: EditHeader | None) -> Html:
             str(row.verdict),
             row.note,
         )
-        for row in found
+        for row in probes
     ]
     heads = (Head("probe", False), Head("kind", False), Head("FA@1, original"),
              Head("FA@1, edited"), Head("TA@1, change in points"), Head("verdict", False),
              Head("note", False))  # fmt: skip
-    counts = [(said, sum(row.verdict is said for row in found)) for said in Verdict]
-    told = ", ".join(f"{said} {count}" for said, count in counts if count)
+    counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
+    verdict_counts = ", ".join(f"{word} {count}" for word, count in counts if count)
     lead = paragraph(
-        f"{len(found)} probes: {told}. A verdict compares the edited model with the original "
-        "under the same probe."
+        f"{len(probes)} probes: {verdict_counts}. A verdict compares the edited model with the "
+        "original under the same probe."
     )
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
@@ -114,8 +114,8 @@ def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
             Series(label, tuple((float(p.step), p.forget.top1) for p in curve.points), style)
             for (label, curve), style in zip(curves, STYLES, strict=False)
         ]
-        told = f"Forget accuracy by training step. {title}"
-        drawn = line_chart(series, "training step", told=told)
+        description = f"Forget accuracy by training step. {title}"
+        drawn = line_chart(series, "training step", description=description)
         charts.append(figure_of(joined((legend(series), drawn)), title))
     return element("div", *charts, class_="charts") if charts else None
 
@@ -123,16 +123,16 @@ def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell the names next to the forgotten one, and what its images are taken for."""
     before, after = (
-        found.became if (found := subject.finding(Check.NEIGHBOURS)) else None
-        for subject in (original, edited)
+        finding.became if (finding := model.finding(Check.NEIGHBOURS)) else None
+        for model in (original, edited)
     )
     if before is None or after is None:
         return None
     columns = [
         [f"{near.name} {cosine(near.cosine)}" for near in before.nearest],
         [f"{near.name} {cosine(near.cosine)}" for near in after.nearest],
-        [f"{taken.name} {100 * taken.rows / before.rows:.0f}%" for taken in before.taken_for],
-        [f"{taken.name} {100 * taken.rows / after.rows:.0f}%" for taken in after.taken_for],
+        [f"{guess.name} {100 * guess.rows / before.rows:.0f}%" for guess in before.taken_for],
+        [f"{guess.name} {100 * guess.rows / after.rows:.0f}%" for guess in after.taken_for],
     ]
     cells = [(str(n), *row) for n, row in enumerate(zip_longest(*columns), start=1)]
     heads = (Head("no."), Head("nearest name, original", False),
@@ -161,24 +161,28 @@ def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     return table(heads, cells, caption=caption)
 
 
-def trajectories(dossier: SetRecords) -> Section:
+def trajectories(records: SetRecords) -> Section:
     """Show accuracies over a fine grid of steps."""
     return section(
         "Trajectories",
-        dossier.trajectory,
-        lambda record: _trajectories(record, dossier.edit.record),
+        records.trajectory,
+        lambda record: _trajectories(record, records.edit.record),
     )
 
 
 def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
-    found = Trajectory(record, 0)
-    figures = list(found.figures())
+    trajectory = Trajectory(record, 0)
+    figures = list(trajectory.figures())
     cells: list[tuple[Child, ...]] = []
-    for line in found.lines():
-        rises = found.rises(line)
-        told = (f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures)
+    for line in trajectory.lines():
+        rises = trajectory.rises(line)
+        largest_rises = (
+            f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures
+        )
         layer, ridge = line
-        cells.append((code(known_as(layer)), _ridge(ridge), count(len(found.of(line))), *told))
+        cells.append(
+            (code(known_as(layer)), _ridge(ridge), count(len(trajectory.of(line))), *largest_rises)
+        )
     heads = (Head("layer", False), Head("ridge"), Head("steps"),
              *(Head(f"{name}, rise") for name in figures))  # fmt: skip
     intro = paragraph(
@@ -193,15 +197,15 @@ def _ridge(ridge: float | None) -> str | None:
     return None if ridge is None else number(ridge)
 
 
-def together(dossier: SetRecords) -> list[Section]:
+def joint_searches(records: SetRecords) -> list[Section]:
     """Show what became of the concepts that were forgotten with this one, search by search."""
     return [
-        section(f"Forgotten together: {label}", found, _together)
-        for label, found in dossier.joint.items()
+        section(f"Forgotten together: {label}", evidence, _joint_search)
+        for label, evidence in records.joint.items()
     ]
 
 
-def _together(record: JointSearch) -> Html:
+def _joint_search(record: JointSearch) -> Html:
     last = record.stages[-1]
     moves: list[tuple[Child, ...]] = [
         (
@@ -242,15 +246,15 @@ def _together(record: JointSearch) -> Html:
     )
 
 
-def swept(dossier: SetRecords) -> list[Section]:
+def sweeps(records: SetRecords) -> list[Section]:
     """Show the concept beside the other classes of its sweeps, and their means."""
     return [
-        section(f"Sweep: {label}", found, lambda record: _swept(record, dossier.name))
-        for label, found in dossier.sweeps.items()
+        section(f"Sweep: {label}", evidence, lambda record: _sweep(record, records.name))
+        for label, evidence in records.sweeps.items()
     ]
 
 
-def _swept(record: Sweep, name: str) -> Html:
+def _sweep(record: Sweep, name: str) -> Html:
     sets = sorted(record.rows[0].baseline_utility)
     rows = [_sweep_row(row, sets) for row in record.rows]
     columns = zip(*(_top1s(row, sets) for row in record.rows), strict=True)
@@ -259,9 +263,9 @@ def _swept(record: Sweep, name: str) -> Html:
     heads = [Head("class", False), Head("layer", False)]
     for figure in ("FA@1", *(f"TA@1 {name}" for name in sets)):
         heads += [Head(f"{figure}, original"), Head(f"{figure}, edited")]
-    own = [index for index, row in enumerate(record.rows) if row.name == name]
+    marked = [index for index, row in enumerate(record.rows) if row.name == name]
     return table(heads, rows, caption=f"{count(len(record.rows))} classes, each forgotten alone",
-                 marked=own)  # fmt: skip
+                 marked=marked)  # fmt: skip
 
 
 def _sweep_row(row: SweepRow, sets: list[str]) -> tuple[Child, ...]:
@@ -278,9 +282,9 @@ def _pair(before: Accuracy, after: Accuracy, attribute: str) -> tuple[str, str]:
     return percent(getattr(before, attribute)), percent(getattr(after, attribute))
 
 
-def comparison(dossier: SetRecords) -> Section:
+def comparison(records: SetRecords) -> Section:
     """Show each method's figures and what they cost."""
-    return section("Other methods", dossier.comparison, _comparison)
+    return section("Other methods", records.comparison, _comparison)
 
 
 def _comparison(record: Comparison) -> Html:
@@ -309,9 +313,9 @@ def _comparison(record: Comparison) -> Html:
 
 def _verdict(rows: list[TableRow]) -> Html:
     beaten = ", ".join(f"{LABELS[row.method]} ({row.words})" for row in better(rows))
-    told = (
+    verdict = (
         f"No worse on FA@1 and on mean TA@1, and better on one of them: {beaten}. "
         if beaten
         else "No other method is at least as good on both FA@1 and mean TA@1. "
     )
-    return paragraph(told, "Passes count gradient passes over the forget and the retain set.")
+    return paragraph(verdict, "Passes count gradient passes over the forget and the retain set.")

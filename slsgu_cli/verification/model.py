@@ -22,6 +22,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -51,20 +52,20 @@ class ModelUnderTest:
         self.normalize = pixel_normalizer(self.manifest.input, self.device)
 
     @property
-    def model(self) -> nn.Module:
-        """The module."""
+    def module(self) -> nn.Module:
+        """The model itself."""
         return self.evaluation.model
 
     @property
     def scale(self) -> Tensor:
         """What the model multiplies cosines with, exp(logit_scale)."""
-        value: Any = self.model.logit_scale
+        value: Any = self.module.logit_scale
         return torch.as_tensor(value.reshape(()).exp())
 
     @property
     def bias(self) -> Tensor | None:
         """What a model with the sigmoid loss adds to its logits; None for others."""
-        value: Any = getattr(self.model, "logit_bias", None)
+        value: Any = getattr(self.module, "logit_bias", None)
         return None if value is None else torch.as_tensor(value.reshape(()))
 
     @property
@@ -73,13 +74,13 @@ class ModelUnderTest:
         return self.evaluation.forget.names
 
     @property
-    def own(self) -> int:
+    def concept_class(self) -> int:
         """The index of the concept in `names`."""
         return int(self.evaluation.forget.images.labels[0])
 
     def renamed(self, name: str) -> tuple[str, ...]:
         """Return the classes with another name for the concept."""
-        return (*self.names[: self.own], name, *self.names[self.own + 1 :])
+        return (*self.names[: self.concept_class], name, *self.names[self.concept_class + 1 :])
 
     def tick(self) -> None:
         """Count one more measurement as done."""
@@ -97,21 +98,21 @@ class ModelUnderTest:
         """Measure with the weights as they are now."""
         embeddings: dict[int, Tensor] = {}
         groups = {"": self.evaluation.forget} | (self.evaluation.utility if utility else {})
-        found = {}
+        accuracies = {}
         for name, group in groups.items():
             if id(group.prompts) not in embeddings:
                 embeddings[id(group.prompts)] = group.prompts.after_edit(EMBED)
             features = group.images.after_edit(EMBED)
-            found[name] = accuracy(group.ranks(features, embeddings[id(group.prompts)]))
+            accuracies[name] = accuracy(group.ranks(features, embeddings[id(group.prompts)]))
         self.tick()
-        return found.pop(""), found if utility else None
+        return accuracies.pop(""), accuracies if utility else None
 
     def forget_accuracy(self, embeddings: Tensor, features: Tensor | None = None) -> Accuracy:
         """Return how often the concept is recognised; by the images as they are by default."""
         group = self.evaluation.forget
         self.tick()
-        shown = group.images.features if features is None else features
-        return accuracy(group.ranks(shown, embeddings))
+        features = group.images.features if features is None else features
+        return accuracy(group.ranks(features, embeddings))
 
     def image_features(self, images: npt.NDArray[np.uint8]) -> Tensor:
         """Return unit features of uint8 (N, H, W, 3) by the weights as they are now."""
@@ -131,20 +132,19 @@ class ModelUnderTest:
 def open_model(
     store: Store,
     manifest: SetManifest,
-    model: nn.Module,
+    module: nn.Module,
     *,
     tokenize: Tokenize,
+    settings: Settings,
     device: str,
-    rows: int,
-    seed: int,
     is_original: bool,
 ) -> ModelUnderTest:
-    """Return a bench of `model`, with `rows` images of each evaluation set, drawn by seed."""
-    evaluation = prepare(store, manifest, model, tokenize=tokenize, device=device)
+    """Join a model with a set's data; of each evaluation set, some rows are drawn by seed."""
+    evaluation = prepare(store, manifest, module, tokenize=tokenize, device=device)
     drawn = {}
     for name, group in evaluation.utility.items():
-        order = np.random.default_rng(seed).permutation(len(group.images))
-        drawn[name] = group.some(np.sort(order[:rows]))
+        order = np.random.default_rng(settings.seed).permutation(len(group.images))
+        drawn[name] = group.some(np.sort(order[: settings.rows]))
     naming = manifest.evals[manifest.forget_eval or sorted(manifest.evals)[0]]
     return ModelUnderTest(
         manifest=manifest,
@@ -163,10 +163,10 @@ def add_edit(model: nn.Module, edit: Edit) -> None:
     header = edit.header
     layer = Layer.parse(header.layer)
     parameter = dict(model.named_parameters()).get(layer.parameter)
-    known = parameter is not None and recognised(
+    unchanged = parameter is not None and recognised(
         layer.rows(parameter.detach().cpu().numpy()), "F32", header.digests
     )
-    if parameter is None or not known:
+    if parameter is None or not unchanged:
         raise StaleError(
             f"the edit {header.name} was made for another {header.layer} than the set's model has",
             hint=f"verify it with a set built for {header.model}",

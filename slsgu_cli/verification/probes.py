@@ -46,9 +46,9 @@ def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, 
     Raises UsageError where none is left, MissingError and InputError.
     """
     refs = read_manifest(store, name).evals.values()
-    own = {template for ref in refs for template in DataBlock.open(store, ref).templates}
+    known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
     offered = TEMPLATES if wanted is None else read_templates(wanted)
-    unseen = tuple(template for template in dict.fromkeys(offered) if template not in own)
+    unseen = tuple(template for template in dict.fromkeys(offered) if template not in known)
     if not unseen:
         raise UsageError(
             f"every template of --templates {wanted} is one that {name} is measured with",
@@ -57,28 +57,28 @@ def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, 
     return unseen
 
 
-def paraphrase(bench: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+def paraphrase(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
     """Measure with all unseen templates together, with each alone, and by each alias."""
-    sets = bench.evaluation.utility
-    everything = {bench.names, *(group.names for group in sets.values())}
-    alone = {names: _alone(bench, names, settings.templates) for names in sorted(everything)}
+    sets = model.evaluation.utility
+    everything = {model.names, *(group.names for group in sets.values())}
+    alone = {names: _alone(model, names, settings.templates) for names in sorted(everything)}
     together = {names: F.normalize(each.sum(dim=0), dim=-1) for names, each in alone.items()}
     utility = {
         name: accuracy(group.ranks(group.images.features, together[group.names]))
         for name, group in sets.items()
     }
-    probes = [ProbeFigures(TOGETHER, bench.forget_accuracy(together[bench.names]), utility)]
-    for template, embeddings in zip(settings.templates, alone[bench.names], strict=True):
-        probes.append(ProbeFigures(TEMPLATE + template, bench.forget_accuracy(embeddings)))
+    probes = [ProbeFigures(TOGETHER, model.forget_accuracy(together[model.names]), utility)]
+    for template, embeddings in zip(settings.templates, alone[model.names], strict=True):
+        probes.append(ProbeFigures(TEMPLATE + template, model.forget_accuracy(embeddings)))
     for alias in settings.aliases:
-        embeddings = bench.classes(bench.renamed(alias), bench.templates)
-        probes.append(ProbeFigures(ALIAS + alias, bench.forget_accuracy(embeddings)))
+        embeddings = model.classes(model.renamed(alias), model.templates)
+        probes.append(ProbeFigures(ALIAS + alias, model.forget_accuracy(embeddings)))
     return probes
 
 
-def _alone(bench: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+def _alone(model: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
     """Return the class embeddings by each template alone, (templates, classes, width)."""
-    return torch.stack([bench.classes(names, (template,)) for template in templates])
+    return torch.stack([model.classes(names, (template,)) for template in templates])
 
 
 Images = npt.NDArray[np.uint8]
@@ -104,15 +104,15 @@ def changed(images: Images, kind: str, *, seed: int) -> Images:
     return out
 
 
-def augment(bench: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+def augment(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
     """Measure forget accuracy on the concept's images after each kind of change."""
-    group = bench.evaluation.forget
+    group = model.evaluation.forget
     images = group.images.block.take(group.images.rows)
     probes = []
     for kind in CHANGES:
-        features = bench.image_features(changed(images, kind, seed=settings.seed))
-        found = bench.forget_accuracy(group.prompts.embeddings, features)
-        probes.append(ProbeFigures(kind, found))
+        features = model.image_features(changed(images, kind, seed=settings.seed))
+        forget = model.forget_accuracy(group.prompts.embeddings, features)
+        probes.append(ProbeFigures(kind, forget))
     return probes
 
 
@@ -187,7 +187,7 @@ def output_axis(name: str) -> int:
     return 0 if name.endswith("weight") else 1
 
 
-def quantise(bench: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
+def quantise(model: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
     """Measure with the weight matrices in int8, then with all parameters in fp16 and bf16.
 
     Utility is measured in int8 alone: it is the one that may cost some.
@@ -203,19 +203,19 @@ def quantise(bench: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
     changes = {"int8": int8, "fp16": through(torch.float16), "bf16": through(torch.bfloat16)}
     probes = []
     for name, change in changes.items():
-        with altered(bench.model, change):
-            probes.append(ProbeFigures(name, *bench.figures(utility=change is int8)))
+        with altered(model.module, change):
+            probes.append(ProbeFigures(name, *model.figures(utility=change is int8)))
     return probes
 
 
 SHOWN = 5
 
 
-def neighbours(bench: ModelUnderTest, _settings: Settings) -> Became:
+def neighbours(model: ModelUnderTest, _settings: Settings) -> Became:
     """Return the names nearest to the concept's, and the first guesses for its images."""
-    group = bench.evaluation.forget
-    cosines = group.prompts.embeddings @ group.prompts.embeddings[bench.own]
-    order = [i for i in torch.argsort(-cosines, stable=True).tolist() if i != bench.own]
+    group = model.evaluation.forget
+    cosines = group.prompts.embeddings @ group.prompts.embeddings[model.concept_class]
+    order = [i for i in torch.argsort(-cosines, stable=True).tolist() if i != model.concept_class]
     guesses = (group.images.features @ group.prompts.embeddings.T).argmax(dim=1)
     counts = torch.bincount(guesses, minlength=len(group.names))
     frequent = torch.argsort(-counts, stable=True)[:SHOWN].tolist()

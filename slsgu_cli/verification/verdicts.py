@@ -95,16 +95,16 @@ def steps_to(curve: Curve, goal: float) -> int | None:
     return next((point.step for point in curve.points if point.forget.top1 >= goal), None)
 
 
-def rows(original: VerifiedModel, subject: VerifiedModel) -> list[VerdictRow]:
+def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
     """Return a line for each probe that both models went through."""
-    found: list[VerdictRow] = []
+    lines: list[VerdictRow] = []
     for check in Check:
-        before, after = original.finding(check), subject.finding(check)
+        before, after = original.finding(check), other.finding(check)
         if before and after:
-            found += _of_probes(check, before, after)
-            found += _of_finetuning(check, before, after)
-            found += _of_relearning(check, before, after)
-    return found
+            lines += _of_probes(check, before, after)
+            lines += _of_finetuning(check, before, after)
+            lines += _of_relearning(check, before, after)
+    return lines
 
 
 def _of_probes(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
@@ -155,16 +155,16 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ve
     goal = RETURNED * first.top1
     back, learnt = steps_to(now, goal), steps_to(new, goal)
     unknown = first.top1 < READABLE
-    said = verdict(first, last.forget) if unknown or back is None else Verdict.BACK
+    word = verdict(first, last.forget) if unknown or back is None else Verdict.BACK
     needed = last.step if back is None else back
-    if said in (Verdict.PARTLY_BACK, Verdict.BACK) and learnt and needed >= AS_NEW * learnt:
-        said = Verdict.AS_NEW
+    if word in (Verdict.PARTLY_BACK, Verdict.BACK) and learnt and needed >= AS_NEW * learnt:
+        word = Verdict.AS_NEW
     yield VerdictRow(
         check,
         f"{last.step} steps, {after.settings['shots']} shots",
         was.points[-1].forget,
         last.forget,
-        said,
+        word,
         f"back {_at(back)}; a new name {_at(learnt)}",
         was.utility,
         now.utility,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from baselines import PLAN, loss, open_bench
 
-from slsgu_cli.compare import run
+from slsgu_cli.compare import methods
 from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
 from slsgu_cli.records.studies import TRAINED, Method
 from slsgu_cli.store.artifacts import Artifact
@@ -31,7 +31,7 @@ def bench(shared_world):
 
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
-    run.set_weights(bench.model, bench._original)
+    methods.set_weights(bench.model, bench._original)
     for _ in bench._epochs(method, RATE):
         pass
     return copy.deepcopy(bench.model)
@@ -87,7 +87,7 @@ def distance(first, second):
 @pytest.mark.parametrize("method", TRAINED)
 def test_training_is_the_plain_loop(method, bench, shared_world):
     found = trained(bench, method)
-    run.set_weights(bench.model, bench._original)
+    methods.set_weights(bench.model, bench._original)
     mask = bench._mask if method is Method.SALUN else None
     expected = plain(shared_world, bench.model, PHASES[method], mask)
     assert distance(found, expected) < 0.01 * distance(expected, bench.model)
@@ -96,14 +96,14 @@ def test_training_is_the_plain_loop(method, bench, shared_world):
 def test_gaft_forgets_before_it_retains(bench, shared_world):
     """The parity above would not hold for another order, nor for two optimizers."""
     found = trained(bench, Method.GAFT)
-    run.set_weights(bench.model, bench._original)
+    methods.set_weights(bench.model, bench._original)
     turned = plain(shared_world, bench.model, ("retain", "forget"))
     assert distance(found, turned) > 0.1 * distance(found, bench.model)
 
 
 def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
     rows = np.arange(shared_world.manifest.forget.rows)
-    run.set_weights(bench.model, bench._original)
+    methods.set_weights(bench.model, bench._original)
     before = loss(shared_world, bench.model, "forget", rows).item()
     after = loss(shared_world, trained(bench, Method.GA), "forget", rows).item()
     assert after > before + 0.1
@@ -122,8 +122,8 @@ class Unseen:
 def test_fine_tuning_never_sees_a_forget_row(bench):
     retain = bench._retain
     forget = LossTerm(Unseen(), bench._forget.loss, -1, shuffled=False)
-    run.set_weights(bench.model, bench._original)
-    before = run.weights_of(bench.model)
+    methods.set_weights(bench.model, bench._original)
+    before = methods.weights_of(bench.model)
     lessons = loss_terms(Method.FT, forget=forget, retain=retain)
     assert list(train(bench.model, lessons, rate=RATE, plan=PLAN)) == [1, 2]
     assert any(not torch.equal(p, before[name]) for name, p in bench.model.named_parameters())

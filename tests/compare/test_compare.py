@@ -12,11 +12,12 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.app import app
 from slsgu_cli.cli.compare import comparison_plot
 from slsgu_cli.compare import ours as ours_module
-from slsgu_cli.compare.run import CompareOptions, MethodRun, compare
+from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.compare.run import CompareOptions, compare
 from slsgu_cli.compare.table import better, mean_rows
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records.method import Accuracy
-from slsgu_cli.records.studies import Comparison, Method
+from slsgu_cli.records.studies import CLIP_METHODS, Comparison, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
@@ -53,7 +54,7 @@ def rows_of(compared):
 def test_every_method_has_its_row_in_the_papers_order(compared_world):
     _, compared = compared_world
     rows = next(iter(compared.concepts.values()))
-    assert [row.method for row in rows] == list(Method)
+    assert [row.method for row in rows] == list(CLIP_METHODS)
     assert compared.chosen is None
     for row in rows:
         assert set(row.utility) == {"first", "second"}
@@ -102,8 +103,8 @@ def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a recorded row was run again")
 
-    monkeypatch.setattr(MethodRun, "run", never)
-    monkeypatch.setattr(MethodRun, "open", never)  # nor is the model loaded
+    monkeypatch.setattr(BaselineRunner, "run", never)
+    monkeypatch.setattr(BaselineRunner, "open", never)  # nor is the model loaded
     monkeypatch.setattr(ours_module, "search", never)
     assert run(own).concepts == compared_world[1].concepts
 
@@ -114,9 +115,9 @@ def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
     own.store.write_record(path, replace(record, outcomes=kept))
     ran = []
-    original = MethodRun.run
+    original = BaselineRunner.run
     monkeypatch.setattr(
-        MethodRun, "run", lambda self, *rest: ran.append(rest) or original(self, *rest)
+        BaselineRunner, "run", lambda self, *rest: ran.append(rest) or original(self, *rest)
     )
     found = rows_of(run(own))[Method.GA]
     assert ran == [(Method.GA, 1e-3)]
@@ -181,7 +182,7 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, mo
         kept = {name: Accuracy(90 - abs(setting - 1e-5) * 1e6, 0, 1) for name in outcome.utility}
         return replace(outcome, method=method, setting=setting, plan=self.plan, utility=kept)
 
-    monkeypatch.setattr(MethodRun, "run", fake)
+    monkeypatch.setattr(BaselineRunner, "run", fake)
     options = replace(OPTIONS, methods=[Method.FT], rates=None)
     found = compare(own.store, ["blue", "red"], options=options)
     assert found.chosen == {Method.FT: 1e-5}
@@ -236,7 +237,7 @@ def test_the_command(own):
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert lines[0][:7] == ["method", "setting", "lr", "alpha", "epoch", "FA@1", "FA@5"]
-    assert [line[0] for line in lines[1:]] == [str(method) for method in Method]
+    assert [line[0] for line in lines[1:]] == [str(method) for method in CLIP_METHODS]
     assert "plots/blue-comparison.png" in done.stderr
     inside = CliRunner().invoke(app, [*words, "--json", "--methods", "ga,ours"])
     document = json.loads(inside.stdout)
@@ -255,8 +256,7 @@ def test_the_command(own):
 )
 def test_what_makes_no_sense_is_told(words, told, tmp_path):
     from slsgu_cli.cli.compare import _methods, _rates
-    from slsgu_cli.records.studies import Method
 
     option, value = words
     with pytest.raises(UsageError, match=told):
-        _rates([value]) if option == "--lr" else _methods([value], Method)
+        _rates([value]) if option == "--lr" else _methods([value], CLIP_METHODS)

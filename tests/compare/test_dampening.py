@@ -5,7 +5,7 @@ import pytest
 import torch
 from baselines import loss, open_bench
 
-from slsgu_cli.compare import run
+from slsgu_cli.compare import methods
 from slsgu_cli.compare.methods import constants, dampen, dampening, importance_of
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.method import PassOptions
@@ -56,7 +56,7 @@ def test_dampening_is_the_plain_loop(world):
     for found, expected in zip((forget, retain), plain, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, 1e-2, 1e-7 + 1e-3 * value.max())
-    run.set_weights(bench.model, bench._original)
+    methods.set_weights(bench.model, bench._original)
     alpha = 0.5
     assert list(
         dampen(bench.model, importance_of(forget, retain, "cpu"), alpha=alpha, epochs=3)

@@ -7,7 +7,7 @@ import torch
 from baselines import open_bench
 from plain import Plain
 
-from slsgu_cli.compare import run as run_module
+from slsgu_cli.compare import methods as methods_module
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Method
 
@@ -33,9 +33,9 @@ def run(accuracies, monkeypatch):
     def kept(evaluation):
         return {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
 
-    monkeypatch.setattr(run_module, "forget_accuracy", forget)
-    monkeypatch.setattr(run_module, "utility", kept)
-    return run_module.follow(epochs(), counter, label="test", total=len(accuracies))
+    monkeypatch.setattr(methods_module, "forget_accuracy", forget)
+    monkeypatch.setattr(methods_module, "utility", kept)
+    return methods_module.follow(epochs(), counter, label="test", total=len(accuracies))
 
 
 @pytest.mark.parametrize(

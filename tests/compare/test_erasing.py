@@ -99,20 +99,20 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
     (condition, empty), (other, _) = (denoiser.conditions([text]) for text in PROMPTS[1:3])
     noisy, time = denoiser.noise(1, generator), torch.tensor(500)
 
-    def says(unet, prompt):
+    def predicts(unet, prompt):
         with torch.no_grad():
-            return denoiser.says(noisy, time, prompt, unet)
+            return denoiser.predict(noisy, time, prompt, unet)
 
     goal = negated(denoiser, original, noisy, time, condition, empty)
-    asked, plain = says(original, condition), says(original, empty)
+    asked, plain = predicts(original, condition), predicts(original, empty)
     torch.testing.assert_close(goal, 2 * plain - asked)
     erase(denoiser, PROMPTS[1:2], PipelinePlan(iterations=60, rate=3e-3, steps=4))
-    after = says(None, condition)
+    after = predicts(None, condition)
     assert (after - goal).norm() < 0.6 * (asked - goal).norm()
     # What the prompt adds now points away from what it added.
     assert float(((after - plain) * (asked - plain)).sum()) < 0
     # Another prompt keeps more of what it adds.
-    kept = says(None, other) - says(original, other)
+    kept = predicts(None, other) - predicts(original, other)
     assert kept.norm() < (after - asked).norm()
 
 
@@ -125,10 +125,10 @@ def test_esd_without_cross_attention_is_refused():
 
 @pytest.fixture
 def lessons():
-    from slsgu_cli.compare.diffusion import LossTerms
+    from slsgu_cli.compare.diffusion import SalunData
 
     generator = torch.Generator().manual_seed(1)
-    return LossTerms(
+    return SalunData(
         forget=torch.randn((10, 2, 4, 4), generator=generator) + 1,
         retain=torch.randn((6, 2, 4, 4), generator=generator) - 1,
         captions=["an icon of a castle"] * 6,
@@ -165,7 +165,7 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
         times = denoiser.drawn_times(8, generator)
         noisy = denoiser.noised(lessons.forget[:8], denoiser.noise(8, generator), times)
         with torch.no_grad():
-            said = [denoiser.says(noisy, times, each.repeated(8)) for each in (star, blue)]
+            said = [denoiser.predict(noisy, times, each.repeated(8)) for each in (star, blue)]
         return float((said[0] - said[1]).norm())
 
     before = apart()
@@ -183,7 +183,7 @@ def test_what_a_unet_should_say_is_what_the_scheduler_takes_it_for(diffusers, ki
     noisy, scheduler = denoiser.noised(latents, noise, times), denoiser.pipeline.scheduler
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
     scheduler.set_timesteps(10)
-    said = denoiser.truth(latents, noise, times)
+    said = denoiser.target(latents, noise, times)
     found = scheduler.step(said, time, noisy).pred_original_sample
     torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_a_unet_that_predicts_something_else_is_refused(diffusers):
     denoiser = tiny_denoiser(diffusers, kind="sample")
     latents = torch.zeros((1, 2, 4, 4))
     with pytest.raises(InputError, match="predicts 'sample'"):
-        denoiser.truth(latents, latents, torch.tensor([3]))
+        denoiser.target(latents, latents, torch.tensor([3]))
 
 
 def test_a_latent_is_denoised_with_the_prompt_up_to_a_step(denoiser):

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from slsgu_cli.downstream.judge import png_bytes
-from slsgu_cli.figures.sheets import Strip, Tile, answers_png, sheet_html, sheet_png
+from slsgu_cli.figures.sheets import AnsweredImage, Strip, Tile, answers_png, sheet_html, sheet_png
 from slsgu_cli.records.targets import Answer
 
 RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
@@ -40,7 +40,8 @@ def test_the_page_holds_its_images_and_escapes_prompts():
 
 def test_answers_stand_beside_their_image():
     answers = [Answer("x", "What is it?", "a star", "a sun"), Answer("x", "A logo?", "no", "no")]
-    one = answers_png("title", [(RED, True, answers)])
-    two = answers_png("title", [(RED, True, answers), (BLUE, False, answers[:1])])
+    one = answers_png("title", [AnsweredImage(RED, True, answers)])
+    more = AnsweredImage(BLUE, False, answers[:1])
+    two = answers_png("title", [AnsweredImage(RED, True, answers), more])
     assert count(one, (255, 0, 0)) == count(two, (255, 0, 0)) == 96 * 96
     assert count(two, (0, 0, 255)) == 96 * 96

@@ -4,7 +4,7 @@ import pytest
 from reports import CHOSEN, FRONT, NAME, fill
 
 from slsgu_cli.records.method import Direction, GradientPointer, Precision, Ranking, Steer, Trials
-from slsgu_cli.report.dossier import commands, gather
+from slsgu_cli.report.gather import commands, gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 

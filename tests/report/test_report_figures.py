@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.report.html import change, cosine, count, interval, number, percent, wilson
+from slsgu_cli.figures.html import change, cosine, count, interval, number, percent, wilson
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.tensor_file import PRECISION
 from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records.method import GradientPointer, Ranking
-from slsgu_cli.report.dossier import edit_facts, gather
+from slsgu_cli.report.gather import edit_facts, gather
 from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store
 
@@ -34,13 +34,13 @@ def found(store):
 def test_everything_is_found_with_its_hash(store):
     fill_verification(store)
     fill_comparison(store)
-    dossier = found(store)
-    for finding in dossier.findings():
-        assert finding.state is Standing.OK
-        assert finding.trouble is None
-        assert finding.sha256 == sha256(Path(store.where(finding.path)).read_bytes()).hexdigest()
-    assert dossier.gradients["forget"].loss == "cosine"
-    assert dossier.gradients["retain"].loss == "contrastive"
+    records = found(store)
+    for evidence in records.evidence():
+        assert evidence.state is Standing.OK
+        assert evidence.trouble is None
+        assert evidence.sha256 == sha256(Path(store.where(evidence.path)).read_bytes()).hexdigest()
+    assert records.gradients["forget"].loss == "cosine"
+    assert records.gradients["retain"].loss == "contrastive"
 
 
 def test_a_stale_record_is_named_and_withheld(store):
@@ -58,20 +58,20 @@ def test_what_is_made_of_new_gradients_is_stale_too(store):
     path = f"gradients/{NAME}.json"
     pointer = store.read_record(path, GradientPointer)
     store.write_record(path, replace(pointer, forget=pointer.retain))
-    dossier = found(store)
-    assert dossier.pointer.state is Standing.OK
-    assert {dossier.ranking.state, dossier.trials.state, dossier.edit.state} == {Standing.STALE}
-    assert dossier.facts is None
+    records = found(store)
+    assert records.pointer.state is Standing.OK
+    assert {records.ranking.state, records.trials.state, records.edit.state} == {Standing.STALE}
+    assert records.facts is None
 
 
 def test_a_damaged_record_and_a_missing_one(store):
     store.write_bytes(f"trials/{NAME}.json", b"{")
     store.remove(f"edits/{NAME}.safetensors")
-    dossier = found(store)
-    assert dossier.trials.state is Standing.DAMAGED
-    assert "is not JSON" in dossier.trials.trouble
-    assert dossier.edit.state is None
-    assert dossier.edit.trouble == "There is no edit yet."
+    records = found(store)
+    assert records.trials.state is Standing.DAMAGED
+    assert "is not JSON" in records.trials.trouble
+    assert records.edit.state is None
+    assert records.edit.trouble == "There is no edit yet."
 
 
 def test_without_a_set_there_is_nothing_to_report(store):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.report.html import Head, Html, element, joined, lines, table, terms, text
+from slsgu_cli.figures.html import Head, Html, element, joined, lines, table, terms, text
 
 
 class Seen(HTMLParser):

@@ -19,9 +19,9 @@ from reports import (
 )
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.figures.html import VOID
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.report.html import VOID
 from slsgu_cli.store.store import Store
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from processes import slsgu
-from reports import HOSTILE, NAME, fill, looks
+from reports import HOSTILE, NAME, fill
+from reports import guesses as guessed
 from worlds import Listener
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
@@ -56,7 +57,7 @@ def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
 
     def look(self, manifest, header):
         asked.append(header.name)
-        return looks()
+        return guessed()
 
     monkeypatch.setattr(guesses.GuessingModels, "before_after", look)
     listener = Listener()

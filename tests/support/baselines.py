@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
+from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.compare.ours import PassTimes
-from slsgu_cli.compare.run import MethodRun
 from slsgu_cli.records.studies import Plan
 from slsgu_cli.store.blocks import DataBlock
 
@@ -14,7 +14,7 @@ PLAN = Plan(epochs=2, batch_size=16, retain_rows=40)
 
 def open_bench(world, plan=PLAN):
     times = PassTimes(world.store, world.manifest, "cpu")
-    return MethodRun.open(world.store, world.manifest, world.pointer, plan, times)
+    return BaselineRunner.open(world.store, world.manifest, world.pointer, plan, times)
 
 
 def loss(world, model, role, rows):

@@ -48,7 +48,7 @@ from slsgu_cli.records.studies import (
     VerifiedModel,
 )
 from slsgu_cli.report import effect
-from slsgu_cli.report.dossier import Section, SetRecords, gather
+from slsgu_cli.report.gather import Section, SetRecords, gather
 from slsgu_cli.report.page import all_sections, page
 from slsgu_cli.store.artifacts import joint_label
 from slsgu_cli.store.catalog import Catalog
@@ -219,7 +219,7 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
     store.write_record(f"comparisons/{name}.json", record)
 
 
-def looks(concept: str = HOSTILE, names: int = 10) -> BeforeAfter:
+def guesses(concept: str = HOSTILE, names: int = 10) -> BeforeAfter:
     """Return what a model might make of some images."""
     rng = np.random.default_rng(0)
     others = ["castle", "a very long name of a class, indeed", *(f"name {n}" for n in range(8))]
@@ -296,12 +296,12 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
 
 def sections(store: Store, name: str = NAME) -> tuple[SetRecords, list[Section]]:
     """Return what is known of a name and every section of the page on it."""
-    dossier = gather(Catalog(store), name)
-    views = [effect.examples(looks()), effect.cosines(looks())]
-    return dossier, all_sections(dossier, views, store.url)
+    records = gather(Catalog(store), name)
+    images = [effect.examples(guesses()), effect.cosines(guesses())]
+    return records, all_sections(records, images, store.url)
 
 
 def html(store: Store, *names: str) -> str:
     """Return the page on some names."""
     found = [sections(store, name) for name in names or (NAME,)]
-    return page([dossier for dossier, _ in found], {d.name: parts for d, parts in found})
+    return page([records for records, _ in found], {d.name: parts for d, parts in found})

@@ -29,7 +29,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
 from slsgu_cli.verification.relearn import OWN
-from slsgu_cli.verification.verify import verify
+from slsgu_cli.verification.verify import VerifyRequest, verify
 
 SETTINGS = Settings(
     templates=("this is {}", "a photo of the {}!"),
@@ -49,19 +49,13 @@ def find(world, layer=LAYER):
 
 
 def run(world, *, checks=(), edits=(), model=None, **changes):
-    return verify(
-        world.store,
-        world.name,
-        checks=checks,
-        settings=replace(SETTINGS, **changes),
-        model=model,
-        edits=edits,
-        device="cpu",
-    )
+    settings = replace(SETTINGS, **changes)
+    request = VerifyRequest(checks, settings, model=model, edits=edits, device="cpu")
+    return verify(world.store, world.name, request)
 
 
 def finding(result, check, place=1):
-    return result.subjects[place].finding(check)
+    return result.models[place].finding(check)
 
 
 def probes(result, check, place=1):
@@ -98,7 +92,7 @@ def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
     for place, model in enumerate(found.models):
         (probe,) = finding(verified, Check.BASELINE, place).probes
         assert {"blue": probe.forget} == model.forget
-    assert verified.subjects[0].label == "original"
+    assert verified.models[0].label == "original"
     # 30 of the 56 other colours, and all shapes there are of 40 in it.
     assert {name: a.rows for name, a in probe.utility.items()} == {"first": 30, "second": 30}
 
@@ -142,7 +136,7 @@ def test_unseen_templates_are_those_the_set_does_not_have(edited, tmp_path):
 
 
 def test_every_kind_of_check_found_something(verified):
-    for subject in verified.subjects:
+    for subject in verified.models:
         assert [found.check for found in subject.findings] == list(Check)
     names = ["flip", "crop", "colour", "rotation", "blur", "jpeg"]
     assert list(probes(verified, Check.AUGMENT)) == names
@@ -222,10 +216,10 @@ def test_membership_is_of_the_forget_set_and_the_held_out_rows(edited, verified)
 
 
 def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
-    monkeypatch.setattr(verify_module, "open_tested", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(verify_module, "load_source", lambda *_, **__: pytest.fail("loaded"))
     again = run(world, checks=list(Check))
     assert again.reused == 2 * len(Check)
-    assert again.subjects == verified.subjects
+    assert again.models == verified.models
 
 
 def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
@@ -257,8 +251,8 @@ def test_another_edit_of_the_set_has_figures_of_its_own(world, verified):
     result = run(world, checks=[Check.AUGMENT])
     # The original's two are known; the new edit's are not.
     assert result.reused == 2
-    assert result.subjects[1].edit.layer == "transformer.resblocks.1.ln_1.weight"
-    assert result.subjects[1].key != verified.subjects[1].key
+    assert result.models[1].edit.layer == "transformer.resblocks.1.ln_1.weight"
+    assert result.models[1].key != verified.models[1].key
     assert len(result.record.subjects) == 3
 
 
@@ -267,7 +261,7 @@ def test_an_edit_with_the_same_header_and_another_change_is_another(world, verif
     other = replace(edit, load=lambda name: edit.load(name) * (0 if name == "delta" else 1))
     write_edit(world.store, other)
     result = run(world)
-    assert result.subjects[1].key != verified.subjects[1].key
+    assert result.models[1].key != verified.models[1].key
     assert finding(result, Check.BASELINE) != finding(verified, Check.BASELINE)
     assert finding(result, Check.BASELINE).probes == finding(result, Check.BASELINE, 0).probes
 
@@ -277,7 +271,7 @@ def test_several_edits_stand_side_by_side(world, tmp_path):
     shutil.copy(world.store.where(Artifact.EDIT.path("blue")), copy)
     find(world, "transformer.resblocks.1.ln_1.weight")
     result = run(world, checks=[Check.AUGMENT], edits=["blue", str(copy)])
-    assert [s.label for s in result.subjects] == ["original", "edit blue", "edit first"]
+    assert [s.label for s in result.models] == ["original", "edit blue", "edit first"]
     assert result.reused == 4
 
 
@@ -287,7 +281,7 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
         path.parent.mkdir()
         shutil.copy(world.store.where(Artifact.EDIT.path("blue")), path)
     result = run(world, checks=[Check.AUGMENT], edits=[str(path) for path in paths])
-    assert [s.label for s in result.subjects[1:]] == [f"edit {path}" for path in paths]
+    assert [s.label for s in result.models[1:]] == [f"edit {path}" for path in paths]
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
@@ -297,7 +291,7 @@ def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")
     spec = ModelSpec(apply_named(world.store, request).model)
     result = run(world, model=spec)
-    assert result.subjects[1].label == str(spec)
+    assert result.models[1].label == str(spec)
     own = finding(run(world), Check.BASELINE)
     assert finding(result, Check.BASELINE).probes == own.probes
 
@@ -339,7 +333,7 @@ def test_a_concept_that_is_no_class_is_verified_too(world):
     assert {a.against for a in finding(result, Check.MEMBERSHIP).attacks} == {
         "other classes", "retain set",
     }  # fmt: skip
-    assert result.subjects[1].finding(Check.RELEARN).curves[0].target == "blue"
+    assert result.models[1].finding(Check.RELEARN).curves[0].target == "blue"
 
 
 def test_the_plot_is_drawn(verified):

@@ -11,6 +11,7 @@ from slsgu_cli.checkpoints.edits import Edit, moved_values, read_edit
 from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
+from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.method.ranking import RankOptions
 from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import (
@@ -24,7 +25,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
-from slsgu_cli.report.html import Html, code, paragraph
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
 
@@ -85,7 +85,7 @@ class SetRecords:
     gradients: dict[str, GradientHeader] = field(default_factory=dict)
     facts: EditFacts | None = None
 
-    def findings(self) -> list[Evidence[Any]]:
+    def evidence(self) -> list[Evidence[Any]]:
         """Return every record in the order in which one is made from another."""
         records: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
         records += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
@@ -97,7 +97,9 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
     manifest = read_manifest(catalog.store, name)
     pointer: Evidence[GradientPointer] = _evidence(catalog, Artifact.POINTER, name)
     edit: Evidence[EditHeader] = _evidence(catalog, Artifact.EDIT, name)
-    named = pointer.record and {"forget": pointer.record.forget, "retain": pointer.record.retain}
+    digests = {}
+    if pointer.record:
+        digests = {"forget": pointer.record.forget, "retain": pointer.record.retain}
     joint = catalog.readable(Artifact.JOINT)
     sweeps = catalog.readable(Artifact.SWEEP)
     return SetRecords(
@@ -121,23 +123,23 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
         },
         verification=_evidence(catalog, Artifact.VERIFICATION, name),
         comparison=_evidence(catalog, Artifact.COMPARISON, name),
-        gradients={r: catalog.get(Artifact.GRADIENT, d) for r, d in (named or {}).items()},
+        gradients={role: catalog.get(Artifact.GRADIENT, d) for role, d in digests.items()},
         facts=edit_facts(read_edit(catalog.store, edit.path)) if edit.record else None,
     )
 
 
 def _evidence(catalog: Catalog, kind: Artifact, name: str, of: str = "") -> Evidence[Any]:
     """Return a record with its standing; `of` tells it from others that concern the set."""
-    sought: Evidence[Any] = Evidence(TABLE[kind].noun + of, kind.path(name), kind.command(name))
+    evidence: Evidence[Any] = Evidence(TABLE[kind].noun + of, kind.path(name), kind.command(name))
     record = catalog.read(kind, name)
     if record is None:
-        return sought
-    sha256 = hashlib.sha256(catalog.store.read_bytes(sought.path)).hexdigest()
+        return evidence
+    sha256 = hashlib.sha256(catalog.store.read_bytes(evidence.path)).hexdigest()
     if isinstance(record, SlsguError):
-        return replace(sought, state=Standing.DAMAGED, reason=record.message, sha256=sha256)
+        return replace(evidence, state=Standing.DAMAGED, reason=record.message, sha256=sha256)
     state, reason = catalog.standing(kind, name, record)
     shown = record if state is Standing.OK else None
-    return replace(sought, record=shown, state=state, reason=reason, sha256=sha256)
+    return replace(evidence, record=shown, state=state, reason=reason, sha256=sha256)
 
 
 def edit_facts(edit: Edit) -> EditFacts:
@@ -166,11 +168,11 @@ class Section:
         return "missing" if self.trouble else "shown"
 
 
-def section(title: str, finding: Evidence[T], build: Callable[[T], Html]) -> Section:
+def section(title: str, evidence: Evidence[T], build: Callable[[T], Html]) -> Section:
     """Return a section of what a record says, or of what is wrong with it."""
-    if finding.record is not None:
-        return Section(title, build(finding.record))
-    return absent(title, finding.trouble or "", finding.run)
+    if evidence.record is not None:
+        return Section(title, build(evidence.record))
+    return absent(title, evidence.trouble or "", evidence.run)
 
 
 def absent(title: str, trouble: str, run: str) -> Section:
@@ -183,19 +185,19 @@ def absent(title: str, trouble: str, run: str) -> Section:
 PASS, RANK, SEARCH = PassOptions(), RankOptions(), SearchOptions()
 
 
-def commands(dossier: SetRecords) -> list[str]:
+def commands(records: SetRecords) -> list[str]:
     """Return a command line for each step that the store has a good record of."""
-    name = dossier.name
+    name = records.name
     lines: list[list[str]] = []
-    if manifest := dossier.manifest.record:
+    if manifest := records.manifest.record:
         lines.append(list(manifest.command))
-    if pointer := dossier.pointer.record:
+    if pointer := records.pointer.record:
         lines.append(_grad(pointer))
-    if ranking := dossier.ranking.record:
+    if ranking := records.ranking.record:
         lines.append(_rank(ranking))
-    if (trials := dossier.trials.record) and ranking:
+    if (trials := records.trials.record) and ranking:
         lines += _searches(trials, ranking)
-    if edit := dossier.edit.record:
+    if edit := records.edit.record:
         names = edit.joint.names if edit.joint else (name,)
         if edit.joint:
             lines.append(["slsgu", "search", *names, "--joint", "--steer", str(edit.steer)])
@@ -223,14 +225,14 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     words = ["slsgu", "search", trials.name, "--steer", str(trials.steer)]
     if trials.steer is Steer.MARGIN:
         words += ["--margin", f"{trials.margin:g}"]
-    tried = Counter((trial.layer, trial.ridge) for trial in trials.trials)
-    layers = dict.fromkeys(layer for layer, _ in tried)
+    steps = Counter((trial.layer, trial.ridge) for trial in trials.trials)
+    layers = dict.fromkeys(layer for layer, _ in steps)
     if set(layers) != {score.layer for score in ranking.scores if score.front}:
         words += [word for layer in layers for word in ("--layer", layer)]
     words += _unless(ranking.direction, "--direction", trials.direction)
-    last = _unless(SEARCH.steps, "--steps", max(tried.values(), default=SEARCH.steps))
+    last = _unless(SEARCH.steps, "--steps", max(steps.values(), default=SEARCH.steps))
     last += _unless(SEARCH.precision, "--precision", trials.precision)
-    ridges = dict.fromkeys(ridge for _, ridge in tried) or {ranking.ridge: None}
+    ridges = dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}
     return [[*words, *_unless(ranking.ridge, "--ridge", ridge), *last] for ridge in ridges]
 
 

@@ -1,5 +1,6 @@
 """Elements, tables and figures as text in which everything foreign is escaped."""
 
+import base64
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,11 @@ QUANTILE = 1.959964
 def percent(value: float) -> str:
     """Return a percentage with two decimals."""
     return f"{value:.2f}%"
+
+
+def roughly(value: float) -> str:
+    """Return a percentage with one decimal."""
+    return f"{value:.1f}%"
 
 
 def share(value: float) -> str:
@@ -187,3 +193,9 @@ def lines(values: Sequence[Child]) -> Html:
 def paragraph(*children: Child, class_: str | None = None) -> Html:
     """Return a paragraph."""
     return element("p", *children, class_=class_)
+
+
+def image_html(png: bytes, *, alt: str, **attributes: Attribute) -> Html:
+    """Return an image, PNG bytes, inside the page."""
+    data = base64.b64encode(png).decode()
+    return element("img", src=f"data:image/png;base64,{data}", alt=alt, **attributes)

@@ -41,7 +41,7 @@ def edited(shared_world, tmp_path_factory):
 def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
     world = edited[layer]
     edit = load_edit(world.store, world.name)
-    looks = GuessingModels(world.store, device="cpu").before_after(world.manifest, edit.header)
+    guessed = GuessingModels(world.store, device="cpu").before_after(world.manifest, edit.header)
 
     model = resolve(world.model)
     module = load(model)
@@ -58,21 +58,21 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
         plain.append(choose_shown(evaluation, [world.manifest]).cosines())
         guesses.append(guesses_of(evaluation.forget[world.name], scale))
 
-    np.testing.assert_allclose(looks.before, plain[0], atol=1e-5)
-    np.testing.assert_allclose(looks.after, plain[1], atol=1e-5)
-    assert np.abs(looks.after - looks.before).max() > 0.01
-    assert looks.names[0] == world.name
-    assert [example.label for example in looks.examples[:4]] == [world.name] * 4
-    for number, example in enumerate(looks.examples[:4]):
+    np.testing.assert_allclose(guessed.before, plain[0], atol=1e-5)
+    np.testing.assert_allclose(guessed.after, plain[1], atol=1e-5)
+    assert np.abs(guessed.after - guessed.before).max() > 0.01
+    assert guessed.names[0] == world.name
+    assert [example.label for example in guessed.examples[:4]] == [world.name] * 4
+    for number, example in enumerate(guessed.examples[:4]):
         for got, wanted in ((example.before, guesses[0]), (example.after, guesses[1])):
             assert [name for name, _ in got] == [name for name, _ in wanted[number]]
             assert [p for _, p in got] == pytest.approx([p for _, p in wanted[number]], abs=1e-4)
-    assert len({example.label for example in looks.examples[4:]}) == len(looks.examples) - 4
+    assert len({example.label for example in guessed.examples[4:]}) == len(guessed.examples) - 4
 
 
 def test_a_model_with_other_weights_is_refused(edited):
     world = edited["text_projection"]
     header = replace(load_edit(world.store, world.name).header, model_fingerprint="other")
-    viewer = GuessingModels(world.store, device="cpu")
+    models = GuessingModels(world.store, device="cpu")
     with pytest.raises(StaleError, match="other weights"):
-        viewer.before_after(world.manifest, header)
+        models.before_after(world.manifest, header)
