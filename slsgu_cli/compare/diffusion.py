@@ -56,13 +56,13 @@ class Denoiser:
     def conditions(self, prompts: Sequence[str]) -> tuple[Condition, Condition]:
         """Return the conditions of prompts, and as many of the empty prompt."""
         with torch.no_grad(), quiet():
-            found = self.pipeline.encode_prompt(
+            encoded = self.pipeline.encode_prompt(
                 prompt=list(prompts),
                 device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
             )
-        states, empty, *pooled = (value.float() for value in found)
+        states, empty, *pooled = (value.float() for value in encoded)
         if not pooled:
             return Condition(states), Condition(empty)
         scale = self.pipeline.vae_scale_factor
@@ -81,8 +81,8 @@ class Denoiser:
         size = tuple(side * scale for side in self.shape[1:])
         images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True)
         with torch.no_grad():
-            found = vae.encode(images.to(self.device, vae.dtype)).latent_dist.mode()
-        return found.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
+            latents = vae.encode(images.to(self.device, vae.dtype)).latent_dist.mode()
+        return latents.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Return latents with as much noise as the times have."""
@@ -170,11 +170,11 @@ def erase(denoiser: Denoiser, prompts: Sequence[str], plan: PipelinePlan) -> Non
     """
     unet = denoiser.unet
     original = copy.deepcopy(unet).requires_grad_(False)
-    own = cross_attention(unet)
+    attention = cross_attention(unet)
     unet.requires_grad_(False)
-    for parameter in own.values():
+    for parameter in attention.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(own.values(), lr=plan.rate)
+    optimizer = torch.optim.Adam(attention.values(), lr=plan.rate)
     generator = torch.Generator("cpu").manual_seed(plan.seed)
     conditions = [denoiser.conditions([prompt]) for prompt in prompts]
     with progress.bar(f"ESD {plan.rate:g}", plan.iterations) as ticker:

@@ -84,7 +84,8 @@ def compare_on_pipeline(
     settings = {m: settings[m] for m in settings if m in (Method.ORIGINAL, *options.methods)}
     if Method.OURS in options.methods:
         settings[Method.OURS] = (None,)
-        run.our_edit  # noqa: B018 - a missing edit is told of before anything is trained
+        # A missing edit is told of before anything is trained.
+        run.at(Method.OURS, None)
     rows = run.rows(settings)
     pictures = {row: run.pictures(row) for row in rows}
     store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
@@ -112,12 +113,12 @@ class TrainedPipeline:
     def painted(self, label: str) -> list[bytes]:
         """Return the judged's pictures by the pipeline as it is now, the concept's first."""
         frames = [*self.judged.own, *self.judged.rest]
-        found = []
+        images = []
         with progress.bar(f"pictures of {label}", len(frames)) as ticker:
             for image in self.judged.painted(self.painter, frames):
-                found.append(image)
+                images.append(image)
                 ticker.advance()
-        return found
+        return images
 
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
@@ -258,7 +259,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
         judged = self.judged
         images = self.pipeline.painted(LABELS[method])
         split = len(judged.own)
-        own, rest = images[:split], images[split:]
+        shown, rest = images[:split], images[split:]
         original = rest
         if method is not Method.ORIGINAL:
             original = self.pictures(self.row(Method.ORIGINAL))[split:]
@@ -267,7 +268,9 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
             method=method,
             plan=plan,
             edit=edit,
-            effect=Effect(judged.recognised(judged.own, own), judged.recognised(judged.rest, rest)),
+            effect=Effect(
+                judged.recognised(judged.own, shown), judged.recognised(judged.rest, rest)
+            ),
             distance=frechet_distance(features(original), features(rest)),
             seconds=seconds,
             where=None if method is Method.ORIGINAL else self.times.where,
@@ -309,13 +312,13 @@ def sheet(
     judged: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
 ) -> bytes:
     """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
-    own = len(judged.own)
+    split = len(judged.own)
     strips = [
         _strip(judged, frames[:SHOWN], {
             _title(row): images[start : start + SHOWN][: len(frames)]
             for row, images in pictures.items()
         })
-        for frames, start in ((judged.own, 0), (judged.rest, own))
+        for frames, start in ((judged.own, 0), (judged.rest, split))
     ]  # fmt: skip
     return sheet_png(f"Forgetting {judged.name}: {target.name}", strips)
 

@@ -37,7 +37,7 @@ class TableRow:
     @property
     def kept(self) -> float:
         """The mean TA@1 over the evaluation sets."""
-        return sum(found.top1 for found in self.utility.values()) / len(self.utility)
+        return sum(figure.top1 for figure in self.utility.values()) / len(self.utility)
 
     @property
     def words(self) -> str:
@@ -135,7 +135,7 @@ def best(outcomes: list[Outcome]) -> Outcome:
 
 def trade_off(outcome: Outcome) -> float:
     """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1)."""
-    kept = [found.top1 for found in outcome.utility.values()]
+    kept = [figure.top1 for figure in outcome.utility.values()]
     return (100 - outcome.forget.top1 + sum(kept) / len(kept)) / 2
 
 

@@ -246,14 +246,14 @@ def trajectories_plot(trials: Trials, lines: Sequence[tuple[str, float | None]])
     return png(figure)
 
 
-def several_plot(found: JointSearch) -> bytes:
+def several_plot(joint: JointSearch) -> bytes:
     """Draw accuracies against the number of concepts that are forgotten together."""
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
     dress(axes)
-    counts = range(len(found.stages) + 1)
-    for index, (name, before) in enumerate(sorted(found.baseline_utility.items())):
-        kept = [(stage.utility or {}).get(name, before).top1 for stage in found.stages]
+    counts = range(len(joint.stages) + 1)
+    for index, (name, before) in enumerate(sorted(joint.baseline_utility.items())):
+        kept = [(stage.utility or {}).get(name, before).top1 for stage in joint.stages]
         colour = SERIES[index % 4]
         axes.axhline(before.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
         axes.plot(
@@ -265,14 +265,14 @@ def several_plot(found: JointSearch) -> bytes:
             clip_on=False,
             label=f"TA@1 {plain(name, 30)}",
         )
-    worst = [max(found.top1 for found in stage.forget.values()) for stage in found.stages]
+    worst = [max(figure.top1 for figure in stage.forget.values()) for stage in joint.stages]
     axes.plot(
         counts[1:], worst, "o-", color=VERMILION, clip_on=False, label="FA@1, the highest of all"
     )
-    labels = ["original", *(f"{k}\n+ {plain(n, 14)}" for k, n in enumerate(found.names, start=1))]
+    labels = ["original", *(f"{k}\n+ {plain(n, 14)}" for k, n in enumerate(joint.names, start=1))]
     axes.set_xticks(counts, labels)
     axes.set_ylim(0, 103)
-    axes.set_xlim(0, len(found.stages))
+    axes.set_xlim(0, len(joint.stages))
     axes.set_xlabel("concepts forgotten together", color=INK)
     axes.set_ylabel("accuracy, %", color=INK)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
