@@ -6,7 +6,9 @@ import pytest
 import tiny_clip
 import tiny_targets
 import torch
+from tower_models import CONFIGS, make
 
+from slsgu_cli.checkpoints.layers import Layer, layers_of
 from slsgu_cli.checkpoints.layouts import (
     Spelling,
     TowerPlace,
@@ -15,7 +17,7 @@ from slsgu_cli.checkpoints.layouts import (
     tensor_places,
     tower_places,
 )
-from slsgu_cli.records.method import Tower
+from slsgu_cli.records.method import Qkv, Tower
 
 
 def mapped(state, keys):
@@ -97,6 +99,18 @@ def test_text_towers_are_found_by_what_their_names_end_with(key, place):
 )  # fmt: skip
 def test_vision_towers_are_found_too(key, prefix, spelling):
     assert tower_places([key]) == [TowerPlace(Tower.VISION, spelling, prefix)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layers_of_every_family_of_open_clip_lie_under_their_own_names(kind, tmp_path):
+    names = [name for name, _ in make(kind, tmp_path).named_parameters()]
+    layers = layers_of(names, Qkv.SPLIT)
+    assert len(layers) > 10
+    for prefix in ("", "module."):
+        towers = tower_places(prefix + name for name in names)
+        for layer in map(Layer.parse, layers):
+            (place,) = [place for tower in towers for place in tensor_places(layer.name, tower)]
+            assert (place.key, place.within) == (prefix + layer.parameter, layer.third)
 
 
 def test_layers_without_a_counterpart_have_no_place():
