@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FETCH := .venv-img2dataset
+# How many tests run side by side: as many as there are cores.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check clean
 
@@ -12,15 +15,16 @@ demo: $(VENV)/.installed
 
 # img2dataset has old versions of its own, so it gets an environment of its own.
 test: check $(FETCH)/.installed
-	SLSGU_IMG2DATASET=$(CURDIR)/$(FETCH)/bin/img2dataset $(BIN)/python -m pytest --cov --cov-report=term
+	SLSGU_IMG2DATASET=$(CURDIR)/$(FETCH)/bin/img2dataset $(PYTEST) --cov --cov-report=term
 
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

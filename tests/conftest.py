@@ -8,10 +8,15 @@ A world is a store with a set that is built, graded and ranked (see `worlds.py`)
 - `several_world`, the same for all tests with sets for red and green beside blue, which
   share a retain set;
 - `demo_world`, shared too: facebook and the embedded CLIP, with few rows.
+
+Tests run in several processes. A fixture that takes long is made by one of them and read by
+all (`made_once`); files with long tests come first, so that none is left to the end.
 """
 
+import fcntl
 import functools
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,36 @@ from places import DEMO
 
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store
+
+# Before PyTorch is loaded: a process of its own for each core, none with threads that spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(items):
+    """Let files with long tests come first; a process takes one file after another."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, make)` is what `make(folder)` returned in whichever process came first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name, make):
+        result = root / f"{name}.pickle"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                (root / name).mkdir()
+                made = make(root / name)
+                result.write_bytes(pickle.dumps(made))
+        return pickle.loads(result.read_bytes())
+
+    return get
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +92,15 @@ def demo_model(vocabulary):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(vocabulary, tmp_path_factory):
+def tiny_model(vocabulary, made_once):
     """A `local-dir:` model that tells colours and shapes apart; do not write to it."""
     import tiny_clip
 
-    folder = tmp_path_factory.mktemp("tiny") / "clip"
-    return ModelSpec(f"local-dir:{tiny_clip.write_folder(folder, tiny_clip.fitted_model())}")
+    def make(folder):
+        written = tiny_clip.write_folder(folder / "clip", tiny_clip.fitted_model())
+        return ModelSpec(f"local-dir:{written}")
+
+    return made_once("tiny", make)
 
 
 @pytest.fixture(scope="session")
@@ -84,25 +122,27 @@ def trained_models():
 
 
 @pytest.fixture(scope="session")
-def shared_world(tiny_model, tmp_path_factory):
+def shared_world(tiny_model, made_once):
     import tiny_clip
     from worlds import World
 
-    folder = tmp_path_factory.mktemp("shapes")
-    kinds = {"colour": range(1000, 1064), "shape": range(2000, 2040)}
-    labelled = tiny_clip.write_labelled(folder / "labelled.parquet", kinds)
-    templates = folder / "templates.txt"
-    templates.write_text("a photo of the {}.\na drawing of the {}.\n{}\n")
-    sources = {
-        "pairs": tiny_clip.write_pairs(folder / "pairs.parquet", range(160)),
-        "first": f"{labelled}?kind=colour",
-        "second": f"{labelled}?kind=shape",
-        "templates": str(templates),
-    }
-    world = World(Store(str(folder / "store")), "blue", tiny_model, sources)
-    world.build()
-    world.grade()
-    return world
+    def make(folder):
+        kinds = {"colour": range(1000, 1064), "shape": range(2000, 2040)}
+        labelled = tiny_clip.write_labelled(folder / "labelled.parquet", kinds)
+        templates = folder / "templates.txt"
+        templates.write_text("a photo of the {}.\na drawing of the {}.\n{}\n")
+        sources = {
+            "pairs": tiny_clip.write_pairs(folder / "pairs.parquet", range(160)),
+            "first": f"{labelled}?kind=colour",
+            "second": f"{labelled}?kind=shape",
+            "templates": str(templates),
+        }
+        world = World(Store(str(folder / "store")), "blue", tiny_model, sources)
+        world.build()
+        world.grade()
+        return world
+
+    return made_once("shapes", make)
 
 
 @pytest.fixture
@@ -111,26 +151,48 @@ def world(shared_world, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def several_world(shared_world, tmp_path_factory):
+def several_world(shared_world, made_once):
     from dataclasses import replace
 
     names = ("blue", "red", "green")
-    world = shared_world.copied(tmp_path_factory.mktemp("several") / "store")
-    for name in names:
-        own = replace(world, name=name)
-        own.build(retain_exclude=names)
-        own.grade()
-    return world
+
+    def make(folder):
+        world = shared_world.copied(folder / "store")
+        for name in names:
+            own = replace(world, name=name)
+            own.build(retain_exclude=names)
+            own.grade()
+        return world
+
+    return made_once("several", make)
 
 
 @pytest.fixture(scope="session")
-def demo_world(demo_model, tmp_path_factory):
+def demo_world(demo_model, made_once):
+    from worlds import World
+
+    def make(folder):
+        sources = {
+            "pairs": str(folder / "pairs.parquet"),
+            "first": f"{folder}/labelled.parquet?kind=brand",
+            "second": f"{folder}/labelled.parquet?kind=object",
+            "templates": str(folder / "templates.txt"),
+        }
+        _write_icons(folder)
+        world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
+        world.build(retain_samples=36)
+        world.grade()
+        return world
+
+    return made_once("icons", make)
+
+
+def _write_icons(folder):
+    """Write a few of the embedded icons: pairs, labelled ones of ten classes, templates."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    from worlds import World
 
-    folder = tmp_path_factory.mktemp("demo")
     train = pq.read_table(DEMO / "train.parquet")
     about = pc.match_substring(pc.ascii_lower(train["caption"]), "facebook")
     some = [train.filter(about).slice(0, 20), train.filter(pc.invert(about)).slice(0, 40)]
@@ -144,13 +206,3 @@ def demo_world(demo_model, tmp_path_factory):
             labelled.append({**row, "label": row["concept"]})
     pq.write_table(pa.Table.from_pylist(labelled), folder / "labelled.parquet")
     (folder / "templates.txt").write_text("{}\na {} icon\n")
-    sources = {
-        "pairs": str(folder / "pairs.parquet"),
-        "first": f"{folder}/labelled.parquet?kind=brand",
-        "second": f"{folder}/labelled.parquet?kind=object",
-        "templates": str(folder / "templates.txt"),
-    }
-    world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
-    world.build(retain_samples=36)
-    world.grade()
-    return world

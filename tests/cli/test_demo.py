@@ -1,4 +1,8 @@
-"""The demo from end to end, and the package away from its checkout."""
+"""The demo from end to end, and the package away from its checkout.
+
+The demo runs twice: as users run it, for a brand; and for an object on a part of the embedded
+icons, where its printed commands are then run one by one.
+"""
 
 import json
 import os
@@ -10,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
-from processes import slsgu
+from processes import inside, slsgu
 from safetensors.numpy import load_file
 
+from slsgu_cli.cli import demo
 from slsgu_cli.cli.demo import DATA
 
 pytestmark = pytest.mark.slow
@@ -69,47 +74,92 @@ def test_the_pictures_are_pictures(facebook):
     assert len(list((store / "plots").glob("*.png"))) > len(shown["plots"])
 
 
-def test_the_printed_commands_do_the_same(facebook):
-    shown, store = facebook
-    lines = shown["commands"]
+def test_the_commands_are_told_one_by_one(facebook):
+    lines = facebook[0]["commands"]
     assert [line.split()[:2] for line in lines[1:]] == [
         ["slsgu", command] for command in ("build-sets", "grad", "rank", "search", "apply", "eval")
     ]
-    again = store / "checkpoints" / "clip-without-facebook-again"
-    shutil.rmtree(again, ignore_errors=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", "-e", "-c", "\n".join(lines)],
-        cwd=store.parent, env={**os.environ, "PATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "forget gradient" in done.stderr
-    assert "in the store already" in done.stderr
-    assert "recorded trials were used again" in done.stderr
-    first = store / "checkpoints" / "clip-without-facebook"
-    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
-    measured = [line.split("\t") for line in done.stdout.rpartition("figure\t")[2].splitlines()[1:]]
-    for figure, original, edited, _ in measured:
-        assert float(original) == pytest.approx(figures(shown)[figure]["original"])
-        # The checkpoint is fp16, what the search measured is not.
-        assert float(edited) == pytest.approx(figures(shown)[figure]["edited"], abs=0.5)
 
 
-def test_castle_leaves_the_first_five(tmp_path):
-    done = slsgu("demo", "castle", "--steer", "fa5", "--store", tmp_path / "store", timeout=900)
-    assert done.returncode == 0, done.stderr
-    _, _, table = done.stdout.rpartition("figure\toriginal\tedited\tchange\n")
-    found = dict(line.split("\t", 1) for line in table.partition("\n\n")[0].splitlines())
-    assert float(found["FA@5"].split("\t")[0]) > 50
-    assert float(found["FA@5"].split("\t")[1]) == 0
+@pytest.fixture(scope="module")
+def castle(tmp_path_factory):
+    """What `slsgu demo castle --steer fa5` prints with one in six of the icons, and its folder."""
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("few icons")
+    for name in ("clip", "classes.json", "templates.txt"):
+        (folder / name).symlink_to(DATA / name)
+    for name in ("train.parquet", "heldout.parquet"):
+        icons = pq.read_table(DATA / name)
+        concepts = enumerate(icons["concept"].to_pylist())
+        some = [row for row, concept in concepts if concept == "castle" or row % 6 == 0]
+        pq.write_table(icons.take(some), folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo, "DATA", folder)
+        patch.setattr(demo, "RETAIN_SAMPLES", 128)
+        done = inside("demo", "castle", "--steer", "fa5", store="a store")
+    assert done.exit_code == 0, done.stderr
+    return done.stdout, folder
+
+
+def accuracies(shown):
+    """Return original and edited accuracy, and the change, by the figure's name."""
+    _, _, table = shown.rpartition("figure\toriginal\tedited\tchange\n")
+    lines = (line.split("\t") for line in table.partition("\n\n")[0].splitlines())
+    return {name: [float(value) for value in values] for name, *values in lines}
+
+
+def test_castle_leaves_the_first_five(castle):
+    found = accuracies(castle[0])
+    assert found["FA@5"][0] > 50
+    assert found["FA@5"][1] == 0
     for name in ("brands", "objects"):
-        assert float(found[f"TA@1 {name}"].split("\t")[2]) >= -2.5
-    assert "slsgu search castle --steer fa5" in done.stdout
+        assert found[f"TA@1 {name}"][2] >= -2.5
+
+
+def test_the_printed_commands_do_the_same(castle, monkeypatch):
+    shown, folder = castle
+    monkeypatch.chdir(folder)
+    ran = [inside(*words, env=env) for words, env in typed(shown.rpartition(":\n\n")[2], folder)]
+    assert [done.exit_code for done in ran] == [0] * 6
+    told = "".join(done.stderr for done in ran)
+    assert "forget gradient" in told
+    assert "in the store already" in told
+    assert "recorded trials were used again" in told
+    first, again = (
+        folder / "a store" / "checkpoints" / f"clip-without-castle{end}" for end in ("", "-again")
+    )
+    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    measured = [line.split("\t") for line in ran[-1].stdout.splitlines()[1:]]
+    expected = accuracies(shown)
+    assert [row[0] for row in measured] == list(expected)
+    for figure, original, edited, _ in measured:
+        assert float(original) == pytest.approx(expected[figure][0])
+        # The checkpoint is fp16, what the search measured is not.
+        assert float(edited) == pytest.approx(expected[figure][1], abs=0.7)
+
+
+def typed(lines, folder):
+    """Return what a shell makes of some lines: the words after `slsgu`, and its environment."""
+    program = folder / "bin" / "slsgu"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable} -S\nimport json, os, sys\n"
+        'print(json.dumps([sys.argv[1:], {"SLSGU_STORE": os.environ["SLSGU_STORE"]}]))\n'
+    )
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-e", "-c", lines],
+        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_an_unknown_concept_is_told_with_near_ones(tmp_path):
-    done = slsgu("demo", "castel", "--store", tmp_path / "store")
-    assert (done.returncode, done.stdout) == (2, "")
+    done = inside("demo", "castel", store=tmp_path / "store")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert "castle" in done.stderr
     assert not (tmp_path / "store").exists()
 
@@ -145,10 +195,11 @@ def test_the_package_works_away_from_its_checkout(tmp_path):
     assert found.stdout.startswith(str(site))
     assert slsgu("--version", **places).stdout.startswith("slsgu ")
     assert slsgu("ls", **places).stdout.startswith("kind\t")
-    demo = f"{site}/slsgu_cli/demo"
+    icons = f"{site}/slsgu_cli/demo"
     built = slsgu(
-        "build-sets", "castle", "--model", f"local-dir:{demo}/clip", "--retain-samples", "20",
-        "--source", f"{demo}/train.parquet", "--eval", f"all={demo}/heldout.parquet?concept=castle",
-        "--templates", f"all={demo}/templates.txt", **places,
+        "build-sets", "castle", "--model", f"local-dir:{icons}/clip", "--retain-samples", "20",
+        "--source", f"{icons}/train.parquet",
+        "--eval", f"all={icons}/heldout.parquet?concept=castle",
+        "--templates", f"all={icons}/templates.txt", **places,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr

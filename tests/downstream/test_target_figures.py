@@ -22,7 +22,7 @@ def facebook(demo_model, tmp_path_factory):
         "templates": f"{DEMO}/templates.txt",
     }
     world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
-    world.build(retain_samples=400, label_column=None)
+    world.build(retain_samples=64, label_column=None)
     world.grade()
     return world
 

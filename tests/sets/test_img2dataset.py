@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from places import FAKE_IMG2DATASET
+from processes import interruptible
 from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
@@ -106,8 +107,9 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", script],
+        env=environment, stderr=subprocess.PIPE, preexec_fn=interruptible,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

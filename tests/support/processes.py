@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from slsgu_cli.cli.app import app
 SLSGU = (sys.executable, "-m", "slsgu_cli")
 
 
-def inside(*arguments, store=None):
+def inside(*arguments, store=None, env=None):
     """Run a command in this process, where PyTorch is loaded already."""
     options = [] if store is None else ["--store", str(store)]
-    return CliRunner().invoke(app, [*map(str, arguments), *options])
+    return CliRunner().invoke(app, [*map(str, arguments), *options], env=env)
 
 
 def rows(tsv):
@@ -45,11 +46,21 @@ def slsgu(*arguments, env=None, timeout=120, **options):
 
 
 def start(*arguments, env=None, **options):
-    """Start a command; its outputs are text."""
+    """Start a command that Ctrl-C ends; its outputs are text."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [*SLSGU, *map(str, arguments)], text=True, env=_environment(env), **outputs
-    )
+        [*SLSGU, *map(str, arguments)],
+        text=True, env=_environment(env), preexec_fn=interruptible, **outputs,
+    )  # fmt: skip
+
+
+def interruptible():
+    """Let SIGINT do what it does by default, also where the tests run in the background.
+
+    A shell without job control starts what it puts there with SIGINT ignored, and who ignores
+    a signal starts children that do.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def on_terminal(*arguments, columns=80, env=None, both=False):
