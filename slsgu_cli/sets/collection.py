@@ -6,8 +6,8 @@ or as far as it came.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import fsspec
 import pyarrow as pa
@@ -51,19 +51,19 @@ def collect(store: Store, request: CollectRequest) -> Collected:
     files = [path for text in request.metadata for path in expand(parse_source(text))]
     readers = open_shards(request)
     identities = [file_identity(path) for path in files] + [r.identity() for r in readers]
-    asked = encode(request)
-    del asked["download"]
-    address = digest({"format": FORMAT, "files": identities, **asked})
+    recipe = encode(request)
+    del recipe["download"]
+    address = digest({"format": FORMAT, "files": identities, **recipe})
     folder, record = Artifact.COLLECTION.beside(address), Artifact.COLLECTION.path(address)
     if store.exists(record):
         progress.note(f"the samples of {len(identities)} files were collected before: {folder}")
         return Collected(store.read_record(record, Collection), f"{folder}/parts")
     if request.metadata:
-        made = _from_metadata(store, folder, request, files)
+        collection = _from_metadata(store, folder, request, files)
     else:
-        made = _from_shards(store, folder, request, readers)
-    store.write_record(record, made)
-    return Collected(made, f"{folder}/parts")
+        collection = _from_shards(store, folder, request, readers)
+    store.write_record(record, collection)
+    return Collected(collection, f"{folder}/parts")
 
 
 def _from_metadata(
@@ -74,14 +74,16 @@ def _from_metadata(
     hits, refused = _once(scan)
     hits = _limited(hits, request, refused)
     retain = scan.retain[: retain_wanted(request)]
-    found = Counter(number for hit in hits for number in hit.concepts)
+    matches = Counter(number for hit in hits for number in hit.concepts)
     progress.note(f"{len(hits)} of {scan.seen} captions match; {len(retain)} more rows are drawn")
-    outcome = _Outcome()
+    fetched, retained = [Fetched() for _ in request.concepts], Fetched()
     if hits:
         urls = _write_urls(store, folder, [*hits, *retain])
         parts = f"{folder}/parts"
         download(store, urls, parts, options=request.download)
-        outcome = _outcome(store, parts, index)
+        by_origin = {(hit.file, hit.row): [fetched[n] for n in hit.concepts] for hit in hits}
+        by_origin |= {(hit.file, hit.row): [retained] for hit in retain}
+        _count_fetched(store, parts, by_origin)
     return Collection(
         sources=request.metadata,
         files=len(files),
@@ -89,16 +91,16 @@ def _from_metadata(
         refused={"no caption": scan.no_caption} if scan.no_caption else {},
         concepts={
             concept.name: ConceptCounts(
-                found[number],
-                _counts(refused, number) | _counts(outcome.refused, number),
-                tuple(sorted(outcome.shards.get(number, ()))),
+                matches[number],
+                _reasons(refused, number) | dict(sorted(fetched[number].refused.items())),
+                tuple(sorted(fetched[number].shards)),
             )
             for number, concept in enumerate(request.concepts)
         },
         retain=ConceptCounts(
             len(retain),
-            _counts(outcome.refused, None),
-            tuple(sorted(outcome.shards.get(None, ()))),
+            dict(sorted(retained.refused.items())),
+            tuple(sorted(retained.shards)),
         ),
         examples=tuple(scan.examples),
         version=__version__,
@@ -108,55 +110,50 @@ def _from_metadata(
 def _from_shards(
     store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
 ) -> Collection:
-    met = collect_shards(store, folder, request, readers)
-    refused = sum((Counter(m.refused) for _, m in met), Counter[str]())
+    shards = collect_shards(store, folder, request, readers)
+    refused = sum((Counter(counts.refused) for _, counts in shards), Counter[str]())
     concepts = {}
     for concept in request.concepts:
-        excluded = sum(m.excluded.get(concept.name, 0) for _, m in met)
+        excluded = sum(counts.excluded.get(concept.name, 0) for _, counts in shards)
         concepts[concept.name] = ConceptCounts(
-            sum(m.found.get(concept.name, 0) for _, m in met),
+            sum(counts.found.get(concept.name, 0) for _, counts in shards),
             {EXCLUDED: excluded} if excluded else {},
-            tuple(f"{name}.tar" for name, m in met if m.found.get(concept.name)),
+            tuple(f"{name}.tar" for name, counts in shards if counts.found.get(concept.name)),
         )
     return Collection(
         sources=request.sources,
         files=len(readers),
-        seen=sum(m.seen for _, m in met),
+        seen=sum(counts.seen for _, counts in shards),
         refused=dict(sorted(refused.items())),
         concepts=concepts,
         retain=ConceptCounts(
-            sum(m.retain for _, m in met), {}, tuple(f"{name}.tar" for name, m in met if m.retain)
+            sum(counts.retain for _, counts in shards),
+            {},
+            tuple(f"{name}.tar" for name, counts in shards if counts.retain),
         ),
-        examples=tuple(text for _, m in met for text in m.examples)[:3],
+        examples=tuple(text for _, counts in shards for text in counts.examples)[:3],
         version=__version__,
     )
 
 
-class _Outcome:
-    """What a download brought, by concept; None stands for the rows to retain."""
+@dataclass(slots=True)
+class Fetched:
+    """What a download brought of one concept, or of the rows to retain: shards and failures."""
 
-    def __init__(self) -> None:
-        self.refused: Refused = Counter()
-        self.shards: dict[int | None, set[str]] = {}
-
-    def add(self, whom: Iterable[int | None], shard: str, status: str, error: str | None) -> None:
-        for one in whom:
-            if status == "success":
-                self.shards.setdefault(one, set()).add(shard)
-            else:
-                self.refused[one, reason(error)] += 1
+    shards: set[str] = field(default_factory=set)
+    refused: Counter[str] = field(default_factory=Counter)
 
 
 def _once(scan: Scan) -> tuple[list[Hit], Refused]:
     """Return each URL with its caption once, and what was left out, by concept."""
     refused = Counter(scan.refused)
-    met: set[tuple[str, str]] = set()
+    pairs: set[tuple[str, str]] = set()
     hits = []
     for hit in scan.hits:
-        if (hit.url, hit.caption) in met:
+        if (hit.url, hit.caption) in pairs:
             refused.update((number, "duplicate") for number in hit.concepts)
             continue
-        met.add((hit.url, hit.caption))
+        pairs.add((hit.url, hit.caption))
         hits.append(hit)
     return hits, refused
 
@@ -195,10 +192,11 @@ def _write_urls(store: Store, folder: str, hits: Sequence[Hit]) -> UrlList:
     return UrlList(store.where(path), len(hits), COLUMNS)
 
 
-def _outcome(store: Store, parts: str, index: ConceptIndex) -> _Outcome:
-    """Read what became of every URL from the tables beside the shards."""
-    outcome = _Outcome()
-    columns = ["role", "caption", "status", "error_message"]
+def _count_fetched(
+    store: Store, parts: str, by_origin: Mapping[tuple[str, int], Sequence[Fetched]]
+) -> None:
+    """Count what became of every URL, by the tables beside the shards."""
+    columns = [ORIGIN_FILE, ORIGIN_ROW, "status", "error_message"]
     for shard in finished(store, parts):
         table = store.where(f"{parts}/{shard.removesuffix('.tar')}.parquet")
         try:
@@ -210,13 +208,13 @@ def _outcome(store: Store, parts: str, index: ConceptIndex) -> _Outcome:
                 hint=f"remove {shard.removesuffix('.tar')}* beside it and run this again",
             ) from error
         for row in rows:
-            whom: list[int | None] = [None]
-            if row["role"] == FORGET:
-                about = index.about(row["caption"])
-                whom = [n for n in about if not index.excluded(n, row["caption"])]
-            outcome.add(whom, shard, row["status"], row["error_message"])
-    return outcome
+            for fetched in by_origin.get((row[ORIGIN_FILE], row[ORIGIN_ROW]), ()):
+                if row["status"] == "success":
+                    fetched.shards.add(shard)
+                else:
+                    fetched.refused[reason(row["error_message"])] += 1
 
 
-def _counts(refused: Refused, whom: int | None) -> dict[str, int]:
-    return {what: count for (who, what), count in sorted(refused.items(), key=str) if who == whom}
+def _reasons(refused: Refused, concept: int) -> dict[str, int]:
+    """Return the counts of one concept, by reason."""
+    return {why: count for (number, why), count in sorted(refused.items()) if number == concept}

@@ -30,8 +30,8 @@ BATCH = 1 << 16
 POOL = 1000
 EXCLUDED, NO_URL = "excluded", "no URL"
 
-# Counts by concept and reason; None stands for the rows to retain.
-Refused = Counter[tuple[int | None, str]]
+# Counts by concept and reason.
+Refused = Counter[tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Hit:
 
 @dataclass(slots=True)
 class Scan:
-    """What was found; `refused` counts, by concept, what matches and is not wanted."""
+    """The rows of metadata that match or are drawn; `refused` counts matches not wanted."""
 
     seen: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Scan:
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: "Scan") -> None:
-        """Take in what was found elsewhere."""
+        """Take in the rows of other row groups."""
         self.seen += other.seen
         self.hits += other.hits
         self.retain += other.retain
@@ -84,7 +84,8 @@ def scan_metadata(paths: Sequence[str], request: CollectRequest, index: ConceptI
     Raises MissingError and InputError for files that cannot be read or lack a column.
     """
     threads = cores()
-    groups = [group for found in prefetch(_groups, paths, threads=threads) for group in found]
+    files = prefetch(_groups, paths, threads=threads)
+    groups = [group for groups_of_file in files for group in groups_of_file]
     total = sum(group.rows for group in groups)
     pool, limit = _pool(groups, request)
     patterns = [pattern for concept in index.concepts for pattern in concept.patterns]
@@ -92,9 +93,9 @@ def scan_metadata(paths: Sequence[str], request: CollectRequest, index: ConceptI
     work = _Work(request, index, prefilter, pool, limit)
     result = Scan()
     with progress.bar("filtering captions", total) as ticker:
-        for found in prefetch(work.scan, groups, threads=threads):
-            result.add(found)
-            ticker.advance(found.seen)
+        for scan in prefetch(work.scan, groups, threads=threads):
+            result.add(scan)
+            ticker.advance(scan.seen)
     result.retain.sort(key=lambda hit: (hit.place, hit.file, hit.row))
     result.hits.sort(key=lambda hit: (hit.concepts[0], hit.file, hit.row))
     return result
@@ -138,10 +139,10 @@ class _Work:
             text = tokenizable(captions[int(place)].as_py() or "")
             row = start + int(place)
             about = self.index.about(text)
-            taken = tuple(number for number in about if not self.index.excluded(number, text))
-            result.refused.update((number, EXCLUDED) for number in about if number not in taken)
-            if taken:
-                wanted[row] = Hit(group.path, row, "", text, taken)
+            concepts = tuple(number for number in about if not self.index.excluded(number, text))
+            result.refused.update((number, EXCLUDED) for number in about if number not in concepts)
+            if concepts:
+                wanted[row] = Hit(group.path, row, "", text, concepts)
         if (group.path, group.group) in self.pool:
             self._draw(group, captions, start, wanted)
 
@@ -214,12 +215,12 @@ def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
 
 def _groups(path: str) -> list[RowGroup]:
     with open_parquet(path) as file:
-        schema, found, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
+        schema, groups, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            found.append(RowGroup(path, group, start, rows, schema))
+            groups.append(RowGroup(path, group, start, rows, schema))
             start += rows
-        return found
+        return groups
 
 
 def _batches(group: RowGroup, column: str) -> Iterator[pa.Array]:

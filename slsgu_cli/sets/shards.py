@@ -1,7 +1,7 @@
 """Take the samples of many concepts out of many shards, each shard read once.
 
-Every file of the source leaves a tar of what was wanted in it and, last, a record of what
-was met. So work that was stopped goes on with the files that have no record. Files are
+Every file of the source leaves a tar of what was wanted in it and, last, a record of its
+counts. So work that was stopped goes on with the files that have no record. Files are
 read by a process a core; image bytes are taken of wanted samples only, and none decoded.
 """
 
@@ -69,7 +69,7 @@ def open_shards(request: CollectRequest) -> list[Reader]:
 def collect_shards(
     store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
 ) -> list[tuple[str, ShardCounts]]:
-    """Return for every file of the sources the tar of its samples, and what was met in it.
+    """Return for every file of the sources the tar of its samples, and its counts.
 
     Rows to retain are all of the first files in a seeded order that suffice, as the paper
     takes them from one shard.
@@ -78,18 +78,18 @@ def collect_shards(
         range(len(readers)),
         key=lambda number: priority(request.seed, f"{readers[number].path}\0{number}"),
     )
-    met: dict[int, ShardCounts] = {}
+    counts: dict[int, ShardCounts] = {}
     left = list(order)
     with progress.bar("reading shards", len(readers)) as ticker:
-        while left and sum(m.retain for m in met.values()) < retain_wanted(request):
+        while left and sum(c.retain for c in counts.values()) < retain_wanted(request):
             number = left.pop(0)
-            met[number] = _collect(_task(store, folder, readers, request, number, retain=True))
+            counts[number] = _collect(_task(store, folder, readers, request, number, retain=True))
             ticker.advance()
         tasks = [_task(store, folder, readers, request, n, retain=False) for n in sorted(left)]
         for number, result in zip(sorted(left), _spread(tasks), strict=True):
-            met[number] = result
+            counts[number] = result
             ticker.advance()
-    return [(_name(number), met[number]) for number in sorted(met)]
+    return [(_name(number), counts[number]) for number in sorted(counts)]
 
 
 def _name(number: int) -> str:
@@ -142,9 +142,9 @@ def _collect(task: _Task) -> ShardCounts:
     ):
         for row, image in select(task.reader, sorter.wants, trouble):
             _write(tar, task.reader, row, image, sorter.roles[row.index])
-    met = sorter.met(trouble)
-    store.write_record(task.record, met)
-    return met
+    counts = sorter.counts(trouble)
+    store.write_record(task.record, counts)
+    return counts
 
 
 def select(
@@ -183,18 +183,18 @@ class _Sorter:
         if len(self._examples) < 3:
             self._examples.append(caption)
         about = self._index.about(caption)
-        taken = [number for number in about if not self._index.excluded(number, caption)]
+        wanted = [number for number in about if not self._index.excluded(number, caption)]
         names = [concept.name for concept in self._index.concepts]
-        self._found.update(names[number] for number in taken)
-        self._excluded.update(names[number] for number in about if number not in taken)
-        if taken:
+        self._found.update(names[number] for number in wanted)
+        self._excluded.update(names[number] for number in about if number not in wanted)
+        if wanted:
             self.roles[row.index] = FORGET
         elif self._task.retain and not self._index.touched(caption) | self._left_out(caption):
             self.roles[row.index] = RETAIN
             self._retain += 1
         return row.index in self.roles
 
-    def met(self, trouble: Counter[str]) -> ShardCounts:
+    def counts(self, trouble: Counter[str]) -> ShardCounts:
         """Return the counts of the whole file."""
         return ShardCounts(
             self._seen,

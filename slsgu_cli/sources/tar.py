@@ -42,22 +42,69 @@ TRUNCATED = "truncated shard"
 BROKEN = (tarfile.TarError, EOFError, zlib.error)
 Members = dict[str, bytes | None]
 
-# Reads a member of the sample at hand after all.
-Load = Callable[[str], bytes | None]
+
+class ShardHeader(tarfile.TarInfo):
+    """A member's header. A usual file's owner, times and devices are left unread.
+
+    The module spends more on these than on all else: without this it takes half as long
+    again to read a shard's captions.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the header in a block of 512 bytes."""
+        usual = _usual_file(buf)
+        if usual is None:
+            return super().frombuf(buf, encoding, errors)
+        name, size = usual
+        header = cls(name.decode(encoding, errors))
+        header.size = size
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> Self:
+        """Return the next header, noting where there is neither one nor the end mark."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            end_mark = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+            tar.broken_off = not isinstance(error, end_mark)
+            raise
+
+
+class Shard(tarfile.TarFile):
+    """A tar that knows if it broke off: a header cut short, or none, is the module's end."""
+
+    tarinfo = ShardHeader
+    broken_off = False
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """The members of one sample by suffix: their headers, and what was read of them."""
 
+    tar: Shard
     index: int
     key: str
     heads: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     members: Members = field(default_factory=dict)
 
+    def read(self, suffix: str) -> bytes | None:
+        """Read a member, while the next sample is not reached."""
+        content = self.tar.extractfile(self.heads[suffix])
+        return content.read() if content else None
+
     def image(self) -> str | None:
         """Return the suffix of the sample's first image."""
         return next((suffix for suffix in self.members if suffix in IMAGE_SUFFIXES), None)
+
+    def image_bytes(self) -> bytes | None:
+        """Return the first image of a sample that has one, reading it if it was not."""
+        suffix = self.image()
+        if suffix is None:
+            return None
+        data = self.members[suffix]
+        return self.read(suffix) if data is None else data
 
     def extent(self) -> Extent | None:
         """Return where the bytes of the first image lie in the archive, if in one piece."""
@@ -87,7 +134,7 @@ class TarSource:
         """
         fields_seen: set[str] = set()
         streams = self._streams()
-        for group, _ in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
+        for group in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
             row = self._row(group, None if streams else group.extent(), fields_seen)
             if row is not None:
                 yield row
@@ -110,10 +157,10 @@ class TarSource:
             lambda _, suffix: suffix in TEXT_SUFFIXES or (streams and suffix in IMAGE_SUFFIXES),
             trouble,
         )
-        for group, load in groups:
+        for group in groups:
             row = self._row(group)
             if row is not None and wants(row):
-                yield row, _image(group, load)
+                yield row, group.image_bytes()
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows; the shard is read where they lie."""
@@ -125,9 +172,9 @@ class TarSource:
         groups = self._groups(
             lambda index, suffix: suffix in IMAGE_SUFFIXES and index in wanted, Counter()
         )
-        for group, load in groups:
+        for group in groups:
             if group.index in wanted:
-                yield group.index, _image(group, load)
+                yield group.index, group.image_bytes()
             if group.index >= last:
                 return
 
@@ -170,15 +217,13 @@ class TarSource:
                     return
                 yield index, data
 
-    def _groups(
-        self, read: Callable[[int, str], bool], trouble: Counter[str]
-    ) -> Iterator[tuple[Group, Load]]:
+    def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
         """Yield the shard's samples; `read` says which members to read."""
         started = False
         mode: Any = "r|*" if self._streams() else "r:"
         with self._file() as file:
             try:
-                with tarfile.open(fileobj=file, mode=mode, tarinfo=_header()) as tar:
+                with Shard.open(fileobj=file, mode=mode) as tar:
                     started = True
                     yield from _grouped(tar, read)
             except BROKEN as error:
@@ -205,15 +250,8 @@ class TarSource:
         return "file" not in fs.protocol or not self.path.endswith(".tar")
 
 
-def _grouped(
-    tar: tarfile.TarFile, read: Callable[[int, str], bool]
-) -> Iterator[tuple[Group, Load]]:
-    group = Group(-1, "")
-
-    def load(suffix: str) -> bytes | None:
-        content = tar.extractfile(group.heads[suffix])
-        return content.read() if content else None
-
+def _grouped(tar: Shard, read: Callable[[int, str], bool]) -> Iterator[Group]:
+    group = Group(tar, -1, "")
     while (member := tar.next()) is not None:
         # The module remembers every member it has met; a stream must not.
         tar.members.clear()  # type: ignore[attr-defined]
@@ -224,53 +262,17 @@ def _grouped(
         # A key met twice in a row is two samples; none of them may swallow the other.
         if key != group.key or suffix in group.members:
             if group.index >= 0:
-                yield group, load
-            group = Group(group.index + 1, key)
+                yield group
+            group = Group(tar, group.index + 1, key)
         group.heads[suffix] = member
-        group.members[suffix] = load(suffix) if read(group.index, suffix) else None
+        group.members[suffix] = group.read(suffix) if read(group.index, suffix) else None
     if group.index >= 0:
-        yield group, load
-    if getattr(tar.tarinfo, "broken_off", False):
+        yield group
+    if tar.broken_off:
         raise tarfile.ReadError("it breaks off")
 
 
-def _image(group: Group, load: Load) -> bytes | None:
-    """Return the first image of a sample that has one."""
-    suffix = group.image()
-    if suffix is None:
-        return None
-    data = group.members[suffix]
-    return load(suffix) if data is None else data
-
-
-def _header() -> type[tarfile.TarInfo]:
-    """Return a member type that remembers whether its archive ended without an end mark.
-
-    The module itself takes a header that is cut short, or none, for the end. It spends more on
-    a header's owner, times and devices than on all else: a usual file's are left unread.
-    """
-
-    class Header(tarfile.TarInfo):
-        broken_off = False
-
-        @classmethod
-        def frombuf(cls, buf: Any, encoding: str, errors: str) -> Self:
-            usual = _usual_file(buf)
-            if usual is not None:
-                name, size = usual
-                header = cls(name.decode(encoding, errors))
-                header.size = size
-                return header
-            try:
-                return super().frombuf(buf, encoding, errors)
-            except tarfile.HeaderError:
-                cls.broken_off = len(buf) < tarfile.BLOCKSIZE or any(buf)
-                raise
-
-    return Header
-
-
-def _usual_file(header: bytes) -> tuple[bytes, int] | None:
+def _usual_file(header: bytes | bytearray) -> tuple[bytes, int] | None:
     """Return name and size of a regular file whose path is in one field; None for all else."""
     if len(header) != tarfile.BLOCKSIZE or header[156:157] != tarfile.REGTYPE or header[345]:
         return None
@@ -279,7 +281,7 @@ def _usual_file(header: bytes) -> tuple[bytes, int] | None:
         # The sum is taken with the checksum's own eight bytes as spaces.
         if sum(header) - sum(checksum) + 8 * ord(" ") != int(checksum.split(b"\0", 1)[0], 8):
             return None
-        return name.split(b"\0", 1)[0], int(size.split(b"\0", 1)[0], 8)
+        return bytes(name.split(b"\0", 1)[0]), int(size.split(b"\0", 1)[0], 8)
     except ValueError:
         return None
 

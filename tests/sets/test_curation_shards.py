@@ -1,4 +1,3 @@
-import tarfile
 from collections import Counter
 
 import pytest
@@ -11,7 +10,7 @@ from slsgu_cli.sets import shards
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
-from slsgu_cli.sources.tar import TarSource
+from slsgu_cli.sources.tar import Shard, TarSource
 from slsgu_cli.store.store import Store
 
 KINDS = ("dog", "cat", "bird")
@@ -55,8 +54,8 @@ def test_a_shard_is_read_once_and_yields_what_two_passes_yield(tmp_path, mode, m
     reader = TarSource(path, Columns(), {})
     wanted = {row.index: row for row in reader.rows(Counter()) if row.caption == "a cat"}
     opened = []
-    real = tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(1) or real(*a, **k))
+    real = Shard.open
+    monkeypatch.setattr(Shard, "open", lambda *a, **k: opened.append(1) or real(*a, **k))
     found = list(reader.select(lambda row: row.caption == "a cat", Counter()))
     assert len(opened) == 1
     assert [row for row, _ in found] == list(wanted.values())

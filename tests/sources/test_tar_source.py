@@ -8,7 +8,7 @@ from tiny_images import encoded, shard, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.rows import Columns
-from slsgu_cli.sources.tar import TarSource, _header, _usual_file
+from slsgu_cli.sources.tar import ShardHeader, TarSource, _usual_file
 
 
 def source(path, filters=None, **columns):
@@ -97,7 +97,7 @@ def test_images_are_read_where_the_first_pass_saw_them(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", ["a", "b", "c"])
     extents = {row.index: row.extent for row in rows(path)}
     by_member = dict(source(path).images(dict.fromkeys(extents)))
-    monkeypatch.setattr("slsgu_cli.sources.tar.tarfile.open", lambda **_: pytest.fail("parsed"))
+    monkeypatch.setattr("slsgu_cli.sources.tar.Shard.open", lambda **_: pytest.fail("parsed"))
     assert dict(source(path).images(extents)) == by_member
     assert [index for index, _ in source(path).images({2: extents[2], 0: extents[0]})] == [0, 2]
     os.truncate(path, extents[1][0] + 1)
@@ -189,7 +189,7 @@ def test_headers_are_read_as_the_module_reads_them(form, name, kind, size):
     written = member.tobuf(form)
     for start in range(0, len(written), tarfile.BLOCKSIZE):
         header = written[start : start + tarfile.BLOCKSIZE]
-        assert read_header(_header(), header) == read_header(tarfile.TarInfo, header)
+        assert read_header(ShardHeader, header) == read_header(tarfile.TarInfo, header)
     if kind == tarfile.REGTYPE and len(name) < 50 and size < 8**11:
         assert _usual_file(header)[1] == size
 
@@ -200,5 +200,5 @@ def test_a_damaged_header_is_refused_as_the_module_refuses_it():
         damaged = bytearray(header)
         damaged[place] ^= 0x15
         wrong = bytes(damaged)
-        assert read_header(_header(), wrong) == read_header(tarfile.TarInfo, wrong)
-    assert read_header(_header(), header[:300]) == tarfile.TruncatedHeaderError
+        assert read_header(ShardHeader, wrong) == read_header(tarfile.TarInfo, wrong)
+    assert read_header(ShardHeader, header[:300]) == tarfile.TruncatedHeaderError
