@@ -28,7 +28,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Method, Outcome, PassTime
-from slsgu_cli.store.artifacts import SEARCH, Artifact, changed, digests_of
+from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
@@ -226,7 +226,7 @@ def standing_trials(store: Store, manifest: SetManifest, pointer: GradientPointe
     if not store.exists(path):
         return None
     trials = store.read_record(path, Trials)
-    return None if changed(SEARCH, trials, digests_of(manifest, pointer)) else trials
+    return None if Artifact.TRIALS.changed(trials, digests_of(manifest, pointer)) else trials
 
 
 def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: Edit) -> Trial:

@@ -29,9 +29,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
-    EDIT,
     Artifact,
-    changed,
     digests_of,
     plot_path,
     read_manifest,
@@ -98,7 +96,7 @@ def current_edit(store: Store, name: str) -> Edit:
     if not store.exists(Artifact.POINTER.path(name)):
         return edit
     pointer = read_pointer(store, read_manifest(store, name))
-    change = changed(EDIT, edit.header, digests_of(None, pointer))
+    change = Artifact.EDIT.changed(edit.header, digests_of(None, pointer))
     if change:
         others = {
             "gradient": f"the edit {name} was made from other gradients than the set has now",

@@ -85,6 +85,10 @@ class Artifact(StrEnum):
         """Return the command line that makes the artifact `name`."""
         return f"slsgu {TABLE[self].command.format(quote(name))}"
 
+    def changed(self, record: Any, now: Mapping[str, Any]) -> "Change | None":
+        """Return the first digest of what a record was made from that is another `now`."""
+        return changed(TABLE[self].digests, record, now)
+
     def called(self, name: str) -> str:
         """Return what people call the artifact `name`."""
         noun = TABLE[self].noun
@@ -126,17 +130,17 @@ EDIT_OF = "the edit {} was made anew since"
 
 ROWS = {f"{role}_data": f"the {role} set was built anew since" for role in ROLES}
 GRADIENTS = dict.fromkeys(ROLES, "the gradients were computed anew since")
-CLIP = {"forget": FORGET_GRADIENT, "model_fingerprint": WEIGHTS, "evals": EVALUATION}
-SEARCH = {"retain_data": REWHITENED, **CLIP}
-JOINT = {"gradients": GRADIENT_OF, "model_fingerprint": WEIGHTS, "evals": EVALUATION}
+MODEL = {"model_fingerprint": WEIGHTS, "evals": EVALUATION}
+MEASURED = {"forget": FORGET_GRADIENT, **MODEL}
+SEARCHED = {"retain_data": REWHITENED, **MEASURED}
 SWEPT = {"gradient": GRADIENT_OF, "retain": GRADIENT_OF}
-EDIT = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED}
+EDITED = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED}
 TARGET = {"forget": FORGET_GRADIENT}
 TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget")
 SHOWN = {"edits": EDIT_OF}
 
-_SEARCHED = Row(
-    "trials", Trials, "search", "search {}", digests=SEARCH, needs=Artifact.POINTER,
+_TRIALS = Row(
+    "trials", Trials, "search", "search {}", digests=SEARCHED, needs=Artifact.POINTER,
     options=("direction", "precision"), rows=("trials",),
 )  # fmt: skip
 
@@ -153,26 +157,27 @@ TABLE: dict[Artifact, Row] = {
     Artifact.RANKING: Row(
         "rankings", Ranking, "ranking", "rank {}", digests=GRADIENTS, needs=Artifact.POINTER
     ),
-    Artifact.TRIALS: _SEARCHED,
+    Artifact.TRIALS: _TRIALS,
     Artifact.TRAJECTORY: replace(
-        _SEARCHED, folder="trajectories", noun="trajectory", command="trajectory {}"
+        _TRIALS, folder="trajectories", noun="trajectory", command="trajectory {}"
     ),
     Artifact.JOINT: Row(
-        "joint", JointSearch, "joint search", "search ... --joint", digests=JOINT,
+        "joint", JointSearch, "joint search", "search ... --joint",
+        digests={"gradients": GRADIENT_OF, **MODEL},
         options=("retain_data", "precision"), rows=("trials",),
     ),
     Artifact.SWEEP: Row(
         "sweeps", Sweep, "sweep", "sweep {} ...",
         options=("recipe",), rows=("rows",), measured="classes",
     ),
-    Artifact.EDIT: Row("edits", EditHeader, "edit", "search {}", suffix=TENSORS, digests=EDIT),
+    Artifact.EDIT: Row("edits", EditHeader, "edit", "search {}", suffix=TENSORS, digests=EDITED),
     Artifact.VERIFICATION: Row(
         "verifications", Verification, "verification", "verify {}", needs=Artifact.SET,
         digests={"data": "its {} rows were built anew since"},
         options=("concept",), rows=("subjects",), measured="findings",
     ),
     Artifact.COMPARISON: Row(
-        "comparisons", Comparison, "comparison", "compare {}", digests=CLIP,
+        "comparisons", Comparison, "comparison", "compare {}", digests=MEASURED,
         needs=Artifact.POINTER,
         options=("retain",), rows=("passes", "outcomes"), measured="outcomes",
     ),
@@ -232,6 +237,7 @@ def changed(reasons: Mapping[str, str], record: Any, now: Mapping[str, Any]) -> 
     for name, reason in reasons.items():
         before, present = getattr(record, name), now.get(name)
         if isinstance(present, Mapping):
+            # A record that does not name the images of the concept says nothing of them.
             for key, value in present.items():
                 if before.get(key, value if key == FORGET else None) != value:
                     return Change(name, reason.format("of the concept" if key == FORGET else key))
@@ -275,7 +281,7 @@ def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
     path = Artifact.POINTER.path(name)
     require(store, path, what=Artifact.POINTER.called(name), run=run)
     pointer = store.read_record(path, GradientPointer)
-    if change := changed(ROWS, pointer, digests_of(manifest, None)):
+    if change := Artifact.POINTER.changed(pointer, digests_of(manifest, None)):
         which = change.field.removesuffix("_data")
         raise StaleError(
             f"the gradients of {name} were computed before its {which} set was built anew",
@@ -293,7 +299,7 @@ def read_ranking(store: Store, pointer: GradientPointer) -> Ranking:
     path = Artifact.RANKING.path(name)
     require(store, path, what=Artifact.RANKING.called(name), run=run)
     ranking = store.read_record(path, Ranking)
-    if changed(GRADIENTS, ranking, digests_of(None, pointer)):
+    if Artifact.RANKING.changed(ranking, digests_of(None, pointer)):
         raise StaleError(
             f"the ranking of {name} was made from other gradients than the store has now",
             hint=f"run `{run}`",

@@ -91,7 +91,7 @@ class Catalog:
             return _stale(
                 f"the {needs.called(record.name)} {verb} not in the store or cannot be read"
             )
-        if change := changed(TABLE[kind].digests, record, self._now(kind, record)):
+        if change := kind.changed(record, self._now(kind, record)):
             return _stale(change.reason)
         if needs is Artifact.POINTER:
             state, reason = self.standing(needs, record.name, needed)
