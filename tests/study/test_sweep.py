@@ -66,7 +66,7 @@ def counted(monkeypatch):
 
     counting(gradients._Job, "compute", None)
     counting(SharedEvaluation, "base_pass", "base")
-    counting(search_module, "search", "search")
+    counting(search_module.SetSearch, "run", "search")
     return counts
 
 
@@ -97,15 +97,15 @@ def test_classes_share_the_retain_gradient_and_the_base_pass(request_, store, co
 def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monkeypatch):
     whole = sweep(Store(store.root + "-whole"), request_).sweep
     counted.update(dict.fromkeys(counted, 0))
-    run = search_module.search
+    run = search_module.SetSearch.run
 
-    def interrupted(store, name, **options):
-        if name == "red":
+    def interrupted(search, probes):
+        if search.plan.name == "red":
             raise KeyboardInterrupt
-        return run(store, name, **options)
+        return run(search, probes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_module, "search", interrupted)
+        patch.setattr(search_module.SetSearch, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(store, request_)
     assert [row.name for row in store.read_record(Artifact.SWEEP.path("colours"), Sweep).rows] == [
