@@ -9,12 +9,13 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, LayerChange, by_layer, plan_layer
+from slsgu_cli.checkpoints.edits import Edit, LayerChange, by_layer, plan_layer, strength_of
 from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet, placed, tensor_places
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Family, Target
 from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_names
 from slsgu_cli.checkpoints.weights import SUFFIXES, copy_spliced, open_weights
 from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.store.files import PARTIAL, copy_file, link_file, replacing, same_place
 
 
@@ -152,7 +153,7 @@ def apply_edits(
     """
     require_distinct(edits)
     require_place(target.path, out, overwrite=options.overwrite)
-    plans = plan_target([options.strength_of(edit) for edit in edits], target, options)
+    plans = plan_target([strength_of(edit, options) for edit in edits], target, options)
     if target.path.is_file():
         return write_copy(_file_copy(target.path, out, plans[target.path], config), options)
     _tell_of_others(target, plans, options)

@@ -22,6 +22,7 @@ from slsgu_cli.checkpoints.tensor_file import (
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -132,29 +133,10 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyOptions:
-    """How edits go into a model, and how the result is written.
-
-    `encoder` names one of several; `scale` and `rank` are of every edit. `revert` undoes the
-    edits. `force` leaves out the check that the weights are those the edits were made for.
-    `overwrite` replaces what stands there, `dry_run` writes nothing, and `link` makes hard
-    links of the files that stay as they are.
-    """
-
-    encoder: str | None = None
-    scale: float = 1.0
-    rank: int | None = None
-    revert: bool = False
-    force: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    link: bool = False
-
-    def strength_of(self, edit: Edit) -> Edit:
-        """Return an edit of `rank` and at `scale`. Raises InputError."""
-        limited = edit if self.rank is None else edit.of_rank(self.rank)
-        return limited if self.scale == 1 else limited.scaled(self.scale)
+def strength_of(edit: Edit, options: ApplyOptions) -> Edit:
+    """Return an edit of the rank and at the scale of `options`. Raises InputError."""
+    limited = edit if options.rank is None else edit.of_rank(options.rank)
+    return limited if options.scale == 1 else limited.scaled(options.scale)
 
 
 COARSE = ("fp16", "bf16")

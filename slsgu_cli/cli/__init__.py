@@ -4,7 +4,7 @@ Commands register with `app` as their rooms are imported. Nothing heavy is impor
 at the top of those rooms: every command imports what it needs when it runs.
 """
 
-from slsgu_cli.cli import compare, downstream, sets, steps, study, verify
+from slsgu_cli.cli import compare, downstream, steps, study, verify
 from slsgu_cli.cli.app import app
 
-__all__ = ["app", "compare", "downstream", "sets", "steps", "study", "verify"]
+__all__ = ["app", "compare", "downstream", "steps", "study", "verify"]

@@ -1,27 +1,109 @@
-"""The application, and what every command shares: the store, the console, how it ends."""
+"""The application, and what every command shares: options, the store, how it ends.
+
+A command is a function `(session, ...)`. Its parameters are records, and each is spread
+into the options that its fields carry; the records are made of what was given.
+"""
 
 import contextlib
 import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.errors import ExitCode, SlsguError
+from slsgu_cli.errors import ExitCode, SlsguError, UsageError
+from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
 
+R = TypeVar("R")
+
+# The functions of the commands, by their names.
+COMMANDS: dict[str, Callable[..., None]] = {}
+
+# The commands as the help lists them, in the order of use.
+GROUPS = {
+    "The five steps, and a look at a set": (
+        "build-sets", "show", "grad", "rank", "search", "apply",
+    ),
+    "What an edit does": ("eval", "verify", "report", "compare"),
+    "On a model built on CLIP": ("steer", "generate", "ask"),
+    "Studies": ("trajectory", "sweep"),
+    "The store, and a demonstration": ("ls", "demo"),
+}  # fmt: skip
+
+
+class _Group(TyperGroup):
+    """The commands in groups; each is spread into its options when it is wanted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        commands: dict[str, Any] = dict.fromkeys(self.list_commands(None))
+        self.commands = commands
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of use."""
+        return [name for names in GROUPS.values() for name in names if name in COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command with its options; None where there is none of that name."""
+        if cmd_name in COMMANDS and self.commands.get(cmd_name) is None:
+            from typer.models import CommandInfo
+
+            info = CommandInfo(cmd_name, cls=_Command, callback=_runner(COMMANDS[cmd_name]))
+            self.commands[cmd_name] = typer.main.get_command_from_info(
+                info, pretty_exceptions_short=False, rich_markup_mode=None
+            )
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each group with the first line of each command's help, whole."""
+        for title, names in GROUPS.items():
+            docs = {name: COMMANDS[name].__doc__ or "" for name in names if name in COMMANDS}
+            with formatter.section(title):
+                formatter.write_dl([(name, doc.partition("\n")[0]) for name, doc in docs.items()])
+
+
+class _Command(TyperCommand):
+    """A command's help, with the options in panels."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the command's name: arguments by what stands for them."""
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        names = [(str(each.metavar), each.required) for each in arguments]
+        return ["[OPTIONS]", *(name if needed else f"[{name}]" for name, needed in names)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options panel by panel."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        panels |= {panel: [] for panel in PANELS}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                if param.param_type_name == "argument":
+                    panels["Arguments"].append((str(param.metavar), record[1]))
+                else:
+                    panels[getattr(param, "rich_help_panel", None) or COMMON].append(record)
+        for panel, rows in panels.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
+
 
 app = typer.Typer(
     name="slsgu",
+    cls=_Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -46,79 +128,242 @@ def main(
     """Hold the options that stand before any command."""
 
 
-StoreOption = Annotated[
-    str,
-    typer.Option(
-        "--store",
-        envvar="SLSGU_STORE",
-        help="Folder or fsspec URL where artifacts are kept.",
-        rich_help_panel="Common options",
-    ),
-]
-JsonOption = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON document.", rich_help_panel="Common options"),
-]
-QuietOption = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Results only.", rich_help_panel="Common options"),
-]
-VerboseOption = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", help="Say how it is done.", rich_help_panel="Common options"),
-]
-DebugOption = Annotated[
-    bool,
-    typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common options"),
-]
 _COMMON: dict[str, tuple[Any, Any]] = {
-    "store": (StoreOption, "./slsgu-store"),
-    "as_json": (JsonOption, False),
-    "quiet": (QuietOption, False),
-    "verbose": (VerboseOption, False),
-    "debug": (DebugOption, False),
+    "store": (
+        Annotated[
+            str,
+            typer.Option(
+                "--store",
+                envvar="SLSGU_STORE",
+                help="Folder or fsspec URL where artifacts are kept.",
+                rich_help_panel=COMMON,
+                metavar="STORE",
+            ),
+        ],
+        "./slsgu-store",
+    ),
+    **{
+        key: (Annotated[bool, typer.Option(*flags, help=help, rich_help_panel=COMMON)], False)
+        for key, flags, help in (
+            ("as_json", ("--json",), "Print one JSON document."),
+            ("quiet", ("--quiet", "-q"), "Results only."),
+            ("verbose", ("--verbose", "-v"), "Say how it is done."),
+            ("debug", ("--debug",), "Show tracebacks."),
+        )
+    },
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The store and the console of one command."""
+    """The store and the console of one command, and the options of its own that were given."""
 
     store: "Store"
     console: "Console"
+    given: tuple[str, ...] = ()
 
 
-def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[R]):
+    """A record that a command may not need: its options that were given, and the record."""
+
+    kind: type[R]
+    words: Mapping[str, Any]
+
+    def record(self) -> R:
+        """Return the record. Raises UsageError where an option it needs was not given."""
+        return _record(self.kind, self.words)
+
+    def __contains__(self, field: str) -> bool:
+        """Return whether an option of this field was given."""
+        return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
+
+    def given(self, *, beside: "Sequence[Asked[Any]]" = ()) -> list[str]:
+        """Return which of its options were given, without those that are others' too."""
+        shared = {place.option.key for other in beside for place in places(other.kind)}
+        options = [place.option for place in places(self.kind)]
+        return [each.name for each in options if each.key in self.words and each.key not in shared]
+
+    def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
+        """Raise UsageError if any of its options was given, those of others aside."""
+        if names := self.given(beside=beside):
+            verb = "is" if len(names) == 1 else "are"
+            raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
+
+
+# Marks a parameter whose options are taken and not shown.
+HIDDEN = "hidden"
+# Marks a record that is asked for in one way or another: what it requires must be given.
+NEEDED = "needed"
+Names = Annotated[Sequence[str], Option(metavar="NAME...", help="Names of sets.", completes="set")]
+Name = Annotated[str, Option(metavar="NAME", help="Name of the set.", completes="set")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """A parameter of a command function: the options it is spread into, and how it is made."""
+
+    places: list[Place]
+    make: Callable[[Mapping[str, Any]], Any]
+    optional: bool = False
+    hidden: bool = False
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> "_Parameter":
+        kind, marks = parameter.annotation, list[Any]()
+        if typing.get_origin(kind) is Annotated:
+            kind, *marks = typing.get_args(kind)
+        for mark in marks:
+            if isinstance(mark, Option):
+                return cls._alone(mark, kind, parameter.default, hidden=HIDDEN in marks)
+        if typing.get_origin(kind) is Asked:
+            (record,) = typing.get_args(kind)
+            make = functools.partial(Asked, record)
+            return cls(places(record), make, NEEDED not in marks, HIDDEN in marks)
+        optional = parameter.default is None
+        record = without_none(kind)
+        listed = places(record)
+
+        def made(words: Mapping[str, Any]) -> Any:
+            given = any(place.option.key in words for place in listed)
+            return _record(record, words) if given or not optional else None
+
+        return cls(listed, made, optional=optional)
+
+    @classmethod
+    def _alone(cls, option: Option, kind: Any, default: Any, *, hidden: bool) -> "_Parameter":
+        required = default is inspect.Parameter.empty
+        place = Place((), option, without_none(kind), MISSING if required else default)
+
+        def made(words: Mapping[str, Any]) -> Any:
+            return place.value(words[option.key]) if option.key in words else default
+
+        return cls([place], made, optional=not required, hidden=hidden)
+
+
+def _record(kind: type[R], words: Mapping[str, Any]) -> R:
+    """Return the record of the words given to its options. Raises UsageError."""
+    listed = places(kind)
+    values = {
+        place.path: place.value(words[place.option.key])
+        for place in listed
+        if place.option.key in words
+    }
+    return build(kind, values)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function `(session, ...)` as the command `name` with the common options."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def run(**values: Any) -> None:
-            # Not for `--help`, which takes a third of the time without them.
-            from slsgu_cli.cli.console import Console
-            from slsgu_cli.store.store import Store
-
-            common = {key: values.pop(key) for key in _COMMON}
-            verbosity = -1 if common["quiet"] else int(common["verbose"])
-            console = Console(verbosity=verbosity, as_json=common["as_json"])
-            with _Ending(console, debug=common["debug"]):
-                # Results go through the console alone; what a library prints is no result.
-                with contextlib.redirect_stdout(sys.stderr), progress.using(console):
-                    function(Session(Store(common["store"]), console), **values)
-                console.flush()
-
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        shared = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for key, (kind, default) in _COMMON.items()
-        ]
-        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        run.__signature__ = inspect.Signature([*keyword, *shared])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*keyword, *shared]}
-        app.command(name)(run)
+        COMMANDS[name] = function
         return function
 
     return register
+
+
+def _runner(function: Callable[..., None]) -> Callable[..., None]:
+    """Return what typer calls: it takes every option, and calls `function` with its records."""
+    signature = inspect.signature(function, eval_str=True).parameters
+    spread = {key: _Parameter.of(each) for key, each in list(signature.items())[1:]}
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        # Not for `--help`, which takes a third of the time without them.
+        from slsgu_cli.cli.console import Console
+        from slsgu_cli.store.store import Store
+
+        common = {key: values.pop(key) for key in _COMMON}
+        words = {key: value for key, value in values.items() if value not in (None, [], ())}
+        verbosity = -1 if common["quiet"] else int(common["verbose"])
+        console = Console(verbosity=verbosity, as_json=common["as_json"])
+        with _Ending(console, debug=common["debug"]):
+            # Results go through the console alone; what a library prints is no result.
+            with contextlib.redirect_stdout(sys.stderr), progress.using(console):
+                made = {key: each.make(words) for key, each in spread.items()}
+                session = Session(Store(common["store"]), console, _given(spread, words))
+                function(session, **made)
+            console.flush()
+
+    parameters = _signature(spread)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _given(spread: Mapping[str, _Parameter], words: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options that were given, arguments aside."""
+    options = [place.option for each in spread.values() for place in each.places]
+    names = [option.name for option in options if option.flags and option.key in words]
+    return tuple(dict.fromkeys(names))
+
+
+def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:
+    """Return a parameter for each option; records that have the same option share it."""
+    options: dict[str, inspect.Parameter] = {}
+    for each in spread.values():
+        for place in each.places:
+            key = place.option.key
+            if key not in options:
+                options[key] = _parameter(
+                    place, required=place.required and not each.optional, hidden=each.hidden
+                )
+    common = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for key, (kind, default) in _COMMON.items()
+    ]
+    return [*options.values(), *common]
+
+
+def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Parameter:
+    option = place.option
+    said: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
+    if option.completes is not None:
+        said["autocompletion"] = _completion(option.completes)
+    if not place.is_flag:
+        said["metavar"] = place.metavar
+    if option.flags:
+        said |= {"rich_help_panel": option.panel, "hidden": hidden}
+    kind: Any = bool if place.is_flag else Path if place.of_paths else str
+    kind = list[kind] if place.repeatable or option.once else kind
+    what = typer.Option(*option.flags, **said) if option.flags else typer.Argument(**said)
+    return inspect.Parameter(
+        option.key,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else None,
+        annotation=Annotated[kind if required else kind | None, what],
+    )
+
+
+def _completion(what: str) -> Callable[..., list[str]]:
+    """Return what tells a shell the sets, edits or layers that an option may name."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        # A shell that asks has no use for an error.
+        with contextlib.suppress(Exception):
+            return [name for name in _known(what, ctx.params) if name.startswith(incomplete)]
+        return []
+
+    return complete
+
+
+def _known(what: str, params: Mapping[str, Any]) -> list[str]:
+    from slsgu_cli.store.artifacts import Artifact
+    from slsgu_cli.store.store import Store
+
+    store = Store(params.get("store") or "./slsgu-store")
+    if what == "layer":
+        from slsgu_cli.checkpoints.layers import known_as
+        from slsgu_cli.records.method import Ranking
+
+        names = next(params[key] for key in ("name", "name_edit") if params.get(key))
+        name = names if isinstance(names, str) else names[0]
+        return [
+            known_as(s.layer)
+            for s in store.read_record(Artifact.RANKING.path(name), Ranking).scores
+        ]
+    kinds = [Artifact.SET, Artifact.EDIT] if what == "edit" else [Artifact.SET]
+    return sorted({name for kind in kinds for name in kind.names(store)})
 
 
 class _Ending:

@@ -1,22 +1,14 @@
 """`compare` and its tables."""
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from slsgu_cli.cli import options as opt
-from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.app import Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.studies import (
-    CLIP_METHODS,
-    PIPELINE_METHODS,
-    Method,
-    PipelineComparison,
-)
+from slsgu_cli.records.options import CompareOptions
+from slsgu_cli.records.studies import Method, PipelineComparison
+from slsgu_cli.records.target_options import PipelineCompareOptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,95 +154,12 @@ def show_pipeline_comparison(console: "Console", found: PipelineComparison, shee
     console.paths("sheets", [sheet])
 
 
-AUTO = "auto"
-ON_PIPELINE = "On a diffusion pipeline"
-
-
-@command(app, "compare")
+@command("compare")
 def compare(
     session: Session,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Sets to compare on.")],
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--methods",
-            help="Of ft, ga, gaft, salun, ssd, ours; on a pipeline esd, salun, ours. Default: all.",
-        ),
-    ] = None,
-    rates: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lr",
-            help="Learning rates, or auto. Default: the papers': 1e-6,1e-7; on a pipeline 1e-5.",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Epochs of a baseline. Default: 10.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=2, help="Pairs in a mini-batch. Default: 32."),
-    ] = None,
-    retain_rows: Annotated[
-        int | None,
-        typer.Option("--retain-rows", min=2, help="Train on this many retain rows at most."),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed",
-            help="Of the order of retain rows (default 0); of a pipeline's pictures (1000).",
-        ),
-    ] = None,
-    device: opt.Device = "auto",
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help="Folder of a diffusion pipeline to compare on.",
-            rich_help_panel=ON_PIPELINE,
-        ),
-    ] = None,
-    iterations: Annotated[
-        int | None,
-        typer.Option(
-            "--iterations",
-            min=1,
-            help="Updates of a trained method. Default: 1000.",
-            rich_help_panel=ON_PIPELINE,
-        ),
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            "--images",
-            min=1,
-            help="Pictures of the concept. Default: 20.",
-            rich_help_panel=ON_PIPELINE,
-        ),
-    ] = None,
-    others: Annotated[
-        int | None,
-        typer.Option(
-            "--others",
-            min=2,
-            help="Pictures of other classes. Default: 40.",
-            rich_help_panel=ON_PIPELINE,
-        ),
-    ] = None,
-    denoise: Annotated[
-        int | None,
-        typer.Option(
-            "--denoise",
-            min=1,
-            help="Denoising steps of a picture. Default: 20.",
-            rich_help_panel=ON_PIPELINE,
-        ),
-    ] = None,
-    guidance: opt.Guidance = None,
-    judge: opt.Judge = None,
-    judge_pretrained: opt.JudgePretrained = None,
+    names: Names,
+    options: Asked[CompareOptions],
+    on_pipeline: Asked[PipelineCompareOptions],
 ) -> None:
     """Compare with other unlearning methods (the paper's Table 1).
 
@@ -259,37 +168,19 @@ def compare(
 
     Example: slsgu compare facebook --lr auto --retain-rows 256
     """
-    of_table = opt.given(epochs=epochs, batch_size=batch_size, retain_rows=retain_rows)
-    of_pipeline = {
-        "--iterations": iterations, "--images": images, "--others": others, "--denoise": denoise,
-        "--guidance": guidance, "--judge": judge, "--judge-pretrained": judge_pretrained,
-    }  # fmt: skip
-    if target is not None:
-        if of_table:
-            given = ", ".join(f"--{name.replace('_', '-')}" for name in of_table)
-            raise UsageError(f"{given} is for comparing without --target", hint="--iterations N")
-        _on_pipeline(
-            session, names, target, methods, rates, iterations=iterations, device=device,
-            budget=opt.given(concept=images, others=others, seed=seed),
-            paint=opt.given(steps=denoise, guidance=guidance), judge=(judge, judge_pretrained),
-        )  # fmt: skip
+    names = list(dict.fromkeys(names))
+    if "target" in on_pipeline:
+        options.refuse(
+            "for comparing without --target", hint="--iterations N", beside=[on_pipeline]
+        )
+        _compare_on_pipeline(session, names, on_pipeline.record())
         return
-    if meant := [option for option, value in of_pipeline.items() if value is not None]:
-        raise UsageError(f"{', '.join(meant)} is for a diffusion pipeline", hint="--target FOLDER")
-    from slsgu_cli.compare.run import PAPER_RATES, CompareOptions
+    on_pipeline.refuse("for a diffusion pipeline", hint="--target FOLDER", beside=[options])
     from slsgu_cli.compare.run import compare as run
     from slsgu_cli.compare.table import mean_rows
     from slsgu_cli.store.artifacts import joint_label, plot_path
 
-    names = list(dict.fromkeys(names))
-    options = CompareOptions(
-        methods=_methods(methods, CLIP_METHODS),
-        rates=_rates(rates) if rates else PAPER_RATES,
-        device=device,
-        **of_table,
-        **opt.given(seed=seed),
-    )
-    compared = run(session.store, names, options=options)
+    compared = run(session.store, names, options=options.record())
     rows = mean_rows(compared.concepts, compared.chosen)
     path = plot_path(joint_label(names), "comparison")
     title = f"forgetting {', '.join(names)}"
@@ -297,83 +188,14 @@ def compare(
     show_comparison(session.console, rows, names, session.store.where(path))
 
 
-def _on_pipeline(
-    session: Session,
-    names: Sequence[str],
-    target: Path,
-    methods: list[str] | None,
-    rates: list[str] | None,
-    *,
-    iterations: int | None,
-    budget: dict[str, Any],
-    paint: dict[str, Any],
-    judge: tuple[str | None, str | None],
-    device: str,
+def _compare_on_pipeline(
+    session: Session, names: Sequence[str], options: PipelineCompareOptions
 ) -> None:
     """Compare on one set by a pipeline's pictures, and print. Raises UsageError for several."""
-    from slsgu_cli.compare.on_pipeline import (
-        PAPER_RATES,
-        SEED,
-        PipelineCompareOptions,
-        compare_on_pipeline,
-        sheet_path,
-    )
-    from slsgu_cli.downstream.generate import judge_spec
-    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.compare.on_pipeline import compare_on_pipeline, sheet_path
 
-    if len(set(names)) > 1:
+    if len(names) > 1:
         raise UsageError("a pipeline is compared on one set at a time", hint="name one set")
-    found = _rates(rates) if rates else PAPER_RATES
-    if found is None:
-        raise UsageError("--lr auto is for comparing without --target", hint="--lr 1e-5,1e-4")
-    options = PipelineCompareOptions(
-        target=target,
-        methods=_methods(methods, PIPELINE_METHODS),
-        rates=found,
-        budget=Budget(**{"seed": SEED, **budget}, paint=PaintOptions(**{"steps": 20, **paint})),
-        judge=judge_spec(session.store, names[0], *judge),
-        device=device,
-        **opt.given(iterations=iterations),
-    )
     compared = compare_on_pipeline(session.store, names[0], options=options)
-    show_pipeline_comparison(
-        session.console, compared, session.store.where(sheet_path(names[0], target))
-    )
-
-
-def _methods(values: list[str] | None, every: Sequence[Method]) -> list[Method]:
-    """Return the methods named, with the original model. Raises UsageError."""
-    if not values:
-        return list(every)
-    known = {str(method): method for method in every}
-    named = _listed(values)
-    for name in named:
-        if name not in known:
-            raise UsageError(
-                f"--methods {name} is no method", hint=f"one or more of {', '.join(known)}"
-            )
-    return [Method.ORIGINAL, *(known[name] for name in named)]
-
-
-def _rates(values: list[str]) -> list[float] | None:
-    """Return the learning rates given, None for `auto`. Raises UsageError."""
-    words = _listed(values)
-    if words == [AUTO]:
-        return None
-    rates = []
-    for word in words:
-        try:
-            rate = float(word)
-        except ValueError:
-            rate = math.nan
-        if not 0 < rate < math.inf:
-            raise UsageError(
-                f"--lr {word} is no learning rate", hint="--lr 1e-6,1e-7, or --lr auto alone"
-            )
-        rates.append(rate)
-    return list(dict.fromkeys(rates))
-
-
-def _listed(values: list[str]) -> list[str]:
-    """Return the words of a repeatable option that also takes commas."""
-    return [word.strip().lower() for text in values for word in text.split(",") if word.strip()]
+    sheet = session.store.where(sheet_path(names[0], options.target))
+    show_pipeline_comparison(session.console, compared, sheet)

@@ -10,50 +10,35 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session
 from slsgu_cli.clip.models import LOCAL, pick_device
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.method import PassOptions, Steer
+from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import ModelSpec
-
-if TYPE_CHECKING:
-    from slsgu_cli.method.ranking import RankOptions
-    from slsgu_cli.sets.request import BuildRequest
-
+from slsgu_cli.records.words import command_line
 
 DATA = Path(__file__).parents[1] / "demo"
 RETAIN_SAMPLES = 800
 LINE = 100
 
 
-def demonstrate(
-    session: Session, concept: str, *, steer: Steer, ranked: "RankOptions", device: str
-) -> None:
-    """Forget `concept`, one of the embedded classes, and show each step's result.
+def demonstrate(session: Session, options: DemoOptions) -> None:
+    """Forget one of the embedded classes, and show each step's result.
 
-    `ranked` says along which direction. Raises UsageError for a concept the embedded
-    model does not know.
+    Raises UsageError for a concept the embedded model does not know.
     """
-    from slsgu_cli.method.edit import (
-        ApplyRequest,
-        apply_named,
-        rank_and_plot,
-        require_forgotten,
-        search_and_plot,
-    )
+    from slsgu_cli.method.edit import apply_named, rank_and_plot, require_forgotten, search_and_plot
     from slsgu_cli.method.gradients import compute_gradients
     from slsgu_cli.method.guesses import draw_examples
-    from slsgu_cli.method.search_plan import SearchOptions
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path
 
     store, console = session.store, session.console
-    request = demo_request(concept)
-    name = request.name
-    device = pick_device(device)
+    request = demo_request(options.concept)
+    name, concept = request.name, request.concept
+    device = pick_device(options.search.device)
 
     console.note(
         f"1/5 build-sets: icons of {concept!r} to forget, others to keep and to measure on"
@@ -61,19 +46,19 @@ def demonstrate(
     manifest = build_sets(store, request)
     tables.manifest(console, manifest)
     console.note("\n2/5 grad: one gradient pass over the forget set and one over the retain set")
-    options = PassOptions(device=device)
-    tables.gradients(console, compute_gradients(store, name, model=None, options=options))
+    passes = PassOptions(device=device)
+    tables.gradients(console, compute_gradients(store, name, model=None, options=passes))
     console.note(
         "\n3/5 rank: the layers that matter much to the concept (importance) "
         "and little to the rest (alignment)"
     )
-    ranked = replace(ranked, device=device)
+    ranked = replace(options.ranking, device=device)
     ranking, plots = rank_and_plot(store, name, options=ranked)
     tables.ranking(console, ranking, plots, front_only=True)
     console.note(
         "\n4/5 search: for each of these layers, the step at which the concept is forgotten"
     )
-    search = SearchOptions(steer=steer, device=device)
+    search = replace(options.search, device=device)
     result = search_and_plot(store, name, options=search)
     tables.search(console, store, result, brief=True)
     require_forgotten(result)
@@ -90,7 +75,7 @@ def demonstrate(
     )
     tables.before_after(console, tables.chosen_figures(result))
     console.paths("pictures", [store.where(picture)])
-    commands = _commands(request, store.url, steer, ranked, out)
+    commands = _commands(request, store.url, options, out)
     console.value(
         "commands",
         "\nThe same, command by command; put your own model and images in their place:\n\n"
@@ -99,10 +84,8 @@ def demonstrate(
     )
 
 
-def demo_request(concept: str) -> "BuildRequest":
+def demo_request(concept: str) -> BuildRequest:
     """Return what to build for one of the embedded classes. Raises UsageError."""
-    from slsgu_cli.sets.request import BuildRequest
-
     classes: dict[str, list[str]] = json.loads((DATA / "classes.json").read_text())
     known = [name for names in classes.values() for name in names]
     if concept not in known:
@@ -125,34 +108,23 @@ def demo_request(concept: str) -> "BuildRequest":
 
 
 def _commands(
-    request: "BuildRequest", store: str, steer: Steer, ranked: "RankOptions", out: Path
+    request: BuildRequest, store: str, options: DemoOptions, out: Path
 ) -> list[list[str]]:
     """Return the words of each command that does what the demo did."""
-    from slsgu_cli.sets.request import build_command
+    from slsgu_cli.sets.build import build_command
 
     name = request.name
+    direction = command_line(options.ranking, fields=("direction", "ridge"))
+    steer = command_line(options.search, fields=("steer",), also=("steer",))
     return [
         ["export", f"SLSGU_STORE={store}"],
         build_command(request),
         ["slsgu", "grad", name],
-        ["slsgu", "rank", name, *_direction_flags(ranked)],
-        ["slsgu", "search", name, "--steer", str(steer)],
+        ["slsgu", "rank", name, *direction],
+        ["slsgu", "search", name, *steer],
         ["slsgu", "apply", name, "--out", f"{out}-again"],
         ["slsgu", "eval", name, "--model", f"{LOCAL}{out}"],
     ]
-
-
-def _direction_flags(ranked: "RankOptions") -> list[str]:
-    """Return the flags of a direction that is not the default."""
-    from slsgu_cli.method.ranking import RankOptions
-
-    usual = RankOptions()
-    flags = []
-    if ranked.direction is not usual.direction:
-        flags += ["--direction", str(ranked.direction)]
-    if ranked.ridge != usual.ridge:
-        flags += ["--ridge", f"{ranked.ridge:g}"]
-    return flags
 
 
 def _folded(words: Sequence[str]) -> str:

@@ -1,27 +1,28 @@
-"""`generate` and `ask`, search on a target, and their results as tables."""
+"""`steer`, `generate` and `ask`, and their results as tables."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli import options as opt
-from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.method import Effect
+from slsgu_cli.records.target_options import (
+    AskRequest,
+    CanvasRequest,
+    GenerateRequest,
+    SteerOptions,
+)
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
-    Budget,
     Generation,
     Protocol,
     TargetTrial,
     TargetTrials,
 )
+from slsgu_cli.records.words import GENERATION, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -169,87 +170,40 @@ def show_answers(console: "Console", found: Answers, album: "OutputFolder") -> N
     console.paths("pictures", [album.where("answers.png"), album.where("answers.html")])
 
 
-def search_on_target(
-    session: Session,
-    names: Sequence[str],
-    target: Path | None,
-    *,
-    budget: Budget,
-    judge: tuple[str | None, str | None],
-    **options: Any,
-) -> None:
-    """Search each set on the target and print what is found; `options` are SteerOptions'.
+def search_on_target(session: Session, names: Sequence[str], options: SteerOptions) -> None:
+    """Search each set on the target and print what is found.
 
     Raises NotForgottenError, after all of them, for the first that misses its goal.
     """
-    from slsgu_cli.downstream.generate import judge_spec
-    from slsgu_cli.downstream.search import SteerOptions, require_reached, search_target
+    from slsgu_cli.downstream.search import require_reached, search_target
 
-    if target is None:
-        raise UsageError(
-            "--target and --steer-target go together",
-            hint="`slsgu rank NAME --target` first, and no --target here, steers on CLIP",
-        )
     results = []
     for name in names:
-        chosen = judge_spec(session.store, name, *judge)
-        steer = SteerOptions(target=target, budget=budget, judge=chosen, **options)
-        results.append(search_target(session.store, name, options=steer))
+        results.append(search_target(session.store, name, options=options))
         show_steered(session.console, session.store, results[-1])
     for result in results:
         require_reached(result)
 
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME|EDIT...", help="Sets, or edit files.")]
-TargetFolder = Annotated[
-    Path, typer.Option("--target", "-t", help="Folder of the model that is built on CLIP.")
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder for the results. Default: the store.")
-]
+@command("steer")
+def steer(session: Session, names: Names, options: SteerOptions) -> None:
+    """Find layer and step on a model built on CLIP itself.
+
+    The search is steered on what the target generates or answers, not on CLIP's accuracy.
+
+    Example: slsgu steer facebook --target stable-diffusion --goal 95
+    """
+    search_on_target(session, names, options)
 
 
-@command(app, "generate")
+@command("generate")
 def generate(
     session: Session,
-    names: Names,
-    target: TargetFolder,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to generate; repeatable.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="File of prompts, one a line, or prompt<TAB>class."),
-    ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option("--seeds", help="Seeds of the noise: 0-3, or 188,288. Default: 0-3."),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", "--denoise", min=1, help="Denoising steps. Default: 25."),
-    ] = None,
-    guidance: opt.Guidance = None,
-    judge: opt.Judge = None,
-    judge_pretrained: opt.JudgePretrained = None,
-    classes: Annotated[
-        str | None,
-        typer.Option("--classes", help="File of class names. Default: the set's own classes."),
-    ] = None,
-    templates: Annotated[
-        str | None, typer.Option("--templates", help="File of prompts for these classes.")
-    ] = None,
+    request: Annotated[Asked[GenerateRequest], NEEDED],
+    answer_set: Asked[CanvasRequest],
     protocol: Annotated[
-        Protocol, typer.Option("--protocol", help="Own prompts, or a benchmark's answer set.")
+        Protocol, Option(("--protocol",), "Own prompts, or a benchmark's answer set.", GENERATION)
     ] = Protocol.PROMPTS,
-    themes: Annotated[
-        str | None, typer.Option("--themes", help="File of themes, for unlearncanvas.")
-    ] = None,
-    objects: Annotated[
-        str | None, typer.Option("--objects", help="File of objects, for unlearncanvas.")
-    ] = None,
-    out: Out = None,
-    device: opt.Device = "auto",
 ) -> None:
     """Generate images before and after an edit.
 
@@ -257,89 +211,33 @@ def generate(
 
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
-    from slsgu_cli.downstream.generate import GenerateRequest, judge_spec
-    from slsgu_cli.downstream.generate import generate as run
-    from slsgu_cli.errors import UsageError
-    from slsgu_cli.records.targets import PaintOptions
-
-    numbers = None if seeds is None else opt.numbers("--seeds", seeds)
-    judged = judge_spec(session.store, names[0], judge, judge_pretrained)
     if protocol is Protocol.UNLEARNCANVAS:
-        from slsgu_cli.downstream.image_sets import PAINT, CanvasRequest, answer_set
+        from slsgu_cli.downstream import image_sets
 
-        if out is None or themes is None or objects is None or prompt or prompts:
+        hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
+        request.refuse("for prompts of one's own", hint=hint, beside=[answer_set])
+        if not all(field in answer_set for field in ("out", "themes", "objects")):
             raise UsageError(
                 "--protocol unlearncanvas makes its own prompts and needs a place for the answers",
-                hint="--themes FILE --objects FILE --out FOLDER, and no --prompt",
+                hint=hint,
             )
-        paint = replace(PAINT, **opt.given(steps=steps, guidance=guidance))
-        canvas = CanvasRequest(
-            names=names,
-            target=target,
-            out=out,
-            themes=themes,
-            objects=objects,
-            judge=judged,
-            paint=paint,
-            device=device,
-            **opt.given(seeds=numbers),
-        )
-        show_answer_set(session.console, answer_set(session.store, canvas))
+        canvas = image_sets.answer_set(session.store, answer_set.record())
+        show_answer_set(session.console, canvas)
         return
-    record, album = run(
-        session.store,
-        GenerateRequest(
-            names=names,
-            target=target,
-            prompts=prompt or (),
-            prompt_file=prompts,
-            paint=PaintOptions(**opt.given(steps=steps, guidance=guidance)),
-            judge=judged,
-            classes=classes,
-            templates=templates,
-            out=out,
-            device=device,
-            **opt.given(seeds=numbers),
-        ),
-    )
+    from slsgu_cli.downstream.generate import generate as run
+
+    answer_set.refuse("for an answer set", hint="--protocol unlearncanvas", beside=[request])
+    record, album = run(session.store, request.record())
     show_generation(session.console, record, album)
 
 
-@command(app, "ask")
-def ask(
-    session: Session,
-    names: Names,
-    target: TargetFolder,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option("--image", help="Image to ask about; repeatable. Default: from the set."),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Images of the concept, without --image.")
-    ] = 3,
-    question: Annotated[
-        list[str] | None, typer.Option("--question", help="What to ask; repeatable.")
-    ] = None,
-    out: Out = None,
-    device: opt.Device = "auto",
-) -> None:
+@command("ask")
+def ask(session: Session, request: AskRequest) -> None:
     """Ask a LLaVA about images before and after an edit.
 
     Example: slsgu ask facebook --target llava-1.5-7b-hf --image logo.png --question 'What is it?'
     """
-    from slsgu_cli.downstream.ask import QUESTIONS, AskRequest
     from slsgu_cli.downstream.ask import ask as run
 
-    record, album = run(
-        session.store,
-        AskRequest(
-            names=names,
-            target=target,
-            images=image or (),
-            samples=samples,
-            questions=question or QUESTIONS,
-            out=out,
-            device=device,
-        ),
-    )
+    record, album = run(session.store, request)
     show_answers(session.console, record, album)

@@ -1,167 +1,162 @@
-"""The command line: each command parses, calls one function and prints what it returns.
+"""The five steps, and what goes with them: each command parses, calls, prints.
 
 Nothing heavy is imported here: every command imports what it needs when it runs.
 """
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from slsgu_cli.cli.app import HIDDEN, Asked, Name, Names, Session, command
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.options import (
+    ApplyRequest,
+    BuildRequest,
+    DemoOptions,
+    MetadataSource,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+)
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.target_options import SourceRequest, SteerOptions
+from slsgu_cli.records.words import DEVICE_OPTION, MODEL, ROWS, SEARCH, TARGET, Option
 
-from slsgu_cli.cli import options as opt
-from slsgu_cli.cli.app import Session, app, command
-from slsgu_cli.records.method import Alignment, Precision, Steer
-from slsgu_cli.records.sets import Distributor
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.records.sets import Concept, Origin, SetManifest
+    from slsgu_cli.sets.build import Replayed
+    from slsgu_cli.sets.inspect import Inspection, SeenRow
+    from slsgu_cli.store.store import Store
 
 
-@command(app, "build-sets")
+@command("build-sets")
 def build_sets(
     session: Session,
-    name: opt.MaybeName = None,
-    source: opt.SomeSources = None,
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    concept: Annotated[
-        str | None, typer.Option("--concept", help="What to forget. Default: NAME.")
+    request: Asked[BuildRequest],
+    metadata: Asked[MetadataSource],
+    images: Asked[SourceRequest],
+    names: Annotated[
+        str | None,
+        Option(
+            ("--names",),
+            "File of many names: NAME<tab>alias<tab>!exclusion a line.",
+            ROWS,
+            metavar="FILE",
+            without="NAME alone",
+        ),
     ] = None,
-    match: Annotated[
-        list[str] | None,
-        typer.Option("--match", help="Captions to forget hold these words. Default: the concept."),
-    ] = None,
-    not_match: opt.NotMatch = None,
-    regex: Annotated[
-        bool, typer.Option("--regex", help="Patterns are regular expressions.")
+    replay: Annotated[
+        bool, Option(("--replay",), "Build NAME again as it was built, dropped rows too.", ROWS)
     ] = False,
-    max_forget: opt.MaxForget = None,
-    retain_source: opt.RetainSources = None,
-    retain_samples: opt.RetainSamples = 8000,
-    retain_exclude: opt.RetainExclude = None,
-    evaluation: opt.Evals = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option("--classes", help="NAME=FILE or NAME=imagenet: class names. Repeatable."),
-    ] = None,
-    templates: opt.Templates = None,
-    forget_eval: opt.ForgetEval = None,
-    image_column: opt.ImageColumn = None,
-    caption_column: opt.CaptionColumn = None,
-    label_column: opt.LabelColumn = None,
-    seed: opt.Seed = 0,
-    generate: opt.GeneratePrompts = None,
-    pipeline: opt.Pipeline = None,
-    count: opt.Count = 500,
-    denoise: opt.Denoise = 25,
-    guidance: opt.Guidance = None,
-    device: opt.Device = "auto",
-    names: opt.NamesFile = None,
-    metadata: opt.Metadata = None,
-    url_col: opt.UrlColumn = "URL",
-    distributor: opt.DistributorOption = Distributor.MULTIPROCESSING,
-    processes: opt.Processes = None,
-    timeout: opt.Timeout = 10,
-    retries: opt.Retries = 1,
-    img2dataset: opt.Img2dataset = None,
-    min_similarity: opt.MinSimilarity = None,
-    near_duplicates: opt.NearDuplicates = None,
-    replay: opt.Replay = False,
 ) -> None:
     """Curate a forget set, a retain set and evaluation sets.
 
     Example: slsgu build-sets facebook -m local-dir:clip -s 'laion/*.tar' --eval brands=test.parquet
     """
-    from slsgu_cli.cli import sets, tables
-    from slsgu_cli.errors import UsageError
-    from slsgu_cli.records.sets import DownloadOptions, Screening
+    from slsgu_cli.cli import tables
     from slsgu_cli.sets import build
-    from slsgu_cli.sets import request as request_module
-    from slsgu_cli.sets.request import BuildRequest
-    from slsgu_cli.sources.captions import read_names
 
-    if replay:
-        from slsgu_cli.sets.build import replay as build_again
-
-        again = request_module.check_replay(
-            name, [source, model, metadata, names, match, evaluation]
-        )
-        sets.show_replayed(session.console, build_again(session.store, again))
-        return
-    if (name is None) == (names is None):
-        raise UsageError("build-sets needs either NAME or --names FILE")
-    concepts = read_names(names) if names else []
-    spec = opt.model_spec(model, pretrained)
-    if spec is None:
-        raise UsageError("build-sets needs the model the sets are for", hint="--model MODEL")
-    request = BuildRequest(
-        name=name or concepts[0].name,
-        concept=concept or name or concepts[0].name,
-        model=spec,
-        sources=source or (),
-        match=match or (),
-        not_match=not_match or (),
-        regex=regex,
-        max_forget=max_forget,
-        retain_sources=retain_source or (),
-        retain_samples=retain_samples,
-        retain_exclude=retain_exclude or (),
-        evals=opt.pairs("--eval", evaluation),
-        classes=opt.pairs("--classes", classes),
-        templates=opt.pairs("--templates", templates),
-        forget_eval=forget_eval,
-        image_column=image_column,
-        caption_column=caption_column,
-        label_column=label_column,
-        seed=seed,
-        screening=Screening(min_similarity=min_similarity, near_duplicates=near_duplicates),
-    )
-    if generate:
-        from slsgu_cli.downstream.image_sets import SourceRequest, forgetting_generated
-        from slsgu_cli.records.targets import PaintOptions
-
-        if pipeline is None:
-            raise UsageError("--generate needs a pipeline", hint="--pipeline FOLDER")
-        images = SourceRequest(
-            prompts=generate,
-            pipeline=pipeline,
-            count=count,
-            seed=seed,
-            paint=PaintOptions(steps=denoise, guidance=guidance),
-            device=device,
-        )
-        request = forgetting_generated(session.store, request, images)
-    request = request_module.with_collection(
-        request,
-        concepts,
-        metadata=metadata or (),
-        url_column=url_col,
-        download=DownloadOptions(
-            distributor=distributor,
-            processes=processes,
-            timeout=timeout,
-            retries=retries,
-            command=img2dataset,
-        ),
-    )
     store, console = session.store, session.console
-    if not concepts:
-        tables.manifest(console, build.build(store, request))
+    if replay:
+        show_replayed(console, build.replay(store, _replayed(session, request)))
         return
-    built, failed = build.build_many(store, request, concepts)
-    sets.show_manifests(console, built)
+    if "prompts" not in images:
+        images.refuse("for --generate", hint="--generate PROMPT", beside=[request])
+    if "metadata" not in metadata:
+        metadata.refuse("for --metadata", hint="--metadata PARQUET")
+    asked, concepts = _asked(request.record(), names)
+    if "prompts" in images:
+        from slsgu_cli.downstream.image_sets import forgetting_generated
+
+        asked = forgetting_generated(store, asked, replace(images.record(), seed=asked.seed))
+    asked = build.with_collection(asked, concepts, metadata.record())
+    if not concepts:
+        tables.manifest(console, build.build(store, asked))
+        return
+    built, failed = build.build_many(store, asked, concepts)
+    show_manifests(console, built)
     build.require_all(failed)
 
 
-@command(app, "grad")
+def _replayed(session: Session, request: Asked[BuildRequest]) -> str:
+    """Return the name to build again. Raises UsageError where more is asked for."""
+    if "name" not in request:
+        raise UsageError("--replay needs the name of a set", hint="slsgu build-sets NAME --replay")
+    if others := [name for name in session.given if name != "--replay"]:
+        raise UsageError(
+            "--replay builds a set as it was built and takes no other options: "
+            f"not {', '.join(others)}",
+            hint="leave --replay out to build another",
+        )
+    return str(request.words["name"])
+
+
+def _asked(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "list[Concept]"]:
+    """Return the request with the first of a file of names, and all of these."""
+    from slsgu_cli.sources.captions import read_names
+
+    if bool(request.name) == (names is not None):
+        raise UsageError("build-sets needs either NAME or --names FILE")
+    if not request.model.name:
+        raise UsageError("build-sets needs the model the sets are for", hint="--model MODEL")
+    if names is None:
+        return request, []
+    concepts = read_names(names)
+    first = concepts[0].name
+    return replace(request, name=first, concept=request.concept or first), concepts
+
+
+@command("show")
+def show(
+    session: Session,
+    name: Name,
+    part: Annotated[
+        str,
+        Option(
+            ("--part",), "forget, retain or the name of an evaluation set.", ROWS, metavar="PART"
+        ),
+    ] = "forget",
+    images: Annotated[
+        int, Option(("--images",), "Images on the contact sheet.", ROWS, min=1, max=400)
+    ] = 48,
+    drop: Annotated[
+        Sequence[str],
+        Option(("--drop",), "Take this row out: key or hash.", ROWS, metavar="KEY"),
+    ] = (),
+    drop_from: Annotated[
+        str | None,
+        Option(
+            ("--drop-from",),
+            "File of keys or hashes, one a line.",
+            ROWS,
+            metavar="FILE",
+            without="none",
+        ),
+    ] = None,
+) -> None:
+    """Look at a set before it is used; drop rows.
+
+    Example: slsgu show facebook --drop 000000012
+    """
+    from slsgu_cli.sets.inspect import drop_from_set, inspect_set, read_keys
+
+    wanted = [*drop, *(read_keys(drop_from) if drop_from else ())]
+    if wanted:
+        drop_from_set(session.store, name, wanted, part=part)
+        session.console.note(f"{part} of {name} has other rows now; what was made of it is stale")
+    seen = inspect_set(session.store, name, part=part, images=images)
+    show_inspection(session.console, session.store, seen)
+
+
+@command("grad")
 def grad(
     session: Session,
-    name: opt.Name,
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    batch_size: opt.BatchSize = 16,
-    precision: opt.PrecisionOption = Precision.FP32,
-    device: opt.Device = "auto",
-    memory_budget: opt.MemoryBudget = None,
+    name: Name,
+    options: PassOptions,
+    model: ModelSpec | None = None,
     squares: Annotated[
-        bool, typer.Option("--squares", help="Mean squared mini-batch gradients as well (slower).")
+        bool, Option(("--squares",), "Mean squared mini-batch gradients as well (slower).", MODEL)
     ] = False,
 ) -> None:
     """Compute the forget and retain gradients of a set, once.
@@ -170,238 +165,83 @@ def grad(
     """
     from slsgu_cli.cli import tables
     from slsgu_cli.method.gradients import compute_gradients
-    from slsgu_cli.records.method import PassOptions
 
-    result = compute_gradients(
-        session.store,
-        name,
-        model=opt.model_spec(model, pretrained),
-        options=PassOptions(
-            batch_size=batch_size,
-            precision=precision,
-            device=device,
-            memory_budget=opt.size(memory_budget),
-        ),
-        squares=squares,
-    )
+    result = compute_gradients(session.store, name, model=model, options=options, squares=squares)
     tables.gradients(session.console, result)
 
 
-@command(app, "rank")
-def rank(
-    session: Session,
-    name: opt.Name,
-    alignment: opt.AlignmentOption = Alignment.ABS,
-    include: opt.Include = None,
-    exclude: opt.Exclude = None,
-    tower: opt.TowerOption = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help="Leave out what cannot influence this model: path, sd1, sd2, sdxl, llava, clip.",
-        ),
-    ] = None,
-    encoder: opt.Encoder = None,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    qkv: opt.QkvOption = None,
-    device: opt.Device = "auto",
-) -> None:
+@command("rank")
+def rank(session: Session, name: Name, options: RankOptions) -> None:
     """Score layers by importance and alignment; mark Pareto fronts.
 
     Example: slsgu rank facebook --tower vision --json
     """
     from slsgu_cli.cli import tables
     from slsgu_cli.method.edit import rank_and_plot
-    from slsgu_cli.method.ranking import RankOptions
 
-    ranking, plots = rank_and_plot(
-        session.store,
-        name,
-        options=RankOptions(
-            alignment=alignment,
-            include=include or (),
-            exclude=exclude or (),
-            tower=tower,
-            target=target,
-            encoder=encoder,
-            device=device,
-            **opt.along(direction, ridge),
-            **opt.given(qkv=qkv),
-        ),
-    )
+    ranking, plots = rank_and_plot(session.store, name, options=options)
     tables.ranking(session.console, ranking, plots)
 
 
-@command(app, "search")
+@command("search")
 def search(
     session: Session,
-    names: opt.Names,
+    names: Names,
+    options: Asked[SearchOptions],
+    on_target: Annotated[Asked[SteerOptions], HIDDEN],
     joint: Annotated[
-        bool, typer.Option("--joint", help="Search edits that forget all of them together.")
+        bool, Option(("--joint",), "Search edits that forget all of them together.", SEARCH)
     ] = False,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    qkv: opt.QkvOption = None,
-    steer: opt.SteerOption = Steer.FA1,
-    margin: opt.Margin = None,
-    steps: opt.Steps = 10,
-    layer: opt.Layers = None,
-    full: opt.Full = False,
-    precision: opt.PrecisionOption = Precision.FP32,
-    device: opt.Device = "auto",
-    cache_budget: opt.CacheBudget = None,
-    target: opt.Target = None,
-    steer_target: opt.SteerTarget = False,
-    encoder: opt.Encoder = None,
-    gradient: opt.GradientChoice = None,
-    top: opt.Top = 3,
-    goal: opt.Goal = 90.0,
-    images: opt.ConceptBudget = 20,
-    others: opt.OthersBudget = 40,
-    question: opt.Questions = None,
-    judge: opt.Judge = None,
-    judge_pretrained: opt.JudgePretrained = None,
-    denoise: opt.Denoise = 20,
-    guidance: opt.Guidance = None,
+    steer_target: Annotated[bool, Option(("--steer-target",), panel=TARGET), HIDDEN] = False,
 ) -> None:
     """Find each front layer's step size and write the best edit.
 
     Several sets are searched one after another; with --joint, for edits that forget all
-    their concepts together. With --target and --steer-target, layer and step are found on
-    that model itself.
+    their concepts together. `slsgu steer` finds layer and step on a model built on CLIP.
 
     Example: slsgu search facebook --steer fa5
     """
-    if steer_target or target is not None:
+    if steer_target or "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
-        from slsgu_cli.records.targets import Budget, PaintOptions
 
-        search_on_target(
-            session,
-            names,
-            target if steer_target else None,
-            budget=Budget(
-                concept=images,
-                others=others,
-                paint=PaintOptions(steps=denoise, guidance=guidance),
-                **opt.given(questions=tuple(question) if question else None),
-            ),
-            judge=(judge, judge_pretrained),
-            layers=layer or (),
-            top=top,
-            gradient_of=gradient,
-            goal=goal,
-            steps=steps,
-            full=full,
-            encoder=encoder,
-            device=device,
-            **opt.along(direction, ridge),
-            **opt.given(qkv=qkv),
-        )
+        if not (steer_target and "target" in on_target):
+            raise UsageError(
+                "--target and --steer-target go together",
+                hint="`slsgu rank NAME --target` first, and no --target here, steers on CLIP",
+            )
+        if joint:
+            raise UsageError("--joint is for a search on CLIP", hint="leave --steer-target out")
+        options.refuse("for a search on CLIP", hint="leave --steer-target out", beside=[on_target])
+        search_on_target(session, names, on_target.record())
         return
     from slsgu_cli.cli.study import search_jointly, search_sets
-    from slsgu_cli.method.search_plan import SearchOptions
 
-    options = SearchOptions(
-        layers=layer or (),
-        direction=direction,
-        ridge=ridge,
-        qkv=qkv,
-        steer=steer,
-        **opt.given(margin=margin),
-        steps=steps,
-        full=full,
-        precision=precision,
-        device=device,
-        cache_budget=opt.size(cache_budget),
-    )
+    on_target.refuse(
+        "for a search on a model built on CLIP", hint="slsgu steer NAME --target FOLDER",
+        beside=[options],
+    )  # fmt: skip
     run = search_jointly if joint else search_sets
-    run(session, names, options)
+    run(session, names, options.record())
 
 
-@command(app, "apply")
-def apply(
-    session: Session,
-    names: Annotated[
-        list[str], typer.Argument(metavar="NAME|EDIT...", help="Sets, or edit files.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the new checkpoint goes.")],
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--target", "-t", help="Edit this model built on CLIP: folder or file."),
-    ] = None,
-    encoder: opt.Encoder = None,
-    layer: Annotated[
-        str | None, typer.Option("--layer", help="Move this layer along its direction, unsearched.")
-    ] = None,
-    step: Annotated[
-        float | None, typer.Option("--step", help="Step size, instead of the one searched for.")
-    ] = None,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    qkv: opt.QkvOption = None,
-    scale: Annotated[float, typer.Option("--scale", help="Apply this much of the edit.")] = 1.0,
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", min=1, help="Keep this many singular directions of the edit."),
-    ] = None,
-    revert: Annotated[bool, typer.Option("--revert", help="Take the edits out again.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even to other weights.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is at --out.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and tell, write nothing.")
-    ] = False,
-    link: Annotated[
-        bool, typer.Option("--link", help="Hard links for the files of --target left as they are.")
-    ] = False,
-    device: opt.Device = "auto",
-) -> None:
+@command("apply")
+def apply(session: Session, request: ApplyRequest) -> None:
     """Write a copy of a model with edits in it.
 
     Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook
     """
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import ApplyRequest, apply_named
+    from slsgu_cli.method.edit import apply_named
 
-    result = apply_named(
-        session.store,
-        ApplyRequest(
-            names=names,
-            out=out,
-            model=opt.model_spec(model, pretrained),
-            target=target,
-            encoder=encoder,
-            layer=layer,
-            step=step,
-            **opt.along(direction, ridge),
-            qkv=qkv,
-            scale=scale,
-            rank=rank,
-            revert=revert,
-            force=force,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            link=link,
-            device=device,
-        ),
-    )
-    tables.applied(session.console, result)
+    tables.applied(session.console, apply_named(session.store, request))
 
 
-@command(app, "eval")
+@command("eval")
 def evaluate(
     session: Session,
-    names: opt.Names,
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    device: opt.Device = "auto",
+    names: Names,
+    model: ModelSpec | None = None,
+    device: Annotated[str, DEVICE_OPTION] = "auto",
 ) -> None:
     """Measure what is forgotten and what is kept.
 
@@ -413,12 +253,11 @@ def evaluate(
     from slsgu_cli.cli import tables
     from slsgu_cli.method import evaluate as evaluation
 
-    spec = opt.model_spec(model, pretrained)
-    result = evaluation.evaluate(session.store, names, model=spec, device=device)
+    result = evaluation.evaluate(session.store, names, model=model, device=device)
     tables.evaluated(session.console, result)
 
 
-@command(app, "ls")
+@command("ls")
 def ls(session: Session) -> None:
     """List what the store holds and what each thing was made from.
 
@@ -432,23 +271,87 @@ def ls(session: Session) -> None:
     tables.listing(session.console, entries(session.store))
 
 
-@command(app, "demo")
-def demo(
-    session: Session,
-    concept: Annotated[
-        str, typer.Argument(help="One of the 301 brands and objects of the embedded CLIP.")
-    ] = "facebook",
-    steer: opt.SteerOption = Steer.FA1,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    device: opt.Device = "auto",
-) -> None:
+@command("demo")
+def demo(session: Session, options: DemoOptions) -> None:
     """Make the embedded CLIP forget a brand, command by command.
 
     Example: slsgu demo castle --steer fa5
     """
     from slsgu_cli.cli.demo import demonstrate
-    from slsgu_cli.method.ranking import RankOptions
 
-    chosen = RankOptions(**opt.along(direction, ridge))
-    demonstrate(session, concept, steer=steer, ranked=chosen, device=device)
+    demonstrate(session, options)
+
+
+CAPTIONS_SHOWN = 12
+
+
+def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> None:
+    """Print what a part of a set holds and where it comes from."""
+    from slsgu_cli.sets.context import counted
+
+    ref = seen.ref
+    facts = [
+        ("concept", seen.manifest.concept),
+        ("patterns", ", ".join(seen.manifest.patterns) if seen.part == "forget" else ""),
+        ("model", str(seen.manifest.model)),
+        ("rows", ref.rows),
+        ("captions", seen.captions),
+        ("seen", ref.seen),
+        ("left out", counted(ref.refused)),
+        ("noted", counted(ref.noted)),
+        ("fingerprint", ref.fingerprint),
+    ]
+    told = [(fact, value) for fact, value in facts if value not in ("", 0)]
+    title = f"{seen.part} rows of {seen.manifest.name}"
+    data = {"name": seen.manifest.name, "part": seen.part, **dict(facts)} | {
+        "left out": ref.refused,
+        "noted": ref.noted,
+    }
+    console.table("set", ("fact", "value"), told, title=title, data=data)
+    console.table("sources", ("source", "rows"), seen.sources, title="sources")
+    words = seen.words[:8] if console.brief else seen.words
+    console.table("words", ("word", "captions"), words, title="words in the captions")
+    show_rows(console, seen.rows)
+    console.paths("sheets", [store.where(seen.sheet)])
+
+
+def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
+    """Print rows with their captions and origins; on a terminal the first of them."""
+    from slsgu_cli.cli.console import Column
+
+    columns = (
+        Column("key"),
+        Column("hash", shown=lambda digest: digest[:12]),
+        Column("caption"),
+        Column("file", on_terminal=False),
+        Column("row", on_terminal=False),
+        Column("url", on_terminal=False),
+    )
+    brief = shown[:CAPTIONS_SHOWN] if console.brief else shown
+    cells = [(row.key, row.hash, row.caption, *_place(row.origin)) for row in brief]
+    console.table("rows", columns, cells, title="rows")
+    if len(brief) < len(shown):
+        console.note(f"{len(shown) - len(brief)} more rows; -v shows them too")
+
+
+def _place(origin: "Origin | None") -> tuple[str | None, int | None, str | None]:
+    return (origin.file, origin.row, origin.url) if origin else (None, None, None)
+
+
+def show_manifests(console: "Console", built: Sequence["SetManifest"]) -> None:
+    """Print the sets that were built for many names."""
+    from slsgu_cli.sets.context import counted
+
+    cells = [(m.name, m.forget.rows, m.retain.rows, counted(m.forget.refused)) for m in built]
+    columns = ("set", "forget", "retain", "left out of forget")
+    console.table("sets", columns, cells, title="sets", data=list(built))
+
+
+def show_replayed(console: "Console", result: "Replayed") -> None:
+    """Print whether a set that was built again is what it was."""
+    cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
+    title = f"set {result.manifest.name}, built again"
+    console.table("replayed", ("part", "rows"), cells, title=title, data=result.same)
+    for part, same in result.same.items():
+        if not same:
+            console.warn(f"the {part} rows are not those they were: a source has changed")

@@ -1,23 +1,22 @@
 """`trajectory` and `sweep`, which search `search` runs, and their results as tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli import options as opt
 from slsgu_cli.cli import tables
-from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.tables import step_size
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.method import Accuracy, Precision, Steer
+from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.options import SearchOptions, SweepRequest, TrajectoryOptions
+from slsgu_cli.records.words import ROWS, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.method.search_plan import SearchOptions
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
     from slsgu_cli.study.sweep import SweepResult
@@ -194,7 +193,11 @@ def _figure(value: float) -> str:
     return f"{value:.2f}"
 
 
-def search_sets(session: Session, names: Sequence[str], options: "SearchOptions") -> None:
+def _step(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
     from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
 
@@ -222,7 +225,7 @@ def search_sets(session: Session, names: Sequence[str], options: "SearchOptions"
         raise NotForgottenError(message, hint=failed[0].hint)
 
 
-def search_jointly(session: Session, names: Sequence[str], options: "SearchOptions") -> None:
+def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search for edits that forget the concepts of several sets together."""
     from slsgu_cli.study.joint import joint_search, require_joint
 
@@ -231,94 +234,25 @@ def search_jointly(session: Session, names: Sequence[str], options: "SearchOptio
     require_joint(result)
 
 
-@command(app, "trajectory")
-def trajectory(
-    session: Session,
-    name: opt.Name,
-    layer: opt.Layers = None,
-    points: Annotated[int, typer.Option("--points", min=2, help="Steps a layer.")] = 20,
-    until: Annotated[
-        float | None,
-        typer.Option(
-            "--until",
-            metavar="PERCENT",
-            help="Move a layer this far, in % of its norm. Default: until it forgets.",
-        ),
-    ] = None,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    steer: opt.SteerOption = Steer.FA1,
-    margin: opt.Margin = None,
-    precision: opt.PrecisionOption = Precision.FP32,
-    device: opt.Device = "auto",
-    cache_budget: opt.CacheBudget = None,
-) -> None:
+@command("trajectory")
+def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None:
     """Follow accuracies over a fine grid of steps, layer by layer.
 
     Example: slsgu trajectory facebook --points 40
     """
-    from slsgu_cli.errors import UsageError
-    from slsgu_cli.method.search_plan import SearchOptions
-    from slsgu_cli.study.trajectory import TrajectoryOptions, trajectory_and_plots
+    from slsgu_cli.study.trajectory import trajectory_and_plots
 
-    if until is not None and not 0 < until < float("inf"):
-        raise UsageError(f"--until {until} is no share of a norm", hint="such as --until 50")
-    found, plots = trajectory_and_plots(
-        session.store,
-        name,
-        options=TrajectoryOptions(
-            search=SearchOptions(
-                layers=layer or (),
-                direction=direction,
-                ridge=ridge,
-                steer=steer,
-                **opt.given(margin=margin),
-                precision=precision,
-                device=device,
-                cache_budget=opt.size(cache_budget),
-            ),
-            points=points,
-            until=None if until is None else until / 100,
-        ),
-    )
+    found, plots = trajectory_and_plots(session.store, name, options=options)
     show_trajectory(session.console, session.store, found, plots)
 
 
-@command(app, "sweep")
+@command("sweep")
 def sweep(
     session: Session,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
+    request: SweepRequest,
     classes: Annotated[
-        Path, typer.Option("--classes", help="File of classes to forget, one a line.")
+        Path, Option(("--classes",), "File of classes to forget, one a line.", ROWS)
     ],
-    source: opt.Sources,
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    not_match: opt.NotMatch = None,
-    max_forget: opt.MaxForget = None,
-    retain_source: opt.RetainSources = None,
-    retain_samples: opt.RetainSamples = 8000,
-    retain_exclude: opt.RetainExclude = None,
-    evaluation: opt.Evals = None,
-    eval_classes: Annotated[
-        list[str] | None,
-        typer.Option("--eval-classes", help="NAME=FILE or NAME=imagenet: class names. Repeatable."),
-    ] = None,
-    templates: opt.Templates = None,
-    image_column: opt.ImageColumn = None,
-    caption_column: opt.CaptionColumn = None,
-    label_column: opt.LabelColumn = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 16,
-    memory_budget: opt.MemoryBudget = None,
-    direction: opt.DirectionOption = None,
-    ridge: opt.Ridge = None,
-    steer: opt.SteerOption = Steer.FA1,
-    margin: opt.Margin = None,
-    steps: opt.Steps = 10,
-    precision: opt.PrecisionOption = Precision.FP32,
-    device: opt.Device = "auto",
-    cache_budget: opt.CacheBudget = None,
 ) -> None:
     """Forget each class of a list, one at a time.
 
@@ -327,55 +261,11 @@ def sweep(
 
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
-    from slsgu_cli.errors import UsageError
-    from slsgu_cli.method.ranking import RankOptions
-    from slsgu_cli.method.search_plan import SearchOptions
-    from slsgu_cli.records.method import PassOptions
     from slsgu_cli.sets.evaluation_sets import read_classes
-    from slsgu_cli.sets.request import BuildRequest
-    from slsgu_cli.study.sweep import SweepRequest, require_swept
+    from slsgu_cli.study.sweep import require_swept
     from slsgu_cli.study.sweep import sweep as run
 
-    spec, listed = opt.model_spec(model, pretrained), read_classes(str(classes))
-    if spec is None:
-        raise UsageError("sweep needs the model to sweep over", hint="--model MODEL")
-    request = SweepRequest(
-        name=name,
-        classes=listed.names if listed else (),
-        build=BuildRequest(
-            name="",
-            concept="",
-            model=spec,
-            sources=source,
-            not_match=not_match or (),
-            max_forget=max_forget,
-            retain_sources=retain_source or (),
-            retain_samples=retain_samples,
-            retain_exclude=retain_exclude or (),
-            evals=opt.pairs("--eval", evaluation),
-            classes=opt.pairs("--eval-classes", eval_classes),
-            templates=opt.pairs("--templates", templates),
-            image_column=image_column,
-            caption_column=caption_column,
-            label_column=label_column,
-            seed=seed,
-        ),
-        gradients=PassOptions(
-            batch_size=batch_size,
-            precision=precision,
-            device=device,
-            memory_budget=opt.size(memory_budget),
-        ),
-        ranking=RankOptions(**opt.along(direction, ridge), device=device),
-        search=SearchOptions(
-            steer=steer,
-            **opt.given(margin=margin),
-            steps=steps,
-            precision=precision,
-            device=device,
-            cache_budget=opt.size(cache_budget),
-        ),
-    )
-    result = run(session.store, request)
+    listed = read_classes(str(classes))
+    result = run(session.store, replace(request, classes=listed.names if listed else ()))
     show_sweep(session.console, session.store, result)
     require_swept(result)

@@ -2,15 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from slsgu_cli.cli import options as opt
-from slsgu_cli.cli.app import Session, app, command
+from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.options import ReportRequest, VerifyRequest
 from slsgu_cli.records.studies import Attack, Check, VerifiedModel
 
 if TYPE_CHECKING:
@@ -186,104 +183,21 @@ def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
         console.table("curves", columns, cells, title="forget accuracy during training")
 
 
-CHOICES = tuple(check for check in Check if check is not Check.BASELINE)
-
-
-def _checks(text: str | None) -> list[Check]:
-    """Return the checks that a comma-separated list names; all without one. Raises UsageError."""
-    from slsgu_cli.errors import UsageError
-
-    if text is None:
-        return list(CHOICES)
-    known = {str(check): check for check in CHOICES}
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        what = f"{unknown[0]!r} is no check" if unknown else "it names no check"
-        raise UsageError(f"--checks {text}: {what}; there are: {', '.join(known)}")
-    return [known[name] for name in names]
-
-
-@command(app, "verify")
-def verify(
-    session: Session,
-    name: opt.Name,
-    model: opt.Model = None,
-    pretrained: opt.Pretrained = None,
-    edit: Annotated[
-        list[str] | None,
-        typer.Option("--edit", help="Verify this edit, by name or file. Repeatable."),
-    ] = None,
-    checks: Annotated[
-        str | None,
-        typer.Option("--checks", help=f"Some of {','.join(CHOICES)}. Default: all."),
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option("--templates", help="File of unseen templates, or a built-in list's name."),
-    ] = None,
-    alias: Annotated[
-        list[str] | None,
-        typer.Option("--alias", help="Another name of the concept. Repeatable."),
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 16,
-    shots: Annotated[
-        int, typer.Option("--shots", min=1, help="Images of the concept to relearn from.")
-    ] = 8,
-    lr: Annotated[
-        float, typer.Option("--lr", min=0.0, help="Learning rate of the training.")
-    ] = 3e-5,
-    batch_size: opt.BatchSize = 16,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Images of each evaluation set to measure TA on.")
-    ] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of all draws.")] = 0,
-    device: opt.Device = "auto",
-) -> None:
+@command("verify")
+def verify(session: Session, name: Name, request: VerifyRequest) -> None:
     """Try to bring a forgotten concept back, and say what comes back.
 
     The original model is compared with --model, with each --edit, or else with the set's edit.
 
     Example: slsgu verify facebook --checks paraphrase,relearn --alias 'the social network'
     """
-    from slsgu_cli.records.studies import Settings
-    from slsgu_cli.verification.probes import unseen_templates
-    from slsgu_cli.verification.verify import VerifyRequest
     from slsgu_cli.verification.verify import verify as run
 
-    request = VerifyRequest(
-        checks=_checks(checks),
-        settings=Settings(
-            templates=unseen_templates(session.store, name, templates),
-            aliases=tuple(alias or ()),
-            steps=steps,
-            shots=shots,
-            learning_rate=lr,
-            batch_size=batch_size,
-            rows=rows,
-            seed=seed,
-        ),
-        model=opt.model_spec(model, pretrained),
-        edits=edit or (),
-        device=device,
-    )
-    result = run(session.store, name, request)
-    show_verified(session.console, result)
+    show_verified(session.console, run(session.store, name, request))
 
 
-@command(app, "report")
-def report(
-    session: Session,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of sets.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the page goes.")],
-    examples: Annotated[
-        bool, typer.Option("--examples/--no-examples", help="Run the model over a few images.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is at --out.")
-    ] = False,
-    device: opt.Device = "auto",
-) -> None:
+@command("report")
+def report(session: Session, request: ReportRequest) -> None:
     """Write one HTML page: what was forgotten, how, at what cost.
 
     The page is self-contained: it fetches nothing and can be sent as it is.
@@ -291,11 +205,8 @@ def report(
     Example: slsgu report facebook --out report.html
     """
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.report.page import ReportRequest, write_report
+    from slsgu_cli.report.page import write_report
 
-    request = ReportRequest(
-        names=names, out=out, examples=examples, overwrite=overwrite, device=device
-    )
     written = write_report(session.store, request)
     rows = [
         (name, section.title, section.state, section.run)

@@ -1,7 +1,6 @@
 """Rows as device tensors: prefetched, staged, within the memory there is."""
 
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,18 +12,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.clip.towers import SplitTower
-from slsgu_cli.errors import UsageError
 from slsgu_cli.records.sets import InputSpec
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes meant by `4G`, `512MiB` or `1000000`. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match:
-        raise UsageError(f"{text!r} is not a size", hint="write it like 4G, 512M or 1000000")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
 def spare(device: str) -> int:

@@ -20,13 +20,8 @@ from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.records.method import (
-    Accuracy,
-    GradientHeader,
-    GradientPointer,
-    PassOptions,
-    Precision,
-)
+from slsgu_cli.records.method import Accuracy, GradientHeader, GradientPointer, Precision
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Method, Outcome, Plan
 from slsgu_cli.store.artifacts import Artifact

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
@@ -21,7 +21,7 @@ from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.compare.run import ComparisonRun
 from slsgu_cli.compare.table import LABELS
-from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts
+from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_spec
 from slsgu_cli.downstream.models import (
     Pipeline,
     folder_fingerprint,
@@ -34,38 +34,22 @@ from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, GradientPointer
-from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
+from slsgu_cli.records.sets import DataRef, SetManifest
 from slsgu_cli.records.studies import (
-    PIPELINE_METHODS,
     Method,
     MethodSetting,
     PipelineComparison,
     PipelineOutcome,
     PipelinePlan,
 )
-from slsgu_cli.records.targets import Budget, TargetTrials
+from slsgu_cli.records.target_options import PipelineCompareOptions
+from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
-# Our search paints with the seeds from 0: these are others.
-SEED = 1000
-PAPER_RATES = (1e-5,)
 SHOWN = 8
 ROWS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineCompareOptions:
-    """Which methods to run on which pipeline and how; the judge is the set's CLIP by default."""
-
-    target: Path
-    methods: Sequence[Method] = PIPELINE_METHODS
-    rates: Sequence[float] = PAPER_RATES
-    iterations: int = 1000
-    budget: Budget = field(default_factory=lambda: Budget(seed=SEED))
-    judge: ModelSpec | None = None
-    device: str = "auto"
 
 
 def compare_on_pipeline(
@@ -75,6 +59,7 @@ def compare_on_pipeline(
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
+    options = replace(options, judge=judge_spec(store, name, options.judge))
     run = PipelineComparisonRun.open(store, name, options)
     settings: dict[Method, Sequence[float | None]] = {
         Method.ORIGINAL: (None,),

@@ -14,18 +14,17 @@ from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.method.edit import ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import MARGIN, SearchOptions
 from slsgu_cli.records.method import (
     Accuracy,
     EditHeader,
     GradientHeader,
     GradientPointer,
-    PassOptions,
     Precision,
     Steer,
     Trial,
     Trials,
 )
+from slsgu_cli.records.options import MARGIN, PassOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Method, Outcome, PassTime
 from slsgu_cli.store.artifacts import Artifact, digests_of

@@ -19,6 +19,7 @@ from slsgu_cli.compare.ours import (
 )
 from slsgu_cli.compare.table import tune
 from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.options import CompareOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import (
     CLIP_METHODS,
@@ -39,21 +40,6 @@ from slsgu_cli.store.artifacts import (
     resume,
 )
 from slsgu_cli.store.store import Store
-
-PAPER_RATES = (1e-6, 1e-7)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
-    """Which methods to run and how. `rates` is None to find each baseline's best setting."""
-
-    methods: Sequence[Method] = CLIP_METHODS
-    rates: Sequence[float] | None = PAPER_RATES
-    epochs: int = 10
-    batch_size: int = 32
-    retain_rows: int | None = None
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,30 +17,12 @@ from slsgu_cli.downstream.models import Llava, Question, new_values
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import AnsweredImage, answers_html, answers_png
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.target_options import AskRequest
 from slsgu_cli.records.targets import Answer, Answers
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
-
-QUESTIONS = ("What is shown in this image?",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskRequest:
-    """What `ask` is asked for.
-
-    Without images, `samples` evaluation images of the concept are shown, and as many of
-    other classes.
-    """
-
-    names: Sequence[str]
-    target: Path
-    images: Sequence[Path] = ()
-    samples: int = 3
-    questions: Sequence[str] = QUESTIONS
-    out: Path | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,29 @@
 """`generate`: images of prompts, before and after."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit
-from slsgu_cli.downstream.judge import Classes, Judge, called, class_in, measured_classes, png_bytes
+from slsgu_cli.downstream.judge import (
+    Classes,
+    Judge,
+    called,
+    class_in,
+    judge_spec,
+    measured_classes,
+    png_bytes,
+)
 from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_html, sheet_png
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, Share
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.targets import Generation, PaintOptions, PromptResult
+from slsgu_cli.records.target_options import GenerateRequest
+from slsgu_cli.records.targets import Generation, PromptResult
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sources.classes import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
@@ -112,26 +120,6 @@ class OutputFolder:
 
 BEFORE, AFTER = "original", "unlearned"
 
-# Names the CLIP that the edit was made for, as it was.
-OWN = "set"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """What `generate` is asked for. `judge` None leaves the images unjudged."""
-
-    names: Sequence[str]
-    target: Path
-    prompts: Sequence[str] = ()
-    prompt_file: Path | None = None
-    seeds: Sequence[int] = (0, 1, 2, 3)
-    paint: PaintOptions = field(default_factory=PaintOptions)
-    judge: ModelSpec | None = None
-    classes: str | None = None
-    templates: str | None = None
-    out: Path | None = None
-    device: str = "auto"
-
 
 def generate(store: Store, request: GenerateRequest) -> tuple[Generation, OutputFolder]:
     """Generate before and after the edits, judge and lay out what came of it.
@@ -139,6 +127,7 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     Raises MissingError, InputError, StaleError and UsageError.
     """
     edits = [load_edit(store, name) for name in request.names]
+    request = replace(request, judge=judge_spec(store, request.names[0], request.judge))
     classes = judged_classes(store, edits, request.classes, request.templates)
     if request.judge is not None and len(classes) < 2:
         raise UsageError(
@@ -156,18 +145,6 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     record = _record(edits, prompts, tuple(classes), request, verdicts)
     _write(album, record, images, verdicts)
     return record, album
-
-
-def judge_spec(
-    store: Store, name: str, judge: str | None, pretrained: str | None
-) -> ModelSpec | None:
-    """Return the model that the judge's options name; `set` is the one the set is for."""
-    if judge is None and pretrained is not None:
-        raise UsageError("--judge-pretrained needs --judge")
-    if judge == OWN:
-        known = store.exists(Artifact.SET.path(name))
-        return read_manifest(store, name).model if known else load_edit(store, name).header.model
-    return None if judge is None else ModelSpec(judge, pretrained)
 
 
 def judged_classes(

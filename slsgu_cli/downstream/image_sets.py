@@ -3,15 +3,14 @@
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.downstream.judge import Judge, png_bytes
+from slsgu_cli.downstream.judge import Judge, judge_spec, png_bytes
 from slsgu_cli.downstream.models import (
     ImageJob,
     Pipeline,
@@ -23,25 +22,13 @@ from slsgu_cli.downstream.models import (
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Share
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.targets import AnswerSet, GeneratedSource, PaintOptions
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.target_options import CanvasRequest, SourceRequest
+from slsgu_cli.records.targets import AnswerSet, GeneratedSource
 from slsgu_cli.sets.evaluation_sets import read_classes
-from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceRequest:
-    """Which images to make: `count` of them, the prompts in turn, seeds from `seed` on."""
-
-    prompts: Sequence[str]
-    pipeline: Path
-    count: int
-    seed: int = 0
-    paint: PaintOptions = field(default_factory=PaintOptions)
-    device: str = "auto"
 
 
 def forgetting_generated(
@@ -115,29 +102,11 @@ def _caption(folder: str, number: int) -> str:
     return f"{folder}/{number:06}.txt"
 
 
-SEEDS = (188, 288, 588, 688, 888)
-
 # The benchmark's prompt, and the steps and guidance that its figures are made with.
 PROMPT = "A {object} image in {theme} style."
-PAINT = PaintOptions(steps=100, guidance=9.0)
 THEME_TEMPLATES = ("an image in {} style", "{} style")
 OBJECT_TEMPLATES = ("an image of a {}", "a {}", "{}")
 RECORD = "answer-set.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CanvasRequest:
-    """Which answer set to make, where, and by which CLIP to judge it."""
-
-    names: Sequence[str]
-    target: Path
-    out: Path
-    themes: str
-    objects: str
-    judge: ModelSpec | None = None
-    seeds: Sequence[int] = SEEDS
-    paint: PaintOptions = field(default_factory=lambda: PAINT)
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +131,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     Raises MissingError, InputError, StaleError, and UsageError where the concept is neither
     a theme nor an object.
     """
+    request = replace(request, judge=judge_spec(store, request.names[0], request.judge))
     edits = [load_edit(store, name) for name in request.names]
     concept = edits[0].header.concept
     themes, objects = (_listed(name) for name in (request.themes, request.objects))

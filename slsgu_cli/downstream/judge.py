@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.pixels import decoder
@@ -20,6 +21,7 @@ from slsgu_cli.records.method import Share
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.sources.classes import find_class
+from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -177,3 +179,15 @@ class JudgedPrompts:
     def prompt(self, name: str, number: int) -> str:
         """Return a prompt for a class, by the template whose turn it is."""
         return self.templates[number % len(self.templates)].replace("{}", name)
+
+
+# Names the CLIP that the edit was made for, as it was.
+OWN = "set"
+
+
+def judge_spec(store: Store, name: str, judge: ModelSpec | None) -> ModelSpec | None:
+    """Return the model that judges; `set` is the one the set is for."""
+    if judge is None or judge.name != OWN:
+        return judge
+    known = store.exists(Artifact.SET.path(name))
+    return read_manifest(store, name).model if known else load_edit(store, name).header.model

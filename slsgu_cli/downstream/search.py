@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -20,10 +20,11 @@ from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import pick_device, tokenizer
 from slsgu_cli.downstream.directions import TargetMove, by_gain, moves_of
+from slsgu_cli.downstream.judge import judge_spec
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.method.directions import RIDGE, layer_gradient
+from slsgu_cli.method.directions import layer_gradient
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.search import Key, Move, StepSearch, bisection, compact, unmeasured_edit
 from slsgu_cli.method.trial import Probe
@@ -33,44 +34,19 @@ from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
     LayerScore,
-    Qkv,
     Share,
     TargetFigures,
     Tower,
     Trial,
 )
 from slsgu_cli.records.sets import ModelSpec, SetManifest
-from slsgu_cli.records.targets import Budget, GradientOf, TargetTrial, TargetTrials
+from slsgu_cli.records.target_options import SteerOptions
+from slsgu_cli.records.targets import GradientOf, TargetTrial, TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.store import Store
 
 # Trials a layer, on CLIP, for the step to begin with on the target.
 CLIP_STEPS = 7
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SteerOptions:
-    """How to search on a target. Without `layers`, the `top` most important are searched.
-
-    `full` measures what every trial keeps, not only the shortest sufficient of each layer.
-
-    `goal` is the unlearning accuracy to reach, in percent.
-    """
-
-    target: Path
-    layers: Sequence[str] = ()
-    top: int = 3
-    gradient_of: GradientOf | None = None
-    direction: Direction = Direction.WHITENED
-    ridge: float = RIDGE
-    qkv: Qkv = Qkv.FUSED
-    goal: float = 90.0
-    steps: int = 10
-    full: bool = False
-    budget: Budget = field(default_factory=Budget)
-    judge: ModelSpec | None = None
-    encoder: str | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +108,7 @@ class TargetPlan:
             }
         else:
             gradients = subject.forget_gradient(layers)
-        moves = moves_of(subject, gradients, direction=options.direction, ridge=options.ridge)
+        moves = moves_of(subject, gradients, direction=options.direction, ridge=options.damping)
         moves = by_gain(subject, moves, gradients)
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
@@ -285,6 +261,7 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
     Raises MissingError, InputError, StaleError and UsageError.
     """
     began = perf_counter()
+    options = replace(options, judge=judge_spec(store, name, options.judge))
     plan = TargetPlan.load(store, name, options)
     ranked = plan.moves(store)
     moves = ranked if options.layers else ranked[: options.top]
@@ -328,7 +305,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         retain_data=pointer.retain_data,
         evals={name: ref.fingerprint for name, ref in sorted(manifest.evals.items())},
         direction=options.direction,
-        ridge=options.ridge if options.direction is Direction.WHITENED else None,
+        ridge=options.damping if options.direction is Direction.WHITENED else None,
         judge=None if plan.judge is None else str(plan.judge),
         budget=options.budget,
         goal=options.goal,

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 # Part of every address of moments: a change in what is computed must change it.
 REVISION = 1
 
-# The ridge that whitens unless another is given.
-RIDGE = 0.01
-
 
 @dataclass(frozen=True, slots=True)
 class Moments:

@@ -2,22 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from shlex import quote
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
-from slsgu_cli.checkpoints.edits import ApplyOptions, Edit, load_edit
+from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import model_layer, resolve
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import ensure_moments, forget_direction
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import SearchResult, search, unmeasured_edit
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
@@ -27,6 +25,7 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
 )
+from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
     Artifact,
@@ -136,7 +135,7 @@ def direct_edit(
     moments = None
     if whitened:
         moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
-    along = forget_direction(store, pointer, moved.name, ridge=options.ridge, moments=moments)
+    along = forget_direction(store, pointer, moved.name, ridge=options.damping, moments=moments)
     before = model_layer(resolve(pointer.model), moved.name)
     return unmeasured_edit(
         manifest,
@@ -146,7 +145,7 @@ def direct_edit(
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
         direction=options.direction,
-        ridge=options.ridge if whitened else None,
+        ridge=options.damping if whitened else None,
         retain_data=pointer.retain_data if whitened else None,
         delta=step * along,
         before=before,
@@ -216,26 +215,6 @@ def require_forgotten(result: SearchResult) -> None:
         f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
         hint="the trials and this edit are kept; try --steps 20, or another --layer",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyRequest(ApplyOptions):
-    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
-
-    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
-    edit that is there already must be of that direction, and of a layer of that kind.
-    """
-
-    names: Sequence[str]
-    out: Path
-    model: ModelSpec | None = None
-    target: Path | None = None
-    layer: str | None = None
-    step: float | None = None
-    direction: Direction | None = None
-    ridge: float | None = None
-    qkv: Qkv | None = None
-    device: str = "auto"
 
 
 def apply_named(store: Store, request: ApplyRequest) -> AppliedResult:

@@ -27,7 +27,8 @@ from slsgu_cli.clip.inputs import (
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.losses import GroupedLoss, contrastive, cosine_forget, sigmoid
-from slsgu_cli.records.method import PassOptions, Precision
+from slsgu_cli.records.method import Precision
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays

@@ -15,13 +15,8 @@ from slsgu_cli.clip.models import ResolvedModel, fingerprint, input_spec, load, 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import (
-    GradientHeader,
-    GradientPointer,
-    ParameterNorm,
-    PassOptions,
-    SquaresHeader,
-)
+from slsgu_cli.records.method import GradientHeader, GradientPointer, ParameterNorm, SquaresHeader
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store

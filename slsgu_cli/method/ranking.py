@@ -16,46 +16,24 @@ from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.directions import RIDGE, Moments, ensure_moments, layer_gradient
+from slsgu_cli.method.directions import Moments, ensure_moments, layer_gradient
 from slsgu_cli.method.gradients import graded_model
 from slsgu_cli.method.scoring import Vector, alignment, importance, norm, pareto_front
 from slsgu_cli.records.method import (
-    Alignment,
     Direction,
     GradientHeader,
     GradientPointer,
     LayerScore,
     ParameterNorm,
-    Qkv,
     Ranking,
     Tower,
 )
+from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from slsgu_cli.method.moments import RetainMetric
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOptions:
-    """Which layers compete, for which direction, and how alignment is read.
-
-    `ridge` is of the whitened direction alone, as is `device`, where moments are computed.
-    With `qkv` split, query, key and value compete as layers of their own.
-    With `target`, a path or a kind of model, layers that cannot influence it are left out.
-    """
-
-    alignment: Alignment = Alignment.ABS
-    direction: Direction = Direction.WHITENED
-    ridge: float = RIDGE
-    qkv: Qkv = Qkv.FUSED
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    tower: Tower | None = None
-    target: str | None = None
-    encoder: str | None = None
-    device: str = "auto"
 
 
 def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
@@ -96,7 +74,7 @@ def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
         retain=pointer.retain,
         alignment=options.alignment,
         direction=options.direction,
-        ridge=options.ridge if whitened else None,
+        ridge=options.damping if whitened else None,
         scores=tuple(_with_fronts(scores)),
         version=slsgu_cli.__version__,
         target=options.target,
@@ -178,7 +156,7 @@ def _score(
     retain_norm = norm(retain)
     size = weight.norm
     if moments is not None:
-        metric = moments.metric(layer, options.ridge)
+        metric = moments.metric(layer, options.damping)
         size = metric.weight_norm(weight.norm, weights.output(layer, moments, metric))
         forget, retain = _half_whitened(metric, forget), _half_whitened(metric, retain)
     return LayerScore(

@@ -18,7 +18,6 @@ from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.method.scoring import best, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
-    SearchOptions,
     SearchPlan,
     grouped,
     read_plan,
@@ -35,6 +34,7 @@ from slsgu_cli.records.method import (
     Trial,
     Trials,
 )
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial

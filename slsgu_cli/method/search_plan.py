@@ -15,10 +15,9 @@ from slsgu_cli.records.method import (
     GradientPointer,
     LayerScore,
     Precision,
-    Qkv,
     Ranking,
-    Steer,
 )
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
 from slsgu_cli.store.store import Store
@@ -26,30 +25,6 @@ from slsgu_cli.store.store import Store
 if TYPE_CHECKING:
     from slsgu_cli.clip.evaluation import Evaluation
     from slsgu_cli.method.trial import Probe
-
-
-MARGIN = 0.02
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchOptions:
-    """How to search. `full` measures the utility of every trial, winner or not.
-
-    `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
-    are given. `margin` is a cosine, for that steer.
-    """
-
-    layers: Sequence[str] = ()
-    direction: Direction | None = None
-    ridge: float | None = None
-    qkv: Qkv | None = None
-    steer: Steer = Steer.FA1
-    margin: float = MARGIN
-    steps: int = 10
-    full: bool = False
-    device: str = "cpu"
-    precision: Precision = Precision.FP32
-    cache_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

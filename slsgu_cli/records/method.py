@@ -51,16 +51,6 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PassOptions:
-    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free."""
-
-    batch_size: int = 16
-    precision: Precision = Precision.FP32
-    device: str = "cpu"
-    memory_budget: int | None = None
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParameterNorm:
     """L2 norm of one parameter of the original model, with its shape."""

@@ -9,14 +9,26 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Which model: an open_clip name with weights, `local-dir:PATH`, `hf-hub:ID`."""
 
-    name: str
-    pretrained: str | None = None
+    name: str = option(
+        ..., "--model", "-m", metavar="MODEL", without="the set's",
+        help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json or CLIPModel folder.",
+    )  # fmt: skip
+    pretrained: str | None = option(
+        None, "--pretrained", "-p", help="open_clip tag or checkpoint file, for a name.",
+        metavar="TAG|FILE", without="none",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Refuse weights of no model."""
+        if self.pretrained and not self.name:
+            raise UsageError("--pretrained needs --model", hint="--model ARCH --pretrained TAG")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
@@ -147,22 +159,38 @@ class Screening:
     count as one. None: no such test.
     """
 
-    min_similarity: float | None = None
-    near_duplicates: int | None = None
-    device: str = "auto"
+    min_similarity: float | None = option(
+        None, "--min-similarity", help="Least cosine of an image and its own caption.",
+        panel=ROWS, without="no such test",
+    )  # fmt: skip
+    near_duplicates: int | None = option(
+        None, "--near-duplicates", metavar="BITS", help="Images whose hashes differ less.",
+        panel=ROWS, without="all are kept",
+    )  # fmt: skip
+    device: str = DEVICE()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadOptions:
     """How img2dataset is run. None of this changes which rows are asked for."""
 
-    distributor: Distributor = Distributor.MULTIPROCESSING
-    processes: int | None = None
+    distributor: Distributor = option(
+        Distributor.MULTIPROCESSING, "--distributor", help="How img2dataset spreads its work.",
+        panel=DOWNLOAD,
+    )  # fmt: skip
+    processes: int | None = option(
+        None, "--processes", min=1, help="Download processes.", panel=DOWNLOAD, without="cores"
+    )
     threads: int = 64
-    timeout: int = 10
-    retries: int = 1
+    timeout: int = option(
+        10, "--timeout", min=1, help="Seconds to wait for an image.", panel=DOWNLOAD
+    )
+    retries: int = option(1, "--retries", min=0, help="Tries more for each image.", panel=DOWNLOAD)
     shard_rows: int = 1000
-    command: str | None = None
+    command: str | None = option(
+        None, "--img2dataset", metavar="CMD", help="Its command, if not on the PATH.",
+        panel=DOWNLOAD, without="img2dataset",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

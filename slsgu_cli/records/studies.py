@@ -15,6 +15,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget
+from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
 
 OWN, NEW = "its name", "a new name"
 
@@ -140,14 +141,25 @@ class Check(StrEnum):
 class Settings:
     """How to verify. `rows` images of each set measure utility; `shots` are shown to relearn."""
 
-    templates: tuple[str, ...]
-    aliases: tuple[str, ...] = ()
-    steps: int = 16
-    shots: int = 8
-    learning_rate: float = 3e-5
-    batch_size: int = 16
-    rows: int = 200
-    seed: int = 0
+    templates: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = option(
+        (), "--alias", help="Another name of the concept.", panel=EVALUATION, metavar="NAME"
+    )
+    steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
+    shots: int = option(
+        8, "--shots", min=1, help="Images of the concept to relearn from.", panel=SEARCH
+    )
+    learning_rate: float = option(
+        3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
+    )
+    batch_size: int = option(
+        16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+    )
+    rows: int = option(
+        200, "--rows", min=1, help="Images of each evaluation set to measure TA on.",
+        panel=EVALUATION,
+    )  # fmt: skip
+    seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slsgu_cli.records.method import Direction, Effect, Share, Tower, over_layers
+from slsgu_cli.records.words import GENERATION, option, options
 
 
 class GradientOf(StrEnum):
@@ -28,8 +29,13 @@ class PaintOptions:
     seeded for each, so that one image does not depend on what else was asked for.
     """
 
-    steps: int = 25
-    guidance: float | None = None
+    steps: int = option(
+        25, "--denoise", min=1, help="Denoising steps of an image.", panel=GENERATION
+    )
+    guidance: float | None = option(
+        None, "--guidance", min=0.0, help="Classifier-free guidance.", panel=GENERATION,
+        without="the pipeline's",
+    )  # fmt: skip
     batch: int = 8
 
 
@@ -117,11 +123,18 @@ class GeneratedSource:
 class Budget:
     """What one trial on a target may take: images or questions of the concept and of others."""
 
-    concept: int = 20
-    others: int = 40
-    seed: int = 0
-    questions: tuple[str, ...] = ("What is shown in this image?",)
-    paint: PaintOptions = PaintOptions(steps=20)
+    concept: int = option(
+        20, "--images", min=1, help="Images of the concept a trial.", panel=GENERATION
+    )
+    others: int = option(
+        40, "--others", min=1, help="Images of other classes a trial.", panel=GENERATION
+    )
+    seed: int = option(0, "--seed", help="Seed of the images.", panel=GENERATION)
+    questions: tuple[str, ...] = option(
+        ("What is shown in this image?",), "--question", help="What a LLaVA is asked.",
+        panel=GENERATION,
+    )  # fmt: skip
+    paint: PaintOptions = options(PaintOptions(steps=20))
 
 
 @dataclass(frozen=True, slots=True)

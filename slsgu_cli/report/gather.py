@@ -12,19 +12,19 @@ from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
-from slsgu_cli.method.ranking import RankOptions
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import (
     EditHeader,
     GradientHeader,
     GradientPointer,
-    PassOptions,
+    Precision,
     Ranking,
     Steer,
     Trials,
 )
+from slsgu_cli.records.options import MARGIN, RIDGE, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
+from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
 
@@ -181,10 +181,6 @@ def absent(title: str, trouble: str, run: str) -> Section:
     return Section(title, line, trouble, run)
 
 
-# What the commands do without a word.
-PASS, RANK, SEARCH = PassOptions(), RankOptions(), SearchOptions()
-
-
 def commands(records: SetRecords) -> list[str]:
     """Return a command line for each step that the store has a good record of."""
     name = records.name
@@ -192,7 +188,8 @@ def commands(records: SetRecords) -> list[str]:
     if manifest := records.manifest.record:
         lines.append(list(manifest.command))
     if pointer := records.pointer.record:
-        lines.append(_grad(pointer))
+        passes = PassOptions(batch_size=pointer.batch_size, precision=Precision(pointer.precision))
+        lines.append(["slsgu", "grad", pointer.name, *command_line(passes)])
     if ranking := records.ranking.record:
         lines.append(_rank(ranking))
     if (trials := records.trials.record) and ranking:
@@ -206,38 +203,37 @@ def commands(records: SetRecords) -> list[str]:
     return [shlex.join(words) for words in lines if words]
 
 
-def _grad(pointer: GradientPointer) -> list[str]:
-    words = ["slsgu", "grad", pointer.name]
-    words += _unless(PASS.batch_size, "--batch-size", pointer.batch_size)
-    return words + _unless(PASS.precision, "--precision", pointer.precision)
-
-
 def _rank(ranking: Ranking) -> list[str]:
-    words = ["slsgu", "rank", ranking.name]
-    words += _unless(RANK.alignment, "--alignment", ranking.alignment)
-    words += _unless(RANK.direction, "--direction", ranking.direction)
-    words += _unless(RANK.ridge, "--ridge", ranking.ridge)
-    return words + _unless(RANK.qkv, "--qkv", ranking.qkv)
+    options = RankOptions(
+        alignment=ranking.alignment,
+        direction=ranking.direction,
+        ridge=None if ranking.ridge == RIDGE else ranking.ridge,
+        qkv=ranking.qkv,
+    )
+    return ["slsgu", "rank", ranking.name, *command_line(options)]
+
+
+# The order in which the options of a search are told.
+TOLD = ("steer", "margin", "layers", "direction", "ridge", "steps", "precision")
 
 
 def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     """Return a search for each ridge that trials are of."""
-    words = ["slsgu", "search", trials.name, "--steer", str(trials.steer)]
-    if trials.steer is Steer.MARGIN:
-        words += ["--margin", f"{trials.margin:g}"]
     steps = Counter((trial.layer, trial.ridge) for trial in trials.trials)
-    layers = dict.fromkeys(layer for layer, _ in steps)
-    if set(layers) != {score.layer for score in ranking.scores if score.front}:
-        words += [word for layer in layers for word in ("--layer", layer)]
-    words += _unless(ranking.direction, "--direction", trials.direction)
-    last = _unless(SEARCH.steps, "--steps", max(steps.values(), default=SEARCH.steps))
-    last += _unless(SEARCH.precision, "--precision", trials.precision)
-    ridges = dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}
-    return [[*words, *_unless(ranking.ridge, "--ridge", ridge), *last] for ridge in ridges]
-
-
-def _unless(usual: object, option: str, value: float | str | None) -> list[str]:
-    """Return an option and its value, nothing where it is as usual or there is none."""
-    if value is None or value == usual:
-        return []
-    return [option, f"{value:g}" if isinstance(value, float) else str(value)]
+    layers = tuple(dict.fromkeys(layer for layer, _ in steps))
+    fronts = {score.layer for score in ranking.scores if score.front}
+    options = SearchOptions(
+        steer=trials.steer,
+        margin=MARGIN if trials.margin is None else trials.margin,
+        layers=() if set(layers) == fronts else layers,
+        direction=None if trials.direction is ranking.direction else trials.direction,
+        steps=max(steps.values(), default=SearchOptions().steps),
+        precision=trials.precision,
+    )
+    also = ("steer", "margin") if trials.steer is Steer.MARGIN else ("steer",)
+    lines = []
+    for ridge in dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}:
+        searched = replace(options, ridge=None if ridge == ranking.ridge else ridge)
+        words = command_line(searched, fields=TOLD, also=also)
+        lines.append(["slsgu", "search", trials.name, *words])
+    return lines

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from shlex import quote
 
 import slsgu_cli
@@ -22,22 +21,12 @@ from slsgu_cli.figures.html import (
     percent,
     table,
 )
+from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.report import edit_sections, effect, study_sections
 from slsgu_cli.report.gather import Section, SetRecords, absent, gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.files import replacing
 from slsgu_cli.store.store import Store
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportRequest:
-    """What `report` is asked for. Without `examples` no model is run."""
-
-    names: Sequence[str]
-    out: Path
-    examples: bool = True
-    overwrite: bool = False
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

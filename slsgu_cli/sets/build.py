@@ -3,22 +3,30 @@
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from shlex import quote
 from types import MappingProxyType
 
 from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
 from slsgu_cli.clip.pixels import decoder
-from slsgu_cli.errors import InputError, SlsguError, StaleError
+from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError
 from slsgu_cli.records.codec import decode, encode
-from slsgu_cli.records.sets import Concept, ConceptCounts, DataRef, SetManifest
+from slsgu_cli.records.options import BuildRequest, MetadataSource
+from slsgu_cli.records.sets import (
+    CollectRequest,
+    Concept,
+    ConceptCounts,
+    DataRef,
+    SetManifest,
+    check_name,
+)
+from slsgu_cli.records.words import command_line
 from slsgu_cli.sets.collection import Collected, collect
 from slsgu_cli.sets.context import BuildContext, counted
 from slsgu_cli.sets.evaluation_sets import EvalPlan, build_eval, plan_eval
 from slsgu_cli.sets.inspect import drop
 from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
-from slsgu_cli.sets.request import BuildRequest, build_command, check
 from slsgu_cli.sets.screening import screen_for
 from slsgu_cli.sets.shards import FORGET, RETAIN
 from slsgu_cli.sources.captions import matcher
@@ -304,3 +312,93 @@ def replay(store: Store, name: str) -> Replayed:
     had = {part: ref.fingerprint for part, ref in before.blocks().items()}
     has = {part: ref.fingerprint for part, ref in after.blocks().items()}
     return Replayed(after, {part: had.get(part) == has[part] for part in has})
+
+
+def check(request: BuildRequest) -> None:
+    """Raise UsageError for a request that contradicts itself."""
+    check_name(request.name)
+    if not request.concept.strip():
+        raise UsageError("the concept to forget is blank")
+    if not request.sources:
+        raise UsageError("there is no source to build from", hint="name one with --source")
+    for option, value in (
+        ("--retain-samples", request.retain_samples),
+        ("--max-forget", 1 if request.max_forget is None else request.max_forget),
+    ):
+        if value < 1:
+            raise UsageError(f"{option} is {value}; it must be 1 or more")
+    named = {
+        "--classes": request.classes,
+        "--templates": request.templates,
+        "--forget-eval": [] if request.forget_eval is None else [request.forget_eval],
+    }
+    for option, names in named.items():
+        for name in names:
+            if name not in request.evals:
+                known = ", ".join(sorted(request.evals)) or "none"
+                raise UsageError(
+                    f"{option} speaks of an evaluation set {name}; there are: {known}",
+                    hint=f"add --eval {name}=SOURCE",
+                )
+
+
+def with_collection(
+    request: BuildRequest, concepts: Sequence[Concept], source: MetadataSource
+) -> BuildRequest:
+    """Return `request` with what it takes to collect its samples, where it does.
+
+    Samples are collected from metadata, and from any source for several concepts at once;
+    the sets of all of these have the same rows to retain. Raises UsageError.
+    """
+    if not source.metadata and not concepts:
+        return request
+    if source.metadata and request.sources:
+        raise UsageError(
+            "--metadata and --source cannot be read together",
+            hint="other rows to retain are named with --retain-source",
+        )
+    if concepts and (request.match or request.not_match):
+        raise UsageError("--names has patterns of its own", hint="put aliases into its lines")
+    single = Concept(request.name, request.patterns, tuple(request.not_match))
+    retained = () if request.retain_sources else tuple(request.retain_exclude)
+    collected = CollectRequest(
+        concepts=tuple(concepts) or (single,),
+        regex=request.regex,
+        metadata=tuple(source.metadata),
+        sources=tuple(request.sources),
+        url_column=source.url_column,
+        caption_column=request.caption_column,
+        image_column=request.image_column,
+        retain_samples=0 if request.retain_sources else request.retain_samples,
+        retain_exclude=retained,
+        max_forget=request.max_forget,
+        seed=request.seed,
+        download=source.download,
+    )
+    return replace(request, sources=(), collect=collected)
+
+
+# The options that a command line begins with; the others follow in their order.
+FIRST = ("name", "model", "concept")
+
+
+def build_command(request: BuildRequest) -> list[str]:
+    """Return the words of the `build-sets` command that asks for the same.
+
+    A set of a file of names, or with rows dropped by hand, is asked for by its manifest.
+    """
+    collect = request.collect
+    if request.dropped or (collect is not None and len(collect.concepts) > 1):
+        return ["slsgu", "build-sets", request.name, "--replay"]
+    first = [name for name in FIRST if name != "concept" or request.concept != request.name]
+    words = ["slsgu", "build-sets", *command_line(request, fields=first)]
+    if collect is None:
+        words += command_line(request, fields=["sources"])
+    else:
+        source = MetadataSource(metadata=collect.metadata, url_column=collect.url_column)
+        words += command_line(source, also=("url_column",))
+    if collect is None or not collect.retain_samples:
+        words += command_line(request, fields=["retain_sources"])
+    rest = [each.name for each in fields(request)]
+    said = {*FIRST, "sources", "retain_sources"}
+    return words + command_line(request, fields=[name for name in rest if name not in said])

@@ -24,15 +24,11 @@ from slsgu_cli.method.search import (
     searched_edit,
     share_evaluation,
 )
-from slsgu_cli.method.search_plan import (
-    SearchOptions,
-    SearchPlan,
-    read_plans,
-    require_alike,
-)
+from slsgu_cli.method.search_plan import SearchPlan, read_plans, require_alike
 from slsgu_cli.method.trial import UNMOVED, MovedModel, mean_top1, moved_model
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Trial
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store

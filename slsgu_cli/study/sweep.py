@@ -7,24 +7,21 @@ done: a sweep that was interrupted goes on with the first class that is missing.
 
 from dataclasses import dataclass, replace
 from shlex import quote
-from urllib.parse import quote as escape
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import SearchResult, search_each
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.codec import digest, encode
-from slsgu_cli.records.method import PassOptions
+from slsgu_cli.records.options import CLASS, SweepRequest
 from slsgu_cli.records.sets import check_name
 from slsgu_cli.records.studies import Sweep, SweepRow
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import file_recipe
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
-from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
 from slsgu_cli.store.artifacts import (
@@ -37,31 +34,6 @@ from slsgu_cli.store.artifacts import (
     resume,
 )
 from slsgu_cli.store.store import Store
-
-# Stands for the class in a source.
-CLASS = "{}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepRequest:
-    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
-
-    name: str
-    classes: tuple[str, ...]
-    build: BuildRequest
-    gradients: PassOptions
-    ranking: RankOptions
-    search: SearchOptions
-
-    def of(self, name: str) -> BuildRequest:
-        """Return what to build for one class; all classes are kept out of its retain set."""
-        return replace(
-            self.build,
-            name=name,
-            concept=name,
-            sources=[source.replace(CLASS, escape(name)) for source in self.build.sources],
-            retain_exclude=[*self.build.retain_exclude, *self.classes],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +97,8 @@ def _check(request: SweepRequest) -> None:
     if not request.classes:
         raise UsageError("there is no class to sweep over")
     build = request.build
+    if not build.model.name:
+        raise UsageError("sweep needs the model to sweep over", hint="--model MODEL")
     if not build.evals:
         raise UsageError("a sweep needs something to measure on", hint="--eval NAME=SOURCE")
     if not build.retain_sources and any(CLASS in source for source in build.sources):
@@ -152,7 +126,7 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
         "batch size": request.gradients.batch_size,
         "precision": [request.gradients.precision, request.search.precision],
-        "direction": [request.ranking.direction, request.ranking.ridge],
+        "direction": [request.ranking.direction, request.ranking.damping],
         "search": [request.search.steer, request.search.margin, request.search.steps],
     }
     return digest(made_from)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
 from slsgu_cli.method.search import Line, SetSearch, bisection, load_evaluation
-from slsgu_cli.method.search_plan import SearchOptions, read_plan
+from slsgu_cli.method.search_plan import read_plan
 from slsgu_cli.records.method import Trial, Trials
+from slsgu_cli.records.options import TrajectoryOptions
 from slsgu_cli.store.artifacts import Artifact, plot_path
 from slsgu_cli.store.store import Store
 
@@ -21,15 +22,6 @@ if TYPE_CHECKING:
 
 # A layer is followed up to this share of its norm where no step on the way forgets.
 FARTHEST = 6.4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrajectoryOptions:
-    """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
-
-    search: SearchOptions
-    points: int = 20
-    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

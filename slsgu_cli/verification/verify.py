@@ -17,7 +17,8 @@ from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.options import VerifyRequest
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import (
     Check,
     Finding,
@@ -30,7 +31,13 @@ from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.membership import membership
 from slsgu_cli.verification.model import ModelUnderTest, add_edit, open_model
-from slsgu_cli.verification.probes import augment, neighbours, paraphrase, quantise
+from slsgu_cli.verification.probes import (
+    augment,
+    neighbours,
+    paraphrase,
+    quantise,
+    unseen_templates,
+)
 from slsgu_cli.verification.relearn import finetune, relearn
 
 ORIGINAL = "original"
@@ -54,21 +61,6 @@ USES: dict[Check, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyRequest:
-    """What `verify` does: which checks, and on which models beside the original.
-
-    These are `model`, or else the original with each of `edits`, by name or file, or else
-    with the set's own edit.
-    """
-
-    checks: Sequence[Check]
-    settings: Settings
-    model: ModelSpec | None = None
-    edits: Sequence[str] = ()
-    device: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
 class Verified:
     """The record, the models of the request in it, the original first, and the files."""
 
@@ -84,7 +76,11 @@ def verify(store: Store, name: str, request: VerifyRequest) -> Verified:
     Raises MissingError, InputError, and StaleError where an edit belongs to other weights.
     """
     manifest = read_manifest(store, name)
-    request = replace(request, device=pick_device(request.device))
+    settings = request.settings
+    if not settings.templates:
+        templates = unseen_templates(store, name, request.templates)
+        settings = replace(settings, templates=templates)
+    request = replace(request, settings=settings, device=pick_device(request.device))
     run = _VerifyRun(store, manifest, _record(store, manifest), request)
     checks = sorted({Check.BASELINE, *request.checks}, key=list(Check).index)
     models = tuple(

@@ -27,7 +27,8 @@ from slsgu_cli.clip import towers
 from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import input_spec, load, resolve
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
-from slsgu_cli.records.method import PassOptions, Precision
+from slsgu_cli.records.method import Precision
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 

@@ -26,13 +26,13 @@ from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
-from slsgu_cli.clip.inputs import parse_size
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import GradientHeader, PassOptions
+from slsgu_cli.records.method import GradientHeader
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.words import parse_size
 from slsgu_cli.store.artifacts import read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 

@@ -20,14 +20,15 @@ import torch
 from synthetic import random_model, synthetic_set
 
 from slsgu_cli.cli.demo import demo_request
-from slsgu_cli.clip.inputs import parse_size, pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import PassOptions, Precision, Steer
+from slsgu_cli.records.method import Precision, Steer
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.words import parse_size
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

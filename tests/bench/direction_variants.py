@@ -28,15 +28,16 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import pixel_normalizer, text_features, to_tokens
 from slsgu_cli.clip.models import tokenizer
-from slsgu_cli.method.directions import RIDGE, ensure_moments
+from slsgu_cli.method.directions import ensure_moments
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.losses import contrastive
 from slsgu_cli.method.moments import RetainMetric
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import bisection
 from slsgu_cli.method.trial import Probe, UtilityMeter
 from slsgu_cli.records.method import Direction, LayerScore, Steer, Trial
+from slsgu_cli.records.options import RIDGE, RankOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.blocks import DataBlock

@@ -36,10 +36,10 @@ from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.clip.zeroshot import ImageSide
 from slsgu_cli.method.evaluate import with_edits
 from slsgu_cli.method.gradients import compute_gradients, load_graded
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import Direction, PassOptions, Steer, Tower
+from slsgu_cli.records.method import Direction, Steer, Tower
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer

@@ -15,10 +15,10 @@ from tiny_targets import llava, pipeline, save, tower, under
 from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.edits import ApplyOptions
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.options import ApplyOptions
 
 TEXT = "transformer.resblocks.1.{}"
 VISION = "visual.transformer.resblocks.1.{}"

@@ -15,9 +15,9 @@ from checkpoints import load, save, state, write_patched
 from edit_headers import edit
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.edits import ApplyOptions
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.store import files
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
@@ -19,10 +19,10 @@ from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.clip.zeroshot import moved
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.method.edit import direct_edit, ensure_edit
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Qkv
+from slsgu_cli.records.options import ApplyOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
 from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit
+from slsgu_cli.method.edit import apply_named, direct_edit
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions
-from slsgu_cli.records.method import Direction, PassOptions
+from slsgu_cli.records.method import Direction
+from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.blocks import DataBlock

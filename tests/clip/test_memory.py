@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.clip.inputs import parse_size, spare
+from slsgu_cli.clip.inputs import spare
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.words import parse_size
 
 
 @pytest.mark.parametrize(

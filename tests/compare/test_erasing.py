@@ -241,7 +241,8 @@ def test_the_distance_is_frechets():
 @pytest.fixture(scope="module")
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
-    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.downstream.search import search_target
+    from slsgu_cli.records.target_options import SteerOptions
     from slsgu_cli.records.targets import Budget, PaintOptions
 
     folder = tmp_path_factory.mktemp("steered") / "store"
@@ -328,7 +329,7 @@ def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_mo
         (["--iterations", "3"], "--iterations is for a diffusion pipeline"),
         (["red", "--target", "sd"], "one set at a time"),
         (["--target", "sd", "--lr", "auto"], "--lr auto is for comparing without --target"),
-        (["--target", "sd", "--methods", "ssd"], "--methods ssd is no method"),
+        (["--target", "sd", "--methods", "ssd"], "--methods ssd is none of"),
     ],
 )
 def test_options_of_the_other_comparison_are_refused(words, message, tmp_path):

@@ -12,8 +12,8 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.method.ranking import RankOptions
 from slsgu_cli.records.method import Direction, Effect, Share
+from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import read_manifest
 
 TEXT = "transformer.resblocks.6.mlp.c_proj.weight"
@@ -64,10 +64,11 @@ def edits(demo_world, tmp_path):
 
 def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, trained_models):
     from slsgu_cli.checkpoints.apply import apply_edits
-    from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+    from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.checkpoints.layouts import read_weight_set, tensor_places, tower_places
     from slsgu_cli.checkpoints.targets import read_target
     from slsgu_cli.downstream.models import new_values
+    from slsgu_cli.records.options import ApplyOptions
 
     edit = load_edit(edits, "text")
     target = read_target(trained_models / "sd")
@@ -122,8 +123,9 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
 def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, painter, edits, demo_world, trained_models
 ):
-    from slsgu_cli.downstream.generate import GenerateRequest, generate
+    from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.models import ImageJob
+    from slsgu_cli.records.target_options import GenerateRequest
     from slsgu_cli.records.targets import PaintOptions
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
@@ -163,7 +165,8 @@ def changed_header(store):
 
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
-    from slsgu_cli.downstream.ask import AskRequest, ask, sample_pictures
+    from slsgu_cli.downstream.ask import ask, sample_pictures
+    from slsgu_cli.records.target_options import AskRequest
 
     image = Path(edits.where("facebook.png"))
     image.parent.mkdir(exist_ok=True)
@@ -206,7 +209,8 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     import shutil
 
     from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.downstream.search import search_target
+    from slsgu_cli.records.target_options import SteerOptions
     from slsgu_cli.records.targets import Budget, PaintOptions
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
@@ -238,10 +242,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 def test_a_generated_forget_set_goes_on_where_it_stopped(
     loaded, demo_world, tmp_path, trained_models
 ):
-    from slsgu_cli.downstream.image_sets import SourceRequest, forgetting_generated
+    from slsgu_cli.downstream.image_sets import forgetting_generated
+    from slsgu_cli.records.options import BuildRequest
+    from slsgu_cli.records.target_options import SourceRequest
     from slsgu_cli.records.targets import PaintOptions
     from slsgu_cli.sets.build import build_sets
-    from slsgu_cli.sets.request import BuildRequest
     from slsgu_cli.store.store import Store
 
     store = Store(str(tmp_path / "store"))
@@ -273,7 +278,8 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
-    from slsgu_cli.downstream.image_sets import CanvasRequest, answer_set
+    from slsgu_cli.downstream.image_sets import answer_set
+    from slsgu_cli.records.target_options import CanvasRequest
     from slsgu_cli.records.targets import PaintOptions
 
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():

@@ -28,8 +28,9 @@ def facebook(demo_model, tmp_path_factory):
 
 
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.downstream.ask import AskRequest, ask
-    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.downstream.ask import ask
+    from slsgu_cli.downstream.search import search_target
+    from slsgu_cli.records.target_options import AskRequest, SteerOptions
     from slsgu_cli.records.targets import Budget
 
     options = SteerOptions(
@@ -53,8 +54,9 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 
 
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.downstream.generate import GenerateRequest, generate
-    from slsgu_cli.downstream.search import SteerOptions, search_target
+    from slsgu_cli.downstream.generate import generate
+    from slsgu_cli.downstream.search import search_target
+    from slsgu_cli.records.target_options import GenerateRequest, SteerOptions
     from slsgu_cli.records.targets import Budget, PaintOptions
 
     options = SteerOptions(

@@ -16,14 +16,18 @@ from places import DEMO
 
 from slsgu_cli.errors import MissingError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import PassOptions
+from slsgu_cli.records.options import (
+    BuildRequest,
+    MetadataSource,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+)
 from slsgu_cli.records.sets import DownloadOptions
-from slsgu_cli.sets.build import build, build_sets
+from slsgu_cli.sets.build import build, build_sets, with_collection
 from slsgu_cli.sets.download import find_command
-from slsgu_cli.sets.request import BuildRequest, with_collection
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -145,10 +149,11 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
     request = with_collection(
         BuildRequest(sources=(), **common),
         (),
-        metadata=(str(metadata),),
-        url_column="URL",
-        download=DownloadOptions(
-            command=command, processes=1, retries=0, timeout=60, shard_rows=200
+        MetadataSource(
+            metadata=(str(metadata),),
+            download=DownloadOptions(
+                command=command, processes=1, retries=0, timeout=60, shard_rows=200
+            ),
         ),
     )
     store = Store(str(tmp_path / "web"))

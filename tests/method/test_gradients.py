@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
-from slsgu_cli.records.method import GradientHeader, PassOptions, Precision, SquaresHeader
+from slsgu_cli.method.ranking import rank
+from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader
+from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 

@@ -16,7 +16,8 @@ from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import InputError
 from slsgu_cli.method import gradient_pass
 from slsgu_cli.method.gradient_pass import GradientPass
-from slsgu_cli.records.method import PassOptions, Precision
+from slsgu_cli.records.method import Precision
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 

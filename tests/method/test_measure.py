@@ -12,10 +12,10 @@ from plain import Plain
 
 import slsgu_cli.method.evaluate
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.method.edit import apply_named
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.options import ApplyRequest, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 

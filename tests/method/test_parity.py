@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from tiny_targets import transformers_weights
 
 from slsgu_cli.clip.models import load, resolve
-from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.method.edit import apply_named
 from slsgu_cli.records.method import Direction
+from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.blocks import DataBlock
 

@@ -15,11 +15,10 @@ import slsgu_cli.figures.curves
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method import edit as edit_module
-from slsgu_cli.method.edit import ApplyRequest, apply_named, direct_edit, ensure_edit
-from slsgu_cli.method.ranking import RankOptions
+from slsgu_cli.method.edit import apply_named, direct_edit, ensure_edit
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Tower
+from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 

@@ -6,8 +6,9 @@ from safetensors.numpy import load_file
 
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.method import Alignment, Direction, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_ranking
 
 

@@ -20,10 +20,10 @@ from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleE
 from slsgu_cli.method.directions import find_moments
 from slsgu_cli.method.edit import ensure_edit, require_forgotten
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import Direction, PassOptions, Precision, Steer, Trials
+from slsgu_cli.records.method import Direction, Precision, Steer, Trials
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store

@@ -9,7 +9,8 @@ from processes import inside, rows
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.method.search import search, search_each
-from slsgu_cli.method.search_plan import SearchOptions, grouped, read_plans
+from slsgu_cli.method.search_plan import grouped, read_plans
+from slsgu_cli.records.options import SearchOptions
 
 NAMES = ("blue", "red", "green")
 

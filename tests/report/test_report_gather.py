@@ -9,12 +9,12 @@ from edit_headers import edit
 from reports import NAME, fill, fill_comparison, fill_verification
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.edits import ApplyOptions
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.tensor_file import PRECISION
 from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records.method import GradientPointer, Ranking
+from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.report.gather import edit_facts, gather
 from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store

@@ -10,7 +10,8 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.method import guesses
-from slsgu_cli.report.page import ReportRequest, write_report
+from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.report.page import write_report
 from slsgu_cli.store.store import Store
 
 

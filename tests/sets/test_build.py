@@ -14,12 +14,12 @@ from worlds import Listener
 from slsgu_cli.clip import models
 from slsgu_cli.clip.pixels import decoder
 from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
 from slsgu_cli.sets import build
 from slsgu_cli.sets import pairs as pairs_module
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import Scratch
-from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock

@@ -11,10 +11,10 @@ from tiny_images import encoded, shard
 from worlds import Listener
 
 from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
-from slsgu_cli.sets.build import build, build_many, replay, require_all
-from slsgu_cli.sets.request import BuildRequest, with_collection
+from slsgu_cli.sets.build import build, build_many, replay, require_all, with_collection
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
@@ -43,9 +43,8 @@ def metadata(tmp_path):
 def ask(model, *, concepts=(), metadata=(), sources=(), **options):
     options = {"name": "dog", "concept": "dog", "retain_samples": 8} | options
     request = BuildRequest(model=model, sources=sources, **options)
-    return with_collection(
-        request, concepts, metadata=metadata, url_column="url", download=DOWNLOAD
-    )
+    source = MetadataSource(metadata=metadata, url_column="url", download=DOWNLOAD)
+    return with_collection(request, concepts, source)
 
 
 def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):

@@ -4,9 +4,10 @@ import pytest
 
 from slsgu_cli.cli.app import app
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.sets import Concept, DownloadOptions, ModelSpec, Screening
+from slsgu_cli.records.options import BuildRequest, MetadataSource
+from slsgu_cli.records.sets import Concept, ModelSpec, Screening
 from slsgu_cli.sets import build
-from slsgu_cli.sets.request import BuildRequest, build_command, with_collection
+from slsgu_cli.sets.build import build_command, with_collection
 
 PLAIN = BuildRequest(
     name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]
@@ -62,8 +63,8 @@ def test_what_is_not_said_is_the_default():
 
 def collected(*concepts):
     request = BuildRequest(name="mickey", concept="mickey", model=ModelSpec("m"), sources=())
-    options = {"metadata": ("a.parquet",), "url_column": "link", "download": DownloadOptions()}
-    return with_collection(request, concepts, **options)
+    source = MetadataSource(metadata=("a.parquet",), url_column="link")
+    return with_collection(request, concepts, source)
 
 
 def test_sets_from_metadata_are_asked_for_by_it_and_others_by_their_manifest():

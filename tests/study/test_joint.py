@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method.edit import ApplyRequest, apply_named
+from slsgu_cli.method.edit import apply_named
 from slsgu_cli.method.evaluate import evaluate
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Steer
+from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.studies import JointSearch
 from slsgu_cli.store.artifacts import Artifact, joint_label
 from slsgu_cli.store.catalog import Standing, entries

@@ -10,16 +10,20 @@ from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
 from slsgu_cli.method import gradients
 from slsgu_cli.method import search as search_module
-from slsgu_cli.method.ranking import RankOptions
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
-from slsgu_cli.records.method import Direction, PassOptions
+from slsgu_cli.records.method import Direction
+from slsgu_cli.records.options import (
+    BuildRequest,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+    SweepRequest,
+)
 from slsgu_cli.records.studies import Sweep
-from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
-from slsgu_cli.study.sweep import SweepRequest, require_swept, sweep
+from slsgu_cli.study.sweep import require_swept, sweep
 
 CLASSES = ("blue", "red", "green")
 

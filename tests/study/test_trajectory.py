@@ -12,17 +12,16 @@ from processes import inside, rows
 
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.figures import curves
-from slsgu_cli.method.ranking import RankOptions, rank
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
 from slsgu_cli.records.method import Direction, Precision, Steer, Trials
+from slsgu_cli.records.options import RankOptions, SearchOptions, TrajectoryOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.study.trajectory import (
     FARTHEST,
     Rise,
-    TrajectoryOptions,
     largest_rise,
     trajectory,
     trajectory_and_plots,

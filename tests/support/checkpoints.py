@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
-from slsgu_cli.checkpoints.edits import ApplyOptions
 from slsgu_cli.checkpoints.weights import open_weights
+from slsgu_cli.records.options import ApplyOptions
 
 DTYPES = {
     "F64": torch.float64,

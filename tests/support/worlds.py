@@ -6,11 +6,11 @@ from pathlib import Path
 
 from slsgu_cli import progress
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import RankOptions, rank
-from slsgu_cli.records.method import Direction, GradientPointer, PassOptions, Ranking
+from slsgu_cli.method.ranking import rank
+from slsgu_cli.records.method import Direction, GradientPointer, Ranking
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.sets.request import BuildRequest
 from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
 from slsgu_cli.store.store import Store
 

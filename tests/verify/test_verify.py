@@ -17,19 +17,19 @@ from processes import slsgu
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.cli import verify as cli_verify
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.verify import _checks
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
-from slsgu_cli.method.search_plan import SearchOptions
+from slsgu_cli.records.options import CHECKS, SearchOptions, VerifyRequest
 from slsgu_cli.records.studies import NEW, Check, Settings, Verification
+from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
 from slsgu_cli.verification.relearn import OWN
-from slsgu_cli.verification.verify import VerifyRequest, verify
+from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(
     templates=("this is {}", "a photo of the {}!"),
@@ -50,7 +50,9 @@ def find(world, layer=LAYER):
 
 def run(world, *, checks=(), edits=(), model=None, **changes):
     settings = replace(SETTINGS, **changes)
-    request = VerifyRequest(checks, settings, model=model, edits=edits, device="cpu")
+    request = VerifyRequest(
+        checks=checks, settings=settings, model=model, edits=edits, device="cpu"
+    )
     return verify(world.store, world.name, request)
 
 
@@ -285,7 +287,8 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
-    from slsgu_cli.method.edit import ApplyRequest, apply_named
+    from slsgu_cli.method.edit import apply_named
+    from slsgu_cli.records.options import ApplyRequest
     from slsgu_cli.records.sets import ModelSpec
 
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")
@@ -382,8 +385,9 @@ def test_a_terminal_sees_the_worst_template_alone(verified, monkeypatch, capsys)
 
 
 def test_checks_are_named_one_by_one():
-    assert _checks("augment, relearn") == [Check.AUGMENT, Check.RELEARN]
-    assert Check.BASELINE not in _checks(None)
+    checks = choices(CHECKS)
+    assert checks("--checks", "augment, relearn") == (Check.AUGMENT, Check.RELEARN)
+    assert Check.BASELINE not in VerifyRequest().checks
     for wrong in ("augment,nothing", "baseline", ","):
-        with pytest.raises(UsageError, match="there are: paraphrase"):
-            _checks(wrong)
+        with pytest.raises(UsageError, match="none of paraphrase"):
+            checks("--checks", wrong)

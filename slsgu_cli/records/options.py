@@ -1,0 +1,472 @@
+"""What each command is asked for, and how each of these is said on the command line.
+
+Functions take these records; commands are spread out of their fields.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
+from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
+from slsgu_cli.records.studies import CLIP_METHODS, Check, Method, Settings
+from slsgu_cli.records.words import (
+    DEVICE,
+    DOWNLOAD,
+    EVALUATION,
+    LAYERS,
+    MODEL,
+    OUTPUT,
+    ROWS,
+    SEARCH,
+    SPEED,
+    TARGET,
+    bytes_of,
+    choices,
+    option,
+    options,
+    percent,
+    rates,
+)
+
+# Of whitening: the share of the mean second moment that is added to all directions.
+RIDGE = 0.01
+# A cosine, for a search that is steered on a margin.
+MARGIN = 0.02
+OF_RANKING = "that of the ranking"
+
+# Options that several records have.
+PRECISION = partial(
+    option, Precision.FP32, "--precision", help="Arithmetic; gradients are summed in fp32.",
+    panel=SPEED,
+)  # fmt: skip
+BATCH_SIZE = partial(
+    option, 16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+)
+ENCODER = partial(
+    option, None, "--encoder", help="Which encoder of the target: text_encoder_2, for SDXL.",
+    panel=TARGET, without="the one that fits",
+)  # fmt: skip
+RIDGE_OPTION = partial(
+    option, None, "--ridge", min=1e-6, help="Of whitening: a share of the mean moment.",
+    panel=LAYERS, once=True,
+)  # fmt: skip
+OVERWRITE = partial(option, False, "--overwrite", help="Replace what is at --out.", panel=OUTPUT)
+
+
+def direction_option(usual: Direction | None, words: str) -> Any:
+    """Return the field of a direction; `words` say which it is without the option."""
+    return option(
+        usual, "--direction", help="Along the forget gradient, or that whitened.", panel=LAYERS,
+        without=words,
+    )  # fmt: skip
+
+
+def qkv_option(usual: Qkv | None, words: str) -> Any:
+    """Return the field of what an attention's layers are; `words` are for no option."""
+    return option(
+        usual, "--qkv", help="Query, key and value as one layer, or as a layer each.",
+        panel=LAYERS, without=words,
+    )  # fmt: skip
+
+
+def check_ridge(direction: Direction | None, ridge: float | None) -> None:
+    """Raise UsageError for a ridge of the gradient itself."""
+    if direction is Direction.GRADIENT and ridge is not None:
+        raise UsageError("--ridge is for the whitened direction", hint="--direction whitened")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What `build-sets` is asked for.
+
+    Sources are in the grammar of `sources.parse_source`. `concept` defaults to the name,
+    `match` to the concept itself, `retain_sources` to `sources`. `evals`, `classes` and
+    `templates` go by the evaluation set's name; `forget_eval` names the set that has the
+    concept as a class. With `collect`, sources are what it collects. `dropped` has keys or
+    hashes of rows that a person has taken out, by part (forget, retain or an evaluation set).
+    """
+
+    name: str = option("", metavar="NAME", help="Name of the set; none with --names.")
+    concept: str = option("", "--concept", help="What to forget.", panel=ROWS, without="NAME")
+    model: ModelSpec = options(ModelSpec(""), words={"name": "none; a new set needs one"})
+    sources: Sequence[str] = option(
+        (), "--source", "-s", metavar="SOURCE", panel=ROWS,
+        help="Tar shards, parquet, folder or glob; rows by ?column=value.",
+    )  # fmt: skip
+    match: Sequence[str] = option(
+        (), "--match", help="Captions to forget hold these words.", panel=ROWS,
+        without="the concept",
+    )  # fmt: skip
+    not_match: Sequence[str] = option(
+        (), "--not-match", help="Captions that are in neither set.", panel=ROWS
+    )
+    regex: bool = option(False, "--regex", help="Patterns are regular expressions.", panel=ROWS)
+    max_forget: int | None = option(
+        None, "--max-forget", min=1, help="At most this many forget rows.", panel=ROWS,
+        without="all that match",
+    )  # fmt: skip
+    retain_sources: Sequence[str] = option(
+        (), "--retain-source", help="Where retain rows come from.", panel=ROWS, metavar="SOURCE",
+        without="--source",
+    )  # fmt: skip
+    retain_samples: int = option(
+        8000, "--retain-samples", min=1, help="Retain rows drawn by seed.", panel=ROWS
+    )
+    retain_exclude: Sequence[str] = option(
+        (), "--retain-exclude", help="Captions kept out of the retain set.", panel=ROWS
+    )
+    evals: dict[str, str] = option(
+        (), "--eval", factory=dict, metavar="NAME=SOURCE", panel=EVALUATION,
+        help="What to measure on, with labels.",
+    )  # fmt: skip
+    classes: dict[str, str] = option(
+        (), "--classes", factory=dict, metavar="NAME=FILE", panel=EVALUATION,
+        help="Class names, a file or `imagenet`.", without="the labels",
+    )  # fmt: skip
+    templates: dict[str, str] = option(
+        (), "--templates", factory=dict, metavar="NAME=FILE", panel=EVALUATION,
+        help="Prompts: a file, or imagenet, imagenet-simple, celeba.", without="imagenet-simple",
+    )  # fmt: skip
+    forget_eval: str | None = option(
+        None, "--forget-eval", help="Evaluation set that shows the concept.", panel=EVALUATION,
+        metavar="NAME", without="the one with that class",
+    )  # fmt: skip
+    image_column: str | None = option(
+        None, "--image-column", help="Parquet column of images.", panel=ROWS, metavar="COLUMN",
+        without="found by its name",
+    )  # fmt: skip
+    caption_column: str | None = option(
+        None, "--caption-column", "--caption-col", help="Parquet column of captions.", panel=ROWS,
+        metavar="COLUMN", without="found by its name",
+    )  # fmt: skip
+    label_column: str | None = option(
+        None, "--label-column", help="Column of evaluation labels.", panel=EVALUATION,
+        metavar="COLUMN", without="found by its name",
+    )  # fmt: skip
+    seed: int = option(0, "--seed", help="Seed of the draws.", panel=ROWS)
+    screening: Screening = options(Screening())
+    collect: CollectRequest | None = None
+    dropped: dict[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take the name for the concept where there is no other."""
+        if not self.concept:
+            object.__setattr__(self, "concept", self.name)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns that make a caption one of the forget set."""
+        return tuple(self.match) or (self.concept,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataSource:
+    """Metadata to collect samples from, and how their images are downloaded."""
+
+    metadata: Sequence[str] = option(
+        (), "--metadata", help="Parquet of captions and URLs to download.", panel=DOWNLOAD,
+        metavar="PARQUET",
+    )  # fmt: skip
+    url_column: str = option(
+        "URL", "--url-col", help="Column of URLs in --metadata.", panel=DOWNLOAD, metavar="COLUMN"
+    )
+    download: DownloadOptions = options(DownloadOptions())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOptions:
+    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free."""
+
+    batch_size: int = BATCH_SIZE()
+    precision: Precision = PRECISION()
+    device: str = DEVICE()
+    memory_budget: int | None = option(
+        None, "--memory-budget", help="Limit for activations, such as 8G.", panel=SPEED,
+        metavar="SIZE", read=bytes_of, without="what is free",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """Which layers compete, for which direction, and how alignment is read.
+
+    `ridge` is of the whitened direction alone (None: RIDGE), as is `device`, where moments
+    are computed. With `qkv` split, query, key and value compete as layers of their own.
+    With `target`, a path or a kind of model, layers that cannot influence it are left out.
+    """
+
+    alignment: Alignment = option(
+        Alignment.ABS, "--alignment", help="Magnitude of the cosine, or with its sign.",
+        panel=LAYERS,
+    )  # fmt: skip
+    direction: Direction = direction_option(Direction.WHITENED, "whitened")
+    ridge: float | None = RIDGE_OPTION(without=f"{RIDGE:g}")
+    qkv: Qkv = qkv_option(Qkv.FUSED, "fused")
+    include: Sequence[str] = option(
+        (), "--include", help="Layers to rank: text or glob.", panel=LAYERS, metavar="LAYER",
+        without="all",
+    )  # fmt: skip
+    exclude: Sequence[str] = option(
+        (), "--exclude", help="Layers to leave out.", panel=LAYERS, metavar="LAYER"
+    )
+    tower: Tower | None = option(
+        None, "--tower", help="Rank one tower only.", panel=LAYERS, without="both"
+    )
+    target: str | None = option(
+        None, "--target", "-t", panel=TARGET, without="CLIP itself",
+        help="Leave out what cannot influence this model: path, sd1, sd2, sdxl, llava, clip.",
+    )  # fmt: skip
+    encoder: str | None = ENCODER()
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse a ridge of the gradient."""
+        check_ridge(self.direction, self.ridge)
+
+    @property
+    def damping(self) -> float:
+        """The ridge in force where the direction is whitened."""
+        return RIDGE if self.ridge is None else self.ridge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """How to search. `full` measures the utility of every trial, winner or not.
+
+    `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
+    are given. `margin` is a cosine, for that steer.
+    """
+
+    layers: Sequence[str] = option(
+        (), "--layer", help="Search this layer, on the front or not.", panel=LAYERS,
+        metavar="LAYER", without="the fronts", completes="layer",
+    )  # fmt: skip
+    direction: Direction | None = direction_option(None, OF_RANKING)
+    ridge: float | None = RIDGE_OPTION(without=OF_RANKING)
+    qkv: Qkv | None = qkv_option(None, OF_RANKING)
+    steer: Steer = option(
+        Steer.FA1, "--steer", panel=SEARCH,
+        help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
+    )  # fmt: skip
+    margin: float = option(
+        MARGIN, "--margin", min=0.0, help="For --steer margin: a cosine.", panel=SEARCH
+    )
+    steps: int = option(10, "--steps", min=1, help="Trials a layer (K in the paper).", panel=SEARCH)
+    full: bool = option(
+        False, "--full", help="Measure the utility of every trial, winner or not.", panel=SEARCH
+    )
+    device: str = DEVICE()
+    precision: Precision = PRECISION()
+    cache_budget: int | None = option(
+        None, "--cache-budget", help="Limit for kept activations, such as 8G.", panel=SPEED,
+        metavar="SIZE", read=bytes_of, without="what is free",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOptions:
+    """How edits go into a model, and how the result is written.
+
+    `encoder` names one of several; `scale` and `rank` are of every edit. `revert` undoes the
+    edits. `force` leaves out the check that the weights are those the edits were made for.
+    `overwrite` replaces what stands there, `dry_run` writes nothing, and `link` makes hard
+    links of the files that stay as they are.
+    """
+
+    encoder: str | None = ENCODER()
+    scale: float = option(1.0, "--scale", help="Apply this much of the edit.", panel=LAYERS)
+    rank: int | None = option(
+        None, "--rank", min=1, help="Keep this many singular directions of the edit.",
+        panel=LAYERS, without="all",
+    )  # fmt: skip
+    revert: bool = option(False, "--revert", help="Take the edits out again.", panel=OUTPUT)
+    force: bool = option(False, "--force", help="Even to other weights.", panel=OUTPUT)
+    overwrite: bool = OVERWRITE()
+    dry_run: bool = option(False, "--dry-run", help="Check and tell, write nothing.", panel=OUTPUT)
+    link: bool = option(
+        False, "--link", help="Hard links for the files of --target left as they are.",
+        panel=OUTPUT,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyRequest(ApplyOptions):
+    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
+
+    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
+    edit that is there already must be of that direction, and of a layer of that kind.
+    """
+
+    names: Sequence[str] = option(
+        ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit"
+    )
+    out: Path = option(..., "--out", "-o", help="Where the new checkpoint goes.", panel=OUTPUT)
+    model: ModelSpec | None = options(
+        None, help={"name": "Edit this model."}, words={"name": "the edit's"}
+    )
+    target: Path | None = option(
+        None, "--target", "-t", help="Edit this model built on CLIP: folder or file.",
+        panel=TARGET, without="the CLIP itself",
+    )  # fmt: skip
+    layer: str | None = option(
+        None, "--layer", help="Move this layer along its direction, unsearched.", panel=LAYERS,
+        metavar="LAYER", without="the one searched for", completes="layer",
+    )  # fmt: skip
+    step: float | None = option(
+        None, "--step", help="Step size, instead of the one searched for.", panel=LAYERS,
+        without="the one searched for",
+    )  # fmt: skip
+    direction: Direction | None = direction_option(None, "that of the edit, whitened")
+    ridge: float | None = RIDGE_OPTION(without="that of the edit")
+    qkv: Qkv | None = qkv_option(None, "that of the edit")
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse a ridge of the gradient."""
+        check_ridge(self.direction, self.ridge)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryOptions:
+    """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
+
+    search: SearchOptions = options(SearchOptions(), omit=("qkv", "steps", "full"))
+    points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
+    until: float | None = option(
+        None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,
+        help="Move a layer this far, in % of its norm.", without="until it forgets",
+        write=lambda share: f"{100 * share:.15g}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """What `demo` is asked for: one of the embedded classes, and along which direction."""
+
+    concept: str = option(
+        "facebook", metavar="CONCEPT",
+        help="One of the 301 brands and objects of the embedded CLIP.",
+    )  # fmt: skip
+    ranking: RankOptions = options(
+        RankOptions(),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
+    )
+    search: SearchOptions = options(
+        SearchOptions(),
+        omit=(
+            "layers", "direction", "ridge", "qkv", "margin", "steps", "full", "precision",
+            "cache_budget",
+        ),
+    )  # fmt: skip
+
+
+# Stands for the class in a source of a sweep.
+CLASS = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
+
+    name: str = option(..., metavar="NAME", help="Name of the sweep.")
+    classes: tuple[str, ...] = ()
+    build: BuildRequest = options(
+        BuildRequest(),
+        flags={"classes": ("--eval-classes",)},
+        omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
+    )
+    gradients: PassOptions = options(PassOptions())
+    ranking: RankOptions = options(
+        RankOptions(),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
+    )
+    search: SearchOptions = options(
+        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full")
+    )
+
+    def of(self, name: str) -> BuildRequest:
+        """Return what to build for one class; all classes are kept out of its retain set."""
+        from urllib.parse import quote
+
+        return replace(
+            self.build,
+            name=name,
+            concept=name,
+            sources=[source.replace(CLASS, quote(name)) for source in self.build.sources],
+            retain_exclude=[*self.build.retain_exclude, *self.classes],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """Which methods to run and how. `rates` is None to find each baseline's best setting."""
+
+    methods: Sequence[Method] = option(
+        CLIP_METHODS, "--methods", metavar="METHODS", without="all",
+        read=choices(CLIP_METHODS, always=Method.ORIGINAL),
+        help="Of ft, ga, gaft, salun, ssd, ours; on a pipeline esd, salun, ours.", panel=SEARCH,
+    )  # fmt: skip
+    rates: Sequence[float] | None = option(
+        (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
+        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
+        help="Learning rates, or auto.", panel=SEARCH,
+        write=lambda rate: "auto" if rate is None else f"{rate:g}",
+    )  # fmt: skip
+    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
+    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
+    retain_rows: int | None = option(
+        None, "--retain-rows", min=2, help="Train on this many retain rows at most.",
+        panel=SEARCH, without="all",
+    )  # fmt: skip
+    seed: int = option(
+        0, "--seed", help="Of the order of retain rows, or of a pipeline's pictures.",
+        panel=SEARCH, without="0; of a pipeline's pictures 1000",
+    )  # fmt: skip
+    device: str = DEVICE()
+
+
+CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """What `verify` is asked for: the checks, on which models.
+
+    The original model is compared with `model`, with each of `edits`, or else with the
+    set's edit. `templates` is a file of them or a built-in list's name, None for the
+    unseen ones that come with the tool; `settings` need none.
+    """
+
+    model: ModelSpec | None = options(None)
+    edits: Sequence[str] = option(
+        (), "--edit", help="Verify this edit, by name or file.", panel=MODEL, metavar="EDIT",
+        without="the set's", completes="edit",
+    )  # fmt: skip
+    checks: Sequence[Check] = option(
+        CHECKS, "--checks", metavar="CHECKS", panel=EVALUATION, read=choices(CHECKS),
+        help=f"Some of {','.join(CHECKS)}.", without="all",
+        write=lambda checks: ",".join(checks), repeatable=False,
+    )  # fmt: skip
+    templates: str | None = option(
+        None, "--templates", metavar="FILE", panel=EVALUATION, without="built in",
+        help="File of unseen templates, or a built-in list's name.",
+    )  # fmt: skip
+    settings: Settings = options(Settings())
+    device: str = DEVICE()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportRequest:
+    """What `report` is asked for. Without `examples` no model is run."""
+
+    names: Sequence[str] = option(..., metavar="NAME...", help="Names of sets.", completes="set")
+    out: Path = option(..., "--out", "-o", help="Where the page goes.", panel=OUTPUT)
+    examples: bool = option(
+        True, "--examples/--no-examples", help="Run the model over a few images.", panel=OUTPUT
+    )
+    overwrite: bool = OVERWRITE()
+    device: str = DEVICE()

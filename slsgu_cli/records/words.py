@@ -1,0 +1,494 @@
+"""Records to and from the words of a command line.
+
+A field of a record carries its option: flags, help, range, and what stands for no value.
+The command line is read by these, its help is written from them, and so is the command
+line of a record that is there. Nothing here knows a terminal.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slsgu_cli.errors import UsageError
+
+R = TypeVar("R")
+
+ROWS = "Rows and sources"
+DOWNLOAD = "Download"
+GENERATION = "Generation"
+EVALUATION = "Evaluation"
+LAYERS = "Layers and direction"
+SEARCH = "Search and training"
+TARGET = "Target"
+OUTPUT = "Output"
+SPEED = "Speed and memory"
+MODEL = "Model"
+COMMON = "Common options"
+PANELS = (
+    ROWS,
+    MODEL,
+    EVALUATION,
+    GENERATION,
+    DOWNLOAD,
+    LAYERS,
+    SEARCH,
+    TARGET,
+    OUTPUT,
+    SPEED,
+    COMMON,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a field is on the command line; without flags, an argument.
+
+    `without` says what happens where it is not given. `read` makes a value of the
+    word given (of all words, where it is repeatable), `write` the word of a value.
+    With `once` it is refused where it is repeated, and else the last one counts.
+    `completes` says what a shell may put there: a set, an edit, a layer.
+    """
+
+    flags: tuple[str, ...] = ()
+    help: str = ""
+    panel: str = MODEL
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+    without: str | None = None
+    read: Callable[[str, Any], Any] | None = None
+    write: Callable[[Any], str] | None = None
+    repeatable: bool | None = None
+    once: bool = False
+    completes: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How the user knows it: its first flag, or what stands for it in the usage."""
+        return self.flags[0].partition("/")[0] if self.flags else str(self.metavar)
+
+    @property
+    def key(self) -> str:
+        """Its name as that of a variable."""
+        return re.sub(r"\W+", "_", self.name).strip("_").lower()
+
+
+@dataclass(frozen=True, slots=True)
+class _Nested:
+    """A field that is a record with options; some flags replaced, some fields left out."""
+
+    flags: Mapping[str, tuple[str, ...]]
+    omit: Collection[str]
+    panel: str | None
+    help: Mapping[str, str]
+    words: Mapping[str, str]
+
+
+def option(default: Any, *flags: str, factory: Any = MISSING, **said: Any) -> Any:
+    """Return a field that is an option on the command line (see Option), `...` if required."""
+    metadata = {"option": Option(flags, **said)}
+    if factory is not MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options(
+    default: Any,
+    *,
+    flags: Mapping[str, tuple[str, ...]] | None = None,
+    omit: Collection[str] = (),
+    panel: str | None = None,
+    help: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | None = None,
+) -> Any:
+    """Return a field whose record has options of its own.
+
+    `flags`, `help` and `words` (of what happens without it) go by that record's fields and
+    replace what these say; those of `omit` are no options here.
+    """
+    metadata = {"options": _Nested(flags or {}, omit, panel, help or {}, words or {})}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An option of a record: where its value stands, of which type, and its default."""
+
+    path: tuple[str, ...]
+    option: Option
+    kind: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        """Whether the record cannot be made without it."""
+        return self.default is MISSING
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it takes no value."""
+        return self.kind is bool
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be given more than once."""
+        if self.option.repeatable is not None:
+            return self.option.repeatable
+        return typing.get_origin(self.kind) in (tuple, list, dict, Sequence)
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in the help."""
+        if self.option.metavar:
+            return self.option.metavar
+        if typing.get_origin(self.kind) is dict:
+            return "NAME=VALUE"
+        kind = _item(self.kind)
+        if issubclass(kind, StrEnum):
+            return "|".join(kind)
+        return {int: "N", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+
+    def default_words(self) -> str | None:
+        """Return what happens without it, as the help says it; None where there is no need."""
+        if self.option.without is not None or self.required or self.is_flag:
+            return self.option.without
+        if self.default is None or self.default in ("", (), {}):
+            return None
+        return self.text(self.default)
+
+    @property
+    def of_paths(self) -> bool:
+        """Whether its values are paths."""
+        return _item(self.kind) is Path
+
+    def help(self, *, required: bool) -> str:
+        """Return what the help says of it: what it is, whether once, and what without it."""
+        words = [self.option.help]
+        if self.repeatable and self.option.flags:
+            words.append("Repeatable.")
+        without = None if required else self.default_words()
+        if without is not None:
+            words.append(f" [default: {without}]")
+        return " ".join(words)
+
+    def value(self, given: Any) -> Any:
+        """Return the value that the words given mean. Raises UsageError."""
+        name, kind = self.option.name, self.kind
+        if self.option.once:
+            if len(given) > 1:
+                raise UsageError(
+                    f"{name} is given {len(given)} times and takes one value",
+                    hint="run the command once for each",
+                )
+            (given,) = given
+        if self.option.read is not None:
+            return self.option.read(name, given)
+        if typing.get_origin(kind) is dict:
+            return pairs(name, given)
+        if self.repeatable:
+            return tuple(self._one(text) for text in given)
+        return given if self.is_flag else self._one(given)
+
+    def _one(self, text: str) -> Any:
+        name, kind, said = self.option.name, _item(self.kind), self.option
+        if issubclass(kind, StrEnum):
+            if text not in list(kind):
+                raise UsageError(
+                    f"{name} {text} is none of {', '.join(kind)}", hint=near(text, kind)
+                )
+            return kind(text)
+        if kind not in (int, float):
+            return kind(text)
+        try:
+            number = kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise UsageError(f"{name} {text} is no {what}", hint=f"such as {name} 4") from None
+        low, high = said.min, said.max
+        if (low is not None and not number >= low) or (high is not None and not number <= high):
+            limits = f"{low or 0:g} or more" if high is None else f"from {low or 0:g} to {high:g}"
+            raise UsageError(f"{name} {text} is out of range: it must be {limits}")
+        return number
+
+    def of(self, record: Any) -> Any:
+        """Return its value in a record; None where the record it stands in is not there."""
+        for name in self.path:
+            record = None if record is None else getattr(record, name)
+        return record
+
+    def text(self, value: Any) -> str:
+        """Return a value as a word of the command line."""
+        if self.option.write is not None:
+            return self.option.write(value)
+        if isinstance(value, float):
+            short = f"{value:g}"
+            return short if float(short) == value else repr(value)
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def words(self, value: Any) -> Iterator[str]:
+        """Yield the words that give it this value."""
+        flags = self.option.flags
+        if self.is_flag:
+            yes, _, no = flags[0].partition("/")
+            yield yes if value else no
+            return
+        if isinstance(value, Mapping):
+            texts = [f"{key}={item}" for key, item in value.items()]
+        elif self.repeatable and self.option.write is None:
+            texts = [self.text(item) for item in value]
+        else:
+            texts = [self.text(value)]
+        for text in texts:
+            # A value that could be an option is tied to its own.
+            if not flags:
+                yield text
+            elif text.startswith("-"):
+                yield f"{flags[0]}={text}"
+            else:
+                yield from (flags[0], text)
+
+
+def places(kind: type, default: Any = None) -> list[Place]:
+    """Return the options of a record and of the records in it, in their order.
+
+    Defaults are those of `default`, where there is such a record.
+    """
+    hints = typing.get_type_hints(kind)
+    listed = []
+    for field in dataclasses.fields(kind):
+        usual = getattr(default, field.name) if default is not None else _default(field)
+        bare = without_none(hints[field.name])
+        if said := field.metadata.get("option"):
+            listed.append(Place((field.name,), said, bare, usual))
+        elif nested := field.metadata.get("options"):
+            inner = places(bare, None if usual is MISSING else usual)
+            for place in inner:
+                if usual is None and place.required:
+                    # Without it, there is no such record.
+                    place = dataclasses.replace(place, default=None)
+                if place.path[0] not in nested.omit:
+                    listed.append(_within(field.name, place, nested))
+    return listed
+
+
+def _within(name: str, place: Place, nested: _Nested) -> Place:
+    first, said = place.path[0], place.option
+    said = dataclasses.replace(
+        said,
+        flags=nested.flags.get(first, said.flags),
+        panel=nested.panel or said.panel,
+        help=nested.help.get(first, said.help),
+        without=nested.words.get(first, said.without),
+    )
+    return dataclasses.replace(place, path=(name, *place.path), option=said)
+
+
+def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:
+    """Return a record of these values, by their places; the others are as usual.
+
+    Raises UsageError where one that is required is not there.
+    """
+    known = {place.path: place for place in places(kind)}
+    return typing.cast(R, _built(kind, values, MISSING, (), known))
+
+
+def _built(
+    kind: Any,
+    values: Mapping[tuple[str, ...], Any],
+    usual: Any,
+    at: tuple[str, ...],
+    known: Mapping[tuple[str, ...], Place],
+) -> Any:
+    """Return the record at `at`: `usual`, or a new one, with the values that are below it."""
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        path = (*at, field.name)
+        default = getattr(usual, field.name, _default(field))
+        if path in values:
+            fields[field.name] = values[path]
+        elif any(each[: len(path)] == path for each in values):
+            fields[field.name] = _built(
+                without_none(hints[field.name]), values, default, path, known
+            )
+        elif default is MISSING and path in known:
+            missing = known[path]
+            below = [known[each].option.name for each in values if each[: len(at)] == at]
+            name = missing.option.name
+            what = f"{below[0]} needs {name}" if below else f"{name} is missing"
+            raise UsageError(what, hint=f"{name} {missing.metavar}")
+    return kind(**fields) if usual in (None, MISSING) else dataclasses.replace(usual, **fields)
+
+
+def command_line(
+    record: Any, *, also: Collection[str] = (), fields: Sequence[str] | None = None
+) -> list[str]:
+    """Return the words that ask for a record: what is not as usual, and the fields of `also`.
+
+    With `fields`, only these are told, in that order.
+    """
+    listed = places(type(record))
+    if fields is not None:
+        listed = [place for name in fields for place in listed if place.path[0] == name]
+    words: list[str] = []
+    for place in listed:
+        value, usual = place.of(record), place.default
+        if isinstance(value, list):
+            value = tuple(value)
+        if (value == usual and place.path[0] not in also) or (
+            value is None and place.option.write is None
+        ):
+            continue
+        words += place.words(value)
+    return words
+
+
+def _default(field: Any) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def without_none(kind: Any) -> Any:
+    """Return the type of what is there, for a value that may be None."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind
+
+
+def _item(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) else kind
+
+
+def near(text: str, names: Collection[str], most: int = 3) -> str | None:
+    """Return which of the names were perhaps meant, as a hint; None where none is near."""
+    by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
+    letters = re.sub(r"\W+", "", text).lower()
+    close = difflib.get_close_matches(letters, by_letters, most, 0.5)
+    longer = [name for name in sorted(by_letters) if letters and name.startswith(letters)]
+    chosen = list(dict.fromkeys([*close, *longer]))[:most]
+    return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
+
+
+def pairs(name: str, given: Sequence[str]) -> dict[str, str]:
+    """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
+    values: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise UsageError(f"{name} {text} is not NAME=VALUE", hint=f"{name} brands=...")
+        if key in values:
+            raise UsageError(f"{name} names {key} twice")
+        values[key] = value
+    return values
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """Return the numbers that a list of numbers and ranges names, as `0-3,8`. Raises UsageError."""
+    values: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise UsageError(f"{name} {text} is no list of numbers", hint=f"{name} 0-3,8")
+        values += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(values)) != len(values) or not values:
+        raise UsageError(f"{name} {text} names {'a number twice' if values else 'no number'}")
+    return tuple(values)
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes meant by `4G`, `512MiB` or `1000000`. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{text!r} is not a size", hint="write it like 4G, 512M or 1000000")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def percent(name: str, text: str) -> float:
+    """Return the share that a percentage is. Raises UsageError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} {text} is no share of a norm", hint=f"such as {name} 50")
+    return value / 100
+
+
+def device(name: str, text: str) -> str:
+    """Return the name of a device. Raises UsageError.
+
+    Checked here as well as where torch knows the devices: a command may not come to that.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise UsageError(f"{name} {text!r} is none of auto, cpu, cuda, cuda:N and mps")
+    return text
+
+
+def bytes_of(_: str, text: str) -> int:
+    """Return the bytes that a size option means. Raises UsageError."""
+    return parse_size(text)
+
+
+def choices(
+    kinds: Sequence[StrEnum] | type[StrEnum], *, always: StrEnum | None = None
+) -> Callable[[str, Any], tuple[StrEnum, ...]]:
+    """Return what reads names of `kinds`, also with commas between; `always` comes first."""
+    known = {str(kind): kind for kind in kinds}
+
+    def read(name: str, given: str | Sequence[str]) -> tuple[StrEnum, ...]:
+        wanted = _listed(given)
+        for text in wanted:
+            if text not in known:
+                raise UsageError(f"{name} {text} is none of {', '.join(known)}")
+        if not wanted:
+            raise UsageError(f"{name} names none of {', '.join(known)}")
+        first = () if always is None else (always,)
+        return (*first, *(known[text] for text in wanted))
+
+    return read
+
+
+def rates(name: str, given: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the learning rates given, None for `auto`. Raises UsageError."""
+    words = _listed(given)
+    if words == ["auto"]:
+        return None
+    values = []
+    for word in words:
+        try:
+            value = float(word)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise UsageError(
+                f"{name} {word} is no learning rate", hint=f"{name} 1e-6,1e-7, or {name} auto alone"
+            )
+        values.append(value)
+    return tuple(dict.fromkeys(values))
+
+
+def _listed(given: str | Sequence[str]) -> list[str]:
+    """Return the words of an option that takes commas, once or repeated."""
+    texts = [given] if isinstance(given, str) else given
+    return [word.strip().lower() for text in texts for word in text.split(",") if word.strip()]
+
+
+DEVICE_OPTION = Option(
+    ("--device",), "auto, cpu, cuda, cuda:N or mps.", SPEED, metavar="DEVICE", read=device
+)
+DEVICE = functools.partial(dataclasses.field, default="auto", metadata={"option": DEVICE_OPTION})
