@@ -30,8 +30,8 @@ def demonstrate(session: Session, options: DemoOptions) -> None:
     Raises UsageError for a concept the embedded model does not know.
     """
     from slsgu_cli.method.edit import apply_named, rank_and_plot, require_forgotten, search_and_plot
+    from slsgu_cli.method.evaluate import draw_examples
     from slsgu_cli.method.gradients import compute_gradients
-    from slsgu_cli.method.guesses import draw_examples
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path
 

@@ -1,4 +1,4 @@
-"""The gradient pass: the mean gradient of one loss over a data block, for every parameter.
+"""The losses, and the mean gradient of one over a data block, for every parameter.
 
 Mini-batches are what the loss is defined on; how many of them run in one forward is only
 a matter of speed and memory. They are stacked until the memory budget or the device's
@@ -7,11 +7,12 @@ sum: the same numbers as one mini-batch after another.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slsgu_cli import progress
@@ -26,12 +27,81 @@ from slsgu_cli.clip.inputs import (
 )
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.losses import GroupedLoss, contrastive, cosine_forget, sigmoid
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays
+
+# (image features, text features, mini-batch size) -> one loss per mini-batch.
+# Features are unit vectors of shape (pairs, width); a last, smaller mini-batch is allowed.
+GroupedLoss = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def cosine_forget(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
+    """Return the mean of 1 - cos(v_i, t_i) in each mini-batch (Eq. 5)."""
+    return _per_batch(1 - (images * texts).sum(dim=-1), batch_size)
+
+
+def contrastive(scale: Tensor) -> GroupedLoss:
+    """Return the symmetric contrastive loss inside each mini-batch (Eq. 4).
+
+    `scale` is the multiplier of the cosines, exp(logit_scale) = 1 / temperature.
+    """
+
+    def loss(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
+        def whole(v: Tensor, t: Tensor) -> Tensor:
+            logits = scale * torch.bmm(v, t.transpose(1, 2))
+            truth = torch.arange(v.shape[1], device=v.device).expand(v.shape[:2])
+            rows = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
+            columns = F.cross_entropy(logits, truth, reduction="none")
+            return (rows.mean(dim=1) + columns.mean(dim=1)) / 2
+
+        return _blocks(whole, images, texts, batch_size)
+
+    return loss
+
+
+def sigmoid(scale: Tensor, bias: Tensor) -> GroupedLoss:
+    """Return the pairwise sigmoid loss of SigLIP inside each mini-batch."""
+
+    def loss(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
+        def whole(v: Tensor, t: Tensor) -> Tensor:
+            logits = scale * torch.bmm(v, t.transpose(1, 2)) + bias
+            truth = 2 * torch.eye(v.shape[1], device=v.device) - 1
+            return -F.logsigmoid(truth * logits).sum(dim=(1, 2)) / v.shape[1]
+
+        return _blocks(whole, images, texts, batch_size)
+
+    return loss
+
+
+def _blocks(
+    whole: Callable[[Tensor, Tensor], Tensor], images: Tensor, texts: Tensor, batch_size: int
+) -> Tensor:
+    """Apply `whole` to the full mini-batches as one stack and to the smaller last one."""
+    pairs = images.shape[0]
+    full = pairs - pairs % batch_size
+    losses = []
+    if full:
+        losses.append(
+            whole(
+                images[:full].reshape(-1, batch_size, images.shape[1]),
+                texts[:full].reshape(-1, batch_size, texts.shape[1]),
+            )
+        )
+    if full < pairs:
+        losses.append(whole(images[full:].unsqueeze(0), texts[full:].unsqueeze(0)))
+    return torch.cat(losses)
+
+
+def _per_batch(values: Tensor, batch_size: int) -> Tensor:
+    full = values.shape[0] - values.shape[0] % batch_size
+    means = [values[:full].reshape(-1, batch_size).mean(dim=1)] if full else []
+    if full < values.shape[0]:
+        means.append(values[full:].mean().unsqueeze(0))
+    return torch.cat(means)
+
 
 # Pairs per forward beyond which a device gains nothing more, measured.
 BEST_PAIRS = {"cpu": 64, "cuda": 1024, "mps": 256}

@@ -29,7 +29,7 @@ from slsgu_cli.report.gather import Section, SetRecords, section
 
 if TYPE_CHECKING:
     from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
-    from slsgu_cli.method.guesses import BeforeAfter
+    from slsgu_cli.method.evaluate import BeforeAfter
 
 IMAGES, COSINES = "Single images", "Cosine similarities"
 

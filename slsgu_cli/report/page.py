@@ -99,7 +99,7 @@ def _image_sections(
             for records in all_records
         }
     from slsgu_cli.clip.models import pick_device
-    from slsgu_cli.method.guesses import GuessingModels
+    from slsgu_cli.method.evaluate import GuessingModels
 
     models = GuessingModels(store, device=pick_device(request.device))
     sections = {}

@@ -21,9 +21,8 @@ from slsgu_cli.sets.download import UrlList, download, finished, reason
 from slsgu_cli.sets.metadata import EXCLUDED, Hit, Refused, Scan, retain_wanted, scan_metadata
 from slsgu_cli.sets.shards import FORGET, RETAIN, collect_shards, open_shards
 from slsgu_cli.sources.captions import ConceptIndex
-from slsgu_cli.sources.draw import BEYOND, first_met, line_for, priority
 from slsgu_cli.sources.opening import expand, parse_source
-from slsgu_cli.sources.rows import Reader, file_identity
+from slsgu_cli.sources.rows import BEYOND, Reader, file_identity, first_met, line_for, priority
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store

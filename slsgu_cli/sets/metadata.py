@@ -20,9 +20,8 @@ from slsgu_cli.clip.inputs import cores, prefetch
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import CollectRequest
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
-from slsgu_cli.sources.draw import line_for, priority, tail
 from slsgu_cli.sources.parquet import open_parquet
-from slsgu_cli.sources.rows import CAPTION_FIELDS, no_column, tokenizable
+from slsgu_cli.sources.rows import CAPTION_FIELDS, line_for, no_column, priority, tail, tokenizable
 
 BATCH = 1 << 16
 

@@ -22,18 +22,21 @@ from slsgu_cli.sets.context import (
     tokenizing,
 )
 from slsgu_cli.sets.screening import ScreenedSet
-from slsgu_cli.sources.draw import (
+from slsgu_cli.sources.opening import RowId, fetch, scan
+from slsgu_cli.sources.rows import (
     BEYOND,
     Candidate,
     Draw,
+    Reader,
+    Row,
+    caption_of,
     first_met,
     identities,
     line_for,
     priority,
     tail,
+    tokenizable,
 )
-from slsgu_cli.sources.opening import RowId, fetch, scan
-from slsgu_cli.sources.rows import Reader, Row, caption_of, tokenizable
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
 
 TAKE = ""

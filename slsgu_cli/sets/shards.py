@@ -22,9 +22,16 @@ from slsgu_cli.clip.inputs import cores
 from slsgu_cli.records.sets import CollectRequest, Origin
 from slsgu_cli.sets.metadata import retain_wanted
 from slsgu_cli.sources.captions import ConceptIndex, matcher
-from slsgu_cli.sources.draw import priority
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns, Reader, Row, caption_of, label_words, tokenizable
+from slsgu_cli.sources.rows import (
+    Columns,
+    Reader,
+    Row,
+    caption_of,
+    label_words,
+    priority,
+    tokenizable,
+)
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW, TarSource
 from slsgu_cli.store.store import Store
 

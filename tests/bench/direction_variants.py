@@ -29,8 +29,8 @@ from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import pixel_normalizer, text_features, to_tokens
 from slsgu_cli.clip.models import tokenizer
 from slsgu_cli.method.directions import ensure_moments
+from slsgu_cli.method.gradient_pass import contrastive
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.losses import contrastive
 from slsgu_cli.method.moments import RetainMetric
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.method.losses import contrastive, cosine_forget, sigmoid
+from slsgu_cli.method.gradient_pass import contrastive, cosine_forget, sigmoid
 
 SCALE, BIAS = 12.5, -3.0
 # Pairs and mini-batch size: whole, ragged, a last batch of one pair, one short batch, single pairs.

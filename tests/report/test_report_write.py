@@ -9,7 +9,7 @@ from reports import guesses as guessed
 from worlds import Listener
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method import guesses
+from slsgu_cli.method.evaluate import GuessingModels
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.report.page import write_report
 from slsgu_cli.store.store import Store
@@ -60,7 +60,7 @@ def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
         asked.append(header.name)
         return guessed()
 
-    monkeypatch.setattr(guesses.GuessingModels, "before_after", look)
+    monkeypatch.setattr(GuessingModels, "before_after", look)
     listener = Listener()
     fill(store, concept="castle", name="castle")
     store.remove("edits/castle.safetensors")
@@ -75,7 +75,7 @@ def test_a_model_that_is_another_now_is_told_on_the_page_and_to_the_user(store, 
     def look(self, manifest, header):
         raise StaleError("it has other weights", hint="run `slsgu grad mouse`")
 
-    monkeypatch.setattr(guesses.GuessingModels, "before_after", look)
+    monkeypatch.setattr(GuessingModels, "before_after", look)
     listener = Listener()
     written = write(store, out)
     assert "mouse: no images are shown: it has other weights" in listener.heard

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.sources.draw import Candidate, Draw, first_met, priority
+from slsgu_cli.sources.rows import Candidate, Draw, first_met, priority
 
 
 def candidate(seed: int, index: int) -> Candidate:

@@ -7,7 +7,7 @@ import numpy as np
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.figures.pictures import Example
-from slsgu_cli.method.guesses import BeforeAfter
+from slsgu_cli.method.evaluate import BeforeAfter
 from slsgu_cli.records.method import (
     Accuracy,
     Alignment,

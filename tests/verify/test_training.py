@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.method.losses import contrastive, sigmoid
+from slsgu_cli.method.gradient_pass import contrastive, sigmoid
 from slsgu_cli.verification.model import altered
 from slsgu_cli.verification.relearn import contrastive_of, cycled, new_name, schedule
 
