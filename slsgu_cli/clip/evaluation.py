@@ -192,12 +192,12 @@ def prepare_shared(
     normalize = pixel_normalizer(first.input, device)
 
     def opened(
-        block: DataBlock, labels: Ints, extra: Sequence[str], asked: DataBlock
+        block: DataBlock, labels: Ints, extra: Sequence[str], prompted: DataBlock
     ) -> EvaluationSet:
         rows = np.arange(block.rows)
         images = ImageSide(vision, block, rows, to_tokens(labels, device), normalize)
-        names = (*asked.class_names, *extra)
-        prompts = prompt_side(text, names, asked.templates, tokenize=tokenize, device=device)
+        names = (*prompted.class_names, *extra)
+        prompts = prompt_side(text, names, prompted.templates, tokenize=tokenize, device=device)
         return EvaluationSet(images, prompts, names)
 
     sets = {name: opened(block, block.labels, (), block) for name, block in blocks.items()}
@@ -208,10 +208,10 @@ def prepare_shared(
             shown = _shown(manifest.forget_eval, group, manifest)
             forget[manifest.name] = group.some(np.flatnonzero(shown))
         else:
-            asked = next(iter(blocks.values()))
+            prompted = next(iter(blocks.values()))
             block = DataBlock.open(store, manifest.forget)
-            labels = np.full(block.rows, len(asked.class_names))
-            forget[manifest.name] = opened(block, labels, (manifest.concept,), asked)
+            labels = np.full(block.rows, len(prompted.class_names))
+            forget[manifest.name] = opened(block, labels, (manifest.concept,), prompted)
     return SharedEvaluation(model, vision, text, sets, forget)
 
 
@@ -220,8 +220,8 @@ def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArra
     labels = group.images.labels.cpu().numpy()
     if manifest.forget_eval != name:
         return np.zeros(len(labels), bool)
-    found: npt.NDArray[np.bool_] = labels == find_class(group.names, manifest.concept)
-    return found
+    shown: npt.NDArray[np.bool_] = labels == find_class(group.names, manifest.concept)
+    return shown
 
 
 def prompt_side(

@@ -330,10 +330,10 @@ def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     repository = spec.name.removeprefix(HUB)
-    found = fetch_open_clip(repository, OPEN_CLIP)
-    if found is None:
+    paths = fetch_open_clip(repository, OPEN_CLIP)
+    if paths is None:
         return _resolve_transformers(spec, fetch_clip(repository, OPEN_CLIP))
-    path, weights = found
+    path, weights = paths
     config, preprocess = _configuration(path)
     return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
 

@@ -150,13 +150,13 @@ def _check_depth(image: Image.Image) -> None:
 
 
 def _oddities(image: Image.Image) -> tuple[str, ...]:
-    found = {
+    oddities = {
         CMYK: image.mode == "CMYK",
         TRANSPARENT: image.has_transparency_data,
         ANIMATED: getattr(image, "is_animated", False),
         ROTATED: image.getexif().get(ORIENTATION, 1) not in (0, 1),
     }
-    return tuple(what for what, here in found.items() if here)
+    return tuple(what for what, here in oddities.items() if here)
 
 
 T = TypeVar("T")

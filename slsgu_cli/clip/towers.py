@@ -342,12 +342,12 @@ class Activations:
         chosen = torch.zeros(len(self._keys) + len(x), dtype=torch.bool, device=x.device)
         chosen[torch.cat([self._keys, keys]).topk(len(self._keys), largest=False).indices] = True
         old, new = torch.split(chosen, [len(self._keys), len(x)])
-        freed, taken = (~old).nonzero().squeeze(1), new.nonzero().squeeze(1)
+        freed, entering = (~old).nonzero().squeeze(1), new.nonzero().squeeze(1)
         left = self._rows[freed]
         self.places[left[left >= 0]] = -1
-        self.values[freed] = x[taken]
-        self.places[rows[taken]] = freed
-        self._rows[freed], self._keys[freed] = rows[taken], keys[taken]
+        self.values[freed] = x[entering]
+        self.places[rows[entering]] = freed
+        self._rows[freed], self._keys[freed] = rows[entering], keys[entering]
 
 
 def room_for_all(

@@ -91,8 +91,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     ]
     shared = torch.linalg.svdvals(spread[0] @ spread[1].T).sum()
     apart = (means[0] - means[1]).square().sum()
-    own = sum(rows.square().sum() for rows in spread)
-    return float((apart + own - 2 * shared).clamp(min=0))
+    within = sum(rows.square().sum() for rows in spread)
+    return float((apart + within - 2 * shared).clamp(min=0))
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -131,9 +131,9 @@ class PromptSide:
         """Compute the class embeddings, keeping what enters `stages`."""
         self._kept, features = [], []
         for rows in self._groups:
-            entering, found = _through(self.tower, self.tower.trim(self.tokens[rows]), stages)
+            entering, outputs = _through(self.tower, self.tower.trim(self.tokens[rows]), stages)
             self._kept.append({s: x for s, x in entering.items() if budget.take(x.nbytes)})
-            features.append(found)
+            features.append(outputs)
         self.embeddings = self._means(features)
 
     def after_edit(self, stage: int) -> Tensor:
@@ -192,8 +192,8 @@ class ImageSide:
         """
         features: list[Tensor] = []
         for start, pixels in self._pixels(torch.arange(len(self))):
-            entering, found = _through(self.tower, pixels, stages)
-            features.append(found)
+            entering, outputs = _through(self.tower, pixels, stages)
+            features.append(outputs)
             if start == 0 and classes is None:
                 self._kept = room_for_all(entering, len(self), budget)
             elif start == 0:
@@ -202,7 +202,7 @@ class ImageSide:
                 labels = self.labels[start : start + len(pixels)]
                 lead = torch.zeros_like(labels, dtype=torch.float)
                 if classes is not None:
-                    lead = margins(found @ classes.T, labels)
+                    lead = margins(outputs @ classes.T, labels)
                 for stage, kept in self._kept.items():
                     kept.offer(start, entering[stage], lead)
             yield len(pixels)

@@ -79,21 +79,21 @@ def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
     if not store.exists(Artifact.SET.path(name)):
         raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
     manifest = read_manifest(store, name)
-    found: list[AskedImage] = []
+    pictures: list[AskedImage] = []
     for known, ref in sorted(manifest.evals.items()):
         block = DataBlock.open(store, ref)
-        own = find_class(block.class_names, manifest.concept)
+        concept_class = find_class(block.class_names, manifest.concept)
         if known == manifest.forget_eval:
-            rows = np.flatnonzero(block.labels == own)[:count]
-            found = [*_pictures(block, rows, forgotten=True), *found]
+            rows = np.flatnonzero(block.labels == concept_class)[:count]
+            pictures = [*_pictures(block, rows, forgotten=True), *pictures]
         common = np.argsort(-np.bincount(block.labels[block.labels >= 0]), kind="stable")
-        others = [int(place) for place in common if place != own]
+        others = [int(place) for place in common if place != concept_class]
         share = -(-count // len(manifest.evals))
         rows = np.array([np.flatnonzero(block.labels == place)[0] for place in others[:share]])
-        found += _pictures(block, rows)
-    if not found:
+        pictures += _pictures(block, rows)
+    if not pictures:
         raise UsageError(f"set {name} has no evaluation images", hint="--image FILE")
-    return found
+    return pictures
 
 
 def _pictures(

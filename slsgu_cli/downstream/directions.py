@@ -100,7 +100,7 @@ def moves_of(
             moves.append(TargetMove(subject, layer, weight, gradient, importance))
             continue
         # Query, key and value are applied to the same inputs: the moment of one is all's.
-        moment = inputs.found.get(live.places(layer)[0].key)
+        moment = inputs.moments.get(live.places(layer)[0].key)
         if moment is not None:
             metric = RetainMetric(moment.mean(), _axis(moment.axis, live.places(layer)), ridge)
             along = metric.whiten(gradient)

@@ -151,17 +151,17 @@ def judged_classes(
     store: Store, edits: Sequence[Edit], classes: str | None, templates: str | None
 ) -> Classes:
     """Return the classes of a file, else those of the evaluation sets of the edits' sets."""
-    found: dict[str, Sequence[str]] = {}
+    prompts_by_label: dict[str, Sequence[str]] = {}
     if classes is not None:
         known = read_classes(classes)
         texts = read_templates(templates or DEFAULT_TEMPLATES)
-        found = dict.fromkeys(known.names if known else (), texts)
+        prompts_by_label = dict.fromkeys(known.names if known else (), texts)
     else:
         for edit in edits:
             name = set_of(edit.header.name)
             if store.exists(Artifact.SET.path(name)):
-                found |= measured_classes(store, read_manifest(store, name))
-    return found
+                prompts_by_label |= measured_classes(store, read_manifest(store, name))
+    return prompts_by_label
 
 
 def before_and_after(
@@ -183,9 +183,9 @@ def before_and_after(
 def effect(concepts: Sequence[str], labels: Sequence[str | None], said: Sequence[str]) -> Effect:
     """Return what verdicts amount to, from the class that each image was to show."""
     pairs = [(label, verdict) for label, verdict in zip(labels, said, strict=True) if label]
-    own = [label == verdict for label, verdict in pairs if label in concepts]
+    of_concept = [label == verdict for label, verdict in pairs if label in concepts]
     rest = [label == verdict for label, verdict in pairs if label not in concepts]
-    return Effect(Share(sum(own), len(own)), Share(sum(rest), len(rest)))
+    return Effect(Share(sum(of_concept), len(of_concept)), Share(sum(rest), len(rest)))
 
 
 def _record(
@@ -270,8 +270,8 @@ def _notes(record: Generation) -> list[str]:
     notes = [f"Edits: {', '.join(record.edits)}. Seeds {seeds}, {record.paint.steps} steps."]
     if record.judge:
         notes.append(f"Below each image: what {record.judge}, which is not edited, takes it for.")
-    for label, found in (("original", record.before), ("unlearned", record.after)):
-        if found and found.ua is not None:
-            kept = "" if found.ira is None else f", IRA {found.ira:.1f}%"
-            notes.append(f"{label}: UA {found.ua:.1f}%{kept}")
+    for label, figures in (("original", record.before), ("unlearned", record.after)):
+        if figures and figures.ua is not None:
+            kept = "" if figures.ira is None else f", IRA {figures.ira:.1f}%"
+            notes.append(f"{label}: UA {figures.ua:.1f}%{kept}")
     return notes

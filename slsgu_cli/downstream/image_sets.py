@@ -162,8 +162,8 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
                     ticker.advance()
     figures: tuple[Share | None, Share | None, Share | None] = (None, None, None)
     if request.judge is not None:
-        asked = themes[of_theme] if of_theme is not None else objects[of_object or 0]
-        figures = _judged(place, request, cells, (themes, objects), asked)
+        prompted = themes[of_theme] if of_theme is not None else objects[of_object or 0]
+        figures = _judged(place, request, cells, (themes, objects), prompted)
     record = AnswerSet(
         name=edits[0].header.name,
         concept=concept,
@@ -180,8 +180,8 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
 
 
 def _listed(name: str) -> tuple[str, ...]:
-    found = read_classes(name)
-    return found.names if found else ()
+    classes = read_classes(name)
+    return classes.names if classes else ()
 
 
 def _begin(place: Store, made_from: str) -> None:
@@ -214,10 +214,10 @@ def _judged(
         said = judge.verdicts(images)
         truth = [getattr(cell, attribute) for cell in cells]
         hits.append([a == b for a, b in zip(said, truth, strict=True)])
-    own, cross = hits if forgotten in domains[0] else hits[::-1]
+    in_domain, cross = hits if forgotten in domains[0] else hits[::-1]
     shows = [forgotten in (cell.theme, cell.object) for cell in cells]
-    gone = [not hit for hit, shown in zip(own, shows, strict=True) if shown]
-    kept = [hit for hit, shown in zip(own, shows, strict=True) if not shown]
+    gone = [not hit for hit, shown in zip(in_domain, shows, strict=True) if shown]
+    kept = [hit for hit, shown in zip(in_domain, shows, strict=True) if not shown]
     across = [hit for hit, shown in zip(cross, shows, strict=True) if not shown]
     return tuple(Share(sum(part), len(part)) for part in (gone, kept, across))  # type: ignore[return-value]
 

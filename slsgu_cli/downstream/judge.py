@@ -91,14 +91,14 @@ def measured_classes(store: Store, manifest: SetManifest) -> Classes:
 
     A name that several sets have keeps the templates of the first.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    templates: dict[str, tuple[str, ...]] = {}
     for _, ref in sorted(manifest.evals.items()):
         block = DataBlock.open(store, ref)
         for name in block.class_names:
-            found.setdefault(name, block.templates)
-    if find_class(tuple(found), manifest.concept) is None:
-        found[manifest.concept] = next(iter(found.values()), ("{}",))
-    return found
+            templates.setdefault(name, block.templates)
+    if find_class(tuple(templates), manifest.concept) is None:
+        templates[manifest.concept] = next(iter(templates.values()), ("{}",))
+    return templates
 
 
 def class_in(text: str, names: Sequence[str]) -> str | None:

@@ -44,12 +44,12 @@ class LiveEncoder:
     def find(cls, module: nn.Module, encoder: Encoder) -> "LiveEncoder":
         """Return the CLIP tower among a module's parameters. Raises InputError."""
         tower = encoder.read_from[0].tower
-        found = [
+        places = [
             place for place in tower_places(dict(module.named_parameters())) if place.tower is tower
         ]
-        if not found:
+        if not places:
             raise InputError(f"{encoder.name} as loaded has no CLIP {tower} tower")
-        return cls(module, found[0], encoder)
+        return cls(module, places[0], encoder)
 
     def places(self, layer: str) -> tuple[TensorPlace, ...]:
         """Return where the layer lies. Raises InputError where it has no influence or place."""
@@ -73,9 +73,9 @@ class LiveEncoder:
         with ExitStack() as stack:
             for layer, value in values.items():
                 for place in self.places(layer):
-                    own = self._parameter(place).clone()
-                    place.rows(own).copy_(place.from_layer(value))
-                    stack.enter_context(edited(self.module, place.key, own))
+                    new = self._parameter(place).clone()
+                    place.rows(new).copy_(place.from_layer(value))
+                    stack.enter_context(edited(self.module, place.key, new))
             yield
 
     def parameters(self, layer: str) -> list[nn.Parameter]:
@@ -241,8 +241,8 @@ class Pipeline:
     def edited(self, values: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Give layers of the text encoders other values for the length of a block."""
         with ExitStack() as stack:
-            for encoder, own in zip(self.encoders, values, strict=bool(values)):
-                stack.enter_context(encoder.edited(own))
+            for encoder, new in zip(self.encoders, values, strict=bool(values)):
+                stack.enter_context(encoder.edited(new))
             yield
 
     def paint(self, jobs: Sequence[ImageJob], options: PaintOptions) -> Iterator[Image.Image]:

@@ -41,32 +41,32 @@ def answer_gradient(
     `pairs` are questions with the answers that name the concept; all of one question text.
     """
     parameters = {layer: encoder.parameters(layer) for layer in layers}
-    flat = [parameter for own in parameters.values() for parameter in own]
+    flat = [parameter for group in parameters.values() for parameter in group]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
     for start, stop in spans(len(pairs), QUESTIONS_AT_ONCE):
         with torch.enable_grad():
             loss = _loss(respondent, pairs[start:stop], name)
-            found = torch.autograd.grad(loss, flat, allow_unused=True)
-        for total, gradient in zip(sums, found, strict=True):
+            gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+        for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total += gradient.float() / len(pairs)
     means = iter(sums)
     return {
-        layer: joined(encoder.places(layer), [next(means) for _ in own])
-        for layer, own in parameters.items()
+        layer: joined(encoder.places(layer), [next(means) for _ in group])
+        for layer, group in parameters.items()
     }
 
 
 def _loss(respondent: Llava, pairs: Sequence[tuple[Question, str]], name: str) -> Tensor:
     """Return the sum over some pairs of minus the log-odds of the name's tokens."""
     questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
-    asked = respondent.inputs(questions, padding_side="right")["input_ids"].shape[1]
+    prompt_length = respondent.inputs(questions, padding_side="right")["input_ids"].shape[1]
     inputs = respondent.inputs(questions, padding_side="right", answers=answers)
-    logits = respondent.model(**inputs).logits[:, asked - 1 : -1].float()
-    tokens = inputs["input_ids"][:, asked:]
-    own = logits.gather(-1, tokens.unsqueeze(-1))
+    logits = respondent.model(**inputs).logits[:, prompt_length - 1 : -1].float()
+    tokens = inputs["input_ids"][:, prompt_length:]
+    chosen = logits.gather(-1, tokens.unsqueeze(-1))
     rest = logits.scatter(-1, tokens.unsqueeze(-1), float("-inf")).logsumexp(dim=-1)
-    odds: Tensor = (own.squeeze(-1) - rest) * _of_name(respondent, tokens, name)
+    odds: Tensor = (chosen.squeeze(-1) - rest) * _of_name(respondent, tokens, name)
     return -odds.sum()
 
 
@@ -192,29 +192,27 @@ class AskedSubject:
             )
         respondent = Llava.load(target, device=device)
         generator = np.random.default_rng(budget.seed)
-        shown, rest = [], []
+        shown: list[Image.Image] = []
+        rest: list[tuple[str, Image.Image]] = []
         for name, ref in sorted(manifest.evals.items()):
             block = DataBlock.open(store, ref)
-            own = find_class(block.class_names, manifest.concept)
+            concept_class = find_class(block.class_names, manifest.concept)
             order = generator.permutation(np.flatnonzero(block.labels >= 0))
-            is_own = block.labels[order] == own
+            is_concept = block.labels[order] == concept_class
             share = -(-budget.others // len(manifest.evals))
-            rest += [
-                (block.class_names[block.labels[row]], image)
-                for row, image in zip(
-                    order[~is_own][:share], _images(block, order[~is_own][:share]), strict=True
-                )
-            ]
+            others = order[~is_concept][:share]
+            labels = [block.class_names[block.labels[row]] for row in others]
+            rest += zip(labels, _images(block, others), strict=True)
             if name == manifest.forget_eval:
-                shown = _images(block, order[is_own][: budget.concept])
+                shown = _images(block, order[is_concept][: budget.concept])
         forget = DataBlock.open(store, manifest.forget)
         retain = DataBlock.open(store, manifest.retain)
-        asked = [Question(image, text) for image in shown for text in budget.questions]
+        questions = [Question(image, text) for image in shown for text in budget.questions]
         return cls(
             respondent,
             respondent.encoder,
             manifest.concept,
-            asked,
+            questions,
             [(label, Question(image, text)) for label, image in rest for text in budget.questions],
             [
                 Question(image, budget.questions[0])
@@ -262,10 +260,10 @@ class AskedSubject:
         """Return what the language model is given of each image."""
         model = self.respondent.model
         pixels = self.respondent.processor.image_processor(list(images), return_tensors="pt")
-        found = model.get_image_features(
+        features = model.get_image_features(
             pixel_values=pixels["pixel_values"].to(model.device, model.dtype), return_dict=True
         )
-        return list(found.pooler_output)
+        return list(features.pooler_output)
 
     def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
         said = self.respondent.answers([question for _, question in wanted])

@@ -56,9 +56,9 @@ class Moments:
         from slsgu_cli.method.moments import RetainMetric, exact_device
 
         name = Layer.parse(layer).parameter
-        path, found = self.places[name]
+        path, about = self.places[name]
         values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
-        return RetainMetric(values.to(exact_device(self.device)), found.axis, ridge)
+        return RetainMetric(values.to(exact_device(self.device)), about.axis, ridge)
 
     def output(self, parameter: str) -> float:
         """Return a whole parameter's mean squared output over the retain set."""
@@ -80,7 +80,7 @@ def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") ->
             # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
             continue
         if (header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data):
-            places |= {layer: (path, found) for layer, found in header.layers.items()}
+            places |= {layer: (path, about) for layer, about in header.layers.items()}
             unseen.update(header.unseen)
     return Moments(store, places, frozenset(unseen), device)
 
@@ -164,11 +164,11 @@ def _compute(
     _, module = load_graded(manifest, pointer, device)
     block = DataBlock.open(store, manifest.retain)
     with torch.no_grad(), arithmetic(Precision.FP32):
-        found = input_moments(module, layers, block, spec=manifest.input, device=device)
+        moments = input_moments(module, layers, block, spec=manifest.input, device=device)
         about, arrays = {}, {}
-        for layer in sorted(found):
+        for layer in sorted(moments):
             # The sums are fp64 and large: each goes as soon as its mean is taken.
-            moment = found.pop(layer)
+            moment = moments.pop(layer)
             mean = moment.mean()
             output = mean_square_output(module.get_parameter(layer), mean, moment.axis)
             about[layer] = LayerMoment(moment.axis, moment.count, output)

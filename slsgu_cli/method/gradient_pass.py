@@ -254,11 +254,11 @@ class GradientPass:
     def _activation_bytes(self, block: DataBlock, rows: int) -> int:
         """Return what a backward keeps of a forward over the first `rows` pairs."""
         kept: dict[int, int] = {}
-        own = {p.data_ptr() for p in self.model.parameters()}
+        of_parameters = {p.data_ptr() for p in self.model.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in of_parameters:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 

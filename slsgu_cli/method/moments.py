@@ -57,7 +57,7 @@ class InputMoments(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self.found: dict[str, Moment] = {}
+        self.moments: dict[str, Moment] = {}
         self._valid: Tensor | None = None
         weights = {name: model.get_parameter(name) for name in layers}
         self._layers = {_place(weight): (n, weight.numel()) for n, weight in weights.items()}
@@ -97,12 +97,12 @@ class InputMoments(TorchFunctionMode):
         x = x.reshape(-1, x.shape[-1])
         total = x.square().sum(dim=0) if weight.ndim == 1 else gram(x)
         share = weight.numel() / size
-        if name not in self.found:
+        if name not in self.moments:
             zeros = torch.zeros(
                 total.shape, dtype=torch.float64, device=exact_device(total.device.type)
             )
-            self.found[name] = Moment(axis, zeros)
-        moment = self.found[name]
+            self.moments[name] = Moment(axis, zeros)
+        moment = self.moments[name]
         moment.total.add_(total.to(moment.total.device), alpha=share)
         moment.count += share * x.shape[0]
 
@@ -133,7 +133,7 @@ def input_moments(
                 with inputs:
                     tower.features(pixels, pixels)
                 ticker.advance(len(images))
-    return inputs.found
+    return inputs.moments
 
 
 def gram(x: Tensor) -> Tensor:

@@ -185,8 +185,8 @@ def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
     """Mark each tower's Pareto front; order by tower, front first, falling importance."""
     marked: list[LayerScore] = []
     for tower in Tower:
-        own = [score for score in scores if score.tower is tower]
-        front = pareto_front([(score.importance, score.alignment) for score in own])
-        rows = [replace(score, front=on) for score, on in zip(own, front, strict=True)]
+        in_tower = [score for score in scores if score.tower is tower]
+        front = pareto_front([(score.importance, score.alignment) for score in in_tower])
+        rows = [replace(score, front=on) for score, on in zip(in_tower, front, strict=True)]
         marked += sorted(rows, key=lambda row: (not row.front, -row.importance, row.layer))
     return marked

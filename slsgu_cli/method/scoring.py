@@ -124,7 +124,7 @@ def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
         kept = [figure.top1 for figure in (trial.utility or {}).values()]
         return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
 
-    return [min(own, key=order) for own in layers.values()]
+    return [min(trials_of_layer, key=order) for trials_of_layer in layers.values()]
 
 
 # What a concept's step grows by while the concept is still recognised beside the others.

@@ -170,18 +170,18 @@ def _require_rows(selection: Selection, request: BuildRequest) -> None:
 
 def _forget_eval(request: BuildRequest, plans: Sequence[EvalPlan]) -> str | None:
     """Return the evaluation set that has rows of the concept. Raises InputError."""
-    asked = request.forget_eval
+    wanted = request.forget_eval
     for plan in plans:
-        if asked not in (None, plan.name):
+        if wanted not in (None, plan.name):
             continue
         rows = plan.rows_of(request.concept)
         if rows:
             return plan.name
-        if asked is not None:
+        if wanted is not None:
             near = difflib.get_close_matches(request.concept, plan.class_names, 3, 0.5)
             what = "no rows of the class" if rows == 0 else "no class"
             raise InputError(
-                f"evaluation set {asked} has {what} {request.concept!r}"
+                f"evaluation set {wanted} has {what} {request.concept!r}"
                 + (f"; near: {', '.join(near)}" if near else ""),
                 hint="name the concept with --concept as the evaluation set does",
             )
@@ -219,7 +219,7 @@ def build(store: Store, request: BuildRequest) -> SetManifest:
     tried = record.concepts[request.name]
     if not tried.shards:
         raise _nothing(request, collected, tried)
-    found = replace(request, sources=_shards(store, collected, tried, FORGET))
+    of_collection = replace(request, sources=_shards(store, collected, tried, FORGET))
     upstream = {"forget": Upstream(record.seen, {**record.refused, **tried.refused})}
     if request.collect.retain_samples:
         if not record.retain.shards:
@@ -228,9 +228,9 @@ def build(store: Store, request: BuildRequest) -> SetManifest:
                 hint="name other rows with --retain-source",
             )
         retained = _shards(store, collected, record.retain, RETAIN)
-        found = replace(found, retain_sources=retained)
+        of_collection = replace(of_collection, retain_sources=retained)
         upstream["retain"] = Upstream(record.seen, {**record.refused, **record.retain.refused})
-    return build_sets(store, found, upstream=upstream)
+    return build_sets(store, of_collection, upstream=upstream)
 
 
 def build_many(
@@ -242,7 +242,7 @@ def build_many(
     """
     built, failed = [], []
     for concept in concepts:
-        own = replace(
+        single = replace(
             request,
             name=concept.name,
             concept=concept.name,
@@ -250,7 +250,7 @@ def build_many(
             not_match=concept.excluded,
         )
         try:
-            built.append(build(store, own))
+            built.append(build(store, single))
         except InputError as error:
             failed.append(concept.name)
             progress.warn(f"{concept.name}: {error.message}")

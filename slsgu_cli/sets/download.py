@@ -63,18 +63,18 @@ def download(store: Store, urls: UrlList, folder: str, *, options: DownloadOptio
     done = finished(store, folder)
     if len(done) >= wanted:
         return done
-    told = f"; it said: {tail}" if tail else ""
+    last_words = f"; it said: {tail}" if tail else ""
     raise InputError(
-        f"img2dataset finished {len(done)} of {wanted} shards in {store.where(folder)}{told}",
+        f"img2dataset finished {len(done)} of {wanted} shards in {store.where(folder)}{last_words}",
         hint="run the same command again: it goes on where it stopped",
     )
 
 
 def find_command(named: str | None) -> list[str]:
     """Return how to call img2dataset: as named, by environment, or as it is installed."""
-    asked = named or os.environ.get(VARIABLE)
-    if asked:
-        command = shlex.split(asked)
+    spelled = named or os.environ.get(VARIABLE)
+    if spelled:
+        command = shlex.split(spelled)
         if not shutil.which(command[0]):
             raise MissingError(f"there is no command {command[0]}", hint="correct --img2dataset")
         return command

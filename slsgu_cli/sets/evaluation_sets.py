@@ -143,7 +143,7 @@ def _labelled(
 ) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
     """Return class names, rows that have a class, how many rows were seen, and refusals."""
     refused: Counter[str] = Counter()
-    found: list[tuple[int, Row, str]] = []
+    labelled: list[tuple[int, Row, str]] = []
     seen = 0
     with progress.bar("reading labels", None) as ticker:
         for number, row in scan(readers, refused, tick=ticker.advance):
@@ -151,29 +151,29 @@ def _labelled(
             if row.label is None or not row.has_image:
                 refused["no label" if row.label is None else "no image"] += 1
             else:
-                found.append((number, row, row.label))
-    if not found:
+                labelled.append((number, row, row.label))
+    if not labelled:
         raise InputError(
             f"no row of {source} can be evaluated on: {seen} rows, {counted(refused) or 'none'}",
             hint="name the label column with --label-column, or give a folder of class folders; "
             "check the filter behind the question mark",
         )
-    names, index = class_indices(known, {label for *_, label in found})
+    names, index = class_indices(known, {label for *_, label in labelled})
     rows = {
         (number, row.index): LabelledRow(row, index[label])
-        for number, row, label in found
+        for number, row, label in labelled
         if label in index
     }
-    refused["unknown label"] += len(found) - len(rows)
+    refused["unknown label"] += len(labelled) - len(rows)
     return names, rows, seen, refused
 
 
 def _decode_into(writer: BlockWriter, context: BuildContext, plan: EvalPlan, title: str) -> None:
     wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
-    met = 0
+    decoded_rows = 0
     with progress.bar(f"decoding {title}", len(plan.rows)) as ticker:
         for place, decoded in decode_in_order(fetch(plan.readers, wanted), context.decode):
-            met += 1
+            decoded_rows += 1
             ticker.advance()
             if decoded.pixels is None:
                 plan.refused[decoded.reason or "unreadable"] += 1
@@ -189,7 +189,7 @@ def _decode_into(writer: BlockWriter, context: BuildContext, plan: EvalPlan, tit
                 origin=row.origin or Origin(plan.readers[place[0]].path, row.index),
             )
             plan.noted.update(decoded.oddities)
-    plan.refused["unreadable"] += len(plan.rows) - met
+    plan.refused["unreadable"] += len(plan.rows) - decoded_rows
 
 
 def _attributes(context: BuildContext, plan: EvalPlan) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def rows_named(block: DataBlock, name: str) -> list[int]:
             f"{len(keyed)} rows have the key {name}", hint=f"name one by its hash: {listed}"
         )
     if len(name) >= MIN_HASH:
-        found = [index for index, digest in enumerate(names) if digest.startswith(name.lower())]
-        if found:
-            return found
+        hashed = [index for index, digest in enumerate(names) if digest.startswith(name.lower())]
+        if hashed:
+            return hashed
     near = difflib.get_close_matches(name, block.keys, 3)
     raise MissingError(
         f"{block.where} has no row with the key or hash {name}"
@@ -199,9 +199,9 @@ def read_keys(path: str) -> list[str]:
 
 def top_words(captions: Sequence[str]) -> list[tuple[str, int]]:
     """Return the words that most captions have, with how many do."""
-    found = Counter(word for caption in captions for word in set(WORD.findall(folded(caption))))
-    told = [(word, count) for word, count in found.items() if word not in STOPWORDS]
-    return sorted(told, key=lambda item: (-item[1], item[0]))[:TOP_WORDS]
+    counts = Counter(word for caption in captions for word in set(WORD.findall(folded(caption))))
+    telling = [(word, count) for word, count in counts.items() if word not in STOPWORDS]
+    return sorted(telling, key=lambda item: (-item[1], item[0]))[:TOP_WORDS]
 
 
 def _part(manifest: SetManifest, part: str) -> DataRef:

@@ -182,13 +182,13 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
     with torch.no_grad(), inputs:
         vision_tower(model).features(pixels, pixels)
         text_tower(model).features(ids, ids)
-    assert set(layers) == set(inputs.found)
+    assert set(layers) == set(inputs.moments)
     assert any(name.startswith("visual.") for name in seen)
     for name, x in seen.items():
         torch.testing.assert_close(
-            inputs.found[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
+            inputs.moments[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
         )
-        assert inputs.found[name].axis == 1
+        assert inputs.moments[name].axis == 1
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def test_a_convolution_of_patches_that_do_not_overlap_is_a_linear_map(settings, 
         with inputs:
             found = layer(x)
         torch.testing.assert_close(found, layer(x))
-    assert set(inputs.found) == ({"weight"} if seen else set())
+    assert set(inputs.moments) == ({"weight"} if seen else set())
     if seen:
         # The mean square of the outputs is what the moment says of them.
         rows = layer.weight.detach().reshape(6, -1).double()
-        told = torch.einsum("oi,ij,oj->o", rows, inputs.found["weight"].mean(), rows)
+        told = torch.einsum("oi,ij,oj->o", rows, inputs.moments["weight"].mean(), rows)
         torch.testing.assert_close(told, found.double().square().mean((0, 2, 3)), rtol=1e-4,
                                    atol=1e-6)  # fmt: skip
 

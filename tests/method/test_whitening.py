@@ -145,7 +145,7 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
     inputs = InputMoments(world.model, [layer])
     with torch.no_grad(), inputs:
         world.features(slice(6, 12))
-    moment = inputs.found[layer]
+    moment = inputs.moments[layer]
     metric = RetainMetric(moment.mean(), moment.axis, RIDGE)
     along, along_retain = metric.whiten(f), metric.whiten(r)
 
