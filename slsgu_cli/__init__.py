@@ -1,3 +1,82 @@
-"""Single layer, single gradient unlearning for CLIP and the models built on it."""
+"""Single layer, single gradient unlearning for CLIP and the models built on it.
+
+The verbs of the command line and the records they take, for programs:
+
+    import slsgu_cli as slsgu
+
+    store = slsgu.Store("slsgu-store")
+    slsgu.compute_gradients(store, "facebook")
+    slsgu.rank(store, "facebook")
+    slsgu.search(store, "facebook")
+    slsgu.apply(store, slsgu.ApplyRequest(names=["facebook"], out=Path("edited-clip")))
+
+A name is imported when it is first used. What a verb tells on its way goes to the sink that
+`set_sink` sets; what goes wrong is an `SlsguError`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slsgu_cli.errors import SlsguError as SlsguError
+    from slsgu_cli.method.edit import apply as apply
+    from slsgu_cli.method.evaluate import evaluate as evaluate
+    from slsgu_cli.method.gradients import compute_gradients as compute_gradients
+    from slsgu_cli.method.ranking import rank as rank
+    from slsgu_cli.method.search import search as search
+    from slsgu_cli.progress import Sink as Sink
+    from slsgu_cli.progress import set_sink as set_sink
+    from slsgu_cli.records.method import Direction as Direction
+    from slsgu_cli.records.method import Precision as Precision
+    from slsgu_cli.records.method import Steer as Steer
+    from slsgu_cli.records.method import Tower as Tower
+    from slsgu_cli.records.options import ApplyRequest as ApplyRequest
+    from slsgu_cli.records.options import BuildRequest as BuildRequest
+    from slsgu_cli.records.options import PassOptions as PassOptions
+    from slsgu_cli.records.options import RankOptions as RankOptions
+    from slsgu_cli.records.options import SearchOptions as SearchOptions
+    from slsgu_cli.records.options import VerifyRequest as VerifyRequest
+    from slsgu_cli.records.sets import ModelSpec as ModelSpec
+    from slsgu_cli.sets.build import build_sets as build_sets
+    from slsgu_cli.store.store import Store as Store
+    from slsgu_cli.verification.verify import verify as verify
 
 __version__ = "0.1.0"
+
+# Where each name of the face is: what a type checker reads above.
+_FACE = {
+    "errors": ("SlsguError",),
+    "method.edit": ("apply",),
+    "method.evaluate": ("evaluate",),
+    "method.gradients": ("compute_gradients",),
+    "method.ranking": ("rank",),
+    "method.search": ("search",),
+    "progress": ("Sink", "set_sink"),
+    "records.method": ("Direction", "Precision", "Steer", "Tower"),
+    "records.options": (
+        "ApplyRequest",
+        "BuildRequest",
+        "PassOptions",
+        "RankOptions",
+        "SearchOptions",
+        "VerifyRequest",
+    ),
+    "records.sets": ("ModelSpec",),
+    "sets.build": ("build_sets",),
+    "store.store": ("Store",),
+    "verification.verify": ("verify",),
+}
+_ROOMS = {name: room for room, names in _FACE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the face when it is first used."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

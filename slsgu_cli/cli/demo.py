@@ -29,7 +29,7 @@ def demonstrate(session: Session, options: DemoOptions) -> None:
 
     Raises UsageError for a concept the embedded model does not know.
     """
-    from slsgu_cli.method.edit import apply_named, rank_and_plot, require_forgotten, search_and_plot
+    from slsgu_cli.method.edit import apply, rank_and_plot, require_forgotten, search_and_plot
     from slsgu_cli.method.evaluate import draw_examples
     from slsgu_cli.method.gradients import compute_gradients
     from slsgu_cli.sets.build import build_sets
@@ -64,8 +64,8 @@ def demonstrate(session: Session, options: DemoOptions) -> None:
     require_forgotten(result)
     console.note("\n5/5 apply: a copy of the checkpoint with one layer moved")
     out = Path(store.root if store.is_local else ".") / "checkpoints" / f"clip-without-{name}"
-    apply = ApplyRequest(names=[name], out=out, overwrite=True)
-    tables.applied(console, apply_named(store, apply))
+    edited = apply(store, ApplyRequest(names=[name], out=out, overwrite=True))
+    tables.applied(console, edited)
 
     after = ModelSpec(f"{LOCAL}{out}")
     picture = plot_path(name, "before-after")

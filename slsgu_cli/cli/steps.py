@@ -72,7 +72,7 @@ def build_sets(
         asked = forgetting_generated(store, asked, replace(images.record(), seed=asked.seed))
     asked = build.with_collection(asked, concepts, metadata.record())
     if not concepts:
-        tables.manifest(console, build.build(store, asked))
+        tables.manifest(console, build.build_sets(store, asked))
         return
     built, failed = build.build_many(store, asked, concepts)
     show_manifests(console, built)
@@ -231,9 +231,9 @@ def apply(session: Session, request: ApplyRequest) -> None:
     Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook
     """
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import apply_named
+    from slsgu_cli.method.edit import apply as run
 
-    tables.applied(session.console, apply_named(session.store, request))
+    tables.applied(session.console, run(session.store, request))
 
 
 @command("eval")

@@ -217,7 +217,7 @@ def require_forgotten(result: SearchResult) -> None:
     )
 
 
-def apply_named(store: Store, request: ApplyRequest) -> AppliedResult:
+def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
     if request.target is not None and request.model is not None:
         raise UsageError("--target takes the place of --model", hint="leave one of them out")

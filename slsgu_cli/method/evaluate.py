@@ -58,7 +58,7 @@ class EvalResult:
 
 
 def evaluate(
-    store: Store, names: Sequence[str], *, model: ModelSpec | None, device: str
+    store: Store, names: Sequence[str], *, model: ModelSpec | None = None, device: str = "auto"
 ) -> EvalResult:
     """Measure the original model, and `model` or else the edits of all sets in place at once.
 

@@ -55,7 +55,12 @@ class GradResult:
 
 
 def compute_gradients(
-    store: Store, name: str, *, model: ModelSpec | None, options: PassOptions, squares: bool = False
+    store: Store,
+    name: str,
+    *,
+    model: ModelSpec | None = None,
+    options: PassOptions = PassOptions(),
+    squares: bool = False,
 ) -> GradResult:
     """Ensure the forget and retain gradients of set `name`, and squares, are in the store.
 

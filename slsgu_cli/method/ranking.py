@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from slsgu_cli.method.moments import RetainMetric
 
 
-def rank(store: Store, name: str, *, options: RankOptions) -> Ranking:
+def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ranking:
     """Score the candidate layers of set `name`, mark the Pareto fronts, store the ranking.
 
     Raises MissingError, StaleError, and InputError where no layer is left to rank.

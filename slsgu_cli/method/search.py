@@ -210,7 +210,7 @@ def search(
     store: Store,
     name: str,
     *,
-    options: SearchOptions,
+    options: SearchOptions = SearchOptions(),
     records: Store | None = None,
 ) -> SearchResult:
     """Search the front layers of set `name`, record the trials, write the edit.

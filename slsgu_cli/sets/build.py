@@ -39,7 +39,7 @@ MATCHES_CONCEPT = "about the concept"
 EXCLUDED = "excluded"
 
 
-def build_sets(
+def _build_from_sources(
     store: Store, request: BuildRequest, *, upstream: Mapping[str, Upstream] = MappingProxyType({})
 ) -> SetManifest:
     """Build the set that `request` describes and return its manifest.
@@ -210,10 +210,10 @@ def _tell(request: BuildRequest, refs: dict[str, DataRef]) -> None:
         )
 
 
-def build(store: Store, request: BuildRequest) -> SetManifest:
+def build_sets(store: Store, request: BuildRequest) -> SetManifest:
     """Build the set, from a collection if the request asks for one."""
     if request.collect is None:
-        return build_sets(store, request)
+        return _build_from_sources(store, request)
     collected = collect(store, request.collect)
     record = collected.record
     tried = record.concepts[request.name]
@@ -230,7 +230,7 @@ def build(store: Store, request: BuildRequest) -> SetManifest:
         retained = _shards(store, collected, record.retain, RETAIN)
         of_collection = replace(of_collection, retain_sources=retained)
         upstream["retain"] = Upstream(record.seen, {**record.refused, **record.retain.refused})
-    return build_sets(store, of_collection, upstream=upstream)
+    return _build_from_sources(store, of_collection, upstream=upstream)
 
 
 def build_many(
@@ -250,7 +250,7 @@ def build_many(
             not_match=concept.excluded,
         )
         try:
-            built.append(build(store, single))
+            built.append(build_sets(store, single))
         except InputError as error:
             failed.append(concept.name)
             progress.warn(f"{concept.name}: {error.message}")
@@ -308,7 +308,7 @@ def replay(store: Store, name: str) -> Replayed:
             hint=f"run `slsgu build-sets {quote(name)}` with its sources",
         )
     request = decode(BuildRequest, before.request)
-    after = build(store, request)
+    after = build_sets(store, request)
     had = {part: ref.fingerprint for part, ref in before.blocks().items()}
     has = {part: ref.fingerprint for part, ref in after.blocks().items()}
     return Replayed(after, {part: had.get(part) == has[part] for part in has})

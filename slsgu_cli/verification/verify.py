@@ -70,7 +70,7 @@ class Verified:
     files: tuple[str, ...]
 
 
-def verify(store: Store, name: str, request: VerifyRequest) -> Verified:
+def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) -> Verified:
     """Run checks on the original model of set `name` and on those it is compared with.
 
     Raises MissingError, InputError, and StaleError where an edit belongs to other weights.

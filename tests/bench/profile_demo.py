@@ -24,7 +24,7 @@ STAGES = {
     "grad": "compute_gradients",
     "rank, with the moments of the direction": "rank_and_plot",
     "search": "search_and_plot",
-    "apply": "apply_named",
+    "apply": "apply",
     "picture of before and after": "draw_examples",
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
 from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import apply_named, direct_edit
+from slsgu_cli.method.edit import apply, direct_edit
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions
@@ -117,7 +117,7 @@ def applied(world, model, out):
         names=[world.name], out=out, model=model, layer=TEXT, step=1.0,
         direction=Direction.GRADIENT,
     )  # fmt: skip
-    return apply_named(world.store, request)
+    return apply(world.store, request)
 
 
 def test_edits_go_both_ways(folder, world, tmp_path):

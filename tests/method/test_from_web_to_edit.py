@@ -26,7 +26,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
 )
 from slsgu_cli.records.sets import DownloadOptions
-from slsgu_cli.sets.build import build, build_sets, with_collection
+from slsgu_cli.sets.build import build_sets, with_collection
 from slsgu_cli.sets.download import find_command
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -157,7 +157,7 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
         ),
     )
     store = Store(str(tmp_path / "web"))
-    manifest = build(store, request)
+    manifest = build_sets(store, request)
     about = [n for n, row in enumerate(icons) if "facebook" in row["caption"].lower()]
     fates = Counter(fate(n) for n in about)
     had = {(icons[n]["image"], icons[n]["caption"]) for n in about if fate(n) not in DEAD}

@@ -12,7 +12,7 @@ from plain import Plain
 
 import slsgu_cli.method.evaluate
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.method.edit import apply_named
+from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.records.options import ApplyRequest, SearchOptions
@@ -38,7 +38,7 @@ def find(world, **options):
 
 def applied(world, out):
     request = ApplyRequest(names=[world.name], out=out)
-    return ModelSpec(apply_named(world.store, request).model)
+    return ModelSpec(apply(world.store, request).model)
 
 
 def assert_figures(model, forget, utility):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_targets import transformers_weights
 
 from slsgu_cli.clip.models import load, resolve
-from slsgu_cli.method.edit import apply_named
+from slsgu_cli.method.edit import apply
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
@@ -95,7 +95,7 @@ def test_a_pipeline_conditions_as_open_clip_does(pipeline, diffusers, world, tmp
             names=[world.name], out=tmp_path / out, layer=layer, step=4.0,
             direction=Direction.GRADIENT, **where,
         )  # fmt: skip
-        apply_named(world.store, request)
+        apply(world.store, request)
         return tmp_path / out
 
     def opened(folder):

@@ -15,7 +15,7 @@ import slsgu_cli.figures.curves
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method import edit as edit_module
-from slsgu_cli.method.edit import apply_named, direct_edit, ensure_edit
+from slsgu_cli.method.edit import apply, direct_edit, ensure_edit
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Tower
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
@@ -28,8 +28,8 @@ PLAIN = RankOptions(direction=Direction.GRADIENT)
 LAYER = "visual.transformer.resblocks.1.attn.out_proj.weight"
 
 
-def apply(world, out, names=("blue",), **request):
-    return apply_named(world.store, ApplyRequest(names=names, out=out, **request))
+def apply_to(world, out, names=("blue",), **request):
+    return apply(world.store, ApplyRequest(names=names, out=out, **request))
 
 
 def find(world, name="blue", **options):
@@ -88,7 +88,7 @@ def forget_accuracy(world, folder):
 def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_path):
     for world, layer in zip(two, layers, strict=True):
         assert find(world, world.name, steps=6, layers=[layer]).forgotten
-    apply(two[0], tmp_path / "out", names=["blue", "red"])
+    apply_to(two[0], tmp_path / "out", names=["blue", "red"])
     sums = {}
     for world, layer in zip(two, layers, strict=True):
         sums[layer] = sums.get(layer, 0) + load_edit(world.store, world.name).delta()
@@ -105,14 +105,14 @@ def test_the_order_of_names_does_not_matter(two, tmp_path):
     for world in two:
         find(world, world.name, steps=2, layers=["visual.proj"])
     for out, names in (("one", ["blue", "red"]), ("other", ["red", "blue"])):
-        apply(two[0], tmp_path / out, names=names)
+        apply_to(two[0], tmp_path / out, names=names)
     one, other = (weights(tmp_path / out) for out in ("one", "other"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
     world.store.remove(Artifact.RANKING.path("blue"))
-    result = apply(world, tmp_path / "out")
+    result = apply_to(world, tmp_path / "out")
     assert world.store.exists(Artifact.RANKING.path("blue"))
     assert world.store.exists(Artifact.EDIT.path("blue"))
     assert any("has no ranking yet" in text for text in listener.heard)
@@ -126,7 +126,7 @@ def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
 def test_an_edit_that_is_there_is_used(world, tmp_path):
     find(world, steps=3)
     world.store.remove(Artifact.RANKING.path("blue"))
-    apply(world, tmp_path / "out")
+    apply_to(world, tmp_path / "out")
     assert not world.store.exists(Artifact.RANKING.path("blue"))
 
 
@@ -137,7 +137,7 @@ def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_pat
     with pytest.raises(NotForgottenError):
         ensure_edit(world.store, "blue", options=SearchOptions(steps=1))
     assert world.store.exists(Artifact.TRIALS.path("blue"))
-    apply(world, tmp_path / "out")
+    apply_to(world, tmp_path / "out")
     assert any("does not forget completely" in text for text in listener.heard)
     assert set(changed(world, tmp_path / "out")) == {STUBBORN}
 
@@ -146,13 +146,13 @@ def test_an_edit_of_other_gradients_is_refused(world, tmp_path):
     find(world, steps=2)
     world.grade(batch_size=8)
     with pytest.raises(StaleError, match="the edit blue was made from other gradients") as error:
-        apply(world, tmp_path / "out")
+        apply_to(world, tmp_path / "out")
     assert "slsgu search blue" in error.value.hint
     assert not (tmp_path / "out").exists()
 
 
 def test_a_step_by_hand_moves_the_layer_along_the_gradient(world, tmp_path):
-    apply(world, tmp_path / "out", layer=LAYER, step=0.02, direction=Direction.GRADIENT)
+    apply_to(world, tmp_path / "out", layer=LAYER, step=0.02, direction=Direction.GRADIENT)
     found = changed(world, tmp_path / "out")
     assert set(found) == {LAYER}
     expected = 0.02 * gradient(world)[LAYER]
@@ -204,7 +204,7 @@ def test_a_layer_by_hand_must_be_one_layer(layer, world):
 def test_a_layer_by_hand_goes_with_one_name_and_a_step(world, tmp_path):
     for request in ({"layer": LAYER}, {"layer": LAYER, "step": 1.0, "names": ["blue", "red"]}):
         with pytest.raises(UsageError, match="--layer goes with one NAME and --step"):
-            apply(world, tmp_path / "out", **request)
+            apply_to(world, tmp_path / "out", **request)
 
 
 def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path):
@@ -216,15 +216,15 @@ def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path):
         ("step", {"step": 2 * chosen.step}, 2.0),
         ("both", {"step": 2 * chosen.step, "scale": 0.25}, 0.5),
     ):
-        apply(world, tmp_path / out, **request)
+        apply_to(world, tmp_path / out, **request)
         assert_same_change(changed(world, tmp_path / out)[chosen.layer], factor * full)
 
 
 def test_applying_and_reverting_gives_the_original_back(world, tmp_path):
     find(world, steps=3)
-    model = apply(world, tmp_path / "out").model
+    model = apply_to(world, tmp_path / "out").model
     spec = replace(world.model, name=model)
-    apply(world, tmp_path / "back", model=spec, revert=True)
+    apply_to(world, tmp_path / "back", model=spec, revert=True)
     original, back = (
         (folder / "open_clip_model.safetensors").read_bytes()
         for folder in (world.folder, tmp_path / "back")
@@ -240,13 +240,13 @@ def test_edits_for_different_models_need_one_named(world, tmp_path):
         Artifact.EDIT.path("other"), {"delta": edit.delta(), "before": edit.before()}, other
     )
     with pytest.raises(UsageError, match="made for different models"):
-        apply(world, tmp_path / "out", names=["blue", "other"])
-    apply(world, tmp_path / "out", names=["blue", "other"], model=world.model)
+        apply_to(world, tmp_path / "out", names=["blue", "other"])
+    apply_to(world, tmp_path / "out", names=["blue", "other"], model=world.model)
 
 
 def test_a_name_that_is_nothing_is_told(world, tmp_path):
     with pytest.raises(MissingError, match="has no edit nobody"):
-        apply(world, tmp_path / "out", names=["nobody"])
+        apply_to(world, tmp_path / "out", names=["nobody"])
 
 
 def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
@@ -279,7 +279,7 @@ def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
 
 def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path):
     find(world, steps=3, layers=[LAYER])
-    apply(world, tmp_path / "out", rank=1)
+    apply_to(world, tmp_path / "out", rank=1)
     found = changed(world, tmp_path / "out")
     assert set(found) == {LAYER}
     values = np.linalg.svd(found[LAYER].astype(float), compute_uv=False)
@@ -287,5 +287,5 @@ def test_an_edit_of_low_rank_goes_in_and_out_again(world, tmp_path):
     assert values[0] == pytest.approx(whole[0], rel=1e-2)
     assert values[1] < 0.05 * values[0]
     model = ModelSpec(f"local-dir:{tmp_path / 'out'}")
-    apply(world, tmp_path / "back", model=model, revert=True, rank=1)
+    apply_to(world, tmp_path / "back", model=model, revert=True, rank=1)
     assert not changed(world, tmp_path / "back")

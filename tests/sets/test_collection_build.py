@@ -14,7 +14,7 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
-from slsgu_cli.sets.build import build, build_many, replay, require_all, with_collection
+from slsgu_cli.sets.build import build_many, build_sets, replay, require_all, with_collection
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
@@ -49,7 +49,7 @@ def ask(model, *, concepts=(), metadata=(), sources=(), **options):
 
 def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
     request = ask(tiny_model, metadata=(metadata,), not_match=("not this",))
-    manifest = build(store, request)
+    manifest = build_sets(store, request)
     forget = DataBlock.open(store, manifest.forget)
     assert sorted(int(c.split()[-1]) for c in forget.captions) == [
         n for n in range(0, 60, 3) if n not in (3, 6, 9)
@@ -66,13 +66,13 @@ def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
 
 
 def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, tmp_path):
-    first = build(store, ask(tiny_model, metadata=(metadata,)))
+    first = build_sets(store, ask(tiny_model, metadata=(metadata,)))
     other = Store(str(tmp_path / "other"))
     request = ask(tiny_model, metadata=(metadata,))
     # Other shards, in which everything lies elsewhere.
     small = DownloadOptions(command=FAKE_IMG2DATASET, shard_rows=7)
     collect = replace(request.collect, download=small)
-    second = build(other, replace(request, collect=collect))
+    second = build_sets(other, replace(request, collect=collect))
     assert second.forget.fingerprint == first.forget.fingerprint
     assert second.retain.fingerprint == first.retain.fingerprint
 
@@ -100,14 +100,14 @@ def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model,
 def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, monkeypatch):
     monkeypatch.setattr(collection, "line_for", lambda wanted: 2 * wanted)
     request = ask(tiny_model, metadata=(metadata,), max_forget=5)
-    manifest = build(store, request)
+    manifest = build_sets(store, request)
     (urls,) = Path(store.root).glob("collections/*/urls.parquet")
     roles = [row["role"] for row in pq.read_table(urls).to_pylist()]
     assert roles.count("forget") == 10
     assert manifest.forget.rows == 5
     monkeypatch.undo()
     other = Store(f"{store.root}-2")
-    whole = build(other, request)
+    whole = build_sets(other, request)
     assert whole.forget.fingerprint == manifest.forget.fingerprint
     assert whole.forget.refused["beyond --max-forget"] > 10
 
@@ -115,17 +115,17 @@ def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, m
 def test_other_rows_to_retain_may_be_named(store, tiny_model, metadata, tmp_path):
     shard(tmp_path / "retain.tar", [f"a house {n}" for n in range(12)])
     request = ask(tiny_model, metadata=(metadata,), retain_sources=(f"{tmp_path}/retain.tar",))
-    manifest = build(store, request)
+    manifest = build_sets(store, request)
     assert manifest.retain.seen == 12
 
 
 def test_nothing_found_and_nothing_had_are_told_apart(store, tiny_model, metadata):
     none = ask(tiny_model, metadata=(metadata,), match=("unicorn",))
     with pytest.raises(InputError, match="nothing matches 'unicorn' among 60 captions"):
-        build(store, none)
+        build_sets(store, none)
     dead = ask(tiny_model, metadata=(metadata,), match=("dog 3",))
     with pytest.raises(InputError, match="none of the 1 images of dog could be had: 1 connection"):
-        build(store, dead)
+        build_sets(store, dead)
     assert store.names("sets") == []
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method.edit import apply_named
+from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
@@ -147,7 +147,7 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, tmp_pat
 def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, listener):
     world, result = searched
     request = ApplyRequest(names=NAMES, out=tmp_path / "out")
-    apply_named(world.store, request)
+    apply(world.store, request)
     assert not any("searched jointly" in told for told in listener.heard)
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     assert_figures(result.chosen, plain_figures(world, model))
@@ -160,12 +160,12 @@ def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, list
 def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
     world, _ = apart
     request = ApplyRequest(names=("blue", "green"), out=tmp_path / "out", dry_run=True)
-    apply_named(world.store, request)
+    apply(world.store, request)
     assert any("blue, green: searched jointly with red" in told for told in listener.heard)
     listener.heard.clear()
     # The edit of a set that was searched alone since is not the one of the joint search.
     search(world.store, "red", options=SearchOptions(steps=3))
-    apply_named(world.store, replace(request, names=NAMES))
+    apply(world.store, replace(request, names=NAMES))
     assert any("blue, green: searched jointly with red" in told for told in listener.heard)
 
 

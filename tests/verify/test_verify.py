@@ -287,12 +287,12 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
-    from slsgu_cli.method.edit import apply_named
+    from slsgu_cli.method.edit import apply
     from slsgu_cli.records.options import ApplyRequest
     from slsgu_cli.records.sets import ModelSpec
 
     request = ApplyRequest(names=["blue"], out=tmp_path / "out")
-    spec = ModelSpec(apply_named(world.store, request).model)
+    spec = ModelSpec(apply(world.store, request).model)
     result = run(world, model=spec)
     assert result.models[1].label == str(spec)
     own = finding(run(world), Check.BASELINE)

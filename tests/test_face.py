@@ -1,0 +1,69 @@
+"""What `import slsgu_cli` gives to a program."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slsgu_cli
+
+ROOT = Path(slsgu_cli.__file__).resolve().parents[1]
+
+
+def names_for_type_checkers():
+    tree = ast.parse(inspect.getsource(slsgu_cli))
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    return {
+        alias.name: node.module.removeprefix("slsgu_cli.")
+        for node in guarded.body
+        for alias in node.names
+    }
+
+
+def test_a_type_checker_sees_what_a_program_gets():
+    assert names_for_type_checkers() == slsgu_cli._ROOMS
+
+
+@pytest.mark.parametrize("name", names_for_type_checkers())
+def test_every_name_is_there_and_documented(name):
+    assert name in dir(slsgu_cli)
+    assert getattr(slsgu_cli, name).__doc__
+
+
+def test_no_other_name_is_there():
+    with pytest.raises(AttributeError, match="no attribute 'forget'"):
+        _ = slsgu_cli.forget
+
+
+def test_importing_it_imports_nothing_else():
+    code = "import sys, slsgu_cli; print([m for m in sys.modules if m.startswith('slsgu_cli.')])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_no_verb_asks_for_a_console():
+    verbs = [getattr(slsgu_cli, name) for name in slsgu_cli._ROOMS]
+    for verb in filter(inspect.isfunction, verbs):
+        assert "console" not in inspect.signature(verb).parameters
+
+
+@pytest.mark.slow
+def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "guide" / "automation.md").read_text()
+    (program,) = re.findall(r"\$ cat > forget\.py << 'END'\n(.*?)\n> END\n", page, re.S)
+    (shown,) = re.findall(r"\$ python forget\.py\n(.*?)```", page, re.S)
+    program = re.sub(r"(?m)^> ?", "", program)
+    assert re.findall("slsgu_cli.*", program)[0] == "slsgu_cli as slsgu"
+    assert program.count("import") == 2
+    (tmp_path / "slsgu_cli").symlink_to(ROOT / "slsgu_cli")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "forget.py", "exec"), {})
+    out, err = capsys.readouterr()
+    # The last digits of accuracies are the machine's; who is forgotten is not.
+    assert out.split()[0] == shown.split()[0] == "True"
+    assert err == ""
+    assert (tmp_path / "clip-without-spotify" / "open_clip_config.json").is_file()
