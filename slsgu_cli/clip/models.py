@@ -28,6 +28,7 @@ from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec, ModelSpec
+from slsgu_cli.records.words import near
 
 if TYPE_CHECKING:
     import torch
@@ -352,8 +353,6 @@ def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _resolve_name(spec: ModelSpec) -> ResolvedModel:
-    import difflib
-
     import open_clip
 
     name = spec.name
@@ -371,9 +370,9 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
             hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
         )
     if config is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
+        hint = near(name, open_clip.list_models())
         raise InputError(
-            f"open_clip has no model {name}" + (f"; near: {', '.join(near)}" if near else ""),
+            f"open_clip has no model {name}" + (f"; {hint}" if hint else ""),
             hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
             "or a CLIPModel folder of transformers",
         )
@@ -384,10 +383,12 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
     if Path(spec.pretrained).is_file():
         return ResolvedModel(spec, name, config, _defaults(), Path(spec.pretrained), None)
     if not tag:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        every = f"tags of {name}: {', '.join(tags) or 'none'}"
+        hint = near(spec.pretrained, tags)
         raise MissingError(
             f"{spec.pretrained} is neither a file nor a pretrained tag of {name}",
-            hint=f"tags of {name}: {tags}",
+            hint=f"{hint}; {every}" if hint else every,
         )
     try:
         weights = Path(open_clip.download_pretrained(tag))

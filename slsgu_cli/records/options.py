@@ -26,6 +26,7 @@ from slsgu_cli.records.words import (
     TARGET,
     bytes_of,
     choices,
+    figure,
     option,
     options,
     percent,
@@ -408,13 +409,14 @@ class CompareOptions:
     methods: Sequence[Method] = option(
         CLIP_METHODS, "--methods", metavar="METHODS", without="all",
         read=choices(CLIP_METHODS, always=Method.ORIGINAL),
+        write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
         help="Of ft, ga, gaft, salun, ssd, ours; on a pipeline esd, salun, ours.", panel=SEARCH,
     )  # fmt: skip
     rates: Sequence[float] | None = option(
         (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
         without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
         help="Learning rates, or auto.", panel=SEARCH,
-        write=lambda rate: "auto" if rate is None else f"{rate:g}",
+        write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
     )  # fmt: skip
     epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
     batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)

@@ -70,7 +70,7 @@ class SourceRequest:
     )  # fmt: skip
     pipeline: Path = option(
         ..., "--pipeline", help="Folder of a diffusion pipeline, for --generate.",
-        panel=GENERATION,
+        panel=GENERATION, without="none",
     )  # fmt: skip
     count: int = option(500, "--count", min=1, help="Images to generate.", panel=GENERATION)
     seed: int = 0
@@ -168,10 +168,20 @@ class CanvasRequest:
     target: Path = TARGET_FOLDER()
     out: Path = option(..., "--out", "-o", help="Folder for the results.", panel=OUTPUT)
     themes: str = option(
-        ..., "--themes", help="File of themes, for unlearncanvas.", panel=ROWS, metavar="FILE"
+        ...,
+        "--themes",
+        help="File of themes, for unlearncanvas.",
+        panel=ROWS,
+        metavar="FILE",
+        without="none",
     )
     objects: str = option(
-        ..., "--objects", help="File of objects, for unlearncanvas.", panel=ROWS, metavar="FILE"
+        ...,
+        "--objects",
+        help="File of objects, for unlearncanvas.",
+        panel=ROWS,
+        metavar="FILE",
+        without="none",
     )
     judge: ModelSpec | None = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
@@ -217,6 +227,7 @@ class PipelineCompareOptions:
 
     target: Path = option(
         ..., "--target", "-t", help="Folder of a diffusion pipeline to compare on.", panel=TARGET,
+        without="on CLIP itself",
 
     )  # fmt: skip
     methods: Sequence[Method] = option(

@@ -232,8 +232,7 @@ class Place:
         if self.option.write is not None:
             return self.option.write(value)
         if isinstance(value, float):
-            short = f"{value:g}"
-            return short if float(short) == value else repr(value)
+            return figure(value)
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def words(self, value: Any) -> Iterator[str]:
@@ -371,12 +370,18 @@ def _item(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) else kind
 
 
+def figure(value: float) -> str:
+    """Return the shortest text that is this number again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def near(text: str, names: Collection[str], most: int = 3) -> str | None:
     """Return which of the names were perhaps meant, as a hint; None where none is near."""
     by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
     letters = re.sub(r"\W+", "", text).lower()
     close = difflib.get_close_matches(letters, by_letters, most, 0.5)
-    longer = [name for name in sorted(by_letters) if letters and name.startswith(letters)]
+    longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
     chosen = list(dict.fromkeys([*close, *longer]))[:most]
     return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
 

@@ -32,6 +32,7 @@ from slsgu_cli.records.studies import (
     Verification,
 )
 from slsgu_cli.records.targets import Answers, GeneratedSource, Generation, TargetTrials
+from slsgu_cli.records.words import near
 from slsgu_cli.store.store import Store, require
 
 T = TypeVar("T")
@@ -271,7 +272,7 @@ def read_manifest(store: Store, name: str) -> SetManifest:
     path = Artifact.SET.path(name)
     known = [] if store.exists(path) else Artifact.SET.names(store)
     what = f"set {name}" + (f"; it has {', '.join(known)}" if known else "")
-    require(store, path, what=what, run=Artifact.SET.command(name))
+    require(store, path, what=what, run=Artifact.SET.command(name), near=near(name, known))
     return store.read_record(path, SetManifest)
 
 

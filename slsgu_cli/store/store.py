@@ -247,12 +247,17 @@ class Store:
         self._fs.mv(source, target, recursive=self._fs.isdir(source))
 
 
-def require(store: Store, path: str, *, what: str, run: str) -> None:
-    """Raise MissingError naming `what` and the command to `run` unless `path` is in the store."""
+def require(store: Store, path: str, *, what: str, run: str, near: str | None = None) -> None:
+    """Raise MissingError naming `what` and the command to `run` unless `path` is in the store.
+
+    `near` says what else was perhaps meant.
+    """
     if store.exists(path):
         return
     if store.exists(""):
-        raise MissingError(f"{store.url} has no {what}", hint=f"run `{run}`")
+        raise MissingError(
+            f"{store.url} has no {what}", hint=f"{near}; or run `{run}`" if near else f"run `{run}`"
+        )
     raise MissingError(
         f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
         hint=f"run `{run}`, or name the store with --store or SLSGU_STORE",

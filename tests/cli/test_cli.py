@@ -24,7 +24,7 @@ COMMANDS = (
     "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",
     "sweep", "report", "ls", "demo",
 )  # fmt: skip
-COMMANDS += ("generate", "ask")
+COMMANDS += ("steer", "generate", "ask", "verify")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 PLAIN_REPORT = ["report", "blue", "--no-examples"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
@@ -209,7 +209,7 @@ def test_help_of_every_command_has_an_example_and_the_common_options():
         assert f"Example: slsgu {name}" in " ".join(text.split())
         for option in ("--store", "SLSGU_STORE", "--json", "--quiet", "-v,", "--debug"):
             assert option in text
-    assert "..." not in shown.partition("Commands:")[2]
+    assert "..." not in shown.partition("The five steps")[2]
 
 
 def test_version_and_completion():

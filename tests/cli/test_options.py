@@ -1,0 +1,206 @@
+"""Options as records say them: help, refusals, command lines, completion."""
+
+import math
+import re
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from slsgu_cli.cli import app
+from slsgu_cli.cli.app import COMMANDS, GROUPS, _Command, _known
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
+from slsgu_cli.records.options import (
+    ApplyRequest,
+    CompareOptions,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+    TrajectoryOptions,
+)
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import Method
+from slsgu_cli.records.words import PANELS, build, command_line, near, places
+
+GROUP = typer.main.get_command(app)
+LISTED = [name for names in GROUPS.values() for name in names]
+
+
+def ran(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def told(*words):
+    """Return what a command that is refused says."""
+    done = ran(*words)
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    return " ".join(done.stderr.split())
+
+
+def read(command, kind, words):
+    """Return the record that the words of a command line ask for."""
+    context = GROUP.get_command(None, command).make_context(command, list(words))
+    words = {key: value for key, value in context.params.items() if value not in (None, [], ())}
+    values = {p.path: p.value(words[p.option.key]) for p in places(kind) if p.option.key in words}
+    return build(kind, values)
+
+
+def test_commands_are_listed_in_groups_in_the_order_of_use():
+    assert set(LISTED) == set(COMMANDS)
+    shown = ran("--help").stdout
+    lines = [line for line in shown.splitlines() if re.match(r"  [a-z-]+  +[A-Z]", line)]
+    assert [line.split()[0] for line in lines if line.split()[0] in COMMANDS] == LISTED
+    assert "..." not in shown.partition("The five steps")[2]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_option_says_what_it_is_in_80_columns(name):
+    command = GROUP.get_command(None, name)
+    assert isinstance(command, _Command)
+    for param in command.params:
+        if param.param_type_name == "argument" or param.hidden:
+            continue
+        said = param.help
+        assert said, param.name
+        assert param.rich_help_panel in PANELS
+        assert param.is_flag or not re.search(r"[<\[]", param.metavar), param.metavar
+        whole = param.is_flag or param.required or param.multiple or param.name == "store"
+        assert whole or "[default: " in said, param.name
+        assert ("Repeatable." in said) or not param.multiple or param.name == "ridge"
+    shown = ran(name, "--help").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in shown.partition("Common options")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["search", "a", "--steer", "fa3"], "--steer fa3 is none of fa1, fa5, margin"),
+        (["search", "a", "--steps", "0"], "--steps 0 is out of range: it must be 1 or more"),
+        (["search", "a", "--steps", "few"], "--steps few is no whole number"),
+        (["steer", "a", "-t", "x", "--goal", "101"], "it must be from 0 to 100"),
+        (["search", "a", "--ridge", "1", "--ridge", "2"], "--ridge is given 2 times and takes one"),
+        (["trajectory", "a", "--ridge", "1", "--ridge", "2"], "--ridge is given 2 times"),
+        (["trajectory", "a", "--until", "-3"], "--until -3 is no share of a norm"),
+        (["search", "a", "--goal", "5"], "--goal is for a search on a model built on CLIP"),
+        (["search", "a", "--top", "5", "--others", "3"], "--top, --others are for a search on"),
+        (["search", "a", "--encoder", "e"], "try: slsgu steer NAME --target FOLDER"),
+        (["search", "a", "--target", "t"], "--target and --steer-target go together"),
+        (["search", "a", "--steer-target"], "--target and --steer-target go together"),
+        (["search", "a", "--steer-target", "-t", "t", "--joint"], "--joint is for a search on"),
+        *[
+            (["search", "a", "--steer-target", "-t", "t", option, value], f"{option} is for a")
+            for option, value in (
+                ("--steer", "fa5"), ("--margin", "1"), ("--precision", "tf32"),
+                ("--cache-budget", "1G"),
+            )
+        ],
+        (["build-sets", "a", "--replay", "--seed", "5"], "takes no other options: not --seed"),
+        (["build-sets", "a", "--replay", "--max-forget", "3", "--count", "9"],
+         "not --max-forget, --count"),
+        (["build-sets", "--replay"], "--replay needs the name of a set"),
+        (["build-sets", "a", "-m", "m", "--count", "5"], "--count is for --generate"),
+        (["build-sets", "a", "-m", "m", "--pipeline", "p"], "--pipeline is for --generate"),
+        (["build-sets", "a", "-m", "m", "--retries", "2"], "--retries is for --metadata"),
+        (["build-sets", "a", "-m", "m", "--url-col", "u"], "--url-col is for --metadata"),
+        (["build-sets", "a", "-m", "m", "--generate", "p"], "--generate needs --pipeline"),
+        (["build-sets", "a"], "build-sets needs the model the sets are for"),
+        (["build-sets", "a", "-p", "openai"], "--pretrained needs --model"),
+        (["generate", "a", "-t", "x", "--themes", "f"], "--themes is for an answer set"),
+        (["compare", "a", "--iterations", "3"], "--iterations is for a diffusion pipeline"),
+        (["steer", "a", "-t", "x", "--judge-pretrained", "w"], "--judge-pretrained needs --judge"),
+        (["rank", "a", "--direction", "gradient", "--ridge", "1"], "for the whitened direction"),
+        (["rank", "a", "--towr", "text"], "--tower"),
+        (["serch", "a"], "search"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(words, said):
+    assert said in told(*words)
+
+
+def test_near_names_are_offered():
+    names = ["ViT-B-32", "ViT-B-16-SigLIP", "RN50"]
+    assert near("ViT-B32", names).startswith("near: ViT-B-32")
+    assert near("siglip", names) == "near: ViT-B-16-SigLIP"
+    assert near("opnai", ["openai", "laion2b"]) == "near: openai"
+    assert near("zzzz", names) is None
+
+
+numbers = st.floats(1e-6, 1e6, allow_nan=False)
+texts = st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1)
+lists = st.lists(texts, max_size=3).map(tuple)
+RECORDS = {
+    "grad": st.builds(
+        PassOptions, batch_size=st.integers(2, 999), precision=st.sampled_from(Precision),
+        memory_budget=st.none() | st.integers(1, 1 << 40), device=st.sampled_from(["cpu", "auto"]),
+    ),
+    "rank": st.builds(
+        RankOptions, alignment=st.sampled_from(Alignment), ridge=st.none() | numbers,
+        qkv=st.sampled_from(Qkv), include=lists, exclude=lists, target=st.none() | texts,
+        tower=st.none() | st.sampled_from(Tower), device=st.just("cuda:1"),
+    ),
+    "search": st.builds(
+        SearchOptions, layers=lists, direction=st.none() | st.sampled_from(Direction),
+        ridge=st.none() | numbers, steer=st.sampled_from(Steer), margin=numbers,
+        steps=st.integers(1, 99), full=st.booleans(), precision=st.sampled_from(Precision),
+    ),
+    "apply": st.builds(
+        ApplyRequest, names=st.lists(st.from_regex(r"[a-z]+", fullmatch=True), min_size=1,
+                                     max_size=2).map(tuple),
+        out=texts.map(Path), model=st.none() | st.builds(ModelSpec, texts, st.none() | texts),
+        step=st.none() | st.floats(allow_nan=False), scale=numbers, revert=st.booleans(),
+    ),
+    "compare": st.builds(
+        CompareOptions, rates=st.none() | st.lists(numbers, min_size=1, unique=True).map(tuple),
+        epochs=st.integers(1, 9), methods=st.just((Method.ORIGINAL, Method.GA)),
+    ),
+    "trajectory": st.builds(
+        TrajectoryOptions, points=st.integers(2, 99), search=st.builds(SearchOptions, layers=lists)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_command_line_of_a_record_asks_for_it(name, data):
+    record = data.draw(RECORDS[name])
+    assert is_dataclass(record)
+    words = command_line(record)
+    arguments = [] if name == "apply" else ["blue"]
+    assert read(name, type(record), [*arguments, *words]) == record
+
+
+def test_a_share_comes_back_as_a_share():
+    options = TrajectoryOptions(until=0.3)
+    words = command_line(options)
+    assert words == ["--until", "30"]
+    assert math.isclose(read("trajectory", TrajectoryOptions, ["blue", *words]).until, 0.3)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UsageError, match="NAME"):
+        build(ApplyRequest, {})
+
+
+def test_a_shell_completes_sets_edits_and_layers(shared_world, monkeypatch):
+    root = shared_world.store.root
+    assert shared_world.name in _known("set", {"store": root})
+    assert shared_world.name in _known("edit", {"store": root})
+
+    def completed(line, **env):
+        variables = {
+            "_SLSGU_COMPLETE": "complete_bash", "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1), **env,
+        }  # fmt: skip
+        return CliRunner().invoke(app, [], env=variables, prog_name="slsgu").stdout.split()
+
+    assert shared_world.name in completed(f"slsgu rank --store {root} b")
+    assert shared_world.name in completed("slsgu apply b", SLSGU_STORE=root)
+    assert completed("slsgu rank b", SLSGU_STORE="/nowhere/at/all") == []
+    assert completed("slsgu search nosuch --layer v", SLSGU_STORE=root) == []
