@@ -341,13 +341,16 @@ def _completion(what: str) -> Callable[..., list[str]]:
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
         # A shell that asks has no use for an error.
         with contextlib.suppress(Exception):
-            return [name for name in _known(what, ctx.params) if name.startswith(incomplete)]
+            return [
+                name for name in _known(what, ctx.params, ctx.args) if name.startswith(incomplete)
+            ]
         return []
 
     return complete
 
 
-def _known(what: str, params: Mapping[str, Any]) -> list[str]:
+def _known(what: str, params: Mapping[str, Any], rest: Sequence[str] = ()) -> list[str]:
+    """Return the names of a kind; `rest` has the arguments before an option without its value."""
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.store import Store
 
@@ -356,12 +359,10 @@ def _known(what: str, params: Mapping[str, Any]) -> list[str]:
         from slsgu_cli.checkpoints.layers import known_as
         from slsgu_cli.records.method import Ranking
 
-        names = next(params[key] for key in ("name", "name_edit") if params.get(key))
+        names = next((params[key] for key in ("name", "name_edit") if params.get(key)), rest)
         name = names if isinstance(names, str) else names[0]
-        return [
-            known_as(s.layer)
-            for s in store.read_record(Artifact.RANKING.path(name), Ranking).scores
-        ]
+        ranking = store.read_record(Artifact.RANKING.path(name), Ranking)
+        return [known_as(score.layer) for score in ranking.scores]
     kinds = [Artifact.SET, Artifact.EDIT] if what == "edit" else [Artifact.SET]
     return sorted({name for kind in kinds for name in kind.names(store)})
 

@@ -30,25 +30,26 @@ if TYPE_CHECKING:
     from slsgu_cli.store.store import Store
 
 
+NamesFile = Annotated[
+    str | None,
+    Option(
+        ("--names",), "File of many names: NAME<tab>alias<tab>!exclusion a line.", ROWS,
+        metavar="FILE", without="NAME alone",
+    ),
+]  # fmt: skip
+Replay = Annotated[
+    bool, Option(("--replay",), "Build NAME again as it was built, dropped rows too.", ROWS)
+]
+
+
 @command("build-sets")
 def build_sets(
     session: Session,
     request: Asked[BuildRequest],
     metadata: Asked[MetadataSource],
     images: Asked[SourceRequest],
-    names: Annotated[
-        str | None,
-        Option(
-            ("--names",),
-            "File of many names: NAME<tab>alias<tab>!exclusion a line.",
-            ROWS,
-            metavar="FILE",
-            without="NAME alone",
-        ),
-    ] = None,
-    replay: Annotated[
-        bool, Option(("--replay",), "Build NAME again as it was built, dropped rows too.", ROWS)
-    ] = False,
+    names: NamesFile = None,
+    replay: Replay = False,
 ) -> None:
     """Curate a forget set, a retain set and evaluation sets.
 

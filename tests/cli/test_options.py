@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from slsgu_cli.cli import app
 from slsgu_cli.cli.app import COMMANDS, GROUPS, _Command, _known
 from slsgu_cli.errors import UsageError
+from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.options import (
     ApplyRequest,
@@ -26,6 +28,7 @@ from slsgu_cli.records.options import (
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import Method
 from slsgu_cli.records.words import PANELS, build, command_line, near, places
+from slsgu_cli.store.store import Store
 
 GROUP = typer.main.get_command(app)
 LISTED = [name for names in GROUPS.values() for name in names]
@@ -188,8 +191,10 @@ def test_what_is_missing_is_named():
         build(ApplyRequest, {})
 
 
-def test_a_shell_completes_sets_edits_and_layers(shared_world, monkeypatch):
-    root = shared_world.store.root
+def test_a_shell_completes_sets_edits_and_layers(shared_world, tmp_path):
+    root = str(tmp_path / "store")
+    shutil.copytree(shared_world.store.root, root)
+    rank(Store(root), "blue", options=RankOptions(direction=Direction.GRADIENT))
     assert shared_world.name in _known("set", {"store": root})
     assert shared_world.name in _known("edit", {"store": root})
 
@@ -202,5 +207,7 @@ def test_a_shell_completes_sets_edits_and_layers(shared_world, monkeypatch):
 
     assert shared_world.name in completed(f"slsgu rank --store {root} b")
     assert shared_world.name in completed("slsgu apply b", SLSGU_STORE=root)
+    layers = completed("slsgu search blue --layer visual.p", SLSGU_STORE=root)
+    assert layers == ["visual.proj"]
     assert completed("slsgu rank b", SLSGU_STORE="/nowhere/at/all") == []
     assert completed("slsgu search nosuch --layer v", SLSGU_STORE=root) == []
