@@ -193,10 +193,6 @@ def _figure(value: float) -> str:
     return f"{value:.2f}"
 
 
-def _step(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
     from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
