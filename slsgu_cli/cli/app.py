@@ -391,12 +391,12 @@ class _Ending:
             return ExitCode.INTERRUPTED
         if self.debug:
             traceback.print_exception(error)
-        told = error if isinstance(error, SlsguError) else _unexpected(error)
+        shown = error if isinstance(error, SlsguError) else _unexpected(error)
         # Results that were ready before the error are results still.
         with contextlib.suppress(OSError, SlsguError):
             self.console.flush()
-        self.console.error(told)
-        return told.exit_code
+        self.console.error(shown)
+        return shown.exit_code
 
 
 def _unexpected(error: BaseException) -> SlsguError:

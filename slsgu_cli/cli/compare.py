@@ -120,7 +120,9 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
     )
 
 
-def show_pipeline_comparison(console: "Console", found: PipelineComparison, sheet: str) -> None:
+def show_pipeline_comparison(
+    console: "Console", comparison: PipelineComparison, sheet: str
+) -> None:
     """Print a row for each method and learning rate."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.compare.table import LABELS
@@ -144,13 +146,13 @@ def show_pipeline_comparison(console: "Console", found: PipelineComparison, shee
             row.distance,
             row.seconds,
         )
-        for row in found.outcomes
+        for row in comparison.outcomes
     ]
     title = (
-        f"forgetting {found.concept} on {found.target}: {found.budget.concept} pictures of it, "
-        f"{found.budget.others} of other classes"
+        f"forgetting {comparison.concept} on {comparison.target}: "
+        f"{comparison.budget.concept} pictures of it, {comparison.budget.others} of other classes"
     )
-    console.table("comparison", columns, rows, title=title, data=found)
+    console.table("comparison", columns, rows, title=title, data=comparison)
     console.paths("sheets", [sheet])
 
 

@@ -35,7 +35,7 @@ def _change(value: float) -> str:
     return f"{value:+.1f}"
 
 
-def show_generation(console: "Console", found: Generation, album: "OutputFolder") -> None:
+def show_generation(console: "Console", record: Generation, output: "OutputFolder") -> None:
     """Print which prompts still give what they ask for, and the figures of a judge."""
     from slsgu_cli.cli.console import Column
 
@@ -43,11 +43,11 @@ def show_generation(console: "Console", found: Generation, album: "OutputFolder"
         (
             prompt.prompt,
             prompt.label,
-            len(found.seeds),
+            len(record.seeds),
             prompt.before.percent if prompt.before else None,
             prompt.after.percent if prompt.after else None,
         )
-        for prompt in found.prompts
+        for prompt in record.prompts
     ]
     columns = (
         "prompt",
@@ -56,14 +56,14 @@ def show_generation(console: "Console", found: Generation, album: "OutputFolder"
         Column("original", shown=roughly),
         Column("unlearned", shown=roughly),
     )
-    title = "images taken for the class" if found.judge else "generated"
+    title = "images taken for the class" if record.judge else "generated"
     if console.as_json:
-        console.table("generation", columns, rows, data=found)
+        console.table("generation", columns, rows, data=record)
     else:
         console.table("prompts", columns, rows, title=title)
-    if found.before and found.after:
-        show_effects(console, found.before, found.after)
-    console.paths("sheets", [album.where("sheet.png"), album.where("sheet.html")])
+    if record.before and record.after:
+        show_effects(console, record.before, record.after)
+    console.paths("sheets", [output.where("sheet.png"), output.where("sheet.html")])
 
 
 def show_effects(console: "Console", before: Effect, after: Effect) -> None:
@@ -138,8 +138,8 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
 def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
     best: dict[str, TargetTrial] = {}
     for trial in trials.trials:
-        own = best.get(trial.layer)
-        if own is None or _order(trial, chosen, trials.goal) < _order(own, chosen, trials.goal):
+        known = best.get(trial.layer)
+        if known is None or _order(trial, chosen, trials.goal) < _order(known, chosen, trials.goal):
             best[trial.layer] = trial
     return list(best.values())
 
@@ -149,25 +149,25 @@ def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, 
     return trial != chosen, not enough, trial.step if enough else float(trial.concept.count)
 
 
-def show_answer_set(console: "Console", found: AnswerSet) -> None:
+def show_answer_set(console: "Console", answer_set: AnswerSet) -> None:
     """Print the figures of an UnlearnCanvas answer set."""
     from slsgu_cli.cli.console import Column
 
-    figures = (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))
+    figures = (("UA", answer_set.ua), ("IRA", answer_set.ira), ("CRA", answer_set.cra))
     rows = [(name, share.percent, share.total) for name, share in figures if share]
     columns = ("figure", Column("unlearned", shown=roughly), "of")
-    title = f"{found.images} images; forgetting the {found.domain} {found.concept}"
-    console.table("answer set", columns, rows, title=title, data=found)
+    title = f"{answer_set.images} images; forgetting the {answer_set.domain} {answer_set.concept}"
+    console.table("answer set", columns, rows, title=title, data=answer_set)
 
 
-def show_answers(console: "Console", found: Answers, album: "OutputFolder") -> None:
+def show_answers(console: "Console", record: Answers, output: "OutputFolder") -> None:
     """Print what was said about each image."""
     from slsgu_cli.cli.console import Column
 
-    rows = [(a.image, a.question, a.before, a.after) for a in found.answers]
+    rows = [(a.image, a.question, a.before, a.after) for a in record.answers]
     columns = ("image", "question", Column("original"), Column("unlearned"))
-    console.table("answers", columns, rows, data=found)
-    console.paths("pictures", [album.where("answers.png"), album.where("answers.html")])
+    console.table("answers", columns, rows, data=record)
+    console.paths("pictures", [output.where("answers.png"), output.where("answers.html")])
 
 
 def search_on_target(session: Session, names: Sequence[str], options: SteerOptions) -> None:
@@ -227,8 +227,8 @@ def generate(
     from slsgu_cli.downstream.generate import generate as run
 
     answer_set.refuse("for an answer set", hint="--protocol unlearncanvas", beside=[request])
-    record, album = run(session.store, request.record())
-    show_generation(session.console, record, album)
+    record, output = run(session.store, request.record())
+    show_generation(session.console, record, output)
 
 
 @command("ask")
@@ -239,5 +239,5 @@ def ask(session: Session, request: AskRequest) -> None:
     """
     from slsgu_cli.downstream.ask import ask as run
 
-    record, album = run(session.store, request)
-    show_answers(session.console, record, album)
+    record, output = run(session.store, request)
+    show_answers(session.console, record, output)

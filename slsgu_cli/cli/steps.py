@@ -66,16 +66,16 @@ def build_sets(
         images.refuse("for --generate", hint="--generate PROMPT", beside=[request])
     if "metadata" not in metadata:
         metadata.refuse("for --metadata", hint="--metadata PARQUET")
-    asked, concepts = _asked(request.record(), names)
+    wanted, concepts = _wanted(request.record(), names)
     if "prompts" in images:
         from slsgu_cli.downstream.image_sets import forgetting_generated
 
-        asked = forgetting_generated(store, asked, replace(images.record(), seed=asked.seed))
-    asked = build.with_collection(asked, concepts, metadata.record())
+        wanted = forgetting_generated(store, wanted, replace(images.record(), seed=wanted.seed))
+    wanted = build.with_collection(wanted, concepts, metadata.record())
     if not concepts:
-        tables.manifest(console, build.build_sets(store, asked))
+        tables.manifest(console, build.build_sets(store, wanted))
         return
-    built, failed = build.build_many(store, asked, concepts)
+    built, failed = build.build_many(store, wanted, concepts)
     show_manifests(console, built)
     build.require_all(failed)
 
@@ -93,7 +93,7 @@ def _replayed(session: Session, request: Asked[BuildRequest]) -> str:
     return str(request.words["name"])
 
 
-def _asked(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "list[Concept]"]:
+def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "list[Concept]"]:
     """Return the request with the first of a file of names, and all of these."""
     from slsgu_cli.sources.captions import read_names
 
@@ -302,13 +302,13 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
         ("noted", counted(ref.noted)),
         ("fingerprint", ref.fingerprint),
     ]
-    told = [(fact, value) for fact, value in facts if value not in ("", 0)]
+    shown = [(fact, value) for fact, value in facts if value not in ("", 0)]
     title = f"{seen.part} rows of {seen.manifest.name}"
     data = {"name": seen.manifest.name, "part": seen.part, **dict(facts)} | {
         "left out": ref.refused,
         "noted": ref.noted,
     }
-    console.table("set", ("fact", "value"), told, title=title, data=data)
+    console.table("set", ("fact", "value"), shown, title=title, data=data)
     console.table("sources", ("source", "rows"), seen.sources, title="sources")
     words = seen.words[:8] if console.brief else seen.words
     console.table("words", ("word", "captions"), words, title="words in the captions")

@@ -24,35 +24,35 @@ if TYPE_CHECKING:
 
 
 def show_trajectory(
-    console: "Console", store: "Store", found: "Trajectory", plots: list[str]
+    console: "Console", store: "Store", trajectory: "Trajectory", plots: list[str]
 ) -> None:
     """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
-    trials = found.trials
+    trials = trajectory.trials
     if not console.brief:
-        _steps(console, found)
+        _steps(console, trajectory)
     columns = [
         Column("layer", shown=known_as),
         Column("ridge"),
         Column("steps"),
         Column("% of norm", shown=roughly, label="move\nup to"),
     ]
-    for figure in found.figures():
+    for figure in trajectory.figures():
         columns += [
             Column(f"{figure} rise", shown=_rise, label=figure.replace("TA@1 ", "TA@1\n")),
             Column(f"{figure} rise at % of norm", on_terminal=False),
         ]
     rows = []
-    for line in found.lines():
-        steps, rises = found.of(line), found.rises(line).values()
+    for line in trajectory.lines():
+        steps, rises = trajectory.of(line), trajectory.rises(line).values()
         cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
         rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
     title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
     console.table("rises", columns, rows, title=title)
     console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
-    again = len(trials.trials) - found.measured
+    again = len(trials.trials) - trajectory.measured
     if again:
         console.note(f"{again} recorded steps were used again")
 
@@ -62,7 +62,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact, joint_label
 
-    found, chosen = result.record, result.chosen
+    record, chosen = result.record, result.chosen
     concepts = (
         Column("set"),
         Column("layer", shown=known_as),
@@ -77,12 +77,12 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     )
     rows = []
     for move in chosen.moves:
-        before, after = found.baseline_forget[move.name], chosen.forget[move.name]
+        before, after = record.baseline_forget[move.name], chosen.forget[move.name]
         fall = (before.top1, after.top1, before.top5, after.top5)
         rows.append((move.name, move.layer, move.ridge, move.step, 100 * move.share, *fall))
     title = "all edits in place, each concept on its own images"
-    console.table("edits", concepts, rows, title=title, data=found)
-    sets = sorted(found.baseline_utility)
+    console.table("edits", concepts, rows, title=title, data=record)
+    sets = sorted(record.baseline_utility)
     columns = (
         Column("concepts"),
         Column("added"),
@@ -94,19 +94,19 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
             for k in (1, 5)
         ),
     )
-    kept = [found.baseline_utility, *(stage.utility or {} for stage in found.stages)]
+    kept = [record.baseline_utility, *(stage.utility or {} for stage in record.stages)]
     stages: list[tuple[object, ...]] = []
     for count, utility in enumerate(kept):
         figures = [figure for name in sets for figure in (utility[name].top1, utility[name].top5)]
-        stage = found.stages[count - 1] if count else None
+        stage = record.stages[count - 1] if count else None
         added = stage.moves[-1] if stage else None
         worst = max(each.top1 for each in stage.forget.values()) if stage else None
         stages.append((count, added and added.name, added and added.layer, worst, *figures))
     title = "what is kept as concepts are added, on images of none of them"
     console.table("stages", columns, stages, title=title)
     files = [
-        *(Artifact.EDIT.path(name) for name in found.names),
-        Artifact.JOINT.path(joint_label(found.names)),
+        *(Artifact.EDIT.path(name) for name in record.names),
+        Artifact.JOINT.path(joint_label(record.names)),
     ]
     console.paths("files", [*map(store.where, files), *result.plots])
     if result.reused:
@@ -118,14 +118,14 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
-    found = result.sweep
-    sets = sorted(found.rows[0].baseline_utility)
+    record = result.sweep
+    sets = sorted(record.rows[0].baseline_utility)
     figures = [f"FA@{k}" for k in (1, 5)] + [f"TA@{k} {name}" for name in sets for k in (1, 5)]
-    before = [_sweep_figures(r.baseline_forget, r.baseline_utility, sets) for r in found.rows]
-    after = [_sweep_figures(r.forget, r.utility, sets) for r in found.rows]
+    before = [_sweep_figures(r.baseline_forget, r.baseline_utility, sets) for r in record.rows]
+    after = [_sweep_figures(r.forget, r.utility, sets) for r in record.rows]
     rows: list[list[object]] = [
         [row.name, row.layer, row.ridge, row.step, 100 * row.share, *_paired(console, one, other)]
-        for row, one, other in zip(found.rows, before, after, strict=True)
+        for row, one, other in zip(record.rows, before, after, strict=True)
     ]
     means = [
         [sum(column) / len(column) for column in zip(*part, strict=True)]
@@ -144,9 +144,9 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
             columns.append(Column(figure, label=figure.replace(" ", "\n")))
         else:
             columns += [Column(f"{figure} before"), Column(f"{figure} after")]
-    title = f"sweep {found.name}: accuracies before and after each class is forgotten"
-    console.table("sweep", columns, rows, title=title, data=found)
-    console.paths("files", [store.where(Artifact.SWEEP.path(found.name))])
+    title = f"sweep {record.name}: accuracies before and after each class is forgotten"
+    console.table("sweep", columns, rows, title=title, data=record)
+    console.paths("files", [store.where(Artifact.SWEEP.path(record.name))])
     if result.reused:
         console.note(f"{result.reused} classes were done before")
 
@@ -155,7 +155,7 @@ def _sweep_figures(
     forget: Accuracy, utility: dict[str, Accuracy], sets: Sequence[str]
 ) -> list[float]:
     accuracies = [forget, *(utility[name] for name in sets)]
-    return [figure for found in accuracies for figure in (found.top1, found.top5)]
+    return [figure for accuracy in accuracies for figure in (accuracy.top1, accuracy.top5)]
 
 
 def _paired(console: "Console", before: Sequence[float], after: Sequence[float]) -> list[object]:
@@ -166,7 +166,7 @@ def _paired(console: "Console", before: Sequence[float], after: Sequence[float])
     return [figure for pair in pairs for figure in pair]
 
 
-def _steps(console: "Console", found: "Trajectory") -> None:
+def _steps(console: "Console", trajectory: "Trajectory") -> None:
     from slsgu_cli.cli.console import Column
 
     columns = [
@@ -174,15 +174,21 @@ def _steps(console: "Console", found: "Trajectory") -> None:
         Column("ridge"),
         Column("step", shown=step_size),
         Column("% of norm", shown=roughly, label="move"),
-        *(Column(figure, shown=roughly) for figure in found.figures()),
+        *(Column(figure, shown=roughly) for figure in trajectory.figures()),
     ]
     rows = [
-        [trial.layer, trial.ridge, trial.step, 100 * trial.share, *found.figures(trial).values()]
-        for line in found.lines()
-        for trial in found.of(line)
+        [
+            trial.layer,
+            trial.ridge,
+            trial.step,
+            100 * trial.share,
+            *trajectory.figures(trial).values(),
+        ]
+        for line in trajectory.lines()
+        for trial in trajectory.of(line)
     ]
-    title = f"accuracies of {found.trials.name} by layer and step"
-    console.table("trajectory", columns, rows, title=title, data=found.trials)
+    title = f"accuracies of {trajectory.trials.name} by layer and step"
+    console.table("trajectory", columns, rows, title=title, data=trajectory.trials)
 
 
 def _rise(points: float) -> str:
@@ -238,8 +244,8 @@ def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None
     """
     from slsgu_cli.study.trajectory import trajectory_and_plots
 
-    found, plots = trajectory_and_plots(session.store, name, options=options)
-    show_trajectory(session.console, session.store, found, plots)
+    steps, plots = trajectory_and_plots(session.store, name, options=options)
+    show_trajectory(session.console, session.store, steps, plots)
 
 
 @command("sweep")

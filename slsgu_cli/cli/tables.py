@@ -273,13 +273,13 @@ def before_after(console: "Console", models: Figures) -> None:
     console.table("accuracy", columns, rows, title=title)
 
 
-def listing(console: "Console", found: "Sequence[Entry]") -> None:
+def listing(console: "Console", entries: "Sequence[Entry]") -> None:
     """Print what the store holds."""
     from slsgu_cli.cli.console import Column
 
     rows = [
         (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
-        for entry in found
+        for entry in entries
     ]
     columns = (
         Column("kind"),
@@ -289,7 +289,7 @@ def listing(console: "Console", found: "Sequence[Entry]") -> None:
         Column("reason", on_terminal=False),
         Column("made from"),
     )
-    console.table("store", columns, rows, data=found)
+    console.table("store", columns, rows, data=entries)
 
 
 def _origin(console: "Console", entry: "Entry") -> str:

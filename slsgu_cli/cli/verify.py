@@ -24,18 +24,18 @@ def show_verified(console: "Console", result: "Verified") -> None:
     from slsgu_cli.verification.verdicts import Verdict, rows
 
     original, *others = result.models
-    found = [(subject, row) for subject in others for row in rows(original, subject)]
-    _verdicts(console, found, several=len(others) > 1)
+    verdicts = [(subject, row) for subject in others for row in rows(original, subject)]
+    _verdicts(console, verdicts, several=len(others) > 1)
     _became(console, result.models)
     _membership(console, original, others)
     if not console.brief:
         _curves(console, result.models)
     for subject in others:
-        own = [row for known, row in found if known is subject]
-        counts = Counter(row.verdict for row in own if not row.detail)
+        of_model = [row for known, row in verdicts if known is subject]
+        counts = Counter(row.verdict for row in of_model if not row.detail)
         words = ", ".join(f"{said} {counts[said]}" for said in Verdict if counts[said])
         console.value(f"verdict of {subject.label}", f"{subject.label}: {words}")
-        for row in own:
+        for row in of_model:
             if row.note:
                 console.value(f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
     console.paths("files", result.files)
@@ -44,11 +44,11 @@ def show_verified(console: "Console", result: "Verified") -> None:
 
 
 def _verdicts(
-    console: "Console", found: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
+    console: "Console", verdicts: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
 ) -> None:
     from slsgu_cli.cli.console import Column
 
-    shown = [(subject, row) for subject, row in found if not (console.brief and row.detail)]
+    shown = [(subject, row) for subject, row in verdicts if not (console.brief and row.detail)]
     sets = sorted({name for _, row in shown for name in row.utility_after or {}})
     columns = [
         Column("check"),

@@ -92,15 +92,15 @@ class TrainedPipeline:
 
     store: Store
     manifest: SetManifest
-    painter: Pipeline
+    pipe: Pipeline
     judged: JudgedPrompts
 
     def painted(self, label: str) -> list[bytes]:
         """Return the judged's pictures by the pipeline as it is now, the concept's first."""
-        frames = [*self.judged.own, *self.judged.rest]
+        prompts = [*self.judged.of_concept, *self.judged.of_others]
         images = []
-        with progress.bar(f"pictures of {label}", len(frames)) as ticker:
-            for image in self.judged.painted(self.painter, frames):
+        with progress.bar(f"pictures of {label}", len(prompts)) as ticker:
+            for image in self.judged.painted(self.pipe, prompts):
                 images.append(image)
                 ticker.advance()
         return images
@@ -108,13 +108,13 @@ class TrainedPipeline:
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
         """Have our edit in place for the length of a block."""
-        with self.painter.edited(new_values(self.painter.encoders, [edit])):
+        with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
             yield
 
     @contextmanager
     def trained(self, method: Method, plan: PipelinePlan) -> Iterator[float]:
         """Have the UNet trained by a method for the length of a block; yield the seconds."""
-        pipeline = self.painter.pipeline
+        pipeline = self.pipe.pipeline
         unet, vae = pipeline.unet, pipeline.vae
         kinds = unet.dtype, vae.dtype
         before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -128,7 +128,7 @@ class TrainedPipeline:
             unet.load_state_dict(before)
 
     def _train(self, method: Method, plan: PipelinePlan) -> None:
-        denoiser = Denoiser(self.painter.pipeline, self.painter.device)
+        denoiser = Denoiser(self.pipe.pipeline, self.pipe.device)
         if method is Method.ESD:
             name, templates = self.judged.name, self.judged.templates
             prompts = [self.judged.prompt(name, number) for number in range(len(templates))]
@@ -204,8 +204,8 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
     @cached_property
     def pipeline(self) -> TrainedPipeline:
         """The loaded pipeline."""
-        painter = Pipeline.load(self.options.target, device=self.options.device)
-        return TrainedPipeline(self.store, self.times.manifest, painter, self.judged)
+        pipe = Pipeline.load(self.options.target, device=self.options.device)
+        return TrainedPipeline(self.store, self.times.manifest, pipe, self.judged)
 
     @cached_property
     def our_edit(self) -> tuple[Edit, float]:
@@ -243,7 +243,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
         """Paint by the pipeline as it is now, judge, and keep the pictures."""
         judged = self.judged
         images = self.pipeline.painted(LABELS[method])
-        split = len(judged.own)
+        split = len(judged.of_concept)
         shown, rest = images[:split], images[split:]
         original = rest
         if method is not Method.ORIGINAL:
@@ -254,7 +254,8 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
             plan=plan,
             edit=edit,
             effect=Effect(
-                judged.recognised(judged.own, shown), judged.recognised(judged.rest, rest)
+                judged.recognised(judged.of_concept, shown),
+                judged.recognised(judged.of_others, rest),
             ),
             distance=frechet_distance(features(original), features(rest)),
             seconds=seconds,
@@ -266,7 +267,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
 
     def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
         """Return a row's pictures as they were kept, the concept's first."""
-        count = len(self.judged.own) + len(self.judged.rest)
+        count = len(self.judged.of_concept) + len(self.judged.of_others)
         return [self.store.read_bytes(self._file(outcome, place)) for place in range(count)]
 
     def _file(self, outcome: PipelineOutcome, place: int) -> str:
@@ -297,21 +298,21 @@ def sheet(
     judged: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
 ) -> bytes:
     """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
-    split = len(judged.own)
+    split = len(judged.of_concept)
     strips = [
-        _strip(judged, frames[:SHOWN], {
-            _title(row): images[start : start + SHOWN][: len(frames)]
+        _strip(judged, prompts[:SHOWN], {
+            _title(row): images[start : start + SHOWN][: len(prompts)]
             for row, images in pictures.items()
         })
-        for frames, start in ((judged.own, 0), (judged.rest, split))
+        for prompts, start in ((judged.of_concept, 0), (judged.of_others, split))
     ]  # fmt: skip
     return sheet_png(f"Forgetting {judged.name}: {target.name}", strips)
 
 
 def _strip(
-    judged: JudgedPrompts, frames: Sequence[JudgedPrompt], rows: Mapping[str, Sequence[bytes]]
+    judged: JudgedPrompts, prompts: Sequence[JudgedPrompt], rows: Mapping[str, Sequence[bytes]]
 ) -> Strip:
-    labels = list(dict.fromkeys(frame.label for frame in frames))
+    labels = list(dict.fromkeys(prompt.label for prompt in prompts))
     tiles = {title: _tiles(judged, images) for title, images in rows.items()}
     return Strip(f"asked for {', '.join(labels)}", labels == [judged.name], tiles)
 

@@ -43,16 +43,16 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     header = edits[0].header
     pictures = [_opened(path) for path in request.images]
     pictures = pictures or sample_pictures(store, set_of(header.name), request.samples)
-    album = OutputFolder.at(store, header.name, request.out, Artifact.ANSWERS)
-    respondent = Llava.load(request.target, device=request.device)
+    output = OutputFolder.at(store, header.name, request.out, Artifact.ANSWERS)
+    llava = Llava.load(request.target, device=request.device)
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
-    (values,) = new_values((respondent.encoder,), edits)
+    (values,) = new_values((llava.encoder,), edits)
     said: list[list[str]] = []
     with progress.bar("asking", 2 * len(questions)) as ticker:
         for new in ({}, values):
             said.append([])
-            with respondent.encoder.edited(new):
-                for answer in respondent.answers(questions):
+            with llava.encoder.edited(new):
+                for answer in llava.answers(questions):
                     said[-1].append(answer)
                     ticker.advance()
     names = [picture.name for picture in pictures for _ in request.questions]
@@ -67,8 +67,8 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
         ),
         version=slsgu_cli.__version__,
     )
-    _write(album, record, pictures, len(request.questions))
-    return record, album
+    _write(output, record, pictures, len(request.questions))
+    return record, output
 
 
 def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
@@ -120,7 +120,9 @@ def _opened(path: Path) -> AskedImage:
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _write(album: OutputFolder, record: Answers, pictures: Sequence[AskedImage], each: int) -> None:
+def _write(
+    output: OutputFolder, record: Answers, pictures: Sequence[AskedImage], each: int
+) -> None:
     """Write the picture and the page of answers, and last the record."""
     title = f"Forgetting {record.concept}: {Path(record.target).name}"
     groups = [
@@ -131,7 +133,7 @@ def _write(album: OutputFolder, record: Answers, pictures: Sequence[AskedImage],
         )
         for place, picture in enumerate(pictures)
     ]
-    album.begin()
-    album.write("answers.png", answers_png(title, groups))
-    album.write("answers.html", answers_html(title, groups).encode())
-    album.finish(record)
+    output.begin()
+    output.write("answers.png", answers_png(title, groups))
+    output.write("answers.html", answers_html(title, groups).encode())
+    output.finish(record)

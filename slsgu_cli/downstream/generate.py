@@ -91,17 +91,17 @@ class OutputFolder:
     def at(
         cls, store: Store, name: str, out: Path | None, kind: Artifact = Artifact.GENERATION
     ) -> "OutputFolder":
-        """Return the album of the set `name`: at `out`, or else in the store."""
+        """Return the folder of the set `name`: at `out`, or else in the store."""
         if out is not None:
             return cls(Store(str(out)), "", f"{TABLE[kind].folder}.json")
         return cls(store, kind.beside(name), kind.path(name))
 
     def write(self, path: str, data: bytes) -> None:
-        """Write one file of the album."""
+        """Write one file into the folder."""
         self.store.write_bytes(self._inside(path), data)
 
     def finish(self, record: Any) -> None:
-        """Write what the album shows. Written last, it says that the album is complete."""
+        """Write what the folder shows. Written last, it says that the folder is complete."""
         self.store.write_record(self.record, record)
 
     def begin(self) -> None:
@@ -111,7 +111,7 @@ class OutputFolder:
             self.store.remove(self.folder)
 
     def where(self, path: str) -> str:
-        """Return where a file of the album lies, for people and other programs."""
+        """Return where a file of the folder lies, for people and other programs."""
         return self.store.where(self._inside(path))
 
     def _inside(self, path: str) -> str:
@@ -137,14 +137,14 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     prompts = read_prompts(
         request.prompts, request.prompt_file, tuple(classes), edits[0].header.concept
     )
-    album = OutputFolder.at(store, edits[0].header.name, request.out)
-    painter = Pipeline.load(request.target, device=request.device)
-    images = before_and_after(painter, edits, prompts, request)
+    output = OutputFolder.at(store, edits[0].header.name, request.out)
+    pipe = Pipeline.load(request.target, device=request.device)
+    images = before_and_after(pipe, edits, prompts, request)
     judge = request.judge and Judge.load(request.judge, classes, device=request.device)
     verdicts = {k: judge.verdicts(made) if judge else None for k, made in images.items()}
     record = _record(edits, prompts, tuple(classes), request, verdicts)
-    _write(album, record, images, verdicts)
-    return record, album
+    _write(output, record, images, verdicts)
+    return record, output
 
 
 def judged_classes(
@@ -165,16 +165,16 @@ def judged_classes(
 
 
 def before_and_after(
-    painter: Pipeline, edits: Sequence[Edit], prompts: Sequence[Prompt], request: GenerateRequest
+    pipe: Pipeline, edits: Sequence[Edit], prompts: Sequence[Prompt], request: GenerateRequest
 ) -> dict[str, list[bytes]]:
     """Return the images as PNG, prompt by prompt and seed by seed, of both models."""
     jobs = [ImageJob(prompt.text, seed) for prompt in prompts for seed in request.seeds]
-    values = new_values(painter.encoders, edits)
+    values = new_values(pipe.encoders, edits)
     made: dict[str, list[bytes]] = {BEFORE: [], AFTER: []}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, images in made.items():
-            with painter.edited(values if key == AFTER else ()):
-                for image in painter.paint(jobs, request.paint):
+            with pipe.edited(values if key == AFTER else ()):
+                for image in pipe.paint(jobs, request.paint):
                     images.append(png_bytes(image))
                     ticker.advance()
     return made
@@ -228,18 +228,18 @@ def _record(
 
 
 def _write(
-    album: OutputFolder,
+    output: OutputFolder,
     record: Generation,
     images: dict[str, list[bytes]],
     verdicts: dict[str, list[str] | None],
 ) -> None:
     """Write the images, both sheets, and last the record that says they are complete."""
-    album.begin()
+    output.begin()
     seeds = len(record.seeds)
     for key, made in images.items():
         for place, image in enumerate(made):
             name = f"{place // seeds:03}-seed{record.seeds[place % seeds]}"
-            album.write(f"{key}/{name}.png", image)
+            output.write(f"{key}/{name}.png", image)
     strips = [
         Strip(
             prompt.prompt,
@@ -252,9 +252,9 @@ def _write(
         for place, prompt in enumerate(record.prompts)
     ]
     title = f"Forgetting {record.concept}: {Path(record.target).name}"
-    album.write("sheet.png", sheet_png(title, strips))
-    album.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
-    album.finish(record)
+    output.write("sheet.png", sheet_png(title, strips))
+    output.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
+    output.finish(record)
 
 
 def _tiles(

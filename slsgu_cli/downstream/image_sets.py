@@ -85,10 +85,10 @@ def generated_source(store: Store, request: SourceRequest) -> str:
     if left < len(jobs):
         progress.note(f"{len(jobs) - left} of {len(jobs)} images were generated before")
     if missing:
-        painter = Pipeline.load(request.pipeline, device=request.device)
+        pipe = Pipeline.load(request.pipeline, device=request.device)
         with progress.bar("generating", left) as ticker:
             for rows in missing:
-                images = painter.paint([jobs[n] for n in rows], request.paint)
+                images = pipe.paint([jobs[n] for n in rows], request.paint)
                 for number, image in zip(rows, images, strict=True):
                     store.write_bytes(f"{folder}/{number:06}.png", png_bytes(image))
                     # The caption comes last: with it, an image is complete.
@@ -151,12 +151,12 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
         len(cells), request.paint.batch, lambda number: place.exists(cells[number].file)
     )
     if missing:
-        painter = Pipeline.load(request.target, device=request.device)
-        values = new_values(painter.encoders, edits)
+        pipe = Pipeline.load(request.target, device=request.device)
+        values = new_values(pipe.encoders, edits)
         left = sum(map(len, missing))
-        with progress.bar("generating", left) as ticker, painter.edited(values):
+        with progress.bar("generating", left) as ticker, pipe.edited(values):
             for rows in missing:
-                images = painter.paint([cells[number].job for number in rows], request.paint)
+                images = pipe.paint([cells[number].job for number in rows], request.paint)
                 for number, image in zip(rows, images, strict=True):
                     place.write_bytes(cells[number].file, _jpeg(image))
                     ticker.advance()

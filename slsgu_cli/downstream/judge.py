@@ -131,7 +131,7 @@ class JudgedPrompt:
 class JudgedPrompts:
     """Pictures of the concept `name` and of the judge's other classes, by a budget's seed.
 
-    Prompts take the concept's templates in turn. `rest` goes through the other classes in
+    Prompts take the concept's templates in turn. `of_others` goes through the other classes in
     a drawn order.
     """
 
@@ -139,38 +139,38 @@ class JudgedPrompts:
     name: str
     budget: Budget
     templates: Sequence[str]
-    own: list[JudgedPrompt] = field(init=False)
-    rest: list[JudgedPrompt] = field(init=False)
+    of_concept: list[JudgedPrompt] = field(init=False)
+    of_others: list[JudgedPrompt] = field(init=False)
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(self.budget.seed)
         names = [name for name in self.judge.names if name != self.name]
         order = [names[place] for place in generator.permutation(len(names))]
         chosen = [order[number % len(order)] for number in range(self.budget.others)]
-        self.own = self._frames([self.name] * self.budget.concept)
-        self.rest = self._frames(chosen)
+        self.of_concept = self._prompts([self.name] * self.budget.concept)
+        self.of_others = self._prompts(chosen)
 
     @classmethod
     def of_set(
         cls, store: Store, manifest: SetManifest, judge: ModelSpec, budget: Budget, *, device: str
     ) -> "JudgedPrompts":
-        """Return the gallery of a set's concept and the classes of its evaluation sets."""
+        """Return the prompts of a set's concept and the classes of its evaluation sets."""
         classes = measured_classes(store, manifest)
         name = called(manifest.concept, tuple(classes))
         return cls(Judge.load(judge, classes, device=device), name, budget, tuple(classes[name]))
 
-    def painted(self, painter: Pipeline, frames: Sequence[JudgedPrompt]) -> Iterator[bytes]:
+    def painted(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[bytes]:
         """Yield the pictures as PNG, in order."""
-        jobs = [frame.job for frame in frames]
-        yield from map(png_bytes, painter.paint(jobs, self.budget.paint))
+        jobs = [prompt.job for prompt in prompts]
+        yield from map(png_bytes, pipe.paint(jobs, self.budget.paint))
 
-    def recognised(self, frames: Sequence[JudgedPrompt], images: Sequence[bytes]) -> Share:
+    def recognised(self, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> Share:
         """Return how many pictures the judge takes for what they shall show."""
         said = self.judge.verdicts(images)
-        hits = [frame.label == name for frame, name in zip(frames, said, strict=True)]
+        hits = [prompt.label == name for prompt, name in zip(prompts, said, strict=True)]
         return Share(sum(hits), len(hits))
 
-    def _frames(self, names: Sequence[str]) -> list[JudgedPrompt]:
+    def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:
         return [
             JudgedPrompt(name, ImageJob(self.prompt(name, number), self.budget.seed + number))
             for number, name in enumerate(names)

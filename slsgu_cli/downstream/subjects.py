@@ -30,7 +30,7 @@ LONGEST = 12
 
 
 def answer_gradient(
-    respondent: Llava,
+    llava: Llava,
     encoder: LiveEncoder,
     pairs: Sequence[tuple[Question, str]],
     name: str,
@@ -45,7 +45,7 @@ def answer_gradient(
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
     for start, stop in spans(len(pairs), QUESTIONS_AT_ONCE):
         with torch.enable_grad():
-            loss = _loss(respondent, pairs[start:stop], name)
+            loss = _loss(llava, pairs[start:stop], name)
             gradients = torch.autograd.grad(loss, flat, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
@@ -57,22 +57,22 @@ def answer_gradient(
     }
 
 
-def _loss(respondent: Llava, pairs: Sequence[tuple[Question, str]], name: str) -> Tensor:
+def _loss(llava: Llava, pairs: Sequence[tuple[Question, str]], name: str) -> Tensor:
     """Return the sum over some pairs of minus the log-odds of the name's tokens."""
     questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
-    prompt_length = respondent.inputs(questions, padding_side="right")["input_ids"].shape[1]
-    inputs = respondent.inputs(questions, padding_side="right", answers=answers)
-    logits = respondent.model(**inputs).logits[:, prompt_length - 1 : -1].float()
+    prompt_length = llava.inputs(questions, padding_side="right")["input_ids"].shape[1]
+    inputs = llava.inputs(questions, padding_side="right", answers=answers)
+    logits = llava.model(**inputs).logits[:, prompt_length - 1 : -1].float()
     tokens = inputs["input_ids"][:, prompt_length:]
     chosen = logits.gather(-1, tokens.unsqueeze(-1))
     rest = logits.scatter(-1, tokens.unsqueeze(-1), float("-inf")).logsumexp(dim=-1)
-    odds: Tensor = (chosen.squeeze(-1) - rest) * _of_name(respondent, tokens, name)
+    odds: Tensor = (chosen.squeeze(-1) - rest) * _of_name(llava, tokens, name)
     return -odds.sum()
 
 
-def _of_name(respondent: Llava, tokens: Tensor, name: str) -> Tensor:
+def _of_name(llava: Llava, tokens: Tensor, name: str) -> Tensor:
     """Return which tokens of answers spell the name: 1 there, 0 elsewhere."""
-    tokenizer = respondent.processor.tokenizer
+    tokenizer = llava.processor.tokenizer
     mask = torch.zeros(tokens.shape)
     for number, row in enumerate(tokens.tolist()):
         spans_of_row = itertools.combinations(range(len(row) + 1), 2)
@@ -115,9 +115,9 @@ class Subject(Protocol):
 class PaintedSubject:
     """A diffusion pipeline: a judge says what its images show."""
 
-    painter: Pipeline
+    pipe: Pipeline
     encoder: LiveEncoder
-    gallery: JudgedPrompts
+    judged: JudgedPrompts
     captions: Sequence[str]
 
     @classmethod
@@ -126,34 +126,34 @@ class PaintedSubject:
         *, encoder: str | None, device: str,
     ) -> "PaintedSubject":  # fmt: skip
         """Load a pipeline and its judge. Raises UsageError where an encoder must be named."""
-        painter = Pipeline.load(target, device=device)
-        names = [live.encoder.name for live in painter.encoders]
-        fitting = [live for live in painter.encoders if encoder in (None, live.encoder.name)]
+        pipe = Pipeline.load(target, device=device)
+        names = [live.encoder.name for live in pipe.encoders]
+        fitting = [live for live in pipe.encoders if encoder in (None, live.encoder.name)]
         if len(fitting) != 1:
             raise UsageError(
                 f"{target} has the encoders {', '.join(names)}", hint=f"--encoder {names[0]}"
             )
-        gallery = JudgedPrompts.of_set(store, manifest, judge, budget, device=device)
-        return cls(painter, fitting[0], gallery, _captions(store, manifest))
+        judged = JudgedPrompts.of_set(store, manifest, judge, budget, device=device)
+        return cls(pipe, fitting[0], judged, _captions(store, manifest))
 
     def concept(self) -> Share:
         """Return how many images of the concept's prompts are taken for it."""
-        return self._recognised(self.gallery.own)
+        return self._recognised(self.judged.of_concept)
 
     def others(self) -> Share:
         """Return how many images of other classes' prompts are taken for theirs."""
-        return self._recognised(self.gallery.rest)
+        return self._recognised(self.judged.of_others)
 
     def run_retained(self) -> None:
         """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
         name = self.encoder.encoder.name
-        tokenizer: Any = getattr(self.painter.pipeline, name.replace("text_encoder", "tokenizer"))
+        tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
         for start, stop in spans(len(self.captions), ROWS):
             ids = tokenizer(
                 list(self.captions[start:stop]), padding="max_length", truncation=True,
                 max_length=tokenizer.model_max_length, return_tensors="pt",
             ).input_ids  # fmt: skip
-            self.encoder.module(ids.to(self.painter.device))
+            self.encoder.module(ids.to(self.pipe.device))
 
     def read(self) -> None:
         """Return None: a pipeline's layers are ranked by what they do to their own outputs."""
@@ -164,15 +164,15 @@ class PaintedSubject:
             "a diffusion pipeline is moved along CLIP's own forget gradient", hint="--gradient clip"
         )
 
-    def _recognised(self, frames: Sequence[JudgedPrompt]) -> Share:
-        return self.gallery.recognised(frames, list(self.gallery.painted(self.painter, frames)))
+    def _recognised(self, prompts: Sequence[JudgedPrompt]) -> Share:
+        return self.judged.recognised(prompts, list(self.judged.painted(self.pipe, prompts)))
 
 
 @dataclass(slots=True)
 class AskedSubject:
     """A vision-language model: its answers name what an image shows, or they do not."""
 
-    respondent: Llava
+    llava: Llava
     encoder: LiveEncoder
     name: str
     shown: Sequence[Question]
@@ -190,7 +190,7 @@ class AskedSubject:
                 f"no evaluation set shows {manifest.concept!r}",
                 hint="build the set with --eval NAME=SOURCE that has labelled images of it",
             )
-        respondent = Llava.load(target, device=device)
+        llava = Llava.load(target, device=device)
         generator = np.random.default_rng(budget.seed)
         shown: list[Image.Image] = []
         rest: list[tuple[str, Image.Image]] = []
@@ -209,8 +209,8 @@ class AskedSubject:
         retain = DataBlock.open(store, manifest.retain)
         questions = [Question(image, text) for image in shown for text in budget.questions]
         return cls(
-            respondent,
-            respondent.encoder,
+            llava,
+            llava.encoder,
             manifest.concept,
             questions,
             [(label, Question(image, text)) for label, image in rest for text in budget.questions],
@@ -245,7 +245,7 @@ class AskedSubject:
         The answers are the model's own to images of the forget set.
         """
         with torch.no_grad():
-            said = list(self.respondent.answers(self.forget))
+            said = list(self.llava.answers(self.forget))
         pairs = [
             (question, answer)
             for question, answer in zip(self.forget, said, strict=True)
@@ -253,20 +253,20 @@ class AskedSubject:
         ]
         if not pairs:
             raise InputError(f"the target names {self.name!r} in no answer: nothing to forget")
-        return answer_gradient(self.respondent, self.encoder, pairs, self.name, layers)
+        return answer_gradient(self.llava, self.encoder, pairs, self.name, layers)
 
     @torch.no_grad()
     def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Return what the language model is given of each image."""
-        model = self.respondent.model
-        pixels = self.respondent.processor.image_processor(list(images), return_tensors="pt")
+        model = self.llava.model
+        pixels = self.llava.processor.image_processor(list(images), return_tensors="pt")
         features = model.get_image_features(
             pixel_values=pixels["pixel_values"].to(model.device, model.dtype), return_dict=True
         )
         return list(features.pooler_output)
 
     def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
-        said = self.respondent.answers([question for _, question in wanted])
+        said = self.llava.answers([question for _, question in wanted])
         hits = [
             class_in(a, [label]) is not None for (label, _), a in zip(wanted, said, strict=True)
         ]

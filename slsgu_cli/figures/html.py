@@ -167,12 +167,12 @@ def scrolled(content: Html, label: str) -> Html:
 
 def terms(pairs: Mapping[str, Child]) -> Html:
     """Return terms with what they stand for; those that stand for nothing are left out."""
-    told = [
+    rows = [
         element("div", element("dt", term), element("dd", value))
         for term, value in pairs.items()
         if value
     ]
-    return element("dl", *told)
+    return element("dl", *rows)
 
 
 def figure_of(content: Html, caption: Child, class_: str | None = None) -> Html:

@@ -273,9 +273,9 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
 
-    painter = Pipeline.load(trained_models / "sd", device="cpu")
-    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: painter)
-    before = {name: value.clone() for name, value in painter.pipeline.unet.state_dict().items()}
+    pipe = Pipeline.load(trained_models / "sd", device="cpu")
+    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)
+    before = {name: value.clone() for name, value in pipe.pipeline.unet.state_dict().items()}
     options = on_pipeline.PipelineCompareOptions(
         target=trained_models / "sd", rates=(1e-2,), iterations=2, device="cpu",
         budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=3, guidance=4.0)),
@@ -286,7 +286,7 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     assert original.distance < 1e-6 < min(esd.distance, salun.distance, ours.distance)
     assert all(row.effect.concept.total == 1 for row in found.outcomes)
     assert all(row.effect.others.total == 3 and row.seconds > 0 for row in found.outcomes[1:])
-    now = painter.pipeline.unet.state_dict()
+    now = pipe.pipeline.unet.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in before.items())
     pictures = "target-comparisons/facebook@sd"
     for folder in ("original", "esd-0.01", "salun-0.01", "ours"):

@@ -21,26 +21,26 @@ VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
 
 
 @pytest.fixture(scope="module")
-def painter(trained_models):
+def pipe(trained_models):
     from slsgu_cli.downstream.models import Pipeline
 
     return Pipeline.load(trained_models / "sd", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def respondent(trained_models):
+def llava(trained_models):
     from slsgu_cli.downstream.models import Llava
 
     return Llava.load(trained_models / "llava", device="cpu")
 
 
 @pytest.fixture
-def loaded(painter, respondent, monkeypatch):
+def loaded(pipe, llava, monkeypatch):
     """Let commands find both models in memory."""
     from slsgu_cli.downstream import models
 
-    monkeypatch.setattr(models.Pipeline, "load", lambda *_, **__: painter)
-    monkeypatch.setattr(models.Llava, "load", lambda *_, **__: respondent)
+    monkeypatch.setattr(models.Pipeline, "load", lambda *_, **__: pipe)
+    monkeypatch.setattr(models.Llava, "load", lambda *_, **__: llava)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def edits(demo_world, tmp_path):
     return store
 
 
-def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, trained_models):
+def test_a_live_edit_is_the_edit_that_apply_writes(pipe, edits, tmp_path, trained_models):
     from slsgu_cli.checkpoints.apply import apply_edits
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.checkpoints.layouts import read_weight_set, tensor_places, tower_places
@@ -75,13 +75,13 @@ def test_a_live_edit_is_the_edit_that_apply_writes(painter, edits, tmp_path, tra
     apply_edits([edit], target, tmp_path / "sd", options=ApplyOptions())
     state = read_weight_set([tmp_path / "sd/text_encoder/model.safetensors"])
     written, _ = state.layer(tensor_places(TEXT, tower_places(state.owners)[0]))
-    (values,) = new_values(painter.encoders, [edit])
+    (values,) = new_values(pipe.encoders, [edit])
     # The file is rounded once, from fp64; a live layer is fp32 in between.
     np.testing.assert_array_max_ulp(values[TEXT].half().numpy(), written, maxulp=1)
 
 
-def test_edits_end_with_their_block_and_fused_layers_are_split(painter):
-    live = painter.encoders[0]
+def test_edits_end_with_their_block_and_fused_layers_are_split(pipe):
+    live = pipe.encoders[0]
     fused = "transformer.resblocks.0.attn.in_proj_weight"
     before = live.value(fused).clone()
     with live.edited({fused: before + 1}):
@@ -95,33 +95,33 @@ def test_edits_end_with_their_block_and_fused_layers_are_split(painter):
     assert torch.equal(live.value(fused), before)
 
 
-def test_other_weights_and_layers_without_reach_are_refused(painter, respondent, edits):
+def test_other_weights_and_layers_without_reach_are_refused(pipe, llava, edits):
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.downstream.models import new_values
 
-    edit, live = load_edit(edits, "text"), painter.encoders[0]
+    edit, live = load_edit(edits, "text"), pipe.encoders[0]
     with live.edited({TEXT: live.value(TEXT) + 1}), pytest.raises(StaleError, match="is not the"):
-        new_values(painter.encoders, [edit])
+        new_values(pipe.encoders, [edit])
     with pytest.raises(InputError, match="vision tower is not part"):
-        new_values(painter.encoders, [load_edit(edits, "vision")])
+        new_values(pipe.encoders, [load_edit(edits, "vision")])
     with pytest.raises(InputError, match="vision layer -2"):
-        respondent.encoder.places("visual.transformer.resblocks.7.mlp.c_fc.weight")
+        llava.encoder.places("visual.transformer.resblocks.7.mlp.c_fc.weight")
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(painter):
+def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
     from slsgu_cli.downstream.models import ImageJob
     from slsgu_cli.records.targets import PaintOptions
 
     options = PaintOptions(steps=2)
     jobs = [ImageJob("a star icon", 3), ImageJob("an icon of facebook", 7)]
-    whole = [np.asarray(image) for image in painter.paint(jobs, options)]
-    (alone,) = painter.paint(jobs[1:], options)
+    whole = [np.asarray(image) for image in pipe.paint(jobs, options)]
+    (alone,) = pipe.paint(jobs[1:], options)
     assert np.abs(whole[1].astype(int) - np.asarray(alone)).max() <= 1
     assert np.abs(whole[0].astype(int) - whole[1]).max() > 50
 
 
 def test_generate_keeps_images_a_sheet_and_a_record(
-    loaded, painter, edits, demo_world, trained_models
+    loaded, pipe, edits, demo_world, trained_models
 ):
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.models import ImageJob
@@ -136,8 +136,8 @@ def test_generate_keeps_images_a_sheet_and_a_record(
         judge=demo_world.model, classes=str(demo_names(edits)),
         prompts=["an icon of facebook", "an icon of github"],
     )  # fmt: skip
-    record, album = generate(edits, request)
-    (plain,) = painter.paint([ImageJob("an icon of facebook", 5)], paint)
+    record, output = generate(edits, request)
+    (plain,) = pipe.paint([ImageJob("an icon of facebook", 5)], paint)
     kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
     # Painted beside another one: equal but for rounding.
     assert np.abs(np.asarray(kept).astype(int) - np.asarray(plain)).max() <= 1
@@ -149,7 +149,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     edits.write_tensors("edits/text.safetensors", {}, changed_header(edits))
     (entry,) = [e for e in entries(edits) if e.kind is Artifact.GENERATION]
     assert entry.state is Standing.STALE
-    assert album.where("sheet.html").endswith("generations/text/sheet.html")
+    assert output.where("sheet.html").endswith("generations/text/sheet.html")
 
 
 def demo_names(store):
@@ -174,15 +174,15 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
     request = AskRequest(
         names=["vision"], target=trained_models / "llava", images=[image], out=image.parent / "out"
     )
-    record, album = ask(edits, request)
+    record, output = ask(edits, request)
     (answer,) = record.answers
     assert "facebook" in answer.before and "facebook" not in answer.after
-    assert Path(album.where("answers.png")).is_file()
+    assert Path(output.where("answers.png")).is_file()
     with pytest.raises(UsageError, match="no set vision"):
         ask(edits, replace(request, images=[]))
 
 
-def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(respondent, demo_world):
+def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):
     from slsgu_cli.downstream.ask import sample_pictures
     from slsgu_cli.downstream.models import Question
     from slsgu_cli.downstream.subjects import _loss, answer_gradient
@@ -191,20 +191,20 @@ def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(respondent, 
     pairs = [
         (Question(picture.image, "What is shown in this image?"), "This is the facebook logo.")
     ]
-    gradients = answer_gradient(respondent, respondent.encoder, pairs, "facebook", [VISION])
-    live, gradient = respondent.encoder, gradients[VISION]
+    gradients = answer_gradient(llava, llava.encoder, pairs, "facebook", [VISION])
+    live, gradient = llava.encoder, gradients[VISION]
     slope = float(gradient.square().sum())
     size = 1e-3 / slope**0.5
     with torch.no_grad():
         losses = []
         for sign in (-1, 1):
             with live.edited({VISION: live.value(VISION) + sign * size * gradient}):
-                losses.append(float(_loss(respondent, pairs, "facebook")))
+                losses.append(float(_loss(llava, pairs, "facebook")))
     assert (losses[1] - losses[0]) / (2 * size) == pytest.approx(slope, rel=0.05)
 
 
 def test_a_search_on_a_target_records_and_reuses_its_trials(
-    loaded, painter, demo_world, tmp_path, trained_models
+    loaded, pipe, demo_world, tmp_path, trained_models
 ):
     import shutil
 
@@ -231,7 +231,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     listener = Listener()
     assert search_target(store, "facebook", options=options).reused == 0
     assert any("recorded trials cannot be used" in told for told in listener.heard)
-    live = painter.encoders[0]
+    live = pipe.encoders[0]
     with live.edited({TEXT: 2 * live.value(TEXT)}), pytest.raises(StaleError, match="not built on"):
         search_target(store, "facebook", options=options)
     edit = load_edit(store, "facebook@sd")
