@@ -8,7 +8,7 @@ sum: the same numbers as one mini-batch after another.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from slsgu_cli.clip.inputs import (
     text_features,
     to_tokens,
 )
+from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Precision
@@ -138,6 +139,7 @@ class GradientPass:
             return values
 
         vision, text = vision_tower(model), text_tower(model)
+        options = replace(options, device=pick_device(options.device))
         return cls(model, vision, text, grouped, spec, options)
 
     def run(self, block: DataBlock, label: str) -> tuple[Arrays, float]:

@@ -80,8 +80,7 @@ def compute_gradients(
     seconds = {}
     if wanted:
         check_inputs(manifest, resolved)
-        options = replace(options, device=pick_device(options.device))
-        module = load(resolved, options.device, warn=progress.warn)
+        module = load(resolved, pick_device(options.device), warn=progress.warn)
         job = _Job(store, manifest, module, model_fingerprint, options)
         for gradient in wanted:
             start = perf_counter()

@@ -80,7 +80,7 @@ def test_a_hit_imports_no_torch(world):
     program = """
 import sys
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import PassOptions
+from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.store import Store
 found = compute_gradients(
     Store(sys.argv[1]), "blue", model=None, options=PassOptions()

@@ -41,6 +41,9 @@ KINDS = sorted(
 )
 # Hypothesis cannot see the field types behind slots on its own for nested dictionaries of
 # records, and NaN equals nothing: both are told here.
+st.register_type_strategy(
+    ModelSpec, st.builds(ModelSpec, st.text(min_size=1), st.none() | st.text())
+)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 
 
