@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from places import FAKE_IMG2DATASET
-from processes import slsgu
+from processes import inside
 from tiny_images import encoded, shard
 from worlds import Listener
 
@@ -138,14 +138,14 @@ def test_contradictions_are_usage_errors(tiny_model):
 
 def test_from_the_command_line(store, tiny_model, metadata, tmp_path):
     (tmp_path / "names").write_text("dog\t!not this\ncat\nunicorn\n")
-    told = slsgu(
+    told = inside(
         "build-sets", "--names", tmp_path / "names", "--model", tiny_model.name,
         "--metadata", metadata, "--caption-col", "TEXT", "--retain-samples", 8,
-        "--img2dataset", FAKE_IMG2DATASET, "--store", store.root, "--json",
+        "--img2dataset", FAKE_IMG2DATASET, "--json", store=store.root,
     )  # fmt: skip
-    assert told.returncode == 3, told.stderr
+    assert told.exit_code == 3, told.stderr
     assert "no set was built for 1 of the names: unicorn" in told.stderr
     sets = json.loads(told.stdout)["sets"]
     assert [(m["name"], m["forget"]["rows"]) for m in sets] == [("dog", 17), ("cat", 20)]
-    both = slsgu("build-sets", "x", "--names", tmp_path / "names", "--store", store.root)
-    assert both.returncode == 2
+    both = inside("build-sets", "x", "--names", tmp_path / "names", store=store.root)
+    assert both.exit_code == 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from processes import slsgu
+from processes import inside
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.figures.sheets import contact_sheet
@@ -133,17 +133,17 @@ def test_a_manifest_that_does_not_say_how_is_stale(world):
 
 
 def test_show_and_replay_from_the_command_line(world):
-    store = ("--store", world.store.root)
+    root = world.store.root
     key = open_block(world).keys[0]
-    shown = slsgu("show", "blue", "--json", "--drop", key, *store)
-    assert shown.returncode == 0, shown.stderr
+    shown = inside("show", "blue", "--json", "--drop", key, store=root)
+    assert shown.exit_code == 0, shown.stderr
     told = json.loads(shown.stdout)
     assert told["set"]["left out"]["dropped by hand"] == 1
     assert key not in [row["key"] for row in told["rows"]]
     assert "stale" in shown.stderr
-    again = slsgu("build-sets", "blue", "--replay", *store)
-    assert again.returncode == 0, again.stderr
+    again = inside("build-sets", "blue", "--replay", store=root)
+    assert again.exit_code == 0, again.stderr
     assert again.stdout.splitlines()[1] == "forget\tsame rows"
-    both = slsgu("build-sets", "blue", "--replay", "--match", "x", *store)
-    assert both.returncode == 2
+    both = inside("build-sets", "blue", "--replay", "--match", "x", store=root)
+    assert both.exit_code == 2
     assert "takes no other options" in both.stderr
