@@ -74,8 +74,8 @@ MUTATIONS = r"""
 + return before + r"\s+".join(map(re.escape, parts))
 - or any(test(caption) for test in self._excluded)
 + or False
-- _search(plain, self._any) | _search(subset, [_unlike()])
-+ _search(plain, self._any)
+- may_match = ~_flags(pc.string_is_ascii(captions), True)
++ may_match = np.zeros(len(captions), dtype=bool)
 - return ["|".join([*group, ENTITY]) for group in groups]
 + return ["|".join(group) for group in groups]
 # edits
@@ -105,8 +105,8 @@ MUTATIONS = r"""
 + aside = path
 - self._fs.rm(self._full(partial), recursive=True)
 + pass
-- if max(ends, default=0) != size - 8 - length:
-+ if max(ends, default=0) > size - 8 - length:
+- if max(ends, default=0) != size - base:
++ if max(ends, default=0) > size - base:
 - self._content.update(digest)
 + pass
 - if array.size and array.nchunks_initialized != array.nchunks:

@@ -25,6 +25,15 @@ def test_the_prefilter_passes_every_caption_that_matches(captions, patterns):
     assert found >= {n for n, text in enumerate(captions) if text and matches(text)}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "caption"),
+    [("strasse", "Die Straße"), ("at&t", "an AT&amp;T store"), ("café", "a caf&eacute; here")],
+)
+def test_the_prefilter_passes_what_is_written_otherwise(pattern, caption):
+    assert matcher([pattern])(caption)
+    assert Prefilter([pattern]).candidates(pa.array([caption])).tolist() == [0]
+
+
 def test_the_prefilter_passes_little_else():
     captions = pa.array([f"a picture of number {n}" for n in range(500)] + ["Elon\u00a0Musk"])
     assert Prefilter(["elon musk"]).candidates(captions).tolist() == [500]

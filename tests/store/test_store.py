@@ -273,6 +273,14 @@ def test_every_truncation_of_a_tensor_file_is_an_input_error(any_store):
             any_store.read_tensors("edits/a.safetensors")
 
 
+def test_bytes_behind_the_last_tensor_are_damage(any_store):
+    any_store.write_tensors("edits/a.safetensors", {"x": np.arange(4.0)}, SPEC)
+    whole = any_store.read_bytes("edits/a.safetensors")
+    any_store.write_bytes("edits/a.safetensors", whole + b"more")
+    with pytest.raises(InputError, match=r"a\.safetensors is damaged"):
+        any_store.read_header("edits/a.safetensors", ModelSpec)
+
+
 def test_a_tensor_file_without_our_header_is_foreign(store):
     from safetensors.numpy import save
 
