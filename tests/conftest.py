@@ -30,10 +30,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+# The longest files, by what they take: one that comes late leaves the other processes idle.
+LONGEST = ("test_demo.py", "test_interrupts.py", "test_cli.py", "test_sweep.py", "test_erasing.py")
+
+
 def pytest_collection_modifyitems(items):
     """Let files with long tests come first; a process takes one file after another."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path.name, len(first)), item.path not in long))
 
 
 @pytest.fixture(scope="session")

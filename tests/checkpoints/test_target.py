@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_targets
 import torch
-from processes import slsgu
+from processes import inside
 from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
 
@@ -78,9 +78,10 @@ def test_the_commands_aim_at_a_pipeline(world, tmp_path):
     own = load_file(world.folder / "open_clip_model.safetensors")
     encoder = ("CLIPTextModel", tower(own, "text"))
     path = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
-    common = ("--store", world.store.root, "--target", path)
-    ranked = slsgu("rank", world.name, *common, "--direction", "gradient", "--json")
-    assert ranked.returncode == 0, ranked.stderr
+    root = world.store.root
+    common = ("--target", path)
+    ranked = inside("rank", world.name, *common, "--direction", "gradient", "--json", store=root)
+    assert ranked.exit_code == 0, ranked.stderr
     ranking = json.loads(ranked.stdout)["ranking"]
     assert ranking["target"] == str(path)
     assert {score["tower"] for score in ranking["scores"]} == {"text"}
@@ -89,16 +90,17 @@ def test_the_commands_aim_at_a_pipeline(world, tmp_path):
     assert told in ranked.stderr and "the vision tower is not part of it" in ranked.stderr
     by_hand = ("--direction", "gradient", "--step", "0.5", "--layer")
     out = tmp_path / "out"
-    applied = slsgu("apply", world.name, *common, *by_hand, "1.mlp.c_proj", "--out", out, "--link")
-    assert applied.returncode == 0, applied.stderr
+    words = ("apply", world.name, *common, *by_hand, "1.mlp.c_proj", "--out", out, "--link")
+    applied = inside(*words, store=root)
+    assert applied.exit_code == 0, applied.stderr
     (row,) = applied.stdout.splitlines()[1:]
     assert row.startswith(f"{out}/text_encoder/model.safetensors\t")
     key = "text_model.encoder.layers.1.mlp.fc2.weight"
     after = load_file(out / "text_encoder/model.safetensors")
     assert not torch.equal(after[key], encoder[1][key])
     nowhere = ("--out", tmp_path / "no")
-    dead = slsgu("apply", world.name, *common, *by_hand, "visual.proj", *nowhere)
-    assert dead.returncode == 3
+    dead = inside("apply", world.name, *common, *by_hand, "visual.proj", *nowhere, store=root)
+    assert dead.exit_code == 3
     assert "the vision tower is not part of it" in dead.stderr
-    both = slsgu("apply", world.name, *common, "-m", world.model.name, *nowhere)
-    assert (both.returncode, "takes the place of --model" in both.stderr) == (2, True)
+    both = inside("apply", world.name, *common, "-m", world.model.name, *nowhere, store=root)
+    assert (both.exit_code, "takes the place of --model" in both.stderr) == (2, True)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def imported(*arguments, cwd=None):
 def chain(shared_world, tmp_path_factory):
     """Every command after another, in a folder with an odd name, on a store given by env.
 
-    `ran` maps each command to how it ended.
+    `ran` maps each command to how it ended. The two that do most are processes as a shell
+    starts them; in this one a warning is an error.
     """
     folder = tmp_path_factory.mktemp("chain") / "häus & höf"
     folder.mkdir()
@@ -69,7 +71,17 @@ def chain(shared_world, tmp_path_factory):
         "rank": ["rank", "blue"],
     }
     environment = {"SLSGU_STORE": "a störe"}
-    ran = {key: slsgu(*words, cwd=folder, env=environment) for key, words in commands.items()}
+    ran = {}
+    for key, words in commands.items():
+        if key in ("build-sets", "apply"):
+            ran[key] = slsgu(*words, cwd=folder, env=environment)
+            continue
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(folder)
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            ran[key] = inside(*words, env=environment)
+            ran[key].returncode = ran[key].exit_code
     return folder, folder / "a störe", ran
 
 
@@ -131,11 +143,11 @@ def test_json_is_one_document_with_the_promised_keys(chain, store, tmp_path):
     for entry in listed:
         assert (store / entry["path"]).exists()
         assert entry["state"] == "ok"
-    ranked = json.loads(slsgu("rank", "blue", "--json", "--store", store).stdout)
+    ranked = json.loads(inside("rank", "blue", "--json", store=store).stdout)
     assert set(ranked) == {"ranking", "plots"}
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in ranked["plots"])
     out = tmp_path / "out"
-    applied = json.loads(slsgu("apply", "blue", "--out", out, "--json", "--store", store).stdout)
+    applied = json.loads(inside("apply", "blue", "--out", out, "--json", store=store).stdout)
     assert set(applied) == {"applied"}
     assert applied["applied"]["model"] == f"local-dir:{out}"
 
@@ -159,7 +171,7 @@ def test_search_again_tells_the_same_and_as_eval_measured(chain, store, shared_w
 
 
 def test_quiet_and_normal(store):
-    quiet, normal = (slsgu("rank", "blue", *f, "--store", store) for f in (["-q"], []))
+    quiet, normal = (slsgu(*PLAIN_RANK, *f, "--store", store) for f in (["-q"], []))
     assert quiet.stderr == ""
     assert "wrote" in normal.stderr
     assert quiet.stdout == normal.stdout
@@ -167,7 +179,7 @@ def test_quiet_and_normal(store):
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_of_usual_width_gets_whole_layers_and_units(store, columns):
-    code, shown, told = on_terminal("rank", "blue", "--store", store, columns=columns)
+    code, shown, told = on_terminal(*PLAIN_RANK, "--store", store, columns=columns)
     assert code == 0
     ranking = Store(str(store)).read_record("rankings/blue.json", Ranking)
     lines = shown.splitlines()
@@ -180,7 +192,7 @@ def test_a_terminal_of_usual_width_gets_whole_layers_and_units(store, columns):
     code, shown, _ = on_terminal("ls", "--store", store, columns=columns)
     assert all(len(line) <= columns for line in shown.splitlines())
     assert "5.2 MB" in shown
-    code, everything, _ = on_terminal("rank", "blue", "-v", "--store", store, columns=columns)
+    code, everything, _ = on_terminal(*PLAIN_RANK, "-v", "--store", store, columns=columns)
     assert len(everything.splitlines()) == 42 + 3
 
 
@@ -196,7 +208,7 @@ def test_colours_are_for_terminals_that_want_them(store):
     assert "\x1b" not in slsgu(*wrong).stderr
     assert "\x1b[1;31m" in on_terminal(*wrong, both=True)[1]
     assert "31m" not in on_terminal(*wrong, both=True, env={"NO_COLOR": "1"})[1]
-    _, shown, _ = on_terminal("rank", "blue", "--store", store, env={"NO_COLOR": "1"})
+    _, shown, _ = on_terminal(*PLAIN_RANK, "--store", store, env={"NO_COLOR": "1"})
     assert "\x1b[3" not in shown
 
 
@@ -238,7 +250,7 @@ def test_help_starts_at_once():
     assert helped <= 3 * bare + 0.15
 
 
-@pytest.mark.parametrize("words", [["rank", "blue"], ["ls", "--json"]])
+@pytest.mark.parametrize("words", [PLAIN_RANK, ["ls", "--json"]])
 def test_a_reader_that_leaves_is_no_error(store, words):
     reading, writing = os.pipe()
     os.close(reading)
@@ -497,7 +509,7 @@ def test_a_full_disk_leaves_nothing_half(store, tmp_path):
 
     (store / "rankings" / "blue.json").unlink()
     before = sorted(store.rglob("*"))
-    done = slsgu("rank", "blue", "--store", store, preexec_fn=few_bytes)
+    done = slsgu(*PLAIN_RANK, "--store", store, preexec_fn=few_bytes)
     assert done.returncode == 3
     assert "cannot write" in done.stderr
     assert "try: free some space or choose another store" in done.stderr
@@ -520,7 +532,7 @@ def test_a_store_that_may_only_be_read(store):
     for path in [store, *before]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        done = slsgu("rank", "blue", "--store", store, preexec_fn=bound_by_modes)
+        done = slsgu(*PLAIN_RANK, "--store", store, preexec_fn=bound_by_modes)
     except subprocess.SubprocessError:
         pytest.skip("root cannot give up its rights here")
     finally:

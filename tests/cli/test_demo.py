@@ -83,7 +83,7 @@ def test_the_commands_are_told_one_by_one(facebook):
 
 @pytest.fixture(scope="module")
 def castle(tmp_path_factory):
-    """What `slsgu demo castle --steer fa5` prints with one in six of the icons, and its folder."""
+    """What `slsgu demo castle --steer fa5` prints with few of the icons, and its folder."""
     import pyarrow.parquet as pq
 
     folder = tmp_path_factory.mktemp("few icons")
@@ -92,12 +92,12 @@ def castle(tmp_path_factory):
     for name in ("train.parquet", "heldout.parquet"):
         icons = pq.read_table(DATA / name)
         concepts = enumerate(icons["concept"].to_pylist())
-        some = [row for row, concept in concepts if concept == "castle" or row % 6 == 0]
+        some = [row for row, concept in concepts if concept == "castle" or row % 12 == 0]
         pq.write_table(icons.take(some), folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo, "DATA", folder)
-        patch.setattr(demo, "RETAIN_SAMPLES", 128)
+        patch.setattr(demo, "RETAIN_SAMPLES", 64)
         done = inside("demo", "castle", "--steer", "fa5", store="a store")
     assert done.exit_code == 0, done.stderr
     return done.stdout, folder

@@ -15,11 +15,11 @@ from slsgu_cli.cli.demo import DATA
 pytestmark = pytest.mark.slow
 
 
-def build(store, rows=128):
-    heldout = f"{DATA / 'heldout.parquet'}?concept=github&concept=facebook&concept=npm"
+def build(store, rows=64):
+    heldout = f"{DATA / 'heldout.parquet'}?concept=github&concept=facebook"
     return [
         "build-sets", "facebook", "--store", store, "--model", f"local-dir:{DATA / 'clip'}",
-        "--source", DATA / "train.parquet", "--retain-samples", rows, "--max-forget", 32,
+        "--source", DATA / "train.parquet", "--retain-samples", rows, "--max-forget", 16,
         "--eval", f"brands={heldout}",
     ]  # fmt: skip
 
@@ -63,16 +63,16 @@ def store(built, tmp_path):
 
 def test_interrupted_build(tmp_path):
     store = tmp_path / "store"
-    process = start(*build(store, 2000))
+    process = start(*build(store, 1200))
     wait_for(lambda: list(store.glob("data/[0-9a-f]*.zarr")), process)
     interrupted(process)
     assert not unfinished(store)
     assert len(list(store.glob("data/*.zarr"))) < 3, "all of forget, retain and evaluation set"
     assert not (store / "sets").exists()
     assert inside("grad", "facebook", store=store).exit_code == 3
-    again = inside(*build(store, 2000))
+    again = inside(*build(store, 1200))
     assert again.exit_code == 0
-    assert "forget: 32 rows were decoded before and are used again" in again.stderr
+    assert "forget: 16 rows were decoded before and are used again" in again.stderr
 
 
 def test_interrupted_gradient_pass(store):
@@ -85,20 +85,22 @@ def test_interrupted_gradient_pass(store):
     again = inside("grad", "facebook", store=store)
     assert again.exit_code == 0
     assert f"forget gradient {kept.stem}: in the store already" in again.stderr
-    assert inside("rank", "facebook", store=store).exit_code == 0
+    assert inside("rank", "facebook", "--direction", "gradient", store=store).exit_code == 0
 
 
 def test_interrupted_search_goes_on_where_it_was(store):
-    for command in ("grad", "rank"):
-        assert inside(command, "facebook", store=store).exit_code == 0
+    for words in (["grad", "facebook"], ["rank", "facebook", "--direction", "gradient"]):
+        assert inside(*words, store=store).exit_code == 0
     trials = store / "trials" / "facebook.json"
-    process = start("search", "facebook", "--store", store)
+    words = ["search", "facebook", "--layer", "visual.proj", "--layer", "text_projection"]
+    words += ["--layer", "visual.conv1", "--steps", 4]
+    process = start(*words, "--store", store)
     wait_for(trials.exists, process)
     interrupted(process)
     assert not unfinished(store)
     assert not (store / "edits").exists()
     recorded = len(json.loads(trials.read_text())["trials"])
-    again = inside("search", "facebook", store=store)
+    again = inside(*words, store=store)
     assert again.exit_code == 0
     assert f"{recorded} recorded trials were used again" in again.stderr
     assert len(json.loads(trials.read_text())["trials"]) > recorded
@@ -111,7 +113,7 @@ def test_killed_gradient_pass(store):
     process.communicate()
     assert inside("rank", "facebook", store=store).exit_code == 3
     assert inside("grad", "facebook", store=store).exit_code == 0
-    assert inside("rank", "facebook", store=store).exit_code == 0
+    assert inside("rank", "facebook", "--direction", "gradient", store=store).exit_code == 0
 
 
 def test_killed_apply_leaves_no_checkpoint(shared_world, tmp_path):
@@ -158,11 +160,11 @@ def test_two_gradient_passes_side_by_side(shared_world, tmp_path):
 
 def test_a_terminated_build_leaves_what_ls_lists_and_no_set(tmp_path):
     store = tmp_path / "store"
-    process = start(*build(store, 2000))
+    process = start(*build(store, 1200))
     wait_for(lambda: list(store.glob("data/.partial*")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     listed = json.loads(inside("ls", "--json", store=store).stdout)["store"]
     assert "set" not in {entry["kind"] for entry in listed}
     assert {e["state"] for e in listed if e["kind"] == "unfinished"} <= {"unreferenced"}
-    assert inside(*build(store, 2000)).exit_code == 0
+    assert inside(*build(store, 1200)).exit_code == 0

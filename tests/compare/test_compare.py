@@ -5,11 +5,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from processes import slsgu
-from typer.testing import CliRunner
+from processes import inside
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.app import app
 from slsgu_cli.cli.compare import comparison_plot
 from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.methods import BaselineRunner
@@ -239,15 +237,15 @@ def test_methods_that_are_not_asked_for_are_not_run(own):
 
 def test_the_command(own):
     words = ["compare", "blue", "--lr", "1e-3", "--epochs", "2", "--batch-size", "16"]
-    words += ["--retain-rows", "32", "--store", own.store.root]
-    done = slsgu(*words)
-    assert done.returncode == 0, done.stderr
+    words += ["--retain-rows", "32"]
+    done = inside(*words, store=own.store.root)
+    assert done.exit_code == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert lines[0][:7] == ["method", "setting", "lr", "alpha", "epoch", "FA@1", "FA@5"]
     assert [line[0] for line in lines[1:]] == [str(method) for method in CLIP_METHODS]
     assert "plots/blue-comparison.png" in done.stderr
-    inside = CliRunner().invoke(app, [*words, "--json", "--methods", "ga,ours"])
-    document = json.loads(inside.stdout)
+    again = inside(*words, "--json", "--methods", "ga,ours", store=own.store.root)
+    document = json.loads(again.stdout)
     assert [row["method"] for row in document["comparison"]] == ["original", "ga", "ours"]
     assert document["comparison"][1]["lr"] == 1e-3
 
@@ -262,6 +260,6 @@ def test_the_command(own):
     ],
 )
 def test_what_makes_no_sense_is_told(words, told, tmp_path):
-    done = CliRunner().invoke(app, ["compare", "blue", *words, "--store", str(tmp_path)])
+    done = inside("compare", "blue", *words, store=tmp_path)
     assert done.exit_code == 2
     assert told in done.stderr

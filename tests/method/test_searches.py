@@ -29,7 +29,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("budget", [None, 0, 200_000])
 def test_each_finds_what_it_finds_alone(budget, several_world, tmp_path, passes):
     together, apart = (several_world.copied(tmp_path / name) for name in ("together", "apart"))
-    options = SearchOptions(steps=5, cache_budget=budget)
+    options = SearchOptions(steps=3, cache_budget=budget)
     results = list(search_each(together.store, NAMES, options=options))
     assert len(passes) == 1
     assert [result.trials.name for result in results] == list(NAMES)

@@ -45,7 +45,7 @@ def request_(shared_world):
         ),
         gradients=PassOptions(),
         ranking=RankOptions(direction=Direction.GRADIENT),
-        search=SearchOptions(steps=5),
+        search=SearchOptions(steps=3),
     )
 
 
@@ -128,7 +128,7 @@ def test_a_sweep_that_is_asked_for_otherwise_is_made_again(request_, store, coun
     sweep(store, two)
     assert counted["search"] == 2
     for changed in (
-        replace(two, search=SearchOptions(steps=4)),
+        replace(two, search=SearchOptions(steps=2)),
         replace(two, ranking=RankOptions(direction=Direction.WHITENED)),
         replace(two, build=replace(two.build, retain_samples=50)),
         replace(two, classes=("red", "blue")),

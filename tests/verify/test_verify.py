@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from plain import Plain
-from processes import slsgu
+from processes import inside
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.cli import verify as cli_verify
@@ -347,8 +347,8 @@ def test_the_plot_is_drawn(verified):
 
 def test_the_command_prints_verdicts_and_writes_the_record(world):
     options = ("--checks", "augment,neighbours", "--rows", "30")
-    piped = slsgu("verify", "blue", "--store", world.store.root, *options)
-    assert piped.returncode == 0, piped.stderr
+    piped = inside("verify", "blue", *options, store=world.store.root)
+    assert piped.exit_code == 0, piped.stderr
     verdicts, became = (part.splitlines() for part in piped.stdout.split("\n\n"))
     head, *lines = (line.split("\t") for line in verdicts)
     assert head[:4] == ["check", "probe", "model", "original FA@1"]
