@@ -41,9 +41,6 @@ KINDS = sorted(
 )
 # Hypothesis cannot see the field types behind slots on its own for nested dictionaries of
 # records, and NaN equals nothing: both are told here.
-st.register_type_strategy(
-    ModelSpec, st.builds(ModelSpec, st.text(min_size=1), st.none() | st.text())
-)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 
 
@@ -63,6 +60,10 @@ def any_record(kind):
 
 for kind in KINDS:
     st.register_type_strategy(kind, any_record)
+# Weights of no model are refused.
+st.register_type_strategy(
+    ModelSpec, st.builds(ModelSpec, st.text(min_size=1), st.none() | st.text())
+)
 
 ACCURACY = Accuracy(87.5, 100.0, 40)
 TRIAL = Trial("l", Tower.TEXT, None, 1.0, 0.1, ACCURACY, 0.0, None)
