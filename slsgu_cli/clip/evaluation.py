@@ -19,9 +19,15 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import CacheBudget, SplitTower, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import ImageSide, PromptSide, accuracies, ranks_of_truth
+from slsgu_cli.clip.zeroshot import (
+    ImageSide,
+    PromptSide,
+    accuracies,
+    class_accuracies,
+    ranks_of_truth,
+)
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.method import Accuracy, Tower
+from slsgu_cli.records.method import Accuracy, ClassLoss, Tower
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.blocks import DataBlock
@@ -159,6 +165,19 @@ def accuracy(ranks: Tensor) -> Accuracy:
     """Return the accuracy that the ranks of the true classes amount to."""
     top1, top5 = accuracies(ranks)
     return Accuracy(top1, top5, int(ranks.numel()))
+
+
+def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[ClassLoss]:
+    """Return what each class that has images lost, the largest loss first, ties by name.
+
+    `before` and `after` are the ranks of the true class of the group's images.
+    """
+    labels, classes = group.images.labels, len(group.names)
+    was, rows = class_accuracies(before, labels, classes)
+    now, _ = class_accuracies(after, labels, classes)
+    figures = zip(group.names, rows.tolist(), was.tolist(), now.tolist(), strict=True)
+    losses = [ClassLoss(*each) for each in figures if each[1]]
+    return sorted(losses, key=lambda loss: (-loss.lost, loss.name))
 
 
 def prepare(

@@ -59,6 +59,16 @@ def accuracies(ranks: Tensor) -> tuple[float, float]:
     return hits[0], hits[1]
 
 
+def class_accuracies(ranks: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return each class's top-1 accuracy in percent, NaN without rows, and how many rows it has.
+
+    `ranks` and `labels` are (rows,); both results (classes,), the accuracies in fp64.
+    """
+    rows = torch.bincount(labels, minlength=classes)
+    hits = torch.bincount(labels[ranks == 0], minlength=classes)
+    return 100 * hits.double() / rows, rows
+
+
 def class_means(features: Tensor, owners: Tensor, classes: int) -> Tensor:
     """Return the normalised mean of each class's prompt features, shape (classes, width).
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slsgu_cli.progress import terminal_safe
+from slsgu_cli.records.method import Share
 
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
@@ -54,10 +55,6 @@ def joined(children: Iterable[Child], between: str = "") -> Html:
     return Html(text(between).join(parts))
 
 
-# The two-sided 95% quantile of the normal distribution.
-QUANTILE = 1.959964
-
-
 def percent(value: float) -> str:
     """Return a percentage with two decimals."""
     return f"{value:.2f}%"
@@ -102,18 +99,10 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def interval(share: float, rows: int) -> str:
-    """Return the 95% interval of a percentage seen over `rows` images (Wilson's)."""
-    low, high = wilson(share / 100, rows)
-    return f"{100 * low:.1f} to {100 * high:.1f}%"
-
-
-def wilson(share: float, rows: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a proportion `share` of `rows` independent draws."""
-    square = QUANTILE**2 / rows
-    middle = (share + square / 2) / (1 + square)
-    half = QUANTILE * math.sqrt(share * (1 - share) / rows + square / (4 * rows)) / (1 + square)
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+def interval(share: Share) -> str:
+    """Return the exact 95% interval of a share."""
+    low, high = share.interval
+    return f"{low:.1f} to {high:.1f}%"
 
 
 @dataclass(frozen=True, slots=True)

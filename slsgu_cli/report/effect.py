@@ -23,7 +23,7 @@ from slsgu_cli.figures.html import (
     scrolled,
     table,
 )
-from slsgu_cli.records.method import Accuracy, EditHeader
+from slsgu_cli.records.method import Accuracy, EditHeader, Share
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report.gather import Section, SetRecords, section
 
@@ -54,13 +54,16 @@ def lead(edit: EditHeader) -> Html:
     before, after = edit.baseline_forget, edit.forget
     if before is None or after is None:
         return paragraph("The edit was made by hand: it carries no figures.", class_="lead")
+    seen = Share.of(after.top1, after.rows)
     sentences: list[Child] = [
         f"Of {count(after.rows)} images of ",
         element("strong", edit.concept),
         f", the model named {percent(before.top1)} rightly before the edit and ",
         element("strong", percent(after.top1)),
         " after it: ",
-        "not one of them any more" if after.top1 == 0 else "not all of them are forgotten",
+        f"not one of them any more, and {seen.bound} of other such images"
+        if seen.count == 0
+        else "not all of them are forgotten",
         f". The name was among its first five guesses for {percent(before.top5)} and is for "
         f"{percent(after.top5)}. ",
     ]
@@ -100,7 +103,7 @@ def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
         "(@5). TA: the same for everything else. ",
         held_out,
         "The interval says how far the share of ever more such images may lie from the one seen "
-        "(Wilson, 95%).",
+        "(Clopper and Pearson's exact one, 95%).",
         class_="quiet",
     )
     caption = f"Accuracy with {known_as(edit.layer)} as it was and as edited"
@@ -118,7 +121,7 @@ def _row(
         None if after is None else percent(after),
         None if before is None or after is None else change(after - before),
         count(was.rows) if was else None,
-        interval(getattr(now, attribute), now.rows) if now and now.rows else None,
+        interval(Share.of(getattr(now, attribute), now.rows)) if now and now.rows else None,
     )
 
 

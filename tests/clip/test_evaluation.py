@@ -5,7 +5,7 @@ import torch
 from plain import Plain
 
 from slsgu_cli.clip import models
-from slsgu_cli.clip.evaluation import accuracy, prepare
+from slsgu_cli.clip.evaluation import accuracy, class_losses, prepare
 from slsgu_cli.clip.zeroshot import edited
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
@@ -137,3 +137,21 @@ def test_an_edit_lasts_as_long_as_its_block(shared_world):
         assert not model.visual.proj.any()
         raise KeyError
     assert torch.equal(model.visual.proj.data, before)
+
+
+def test_each_class_loses_what_its_own_images_lost(shared_world):
+    group = evaluation(shared_world).utility["first"]
+    names = labels_of(group)
+    before, after = torch.zeros(len(names)), torch.zeros(len(names))
+    red = [row for row, name in enumerate(names) if name == "red"]
+    green = [row for row, name in enumerate(names) if name == "green"]
+    after[red[:6]], after[green[0]], before[red[0]] = 1, 5, 2
+    losses = class_losses(group, before.long(), after.long())
+    # The concept has no image here; classes that lost alike stand in the order of their names.
+    assert [loss.name for loss in losses] == [
+        "red", "green", *sorted(set(names) - {"red", "green"}),
+    ]  # fmt: skip
+    assert losses[0].lost == pytest.approx(100 * 5 / len(red))
+    assert (losses[0].rows, losses[0].before) == (len(red), 100 * (1 - 1 / len(red)))
+    assert losses[1].after == pytest.approx(100 * (1 - 1 / len(green)))
+    assert all(loss.lost == 0 for loss in losses[2:])

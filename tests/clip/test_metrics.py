@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from slsgu_cli.clip.zeroshot import (
     accuracies,
+    class_accuracies,
     class_means,
     cosine_matrix,
     least_gap,
@@ -57,6 +58,18 @@ def test_accuracies_are_percentages():
     top1, top5 = accuracies(torch.tensor([0, 0, 1, 4, 5, 9, 0, 2]))
     assert (top1, top5) == (37.5, 75.0)
     assert all(map(math.isnan, accuracies(torch.tensor([], dtype=torch.long))))
+
+
+def test_class_accuracies_are_those_of_each_class_alone():
+    logits, labels = scores(60, 7)
+    labels[labels == 3] = 4
+    ranks = ranks_of_truth(logits, labels)
+    found, rows = class_accuracies(ranks, labels, 9)
+    for index in range(9):
+        alone = accuracies(ranks[labels == index])[0]
+        assert float(found[index]) == pytest.approx(alone, nan_ok=True)
+        assert int(rows[index]) == int((labels == index).sum())
+    assert found.isnan().tolist() == [i in (3, 7, 8) for i in range(9)]
 
 
 def test_class_means_are_the_plain_loops():

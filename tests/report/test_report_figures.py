@@ -1,10 +1,9 @@
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.figures.html import change, cosine, count, interval, number, percent, wilson
+from slsgu_cli.figures.html import change, cosine, count, interval, number, percent
+from slsgu_cli.records.method import Share
 
 
 @pytest.mark.parametrize(
@@ -34,17 +33,5 @@ def test_other_figures():
     assert (cosine(-0.058), cosine(-0.001)) == ("−0.06", "0.00")
 
 
-@given(st.integers(1, 5000), st.data())
-def test_the_interval_holds_the_share_and_solves_its_equation(rows, data):
-    hits = data.draw(st.integers(0, rows))
-    low, high = wilson(hits / rows, rows)
-    assert 0 <= low <= hits / rows <= high <= 1
-    # Its ends are the shares from which what was seen lies 1.96 standard deviations away.
-    for end in (low, high):
-        if 1e-9 < end < 1 - 1e-9:
-            distance = abs(hits / rows - end) / math.sqrt(end * (1 - end) / rows)
-            assert distance == pytest.approx(1.959964, rel=1e-6)
-
-
 def test_zero_of_33_is_not_zero_for_sure():
-    assert interval(0.0, 33) == "0.0 to 10.4%"
+    assert interval(Share(0, 33)) == "0.0 to 10.6%"

@@ -1,0 +1,66 @@
+"""Exact intervals of shares: against tables, closed forms, and the definition itself."""
+
+from math import comb
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slsgu_cli.records.method import Share
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "interval"),
+    [
+        # R: binom.test(count, total)$conf.int
+        (0, 10, (0.0, 30.84971)),
+        (1, 10, (0.2528579, 44.50161)),
+        (5, 10, (18.70860, 81.29140)),
+        (10, 10, (69.15029, 100.0)),
+        (3, 16, (4.047373, 45.64565)),
+        (682, 925, (70.76683, 76.54066)),
+    ],
+)
+def test_the_interval_is_the_one_that_tables_have(count, total, interval):
+    assert Share(count, total).interval == pytest.approx(interval, rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(1, 60), st.data())
+def test_what_was_seen_has_the_tails_probability_at_the_intervals_ends(total, data):
+    count = data.draw(st.integers(0, total))
+    low, high = (end / 100 for end in Share(count, total).interval)
+
+    def likelihood(share, counts):
+        return sum(comb(total, k) * share**k * (1 - share) ** (total - k) for k in counts)
+
+    assert low <= count / total <= high
+    if count < total:
+        assert likelihood(high, range(count + 1)) == pytest.approx(0.025, rel=1e-9)
+    if count > 0:
+        assert likelihood(low, range(count, total + 1)) == pytest.approx(0.025, rel=1e-9)
+
+
+@pytest.mark.parametrize("total", [1, 16, 33, 50_000])
+def test_nothing_seen_has_a_bound_in_closed_form(total):
+    bound = float(Share(0, total).bound.removeprefix("with 95% confidence below ")[:-1])
+    assert 0 <= bound - 100 * (1 - 0.05 ** (1 / total)) < 0.1
+
+
+def test_many_images_have_the_interval_of_a_normal_distribution():
+    low, high = Share(37_500, 50_000).interval
+    assert (low, high) == pytest.approx((75 - 0.3796, 75 + 0.3796), abs=5e-3)
+
+
+def test_a_share_is_told_in_words():
+    assert Share(0, 16).in_words("unseen images") == (
+        "0 of 16 unseen images; with 95% confidence below 17.1%"
+    )
+    assert Share(3, 16).in_words("images") == ("3 of 16 images (18.8%; 95% interval 4.0 to 45.6%)")
+    assert Share(0, 0).in_words("images") == "0 of 0 images"
+
+
+@given(st.integers(1, 5000), st.data())
+def test_a_share_comes_back_from_its_percentage(total, data):
+    count = data.draw(st.integers(0, total))
+    assert Share.of(100 * count / total, total) == Share(count, total)
+    assert Share.of(float("nan"), 0) == Share(0, 0)
