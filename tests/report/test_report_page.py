@@ -114,7 +114,7 @@ def test_it_can_be_read_without_sight_of_it(alone):
 def test_it_says_what_was_measured(alone):
     text = re.sub(r"<[^>]+>", " ", alone)
     assert "named 96.97% rightly before the edit" in text
-    assert "0.0 to 10.4%" in text
+    assert "0.0 to 10.6%" in text
     assert CHOSEN in text
     for word in ("mouse-forget", "a.*b", "17,689", "export SLSGU_STORE=", "slsgu grad mouse"):
         assert word in text
