@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from slsgu_cli.cli.console import Column, Console
-    from slsgu_cli.compare.table import TableRow
+    from slsgu_cli.compare.comparison import TableRow
 
 
 def show_comparison(
@@ -22,7 +22,7 @@ def show_comparison(
 ) -> None:
     """Print a row for each method and setting, and say which baselines beat ours."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.table import LABELS, better
+    from slsgu_cli.compare.comparison import LABELS, better
 
     sets = sorted(rows[0].utility)
 
@@ -100,7 +100,7 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
 
 
 def _mark(axes: "Axes", row: "TableRow") -> None:
-    from slsgu_cli.compare.table import LABELS
+    from slsgu_cli.compare.comparison import LABELS
     from slsgu_cli.figures.curves import INK, MARKERS, SERIES
 
     index = list(Method).index(row.method)
@@ -125,7 +125,7 @@ def show_pipeline_comparison(
 ) -> None:
     """Print a row for each method and learning rate."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.table import LABELS
+    from slsgu_cli.compare.comparison import LABELS
 
     columns: list[str | Column] = [
         Column("method", shown=lambda method: LABELS[method]),
@@ -178,12 +178,11 @@ def compare(
         _compare_on_pipeline(session, names, on_pipeline.record())
         return
     on_pipeline.refuse("for a diffusion pipeline", hint="--target FOLDER", beside=[options])
-    from slsgu_cli.compare.run import compare as run
-    from slsgu_cli.compare.table import mean_rows
+    from slsgu_cli.compare import comparison
     from slsgu_cli.store.artifacts import joint_label, plot_path
 
-    compared = run(session.store, names, options=options.record())
-    rows = mean_rows(compared.concepts, compared.chosen)
+    compared = comparison.compare(session.store, names, options=options.record())
+    rows = comparison.mean_rows(compared.concepts, compared.chosen)
     path = plot_path(joint_label(names), "comparison")
     title = f"forgetting {', '.join(names)}"
     session.store.write_bytes(path, comparison_plot(rows, title=title))

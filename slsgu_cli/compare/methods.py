@@ -183,7 +183,6 @@ def _loss(term: LossTerm, rows: npt.NDArray[np.intp]) -> Tensor:
 
 
 Importance = Callable[[str], tuple[Tensor, Tensor]]
-ALPHA = 10.0
 FIRST, LAST = 0.1, 5.0
 
 

@@ -17,10 +17,9 @@ from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.zeroshot import frechet_distance
 from slsgu_cli.compare import diffusion
+from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.compare.run import ComparisonRun
-from slsgu_cli.compare.table import LABELS
 from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_spec
 from slsgu_cli.downstream.models import (
     Pipeline,

@@ -3,7 +3,7 @@
 from itertools import zip_longest
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.compare.table import LABELS, TableRow, better, mean_rows
+from slsgu_cli.compare.comparison import LABELS, TableRow, better, mean_rows
 from slsgu_cli.figures.html import (
     Child,
     Head,

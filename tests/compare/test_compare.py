@@ -10,9 +10,8 @@ from processes import inside
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.compare import comparison_plot
 from slsgu_cli.compare import ours as ours_module
+from slsgu_cli.compare.comparison import better, compare, mean_rows
 from slsgu_cli.compare.methods import BaselineRunner
-from slsgu_cli.compare.run import compare
-from slsgu_cli.compare.table import better, mean_rows
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.options import CompareOptions

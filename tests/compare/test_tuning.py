@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli.compare.table import ALPHAS, best, trade_off, tune
+from slsgu_cli.compare.comparison import ALPHAS, best, trade_off, tune
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.studies import Method, Outcome
 
