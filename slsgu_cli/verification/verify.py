@@ -29,10 +29,10 @@ from slsgu_cli.records.studies import (
 )
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.membership import membership
 from slsgu_cli.verification.model import ModelUnderTest, add_edit, open_model
 from slsgu_cli.verification.probes import (
     augment,
+    membership,
     neighbours,
     paraphrase,
     quantise,
