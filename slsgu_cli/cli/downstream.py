@@ -237,7 +237,7 @@ def ask(session: Session, request: AskRequest) -> None:
 
     Example: slsgu ask facebook --target llava-1.5-7b-hf --image logo.png --question 'What is it?'
     """
-    from slsgu_cli.downstream.ask import ask as run
+    from slsgu_cli.downstream.generate import ask as run
 
     record, output = run(session.store, request)
     show_answers(session.console, record, output)

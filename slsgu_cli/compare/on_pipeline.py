@@ -29,7 +29,7 @@ from slsgu_cli.downstream.models import (
     require_family,
 )
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
+from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
 from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, GradientPointer

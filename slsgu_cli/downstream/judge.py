@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.inputs import decoder, pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
-from slsgu_cli.clip.pixels import decoder
 from slsgu_cli.clip.towers import CacheBudget, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import PromptSide
 from slsgu_cli.downstream.models import ImageJob, Pipeline

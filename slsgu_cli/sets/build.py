@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
-from slsgu_cli.clip.pixels import decoder
+from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError
 from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.options import BuildRequest, MetadataSource

@@ -13,8 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from slsgu_cli import progress
-from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.pixels import Picture
+from slsgu_cli.clip.inputs import Picture, spare
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec

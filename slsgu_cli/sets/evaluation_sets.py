@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 
 from slsgu_cli import progress
-from slsgu_cli.clip.pixels import decode_in_order
+from slsgu_cli.clip.inputs import decode_in_order
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import encode
 from slsgu_cli.records.sets import DataRef, Origin

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.figures.sheets import contact_sheet
+from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.sets import DataRef, Origin, SetManifest
 from slsgu_cli.sets.context import block_path, reference
 from slsgu_cli.sources.captions import folded

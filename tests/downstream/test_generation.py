@@ -165,7 +165,7 @@ def changed_header(store):
 
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
-    from slsgu_cli.downstream.ask import ask, sample_pictures
+    from slsgu_cli.downstream.generate import ask, sample_pictures
     from slsgu_cli.records.target_options import AskRequest
 
     image = Path(edits.where("facebook.png"))
@@ -183,7 +183,7 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):
-    from slsgu_cli.downstream.ask import sample_pictures
+    from slsgu_cli.downstream.generate import sample_pictures
     from slsgu_cli.downstream.models import Question
     from slsgu_cli.downstream.subjects import _loss, answer_gradient
 

@@ -28,7 +28,7 @@ def facebook(demo_model, tmp_path_factory):
 
 
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.downstream.ask import ask
+    from slsgu_cli.downstream.generate import ask
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import AskRequest, SteerOptions
     from slsgu_cli.records.targets import Budget

@@ -4,7 +4,14 @@ import numpy as np
 from PIL import Image
 
 from slsgu_cli.downstream.judge import png_bytes
-from slsgu_cli.figures.sheets import AnsweredImage, Strip, Tile, answers_png, sheet_html, sheet_png
+from slsgu_cli.figures.pictures import (
+    AnsweredImage,
+    Strip,
+    Tile,
+    answers_png,
+    sheet_html,
+    sheet_png,
+)
 from slsgu_cli.records.targets import Answer
 
 RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))

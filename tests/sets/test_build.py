@@ -12,7 +12,7 @@ from tiny_images import encoded, sample, shard, write_folder, write_parquet, wri
 from worlds import Listener
 
 from slsgu_cli.clip import models
-from slsgu_cli.clip.pixels import decoder
+from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
