@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +176,12 @@ CHANGES: dict[str, Change] = {
     "blur": _blur,
     "jpeg": _jpeg,
 }
-LEVELS = 127
+# Of int8 and of int4, to either side of zero; of int4 between its least and largest weight.
+LEVELS, FOUR_BITS, STEPS = 127, 7, 15
+GROUPS = (64, 128)
+NF4_BLOCK = 64
+# The largest number of e4m3, which has no infinity.
+FP8, FP8_LARGEST = torch.float8_e4m3fn, 448.0
 
 
 def to_int8(weight: Tensor, axis: int) -> Tensor:
@@ -183,10 +190,86 @@ def to_int8(weight: Tensor, axis: int) -> Tensor:
     Symmetric, to nearest: channel c becomes s_c * round(w / s_c) with s_c = max |w| / 127,
     so no weight moves by more than s_c / 2. `axis` is that of the output channels.
     """
-    others = [dimension for dimension in range(weight.ndim) if dimension != axis]
-    scale = weight.abs().amax(dim=others, keepdim=True) / LEVELS
+    scale = _largest(weight, axis) / LEVELS
     # A channel of zeros stays one.
     return torch.where(scale > 0, (weight / scale).round() * scale, weight)
+
+
+def to_fp8(weight: Tensor, axis: int) -> Tensor:
+    """Return weights rounded to e4m3, each output channel scaled so that its largest is 448."""
+    scale = _largest(weight, axis) / FP8_LARGEST
+    # Not every device has the type; the largest may come out a little above 448.
+    scaled = (weight / scale).clamp(-FP8_LARGEST, FP8_LARGEST).cpu().to(FP8)
+    return torch.where(scale > 0, scaled.to(weight.device, weight.dtype) * scale, weight)
+
+
+def _largest(weight: Tensor, axis: int) -> Tensor:
+    others = [dimension for dimension in range(weight.ndim) if dimension != axis]
+    return weight.abs().amax(dim=others, keepdim=True)
+
+
+def to_int4(weight: Tensor, axis: int, *, group: int, symmetric: bool) -> Tensor:
+    """Return weights rounded to 4 bits, `group` inputs of an output channel at a time.
+
+    Symmetric: s * round(w / s), s = max |w| / 7. Asymmetric: s * (clamp(round(w / s) + z,
+    0, 15) - z), with s = (max - min) / 15 and z = round(-min / s), zero always in the range.
+    """
+
+    def rounded(groups: Tensor) -> Tensor:
+        if symmetric:
+            scale = groups.abs().amax(dim=-1, keepdim=True) / FOUR_BITS
+            levels = (groups / scale).round()
+        else:
+            least = groups.amin(dim=-1, keepdim=True).clamp(max=0)
+            scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - least) / STEPS
+            zero = (-least / scale).round()
+            levels = ((groups / scale).round() + zero).clamp(0, STEPS) - zero
+        return torch.where(scale > 0, levels * scale, groups)
+
+    return _by_group(weight, axis, group, rounded)
+
+
+def nf4_levels() -> Tensor:
+    """Return NF4's 16 numbers: quantiles of a normal distribution, scaled to -1 ... 1.
+
+    Eight of its positive half and seven of its negative one, evenly spread in probability,
+    and 0 (QLoRA, arXiv 2305.14314; the outermost probability is that of its code).
+    """
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    inverse = NormalDist().inv_cdf
+
+    def half(count: int) -> list[float]:
+        spread = (outermost - 0.5) / count
+        return [inverse(outermost - place * spread) for place in range(count)]
+
+    values = [-value for value in half(7)] + [0.0] + half(8)[::-1]
+    return torch.tensor(values) / max(values)
+
+
+def to_nf4(weight: Tensor, axis: int) -> Tensor:
+    """Return weights rounded to the nearest NF4 number times the largest of their block.
+
+    Blocks are of 64 inputs of an output channel; their scales are not rounded themselves.
+    """
+    levels = nf4_levels().to(weight.device)
+    between = (levels[1:] + levels[:-1]) / 2
+
+    def rounded(blocks: Tensor) -> Tensor:
+        scale = blocks.abs().amax(dim=-1, keepdim=True)
+        nearest = levels[torch.bucketize((blocks / scale).contiguous(), between)]
+        return torch.where(scale > 0, nearest * scale, blocks)
+
+    return _by_group(weight, axis, NF4_BLOCK, rounded)
+
+
+def _by_group(weight: Tensor, axis: int, size: int, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round weights (channels, groups, size) at a time; a last group may have fewer inputs."""
+    channels = weight.movedim(axis, 0)
+    rows = channels.flatten(1)
+    # Zeros change neither a group's largest weight nor a range that has zero in it.
+    padded = F.pad(rows, (0, -rows.shape[1] % size))
+    out = rounded(padded.reshape(len(rows), -1, size)).flatten(1)[:, : rows.shape[1]]
+    return out.reshape(channels.shape).movedim(0, axis)
 
 
 def output_axis(name: str) -> int:
@@ -195,26 +278,37 @@ def output_axis(name: str) -> int:
 
 
 def quantise(model: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
-    """Measure with the weight matrices in int8, then with all parameters in fp16 and bf16.
+    """Measure with the weight matrices in 8 and 4 bits, then with all parameters in 16.
 
-    Utility is measured in int8 alone: it is the one that may cost some.
+    Utility is measured in `COSTLY` alone: what may cost some.
     """
 
-    def int8(name: str, values: Tensor) -> Tensor:
-        matrix = values.ndim > 1 and is_candidate(name)
-        return to_int8(values, output_axis(name)) if matrix else values
+    def matrices(change: Callable[[Tensor, int], Tensor]) -> Callable[[str, Tensor], Tensor]:
+        def of(name: str, values: Tensor) -> Tensor:
+            matrix = values.ndim > 1 and is_candidate(name)
+            return change(values, output_axis(name)) if matrix else values
+
+        return of
 
     def through(kind: torch.dtype) -> Callable[[str, Tensor], Tensor]:
         return lambda _name, values: values.to(kind).to(values.dtype)
 
-    changes = {"int8": int8, "fp16": through(torch.float16), "bf16": through(torch.bfloat16)}
+    changes = {"int8": matrices(to_int8), "fp8": matrices(to_fp8)}
+    for size in GROUPS:
+        for kind, symmetric in (("", True), (" asymmetric", False)):
+            coarse = partial(to_int4, group=size, symmetric=symmetric)
+            changes[f"int4{kind}, groups of {size}"] = matrices(coarse)
+    changes |= {"nf4": matrices(to_nf4), "fp16": through(torch.float16)}
+    changes["bf16"] = through(torch.bfloat16)
     probes = []
     for name, change in changes.items():
         with altered(model.module, change):
-            probes.append(ProbeFigures(name, *model.figures(utility=change is int8)))
+            probes.append(ProbeFigures(name, *model.figures(utility=name in COSTLY)))
     return probes
 
 
+# The kinds of rounding whose utility is measured, one of each size.
+COSTLY = ("int8", "int4, groups of 128", "nf4")
 SHOWN = 5
 
 

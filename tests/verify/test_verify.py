@@ -143,8 +143,14 @@ def test_every_kind_of_check_found_something(verified):
     names = ["flip", "crop", "colour", "rotation", "blur", "jpeg"]
     assert list(probes(verified, Check.AUGMENT)) == names
     coarse = probes(verified, Check.QUANTISE)
-    assert list(coarse) == ["int8", "fp16", "bf16"]
-    assert coarse["int8"].utility is not None
+    assert list(coarse) == [
+        "int8", "fp8",
+        "int4, groups of 64", "int4 asymmetric, groups of 64",
+        "int4, groups of 128", "int4 asymmetric, groups of 128",
+        "nf4", "fp16", "bf16",
+    ]  # fmt: skip
+    measured = [name for name, probe in coarse.items() if probe.utility is not None]
+    assert measured == ["int8", "int4, groups of 128", "nf4"]
     assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
 
 
