@@ -4,6 +4,9 @@ Every error says what happened and where; `hint` is the command or change that m
 The subclasses also inherit the builtin a caller of the Python API would expect to catch.
 """
 
+import difflib
+import re
+from collections.abc import Collection
 from enum import IntEnum
 
 
@@ -63,3 +66,13 @@ class NotForgottenError(SlsguError):
     """The search met no step at which the concept is forgotten."""
 
     exit_code = ExitCode.NOT_FORGOTTEN
+
+
+def near(text: str, names: Collection[str], most: int = 3) -> str | None:
+    """Return which of the names were perhaps meant, as a hint; None where none is near."""
+    by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
+    letters = re.sub(r"\W+", "", text).lower()
+    close = difflib.get_close_matches(letters, by_letters, most, 0.5)
+    longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
+    chosen = list(dict.fromkeys([*close, *longer]))[:most]
+    return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None

@@ -25,10 +25,9 @@ from slsgu_cli.checkpoints.transformers_clip import (
     vocabulary,
 )
 from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
-from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.errors import InputError, MissingError, UsageError, near
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec, ModelSpec
-from slsgu_cli.records.words import near
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +56,7 @@ def fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
     try:
         return path, Path(download_pretrained_from_hf(repository))
     except FETCH_ERRORS as error:
-        raise _unreachable(repository, error) from error
+        raise _unreachable(f"{HUB}{repository} from the hub", error) from error
 
 
 def fetch_clip(repository: str, config: str) -> Path:
@@ -75,7 +74,7 @@ def fetch_clip(repository: str, config: str) -> Path:
                 if any(folder.glob(weights)):
                     return folder
     except FETCH_ERRORS as error:
-        raise _unreachable(repository, error) from error
+        raise _unreachable(f"{HUB}{repository} from the hub", error) from error
     if not is_clip(folder):
         raise InputError(
             f"{HUB}{repository} is no CLIP that slsgu knows: it has no {config}, "
@@ -94,10 +93,10 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2])[:300] or type(error).__name__
 
 
-def _unreachable(repository: str, error: BaseException) -> MissingError:
+def _unreachable(what: str, error: BaseException) -> MissingError:
     return MissingError(
-        f"cannot fetch {HUB}{repository} from the hub: {first_line(error)}",
-        hint="check the name and the connection, or use local-dir:PATH",
+        f"cannot fetch {what}: {first_line(error)}",
+        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
     )
 
 
@@ -176,10 +175,10 @@ def tokenizer(model: ResolvedModel) -> Tokenize:
     """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
     with _quiet(), _explained(model):
         if model.spelling is Spelling.TRANSFORMERS:
-            tokenize = _clip_tokenizer(model.config["text_cfg"]["context_length"])
+            tokenize = _tokenizer(model.identifier, model.config["text_cfg"]["context_length"])
             _check_vocabulary(model, tokenize.encoder)
         else:
-            tokenize = _open_clip_tokenizer(model.identifier)
+            tokenize = _tokenizer(model.identifier)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
         return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
@@ -246,11 +245,8 @@ def pick_device(name: str) -> str:
     """Return the torch device for `auto` (cuda, else mps, else cpu) or check the named one."""
     import torch
 
-    has = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    has = {"cuda": cuda, "mps": mps, "cpu": True}
     if name == "auto":
         return next(kind for kind, available in has.items() if available)
     kind, _, number = name.partition(":")
@@ -263,10 +259,13 @@ def pick_device(name: str) -> str:
 
 
 @functools.cache
-def _clip_tokenizer(context_length: int) -> Any:
+def _tokenizer(identifier: str, context_length: int | None = None) -> Any:
+    """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
     import open_clip
 
-    return open_clip.SimpleTokenizer(context_length=context_length)
+    if context_length is not None:
+        return open_clip.SimpleTokenizer(context_length=context_length)
+    return open_clip.get_tokenizer(identifier)
 
 
 def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
@@ -287,14 +286,6 @@ def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
         module: torch.nn.Module = open_clip.CLIP(**model.config)
         module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
     return module.float().to(device).eval().requires_grad_(True)
-
-
-@functools.cache
-def _open_clip_tokenizer(identifier: str) -> Any:
-    """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
-    import open_clip
-
-    return open_clip.get_tokenizer(identifier)
 
 
 def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
@@ -355,7 +346,33 @@ def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _resolve_name(spec: ModelSpec) -> ResolvedModel:
     import open_clip
 
-    name = spec.name
+    name, config = _architecture(spec.name)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not spec.pretrained:
+        known = ", ".join(tags) or "a checkpoint file"
+        raise UsageError(f"{name} needs weights", hint=f"--pretrained with one of: {known}")
+    if Path(spec.pretrained).is_file():
+        return ResolvedModel(spec, name, config, _defaults(), Path(spec.pretrained), None)
+    tag = open_clip.get_pretrained_cfg(name, spec.pretrained)
+    if not tag:
+        every = f"tags of {name}: {', '.join(tags) or 'none'}"
+        hint = near(spec.pretrained, tags)
+        raise MissingError(
+            f"{spec.pretrained} is neither a file nor a pretrained tag of {name}",
+            hint=f"{hint}; {every}" if hint else every,
+        )
+    try:
+        weights = Path(open_clip.download_pretrained(tag))
+    except FETCH_ERRORS as error:
+        raise _unreachable(f"{name} {spec.pretrained}", error) from error
+    preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
+    return ResolvedModel(spec, name, config, preprocess, weights, None)
+
+
+def _architecture(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what open_clip calls an architecture, and its model_cfg."""
+    import open_clip
+
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise MissingError(f"there is no architecture file {name}")
@@ -376,29 +393,7 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
             hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
             "or a CLIPModel folder of transformers",
         )
-    if not spec.pretrained:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a checkpoint file"
-        raise UsageError(f"{name} needs weights", hint=f"--pretrained with one of: {tags}")
-    tag = open_clip.get_pretrained_cfg(name, spec.pretrained)
-    if Path(spec.pretrained).is_file():
-        return ResolvedModel(spec, name, config, _defaults(), Path(spec.pretrained), None)
-    if not tag:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        every = f"tags of {name}: {', '.join(tags) or 'none'}"
-        hint = near(spec.pretrained, tags)
-        raise MissingError(
-            f"{spec.pretrained} is neither a file nor a pretrained tag of {name}",
-            hint=f"{hint}; {every}" if hint else every,
-        )
-    try:
-        weights = Path(open_clip.download_pretrained(tag))
-    except FETCH_ERRORS as error:
-        raise MissingError(
-            f"cannot fetch {name} {spec.pretrained}: {first_line(error)}",
-            hint="check the connection, or give a file with --pretrained",
-        ) from error
-    preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
-    return ResolvedModel(spec, name, config, preprocess, weights, None)
+    return name, config
 
 
 def _defaults() -> dict[str, Any]:

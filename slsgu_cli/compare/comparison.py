@@ -30,10 +30,9 @@ from slsgu_cli.records.studies import (
     Method,
     MethodSetting,
     Outcome,
-    PipelineComparison,
-    PipelineOutcome,
     Plan,
 )
+from slsgu_cli.records.targets import PipelineComparison, PipelineOutcome
 from slsgu_cli.store.artifacts import (
     Artifact,
     evaluation_blocks,

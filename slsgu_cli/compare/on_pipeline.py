@@ -34,15 +34,9 @@ from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Effect, GradientPointer
 from slsgu_cli.records.sets import DataRef, SetManifest
-from slsgu_cli.records.studies import (
-    Method,
-    MethodSetting,
-    PipelineComparison,
-    PipelineOutcome,
-    PipelinePlan,
-)
+from slsgu_cli.records.studies import Method, MethodSetting, PipelinePlan
 from slsgu_cli.records.target_options import PipelineCompareOptions
-from slsgu_cli.records.targets import TargetTrials
+from slsgu_cli.records.targets import PipelineComparison, PipelineOutcome, TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

@@ -4,17 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from slsgu_cli.records.method import (
-    Accuracy,
-    Direction,
-    EditHeader,
-    Effect,
-    Precision,
-    Steer,
-    Tower,
-)
+from slsgu_cli.records.method import Accuracy, Direction, EditHeader, Precision, Steer, Tower
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.targets import Budget
 from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
 
 OWN, NEW = "its name", "a new name"
@@ -422,59 +413,3 @@ class Comparison:
         """Return in words what it was made from."""
         methods = ", ".join(dict.fromkeys(outcome.method for outcome in self.outcomes))
         return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineOutcome:
-    """One row: a method, what its pictures show, and how long it took.
-
-    `plan` is that of a trained method, `edit` the digest of ours. `distance` is between
-    the features of its pictures of other classes and of the original's.
-    """
-
-    method: Method
-    plan: PipelinePlan | None
-    edit: str | None
-    effect: Effect
-    distance: float
-    seconds: float
-    where: str | None
-
-    @property
-    def label(self) -> str:
-        """The method and its learning rate, as the row and its folder are called."""
-        return self.method if self.plan is None else f"{self.method} {self.plan.rate:g}"
-
-    @property
-    def made_by(self) -> MethodSetting:
-        """The method as it was run for this row."""
-        rate = None if self.plan is None else self.plan.rate
-        return MethodSetting(self.method, rate, self.plan, self.edit)
-
-    @property
-    def place(self) -> str:
-        """The place in the record: where the pictures lie, whatever the plan."""
-        return self.label
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineComparison:
-    """Every outcome for one concept on one pipeline, with what all of them were made from."""
-
-    name: str
-    concept: str
-    target: str
-    target_fingerprint: str
-    forget: str
-    forget_data: str
-    retain_data: str
-    evals: dict[str, str]
-    judge: str
-    budget: Budget
-    outcomes: tuple[PipelineOutcome, ...]
-    version: str
-
-    def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
-        labels = ", ".join(outcome.label for outcome in self.outcomes)
-        return {"set": self.name, "target": self.target, "outcomes": labels}

@@ -1,5 +1,6 @@
 """What the commands on a model built on CLIP are asked for."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,6 @@ from slsgu_cli.records.words import (
     SEARCH,
     TARGET,
     choices,
-    numbers,
     option,
     options,
     rates,
@@ -121,6 +121,19 @@ class SteerOptions:
     def damping(self) -> float:
         """The ridge in force where the direction is whitened."""
         return RIDGE if self.ridge is None else self.ridge
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """Return the numbers that a list of numbers and ranges names, as `0-3,8`. Raises UsageError."""
+    values: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise UsageError(f"{name} {text} is no list of numbers", hint=f"{name} 0-3,8")
+        values += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(values)) != len(values) or not values:
+        raise UsageError(f"{name} {text} names {'a number twice' if values else 'no number'}")
+    return tuple(values)
 
 
 SEEDS = (0, 1, 2, 3)

@@ -6,19 +6,18 @@ line of a record that is there. Nothing here knows a terminal.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import UsageError, near
 
 R = TypeVar("R")
 
@@ -34,18 +33,8 @@ SPEED = "Speed and memory"
 MODEL = "Model"
 COMMON = "Common options"
 PANELS = (
-    ROWS,
-    MODEL,
-    EVALUATION,
-    GENERATION,
-    DOWNLOAD,
-    LAYERS,
-    SEARCH,
-    TARGET,
-    OUTPUT,
-    SPEED,
-    COMMON,
-)
+    ROWS, MODEL, EVALUATION, GENERATION, DOWNLOAD, LAYERS, SEARCH, TARGET, OUTPUT, SPEED, COMMON
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +72,18 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nested:
-    """A field that is a record with options; some flags replaced, some fields left out."""
+class Nested:
+    """A field that is a record with options of its own.
 
-    flags: Mapping[str, tuple[str, ...]]
-    omit: Collection[str]
-    panel: str | None
-    help: Mapping[str, str]
-    words: Mapping[str, str]
+    `flags`, `help` and `words` (of what happens without it) go by that record's fields and
+    replace what these say; those of `omit` are no options here.
+    """
+
+    flags: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    omit: Collection[str] = ()
+    panel: str | None = None
+    help: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def option(default: Any, *flags: str, factory: Any = MISSING, **said: Any) -> Any:
@@ -103,22 +96,9 @@ def option(default: Any, *flags: str, factory: Any = MISSING, **said: Any) -> An
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def options(
-    default: Any,
-    *,
-    flags: Mapping[str, tuple[str, ...]] | None = None,
-    omit: Collection[str] = (),
-    panel: str | None = None,
-    help: Mapping[str, str] | None = None,
-    words: Mapping[str, str] | None = None,
-) -> Any:
-    """Return a field whose record has options of its own.
-
-    `flags`, `help` and `words` (of what happens without it) go by that record's fields and
-    replace what these say; those of `omit` are no options here.
-    """
-    metadata = {"options": _Nested(flags or {}, omit, panel, help or {}, words or {})}
-    return dataclasses.field(default=default, metadata=metadata)
+def options(default: Any, **nested: Any) -> Any:
+    """Return a field whose record has options of its own (see Nested)."""
+    return dataclasses.field(default=default, metadata={"options": Nested(**nested)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +183,7 @@ class Place:
     def _one(self, text: str) -> Any:
         name, kind, said = self.option.name, _item(self.kind), self.option
         if issubclass(kind, StrEnum):
-            if text not in list(kind):
-                raise UsageError(
-                    f"{name} {text} is none of {', '.join(kind)}", hint=near(text, kind)
-                )
-            return kind(text)
+            return _chosen(name, text, kind)
         if kind not in (int, float):
             return kind(text)
         try:
@@ -281,7 +257,7 @@ def places(kind: type, default: Any = None) -> list[Place]:
     return listed
 
 
-def _within(name: str, place: Place, nested: _Nested) -> Place:
+def _within(name: str, place: Place, nested: Nested) -> Place:
     first, said = place.path[0], place.option
     said = dataclasses.replace(
         said,
@@ -376,16 +352,6 @@ def figure(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def near(text: str, names: Collection[str], most: int = 3) -> str | None:
-    """Return which of the names were perhaps meant, as a hint; None where none is near."""
-    by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
-    letters = re.sub(r"\W+", "", text).lower()
-    close = difflib.get_close_matches(letters, by_letters, most, 0.5)
-    longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
-    chosen = list(dict.fromkeys([*close, *longer]))[:most]
-    return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
-
-
 def pairs(name: str, given: Sequence[str]) -> dict[str, str]:
     """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
     values: dict[str, str] = {}
@@ -399,39 +365,30 @@ def pairs(name: str, given: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Return the numbers that a list of numbers and ranges names, as `0-3,8`. Raises UsageError."""
-    values: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise UsageError(f"{name} {text} is no list of numbers", hint=f"{name} 0-3,8")
-        values += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if len(set(values)) != len(values) or not values:
-        raise UsageError(f"{name} {text} names {'a number twice' if values else 'no number'}")
-    return tuple(values)
-
-
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def parse_size(text: str) -> int:
+def bytes_of(name: str, text: str) -> int:
     """Return the bytes meant by `4G`, `512MiB` or `1000000`. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match:
-        raise UsageError(f"{text!r} is not a size", hint="write it like 4G, 512M or 1000000")
+        raise UsageError(f"{name} {text!r} is not a size", hint=f"such as {name} 4G, or 1000000")
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def percent(name: str, text: str) -> float:
-    """Return the share that a percentage is. Raises UsageError."""
+def _positive(name: str, text: str, *, what: str, hint: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise UsageError(f"{name} {text} is no share of a norm", hint=f"such as {name} 50")
-    return value / 100
+        raise UsageError(f"{name} {text} is no {what}", hint=hint)
+    return value
+
+
+def percent(name: str, text: str) -> float:
+    """Return the share that a percentage is. Raises UsageError."""
+    return _positive(name, text, what="share of a norm", hint=f"such as {name} 50") / 100
 
 
 def device(name: str, text: str) -> str:
@@ -444,26 +401,24 @@ def device(name: str, text: str) -> str:
     return text
 
 
-def bytes_of(_: str, text: str) -> int:
-    """Return the bytes that a size option means. Raises UsageError."""
-    return parse_size(text)
+def _chosen(name: str, text: str, kinds: Iterable[StrEnum]) -> StrEnum:
+    known = {str(kind): kind for kind in kinds}
+    if text not in known:
+        raise UsageError(f"{name} {text} is none of {', '.join(known)}", hint=near(text, known))
+    return known[text]
 
 
 def choices(
     kinds: Sequence[StrEnum] | type[StrEnum], *, always: StrEnum | None = None
 ) -> Callable[[str, Any], tuple[StrEnum, ...]]:
     """Return what reads names of `kinds`, also with commas between; `always` comes first."""
-    known = {str(kind): kind for kind in kinds}
 
     def read(name: str, given: str | Sequence[str]) -> tuple[StrEnum, ...]:
         wanted = _listed(given)
-        for text in wanted:
-            if text not in known:
-                raise UsageError(f"{name} {text} is none of {', '.join(known)}")
         if not wanted:
-            raise UsageError(f"{name} names none of {', '.join(known)}")
+            raise UsageError(f"{name} names none of {', '.join(kinds)}")
         first = () if always is None else (always,)
-        return (*first, *(known[text] for text in wanted))
+        return (*first, *(_chosen(name, text, kinds) for text in wanted))
 
     return read
 
@@ -473,17 +428,8 @@ def rates(name: str, given: Sequence[str]) -> tuple[float, ...] | None:
     words = _listed(given)
     if words == ["auto"]:
         return None
-    values = []
-    for word in words:
-        try:
-            value = float(word)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise UsageError(
-                f"{name} {word} is no learning rate", hint=f"{name} 1e-6,1e-7, or {name} auto alone"
-            )
-        values.append(value)
+    hint = f"{name} 1e-6,1e-7, or {name} auto alone"
+    values = [_positive(name, word, what="learning rate", hint=hint) for word in words]
     return tuple(dict.fromkeys(values))
 
 

@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.errors import InputError, StaleError, near
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     EditHeader,
@@ -24,15 +24,14 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import Collection, SetManifest, check_name
-from slsgu_cli.records.studies import (
-    Comparison,
-    JointSearch,
+from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
+from slsgu_cli.records.targets import (
+    Answers,
+    GeneratedSource,
+    Generation,
     PipelineComparison,
-    Sweep,
-    Verification,
+    TargetTrials,
 )
-from slsgu_cli.records.targets import Answers, GeneratedSource, Generation, TargetTrials
-from slsgu_cli.records.words import near
 from slsgu_cli.store.store import Store, require
 
 T = TypeVar("T")

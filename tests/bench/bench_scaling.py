@@ -32,12 +32,11 @@ from slsgu_cli.method.search import search
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import parse_size
 from slsgu_cli.store.artifacts import read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 
 EMBEDDED = ModelSpec(f"local-dir:{Path(slsgu_cli.__file__).parent / 'demo' / 'clip'}")
-CACHE = "256M"
+CACHE = 256 << 20
 FORGET = 32
 
 
@@ -60,7 +59,7 @@ def measure(folder: str, name: str, device: str, layers: list[str] | None) -> No
         search(
             store,
             name,
-            options=SearchOptions(layers=layers, device=device, cache_budget=parse_size(CACHE)),
+            options=SearchOptions(layers=layers, device=device, cache_budget=CACHE),
         )
     seconds = time.perf_counter() - start
     peak = round(peak_memory() / 1024)

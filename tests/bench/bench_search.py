@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Precision, Steer
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.words import parse_size
+from slsgu_cli.records.words import bytes_of
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -71,7 +72,8 @@ def main() -> None:
     parser.add_argument("--steer", type=Steer, default=Steer.FA1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
-    parser.add_argument("--cache-budget", help="as of search, such as 500M")
+    size = partial(bytes_of, "--cache-budget")
+    parser.add_argument("--cache-budget", type=size, help="as of search, such as 500M")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--store", help="keep the set here, to run again without building it")
     args = parser.parse_args()
@@ -101,7 +103,7 @@ def main() -> None:
                     steer=args.steer,
                     device=args.device,
                     precision=args.precision,
-                    cache_budget=args.cache_budget and parse_size(args.cache_budget),
+                    cache_budget=args.cache_budget,
                 ),
             )
             ours.append(time.perf_counter() - start)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.words import parse_size
+from slsgu_cli.records.words import bytes_of
 
 
 @pytest.mark.parametrize(
@@ -22,20 +22,20 @@ from slsgu_cli.records.words import parse_size
     ],
 )
 def test_sizes_as_people_write_them(text, size):
-    assert parse_size(text) == size
+    assert bytes_of("--memory-budget", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "4X", "4 G G", "1e9", "4,5G", "nan", "4GiBs"])
 def test_what_is_no_size_is_told(text):
     with pytest.raises(UsageError, match="is not a size") as error:
-        parse_size(text)
+        bytes_of("--memory-budget", text)
     assert repr(text) in str(error.value)
     assert "4G" in error.value.hint
 
 
 @given(st.integers(0, 10**15))
 def test_bytes_are_taken_as_they_are(size):
-    assert parse_size(str(size)) == size
+    assert bytes_of("--memory-budget", str(size)) == size
 
 
 def test_spare_memory_of_a_cpu_is_a_part_of_it():
