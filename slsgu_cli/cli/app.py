@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.cli import usage
 from slsgu_cli.errors import ExitCode, SlsguError, UsageError
 from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
 
@@ -67,6 +68,27 @@ class _Group(TyperGroup):
             )
         return self.commands.get(cmd_name)
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line; one that is refused ends as a command does that is."""
+        try:
+            return super().main(*args, **extra)
+        except SlsguError as error:
+            from slsgu_cli.cli.console import Console
+
+            Console().error(error)
+            sys.exit(error.exit_code)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the options before the command. Raises UsageError."""
+        with usage.explained(ctx):
+            return super().parse_args(ctx, [] if args == ["--"] else args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that is named. Raises UsageError."""
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise usage.unknown_command(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each group with the first line of each command's help, whole."""
         for title, names in GROUPS.items():
@@ -76,7 +98,13 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command's help, with the options in panels."""
+    """A command that says in our words what it refuses; its help has the options in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the words of a command. Raises UsageError."""
+        with usage.explained(ctx):
+            usage.check_words(ctx, args)
+            return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the command's name: arguments by what stands for them."""

@@ -192,9 +192,13 @@ class Place:
             what = "whole number" if kind is int else "number"
             raise UsageError(f"{name} {text} is no {what}", hint=f"such as {name} 4") from None
         low, high = said.min, said.max
-        if (low is not None and not number >= low) or (high is not None and not number <= high):
+        below = low is not None and not number >= low
+        if below or (high is not None and not number <= high):
             limits = f"{low or 0:g} or more" if high is None else f"from {low or 0:g} to {high:g}"
-            raise UsageError(f"{name} {text} is out of range: it must be {limits}")
+            raise UsageError(
+                f"{name} {text} is out of range: it must be {limits}",
+                hint=f"{name} {low if below else high:g}",
+            )
         return number
 
     def of(self, record: Any) -> Any:
@@ -397,7 +401,8 @@ def device(name: str, text: str) -> str:
     Checked here as well as where torch knows the devices: a command may not come to that.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise UsageError(f"{name} {text!r} is none of auto, cpu, cuda, cuda:N and mps")
+        known = "auto, cpu, cuda, cuda:N and mps"
+        raise UsageError(f"{name} {text!r} is none of {known}", hint=f"{name} auto")
     return text
 
 

@@ -1,0 +1,165 @@
+"""What is wrong with a command line, said as every other error is: what, where, what mends it.
+
+The parser under typer only sees that a word does not fit. What was meant, and where the word
+belongs, is looked up here in the commands and their options.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from shlex import quote
+from typing import Any
+
+import typer
+
+from slsgu_cli.errors import UsageError, near
+
+# What the parser raises, wherever the installed typer has it from: its own click, or click's.
+ParserError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+@contextmanager
+def explained(ctx: Any) -> Iterator[None]:
+    """Turn what the parser refuses of the command of `ctx` into a UsageError."""
+    try:
+        yield
+    except ParserError as caught:
+        error: Any = caught
+        kind = type(caught).__name__
+        if kind == "NoArgsIsHelpError":
+            raise
+        if kind == "NoSuchOption":
+            raise _unknown_option(ctx, error.option_name) from caught
+        if kind == "BadOptionUsage":
+            raise _misused(error.option_name, _flags(ctx, ctx.command)) from caught
+        if kind == "MissingParameter":
+            raise _missing(ctx, error.param) from caught
+        param = getattr(error, "param", None)
+        what = ctx.command_path if param is None else _name(param)
+        raise UsageError(f"{what}: {error.message.rstrip('.')}", hint=_help(ctx)) from caught
+
+
+def check_words(ctx: Any, words: Sequence[str]) -> None:
+    """Refuse what the parser would take: options given twice or without their value, more words.
+
+    Raises UsageError, and what the parser raises.
+    """
+    if ctx.resilient_parsing:
+        return
+    _check_values(ctx, words)
+    _, more, order = ctx.command.make_parser(ctx).parse_args(args=list(words))
+    if any(param.is_eager for param in order):
+        return
+    for param in order:
+        times = order.count(param)
+        if times > 1 and _takes_value(param) and not param.multiple:
+            raise UsageError(
+                f"{_name(param)} is given {times} times and takes one value", hint="give it once"
+            )
+    if more and not ctx.allow_extra_args:
+        places = [f"one {_name(param)}" for param in _params(ctx) if not _is_option(param)]
+        verb = "is" if len(more) == 1 else "are"
+        raise UsageError(
+            f"{ctx.info_name} takes {' and '.join(places) or 'no arguments'}: "
+            f"{', '.join(map(quote, more))} {verb} too much",
+            hint=f"put quotes around what has spaces; {_help(ctx)}",
+        )
+
+
+def _unknown_option(ctx: Any, name: str) -> UsageError:
+    """Return what to say of an option that the command does not have."""
+    root = ctx.find_root()
+    group = root.command
+    commands = {each: group.get_command(ctx, each) for each in group.list_commands(ctx)}
+    commands |= {root.info_name: group}
+    owners = [each for each, command in commands.items() if name in _shown(ctx, command)]
+    what = f"{ctx.info_name} has no option {name}"
+    if owners and ctx is root:
+        return UsageError(
+            f"{name} stands behind a command", hint=f"{root.info_name} COMMAND ... {name}"
+        )
+    if owners:
+        verb = "has" if len(owners) == 1 else "have"
+        return UsageError(f"{what}; {_listed(owners)} {verb} it", hint=_help(ctx))
+    return UsageError(what, hint=near(name, _shown(ctx, ctx.command), 1) or _help(ctx))
+
+
+def unknown_command(ctx: Any, name: str) -> UsageError:
+    """Return what to say of a command that there is not."""
+    commands = ctx.command.list_commands(ctx)
+    hint = near(name, commands, 1) or f"`{ctx.command_path} --help` lists the commands"
+    return UsageError(f"there is no command {quote(name)}", hint=hint)
+
+
+def _missing(ctx: Any, param: Any) -> UsageError:
+    """Return what a command needs, with the least that it can be called by."""
+    least = [
+        f"{_name(each)} {each.metavar}" if _is_option(each) else _name(each)
+        for each in _params(ctx)
+        if each.required
+    ]
+    about = f": {param.help.rstrip('.')}" if param.help else ""
+    hint = " ".join([ctx.command_path, *least])
+    return UsageError(f"{ctx.info_name} needs {_name(param)}{about}", hint=hint)
+
+
+def _check_values(ctx: Any, words: Sequence[str]) -> None:
+    """Refuse an option whose value is empty, or the next option."""
+    flags = _flags(ctx, ctx.command)
+    for word, following in pairwise([*words, "--"]):
+        if word == "--":
+            return
+        flag, tied, value = word.partition("=")
+        if flag not in flags or not _takes_value(flags[flag]):
+            continue
+        if not (value if tied else following):
+            raise _misused(flag, flags)
+        if not tied and following in flags:
+            hint = f"{flag} {flags[flag].metavar}, or {flag}={following} if that is its value"
+            raise UsageError(f"{flag} needs a value, and {following} is an option", hint=hint)
+
+
+def _misused(flag: str, flags: Mapping[str, Any]) -> UsageError:
+    """Return what to say of an option that lacks its value, or has one that it does not take."""
+    if _takes_value(flags[flag]):
+        return UsageError(f"{flag} needs a value", hint=f"{flag} {flags[flag].metavar}")
+    return UsageError(f"{flag} takes no value", hint=f"{flag} alone")
+
+
+def _params(ctx: Any, command: Any = None) -> list[Any]:
+    params: list[Any] = (ctx.command if command is None else command).get_params(ctx)
+    return params
+
+
+def _flags(ctx: Any, command: Any) -> dict[str, Any]:
+    """Return a command's options by each of their flags."""
+    options = [param for param in _params(ctx, command) if _is_option(param)]
+    return {flag: each for each in options for flag in (*each.opts, *each.secondary_opts)}
+
+
+def _shown(ctx: Any, command: Any) -> list[str]:
+    """Return the flags that a command's help lists."""
+    return [flag for flag, param in _flags(ctx, command).items() if not param.hidden]
+
+
+def _is_option(param: Any) -> bool:
+    return bool(param.param_type_name == "option")
+
+
+def _takes_value(param: Any) -> bool:
+    return _is_option(param) and not param.is_flag
+
+
+def _name(param: Any) -> str:
+    """Return how the user knows a parameter: its first flag, or what stands for it."""
+    return str(param.opts[0] if _is_option(param) else param.metavar)
+
+
+def _help(ctx: Any) -> str:
+    what = "the commands" if hasattr(ctx.command, "list_commands") else "what it takes"
+    return f"`{ctx.command_path} --help` lists {what}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
