@@ -56,6 +56,11 @@ class Layer:
             name = name.removeprefix(prefix)
         return known_as(name)
 
+    @property
+    def recorded_tower(self) -> Tower:
+        """Return the tower as records have it: text for a parameter of neither."""
+        return self.tower or Tower.TEXT
+
     def is_of(self, qkv: Qkv) -> bool:
         """Return whether it is a layer where query, key and value are fused, or split."""
         return not _FUSED.search(self.name) if qkv is Qkv.SPLIT else self.third is None

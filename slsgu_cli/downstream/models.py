@@ -152,6 +152,16 @@ def require_family(path: Path, *, answers: bool) -> Target:
     return target
 
 
+def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, torch.dtype]:
+    """Return the target at `path`, its device, its precision there: fp16 on a GPU, else fp32.
+
+    Raises what `require_family` raises, and UsageError for a device that is not here.
+    """
+    target = require_family(path, answers=answers)
+    device = pick_device(device)
+    return target, device, torch.float16 if device.startswith("cuda") else torch.float32
+
+
 def library(name: str) -> Any:
     """Import a library that is not needed elsewhere. Raises MissingError naming its extra."""
     try:
@@ -222,13 +232,11 @@ class Pipeline:
 
         Raises MissingError, InputError, and UsageError where it is no pipeline.
         """
-        target = require_family(path, answers=False)
-        device = pick_device(device)
+        target, device, precision = _placed(path, device, answers=False)
         diffusers = library("diffusers")
-        half = device.startswith("cuda")
         with quiet(), explained(path):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                path, local_files_only=True, torch_dtype=torch.float16 if half else torch.float32
+                path, local_files_only=True, torch_dtype=precision
             ).to(device)
         pipeline.set_progress_bar_config(disable=True)
         encoders = tuple(
@@ -301,14 +309,12 @@ class Llava:
 
         Raises MissingError, InputError, and UsageError where it is no LLaVA.
         """
-        target = require_family(path, answers=True)
-        device = pick_device(device)
+        target, device, precision = _placed(path, device, answers=True)
         transformers = library("transformers")
-        half = device.startswith("cuda")
         with quiet(), explained(path):
             processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
             model = transformers.AutoModelForImageTextToText.from_pretrained(
-                path, local_files_only=True, dtype=torch.float16 if half else torch.float32
+                path, local_files_only=True, dtype=precision
             )
         model = model.to(device).eval()
         return cls(model, processor, LiveEncoder.find(model, target.encoders[0]), device)

@@ -36,7 +36,6 @@ from slsgu_cli.records.method import (
     LayerScore,
     Share,
     TargetFigures,
-    Tower,
     Trial,
 )
 from slsgu_cli.records.sets import ModelSpec, SetManifest
@@ -155,7 +154,7 @@ def _top1(trial: Trial) -> float:
 def _score(move: TargetMove) -> LayerScore:
     return LayerScore(
         layer=move.layer,
-        tower=Layer.parse(move.layer).tower or Tower.TEXT,
+        tower=Layer.parse(move.layer).recorded_tower,
         shape=tuple(move.weight.shape),
         importance=move.importance,
         alignment=0.0,

@@ -141,7 +141,7 @@ def direct_edit(
         manifest,
         pointer,
         layer=moved.name,
-        tower=moved.tower or Tower.TEXT,
+        tower=moved.recorded_tower,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
         direction=options.direction,

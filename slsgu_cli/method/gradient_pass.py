@@ -25,7 +25,6 @@ from slsgu_cli.clip.inputs import (
     text_features,
     to_tokens,
 )
-from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Precision
@@ -125,7 +124,10 @@ class GradientPass:
     def prepare(
         cls, model: nn.Module, loss: str, *, spec: InputSpec, options: PassOptions
     ) -> "GradientPass":
-        """Return a pass over `model` for the loss called cosine, contrastive or sigmoid."""
+        """Return a pass over `model` for the loss called cosine, contrastive or sigmoid.
+
+        It runs on the device that the model is on, whatever `options` say.
+        """
         scale: Any = model.logit_scale
         bias: Any = getattr(model, "logit_bias", None)
         losses: dict[str, Any] = {
@@ -139,7 +141,7 @@ class GradientPass:
             return values
 
         vision, text = vision_tower(model), text_tower(model)
-        options = replace(options, device=pick_device(options.device))
+        options = replace(options, device=str(next(model.parameters()).device))
         return cls(model, vision, text, grouped, spec, options)
 
     def run(self, block: DataBlock, label: str) -> tuple[Arrays, float]:
