@@ -188,7 +188,7 @@ class Session:
 
     store: "Store"
     console: "Console"
-    given: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class Asked(Generic[R]):
         """Return whether an option of this field was given."""
         return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
 
-    def given(self, *, beside: "Sequence[Asked[Any]]" = ()) -> list[str]:
+    def option_names(self, *, beside: "Sequence[Asked[Any]]" = ()) -> list[str]:
         """Return which of its options were given, without those that are others' too."""
         shared = {place.option.key for other in beside for place in places(other.kind)}
         options = [place.option for place in places(self.kind)]
@@ -214,7 +214,7 @@ class Asked(Generic[R]):
 
     def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
         """Raise UsageError if any of its options was given, those of others aside."""
-        if names := self.given(beside=beside):
+        if names := self.option_names(beside=beside):
             verb = "is" if len(names) == 1 else "are"
             raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
 
@@ -253,8 +253,8 @@ class _Parameter:
         listed = places(record)
 
         def made(words: Mapping[str, Any]) -> Any:
-            given = any(place.option.key in words for place in listed)
-            return _record(record, words) if given or not optional else None
+            wanted = any(place.option.key in words for place in listed)
+            return _record(record, words) if wanted or not optional else None
 
         return cls(listed, made, optional=optional)
 
@@ -309,7 +309,7 @@ def _runner(function: Callable[..., None]) -> Callable[..., None]:
             # Results go through the console alone; what a library prints is no result.
             with contextlib.redirect_stdout(sys.stderr), progress.using(console):
                 made = {key: each.make(words) for key, each in spread.items()}
-                session = Session(Store(common["store"]), console, _given(spread, words))
+                session = Session(Store(common["store"]), console, _option_names(spread, words))
                 function(session, **made)
             console.flush()
 
@@ -319,7 +319,7 @@ def _runner(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _given(spread: Mapping[str, _Parameter], words: Mapping[str, Any]) -> tuple[str, ...]:
+def _option_names(spread: Mapping[str, _Parameter], words: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the options that were given, arguments aside."""
     options = [place.option for each in spread.values() for place in each.places]
     names = [option.name for option in options if option.flags and option.key in words]
@@ -345,16 +345,16 @@ def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:
 
 def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Parameter:
     option = place.option
-    said: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
+    settings: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
     if option.completes is not None:
-        said["autocompletion"] = _completion(option.completes)
+        settings["autocompletion"] = _completion(option.completes)
     if not place.is_flag:
-        said["metavar"] = place.metavar
+        settings["metavar"] = place.metavar
     if option.flags:
-        said |= {"rich_help_panel": option.panel, "hidden": hidden}
+        settings |= {"rich_help_panel": option.panel, "hidden": hidden}
     kind: Any = bool if place.is_flag else Path if place.of_paths else str
     kind = list[kind] if place.repeatable or option.once else kind
-    what = typer.Option(*option.flags, **said) if option.flags else typer.Argument(**said)
+    what = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return inspect.Parameter(
         option.key,
         inspect.Parameter.KEYWORD_ONLY,

@@ -84,7 +84,7 @@ def _replayed(session: Session, request: Asked[BuildRequest]) -> str:
     """Return the name to build again. Raises UsageError where more is asked for."""
     if "name" not in request:
         raise UsageError("--replay needs the name of a set", hint="slsgu build-sets NAME --replay")
-    if others := [name for name in session.given if name != "--replay"]:
+    if others := [name for name in session.options if name != "--replay"]:
         raise UsageError(
             "--replay builds a set as it was built and takes no other options: "
             f"not {', '.join(others)}",

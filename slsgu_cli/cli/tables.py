@@ -250,7 +250,7 @@ def before_after(console: "Console", models: Figures) -> None:
     sets = sorted(next(iter(models.values()))[1])
     rows: list[tuple[Any, ...]] = []
     forgets = {
-        label: {f" {name}": found for name, found in forget.items()}
+        label: {f" {name}": accuracy for name, accuracy in forget.items()}
         if isinstance(forget, dict)
         else {"": forget}
         for label, (forget, _) in models.items()

@@ -33,7 +33,7 @@ def show_verified(console: "Console", result: "Verified") -> None:
     for subject in others:
         of_model = [row for known, row in verdicts if known is subject]
         counts = Counter(row.verdict for row in of_model if not row.detail)
-        words = ", ".join(f"{said} {counts[said]}" for said in Verdict if counts[said])
+        words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict])
         console.value(f"verdict of {subject.label}", f"{subject.label}: {words}")
         for row in of_model:
             if row.note:

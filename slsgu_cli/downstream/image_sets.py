@@ -211,9 +211,9 @@ def _judged(
         domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), ("theme", "object"), strict=True
     ):
         judge = Judge.load(request.judge, dict.fromkeys(names, templates), device=request.device)
-        said = judge.verdicts(images)
+        verdicts = judge.verdicts(images)
         truth = [getattr(cell, attribute) for cell in cells]
-        hits.append([a == b for a, b in zip(said, truth, strict=True)])
+        hits.append([a == b for a, b in zip(verdicts, truth, strict=True)])
     in_domain, cross = hits if forgotten in domains[0] else hits[::-1]
     shows = [forgotten in (cell.theme, cell.object) for cell in cells]
     gone = [not hit for hit, shown in zip(in_domain, shows, strict=True) if shown]

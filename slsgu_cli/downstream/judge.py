@@ -165,8 +165,8 @@ class JudgedPrompts:
 
     def recognised(self, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> Share:
         """Return how many pictures the judge takes for what they shall show."""
-        said = self.judge.verdicts(images)
-        hits = [prompt.label == name for prompt, name in zip(prompts, said, strict=True)]
+        verdicts = self.judge.verdicts(images)
+        hits = [prompt.label == name for prompt, name in zip(prompts, verdicts, strict=True)]
         return Share(sum(hits), len(hits))
 
     def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:

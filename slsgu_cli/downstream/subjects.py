@@ -245,10 +245,10 @@ class AskedSubject:
         The answers are the model's own to images of the forget set.
         """
         with torch.no_grad():
-            said = list(self.llava.answers(self.forget))
+            answers = list(self.llava.answers(self.forget))
         pairs = [
             (question, answer)
-            for question, answer in zip(self.forget, said, strict=True)
+            for question, answer in zip(self.forget, answers, strict=True)
             if class_in(answer, [self.name])
         ]
         if not pairs:
@@ -266,9 +266,9 @@ class AskedSubject:
         return list(features.pooler_output)
 
     def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
-        said = self.llava.answers([question for _, question in wanted])
+        answers = self.llava.answers([question for _, question in wanted])
         hits = [
-            class_in(a, [label]) is not None for (label, _), a in zip(wanted, said, strict=True)
+            class_in(a, [label]) is not None for (label, _), a in zip(wanted, answers, strict=True)
         ]
         return Share(sum(hits), len(hits))
 

@@ -278,10 +278,10 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
     return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
 
 
-def _shared_model(edits: Sequence[Edit], given: ModelSpec | None) -> ModelSpec:
-    """Return the model to edit: the one given, else the one all edits were made for."""
-    if given is not None:
-        return given
+def _shared_model(edits: Sequence[Edit], model: ModelSpec | None) -> ModelSpec:
+    """Return the model to edit: `model`, else the one all edits were made for."""
+    if model is not None:
+        return model
     models = {str(edit.header.model): edit.header.model for edit in edits}
     if len(models) > 1:
         raise UsageError(

@@ -226,9 +226,9 @@ class AskRequest:
     device: str = DEVICE()
 
 
-def _fixed_rates(name: str, given: Sequence[str]) -> Sequence[float]:
+def _fixed_rates(name: str, texts: Sequence[str]) -> Sequence[float]:
     """Return the learning rates given. Raises UsageError for `auto`."""
-    values = rates(name, given)
+    values = rates(name, texts)
     if values is None:
         raise UsageError(f"{name} auto is for comparing without --target", hint=f"{name} 1e-5,1e-4")
     return values

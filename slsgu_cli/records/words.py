@@ -162,23 +162,23 @@ class Place:
             words.append(f" [default: {without}]")
         return " ".join(words)
 
-    def value(self, given: Any) -> Any:
-        """Return the value that the words given mean. Raises UsageError."""
+    def value(self, words: Any) -> Any:
+        """Return the value that these words mean. Raises UsageError."""
         name, kind = self.option.name, self.kind
         if self.option.once:
-            if len(given) > 1:
+            if len(words) > 1:
                 raise UsageError(
-                    f"{name} is given {len(given)} times and takes one value",
+                    f"{name} is given {len(words)} times and takes one value",
                     hint="run the command once for each",
                 )
-            (given,) = given
+            (words,) = words
         if self.option.read is not None:
-            return self.option.read(name, given)
+            return self.option.read(name, words)
         if typing.get_origin(kind) is dict:
-            return pairs(name, given)
+            return pairs(name, words)
         if self.repeatable:
-            return tuple(self._one(text) for text in given)
-        return given if self.is_flag else self._one(given)
+            return tuple(self._one(text) for text in words)
+        return words if self.is_flag else self._one(words)
 
     def _one(self, text: str) -> Any:
         name, kind, said = self.option.name, _item(self.kind), self.option
@@ -356,10 +356,10 @@ def figure(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def pairs(name: str, given: Sequence[str]) -> dict[str, str]:
+def pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
     """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
     values: dict[str, str] = {}
-    for text in given:
+    for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise UsageError(f"{name} {text} is not NAME=VALUE", hint=f"{name} brands=...")
@@ -418,8 +418,8 @@ def choices(
 ) -> Callable[[str, Any], tuple[StrEnum, ...]]:
     """Return what reads names of `kinds`, also with commas between; `always` comes first."""
 
-    def read(name: str, given: str | Sequence[str]) -> tuple[StrEnum, ...]:
-        wanted = _listed(given)
+    def read(name: str, texts: str | Sequence[str]) -> tuple[StrEnum, ...]:
+        wanted = _listed(texts)
         if not wanted:
             raise UsageError(f"{name} names none of {', '.join(kinds)}")
         first = () if always is None else (always,)
@@ -428,9 +428,9 @@ def choices(
     return read
 
 
-def rates(name: str, given: Sequence[str]) -> tuple[float, ...] | None:
+def rates(name: str, texts: Sequence[str]) -> tuple[float, ...] | None:
     """Return the learning rates given, None for `auto`. Raises UsageError."""
-    words = _listed(given)
+    words = _listed(texts)
     if words == ["auto"]:
         return None
     hint = f"{name} 1e-6,1e-7, or {name} auto alone"
@@ -438,9 +438,9 @@ def rates(name: str, given: Sequence[str]) -> tuple[float, ...] | None:
     return tuple(dict.fromkeys(values))
 
 
-def _listed(given: str | Sequence[str]) -> list[str]:
+def _listed(texts: str | Sequence[str]) -> list[str]:
     """Return the words of an option that takes commas, once or repeated."""
-    texts = [given] if isinstance(given, str) else given
+    texts = [texts] if isinstance(texts, str) else texts
     return [word.strip().lower() for text in texts for word in text.split(",") if word.strip()]
 
 

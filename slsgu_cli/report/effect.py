@@ -230,9 +230,9 @@ def cosine_table(
         for j in range(len(names)):
             value = float(values[i, j])
             tint = (value - low) / (high - low) if high > low else 0.0
-            own = "fig own" if i == j == 0 else "fig"
+            classes = "fig own" if i == j == 0 else "fig"
             cells.append(
-                element("td", cosine(value), class_=own, style=f"--tint:{100 * tint:.0f}%")
+                element("td", cosine(value), class_=classes, style=f"--tint:{100 * tint:.0f}%")
             )
         head = element("th", element("span", small, element("span", name)), scope="row",
                        class_="own" if i == 0 else None)  # fmt: skip

@@ -216,11 +216,11 @@ def build_sets(store: Store, request: BuildRequest) -> SetManifest:
         return _build_from_sources(store, request)
     collected = collect(store, request.collect)
     record = collected.record
-    tried = record.concepts[request.name]
-    if not tried.shards:
-        raise _nothing(request, collected, tried)
-    of_collection = replace(request, sources=_shards(store, collected, tried, FORGET))
-    upstream = {"forget": Upstream(record.seen, {**record.refused, **tried.refused})}
+    counts = record.concepts[request.name]
+    if not counts.shards:
+        raise _nothing(request, collected, counts)
+    of_collection = replace(request, sources=_shards(store, collected, counts, FORGET))
+    upstream = {"forget": Upstream(record.seen, {**record.refused, **counts.refused})}
     if request.collect.retain_samples:
         if not record.retain.shards:
             raise InputError(
@@ -266,19 +266,19 @@ def require_all(failed: Sequence[str]) -> None:
         )
 
 
-def _shards(store: Store, collected: Collected, tried: ConceptCounts, role: str) -> list[str]:
+def _shards(store: Store, collected: Collected, counts: ConceptCounts, role: str) -> list[str]:
     """Return the sources that hold a concept's samples, or those to retain."""
     where = store.where(collected.folder)
-    return [f"{where}/{shard}?role={role}" for shard in tried.shards]
+    return [f"{where}/{shard}?role={role}" for shard in counts.shards]
 
 
-def _nothing(request: BuildRequest, collected: Collected, tried: ConceptCounts) -> SlsguError:
+def _nothing(request: BuildRequest, collected: Collected, counts: ConceptCounts) -> SlsguError:
     record = collected.record
     patterns = ", ".join(repr(pattern) for pattern in request.patterns)
-    if tried.found:
-        why = ", ".join(f"{count} {what}" for what, count in tried.refused.items())
+    if counts.found:
+        why = ", ".join(f"{count} {what}" for what, count in counts.refused.items())
         return InputError(
-            f"none of the {tried.found} images of {request.name} could be had: {why}",
+            f"none of the {counts.found} images of {request.name} could be had: {why}",
             hint="look at the URLs, or try again later",
         )
     examples = ", ".join(repr(" ".join(text.split())[:60]) for text in record.examples)

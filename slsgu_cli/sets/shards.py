@@ -174,7 +174,7 @@ class _Sorter:
         self._index = index
         self._task = task
         self._left_out = matcher(task.request.retain_exclude, regex=task.request.regex)
-        self._found: Counter[str] = Counter()
+        self._samples: Counter[str] = Counter()
         self._excluded: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._examples: list[str] = []
@@ -192,7 +192,7 @@ class _Sorter:
         about = self._index.about(caption)
         wanted = [number for number in about if not self._index.excluded(number, caption)]
         names = [concept.name for concept in self._index.concepts]
-        self._found.update(names[number] for number in wanted)
+        self._samples.update(names[number] for number in wanted)
         self._excluded.update(names[number] for number in about if number not in wanted)
         if wanted:
             self.roles[row.index] = FORGET
@@ -205,7 +205,7 @@ class _Sorter:
         """Return the counts of the whole file."""
         return ShardCounts(
             self._seen,
-            dict(sorted(self._found.items())),
+            dict(sorted(self._samples.items())),
             dict(sorted(self._excluded.items())),
             self._retain,
             dict(sorted((self._refused + trouble).items())),
