@@ -32,7 +32,7 @@ def figures(shown):
 @pytest.fixture(scope="module")
 def facebook(tmp_path_factory):
     """What `slsgu demo --json` told, and the store it left."""
-    store = tmp_path_factory.mktemp("demo") / "slsgu store"
+    store = tmp_path_factory.mktemp("demonstration") / "slsgu store"
     done = slsgu("demo", "--json", cwd=store.parent, env={"SLSGU_STORE": store.name}, timeout=900)
     assert done.returncode == 0, done.stderr
     assert [line[:3] for line in done.stderr.splitlines() if line[1:2] == "/"] == [
