@@ -125,6 +125,9 @@ class Check(StrEnum):
     FINETUNE = "finetune"
     RELEARN = "relearn"
     NEIGHBOURS = "neighbours"
+    NEAREST = "nearest"
+    PROBE = "probe"
+    RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
 
 
@@ -206,6 +209,78 @@ class Became:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownClass:
+    """A class of an evaluation set: its images, TA@1 in percent, its name's cosine.
+
+    The cosine is that of the name's embedding with the concept's.
+    """
+
+    name: str
+    rows: int
+    top1: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How well a classifier on image features tells images of `subject` from all others.
+
+    It was trained on `images` of them. `accuracy` in percent is the mean over both sides,
+    50 is chance; `recall` is how many of `rows` are found where one in a hundred of `others`
+    is taken for them too.
+    """
+
+    classifier: str
+    subject: str
+    images: int
+    accuracy: float
+    recall: float
+    rows: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What queries find in an index of all evaluation images, in percent.
+
+    `precision` is the mean average precision; `recall1` and so on are the shares of queries
+    that have one of the concept's images among the first so many.
+    """
+
+    query: str
+    index: str
+    precision: float
+    recall1: float
+    recall5: float
+    recall10: float
+    queries: int
+    gallery: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far features of `rows` images lie from the original model's, as 1 - cosine.
+
+    `identical` are the same to the bit, `far` lie more than 0.01 away.
+    """
+
+    images: str
+    rows: int
+    identical: int
+    far: int
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What the concept's images and its name find, and how far an image index moved."""
+
+    queries: tuple[Retrieved, ...]
+    moved: tuple[Moved, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attack:
     """Accuracy in percent of telling members from others by one figure, over seeds."""
 
@@ -227,6 +302,9 @@ class Finding:
     probes: tuple[ProbeFigures, ...] = ()
     curves: tuple[Curve, ...] = ()
     became: Became | None = None
+    classes: dict[str, tuple[KnownClass, ...]] | None = None
+    told: tuple[Told, ...] = ()
+    retrieval: Retrieval | None = None
     attacks: tuple[Attack, ...] = ()
 
 

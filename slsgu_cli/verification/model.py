@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, recognised
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import Evaluation, accuracy, prepare, prompt_side
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, accuracy, prepare, prompt_side
 from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.models import Tokenize
-from slsgu_cli.clip.towers import EMBED
+from slsgu_cli.clip.towers import EMBED, CacheBudget
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
@@ -29,16 +29,32 @@ from slsgu_cli.store.store import Store
 Utility = dict[str, Accuracy]
 
 
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Image features (rows, width) of all evaluation images, the concept's `own` first.
+
+    `labels` are the places of the others' classes in `names`, which is sorted; -1 for the
+    concept's.
+    """
+
+    features: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    own: int
+
+
 @dataclass(slots=True)
 class ModelUnderTest:
     """One model, what it is measured on, and the rows it may be trained on.
 
     `evaluation` holds the features of the model as it is; utility is measured on some
-    rows of each set only. `templates` are those by which the set names the concept.
+    rows of each set only, `whole` has all of them. `templates` are those by which the set
+    names the concept. `original` gives the gallery of the original model.
     """
 
     manifest: SetManifest
     evaluation: Evaluation
+    whole: dict[str, EvaluationSet]
     forget: DataBlock
     retain: DataBlock
     templates: tuple[str, ...]
@@ -46,7 +62,9 @@ class ModelUnderTest:
     device: str
     is_original: bool
     ticker: progress.Ticker | None = None
+    original: Callable[[], Gallery] | None = None
     normalize: Pixels = field(init=False)
+    _gallery: Gallery | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.normalize = pixel_normalizer(self.manifest.input, self.device)
@@ -77,6 +95,40 @@ class ModelUnderTest:
     def concept_class(self) -> int:
         """The index of the concept in `names`."""
         return int(self.evaluation.forget.images.labels[0])
+
+    @property
+    def concept_embedding(self) -> Tensor:
+        """The class embedding of the concept's name, (width,), by the model as it is."""
+        return self.evaluation.forget.prompts.embeddings[self.concept_class]
+
+    def groups(self) -> dict[str, EvaluationSet]:
+        """Return the evaluation sets with all images, their features by the model as it is.
+
+        The model runs over the images that utility is not measured on the first time.
+        """
+        for group in self.whole.values():
+            if not hasattr(group.images, "features"):
+                for _ in group.images.base_pass((), CacheBudget(0)):
+                    pass
+        return self.whole
+
+    def gallery(self) -> Gallery:
+        """Return the features of all evaluation images by the model as it is."""
+        if self._gallery is None:
+            own, groups = self.evaluation.forget.images, self.groups().values()
+            names = tuple(sorted({name for group in groups for name in group.names}))
+            places = {name: place for place, name in enumerate(names)}
+            labels = [torch.full((len(own),), -1, device=own.labels.device)]
+            for group in groups:
+                of_set = torch.tensor([places[name] for name in group.names])
+                labels.append(of_set.to(own.labels.device)[group.images.labels])
+            features = torch.cat([own.features, *(group.images.features for group in groups)])
+            self._gallery = Gallery(features, torch.cat(labels), names, len(own))
+        return self._gallery
+
+    def original_gallery(self) -> Gallery:
+        """Return the features of all evaluation images by the original model."""
+        return self.original() if self.original else self.gallery()
 
     def renamed(self, name: str) -> tuple[str, ...]:
         """Return the classes with another name for the concept."""
@@ -144,11 +196,13 @@ def open_model(
     drawn = {}
     for name, group in evaluation.utility.items():
         order = np.random.default_rng(settings.seed).permutation(len(group.images))
-        drawn[name] = group.some(np.sort(order[: settings.rows]))
+        fewer = settings.rows < len(group.images)
+        drawn[name] = group.some(np.sort(order[: settings.rows])) if fewer else group
     naming = manifest.evals[manifest.forget_eval or sorted(manifest.evals)[0]]
     return ModelUnderTest(
         manifest=manifest,
         evaluation=replace(evaluation, utility=drawn),
+        whole=evaluation.utility,
         forget=DataBlock.open(store, manifest.forget),
         retain=DataBlock.open(store, manifest.retain),
         templates=DataBlock.open(store, naming).templates,

@@ -1,6 +1,5 @@
-"""Checks that leave the model as it is: words, images, weights, neighbours, membership."""
+"""Checks that train no model: other words, coarser weights, other names, membership."""
 
-import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import NormalDist
@@ -9,15 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.evaluation import accuracy
+from slsgu_cli.clip.zeroshot import class_accuracies
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.studies import (
     Attack,
     Became,
+    KnownClass,
     NearName,
     ProbeFigures,
     Settings,
@@ -90,92 +90,6 @@ def _alone(model: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, 
     return torch.stack([model.classes(names, (template,)) for template in templates])
 
 
-Images = npt.NDArray[np.uint8]
-Change = Callable[[Image.Image, np.random.Generator], Image.Image]
-CROP = (0.7, 0.9)
-DEGREES = 20.0
-STRENGTH = 0.4
-HUE = 16
-BLUR = 0.015
-JPEG_QUALITY = 30
-
-
-def changed(images: Images, kind: str, *, seed: int) -> Images:
-    """Return images (N, H, W, 3) each changed in the way called `kind`.
-
-    What is drawn for an image depends on the seed, the kind and its place alone.
-    """
-    change, number = CHANGES[kind], list(CHANGES).index(kind)
-    out = np.empty_like(images)
-    for row, pixels in enumerate(images):
-        generator = np.random.default_rng((seed, number, row))
-        out[row] = np.asarray(change(Image.fromarray(pixels), generator))
-    return out
-
-
-def augment(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
-    """Measure forget accuracy on the concept's images after each kind of change."""
-    group = model.evaluation.forget
-    images = group.images.block.take(group.images.rows)
-    probes = []
-    for kind in CHANGES:
-        features = model.image_features(changed(images, kind, seed=settings.seed))
-        forget = model.forget_accuracy(group.prompts.embeddings, features)
-        probes.append(ProbeFigures(kind, forget))
-    return probes
-
-
-def _flip(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
-    return ImageOps.mirror(image)
-
-
-def _crop(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Cut out 70 to 90% of each side, somewhere, and scale it up."""
-    share = generator.uniform(*CROP)
-    width, height = (max(1, round(share * side)) for side in image.size)
-    left = int(generator.integers(0, image.width - width + 1))
-    top = int(generator.integers(0, image.height - height + 1))
-    part = image.crop((left, top, left + width, top + height))
-    return part.resize(image.size, Image.Resampling.BICUBIC)
-
-
-def _colour(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast and saturation by up to 40%, and the hue a little."""
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = enhance(image).enhance(generator.uniform(1 - STRENGTH, 1 + STRENGTH))
-    hue, *rest = image.convert("HSV").split()
-    turn = int(generator.integers(-HUE, HUE + 1))
-    turned = Image.fromarray((np.asarray(hue).astype(int) + turn).astype(np.uint8))
-    return Image.merge("HSV", (turned, *rest)).convert("RGB")
-
-
-def _rotation(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Turn by up to 20 degrees; what comes into view has the mean colour of the corners."""
-    pixels = np.asarray(image)
-    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0)
-    fill = tuple(int(round(value)) for value in corners)
-    angle = generator.uniform(-DEGREES, DEGREES)
-    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=fill)
-
-
-def _blur(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
-
-
-def _jpeg(image: Image.Image, _generator: np.random.Generator) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return Image.open(buffer).convert("RGB")
-
-
-CHANGES: dict[str, Change] = {
-    "flip": _flip,
-    "crop": _crop,
-    "colour": _colour,
-    "rotation": _rotation,
-    "blur": _blur,
-    "jpeg": _jpeg,
-}
 # Of int8 and of int4, to either side of zero; of int4 between its least and largest weight.
 LEVELS, FOUR_BITS, STEPS = 127, 7, 15
 GROUPS = (64, 128)
@@ -315,7 +229,7 @@ SHOWN = 5
 def neighbours(model: ModelUnderTest, _settings: Settings) -> Became:
     """Return the names nearest to the concept's, and the first guesses for its images."""
     group = model.evaluation.forget
-    cosines = group.prompts.embeddings @ group.prompts.embeddings[model.concept_class]
+    cosines = group.prompts.embeddings @ model.concept_embedding
     order = [i for i in torch.argsort(-cosines, stable=True).tolist() if i != model.concept_class]
     guesses = (group.images.features @ group.prompts.embeddings.T).argmax(dim=1)
     counts = torch.bincount(guesses, minlength=len(group.names))
@@ -328,6 +242,28 @@ def neighbours(model: ModelUnderTest, _settings: Settings) -> Became:
 
 
 # Of the membership attack.
+
+
+def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[KnownClass, ...]]:
+    """Return the classes that have images, by evaluation set, nearest names first.
+
+    They are measured on all images of the sets: a mean over all classes hides victims.
+    """
+    known = {}
+    for name, group in model.groups().items():
+        accuracies, rows = class_accuracies(
+            group.base_ranks(), group.images.labels, len(group.names)
+        )
+        cosines = group.prompts.embeddings @ model.concept_embedding
+        figures = zip(
+            group.names, rows.tolist(), accuracies.tolist(), cosines.tolist(), strict=True
+        )
+        classes = [KnownClass(*each) for each in figures if each[1]]
+        known[name] = tuple(sorted(classes, key=lambda each: (-each.cosine, each.name)))
+    model.tick()
+    return known
+
+
 Values = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.integer]
 SEEDS, SPLITS = 10, 10

@@ -29,10 +29,11 @@ from slsgu_cli.records.studies import (
 )
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.model import ModelUnderTest, add_edit, open_model
+from slsgu_cli.verification.image_probes import augment, probe, retrieval
+from slsgu_cli.verification.model import Gallery, ModelUnderTest, add_edit, open_model
 from slsgu_cli.verification.probes import (
-    augment,
     membership,
+    nearest,
     neighbours,
     paraphrase,
     quantise,
@@ -56,6 +57,9 @@ USES: dict[Check, tuple[str, ...]] = {
     Check.FINETUNE: _TRAINING,
     Check.RELEARN: ("shots", *_TRAINING),
     Check.NEIGHBOURS: (),
+    Check.NEAREST: (),
+    Check.PROBE: ("seed",),
+    Check.RETRIEVAL: (),
     Check.MEMBERSHIP: _SAMPLE,
 }
 
@@ -81,12 +85,10 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
         templates = unseen_templates(store, name, request.templates)
         settings = replace(settings, templates=templates)
     request = replace(request, settings=settings, device=pick_device(request.device))
-    run = _VerifyRun(store, manifest, _record(store, manifest), request)
+    sources = model_sources(store, manifest, request)
+    run = _VerifyRun(store, manifest, _record(store, manifest), request, sources[0])
     checks = sorted({Check.BASELINE, *request.checks}, key=list(Check).index)
-    models = tuple(
-        run.verified(source, checks).of_checks(checks)
-        for source in model_sources(store, manifest, request)
-    )
+    models = tuple(run.verified(source, checks).of_checks(checks) for source in sources)
     store.write_record(Artifact.VERIFICATION.path(name), run.record)
     files = [store.where(Artifact.VERIFICATION.path(name))]
     if {Check.FINETUNE, Check.RELEARN} & set(checks):
@@ -172,7 +174,10 @@ class _VerifyRun:
     manifest: SetManifest
     record: Verification
     request: VerifyRequest
+    original: ModelSource
     reused: int = 0
+    # The original's image features, once a check has asked for them.
+    gallery: Gallery | None = None
 
     def verified(self, source: ModelSource, checks: Sequence[Check]) -> VerifiedModel:
         """Return a model with the findings of some checks, running those not on record."""
@@ -190,6 +195,7 @@ class _VerifyRun:
     ) -> VerifiedModel:
         """Load a model and run checks on it, recording each as it is done."""
         model = load_source(self.store, self.manifest, source, self.request)
+        model.original = lambda: self._original_gallery(model)
         for check, key in keys.items():
             with progress.bar(f"{verified.label}: {check}", None) as model.ticker:
                 finding = _run_check(model, check, key, self.request.settings)
@@ -198,9 +204,17 @@ class _VerifyRun:
             self.store.write_record(Artifact.VERIFICATION.path(self.record.name), self.record)
         return verified
 
+    def _original_gallery(self, model: ModelUnderTest) -> Gallery:
+        """Return the original's image features: of `model` if it is that, else loaded once."""
+        if self.gallery is None:
+            if not model.is_original:
+                model = load_source(self.store, self.manifest, self.original, self.request)
+            self.gallery = model.gallery()
+        return self.gallery
+
     def _key(self, model: VerifiedModel, check: Check) -> str:
         """Return a digest of everything that a finding is made from."""
-        made_from = {
+        made_from: dict[str, Any] = {
             "revision": REVISION,
             "subject": model.key,
             "concept": self.record.concept,
@@ -208,6 +222,8 @@ class _VerifyRun:
             "check": check,
             "settings": _used(check, self.request.settings),
         }
+        if check is Check.RETRIEVAL:
+            made_from["original"] = self.original.record.key
         return digest(made_from)
 
 
@@ -247,6 +263,9 @@ CHECKS: dict[Check, tuple[str, Callable[[ModelUnderTest, Settings], Any]]] = {
     Check.FINETUNE: ("curves", finetune),
     Check.RELEARN: ("curves", relearn),
     Check.NEIGHBOURS: ("became", neighbours),
+    Check.NEAREST: ("classes", nearest),
+    Check.PROBE: ("told", probe),
+    Check.RETRIEVAL: ("retrieval", retrieval),
     Check.MEMBERSHIP: ("attacks", membership),
 }
 

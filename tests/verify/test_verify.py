@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_clip
 import torch
 from PIL import Image
 from plain import Plain
@@ -152,6 +153,82 @@ def test_every_kind_of_check_found_something(verified):
     measured = [name for name, probe in coarse.items() if probe.utility is not None]
     assert measured == ["int8", "int4, groups of 128", "nf4"]
     assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
+
+
+def test_a_class_is_measured_on_all_its_images(edited, verified, monkeypatch):
+    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+    found = evaluate(edited.store, ["blue"], model=None, device="cpu")
+    for place, model in enumerate(found.models):
+        classes = finding(verified, Check.NEAREST, place).classes
+        assert {each.name for each in classes["first"]} == set(tiny_clip.COLOURS) - {"blue"}
+        for name, known in classes.items():
+            rows = sum(each.rows for each in known)
+            assert rows == model.utility[name].rows
+            right = sum(each.top1 * each.rows for each in known)
+            assert right / rows == pytest.approx(model.utility[name].top1)
+            assert [e.cosine for e in known] == sorted((e.cosine for e in known), reverse=True)
+    near = finding(verified, Check.NEIGHBOURS, 0).became.nearest
+    classes = finding(verified, Check.NEAREST, 0).classes["first"]
+    assert [each.name for each in classes[: len(near)]] == [each.name for each in near]
+
+
+def test_an_edit_of_the_text_tower_leaves_every_image_feature_to_the_bit(world, tmp_path):
+    find(world, "transformer.resblocks.1.ln_1.weight")
+    result = run(world, checks=[Check.PROBE, Check.RETRIEVAL])
+    original, text = (finding(result, Check.RETRIEVAL, place).retrieval for place in range(2))
+    # 104 images in both sets: 8 show the concept.
+    assert [(side.rows, side.identical) for side in text.moved] == [(8, 8), (96, 96)]
+    by_image, by_name, *old = text.queries
+    assert by_image == original.queries[0]
+    assert by_name.precision != original.queries[1].precision
+    assert [found.precision for found in old] == [by_image.precision, by_name.precision]
+    assert finding(result, Check.PROBE).told == finding(result, Check.PROBE, 0).told
+
+
+def test_an_edit_of_the_image_tower_moves_an_index_that_still_answers_to_the_name(verified):
+    original, vision = (finding(verified, Check.RETRIEVAL, p).retrieval for p in range(2))
+    assert [side.identical for side in original.moved] == [8, 96]
+    assert [side.identical for side in vision.moved] == [0, 0]
+    assert vision.moved[0].mean > vision.moved[1].mean > 0
+    assert vision.queries[1].precision != original.queries[1].precision
+    # The name's embedding is as it was, and so is the old index.
+    assert vision.queries[3].precision == original.queries[1].precision
+    assert [(q.queries, q.gallery) for q in vision.queries] == [(8, 104), (3, 104)] * 2
+
+
+def test_the_originals_features_are_the_same_whether_it_was_verified_in_this_run(world):
+    both = run(world, checks=[Check.RETRIEVAL])
+    assert both.reused == len(both.models) * 2
+    record = world.store.read_record(Artifact.VERIFICATION.path("blue"), Verification)
+    kept = tuple(replace(model, findings=()) if model.edit else model for model in record.subjects)
+    world.store.write_record(Artifact.VERIFICATION.path("blue"), replace(record, subjects=kept))
+    again = run(world, checks=[Check.RETRIEVAL])
+    assert again.reused == 2
+    assert finding(again, Check.RETRIEVAL) == finding(both, Check.RETRIEVAL)
+
+
+def test_probes_try_the_concept_and_as_a_control_other_classes(verified):
+    told = finding(verified, Check.PROBE, place=0).told
+    assert [(t.classifier, t.subject) for t in told] == [
+        (classifier, subject)
+        for classifier in ("linear probe", "nearest neighbours")
+        for subject in ("the concept", "the concept, from as few", "other classes")
+    ]
+    concept, few, others = told[:3]
+    assert (concept.rows, concept.others, others.rows) == (8, 96, 5 * 4)
+    assert few.images == others.images == 4 < concept.images
+    # The second set has shapes in blue, so few of the concept's images stand out from all.
+    assert min(concept.accuracy, others.accuracy) > 75
+
+
+def test_probes_do_not_try_what_they_learnt_where_no_class_is_the_concepts(world):
+    world.build(evals={"second": world.sources["second"]}, templates={})
+    world.grade()
+    find(world)
+    result = run(world, checks=[Check.PROBE, Check.RETRIEVAL, Check.NEAREST])
+    concept = finding(result, Check.PROBE).told[0]
+    assert concept.images + concept.rows == world.manifest.forget.rows
+    assert len(finding(result, Check.NEAREST).classes) == 1
 
 
 def test_rounding_that_changes_no_weight_changes_no_figure(world, verified, monkeypatch):
@@ -373,7 +450,10 @@ def test_in_json_every_table_is_there(verified, capsys):
     console.flush()
     document = json.loads(capsys.readouterr().out)
     rows = document["verification"]
-    assert {row["check"] for row in rows} == set(Check) - {Check.NEIGHBOURS, Check.MEMBERSHIP}
+    assert {row["check"] for row in rows} == {
+        Check.BASELINE, Check.PARAPHRASE, Check.AUGMENT, Check.QUANTISE, Check.FINETUNE,
+        Check.RELEARN,
+    }  # fmt: skip
     assert rows[0]["original FA@1"] > rows[0]["FA@1"] == 0
     assert len(document["membership"]) == 4
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}
