@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from slsgu_cli.cli.app import app
 from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import Verification
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
 
@@ -101,12 +103,15 @@ def test_a_search_goes_on_from_its_trials_and_leaves_its_edits(store, monkeypatc
 
 
 def test_what_it_recorded_of_an_edit_is_used_again(store):
-    before = content(store, "verifications", "comparisons", "trajectories")
-    _, stderr = run("verify", "blue", "--checks", "paraphrase,quantise")
-    assert "used again" in stderr
+    path = Artifact.VERIFICATION.path("blue")
+    verified = store.read_record(path, Verification)
+    before = content(store, "comparisons", "trajectories")
+    _, stderr = run("verify", "blue", "--checks", "paraphrase")
+    assert "4 recorded findings were used again" in stderr
     run("compare", "blue", "--methods", "ft", "--epochs", "1")
     run("trajectory", "blue", "--points", "3")
-    assert content(store, "verifications", "comparisons", "trajectories") == before
+    assert content(store, "comparisons", "trajectories") == before
+    assert store.read_record(path, Verification).subjects == verified.subjects
 
 
 def test_its_edit_is_applied_to_the_same_bytes(store):

@@ -12,24 +12,49 @@ from slsgu_cli.errors import StaleError
 
 T = TypeVar("T")
 
+ADDED = "added"
 
-def encode(record: Any) -> Any:
-    """Return the JSON-ready form of a record (or of a container of records)."""
+
+def added(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """Return a field that records of earlier versions lack: they are read with its default."""
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata={ADDED: True})
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
+def encode(record: Any, *, sparse: bool = False) -> Any:
+    """Return the JSON-ready form of a record (or of a container of records).
+
+    A `sparse` one leaves out what was `added` and has its default.
+    """
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {
-            field.name: encode(getattr(record, field.name)) for field in dataclasses.fields(record)
+            field.name: encode(getattr(record, field.name), sparse=sparse)
+            for field in dataclasses.fields(record)
+            if not (sparse and _is_usual(record, field))
         }
     if isinstance(record, Mapping):
-        return {str(key): encode(value) for key, value in record.items()}
+        return {str(key): encode(value, sparse=sparse) for key, value in record.items()}
     if isinstance(record, list | tuple):
-        return [encode(value) for value in record]
+        return [encode(value, sparse=sparse) for value in record]
     return record
+
+
+def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field came later and says what records without it mean."""
+    if not field.metadata.get(ADDED):
+        return False
+    usual = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        usual = field.default_factory()
+    return bool(getattr(record, field.name) == usual)
 
 
 def decode(kind: type[T], value: Any) -> T:
     """Rebuild a record of type `kind` from its JSON form.
 
-    Raises StaleError where a field is missing or has another shape.
+    A field that an earlier version did not write (see `added`) has its default. Raises
+    StaleError where another field is missing, or one has another shape.
     """
     try:
         return typing.cast(T, _build(kind, value))
@@ -61,6 +86,7 @@ def _build(kind: Any, value: Any) -> Any:
             **{
                 field.name: _build(hints[field.name], value[field.name])
                 for field in dataclasses.fields(kind)
+                if field.name in value or not field.metadata.get(ADDED)
             }
         )
     if kind is float:
@@ -75,11 +101,15 @@ def _checked(value: Any, *kinds: type) -> Any:
     return value
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: Any, *, sparse: bool = False) -> str:
     """Return one JSON text per value: keys sorted, no white space."""
-    return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    encoded = encode(value, sparse=sparse)
+    return json.dumps(encoded, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """Return 24 hexadecimal digits that name a JSON-ready value or record by its content."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
+    """Return 24 hexadecimal digits that name a JSON-ready value or record by its content.
+
+    They stay the same when a field is `added` to the record.
+    """
+    return hashlib.sha256(canonical_json(value, sparse=True).encode()).hexdigest()[:24]

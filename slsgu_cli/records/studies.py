@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from slsgu_cli.records.codec import added
 from slsgu_cli.records.method import Accuracy, Direction, EditHeader, Precision, Steer, Tower
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
@@ -302,9 +303,9 @@ class Finding:
     probes: tuple[ProbeFigures, ...] = ()
     curves: tuple[Curve, ...] = ()
     became: Became | None = None
-    classes: dict[str, tuple[KnownClass, ...]] | None = None
-    told: tuple[Told, ...] = ()
-    retrieval: Retrieval | None = None
+    classes: dict[str, tuple[KnownClass, ...]] | None = added(None)
+    told: tuple[Told, ...] = added(())
+    retrieval: Retrieval | None = added(None)
     attacks: tuple[Attack, ...] = ()
 
 
