@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.html import percent, roughly
-from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Trial
+from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Report, Share, Trial
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Points of accuracy on an evaluation set that an edit should not cost unnoticed.
 COSTLY = 5.0
+# Classes that a person is shown without -v, of those harmed and of those with near names.
+HARM_SHOWN = 5
 
 # A model's label, its forget accuracy (or that of each set's concept), its utility by
 # evaluation set.
@@ -97,6 +99,7 @@ def ranking(
     columns = (
         Column("layer", shown=known_as),
         Column("tower"),
+        *([Column("direction")] if len(ranked.direction.each) > 1 else []),
         Column("front"),
         Column("importance"),
         Column("alignment"),
@@ -112,30 +115,31 @@ def ranking(
     ]
     console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)
     if console.brief and len(rows) < len(ranked.scores):
-        console.note(f"{len(ranked.scores) - len(rows)} layers are on no front; -v shows them too")
+        left_out = {s.layer for s in ranked.scores} - {s.layer for s in ranked.scores if s.front}
+        console.note(f"{len(left_out)} layers are on no front; -v shows them too")
     for reason, count in sorted(Counter(ranked.unreached.values()).items()):
         console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
     console.paths("plots", plots)
 
 
 def chosen_figures(result: "SearchResult") -> Figures:
-    """Return the figures of the original model and of the chosen step."""
-    trials, chosen = result.trials, result.chosen
+    """Return what the original model and the edited one make of images that chose nothing."""
+    before, after = result.report.before, result.report.after
     return {
-        "original": (trials.baseline_forget, trials.baseline_utility),
-        "edited": (chosen.forget, chosen.utility or {}),
+        "original": (before.forget, before.utility),
+        "edited": (after.forget, after.utility),
     }
 
 
 def search(
     console: "Console", store: "Store", result: "SearchResult", *, brief: bool = False
 ) -> None:
-    """Print the trials by layer and step, and the chosen one with its figures.
+    """Print the chosen trial, and its figures on images that chose nothing.
 
-    In `brief`, only each layer's best trial is shown, and no figures.
+    All trials are shown as well where they are not for a person to read, or with -v. In
+    `brief`, neither is.
     """
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.method.scoring import best_of_each
     from slsgu_cli.store.artifacts import Artifact
 
     trials, chosen = result.trials, result.chosen
@@ -151,7 +155,6 @@ def search(
         *utility,
         Column("chosen"),
     )
-    shown = trials.trials if not (brief or console.brief) else best_of_each(trials, chosen)
     rows = [
         (
             trial.layer,
@@ -164,22 +167,23 @@ def search(
             trial == chosen,
         )
         for trial in sorted(
-            shown, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+            trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
         )
     ]
-    title = f"trials for {trials.name}"
-    if len(shown) < len(trials.trials):
-        title = f"the best of {len(trials.trials)} {title}, by layer"
-    console.table("trials", columns, rows, title=title, data=trials)
+    title = f"trials for {trials.name}, on the images to choose by"
+    if console.as_json or not (brief or console.brief):
+        console.table("trials", columns, rows, title=title, data=trials)
     console.value(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
-        shown=f"\nchosen: {chosen.layer} at step {step_size(chosen.step)}, "
-        f"a move by {100 * chosen.share:.1f}% of the layer's norm along its {_along(chosen)}",
+        shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
+        f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
+        f"along its {_along(chosen)}",
     )
     if not brief:
         before_after(console, chosen_figures(result))
+        harm(console, result.report)
     console.paths(
         "files",
         [
@@ -189,18 +193,39 @@ def search(
     )
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
-    if trials.baseline_forget.top1 < 20:
+    before, after = result.report.before, result.report.after
+    if before.forget.top1 < 20:
         console.warn(
             f"the original model recognises {trials.name} in only "
-            f"{trials.baseline_forget.top1:.0f}% of its images: there is little to forget"
+            f"{before.forget.top1:.0f}% of its images: there is little to forget"
         )
-    for name, before in sorted(trials.baseline_utility.items()):
-        lost = before.top1 - chosen.utility[name].top1 if chosen.utility else 0.0
+    for name, was in sorted(before.utility.items()):
+        lost = was.top1 - after.utility[name].top1
         if lost > COSTLY:
             console.warn(
                 f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
                 "look at other layers, or steer on fa1"
             )
+
+
+def harm(console: "Console", report: Report) -> None:
+    """Print the classes that an edit harms most, and those of the nearest names."""
+    from slsgu_cli.cli.console import Column
+
+    for key, losses, title in (
+        ("harmed", report.harmed, "most harmed classes"),
+        ("nearest", report.nearest, "classes with the nearest names"),
+    ):
+        brief = losses[:HARM_SHOWN] if console.brief else losses
+        rows = [(loss.name, loss.rows, loss.before, loss.after, -loss.lost) for loss in brief]
+        columns = (
+            Column("class"),
+            Column("images"),
+            Column("original", shown=percent),
+            Column("edited", shown=percent),
+            Column("change", shown=_change),
+        )
+        console.table(key, columns, rows, title=f"{title}, TA@1", data=list(losses))
 
 
 def _along(trial: Trial) -> str:
@@ -271,6 +296,15 @@ def before_after(console: "Console", models: Figures) -> None:
         columns.append(Column("change", shown=_change))
     title = "accuracy: FA on the concept to forget, TA on everything else"
     console.table("accuracy", columns, rows, title=title)
+    for forget in forgets[labels[-1]].items():
+        console.note(recognised(*forget))
+
+
+def recognised(name: str, forget: Accuracy) -> str:
+    """Return in words how often a concept is recognised, and on which images that was seen."""
+    images = "unseen images" if forget.unseen else "images, which the edit was chosen by"
+    share = Share.of(forget.top1, forget.rows)
+    return f"{name.strip() or 'the concept'} is recognised in {share.in_words(images)}"
 
 
 def listing(console: "Console", entries: "Sequence[Entry]") -> None:

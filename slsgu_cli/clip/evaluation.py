@@ -3,10 +3,13 @@
 The forget images are the rows of one evaluation set that show the concept; they are left
 out of that set's own accuracy, which says what was kept. Several concepts can share the
 model, its evaluation sets and its base pass.
+
+Layers and steps are chosen by some rows, and figures are reported of the others: see
+`rows_for`.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from shlex import quote
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
+from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import CacheBudget, SplitTower, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import (
@@ -28,25 +31,42 @@ from slsgu_cli.clip.zeroshot import (
 )
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Accuracy, ClassLoss, Tower
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
 Ints = npt.NDArray[np.integer]
 
+# Of fewer images of a concept, the shortest step that forgets them says little of others:
+# images of the forget set are chosen by as well.
+ENOUGH_TO_CHOOSE = 48
+
 
 @dataclass(slots=True)
 class EvaluationSet:
-    """Images and the classes they are told apart among; `names` are those classes."""
+    """Images and the classes they are told apart among; `names` are those classes.
+
+    No layer or step was chosen by images that are `unseen`.
+    """
 
     images: ImageSide
     prompts: PromptSide
     names: tuple[str, ...]
+    unseen: bool = False
 
     def base_accuracy(self) -> Accuracy:
         """Return the accuracy of the original model."""
-        return accuracy(self.base_ranks())
+        return self.accuracy(self.images.features, self.prompts.embeddings)
+
+    def accuracy(self, features: Tensor, embeddings: Tensor) -> Accuracy:
+        """Return the accuracy on all images, from their features and the classes'."""
+        return self.accuracy_of(self.ranks(features, embeddings))
+
+    def accuracy_of(self, ranks: Tensor) -> Accuracy:
+        """Return the accuracy that the ranks of the true classes of the images amount to."""
+        top1, top5 = accuracies(ranks)
+        return Accuracy(top1, top5, int(ranks.numel()), self.unseen)
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""
@@ -54,7 +74,7 @@ class EvaluationSet:
 
     def some(self, rows: Ints) -> "EvaluationSet":
         """Return the set with some of its images only."""
-        return EvaluationSet(self.images.some(rows), self.prompts, self.names)
+        return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.unseen)
 
     def ranks(self, features: Tensor, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the rank of the true class for the features of `rows` (default: all)."""
@@ -110,14 +130,27 @@ class _Measured:
 
 @dataclass(slots=True)
 class Evaluation(_Measured):
-    """Everything the search measures on. `forget` holds the images of the concept."""
+    """Everything the search measures on. `forget` holds the images of the concept.
+
+    `training` are images of the forget set, beside few others to choose by.
+    """
 
     forget: EvaluationSet
     utility: dict[str, EvaluationSet]
+    training: EvaluationSet | None = None
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
         """Return the concept's images, and all others."""
-        return [self.forget], list(self.utility.values())
+        return self.shown, list(self.utility.values())
+
+    @property
+    def shown(self) -> list[EvaluationSet]:
+        """The images of the concept, with the same classes and prompts."""
+        return [self.forget, *([self.training] if self.training else [])]
+
+    def base_forget_accuracy(self) -> Accuracy:
+        """Return how often the original model recognises the concept."""
+        return self.forget.accuracy_of(torch.cat([group.base_ranks() for group in self.shown]))
 
 
 @dataclass(slots=True)
@@ -126,19 +159,26 @@ class SharedEvaluation(_Measured):
 
     `sets` have all their rows. `forget` has the images of each concept, by the name of its
     set: part of one of `sets`, or the forget set's own where no evaluation set knows it.
+    `training` has images of the forget set, for concepts of few others to choose by.
     """
 
     sets: dict[str, EvaluationSet]
     forget: dict[str, EvaluationSet]
+    training: dict[str, EvaluationSet]
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
         """Return the concepts' images, and all images, theirs among them."""
-        return list(self.forget.values()), list(self.sets.values())
+        return [*self.forget.values(), *self.training.values()], list(self.sets.values())
+
+    def shown(self, name: str) -> list[EvaluationSet]:
+        """Return the images of the concept of a set."""
+        return [self.forget[name], *([self.training[name]] if name in self.training else [])]
 
     def of(self, manifest: SetManifest) -> Evaluation:
         """Return what one concept is measured on. Raises InputError."""
         forget, utility = self.forget[manifest.name], self.utility([manifest])
-        return Evaluation(self.model, self.vision, self.text, forget, utility)
+        training = self.training.get(manifest.name)
+        return Evaluation(self.model, self.vision, self.text, forget, utility, training)
 
     def utility(self, manifests: Sequence[SetManifest]) -> dict[str, EvaluationSet]:
         """Return the sets without the images that show any of the concepts. Raises InputError."""
@@ -161,12 +201,6 @@ class SharedEvaluation(_Measured):
         return kept
 
 
-def accuracy(ranks: Tensor) -> Accuracy:
-    """Return the accuracy that the ranks of the true classes amount to."""
-    top1, top5 = accuracies(ranks)
-    return Accuracy(top1, top5, int(ranks.numel()))
-
-
 def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[ClassLoss]:
     """Return what each class that has images lost, the largest loss first, ties by name.
 
@@ -181,10 +215,18 @@ def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[Cl
 
 
 def prepare(
-    store: Store, manifest: SetManifest, model: nn.Module, *, tokenize: Tokenize, device: str
+    store: Store,
+    manifest: SetManifest,
+    model: nn.Module,
+    *,
+    tokenize: Tokenize,
+    device: str,
+    purpose: Purpose = Purpose.REPORT,
 ) -> Evaluation:
     """Open the evaluation sets of `manifest` for `model`. Raises InputError without any."""
-    shared = prepare_shared(store, [manifest], model, tokenize=tokenize, device=device)
+    shared = prepare_shared(
+        store, [manifest], model, tokenize=tokenize, device=device, purpose=purpose
+    )
     return shared.of(manifest)
 
 
@@ -195,6 +237,7 @@ def prepare_shared(
     *,
     tokenize: Tokenize,
     device: str,
+    purpose: Purpose = Purpose.REPORT,
 ) -> SharedEvaluation:
     """Open the evaluation sets that all of `manifests` have. Raises InputError without any.
 
@@ -206,32 +249,135 @@ def prepare_shared(
             f"set {first.name} has nothing to measure on",
             hint=f"run `slsgu build-sets {quote(first.name)} ... --eval NAME=SOURCE`",
         )
-    vision, text = vision_tower(model), text_tower(model)
-    blocks = {name: DataBlock.open(store, ref) for name, ref in sorted(first.evals.items())}
-    normalize = pixel_normalizer(first.input, device)
+    opening = _Opening(store, first, model, tokenize, device, purpose)
+    sets = {name: opening.evaluation_set(name) for name in sorted(first.evals)}
+    forget = {manifest.name: opening.concept(manifest, sets) for manifest in manifests}
+    training = {
+        manifest.name: opening.training(manifest, forget[manifest.name])
+        for manifest in manifests
+        if purpose is Purpose.CHOOSE
+        and concept_is_dealt(store, manifest)
+        and len(forget[manifest.name].images) < ENOUGH_TO_CHOOSE
+    }
+    return SharedEvaluation(model, opening.vision, opening.text, sets, forget, training)
 
-    def opened(
-        block: DataBlock, labels: Ints, extra: Sequence[str], prompted: DataBlock
-    ) -> EvaluationSet:
-        rows = np.arange(block.rows)
-        images = ImageSide(vision, block, rows, to_tokens(labels, device), normalize)
-        names = (*prompted.class_names, *extra)
-        prompts = prompt_side(text, names, prompted.templates, tokenize=tokenize, device=device)
-        return EvaluationSet(images, prompts, names)
 
-    sets = {name: opened(block, block.labels, (), block) for name, block in blocks.items()}
-    forget = {}
-    for manifest in manifests:
-        if manifest.forget_eval is not None:
-            group = sets[manifest.forget_eval]
-            shown = _shown(manifest.forget_eval, group, manifest)
-            forget[manifest.name] = group.some(np.flatnonzero(shown))
-        else:
-            prompted = next(iter(blocks.values()))
-            block = DataBlock.open(store, manifest.forget)
+@dataclass(slots=True)
+class _Opening:
+    """What it takes to open evaluation sets for a model, for one purpose."""
+
+    store: Store
+    manifest: SetManifest
+    model: nn.Module
+    tokenize: Tokenize
+    device: str
+    purpose: Purpose
+    vision: SplitTower = field(init=False)
+    text: SplitTower = field(init=False)
+    normalize: Pixels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vision, self.text = vision_tower(self.model), text_tower(self.model)
+        self.normalize = pixel_normalizer(self.manifest.input, self.device)
+
+    def evaluation_set(self, name: str) -> EvaluationSet:
+        """Return an evaluation set with the rows that serve the purpose."""
+        block = DataBlock.open(self.store, self.manifest.evals[name])
+        names, prompts = block.class_names, self.prompts(block, block.class_names)
+        if name in self.manifest.reports and self.purpose is Purpose.REPORT:
+            block = DataBlock.open(self.store, self.manifest.reports[name])
+        rows, unseen = rows_for(self.purpose, self.manifest, name, block.labels)
+        images = self.images(block, rows, block.labels[rows])
+        return EvaluationSet(images, prompts, names, unseen)
+
+    def concept(self, manifest: SetManifest, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
+        """Return the images of a concept that serve the purpose.
+
+        Where there are too few to deal, all of them are chosen by and reported on; where no
+        evaluation set knows the concept, the forget set's own images are.
+        """
+        name = manifest.forget_eval
+        if name is None:
+            naming = min(sets)
+            prompted = DataBlock.open(self.store, self.manifest.evals[naming])
+            names = (*prompted.class_names, manifest.concept)
+            block = DataBlock.open(self.store, manifest.forget)
             labels = np.full(block.rows, len(prompted.class_names))
-            forget[manifest.name] = opened(block, labels, (manifest.concept,), prompted)
-    return SharedEvaluation(model, vision, text, sets, forget)
+            images = self.images(block, np.arange(block.rows), labels)
+            return EvaluationSet(images, self.prompts(prompted, names), names)
+        group = sets[name]
+        if not concept_is_dealt(self.store, manifest):
+            block = DataBlock.open(self.store, manifest.evals[name])
+            rows = np.flatnonzero(block.labels == find_class(group.names, manifest.concept))
+            images = self.images(block, rows, block.labels[rows])
+            return EvaluationSet(images, group.prompts, group.names)
+        return group.some(np.flatnonzero(_shown(name, group, manifest)))
+
+    def training(self, manifest: SetManifest, concept: EvaluationSet) -> EvaluationSet:
+        """Return images of the forget set, drawn by seed, that make enough to choose by."""
+        block = DataBlock.open(self.store, manifest.forget)
+        wanted = ENOUGH_TO_CHOOSE - len(concept.images)
+        order = np.random.default_rng(manifest.seed).permutation(block.rows)
+        rows = np.sort(order[:wanted])
+        labels = np.full(len(rows), int(concept.images.labels[0]))
+        return EvaluationSet(self.images(block, rows, labels), concept.prompts, concept.names)
+
+    def images(self, block: DataBlock, rows: Ints, labels: Ints) -> ImageSide:
+        """Return some rows of a block as images with labels."""
+        labelled = to_tokens(labels, self.device)
+        return ImageSide(self.vision, block, rows, labelled, self.normalize)
+
+    def prompts(self, block: DataBlock, names: tuple[str, ...]) -> PromptSide:
+        """Return the prompts of some classes, by the templates of a block."""
+        return prompt_side(
+            self.text, names, block.templates, tokenize=self.tokenize, device=self.device
+        )
+
+
+def rows_for(purpose: Purpose, manifest: SetManifest, name: str, labels: Ints) -> tuple[Ints, bool]:
+    """Return which rows of evaluation set `name` serve a purpose, and whether they are unseen.
+
+    `labels` are of the set's rows, or of those it is reported on where these are others.
+    Of each class a share is reported on, drawn by seed, and the rest is chosen by: at least
+    one row each, of a class of two rows or more. Rows that no share is taken from serve both.
+    """
+    every = np.arange(len(labels))
+    if name in manifest.reports:
+        return every, purpose is Purpose.REPORT
+    reported = dealt_to_report(labels, manifest.report_share, manifest.seed)
+    if not reported.any() or reported.all():
+        return every, False
+    serving = reported if purpose is Purpose.REPORT else ~reported
+    return np.flatnonzero(serving), purpose is Purpose.REPORT
+
+
+def dealt_to_report(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Return which rows are reported on: `share` of each class, drawn by seed."""
+    reported = np.zeros(len(labels), bool)
+    if not share:
+        return reported
+    for label in np.unique(labels):
+        rng = np.random.default_rng([seed, int(label) + 1])
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = int(share * len(rows) + rng.random())
+        if len(rows) > 1:
+            count = min(max(count, 1), len(rows) - 1)
+        reported[rows[:count]] = True
+    return reported
+
+
+def concept_is_dealt(store: Store, manifest: SetManifest) -> bool:
+    """Return whether there are images of the concept to choose by, and others to report on."""
+    name = manifest.forget_eval
+    if name is None:
+        return False
+    block = DataBlock.open(store, manifest.evals[name])
+    label = find_class(block.class_names, manifest.concept)
+    if name in manifest.reports:
+        return bool((DataBlock.open(store, manifest.reports[name]).labels == label).any())
+    reported = dealt_to_report(block.labels, manifest.report_share, manifest.seed)
+    shown = block.labels == label
+    return bool((shown & reported).any() and (shown & ~reported).any())
 
 
 def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArray[np.bool_]:

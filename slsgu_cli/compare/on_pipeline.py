@@ -184,7 +184,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
             forget=pointer.forget,
             forget_data=pointer.forget_data,
             retain_data=pointer.retain_data,
-            evals={known: ref.fingerprint for known, ref in sorted(manifest.evals.items())},
+            evals=manifest.measured_on(),
             judge=str(judge),
             budget=options.budget,
             outcomes=(),

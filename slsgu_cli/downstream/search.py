@@ -302,7 +302,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         forget=pointer.forget,
         forget_data=pointer.forget_data,
         retain_data=pointer.retain_data,
-        evals={name: ref.fingerprint for name, ref in sorted(manifest.evals.items())},
+        evals=manifest.measured_on(),
         direction=options.direction,
         ridge=options.damping if options.direction is Direction.WHITENED else None,
         judge=None if plan.judge is None else str(plan.judge),

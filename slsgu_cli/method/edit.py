@@ -65,7 +65,7 @@ def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
     """Raise StaleError unless an edit is of the direction, kind of layer and ridge given."""
     name = header.name
     ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
-    if options.direction not in (None, header.direction):
+    if options.direction not in (None, Direction.BOTH, header.direction):
         raise StaleError(
             f"the edit {name} moves along the direction {header.direction}, "
             f"not {options.direction}",
@@ -124,14 +124,14 @@ def direct_edit(
 ) -> Edit:
     """Return the edit that moves `layer` by `step` along its direction, unsearched.
 
-    `options` say which direction, and how it is whitened. Raises UsageError where the
-    gradients have no such layer.
+    `options` say which direction, and how it is whitened; of both, it is whitened. Raises
+    UsageError where the gradients have no such layer.
     """
     options = options or RankOptions()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     moved = _named_layer(store, pointer, layer)
-    whitened = options.direction is Direction.WHITENED
+    whitened = options.direction.whitens
     moments = None
     if whitened:
         moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
@@ -144,7 +144,7 @@ def direct_edit(
         tower=moved.recorded_tower,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
-        direction=options.direction,
+        direction=Direction.of(options.damping if whitened else None),
         ridge=options.damping if whitened else None,
         retain_data=pointer.retain_data if whitened else None,
         delta=step * along,
@@ -171,12 +171,14 @@ def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ran
 
     ranking = rank(store, name, options=options)
     plots = []
-    for tower in Tower:
-        if any(score.tower is tower for score in ranking.scores):
-            path = plot_path(name, f"front-{tower}")
-            title = f"{name}: {tower} layers"
-            store.write_bytes(path, pareto_plot(ranking.scores, tower=tower, title=title))
-            plots.append(store.where(path))
+    for direction, scores in ranking.by_direction().items():
+        told = "" if len(ranking.direction.each) == 1 else f", {direction}"
+        for tower in Tower:
+            if any(score.tower is tower for score in scores):
+                path = plot_path(name, f"front-{tower}" + told.replace(", ", "-"))
+                title = f"{name}: {tower} layers{told}"
+                store.write_bytes(path, pareto_plot(scores, tower=tower, title=title))
+                plots.append(store.where(path))
     return ranking, plots
 
 
@@ -199,7 +201,8 @@ def draw_steps(store: Store, result: SearchResult) -> None:
     for layer, ridges in sorted(lines.items()):
         for ridge in ridges:
             step = chosen.step if (layer, ridge) == (chosen.layer, chosen.ridge) else None
-            path = plot_path(name, f"steps-{layer}" + (f"-{ridge:g}" if len(ridges) > 1 else ""))
+            along = "gradient" if ridge is None else f"{ridge:g}"
+            path = plot_path(name, f"steps-{layer}" + (f"-{along}" if len(ridges) > 1 else ""))
             store.write_bytes(path, step_plot(trials, layer=layer, ridge=ridge, chosen=step))
 
 

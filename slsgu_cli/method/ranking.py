@@ -1,7 +1,8 @@
 """What `slsgu rank` does: score every candidate layer from the stored gradients.
 
-For the whitened direction, importance and alignment are those of the step that will be
-taken: the same formulas, in the inner product that the retained inputs make of changes.
+Each direction has fronts of its own. For the whitened direction, importance and alignment
+are those of the step that will be taken: the same formulas,
+in the inner product that the retained inputs make of changes.
 """
 
 from collections.abc import Sequence
@@ -52,16 +53,21 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     ]
     unreached = _unreached(header, candidates, options)
     layers = [layer for layer in candidates if layer not in unreached]
-    whitened = options.direction is Direction.WHITENED
     moments = None
-    if whitened and layers:
+    if options.direction.whitens and layers:
         moments = ensure_moments(store, manifest, pointer, layers, device=options.device)
-        layers = [layer for layer in layers if moments.has(layer)]
     split = any(Layer.parse(layer).third is not None for layer in layers)
     model = graded_model(pointer) if split else None
     weights = _Weights(header, model)
-    scored = (_score(store, pointer, weights, layer, options, moments) for layer in layers)
-    scores = [score for score in scored if score is not None]
+    scores = []
+    for direction in options.direction.each:
+        along = moments if direction.whitens else None
+        candidates = [layer for layer in layers if along is None or along.has(layer)]
+        scored = (_score(store, pointer, weights, layer, options, along) for layer in candidates)
+        rows = _with_fronts([score for score in scored if score is not None])
+        if options.direction is Direction.BOTH:
+            rows = [replace(row, direction=direction) for row in rows]
+        scores += rows
     if not scores:
         raise InputError(
             f"no layer of {name} is left to rank",
@@ -74,8 +80,8 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         retain=pointer.retain,
         alignment=options.alignment,
         direction=options.direction,
-        ridge=options.damping if whitened else None,
-        scores=tuple(_with_fronts(scores)),
+        ridge=options.damping if options.direction.whitens else None,
+        scores=tuple(scores),
         version=slsgu_cli.__version__,
         target=options.target,
         unreached=unreached,

@@ -7,7 +7,7 @@ model that is built on it. Sets that are measured on the same rows share one bas
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -29,13 +29,14 @@ from slsgu_cli.records.method import (
     GradientPointer,
     JointRef,
     LayerScore,
+    Report,
     Steer,
     Tower,
     Trial,
     Trials,
 )
-from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.options import NO_BOUND, SearchOptions
+from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks, resume
@@ -44,6 +45,7 @@ from slsgu_cli.store.store import Store
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from torch import nn
 
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
     from slsgu_cli.method.trial import Probe
@@ -122,12 +124,16 @@ class StepSearch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Every trial, the chosen one, and whether it forgets completely."""
+    """Every trial, the chosen one, whether it forgets, and what it does to unseen images.
+
+    Trials are measured on the images to choose by.
+    """
 
     trials: Trials
     chosen: Trial
     forgotten: bool
     reused: int
+    report: Report
 
 
 class SetSearch(StepSearch[Trial]):
@@ -144,8 +150,14 @@ class SetSearch(StepSearch[Trial]):
         super().__init__(trials, lambda trial: left_to_forget(trial, steer, margin))
         self.records, self.file, self.plan = records, kind.path(plan.name), plan
         self.probes: dict[Line, Probe] = {}
+        self.lengthened: list[Key] = []
         self.reused = len(trials)
         self._meter = UtilityMeter(evaluation)
+
+    @property
+    def options(self) -> SearchOptions:
+        """How to search."""
+        return self.plan.options
 
     @property
     def record(self) -> Trials:
@@ -156,42 +168,74 @@ class SetSearch(StepSearch[Trial]):
         """Put the trials so far on file."""
         self.records.write_record(self.file, self.record)
 
-    def run(self, probes: "Iterable[Probe]") -> SearchResult:
-        """Search along every probe; write the trials, and the best one as an edit."""
+    def run(
+        self, probes: "Iterable[Probe]", reported: "Callable[[], SharedEvaluation]"
+    ) -> SearchResult:
+        """Search along every probe; write the trials, and the best one as an edit.
+
+        `reported` opens the rows that the edit is reported on, once it is chosen.
+        """
+        from slsgu_cli.method.trial import report
+
         for probe in probes:
             self.probes[probe.line] = probe
-            self.bisect(probe, self.plan.options.steps)
+            self.bisect(probe, self.options.steps)
+            self.lengthen(probe)
             self.write()
         chosen = self.choose()
+        if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
+            tell_of_harm(chosen, self.options.max_class_loss)
         probe = self.probes[line_of(chosen)]
-        write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen))
+        effect = report(reported().of(self.plan.manifest), [(probe, chosen.step)])
+        write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
         self.write()
-        return SearchResult(self.record, chosen, self.left(chosen) == 0, self.reused)
+        return SearchResult(self.record, chosen, self.left(chosen) == 0, self.reused, effect)
+
+    def lengthen(self, probe: "Probe") -> None:
+        """Go on from the shortest step of a line that forgets by the reserve."""
+        steps = [step for line, step in self.path if line == probe.line]
+        left = {step: self.left(self.trials[probe.line, step]) for step in steps}
+        enough = min((step for step in steps if left[step] == 0), default=None)
+        if enough is not None and self.options.reserve > 1:
+            step = self.options.reserve * enough
+            self.trial(probe, step)
+            self.path.append((probe.line, step))
+            self.lengthened.append((probe.line, step))
 
     def choose(self) -> Trial:
-        """Measure the utility of the steps that may win, and return the best (Algorithm 1)."""
+        """Measure the utility of the steps that may win, and return the best (Algorithm 1).
+
+        With a reserve, of each line that forgets its lengthened step may win. A step within
+        the bound of what any class may lose wins over one that is not.
+        """
         from slsgu_cli.method.trial import mean_top1
 
-        full, bar = self.plan.options.full, NO_BAR
+        full, bar = self.options.full, NO_BAR
         least = min(self.left(self.trials[key]) for key in self.path)
+        may_win = {key for key in self.path if self.left(self.trials[key]) == least}
+        if least == 0:
+            may_win = may_win.intersection(self.lengthened) or may_win
         for key in sorted(dict.fromkeys(self.path), key=self._cost):
             trial = self.trials[key]
-            may_win = self.left(trial) == least
-            if may_win or full:
+            if key in may_win or full:
                 probe = self.probes[key[0]]
                 trial = self.with_utility(probe, trial, beat=NO_BAR if full else bar)
-            if may_win and trial.utility is not None:
+            if key in may_win and trial.utility is not None and self._harmless(trial):
                 bar = max(bar, mean_top1(trial.utility))
-        path = [self.trials[key] for key in self.path]
+        path = [self.trials[key] for key in self.path if key in may_win]
         measured = [trial for trial in path if trial.utility is not None]
-        figures = [(self.left(trial), mean_top1(trial.utility or {})) for trial in measured]
+        figures = [(not self._harmless(t), mean_top1(t.utility or {})) for t in measured]
         return measured[best(figures)]
+
+    def _harmless(self, trial: Trial) -> bool:
+        """Return whether no class is known to lose more than it may."""
+        return trial.worst is None or trial.worst.lost <= self.options.max_class_loss
 
     def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
         """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
         if trial.utility is None:
-            utility = self._meter.measure(probe, trial.step, beat=beat)
-            trial = replace(trial, utility=utility)
+            utility, worst = self._meter.measure(probe, trial.step, beat=beat)
+            trial = replace(trial, utility=utility, worst=worst)
             self.keep((probe.line, trial.step), trial)
         return trial
 
@@ -199,6 +243,15 @@ class SetSearch(StepSearch[Trial]):
         """Order trials so that the cheap ones set the mark that dear ones must reach."""
         probe = self.probes[key[0]]
         return (probe.score.tower == "vision", -probe.stage, self.trials[key].share)
+
+
+def tell_of_harm(chosen: Trial, bound: float) -> None:
+    """Warn where every step that forgets takes more from a class than it may lose."""
+    if chosen.worst is not None and chosen.worst.lost > bound:
+        progress.warn(
+            f"no step spares every class: {chosen.worst.name} loses "
+            f"{chosen.worst.lost:.0f} points, more than --max-class-loss {bound:g}"
+        )
 
 
 def line_of(move: Trial | JointMove) -> Line:
@@ -224,9 +277,10 @@ def search(
 
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
-        evaluation = load_evaluation(store, plan)
+        shared = share_evaluation(store, [plan])
+        evaluation = shared.of(plan.manifest)
         run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation)
-        return run.run(plan.probes(store, evaluation))
+        return run.run(plan.probes(store, evaluation), to_report_on(store, [plan], shared))
 
 
 def search_each(
@@ -240,41 +294,63 @@ def search_each(
     for group in grouped(read_plans(store, names, options=options)):
         with no_grad(), arithmetic(options.precision):
             shared = share_evaluation(store, group)
+        reported = to_report_on(store, group, shared)
         for plan in group:
             with no_grad(), arithmetic(options.precision):
                 evaluation = shared.of(plan.manifest)
                 run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-                result = run.run(plan.probes(store, evaluation))
+                result = run.run(plan.probes(store, evaluation), reported)
             yield result
 
 
-def load_evaluation(store: Store, plan: SearchPlan) -> "Evaluation":
-    """Load the model the gradients belong to and run it once over the evaluation data."""
-    from slsgu_cli.clip.evaluation import prepare
-    from slsgu_cli.clip.models import tokenizer
-    from slsgu_cli.method.gradients import load_graded
-
-    device = plan.options.device
-    model, module = load_graded(plan.manifest, plan.pointer, device)
-    evaluation = prepare(store, plan.manifest, module, tokenize=tokenizer(model), device=device)
-    run_base_pass(evaluation, plan.layers, plan.options)
-    return evaluation
-
-
-def share_evaluation(store: Store, plans: Sequence[SearchPlan]) -> "SharedEvaluation":
-    """Load the model of a group of plans and run it once over what all of them measure on."""
-    from slsgu_cli.clip.evaluation import prepare_shared
-    from slsgu_cli.clip.models import tokenizer
+def share_evaluation(
+    store: Store, plans: Sequence[SearchPlan], purpose: Purpose = Purpose.CHOOSE
+) -> "SharedEvaluation":
+    """Load the model of some plans and run it once over what all of them measure on."""
     from slsgu_cli.method.gradients import load_graded
 
     first = plans[0]
-    device = first.options.device
-    model, module = load_graded(first.manifest, first.pointer, device)
-    manifests = [plan.manifest for plan in plans]
-    shared = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
+    _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
     run_base_pass(shared, layers, first.options)
     return shared
+
+
+def to_report_on(
+    store: Store, plans: Sequence[SearchPlan], evaluation: "SharedEvaluation"
+) -> "Callable[[], SharedEvaluation]":
+    """Return what opens the rows that sets are reported on, for the model of an evaluation.
+
+    They are opened, and the original model run over them, when it is first called. Where no
+    set has rows of its own to report on, they are those of `evaluation`.
+    """
+
+    @cache
+    def opened() -> "SharedEvaluation":
+        if not any(plan.manifest.deals for plan in plans):
+            return evaluation
+        reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
+        reported.base_pass((), cache_bytes=0)
+        return reported
+
+    return opened
+
+
+def _prepared(
+    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
+) -> "SharedEvaluation":
+    from slsgu_cli.clip.evaluation import prepare_shared
+    from slsgu_cli.clip.models import tokenizer
+
+    return prepare_shared(
+        store,
+        [plan.manifest for plan in plans],
+        module,
+        tokenize=tokenizer(resolve(plans[0].pointer.model)),
+        device=plans[0].options.device,
+        purpose=purpose,
+    )
 
 
 def run_base_pass(
@@ -298,14 +374,14 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
     return Trials(
         name=manifest.name,
         forget=pointer.forget,
-        direction=options.direction or Direction.GRADIENT,
-        retain_data=pointer.retain_data if options.direction is Direction.WHITENED else None,
+        direction=options.moves,
+        retain_data=pointer.retain_data if options.moves.whitens else None,
         model_fingerprint=pointer.model_fingerprint,
         evals=evaluation_blocks(manifest),
         precision=options.precision,
         steer=options.steer,
         margin=options.margin if options.steer is Steer.MARGIN else None,
-        baseline_forget=evaluation.forget.base_accuracy(),
+        baseline_forget=evaluation.base_forget_accuracy(),
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
         version=slsgu_cli.__version__,
@@ -359,9 +435,14 @@ def unmeasured_edit(
 
 
 def searched_edit(
-    plan: SearchPlan, probe: "Probe", trials: Trials, chosen: Trial, joint: JointRef | None = None
+    plan: SearchPlan,
+    probe: "Probe",
+    trials: Trials,
+    chosen: Trial,
+    effect: Report,
+    joint: JointRef | None = None,
 ) -> Edit:
-    """Return the edit that a chosen trial of a search amounts to."""
+    """Return the edit that a chosen trial of a search amounts to, with what it does."""
     edit = unmeasured_edit(
         plan.manifest,
         plan.pointer,
@@ -369,9 +450,9 @@ def searched_edit(
         tower=chosen.tower,
         step=chosen.step,
         share=chosen.share,
-        direction=trials.direction,
+        direction=Direction.of(chosen.ridge),
         ridge=chosen.ridge,
-        retain_data=trials.retain_data,
+        retain_data=None if chosen.ridge is None else trials.retain_data,
         delta=(chosen.step * probe.direction).cpu().numpy(),
         before=compact(probe.weight.cpu().numpy()),
     )
@@ -380,11 +461,13 @@ def searched_edit(
         steer=trials.steer,
         margin=trials.margin,
         forgotten=left_to_forget(chosen, trials.steer, trials.margin) == 0,
-        baseline_forget=trials.baseline_forget,
-        baseline_utility=trials.baseline_utility,
-        forget=chosen.forget,
-        utility=chosen.utility,
+        baseline_forget=effect.before.forget,
+        baseline_utility=effect.before.utility,
+        forget=effect.after.forget,
+        utility=effect.after.utility,
         joint=joint,
+        harmed=effect.harmed,
+        nearest=effect.nearest,
     )
     return replace(edit, header=measured)
 

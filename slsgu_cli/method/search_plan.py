@@ -51,17 +51,23 @@ class SearchPlan:
         return digest([self.pointer.model_fingerprint, evaluation_digest(self.manifest)])
 
     def probes(self, store: Store, evaluation: "Evaluation") -> "Iterator[Probe]":
-        """Yield a probe for every layer."""
+        """Yield a probe for every layer and each direction that it can move in."""
         import torch
 
         from slsgu_cli.method.trial import Probe
 
-        ridge = self.options.ridge if self.moments else None
+        both = self.options.moves is Direction.BOTH
         for score in self.layers:
-            along = forget_direction(
-                store, self.pointer, score.layer, ridge=ridge or 0, moments=self.moments
-            )
-            yield Probe(evaluation, score, torch.from_numpy(along).to(self.options.device), ridge)
+            for direction in self.options.moves.each:
+                moments = self.moments if direction.whitens else None
+                if both and moments is not None and not moments.has(score.layer):
+                    continue
+                ridge = self.options.ridge if moments else None
+                along = forget_direction(
+                    store, self.pointer, score.layer, ridge=ridge or 0, moments=moments
+                )
+                on_device = torch.from_numpy(along).to(self.options.device)
+                yield Probe(evaluation, score, on_device, ridge)
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
@@ -77,10 +83,10 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
-    layers = _layers(ranking, options.layers)
     options = _resolved(options, ranking)
+    layers = _layers(ranking, options)
     moments = None
-    if options.direction is Direction.WHITENED:
+    if options.moves.whitens:
         names = [score.layer for score in layers]
         moments = ensure_moments(store, manifest, pointer, names, device=options.device)
     return SearchPlan(manifest, pointer, tuple(layers), options, moments)
@@ -106,7 +112,7 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
     Raises StaleError where the layers were ranked for another direction, or other layers were.
     """
     direction = options.direction or ranking.direction
-    if direction is not ranking.direction:
+    if not set(direction.each) <= set(ranking.direction.each):
         raise StaleError(
             f"the layers of {ranking.name} were ranked for the direction {ranking.direction}, "
             f"not {direction}",
@@ -127,14 +133,20 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
     return replace(options, direction=direction, ridge=ridge, device=pick_device(options.device))
 
 
-def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
-    """Return the front layers, or those asked for by name or by a part that fits one only."""
-    if not wanted:
-        return [score for score in ranking.scores if score.front]
+def _layers(ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
+    """Return the front layers, or those asked for by name or by a part that fits one only.
+
+    The fronts of both directions are joined where both are searched.
+    """
+    scores = [score for score in ranking.scores if score.direction in (None, *options.moves.each)]
+    ranked = list({score.layer: score for score in reversed(scores)}.values())[::-1]
+    if not options.layers:
+        fronts = {score.layer for score in scores if score.front}
+        return [score for score in ranked if score.layer in fronts]
     chosen = []
-    for text in wanted:
-        meant = find_layers(text, [score.layer for score in ranking.scores])
-        fitting = [score for score in ranking.scores if score.layer in meant]
+    for text in options.layers:
+        meant = find_layers(text, [score.layer for score in ranked])
+        fitting = [score for score in ranked if score.layer in meant]
         if len(fitting) != 1:
             near = ", ".join(score.layer for score in fitting[:5]) or "none"
             raise UsageError(
@@ -147,8 +159,7 @@ def _layers(ranking: Ranking, wanted: Sequence[str]) -> list[LayerScore]:
 
 def evaluation_digest(manifest: SetManifest) -> str:
     """Return a digest of the evaluation rows of a set and of how they are taken in."""
-    evals = {name: ref.fingerprint for name, ref in manifest.evals.items()}
-    return digest([manifest.input, evals])
+    return digest([manifest.input, manifest.measured_on()])
 
 
 def require_alike(digests: Mapping[str, str]) -> None:

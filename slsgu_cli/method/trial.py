@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, accuracy
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, class_losses
 from slsgu_cli.clip.zeroshot import (
     ImageSide,
     PromptSide,
@@ -20,10 +20,20 @@ from slsgu_cli.clip.zeroshot import (
     ranks_of_truth,
 )
 from slsgu_cli.method.scoring import first_step, norm
-from slsgu_cli.records.method import Accuracy, LayerScore, Tower, Trial
+from slsgu_cli.records.method import (
+    Accuracy,
+    ClassLoss,
+    Figures,
+    LayerScore,
+    Report,
+    Tower,
+    Trial,
+)
 
 # A vision trial's images are looked at in rounds of at least this many.
 MIN_ROWS = 16
+# Of fewer images than this, what a class loses says little.
+LEAST_ROWS = 5
 
 
 @dataclass(slots=True)
@@ -65,26 +75,27 @@ class Probe:
     def measure(self, step: float) -> Trial:
         """Return how well the concept is still recognised after a step; utility is left out."""
         logits = self._forget_logits(step)
-        labels = self.evaluation.forget.images.labels
+        labels = torch.cat([group.images.labels for group in self.evaluation.shown])
         return Trial(
             layer=self.score.layer,
             tower=self.score.tower,
             ridge=self.ridge,
             step=step,
             share=step * self.norm / self.score.weight_norm,
-            forget=accuracy(ranks_of_truth(logits, labels)),
+            forget=self.evaluation.forget.accuracy_of(ranks_of_truth(logits, labels)),
             gap=least_gap(logits, labels),
             utility=None,
         )
 
     def _forget_logits(self, step: float) -> Tensor:
         """Return the cosines of the forget images with all names after a step."""
-        group = self.evaluation.forget
+        groups, prompts = self.evaluation.shown, self.evaluation.forget.prompts
         with edited(self.evaluation.model, self.score.layer, self.stepped(step)):
             if self.score.tower is Tower.VISION:
-                return group.images.after_edit(self.stage) @ group.prompts.embeddings.T
-            embeddings = self._embeddings[step] = group.prompts.after_edit(self.stage)
-        return group.images.features @ embeddings.T
+                features = torch.cat([group.images.after_edit(self.stage) for group in groups])
+                return features @ prompts.embeddings.T
+            embeddings = self._embeddings[step] = prompts.after_edit(self.stage)
+        return torch.cat([group.images.features for group in groups]) @ embeddings.T
 
     def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
         """Return the classes after a step of a text layer, which must be in place."""
@@ -100,22 +111,37 @@ class UtilityMeter:
     evaluation: Evaluation
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
 
-    def measure(self, probe: Probe, step: float, *, beat: float) -> dict[str, Accuracy] | None:
-        """Return the accuracy on each evaluation set, or None once it must stay under `beat`.
+    def measure(
+        self, probe: Probe, step: float, *, beat: float
+    ) -> tuple[dict[str, Accuracy] | None, ClassLoss | None]:
+        """Return the accuracy on each evaluation set, and the class that lost most.
 
-        `beat` is a mean top-1 accuracy in percent.
+        Of classes, those with at least LEAST_ROWS count. Both are None once the accuracy must
+        stay under `beat`, a mean top-1 in percent.
         """
+        groups = self.evaluation.utility
         with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
             if probe.score.tower is Tower.VISION:
-                return self._after_vision_edit(probe.stage, beat)
-            return {
-                name: accuracy(
-                    group.ranks(group.images.features, probe.class_embeddings(group.prompts, step))
-                )
-                for name, group in self.evaluation.utility.items()
-            }
+                ranks = self._after_vision_edit(probe.stage, beat)
+            else:
+                ranks = {
+                    name: group.ranks(
+                        group.images.features, probe.class_embeddings(group.prompts, step)
+                    )
+                    for name, group in groups.items()
+                }
+        if ranks is None:
+            return None, None
+        losses = [
+            loss
+            for name, group in groups.items()
+            for loss in class_losses(group, group.base_ranks(), ranks[name])
+            if loss.rows >= LEAST_ROWS
+        ]
+        worst = max(losses, key=lambda loss: loss.lost, default=None)
+        return {name: groups[name].accuracy_of(each) for name, each in ranks.items()}, worst
 
-    def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Accuracy] | None:
+    def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Tensor] | None:
         """Look at the same share of every set, the rows most likely missed first.
 
         The guess is the margin by which the true class led when the row was last looked at,
@@ -142,7 +168,7 @@ class UtilityMeter:
                 self._lead[name][rows] = margins(logits, group.images.labels[rows])
                 ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
                 missed += int((seen > 0).sum()) / len(group.images) / len(groups)
-        return {name: accuracy(values) for name, values in ranks.items()}
+        return ranks
 
     def _leads(self, name: str) -> Tensor:
         if name not in self._lead:
@@ -174,15 +200,16 @@ class MovedModel:
     def accuracies(self, groups: Mapping[str, EvaluationSet]) -> dict[str, Accuracy]:
         """Return the accuracy on each set."""
         return {
-            name: accuracy(group.ranks(self.features(group.images), self.classes(group.prompts)))
+            name: group.accuracy(self.features(group.images), self.classes(group.prompts))
             for name, group in groups.items()
         }
 
-    def left(self, group: EvaluationSet) -> tuple[Accuracy, float]:
+    def left(self, *groups: EvaluationSet) -> tuple[Accuracy, float]:
         """Return the accuracy on the images of a concept, and the concept's gap."""
-        logits = self.features(group.images) @ self.classes(group.prompts).T
-        labels = group.images.labels
-        return accuracy(ranks_of_truth(logits, labels)), least_gap(logits, labels)
+        features = torch.cat([self.features(group.images) for group in groups])
+        logits = features @ self.classes(groups[0].prompts).T
+        labels = torch.cat([group.images.labels for group in groups])
+        return groups[0].accuracy_of(ranks_of_truth(logits, labels)), least_gap(logits, labels)
 
     def features(self, images: ImageSide) -> Tensor:
         """Return the features of images."""
@@ -203,8 +230,48 @@ class MovedModel:
 UNMOVED = MovedModel({}, {})
 
 
+# Classes that a report names: those harmed most, and those with the nearest names.
+NAMED = 20
+
+
+def report(evaluation: Evaluation, moves: Moves) -> Report:
+    """Return what moves in place together do to the rows of an evaluation, after its base pass."""
+    groups = {"": evaluation.forget} | evaluation.utility
+    before = {name: group.base_ranks() for name, group in groups.items()}
+    with moved_model(evaluation, moves) as model:
+        after = {
+            name: group.ranks(model.features(group.images), model.classes(group.prompts))
+            for name, group in groups.items()
+        }
+
+    def figures(ranks: Mapping[str, Tensor]) -> Figures:
+        kept = {name: groups[name].accuracy_of(each) for name, each in ranks.items()}
+        return Figures(kept.pop(""), kept)
+
+    losses = {
+        (name, loss.name): loss
+        for name, group in evaluation.utility.items()
+        for loss in class_losses(group, before[name], after[name])
+    }
+    harmed = sorted((x for x in losses.values() if x.lost > 0), key=lambda x: (-x.lost, x.name))
+    nearest = [losses[key] for key in _by_nearness(evaluation) if key in losses]
+    return Report(figures(before), figures(after), tuple(harmed[:NAMED]), tuple(nearest[:NAMED]))
+
+
+def _by_nearness(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return evaluation set and name of every class, the nearest to the concept first."""
+    concept = evaluation.forget
+    wanted = concept.prompts.embeddings[int(concept.images.labels[0])]
+    cosines = [
+        (float(cosine), name, called)
+        for name, group in evaluation.utility.items()
+        for called, cosine in zip(group.names, group.prompts.embeddings @ wanted, strict=True)
+    ]
+    return [(name, called) for _, name, called in sorted(cosines, key=lambda each: -each[0])]
+
+
 @contextmanager
-def moved_model(evaluation: SharedEvaluation, moves: Moves) -> Iterator[MovedModel]:
+def moved_model(evaluation: Evaluation | SharedEvaluation, moves: Moves) -> Iterator[MovedModel]:
     """Put several moves into the model for the length of a block."""
     stages: dict[Tower, int] = {}
     for probe, _ in moves:

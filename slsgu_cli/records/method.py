@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 
+from slsgu_cli.records.codec import added
 from slsgu_cli.records.sets import ModelSpec
 
 
@@ -23,10 +24,30 @@ class Alignment(StrEnum):
 
 
 class Direction(StrEnum):
-    """Where a layer moves: along its forget gradient, or that whitened by retained inputs."""
+    """Where a layer moves: along its forget gradient, or that whitened by retained inputs.
+
+    `BOTH` is for rankings and searches, which then try each of them.
+    """
 
     GRADIENT = "gradient"
     WHITENED = "whitened"
+    BOTH = "both"
+
+    @property
+    def each(self) -> "tuple[Direction, ...]":
+        """The directions that a layer may move in."""
+        both = (Direction.GRADIENT, Direction.WHITENED)
+        return both if self is Direction.BOTH else (self,)
+
+    @property
+    def whitens(self) -> bool:
+        """Whether it takes the moments of the layers' inputs."""
+        return self is not Direction.GRADIENT
+
+    @classmethod
+    def of(cls, ridge: float | None) -> "Direction":
+        """Return the direction that a ridge whitened, or the gradient where there is none."""
+        return cls.GRADIENT if ridge is None else cls.WHITENED
 
 
 class Qkv(StrEnum):
@@ -160,7 +181,10 @@ class MomentHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerScore:
-    """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower."""
+    """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower.
+
+    `direction` is the one that it is scored for in a ranking for both.
+    """
 
     layer: str
     tower: Tower
@@ -171,6 +195,7 @@ class LayerScore:
     retain_norm: float
     weight_norm: float
     front: bool
+    direction: Direction | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,10 +220,18 @@ class Ranking:
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
-        front = sum(score.front for score in self.scores)
-        layers = f"{len(self.scores)}, {front} on the fronts"
+        layers = len({score.layer for score in self.scores})
+        front = len({score.layer for score in self.scores if score.front})
+        counted = f"{layers}, {front} on the fronts"
         about = {"set": self.name, "alignment": self.alignment, "direction": self.direction}
-        return about | {"layers": layers}
+        return about | {"layers": counted}
+
+    def by_direction(self) -> "dict[Direction, list[LayerScore]]":
+        """Return the scores for each direction that layers were ranked for."""
+        return {
+            direction: [s for s in self.scores if s.direction in (None, direction)]
+            for direction in self.direction.each
+        }
 
 
 # How sure an interval of a share is, and to which share of its width bisection finds its ends.
@@ -273,11 +306,15 @@ def _largest_share(count: int, total: int, tail: float) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Zero-shot accuracy in percent over `rows` images."""
+    """Zero-shot accuracy in percent over `rows` images.
+
+    `unseen` images are none that a layer or step was chosen by.
+    """
 
     top1: float
     top5: float
     rows: int
+    unseen: bool = added(False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -296,13 +333,36 @@ class ClassLoss:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Figures:
+    """What a model still recognises: the concept, and everything else by evaluation set."""
+
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What an edit does to images that chose nothing, beside the original model.
+
+    `harmed` are the classes that lost most, and `nearest` those whose names the original
+    model holds nearest to the concept's, the nearest first; at most 20 of each.
+    """
+
+    before: Figures
+    after: Figures
+    harmed: tuple[ClassLoss, ...]
+    nearest: tuple[ClassLoss, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
     """One (layer, ridge, step): forget accuracy, and utility where it was measured.
 
     `ridge` is None along the gradient itself. `share` is the step's length over the
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
-    the step could not win, so nothing was spent on it.
+    the step could not win, so nothing was spent on it; with it comes `worst`, the class that
+    lost most among those with enough rows to tell.
     """
 
     layer: str
@@ -313,6 +373,7 @@ class Trial:
     forget: Accuracy
     gap: float
     utility: dict[str, Accuracy] | None
+    worst: ClassLoss | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -395,7 +456,8 @@ class EditHeader:
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
-    the layer's name and shape are open_clip's in any case.
+    the layer's name and shape are open_clip's in any case. `harmed` and `nearest` are those
+    of the edit's `Report`.
     """
 
     name: str
@@ -422,6 +484,8 @@ class EditHeader:
     version: str
     layout: str = "open_clip"
     target: TargetFigures | None = None
+    harmed: tuple[ClassLoss, ...] = added(())
+    nearest: tuple[ClassLoss, ...] = added(())
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

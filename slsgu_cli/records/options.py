@@ -4,7 +4,7 @@ Functions take these records; commands are spread out of their fields.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ from slsgu_cli.records.words import (
 RIDGE = 0.01
 # A cosine, for a search that is steered on a margin.
 MARGIN = 0.02
+# Beyond the shortest step that forgets what the search sees: see docs/results/unseen.md.
+RESERVE = 1.25
+# Points of a class's accuracy that are more than its few rows can lose by chance.
+MAX_CLASS_LOSS = 25.0
+NO_BOUND = 100.0
 OF_RANKING = "that of the ranking"
 
 # Options that several records have.
@@ -61,8 +66,8 @@ OVERWRITE = partial(option, False, "--overwrite", help="Replace what is at --out
 def direction_option(usual: Direction | None, words: str) -> Any:
     """Return the field of a direction; `words` say which it is without the option."""
     return option(
-        usual, "--direction", help="Along the forget gradient, or that whitened.", panel=LAYERS,
-        without=words,
+        usual, "--direction", help="Along the forget gradient, that whitened, or try both.",
+        panel=LAYERS, without=words,
     )  # fmt: skip
 
 
@@ -85,10 +90,12 @@ class BuildRequest:
     """What `build-sets` is asked for.
 
     Sources are in the grammar of `sources.parse_source`. `concept` defaults to the name,
-    `match` to the concept itself, `retain_sources` to `sources`. `evals`, `classes` and
-    `templates` go by the evaluation set's name; `forget_eval` names the set that has the
-    concept as a class. With `collect`, sources are what it collects. `dropped` has keys or
-    hashes of rows that a person has taken out, by part (forget, retain or an evaluation set).
+    `match` to the concept itself, `retain_sources` to `sources`. `evals`, `classes`,
+    `templates` and `reports` go by the evaluation set's name; `forget_eval` names the set that
+    has the concept as a class. Figures are of `report_share` of each class, or of the rows of
+    `reports`; layer and step are chosen by the others. With `collect`, sources are what it
+    collects. `dropped` has keys or hashes of rows that a person has taken out, by part
+    (forget, retain or an evaluation set).
     """
 
     name: str = option("", metavar="NAME", help="Name of the set; none with --names.")
@@ -131,6 +138,14 @@ class BuildRequest:
     templates: dict[str, str] = option(
         (), "--templates", factory=dict, metavar="NAME=FILE", panel=EVALUATION,
         help="Prompts: a file, or imagenet, imagenet-simple, celeba.", without="imagenet-simple",
+    )  # fmt: skip
+    report_share: float = option(
+        0.5, "--report-share", later=True, min=0.0, max=0.9, panel=EVALUATION, metavar="SHARE",
+        help="Of each class: images for figures, which nothing is chosen by.",
+    )  # fmt: skip
+    reports: dict[str, str] = option(
+        (), "--report", later=True, factory=dict, metavar="NAME=SOURCE", panel=EVALUATION,
+        help="Other rows for the figures of an evaluation set.", without="a share of --eval",
     )  # fmt: skip
     forget_eval: str | None = option(
         None, "--forget-eval", help="Evaluation set that shows the concept.", panel=EVALUATION,
@@ -204,7 +219,7 @@ class RankOptions:
         Alignment.ABS, "--alignment", help="Magnitude of the cosine, or with its sign.",
         panel=LAYERS,
     )  # fmt: skip
-    direction: Direction = direction_option(Direction.WHITENED, "whitened")
+    direction: Direction = direction_option(Direction.BOTH, "both")
     ridge: float | None = RIDGE_OPTION(without=f"{RIDGE:g}")
     qkv: Qkv = qkv_option(Qkv.FUSED, "fused")
     include: Sequence[str] = option(
@@ -239,7 +254,9 @@ class SearchOptions:
     """How to search. `full` measures the utility of every trial, winner or not.
 
     `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
-    are given. `margin` is a cosine, for that steer.
+    are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
+    chosen which keeps most at `reserve` times its shortest step that leaves nothing of what
+    `steer` counts, among those where no class loses more than `max_class_loss`.
     """
 
     layers: Sequence[str] = option(
@@ -250,8 +267,20 @@ class SearchOptions:
     ridge: float | None = RIDGE_OPTION(without=OF_RANKING)
     qkv: Qkv | None = qkv_option(None, OF_RANKING)
     steer: Steer = option(
-        Steer.FA1, "--steer", panel=SEARCH,
+        Steer.FA5, "--steer", panel=SEARCH,
         help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
+    )  # fmt: skip
+    reserve: float = option(
+        RESERVE, "--reserve", min=1.0, panel=SEARCH,
+        help="Times the shortest step that does: room for images nobody chose by.",
+    )  # fmt: skip
+    max_class_loss: float = option(
+        MAX_CLASS_LOSS, "--max-class-loss", min=0.0, panel=SEARCH, metavar="POINTS",
+        help="Points that no class may lose where another step avoids it.",
+    )  # fmt: skip
+    paper: bool = option(
+        False, "--paper", panel=SEARCH,
+        help="Choose as the paper does: along the gradient, FA@1, no reserve, no bound.",
     )  # fmt: skip
     margin: float = option(
         MARGIN, "--margin", min=0.0, help="For --steer margin: a cosine.", panel=SEARCH
@@ -266,6 +295,27 @@ class SearchOptions:
         None, "--cache-budget", help="Limit for kept activations, such as 8G.", panel=SPEED,
         metavar="SIZE", read=bytes_of, without="what is free",
     )  # fmt: skip
+
+    @property
+    def moves(self) -> Direction:
+        """The direction in force."""
+        return self.direction or Direction.GRADIENT
+
+    def __post_init__(self) -> None:
+        """Spell out the paper's choice. Raises UsageError for what contradicts it."""
+        if not self.paper:
+            return
+        paper = {
+            "direction": Direction.GRADIENT, "steer": Steer.FA1, "reserve": 1.0,
+            "max_class_loss": NO_BOUND,
+        }  # fmt: skip
+        usual = {each.name: each.default for each in fields(self)}
+        for name, value in paper.items():
+            if getattr(self, name) not in (usual[name], value):
+                raise UsageError(
+                    f"--paper says --{name.replace('_', '-')} itself", hint="leave one of them out"
+                )
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.codec import added
 from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 
 
@@ -75,6 +76,18 @@ class DataRef:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
+class Purpose(StrEnum):
+    """What evaluation rows are opened for: to choose by, or to report on."""
+
+    CHOOSE = "choose"
+    REPORT = "report"
+
+
+def report_part(name: str) -> str:
+    """Return what the rows are called that the evaluation set `name` is reported on."""
+    return f"report {name}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SetManifest:
     """A built set: what to forget, what to retain, what to measure on.
@@ -82,7 +95,9 @@ class SetManifest:
     `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the
     rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
     set knows the concept, and the forget set's own images stand in, classified among
-    the classes of the first evaluation set and the concept itself. `command` has the
+    the classes of the first evaluation set and the concept itself. Of each evaluation set
+    the share `report_share` of every class, drawn by `seed`, is kept for figures and never
+    chosen by; a set in `reports` has rows of its own for that. `command` has the
     words of the command line that builds the same set again, `request` all that this
     command stands for.
     """
@@ -100,10 +115,29 @@ class SetManifest:
     command: tuple[str, ...]
     version: str
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Sets of before there was a share are measured on the rows that were chosen by.
+    report_share: float = added(0.0)
+    reports: dict[str, DataRef] = added(factory=dict)
 
     def blocks(self) -> dict[str, DataRef]:
         """Return every block of rows by its role: forget, retain, evaluation names."""
-        return {"forget": self.forget, "retain": self.retain, **self.evals}
+        reports = {report_part(name): ref for name, ref in self.reports.items()}
+        return {"forget": self.forget, "retain": self.retain, **self.evals, **reports}
+
+    @property
+    def deals(self) -> bool:
+        """Whether figures are of other rows than layer and step are chosen by."""
+        return bool(self.report_share or self.reports)
+
+    def measured_on(self) -> dict[str, str]:
+        """Return by evaluation set what tells its rows, and how they are dealt, from others."""
+        dealt = f" {self.report_share:g} {self.seed}" if self.report_share else ""
+        return {
+            name: f"{ref.fingerprint} {self.reports[name].fingerprint}"
+            if name in self.reports
+            else ref.fingerprint + dealt
+            for name, ref in sorted(self.evals.items())
+        }
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

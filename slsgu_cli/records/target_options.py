@@ -114,8 +114,13 @@ class SteerOptions:
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a ridge of the gradient."""
+        """Refuse a ridge of the gradient, and two directions."""
         check_ridge(self.direction, self.ridge)
+        if self.direction is Direction.BOTH:
+            raise UsageError(
+                "a model built on CLIP is searched along one direction",
+                hint="--direction whitened or --direction gradient",
+            )
 
     @property
     def damping(self) -> float:

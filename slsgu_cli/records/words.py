@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import UsageError, near
+from slsgu_cli.records.codec import ADDED
 
 R = TypeVar("R")
 
@@ -86,9 +87,14 @@ class Nested:
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def option(default: Any, *flags: str, factory: Any = MISSING, **said: Any) -> Any:
-    """Return a field that is an option on the command line (see Option), `...` if required."""
-    metadata = {"option": Option(flags, **said)}
+def option(
+    default: Any, *flags: str, factory: Any = MISSING, later: bool = False, **said: Any
+) -> Any:
+    """Return a field that is an option on the command line (see Option), `...` if required.
+
+    Records of before an option that came `later` have its default.
+    """
+    metadata = {"option": Option(flags, **said), ADDED: later}
     if factory is not MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     if default is ...:

@@ -112,19 +112,26 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
         "A layer is on its tower's Pareto front where no other layer has both more importance and "
         "less alignment.",
     )
-    towers = [tower for tower in Tower if any(s.tower is tower for s in ranking.scores)]
+    groups = [
+        (
+            f"{tower} tower, {direction}" if len(ranking.direction.each) > 1 else f"{tower} tower",
+            [score for score in scores if score.tower is tower],
+        )
+        for direction, scores in ranking.by_direction().items()
+        for tower in Tower
+    ]
+    groups = [(title, scores) for title, scores in groups if scores]
     charts = [
-        figure_of(front_chart(ranking.scores, tower), f"{tower.capitalize()} tower")
-        for tower in towers
+        figure_of(front_chart(scores, scores[0].tower), title.capitalize())
+        for title, scores in groups
     ]
     rows: list[tuple[Child, ...]] = []
     marked: list[int] = []
-    for tower in towers:
-        on_front = [score for score in ranking.scores if score.tower is tower and score.front]
-        for place, score in enumerate(on_front, start=1):
+    for title, scores in groups:
+        for place, score in enumerate((s for s in scores if s.front), start=1):
             if edit is not None and score.layer == edit.layer:
                 marked.append(len(rows))
-            rows.append((str(tower), str(place), *_figures(score)))
+            rows.append((title.replace(" tower", ""), str(place), *_figures(score)))
     heads = (Head("tower", False), Head("no."), *_HEADS)
     table_of_front = table(heads, rows, caption="Layers on the Pareto fronts", marked=marked)
     rest = [score for score in ranking.scores if not score.front]

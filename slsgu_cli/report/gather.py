@@ -13,6 +13,7 @@ from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.records.method import (
+    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -232,7 +233,10 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     )
     also = ("steer", "margin") if trials.steer is Steer.MARGIN else ("steer",)
     lines = []
-    for ridge in dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}:
+    ridges = dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}
+    if trials.direction is Direction.BOTH:
+        ridges.pop(None, None)
+    for ridge in ridges:
         searched = replace(options, ridge=None if ridge == ranking.ridge else ridge)
         words = command_line(searched, fields=TOLD, also=also)
         lines.append(["slsgu", "search", trials.name, *words])

@@ -20,6 +20,7 @@ from slsgu_cli.records.sets import (
     DataRef,
     SetManifest,
     check_name,
+    report_part,
 )
 from slsgu_cli.records.words import command_line
 from slsgu_cli.sets.collection import Collected, collect
@@ -57,12 +58,15 @@ def _build_from_sources(
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         forget_selection, retain_selection, plans = _first_passes(context, request, upstream)
+        reports = _plan_reports(context, request, plans)
         forget_eval = _forget_eval(request, plans)
         forget, block = build_pairs(context, forget_selection, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
         retain, _ = build_pairs(context, retain_selection, seed=request.seed, avoid=avoid)
         evals = {plan.name: build_eval(context, plan) for plan in plans}
+        reported = {plan.name: build_eval(context, plan) for plan in reports}
     parts = {"forget": forget, "retain": retain, **evals}
+    parts |= {report_part(name): ref for name, ref in reported.items()}
     parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
     _tell(request, parts)
     manifest = SetManifest(
@@ -79,6 +83,8 @@ def _build_from_sources(
         command=tuple(build_command(request)),
         version=__version__,
         request=encode(request),
+        report_share=request.report_share,
+        reports={name: parts[report_part(name)] for name in reported},
     )
     store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest
@@ -127,6 +133,29 @@ def _first_passes(
         for name, source in request.evals.items()
     ]
     return forget, retain, plans
+
+
+def _plan_reports(
+    context: BuildContext, request: BuildRequest, plans: Sequence[EvalPlan]
+) -> list[EvalPlan]:
+    """Read the labels of the rows that evaluation sets are reported on, if not on their own."""
+    columns = Columns(
+        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
+    )
+    return [
+        plan_eval(
+            context,
+            plan.name,
+            source=request.reports[plan.name],
+            readers=open_sources([request.reports[plan.name]], columns),
+            classes=request.classes.get(plan.name),
+            templates=request.templates.get(plan.name),
+            columns=columns,
+            among=plan.class_names,
+        )
+        for plan in plans
+        if plan.name in request.reports
+    ]
 
 
 def _rules(request: BuildRequest) -> tuple[Rule, Rule]:
@@ -308,6 +337,7 @@ def replay(store: Store, name: str) -> Replayed:
             hint=f"run `slsgu build-sets {quote(name)}` with its sources",
         )
     request = decode(BuildRequest, before.request)
+    request = replace(request, report_share=before.report_share)
     after = build_sets(store, request)
     had = {part: ref.fingerprint for part, ref in before.blocks().items()}
     has = {part: ref.fingerprint for part, ref in after.blocks().items()}
@@ -330,6 +360,7 @@ def check(request: BuildRequest) -> None:
     named = {
         "--classes": request.classes,
         "--templates": request.templates,
+        "--report": request.reports,
         "--forget-eval": [] if request.forget_eval is None else [request.forget_eval],
     }
     for option, names in named.items():

@@ -89,9 +89,15 @@ def plan_eval(
     classes: str | None,
     templates: str | None,
     columns: Columns,
+    among: tuple[str, ...] | None = None,
 ) -> EvalPlan:
-    """Read the labels of an evaluation set, or find the set made. Raises InputError."""
+    """Read the labels of an evaluation set, or find the set made. Raises InputError.
+
+    Where the labels are the names, `among` are the classes that they may be of.
+    """
     known = read_classes(classes or FROM_LABELS[0])
+    if known is None and among is not None:
+        known = ClassList(among, None, f"evaluation set {name}")
     prompts = read_templates(templates or DEFAULT_TEMPLATES)
     filters = parse_source(source).filters
     recipe = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import contact_sheet
-from slsgu_cli.records.sets import DataRef, Origin, SetManifest
+from slsgu_cli.records.sets import DataRef, Origin, SetManifest, report_part
 from slsgu_cli.sets.context import block_path, reference
 from slsgu_cli.sources.captions import folded
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest
@@ -182,8 +182,11 @@ def drop_from_set(store: Store, name: str, wanted: Sequence[str], *, part: str) 
         forget = ref if part == FORGET else manifest.forget
         retain = ref if part == "retain" else manifest.retain
         changed = replace(manifest, forget=forget, retain=retain)
-    else:
+    elif part in manifest.evals:
         changed = replace(manifest, evals={**manifest.evals, part: ref})
+    else:
+        reports = {n: ref if report_part(n) == part else r for n, r in manifest.reports.items()}
+        changed = replace(manifest, reports=reports)
     store.write_record(Artifact.SET.path(name), changed)
     return changed
 

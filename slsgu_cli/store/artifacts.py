@@ -262,8 +262,7 @@ def digests_of(manifest: SetManifest | None, pointer: GradientPointer | None) ->
 def evaluation_blocks(manifest: SetManifest) -> dict[str, str]:
     """Return the fingerprints of what the accuracies of a set are measured on."""
     shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
-    evals = {name: ref.fingerprint for name, ref in sorted(manifest.evals.items())}
-    return evals | {FORGET: shown}
+    return manifest.measured_on() | {FORGET: shown}
 
 
 def read_manifest(store: Store, name: str) -> SetManifest:

@@ -112,15 +112,11 @@ class Catalog:
             manifests = [self.get(Artifact.SET, name) for name in record.names]
             pointers = {name: self.get(Artifact.POINTER, name) for name in record.names}
             models = {p.model_fingerprint for p in pointers.values() if p}
-            evals = [item for m in manifests if m for item in m.evals.items()]
+            evals = [item for m in manifests if m for item in m.measured_on().items()]
             return {
                 "gradients": {name: p and p.forget for name, p in pointers.items()},
                 "model_fingerprint": min(models - {record.model_fingerprint}, default=None),
-                "evals": {
-                    name: ref.fingerprint
-                    for name, ref in evals
-                    if ref.fingerprint != record.evals.get(name)
-                },
+                "evals": {name: rows for name, rows in evals if rows != record.evals.get(name)},
             }
         manifest, pointer = (self.get(k, record.name) for k in (Artifact.SET, Artifact.POINTER))
         # An edit carries all it needs; without gradients of its name it is not out of date.

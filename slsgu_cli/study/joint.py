@@ -1,6 +1,6 @@
 """`search --joint`: concepts joined one by one, their steps adjusted together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from shlex import join
@@ -10,7 +10,7 @@ import torch
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
@@ -23,12 +23,14 @@ from slsgu_cli.method.search import (
     line_of,
     searched_edit,
     share_evaluation,
+    to_report_on,
 )
 from slsgu_cli.method.search_plan import SearchPlan, read_plans, require_alike
-from slsgu_cli.method.trial import UNMOVED, MovedModel, mean_top1, moved_model
+from slsgu_cli.method.trial import UNMOVED, MovedModel, Probe, mean_top1, moved_model, report
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Trial
 from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
@@ -61,11 +63,16 @@ class SingleSearch:
         return sorted(self.trials.values(), key=lambda t: (-mean_top1(t.utility or {}), t.share))
 
 
-def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> SingleSearch:
+def search_alone(
+    store: Store,
+    plan: SearchPlan,
+    shared: SharedEvaluation,
+    reported: Callable[[], SharedEvaluation],
+) -> SingleSearch:
     """Search one concept by itself, and measure what each line's shortest step keeps."""
     evaluation = shared.of(plan.manifest)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-    chosen = run.run(plan.probes(store, evaluation)).chosen
+    chosen = run.run(plan.probes(store, evaluation), reported).chosen
     trials, too_short = {}, {}
     for line, probe in run.probes.items():
         along = (trial for trial in run.trials.values() if line_of(trial) == line)
@@ -98,6 +105,11 @@ class JointSearchRun:
     singles: dict[str, SingleSearch] = field(default_factory=dict)
     _too_short: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def manifests(self) -> list[SetManifest]:
+        """The sets that have joined."""
+        return [single.plan.manifest for single in self.singles.values()]
+
     def join(self, single: SingleSearch) -> None:
         """Add a concept by the best layer nobody moves, or by its best if that is worth it."""
         self.singles[single.plan.name] = single
@@ -121,8 +133,11 @@ class JointSearchRun:
 
     def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
         """Put moves into the model for the length of a block."""
-        probes = [(self.singles[move.name].run.probes[line_of(move)], move.step) for move in moves]
-        return moved_model(self.evaluation, probes)
+        return moved_model(self.evaluation, self.probed(moves))
+
+    def probed(self, moves: Moves) -> list[tuple[Probe, float]]:
+        """Return the probe and the step of each move."""
+        return [(self.singles[move.name].run.probes[line_of(move)], move.step) for move in moves]
 
     def _left(self, trial: JointTrial) -> dict[str, float]:
         steer, margin = self.options.steer, self.options.margin
@@ -158,7 +173,7 @@ class JointSearchRun:
         if known is not None and (known.utility is not None or not utility):
             return known
         with self.in_place(moves) as model:
-            left = {move.name: model.left(self.evaluation.forget[move.name]) for move in moves}
+            left = {move.name: model.left(*self.evaluation.shown(move.name)) for move in moves}
             kept = model.accuracies(self.utility) if utility else None
         forget = {name: accuracy for name, (accuracy, _) in left.items()}
         gaps = {name: gap for name, (_, gap) in left.items()}
@@ -202,8 +217,9 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
     options = plans[0].options
     with torch.no_grad(), arithmetic(options.precision):
         shared = share_evaluation(store, plans)
-        singles = [search_alone(store, plan, shared) for plan in plans]
-        fresh = _fresh(singles, shared, options)
+        reported = to_report_on(store, plans, shared)
+        singles = [search_alone(store, plan, shared, reported) for plan in plans]
+        fresh = _fresh(singles, reported(), options)
         recorded = resume(store, Artifact.JOINT, joint_label(names), fresh).trials
         utility = shared.utility([plan.manifest for plan in plans])
         run = JointSearchRun(shared, utility, options, {trial.moves: trial for trial in recorded})
@@ -211,11 +227,12 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
             for single in singles:
                 run.join(single)
                 ticker.advance()
-        record = replace(fresh, stages=tuple(run.stages), trials=tuple(run.trials.values()))
+        stages = tuple(_reported(run, reported(), stage) for stage in run.stages)
+        record = replace(fresh, stages=stages, trials=tuple(run.trials.values()))
         store.write_record(Artifact.JOINT.path(joint_label(names)), record)
-        _write_edits(store, singles, record)
-        plots = _draw(store, run, plans, record)
-    return JointResult(record, run.forgets(record.stages[-1]), len(recorded), plots)
+        _write_edits(store, run, reported(), record)
+        plots = _draw(store, run, reported(), record)
+    return JointResult(record, run.forgets(run.stages[-1]), len(recorded), plots)
 
 
 def require_joint(result: JointResult) -> None:
@@ -235,15 +252,18 @@ def require_joint(result: JointResult) -> None:
 
 
 def _fresh(
-    singles: Sequence[SingleSearch], shared: SharedEvaluation, options: SearchOptions
+    singles: Sequence[SingleSearch], reported: SharedEvaluation, options: SearchOptions
 ) -> JointSearch:
-    """Return a record without trials, with what they will be made from."""
+    """Return a record without trials, with what they will be made from.
+
+    Figures of the original model are of the rows to report on.
+    """
     first = singles[0].plan
-    evals = {name: ref.fingerprint for name, ref in sorted(first.manifest.evals.items())}
+    evals = first.manifest.measured_on()
     records = {single.plan.name: single.run.record for single in singles}
     for name, record in records.items():
         evals[f"{FORGET} {name}"] = record.evals[FORGET]
-    kept = shared.utility([single.plan.manifest for single in singles])
+    kept = reported.utility([single.plan.manifest for single in singles])
     return JointSearch(
         names=tuple(records),
         concepts=tuple(single.plan.manifest.concept for single in singles),
@@ -255,7 +275,7 @@ def _fresh(
         precision=options.precision,
         steer=options.steer,
         margin=records[first.name].margin,
-        baseline_forget={name: record.baseline_forget for name, record in records.items()},
+        baseline_forget={n: reported.forget[n].base_accuracy() for n in records},
         baseline_utility={name: group.base_accuracy() for name, group in kept.items()},
         stages=(),
         trials=(),
@@ -263,11 +283,31 @@ def _fresh(
     )
 
 
-def _write_edits(store: Store, singles: Sequence[SingleSearch], record: JointSearch) -> None:
+def _reported(run: JointSearchRun, reported: SharedEvaluation, stage: JointTrial) -> JointTrial:
+    """Return a stage with the reserve, and the figures of the rows to report on."""
+    reserve = run.options.reserve if run.forgets(stage) else 1.0
+    moves = _at(stage.moves, {move.name: reserve * move.step for move in stage.moves})
+    with moved_model(reported, run.probed(moves)) as model:
+        left = {move.name: model.left(reported.forget[move.name]) for move in moves}
+        kept = model.accuracies(reported.utility(run.manifests))
+    return replace(
+        stage,
+        moves=moves,
+        forget={name: accuracy for name, (accuracy, _) in left.items()},
+        gaps={name: gap for name, (_, gap) in left.items()},
+        utility=kept,
+    )
+
+
+def _write_edits(
+    store: Store, run: JointSearchRun, reported: SharedEvaluation, record: JointSearch
+) -> None:
     """Write each concept's edit, with the figures of all edits in place."""
     chosen = record.stages[-1]
     joint = JointRef(record.names, digest([record.gradients, record.retain_data, chosen.moves]))
-    for single, move in zip(singles, chosen.moves, strict=True):
+    utility = reported.utility(run.manifests)
+    for move in chosen.moves:
+        single = run.singles[move.name]
         trial = Trial(
             layer=move.layer,
             tower=move.tower,
@@ -278,19 +318,23 @@ def _write_edits(store: Store, singles: Sequence[SingleSearch], record: JointSea
             gap=chosen.gaps[move.name],
             utility=chosen.utility,
         )
-        trials = replace(single.run.record, baseline_utility=record.baseline_utility)
+        measured = Evaluation(
+            reported.model, reported.vision, reported.text, reported.forget[move.name], utility
+        )
+        effect = report(measured, run.probed(chosen.moves))
         probe = single.run.probes[line_of(move)]
-        write_edit(store, searched_edit(single.plan, probe, trials, trial, joint))
+        edit = searched_edit(single.plan, probe, single.run.record, trial, effect, joint)
+        write_edit(store, edit)
 
 
 def _draw(
-    store: Store, run: JointSearchRun, plans: Sequence[SearchPlan], record: JointSearch
+    store: Store, run: JointSearchRun, reported: SharedEvaluation, record: JointSearch
 ) -> tuple[str, ...]:
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
-    shown = choose_shown(run.evaluation, [plan.manifest for plan in plans])
+    shown = choose_shown(reported, run.manifests)
     maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
     for count, stage in enumerate(record.stages, start=1):
-        with run.in_place(stage.moves) as model:
+        with moved_model(reported, run.probed(stage.moves)) as model:
             forgotten = shown.names[:count]
             maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))
     drawn = {

@@ -16,6 +16,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import SearchResult, search_each
 from slsgu_cli.records.codec import digest, encode
+from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import CLASS, SweepRequest
 from slsgu_cli.records.sets import check_name
 from slsgu_cli.records.studies import Sweep, SweepRow
@@ -127,7 +128,13 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "batch size": request.gradients.batch_size,
         "precision": [request.gradients.precision, request.search.precision],
         "direction": [request.ranking.direction, request.ranking.damping],
-        "search": [request.search.steer, request.search.margin, request.search.steps],
+        "search": [
+            request.search.steer,
+            request.search.margin,
+            request.search.steps,
+            request.search.reserve,
+            request.search.max_class_loss,
+        ],
     }
     return digest(made_from)
 
@@ -150,13 +157,13 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
         retain=pointer.retain,
         layer=chosen.layer,
         tower=chosen.tower,
-        direction=trials.direction,
+        direction=Direction.of(chosen.ridge),
         ridge=chosen.ridge,
         step=chosen.step,
         share=chosen.share,
-        baseline_forget=trials.baseline_forget,
-        baseline_utility=trials.baseline_utility,
-        forget=chosen.forget,
-        utility=chosen.utility or {},
+        baseline_forget=result.report.before.forget,
+        baseline_utility=result.report.before.utility,
+        forget=result.report.after.forget,
+        utility=result.report.after.utility,
         forgotten=result.forgotten,
     )

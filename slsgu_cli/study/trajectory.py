@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.method.search import Line, SetSearch, bisection, load_evaluation
+from slsgu_cli.method.search import Line, SetSearch, bisection, share_evaluation
 from slsgu_cli.method.search_plan import read_plan
 from slsgu_cli.records.method import Trial, Trials
 from slsgu_cli.records.options import TrajectoryOptions
+from slsgu_cli.records.sets import Purpose
 from slsgu_cli.store.artifacts import Artifact, plot_path
 from slsgu_cli.store.store import Store
 
@@ -88,7 +89,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     plan = read_plan(store, name, options=options.search)
     followed = []
     with torch.no_grad(), arithmetic(plan.options.precision):
-        evaluation = load_evaluation(store, plan)
+        evaluation = share_evaluation(store, [plan], Purpose.REPORT).of(plan.manifest)
         run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
         for probe in plan.probes(store, evaluation):
             with progress.bar(probe.score.layer, options.points) as ticker:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, recognised
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, accuracy, prepare, prompt_side
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import EMBED, CacheBudget
@@ -155,7 +155,7 @@ class ModelUnderTest:
             if id(group.prompts) not in embeddings:
                 embeddings[id(group.prompts)] = group.prompts.after_edit(EMBED)
             features = group.images.after_edit(EMBED)
-            accuracies[name] = accuracy(group.ranks(features, embeddings[id(group.prompts)]))
+            accuracies[name] = group.accuracy(features, embeddings[id(group.prompts)])
         self.tick()
         return accuracies.pop(""), accuracies if utility else None
 
@@ -164,7 +164,7 @@ class ModelUnderTest:
         group = self.evaluation.forget
         self.tick()
         features = group.images.features if features is None else features
-        return accuracy(group.ranks(features, embeddings))
+        return group.accuracy(features, embeddings)
 
     def image_features(self, images: npt.NDArray[np.uint8]) -> Tensor:
         """Return unit features of uint8 (N, H, W, 3) by the weights as they are now."""

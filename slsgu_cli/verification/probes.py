@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
-from slsgu_cli.clip.evaluation import accuracy
 from slsgu_cli.clip.zeroshot import class_accuracies
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.studies import (
@@ -73,7 +72,7 @@ def paraphrase(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
     alone = {names: _alone(model, names, settings.templates) for names in sorted(everything)}
     together = {names: F.normalize(each.sum(dim=0), dim=-1) for names, each in alone.items()}
     utility = {
-        name: accuracy(group.ranks(group.images.features, together[group.names]))
+        name: group.accuracy(group.images.features, together[group.names])
         for name, group in sets.items()
     }
     probes = [ProbeFigures(TOGETHER, model.forget_accuracy(together[model.names]), utility)]

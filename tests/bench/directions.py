@@ -30,7 +30,7 @@ import torch
 
 from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.cli.demo import DATA, RETAIN_SAMPLES, demo_request
-from slsgu_cli.clip.evaluation import EvaluationSet, accuracy, prepare
+from slsgu_cli.clip.evaluation import EvaluationSet, prepare
 from slsgu_cli.clip.models import tokenizer
 from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.clip.zeroshot import ImageSide
@@ -206,8 +206,8 @@ def shares(
         shows = torch.isin(group.images.labels, torch.tensor([i for i in own if i is not None]))
         ranks = group.base_ranks()
         gone.append(ranks[shows])
-        kept[name] = accuracy(ranks[~shows]).top1
-    found = accuracy(torch.cat(gone))
+        kept[name] = group.accuracy_of(ranks[~shows]).top1
+    found = forget.accuracy_of(torch.cat(gone))
     return (found.top1, found.top5), kept
 
 

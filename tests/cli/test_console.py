@@ -102,7 +102,7 @@ def test_json_takes_data_in_place_of_rows_and_text(capsys):
     assert capsys.readouterr().out == ""
     console.flush()
     assert json.loads(capsys.readouterr().out) == {
-        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3}},
+        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "unseen": False}},
         "v": ["text"],
     }
 

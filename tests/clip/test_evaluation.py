@@ -5,7 +5,7 @@ import torch
 from plain import Plain
 
 from slsgu_cli.clip import models
-from slsgu_cli.clip.evaluation import accuracy, class_losses, prepare
+from slsgu_cli.clip.evaluation import class_losses, prepare
 from slsgu_cli.clip.zeroshot import edited
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
@@ -125,9 +125,10 @@ def test_towers_go_by_name(shared_world):
     assert found.tower(Tower.TEXT) is found.text
 
 
-def test_accuracy_counts_rows():
-    found = accuracy(torch.tensor([0, 3, 7, 0]))
-    assert (found.top1, found.top5, found.rows) == (50, 75, 4)
+def test_accuracy_counts_rows(shared_world):
+    group = evaluation(shared_world).forget
+    found = group.accuracy_of(torch.tensor([0, 3, 7, 0]))
+    assert (found.top1, found.top5, found.rows, found.unseen) == (50, 75, 4, False)
 
 
 def test_an_edit_lasts_as_long_as_its_block(shared_world):

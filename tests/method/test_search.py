@@ -231,7 +231,9 @@ def test_recorded_trials_run_nothing_again(world, monkeypatch):
     assert (first.reused, again.reused) == (0, len(first.trials.trials))
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
     prompts = 3 * (8 + 5)
-    assert rows == {OpenClipVision: 64 + 40, OpenClipText: prompts}, "more than the base pass"
+    # The concept's images once more, by themselves; and what the chosen edit does to all.
+    images = 64 + 8 + 40
+    assert rows == {OpenClipVision: images + 64 + 40, OpenClipText: prompts}
 
 
 def test_recorded_forget_accuracies_are_taken_as_they_are(world):

@@ -185,7 +185,7 @@ def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(sea
 def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     world, result = apart
     before = world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES)))
-    monkeypatch.setattr("slsgu_cli.study.joint.MovedModel.left", None)
+    monkeypatch.setattr("slsgu_cli.study.joint.JointSearchRun.in_place", None)
     again = find(world)
     assert again.record == result.record
     assert again.reused == len(result.record.trials)

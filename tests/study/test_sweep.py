@@ -34,6 +34,7 @@ def request_(shared_world):
         name="colours",
         classes=CLASSES,
         build=BuildRequest(
+            report_share=0,
             name="",
             concept="",
             model=shared_world.model,
@@ -81,11 +82,10 @@ def test_rows_are_those_of_single_runs(request_, store, several_world, tmp_path)
     for row in result.sweep.rows:
         own = replace(apart, name=row.name)
         single = search(own.store, own.name, options=request_.search)
-        chosen, trials = single.chosen, single.trials
+        chosen, before, after = single.chosen, single.report.before, single.report.after
         assert (row.layer, row.step) == (chosen.layer, pytest.approx(chosen.step))
-        assert (row.forget, row.utility) == (chosen.forget, chosen.utility)
-        assert row.baseline_forget == trials.baseline_forget
-        assert row.baseline_utility == trials.baseline_utility
+        assert (row.forget, row.utility) == (after.forget, after.utility)
+        assert (row.baseline_forget, row.baseline_utility) == (before.forget, before.utility)
         assert row.forgotten == single.forgotten
         assert (row.gradient, row.retain) == (own.pointer.forget, own.pointer.retain)
 
@@ -103,10 +103,10 @@ def test_a_sweep_goes_on_where_it_was_interrupted(request_, store, counted, monk
     counted.update(dict.fromkeys(counted, 0))
     run = search_module.SetSearch.run
 
-    def interrupted(search, probes):
+    def interrupted(search, *arguments):
         if search.plan.name == "red":
             raise KeyboardInterrupt
-        return run(search, probes)
+        return run(search, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(search_module.SetSearch, "run", interrupted)

@@ -62,13 +62,14 @@ class World:
         return replace(self, store=Store(str(folder)))
 
     def build(self, **changes) -> SetManifest:
-        """Build the set, with `changes` to the request."""
+        """Build the set, with `changes` to the request; all rows are chosen by and reported on."""
         request = BuildRequest(
             name=self.name,
             concept=self.name,
             model=self.model,
             sources=[self.sources["pairs"]],
             retain_samples=60,
+            report_share=0,
             label_column="label",
             evals={name: self.sources[name] for name in ("first", "second")},
             templates=dict.fromkeys(("first", "second"), self.sources["templates"]),

@@ -1,0 +1,151 @@
+"""Measure on images that chose nothing what searches of many concepts came to.
+
+    python tests/bench/unseen.py                       # 16 concepts drawn by seed 0
+    python tests/bench/unseen.py --concepts all --store unseen-store
+    python tests/bench/unseen.py --ways default paper  # of default, short, long, paper
+
+Concepts are drawn from the embedded model's classes that have at least ten held-out images,
+as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
+in several ways on the same gradients. Figures are of the half of the held-out images that
+layer and step were not chosen by, as edits record them. A run that is repeated on a store
+goes on where the last one ended.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import rank
+from slsgu_cli.method.search import search
+from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.store import Store
+
+LEAST_IMAGES = 10
+WAYS = {
+    "default": SearchOptions(),
+    "short": SearchOptions(reserve=1.0),
+    "long": SearchOptions(reserve=1.5),
+    "paper": SearchOptions(paper=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A concept, how it was searched, and what its edit does to unseen images."""
+
+    name: str
+    kind: str
+    way: str
+    header: EditHeader
+    seconds: float
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """FA@1, FA@5, then points of TA@1 lost on brands and objects, in percent."""
+        edit = self.header
+        lost = (
+            edit.baseline_utility[name].top1 - edit.utility[name].top1
+            for name in ("brands", "objects")
+        )
+        return (edit.forget.top1, edit.forget.top5, *lost)
+
+
+def draw(wanted: str, seed: int) -> dict[str, str]:
+    """Return concepts with their kind: a number of them drawn by seed, all, or some by name."""
+    held = Counter(
+        pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"].to_pylist()
+    )
+    classes = json.loads((DATA / "classes.json").read_text())
+    kinds = {name: kind for kind, names in sorted(classes.items()) for name in sorted(names)}
+    if wanted == "all":
+        return kinds
+    if not wanted.isdecimal():
+        return {name: kinds[name] for name in wanted.split(",")}
+    rng, drawn = random.Random(seed), {}
+    for kind in sorted(classes):
+        enough = [n for n, its in kinds.items() if its == kind and held[n] >= LEAST_IMAGES]
+        drawn |= dict.fromkeys(rng.sample(enough, int(wanted) // 2), kind)
+    return drawn
+
+
+def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeader, float]:
+    """Return the edit of a set that was searched in one way, and the seconds it took."""
+    records = Store(str(folder / way))
+    done = folder / way / f"{name}.seconds"
+    if not done.exists():
+        trials = Store(str(folder / "default")).where(Artifact.TRIALS.path(name))
+        if way in ("short", "long") and Path(trials).exists():
+            records.write_bytes(Artifact.TRIALS.path(name), Path(trials).read_bytes())
+        start = time.perf_counter()
+        search(store, name, options=WAYS[way], records=records)
+        done.write_text(str(time.perf_counter() - start))
+    return load_edit(records, name).header, float(done.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concepts", default="16", help="how many, `all`, or names with commas")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["default", "paper"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    options = parser.parse_args()
+    folder = options.store or Path(tempfile.mkdtemp())
+    concepts = draw(options.concepts, options.seed)
+    print(f"seed {options.seed}: {', '.join(concepts)}\n")
+    print("concept\tway\tlayer\tdirection\tshare\tof\tFA@1\tFA@5\tbrands\tobjects\tworst\tseconds")
+    rows: list[Row] = []
+    for name, kind in concepts.items():
+        store = Store(str(folder / "store"))
+        if not store.exists(Artifact.RANKING.path(name)):
+            build_sets(store, demo_request(name))
+            compute_gradients(store, name, model=None, options=PassOptions())
+            rank(store, name, options=RankOptions())
+        for way in options.ways:
+            try:
+                header, seconds = searched(store, name, way, folder)
+            except SlsguError as error:
+                print(f"{name}\t{way}\t{error}")
+                continue
+            rows.append(Row(name, kind, way, header, seconds))
+            show(rows[-1])
+    print("\nway\tconcepts\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
+    for way in options.ways:
+        summarise(way, [row for row in rows if row.way == way])
+
+
+def show(row: Row) -> None:
+    """Print what one search came to."""
+    edit = row.header
+    harmed = edit.harmed[0] if edit.harmed else None
+    worst = f"{harmed.name} {harmed.lost:.0f} of {harmed.rows}" if harmed else ""
+    words = [row.name, row.way, edit.layer, edit.direction, f"{edit.share:.3f}"]
+    words += [str(edit.forget.rows), *(f"{value:.2f}" for value in row.figures)]
+    print("\t".join([*words, worst, f"{row.seconds:.1f}"]), flush=True)
+
+
+def summarise(way: str, rows: list[Row]) -> None:
+    """Print the mean and the worst of each figure over all concepts."""
+    if not rows:
+        return
+    words = [way, str(len(rows))]
+    for values in zip(*(row.figures for row in rows), strict=True):
+        words += [f"{sum(values) / len(values):.2f}", f"{max(values):.2f}"]
+    print("\t".join([*words, f"{sum(row.seconds for row in rows) / len(rows):.1f}"]))
+
+
+if __name__ == "__main__":
+    main()
