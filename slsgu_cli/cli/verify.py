@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
@@ -18,15 +19,21 @@ if TYPE_CHECKING:
 
 Cells = list[tuple[Any, ...]]
 
+# Columns of a terminal that sentences are laid out for; rows of a short table of classes.
+WIDTH, SHORT = 79, 5
+
 
 def show_verified(console: "Console", result: "Verified") -> None:
-    """Print the verdicts, what the concept became, membership, and curves where all is shown."""
-    from slsgu_cli.verification.verdicts import Verdict, rows
+    """Print what each check found, a table for each kind, and what all of it comes to."""
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
 
     original, *others = result.models
     verdicts = [(subject, row) for subject in others for row in rows(original, subject)]
     _verdicts(console, verdicts, several=len(others) > 1)
     _became(console, result.models)
+    _losses(console, original, others)
+    _told(console, original, others)
+    _retrieved(console, original, others)
     _membership(console, original, others)
     if not console.brief:
         _curves(console, result.models)
@@ -38,6 +45,11 @@ def show_verified(console: "Console", result: "Verified") -> None:
         for row in of_model:
             if row.note:
                 console.value(f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+    for subject in others:
+        found = conclusion(result.record.concept, original, subject)
+        text = f"{subject.label}: {found.text}"
+        wrapped = "\n" + fill(text, WIDTH)
+        console.value(f"conclusion of {subject.label}", text, data=found, shown=wrapped)
     console.paths("files", result.files)
     if result.reused:
         console.note(f"{result.reused} recorded findings were used again")
@@ -58,6 +70,7 @@ def _verdicts(
         Column("FA@1", shown=roughly, label="FA@1\nnow"),
         Column("original FA@5", on_terminal=False),
         Column("FA@5", shown=roughly, label="FA@5\nnow"),
+        Column("control FA@1", shown=roughly, label="FA@1\ncontrol"),
         *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
         Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
         Column("verdict"),
@@ -72,6 +85,7 @@ def _verdicts(
             row.after.top1,
             row.before.top5,
             row.after.top5,
+            row.control.top1 if row.control else None,
             *(_top1(side, name) for name in sets for side in row.utilities),
             _utility_change(row),
             row.verdict,
@@ -122,6 +136,116 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
             each = (names[place] if place < len(names) else None for names in lists)
             cells.append((f"{what} {place + 1}", *each))
     console.table("became", columns, cells, title="what the concept became")
+
+
+def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
+    """Print what the classes with the nearest names lost, and those that lost most."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.verification.verdicts import LEAST_ROWS, harmed, losses, nearest
+
+    most = SHORT if console.brief else None
+    cells: Cells = []
+    for subject in others:
+        known = losses(original, subject)
+        kinds = [("nearest name", rows[:most]) for rows in nearest(known).values()]
+        kinds.append(("lost most", harmed(known)[:most]))
+        cells += [
+            (what, row.evaluation, row.loss.name, subject.label, row.cosine, row.loss.rows,
+             row.loss.before, row.loss.after, row.loss.after - row.loss.before)
+            for what, rows in kinds
+            for row in rows
+        ]  # fmt: skip
+    columns = [
+        Column("what"),
+        Column("set"),
+        Column("class"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("cosine", shown=lambda value: f"{value:.2f}"),
+        Column("rows"),
+        Column("original TA@1", shown=roughly, label="TA@1\noriginal"),
+        Column("TA@1", shown=roughly, label="TA@1\nnow"),
+        Column("change", shown=lambda value: f"{value:+.1f}"),
+    ]
+    title = f"what it cost other classes; those that lost most have {LEAST_ROWS} images or more"
+    if cells:
+        console.table("classes", columns, cells, title=title)
+
+
+def _told(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
+    """Print what classifiers on image features tell apart."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.verification.verdicts import pairs_of
+
+    cells: Cells = [
+        (now.classifier, now.subject, subject.label, now.images, was.accuracy, now.accuracy,
+         was.recall, now.recall, now.rows, now.others)
+        for subject in others
+        for was, now in pairs_of(original, subject)
+    ]  # fmt: skip
+    columns = [
+        Column("classifier"),
+        Column("tells"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("images"),
+        Column("original accuracy", shown=roughly, label="accuracy\noriginal"),
+        Column("accuracy", shown=roughly, label="\nnow"),
+        Column("original recall", shown=roughly, label="recall\noriginal"),
+        Column("recall", shown=roughly, label="\nnow"),
+        Column("rows", on_terminal=False),
+        Column("others", on_terminal=False),
+    ]
+    title = "what image features tell of images; recall with 1% false positives"
+    if cells:
+        console.table("told", columns, cells, title=title)
+
+
+def _retrieved(
+    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
+) -> None:
+    """Print what its images and its name find, and how far an index moved."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.verification.verdicts import retrievals
+
+    pairs = [(s, found) for s in others if (found := retrievals(original, s)) is not None]
+    if not pairs:
+        return
+    several = len(others) > 1
+    cells: Cells = [
+        (now.query, now.index, subject.label, was.precision, now.precision, was.recall1,
+         now.recall1, now.recall5, now.recall10, now.queries, now.gallery)
+        for subject, (before, after) in pairs
+        for was, now in zip(before.queries, after.queries, strict=True)
+    ]  # fmt: skip
+    columns = [
+        Column("query"),
+        Column("index"),
+        Column("model", on_terminal=several),
+        Column("original mAP", shown=roughly, label="mAP\noriginal"),
+        Column("mAP", shown=roughly, label="\nnow"),
+        Column("original recall@1", shown=roughly, label="R@1\noriginal"),
+        Column("recall@1", shown=roughly, label="\nnow"),
+        Column("recall@5", on_terminal=False),
+        Column("recall@10", shown=roughly, label="R@10\nnow"),
+        Column("queries", on_terminal=False),
+        Column("gallery", on_terminal=False),
+    ]
+    console.table("retrieval", columns, cells, title="finding its images among all others")
+    moved: Cells = [
+        (side.images, subject.label, side.rows, 100 * side.identical / side.rows,
+         100 * side.far / side.rows, side.mean, side.largest)
+        for subject, (_, after) in pairs
+        for side in after.moved
+    ]  # fmt: skip
+    columns = [
+        Column("features of"),
+        Column("model", on_terminal=several),
+        Column("rows"),
+        Column("identical", shown=roughly),
+        Column("moved", shown=roughly, label="moved by\n> 0.01"),
+        Column("mean", shown=lambda value: f"{value:.4f}", label="mean\nmove"),
+        Column("largest", shown=lambda value: f"{value:.4f}", label="largest\nmove"),
+    ]
+    console.table("index", columns, moved, title="what became of an index; moves are 1 - cosine")
 
 
 def _membership(

@@ -1,6 +1,7 @@
 """What other commands recorded: verification, several concepts, comparison."""
 
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.compare.comparison import LABELS, TableRow, better, mean_rows
@@ -14,6 +15,7 @@ from slsgu_cli.figures.html import (
     count,
     element,
     figure_of,
+    interval,
     joined,
     number,
     paragraph,
@@ -21,7 +23,7 @@ from slsgu_cli.figures.html import (
     share,
     table,
 )
-from slsgu_cli.records.method import Accuracy, EditHeader, Trials
+from slsgu_cli.records.method import Accuracy, EditHeader, Share, Trials
 from slsgu_cli.records.studies import (
     Check,
     Comparison,
@@ -36,6 +38,9 @@ from slsgu_cli.report.charts import Series, legend, line_chart
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section
 from slsgu_cli.study.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from slsgu_cli.verification.verdicts import LossRow
 
 TITLE = "Does it stay forgotten"
 CURVES = {
@@ -61,9 +66,10 @@ def _of_edit(record: Verification, edit: EditHeader | None) -> list[VerifiedMode
 
 
 def _verification(record: Verification, edit: EditHeader | None) -> Html:
-    from slsgu_cli.verification.verdicts import Verdict, rows
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
 
     original, edited = _of_edit(record, edit)
+    found = conclusion(record.concept, original, edited)
     probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
         (
@@ -71,6 +77,7 @@ def _verification(record: Verification, edit: EditHeader | None) -> Html:
             str(row.check),
             percent(row.before.top1),
             percent(row.after.top1),
+            percent(row.control.top1) if row.control else None,
             _utility_change(row.utilities),
             str(row.verdict),
             row.note,
@@ -78,18 +85,19 @@ def _verification(record: Verification, edit: EditHeader | None) -> Html:
         for row in probes
     ]
     heads = (Head("probe", False), Head("kind", False), Head("FA@1, original"),
-             Head("FA@1, edited"), Head("TA@1, change in points"), Head("verdict", False),
-             Head("note", False))  # fmt: skip
+             Head("FA@1, edited"), Head("FA@1, control"), Head("TA@1, change in points"),
+             Head("verdict", False), Head("note", False))  # fmt: skip
     counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
     verdict_counts = ", ".join(f"{word} {count}" for word, count in counts if count)
     lead = paragraph(
         f"{len(probes)} probes: {verdict_counts}. A verdict compares the edited model with the "
-        "original under the same probe."
+        "original under the same probe; a control is the same effort without the concept."
     )
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
-        (lead, verdicts, _curves(original, edited), _became(original, edited),
-         _membership(original, edited))
+        (paragraph(found.text, class_="lead"), lead, verdicts, _curves(original, edited),
+         _became(original, edited), _losses(original, edited), _told(original, edited),
+         _retrieved(original, edited), _membership(original, edited))
     )  # fmt: skip
 
 
@@ -139,6 +147,83 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
              Head("nearest name, edited", False), Head("images taken for, original", False),
              Head("images taken for, edited", False))  # fmt: skip
     return table(heads, cells, caption="What the concept became")
+
+
+def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Tell what it cost the nearest names, and the classes that it cost most."""
+    from slsgu_cli.verification.verdicts import LEAST_ROWS, harmed, losses, nearest
+
+    known = losses(original, edited)
+    captions = {
+        f"The names nearest to the concept's, on {name}": classes
+        for name, classes in nearest(known).items()
+    }
+    captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = harmed(known)
+    heads = (Head("class", False), Head("cosine of names"), Head("images"),
+             Head("TA@1, original"), Head("TA@1, edited"), Head("change, points"),
+             Head("95% interval, edited"))  # fmt: skip
+    tables = [
+        table(heads, [_loss_cells(row) for row in classes], caption=caption)
+        for caption, classes in captions.items()
+        if classes
+    ]
+    return joined(tables) if tables else None
+
+
+def _loss_cells(row: "LossRow") -> tuple[Child, ...]:
+    loss = row.loss
+    return (loss.name, cosine(row.cosine), count(loss.rows), percent(loss.before),
+            percent(loss.after), change(-loss.lost),
+            interval(Share.of(loss.after, loss.rows)))  # fmt: skip
+
+
+def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Tell how well classifiers on image features tell the concept's images from others."""
+    from slsgu_cli.verification.verdicts import pairs_of
+
+    cells: list[tuple[Child, ...]] = [
+        (f"{now.classifier}, {now.subject}", count(now.images), percent(was.accuracy),
+         percent(now.accuracy), percent(was.recall), percent(now.recall))
+        for was, now in pairs_of(original, edited)
+    ]  # fmt: skip
+    heads = (Head("told by, and what", False), Head("learnt from images"),
+             Head("accuracy, original"), Head("accuracy, edited"), Head("recall, original"),
+             Head("recall, edited"))  # fmt: skip
+    caption = (
+        "What image features tell: accuracy, of which 50% is chance, and images found with 1% "
+        "false positives"
+    )
+    return table(heads, cells, caption=caption) if cells else None
+
+
+def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Tell what its images and its name find, and whether an index still stands."""
+    from slsgu_cli.verification.verdicts import retrievals
+
+    found = retrievals(original, edited)
+    if found is None:
+        return None
+    queries: list[tuple[Child, ...]] = [
+        (f"{now.query}, in {now.index} index", percent(was.precision), percent(now.precision),
+         percent(was.recall1), percent(now.recall1), percent(now.recall10))
+        for was, now in zip(found[0].queries, found[1].queries, strict=True)
+    ]  # fmt: skip
+    moved: list[tuple[Child, ...]] = [
+        (side.images, count(side.rows), percent(100 * side.identical / side.rows),
+         percent(100 * side.far / side.rows), number(side.mean), number(side.largest))
+        for side in found[1].moved
+    ]  # fmt: skip
+    heads = (Head("looked for by", False), Head("mAP, original"), Head("mAP, edited"),
+             Head("recall@1, original"), Head("recall@1, edited"),
+             Head("recall@10, edited"))  # fmt: skip
+    index = (Head("features of", False), Head("images"), Head("same to the bit"),
+             Head("moved by more than 0.01"), Head("mean move"), Head("largest move"))  # fmt: skip
+    return joined(
+        (
+            table(heads, queries, caption="Finding the concept's images among all others"),
+            table(index, moved, caption="What became of an index; a move is 1 - cosine"),
+        )
+    )
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:

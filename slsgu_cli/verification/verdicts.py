@@ -1,15 +1,33 @@
-"""From figures to words: what each probe of an edited model says beside the original.
+"""From figures to words: what each probe of an edited model says, and what all of them come to.
 
 The thresholds are shares of the original model's own accuracy under the same probe, so
 that a probe which nobody could read images through condemns no edit.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from slsgu_cli.records.method import Accuracy
-from slsgu_cli.records.studies import NEW, Attack, Check, Curve, Finding, VerifiedModel
+from slsgu_cli.records.method import Accuracy, ClassLoss, Share, Tower
+from slsgu_cli.records.studies import (
+    NEW,
+    Attack,
+    Check,
+    Curve,
+    Finding,
+    Retrieval,
+    Told,
+    VerifiedModel,
+)
+from slsgu_cli.verification.image_probes import (
+    BY_NAME,
+    CONCEPT,
+    FAR,
+    LINEAR,
+    OLD_INDEX,
+    OTHERS,
+    OWN_INDEX,
+)
 from slsgu_cli.verification.probes import TEMPLATE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
@@ -26,6 +44,9 @@ AS_NEW = 0.5
 
 # Points above chance up to which members are not told apart, and by which attacks differ.
 CHANCE = 5.0
+
+# Of the nearest names and of those that lost most, so many are told, the latter with rows enough.
+NEAREST, HARMED, LEAST_ROWS = 20, 10, 5
 
 
 class Verdict(StrEnum):
@@ -49,7 +70,10 @@ class Exposure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One line of the result. `detail` lines are left out of a short table."""
+    """One line of the result. `detail` lines are left out of a short table.
+
+    `control` is the other model's accuracy under the same effort without the concept.
+    """
 
     check: Check
     probe: str
@@ -60,6 +84,19 @@ class VerdictRow:
     utility_before: dict[str, Accuracy] | None = None
     utility_after: dict[str, Accuracy] | None = None
     detail: bool = False
+    control: Accuracy | None = None
+
+    @property
+    def gain(self) -> float:
+        """Points of FA@1 beyond the control's."""
+        return self.after.top1 - (self.control.top1 if self.control else 0.0)
+
+    @property
+    def brings_back(self) -> bool:
+        """Whether that is more than chance, and the exact interval lies above the control."""
+        low, _ = Share.of(self.after.top1, self.after.rows).interval
+        beyond = low > (self.control.top1 if self.control else 0.0)
+        return self.verdict is not Verdict.NOTHING and beyond and self.gain > CHANCE
 
     @property
     def utilities(self) -> tuple[dict[str, Accuracy] | None, dict[str, Accuracy] | None]:
@@ -100,7 +137,7 @@ def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
     lines: list[VerdictRow] = []
     for check in Check:
         before, after = original.finding(check), other.finding(check)
-        if before and after:
+        if before and after and before.settings == after.settings:
             lines += _of_probes(check, before, after)
             lines += _of_finetuning(check, before, after)
             lines += _of_relearning(check, before, after)
@@ -109,7 +146,8 @@ def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
 
 def _of_probes(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield a line for each probe; of single templates all but the worst are detail."""
-    pairs = list(zip(before.probes, after.probes, strict=True))
+    known = {probe.name: probe for probe in before.probes}
+    pairs = [(known[probe.name], probe) for probe in after.probes if probe.name in known]
     alone = [pair for pair in pairs if pair[1].name.startswith(TEMPLATE)]
     worst = max(alone, key=lambda pair: pair[1].forget.top1, default=None)
     for was, now in pairs:
@@ -168,8 +206,236 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ve
         f"back {_at(back)}; a new name {_at(learnt)}",
         was.utility,
         now.utility,
+        control=new.points[-1].forget,
     )
 
 
 def _at(step: int | None) -> str:
     return "not within these steps" if step is None else f"at step {step}"
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    """What a class of an evaluation set lost, and its name's cosine with the concept's."""
+
+    evaluation: str
+    cosine: float
+    loss: ClassLoss
+
+
+def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
+    """Return what each class lost, set by set, the name nearest to the concept's first.
+
+    Nearness is that of the original's class embeddings.
+    """
+    before, after = original.finding(Check.NEAREST), other.finding(Check.NEAREST)
+    found = []
+    for name, classes in ((before and before.classes) or {}).items():
+        now = {known.name: known for known in ((after and after.classes) or {}).get(name, ())}
+        for known in classes:
+            if known.name in now:
+                loss = ClassLoss(known.name, known.rows, known.top1, now[known.name].top1)
+                found.append(LossRow(name, known.cosine, loss))
+    return found
+
+
+def nearest(rows: Sequence[LossRow]) -> dict[str, list[LossRow]]:
+    """Return the classes of each set whose names are nearest to the concept's."""
+    sets: dict[str, list[LossRow]] = {}
+    for row in rows:
+        sets.setdefault(row.evaluation, []).append(row)
+    return {name: classes[:NEAREST] for name, classes in sets.items()}
+
+
+def harmed(rows: Sequence[LossRow]) -> list[LossRow]:
+    """Return the classes with rows enough that lost most, whichever set they are of."""
+    lost = [row for row in rows if row.loss.rows >= LEAST_ROWS and row.loss.lost > 0]
+    return sorted(lost, key=lambda row: (-row.loss.lost, row.loss.name))[:HARMED]
+
+
+def pairs_of(original: VerifiedModel, other: VerifiedModel) -> list[tuple[Told, Told]]:
+    """Return what each classifier on image features tells of the original and of the other."""
+    before, after = original.finding(Check.PROBE), other.finding(Check.PROBE)
+    known = {(told.classifier, told.subject): told for told in before.told} if before else {}
+    return [
+        (known[told.classifier, told.subject], told)
+        for told in (after.told if after else ())
+        if (told.classifier, told.subject) in known
+    ]
+
+
+def retrievals(original: VerifiedModel, other: VerifiedModel) -> tuple[Retrieval, Retrieval] | None:
+    """Return what is found by the original and by the other model, if both were tried."""
+    before, after = original.finding(Check.RETRIEVAL), other.finding(Check.RETRIEVAL)
+    if not (before and after and before.retrieval and after.retrieval):
+        return None
+    return before.retrieval, after.retrieval
+
+
+# What it takes to try, and what stands for the concept in the control.
+EFFORTS = {
+    Check.BASELINE: "asking the model {}",
+    Check.PARAPHRASE: "other words ({})",
+    Check.AUGMENT: "changed images ({})",
+    Check.QUANTISE: "rounding the weights ({})",
+    Check.FINETUNE: "training on other images ({})",
+    Check.RELEARN: "training on its images ({})",
+}
+CONTROLS = {Check.RELEARN: "a made-up name"}
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What all checks of a model come to, for those who sign an edit off.
+
+    `strongest` is what brings most back beyond its control, None where nothing does;
+    `sentences` begin with what it is.
+    """
+
+    model: str
+    strongest: VerdictRow | None
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All sentences."""
+        return " ".join(self.sentences)
+
+
+def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> Conclusion:
+    """Say what brings a concept back at what cost, what else is left of it, and whom it cost."""
+    tried = [_widest(row, original, other) for row in rows(original, other)]
+    back = [row for row in tried if row.brings_back]
+    strongest = max(back, key=lambda row: row.gain, default=None)
+    sentences = (
+        _of_names(concept, tried, strongest),
+        _of_looks(pairs_of(original, other)),
+        _of_index(retrievals(original, other)),
+        _of_others(losses(original, other)),
+        _of_scope(other),
+    )
+    return Conclusion(other.label, strongest, tuple(filter(None, sentences)))
+
+
+def _widest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> VerdictRow:
+    """Return relearning at the step at which it is furthest ahead of a new name; others as is."""
+    before, after = original.finding(row.check), other.finding(row.check)
+    if row.check is not Check.RELEARN or not (before and after):
+        return row
+    new = next(curve for curve in before.curves if curve.name == NEW)
+    learnt = {point.step: point.forget for point in new.points}
+    points = [point for point in after.curves[0].points if point.step in learnt]
+    best = max(points, key=lambda point: point.forget.top1 - learnt[point.step].top1)
+    probe = f"{best.step} steps, {after.settings['shots']} shots"
+    return replace(row, probe=probe, after=best.forget, control=learnt[best.step])
+
+
+def _effort(row: VerdictRow) -> str:
+    return EFFORTS.get(row.check, f"{row.check} ({{}})").format(row.probe)
+
+
+def _against(row: VerdictRow) -> str:
+    """Return a row's accuracy in words, beside that of its control."""
+    seen = f"{row.after.top1:.0f}%"
+    if row.control is None:
+        return seen
+    return f"{seen} against {row.control.top1:.0f}% for {CONTROLS.get(row.check, 'its control')}"
+
+
+def _of_names(concept: str, tried: list[VerdictRow], strongest: VerdictRow | None) -> str:
+    """Return what brings the name back, or that nothing does and how sure that is."""
+    told = [row for row in tried if row.verdict is not Verdict.NOTHING]
+    count = sum(row.check is not Check.BASELINE for row in told)
+    attempts = f"{count} attempt{'s' * (count != 1)}"
+    if strongest is not None:
+        return (
+            f"Of {attempts}, what brings {concept} back most is {_effort(strongest)}: "
+            f"{_against(strongest)} of its images get its name "
+            f"(the original: {strongest.before.top1:.0f}%)."
+        )
+    if not told:
+        return f"No attempt says anything: the original hardly recognises {concept} either."
+    most = max(told, key=lambda row: (row.after.top1, row.gain))
+    seen = Share.of(most.after.top1, most.after.rows)
+    hits = seen.in_words("unseen images" if most.after.unseen else "images")
+    if count == 0:
+        return f"As the model is, {concept} is named for {hits}."
+    if seen.count == 0:
+        return f"None of {attempts} brings {concept} back: {hits}."
+    lead = f"None of {attempts} brings {concept} back beyond chance; the most is {_effort(most)}"
+    if most.control is not None:
+        return f"{lead}, {_against(most)}: the name adds nothing to it."
+    return f"{lead}, {hits}."
+
+
+def _of_looks(pairs: list[tuple[Told, Told]]) -> str | None:
+    """Return whether image features still tell the concept's images from others."""
+    linear = {now.subject: (was, now) for was, now in pairs if now.classifier == LINEAR}
+    if CONCEPT not in linear:
+        return None
+    was, now = linear[CONCEPT]
+    others = f"; other classes': {linear[OTHERS][1].recall:.0f}%" if OTHERS in linear else ""
+    seen = f"{now.recall:.0f}% of its images (by the original: {was.recall:.0f}%{others})"
+    if was.recall < READABLE:
+        return f"A linear probe on image features finds {seen}, which says nothing."
+    left = now.recall / was.recall
+    if left > PARTLY:
+        return (
+            f"A linear probe on image features still finds {seen}: the name was taken from the "
+            "look, the look was not taken out of the image tower."
+        )
+    rest = "part of the look is left" if left > KEPT else "little of the look is left"
+    return f"A linear probe on image features finds {seen}: {rest} in the image tower."
+
+
+def _of_index(found: tuple[Retrieval, Retrieval] | None) -> str | None:
+    """Return whether an index of image features that was made before the edit still stands."""
+    if found is None:
+        return None
+    before, after = found
+    rows, far = (sum(getattr(side, of) for side in after.moved) for of in ("rows", "far"))
+    if all(side.identical == side.rows for side in after.moved):
+        return (
+            "Image features are the original's to the bit: an image index stays as it is, and "
+            "its images find each other as before."
+        )
+    own = after.moved[0]
+    moved = (
+        f"{Share(far, rows).percent:.0f}% of image features moved by more than {FAR} "
+        f"({Share(own.far, own.rows).percent:.0f}% of its own)"
+    )
+    old = [q.precision for q in after.queries if (q.query, q.index) == (BY_NAME, OLD_INDEX)]
+    was = [q.precision for q in before.queries if (q.query, q.index) == (BY_NAME, OWN_INDEX)]
+    if old and was and old[0] > PARTLY * was[0]:
+        return (
+            f"{moved}: an index made before the edit still answers to its name (mean average "
+            f"precision {old[0]:.0f}%, before {was[0]:.0f}%) until it is made anew."
+        )
+    return f"{moved}: an index made before the edit is to be made anew."
+
+
+def _of_others(rows: list[LossRow]) -> str | None:
+    """Return which class lost most."""
+    if not rows:
+        return None
+    worst = harmed(rows)[:1]
+    among = f"of the classes with {LEAST_ROWS} images or more"
+    if not worst:
+        return f"No other class lost anything, {among}."
+    loss = worst[0].loss
+    return (
+        f"It cost {loss.name} most, {among}: {loss.before:.0f}% of its {loss.rows} images were "
+        f"recognised, {loss.after:.0f}% are."
+    )
+
+
+def _of_scope(model: VerifiedModel) -> str | None:
+    """Return what an edit of one layer leaves."""
+    if model.edit is None:
+        return None
+    vision = model.edit.tower is Tower.VISION
+    rest = "text tower, with the name's embedding," if vision else "image tower, with the look,"
+    return (
+        f"One layer of the {'image' if vision else 'text'} tower was changed: the {rest} is as "
+        "it was, and training on its images can teach the name again."
+    )

@@ -36,14 +36,19 @@ from slsgu_cli.records.studies import (
     JointMove,
     JointSearch,
     JointTrial,
+    KnownClass,
     Method,
+    Moved,
     NearName,
     Outcome,
     Point,
     ProbeFigures,
+    Retrieval,
+    Retrieved,
     Sweep,
     SweepRow,
     Taken,
+    Told,
     Verification,
     VerifiedModel,
 )
@@ -176,6 +181,10 @@ def fill_verification(store: Store, name: str = NAME) -> None:
         )
         curves = (Curve("its name", HOSTILE, back, None), Curve(NEW, "zorp", back[:5], None))
         near = Became((NearName(HOSTILE, 0.5),), (Taken("castle", 12),), 33)
+        classes = {"brands <b>": (KnownClass("<i>ubuntu</i>", 30, top1, 0.4),)}
+        told = Told("linear probe", "the concept", 90, 98.0, top1, 33, 900)
+        found = Retrieved("its name", "the model's own", top1, 50.0, 60.0, 70.0, 4, 900)
+        index = Retrieval((found,), (Moved("its images", 33, 0, 33, 0.25, 0.5),))
         attack = Attack("loss", "retain", 71.0, 2.0, 96, 96)
         findings = (
             Finding(
@@ -184,6 +193,9 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Finding(Check.AUGMENT, "k", {}, probes=(ProbeFigures("<b>flip</b>", gone),)),
             Finding(Check.RELEARN, "k", {"shots": "8"}, curves=curves),
             Finding(Check.NEIGHBOURS, "k", {}, became=near),
+            Finding(Check.NEAREST, "k", {}, classes=classes),
+            Finding(Check.PROBE, "k", {}, told=(told,)),
+            Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
             Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
         )
         subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))

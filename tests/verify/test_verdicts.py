@@ -12,13 +12,36 @@ from slsgu_cli.records.studies import (
     Check,
     Curve,
     Finding,
+    KnownClass,
+    Moved,
     Point,
     ProbeFigures,
+    Retrieval,
+    Retrieved,
+    Told,
     VerifiedModel,
 )
 from slsgu_cli.verification import verdicts
+from slsgu_cli.verification.image_probes import (
+    BY_NAME,
+    CONCEPT,
+    LINEAR,
+    OLD_INDEX,
+    OTHERS,
+    OWN_INDEX,
+)
 from slsgu_cli.verification.relearn import OWN
-from slsgu_cli.verification.verdicts import Exposure, Verdict, exposure, rows, verdict
+from slsgu_cli.verification.verdicts import (
+    Exposure,
+    Verdict,
+    conclusion,
+    exposure,
+    harmed,
+    losses,
+    nearest,
+    rows,
+    verdict,
+)
 
 
 def accuracy(top1):
@@ -119,3 +142,164 @@ def test_an_attack_is_judged_by_what_it_has_above_chance():
     assert exposure(found(70), found(60)) is Exposure.LESS
     assert exposure(found(70), found(90)) is Exposure.MORE
     assert exposure(found(30), found(57)) is Exposure.MORE
+
+
+def probed(check, **values):
+    """Return findings of the original and of the other model, FA@1 by probe."""
+    names = {name.replace("_", " "): pair for name, pair in values.items()}
+    return tuple(
+        Finding(check, "k", {}, tuple(ProbeFigures(n, accuracy(p[i])) for n, p in names.items()))
+        for i in range(2)
+    )
+
+
+def concluded(*pairs, edit=None):
+    sides = [subject(*(pair[place] for pair in pairs)) for place in range(2)]
+    return conclusion("facebook", sides[0], replace(sides[1], edit=edit))
+
+
+def relearning(own, new):
+    before = Finding(
+        Check.RELEARN, "k", {"shots": "8"}, curves=(curve(OWN, [100] * 5), curve(NEW, new))
+    )
+    return before, replace(before, curves=(curve(OWN, own),))
+
+
+def test_where_nothing_comes_back_the_bound_is_told():
+    found = concluded(probed(Check.BASELINE, as_it_is=(97, 0)), probed(Check.AUGMENT, flip=(90, 0)))
+    assert found.strongest is None
+    assert found.text == (
+        "None of 1 attempt brings facebook back: 0 of 100 images; with 95% confidence below 3.0%."
+    )
+
+
+def test_images_that_nothing_was_chosen_by_are_called_so():
+    before, after = probed(Check.BASELINE, as_it_is=(97, 0))
+    unseen = replace(accuracy(0), rows=16, unseen=True)
+    after = replace(after, probes=(ProbeFigures("as it is", unseen),))
+    assert concluded((before, after)).text == (
+        "As the model is, facebook is named for 0 of 16 unseen images; with 95% confidence below "
+        "17.1%."
+    )
+
+
+def test_the_strongest_is_the_furthest_beyond_its_control():
+    augment = probed(Check.AUGMENT, flip=(90, 30), blur=(10, 90))
+    assert concluded(augment).strongest.probe == "flip"
+    # Half of what relearning brings back, a made-up name learns as well.
+    found = concluded(augment, relearning((0, 0, 60, 90, 90), (0, 0, 40, 60, 62)))
+    assert found.strongest.probe == "flip"
+    assert found.text.startswith(
+        "Of 2 attempts, what brings facebook back most is changed images (flip): 30% of its "
+        "images get its name (the original: 90%)."
+    )
+    found = concluded(augment, relearning((0, 5, 60, 90, 90), (0, 0, 0, 50, 90)))
+    assert (found.strongest.probe, found.strongest.gain) == ("2 steps, 8 shots", 60)
+    assert "training on its images (2 steps, 8 shots): 60% against 0% for a made-up name" in (
+        found.text
+    )
+
+
+def test_what_a_control_gets_as_well_brings_nothing_back():
+    found = concluded(relearning((0, 0, 20, 60, 62), (0, 0, 20, 58, 60)))
+    assert found.strongest is None
+    assert found.text == (
+        "None of 1 attempt brings facebook back beyond chance; the most is training on its "
+        "images (4 steps, 8 shots), 60% against 58% for a made-up name: the name adds nothing "
+        "to it."
+    )
+
+
+def test_a_single_image_is_no_return():
+    found = concluded(probed(Check.AUGMENT, flip=(90, 1)))
+    assert found.strongest is None
+    assert "beyond chance; the most is changed images (flip), 1 of 100 images (1.0%;" in found.text
+
+
+def looks(was, now):
+    return tuple(
+        Finding(
+            Check.PROBE, "k", {},
+            told=(Told(LINEAR, CONCEPT, 90, 99.0, recall, 30, 900),
+                  Told(LINEAR, OTHERS, 12, 95.0, 94.0, 60, 900)),
+        )
+        for recall in (was, now)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (98, 97, "still finds 97% of its images (by the original: 98%; other classes': 94%)"),
+        (98, 97, "the look was not taken out of the image tower"),
+        (98, 40, "part of the look is left"),
+        (98, 5, "little of the look is left"),
+        (10, 10, "says nothing"),
+    ],
+)
+def test_the_image_tower_is_judged_by_what_a_probe_found_before(was, now, said):
+    assert said in concluded(looks(was, now)).text
+
+
+def index(identical, far, precision):
+    def found(old, moved):
+        queries = tuple(
+            Retrieved(BY_NAME, index, value, 0.0, 0.0, 0.0, 3, 100)
+            for index, value in ((OWN_INDEX, old), (OLD_INDEX, precision))
+        )
+        return Finding(Check.RETRIEVAL, "k", {}, retrieval=Retrieval(queries, moved))
+
+    still = (Moved("its images", 20, 20, 0, 0.0, 0.0), Moved("other images", 80, 80, 0, 0.0, 0.0))
+    now = (
+        Moved("its images", 20, identical, 20 if far else 0, 0.1, 0.2),
+        Moved("other images", 80, 4 * identical, far, 0.1, 0.2),
+    )
+    return found(90.0, still), found(1.0, now)
+
+
+def test_an_index_stays_or_answers_to_the_name_or_is_made_anew():
+    assert "an image index stays as it is" in concluded(index(20, 0, 1.0)).text
+    stale = concluded(index(0, 10, 90.0)).text
+    assert "30% of image features moved by more than 0.01 (100% of its own)" in stale
+    assert "still answers to its name (mean average precision 90%, before 90%)" in stale
+    assert concluded(index(0, 10, 2.0)).text.endswith("is to be made anew.")
+
+
+def classes(**known):
+    """Return findings of classes: rows, TA@1 before and after, cosine."""
+    return tuple(
+        Finding(
+            Check.NEAREST, "k", {},
+            classes={"brands": tuple(
+                KnownClass(name, rows, ta[place], cosine)
+                for name, (rows, ta, cosine) in known.items()
+            )},
+        )
+        for place in range(2)
+    )  # fmt: skip
+
+
+def test_those_that_lost_most_are_named_if_they_have_images_enough():
+    pair = classes(
+        tumblr=(18, (94, 67), 0.5), figma=(4, (100, 0), 0.4), npm=(10, (70, 80), 0.3),
+        ubuntu=(30, (93, 33), 0.1),
+    )  # fmt: skip
+    known = losses(subject(pair[0]), subject(pair[1]))
+    assert [row.loss.name for row in harmed(known)] == ["ubuntu", "tumblr"]
+    assert [row.loss.name for row in nearest(known)["brands"]] == [
+        "tumblr", "figma", "npm", "ubuntu",
+    ]  # fmt: skip
+    assert concluded(pair).text.endswith(
+        "It cost ubuntu most, of the classes with 5 images or more: 93% of its 30 images were "
+        "recognised, 33% are."
+    )
+    unharmed = classes(npm=(10, (70, 80), 0.3))
+    assert "No other class lost anything" in concluded(unharmed).text
+
+
+def test_only_what_went_through_the_same_check_is_compared():
+    before, after = probed(Check.AUGMENT, flip=(90, 30))
+    other = replace(after, settings={"seed": "1"})
+    assert rows(subject(before), subject(other)) == []
+    fewer = replace(before, probes=())
+    assert rows(subject(fewer), subject(after)) == []

@@ -28,6 +28,7 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
+from slsgu_cli.verification.image_probes import CLASSIFIERS
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
 from slsgu_cli.verification.relearn import OWN
 from slsgu_cli.verification.verify import verify
@@ -438,7 +439,8 @@ def test_the_command_prints_verdicts_and_writes_the_record(world):
     assert [line[0] for line in lines] == ["baseline", *["augment"] * 6]
     assert all(line[head.index("verdict")] for line in lines)
     assert became[0].split("\t") == ["what", "original", "edit blue"]
-    assert became[-1].startswith("edit blue: kept forgotten")
+    assert became[-2].startswith("edit blue: kept forgotten")
+    assert "of 6 attempts" in became[-1].lower()
     assert "6 recorded findings were used again" in piped.stderr
     record = world.store.read_record(Artifact.VERIFICATION.path("blue"), Verification)
     assert {subject.label for subject in record.subjects} == {"original", "edit blue"}
@@ -457,6 +459,12 @@ def test_in_json_every_table_is_there(verified, capsys):
     assert rows[0]["original FA@1"] > rows[0]["FA@1"] == 0
     assert len(document["membership"]) == 4
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}
+    assert {row["what"] for row in document["classes"]} >= {"nearest name"}
+    assert [row["classifier"] for row in document["told"]][::3] == list(CLASSIFIERS)
+    assert [row["identical"] for row in document["index"]] == [0, 0]
+    assert len(document["retrieval"]) == 4
+    found = document["conclusion of edit blue"]
+    assert found["sentences"][-1].startswith("One layer of the image tower was changed")
     assert document["files"] == list(verified.files)
 
 
@@ -467,6 +475,7 @@ def test_a_terminal_sees_the_worst_template_alone(verified, monkeypatch, capsys)
     assert seen.count("template:") == 1
     assert "relearn: back " in seen
     assert "trained name" not in seen
+    assert "One layer of the image tower was changed" in " ".join(seen.split())
     assert max(map(len, seen.splitlines())) <= 80
 
 
