@@ -99,13 +99,13 @@ def ranking(
     columns = (
         Column("layer", shown=known_as),
         Column("tower"),
-        *([Column("direction")] if len(ranked.direction.each) > 1 else []),
         Column("front"),
         Column("importance"),
         Column("alignment"),
         Column("forget_norm", on_terminal=False),
         Column("retain_norm", on_terminal=False),
         Column("weight_norm", on_terminal=False),
+        *([Column("direction")] if len(ranked.direction.each) > 1 else []),
     )
     front_only = front_only or console.brief
     rows = [

@@ -159,7 +159,7 @@ def test_search_again_tells_the_same_and_as_eval_measured(chain, store, shared_w
     assert done.exit_code == 0
     assert "recorded trials were used again" in done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {"trials", "chosen", "accuracy", "files"}
+    assert set(found) == {"trials", "chosen", "accuracy", "harmed", "nearest", "files"}
     assert found["chosen"] in found["trials"]["trials"]
     measured = {row[0]: row[2] for row in rows(ran["eval"].stdout)[0][1:]}
     assert measured == {row["figure"]: f"{row['edited']:.10g}" for row in found["accuracy"]}

@@ -9,13 +9,14 @@ import tiny_clip
 import torch
 from PIL import Image
 from plain import Plain
+from worlds import plain_options
 
 import slsgu_cli.method.evaluate
 from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
-from slsgu_cli.records.options import ApplyRequest, SearchOptions
+from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 
@@ -33,7 +34,7 @@ def measured(world, model=None):
 
 
 def find(world, **options):
-    return search(world.store, world.name, options=SearchOptions(**options))
+    return search(world.store, world.name, options=plain_options(**options))
 
 
 def applied(world, out):

@@ -10,6 +10,7 @@ import torch
 from plain import Plain
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
+from worlds import plain_options
 
 import slsgu_cli.figures.curves
 from slsgu_cli.checkpoints.edits import load_edit
@@ -33,7 +34,7 @@ def apply_to(world, out, names=("blue",), **request):
 
 
 def find(world, name="blue", **options):
-    return search(world.store, name, options=SearchOptions(**options))
+    return search(world.store, name, options=plain_options(**options))
 
 
 def weights(folder):
@@ -252,7 +253,8 @@ def test_a_name_that_is_nothing_is_told(world, tmp_path):
 def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
     for name, function in plots.items():
         monkeypatch.setattr(slsgu_cli.figures.curves, name, function)
-    _, drawn = edit_module.rank_and_plot(world.store, "blue", options=RankOptions())
+    options = RankOptions(direction=Direction.GRADIENT)
+    _, drawn = edit_module.rank_and_plot(world.store, "blue", options=options)
     assert len(drawn) == 2
     result = edit_module.search_and_plot(
         world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER])
@@ -264,7 +266,7 @@ def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
 
 
 def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
-    options = RankOptions(ridge=0.1, device="cpu")
+    options = RankOptions(direction=Direction.WHITENED, ridge=0.1, device="cpu")
     edit_module.rank_and_plot(world.store, "blue", options=options)
     result = find(world, steps=2, layers=[LAYER])
     own = load_edit(world.store, "blue")

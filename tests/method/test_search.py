@@ -10,6 +10,7 @@ import tiny_clip
 from open_clip.model import convert_to_custom_text_state_dict
 from plain import Plain
 from safetensors.numpy import load_file, save_file
+from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import zeroshot
@@ -40,7 +41,7 @@ def plain(shared_world):
 
 
 def find(world, **options):
-    return search(world.store, world.name, options=SearchOptions(**options))
+    return search(world.store, world.name, options=plain_options(**options))
 
 
 def front(world):

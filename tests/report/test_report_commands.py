@@ -65,7 +65,7 @@ def test_the_direction_is_told(store):
         margin=0.05,
     )  # fmt: skip
     lines = told(store)
-    assert lines[2] == "slsgu rank mouse"
+    assert lines[2] == "slsgu rank mouse --direction whitened"
     search = "slsgu search mouse --steer margin --margin 0.05"
     assert lines[3:5] == [f"{search} --ridge 0.1 --steps 5", f"{search} --steps 5"]
 

@@ -11,6 +11,7 @@ from places import DEMO
 from plain import Plain
 from processes import inside, rows
 from safetensors.torch import load_file
+from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
@@ -46,7 +47,7 @@ def plots():
 
 
 def find(world, *names, **options):
-    asked = SearchOptions(**{"steps": 10} | options)
+    asked = plain_options(**{"steps": 10} | options)
     return joint_search(world.store, names or NAMES, options=asked)
 
 
@@ -285,7 +286,7 @@ def test_the_record_comes_back(searched):
 
 def test_the_commands(apart):
     root = apart[0].store.root
-    done = inside("search", *NAMES, "--joint", store=root)
+    done = inside("search", *NAMES, "--joint", "--steer", "fa1", "--reserve", "1", store=root)
     assert done.exit_code == 0
     edits, stages = rows(done.stdout)
     assert [row[0] for row in edits] == ["set", *NAMES]

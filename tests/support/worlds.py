@@ -7,8 +7,8 @@ from pathlib import Path
 from slsgu_cli import progress
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Direction, GradientPointer, Ranking
-from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions
+from slsgu_cli.records.method import Direction, GradientPointer, Ranking, Steer
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
@@ -28,6 +28,12 @@ class Listener(progress.Sink):
         self.heard.append(text)
 
     warn = detail = note
+
+
+def plain_options(**options) -> SearchOptions:
+    """Return how the paper searches, along the direction of the ranking."""
+    paper = {"steer": Steer.FA1, "reserve": 1.0, "max_class_loss": 100.0}
+    return SearchOptions(**paper | options)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.clip import models
+from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, dealt_to_report, prepare
+from slsgu_cli.errors import UsageError
+from slsgu_cli.method.search import search
+from slsgu_cli.method.trial import Probe
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import Purpose
+from slsgu_cli.store.blocks import DataBlock
+
+LAYERS = ["visual.proj", "transformer.resblocks.1.attn.out_proj.weight"]
+
+
+def opened(world, purpose):
+    resolved = models.resolve(world.model)
+    return prepare(
+        world.store, world.manifest, models.load(resolved), tokenize=models.tokenizer(resolved),
+        device="cpu", purpose=purpose,
+    )  # fmt: skip
+
+
+def keys(group):
+    return {group.images.block.keys[row] for row in group.images.rows}
+
+
+@given(
+    st.lists(st.integers(-1, 6), min_size=1, max_size=80),
+    st.floats(0.05, 0.9),
+    st.integers(0, 9),
+)
+def test_each_class_is_dealt_by_its_share(labels, share, seed):
+    labels = np.array(labels)
+    reported = dealt_to_report(labels, share, seed)
+    for label in np.unique(labels):
+        rows = int((labels == label).sum())
+        count = int(reported[labels == label].sum())
+        assert abs(count - share * rows) < 1 or count in (1, rows - 1)
+        assert rows == 1 or 0 < count < rows
+    assert (reported == dealt_to_report(labels, share, seed)).all()
+    assert not dealt_to_report(labels, 0.0, seed).any()
+
+
+def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
+    world.build(report_share=0.5)
+    choose, report = (opened(world, purpose) for purpose in Purpose)
+    for one, other in (
+        (choose.forget, report.forget),
+        *((choose.utility[name], report.utility[name]) for name in choose.utility),
+    ):
+        assert not keys(one) & keys(other)
+        assert (one.unseen, other.unseen) == (False, True)
+    whole = DataBlock.open(world.store, world.manifest.evals["first"])
+    seen = keys(choose.forget) | keys(report.forget)
+    seen |= keys(choose.utility["first"]) | keys(report.utility["first"])
+    assert seen == set(whole.keys)
+    assert report.training is None
+    forget = DataBlock.open(world.store, world.manifest.forget)
+    assert keys(choose.training) <= set(forget.keys)
+    shown = sum(len(group.images) for group in choose.shown)
+    assert shown == min(ENOUGH_TO_CHOOSE, len(choose.forget.images) + forget.rows)
+
+
+def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
+    world.build(reports={"first": world.sources["first"]}, report_share=0.0)
+    choose, report = (opened(world, purpose) for purpose in Purpose)
+    assert len(choose.utility["first"].images) == len(report.utility["first"].images) == 56
+    assert (choose.forget.unseen, report.forget.unseen) == (False, True)
+    assert not report.utility["second"].unseen
+    assert "report first" in world.manifest.blocks()
+
+
+def test_a_concept_that_cannot_be_dealt_is_marked(world):
+    world.build(evals={"second": world.sources["second"]}, templates={}, report_share=0.5)
+    choose, report = (opened(world, purpose) for purpose in Purpose)
+    assert keys(choose.forget) == keys(report.forget)
+    assert not report.forget.unseen
+    assert report.utility["second"].unseen
+
+
+def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
+    world.build(report_share=0.5)
+    chosen_by = keys(opened(world, Purpose.CHOOSE).forget)
+    looked_at = set()
+    measure = Probe.measure
+
+    def watched(probe, step):
+        looked_at.update(keys(probe.evaluation.forget))
+        return measure(probe, step)
+
+    monkeypatch.setattr(Probe, "measure", watched)
+    options = SearchOptions(layers=LAYERS, steps=4)
+    result = search(world.store, world.name, options=options)
+    assert looked_at == chosen_by
+    report = opened(world, Purpose.REPORT)
+    report.base_pass((), cache_bytes=0)
+    assert result.report.before.forget == report.forget.base_accuracy()
+    edit = load_edit(world.store, world.name)
+    assert (edit.header.layer, edit.header.step) == (result.chosen.layer, result.chosen.step)
+    with torch.no_grad():
+        report.model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
+    report.base_pass((), cache_bytes=0)
+    after = result.report.after
+    assert after.forget == report.forget.base_accuracy()
+    assert after.utility == {n: g.base_accuracy() for n, g in report.utility.items()}
+    assert (edit.header.forget, edit.header.utility) == (after.forget, after.utility)
+    assert after.forget.unseen
+
+
+def test_the_step_goes_beyond_the_shortest_by_the_reserve(world):
+    world.build(report_share=0.5)
+    short, long = (
+        search(
+            world.store, world.name, options=SearchOptions(layers=LAYERS[:1], steps=6, reserve=r)
+        )
+        for r in (1.0, 1.5)
+    )
+    assert short.forgotten
+    forgetting = [t.step for t in short.trials.trials if t.forget.top5 == 0]
+    assert long.chosen.step == pytest.approx(1.5 * min(forgetting))
+    assert long.chosen.forget.top5 == 0
+
+
+def test_a_class_may_lose_no_more_than_its_bound_where_a_step_avoids_it(world):
+    world.build(report_share=0.5)
+
+    def chosen(bound):
+        options = SearchOptions(layers=LAYERS, steps=6, max_class_loss=bound, full=True)
+        return search(world.store, world.name, options=options)
+
+    free = chosen(100.0)
+    lengthened = [
+        trial for trial in free.trials.trials
+        if trial.forget.top5 == 0 and trial.utility is not None
+    ]  # fmt: skip
+    losses = sorted({trial.worst.lost for trial in lengthened})
+    least = chosen(losses[0])
+    assert least.chosen.worst.lost <= free.chosen.worst.lost
+
+
+def test_the_papers_choice_contradicts_other_choices():
+    paper = SearchOptions(paper=True)
+    assert (paper.steer, paper.reserve, paper.direction) == ("fa1", 1.0, "gradient")
+    with pytest.raises(UsageError, match="--reserve"):
+        SearchOptions(paper=True, reserve=2.0)
