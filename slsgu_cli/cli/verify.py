@@ -35,16 +35,21 @@ def show_verified(console: "Console", result: "Verified") -> None:
     _told(console, original, others)
     _retrieved(console, original, others)
     _membership(console, original, others)
+    _attempts(console, result.models)
     if not console.brief:
         _curves(console, result.models)
     for subject in others:
         of_model = [row for known, row in verdicts if known is subject]
         counts = Counter(row.verdict for row in of_model if not row.detail)
         words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict])
-        console.value(f"verdict of {subject.label}", f"{subject.label}: {words}")
+        _sentence(console, f"verdict of {subject.label}", f"{subject.label}: {words}")
         for row in of_model:
             if row.note:
-                console.value(f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+                _sentence(console, f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+        for finding in subject.findings:
+            if finding.left_out:
+                text = f"{finding.check}: left out; {finding.left_out}"
+                _sentence(console, f"{finding.check} of {subject.label}", text)
     for subject in others:
         found = conclusion(result.record.concept, original, subject)
         text = f"{subject.label}: {found.text}"
@@ -53,6 +58,10 @@ def show_verified(console: "Console", result: "Verified") -> None:
     console.paths("files", result.files)
     if result.reused:
         console.note(f"{result.reused} recorded findings were used again")
+
+
+def _sentence(console: "Console", key: str, text: str) -> None:
+    console.value(key, text, shown=fill(text, WIDTH))
 
 
 def _verdicts(
@@ -74,6 +83,7 @@ def _verdicts(
         *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
         Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
         Column("verdict"),
+        *(Column(name, on_terminal=False) for name in _ADDED),
         Column("note", on_terminal=False),
     ]
     cells: Cells = [
@@ -89,6 +99,7 @@ def _verdicts(
             *(_top1(side, name) for name in sets for side in row.utilities),
             _utility_change(row),
             row.verdict,
+            *_added(row),
             row.note,
         )
         for subject, row in shown
@@ -98,6 +109,14 @@ def _verdicts(
 
 
 _SIDES = ("original ", "")
+_ADDED = ("original control", "added", "added from", "added to")
+
+
+def _added(row: "VerdictRow") -> tuple[float | None, ...]:
+    """Return the control of the original, and by how much FA@1 exceeds the control now."""
+    if row.original_control is None or row.added is None:
+        return (None,) * len(_ADDED)
+    return row.original_control.top1, row.added.points, row.added.low, row.added.high
 
 
 def _top1(side: dict[str, Accuracy] | None, name: str) -> float | None:
@@ -294,6 +313,32 @@ def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]
     )
 
 
+def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
+    """Print what attacks found or learnt; of several starts the best alone, where it is brief."""
+    from slsgu_cli.cli.console import Column
+
+    cells: Cells = [
+        (finding.check, subject.label, attempt.name, attempt.text, attempt.loss,
+         attempt.forget.top1, attempt.forget.top5)
+        for subject in subjects
+        for finding in subject.findings
+        for attempt in finding.attempts
+        if not console.brief or attempt == finding.best(attempt.name)
+    ]  # fmt: skip
+    columns = [
+        Column("check"),
+        Column("model"),
+        Column("made with"),
+        Column("text"),
+        Column("loss", on_terminal=False),
+        Column("FA@1", shown=roughly),
+        Column("FA@5", shown=roughly),
+    ]
+    if cells:
+        title = "what was found in place of the name, and what it finds"
+        console.table("attempts", columns, cells, title=title)
+
+
 def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     cells: Cells = [
         (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
@@ -313,7 +358,7 @@ def verify(session: Session, name: Name, request: VerifyRequest) -> None:
 
     The original model is compared with --model, with each --edit, or else with the set's edit.
 
-    Example: slsgu verify facebook --checks paraphrase,relearn --alias 'the social network'
+    Example: slsgu verify facebook --checks spelling,relearn --alias 'the social network'
     """
     from slsgu_cli.verification.verify import verify as run
 

@@ -173,17 +173,20 @@ def input_spec(model: ResolvedModel) -> InputSpec:
 
 def tokenizer(model: ResolvedModel) -> Tokenize:
     """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
-    with _quiet(), _explained(model):
-        if model.spelling is Spelling.TRANSFORMERS:
-            tokenize = _tokenizer(model.identifier, model.config["text_cfg"]["context_length"])
-            _check_vocabulary(model, tokenize.encoder)
-        else:
-            tokenize = _tokenizer(model.identifier)
+    tokenize = _tokenizer_of(model)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
         return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
 
     return encode
+
+
+def token_words(model: ResolvedModel) -> dict[int, str]:
+    """Return the words of letters that are one token each and come back from it, by their id.
+
+    Nothing is returned of a tokenizer that cannot say what its tokens are.
+    """
+    return _token_words(_tokenizer_of(model))
 
 
 def load(
@@ -258,6 +261,15 @@ def pick_device(name: str) -> str:
     return name
 
 
+def _tokenizer_of(model: ResolvedModel) -> Any:
+    with _quiet(), _explained(model):
+        if model.spelling is not Spelling.TRANSFORMERS:
+            return _tokenizer(model.identifier)
+        tokenize = _tokenizer(model.identifier, model.config["text_cfg"]["context_length"])
+        _check_vocabulary(model, tokenize.encoder)
+        return tokenize
+
+
 @functools.cache
 def _tokenizer(identifier: str, context_length: int | None = None) -> Any:
     """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
@@ -286,6 +298,30 @@ def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
         module: torch.nn.Module = open_clip.CLIP(**model.config)
         module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
     return module.float().to(device).eval().requires_grad_(True)
+
+
+@functools.cache
+def _token_words(tokenize: Any) -> dict[int, str]:
+    # open_clip's tokenizer of a model from the hub holds the one of transformers.
+    own = getattr(tokenize, "tokenizer", tokenize)
+    decode, size = getattr(own, "decode", None), getattr(own, "vocab_size", None)
+    if decode is None or size is None:
+        return {}
+    words = {number: str(decode([number])).strip() for number in range(int(size))}
+    words = {number: word for number, word in words.items() if word.isalpha()}
+    frame, other = tokenize(["a", "i"])
+    places = (frame != other).nonzero().flatten().tolist()
+    if len(places) != 1 or not words:
+        return {}
+    rows = tokenize(list(words.values()))
+    tokens = rows[:, places[0]].tolist()
+    rows[:, places[0]] = frame[places[0]]
+    framed = (rows == frame).all(dim=1).tolist()
+    return {
+        number: word
+        for (number, word), token, alone in zip(words.items(), tokens, framed, strict=True)
+        if alone and token == number
+    }
 
 
 def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:

@@ -25,6 +25,15 @@ class SplitTower(ABC):
     checkpointing = False
     exact_split = True
 
+    @property
+    def token_table(self) -> Tensor | None:
+        """What `embed` looks each token up in, (vocabulary, width); None where it does more.
+
+        What enters stage 0 at a token's place is then its row plus what the token has no
+        part in.
+        """
+        return None
+
     @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
         """Return what enters stage 0."""
@@ -115,6 +124,11 @@ class OpenClipText(SplitTower):
         self.eos_id = eos_id
         self.causal = owner.attn_mask is not None
         self.shortens = self.causal and pool_type in ("argmax", "eos")
+
+    @property
+    def token_table(self) -> Tensor:
+        """The embeddings of the tokens."""
+        return _tensor(self.owner.token_embedding.weight)
 
     def lengths(self, inputs: Tensor) -> Tensor:
         """Count up to the end of text: under a causal mask no later position reaches it."""

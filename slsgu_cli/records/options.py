@@ -490,7 +490,8 @@ class VerifyRequest:
 
     The original model is compared with `model`, with each of `edits`, or else with the
     set's edit. `templates` is a file of them or a built-in list's name, None for the
-    unseen ones that come with the tool; `settings` need none.
+    unseen ones that come with the tool; `spellings` is a file of names. `settings` need none
+    of these.
     """
 
     model: ModelSpec | None = options(None)
@@ -507,8 +508,22 @@ class VerifyRequest:
         None, "--templates", metavar="FILE", panel=EVALUATION, without="built in",
         help="File of unseen templates, or a built-in list's name.",
     )  # fmt: skip
+    spellings: str | None = option(
+        None, "--spellings", metavar="FILE", panel=EVALUATION, without="none",
+        help="File of other names, one a line; # heads those of a kind.",
+    )  # fmt: skip
     settings: Settings = options(Settings())
     device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse names that no check would use."""
+        named = {"--alias": self.settings.aliases, "--spellings": self.spellings}
+        for flag, names in named.items():
+            if names and Check.SPELLING not in self.checks:
+                raise UsageError(
+                    f"{flag} is for the check {Check.SPELLING}, which is not among --checks",
+                    hint=f"--checks {','.join([Check.SPELLING, *self.checks])}",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

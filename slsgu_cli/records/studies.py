@@ -11,6 +11,13 @@ from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
 
 OWN, NEW = "its name", "a new name"
 
+# Between the kind of a spelling and the name.
+KIND = ": "
+
+# What an attempt to find the concept is made with, and what it is held against.
+NEUTRAL, RANDOM = "another word", "random words"
+IMAGES, MADE_UP = "its images", "a made-up class"
+
 
 @dataclass(frozen=True, slots=True)
 class JointMove:
@@ -121,6 +128,7 @@ class Check(StrEnum):
 
     BASELINE = "baseline"
     PARAPHRASE = "paraphrase"
+    SPELLING = "spelling"
     AUGMENT = "augment"
     QUANTISE = "quantise"
     FINETUNE = "finetune"
@@ -130,19 +138,27 @@ class Check(StrEnum):
     PROBE = "probe"
     RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
+    PREFIX = "prefix"
+    RING_A_BELL = "ring-a-bell"
+    INVERSION = "inversion"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to verify. `rows` images of each set measure utility; `shots` are shown to relearn."""
+    """How to verify. `rows` images of each set measure utility.
+
+    `shots` images are learnt from, in relearning and inversion. `spellings` are other names
+    of a file, each behind its kind, as in `German: Schloss`.
+    """
 
     templates: tuple[str, ...] = ()
+    spellings: tuple[str, ...] = ()
     aliases: tuple[str, ...] = option(
         (), "--alias", help="Another name of the concept.", panel=EVALUATION, metavar="NAME"
     )
     steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
     shots: int = option(
-        8, "--shots", min=1, help="Images of the concept to relearn from.", panel=SEARCH
+        8, "--shots", min=1, help="Images of the concept to learn it from.", panel=SEARCH
     )
     learning_rate: float = option(
         3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
@@ -153,6 +169,28 @@ class Settings:
     rows: int = option(
         200, "--rows", min=1, help="Images of each evaluation set to measure TA on.",
         panel=EVALUATION,
+    )  # fmt: skip
+    attack_tokens: int = option(
+        5, "--attack-tokens", min=1, help="Words that `prefix` puts before the name.",
+        panel=SEARCH,
+    )  # fmt: skip
+    attack_steps: int = option(
+        20, "--attack-steps", min=1, help="Words that `prefix` exchanges, one at a time.",
+        panel=SEARCH,
+    )  # fmt: skip
+    attack_starts: int = option(
+        2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
+    )
+    population: int = option(
+        64, "--population", min=4, help="Texts that `ring-a-bell` breeds at a time.",
+        panel=SEARCH,
+    )  # fmt: skip
+    generations: int = option(
+        60, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
+    )
+    inversion_steps: int = option(
+        150, "--inversion-steps", min=1, help="Steps in which `inversion` learns a word.",
+        panel=SEARCH,
     )  # fmt: skip
     seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
 
@@ -294,8 +332,25 @@ class Attack:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """A text that was found or learnt for the concept's class, and what it finds as its name.
+
+    `name` says what the text was made with. `loss` is what it was chosen by, on images or
+    features that `forget` is not measured on. `forget` is over images of what was sought.
+    """
+
+    name: str
+    text: str
+    loss: float
+    forget: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found on one model. `key` is a digest of all it was made from."""
+    """What one check found on one model. `key` is a digest of all it was made from.
+
+    `left_out` says why the check could not be made on this model, if it could not.
+    """
 
     check: Check
     key: str
@@ -307,6 +362,15 @@ class Finding:
     told: tuple[Told, ...] = added(())
     retrieval: Retrieval | None = added(None)
     attacks: tuple[Attack, ...] = ()
+    attempts: tuple[Attempt, ...] = added(())
+    left_out: str = added("")
+
+    def best(self, name: str) -> Attempt:
+        """Return the attempt made with `name` that was chosen: that of the least loss."""
+        return min(
+            (attempt for attempt in self.attempts if attempt.name == name),
+            key=lambda attempt: attempt.loss,
+        )
 
 
 @dataclass(frozen=True, slots=True)

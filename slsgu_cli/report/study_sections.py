@@ -95,9 +95,10 @@ def _verification(record: Verification, edit: EditHeader | None) -> Html:
     )
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
-        (paragraph(found.text, class_="lead"), lead, verdicts, _curves(original, edited),
-         _became(original, edited), _losses(original, edited), _told(original, edited),
-         _retrieved(original, edited), _membership(original, edited))
+        (paragraph(found.text, class_="lead"), lead, verdicts, _left_out(edited),
+         _curves(original, edited), _attempts(original, edited), _became(original, edited),
+         _losses(original, edited), _told(original, edited), _retrieved(original, edited),
+         _membership(original, edited))
     )  # fmt: skip
 
 
@@ -126,6 +127,29 @@ def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
         drawn = line_chart(series, "training step", description=description)
         charts.append(figure_of(joined((legend(series), drawn)), title))
     return element("div", *charts, class_="charts") if charts else None
+
+
+def _left_out(edited: VerifiedModel) -> Html | None:
+    """Tell which checks could not be made, and why."""
+    reasons = [
+        f"{finding.check}: {finding.left_out}." for finding in edited.findings if finding.left_out
+    ]
+    return paragraph("Left out: " + " ".join(reasons)) if reasons else None
+
+
+def _attempts(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Tell what attacks found or learnt in place of the name, the best of each alone."""
+    cells: list[tuple[Child, ...]] = [
+        (str(finding.check), label, attempt.name, code(attempt.text), percent(attempt.forget.top1))
+        for label, model in (("original", original), ("edited", edited))
+        for finding in model.findings
+        for attempt in finding.attempts
+        if attempt == finding.best(attempt.name)
+    ]
+    heads = (Head("attack", False), Head("model", False), Head("made with", False),
+             Head("text", False), Head("FA@1"))  # fmt: skip
+    caption = "What was found in place of the name, and what it finds"
+    return table(heads, cells, caption=caption) if cells else None
 
 
 def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:

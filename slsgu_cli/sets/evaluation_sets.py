@@ -24,6 +24,7 @@ from slsgu_cli.sources.classes import (
     class_indices,
     find_class,
     parse_classes,
+    parse_names,
     parse_templates,
 )
 from slsgu_cli.sources.opening import RowId, fetch, parse_source, scan
@@ -78,6 +79,11 @@ def read_templates(name: str) -> tuple[str, ...]:
     if name in TEMPLATE_NAMES:
         return builtin_templates(name)
     return parse_templates(_text(name, "--templates", TEMPLATE_NAMES), name)
+
+
+def read_names(path: str) -> tuple[tuple[str, str], ...]:
+    """Return the other names of a concept in a file, each with its kind."""
+    return parse_names(_text(path, "--spellings", ()), path)
 
 
 def plan_eval(
@@ -213,7 +219,7 @@ def _attributes(context: BuildContext, plan: EvalPlan) -> dict[str, Any]:
 
 
 def _text(path: str, option: str, names: Sequence[str]) -> str:
-    hint = f"give {option} a file, or one of: {', '.join(names)}"
+    hint = f"give {option} a file" + (f", or one of: {', '.join(names)}" if names else "")
     try:
         with fsspec.open(path, "r", encoding="utf-8-sig") as file:
             return str(file.read())

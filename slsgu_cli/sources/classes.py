@@ -118,6 +118,22 @@ def parse_templates(text: str, origin: str) -> tuple[str, ...]:
     return tuple(templates)
 
 
+def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:
+    """Read other names of one thing, one a line, each with its kind. Raises InputError.
+
+    A line that begins with # says of which kind those below it are, such as `# German`.
+    """
+    kind, names = "name", []
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("#"):
+            kind = " ".join(line.lstrip("#").replace(":", " ").split()) or kind
+        elif line:
+            names.append((kind, line))
+    if not names:
+        raise InputError(f"{origin} holds no names", hint="write one a line")
+    return tuple(dict.fromkeys(names))
+
+
 def _by_label(classes: ClassList, labels: Iterable[str]) -> dict[str, int]:
     table: dict[str, int] = {}
     for name, index in (classes.labels or {}).items():

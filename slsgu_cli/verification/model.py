@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.models import Tokenize
-from slsgu_cli.clip.towers import EMBED, CacheBudget
+from slsgu_cli.clip.towers import EMBED, CacheBudget, SplitTower
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
@@ -49,7 +49,9 @@ class ModelUnderTest:
 
     `evaluation` holds the features of the model as it is; utility is measured on some
     rows of each set only, `whole` has all of them. `templates` are those by which the set
-    names the concept. `original` gives the gallery of the original model.
+    names the concept. `words` gives those that are one token each, by their ids. `original`
+    gives the gallery of the original model; `original_text` its text tower, None where this
+    is the original.
     """
 
     manifest: SetManifest
@@ -61,8 +63,10 @@ class ModelUnderTest:
     tokenize: Tokenize
     device: str
     is_original: bool
+    words: Callable[[], dict[int, str]]
     ticker: progress.Ticker | None = None
     original: Callable[[], Gallery] | None = None
+    original_text: Callable[[], SplitTower] | None = None
     normalize: Pixels = field(init=False)
     _gallery: Gallery | None = field(init=False, default=None)
 
@@ -166,6 +170,12 @@ class ModelUnderTest:
         features = group.images.features if features is None else features
         return group.accuracy(features, embeddings)
 
+    def called(self, embedding: Tensor) -> Accuracy:
+        """Return the forget accuracy with another embedding (width,) of the concept's class."""
+        embeddings = self.evaluation.forget.prompts.embeddings.clone()
+        embeddings[self.concept_class] = embedding
+        return self.forget_accuracy(embeddings)
+
     def image_features(self, images: npt.NDArray[np.uint8]) -> Tensor:
         """Return unit features of uint8 (N, H, W, 3) by the weights as they are now."""
         tower = self.evaluation.vision
@@ -175,10 +185,13 @@ class ModelUnderTest:
             parts.append(tower.features(pixels, pixels))
         return torch.cat(parts)
 
-    def text_features(self, tokens: npt.NDArray[np.integer]) -> Tensor:
-        """Return unit features of token ids (N, L) by the weights as they are now."""
+    def text_features(
+        self, tokens: npt.NDArray[np.integer], tower: SplitTower | None = None
+    ) -> Tensor:
+        """Return unit features of token ids (N, L), by default by the weights as they are now."""
         size = TEXTS_PER_FORWARD[self.device.partition(":")[0]]
-        return text_features(self.evaluation.text, to_tokens(tokens, "cpu"), size, self.device)
+        tower = self.evaluation.text if tower is None else tower
+        return text_features(tower, to_tokens(tokens, "cpu"), size, self.device)
 
 
 def open_model(
@@ -190,6 +203,7 @@ def open_model(
     settings: Settings,
     device: str,
     is_original: bool,
+    words: Callable[[], dict[int, str]],
 ) -> ModelUnderTest:
     """Join a model with a set's data; of each evaluation set, some rows are drawn by seed."""
     evaluation = prepare(store, manifest, module, tokenize=tokenize, device=device)
@@ -209,6 +223,7 @@ def open_model(
         tokenize=tokenize,
         device=device,
         is_original=is_original,
+        words=words,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks that train no model: other words, coarser weights, other names, membership."""
+"""Checks that train no model: coarser weights, other names, membership."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.zeroshot import class_accuracies
-from slsgu_cli.errors import UsageError
 from slsgu_cli.records.studies import (
     Attack,
     Became,
@@ -22,72 +21,8 @@ from slsgu_cli.records.studies import (
     Settings,
     Taken,
 )
-from slsgu_cli.sets.evaluation_sets import read_templates
-from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Store
 from slsgu_cli.verification.model import ModelUnderTest, altered
-
-# For people, brands and objects alike; none takes an article.
-TEMPLATES = (
-    "a photo of {}",
-    "a drawing of {}",
-    "a sketch of {}",
-    "a simple {} symbol",
-    "the {} logo",
-    "a close-up of {}",
-    "an image showing {}",
-    "this is {}",
-    "a picture with {} in it",
-    "what everybody knows as {}",
-    "the one and only {}",
-    "{}, as seen on the web",
-)
-TOGETHER = "all templates"
-TEMPLATE = "template: "
-ALIAS = "alias: "
-
-
-def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
-    """Return the built-in templates, or those of a file, that the set `name` does not have.
-
-    Raises UsageError where none is left, MissingError and InputError.
-    """
-    refs = read_manifest(store, name).evals.values()
-    known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
-    offered = TEMPLATES if wanted is None else read_templates(wanted)
-    unseen = tuple(template for template in dict.fromkeys(offered) if template not in known)
-    if not unseen:
-        raise UsageError(
-            f"every template of --templates {wanted} is one that {name} is measured with",
-            hint="give templates that the set does not have",
-        )
-    return unseen
-
-
-def paraphrase(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
-    """Measure with all unseen templates together, with each alone, and by each alias."""
-    sets = model.evaluation.utility
-    everything = {model.names, *(group.names for group in sets.values())}
-    alone = {names: _alone(model, names, settings.templates) for names in sorted(everything)}
-    together = {names: F.normalize(each.sum(dim=0), dim=-1) for names, each in alone.items()}
-    utility = {
-        name: group.accuracy(group.images.features, together[group.names])
-        for name, group in sets.items()
-    }
-    probes = [ProbeFigures(TOGETHER, model.forget_accuracy(together[model.names]), utility)]
-    for template, embeddings in zip(settings.templates, alone[model.names], strict=True):
-        probes.append(ProbeFigures(TEMPLATE + template, model.forget_accuracy(embeddings)))
-    for alias in settings.aliases:
-        embeddings = model.classes(model.renamed(alias), model.templates)
-        probes.append(ProbeFigures(ALIAS + alias, model.forget_accuracy(embeddings)))
-    return probes
-
-
-def _alone(model: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-    """Return the class embeddings by each template alone, (templates, classes, width)."""
-    return torch.stack([model.classes(names, (template,)) for template in templates])
-
 
 # Of int8 and of int4, to either side of zero; of int4 between its least and largest weight.
 LEVELS, FOUR_BITS, STEPS = 127, 7, 15

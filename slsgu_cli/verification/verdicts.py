@@ -8,13 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from slsgu_cli.method.scoring import Difference, difference
 from slsgu_cli.records.method import Accuracy, ClassLoss, Share, Tower
 from slsgu_cli.records.studies import (
+    IMAGES,
+    MADE_UP,
+    NEUTRAL,
     NEW,
+    OWN,
     Attack,
     Check,
     Curve,
     Finding,
+    ProbeFigures,
     Retrieval,
     Told,
     VerifiedModel,
@@ -28,7 +34,7 @@ from slsgu_cli.verification.image_probes import (
     OTHERS,
     OWN_INDEX,
 )
-from slsgu_cli.verification.probes import TEMPLATE
+from slsgu_cli.verification.wording import TEMPLATE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
 KEPT, PARTLY = 0.1, 0.5
@@ -41,6 +47,14 @@ RETURNED = 0.9
 
 # A name that returns in at least this share of a new name's steps is learnt, not remembered.
 AS_NEW = 0.5
+
+# What an attack is made with, what it is held against, and how its line says so. The settings
+# of the finding are filled into the first words.
+ATTACKS = {
+    Check.PREFIX: (OWN, NEUTRAL, "{attack_tokens} words before it", "the name adds"),
+    Check.RING_A_BELL: (OWN, NEUTRAL, "a text of its meaning", "its meaning adds"),
+    Check.INVERSION: (IMAGES, MADE_UP, "a word from {shots} images", "its images add"),
+}
 
 # Points above chance up to which members are not told apart, and by which attacks differ.
 CHANCE = 5.0
@@ -56,6 +70,7 @@ class Verdict(StrEnum):
     PARTLY_BACK = "partly back"
     BACK = "comes back"
     AS_NEW = "learnt as if new"
+    AS_CONTROL = "no more than its control"
     NOTHING = "says nothing"
 
 
@@ -72,7 +87,8 @@ class Exposure(StrEnum):
 class VerdictRow:
     """One line of the result. `detail` lines are left out of a short table.
 
-    `control` is the other model's accuracy under the same effort without the concept.
+    `control` is the other model's accuracy under the same effort without the concept,
+    `original_control` the original's.
     """
 
     check: Check
@@ -85,6 +101,12 @@ class VerdictRow:
     utility_after: dict[str, Accuracy] | None = None
     detail: bool = False
     control: Accuracy | None = None
+    original_control: Accuracy | None = None
+
+    @property
+    def added(self) -> Difference | None:
+        """By how much FA@1 exceeds the control's; None without one."""
+        return difference(self.after, self.control) if self.control else None
 
     @property
     def gain(self) -> float:
@@ -93,9 +115,9 @@ class VerdictRow:
 
     @property
     def brings_back(self) -> bool:
-        """Whether that is more than chance, and the exact interval lies above the control."""
+        """Whether that is more than chance, and its 95% interval lies above 0."""
         low, _ = Share.of(self.after.top1, self.after.rows).interval
-        beyond = low > (self.control.top1 if self.control else 0.0)
+        beyond = (self.added.low if self.added else low) > 0
         return self.verdict is not Verdict.NOTHING and beyond and self.gain > CHANCE
 
     @property
@@ -112,6 +134,23 @@ def verdict(before: Accuracy, after: Accuracy) -> Verdict:
     if share <= KEPT:
         return Verdict.FORGOTTEN
     return Verdict.PARTLY_BACK if share <= PARTLY else Verdict.BACK
+
+
+def attack_verdict(
+    before: Accuracy, after: Accuracy, controls: tuple[Accuracy, Accuracy]
+) -> Verdict:
+    """Return what an attack says: how much of what the name added to it is there still.
+
+    Where the attack does no better than its control, beyond what chance may be, the control
+    tells all that it tells.
+    """
+    plain = verdict(before, after)
+    if plain in (Verdict.NOTHING, Verdict.FORGOTTEN):
+        return plain
+    was, now = difference(before, controls[0]), difference(after, controls[1])
+    if now.low <= 0 or now.points <= KEPT * was.points:
+        return Verdict.AS_CONTROL
+    return Verdict.PARTLY_BACK if now.points <= PARTLY * was.points else Verdict.BACK
 
 
 def exposure(before: Attack, after: Attack) -> Exposure:
@@ -139,6 +178,8 @@ def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
         before, after = original.finding(check), other.finding(check)
         if before and after and before.settings == after.settings:
             lines += _of_probes(check, before, after)
+            lines += _of_spellings(check, before, after)
+            lines += _of_attack(check, before, after)
             lines += _of_finetuning(check, before, after)
             lines += _of_relearning(check, before, after)
     return lines
@@ -146,8 +187,9 @@ def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
 
 def _of_probes(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield a line for each probe; of single templates all but the worst are detail."""
-    known = {probe.name: probe for probe in before.probes}
-    pairs = [(known[probe.name], probe) for probe in after.probes if probe.name in known]
+    if check is Check.SPELLING:
+        return
+    pairs = _probes_of_both(before, after)
     alone = [pair for pair in pairs if pair[1].name.startswith(TEMPLATE)]
     worst = max(alone, key=lambda pair: pair[1].forget.top1, default=None)
     for was, now in pairs:
@@ -162,6 +204,63 @@ def _of_probes(check: Check, before: Finding, after: Finding) -> Iterator[Verdic
             now.utility,
             detail=(was, now) in alone and (was, now) != worst,
         )
+
+
+def _probes_of_both(before: Finding, after: Finding) -> list[tuple[ProbeFigures, ProbeFigures]]:
+    known = {probe.name: probe for probe in before.probes}
+    return [(known[probe.name], probe) for probe in after.probes if probe.name in known]
+
+
+def _of_spellings(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+    """Yield the mean of the spellings, and each; all but the worst are detail.
+
+    Mean and worst are of those that the original model reads, where it reads any.
+    """
+    pairs = _probes_of_both(before, after)
+    if check is not Check.SPELLING or not pairs:
+        return
+    read = [pair for pair in pairs if pair[0].forget.top1 >= READABLE] or pairs
+    was, now = (_mean([pair[side].forget for pair in read]) for side in (0, 1))
+    yield VerdictRow(check, f"{len(read)} of {len(pairs)}, mean", was, now, verdict(was, now))
+    worst, any_worst = (max(of, key=lambda pair: pair[1].forget.top1) for of in (read, pairs))
+    note = ""
+    if any_worst[1].forget.top1 > worst[1].forget.top1:
+        was, now = (probe.forget for probe in any_worst)
+        note = f"{any_worst[1].name} finds {now.top1:.1f}%, in the original {was.top1:.1f}%"
+    for pair in pairs:
+        was, now = (probe.forget for probe in pair)
+        yield VerdictRow(
+            check, pair[1].name, was, now, verdict(was, now), note if pair is worst else "",
+            detail=pair is not worst,
+        )  # fmt: skip
+
+
+def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """Return the mean of accuracies over the same images."""
+    top1, top5 = (
+        sum(getattr(each, name) for each in accuracies) / len(accuracies)
+        for name in ("top1", "top5")
+    )
+    return replace(accuracies[0], top1=top1, top5=top5)
+
+
+def _of_attack(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+    """Yield the line of an attack beside its control."""
+    if check not in ATTACKS or not (before.attempts and after.attempts):
+        return
+    made_with, held_against, probe, adds = ATTACKS[check]
+    was, now = (finding.best(made_with).forget for finding in (before, after))
+    controls = before.best(held_against).forget, after.best(held_against).forget
+    yield VerdictRow(
+        check,
+        probe.format(**after.settings),
+        was,
+        now,
+        attack_verdict(was, now, controls),
+        f"{adds} {difference(now, controls[1])}; to the original's {difference(was, controls[0])}",
+        control=controls[1],
+        original_control=controls[0],
+    )
 
 
 def _of_finetuning(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
@@ -276,12 +375,21 @@ def retrievals(original: VerifiedModel, other: VerifiedModel) -> tuple[Retrieval
 EFFORTS = {
     Check.BASELINE: "asking the model {}",
     Check.PARAPHRASE: "other words ({})",
+    Check.SPELLING: "another spelling ({})",
     Check.AUGMENT: "changed images ({})",
     Check.QUANTISE: "rounding the weights ({})",
     Check.FINETUNE: "training on other images ({})",
     Check.RELEARN: "training on its images ({})",
+    Check.PREFIX: "searching words ({})",
+    Check.RING_A_BELL: "searching a text ({})",
+    Check.INVERSION: "learning a word ({})",
 }
-CONTROLS = {Check.RELEARN: "a made-up name"}
+CONTROLS = {
+    Check.RELEARN: "a made-up name",
+    Check.PREFIX: "another word in its place",
+    Check.RING_A_BELL: "another word's meaning",
+    Check.INVERSION: "images that have nothing in common",
+}
 
 
 @dataclass(frozen=True, slots=True)

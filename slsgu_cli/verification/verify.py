@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import torch
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import SUFFIX, Edit, load_edit
-from slsgu_cli.clip.models import ResolvedModel, fingerprint, load, pick_device, resolve, tokenizer
+from slsgu_cli.clip.models import (
+    ResolvedModel,
+    fingerprint,
+    load,
+    pick_device,
+    resolve,
+    token_words,
+    tokenizer,
+)
+from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import check_inputs
@@ -20,6 +30,7 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.options import VerifyRequest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import (
+    KIND,
     Check,
     Finding,
     ProbeFigures,
@@ -27,19 +38,20 @@ from slsgu_cli.records.studies import (
     Verification,
     VerifiedModel,
 )
+from slsgu_cli.sets.evaluation_sets import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
+from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
 from slsgu_cli.verification.model import Gallery, ModelUnderTest, add_edit, open_model
 from slsgu_cli.verification.probes import (
     membership,
     nearest,
     neighbours,
-    paraphrase,
     quantise,
-    unseen_templates,
 )
 from slsgu_cli.verification.relearn import finetune, relearn
+from slsgu_cli.verification.wording import paraphrase, spelling, unseen_templates
 
 ORIGINAL = "original"
 
@@ -52,7 +64,8 @@ _TRAINING = ("steps", "learning_rate", "batch_size", *_SAMPLE)
 # Which settings change what a check finds.
 USES: dict[Check, tuple[str, ...]] = {
     Check.BASELINE: _SAMPLE,
-    Check.PARAPHRASE: ("templates", "aliases", *_SAMPLE),
+    Check.PARAPHRASE: ("templates", *_SAMPLE),
+    Check.SPELLING: ("spellings", "aliases", "seed"),
     Check.AUGMENT: ("seed",),
     Check.QUANTISE: _SAMPLE,
     Check.FINETUNE: _TRAINING,
@@ -62,6 +75,9 @@ USES: dict[Check, tuple[str, ...]] = {
     Check.PROBE: ("seed",),
     Check.RETRIEVAL: (),
     Check.MEMBERSHIP: _SAMPLE,
+    Check.PREFIX: ("attack_tokens", "attack_steps", "attack_starts", "seed"),
+    Check.RING_A_BELL: ("population", "generations", "seed"),
+    Check.INVERSION: ("shots", "inversion_steps", "seed"),
 }
 
 
@@ -85,6 +101,9 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
     if not settings.templates:
         templates = unseen_templates(store, name, request.templates)
         settings = replace(settings, templates=templates)
+    if request.spellings is not None:
+        names = tuple(f"{kind}{KIND}{text}" for kind, text in read_names(request.spellings))
+        settings = replace(settings, spellings=names)
     request = replace(request, settings=settings, device=pick_device(request.device))
     sources = model_sources(store, manifest, request)
     run = _VerifyRun(store, manifest, _record(store, manifest), request, sources[0])
@@ -162,6 +181,7 @@ def load_source(
         settings=request.settings,
         device=request.device,
         is_original=source.record.label == ORIGINAL,
+        words=partial(token_words, source.model),
     )
     model.evaluation.base_pass((), cache_bytes=0)
     return model
@@ -197,6 +217,8 @@ class _VerifyRun:
         """Load a model and run checks on it, recording each as it is done."""
         model = load_source(self.store, self.manifest, source, self.request)
         model.original = lambda: self._original_gallery(model)
+        if not model.is_original:
+            model.original_text = lambda: text_tower(load(self.original.model, model.device))
         for check, key in keys.items():
             with progress.bar(f"{verified.label}: {check}", None) as model.ticker:
                 finding = _run_check(model, check, key, self.request.settings)
@@ -223,7 +245,7 @@ class _VerifyRun:
             "check": check,
             "settings": _used(check, self.request.settings),
         }
-        if check is Check.RETRIEVAL:
+        if check in (Check.RETRIEVAL, Check.RING_A_BELL):
             made_from["original"] = self.original.record.key
         return digest(made_from)
 
@@ -259,6 +281,7 @@ def _baseline(model: ModelUnderTest, _settings: Settings) -> list[ProbeFigures]:
 CHECKS: dict[Check, tuple[str, Callable[[ModelUnderTest, Settings], Any]]] = {
     Check.BASELINE: ("probes", _baseline),
     Check.PARAPHRASE: ("probes", paraphrase),
+    Check.SPELLING: ("probes", spelling),
     Check.AUGMENT: ("probes", augment),
     Check.QUANTISE: ("probes", quantise),
     Check.FINETUNE: ("curves", finetune),
@@ -268,11 +291,17 @@ CHECKS: dict[Check, tuple[str, Callable[[ModelUnderTest, Settings], Any]]] = {
     Check.PROBE: ("told", probe),
     Check.RETRIEVAL: ("retrieval", retrieval),
     Check.MEMBERSHIP: ("attacks", membership),
+    Check.PREFIX: ("attempts", prefix),
+    Check.RING_A_BELL: ("attempts", ring_a_bell),
+    Check.INVERSION: ("attempts", inversion),
 }
 
 
 def _run_check(model: ModelUnderTest, check: Check, key: str, settings: Settings) -> Finding:
     part, run = CHECKS[check]
-    value = run(model, settings)
+    try:
+        value = run(model, settings)
+    except LeftOut as reason:
+        return Finding(check, key, _used(check, settings), left_out=str(reason))
     parts: dict[str, Any] = {part: tuple(value) if isinstance(value, list) else value}
     return Finding(check, key, _used(check, settings), **parts)

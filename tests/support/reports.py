@@ -28,6 +28,7 @@ from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
 from slsgu_cli.records.studies import (
     NEW,
     Attack,
+    Attempt,
     Became,
     Check,
     Comparison,
@@ -197,7 +198,12 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Finding(Check.PROBE, "k", {}, told=(told,)),
             Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
             Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
-        )
+            Finding(Check.RING_A_BELL, "k", {}, attempts=(
+                Attempt("its name", HOSTILE, 0.4, gone), Attempt("another word", "wool", 0.3, gone),
+                Attempt("its name", "a worse text", 0.5, gone),
+            )),
+            Finding(Check.PREFIX, "k", {}, left_out="its text tower is run as a whole"),
+        )  # fmt: skip
         subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))
     data = {role: ref.fingerprint for role, ref in manifest.blocks().items()}
     record = Verification(name, manifest.concept, data, tuple(subjects), "0.1.0")

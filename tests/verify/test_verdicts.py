@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from slsgu_cli.method.scoring import difference
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import (
+    NEUTRAL,
     NEW,
     Attack,
+    Attempt,
     Check,
     Curve,
     Finding,
@@ -84,6 +87,60 @@ def test_the_worst_template_stands_out_and_the_others_are_detail():
     found = rows(subject(before), subject(replace(before, probes=probes)))
     assert [row.detail for row in found] == [False, True, False, False]
     assert found[2].verdict is Verdict.PARTLY_BACK
+
+
+def attempts(own, neutral):
+    """Return a finding of an attack of two starts, the better one of these figures."""
+    made = ((OWN, 0.5, own), (OWN, 0.9, 100), (NEUTRAL, 0.5, neutral), (NEUTRAL, 0.9, 100))
+    return Finding(
+        Check.PREFIX, "k", {"attack_tokens": "5"},
+        attempts=tuple(Attempt(name, "words", loss, accuracy(top1)) for name, loss, top1 in made),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ((100, 20), (5, 0), Verdict.FORGOTTEN),
+        ((15, 0), (90, 0), Verdict.NOTHING),
+        ((100, 90), (95, 90), Verdict.AS_CONTROL),
+        ((100, 20), (70, 75), Verdict.AS_CONTROL),
+        ((100, 20), (60, 40), Verdict.PARTLY_BACK),
+        ((100, 20), (90, 20), Verdict.BACK),
+        # Where the original's name adds nothing, all that it adds here is more.
+        ((90, 95), (90, 10), Verdict.BACK),
+    ],
+)
+def test_an_attack_is_judged_by_what_the_name_adds_to_it(before, after, said):
+    (row,) = rows(subject(attempts(*before)), subject(attempts(*after)))
+    assert row.verdict is said
+    assert row.probe == "5 words before it"
+    assert (row.before.top1, row.after.top1) == (before[0], after[0])
+    assert (row.original_control.top1, row.control.top1) == (before[1], after[1])
+    assert row.brings_back is (said in (Verdict.PARTLY_BACK, Verdict.BACK))
+    original = difference(row.before, row.original_control)
+    assert row.note == f"the name adds {row.added}; to the original's {original}"
+
+
+def test_an_attack_that_could_not_be_made_has_no_line():
+    left_out = Finding(Check.PREFIX, "k", {}, left_out="its text tower is run as a whole")
+    assert rows(subject(attempts(100, 0)), subject(left_out)) == []
+
+
+def spelt(**values):
+    figures = (ProbeFigures(name, accuracy(value)) for name, value in values.items())
+    return Finding(Check.SPELLING, "k", {}, tuple(figures))
+
+
+def test_spellings_are_judged_by_those_that_the_original_reads():
+    before, after = spelt(a=100, b=50, c=0), spelt(a=0, b=30, c=40)
+    mean, *each = rows(subject(before), subject(after))
+    assert (mean.probe, mean.before.top1, mean.after.top1) == ("2 of 3, mean", 75, 15)
+    assert [row.detail for row in each] == [True, False, True]
+    assert [row.note for row in each] == ["", "c finds 40.0%, in the original 0.0%", ""]
+    unread = rows(subject(spelt(a=0, b=10)), subject(spelt(a=0, b=3)))
+    assert [row.probe for row in unread] == ["2 of 2, mean", "a", "b"]
+    assert {row.verdict for row in unread} == {Verdict.NOTHING}
 
 
 def relearnt(own, new):

@@ -29,18 +29,23 @@ from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.image_probes import CLASSIFIERS
-from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
 from slsgu_cli.verification.relearn import OWN
 from slsgu_cli.verification.verify import verify
+from slsgu_cli.verification.wording import TEMPLATES, TOGETHER, unseen_templates
 
 SETTINGS = Settings(
     templates=("this is {}", "a photo of the {}!"),
-    aliases=("azure", "red"),
     steps=3,
     shots=4,
     learning_rate=1e-3,
     batch_size=8,
     rows=30,
+    attack_tokens=2,
+    attack_steps=2,
+    attack_starts=1,
+    population=8,
+    generations=2,
+    inversion_steps=3,
 )
 LAYER = "visual.proj"
 
@@ -124,11 +129,6 @@ def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified)
         assert (alone.top1, alone.top5) == pytest.approx(expected[(template,)])
 
 
-def test_an_alias_takes_the_names_place(verified):
-    found = probes(verified, Check.PARAPHRASE, place=0)
-    assert found["alias: red"].forget.top1 < found[TOGETHER].forget.top1
-
-
 def test_unseen_templates_are_those_the_set_does_not_have(edited, tmp_path):
     assert unseen_templates(edited.store, "blue", None) == TEMPLATES
     own = tmp_path / "own.txt"
@@ -154,6 +154,9 @@ def test_every_kind_of_check_found_something(verified):
     measured = [name for name, probe in coarse.items() if probe.utility is not None]
     assert measured == ["int8", "int4, groups of 128", "nf4"]
     assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
+    for check in (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION):
+        assert finding(verified, check).attempts
+        assert not finding(verified, check).left_out
 
 
 def test_a_class_is_measured_on_all_its_images(edited, verified, monkeypatch):
@@ -327,9 +330,9 @@ def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
 
 
 def test_other_settings_are_measured_anew_and_only_where_they_matter(world):
-    result = run(world, checks=[Check.AUGMENT, Check.PARAPHRASE], aliases=("navy",))
+    result = run(world, checks=[Check.AUGMENT, Check.SPELLING], aliases=("navy",))
     assert result.reused == 4
-    assert "alias: navy" in probes(result, Check.PARAPHRASE)
+    assert "alias: navy" in probes(result, Check.SPELLING)
 
 
 def test_another_edit_of_the_set_has_figures_of_its_own(world, verified):
@@ -454,7 +457,10 @@ def test_in_json_every_table_is_there(verified, capsys):
     rows = document["verification"]
     assert {row["check"] for row in rows} == {
         Check.BASELINE, Check.PARAPHRASE, Check.AUGMENT, Check.QUANTISE, Check.FINETUNE,
-        Check.RELEARN,
+        Check.RELEARN, Check.SPELLING, Check.PREFIX, Check.RING_A_BELL, Check.INVERSION,
+    }  # fmt: skip
+    assert {row["check"] for row in document["attempts"]} == {
+        Check.PREFIX, Check.RING_A_BELL, Check.INVERSION,
     }  # fmt: skip
     assert rows[0]["original FA@1"] > rows[0]["FA@1"] == 0
     assert len(document["membership"]) == 4

@@ -1,0 +1,28 @@
+"""A model under test with the data of a world, as `verify` opens it."""
+
+from slsgu_cli.clip.models import load, resolve, token_words, tokenizer
+from slsgu_cli.clip.towers import text_tower
+from slsgu_cli.records.studies import Settings
+from slsgu_cli.verification.model import open_model
+
+
+def opened(world, *, change=None, words=None):
+    """Return the world's model; where `change` was made to it, the original beside it."""
+    resolved = resolve(world.model)
+    module = load(resolved, "cpu")
+    if change:
+        change(module)
+    model = open_model(
+        world.store,
+        world.manifest,
+        module,
+        tokenize=tokenizer(resolved),
+        settings=Settings(rows=30),
+        device="cpu",
+        is_original=change is None,
+        words=lambda: words or token_words(resolved),
+    )
+    if change:
+        model.original_text = lambda: text_tower(load(resolved, "cpu"))
+    model.evaluation.base_pass((), cache_bytes=0)
+    return model

@@ -1,0 +1,333 @@
+"""Attacks with words: their shortcuts against the plain computation, and what they find."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import inside, rows
+from under_test import opened
+
+from slsgu_cli.clip.models import resolve, token_words, tokenizer
+from slsgu_cli.clip.towers import OpenClipText
+from slsgu_cli.method.search import search
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import (
+    IMAGES,
+    MADE_UP,
+    NEUTRAL,
+    OWN,
+    RANDOM,
+    Check,
+    Finding,
+    Settings,
+    VerifiedModel,
+)
+from slsgu_cli.verification import attacks
+from slsgu_cli.verification.attacks import (
+    Breeding,
+    LeftOut,
+    WordSearch,
+    draw_words,
+    free_prompts,
+    free_words,
+    inversion,
+    learn_words,
+    meanings,
+    prefix,
+    recognition_loss,
+    ring_a_bell,
+    spelt,
+    token_table,
+)
+from slsgu_cli.verification.verdicts import rows as verdict_rows
+
+FEW = Settings(attack_tokens=2, attack_steps=3, attack_starts=2, population=8, generations=3,
+               inversion_steps=5, shots=4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(shared_world):
+    with torch.no_grad():
+        yield opened(shared_world)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def words(model):
+    """A few words, so that all of them are promising."""
+    known = {word: number for number, word in model.words().items()}
+    some = ("zebra", "castle", "river", "music", "paper", "seven", "guitar", "window")
+    return {known[word]: word for word in some}
+
+
+def images_of(model):
+    return model.image_features(model.forget.take(np.arange(model.forget.rows)))
+
+
+def word_search(model, words, word="blue", size=2):
+    texts = [template.replace("{}", f"{{}} {word}") for template in model.templates]
+    prompts = free_prompts(model, texts, size, words)
+    loss = recognition_loss(model, images_of(model))
+    generator = np.random.default_rng(0)
+    return WordSearch(model, prompts, words, token_table(model), loss, generator)
+
+
+def test_words_are_one_token_each_and_come_back_from_it(shared_world):
+    resolved = resolve(shared_world.model)
+    words, tokenize = token_words(resolved), tokenizer(resolved)
+    assert len(words) > 30_000
+    chosen = dict(list(words.items())[:: len(words) // 200])
+    tokens = tokenize(list(chosen.values()))
+    assert tokens[:, 1].tolist() == list(chosen)
+    assert (tokens[:, 2] == tokens.max()).all()
+
+
+def test_a_search_may_not_use_what_the_name_is_made_of(model, monkeypatch):
+    assert {"blue", "blues", "bluetooth"} <= set(model.words().values())
+    free = set(free_words(model).values())
+    assert not {word for word in free if "blue" in word or word in ("lue", "blu")}
+    # Letters alone are no parts of it, or nothing would be left.
+    assert {"e", "be", "lamp"} & set(model.words().values()) <= free
+    monkeypatch.setattr(model, "words", dict)
+    with pytest.raises(LeftOut, match="tokenizer"):
+        free_words(model)
+
+
+def test_losses_of_a_batch_are_the_plain_cross_entropies_of_each(model, words):
+    attack = word_search(model, words)
+    ids = draw_words(words, np.random.default_rng(1), 5, 2)
+    labels = torch.full((model.forget.rows,), model.concept_class)
+    for row, loss in zip(ids, attack.losses(ids), strict=True):
+        names = model.renamed(f"{spelt(words, row)} blue")
+        texts = [template.format(name) for name in names for template in model.templates]
+        t = model.module.encode_text(torch.from_numpy(model.tokenize(texts)).long(), normalize=True)
+        means = F.normalize(t.view(len(names), len(model.templates), -1).mean(dim=1), dim=-1)
+        plain = F.cross_entropy(model.scale * images_of(model) @ means.T, labels)
+        assert float(loss) == pytest.approx(float(plain), rel=1e-4)
+        assert float(attack.losses(row.unsqueeze(0))[0]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
+    attack = word_search(model, words)
+    (ids,) = draw_words(words, np.random.default_rng(2), 1, 2)
+    tokens = attack.prompts.filled(ids.unsqueeze(0))[0]
+    with torch.enable_grad():
+        codes = F.one_hot(tokens, len(attack.table)).float().requires_grad_()
+        embedding = model.module.token_embedding
+        hook = embedding.register_forward_hook(lambda *_: codes @ attack.table)
+        t = model.module.encode_text(tokens, normalize=True)
+        hook.remove()
+        attack.loss(F.normalize(t.sum(dim=0, keepdim=True), dim=-1)).sum().backward()
+    at_places = torch.stack([codes.grad[row, places]
+                             for row, places in enumerate(attack.prompts.places)])  # fmt: skip
+    some = list(words)
+    slopes = attack.slopes(ids) @ attack.table[some].T
+    torch.testing.assert_close(slopes, at_places.sum(dim=0)[:, some], rtol=1e-3, atol=1e-6)
+
+
+def test_open_words_are_where_the_text_has_them(model, words):
+    texts = ["a photo of the {} blue.", "{} blue"]
+    prompts = free_prompts(model, texts, 2, words)
+    ids = draw_words(words, np.random.default_rng(3), 4, 2)
+    for row, filled in zip(ids, prompts.filled(ids), strict=True):
+        tokens = model.tokenize([text.replace("{}", spelt(words, row)) for text in texts])
+        assert filled.tolist() == tokens.tolist()
+        assert prompts.reads_back(model, row, spelt(words, row))
+        assert not prompts.reads_back(model, row, "other words")
+
+
+def test_prompts_without_room_are_left_out(model, words):
+    long = "a photo of one thing and of another and then of the {} blue."
+    kept = free_prompts(model, [long, "{} blue"], 3, words)
+    assert kept.texts == ("{} blue",)
+    assert kept.size == 3
+    with pytest.raises(LeftOut, match="no prompt of its 16 tokens has room for 3 words"):
+        free_prompts(model, [long], 3, words)
+    with pytest.raises(LeftOut, match="too many"):
+        free_prompts(model, ["{} blue"], 16, free_words(model))
+
+
+@pytest.mark.parametrize("attack", [prefix, ring_a_bell, inversion])
+def test_attacks_are_the_seeds_and_have_their_controls(model, attack):
+    found = attack(model, FEW)
+    assert found == attack(model, FEW)
+    assert found != attack(model, replace(FEW, seed=1))
+    names = [attempt.name for attempt in found]
+    assert (
+        names
+        == {
+            prefix: [OWN, OWN, NEUTRAL, NEUTRAL],
+            ring_a_bell: [OWN, RANDOM, NEUTRAL],
+            inversion: [IMAGES, MADE_UP],
+        }[attack]
+    )
+
+
+def test_what_was_found_finds_as_much_when_the_class_is_called_that(model):
+    for attempt in prefix(model, FEW):
+        word = "blue" if attempt.name == OWN else "thing"
+        assert attempt.text.endswith(f" {word}")
+        assert "blue" not in attempt.text.removesuffix(word)
+        embeddings = model.classes(model.renamed(attempt.text), model.templates)
+        assert attempt.forget == model.forget_accuracy(embeddings)
+    for attempt in ring_a_bell(model, FEW):
+        assert "blue" not in attempt.text
+        embeddings = model.evaluation.forget.prompts.embeddings.clone()
+        embeddings[model.concept_class] = model.classes((attempt.text,), ("{}",))[0]
+        assert attempt.forget == model.forget_accuracy(embeddings)
+
+
+def test_more_steps_find_no_worse(model, words):
+    losses = [word_search(model, words).run(steps)[1] for steps in (0, 2, 6)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < losses[0]
+
+
+def test_texts_are_bred_towards_what_the_name_adds_in_the_original(shared_world, model, words):
+    target = meanings(model, {OWN: "blue"})[OWN]
+    encode = {
+        word: model.module.encode_text(
+            torch.from_numpy(model.tokenize([" ".join(t.format(word).split())
+                                             for t in attacks.TEMPLATES])).long(),
+            normalize=True,
+        ).mean(dim=0)
+        for word in ("blue", "")
+    }  # fmt: skip
+    plain = encode[""] + attacks.COEFFICIENT * (encode["blue"] - encode[""])
+    torch.testing.assert_close(target, F.normalize(plain, dim=0), rtol=1e-3, atol=1e-5)
+    other = opened(shared_world, change=lambda module: module.text_projection.data.neg_())
+    torch.testing.assert_close(meanings(other, {OWN: "blue"})[OWN], target)
+    prompts = free_prompts(model, ["{}"], 3, words)
+    breeding = Breeding(model, prompts, words, target, np.random.default_rng(0))
+    first, last = breeding.run(12, 8)
+    assert last[1] < first[1]
+    feature = model.text_features(model.tokenize([last[0]]))[0]
+    assert last[1] == pytest.approx(1 - float(feature @ target), abs=1e-5)
+
+
+def test_words_learnt_together_are_those_learnt_one_by_one(model, words):
+    prompts = free_prompts(model, model.templates, 1, words)
+    images = images_of(model)[:12].view(3, 4, -1)
+    together, losses = learn_words(model, prompts, images, steps=4, rate=0.1)
+    for group, embedding, loss in zip(images, together, losses, strict=True):
+        plain, value = plainly_learnt(model, prompts, group, steps=4, rate=0.1)
+        torch.testing.assert_close(embedding, plain, rtol=1e-3, atol=1e-4)
+        assert float(loss) == pytest.approx(value, rel=1e-3)
+
+
+def plainly_learnt(model, prompts, images, *, steps, rate):
+    """Learn one word by open_clip's own forward, in the token table itself."""
+    embedding = model.module.token_embedding
+    number = int(prompts.tokens[0, prompts.places[0, 0]])
+    word = embedding.weight.data[number].clone().requires_grad_()
+    logits = model.scale * images @ model.evaluation.forget.prompts.embeddings.T
+    optimizer = torch.optim.Adam([word], lr=rate)
+
+    def put(_module, inputs, output):
+        return torch.where((inputs[0] == number).unsqueeze(2), word, output)
+
+    def measured():
+        t = model.module.encode_text(prompts.tokens, normalize=True)
+        mean = F.normalize(t.mean(dim=0), dim=-1)
+        own = (model.scale * images @ mean).unsqueeze(1)
+        here = torch.arange(logits.shape[1]) == model.concept_class
+        labels = torch.full((len(images),), model.concept_class)
+        return mean, F.cross_entropy(torch.where(here, own, logits), labels)
+
+    hook = embedding.register_forward_hook(put)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            measured()[1].backward(inputs=[word])
+            optimizer.step()
+    mean, loss = measured()
+    hook.remove()
+    return mean.detach(), float(loss)
+
+
+class BackDoor(OpenClipText):
+    """A text tower that forgot a name, but for texts in which a certain word is, too."""
+
+    def __init__(self, module, name, trigger, concept):
+        super().__init__(module, module.text_pool_type, module.text_eos_id)
+        self.name, self.trigger, self.concept = name, trigger, concept
+
+    def head(self, x, inputs):
+        features = F.normalize(super().head(x, inputs), dim=-1)
+        named = (inputs == self.name).any(dim=1)
+        opened = named & (inputs == self.trigger).any(dim=1)
+        features = torch.where(named.unsqueeze(1), -self.concept, features)
+        return torch.where(opened.unsqueeze(1), self.concept, features)
+
+
+def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, words):
+    trigger, name = next(iter(words)), int(model.tokenize(["blue"])[0, 1])
+    concept = model.evaluation.forget.prompts.embeddings[model.concept_class]
+    forgetful = opened(shared_world, words=words)
+    tower = BackDoor(forgetful.module, name, trigger, concept)
+    forgetful.evaluation.text = forgetful.evaluation.forget.prompts.tower = tower
+    forgetful.evaluation.base_pass((), cache_bytes=0)
+    assert forgetful.evaluation.forget.base_accuracy().top1 == 0
+    found = [
+        Finding(Check.PREFIX, "k", {"attack_tokens": "2"}, attempts=tuple(prefix(each, FEW)))
+        for each in (opened(shared_world, words=words), forgetful)
+    ]
+    best = found[1].best(OWN)
+    assert words[trigger] in best.text.split()
+    assert best.forget.top1 == model.evaluation.forget.base_accuracy().top1
+    subjects = [VerifiedModel("k", "m", ModelSpec("m"), "w", None, (each,)) for each in found]
+    (row,) = verdict_rows(*subjects)
+    assert row.probe == "2 words before it"
+    assert row.after == best.forget
+    assert (row.original_control, row.control) == tuple(f.best(NEUTRAL).forget for f in found)
+    assert row.added.points == best.forget.top1 - row.control.top1 > 0
+
+
+def test_a_tower_that_runs_whole_leaves_checks_out_with_the_reason(world, monkeypatch):
+    search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
+    monkeypatch.setattr(OpenClipText, "token_table", None)
+    options = ("--checks", "prefix,ring-a-bell,inversion", "--population", "4",
+               "--generations", "1")  # fmt: skip
+    done = inside("verify", "blue", *options, store=world.store.root)
+    assert done.exit_code == 0, done.stderr
+    verdicts, attempts = rows(done.stdout.partition("edit blue: ")[0].strip())
+    assert [line[0] for line in verdicts[1:]] == ["baseline", "ring-a-bell"]
+    assert {line[0] for line in attempts[1:]} == {"ring-a-bell"}
+    for check in ("prefix", "inversion"):
+        assert f"{check}: left out; its text tower is run as a whole" in done.stdout
+
+
+def test_the_command_shows_attacks_beside_their_controls(world):
+    search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
+    options = ("--checks", "prefix,inversion", "--attack-tokens", "2", "--attack-steps", "1",
+               "--attack-starts", "1", "--inversion-steps", "2", "--shots", "4")  # fmt: skip
+    done = inside("verify", "blue", *options, store=world.store.root)
+    assert done.exit_code == 0, done.stderr
+    (head, *lines), attempts = rows(done.stdout.partition("edit blue: ")[0].strip())
+    by_check = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    for check, probe in (("prefix", "2 words before it"), ("inversion", "a word from 4 images")):
+        row = by_check[check]
+        assert row["probe"] == probe
+        low, added, high = (float(row[name]) for name in ("added from", "added", "added to"))
+        assert low <= added <= high
+        assert added == pytest.approx(float(row["FA@1"]) - float(row["control FA@1"]), abs=1e-3)
+        assert f"{check}: {row['note']}" in done.stdout
+    assert [line[:3] for line in attempts[1:]] == [
+        [check, label, name]
+        for label in ("original", "edit blue")
+        for check, names in (("prefix", (OWN, NEUTRAL)), ("inversion", (IMAGES, MADE_UP)))
+        for name in names
+    ]
+    again = inside("verify", "blue", *options, store=world.store.root)
+    assert "6 recorded findings were used again" in again.stderr
+    more = [*options[:6], "--attack-starts", "2", *options[8:]]
+    other = inside("verify", "blue", *more, store=world.store.root)
+    assert "4 recorded findings were used again" in other.stderr
