@@ -29,7 +29,7 @@ import slsgu_cli
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import GradientHeader
+from slsgu_cli.records.method import Direction, GradientHeader
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import read_manifest, read_pointer
@@ -96,7 +96,7 @@ def searchable(store: Store, name: str, images: int, device: str) -> list[str]:
     synthetic_set(store, name, EMBEDDED, forget=64, retain=256, evals=evals, device=device)
     options = PassOptions(device=device)
     compute_gradients(store, name, model=None, options=options)
-    scores = rank(store, name, options=RankOptions()).scores
+    scores = rank(store, name, options=RankOptions(direction=Direction.WHITENED)).scores
     return [score.layer for score in sorted(scores, key=lambda score: not score.front)]
 
 

@@ -107,17 +107,19 @@ def main() -> None:
                 ),
             )
             ours.append(time.perf_counter() - start)
-        layers = sum(score.front for score in ranking.scores)
+        layers = len({score.layer for score in ranking.scores if score.front})
+        lines = len({(trial.layer, trial.ridge) for trial in result.trials.trials})
         figures = {
             "set": args.model or args.concept,
             "front layers": layers,
+            "layers and directions": lines,
             "trials": len(result.trials.trials),
             "trials with utility": sum(bool(t.utility) for t in result.trials.trials),
             "chosen": f"{result.chosen.layer} {result.chosen.step:.5g}",
             "plain evaluation, s": round(min(plain), 2),
             "whole search, s": round(min(ours), 2),
             "search / plain evaluation": round(min(ours) / min(plain), 2),
-            "plain search / plain evaluation": 1 + 10 * layers,
+            "plain search / plain evaluation": 1 + 11 * lines,
         }
     print(json.dumps(figures, indent=1))
 

@@ -110,7 +110,9 @@ def tried(store: Store, concept: str) -> dict[str, tuple[float, float] | None]:
     layer = load_edit(store, f"{concept}-{Direction.WHITENED}").header.layer
     manifest = read_manifest(store, concept)
     pointer = read_pointer(store, manifest)
-    ranking = rank(store, concept, options=RankOptions(include=[layer]))
+    ranking = rank(
+        store, concept, options=RankOptions(include=[layer], direction=Direction.WHITENED)
+    )
     score = next(score for score in ranking.scores if score.layer == layer)
     moments = ensure_moments(store, manifest, pointer, [layer], device="cpu")
     resolved, model = load_graded(manifest, pointer, "cpu")
@@ -133,7 +135,9 @@ def truncated(store: Store, concept: str) -> Iterator[str]:
     resolved, model = load_graded(manifest, read_pointer(store, manifest), "cpu")
     evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device="cpu")
     evaluation.base_pass([layer], cache_bytes=1 << 30)
-    ranking = rank(store, concept, options=RankOptions(include=[layer]))
+    ranking = rank(
+        store, concept, options=RankOptions(include=[layer], direction=Direction.WHITENED)
+    )
     base = {name: group.base_accuracy().top1 for name, group in evaluation.utility.items()}
     for count in (*RANKS, max(edit.delta().shape)):
         probe = Probe(evaluation, ranking.scores[0], torch.from_numpy(edit.of_rank(count).delta()))

@@ -5,10 +5,11 @@
     python tests/bench/directions.py --steer margin
 
 The concepts are drawn by seed from the embedded model's classes that have at least ten
-held-out images. Each tower's whole front is searched along each direction; `both` is the
-better of the two towers. Losses are points of TA@1 at the chosen step, against the
-original model; a concept that no step forgets counts in `forgotten` alone. Then the edits
-of three concepts are put into one model.
+held-out images, which layer and step are chosen by as well. Each tower's whole front is
+searched along each direction for the shortest step; `both` is the better of the two
+towers. Losses are points of TA@1 at the chosen step, against the original model; a concept
+that no step forgets counts in `forgotten` alone. Then the edits of three concepts are put
+into one model.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from slsgu_cli.method.gradients import compute_gradients, load_graded
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Steer, Tower
-from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.options import NO_BOUND, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
@@ -111,9 +112,16 @@ def features_known() -> Iterator[None]:
         ImageSide.base_pass = plain
 
 
+def shortest(steer: Steer) -> SearchOptions:
+    """Return how the paper chooses, but for the direction and the accuracy that steers."""
+    return SearchOptions(steer=steer, reserve=1.0, max_class_loss=NO_BOUND)
+
+
 def grade(store: Store, concept: str, others: Sequence[str], retain: int) -> None:
     """Build the set and its gradients; all concepts share one retain set."""
-    request = replace(demo_request(concept), retain_exclude=list(others), retain_samples=retain)
+    request = replace(
+        demo_request(concept), retain_exclude=list(others), retain_samples=retain, report_share=0
+    )
     build_sets(store, request)
     compute_gradients(store, request.name, model=None, options=PassOptions())
 
@@ -128,7 +136,7 @@ def searched(
             start = time.perf_counter()
             options = RankOptions(direction=direction, tower=tower)
             rank(store, concept, options=options)
-            result = search(store, concept, options=SearchOptions(steer=steer))
+            result = search(store, concept, options=shortest(steer))
             chosen, baseline = result.chosen, result.trials.baseline_utility
             lost = {
                 name: baseline[name].top1 - found.top1
