@@ -56,9 +56,10 @@ def lead(edit: EditHeader) -> Html:
         return paragraph("The edit was made by hand: it carries no figures.", class_="lead")
     seen = Share.of(after.top1, after.rows)
     sentences: list[Child] = [
-        f"Of {count(after.rows)} images of ",
+        f"Of {count(after.rows)} {'unseen images' if after.unseen else 'images'} of ",
         element("strong", edit.concept),
-        f", the model named {percent(before.top1)} rightly before the edit and ",
+        ", " if after.unseen else ", which the edit was chosen by, ",
+        f"the model named {percent(before.top1)} rightly before the edit and ",
         element("strong", percent(after.top1)),
         " after it: ",
         f"not one of them any more, and {seen.bound} of other such images"
@@ -74,6 +75,12 @@ def lead(edit: EditHeader) -> Html:
                 f"Accuracy on {name} ({count(now.rows)} other images) went from "
                 f"{percent(was.top1)} to {percent(now.top1)}. "
             )
+    if edit.harmed:
+        worst = edit.harmed[0]
+        sentences.append(
+            f"Most harmed is {worst.name}: {percent(worst.before)} of its {count(worst.rows)} "
+            f"images before, {percent(worst.after)} after. "
+        )
     return paragraph(*sentences, class_="lead")
 
 
@@ -107,7 +114,35 @@ def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
         class_="quiet",
     )
     caption = f"Accuracy with {known_as(edit.layer)} as it was and as edited"
-    return joined((lead(edit), table(heads, rows, caption=caption), meaning))
+    return joined((lead(edit), table(heads, rows, caption=caption), meaning, _harm(edit)))
+
+
+def _harm(edit: EditHeader) -> Html | None:
+    """Show the classes that lost most, and those with the nearest names."""
+    if not (edit.harmed or edit.nearest):
+        return None
+    heads = (Head("class", False), Head("images"), Head("original"), Head("edited"), Head("change"))
+    tables = [
+        table(
+            heads,
+            [
+                (
+                    loss.name,
+                    count(loss.rows),
+                    percent(loss.before),
+                    percent(loss.after),
+                    change(-loss.lost),
+                )
+                for loss in losses
+            ],
+            caption=caption,
+        )
+        for losses, caption in (
+            (edit.harmed, "Classes that lost most, TA@1"),
+            (edit.nearest, "Classes with the nearest names, TA@1"),
+        )
+    ]
+    return element("details", element("summary", "What single classes lost"), *tables)
 
 
 def _row(

@@ -1,9 +1,15 @@
+import re
+from dataclasses import replace
+
+import edit_headers
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slsgu_cli.figures.html import change, cosine, count, interval, number, percent
-from slsgu_cli.records.method import Share
+from slsgu_cli.records.method import Accuracy, ClassLoss, Share
+from slsgu_cli.report.effect import lead
 
 
 @pytest.mark.parametrize(
@@ -35,3 +41,18 @@ def test_other_figures():
 
 def test_zero_of_33_is_not_zero_for_sure():
     assert interval(Share(0, 33)) == "0.0 to 10.6%"
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+def test_the_first_sentence_says_whose_images_the_figures_are_of(unseen):
+    edit = replace(
+        edit_headers.header("visual.proj", np.ones((2, 2), np.float32)),
+        baseline_forget=Accuracy(100.0, 100.0, 16, unseen),
+        forget=Accuracy(0.0, 0.0, 16, unseen),
+        harmed=(ClassLoss("ubuntu", 5, 80.0, 20.0),),
+    )
+    text = re.sub(r"<[^>]+>", "", str(lead(edit)))
+    first = "Of 16 unseen images of facebook, the model named 100.00% rightly"
+    by = "Of 16 images of facebook, which the edit was chosen by, the model named 100.00% rightly"
+    assert text.startswith(first if unseen else by)
+    assert "Most harmed is ubuntu: 80.00% of its 5 images before, 20.00% after" in text
