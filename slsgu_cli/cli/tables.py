@@ -217,7 +217,10 @@ def harm(console: "Console", report: Report) -> None:
         ("nearest", report.nearest, "classes with the nearest names"),
     ):
         brief = losses[:HARM_SHOWN] if console.brief else losses
-        rows = [(loss.name, loss.rows, loss.before, loss.after, -loss.lost) for loss in brief]
+        rows = [
+            (loss.name, loss.rows, loss.before, loss.after, loss.after - loss.before)
+            for loss in brief
+        ]
         columns = (
             Column("class"),
             Column("images"),

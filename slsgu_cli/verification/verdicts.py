@@ -426,7 +426,7 @@ def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> C
 
 
 def _widest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> VerdictRow:
-    """Return relearning at the step at which it is furthest ahead of a new name; others as is."""
+    """Return relearning where it is furthest ahead of a new name, if it is; others as they are."""
     before, after = original.finding(row.check), other.finding(row.check)
     if row.check is not Check.RELEARN or not (before and after):
         return row
@@ -435,7 +435,8 @@ def _widest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> V
     points = [point for point in after.curves[0].points if point.step in learnt]
     best = max(points, key=lambda point: point.forget.top1 - learnt[point.step].top1)
     probe = f"{best.step} steps, {after.settings['shots']} shots"
-    return replace(row, probe=probe, after=best.forget, control=learnt[best.step])
+    ahead = replace(row, probe=probe, after=best.forget, control=learnt[best.step])
+    return ahead if ahead.brings_back else row
 
 
 def _effort(row: VerdictRow) -> str:
