@@ -160,13 +160,13 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print what the classes with the nearest names lost, and those that lost most."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.verdicts import LEAST_ROWS, harmed, losses, nearest
+    from slsgu_cli.verification.probes import LEAST_ROWS, harmed, losses, nearest_names
 
     most = SHORT if console.brief else None
     cells: Cells = []
     for subject in others:
         known = losses(original, subject)
-        kinds = [("nearest name", rows[:most]) for rows in nearest(known).values()]
+        kinds = [("nearest name", rows[:most]) for rows in nearest_names(known).values()]
         kinds.append(("lost most", harmed(known)[:most]))
         cells += [
             (what, row.evaluation, row.loss.name, subject.label, row.cosine, row.loss.rows,
@@ -193,7 +193,7 @@ def _losses(console: "Console", original: VerifiedModel, others: Sequence[Verifi
 def _told(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print what classifiers on image features tell apart."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.verdicts import pairs_of
+    from slsgu_cli.verification.image_probes import pairs_of
 
     cells: Cells = [
         (now.classifier, now.subject, subject.label, now.images, was.accuracy, now.accuracy,
@@ -223,7 +223,7 @@ def _retrieved(
 ) -> None:
     """Print what its images and its name find, and how far an index moved."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.verdicts import retrievals
+    from slsgu_cli.verification.image_probes import retrievals
 
     pairs = [(s, found) for s in others if (found := retrievals(original, s)) is not None]
     if not pairs:

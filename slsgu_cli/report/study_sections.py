@@ -40,7 +40,7 @@ from slsgu_cli.report.gather import Section, SetRecords, absent, section
 from slsgu_cli.study.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from slsgu_cli.verification.verdicts import LossRow
+    from slsgu_cli.verification.probes import LossRow
 
 TITLE = "Does it stay forgotten"
 CURVES = {
@@ -175,12 +175,12 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
-    from slsgu_cli.verification.verdicts import LEAST_ROWS, harmed, losses, nearest
+    from slsgu_cli.verification.probes import LEAST_ROWS, harmed, losses, nearest_names
 
     known = losses(original, edited)
     captions = {
         f"The names nearest to the concept's, on {name}": classes
-        for name, classes in nearest(known).items()
+        for name, classes in nearest_names(known).items()
     }
     captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = harmed(known)
     heads = (Head("class", False), Head("cosine of names"), Head("images"),
@@ -203,7 +203,7 @@ def _loss_cells(row: "LossRow") -> tuple[Child, ...]:
 
 def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell how well classifiers on image features tell the concept's images from others."""
-    from slsgu_cli.verification.verdicts import pairs_of
+    from slsgu_cli.verification.image_probes import pairs_of
 
     cells: list[tuple[Child, ...]] = [
         (f"{now.classifier}, {now.subject}", count(now.images), percent(was.accuracy),
@@ -222,7 +222,7 @@ def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what its images and its name find, and whether an index still stands."""
-    from slsgu_cli.verification.verdicts import retrievals
+    from slsgu_cli.verification.image_probes import retrievals
 
     found = retrievals(original, edited)
     if found is None:

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from slsgu_cli.records.studies import Moved, ProbeFigures, Retrieval, Retrieved, Settings, Told
+from slsgu_cli.records.studies import (
+    Check,
+    Moved,
+    ProbeFigures,
+    Retrieval,
+    Retrieved,
+    Settings,
+    Told,
+    VerifiedModel,
+)
 from slsgu_cli.sources.captions import matcher
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import Gallery, ModelUnderTest
@@ -292,6 +301,18 @@ def neighbour_scores(own: Tensor, others: Tensor, tests: Tensor) -> Tensor:
 
 CLASSIFIERS: dict[str, Classifier] = {LINEAR: linear_probe, NEIGHBOURS: neighbour_scores}
 
+
+def pairs_of(original: VerifiedModel, other: VerifiedModel) -> list[tuple[Told, Told]]:
+    """Return what each classifier on image features tells of the original and of the other."""
+    before, after = original.finding(Check.PROBE), other.finding(Check.PROBE)
+    known = {(told.classifier, told.subject): told for told in before.told} if before else {}
+    return [
+        (known[told.classifier, told.subject], told)
+        for told in (after.told if after else ())
+        if (told.classifier, told.subject) in known
+    ]
+
+
 BY_IMAGE, BY_NAME = "its images", "its name"
 OWN_INDEX, OLD_INDEX = "the model's own", "the original's"
 OTHER_IMAGES = "other images"
@@ -354,3 +375,11 @@ def moved(images: str, before: Tensor, after: Tensor) -> Moved:
         float(distances.mean()),
         float(distances.max()),
     )
+
+
+def retrievals(original: VerifiedModel, other: VerifiedModel) -> tuple[Retrieval, Retrieval] | None:
+    """Return what is found by the original and by the other model, if both were tried."""
+    before, after = original.finding(Check.RETRIEVAL), other.finding(Check.RETRIEVAL)
+    if not (before and after and before.retrieval and after.retrieval):
+        return None
+    return before.retrieval, after.retrieval

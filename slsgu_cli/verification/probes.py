@@ -1,6 +1,7 @@
-"""Checks that train no model: coarser weights, other names, membership."""
+"""Checks that train no model: coarser weights, other names and what they lost, membership."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
 
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.zeroshot import class_accuracies
+from slsgu_cli.records.method import ClassLoss
 from slsgu_cli.records.studies import (
     Attack,
     Became,
+    Check,
     KnownClass,
     NearName,
     ProbeFigures,
     Settings,
     Taken,
+    VerifiedModel,
 )
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest, altered
@@ -196,6 +200,49 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
         known[name] = tuple(sorted(classes, key=lambda each: (-each.cosine, each.name)))
     model.tick()
     return known
+
+
+# Of the nearest names and of those that lost most, so many are told, the latter with rows enough.
+NEAREST_NAMES, HARMED, LEAST_ROWS = 20, 10, 5
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    """What a class of an evaluation set lost, and its name's cosine with the concept's."""
+
+    evaluation: str
+    cosine: float
+    loss: ClassLoss
+
+
+def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
+    """Return what each class lost, set by set, the name nearest to the concept's first.
+
+    Nearness is that of the original's class embeddings.
+    """
+    before, after = original.finding(Check.NEAREST), other.finding(Check.NEAREST)
+    found = []
+    for name, classes in ((before and before.classes) or {}).items():
+        now = {known.name: known for known in ((after and after.classes) or {}).get(name, ())}
+        for known in classes:
+            if known.name in now:
+                loss = ClassLoss(known.name, known.rows, known.top1, now[known.name].top1)
+                found.append(LossRow(name, known.cosine, loss))
+    return found
+
+
+def nearest_names(rows: Sequence[LossRow]) -> dict[str, list[LossRow]]:
+    """Return the classes of each set whose names are nearest to the concept's."""
+    sets: dict[str, list[LossRow]] = {}
+    for row in rows:
+        sets.setdefault(row.evaluation, []).append(row)
+    return {name: classes[:NEAREST_NAMES] for name, classes in sets.items()}
+
+
+def harmed(rows: Sequence[LossRow]) -> list[LossRow]:
+    """Return the classes with rows enough that lost most, whichever set they are of."""
+    lost = [row for row in rows if row.loss.rows >= LEAST_ROWS and row.loss.lost > 0]
+    return sorted(lost, key=lambda row: (-row.loss.lost, row.loss.name))[:HARMED]
 
 
 Values = npt.NDArray[np.float64]

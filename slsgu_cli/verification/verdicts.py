@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.method.scoring import Difference, difference
-from slsgu_cli.records.method import Accuracy, ClassLoss, Share, Tower
+from slsgu_cli.records.method import Accuracy, Share, Tower
 from slsgu_cli.records.studies import (
     IMAGES,
     MADE_UP,
@@ -33,7 +33,10 @@ from slsgu_cli.verification.image_probes import (
     OLD_INDEX,
     OTHERS,
     OWN_INDEX,
+    pairs_of,
+    retrievals,
 )
+from slsgu_cli.verification.probes import LEAST_ROWS, LossRow, harmed, losses
 from slsgu_cli.verification.wording import TEMPLATE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
@@ -58,9 +61,6 @@ ATTACKS = {
 
 # Points above chance up to which members are not told apart, and by which attacks differ.
 CHANCE = 5.0
-
-# Of the nearest names and of those that lost most, so many are told, the latter with rows enough.
-NEAREST, HARMED, LEAST_ROWS = 20, 10, 5
 
 
 class Verdict(StrEnum):
@@ -311,64 +311,6 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ve
 
 def _at(step: int | None) -> str:
     return "not within these steps" if step is None else f"at step {step}"
-
-
-@dataclass(frozen=True, slots=True)
-class LossRow:
-    """What a class of an evaluation set lost, and its name's cosine with the concept's."""
-
-    evaluation: str
-    cosine: float
-    loss: ClassLoss
-
-
-def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
-    """Return what each class lost, set by set, the name nearest to the concept's first.
-
-    Nearness is that of the original's class embeddings.
-    """
-    before, after = original.finding(Check.NEAREST), other.finding(Check.NEAREST)
-    found = []
-    for name, classes in ((before and before.classes) or {}).items():
-        now = {known.name: known for known in ((after and after.classes) or {}).get(name, ())}
-        for known in classes:
-            if known.name in now:
-                loss = ClassLoss(known.name, known.rows, known.top1, now[known.name].top1)
-                found.append(LossRow(name, known.cosine, loss))
-    return found
-
-
-def nearest(rows: Sequence[LossRow]) -> dict[str, list[LossRow]]:
-    """Return the classes of each set whose names are nearest to the concept's."""
-    sets: dict[str, list[LossRow]] = {}
-    for row in rows:
-        sets.setdefault(row.evaluation, []).append(row)
-    return {name: classes[:NEAREST] for name, classes in sets.items()}
-
-
-def harmed(rows: Sequence[LossRow]) -> list[LossRow]:
-    """Return the classes with rows enough that lost most, whichever set they are of."""
-    lost = [row for row in rows if row.loss.rows >= LEAST_ROWS and row.loss.lost > 0]
-    return sorted(lost, key=lambda row: (-row.loss.lost, row.loss.name))[:HARMED]
-
-
-def pairs_of(original: VerifiedModel, other: VerifiedModel) -> list[tuple[Told, Told]]:
-    """Return what each classifier on image features tells of the original and of the other."""
-    before, after = original.finding(Check.PROBE), other.finding(Check.PROBE)
-    known = {(told.classifier, told.subject): told for told in before.told} if before else {}
-    return [
-        (known[told.classifier, told.subject], told)
-        for told in (after.told if after else ())
-        if (told.classifier, told.subject) in known
-    ]
-
-
-def retrievals(original: VerifiedModel, other: VerifiedModel) -> tuple[Retrieval, Retrieval] | None:
-    """Return what is found by the original and by the other model, if both were tried."""
-    before, after = original.finding(Check.RETRIEVAL), other.finding(Check.RETRIEVAL)
-    if not (before and after and before.retrieval and after.retrieval):
-        return None
-    return before.retrieval, after.retrieval
 
 
 # What it takes to try, and what stands for the concept in the control.

@@ -33,15 +33,13 @@ from slsgu_cli.verification.image_probes import (
     OTHERS,
     OWN_INDEX,
 )
+from slsgu_cli.verification.probes import harmed, losses, nearest_names
 from slsgu_cli.verification.relearn import OWN
 from slsgu_cli.verification.verdicts import (
     Exposure,
     Verdict,
     conclusion,
     exposure,
-    harmed,
-    losses,
-    nearest,
     rows,
     verdict,
 )
@@ -346,7 +344,7 @@ def test_those_that_lost_most_are_named_if_they_have_images_enough():
     )  # fmt: skip
     known = losses(subject(pair[0]), subject(pair[1]))
     assert [row.loss.name for row in harmed(known)] == ["ubuntu", "tumblr"]
-    assert [row.loss.name for row in nearest(known)["brands"]] == [
+    assert [row.loss.name for row in nearest_names(known)["brands"]] == [
         "tumblr", "figma", "npm", "ubuntu",
     ]  # fmt: skip
     assert concluded(pair).text.endswith(
