@@ -60,6 +60,9 @@ Key = tuple[Line, float]
 
 NO_BAR = float("-inf")
 
+# Points of mean TA@1 that sparing a class may cost: its few rows say less than all of them.
+PRICE_OF_SPARING = 0.25
+
 
 class Move(Protocol[T_co]):
     """One layer and the direction it moves in: each step along it can be measured."""
@@ -206,11 +209,13 @@ class SetSearch(StepSearch[Trial]):
         """Measure the utility of the steps that may win, and return the best (Algorithm 1).
 
         With a reserve, of each line that forgets its lengthened step may win. A step within
-        the bound of what any class may lose wins over one that is not.
+        the bound of what any class may lose wins over the best one that is not, if it keeps
+        nearly as much.
         """
         from slsgu_cli.method.trial import mean_top1
 
-        full, bar = self.options.full, NO_BAR
+        full, best_kept = self.options.full, NO_BAR
+        price = PRICE_OF_SPARING if self.options.max_class_loss < NO_BOUND else 0.0
         least = min(self.left(self.trials[key]) for key in self.path)
         may_win = {key for key in self.path if self.left(self.trials[key]) == least}
         if least == 0:
@@ -218,18 +223,27 @@ class SetSearch(StepSearch[Trial]):
         for key in sorted(dict.fromkeys(self.path), key=self._cost):
             trial = self.trials[key]
             if key in may_win or full:
-                probe = self.probes[key[0]]
-                trial = self.with_utility(probe, trial, beat=NO_BAR if full else bar)
-            if key in may_win and trial.utility is not None and self._harmless(trial):
-                bar = max(bar, mean_top1(trial.utility))
-        path = [self.trials[key] for key in self.path if key in may_win]
-        measured = [trial for trial in path if trial.utility is not None]
-        figures = [(not self._harmless(t), mean_top1(t.utility or {})) for t in measured]
-        return measured[best(figures)]
+                bar = NO_BAR if full else best_kept - price
+                trial = self.with_utility(self.probes[key[0]], trial, beat=bar)
+            if key in may_win and trial.utility is not None:
+                best_kept = max(best_kept, mean_top1(trial.utility))
+        measured = {
+            key: trial
+            for key in self.path
+            if key in may_win and (trial := self.trials[key]).utility is not None
+        }
+        figures = [
+            (not self._spares(trial, best_kept - price), mean_top1(trial.utility or {}))
+            for trial in measured.values()
+        ]
+        return list(measured.values())[best(figures)]
 
-    def _harmless(self, trial: Trial) -> bool:
-        """Return whether no class is known to lose more than it may."""
-        return trial.worst is None or trial.worst.lost <= self.options.max_class_loss
+    def _spares(self, trial: Trial, enough: float) -> bool:
+        """Return whether no class is known to lose more than it may, and enough is kept."""
+        from slsgu_cli.method.trial import mean_top1
+
+        harmless = trial.worst is None or trial.worst.lost <= self.options.max_class_loss
+        return harmless and mean_top1(trial.utility or {}) >= enough
 
     def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
         """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
@@ -249,7 +263,7 @@ def tell_of_harm(chosen: Trial, bound: float) -> None:
     """Warn where every step that forgets takes more from a class than it may lose."""
     if chosen.worst is not None and chosen.worst.lost > bound:
         progress.warn(
-            f"no step spares every class: {chosen.worst.name} loses "
+            f"no step that keeps as much spares every class: {chosen.worst.name} loses "
             f"{chosen.worst.lost:.0f} points, more than --max-class-loss {bound:g}"
         )
 
