@@ -182,11 +182,11 @@ class Settings:
         2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
     )
     population: int = option(
-        64, "--population", min=4, help="Texts that `ring-a-bell` breeds at a time.",
+        128, "--population", min=4, help="Texts that `ring-a-bell` breeds at a time.",
         panel=SEARCH,
     )  # fmt: skip
     generations: int = option(
-        60, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
+        100, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
     )
     inversion_steps: int = option(
         150, "--inversion-steps", min=1, help="Steps in which `inversion` learns a word.",

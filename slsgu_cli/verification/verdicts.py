@@ -70,7 +70,7 @@ class Verdict(StrEnum):
     PARTLY_BACK = "partly back"
     BACK = "comes back"
     AS_NEW = "learnt as if new"
-    AS_CONTROL = "no more than its control"
+    AS_CONTROL = "not beyond its control"
     NOTHING = "says nothing"
 
 
@@ -386,11 +386,10 @@ def _effort(row: VerdictRow) -> str:
 
 
 def _against(row: VerdictRow) -> str:
-    """Return a row's accuracy in words, beside that of its control."""
-    seen = f"{row.after.top1:.0f}%"
+    """Return what its control gets, as the end of a row's accuracy in words."""
     if row.control is None:
-        return seen
-    return f"{seen} against {row.control.top1:.0f}% for {CONTROLS.get(row.check, 'its control')}"
+        return ""
+    return f", against {row.control.top1:.0f}% for {CONTROLS.get(row.check, 'its control')}"
 
 
 def _of_names(concept: str, tried: list[VerdictRow], strongest: VerdictRow | None) -> str:
@@ -401,7 +400,7 @@ def _of_names(concept: str, tried: list[VerdictRow], strongest: VerdictRow | Non
     if strongest is not None:
         return (
             f"Of {attempts}, what brings {concept} back most is {_effort(strongest)}: "
-            f"{_against(strongest)} of its images get its name "
+            f"{strongest.after.top1:.0f}% of its images get its name{_against(strongest)} "
             f"(the original: {strongest.before.top1:.0f}%)."
         )
     if not told:
@@ -415,7 +414,8 @@ def _of_names(concept: str, tried: list[VerdictRow], strongest: VerdictRow | Non
         return f"None of {attempts} brings {concept} back: {hits}."
     lead = f"None of {attempts} brings {concept} back beyond chance; the most is {_effort(most)}"
     if most.control is not None:
-        return f"{lead}, {_against(most)}: the name adds nothing to it."
+        seen_most = f"{most.after.top1:.0f}%{_against(most)}"
+        return f"{lead}, {seen_most}: the name adds nothing to it."
     return f"{lead}, {hits}."
 
 

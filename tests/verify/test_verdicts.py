@@ -250,9 +250,10 @@ def test_the_strongest_is_the_furthest_beyond_its_control():
     )
     found = concluded(augment, relearning((0, 5, 60, 90, 90), (0, 0, 0, 50, 90)))
     assert (found.strongest.probe, found.strongest.gain) == ("2 steps, 8 shots", 60)
-    assert "training on its images (2 steps, 8 shots): 60% against 0% for a made-up name" in (
-        found.text
-    )
+    assert (
+        "training on its images (2 steps, 8 shots): 60% of its images get its name, against 0% "
+        "for a made-up name (the original: "
+    ) in found.text
 
 
 def test_what_a_control_gets_as_well_brings_nothing_back():
@@ -263,7 +264,7 @@ def test_what_a_control_gets_as_well_brings_nothing_back():
     assert found.strongest is None
     assert found.text == (
         "None of 2 attempts brings facebook back beyond chance; the most is training on its "
-        "images (8 steps, 8 shots), 62% against 60% for a made-up name: the name adds nothing "
+        "images (8 steps, 8 shots), 62%, against 60% for a made-up name: the name adds nothing "
         "to it."
     )
 
