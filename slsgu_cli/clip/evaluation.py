@@ -40,7 +40,7 @@ Ints = npt.NDArray[np.integer]
 
 # Of fewer images of a concept, the shortest step that forgets them says little of others:
 # images of the forget set are chosen by as well.
-ENOUGH_TO_CHOOSE = 48
+ENOUGH_TO_CHOOSE = 12
 
 
 @dataclass(slots=True)
