@@ -261,6 +261,15 @@ def pick_device(name: str) -> str:
     return name
 
 
+def device_name(device: str) -> str:
+    """Return what a device of PyTorch's is called, beside figures of time."""
+    import torch
+
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
 def _tokenizer_of(model: ResolvedModel) -> Any:
     with _quiet(), _explained(model):
         if model.spelling is not Spelling.TRANSFORMERS:

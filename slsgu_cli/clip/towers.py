@@ -132,7 +132,7 @@ class OpenClipText(SplitTower):
 
     def lengths(self, inputs: Tensor) -> Tensor:
         """Count up to the end of text: under a causal mask no later position reaches it."""
-        return self._pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
+        return self.pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return token plus position embeddings."""
@@ -147,20 +147,21 @@ class OpenClipText(SplitTower):
             return _tensor(self.blocks[index](x, attn_mask=mask))
         if index % 2:
             return mlp_half(self.blocks[index // 2], x)
-        keep = self._pooled_at(inputs) if index == self.depth - 2 else None
+        keep = self.pooled_at(inputs) if index == self.depth - 2 else None
         return attention_half(self.blocks[index // 2], x, causal=self.causal, keep=keep)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise, pool and project."""
         if not self.halves:
-            x = x[torch.arange(x.shape[0], device=x.device), self._pooled_at(inputs)]
+            x = x[torch.arange(x.shape[0], device=x.device), self.pooled_at(inputs)]
         x = self.owner.ln_final(x)
         projection = self.owner.text_projection
         if projection is None:
             return x
         return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
 
-    def _pooled_at(self, inputs: Tensor) -> Tensor:
+    def pooled_at(self, inputs: Tensor) -> Tensor:
+        """Return the position of each row whose state becomes its features."""
         rows = inputs.shape[0]
         if self.pool_type == "argmax":
             return inputs.argmax(dim=-1)

@@ -23,6 +23,8 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slsgu_cli.method.moments import RetainMetric
 
 
@@ -46,19 +48,26 @@ class Moments:
         """Return whether the moments of the layer's inputs are known."""
         return Layer.parse(layer).parameter in self.places
 
-    def metric(self, layer: str, ridge: float) -> "RetainMetric":
-        """Return the inner product that the layer's retained inputs make of its changes.
+    def moment(self, layer: str) -> "Tensor":
+        """Return the moment of the layer's inputs, on the device it is solved with.
 
         A third of a parameter is applied to what the whole is applied to.
         """
         import torch
 
-        from slsgu_cli.method.moments import RetainMetric, exact_device
+        from slsgu_cli.method.moments import exact_device
 
         name = Layer.parse(layer).parameter
-        path, about = self.places[name]
-        values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
-        return RetainMetric(values.to(exact_device(self.device)), about.axis, ridge)
+        path, _ = self.places[name]
+        values = self.store.read_tensors(path, [name])[name]
+        return torch.from_numpy(values).to(exact_device(self.device))
+
+    def metric(self, layer: str, ridge: float) -> "RetainMetric":
+        """Return the inner product that the layer's retained inputs make of its changes."""
+        from slsgu_cli.method.moments import RetainMetric
+
+        _, about = self.places[Layer.parse(layer).parameter]
+        return RetainMetric(self.moment(layer), about.axis, ridge)
 
     def output(self, parameter: str) -> float:
         """Return a whole parameter's mean squared output over the retain set."""

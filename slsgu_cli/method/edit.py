@@ -130,7 +130,7 @@ def direct_edit(
     options = options or RankOptions()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
-    moved = _named_layer(store, pointer, layer)
+    moved = named_layer(store, pointer, layer)
     whitened = options.direction.whitens
     moments = None
     if whitened:
@@ -152,7 +152,7 @@ def direct_edit(
     )
 
 
-def _named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
+def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
     """Return the one layer of the gradients that `text` means. Raises UsageError."""
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     whole, split = (find_layers(text, layers_of(header.weights, qkv)) for qkv in Qkv)

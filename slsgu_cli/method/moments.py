@@ -1,6 +1,6 @@
 """Second moments of what layers are applied to, and the inner product they make."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,15 +52,52 @@ class Moment:
         return self.total / self.count
 
 
-class InputMoments(TorchFunctionMode):
-    """While active, adds up the second moments of the inputs of some layers of a model."""
+class AppliedLayers(TorchFunctionMode):
+    """While active, hears of every call that applies one of some layers of a model."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self.moments: dict[str, Moment] = {}
-        self._valid: Tensor | None = None
         weights = {name: model.get_parameter(name) for name in layers}
         self._layers = {_place(weight): (n, weight.numel()) for n, weight in weights.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make a call, and tell of its inputs and outputs where it applies one of the layers."""
+        kwargs = kwargs or {}
+        named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
+        outputs = func(*args, **kwargs)
+        if func is F.linear:
+            self._tell(named.get("weight"), lambda: named["input"], outputs, axis=1)
+        elif func in MATMULS:
+            self._tell(named.get("other"), lambda: named["input"], outputs, axis=0)
+        elif func is F.conv2d and _is_of_patches(**named):
+            weight = named["weight"]
+            self._tell(weight, lambda: _patches(named["input"], weight), outputs, axis=1)
+        elif func in NORMS:
+            self._tell(named.get("weight"), lambda: _normed(func, named), outputs, axis=0)
+        return outputs
+
+    def applied(
+        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
+    ) -> None:
+        """Hear of a call that applies a share of the entries of a layer to `inputs`."""
+        raise NotImplementedError
+
+    def _tell(self, weight: Any, inputs: Callable[[], Tensor], outputs: Any, *, axis: int) -> None:
+        if isinstance(weight, Tensor) and _place(weight) in self._layers:
+            name, size = self._layers[_place(weight)]
+            self.applied(name, weight.numel() / size, inputs(), outputs, axis=axis)
+
+
+class InputMoments(AppliedLayers):
+    """While active, adds up the second moments of the inputs of some layers of a model."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(model, layers)
+        self.moments: dict[str, Moment] = {}
+        self._valid: Tensor | None = None
+        self._norms = {name for name in layers if model.get_parameter(name).ndim == 1}
 
     @contextmanager
     def only(self, valid: Tensor) -> Iterator[None]:
@@ -71,32 +108,15 @@ class InputMoments(TorchFunctionMode):
         finally:
             self._valid = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Take the inputs of a call that applies one of the layers, and make the call."""
-        kwargs = kwargs or {}
-        named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
-        if func is F.linear:
-            self._take(named.get("weight"), lambda: named["input"], axis=1)
-        elif func in MATMULS:
-            self._take(named.get("other"), lambda: named["input"], axis=0)
-        elif func is F.conv2d and _is_of_patches(**named):
-            self._take(named["weight"], lambda: _patches(named["input"], named["weight"]), axis=1)
-        elif func in NORMS:
-            self._take(named.get("weight"), lambda: _normed(func, named), axis=0)
-        return func(*args, **kwargs)
-
-    def _take(self, weight: Any, inputs: Any, *, axis: int) -> None:
-        if not isinstance(weight, Tensor) or _place(weight) not in self._layers:
-            return
-        name, size = self._layers[_place(weight)]
-        x = inputs()
+    def applied(
+        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
+    ) -> None:
+        """Add the inputs of a call, weighted by the share of the layer that it applies."""
+        x = inputs
         if self._valid is not None and x.shape[:-1] == self._valid.shape:
             x = x[self._valid]
         x = x.reshape(-1, x.shape[-1])
-        total = x.square().sum(dim=0) if weight.ndim == 1 else gram(x)
-        share = weight.numel() / size
+        total = x.square().sum(dim=0) if name in self._norms else gram(x)
         if name not in self.moments:
             zeros = torch.zeros(
                 total.shape, dtype=torch.float64, device=exact_device(total.device.type)
@@ -210,13 +230,14 @@ class RetainMetric:
     _factor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        damped = self.moment.double()
-        if damped.ndim == 1:
-            self._factor = damped + self.floor
-        else:
-            damped = damped.clone()
-            damped.diagonal().add_(self.floor)
-            self._factor = torch.linalg.cholesky(damped)
+        damped = self.damped()
+        self._factor = damped if damped.ndim == 1 else torch.linalg.cholesky(damped)
+
+    def damped(self) -> Tensor:
+        """Return P, or its diagonal: the moment, and what the ridge adds; fp64."""
+        damped = self.moment.double().clone()
+        (damped if damped.ndim == 1 else damped.diagonal()).add_(self.floor)
+        return damped
 
     @property
     def floor(self) -> float:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
+from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, make_edit, write_edit
 from slsgu_cli.checkpoints.weights import layer_digests
-from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.models import device_name, resolve
 from slsgu_cli.method.scoring import best, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchPlan,
@@ -29,6 +30,7 @@ from slsgu_cli.records.method import (
     GradientPointer,
     JointRef,
     LayerScore,
+    PassTime,
     Report,
     Steer,
     Tower,
@@ -125,74 +127,27 @@ class StepSearch(Generic[T]):
                 ticker.advance()
 
 
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """Every trial, the chosen one, whether it forgets, and what it does to unseen images.
-
-    Trials are measured on the images to choose by.
-    """
-
-    trials: Trials
-    chosen: Trial
-    forgotten: bool
-    reused: int
-    report: Report
-
-
-class SetSearch(StepSearch[Trial]):
-    """The search of one set's layers on a CLIP, with its record in a file of a store."""
+class LayerSearch(StepSearch[Trial]):
+    """The search of some layers on a CLIP, and the choice among all steps that were tried."""
 
     def __init__(
-        self, records: Store, kind: Artifact, plan: SearchPlan, evaluation: "Evaluation"
+        self, trials: Iterable[Trial], evaluation: "Evaluation", options: SearchOptions
     ) -> None:
         from slsgu_cli.method.trial import UtilityMeter
 
-        self._header = resume(records, kind, plan.name, fresh_trials(plan, evaluation))
-        trials = {(line_of(trial), trial.step): trial for trial in self._header.trials}
-        steer, margin = plan.options.steer, plan.options.margin
-        super().__init__(trials, lambda trial: left_to_forget(trial, steer, margin))
-        self.records, self.file, self.plan = records, kind.path(plan.name), plan
+        steer, margin = options.steer, options.margin
+        known = {(line_of(trial), trial.step): trial for trial in trials}
+        super().__init__(known, lambda trial: left_to_forget(trial, steer, margin))
+        self.options = options
         self.probes: dict[Line, Probe] = {}
         self.lengthened: list[Key] = []
-        self.reused = len(trials)
         self._meter = UtilityMeter(evaluation)
 
-    @property
-    def options(self) -> SearchOptions:
-        """How to search."""
-        return self.plan.options
-
-    @property
-    def record(self) -> Trials:
-        """The trials so far, as an artifact."""
-        return replace(self._header, trials=tuple(self.trials.values()))
-
-    def write(self) -> None:
-        """Put the trials so far on file."""
-        self.records.write_record(self.file, self.record)
-
-    def run(
-        self, probes: "Iterable[Probe]", reported: "Callable[[], SharedEvaluation]"
-    ) -> SearchResult:
-        """Search along every probe; write the trials, and the best one as an edit.
-
-        `reported` opens the rows that the edit is reported on, once it is chosen.
-        """
-        from slsgu_cli.method.trial import report
-
-        for probe in probes:
-            self.probes[probe.line] = probe
-            self.bisect(probe, self.options.steps)
-            self.lengthen(probe)
-            self.write()
-        chosen = self.choose()
-        if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
-            tell_of_harm(chosen, self.options.max_class_loss)
-        probe = self.probes[line_of(chosen)]
-        effect = report(reported().of(self.plan.manifest), [(probe, chosen.step)])
-        write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
-        self.write()
-        return SearchResult(self.record, chosen, self.left(chosen) == 0, self.reused, effect)
+    def along(self, probe: "Probe", first: float | None = None) -> None:
+        """Try steps along a probe, from `first` (default: its own first step) on."""
+        self.probes[probe.line] = probe
+        self.bisect(probe, self.options.steps, first)
+        self.lengthen(probe)
 
     def lengthen(self, probe: "Probe") -> None:
         """Go on from the shortest step of a line that forgets by the reserve."""
@@ -259,6 +214,70 @@ class SetSearch(StepSearch[Trial]):
         return (probe.score.tower == "vision", -probe.stage, self.trials[key].share)
 
 
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Every trial, the chosen one, whether it forgets, and what it does to unseen images.
+
+    Trials are measured on the images to choose by.
+    """
+
+    trials: Trials
+    chosen: Trial
+    forgotten: bool
+    reused: int
+    report: Report
+
+
+class SetSearch(LayerSearch):
+    """The search of one set's layers, with its record in a file of a store."""
+
+    def __init__(
+        self, records: Store, kind: Artifact, plan: SearchPlan, evaluation: "Evaluation"
+    ) -> None:
+        self._header = resume(records, kind, plan.name, fresh_trials(plan, evaluation))
+        super().__init__(self._header.trials, evaluation, plan.options)
+        self.records, self.file, self.plan = records, kind.path(plan.name), plan
+        self.reused = len(self.trials)
+        self._took: PassTime | None = None
+
+    @property
+    def record(self) -> Trials:
+        """The trials so far, as an artifact; the time of an earlier search stands for its own."""
+        took = self._header.took if len(self.trials) == self.reused else self._took
+        return replace(self._header, trials=tuple(self.trials.values()), took=took)
+
+    def write(self) -> None:
+        """Put the trials so far on file."""
+        self.records.write_record(self.file, self.record)
+
+    def run(
+        self,
+        probes: "Iterable[Probe]",
+        reported: "Callable[[], SharedEvaluation]",
+        started: float | None = None,
+    ) -> SearchResult:
+        """Search along every probe; write the trials, and the best one as an edit.
+
+        `reported` opens the rows that the edit is reported on, once it is chosen. `started` is
+        when the search began, by `perf_counter`, if all that it took is to be on record.
+        """
+        from slsgu_cli.method.trial import report
+
+        for probe in probes:
+            self.along(probe)
+            self.write()
+        chosen = self.choose()
+        if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
+            tell_of_harm(chosen, self.options.max_class_loss)
+        probe = self.probes[line_of(chosen)]
+        effect = report(reported().of(self.plan.manifest), [(probe, chosen.step)])
+        write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
+        if started is not None and not self.reused:
+            self._took = PassTime(perf_counter() - started, device_name(self.options.device))
+        self.write()
+        return SearchResult(self.record, chosen, self.left(chosen) == 0, self.reused, effect)
+
+
 def tell_of_harm(chosen: Trial, bound: float) -> None:
     """Warn where every step that forgets takes more from a class than it may lose."""
     if chosen.worst is not None and chosen.worst.lost > bound:
@@ -289,12 +308,14 @@ def search(
 
     from slsgu_cli.method.gradient_pass import arithmetic
 
+    started = perf_counter()
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
         shared = share_evaluation(store, [plan])
         evaluation = shared.of(plan.manifest)
         run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation)
-        return run.run(plan.probes(store, evaluation), to_report_on(store, [plan], shared))
+        reported = to_report_on(store, [plan], shared)
+        return run.run(plan.probes(store, evaluation), reported, started)
 
 
 def search_each(
@@ -306,14 +327,17 @@ def search_each(
     from slsgu_cli.method.gradient_pass import arithmetic
 
     for group in grouped(read_plans(store, names, options=options)):
+        began = perf_counter()
         with no_grad(), arithmetic(options.precision):
             shared = share_evaluation(store, group)
+        loading = perf_counter() - began
         reported = to_report_on(store, group, shared)
         for plan in group:
+            started = perf_counter() - loading
             with no_grad(), arithmetic(options.precision):
                 evaluation = shared.of(plan.manifest)
                 run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-                result = run.run(plan.probes(store, evaluation), reported)
+                result = run.run(plan.probes(store, evaluation), reported, started)
             yield result
 
 

@@ -377,10 +377,19 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PassTime:
+    """How long a pass of gradients, or a search, took, and on what."""
+
+    seconds: float
+    where: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Trials:
     """Every trial of a search, with the original model's figures.
 
-    `retain_data` names the rows whose inputs whitened the direction, if it is whitened.
+    `retain_data` names the rows whose inputs whitened the direction, if it is whitened. `took`
+    is the time of a search that made all trials, None where several made them.
     """
 
     name: str
@@ -396,6 +405,7 @@ class Trials:
     baseline_utility: dict[str, Accuracy]
     trials: tuple[Trial, ...]
     version: str
+    took: PassTime | None = added(None)
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

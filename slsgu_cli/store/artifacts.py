@@ -141,7 +141,7 @@ SHOWN = {"edits": EDIT_OF}
 
 _TRIALS = Row(
     "trials", Trials, "search", "search {}", digests=SEARCHED, needs=Artifact.POINTER,
-    options=("direction", "precision"), rows=("trials",),
+    options=("direction", "precision"), rows=("trials", "took"),
 )  # fmt: skip
 
 TABLE: dict[Artifact, Row] = {

@@ -267,6 +267,14 @@ def test_more_steps_go_on_where_the_search_stopped(steer, world):
     assert longer.chosen == fresh.chosen
 
 
+def test_the_time_is_on_record_of_a_search_that_made_all_trials(world):
+    first = find(world, layers=SOME, steps=2).trials.took
+    assert first.seconds > 0
+    assert first.where.startswith("cpu")
+    assert find(world, layers=SOME, steps=2).trials.took == first
+    assert find(world, layers=SOME, steps=3).trials.took is None
+
+
 def test_fewer_steps_choose_among_those_alone(world):
     find(world, layers=SOME, steps=6)
     fewer = find(world, layers=SOME, steps=2)
@@ -310,7 +318,7 @@ def test_damaged_trials_are_made_again(content, world, listener):
     world.store.write_bytes(Artifact.TRIALS.path("blue"), content)
     again = find(world, layers=SOME, steps=2)
     assert again.reused == 0
-    assert again.trials == first.trials
+    assert again.trials.trials == first.trials.trials
     assert any("cannot be used and are made again" in text for text in listener.heard)
 
 
