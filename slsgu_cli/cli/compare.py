@@ -23,7 +23,7 @@ def show_comparison(
 ) -> None:
     """Print a row for each method and setting, and say which baselines beat ours."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.comparison import LABELS, better
+    from slsgu_cli.compare.comparison import LABELS, PARAMETERS, better
 
     sets = sorted(rows[0].utility)
 
@@ -34,7 +34,8 @@ def show_comparison(
         Column("method", shown=lambda method: LABELS[method]),
         "setting",
         Column("lr", on_terminal=False),
-        Column("alpha", on_terminal=False),
+        Column("value", on_terminal=False),
+        Column("layer", on_terminal=False),
         Column("epoch", on_terminal=False),
         figure("FA@1", "FA@1"),
         figure("FA@5", "FA@5"),
@@ -49,8 +50,9 @@ def show_comparison(
         (
             row.method,
             row.words + "*" * (row.chosen and len(names) == 1),
-            None if row.method is Method.SSD else row.setting,
-            row.setting if row.method is Method.SSD else None,
+            None if row.method in PARAMETERS else row.setting,
+            row.setting if row.method in PARAMETERS else None,
+            row.layer,
             row.epoch,
             row.forget.top1,
             row.forget.top5,
@@ -110,7 +112,7 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
     axes.scatter(
         100 - row.forget.top1,
         row.kept,
-        marker="*" if ours else MARKERS[index],
+        marker="*" if ours else MARKERS[index % len(MARKERS)],
         s=220 if ours else 70,
         color=INK if row.method is Method.ORIGINAL else SERIES[index % len(SERIES)],
         edgecolor="black" if row.chosen else "white",

@@ -17,14 +17,15 @@ from slsgu_cli.compare.ours import (
     find_our_edit,
     original_outcome,
     our_outcome,
-    standing_trials,
+    standing_edit,
 )
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.method import Accuracy, GradientPointer
+from slsgu_cli.records.method import Accuracy, Figures, GradientPointer
 from slsgu_cli.records.options import CompareOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import (
     CLIP_METHODS,
+    CLOSED_FORMS,
     TRAINED,
     Comparison,
     Method,
@@ -43,6 +44,7 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
+    from slsgu_cli.compare.closed_forms import ClosedForms
     from slsgu_cli.compare.methods import BaselineRunner
 
 LABELS = {
@@ -52,8 +54,40 @@ LABELS = {
     Method.GAFT: "GAFT",
     Method.SALUN: "SalUn",
     Method.SSD: "SSD",
+    Method.ROME: "ROME",
+    Method.MEMIT: "MEMIT",
+    Method.UCE: "UCE",
+    Method.ALPHAEDIT: "AlphaEdit",
+    Method.LEACE_TEXT: "LEACE text",
+    Method.LEACE_VISION: "LEACE image",
+    Method.CCUP_TEXT: "CCUP text",
+    Method.CCUP_VISION: "CCUP image",
     Method.OURS: "Ours",
     Method.ESD: "ESD-x",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """The one number of a method that is not trained: its name, usual value, values to try."""
+
+    name: str
+    usual: float
+    tried: tuple[float, ...]
+
+
+_RIDGE = Parameter("ridge", 0.01, (0.001, 0.01, 0.1, 1.0))
+_SHARE = Parameter("alpha", 1.0, (0.5, 0.9, 1.0))
+PARAMETERS = {
+    Method.SSD: Parameter("alpha", 10.0, (1.0, 10.0, 100.0, 1000.0)),
+    Method.ROME: _RIDGE,
+    Method.MEMIT: Parameter("lambda", 10.0, (0.1, 1.0, 10.0, 100.0)),
+    Method.UCE: Parameter("preserve", 1.0, (0.1, 1.0, 10.0, 100.0)),
+    Method.ALPHAEDIT: Parameter("below", 0.1, (0.01, 0.1, 1.0)),
+    Method.LEACE_TEXT: _RIDGE,
+    Method.LEACE_VISION: _RIDGE,
+    Method.CCUP_TEXT: _SHARE,
+    Method.CCUP_VISION: _SHARE,
 }
 
 
@@ -77,7 +111,7 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
         Method.OURS: (None,),  # first: its search measures the original model too
         Method.ORIGINAL: (None,),
         **dict.fromkeys(TRAINED, options.rates or ()),
-        Method.SSD: (ALPHA,),
+        **{method: (parameter.usual,) for method, parameter in PARAMETERS.items()},
     }
     settings = {method: settings[method] for method in settings if method in options.methods}
     concepts: dict[str, tuple[Outcome, ...]] = {}
@@ -86,7 +120,9 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
         run = ClipComparisonRun.open(store, name, options)
         rows = []
         for method, given in settings.items():
-            if options.rates is not None or method in (Method.ORIGINAL, Method.OURS):
+            if not run.has(method):
+                progress.note(f"{LABELS[method]} is left out: the model has no layer for it")
+            elif options.rates is not None or method in (Method.ORIGINAL, Method.OURS):
                 rows += run.rows({method: given})
             elif method in chosen:
                 rows.append(run.row(method, chosen[method]))
@@ -158,6 +194,7 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
 
     pointer: GradientPointer
     plan: Plan
+    layer: str | None
 
     artifact = Artifact.COMPARISON
 
@@ -187,7 +224,7 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
             outcomes=(),
             version=slsgu_cli.__version__,
         )
-        run = cls(store, name, fresh, times, pointer, plan)
+        run = cls(store, name, fresh, times, pointer, plan, options.layer)
         times.remember(run.record.passes)
         return run
 
@@ -204,12 +241,36 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
         return BaselineRunner.open(self.store, self.manifest, self.pointer, self.plan, self.times)
 
     @cached_property
+    def closed_forms(self) -> "ClosedForms":
+        """The closed forms on the loaded model."""
+        from slsgu_cli.compare.closed_forms import ClosedForms
+
+        return ClosedForms(self.baselines, self.layers)
+
+    @cached_property
+    def layers(self) -> dict[Method, str]:
+        """What each closed form edits of the model; those that find no layer are not there."""
+        from slsgu_cli.compare.closed_forms import layer_for
+
+        layers = {
+            method: layer_for(method, self.store, self.pointer, self.layer)
+            for method in CLOSED_FORMS
+        }
+        return {method: layer for method, layer in layers.items() if layer is not None}
+
+    @cached_property
     def our_edit(self) -> OurEdit:
         """The set's edit, searched for if there is none."""
-        return find_our_edit(self.store, self.manifest, self.pointer, self.times.device_option)
+        return find_our_edit(self.store, self.manifest, self.pointer, self.times)
+
+    def has(self, method: Method) -> bool:
+        """Return whether the model has the layer that a method edits."""
+        return method not in CLOSED_FORMS or method in self.layers
 
     def at(self, method: Method, setting: float | None) -> MethodSetting:
-        """Return a method's setting and plan; of ours, the edit."""
+        """Return a method's setting, with its plan or layer; of ours, the edit."""
+        if method in CLOSED_FORMS:
+            return MethodSetting(method, setting, layer=self.layers[method])
         if method is Method.OURS:
             return MethodSetting(method, edit=self.our_edit.words)
         if method is Method.ORIGINAL:
@@ -220,12 +281,12 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
         """Run a baseline, or tell of the original model and our edit what the search measured."""
         if method is Method.OURS:
             return our_outcome(self.store, self.our_edit, self.pointer, self.times)
+        if method in CLOSED_FORMS:
+            return self.closed_forms.run(method, setting or 0.0)
         if setting is not None:
             return self.baselines.run(method, setting)
-        trials = standing_trials(self.store, self.manifest, self.pointer)
-        if trials is not None:
-            return original_outcome(trials.baseline_forget, trials.baseline_utility)
-        return original_outcome(*self.baselines.original())
+        edit = standing_edit(self.store, self.manifest, self.pointer, self.times)
+        return original_outcome(edit.before if edit else self.baselines.original())
 
     def with_rows(self, rows: tuple[Any, ...]) -> Comparison:
         """Return the record with other rows, and with the times measured for them."""
@@ -235,18 +296,14 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
 
 DECADES = (1e-6, 1e-5, 1e-4)
 
-# SSD has no learning rate: its alpha decides how many weights are dampened. The paper's is ALPHA.
-ALPHA = 10.0
-ALPHAS = (1.0, 10.0, 100.0, 1000.0)
-
 
 def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list[Outcome]]:
-    """Return a baseline's best outcome and all that were tried for it.
+    """Return a method's best outcome and all that were tried for it.
 
     Learning rates: three decades, then half a decade to either side of the best of them.
     """
-    if method is Method.SSD:
-        tried = [run(alpha) for alpha in ALPHAS]
+    if method in PARAMETERS:
+        tried = [run(value) for value in PARAMETERS[method].tried]
         return best(tried), tried
     tried = [run(rate) for rate in DECADES]
     middle = best(tried).setting or 0.0
@@ -260,9 +317,13 @@ def best(outcomes: list[Outcome]) -> Outcome:
 
 
 def trade_off(outcome: Outcome) -> float:
-    """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1)."""
-    kept = [figure.top1 for figure in outcome.utility.values()]
-    return (100 - outcome.forget.top1 + sum(kept) / len(kept)) / 2
+    """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1).
+
+    On the rows to choose by.
+    """
+    by = outcome.chosen_by or Figures(outcome.forget, outcome.utility)
+    kept = [figure.top1 for figure in by.utility.values()]
+    return (100 - by.forget.top1 + sum(kept) / len(kept)) / 2
 
 
 def _rounded(rate: float) -> float:
@@ -275,6 +336,7 @@ class TableRow:
 
     method: Method
     setting: float | None
+    layer: str | None
     epoch: float | None
     forget: Accuracy
     utility: dict[str, Accuracy]
@@ -294,7 +356,8 @@ class TableRow:
         """The setting as a person reads it."""
         if self.setting is None:
             return ""
-        return f"{'alpha' if self.method is Method.SSD else 'lr'} {self.setting:g}"
+        parameter = PARAMETERS.get(self.method)
+        return f"{parameter.name if parameter else 'lr'} {self.setting:g}"
 
 
 def mean_rows(
@@ -304,7 +367,9 @@ def mean_rows(
 
     Raises UsageError where the concepts have no evaluation set in common.
     """
-    by_key = [{(o.method, o.setting): o for o in outcomes} for outcomes in concepts.values()]
+    by_key = [
+        {(o.method, o.setting, o.layer): o for o in outcomes} for outcomes in concepts.values()
+    ]
     sets = set.intersection(*(set(o.utility) for each in by_key for o in each.values()))
     if not sets:
         raise UsageError(
@@ -312,10 +377,10 @@ def mean_rows(
             hint="build them with the same --eval names",
         )
     rows = []
-    for method, setting in by_key[0]:
-        outcomes = [each[method, setting] for each in by_key if (method, setting) in each]
+    for key in by_key[0]:
+        outcomes = [each[key] for each in by_key if key in each]
         if len(outcomes) == len(by_key):
-            marked = chosen is not None and chosen.get(method) == setting
+            marked = chosen is not None and key[1] is not None and chosen.get(key[0]) == key[1]
             rows.append(_row(outcomes, sorted(sets), chosen=marked))
     return rows
 
@@ -328,6 +393,7 @@ def _row(outcomes: Sequence[Outcome], sets: Sequence[str], *, chosen: bool) -> T
     return TableRow(
         method=first.method,
         setting=first.setting,
+        layer=first.layer,
         epoch=None if first.epoch is None else mean(lambda o: o.epoch or 0),
         forget=_mean([o.forget for o in outcomes]),
         utility={name: _mean([o.utility[name] for o in outcomes]) for name in sets},

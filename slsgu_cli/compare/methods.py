@@ -15,14 +15,20 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
-from slsgu_cli.clip.models import tokenizer
+from slsgu_cli.clip.models import resolve, tokenizer
 from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.records.method import Accuracy, GradientHeader, GradientPointer, Precision
+from slsgu_cli.records.method import (
+    Accuracy,
+    Figures,
+    GradientHeader,
+    GradientPointer,
+    Precision,
+)
 from slsgu_cli.records.options import PassOptions
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.records.studies import Method, Outcome, Plan
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
@@ -233,15 +239,14 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """The epoch reported and its figures; how many epochs ran, and their seconds.
+    """The epoch reported and its figures on the rows it was chosen by; how many epochs ran.
 
-    The seconds are those of the epochs alone, without measuring.
+    The seconds are those of all epochs alone, without measuring.
     """
 
     epoch: int
     epochs: int
-    forget: Accuracy
-    utility: dict[str, Accuracy]
+    figures: Figures
     seconds: float
 
 
@@ -256,7 +261,7 @@ def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: 
             ended = next(epochs, None)
             if ended is None:
                 break
-            _settle(evaluation.model)
+            settle(evaluation.model)
             seconds += perf_counter() - start
             epoch = ended
             ticker.advance()
@@ -268,24 +273,25 @@ def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: 
     if least is None:
         raise ValueError("a run has at least one epoch")
     set_weights(evaluation.model, weights)
-    return Reported(best, epoch, least, utility(evaluation), seconds)
+    return Reported(best, epoch, figures_of(evaluation), seconds)
 
 
 def forget_accuracy(evaluation: Evaluation) -> Accuracy:
     """Return how often the concept is recognised by the model as it is now."""
-    group = evaluation.forget
     with torch.no_grad():
-        group.prompts.base_pass((), CacheBudget(0))
-        for _ in group.images.base_pass((), CacheBudget(0)):
-            pass
-        return group.base_accuracy()
+        evaluation.forget.prompts.base_pass((), CacheBudget(0))
+        for group in evaluation.shown:
+            for _ in group.images.base_pass((), CacheBudget(0)):
+                pass
+        return evaluation.base_forget_accuracy()
 
 
-def utility(evaluation: Evaluation) -> dict[str, Accuracy]:
-    """Return the accuracy on each evaluation set of the model as it is now."""
+def figures_of(evaluation: Evaluation) -> Figures:
+    """Return what the model as it is now recognises, of the concept and of everything else."""
     with progress.silent():
         evaluation.base_pass((), cache_bytes=0)
-    return {name: group.base_accuracy() for name, group in evaluation.utility.items()}
+    kept = {name: group.base_accuracy() for name, group in evaluation.utility.items()}
+    return Figures(evaluation.base_forget_accuracy(), kept)
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -300,22 +306,44 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
             parameter.copy_(weights[name])
 
 
-def _settle(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
     """Wait for a GPU: its clock runs on after a call has returned."""
     if next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
 
 
+def evaluations(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    model: nn.Module,
+    device: str,
+) -> tuple[Evaluation, Evaluation]:
+    """Open what a set is chosen by and what it is reported on; one and the same where it is."""
+
+    def opened(purpose: Purpose) -> Evaluation:
+        tokenize = tokenizer(resolve(pointer.model))
+        return prepare(store, manifest, model, tokenize=tokenize, device=device, purpose=purpose)
+
+    choosing = opened(Purpose.CHOOSE)
+    return choosing, opened(Purpose.REPORT) if manifest.deals else choosing
+
+
 @dataclass
 class BaselineRunner:
-    """The original model, loaded once with its data; every run of a baseline starts from it."""
+    """The original model, loaded once with its data; every run of a baseline starts from it.
+
+    Epochs and settings are chosen by the rows of `choosing`, figures are of `reporting`: the
+    same, where the set has no rows that nothing is chosen by.
+    """
 
     store: Store
     manifest: SetManifest
     pointer: GradientPointer
     plan: Plan
     model: nn.Module
-    evaluation: Evaluation
+    choosing: Evaluation
+    reporting: Evaluation
     times: PassTimes
     _original: Weights
 
@@ -329,29 +357,35 @@ class BaselineRunner:
         times: PassTimes,
     ) -> "BaselineRunner":
         """Load the model that the set's gradients are of. Raises StaleError and InputError."""
-        device = times.device
-        resolved, model = load_graded(manifest, pointer, device)
-        evaluation = prepare(store, manifest, model, tokenize=tokenizer(resolved), device=device)
-        return cls(store, manifest, pointer, plan, model, evaluation, times, weights_of(model))
+        _, model = load_graded(manifest, pointer, times.device)
+        rows = evaluations(store, manifest, pointer, model, times.device)
+        return cls(store, manifest, pointer, plan, model, *rows, times, weights_of(model))
 
-    def original(self) -> tuple[Accuracy, dict[str, Accuracy]]:
-        """Measure the original model: forget accuracy, and that of each evaluation set."""
+    def restore(self) -> None:
+        """Make the model the original again."""
         set_weights(self.model, self._original)
-        return forget_accuracy(self.evaluation), utility(self.evaluation)
+
+    def original(self) -> Figures:
+        """Measure the original model."""
+        self.restore()
+        return figures_of(self.reporting)
 
     def run(self, method: Method, setting: float) -> Outcome:
         """Run a baseline on the original model and measure the epoch that is reported."""
-        set_weights(self.model, self._original)
+        self.restore()
         seconds = self._seconds_before(method)
         what = "alpha" if method is Method.SSD else "lr"
         label = f"{method} {what} {setting:g}"
         with arithmetic(Precision.FP32):
             reported = follow(
-                self._epochs(method, setting), self.evaluation, label=label, total=self.plan.epochs
+                self._epochs(method, setting), self.choosing, label=label, total=self.plan.epochs
             )
+            figures = reported.figures
+            if self.reporting is not self.choosing:
+                figures = figures_of(self.reporting)
         forget_passes, retain_passes = self._passes(method, reported.epochs)
         progress.detail(
-            f"{label}: FA@1 {reported.forget.top1:.1f} after epoch {reported.epoch} "
+            f"{label}: FA@1 {figures.forget.top1:.1f} after epoch {reported.epoch} "
             f"of {reported.epochs}"
         )
         return Outcome(
@@ -360,12 +394,13 @@ class BaselineRunner:
             plan=self.plan.of(method),
             edit=None,
             epoch=reported.epoch,
-            forget=reported.forget,
-            utility=reported.utility,
+            forget=figures.forget,
+            utility=figures.utility,
             seconds=seconds + reported.seconds,
             forget_passes=forget_passes,
             retain_passes=retain_passes,
             where=self.times.where,
+            chosen_by=reported.figures,
         )
 
     def _passes(self, method: Method, epochs: int) -> tuple[float, float]:

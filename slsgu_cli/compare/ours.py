@@ -8,25 +8,25 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, load_edit
-from slsgu_cli.clip.models import pick_device
+from slsgu_cli.clip.models import device_name, pick_device
 from slsgu_cli.errors import NotForgottenError, StaleError
-from slsgu_cli.method.edit import ensure_edit
+from slsgu_cli.method.edit import current_edit, ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import (
     Accuracy,
     EditHeader,
+    Figures,
     GradientHeader,
     GradientPointer,
+    PassTime,
     Precision,
-    Steer,
     Trial,
     Trials,
 )
 from slsgu_cli.records.options import MARGIN, PassOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Method, Outcome, PassTime
+from slsgu_cli.records.studies import Method, Outcome
 from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -61,11 +61,7 @@ class PassTimes:
     @cached_property
     def where(self) -> str:
         """What the times are measured on, in words."""
-        import torch
-
-        if self.device.startswith("cuda"):
-            return str(torch.cuda.get_device_name(self.device))
-        return f"{self.device}, {torch.get_num_threads()} threads"
+        return device_name(self.device)
 
     def compute(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
         """Compute the gradients or squares that are missing, and note how long it took."""
@@ -141,13 +137,14 @@ def _pass_key(digest: str, squares: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OurEdit:
-    """The recorded trial that a set's edit is, and the header of the edit.
+    """A set's edit: its header, the trial that it is, and all trials of its search.
 
-    `seconds` is what its search took, None where it was there already.
+    `seconds` is what the search took here, None where that is not known.
     """
 
-    trial: Trial
     header: EditHeader
+    trial: Trial
+    trials: Trials
     seconds: float | None
 
     @property
@@ -156,9 +153,26 @@ class OurEdit:
         ridge = "" if self.trial.ridge is None else f", ridge {self.trial.ridge:g}"
         return f"{self.trial.layer} at {self.trial.step:.10g}{ridge}"
 
+    @property
+    def figures(self) -> Figures:
+        """What the edit leaves and keeps, on the rows to report on."""
+        return _figures(self.header.forget, self.header.utility)
+
+    @property
+    def before(self) -> Figures:
+        """The same of the original model."""
+        return _figures(self.header.baseline_forget, self.header.baseline_utility)
+
+
+def _figures(forget: Accuracy | None, utility: dict[str, Accuracy] | None) -> Figures:
+    """Return the figures of an edit that was searched for, which has them."""
+    if forget is None or utility is None:
+        raise ValueError("an edit that was searched for has figures")
+    return Figures(forget, utility)
+
 
 def find_our_edit(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, device: str
+    store: Store, manifest: SetManifest, pointer: GradientPointer, times: PassTimes
 ) -> OurEdit:
     """Return the set's edit, searching for it if there is none.
 
@@ -167,42 +181,74 @@ def find_our_edit(
     name = pointer.name
     missing = not store.exists(Artifact.EDIT.path(name))
     start = perf_counter()
-    try:
-        edit = ensure_edit(store, name, options=SearchOptions(device=device))
-    except NotForgottenError as error:
-        progress.warn(error.message)
-        edit = load_edit(store, name)
+    if missing:
+        try:
+            ensure_edit(store, name, options=SearchOptions(device=times.device_option))
+        except NotForgottenError as error:
+            progress.warn(error.message)
     seconds = perf_counter() - start
-    trial = _trial(store, manifest, pointer, edit)
-    return OurEdit(trial, edit.header, seconds if missing else None)
+    edit = standing_edit(store, manifest, pointer, times)
+    if edit is None:
+        raise StaleError(
+            f"the edit {name} is not among the trials of its search on the sets as they are now",
+            hint=f"run `{Artifact.EDIT.command(name)}`",
+        )
+    return replace(edit, seconds=seconds) if missing else edit
+
+
+def standing_edit(
+    store: Store, manifest: SetManifest, pointer: GradientPointer, times: PassTimes
+) -> OurEdit | None:
+    """Return the set's edit if it is one of the trials on the sets as they are now.
+
+    Raises StaleError where it was made from other gradients.
+    """
+    name = manifest.name
+    if not store.exists(Artifact.EDIT.path(name)) or not store.exists(Artifact.TRIALS.path(name)):
+        return None
+    header = current_edit(store, name).header
+    trials = store.read_record(Artifact.TRIALS.path(name), Trials)
+    if (
+        header.forget is None
+        or header.joint
+        or Artifact.TRIALS.changed(trials, digests_of(manifest, pointer))
+    ):
+        return None
+    took = trials.took if trials.took and trials.took.where == times.where else None
+    for trial in trials.trials:
+        same = (trial.layer, trial.ridge, trial.step) == (header.layer, header.ridge, header.step)
+        if same and trial.utility is not None:
+            return OurEdit(header, trial, trials, took.seconds if took else None)
+    return None
 
 
 def our_outcome(store: Store, edit: OurEdit, pointer: GradientPointer, times: PassTimes) -> Outcome:
-    """Return the row of the set's edit.
+    """Return the row of the set's edit, on the rows to report on.
 
-    The seconds are those of both gradient passes and of the search. A search that was run
-    before is run once more for its time, into a folder that is removed.
+    The seconds are those of both gradient passes and of the search. A search whose time is
+    not on record is run once more for it, into a folder that is removed.
     """
     seconds = edit.seconds
     if seconds is None:
         progress.detail("the search is run once more for its time")
-        seconds = _rehearse(store, edit.header, times.device_option)
+        seconds = _rehearse(store, edit.trials, times.device_option)
     return Outcome(
         method=Method.OURS,
         setting=None,
         plan=None,
         edit=edit.words,
         epoch=None,
-        forget=edit.trial.forget,
-        utility=edit.trial.utility or {},
+        forget=edit.figures.forget,
+        utility=edit.figures.utility,
         seconds=seconds + times.seconds(pointer, ROLES, squares=False),
         forget_passes=1.0,
         retain_passes=1.0,
         where=times.where,
+        chosen_by=_figures(edit.trial.forget, edit.trial.utility),
     )
 
 
-def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
+def original_outcome(figures: Figures) -> Outcome:
     """Return the row of the original model."""
     return Outcome(
         method=Method.ORIGINAL,
@@ -210,8 +256,8 @@ def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
         plan=None,
         edit=None,
         epoch=None,
-        forget=forget,
-        utility=utility,
+        forget=figures.forget,
+        utility=figures.utility,
         seconds=0.0,
         forget_passes=0.0,
         retain_passes=0.0,
@@ -219,41 +265,15 @@ def original_outcome(forget: Accuracy, utility: dict[str, Accuracy]) -> Outcome:
     )
 
 
-def standing_trials(store: Store, manifest: SetManifest, pointer: GradientPointer) -> Trials | None:
-    """Return the trials of a set that were made from what it has now; None without such."""
-    path = Artifact.TRIALS.path(manifest.name)
-    if not store.exists(path):
-        return None
-    trials = store.read_record(path, Trials)
-    return None if Artifact.TRIALS.changed(trials, digests_of(manifest, pointer)) else trials
-
-
-def _trial(store: Store, manifest: SetManifest, pointer: GradientPointer, edit: Edit) -> Trial:
-    """Return the recorded trial that the edit is, on the evaluation sets as they are now."""
-    trials = standing_trials(store, manifest, pointer)
-    for trial in trials.trials if trials else ():
-        if _move(trial) == _move(edit.header) and trial.utility is not None:
-            return trial
-    name = manifest.name
-    raise StaleError(
-        f"the edit {name} is not among the trials of its search on the sets as they are now",
-        hint=f"run `{Artifact.EDIT.command(name)}`",
-    )
-
-
-def _move(of: Trial | EditHeader) -> tuple[str, float | None, float]:
-    return of.layer, of.ridge, of.step
-
-
-def _rehearse(store: Store, header: EditHeader, device: str) -> float:
-    """Return how long the whole search takes that found an edit; nothing of it is kept."""
+def _rehearse(store: Store, trials: Trials, device: str) -> float:
+    """Return how long the whole search takes that made trials; nothing of it is kept."""
     options = SearchOptions(
         device=device,
-        direction=header.direction,
-        steer=header.steer or Steer.FA1,
-        margin=MARGIN if header.margin is None else header.margin,
+        direction=trials.direction,
+        steer=trials.steer,
+        margin=MARGIN if trials.margin is None else trials.margin,
     )
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
-        search(store, header.name, options=options, records=Store(folder))
+        search(store, trials.name, options=options, records=Store(folder))
         return perf_counter() - start

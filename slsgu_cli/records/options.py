@@ -12,7 +12,7 @@ from typing import Any
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
-from slsgu_cli.records.studies import CLIP_METHODS, Check, Method, Settings
+from slsgu_cli.records.studies import CLIP_METHODS, LAYERED, Check, Method, Settings
 from slsgu_cli.records.words import (
     DEVICE,
     DOWNLOAD,
@@ -454,19 +454,26 @@ class SweepRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """Which methods to run and how. `rates` is None to find each baseline's best setting."""
+    """Which methods to run and how. `rates` is None to find each method's best setting.
+
+    `layer` is what ROME, MEMIT, UCE and AlphaEdit edit.
+    """
 
     methods: Sequence[Method] = option(
         CLIP_METHODS, "--methods", metavar="METHODS", without="all",
         read=choices(CLIP_METHODS, always=Method.ORIGINAL),
         write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
-        help="Of ft, ga, gaft, salun, ssd, ours; on a pipeline esd, salun, ours.", panel=SEARCH,
+        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
     )  # fmt: skip
     rates: Sequence[float] | None = option(
         (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
         without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
         help="Learning rates, or auto.", panel=SEARCH,
         write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
+    )  # fmt: skip
+    layer: str | None = option(
+        None, "--layer", metavar="LAYER", panel=LAYERS, completes="layer",
+        help="What rome, memit, uce and alphaedit edit.", without="the middle text mlp.c_proj",
     )  # fmt: skip
     epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
     batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
@@ -479,6 +486,13 @@ class CompareOptions:
         panel=SEARCH, without="0; of a pipeline's pictures 1000",
     )  # fmt: skip
     device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse a layer that no method edits."""
+        if self.layer is not None and not set(LAYERED) & set(self.methods):
+            raise UsageError(
+                "--layer is for " + ", ".join(LAYERED), hint=f"--methods {LAYERED[0]},..."
+            )
 
 
 CHECKS = tuple(check for check in Check if check is not Check.BASELINE)

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.method import Accuracy, Direction, EditHeader, Precision, Steer, Tower
+from slsgu_cli.records.method import (
+    Accuracy,
+    Direction,
+    EditHeader,
+    Figures,
+    PassTime,
+    Precision,
+    Steer,
+    Tower,
+)
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
 
@@ -438,23 +447,31 @@ class Method(StrEnum):
     GAFT = "gaft"
     SALUN = "salun"
     SSD = "ssd"
+    ROME = "rome"
+    MEMIT = "memit"
+    UCE = "uce"
+    ALPHAEDIT = "alphaedit"
+    LEACE_TEXT = "leace-text"
+    LEACE_VISION = "leace-vision"
+    CCUP_TEXT = "ccup-text"
+    CCUP_VISION = "ccup-vision"
     OURS = "ours"
     ESD = "esd"
 
 
-# The rows of a comparison, in order: of CLIP (the paper's Table 1), of a diffusion pipeline.
-CLIP_METHODS = (
-    Method.ORIGINAL,
-    Method.FT,
-    Method.GA,
-    Method.GAFT,
-    Method.SALUN,
-    Method.SSD,
-    Method.OURS,
-)
-PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
-
 TRAINED = (Method.FT, Method.GA, Method.GAFT, Method.SALUN)
+# Those that edit a layer of choice, and those that edit the projections of either tower.
+LAYERED = (Method.ROME, Method.MEMIT, Method.UCE, Method.ALPHAEDIT)
+CLOSED_FORMS = (
+    *LAYERED,
+    Method.LEACE_TEXT,
+    Method.LEACE_VISION,
+    Method.CCUP_TEXT,
+    Method.CCUP_VISION,
+)
+# The rows of a comparison, in order: of CLIP (first the paper's Table 1), of a pipeline.
+CLIP_METHODS = (Method.ORIGINAL, *TRAINED, Method.SSD, *CLOSED_FORMS, Method.OURS)
+PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
 UNRETAINED = (Method.GA, Method.SSD)
 
 
@@ -486,22 +503,26 @@ class PipelinePlan:
 class MethodSetting:
     """A method at a setting and how it runs, or our edit: what is not run twice.
 
-    `setting` is the learning rate, of SSD its alpha; original and ours have none.
+    `setting` is the learning rate, or the one number of a method that is not trained;
+    original and ours have none. `layer` is what a closed form edits.
     """
 
     method: Method
     setting: float | None = None
     plan: Plan | PipelinePlan | None = None
     edit: str | None = None
+    layer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """One row: a method at one setting, after the epoch that is reported.
 
-    `setting` is the learning rate, of SSD its alpha. Original and ours have no `plan`;
-    ours names its `edit`. Passes are in units of the set's forget and retain rows, and
-    `where` is what the seconds were measured on.
+    `setting` is the learning rate, or the one number of a method that is not trained. Only
+    what is trained, and SSD, has a `plan`; a closed form has the `layer` that it edits and the
+    `step` along its change, ours names its `edit`. `chosen_by` has the figures on the rows
+    that epochs and settings are chosen by. Passes are in
+    units of the set's forget and retain rows, and `where` is what the seconds were measured on.
     """
 
     method: Method
@@ -515,24 +536,19 @@ class Outcome:
     forget_passes: float
     retain_passes: float
     where: str | None
+    layer: str | None = added(None)
+    step: float | None = added(None)
+    chosen_by: Figures | None = added(None)
 
     @property
     def made_by(self) -> MethodSetting:
         """The method as it was run for this row."""
-        return MethodSetting(self.method, self.setting, self.plan, self.edit)
+        return MethodSetting(self.method, self.setting, self.plan, self.edit, self.layer)
 
     @property
     def place(self) -> MethodSetting:
         """The place in the record, which our newer edit takes from an older one."""
         return replace(self.made_by, edit=None)
-
-
-@dataclass(frozen=True, slots=True)
-class PassTime:
-    """How long one pass of gradients took, and on what."""
-
-    seconds: float
-    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.comparison import better, compare, mean_rows
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.method import Accuracy, Figures, PassTime, Trials
 from slsgu_cli.records.options import CompareOptions
 from slsgu_cli.records.studies import CLIP_METHODS, Comparison, Method
 from slsgu_cli.store.artifacts import Artifact
@@ -138,17 +138,44 @@ def test_another_plan_is_another_row(own):
     assert second.outcomes[-1].plan.epochs == 1
 
 
-def test_a_search_that_is_recorded_is_timed_once_and_changes_nothing(own):
-    path, edit = Artifact.COMPARISON.path(own.name), f"edits/{own.name}.safetensors"
+def test_a_search_whose_time_is_on_record_is_not_run_again(own, monkeypatch):
+    path = Artifact.COMPARISON.path(own.name)
     record = own.store.read_record(path, Comparison)
+    took = own.store.read_record(Artifact.TRIALS.path(own.name), Trials).took
     own.store.remove(path)
-    before = own.store.read_bytes(edit)
+    monkeypatch.setattr(ours_module, "search", None)
     found = rows_of(run(own, methods=[Method.OURS]))[Method.OURS]
-    assert found.seconds > 0
-    assert own.store.read_bytes(edit) == before
     again = own.store.read_record(path, Comparison)
+    assert found.seconds == took.seconds + sum(time.seconds for time in again.passes.values())
     assert set(again.passes) == {own.pointer.forget, own.pointer.retain}
     assert set(again.passes) < set(record.passes)
+
+
+def test_a_search_that_was_timed_elsewhere_is_timed_here_and_changes_nothing(own):
+    own.store.remove(Artifact.COMPARISON.path(own.name))
+    path, edit = Artifact.TRIALS.path(own.name), f"edits/{own.name}.safetensors"
+    trials = own.store.read_record(path, Trials)
+    own.store.write_record(path, replace(trials, took=PassTime(1e6, "another machine")))
+    before = own.store.read_bytes(edit)
+    assert 0 < rows_of(run(own, methods=[Method.OURS]))[Method.OURS].seconds < 1e6
+    assert own.store.read_bytes(edit) == before
+
+
+def test_epochs_and_settings_are_chosen_by_rows_that_nothing_is_reported_on(own):
+    own.build(report_share=0.5)
+    own.store.remove(f"edits/{own.name}.safetensors")
+    methods = [Method.GA, Method.SSD, Method.ROME, Method.LEACE_VISION, Method.OURS]
+    rows = rows_of(run(own, methods=[Method.ORIGINAL, *methods]))
+    for outcome in (rows[method] for method in methods):
+        by = outcome.chosen_by
+        assert outcome.forget.unseen
+        assert not by.forget.unseen
+        assert {(figure.unseen, by.utility[name].unseen)
+                for name, figure in outcome.utility.items()} == {(True, False)}  # fmt: skip
+    assert rows[Method.GA].utility["second"].rows == rows[Method.OURS].utility["second"].rows
+    original = rows[Method.ORIGINAL]
+    assert original.forget.unseen
+    assert original.forget.rows == rows[Method.ROME].forget.rows
 
 
 def test_a_set_without_gradients_gets_them(world, listener):
@@ -183,8 +210,15 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, mo
 
     def fake(self, method, setting):
         ran.append((self.manifest.name, method, setting))
-        kept = {name: Accuracy(90 - abs(setting - 1e-5) * 1e6, 0, 1) for name in outcome.utility}
-        return replace(outcome, method=method, setting=setting, plan=self.plan, utility=kept)
+        distance = abs(setting - 1e-5) * 1e6
+        chosen_by, reported = (
+            {name: Accuracy(kept, 0, 1) for name in outcome.utility}
+            for kept in (90 - distance, distance)
+        )
+        return replace(
+            outcome, method=method, setting=setting, plan=self.plan, utility=reported,
+            chosen_by=Figures(outcome.forget, chosen_by),
+        )  # fmt: skip
 
     monkeypatch.setattr(BaselineRunner, "run", fake)
     options = replace(OPTIONS, methods=[Method.FT], rates=None)
@@ -240,7 +274,7 @@ def test_the_command(own):
     done = inside(*words, store=own.store.root)
     assert done.exit_code == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert lines[0][:7] == ["method", "setting", "lr", "alpha", "epoch", "FA@1", "FA@5"]
+    assert lines[0][:7] == ["method", "setting", "lr", "value", "layer", "epoch", "FA@1"]
     assert [line[0] for line in lines[1:]] == [str(method) for method in CLIP_METHODS]
     assert "plots/blue-comparison.png" in done.stderr
     again = inside(*words, "--json", "--methods", "ga,ours", store=own.store.root)
@@ -256,6 +290,7 @@ def test_the_command(own):
         (["--lr", "auto,1e-6"], "--lr auto is no learning rate"),
         (["--lr", "-1"], "--lr -1 is no learning rate"),
         (["--methods", "ga,magic"], "--methods magic is none of"),
+        (["--methods", "ga", "--layer", "c_proj"], "--layer is for rome"),
     ],
 )
 def test_what_makes_no_sense_is_told(words, told, tmp_path):

@@ -8,7 +8,7 @@ from baselines import open_bench
 from plain import Plain
 
 from slsgu_cli.compare import methods as methods_module
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.method import Accuracy, Figures
 from slsgu_cli.records.studies import Method
 
 
@@ -30,11 +30,12 @@ def run(accuracies, monkeypatch):
     def forget(evaluation):
         return Accuracy(accuracies[int(evaluation.model.weight) - 1], 50.0, 10)
 
-    def kept(evaluation):
-        return {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
+    def figures(evaluation):
+        kept = {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
+        return Figures(forget(evaluation), kept)
 
     monkeypatch.setattr(methods_module, "forget_accuracy", forget)
-    monkeypatch.setattr(methods_module, "utility", kept)
+    monkeypatch.setattr(methods_module, "figures_of", figures)
     return methods_module.follow(epochs(), counter, label="test", total=len(accuracies))
 
 
@@ -51,8 +52,8 @@ def run(accuracies, monkeypatch):
 def test_the_epoch_that_is_reported(accuracies, reported, ran, monkeypatch):
     found = run(accuracies, monkeypatch)
     assert (found.epoch, found.epochs) == (reported, ran)
-    assert found.forget.top1 == accuracies[reported - 1]
-    assert found.utility["set"].top1 == reported  # measured with that epoch's weights
+    assert found.figures.forget.top1 == accuracies[reported - 1]
+    assert found.figures.utility["set"].top1 == reported  # measured with that epoch's weights
 
 
 def test_the_figures_are_those_of_the_model_that_is_left(shared_world):
@@ -63,4 +64,4 @@ def test_the_figures_are_those_of_the_model_that_is_left(shared_world):
     assert set(outcome.utility) == set(expected.utility)
     for name, figures in outcome.utility.items():
         assert expected.utility[name] == pytest.approx((figures.top1, figures.top5))
-    assert outcome.forget.top1 < bench.original()[0].top1
+    assert outcome.forget.top1 < bench.original().forget.top1

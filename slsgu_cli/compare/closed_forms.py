@@ -1,0 +1,464 @@
+"""Edits of one layer in closed form: ROME, MEMIT, UCE and AlphaEdit, LEACE and CCUP.
+
+A layer is a linear map y = W x. A *key* is what it is applied to where a text becomes its
+features (the end of the text), or an image does. C = E[x x^T] is the second moment of the
+layer's inputs over retained rows, F that over all tokens of the forget captions, and
+P = C + ridge tr(C)/d I. G is the forget gradient of W; summed over tokens, G = R K^T with
+the inputs K and the gradients R at the outputs.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.layers import Layer, block_count
+from slsgu_cli.clip.evaluation import Evaluation
+from slsgu_cli.clip.inputs import (
+    by_length,
+    pixel_normalizer,
+    spans,
+    spare,
+    text_features,
+    to_tokens,
+)
+from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
+from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
+from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.method.directions import ensure_moments, layer_gradient
+from slsgu_cli.method.edit import named_layer
+from slsgu_cli.method.gradient_pass import arithmetic
+from slsgu_cli.method.moments import (
+    ROWS_PER_FORWARD,
+    AppliedLayers,
+    RetainMetric,
+    chosen_rows,
+    exact_device,
+    input_moments,
+)
+from slsgu_cli.method.scoring import norm
+from slsgu_cli.method.search import LayerSearch
+from slsgu_cli.method.trial import Probe, report
+from slsgu_cli.records.method import (
+    Figures,
+    GradientHeader,
+    GradientPointer,
+    LayerScore,
+    Precision,
+    Qkv,
+    Tower,
+)
+from slsgu_cli.records.options import RIDGE, SearchOptions
+from slsgu_cli.records.sets import InputSpec
+from slsgu_cli.records.studies import Method, Outcome
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+
+Rows = npt.NDArray[np.int64]
+
+
+def rome(value: Tensor, key: Tensor, metric: RetainMetric) -> Tensor:
+    """Return the change (outputs, inputs) that moves one key's output by `value`: ROME.
+
+    value (P^-1 k)^T / (k^T P^-1 k): of all changes that do so, the one of least mean square
+    over retained inputs (arXiv 2202.05262, Eq. 2).
+    """
+    along = metric.whiten(key[None])[0]
+    return torch.outer(value.double(), along) / (key.double() @ along)
+
+
+def memit(gradient: Tensor, forget: Tensor, metric: RetainMetric, weight: float) -> Tensor:
+    """Return R K^T (weight P + F)^-1: MEMIT (arXiv 2210.07229, Eq. 14), with R K^T = G."""
+    return RetainMetric(weight * metric.damped() + forget, 1, 0.0).whiten(gradient)
+
+
+def alphaedit(gradient: Tensor, forget: Tensor, moment: Tensor, share: float) -> Tensor:
+    """Return R K^T Q (F Q + l I)^-1: AlphaEdit (arXiv 2410.02355), with R K^T = G.
+
+    Q projects on the eigenvectors of C whose eigenvalues are below `share` of their mean, at
+    least on that of the least one. l is the mean eigenvalue of F.
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    quiet = vectors[:, : max(1, int((values < share * values.mean()).sum()))]
+    projector = quiet @ quiet.T
+    damped = forget.double() @ projector
+    damped.diagonal().add_(forget.double().diagonal().mean())
+    solved: Tensor = torch.linalg.solve(damped, gradient.double() @ projector, left=False)
+    return solved
+
+
+def uce(
+    weight: Tensor, keys: Tensor, guide: Tensor, metric: RetainMetric, preserve: float
+) -> Tensor:
+    """Return the change by which keys (rows, inputs) give what `guide` gives: UCE.
+
+    E[(W g - W k) k^T] (E[k k^T] + preserve P)^-1, expectations over the keys
+    (arXiv 2308.14761).
+    """
+    k, w = keys.double(), weight.double()
+    second = k.T @ k / len(k)
+    wanted = torch.outer(w @ guide.double(), k.mean(dim=0)) - w @ second
+    return RetainMetric(second + preserve * metric.damped(), 1, 0.0).whiten(wanted)
+
+
+def leace(weight: Tensor, apart: Tensor, metric: RetainMetric) -> Tensor:
+    """Return the change that makes outputs tell nothing linear of a label: LEACE.
+
+    -W m (P^-1 m)^T / (m^T P^-1 m), where m = `apart` is the mean input of one label less that
+    of the other. Of all linear A with A m = 0, x -> A x moves retained inputs least
+    (arXiv 2306.03819, of rank one and without its shift of the mean).
+    """
+    return -rome(weight.double() @ apart.double(), apart, metric)
+
+
+def ccup(weight: Tensor, feature: Tensor, share: float) -> Tensor:
+    """Return -share u u^T W, with u the direction of a text feature: CCUP (arXiv 2512.14137)."""
+    u = F.normalize(feature.double(), dim=0)
+    return -share * torch.outer(u, u @ weight.double())
+
+
+class Uses(AppliedLayers):
+    """While active, remembers what one layer was last applied to, and what came out."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__(model, [layer])
+        self.inputs, self.outputs = torch.empty(0), torch.empty(0)
+
+    def applied(
+        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
+    ) -> None:
+        """Remember a call."""
+        self.inputs, self.outputs = inputs, outputs
+
+
+@dataclass(frozen=True, slots=True)
+class KeyReader:
+    """A model with a layer that is listened to while it runs over rows of a block.
+
+    Of a large block, as many rows are run as moments are taken of.
+    """
+
+    model: nn.Module
+    layer: str
+    spec: InputSpec
+    device: str
+
+    @torch.no_grad()
+    def of_texts(self, block: DataBlock) -> Tensor:
+        """Return a text layer's keys (rows, inputs) over the captions of a block, in no order."""
+        return torch.cat([_at(uses.inputs, ends) for uses, _, ends, _ in self._texts(block)])
+
+    @torch.no_grad()
+    def of_images(self, block: DataBlock) -> Tensor:
+        """Return the keys (rows, inputs) of the projection of image features over a block."""
+        return torch.cat([uses.inputs for uses, _ in self._images(block)])
+
+    def value_gradient(self, block: DataBlock) -> Tensor:
+        """Return the mean gradient of 1 - cos(v, t) at a text layer's outputs for its keys."""
+        with torch.no_grad():
+            images = torch.cat([features for _, features in self._images(block)])
+        total = torch.zeros((), dtype=torch.float64, device=exact_device(self.device))
+        with torch.enable_grad():
+            for uses, texts, ends, rows in self._texts(block):
+                losses = 1 - (images[rows.to(images.device)] * texts).sum(dim=-1)
+                (gradient,) = torch.autograd.grad(losses.sum(), [uses.outputs])
+                total = total + _at(gradient, ends).to(total.device).double().sum(dim=0)
+        return total / len(images)
+
+    def _texts(self, block: DataBlock) -> Iterator[tuple[Uses, Tensor, Tensor, Tensor]]:
+        """Yield what was used, features, where the texts end, and which of the rows these are."""
+        tower, uses = text_tower(self.model), Uses(self.model, self.layer)
+        if not isinstance(tower, OpenClipText):
+            raise InputError("the text tower of this model does not show where its texts end")
+        tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
+        for rows in by_length(tower, tokens, self._size):
+            short = tower.trim(tokens[rows]).to(self.device)
+            with uses:
+                features = tower.features(short, short)
+            yield uses, features, tower.pooled_at(short), rows
+
+    def _images(self, block: DataBlock) -> Iterator[tuple[Uses, Tensor]]:
+        tower, uses = vision_tower(self.model), Uses(self.model, self.layer)
+        normalize, rows = pixel_normalizer(self.spec, self.device), chosen_rows(block.rows)
+        with progress.bar("images of keys", len(rows)) as ticker:
+            for start, stop in spans(len(rows), self._size):
+                pixels = normalize(block.take(rows[start:stop]))
+                with uses:
+                    features = tower.features(pixels, pixels)
+                yield uses, features
+                ticker.advance(stop - start)
+
+    @property
+    def _size(self) -> int:
+        return ROWS_PER_FORWARD[self.device.partition(":")[0]]
+
+
+def _at(states: Tensor, ends: Tensor) -> Tensor:
+    """Return the states at the ends of texts, of (rows, length, width) or of those alone."""
+    return states if states.ndim == 2 else states[torch.arange(len(states)), ends]
+
+
+def linear_map(layer: str, values: Tensor) -> Tensor:
+    """Return a layer's values as (outputs, inputs), or such a change as the layer's own.
+
+    A parameter that is no module's weight is applied as x @ W.
+    """
+    return values if layer.endswith(".weight") else values.T
+
+
+# What gives the output of an MLP, and what makes features of states.
+MLP_OUTPUT = re.compile(r"\.mlp\.(?:c_proj|fc2)\.weight$")
+PROJECTIONS = {
+    Tower.TEXT: re.compile(r"(?:text\.)?text_projection(?:\.weight)?"),
+    Tower.VISION: re.compile(r"visual\.(?:proj|head\.proj\.weight)"),
+}
+PROJECTING = {
+    Method.LEACE_TEXT: Tower.TEXT,
+    Method.LEACE_VISION: Tower.VISION,
+    Method.CCUP_TEXT: Tower.TEXT,
+    Method.CCUP_VISION: Tower.VISION,
+}
+GRADED = (Method.ROME, Method.MEMIT, Method.ALPHAEDIT)
+
+
+def layer_for(
+    method: Method, store: Store, pointer: GradientPointer, wanted: str | None
+) -> str | None:
+    """Return the layer that a method edits of the model of some gradients, None without any.
+
+    ROME, MEMIT, UCE and AlphaEdit edit the one `wanted`, by default the output projection of
+    the MLP in the middle block of the text tower. Raises UsageError for one that they cannot
+    edit.
+    """
+    header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
+    names = sorted(header.weights)
+    if method in PROJECTING:
+        fitting = [name for name in names if PROJECTIONS[PROJECTING[method]].fullmatch(name)]
+    elif wanted is not None:
+        layer = named_layer(store, pointer, wanted)
+        is_matrix = layer.third is None and len(header.weights[layer.name].shape) == 2
+        if layer.tower is not Tower.TEXT or not is_matrix or not layer.is_of(Qkv.SPLIT):
+            raise UsageError(
+                f"--layer {wanted} is no linear map of texts that is applied as a whole",
+                hint="--layer with an mlp.c_proj, mlp.c_fc, attn.out_proj or text_projection",
+            )
+        fitting = [layer.name]
+    else:
+        texts = [layer for layer in map(Layer.parse, names) if layer.tower is Tower.TEXT]
+        middle = block_count(layer.name for layer in texts) // 2
+        outputs = [layer for layer in texts if MLP_OUTPUT.search(layer.name)]
+        fitting = [layer.name for layer in outputs if layer.block == middle]
+    return fitting[0] if fitting else None
+
+
+@dataclass
+class ClosedForms:
+    """The closed forms run on a set's original model.
+
+    What several of them need of its rows is computed once, and each is charged for it.
+    """
+
+    baselines: BaselineRunner
+    layers: Mapping[Method, str]
+    _parts: dict[tuple[str, ...], tuple[Any, float]] = field(init=False, default_factory=dict)
+    _charged: float = field(init=False, default=0.0)
+
+    def run(self, method: Method, setting: float) -> Outcome:
+        """Edit the original model by a method and measure what that leaves.
+
+        The seconds are those of the edit and of the search for its step; not of loading, nor
+        of running the original model over the evaluation sets.
+        """
+        runner, layer = self.baselines, self.layers[method]
+        runner.restore()
+        with torch.no_grad(), arithmetic(Precision.FP32):
+            choosing, reporting = self._evaluations
+            probe, step, seconds = self._move(method, setting, choosing)
+            chosen_by = _figures(probe, step)
+            reported = replace(probe, evaluation=reporting)
+            figures = chosen_by if reporting is choosing else _figures(reported, step)
+        if method in (Method.MEMIT, Method.ALPHAEDIT):
+            pointer, model = runner.pointer, runner.model
+            seconds += runner.times.seconds(pointer, ["forget"], squares=False, model=model)
+        progress.detail(f"{method} {setting:g}: FA@1 {figures.forget.top1:.1f} on {layer}")
+        return Outcome(
+            method=method,
+            setting=setting,
+            plan=None,
+            edit=None,
+            epoch=None,
+            forget=figures.forget,
+            utility=figures.utility,
+            seconds=seconds,
+            forget_passes=float(method in GRADED),
+            retain_passes=0.0,
+            where=runner.times.where,
+            layer=layer,
+            step=step,
+            chosen_by=chosen_by,
+        )
+
+    def _move(
+        self, method: Method, setting: float, evaluation: Evaluation
+    ) -> tuple[Probe, float, float]:
+        """Return a method's move, the step along it, and how long both took."""
+        start, self._charged = perf_counter(), 0.0
+        layer, device = self.layers[method], self.baselines.times.device
+        change = linear_map(layer, self.change(method, setting, layer))
+        probe = _probe(evaluation, layer, change.float().to(device))
+        step = 1.0 if method in PROJECTING else _chosen_step(probe, method)
+        settle(self.baselines.model)
+        return probe, step, perf_counter() - start + self._charged
+
+    @torch.no_grad()
+    def change(self, method: Method, setting: float, layer: str) -> Tensor:
+        """Return the change (outputs, inputs) that a method makes of a layer at a setting."""
+        weight = linear_map(layer, self.baselines.model.get_parameter(layer).data).to(self._exact)
+        if method in (Method.CCUP_TEXT, Method.CCUP_VISION):
+            return ccup(weight, self._feature(), setting)
+        ridged = method in (Method.ROME, Method.LEACE_TEXT, Method.LEACE_VISION)
+        metric = self._metric(layer, setting if ridged else RIDGE)
+        match method:
+            case Method.ROME:
+                key = self._keys(layer, "forget").mean(dim=0)
+                return rome(self._value(layer), key, metric)
+            case Method.MEMIT:
+                return memit(self._gradient(layer), self._forget_moment(layer), metric, setting)
+            case Method.ALPHAEDIT:
+                forget = self._forget_moment(layer)
+                return alphaedit(self._gradient(layer), forget, metric.moment, setting)
+            case Method.UCE:
+                guide = self._keys(layer, "retain").mean(dim=0)
+                return uce(weight, self._keys(layer, "forget"), guide, metric, setting)
+        forget, retain = (self._keys(layer, role).mean(dim=0) for role in ("forget", "retain"))
+        return leace(weight, forget - retain, metric)
+
+    @cached_property
+    def _evaluations(self) -> tuple[Evaluation, Evaluation]:
+        """The rows to choose by and those to report on, after the original model's pass."""
+        runner = self.baselines
+        device = runner.times.device
+        opened = evaluations(runner.store, runner.manifest, runner.pointer, runner.model, device)
+        for evaluation in {id(each): each for each in opened}.values():
+            evaluation.base_pass(set(self.layers.values()), cache_bytes=spare(device))
+        return opened
+
+    def _gradient(self, layer: str) -> Tensor:
+        values = layer_gradient(self.baselines.store, self.baselines.pointer.forget, layer)
+        return linear_map(layer, torch.from_numpy(values)).to(self._exact)
+
+    def _metric(self, layer: str, ridge: float) -> RetainMetric:
+        """Return P of a layer; its moment is computed where the store lacks it."""
+        runner = self.baselines
+        moments = self._once(
+            ("retain moment", layer),
+            lambda: ensure_moments(
+                runner.store, runner.manifest, runner.pointer, [layer], device=runner.times.device
+            ),
+        )
+        if not moments.has(layer):
+            raise InputError(f"{layer}: its tower does not show what the layer is applied to")
+        return RetainMetric(moments.moment(layer), 1, ridge)
+
+    def _forget_moment(self, layer: str) -> Tensor:
+        """Return F, fp64 (inputs, inputs)."""
+        runner = self.baselines
+        block, device = self._block("forget"), runner.times.device
+
+        def compute() -> Tensor:
+            spec = runner.manifest.input
+            found = input_moments(runner.model, [layer], block, spec=spec, device=device)
+            return found[layer].mean()
+
+        moment: Tensor = self._once(("forget moment", layer), compute)
+        return moment
+
+    def _keys(self, layer: str, role: str) -> Tensor:
+        """Return fp64 the keys of a layer over the texts, or the images, of a role."""
+        block, reader = self._block(role), self._reader(layer)
+        is_text = Layer.parse(layer).tower is Tower.TEXT
+        read = reader.of_texts if is_text else reader.of_images
+        keys: Tensor = self._once(
+            ("keys", layer, role), lambda: read(block).to(self._exact).double()
+        )
+        return keys
+
+    def _value(self, layer: str) -> Tensor:
+        block, reader = self._block("forget"), self._reader(layer)
+        value: Tensor = self._once(("value", layer), lambda: reader.value_gradient(block))
+        return value
+
+    def _feature(self) -> Tensor:
+        """Return the mean unit feature of the forget captions."""
+        model, device = self.baselines.model, self.baselines.times.device
+        block = self._block("forget")
+        tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
+        size = ROWS_PER_FORWARD[device.partition(":")[0]]
+        features: Tensor = self._once(
+            ("features",), lambda: text_features(text_tower(model), tokens, size, device)
+        )
+        return features.to(self._exact).double().mean(dim=0)
+
+    def _once(self, name: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+        """Return what `compute` gives, computed at the first call; charge its time at each."""
+        start = perf_counter()
+        if name not in self._parts:
+            value = compute()
+            settle(self.baselines.model)
+            self._parts[name] = value, perf_counter() - start
+        value, seconds = self._parts[name]
+        self._charged += seconds - (perf_counter() - start)
+        return value
+
+    def _block(self, role: str) -> DataBlock:
+        return DataBlock.open(self.baselines.store, getattr(self.baselines.manifest, role))
+
+    def _reader(self, layer: str) -> KeyReader:
+        runner = self.baselines
+        return KeyReader(runner.model, layer, runner.manifest.input, runner.times.device)
+
+    @property
+    def _exact(self) -> str:
+        return exact_device(self.baselines.times.device)
+
+
+def _probe(evaluation: Evaluation, layer: str, change: Tensor) -> Probe:
+    """Return a move along a change of a layer that nobody ranked."""
+    weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
+    score = LayerScore(
+        layer=layer,
+        tower=Layer.parse(layer).tower or Tower.TEXT,
+        shape=weight.shape,
+        importance=0.0,
+        alignment=0.0,
+        forget_norm=0.0,
+        retain_norm=0.0,
+        weight_norm=norm(weight),
+        front=False,
+    )
+    return Probe(evaluation, score, change)
+
+
+def _chosen_step(probe: Probe, method: Method) -> float:
+    """Return the step that our own search would choose along a change.
+
+    UCE's change has a length of its own, which is tried first.
+    """
+    search = LayerSearch((), probe.evaluation, SearchOptions())
+    search.along(probe, 1.0 if method is Method.UCE else None)
+    return search.choose().step
+
+
+def _figures(probe: Probe, step: float) -> Figures:
+    """Return what a step leaves and keeps, on the rows of the move."""
+    return report(probe.evaluation, [(probe, step)]).after
