@@ -8,6 +8,7 @@ from slsgu_cli.store.store import Store
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
+FEW = 8
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +28,18 @@ def facebook(demo_model, tmp_path_factory):
     return world
 
 
-def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
+def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models, monkeypatch):
+    from slsgu_cli.downstream import subjects
     from slsgu_cli.downstream.generate import ask
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import AskRequest, SteerOptions
     from slsgu_cli.records.targets import Budget
 
+    # What a few images are read as ranks the layers as more of them do.
+    monkeypatch.setattr(subjects, "ROWS", FEW)
     options = SteerOptions(
         target=trained_models / "llava",
-        budget=Budget(concept=33, others=160),
+        budget=Budget(concept=20, others=60),
         top=1,
         steps=8,
         device="cpu",
@@ -59,20 +63,22 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
     from slsgu_cli.records.target_options import GenerateRequest, SteerOptions
     from slsgu_cli.records.targets import Budget, PaintOptions
 
+    paint = PaintOptions(steps=6, guidance=4.0)
     options = SteerOptions(
         target=trained_models / "sd",
-        budget=Budget(concept=6, others=10, paint=PaintOptions(steps=8, guidance=4.0)),
+        budget=Budget(concept=4, others=6, paint=paint),
         top=1,
         steps=4,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
+    assert found.trials.before.ua == 0
     assert 100 - found.chosen.concept.percent >= 90
     assert found.chosen.others.percent >= found.trials.before.ira - 5
     # What was found is measured on prompts and seeds that the search did not see.
     request = GenerateRequest(
-        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 103),
-        paint=PaintOptions(steps=10, guidance=4.0), judge=facebook.model,
+        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=(100, 101),
+        paint=paint, judge=facebook.model,
     )  # fmt: skip
     record, _ = generate(facebook.store, request)
     assert record.after.ua >= 90

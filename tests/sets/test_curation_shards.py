@@ -26,6 +26,12 @@ def tars(tmp_path):
 
 
 @pytest.fixture
+def alone(monkeypatch):
+    """Read shards in this process: others take longer to start than all of the shards."""
+    monkeypatch.setattr(shards, "cores", lambda: 1)
+
+
+@pytest.fixture
 def store(tmp_path):
     return Store(str(tmp_path / "store"))
 
@@ -75,15 +81,14 @@ def test_samples_of_many_names_with_their_origins(store, tars):
         assert data == encoded(number, kind="JPEG")
 
 
-def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, monkeypatch):
+def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, alone, monkeypatch):
     monkeypatch.setattr(shards, "retain_wanted", lambda request: 15)
     record = collect(store, ask(tars, retain_samples=5)).record
     assert record.retain.found == 20
     assert len(record.retain.shards) == 2
 
 
-def test_only_files_that_were_not_done_are_read_again(store, tars, monkeypatch):
-    monkeypatch.setattr(shards, "cores", lambda: 1)
+def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkeypatch):
     real, read = shards.select, []
 
     def breaking(reader, wants, trouble):
@@ -104,13 +109,13 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, monkeypatch):
     assert "were collected before" in listener.heard[0]
 
 
-def test_a_changed_source_is_another_collection(store, tars):
+def test_a_changed_source_is_another_collection(store, tars, alone):
     first = collect(store, ask(tars))
     shard(__import__("pathlib").Path(tars) / "00000.tar", ["a dog"] * 31)
     assert collect(store, ask(tars)).folder != first.folder
 
 
-def test_sources_of_other_kinds(store, tmp_path):
+def test_sources_of_other_kinds(store, alone, tmp_path):
     table = write_parquet(tmp_path / "a.parquet", [sample(n, f"a {KINDS[n]}") for n in range(3)])
     photos = write_folder(tmp_path / "photos", {"dog/1.png": encoded(7), "ant/2.png": encoded(8)})
     collected = collect(store, ask(table, photos))
@@ -121,7 +126,7 @@ def test_sources_of_other_kinds(store, tmp_path):
     ]
 
 
-def test_broken_shards_are_counted_and_damage_is_told(store, tars, tmp_path):
+def test_broken_shards_are_counted_and_damage_is_told(store, tars, alone, tmp_path):
     path = tmp_path / "tars" / "00003.tar"
     path.write_bytes(path.read_bytes()[:20_000])
     record = collect(store, ask(tars)).record

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -45,13 +46,29 @@ def slsgu(*arguments, env=None, timeout=120, **options):
     )  # fmt: skip
 
 
-def start(*arguments, env=None, **options):
+def start(*arguments, env=None, program=SLSGU, **options):
     """Start a command that Ctrl-C ends; its outputs are text."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [*SLSGU, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         text=True, env=_environment(env), preexec_fn=interruptible, **outputs,
     )  # fmt: skip
+
+
+def start_held(*arguments, at, call=1):
+    """Start a command and return it where it waits, at the `call`th call of a function.
+
+    `at` names the function as "module:name". The command goes on when its stdin is closed,
+    as `communicate` does.
+    """
+    reached, tell = os.pipe()
+    held = (sys.executable, str(Path(__file__).with_name("held.py")), str(tell), at, str(call))
+    process = start(*arguments, program=held, stdin=subprocess.PIPE, pass_fds=[tell])
+    os.close(tell)
+    with os.fdopen(reached, "rb") as pipe:
+        if not pipe.read(1):
+            raise AssertionError((f"ended before call {call} of {at}", *process.communicate()))
+    return process
 
 
 def interruptible():
