@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from icons import write_few
 from places import ROOT
 from processes import inside, slsgu
 from safetensors.numpy import load_file
@@ -84,18 +85,10 @@ def test_the_commands_are_told_one_by_one(facebook):
 @pytest.fixture(scope="module")
 def castle(tmp_path_factory):
     """What `slsgu demo castle --steer fa5` prints with few of the icons, and its folder."""
-    import pyarrow.parquet as pq
-
-    folder = tmp_path_factory.mktemp("few icons")
-    for name in ("clip", "classes.json", "templates.txt"):
-        (folder / name).symlink_to(DATA / name)
-    for name in ("train.parquet", "heldout.parquet"):
-        icons = pq.read_table(DATA / name)
-        concepts = enumerate(icons["concept"].to_pylist())
-        some = [row for row, concept in concepts if concept == "castle" or row % 12 == 0]
-        pq.write_table(icons.take(some), folder / name)
+    folder = write_few(tmp_path_factory.mktemp("few icons"), "castle")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
         patch.setattr(demo, "DATA", folder)
         patch.setattr(demo, "RETAIN_SAMPLES", 64)
         done = inside("demo", "castle", "--steer", "fa5", store="a store")
@@ -121,6 +114,7 @@ def test_castle_leaves_the_first_five(castle):
 def test_the_printed_commands_do_the_same(castle, monkeypatch):
     shown, folder = castle
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
     ran = [inside(*words, env=env) for words, env in typed(shown.rpartition(":\n\n")[2], folder)]
     assert [done.exit_code for done in ran] == [0] * 6
     told = "".join(done.stderr for done in ran)

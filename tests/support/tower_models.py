@@ -26,14 +26,14 @@ CONFIGS = {
         "custom_text": True,
         "init_logit_bias": -10,
         "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
-                       "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+                       "timm_pool": "", "timm_proj": "linear", "image_size": 64},
         "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
     "eva": {
         "embed_dim": 16,
         "custom_text": True,
         "vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_model_pretrained": False,
-                       "timm_pool": "token", "timm_proj": "linear", "image_size": 224},
+                       "timm_pool": "token", "timm_proj": "linear", "image_size": 56},
         "text_cfg": TEXT,
     },
     "coca": {
@@ -57,6 +57,9 @@ def make(kind, folder):
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     built = open_clip.create_model(path.stem).eval()
+    if isinstance(built.visual, open_clip.timm_model.TimmModel):
+        # timm's models are made for larger images, whatever the configuration says.
+        built.visual.trunk.set_input_size(built.visual.image_size)
     for name, parameter in built.named_parameters():
         # Fresh projections and norms are zeros and ones in places, which would hide errors.
         if parameter.ndim < 2 and not name.startswith("logit"):

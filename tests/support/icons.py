@@ -1,0 +1,17 @@
+"""Few of the embedded icons, laid out as all of them are."""
+
+import pyarrow.parquet as pq
+from places import DEMO
+
+
+def write_few(folder, concept, *, one_in=24):
+    """Make `folder` a `slsgu_cli/demo` with all icons of a concept and a share of the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("clip", "classes.json", "templates.txt"):
+        (folder / name).symlink_to(DEMO / name)
+    for name in ("train.parquet", "heldout.parquet"):
+        icons = pq.read_table(DEMO / name)
+        concepts = enumerate(icons["concept"].to_pylist())
+        some = [row for row, each in concepts if each == concept or row % one_in == 0]
+        pq.write_table(icons.take(some), folder / name)
+    return folder
