@@ -277,8 +277,8 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)
     before = {name: value.clone() for name, value in pipe.pipeline.unet.state_dict().items()}
     options = on_pipeline.PipelineCompareOptions(
-        target=trained_models / "sd", rates=(1e-2,), iterations=2, device="cpu",
-        budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=3, guidance=4.0)),
+        target=trained_models / "sd", rates=(1e-2,), iterations=1, device="cpu",
+        budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=2, guidance=4.0)),
     )  # fmt: skip
     found = on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
@@ -299,7 +299,7 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("painted again"))
     assert on_pipeline.compare_on_pipeline(steered, "facebook", options=options) == found
     with pytest.raises(pytest.fail.Exception, match="painted again"):
-        more = replace(options, iterations=3)
+        more = replace(options, iterations=2)
         on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
 
 

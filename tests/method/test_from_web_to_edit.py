@@ -31,7 +31,7 @@ from slsgu_cli.sets.download import find_command
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
-ROWS, FORGET, RETAIN = 400, 40, 48
+ROWS, FORGET, RETAIN = 200, 20, 32
 LAYER = "visual.proj"
 
 
@@ -137,7 +137,7 @@ def edit_of(store, name):
 def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_model, tmp_path):
     metadata = tmp_path / "meta.parquet"
     rows = [{"URL": f"{web}/icon/{n}", "TEXT": row["caption"]} for n, row in enumerate(icons)]
-    pq.write_table(pa.Table.from_pylist(rows), metadata, row_group_size=64)
+    pq.write_table(pa.Table.from_pylist(rows), metadata, row_group_size=32)
     common = {
         "name": "facebook",
         "concept": "facebook",
@@ -152,7 +152,7 @@ def test_the_edit_is_that_of_the_same_images_on_disk(command, icons, web, demo_m
         MetadataSource(
             metadata=(str(metadata),),
             download=DownloadOptions(
-                command=command, processes=1, retries=0, timeout=60, shard_rows=200
+                command=command, processes=1, retries=0, timeout=60, shard_rows=100
             ),
         ),
     )

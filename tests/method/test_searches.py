@@ -26,21 +26,29 @@ def passes(monkeypatch):
     return counted
 
 
+@pytest.fixture(scope="module")
+def apart(several_world, tmp_path_factory):
+    """Each set searched by itself, by name, and the world of that."""
+    world = several_world.copied(tmp_path_factory.mktemp("apart") / "store")
+    options = SearchOptions(steps=3)
+    return world, {name: search(world.store, name, options=options) for name in NAMES}
+
+
 @pytest.mark.parametrize("budget", [None, 0, 200_000])
-def test_each_finds_what_it_finds_alone(budget, several_world, tmp_path, passes):
-    together, apart = (several_world.copied(tmp_path / name) for name in ("together", "apart"))
+def test_each_finds_what_it_finds_alone(budget, several_world, apart, tmp_path, passes):
+    together, (alone, singles) = several_world.copied(tmp_path / "store"), apart
     options = SearchOptions(steps=3, cache_budget=budget)
     results = list(search_each(together.store, NAMES, options=options))
     assert len(passes) == 1
     assert [result.trials.name for result in results] == list(NAMES)
     for result in results:
-        single = search(apart.store, result.trials.name, options=options)
+        single = singles[result.trials.name]
         assert result.chosen == single.chosen
         assert result.trials.baseline_utility == single.trials.baseline_utility
         for one, other in zip(result.trials.trials, single.trials.trials, strict=True):
             assert (one.layer, one.step, one.forget) == (other.layer, other.step, other.forget)
         name = result.trials.name
-        assert load_edit(together.store, name).header == load_edit(apart.store, name).header
+        assert load_edit(together.store, name).header == load_edit(alone.store, name).header
 
 
 def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, tmp_path, passes):

@@ -129,9 +129,9 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, tmp_pat
         own.build(
             sources=[f"{DEMO / 'train.parquet'}?concept={name}"],
             retain_sources=[world.sources["pairs"]],
-            retain_samples=36,
+            retain_samples=32,
             retain_exclude=names,
-            max_forget=20,
+            max_forget=16,
         )
         own.grade()
     result = find(world, *names, layers=DEMO_LAYERS)
