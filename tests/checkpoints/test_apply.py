@@ -475,7 +475,7 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
     run([made], main_weights(folder), out)
     old = tree(out)
     code = f"""
-        import time
+        import signal
         from pathlib import Path
         import slsgu_cli.checkpoints.weights as weights
         from slsgu_cli.checkpoints.apply import apply_edits
@@ -484,7 +484,7 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         from slsgu_cli.store.store import Store
         def stall(path, pieces):
             print("half", flush=True)
-            time.sleep(60)
+            signal.pause()
         weights.write_at = stall
         target = read_target(Path({str(folder)!r}))
         edit = load_edit(Store({store.root!r}), "facebook").scaled(3)

@@ -111,13 +111,13 @@ def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Pat
     target.parent.mkdir()
     target.write_text("old")
     code = f"""
-        import time
+        import signal
         from pathlib import Path
         from slsgu_cli.store import files
         with files.replacing(Path({str(target)!r})) as partial:
             files.copy_file(Path({str(source)!r}), partial)
             print("half", flush=True)
-            time.sleep(60)
+            signal.pause()
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
