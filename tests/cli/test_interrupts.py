@@ -105,7 +105,7 @@ def test_interrupted_search_goes_on_where_it_was(store, interrupt):
         assert inside(*words, store=store).exit_code == 0
     trials = store / "trials" / "blue.json"
     words = ["search", "blue", "--layer", "visual.proj", "--layer", "text_projection"]
-    words += ["--layer", "visual.conv1", "--steps", 4]
+    words += ["--layer", "visual.conv1.weight", "--steps", 4]
     interrupt(Probe, "measure", 8)
     first = inside(*words, store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
