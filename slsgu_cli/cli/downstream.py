@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
-from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.method import Effect
+from slsgu_cli.figures.html import interval, roughly
+from slsgu_cli.records.method import JudgeFigures, Share
 from slsgu_cli.records.target_options import (
     AskRequest,
     CanvasRequest,
@@ -61,41 +61,70 @@ def show_generation(console: "Console", record: Generation, output: "OutputFolde
         console.table("generation", columns, rows, data=record)
     else:
         console.table("prompts", columns, rows, title=title)
-    if record.before and record.after:
-        show_effects(console, record.before, record.after)
+    show_effects(console, record.by_judge)
     console.paths("sheets", [output.where("sheet.png"), output.where("sheet.html")])
 
 
-def show_effects(console: "Console", before: Effect, after: Effect) -> None:
-    """Print unlearning and retained accuracy before and after."""
+def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
+    """Print unlearning and retained accuracy before and after, by each judge."""
     from slsgu_cli.cli.console import Column
 
-    rows = []
-    for name, first, second, of in (
-        ("UA", before.ua, after.ua, before.concept.total),
-        ("IRA", before.ira, after.ira, before.others.total),
-    ):
-        change = None if first is None or second is None else second - first
-        rows.append((name, first, second, change, of))
-    columns = (
+    rows: list[tuple[str | float | None, ...]] = []
+    for by in judged:
+        before, after = by.before, by.after
+        gone = Share(after.concept.total - after.concept.count, after.concept.total)
+        for name, first, second, share in (
+            ("UA", before.ua, after.ua, gone),
+            ("IRA", before.ira, after.ira, after.others),
+        ):
+            change = None if first is None or second is None else second - first
+            likely = interval(share) if share.total else None
+            judge = (by.judge,) if len(judged) > 1 else ()
+            rows.append((name, *judge, first, second, change, share.total, likely))
+    columns: tuple[str | Column, ...] = (
         "figure",
+        *([Column("judge")] if len(judged) > 1 else []),
         Column("original", shown=roughly),
         Column("unlearned", shown=roughly),
         Column("change", shown=_change),
         "of",
+        Column("95% interval"),
     )
     title = "UA: images of the concept not taken for it. IRA: others taken for what they are"
-    console.table("effect", columns, rows, title=title)
+    if rows:
+        console.table("effect", columns, rows, title=title)
 
 
 def show_steered(console: "Console", store: "Store", result: "SteerResult") -> None:
-    """Print each layer's shortest sufficient step (else its last), and what was chosen.
+    """Print what was chosen, and its figures on what nothing was chosen by.
 
-    Where all that was tried was measured in full, it is every trial: the frontier of what
-    is forgotten against what is kept.
+    Trials are shown as well where they are not for a person to read, or with -v.
     """
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
+
+    trials, chosen, figures = result.trials, result.chosen, result.figures
+    if console.as_json or not console.brief:
+        _show_trials(console, result)
+    console.value(
+        "chosen",
+        f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
+        data=chosen,
+        shown=f"\nchosen of {len(trials.trials)} trials on {trials.target}: {chosen.layer} at step "
+        f"{chosen.step:.4g}, a move by {100 * chosen.share:.1f}% of the layer's norm",
+    )
+    show_effects(console, figures.by_judge)
+    things = "unseen images" if figures.unseen else "images, which the edit was chosen by"
+    for by in figures.by_judge:
+        judge = f"by {by.judge}, " if figures.further else ""
+        console.note(f"{judge}{trials.name} is recognised in {by.after.concept.in_words(things)}")
+    console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
+    if result.reused:
+        console.note(f"{result.reused} recorded trials were used again")
+
+
+def _show_trials(console: "Console", result: "SteerResult") -> None:
+    """Print each layer's best trial, or where all were measured in full every trial."""
+    from slsgu_cli.cli.console import Column
 
     trials, chosen = result.trials, result.chosen
     full = all(trial.others for trial in trials.trials)
@@ -121,18 +150,13 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
         Column("IRA", shown=roughly),
         "chosen",
     )
-    many = f"{len(trials.trials)} trials on {trials.target}"
-    title = many if full else f"the best of {many}, by layer"
+    title = f"trials on {trials.target}, on the images to choose by"
+    title = title if full else f"the best {title}, by layer"
     data = {"trials": trials, "chosen": chosen, "forgotten": result.forgotten, "edit": result.edit}
     if console.as_json:
-        console.table("search", columns, rows, data=data)
+        console.table("search", columns, rows, data=data | {"figures": result.figures})
     else:
         console.table("trials", columns, rows, title=title)
-    if trials.before is not None and chosen.others is not None:
-        show_effects(console, trials.before, Effect(chosen.concept, chosen.others))
-    console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
-    if result.reused:
-        console.note(f"{result.reused} recorded trials were used again")
 
 
 def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
@@ -145,8 +169,9 @@ def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
 
 
 def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, bool, float]:
-    enough = 100 - (trial.concept.percent or 0.0) >= goal
-    return trial != chosen, not enough, trial.step if enough else float(trial.concept.count)
+    left = trial.concept.percent or 0.0
+    enough = 100 - left >= goal
+    return trial != chosen, not enough, trial.step if enough else left
 
 
 def show_answer_set(console: "Console", answer_set: AnswerSet) -> None:

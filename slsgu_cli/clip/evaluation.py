@@ -351,6 +351,35 @@ def rows_for(purpose: Purpose, manifest: SetManifest, name: str, labels: Ints) -
     return np.flatnonzero(serving), purpose is Purpose.REPORT
 
 
+def serving_rows(
+    store: Store, manifest: SetManifest, name: str, purpose: Purpose
+) -> tuple[DataBlock, Ints]:
+    """Return the block of evaluation set `name` that serves a purpose, and which of its rows."""
+    ref = manifest.evals[name]
+    if purpose is Purpose.REPORT:
+        ref = manifest.reports.get(name, ref)
+    block = DataBlock.open(store, ref)
+    return block, rows_for(purpose, manifest, name, block.labels)[0]
+
+
+def concept_rows(
+    store: Store, manifest: SetManifest, purpose: Purpose
+) -> tuple[DataBlock, Ints] | None:
+    """Return the evaluation images of the concept that serve a purpose; None without any.
+
+    Where there are too few to deal, all of them serve both.
+    """
+    name = manifest.forget_eval
+    if name is None:
+        return None
+    block = DataBlock.open(store, manifest.evals[name])
+    label = find_class(block.class_names, manifest.concept)
+    rows: Ints = np.arange(block.rows)
+    if concept_is_dealt(store, manifest):
+        block, rows = serving_rows(store, manifest, name, purpose)
+    return block, rows[block.labels[rows] == label]
+
+
 def dealt_to_report(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """Return which rows are reported on: `share` of each class, drawn by seed."""
     reported = np.zeros(len(labels), bool)

@@ -20,7 +20,7 @@ from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_spec
+from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_specs
 from slsgu_cli.downstream.models import (
     Pipeline,
     folder_fingerprint,
@@ -28,12 +28,12 @@ from slsgu_cli.downstream.models import (
     quiet,
     require_family,
 )
-from slsgu_cli.errors import MissingError, StaleError
+from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
 from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Effect, GradientPointer
-from slsgu_cli.records.sets import DataRef, SetManifest
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
 from slsgu_cli.records.studies import Method, MethodSetting, PipelinePlan
 from slsgu_cli.records.target_options import PipelineCompareOptions
 from slsgu_cli.records.targets import PipelineComparison, PipelineOutcome, TargetTrials
@@ -52,7 +52,10 @@ def compare_on_pipeline(
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
-    options = replace(options, judge=judge_spec(store, name, options.judge))
+    judges = judge_specs(store, name, options.judges)
+    if len(judges) > 1:
+        raise UsageError("methods are compared by one judge", hint="give --judge once")
+    options = replace(options, judges=judges)
     run = PipelineComparisonRun.open(store, name, options)
     settings: dict[Method, Sequence[float | None]] = {
         Method.ORIGINAL: (None,),
@@ -174,8 +177,10 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         require_family(options.target, answers=False)
-        judge = options.judge or pointer.model
-        judged = JudgedPrompts.of_set(store, manifest, judge, options.budget, device=options.device)
+        judges = options.judges or (pointer.model,)
+        judged = JudgedPrompts.of_set(
+            store, manifest, judges, options.budget, purpose=Purpose.REPORT, device=options.device
+        )
         fresh = PipelineComparison(
             name=name,
             concept=judged.name,
@@ -185,10 +190,11 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
             forget_data=pointer.forget_data,
             retain_data=pointer.retain_data,
             evals=manifest.measured_on(),
-            judge=str(judge),
+            judge=str(judged.judge.spec),
             budget=options.budget,
             outcomes=(),
             version=slsgu_cli.__version__,
+            asked=judged.digest,
         )
         times = PassTimes(store, manifest, options.device)
         edit = target_edit(name, options.target)
@@ -246,10 +252,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
             method=method,
             plan=plan,
             edit=edit,
-            effect=Effect(
-                judged.recognised(judged.of_concept, shown),
-                judged.recognised(judged.of_others, rest),
-            ),
+            effect=judged.effects(shown, rest)[str(judged.judge.spec)],
             distance=frechet_distance(features(original), features(rest)),
             seconds=seconds,
             where=None if method is Method.ORIGINAL else self.times.where,

@@ -16,7 +16,7 @@ from slsgu_cli.method.moments import (
     mean_square_output,
     whitened_importance,
 )
-from slsgu_cli.records.method import Direction, Share
+from slsgu_cli.records.method import Direction, Effect, Share
 from slsgu_cli.records.targets import TargetTrial
 
 
@@ -24,7 +24,8 @@ from slsgu_cli.records.targets import TargetTrial
 class TargetMove:
     """A layer of a target, its original values, the direction it moves in, and the promise of it.
 
-    `ridge` is what whitened the direction, None for the gradient itself.
+    `ridge` is what whitened the direction, None for the gradient itself. With a `goal`, a
+    trial that misses it shows no more of the concept than that takes.
     """
 
     subject: Subject
@@ -33,6 +34,7 @@ class TargetMove:
     direction: Tensor
     importance: float
     ridge: float | None = None
+    goal: float | None = None
 
     @property
     def line(self) -> tuple[str, float | None]:
@@ -56,7 +58,7 @@ class TargetMove:
     def measure(self, step: float) -> TargetTrial:
         """Return what the target still shows of the concept after a step."""
         with self.in_place(step):
-            concept = self.subject.concept()
+            concept = self.subject.concept(self.goal)
         tower = self.subject.encoder.tower_place.tower
         return TargetTrial(self.layer, tower, step, self.share(step), concept, None)
 
@@ -64,6 +66,11 @@ class TargetMove:
         """Return what the target still shows of other classes after a step."""
         with self.in_place(step):
             return self.subject.others()
+
+    def report(self, step: float) -> dict[str, Effect]:
+        """Return what each judge makes of what nothing was chosen by, after a step."""
+        with self.in_place(step):
+            return self.subject.report()
 
 
 def moves_of(

@@ -12,12 +12,13 @@ from PIL import Image, UnidentifiedImageError
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.clip.evaluation import concept_rows, serving_rows
 from slsgu_cli.downstream.judge import (
     Classes,
     Judge,
     called,
     class_in,
-    judge_spec,
+    judge_specs,
     measured_classes,
     png_bytes,
 )
@@ -33,7 +34,8 @@ from slsgu_cli.figures.pictures import (
     sheet_png,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.method import Effect, JudgeFigures, Share
+from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.target_options import AskRequest, GenerateRequest
 from slsgu_cli.records.targets import Answer, Answers, Generation, PromptResult
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
@@ -132,6 +134,8 @@ class OutputFolder:
 
 
 BEFORE, AFTER = "original", "unlearned"
+# What a judge takes each image of both models for.
+Verdicts = dict[str, list[str]]
 
 
 def generate(store: Store, request: GenerateRequest) -> tuple[Generation, OutputFolder]:
@@ -140,9 +144,9 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     Raises MissingError, InputError, StaleError and UsageError.
     """
     edits = [load_edit(store, name) for name in request.names]
-    request = replace(request, judge=judge_spec(store, request.names[0], request.judge))
+    request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     classes = judged_classes(store, edits, request.classes, request.templates)
-    if request.judge is not None and len(classes) < 2:
+    if request.judges and len(classes) < 2:
         raise UsageError(
             "a judge needs classes to tell apart, and the set has no evaluation sets",
             hint="--classes FILE, one class name a line",
@@ -153,10 +157,12 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     output = OutputFolder.at(store, edits[0].header.name, request.out)
     pipe = Pipeline.load(request.target, device=request.device)
     images = before_and_after(pipe, edits, prompts, request)
-    judge = request.judge and Judge.load(request.judge, classes, device=request.device)
-    verdicts = {k: judge.verdicts(made) if judge else None for k, made in images.items()}
+    verdicts: list[Verdicts] = []
+    for spec in request.judges:
+        judge = Judge.load(spec, classes, device=request.device)
+        verdicts.append({key: judge.verdicts(made) for key, made in images.items()})
     record = _record(edits, prompts, tuple(classes), request, verdicts)
-    _write_images(output, record, images, verdicts)
+    _write_images(output, record, images, verdicts[0] if verdicts else {})
     return record, output
 
 
@@ -206,22 +212,20 @@ def _record(
     prompts: Sequence[Prompt],
     classes: Sequence[str],
     request: GenerateRequest,
-    verdicts: dict[str, list[str] | None],
+    verdicts: Sequence[Verdicts],
 ) -> Generation:
     seeds = len(request.seeds)
     labels = [prompt.label for prompt in prompts for _ in range(seeds)]
     concepts = [called(edit.header.concept, classes) for edit in edits]
 
     def share(key: str, place: int) -> Share | None:
-        said, label = verdicts[key], prompts[place].label
-        if said is None or label is None:
+        label = prompts[place].label
+        if not verdicts or label is None:
             return None
+        said = verdicts[0][key]
         return Share(said[place * seeds : (place + 1) * seeds].count(label), seeds)
 
-    def whole(key: str) -> Effect | None:
-        said = verdicts[key]
-        return None if said is None else effect(concepts, labels, said)
-
+    effects = [[effect(concepts, labels, by[key]) for key in (BEFORE, AFTER)] for by in verdicts]
     return Generation(
         name=edits[0].header.name,
         concept=concepts[0],
@@ -233,10 +237,14 @@ def _record(
             PromptResult(prompt.text, prompt.label, share(BEFORE, place), share(AFTER, place))
             for place, prompt in enumerate(prompts)
         ),
-        judge=None if request.judge is None else str(request.judge),
-        before=whole(BEFORE),
-        after=whole(AFTER),
+        judge=str(request.judges[0]) if request.judges else None,
+        before=effects[0][0] if effects else None,
+        after=effects[0][1] if effects else None,
         version=slsgu_cli.__version__,
+        further=tuple(
+            JudgeFigures(str(judge), before, after)
+            for judge, (before, after) in zip(request.judges[1:], effects[1:], strict=True)
+        ),
     )
 
 
@@ -244,7 +252,7 @@ def _write_images(
     output: OutputFolder,
     record: Generation,
     images: dict[str, list[bytes]],
-    verdicts: dict[str, list[str] | None],
+    verdicts: Verdicts,
 ) -> None:
     """Write the images, both sheets, and last the record that says they are complete."""
     output.begin()
@@ -258,7 +266,7 @@ def _write_images(
             prompt.prompt,
             prompt.label == record.concept,
             {
-                key: _tiles(made, verdicts[key], place * seeds, seeds)
+                key: _tiles(made, verdicts.get(key), place * seeds, seeds)
                 for key, made in images.items()
             },
         )
@@ -283,10 +291,12 @@ def _notes(record: Generation) -> list[str]:
     notes = [f"Edits: {', '.join(record.edits)}. Seeds {seeds}, {record.paint.steps} steps."]
     if record.judge:
         notes.append(f"Below each image: what {record.judge}, which is not edited, takes it for.")
-    for label, figures in (("original", record.before), ("unlearned", record.after)):
-        if figures and figures.ua is not None:
-            kept = "" if figures.ira is None else f", IRA {figures.ira:.1f}%"
-            notes.append(f"{label}: UA {figures.ua:.1f}%{kept}")
+    for judged in record.by_judge:
+        by = f" by {judged.judge}" if record.further else ""
+        for label, figures in ((BEFORE, judged.before), (AFTER, judged.after)):
+            if figures.ua is not None:
+                kept = "" if figures.ira is None else f", IRA {figures.ira:.1f}%"
+                notes.append(f"{label}{by}: UA {figures.ua:.1f}%{kept}")
     return notes
 
 
@@ -337,25 +347,24 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
 
 
 def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
-    """Return evaluation images of a set: of its concept, and of its commonest other classes.
+    """Return images that nothing was chosen by: of a set's concept, and of its commonest others.
 
     Raises UsageError where there is no such set.
     """
     if not store.exists(Artifact.SET.path(name)):
         raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
     manifest = read_manifest(store, name)
-    pictures: list[AskedImage] = []
-    for known, ref in sorted(manifest.evals.items()):
-        block = DataBlock.open(store, ref)
-        concept_class = find_class(block.class_names, manifest.concept)
-        if known == manifest.forget_eval:
-            rows = np.flatnonzero(block.labels == concept_class)[:count]
-            pictures = [*_pictures(block, rows, forgotten=True), *pictures]
-        common = np.argsort(-np.bincount(block.labels[block.labels >= 0]), kind="stable")
-        others = [int(place) for place in common if place != concept_class]
+    shown = concept_rows(store, manifest, Purpose.REPORT)
+    pictures = _pictures(shown[0], shown[1][:count], forgotten=True) if shown else []
+    for known in sorted(manifest.evals):
+        block, rows = serving_rows(store, manifest, known, Purpose.REPORT)
+        concept = find_class(block.class_names, manifest.concept)
+        rows = rows[block.labels[rows] >= 0]
+        common = np.argsort(-np.bincount(block.labels[rows]), kind="stable")
+        others = [place for place in common if place != concept and place in block.labels[rows]]
         share = -(-count // len(manifest.evals))
-        rows = np.array([np.flatnonzero(block.labels == place)[0] for place in others[:share]])
-        pictures += _pictures(block, rows)
+        firsts = [rows[block.labels[rows] == place][0] for place in others[:share]]
+        pictures += _pictures(block, np.array(firsts, int))
     if not pictures:
         raise UsageError(f"set {name} has no evaluation images", hint="--image FILE")
     return pictures

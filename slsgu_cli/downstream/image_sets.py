@@ -10,7 +10,7 @@ from PIL import Image
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.downstream.judge import Judge, judge_spec, png_bytes
+from slsgu_cli.downstream.judge import Judge, judge_specs, png_bytes
 from slsgu_cli.downstream.models import (
     ImageJob,
     Pipeline,
@@ -131,7 +131,9 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     Raises MissingError, InputError, StaleError, and UsageError where the concept is neither
     a theme nor an object.
     """
-    request = replace(request, judge=judge_spec(store, request.names[0], request.judge))
+    if len(request.judges) > 1:
+        raise UsageError("an answer set has one judge", hint="give --judge once")
+    request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     edits = [load_edit(store, name) for name in request.names]
     concept = edits[0].header.concept
     themes, objects = (_listed(name) for name in (request.themes, request.objects))
@@ -161,7 +163,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
                     place.write_bytes(cells[number].file, _jpeg(image))
                     ticker.advance()
     figures: tuple[Share | None, Share | None, Share | None] = (None, None, None)
-    if request.judge is not None:
+    if request.judges:
         prompted = themes[of_theme] if of_theme is not None else objects[of_object or 0]
         figures = _judged(place, request, cells, (themes, objects), prompted)
     record = AnswerSet(
@@ -169,7 +171,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
         concept=concept,
         domain="theme" if of_theme is not None else "object",
         images=len(cells),
-        judge=None if request.judge is None else str(request.judge),
+        judge=str(request.judges[0]) if request.judges else None,
         ua=figures[0],
         ira=figures[1],
         cra=figures[2],
@@ -203,14 +205,13 @@ def _judged(
     forgotten: str,
 ) -> tuple[Share, Share, Share]:
     """Return UA, IRA and CRA."""
-    if request.judge is None:
-        raise ValueError("there is no judge")
+    (spec,) = request.judges
     images = [place.read_bytes(cell.file) for cell in cells]
     hits = []
     for names, templates, attribute in zip(
         domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), ("theme", "object"), strict=True
     ):
-        judge = Judge.load(request.judge, dict.fromkeys(names, templates), device=request.device)
+        judge = Judge.load(spec, dict.fromkeys(names, templates), device=request.device)
         verdicts = judge.verdicts(images)
         truth = [getattr(cell, attribute) for cell in cells]
         hits.append([a == b for a, b in zip(verdicts, truth, strict=True)])

@@ -3,7 +3,8 @@
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokeni
 from slsgu_cli.clip.towers import CacheBudget, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import PromptSide
 from slsgu_cli.downstream.models import ImageJob, Pipeline
-from slsgu_cli.records.method import Share
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest
@@ -35,6 +37,14 @@ BATCH = 64
 
 # Class names, and the prompt templates that stand for each.
 Classes = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPrompt:
+    """A picture to make, and the class that it shall show."""
+
+    label: str
+    job: ImageJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,11 @@ class Judge:
         places = (self.features(images) @ self.embeddings.T).argmax(dim=-1).tolist()
         return [self.names[place] for place in places]
 
+    def agrees(self, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> list[bool]:
+        """Return for each image whether it is taken for what its prompt asks for."""
+        verdicts = self.verdicts(images)
+        return [prompt.label == name for prompt, name in zip(prompts, verdicts, strict=True)]
+
 
 def measured_classes(store: Store, manifest: SetManifest) -> Classes:
     """Return the classes of a set's evaluation sets, each with its templates, and the concept.
@@ -118,26 +133,62 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedPrompt:
-    """A picture to make, and the class that it shall show."""
+# Prompts that are searched by, before those of the set's own templates. None of REPORTED is.
+SEARCHED = (
+    "a picture of {}",
+    "{}",
+    "a {}",
+    "a drawing of {}",
+    "a {} sign",
+    "a single {}",
+    "a photo of {}",
+    "a big {}",
+)
+# Prompts that figures are of.
+REPORTED = (
+    "the {}",
+    "a simple {}",
+    "a {} symbol",
+    "a simple drawing of {}",
+    "a photo of the {}",
+    "a small {}",
+    "a black {}",
+)
+# Seeds of pictures that are searched by begin so far behind those of reported ones.
+SEARCHED_FROM = 1_000_000
 
-    label: str
-    job: ImageJob
+
+def prompts_for(purpose: Purpose, templates: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts of a purpose, of a set with `templates`: none serves both."""
+    if purpose is Purpose.REPORT:
+        return REPORTED
+    seen = {_plain(prompt) for prompt in REPORTED}
+    searched = []
+    for prompt in (*SEARCHED, *templates):
+        if _plain(prompt) not in seen:
+            searched.append(prompt)
+            seen.add(_plain(prompt))
+    return tuple(searched)
+
+
+def _plain(prompt: str) -> str:
+    return _words(prompt.replace("{}", " x "))
 
 
 @dataclass(slots=True)
 class JudgedPrompts:
-    """Pictures of the concept `name` and of the judge's other classes, by a budget's seed.
+    """Pictures of the concept `name` and of the judges' other classes, for one purpose.
 
-    Prompts take the concept's templates in turn. `of_others` goes through the other classes in
-    a drawn order.
+    The prompts of the purpose are taken in turn, with seeds from the budget's on.
+    `of_others` goes through the other classes in an order drawn by that seed. `templates` are
+    the set's own. The first judge decides, others have figures of their own.
     """
 
-    judge: Judge
+    judges: Sequence[Judge]
     name: str
     budget: Budget
     templates: Sequence[str]
+    purpose: Purpose
     of_concept: list[JudgedPrompt] = field(init=False)
     of_others: list[JudgedPrompt] = field(init=False)
 
@@ -151,32 +202,64 @@ class JudgedPrompts:
 
     @classmethod
     def of_set(
-        cls, store: Store, manifest: SetManifest, judge: ModelSpec, budget: Budget, *, device: str
-    ) -> "JudgedPrompts":
+        cls, store: Store, manifest: SetManifest, judges: Sequence[ModelSpec], budget: Budget,
+        *, purpose: Purpose, device: str,
+    ) -> "JudgedPrompts":  # fmt: skip
         """Return the prompts of a set's concept and the classes of its evaluation sets."""
         classes = measured_classes(store, manifest)
         name = called(manifest.concept, tuple(classes))
-        return cls(Judge.load(judge, classes, device=device), name, budget, tuple(classes[name]))
+        loaded = [Judge.load(judge, classes, device=device) for judge in judges]
+        return cls(loaded, name, budget, tuple(classes[name]), purpose)
+
+    def reporting(self, budget: Budget) -> "JudgedPrompts":
+        """Return the pictures to report on, with the same judges."""
+        return replace(self, budget=budget, purpose=Purpose.REPORT)
+
+    @property
+    def judge(self) -> Judge:
+        """The judge that decides."""
+        return self.judges[0]
+
+    @property
+    def digest(self) -> str:
+        """A digest of all prompts and seeds."""
+        prompts = [*self.of_concept, *self.of_others]
+        return digest([[each.label, each.job.prompt, each.job.seed] for each in prompts])
 
     def painted(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[bytes]:
         """Yield the pictures as PNG, in order."""
         jobs = [prompt.job for prompt in prompts]
         yield from map(png_bytes, pipe.paint(jobs, self.budget.paint))
 
-    def recognised(self, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> Share:
-        """Return how many pictures the judge takes for what they shall show."""
-        verdicts = self.judge.verdicts(images)
-        hits = [prompt.label == name for prompt, name in zip(prompts, verdicts, strict=True)]
-        return Share(sum(hits), len(hits))
+    def hits(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[list[bool]]:
+        """Yield batch by batch which pictures the first judge takes for what they shall show.
+
+        A batch does not depend on those behind it.
+        """
+        for start, stop in spans(len(prompts), self.budget.paint.batch):
+            some = prompts[start:stop]
+            yield self.judge.agrees(some, list(self.painted(pipe, some)))
+
+    def effects(self, concept: Sequence[bytes], others: Sequence[bytes]) -> dict[str, Effect]:
+        """Return what each judge makes of all pictures."""
+        return {
+            str(judge.spec): Effect(
+                Share(sum(judge.agrees(self.of_concept, concept)), len(concept)),
+                Share(sum(judge.agrees(self.of_others, others)), len(others)),
+            )
+            for judge in self.judges
+        }
 
     def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:
+        prompts = prompts_for(self.purpose, self.templates)
+        first = self.budget.seed + (0 if self.purpose is Purpose.REPORT else SEARCHED_FROM)
         return [
-            JudgedPrompt(name, ImageJob(self.prompt(name, number), self.budget.seed + number))
-            for number, name in enumerate(names)
+            JudgedPrompt(name, ImageJob(prompt.replace("{}", name), first + number))
+            for (number, name), prompt in zip(enumerate(names), cycle(prompts), strict=False)
         ]
 
     def prompt(self, name: str, number: int) -> str:
-        """Return a prompt for a class, by the template whose turn it is."""
+        """Return a prompt for a class, by the set's template whose turn it is."""
         return self.templates[number % len(self.templates)].replace("{}", name)
 
 
@@ -184,9 +267,10 @@ class JudgedPrompts:
 OWN = "set"
 
 
-def judge_spec(store: Store, name: str, judge: ModelSpec | None) -> ModelSpec | None:
-    """Return the model that judges; `set` is the one the set is for."""
-    if judge is None or judge.name != OWN:
-        return judge
+def judge_specs(store: Store, name: str, judges: Sequence[ModelSpec]) -> tuple[ModelSpec, ...]:
+    """Return the models that judge; `set` is the one the set is for."""
+    if not any(judge.name == OWN for judge in judges):
+        return tuple(judges)
     known = store.exists(Artifact.SET.path(name))
-    return read_manifest(store, name).model if known else load_edit(store, name).header.model
+    own = read_manifest(store, name).model if known else load_edit(store, name).header.model
+    return tuple(dict.fromkeys(own if judge.name == OWN else judge for judge in judges))

@@ -1,10 +1,9 @@
 """`search` on a target: a layer and step by what it generates or answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from shlex import quote
 from time import perf_counter
@@ -20,9 +19,9 @@ from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import pick_device, tokenizer
 from slsgu_cli.downstream.directions import TargetMove, by_gain, moves_of
-from slsgu_cli.downstream.judge import judge_spec
+from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
-from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
+from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject, meets
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import layer_gradient
 from slsgu_cli.method.gradients import load_graded
@@ -33,6 +32,7 @@ from slsgu_cli.records.method import (
     Effect,
     GradientHeader,
     GradientPointer,
+    JudgeFigures,
     LayerScore,
     Share,
     TargetFigures,
@@ -40,23 +40,31 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.target_options import SteerOptions
-from slsgu_cli.records.targets import GradientOf, TargetTrial, TargetTrials
+from slsgu_cli.records.targets import GradientOf, TargetReport, TargetTrial, TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.store import Store
 
 # Trials a layer, on CLIP, for the step to begin with on the target.
 CLIP_STEPS = 7
+# The share of the shortest sufficient step to which it is found: the reserve is longer.
+CLOSE = 0.1
+# The parts of the reserve that are tried one after another, while others lose too much.
+PARTS = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
 class SteerResult:
-    """Every trial, the chosen one, whether it reaches the goal, and the edit's name."""
+    """Every trial, the chosen one, whether it reaches the goal, and the edit's name.
+
+    `figures` are of what nothing was chosen by.
+    """
 
     trials: TargetTrials
     chosen: TargetTrial
     forgotten: bool
     reused: int
     edit: str
+    figures: TargetFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +83,23 @@ class TargetPlan:
         """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
-        target, budget, device = options.target, options.budget, options.device
-        if read_target(target).family not in PIPELINES:
-            llava = AskedSubject.load(store, manifest, target, budget, device=device)
+        if read_target(options.target).family not in PIPELINES:
+            if options.judges:
+                raise UsageError(
+                    f"{options.target} answers in words, which no CLIP judges",
+                    hint="leave --judge out",
+                )
+            llava = AskedSubject.load(store, manifest, options)
             gradient_of = options.gradient_of or GradientOf.TARGET
             return cls(manifest, pointer, options, llava, None, gradient_of)
-        judge = options.judge or pointer.model
-        pipeline = PaintedSubject.load(
-            store, manifest, target, judge, budget, encoder=options.encoder, device=device
-        )
         if options.gradient_of is GradientOf.TARGET:
             raise UsageError(
                 "a diffusion pipeline moves along CLIP's own forget gradient",
                 hint="--gradient clip",
             )
-        return cls(manifest, pointer, options, pipeline, judge, GradientOf.CLIP)
+        judges = options.judges or (pointer.model,)
+        pipeline = PaintedSubject.load(store, manifest, judges, options)
+        return cls(manifest, pointer, options, pipeline, judges[0], GradientOf.CLIP)
 
     def moves(self, store: Store) -> list[TargetMove]:
         """Return a move for each layer that reaches the target, best first.
@@ -108,10 +118,10 @@ class TargetPlan:
         else:
             gradients = subject.forget_gradient(layers)
         moves = moves_of(subject, gradients, direction=options.direction, ridge=options.damping)
-        moves = by_gain(subject, moves, gradients)
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
-        return moves
+        goal = None if options.full else options.goal
+        return [replace(move, goal=goal) for move in by_gain(subject, moves, gradients)]
 
     def _require_same_clip(self, header: GradientHeader, layers: Sequence[str]) -> None:
         """Raise StaleError unless the target is built on the CLIP that the gradients are of.
@@ -182,8 +192,7 @@ def _chosen_layers(candidates: list[str], options: SteerOptions) -> list[str]:
 class TargetSearch(StepSearch[TargetTrial]):
     """The search on one target, with its record in a file of a store.
 
-    With `full`, what is kept of other classes is measured for every trial. `began` is when
-    the search did, by the performance counter, if that was earlier.
+    `began` is when the search did, by the performance counter, if that was earlier.
     """
 
     def __init__(
@@ -192,14 +201,15 @@ class TargetSearch(StepSearch[TargetTrial]):
         file: str,
         record: TargetTrials,
         moves: Sequence[TargetMove],
+        options: SteerOptions,
         *,
-        full: bool = False,
         began: float | None = None,
     ) -> None:
         trials = {((trial.layer, record.ridge), trial.step): trial for trial in record.trials}
         super().__init__(trials, self.left_to_forget)
-        self.store, self.file, self.full = store, file, full
+        self.store, self.file, self.options = store, file, options
         self.moves = {move.layer: move for move in moves}
+        self.lengthened: list[tuple[Key, float]] = []
         self._began = perf_counter() if began is None else began
         self._spent = record.seconds
         self._header = record
@@ -211,16 +221,45 @@ class TargetSearch(StepSearch[TargetTrial]):
 
     def reaches(self, trial: TargetTrial) -> bool:
         """Return whether a trial reaches the goal."""
-        return 100 - (trial.concept.percent or 0.0) >= self._header.goal
+        return meets(self.options.goal, trial.concept)
 
     def left_to_forget(self, trial: TargetTrial) -> float:
         """Return the percentage that shows the concept; 0 once the goal is reached."""
         return 0.0 if self.reaches(trial) else trial.concept.percent or 0.0
 
+    def lost(self, trial: TargetTrial) -> float:
+        """Return how many points others lose by a trial; 0 where they lose none."""
+        before, others = self._header.before, trial.others
+        if before is None or others is None:
+            return 0.0
+        return max(0.0, (before.ira or 0.0) - (others.percent or 0.0))
+
+    def run(self, moves: Iterable[TargetMove], starts: Mapping[str, float]) -> TargetTrial:
+        """Search along moves, best first, and return the trial that is chosen.
+
+        Those behind one that loses nothing with all of the reserve could not be chosen.
+        """
+        for move in moves:
+            self.bisect(move, self.options.steps, starts.get(move.layer), close=CLOSE)
+            if self.lengthen(move) and not self.options.full:
+                break
+        return self.choose()
+
     def trial(self, move: Move[TargetTrial], step: float) -> TargetTrial:
-        """Return the trial of a step, of a full search with what it keeps."""
+        """Return the trial of a step, of a full search with what it keeps.
+
+        A trial on file that ended early for another goal is measured again.
+        """
+        known = self.trials.get((move.line, step))
+        if known is not None and self._cut_short(known):
+            del self.trials[move.line, step]
         trial = super().trial(move, step)
-        return self.with_others(trial) if self.full else trial
+        return self.with_others(trial) if self.options.full else trial
+
+    def _cut_short(self, trial: TargetTrial) -> bool:
+        whole = self._header.before.concept.total if self._header.before else trial.concept.total
+        missed = not meets(self.options.goal, Share(trial.concept.count, whole))
+        return trial.concept.total < whole and (self.options.full or not missed)
 
     def keep(self, key: Key, trial: TargetTrial) -> None:
         """Put a trial on file at once: each takes minutes on a large target."""
@@ -229,21 +268,37 @@ class TargetSearch(StepSearch[TargetTrial]):
         self._header = replace(self._header, seconds=spent)
         self.store.write_record(self.file, self.record)
 
-    def choose(self) -> TargetTrial:
-        """Measure what each layer's shortest sufficient step keeps; return the best.
+    def lengthen(self, move: TargetMove) -> bool:
+        """Go on from the shortest sufficient step by as much of the reserve as others allow.
 
-        Where none suffices, it is the step that leaves least of the concept.
+        Returns whether that is all of it, and they lose nothing.
         """
-        path = [self.trials[key] for key in self.path]
-        shortest = []
-        for layer in self.moves:
-            enough = [t for t in path if t.layer == layer and self.reaches(t)]
-            if enough:
-                shortest.append(min(enough, key=attrgetter("step")))
-        if not shortest:
-            shortest = [min(path, key=lambda trial: trial.concept.count)]
-        measured = [self.with_others(trial) for trial in shortest]
-        return max(measured, key=lambda trial: trial.others.count if trial.others else -1)
+        enough = self.shortest(move.line)
+        if enough is None:
+            return False
+        beyond = (self.options.reserve - 1) * enough
+        for part in PARTS if beyond else (1.0,):
+            trial = self.with_others(self.trial(move, enough + part * beyond))
+            if self.reaches(trial) and self.lost(trial) <= self.options.max_loss:
+                break
+        else:
+            part, trial = 0.0, self.with_others(self.trial(move, enough))
+        self.path.append((move.line, trial.step))
+        self.lengthened.append(((move.line, trial.step), part))
+        return part == 1 and self.lost(trial) == 0
+
+    def choose(self) -> TargetTrial:
+        """Return the lengthened step by which others lose least, of those with all of the reserve.
+
+        Where no layer has that, it is of those with most of it; where no step reaches the goal,
+        the one that leaves least of the concept. Of equals, the most important layer's.
+        """
+        if not self.lengthened:
+            path = [self.trials[key] for key in self.path]
+            return self.with_others(min(path, key=lambda trial: trial.concept.percent or 0.0))
+        most = max(part for _, part in self.lengthened)
+        best = [self.trials[key] for key, part in self.lengthened if part == most]
+        return min(best, key=self.lost)
 
     def with_others(self, trial: TargetTrial) -> TargetTrial:
         """Return the trial with what it keeps, measured if it was not."""
@@ -253,6 +308,34 @@ class TargetSearch(StepSearch[TargetTrial]):
             self.keep((move.line, trial.step), trial)
         return trial
 
+    def figures(self, chosen: TargetTrial, subject: Subject) -> TargetFigures:
+        """Return what the chosen step does to what nothing was chosen by, by every judge."""
+        before = self._reported(None, 0.0, subject)
+        after = self._reported(chosen.layer, chosen.step, subject)
+        first, *further = subject.judges
+        return TargetFigures(
+            target=self._header.target,
+            fingerprint=self._header.target_fingerprint,
+            before=before[first],
+            after=after[first],
+            judge=first,
+            unseen=subject.unseen,
+            further=tuple(JudgeFigures(name, before[name], after[name]) for name in further),
+        )
+
+    def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
+        """Return the report of a step, or of the original, measured if none is on file."""
+        place, judges = (layer, step, subject.reported), set(subject.judges)
+        for known in self._header.reports:
+            if (known.layer, known.step, known.asked) == place and judges <= set(known.effects):
+                return known.effects
+        report = TargetReport(
+            *place, subject.report() if layer is None else self.moves[layer].report(step)
+        )
+        self._header = replace(self._header, reports=(*self._header.reports, report))
+        self.store.write_record(self.file, self.record)
+        return report.effects
+
 
 def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerResult:
     """Search for the layer and step at which a target forgets, and write the edit.
@@ -260,7 +343,7 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
     Raises MissingError, InputError, StaleError and UsageError.
     """
     began = perf_counter()
-    options = replace(options, judge=judge_spec(store, name, options.judge))
+    options = replace(options, judges=judge_specs(store, name, options.judges))
     plan = TargetPlan.load(store, name, options)
     ranked = plan.moves(store)
     moves = ranked if options.layers else ranked[: options.top]
@@ -271,12 +354,11 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
         if plan.gradient_of is GradientOf.CLIP:
             starts = plan.clip_starts(store, moves)
         file = Artifact.TARGET_TRIALS.path(target_edit(name, options.target))
-        run = TargetSearch(store, file, record, moves, full=options.full, began=began)
-        for move in moves:
-            run.bisect(move, options.steps, starts.get(move.layer))
-        best = run.choose()
-        edit = _write_edit(store, plan, run, best)
-    return SteerResult(run.record, best, run.reaches(best), len(record.trials), edit)
+        run = TargetSearch(store, file, record, moves, options, began=began)
+        best = run.run(moves, starts)
+        figures = run.figures(best, plan.subject)
+        edit = _write_edit(store, plan, run, best, figures)
+    return SteerResult(run.record, best, run.reaches(best), len(record.trials), edit, figures)
 
 
 def require_reached(result: SteerResult) -> None:
@@ -286,7 +368,7 @@ def require_reached(result: SteerResult) -> None:
     left = result.chosen.concept
     raise NotForgottenError(
         f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target}: the best "
-        f"leaves the concept recognised in {left.count} of {left.total}",
+        f"leaves the concept recognised in {left.count} of the {left.total} searched by",
         hint="the trials and this edit are kept; try more --steps, --top or another --layer",
     )
 
@@ -313,6 +395,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         trials=(),
         seconds=0.0,
         version=slsgu_cli.__version__,
+        asked=plan.subject.asked,
     )
     edit = target_edit(manifest.name, options.target)
     record = resume(store, Artifact.TARGET_TRIALS, edit, fresh)
@@ -321,10 +404,15 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
     return record
 
 
-def _write_edit(store: Store, plan: TargetPlan, run: TargetSearch, chosen: TargetTrial) -> str:
-    """Write the edit that a chosen trial amounts to; return its name."""
+def _write_edit(
+    store: Store,
+    plan: TargetPlan,
+    run: TargetSearch,
+    chosen: TargetTrial,
+    figures: TargetFigures,
+) -> str:
+    """Write the edit that a chosen trial amounts to, with its figures; return its name."""
     record, move = run.record, run.moves[chosen.layer]
-    after = Effect(chosen.concept, chosen.others or Share(0, 0))
     edit = unmeasured_edit(
         plan.manifest,
         plan.pointer,
@@ -342,9 +430,7 @@ def _write_edit(store: Store, plan: TargetPlan, run: TargetSearch, chosen: Targe
         edit.header,
         name=target_edit(plan.manifest.name, Path(record.target)),
         forgotten=run.reaches(chosen),
-        target=TargetFigures(
-            record.target, record.target_fingerprint, record.before or after, after
-        ),
+        target=figures,
     )
     write_edit(store, replace(edit, header=measured))
     return measured.name

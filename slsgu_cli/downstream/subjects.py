@@ -1,9 +1,8 @@
 """A target as its search sees it: what it is asked, how it is judged, its own gradient."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,13 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
-from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, class_in
+from slsgu_cli.downstream.judge import JudgedPrompts, class_in
 from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.moments import chosen_rows, spread
-from slsgu_cli.records.method import Share
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
+from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.sources.classes import find_class
 from slsgu_cli.store.blocks import DataBlock
@@ -88,15 +90,35 @@ ROWS = 32
 
 
 class Subject(Protocol):
-    """What a search needs of a target. All of it is of the weights as they are at the time."""
+    """What a search needs of a target. All of it is of the weights as they are at the time.
+
+    Reports are by each of the `judges`; the first one decides. They are of nothing that a
+    layer or step was chosen by where they are `unseen`.
+    """
 
     encoder: LiveEncoder
+    judges: tuple[str, ...]
+    unseen: bool
 
-    def concept(self) -> Share:
-        """Return how much of the concept's budget still shows it."""
+    @property
+    def asked(self) -> str:
+        """A digest of what trials are measured on."""
+
+    @property
+    def reported(self) -> str:
+        """A digest of what reports are measured on."""
+
+    def concept(self, goal: float | None = None) -> Share:
+        """Return how much of the concept's budget still shows it.
+
+        With a `goal` in percent, of a part of it, where that is enough to miss the goal.
+        """
 
     def others(self) -> Share:
         """Return how much of the others' budget shows what it should."""
+
+    def report(self) -> dict[str, Effect]:
+        """Return what each judge makes of what nothing was chosen by."""
 
     def run_retained(self) -> None:
         """Run the CLIP tower over the retain set exactly as the target does."""
@@ -111,38 +133,80 @@ class Subject(Protocol):
         """Return the gradient of the target's own forget loss, to be ascended, by layer."""
 
 
+def meets(goal: float, concept: Share) -> bool:
+    """Return whether a goal, in percent not recognised, is met where so much still is."""
+    return 100 - (concept.percent or 0.0) >= goal
+
+
+def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
+    """Return how many of `total` hit, batch by batch; of no more batches than miss a goal."""
+    count = seen = 0
+    for batch in hits:
+        count, seen = count + sum(batch), seen + len(batch)
+        if goal is not None and not meets(goal, Share(count, total)):
+            break
+    return Share(count, seen)
+
+
 @dataclass(slots=True)
 class PaintedSubject:
-    """A diffusion pipeline: a judge says what its images show."""
+    """A diffusion pipeline: judges say what its images show."""
 
     pipe: Pipeline
     encoder: LiveEncoder
-    judged: JudgedPrompts
+    searched: JudgedPrompts
+    to_report: JudgedPrompts
     captions: Sequence[str]
+    judges: tuple[str, ...]
+    unseen: bool = True
 
     @classmethod
     def load(
-        cls, store: Store, manifest: SetManifest, target: Path, judge: ModelSpec, budget: Budget,
-        *, encoder: str | None, device: str,
-    ) -> "PaintedSubject":  # fmt: skip
-        """Load a pipeline and its judge. Raises UsageError where an encoder must be named."""
+        cls, store: Store, manifest: SetManifest, judges: Sequence[ModelSpec], options: SteerOptions
+    ) -> "PaintedSubject":
+        """Load a pipeline and its judges. Raises UsageError where an encoder must be named."""
+        target, device = options.target, options.device
         pipe = Pipeline.load(target, device=device)
         names = [live.encoder.name for live in pipe.encoders]
-        fitting = [live for live in pipe.encoders if encoder in (None, live.encoder.name)]
+        fitting = [live for live in pipe.encoders if options.encoder in (None, live.encoder.name)]
         if len(fitting) != 1:
             raise UsageError(
                 f"{target} has the encoders {', '.join(names)}", hint=f"--encoder {names[0]}"
             )
-        judged = JudgedPrompts.of_set(store, manifest, judge, budget, device=device)
-        return cls(pipe, fitting[0], judged, _captions(store, manifest))
+        searched = JudgedPrompts.of_set(
+            store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
+        )
+        to_report = searched.reporting(options.report_budget)
+        captions = _captions(store, manifest)
+        return cls(pipe, fitting[0], searched, to_report, captions, tuple(map(str, judges)))
 
-    def concept(self) -> Share:
+    @property
+    def asked(self) -> str:
+        """A digest of the prompts and seeds of trials."""
+        return self.searched.digest
+
+    @property
+    def reported(self) -> str:
+        """A digest of the prompts and seeds of reports."""
+        return self.to_report.digest
+
+    def concept(self, goal: float | None = None) -> Share:
         """Return how many images of the concept's prompts are taken for it."""
-        return self._recognised(self.judged.of_concept)
+        prompts = self.searched.of_concept
+        return counted(self.searched.hits(self.pipe, prompts), len(prompts), goal)
 
     def others(self) -> Share:
         """Return how many images of other classes' prompts are taken for theirs."""
-        return self._recognised(self.judged.of_others)
+        prompts = self.searched.of_others
+        return counted(self.searched.hits(self.pipe, prompts), len(prompts))
+
+    def report(self) -> dict[str, Effect]:
+        """Return what each judge makes of images of other prompts and seeds."""
+        concept, others = (
+            list(self.to_report.painted(self.pipe, prompts))
+            for prompts in (self.to_report.of_concept, self.to_report.of_others)
+        )
+        return self.to_report.effects(concept, others)
 
     def run_retained(self) -> None:
         """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
@@ -164,8 +228,66 @@ class PaintedSubject:
             "a diffusion pipeline is moved along CLIP's own forget gradient", hint="--gradient clip"
         )
 
-    def _recognised(self, prompts: Sequence[JudgedPrompt]) -> Share:
-        return self.judged.recognised(prompts, list(self.judged.painted(self.pipe, prompts)))
+
+# What an image shows, and a question about it.
+LabelledQuestion = tuple[str, Question]
+
+
+@dataclass(slots=True)
+class Questions:
+    """Questions about images of a concept and of other classes; `images` tells these apart."""
+
+    concept: list[LabelledQuestion] = field(default_factory=list)
+    others: list[LabelledQuestion] = field(default_factory=list)
+    images: list[list[str]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """A digest of all images and questions."""
+        asked = [[label, question.text] for label, question in [*self.concept, *self.others]]
+        return digest([self.images, asked])
+
+    @classmethod
+    def about(
+        cls, store: Store, manifest: SetManifest, purpose: Purpose, budget: Budget
+    ) -> "Questions":
+        """Ask about evaluation images that serve a purpose, drawn by the budget's seed.
+
+        Images of the forget set make up for few of the concept to choose by. Where these are
+        not dealt, the same ones are chosen by and reported on.
+        """
+        made, texts = cls(), budget.questions
+        draw = np.random.default_rng(budget.seed).permutation
+        for name in sorted(manifest.evals):
+            block, rows = serving_rows(store, manifest, name, purpose)
+            labels = block.labels[rows]
+            concept = find_class(block.class_names, manifest.concept)
+            others = draw(rows[(labels >= 0) & (labels != concept)])
+            others = others[: -(-budget.others // len(manifest.evals))]
+            named = [block.class_names[label] for label in block.labels[others]]
+            made.others += made.asked(block, others, named, texts)
+        named = [manifest.concept] * budget.concept
+        shown = concept_rows(store, manifest, purpose)
+        if shown is not None:
+            rows = draw(shown[1])[: budget.concept]
+            made.concept += made.asked(shown[0], rows, named, texts)
+            named = named[len(rows) :]
+        if purpose is Purpose.CHOOSE and named and concept_is_dealt(store, manifest):
+            forget = DataBlock.open(store, manifest.forget)
+            made.concept += made.asked(forget, draw(forget.rows)[: len(named)], named, texts)
+        return made
+
+    def asked(
+        self, block: DataBlock, rows: Any, labels: Sequence[str], texts: Sequence[str]
+    ) -> list[LabelledQuestion]:
+        """Return each question about each of some rows."""
+        self.images.append([block.keys[row] for row in rows])
+        labelled = zip(_images(block, rows), labels, strict=False)
+        return [(label, Question(image, text)) for image, label in labelled for text in texts]
+
+
+# The judge of what a model answers: whether the answer has the name.
+ANSWERS = "its answers"
 
 
 @dataclass(slots=True)
@@ -175,59 +297,58 @@ class AskedSubject:
     llava: Llava
     encoder: LiveEncoder
     name: str
-    shown: Sequence[Question]
-    rest: Sequence[tuple[str, Question]]
+    searched: Questions
+    to_report: Questions
     forget: Sequence[Question]
     retained: Sequence[Image.Image]
+    unseen: bool
+    judges: tuple[str, ...] = (ANSWERS,)
 
     @classmethod
-    def load(
-        cls, store: Store, manifest: SetManifest, target: Path, budget: Budget, *, device: str
-    ) -> "AskedSubject":
+    def load(cls, store: Store, manifest: SetManifest, options: SteerOptions) -> "AskedSubject":
         """Load a LLaVA and the set's images. Raises InputError without held-out ones."""
         if manifest.forget_eval is None:
             raise InputError(
                 f"no evaluation set shows {manifest.concept!r}",
                 hint="build the set with --eval NAME=SOURCE that has labelled images of it",
             )
-        llava = Llava.load(target, device=device)
-        generator = np.random.default_rng(budget.seed)
-        shown: list[Image.Image] = []
-        rest: list[tuple[str, Image.Image]] = []
-        for name, ref in sorted(manifest.evals.items()):
-            block = DataBlock.open(store, ref)
-            concept_class = find_class(block.class_names, manifest.concept)
-            order = generator.permutation(np.flatnonzero(block.labels >= 0))
-            is_concept = block.labels[order] == concept_class
-            share = -(-budget.others // len(manifest.evals))
-            others = order[~is_concept][:share]
-            labels = [block.class_names[block.labels[row]] for row in others]
-            rest += zip(labels, _images(block, others), strict=True)
-            if name == manifest.forget_eval:
-                shown = _images(block, order[is_concept][: budget.concept])
+        llava = Llava.load(options.target, device=options.device)
         forget = DataBlock.open(store, manifest.forget)
         retain = DataBlock.open(store, manifest.retain)
-        questions = [Question(image, text) for image in shown for text in budget.questions]
+        text = options.budget.questions[0]
         return cls(
             llava,
             llava.encoder,
             manifest.concept,
-            questions,
-            [(label, Question(image, text)) for label, image in rest for text in budget.questions],
-            [
-                Question(image, budget.questions[0])
-                for image in _images(forget, chosen_rows(forget.rows))
-            ],
+            Questions.about(store, manifest, Purpose.CHOOSE, options.budget),
+            Questions.about(store, manifest, Purpose.REPORT, options.report_budget),
+            [Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
             _images(retain, chosen_rows(retain.rows)),
+            concept_is_dealt(store, manifest),
         )
 
-    def concept(self) -> Share:
+    @property
+    def asked(self) -> str:
+        """A digest of the images and questions of trials."""
+        return self.searched.digest
+
+    @property
+    def reported(self) -> str:
+        """A digest of the images and questions of reports."""
+        return self.to_report.digest
+
+    def concept(self, goal: float | None = None) -> Share:
         """Return how many answers about images of the concept name it."""
-        return self._named([(self.name, question) for question in self.shown])
+        return self._named(self.searched.concept, goal)
 
     def others(self) -> Share:
         """Return how many answers about other images name what they show."""
-        return self._named(self.rest)
+        return self._named(self.searched.others)
+
+    def report(self) -> dict[str, Effect]:
+        """Return how many answers about other images than were searched by name these."""
+        concept, others = self.to_report.concept, self.to_report.others
+        return {ANSWERS: Effect(self._named(concept), self._named(others))}
 
     def run_retained(self) -> None:
         """Run the vision tower over the retain set's images."""
@@ -265,12 +386,11 @@ class AskedSubject:
         )
         return list(features.pooler_output)
 
-    def _named(self, wanted: Sequence[tuple[str, Question]]) -> Share:
+    def _named(self, wanted: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
         answers = self.llava.answers([question for _, question in wanted])
-        hits = [
-            class_in(a, [label]) is not None for (label, _), a in zip(wanted, answers, strict=True)
-        ]
-        return Share(sum(hits), len(hits))
+        hits = ([class_in(answer, [label]) is not None]
+                for (label, _), answer in zip(wanted, answers, strict=True))  # fmt: skip
+        return counted(hits, len(wanted), goal)
 
 
 def _images(block: DataBlock, rows: Any) -> list[Image.Image]:

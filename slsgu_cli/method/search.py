@@ -5,6 +5,7 @@ What a step leaves to forget is measured on the CLIP here, and in `downstream.se
 model that is built on it. Sets that are measured on the same rows share one base pass.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -118,13 +119,39 @@ class StepSearch(Generic[T]):
         """Keep a trial that was measured now, in place of what was known of its step."""
         self.trials[key] = trial
 
-    def bisect(self, move: Move[T], steps: int, first: float | None = None) -> None:
-        """Try a number of steps along a move, from `first` (default: its own first step) on."""
+    def bisect(
+        self, move: Move[T], steps: int, first: float | None = None, *, close: float = 0.0
+    ) -> None:
+        """Try at most `steps` steps along a move, from `first` (default: its own) on.
+
+        They end once the shortest that leaves nothing is known to a share `close` of it.
+        """
         trials = bisection(partial(self.trial, move), self.left, first or move.first)
         with progress.bar(move.line[0], steps) as ticker:
             for trial in islice(trials, steps):
                 self.path.append((move.line, trial.step))
                 ticker.advance()
+                if close and self.gap(move.line) <= close:
+                    break
+
+    def shortest(self, line: Line) -> float | None:
+        """Return the shortest step of the path along a line that leaves nothing to forget."""
+        return min(self._along(line, enough=True), default=None)
+
+    def gap(self, line: Line) -> float:
+        """Return what lies between the shortest step known to be enough and the next shorter one.
+
+        As a share of the former; infinite where none is enough.
+        """
+        enough = self.shortest(line)
+        if enough is None:
+            return math.inf
+        shorter = [step for step in self._along(line, enough=False) if step < enough]
+        return 1 - max(shorter, default=0.0) / enough
+
+    def _along(self, line: Line, *, enough: bool) -> list[float]:
+        steps = [key for key in self.path if key[0] == line]
+        return [key[1] for key in steps if (self.left(self.trials[key]) == 0) is enough]
 
 
 class LayerSearch(StepSearch[Trial]):
@@ -151,9 +178,7 @@ class LayerSearch(StepSearch[Trial]):
 
     def lengthen(self, probe: "Probe") -> None:
         """Go on from the shortest step of a line that forgets by the reserve."""
-        steps = [step for line, step in self.path if line == probe.line]
-        left = {step: self.left(self.trials[probe.line, step]) for step in steps}
-        enough = min((step for step in steps if left[step] == 0), default=None)
+        enough = self.shortest(probe.line)
         if enough is not None and self.options.reserve > 1:
             step = self.options.reserve * enough
             self.trial(probe, step)

@@ -448,13 +448,35 @@ class Effect:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class JudgeFigures:
+    """What a judge makes of what a model built on CLIP shows, without and with an edit."""
+
+    judge: str
+    before: Effect
+    after: Effect
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TargetFigures:
-    """What an edit did to a model built on CLIP that its search was steered on."""
+    """What an edit did to a model built on CLIP that its search was steered on.
+
+    `before` and `after` are by `judge`, by which the search was steered; `further` are by
+    others, which had no part in it. No layer or step was chosen by pictures or answers that
+    are `unseen`.
+    """
 
     target: str
     fingerprint: str
     before: Effect
     after: Effect
+    judge: str | None = added(None)
+    unseen: bool = added(False)
+    further: tuple[JudgeFigures, ...] = added(())
+
+    @property
+    def by_judge(self) -> tuple[JudgeFigures, ...]:
+        """The figures by each judge, the one first that the search was steered by."""
+        return JudgeFigures(self.judge or "", self.before, self.after), *self.further
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

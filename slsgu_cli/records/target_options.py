@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import PIPELINE_METHODS, Method
-from slsgu_cli.records.targets import Budget, GradientOf, PaintOptions
+from slsgu_cli.records.targets import Budget, GradientOf, PaintOptions, ReportBudget
 from slsgu_cli.records.words import (
     DEVICE,
     EVALUATION,
@@ -45,19 +45,35 @@ OUT = partial(
     without="the store",
 )  # fmt: skip
 
+# Beyond the shortest step that reaches the goal, and points that others may lose by it.
+TARGET_RESERVE = 1.5
+MAX_LOSS = 5.0
+
+
+def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
+    """Return the models that texts name as MODEL or MODEL=WEIGHTS.
+
+    What follows `local-dir:` or `hf-hub:` is a name whole. Raises UsageError for one named twice.
+    """
+    parts = [(text, "", "") if ":" in text.partition("=")[0] else text.partition("=")
+             for text in texts]  # fmt: skip
+    judges = tuple(ModelSpec(model, weights or None) for model, _, weights in parts)
+    if len(set(judges)) < len(judges):
+        raise UsageError(f"{name} names a judge twice", hint="leave one of them out")
+    return judges
+
+
+def _written(judges: Sequence[ModelSpec]) -> list[str]:
+    return [f"{each.name}={each.pretrained}" if each.pretrained else each.name for each in judges]
+
 
 def judge_option(words: str) -> Any:
-    """Return the field of the model that says what images show; `words` are for none."""
-    return options(
-        None,
-        flags={"name": ("--judge",), "pretrained": ("--judge-pretrained",)},
-        panel=EVALUATION,
-        help={
-            "name": "CLIP that says what images show, named as for --model; `set`: the set's own.",
-            "pretrained": "Its weights, where a name needs them.",
-        },
-        words={"name": words},
-    )
+    """Return the field of the models that say what images show; `words` are for none."""
+    return option(
+        (), "--judge", metavar="MODEL", panel=EVALUATION, read=read_judges, write=_written,
+        without=words,
+        help="CLIP that says what images show: as --model, or MODEL=WEIGHTS; `set`: the set's.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +98,11 @@ class SourceRequest:
 class SteerOptions:
     """How to search on a target. Without `layers`, the `top` most important are searched.
 
-    `full` measures what every trial keeps, not only the shortest sufficient of each layer.
-    `goal` is the unlearning accuracy to reach, in percent. `judge` is the set's CLIP by
-    default, `gradient_of` CLIP's loss or, of a LLaVA, its own.
+    `full` measures what every trial keeps, not only the steps that may win. `goal` is the
+    unlearning accuracy to reach, in percent. A layer's step is `reserve` times the shortest
+    that reaches it, or less where others would lose more than `max_loss`. The first of
+    `judges` is searched by, the set's CLIP by default; figures are by each. `gradient_of` is
+    CLIP's loss or, of a LLaVA, its own.
     """
 
     target: Path = TARGET_FOLDER()
@@ -92,7 +110,7 @@ class SteerOptions:
         (), "--layer", help="Search this layer.", panel=LAYERS, metavar="LAYER",
         without="the --top most important", completes="layer",
     )  # fmt: skip
-    top: int = option(3, "--top", min=1, help="Layers to search.", panel=LAYERS)
+    top: int = option(3, "--top", min=1, help="Layers to search at most.", panel=LAYERS)
     gradient_of: GradientOf | None = option(
         None, "--gradient", help="Of CLIP's forget loss or the target's.", panel=LAYERS,
         without="CLIP's; of a LLaVA its own",
@@ -104,12 +122,21 @@ class SteerOptions:
         90.0, "--goal", min=0.0, max=100.0, panel=SEARCH,
         help="Share of the concept, in percent, that must no longer be recognised.",
     )  # fmt: skip
-    steps: int = option(10, "--steps", min=1, help="Trials a layer.", panel=SEARCH)
+    reserve: float = option(
+        TARGET_RESERVE, "--reserve", min=1.0, panel=SEARCH,
+        help="Times the shortest step that does: room for images nobody chose by.",
+    )  # fmt: skip
+    max_loss: float = option(
+        MAX_LOSS, "--max-loss", min=0.0, panel=SEARCH, metavar="POINTS",
+        help="Points that others may lose; a reserve that costs more is cut.",
+    )  # fmt: skip
+    steps: int = option(10, "--steps", min=1, help="Trials a layer at most.", panel=SEARCH)
     full: bool = option(
         False, "--full", help="Measure what every trial keeps, enough or not.", panel=SEARCH
     )
     budget: Budget = options(Budget(), omit=("seed",))
-    judge: ModelSpec | None = judge_option("set")
+    report: ReportBudget = options(ReportBudget())
+    judges: Sequence[ModelSpec] = judge_option("set")
     encoder: str | None = ENCODER()
     device: str = DEVICE()
 
@@ -126,6 +153,11 @@ class SteerOptions:
     def damping(self) -> float:
         """The ridge in force where the direction is whitened."""
         return RIDGE if self.ridge is None else self.ridge
+
+    @property
+    def report_budget(self) -> Budget:
+        """What a report takes, made as in a trial."""
+        return replace(self.budget, concept=self.report.concept, others=self.report.others)
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
@@ -165,7 +197,7 @@ class GenerateRequest:
     )  # fmt: skip
     seeds: Sequence[int] = SEEDS_OPTION(SEEDS, "--seeds", without="0-3")
     paint: PaintOptions = options(PaintOptions(), flags=STEPS_FLAGS)
-    judge: ModelSpec | None = judge_option("none")
+    judges: Sequence[ModelSpec] = judge_option("none")
     classes: str | None = option(
         None, "--classes", help="File of class names.", panel=EVALUATION, metavar="FILE",
         without="the set's own classes",
@@ -201,7 +233,7 @@ class CanvasRequest:
         metavar="FILE",
         without="none",
     )
-    judge: ModelSpec | None = judge_option("none")
+    judges: Sequence[ModelSpec] = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
     paint: PaintOptions = options(PaintOptions(steps=100, guidance=9.0), flags=STEPS_FLAGS)
     device: str = DEVICE()
@@ -266,7 +298,7 @@ class PipelineCompareOptions:
         panel=TARGET,
         help={"concept": "Pictures of the concept.", "others": "Pictures of other classes."},
     )
-    judge: ModelSpec | None = judge_option("set")
+    judges: Sequence[ModelSpec] = judge_option("set")
     device: str = DEVICE()
 
     def __post_init__(self) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from slsgu_cli.records.method import Direction, Effect, Share, Tower, over_layers
+from slsgu_cli.records.codec import added
+from slsgu_cli.records.method import Direction, Effect, JudgeFigures, Share, Tower, over_layers
 from slsgu_cli.records.studies import Method, MethodSetting, PipelinePlan
 from slsgu_cli.records.words import GENERATION, option, options
 
@@ -52,7 +53,10 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """Images of a pipeline before and after an edit, from the same prompts and seeds."""
+    """Images of a pipeline before and after an edit, from the same prompts and seeds.
+
+    Shares and effects are by `judge`, the first one asked; `further` has those of others.
+    """
 
     name: str
     concept: str
@@ -65,6 +69,14 @@ class Generation:
     before: Effect | None
     after: Effect | None
     version: str
+    further: tuple[JudgeFigures, ...] = added(())
+
+    @property
+    def by_judge(self) -> tuple[JudgeFigures, ...]:
+        """The figures by each judge, in the order in which they were asked; none without one."""
+        if self.before is None or self.after is None:
+            return ()
+        return JudgeFigures(self.judge or "", self.before, self.after), *self.further
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -122,7 +134,10 @@ class GeneratedSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one trial on a target may take: images or questions of the concept and of others."""
+    """What one trial on a target may take: images or questions of the concept and of others.
+
+    A trial that surely misses its goal takes fewer of the concept.
+    """
 
     concept: int = option(
         20, "--images", min=1, help="Images of the concept a trial.", panel=GENERATION
@@ -138,9 +153,25 @@ class Budget:
     paint: PaintOptions = options(PaintOptions(steps=20))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportBudget:
+    """Of how many images or questions figures are, that no layer or step was chosen by."""
+
+    concept: int = option(
+        40, "--report-images", min=1, help="Images of the concept for figures.", panel=GENERATION
+    )
+    others: int = option(
+        60, "--report-others", min=1, help="Images of other classes for figures.",
+        panel=GENERATION,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class TargetTrial:
-    """One step of one layer: what the target still shows. `others` None was not measured."""
+    """One step of one layer: what the target still shows. `others` None was not measured.
+
+    `concept` is of fewer than the budget has where these were enough to miss the goal.
+    """
 
     layer: str
     tower: Tower
@@ -150,12 +181,27 @@ class TargetTrial:
     others: Share | None
 
 
+@dataclass(frozen=True, slots=True)
+class TargetReport:
+    """What a target shows of what it was asked that nothing was chosen by, by each judge.
+
+    `layer` None is the original. `asked` is a digest of the prompts and seeds, or of the
+    images and questions.
+    """
+
+    layer: str | None
+    step: float
+    asked: str
+    effects: dict[str, Effect]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetTrials:
     """Every trial of a search that was steered on a target.
 
     `importance` ranks the layers that it can be reached through, for the direction taken:
-    of a LLaVA's, it is their promise.
+    of a LLaVA's, it is their promise. `asked` is a digest of the prompts and seeds, or of the
+    images and questions, that trials are measured on; `reports` are of others.
     `seconds` is what all of it took, loading included.
     """
 
@@ -177,6 +223,8 @@ class TargetTrials:
     trials: tuple[TargetTrial, ...]
     seconds: float
     version: str
+    asked: str = added("")
+    reports: tuple[TargetReport, ...] = added(())
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -238,7 +286,10 @@ class PipelineOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineComparison:
-    """Every outcome for one concept on one pipeline, with what all of them were made from."""
+    """Every outcome for one concept on one pipeline, with what all of them were made from.
+
+    `asked` is as in TargetTrials; no layer or step is chosen by it.
+    """
 
     name: str
     concept: str
@@ -252,6 +303,7 @@ class PipelineComparison:
     budget: Budget
     outcomes: tuple[PipelineOutcome, ...]
     version: str
+    asked: str = added("")
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

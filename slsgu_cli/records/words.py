@@ -43,7 +43,7 @@ class Option:
     """What a field is on the command line; without flags, an argument.
 
     `without` says what happens where it is not given. `read` makes a value of the
-    word given (of all words, where it is repeatable), `write` the word of a value.
+    word given (of all words, where it is repeatable), `write` the word or words of a value.
     With `once` it is refused where it is repeated, and else the last one counts.
     `completes` says what a shell may put there: a set, an edit, a layer.
     """
@@ -56,7 +56,7 @@ class Option:
     max: float | None = None
     without: str | None = None
     read: Callable[[str, Any], Any] | None = None
-    write: Callable[[Any], str] | None = None
+    write: Callable[[Any], str | list[str]] | None = None
     repeatable: bool | None = None
     once: bool = False
     completes: str | None = None
@@ -216,10 +216,16 @@ class Place:
     def text(self, value: Any) -> str:
         """Return a value as a word of the command line."""
         if self.option.write is not None:
-            return self.option.write(value)
+            return ", ".join(self._written(value))
         if isinstance(value, float):
             return figure(value)
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def _written(self, value: Any) -> list[str]:
+        if self.option.write is None:
+            return [self.text(value)]
+        words = self.option.write(value)
+        return [words] if isinstance(words, str) else words
 
     def words(self, value: Any) -> Iterator[str]:
         """Yield the words that give it this value."""
@@ -232,6 +238,10 @@ class Place:
             texts = [f"{key}={item}" for key, item in value.items()]
         elif self.repeatable and self.option.write is None:
             texts = [self.text(item) for item in value]
+        elif self.option.write is not None and isinstance(
+            several := self.option.write(value), list
+        ):
+            texts = several
         else:
             texts = [self.text(value)]
         for text in texts:

@@ -136,7 +136,7 @@ SEARCHED = {"retain_data": REWHITENED, **MEASURED}
 SWEPT = {"gradient": GRADIENT_OF, "retain": GRADIENT_OF}
 EDITED = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED}
 TARGET = {"forget": FORGET_GRADIENT}
-TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget")
+TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget", "asked")
 SHOWN = {"edits": EDIT_OF}
 
 _TRIALS = Row(
@@ -185,7 +185,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.TARGET_TRIALS: Row(
         "target-trials", TargetTrials, digests=TARGET, needs=Artifact.POINTER,
         options=(*TARGET_OPTIONS, "gradient_of", "direction", "ridge"),
-        rows=("before", "trials", "seconds"),
+        rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(
         "target-comparisons", PipelineComparison, has_folder=True, digests=TARGET,

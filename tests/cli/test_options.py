@@ -27,6 +27,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import Method
+from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.words import PANELS, build, command_line, places
 from slsgu_cli.store.store import Store
 
@@ -116,7 +117,7 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["build-sets", "a", "-p", "openai"], "--pretrained needs --model"),
         (["generate", "a", "-t", "x", "--themes", "f"], "--themes is for an answer set"),
         (["compare", "a", "--iterations", "3"], "--iterations is for a diffusion pipeline"),
-        (["steer", "a", "-t", "x", "--judge-pretrained", "w"], "--judge-pretrained needs --judge"),
+        (["steer", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
         (["rank", "a", "--direction", "gradient", "--ridge", "1"], "for the whitened direction"),
         (["rank", "a", "--towr", "text"], "--tower"),
         (["serch", "a"], "search"),
@@ -161,6 +162,13 @@ RECORDS = {
     "compare": st.builds(
         CompareOptions, rates=st.none() | st.lists(numbers, min_size=1, unique=True).map(tuple),
         epochs=st.integers(1, 9), methods=st.just((Method.ORIGINAL, Method.GA)),
+    ),
+    "steer": st.builds(
+        SteerOptions, target=texts.map(Path), reserve=st.floats(1.0, 9.0), layers=lists,
+        judges=st.lists(st.builds(ModelSpec, st.from_regex(r"[A-Za-z-]+|local-dir:a=b/c",
+                                                           fullmatch=True)) | st.builds(
+            ModelSpec, st.from_regex(r"[A-Z][a-z./-]+", fullmatch=True), texts,
+        ), max_size=3, unique=True).map(tuple),
     ),
     "trajectory": st.builds(
         TrajectoryOptions, points=st.integers(2, 99), search=st.builds(SearchOptions, layers=lists)

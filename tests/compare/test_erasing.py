@@ -243,7 +243,7 @@ def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)
@@ -251,7 +251,7 @@ def searched(demo_world, trained_models, tmp_path_factory):
     budget = Budget(concept=1, others=2, paint=PaintOptions(steps=2, guidance=4.0))
     options = SteerOptions(
         target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=1,
-        budget=budget, device="cpu",
+        budget=budget, report=ReportBudget(concept=1, others=1), device="cpu",
     )  # fmt: skip
     search_target(store, "facebook", options=options)
     return store

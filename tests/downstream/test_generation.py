@@ -133,7 +133,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     paint = PaintOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
         names=["text"], target=trained_models / "sd", seeds=(5,), paint=paint,
-        judge=demo_world.model, classes=str(demo_names(edits)),
+        judges=(demo_world.model,), classes=str(demo_names(edits)),
         prompts=["an icon of facebook", "an icon of github"],
     )  # fmt: skip
     record, output = generate(edits, request)
@@ -211,7 +211,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
 
@@ -220,11 +220,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     budget = Budget(concept=2, others=2, paint=PaintOptions(steps=4, guidance=4.0))
     options = SteerOptions(
         target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=2,
-        budget=budget, goal=50.0, device="cpu",
+        budget=budget, report=ReportBudget(concept=2, others=2), goal=50.0, device="cpu",
     )  # fmt: skip
     first = search_target(store, "facebook", options=options)
     again = search_target(store, "facebook", options=options)
-    assert (first.reused, again.reused) == (0, 2)
+    assert (first.reused, again.reused) == (0, len(first.trials.trials))
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
     record = Artifact.TARGET_TRIALS.path(target_edit("facebook", options.target))
     store.write_bytes(record, b"not a record")
@@ -235,7 +235,8 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     with live.edited({TEXT: 2 * live.value(TEXT)}), pytest.raises(StaleError, match="not built on"):
         search_target(store, "facebook", options=options)
     edit = load_edit(store, "facebook@sd")
-    assert edit.header.target.after == Effect(first.chosen.concept, first.chosen.others)
+    assert edit.header.target == first.figures
+    assert edit.header.target.after.concept.total == 2
     assert edit.header.forgotten is first.forgotten
 
 
@@ -287,7 +288,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     request = CanvasRequest(
         names=["text"], target=trained_models / "sd", out=tmp_path / "out", seeds=(188,),
         themes=str(tmp_path / "themes"), objects=str(tmp_path / "objects"),
-        judge=demo_world.model, paint=PaintOptions(steps=2),
+        judges=(demo_world.model,), paint=PaintOptions(steps=2),
     )  # fmt: skip
     found = answer_set(edits, request)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))

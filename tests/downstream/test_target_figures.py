@@ -23,7 +23,7 @@ def facebook(demo_model, tmp_path_factory):
         "templates": f"{DEMO}/templates.txt",
     }
     world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
-    world.build(retain_samples=64, label_column=None)
+    world.build(retain_samples=64, label_column=None, report_share=0.5)
     world.grade()
     return world
 
@@ -33,20 +33,21 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
     from slsgu_cli.downstream.generate import ask
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import AskRequest, SteerOptions
-    from slsgu_cli.records.targets import Budget
+    from slsgu_cli.records.targets import Budget, ReportBudget
 
     # What a few images are read as ranks the layers as more of them do.
     monkeypatch.setattr(subjects, "ROWS", FEW)
     options = SteerOptions(
         target=trained_models / "llava",
-        budget=Budget(concept=20, others=60),
+        budget=Budget(others=160),
+        report=ReportBudget(others=160),
         top=1,
-        steps=8,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
-    assert 100 - found.chosen.concept.percent >= 90
-    assert found.chosen.others.percent >= found.trials.before.ira - 5
+    assert found.figures.unseen and found.figures.after.concept.total == 17
+    assert found.figures.after.ua >= 90
+    assert found.figures.after.ira >= found.figures.before.ira - 5
     # Late layers change least of what the language model reads of other images.
     assert next(iter(found.trials.importance)) == found.chosen.layer
     assert found.chosen.layer == "visual.transformer.resblocks.6.mlp.c_proj.weight"
@@ -61,24 +62,24 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import GenerateRequest, SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
 
-    paint = PaintOptions(steps=6, guidance=4.0)
     options = SteerOptions(
         target=trained_models / "sd",
-        budget=Budget(concept=4, others=6, paint=paint),
+        budget=Budget(concept=6, others=10, paint=PaintOptions(steps=8, guidance=4.0)),
+        report=ReportBudget(concept=7, others=7),
         top=1,
-        steps=4,
+        steps=5,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
-    assert found.trials.before.ua == 0
-    assert 100 - found.chosen.concept.percent >= 90
-    assert found.chosen.others.percent >= found.trials.before.ira - 5
-    # What was found is measured on prompts and seeds that the search did not see.
+    assert found.figures.unseen
+    assert found.figures.after.ua >= 85
+    assert found.figures.after.others.count >= found.figures.before.others.count - 1
+    # And on prompts and seeds that neither the search nor the report had.
     request = GenerateRequest(
-        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=(100, 101),
-        paint=paint, judge=facebook.model,
+        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 103),
+        paint=PaintOptions(steps=10, guidance=4.0), judges=(facebook.model,),
     )  # fmt: skip
     record, _ = generate(facebook.store, request)
     assert record.after.ua >= 90

@@ -9,6 +9,7 @@ import torch
 from slsgu_cli.downstream.directions import TargetMove
 from slsgu_cli.downstream.search import TargetSearch
 from slsgu_cli.records.method import Direction, Effect, Share, Tower
+from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import Budget, GradientOf, TargetTrials
 from slsgu_cli.store.store import Store
 
@@ -30,7 +31,7 @@ class Target:
         yield
         self.size = before
 
-    def concept(self):
+    def concept(self, _goal=None):
         return Share(max(0, 10 - int(2 * (self.size - 4))), 10)
 
     def others(self):
@@ -58,15 +59,15 @@ def make(target, move, tmp_path):
     )  # fmt: skip
 
     def made(**options):
-        return TargetSearch(Store(str(tmp_path)), "trials.json", trials, [move], **options)
+        options = SteerOptions(target=tmp_path, goal=100.0, reserve=1.0, max_loss=100, **options)
+        return TargetSearch(Store(str(tmp_path)), "trials.json", trials, [move], options)
 
     return made
 
 
 def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, move, target):
-    run = make()
-    run.bisect(move, 6)
-    best = run.choose()
+    run = make(steps=6)
+    best = run.run([move], {})
     assert best.concept == Share(0, 10)
     assert [trial for trial in run.record.trials if trial.others] == [best]
     assert best.step == min(t.step for t in run.record.trials if t.concept.count == 0)
@@ -74,10 +75,8 @@ def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, move, 
 
 
 def test_a_full_search_measures_what_every_trial_keeps(make, move, target):
-    plain, full = make(), make(full=True)
-    for run in (plain, full):
-        run.bisect(move, 6)
-    chosen = [run.choose() for run in (plain, full)]
+    plain, full = make(steps=6), make(steps=6, full=True)
+    chosen = [run.run([move], {}) for run in (plain, full)]
     assert chosen[0] == chosen[1]
     frontier = sorted(full.record.trials, key=lambda trial: trial.step)
     assert all(trial.others for trial in frontier)

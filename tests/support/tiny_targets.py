@@ -1,15 +1,21 @@
-"""Models built on the tiny CLIP, in every layout that people have them in.
+"""Models built on the tiny CLIP: in every layout that people have them in, and as they run.
 
-All hold the weights of one open_clip state dict. The layouts are written from a table of
+All layouts hold the weights of one open_clip state dict. The layouts are written from a table of
 names of their own, so that the package's mapping is tested against something else.
 """
 
+import io
 import json
 import re
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.downstream.judge import Judge, class_in
+from slsgu_cli.downstream.models import LiveEncoder
 
 Weights = dict[str, torch.Tensor]
 HIDDEN = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
@@ -124,3 +130,80 @@ def llava(folder: Path, state: Weights, prefix: str, *, shards: int = 0, **confi
     else:
         save(weights, folder / "model.safetensors")
     return folder
+
+
+class Moving:
+    """A model built on the tiny CLIP that tells how far its layers have moved."""
+
+    def __init__(self, folder: Path, model: torch.nn.Module) -> None:
+        self.encoder = LiveEncoder.find(model, read_target(folder).encoders[0])
+        self._before = [(value, value.data) for value in model.parameters()]
+
+    @property
+    def moved(self) -> float:
+        """The share of its norm by which a layer has moved; an edit gives it other data."""
+        return max(
+            (
+                float((value.data - before).norm() / before.norm())
+                for value, before in self._before
+                if value.data_ptr() != before.data_ptr()
+            ),
+            default=0.0,
+        )
+
+
+class Painter(Moving):
+    """A pipeline that draws the class which a prompt names, in one pixel, or else the next one.
+
+    `lasts(job, name)` says by which share a layer may move before it no longer draws that. A
+    judge that is strict sees a class up to twice that share. `jobs` has all that was painted.
+    """
+
+    device = "cpu"
+
+    def __init__(self, folder, model, names, lasts) -> None:
+        super().__init__(folder, model)
+        self.encoders, self.names, self.lasts = (self.encoder,), sorted(names), lasts
+        self.jobs = []
+
+    def paint(self, jobs, options):
+        """Draw in red what is seen, and in green what a strict judge sees."""
+        for job in jobs:
+            self.jobs.append(job)
+            name = class_in(job.prompt, self.names)
+            place, last = self.names.index(name), self.lasts(job, name)
+            seen = [(place + (self.moved >= factor * last)) % len(self.names) for factor in (1, 2)]
+            yield Image.new("RGB", (1, 1), (*seen, 0))
+
+
+def pixel_judge(spec, classes, *, device="auto"):
+    """Return a judge of what a Painter draws; one that is named `strict` looks at the green."""
+    names = tuple(classes)
+    channel = int(spec.name == "strict")
+
+    def see(images):
+        seen = [Image.open(io.BytesIO(image)).getpixel((0, 0))[channel] for image in images]
+        return torch.eye(len(names))[seen]
+
+    places = [sorted(names).index(name) for name in names]
+    return Judge(spec, names, torch.eye(len(names))[places], see)
+
+
+class Answerer(Moving):
+    """A LLaVA that names what images show: `labels` by their pixels' bytes.
+
+    `lasts(label)` says by which share a layer may move before it no longer does. `questions`
+    has the image and the text of all it was asked.
+    """
+
+    def __init__(self, folder, model, labels, lasts) -> None:
+        super().__init__(folder, model)
+        self.labels, self.lasts = labels, lasts
+        self.questions = []
+
+    def answers(self, questions):
+        """Yield an answer to each question, in order."""
+        for question in questions:
+            label = self.labels[question.image.tobytes()]
+            self.questions.append((question.image.tobytes(), question.text))
+            yield f"This is {label}." if self.moved < self.lasts(label) else "I do not know."
