@@ -1,0 +1,116 @@
+"""Measure what searches on targets came to, on prompts, seeds and images that chose nothing.
+
+    python tests/bench/unseen_targets.py --target models/sd            # 5 concepts, by seed 0
+    python tests/bench/unseen_targets.py --target models/llava --store unseen-targets
+    python tests/bench/unseen_targets.py --target models/sd --concepts facebook,castle
+
+Concepts are drawn from the embedded model's classes that have at least ten held-out images.
+Each is built and graded as the demo does it, then searched on the target with the options of
+`steer` as they are, those given here aside. A run that is repeated on a store goes on where
+the last one ended, trial by trial.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.clip.models import LOCAL
+from slsgu_cli.downstream.search import SteerResult, search_target
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.records.method import Direction
+from slsgu_cli.records.options import PassOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.target_options import SteerOptions
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.store import Store
+
+LEAST_IMAGES = 10
+HEADS = (
+    "concept", "layer", "share", "times", "trials", "judge", "before", "still", "95%", "of",
+    "IRA", "lost", "of", "seconds",
+)  # fmt: skip
+
+
+def drawn(wanted: str, seed: int) -> list[str]:
+    """Return concepts: a number of them drawn by seed, or some by name."""
+    if not wanted.isdecimal():
+        return wanted.split(",")
+    column = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"]
+    held = Counter(column.to_pylist())
+    enough = sorted(name for name, count in held.items() if count >= LEAST_IMAGES)
+    return random.Random(seed).sample(enough, int(wanted))
+
+
+def rows(name: str, result: SteerResult) -> list[list[str]]:
+    """Return by judge what is still recognised of a concept, and what others lost, in percent.
+
+    `times` is the step over the shortest of its layer that reaches the goal.
+    """
+    trials, chosen = result.trials, result.chosen
+    enough = [
+        trial.step
+        for trial in trials.trials
+        if trial.layer == chosen.layer and 100 - trial.concept.percent >= trials.goal
+    ]
+    times = f"{chosen.step / min(enough):.2f}" if enough else "-"
+    about = [name, chosen.layer, f"{chosen.share:.2f}", times, str(len(trials.trials))]
+    table = []
+    for by in result.figures.by_judge:
+        was, now = by.before, by.after
+        low, high = now.concept.interval
+        figures = [was.concept.percent, now.concept.percent]
+        lost = was.ira - now.ira
+        table.append([
+            *about, Path(by.judge).name, *(f"{figure:.1f}" for figure in figures),
+            f"{low:.1f} to {high:.1f}", str(now.concept.total), f"{now.ira:.1f}", f"{lost:.1f}",
+            str(now.others.total), f"{trials.seconds:.0f}",
+        ])  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, required=True, help="folder of a pipeline or LLaVA")
+    parser.add_argument("--concepts", default="5", help="how many, or names with commas")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    parser.add_argument("--judge", action="append", default=[], help="one more, a model's folder")
+    parser.add_argument("--direction", type=Direction, default=SteerOptions(target="").direction)
+    parser.add_argument("--reserve", type=float, default=SteerOptions(target="").reserve)
+    wanted = parser.parse_args()
+    further = [ModelSpec(f"{LOCAL}{folder}") for folder in wanted.judge]
+    options = SteerOptions(
+        target=wanted.target, direction=wanted.direction, reserve=wanted.reserve,
+        judges=(ModelSpec("set"), *further) if further else (),
+    )  # fmt: skip
+    store = Store(str(wanted.store or tempfile.mkdtemp()))
+    concepts = drawn(wanted.concepts, wanted.seed)
+    print(f"seed {wanted.seed}: {', '.join(concepts)}\n")
+    print("\t".join(HEADS), flush=True)
+    table: list[list[str]] = []
+    for name in concepts:
+        if not store.exists(Artifact.POINTER.path(name)):
+            build_sets(store, demo_request(name))
+            compute_gradients(store, name, model=None, options=PassOptions())
+        try:
+            found = rows(name, search_target(store, name, options=options))
+        except SlsguError as error:
+            print(f"{name}\t{error}", flush=True)
+            continue
+        table += found
+        print("\n".join("\t".join(row) for row in found), flush=True)
+    still, lost = ([float(row[HEADS.index(head)]) for row in table] for head in ("still", "lost"))
+    if table:
+        mean = (f"{sum(each) / len(each):.1f}, at most {max(each):.1f}" for each in (still, lost))
+        print("\nstill recognised: {}\nothers lost: {}".format(*mean))
+
+
+if __name__ == "__main__":
+    main()
