@@ -46,7 +46,7 @@ OUT = partial(
 )  # fmt: skip
 
 # Beyond the shortest step that reaches the goal, and points that others may lose by it.
-TARGET_RESERVE = 1.5
+TARGET_RESERVE = 1.15
 MAX_LOSS = 5.0
 
 
