@@ -160,7 +160,8 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print what the classes with the nearest names lost, and those that lost most."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.probes import LEAST_ROWS, harmed, losses, nearest_names
+    from slsgu_cli.method.trial import LEAST_ROWS
+    from slsgu_cli.verification.probes import harmed, losses, nearest_names
 
     most = SHORT if console.brief else None
     cells: Cells = []

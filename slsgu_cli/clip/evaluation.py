@@ -282,13 +282,11 @@ class _Opening:
 
     def evaluation_set(self, name: str) -> EvaluationSet:
         """Return an evaluation set with the rows that serve the purpose."""
-        block = DataBlock.open(self.store, self.manifest.evals[name])
-        names, prompts = block.class_names, self.prompts(block, block.class_names)
-        if name in self.manifest.reports and self.purpose is Purpose.REPORT:
-            block = DataBlock.open(self.store, self.manifest.reports[name])
-        rows, unseen = rows_for(self.purpose, self.manifest, name, block.labels)
+        named = DataBlock.open(self.store, self.manifest.evals[name])
+        prompts = self.prompts(named, named.class_names)
+        block, rows, unseen = serving_rows(self.store, self.manifest, name, self.purpose)
         images = self.images(block, rows, block.labels[rows])
-        return EvaluationSet(images, prompts, names, unseen)
+        return EvaluationSet(images, prompts, named.class_names, unseen)
 
     def concept(self, manifest: SetManifest, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
         """Return the images of a concept that serve the purpose.
@@ -296,22 +294,18 @@ class _Opening:
         Where there are too few to deal, all of them are chosen by and reported on; where no
         evaluation set knows the concept, the forget set's own images are.
         """
-        name = manifest.forget_eval
-        if name is None:
-            naming = min(sets)
-            prompted = DataBlock.open(self.store, self.manifest.evals[naming])
+        shown = concept_rows(self.store, manifest, self.purpose)
+        if shown is None or manifest.forget_eval is None:
+            prompted = DataBlock.open(self.store, self.manifest.evals[min(sets)])
             names = (*prompted.class_names, manifest.concept)
             block = DataBlock.open(self.store, manifest.forget)
             labels = np.full(block.rows, len(prompted.class_names))
             images = self.images(block, np.arange(block.rows), labels)
             return EvaluationSet(images, self.prompts(prompted, names), names)
-        group = sets[name]
-        if not concept_is_dealt(self.store, manifest):
-            block = DataBlock.open(self.store, manifest.evals[name])
-            rows = np.flatnonzero(block.labels == find_class(group.names, manifest.concept))
-            images = self.images(block, rows, block.labels[rows])
-            return EvaluationSet(images, group.prompts, group.names)
-        return group.some(np.flatnonzero(_shown(name, group, manifest)))
+        block, rows, unseen = shown
+        group = sets[manifest.forget_eval]
+        images = self.images(block, rows, block.labels[rows])
+        return EvaluationSet(images, group.prompts, group.names, unseen)
 
     def training(self, manifest: SetManifest, concept: EvaluationSet) -> EvaluationSet:
         """Return images of the forget set, drawn by seed, that make enough to choose by."""
@@ -353,21 +347,25 @@ def rows_for(purpose: Purpose, manifest: SetManifest, name: str, labels: Ints) -
 
 def serving_rows(
     store: Store, manifest: SetManifest, name: str, purpose: Purpose
-) -> tuple[DataBlock, Ints]:
-    """Return the block of evaluation set `name` that serves a purpose, and which of its rows."""
+) -> tuple[DataBlock, Ints, bool]:
+    """Return the block of evaluation set `name` that serves a purpose, and which of its rows.
+
+    With them comes whether they are unseen.
+    """
     ref = manifest.evals[name]
     if purpose is Purpose.REPORT:
         ref = manifest.reports.get(name, ref)
     block = DataBlock.open(store, ref)
-    return block, rows_for(purpose, manifest, name, block.labels)[0]
+    return block, *rows_for(purpose, manifest, name, block.labels)
 
 
 def concept_rows(
     store: Store, manifest: SetManifest, purpose: Purpose
-) -> tuple[DataBlock, Ints] | None:
+) -> tuple[DataBlock, Ints, bool] | None:
     """Return the evaluation images of the concept that serve a purpose; None without any.
 
-    Where there are too few to deal, all of them serve both.
+    Where there are too few to deal, all of them serve both. With them comes whether they
+    are unseen.
     """
     name = manifest.forget_eval
     if name is None:
@@ -375,9 +373,10 @@ def concept_rows(
     block = DataBlock.open(store, manifest.evals[name])
     label = find_class(block.class_names, manifest.concept)
     rows: Ints = np.arange(block.rows)
+    unseen = False
     if concept_is_dealt(store, manifest):
-        block, rows = serving_rows(store, manifest, name, purpose)
-    return block, rows[block.labels[rows] == label]
+        block, rows, unseen = serving_rows(store, manifest, name, purpose)
+    return block, rows[block.labels[rows] == label], unseen
 
 
 def dealt_to_report(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:

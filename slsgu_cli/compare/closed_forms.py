@@ -435,17 +435,8 @@ class ClosedForms:
 def _probe(evaluation: Evaluation, layer: str, change: Tensor) -> Probe:
     """Return a move along a change of a layer that nobody ranked."""
     weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
-    score = LayerScore(
-        layer=layer,
-        tower=Layer.parse(layer).tower or Tower.TEXT,
-        shape=weight.shape,
-        importance=0.0,
-        alignment=0.0,
-        forget_norm=0.0,
-        retain_norm=0.0,
-        weight_norm=norm(weight),
-        front=False,
-    )
+    tower = Layer.parse(layer).recorded_tower
+    score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
     return Probe(evaluation, score, change)
 
 

@@ -357,7 +357,7 @@ def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
     shown = concept_rows(store, manifest, Purpose.REPORT)
     pictures = _pictures(shown[0], shown[1][:count], forgotten=True) if shown else []
     for known in sorted(manifest.evals):
-        block, rows = serving_rows(store, manifest, known, Purpose.REPORT)
+        block, rows, _ = serving_rows(store, manifest, known, Purpose.REPORT)
         concept = find_class(block.class_names, manifest.concept)
         rows = rows[block.labels[rows] >= 0]
         common = np.argsort(-np.bincount(block.labels[rows]), kind="stable")

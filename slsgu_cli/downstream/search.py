@@ -162,17 +162,8 @@ def _top1(trial: Trial) -> float:
 
 
 def _score(move: TargetMove) -> LayerScore:
-    return LayerScore(
-        layer=move.layer,
-        tower=Layer.parse(move.layer).recorded_tower,
-        shape=tuple(move.weight.shape),
-        importance=move.importance,
-        alignment=0.0,
-        forget_norm=0.0,
-        retain_norm=0.0,
-        weight_norm=float(move.weight.norm()),
-        front=True,
-    )
+    tower, weight = Layer.parse(move.layer).recorded_tower, move.weight
+    return LayerScore.unranked(move.layer, tower, tuple(weight.shape), float(weight.norm()))
 
 
 def _chosen_layers(candidates: list[str], options: SteerOptions) -> list[str]:

@@ -259,7 +259,7 @@ class Questions:
         made, texts = cls(), budget.questions
         draw = np.random.default_rng(budget.seed).permutation
         for name in sorted(manifest.evals):
-            block, rows = serving_rows(store, manifest, name, purpose)
+            block, rows, _ = serving_rows(store, manifest, name, purpose)
             labels = block.labels[rows]
             concept = find_class(block.class_names, manifest.concept)
             others = draw(rows[(labels >= 0) & (labels != concept)])
@@ -269,8 +269,9 @@ class Questions:
         named = [manifest.concept] * budget.concept
         shown = concept_rows(store, manifest, purpose)
         if shown is not None:
-            rows = draw(shown[1])[: budget.concept]
-            made.concept += made.asked(shown[0], rows, named, texts)
+            block, rows, _ = shown
+            rows = draw(rows)[: budget.concept]
+            made.concept += made.asked(block, rows, named, texts)
             named = named[len(rows) :]
         if purpose is Purpose.CHOOSE and named and concept_is_dealt(store, manifest):
             forget = DataBlock.open(store, manifest.forget)

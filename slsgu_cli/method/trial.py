@@ -110,6 +110,7 @@ class UtilityMeter:
 
     evaluation: Evaluation
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _base_ranks: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def measure(
         self, probe: Probe, step: float, *, beat: float
@@ -132,10 +133,12 @@ class UtilityMeter:
                 }
         if ranks is None:
             return None, None
+        if not self._base_ranks:
+            self._base_ranks = {name: group.base_ranks() for name, group in groups.items()}
         losses = [
             loss
             for name, group in groups.items()
-            for loss in class_losses(group, group.base_ranks(), ranks[name])
+            for loss in class_losses(group, self._base_ranks[name], ranks[name])
             if loss.rows >= LEAST_ROWS
         ]
         worst = max(losses, key=lambda loss: loss.lost, default=None)

@@ -197,6 +197,13 @@ class LayerScore:
     front: bool
     direction: Direction | None = added(None)
 
+    @classmethod
+    def unranked(
+        cls, layer: str, tower: Tower, shape: tuple[int, ...], weight_norm: float
+    ) -> "LayerScore":
+        """Return what is known of a layer that nobody ranked."""
+        return cls(layer, tower, shape, 0.0, 0.0, 0.0, 0.0, weight_norm, False)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:

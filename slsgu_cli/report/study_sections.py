@@ -175,7 +175,8 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
-    from slsgu_cli.verification.probes import LEAST_ROWS, harmed, losses, nearest_names
+    from slsgu_cli.method.trial import LEAST_ROWS
+    from slsgu_cli.verification.probes import harmed, losses, nearest_names
 
     known = losses(original, edited)
     captions = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.zeroshot import class_accuracies
+from slsgu_cli.method.trial import LEAST_ROWS
 from slsgu_cli.records.method import ClassLoss
 from slsgu_cli.records.studies import (
     Attack,
@@ -203,7 +204,7 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
 
 
 # Of the nearest names and of those that lost most, so many are told, the latter with rows enough.
-NEAREST_NAMES, HARMED, LEAST_ROWS = 20, 10, 5
+NEAREST_NAMES, HARMED = 20, 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.method.scoring import Difference, difference
+from slsgu_cli.method.trial import LEAST_ROWS
 from slsgu_cli.records.method import Accuracy, Share, Tower
 from slsgu_cli.records.studies import (
     IMAGES,
@@ -36,7 +37,7 @@ from slsgu_cli.verification.image_probes import (
     pairs_of,
     retrievals,
 )
-from slsgu_cli.verification.probes import LEAST_ROWS, LossRow, harmed, losses
+from slsgu_cli.verification.probes import LossRow, harmed, losses
 from slsgu_cli.verification.wording import TEMPLATE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
