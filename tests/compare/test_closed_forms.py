@@ -209,8 +209,9 @@ def as_numpy(values):
 
 
 @pytest.fixture(scope="module")
-def bench(shared_world):
-    return open_bench(shared_world)
+def bench(shared_world, tmp_path_factory):
+    """A bench in a store of its own: moments are written into it."""
+    return open_bench(shared_world.copied(tmp_path_factory.mktemp("closed-forms") / "store"))
 
 
 @pytest.fixture(scope="module")
