@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.app import app
+from slsgu_cli.records.comparisons import ClipComparison
 from slsgu_cli.records.method import GradientPointer, Ranking, Trials
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Check, Comparison, Verification
+from slsgu_cli.records.verification import Check, Verification
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
 
@@ -62,7 +63,7 @@ def edits_of(store):
 
 def studies_of(store):
     """Return what was recorded of the edit of blue."""
-    kinds = {"verifications": Verification, "comparisons": Comparison, "trajectories": Trials}
+    kinds = {"verifications": Verification, "comparisons": ClipComparison, "trajectories": Trials}
     return [store.read_record(f"{folder}/blue.json", kind) for folder, kind in kinds.items()]
 
 

@@ -48,6 +48,7 @@ from slsgu_cli.method.moments import (
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import Probe, report
+from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.method import (
     Figures,
     GradientHeader,
@@ -59,7 +60,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import RIDGE, SearchOptions
 from slsgu_cli.records.sets import InputSpec
-from slsgu_cli.records.studies import Method, Outcome
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -273,7 +273,7 @@ class ClosedForms:
     _parts: dict[tuple[str, ...], tuple[Any, float]] = field(init=False, default_factory=dict)
     _charged: float = field(init=False, default=0.0)
 
-    def run(self, method: Method, setting: float) -> Outcome:
+    def run(self, method: Method, setting: float) -> ClipOutcome:
         """Edit the original model by a method and measure what that leaves.
 
         The seconds are those of the edit and of the search for its step; not of loading, nor
@@ -291,7 +291,7 @@ class ClosedForms:
             pointer, model = runner.pointer, runner.model
             seconds += runner.times.seconds(pointer, ["forget"], squares=False, model=model)
         progress.detail(f"{method} {setting:g}: FA@1 {figures.forget.top1:.1f} on {layer}")
-        return Outcome(
+        return ClipOutcome(
             method=method,
             setting=setting,
             plan=None,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic
 
 import slsgu_cli
 from slsgu_cli import progress
@@ -20,20 +20,21 @@ from slsgu_cli.compare.ours import (
     standing_edit,
 )
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.method import Accuracy, Figures, GradientPointer
-from slsgu_cli.records.options import CompareOptions
-from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.comparisons import (
     CLIP_METHODS,
     CLOSED_FORMS,
     TRAINED,
+    ClipComparison,
+    ClipOutcome,
+    ClipPlan,
     Comparison,
     Method,
     MethodSetting,
-    Outcome,
-    Plan,
+    Row,
 )
-from slsgu_cli.records.targets import PipelineComparison, PipelineOutcome
+from slsgu_cli.records.method import Accuracy, Figures, GradientPointer
+from slsgu_cli.records.options import CompareOptions
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,
     evaluation_blocks,
@@ -98,7 +99,7 @@ class Compared:
     `chosen` has the setting found best for each baseline, None where they were given.
     """
 
-    concepts: dict[str, tuple[Outcome, ...]]
+    concepts: dict[str, tuple[ClipOutcome, ...]]
     chosen: dict[Method, float] | None
 
 
@@ -114,7 +115,7 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
         **{method: (parameter.usual,) for method, parameter in PARAMETERS.items()},
     }
     settings = {method: settings[method] for method in settings if method in options.methods}
-    concepts: dict[str, tuple[Outcome, ...]] = {}
+    concepts: dict[str, tuple[ClipOutcome, ...]] = {}
     chosen: dict[Method, float] = {}
     for name in dict.fromkeys(names):
         run = ClipComparisonRun.open(store, name, options)
@@ -134,17 +135,13 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
     return Compared(concepts, chosen if options.rates is None else None)
 
 
-Record = TypeVar("Record", Comparison, PipelineComparison)
-Row = TypeVar("Row", Outcome, PipelineOutcome)
-
-
 @dataclass
-class ComparisonRun(ABC, Generic[Record, Row]):
+class ComparisonRun(ABC, Generic[Row]):
     """One comparison's record: a row that is on it stands, one that is not is run and added."""
 
     store: Store
     name: str
-    record: Record
+    record: Comparison[Row]
     times: PassTimes
 
     artifact: ClassVar[Artifact]
@@ -166,34 +163,29 @@ class ComparisonRun(ABC, Generic[Record, Row]):
 
     def row(self, method: Method, setting: float | None = None) -> Row:
         """Return a method's row at a setting, as recorded or else run now."""
-        wanted = self.at(method, setting)
-        rows: Sequence[Any] = self.record.outcomes
-        for row in reversed(rows):
-            if row.made_by == wanted:
-                known: Row = row
-                return known
-        return self._add(self.run(method, setting))
+        known = self.record.row_made_by(self.at(method, setting))
+        return known or self._add(self.run(method, setting))
 
     def _add(self, row: Row) -> Row:
         """Record a row, beside those that another process may have recorded meanwhile."""
         with progress.silent():
             self.record = resume(self.store, self.artifact, self.name, self.record)
-        others: list[Any] = [other for other in self.record.outcomes if other.place != row.place]
-        self.record = self.with_rows((*others, row))
+        self.record = self.with_row(row)
         self.store.write_record(self.artifact.path(self.name), self.record)
         return row
 
-    def with_rows(self, rows: tuple[Any, ...]) -> Record:
-        """Return the record with other rows."""
-        return replace(self.record, outcomes=rows)
+    def with_row(self, row: Row) -> Comparison[Row]:
+        """Return the record with a row that was run now."""
+        return self.record.with_row(row)
 
 
 @dataclass
-class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
+class ClipComparisonRun(ComparisonRun[ClipOutcome]):
     """The comparison on one set; the model is loaded for what is not on record."""
 
+    record: ClipComparison
     pointer: GradientPointer
-    plan: Plan
+    plan: ClipPlan
     layer: str | None
 
     artifact = Artifact.COMPARISON
@@ -208,13 +200,13 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
         else:
             progress.note(f"{name} has no gradients yet: computing them")
             pointer = times.compute(None, squares=False)
-        plan = Plan(
+        plan = ClipPlan(
             epochs=options.epochs,
             batch_size=options.batch_size,
             retain_rows=min(options.retain_rows or manifest.retain.rows, manifest.retain.rows),
             seed=options.seed,
         )
-        fresh = Comparison(
+        fresh = ClipComparison(
             name=name,
             model_fingerprint=pointer.model_fingerprint,
             forget=pointer.forget,
@@ -277,7 +269,7 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
             return MethodSetting(method)
         return MethodSetting(method, setting, self.plan.of(method))
 
-    def run(self, method: Method, setting: float | None) -> Outcome:
+    def run(self, method: Method, setting: float | None) -> ClipOutcome:
         """Run a baseline, or tell of the original model and our edit what the search measured."""
         if method is Method.OURS:
             return our_outcome(self.store, self.our_edit, self.pointer, self.times)
@@ -288,16 +280,18 @@ class ClipComparisonRun(ComparisonRun[Comparison, Outcome]):
         edit = standing_edit(self.store, self.manifest, self.pointer, self.times)
         return original_outcome(edit.before if edit else self.baselines.original())
 
-    def with_rows(self, rows: tuple[Any, ...]) -> Comparison:
-        """Return the record with other rows, and with the times measured for them."""
+    def with_row(self, row: ClipOutcome) -> ClipComparison:
+        """Return the record with a row that was run now, and with the times measured for it."""
         passes = {**self.record.passes, **self.times.known}
-        return replace(self.record, outcomes=rows, passes=passes)
+        return replace(self.record.with_row(row), passes=passes)
 
 
 DECADES = (1e-6, 1e-5, 1e-4)
 
 
-def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list[Outcome]]:
+def tune(
+    method: Method, run: Callable[[float], ClipOutcome]
+) -> tuple[ClipOutcome, list[ClipOutcome]]:
     """Return a method's best outcome and all that were tried for it.
 
     Learning rates: three decades, then half a decade to either side of the best of them.
@@ -311,12 +305,12 @@ def tune(method: Method, run: Callable[[float], Outcome]) -> tuple[Outcome, list
     return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
 
 
-def best(outcomes: list[Outcome]) -> Outcome:
+def best(outcomes: list[ClipOutcome]) -> ClipOutcome:
     """Return the outcome of the best trade-off; of equals the one with the least setting."""
     return min(outcomes, key=lambda o: (-trade_off(o), o.setting or 0.0))
 
 
-def trade_off(outcome: Outcome) -> float:
+def trade_off(outcome: ClipOutcome) -> float:
     """Return the mean of what is forgotten (100 - FA@1) and what is kept (mean TA@1).
 
     On the rows to choose by.
@@ -361,7 +355,7 @@ class TableRow:
 
 
 def mean_rows(
-    concepts: dict[str, tuple[Outcome, ...]], chosen: dict[Method, float] | None
+    concepts: dict[str, tuple[ClipOutcome, ...]], chosen: dict[Method, float] | None
 ) -> list[TableRow]:
     """Return a row for each method and setting that every concept has, in their order.
 
@@ -385,8 +379,8 @@ def mean_rows(
     return rows
 
 
-def _row(outcomes: Sequence[Outcome], sets: Sequence[str], *, chosen: bool) -> TableRow:
-    def mean(value: Callable[[Outcome], float]) -> float:
+def _row(outcomes: Sequence[ClipOutcome], sets: Sequence[str], *, chosen: bool) -> TableRow:
+    def mean(value: Callable[[ClipOutcome], float]) -> float:
         return sum(map(value, outcomes)) / len(outcomes)
 
     first = outcomes[0]

@@ -20,6 +20,7 @@ from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.records.comparisons import ClipOutcome, ClipPlan, Method
 from slsgu_cli.records.method import (
     Accuracy,
     Figures,
@@ -29,7 +30,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import Purpose, SetManifest
-from slsgu_cli.records.studies import Method, Outcome, Plan
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -98,7 +98,7 @@ class LossTerm:
     sign: int
     shuffled: bool
 
-    def order(self, plan: Plan, epoch: int) -> list[npt.NDArray[np.intp]]:
+    def order(self, plan: ClipPlan, epoch: int) -> list[npt.NDArray[np.intp]]:
         """Return the rows of each mini-batch of an epoch.
 
         Shuffled rows go round to fill the last mini-batch; others keep a smaller one. No
@@ -118,7 +118,7 @@ def train(
     terms: list[LossTerm],
     *,
     rate: float,
-    plan: Plan,
+    plan: ClipPlan,
     mask: Mask | None = None,
 ) -> Iterator[int]:
     """Train `model` in place, every term in turn; yield the epoch that has just ended."""
@@ -340,7 +340,7 @@ class BaselineRunner:
     store: Store
     manifest: SetManifest
     pointer: GradientPointer
-    plan: Plan
+    plan: ClipPlan
     model: nn.Module
     choosing: Evaluation
     reporting: Evaluation
@@ -353,7 +353,7 @@ class BaselineRunner:
         store: Store,
         manifest: SetManifest,
         pointer: GradientPointer,
-        plan: Plan,
+        plan: ClipPlan,
         times: PassTimes,
     ) -> "BaselineRunner":
         """Load the model that the set's gradients are of. Raises StaleError and InputError."""
@@ -370,7 +370,7 @@ class BaselineRunner:
         self.restore()
         return figures_of(self.reporting)
 
-    def run(self, method: Method, setting: float) -> Outcome:
+    def run(self, method: Method, setting: float) -> ClipOutcome:
         """Run a baseline on the original model and measure the epoch that is reported."""
         self.restore()
         seconds = self._seconds_before(method)
@@ -388,7 +388,7 @@ class BaselineRunner:
             f"{label}: FA@1 {figures.forget.top1:.1f} after epoch {reported.epoch} "
             f"of {reported.epochs}"
         )
-        return Outcome(
+        return ClipOutcome(
             method=method,
             setting=setting,
             plan=self.plan.of(method),

@@ -32,11 +32,17 @@ from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
 from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.comparisons import (
+    Method,
+    MethodSetting,
+    PipelineComparison,
+    PipelineOutcome,
+    PipelinePlan,
+)
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
-from slsgu_cli.records.studies import Method, MethodSetting, PipelinePlan
 from slsgu_cli.records.target_options import PipelineCompareOptions
-from slsgu_cli.records.targets import PipelineComparison, PipelineOutcome, TargetTrials
+from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -160,9 +166,10 @@ def _cast(*parts: tuple[nn.Module, torch.dtype]) -> None:
 
 
 @dataclass
-class PipelineComparisonRun(ComparisonRun[PipelineComparison, PipelineOutcome]):
+class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
     """The comparison on one pipeline; it is loaded for what is not on record."""
 
+    record: PipelineComparison
     pointer: GradientPointer
     options: PipelineCompareOptions
     judged: JudgedPrompts

@@ -13,6 +13,7 @@ from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.method.edit import current_edit, ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
+from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.method import (
     Accuracy,
     EditHeader,
@@ -26,7 +27,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import MARGIN, PassOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Method, Outcome
 from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -222,7 +222,9 @@ def standing_edit(
     return None
 
 
-def our_outcome(store: Store, edit: OurEdit, pointer: GradientPointer, times: PassTimes) -> Outcome:
+def our_outcome(
+    store: Store, edit: OurEdit, pointer: GradientPointer, times: PassTimes
+) -> ClipOutcome:
     """Return the row of the set's edit, on the rows to report on.
 
     The seconds are those of both gradient passes and of the search. A search whose time is
@@ -232,7 +234,7 @@ def our_outcome(store: Store, edit: OurEdit, pointer: GradientPointer, times: Pa
     if seconds is None:
         progress.detail("the search is run once more for its time")
         seconds = _rehearse(store, edit.trials, times.device_option)
-    return Outcome(
+    return ClipOutcome(
         method=Method.OURS,
         setting=None,
         plan=None,
@@ -248,9 +250,9 @@ def our_outcome(store: Store, edit: OurEdit, pointer: GradientPointer, times: Pa
     )
 
 
-def original_outcome(figures: Figures) -> Outcome:
+def original_outcome(figures: Figures) -> ClipOutcome:
     """Return the row of the original model."""
-    return Outcome(
+    return ClipOutcome(
         method=Method.ORIGINAL,
         setting=None,
         plan=None,

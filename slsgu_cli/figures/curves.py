@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import LayerScore, Tower, Trial, Trials
-from slsgu_cli.records.studies import NEW, Check, JointSearch, VerifiedModel
+from slsgu_cli.records.studies import JointSearch
+from slsgu_cli.records.verification import NEW, Check, VerifiedModel
 
 INK = "#1f2328"
 MUTED = "#6e7781"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.comparisons import CLIP_METHODS, LAYERED, Method
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
-from slsgu_cli.records.studies import CLIP_METHODS, LAYERED, Check, Method, Settings
+from slsgu_cli.records.verification import Check, Settings
 from slsgu_cli.records.words import (
     DEVICE,
     DOWNLOAD,

@@ -1,11 +1,10 @@
-"""What is recorded of models built on CLIP: images, answers, trials, comparisons."""
+"""What is recorded of models built on CLIP: images, answers, trials."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.method import Direction, Effect, JudgeFigures, Share, Tower, over_layers
-from slsgu_cli.records.studies import Method, MethodSetting, PipelinePlan
 from slsgu_cli.records.words import GENERATION, option, options
 
 
@@ -249,63 +248,3 @@ class AnswerSet:
     ira: Share | None
     cra: Share | None
     version: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineOutcome:
-    """One row: a method, what its pictures show, and how long it took.
-
-    `plan` is that of a trained method, `edit` the digest of ours. `distance` is between
-    the features of its pictures of other classes and of the original's.
-    """
-
-    method: Method
-    plan: PipelinePlan | None
-    edit: str | None
-    effect: Effect
-    distance: float
-    seconds: float
-    where: str | None
-
-    @property
-    def label(self) -> str:
-        """The method and its learning rate, as the row and its folder are called."""
-        return self.method if self.plan is None else f"{self.method} {self.plan.rate:g}"
-
-    @property
-    def made_by(self) -> MethodSetting:
-        """The method as it was run for this row."""
-        rate = None if self.plan is None else self.plan.rate
-        return MethodSetting(self.method, rate, self.plan, self.edit)
-
-    @property
-    def place(self) -> str:
-        """The place in the record: where the pictures lie, whatever the plan."""
-        return self.label
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineComparison:
-    """Every outcome for one concept on one pipeline, with what all of them were made from.
-
-    `asked` is as in TargetTrials; no layer or step is chosen by it.
-    """
-
-    name: str
-    concept: str
-    target: str
-    target_fingerprint: str
-    forget: str
-    forget_data: str
-    retain_data: str
-    evals: dict[str, str]
-    judge: str
-    budget: Budget
-    outcomes: tuple[PipelineOutcome, ...]
-    version: str
-    asked: str = added("")
-
-    def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
-        labels = ", ".join(outcome.label for outcome in self.outcomes)
-        return {"set": self.name, "target": self.target, "outcomes": labels}

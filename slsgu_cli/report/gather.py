@@ -12,6 +12,7 @@ from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
+from slsgu_cli.records.comparisons import ClipComparison
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
@@ -24,7 +25,8 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import MARGIN, RIDGE, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
+from slsgu_cli.records.studies import JointSearch, Sweep
+from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
@@ -82,7 +84,7 @@ class SetRecords:
     joint: dict[str, Evidence[JointSearch]]
     sweeps: dict[str, Evidence[Sweep]]
     verification: Evidence[Verification]
-    comparison: Evidence[Comparison]
+    comparison: Evidence[ClipComparison]
     gradients: dict[str, GradientHeader] = field(default_factory=dict)
     facts: EditFacts | None = None
 

@@ -23,17 +23,10 @@ from slsgu_cli.figures.html import (
     share,
     table,
 )
+from slsgu_cli.records.comparisons import ClipComparison, Method
 from slsgu_cli.records.method import Accuracy, EditHeader, Share, Trials
-from slsgu_cli.records.studies import (
-    Check,
-    Comparison,
-    JointSearch,
-    Method,
-    Sweep,
-    SweepRow,
-    Verification,
-    VerifiedModel,
-)
+from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow
+from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.charts import Series, legend, line_chart
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section
@@ -397,7 +390,7 @@ def comparison(records: SetRecords) -> Section:
     return section("Other methods", records.comparison, _comparison)
 
 
-def _comparison(record: Comparison) -> Html:
+def _comparison(record: ClipComparison) -> Html:
     rows = mean_rows({record.name: record.outcomes}, None)
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Child, ...]] = [

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, StaleError, near
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.comparisons import ClipComparison, PipelineComparison
 from slsgu_cli.records.method import (
     EditHeader,
     GradientHeader,
@@ -24,14 +25,9 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import Collection, SetManifest, check_name
-from slsgu_cli.records.studies import Comparison, JointSearch, Sweep, Verification
-from slsgu_cli.records.targets import (
-    Answers,
-    GeneratedSource,
-    Generation,
-    PipelineComparison,
-    TargetTrials,
-)
+from slsgu_cli.records.studies import JointSearch, Sweep
+from slsgu_cli.records.targets import Answers, GeneratedSource, Generation, TargetTrials
+from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.store import Store, require
 
 T = TypeVar("T")
@@ -177,7 +173,7 @@ TABLE: dict[Artifact, Row] = {
         options=("concept",), rows=("subjects",), measured="findings",
     ),
     Artifact.COMPARISON: Row(
-        "comparisons", Comparison, "comparison", "compare {}", digests=MEASURED,
+        "comparisons", ClipComparison, "comparison", "compare {}", digests=MEASURED,
         needs=Artifact.POINTER,
         options=("retain",), rows=("passes", "outcomes"), measured="outcomes",
     ),

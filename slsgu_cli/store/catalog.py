@@ -14,7 +14,8 @@ from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
-from slsgu_cli.records.studies import Sweep, Verification
+from slsgu_cli.records.studies import Sweep
+from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.artifacts import (
     SWEPT,
     TABLE,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.verification import (
     Check,
     Moved,
     ProbeFigures,

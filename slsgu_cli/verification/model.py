@@ -22,7 +22,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import Settings
+from slsgu_cli.records.verification import Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 

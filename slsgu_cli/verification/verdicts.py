@@ -11,7 +11,7 @@ from enum import StrEnum
 from slsgu_cli.method.scoring import Difference, difference
 from slsgu_cli.method.trial import LEAST_ROWS
 from slsgu_cli.records.method import Accuracy, Share, Tower
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.verification import (
     IMAGES,
     MADE_UP,
     NEUTRAL,

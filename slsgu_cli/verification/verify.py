@@ -29,7 +29,7 @@ from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.options import VerifyRequest
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.verification import (
     KIND,
     Check,
     Finding,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.studies import KIND, ProbeFigures, Settings
+from slsgu_cli.records.verification import KIND, ProbeFigures, Settings
 from slsgu_cli.sets.evaluation_sets import read_templates
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock

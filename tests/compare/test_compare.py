@@ -13,9 +13,9 @@ from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.comparison import better, compare, mean_rows
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.errors import StaleError, UsageError
+from slsgu_cli.records.comparisons import CLIP_METHODS, ClipComparison, Method
 from slsgu_cli.records.method import Accuracy, Figures, PassTime, Trials
 from slsgu_cli.records.options import CompareOptions
-from slsgu_cli.records.studies import CLIP_METHODS, Comparison, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
@@ -115,7 +115,7 @@ def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
 
 def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
     path = Artifact.COMPARISON.path(own.name)
-    record = own.store.read_record(path, Comparison)
+    record = own.store.read_record(path, ClipComparison)
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
     own.store.write_record(path, replace(record, outcomes=kept))
     ran = []
@@ -131,21 +131,21 @@ def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
 
 
 def test_another_plan_is_another_row(own):
-    first = own.store.read_record(Artifact.COMPARISON.path(own.name), Comparison)
+    first = own.store.read_record(Artifact.COMPARISON.path(own.name), ClipComparison)
     run(own, methods=[Method.GA], epochs=1)
-    second = own.store.read_record(Artifact.COMPARISON.path(own.name), Comparison)
+    second = own.store.read_record(Artifact.COMPARISON.path(own.name), ClipComparison)
     assert len(second.outcomes) == len(first.outcomes) + 1
     assert second.outcomes[-1].plan.epochs == 1
 
 
 def test_a_search_whose_time_is_on_record_is_not_run_again(own, monkeypatch):
     path = Artifact.COMPARISON.path(own.name)
-    record = own.store.read_record(path, Comparison)
+    record = own.store.read_record(path, ClipComparison)
     took = own.store.read_record(Artifact.TRIALS.path(own.name), Trials).took
     own.store.remove(path)
     monkeypatch.setattr(ours_module, "search", None)
     found = rows_of(run(own, methods=[Method.OURS]))[Method.OURS]
-    again = own.store.read_record(path, Comparison)
+    again = own.store.read_record(path, ClipComparison)
     assert found.seconds == took.seconds + sum(time.seconds for time in again.passes.values())
     assert set(again.passes) == {own.pointer.forget, own.pointer.retain}
     assert set(again.passes) < set(record.passes)

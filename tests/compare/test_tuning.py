@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from slsgu_cli.compare.comparison import PARAMETERS, best, trade_off, tune
+from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.method import Accuracy
-from slsgu_cli.records.studies import Method, Outcome
 
-OUTCOME = Outcome(
+OUTCOME = ClipOutcome(
     method=Method.GA,
     setting=1e-6,
     plan=None,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records import method, sets, studies
+from slsgu_cli.records import comparisons, method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode
 from slsgu_cli.records.method import (
     Accuracy,
@@ -25,7 +25,7 @@ from slsgu_cli.records.method import (
     Trial,
 )
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import Check, Finding
+from slsgu_cli.records.verification import Check, Finding
 
 KINDS = sorted(
     {
@@ -35,6 +35,8 @@ KINDS = sorted(
             *(ModelSpec, sets.InputSpec, sets.DataRef, sets.SetManifest),
             *(studies.JointMove, studies.JointTrial, studies.JointSearch),
             *(studies.SweepRow, studies.Sweep),
+            *(comparisons.ClipComparison, comparisons.ClipOutcome),
+            *(comparisons.PipelineComparison, comparisons.PipelineOutcome),
         )
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
@@ -229,6 +231,43 @@ def test_a_field_that_was_added_later_has_its_default():
     del written["key"]
     with pytest.raises(StaleError, match="no 'key'"):
         decode(Finding, written)
+
+
+def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
+    share = {"count": 1, "total": 4}
+    paint = {"steps": 20, "guidance": None, "batch": 8}
+    trained = {
+        "method": "esd",
+        "plan": {"iterations": 30, "rate": 1e-5, "steps": 20, "seed": 0},
+        "edit": None,
+        "effect": {"concept": share, "others": share},
+        "distance": 0.5,
+        "seconds": 2.0,
+        "where": "cpu, 1 threads",
+    }
+    ours = {**trained, "method": "ours", "plan": None, "edit": "e"}
+    written = {
+        "name": "n",
+        "concept": "c",
+        "target": "sd",
+        "target_fingerprint": "t",
+        "forget": "g",
+        "forget_data": "f",
+        "retain_data": "r",
+        "evals": {},
+        "judge": "j",
+        "budget": {"concept": 20, "others": 40, "seed": 0, "questions": [], "paint": paint},
+        "outcomes": [trained, ours],
+        "version": "0.1.0",
+    }
+    record = decode(comparisons.PipelineComparison, written)
+    assert through_json(record) == written | {"asked": ""}
+    first, second = record.outcomes
+    assert (first.label, second.label) == ("esd 1e-05", "ours")
+    assert record.row_made_by(second.made_by) is second
+    newer = dataclasses.replace(second, edit="another")
+    assert record.row_made_by(newer.made_by) is None
+    assert record.with_row(newer).outcomes == (first, newer)
 
 
 PAGES = sorted((ROOT / "docs" / "artifacts").glob("*.md"))

@@ -6,10 +6,10 @@ from open_clip.loss import ClipLoss
 
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.compare.ours import PassTimes
-from slsgu_cli.records.studies import Plan
+from slsgu_cli.records.comparisons import ClipPlan
 from slsgu_cli.store.blocks import DataBlock
 
-PLAN = Plan(epochs=2, batch_size=16, retain_rows=40)
+PLAN = ClipPlan(epochs=2, batch_size=16, retain_rows=40)
 
 
 def open_bench(world, plan=PLAN):

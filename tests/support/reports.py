@@ -8,6 +8,7 @@ from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.figures.pictures import Example
 from slsgu_cli.method.evaluate import BeforeAfter
+from slsgu_cli.records.comparisons import ClipComparison, ClipOutcome, Method
 from slsgu_cli.records.method import (
     Accuracy,
     Alignment,
@@ -25,29 +26,22 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial, Sweep, SweepRow
+from slsgu_cli.records.verification import (
     NEW,
     Attack,
     Attempt,
     Became,
     Check,
-    Comparison,
     Curve,
     Finding,
-    JointMove,
-    JointSearch,
-    JointTrial,
     KnownClass,
-    Method,
     Moved,
     NearName,
-    Outcome,
     Point,
     ProbeFigures,
     Retrieval,
     Retrieved,
-    Sweep,
-    SweepRow,
     Taken,
     Told,
     Verification,
@@ -219,7 +213,7 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
     """Write what other methods might have done to a concept."""
     trials = store.read_record(f"trials/{name}.json", Trials)
     outcomes = [
-        Outcome(
+        ClipOutcome(
             method=method, setting=setting, plan=None, edit=None, epoch=None,
             forget=Accuracy(left, left, 33), utility=trials.baseline_utility, seconds=seconds,
             forget_passes=1.0, retain_passes=1.0, where="<cpu>",
@@ -230,7 +224,7 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
         )
     ]  # fmt: skip
     made_from = (trials.forget, f"{name}-retain")
-    record = Comparison(
+    record = ClipComparison(
         name=name, model_fingerprint="model", forget=made_from[0], retain=made_from[1],
         evals=trials.evals, passes={}, outcomes=tuple(outcomes), version="0.1.0",
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from slsgu_cli.clip.models import load, resolve, token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.records.studies import Settings
+from slsgu_cli.records.verification import Settings
 from slsgu_cli.verification.model import open_model
 
 

@@ -14,7 +14,7 @@ from slsgu_cli.clip.towers import OpenClipText
 from slsgu_cli.method.search import search
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.verification import (
     IMAGES,
     MADE_UP,
     NEUTRAL,

@@ -7,7 +7,7 @@ import pytest
 from slsgu_cli.method.scoring import difference
 from slsgu_cli.records.method import Accuracy
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.verification import (
     NEUTRAL,
     NEW,
     Attack,

@@ -22,7 +22,7 @@ from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.records.options import CHECKS, SearchOptions, VerifyRequest
-from slsgu_cli.records.studies import NEW, Check, Settings, Verification
+from slsgu_cli.records.verification import NEW, Check, Settings, Verification
 from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries

@@ -1,0 +1,249 @@
+"""What is recorded of comparisons: methods, how they run, and a row for each that was run.
+
+On CLIP a row has accuracies, on a pipeline what a judge makes of its pictures.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Generic, Self, TypeVar
+
+from slsgu_cli.records.codec import added
+from slsgu_cli.records.method import Accuracy, Effect, Figures, PassTime
+from slsgu_cli.records.targets import Budget
+
+
+class Method(StrEnum):
+    """What is compared: the model as it is, other methods of unlearning, and our edit."""
+
+    ORIGINAL = "original"
+    FT = "ft"
+    GA = "ga"
+    GAFT = "gaft"
+    SALUN = "salun"
+    SSD = "ssd"
+    ROME = "rome"
+    MEMIT = "memit"
+    UCE = "uce"
+    ALPHAEDIT = "alphaedit"
+    LEACE_TEXT = "leace-text"
+    LEACE_VISION = "leace-vision"
+    CCUP_TEXT = "ccup-text"
+    CCUP_VISION = "ccup-vision"
+    OURS = "ours"
+    ESD = "esd"
+
+
+TRAINED = (Method.FT, Method.GA, Method.GAFT, Method.SALUN)
+# Those that edit a layer of choice, and those that edit the projections of either tower.
+LAYERED = (Method.ROME, Method.MEMIT, Method.UCE, Method.ALPHAEDIT)
+CLOSED_FORMS = (
+    *LAYERED,
+    Method.LEACE_TEXT,
+    Method.LEACE_VISION,
+    Method.CCUP_TEXT,
+    Method.CCUP_VISION,
+)
+# The rows of a comparison, in order: of CLIP (first the paper's Table 1), of a pipeline.
+CLIP_METHODS = (Method.ORIGINAL, *TRAINED, Method.SSD, *CLOSED_FORMS, Method.OURS)
+PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
+UNRETAINED = (Method.GA, Method.SSD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a method runs that has more to it than one number; `seed` is that of its draws."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan(Plan):
+    """How a baseline runs. It trains on the first `retain_rows` of the retain set, if any."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    retain_rows: int
+
+    def of(self, method: Method) -> Self:
+        """Return the plan as far as it matters to a method."""
+        return replace(self, retain_rows=0) if method in UNRETAINED else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePlan(Plan):
+    """How a method trains on a pipeline: updates, learning rate, denoising steps of samples."""
+
+    iterations: int = 1000
+    rate: float = 1e-5
+    steps: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSetting:
+    """A method at a setting and how it runs, or our edit: what is not run twice.
+
+    `setting` is the learning rate, or the one number of a method that is not trained;
+    original and ours have none. `layer` is what a closed form edits.
+    """
+
+    method: Method
+    setting: float | None = None
+    plan: Plan | None = None
+    edit: str | None = None
+    layer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(ABC):
+    """One row: a method as it was run, and the seconds it took on the device `where`.
+
+    Only what is trained, and SSD, has a `plan`; ours names its `edit`.
+    """
+
+    method: Method
+    plan: Plan | None
+    edit: str | None
+    seconds: float
+    where: str | None
+
+    @property
+    @abstractmethod
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+
+    @property
+    @abstractmethod
+    def place(self) -> MethodSetting | str:
+        """The place in the record, which a newer row takes from an older one."""
+
+    @property
+    def label(self) -> str:
+        """The method and its setting, as the row and the folder of its pictures are called."""
+        setting = self.made_by.setting
+        return self.method if setting is None else f"{self.method} {setting:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipOutcome(Outcome):
+    """The accuracies after a method at one setting, and after the epoch that is reported.
+
+    `setting` is the learning rate, or the one number of a method that is not trained. A
+    closed form has the `layer` that it edits and the `step` along its change; `edit` is our
+    edit's layer and step. `chosen_by` has the figures on the rows that epochs and settings are
+    chosen by. Passes are in units of the set's forget and retain rows.
+    """
+
+    plan: ClipPlan | None
+    setting: float | None
+    epoch: int | None
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    forget_passes: float
+    retain_passes: float
+    layer: str | None = added(None)
+    step: float | None = added(None)
+    chosen_by: Figures | None = added(None)
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+        return MethodSetting(self.method, self.setting, self.plan, self.edit, self.layer)
+
+    @property
+    def place(self) -> MethodSetting:
+        """The method as it was run, whatever our edit: a newer one takes the older one's."""
+        return replace(self.made_by, edit=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineOutcome(Outcome):
+    """What a judge makes of the pictures by a pipeline that a method was run on.
+
+    `edit` is the digest of our edit. `distance` is between the features of its pictures of
+    other classes and of the original's.
+    """
+
+    plan: PipelinePlan | None
+    effect: Effect
+    distance: float
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row; its setting is the plan's learning rate."""
+        rate = None if self.plan is None else self.plan.rate
+        return MethodSetting(self.method, rate, self.plan, self.edit)
+
+    @property
+    def place(self) -> str:
+        """Where the pictures lie, whatever the rest of the plan."""
+        return self.label
+
+
+Row = TypeVar("Row", bound=Outcome)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(ABC, Generic[Row]):
+    """Every row for one concept, with what all of them were made from."""
+
+    name: str
+    forget: str
+    evals: dict[str, str]
+    outcomes: tuple[Row, ...]
+    version: str
+
+    def row_made_by(self, setting: MethodSetting) -> Row | None:
+        """Return the newest row of a method run so, None where there is none."""
+        return next((row for row in reversed(self.outcomes) if row.made_by == setting), None)
+
+    def with_row(self, row: Row) -> Self:
+        """Return the record with a row as its last, in the place of an older one."""
+        others = tuple(other for other in self.outcomes if other.place != row.place)
+        return replace(self, outcomes=(*others, row))
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipComparison(Comparison[ClipOutcome]):
+    """The comparison on the CLIP of a set.
+
+    `passes` has the times of the passes whose results are stored: by the digest of the
+    gradient, or `squares DIGEST`.
+    """
+
+    outcomes: tuple[ClipOutcome, ...]
+    model_fingerprint: str
+    retain: str
+    passes: dict[str, PassTime]
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        methods = ", ".join(dict.fromkeys(outcome.method for outcome in self.outcomes))
+        return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineComparison(Comparison[PipelineOutcome]):
+    """The comparison on one pipeline.
+
+    `asked` is as in TargetTrials; no layer or step is chosen by it.
+    """
+
+    outcomes: tuple[PipelineOutcome, ...]
+    concept: str
+    target: str
+    target_fingerprint: str
+    forget_data: str
+    retain_data: str
+    judge: str
+    budget: Budget
+    asked: str = added("")
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        labels = ", ".join(outcome.label for outcome in self.outcomes)
+        return {"set": self.name, "target": self.target, "outcomes": labels}

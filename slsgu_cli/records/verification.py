@@ -1,0 +1,325 @@
+"""What is recorded of verification: how it was made, and what each check found on each model."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from slsgu_cli.records.codec import added
+from slsgu_cli.records.method import Accuracy, EditHeader
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
+
+OWN, NEW = "its name", "a new name"
+
+# Between the kind of a spelling and the name.
+KIND = ": "
+
+# What an attempt to find the concept is made with, and what it is held against.
+NEUTRAL, RANDOM = "another word", "random words"
+IMAGES, MADE_UP = "its images", "a made-up class"
+
+
+class Check(StrEnum):
+    """The ways in which a concept may come back; the first is the model as it is."""
+
+    BASELINE = "baseline"
+    PARAPHRASE = "paraphrase"
+    SPELLING = "spelling"
+    AUGMENT = "augment"
+    QUANTISE = "quantise"
+    FINETUNE = "finetune"
+    RELEARN = "relearn"
+    NEIGHBOURS = "neighbours"
+    NEAREST = "nearest"
+    PROBE = "probe"
+    RETRIEVAL = "retrieval"
+    MEMBERSHIP = "membership"
+    PREFIX = "prefix"
+    RING_A_BELL = "ring-a-bell"
+    INVERSION = "inversion"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to verify. `rows` images of each set measure utility.
+
+    `shots` images are learnt from, in relearning and inversion. `spellings` are other names
+    of a file, each behind its kind, as in `German: Schloss`.
+    """
+
+    templates: tuple[str, ...] = ()
+    spellings: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = option(
+        (), "--alias", help="Another name of the concept.", panel=EVALUATION, metavar="NAME"
+    )
+    steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
+    shots: int = option(
+        8, "--shots", min=1, help="Images of the concept to learn it from.", panel=SEARCH
+    )
+    learning_rate: float = option(
+        3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
+    )
+    batch_size: int = option(
+        16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+    )
+    rows: int = option(
+        200, "--rows", min=1, help="Images of each evaluation set to measure TA on.",
+        panel=EVALUATION,
+    )  # fmt: skip
+    attack_tokens: int = option(
+        5, "--attack-tokens", min=1, help="Words that `prefix` puts before the name.",
+        panel=SEARCH,
+    )  # fmt: skip
+    attack_steps: int = option(
+        20, "--attack-steps", min=1, help="Words that `prefix` exchanges, one at a time.",
+        panel=SEARCH,
+    )  # fmt: skip
+    attack_starts: int = option(
+        2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
+    )
+    population: int = option(
+        128, "--population", min=4, help="Texts that `ring-a-bell` breeds at a time.",
+        panel=SEARCH,
+    )  # fmt: skip
+    generations: int = option(
+        100, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
+    )
+    inversion_steps: int = option(
+        150, "--inversion-steps", min=1, help="Steps in which `inversion` learns a word.",
+        panel=SEARCH,
+    )  # fmt: skip
+    seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFigures:
+    """One thing done to prompts, images or weights, and the accuracies then."""
+
+    name: str
+    forget: Accuracy
+    utility: dict[str, Accuracy] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Forget accuracy after so many training steps."""
+
+    step: int
+    forget: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Forget accuracy during training on pairs of images with `target` as their name."""
+
+    name: str
+    target: str
+    points: tuple[Point, ...]
+    utility: dict[str, Accuracy] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NearName:
+    """A class name and the cosine of its embedding with the concept's."""
+
+    name: str
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """For how many of the concept's images a name was the first guess."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Became:
+    """The names nearest to the forgotten one, and what its images are taken for."""
+
+    nearest: tuple[NearName, ...]
+    taken_for: tuple[Taken, ...]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownClass:
+    """A class of an evaluation set: its images, TA@1 in percent, its name's cosine.
+
+    The cosine is that of the name's embedding with the concept's.
+    """
+
+    name: str
+    rows: int
+    top1: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How well a classifier on image features tells images of `subject` from all others.
+
+    It was trained on `images` of them. `accuracy` in percent is the mean over both sides,
+    50 is chance; `recall` is how many of `rows` are found where one in a hundred of `others`
+    is taken for them too.
+    """
+
+    classifier: str
+    subject: str
+    images: int
+    accuracy: float
+    recall: float
+    rows: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What queries find in an index of all evaluation images, in percent.
+
+    `precision` is the mean average precision; `recall1` and so on are the shares of queries
+    that have one of the concept's images among the first so many.
+    """
+
+    query: str
+    index: str
+    precision: float
+    recall1: float
+    recall5: float
+    recall10: float
+    queries: int
+    gallery: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far features of `rows` images lie from the original model's, as 1 - cosine.
+
+    `identical` are the same to the bit, `far` lie more than 0.01 away.
+    """
+
+    images: str
+    rows: int
+    identical: int
+    far: int
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What the concept's images and its name find, and how far an image index moved."""
+
+    queries: tuple[Retrieved, ...]
+    moved: tuple[Moved, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """Accuracy in percent of telling members from others by one figure, over seeds."""
+
+    figure: str
+    against: str
+    mean: float
+    deviation: float
+    members: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A text that was found or learnt for the concept's class, and what it finds as its name.
+
+    `name` says what the text was made with. `loss` is what it was chosen by, on images or
+    features that `forget` is not measured on. `forget` is over images of what was sought.
+    """
+
+    name: str
+    text: str
+    loss: float
+    forget: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found on one model. `key` is a digest of all it was made from.
+
+    `left_out` says why the check could not be made on this model, if it could not.
+    """
+
+    check: Check
+    key: str
+    settings: dict[str, str]
+    probes: tuple[ProbeFigures, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    became: Became | None = None
+    classes: dict[str, tuple[KnownClass, ...]] | None = added(None)
+    told: tuple[Told, ...] = added(())
+    retrieval: Retrieval | None = added(None)
+    attacks: tuple[Attack, ...] = ()
+    attempts: tuple[Attempt, ...] = added(())
+    left_out: str = added("")
+
+    def best(self, name: str) -> Attempt:
+        """Return the attempt made with `name` that was chosen: that of the least loss."""
+        return min(
+            (attempt for attempt in self.attempts if attempt.name == name),
+            key=lambda attempt: attempt.loss,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedModel:
+    """A model that was verified: the original, the original with an edit, another checkpoint.
+
+    `key` is a digest of its weights: those of the model, and of the edit in it.
+    """
+
+    key: str
+    label: str
+    model: ModelSpec
+    model_fingerprint: str
+    edit: EditHeader | None
+    findings: tuple[Finding, ...] = ()
+
+    def finding(self, check: Check) -> Finding | None:
+        """Return what a check found, None where it was not run."""
+        return next((finding for finding in self.findings if finding.check is check), None)
+
+    def with_finding(self, finding: Finding) -> "VerifiedModel":
+        """Return the model with a finding in the place of the check's last one."""
+        others = [other for other in self.findings if other.check is not finding.check]
+        order = list(Check)
+        findings = sorted([*others, finding], key=lambda finding: order.index(finding.check))
+        return replace(self, findings=tuple(findings))
+
+    def of_checks(self, checks: Collection[Check]) -> "VerifiedModel":
+        """Return the model with the findings of some checks only."""
+        findings = tuple(finding for finding in self.findings if finding.check in checks)
+        return replace(self, findings=findings)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Everything verified of one set. `data` has the fingerprints of its rows by role."""
+
+    name: str
+    concept: str
+    data: dict[str, str]
+    subjects: tuple[VerifiedModel, ...]
+    version: str
+
+    def findings_of(self, key: str) -> tuple[Finding, ...]:
+        """Return what was found on the model of that key, nothing where it was not verified."""
+        return next((model.findings for model in self.subjects if model.key == key), ())
+
+    def with_model(self, model: VerifiedModel) -> "Verification":
+        """Return the record with a model in the place of the one of its key, or as the last."""
+        models = {known.key: known for known in self.subjects} | {model.key: model}
+        return replace(self, subjects=tuple(models.values()))
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        labels = ", ".join(subject.label for subject in self.subjects)
+        return {"set": self.name, "models": labels}
