@@ -44,10 +44,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """`made_once(name, make)` is what `make(folder)` returned in whichever process came first."""
+    """`made_once(name, make)` is what `make(folder)` returned in whichever process came first.
+
+    All tests share it: at the end there must be the files in `folder` that were made.
+    """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
+    files = {}
 
     def get(name, make):
         result = root / f"{name}.pickle"
@@ -56,10 +60,17 @@ def made_once(tmp_path_factory):
             if not result.exists():
                 (root / name).mkdir()
                 made = make(root / name)
-                result.write_bytes(pickle.dumps(made))
-        return pickle.loads(result.read_bytes())
+                result.write_bytes(pickle.dumps((made, files_below(root / name))))
+        made, files[root / name] = pickle.loads(result.read_bytes())
+        return made
 
-    return get
+    yield get
+    for folder, made in files.items():
+        assert files_below(folder) == made, f"a test wrote into {folder}, which all tests share"
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(autouse=True)

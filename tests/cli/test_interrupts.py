@@ -135,8 +135,8 @@ def test_killed_gradient_pass(store):
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0
 
 
-def test_killed_apply_leaves_no_checkpoint(shared_world, tmp_path):
-    words = ["apply", "blue", "--store", shared_world.store.root, "--layer", "visual.conv1"]
+def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
+    words = ["apply", "blue", "--store", world.store.root, "--layer", "visual.conv1"]
     words += ["--step", "0.001", "--out", tmp_path / "out"]
     process = start_held(*words, at="slsgu_cli.checkpoints.weights:write_at")
     (half,) = tmp_path.glob(".partial*/out/*.safetensors")
@@ -145,7 +145,7 @@ def test_killed_apply_leaves_no_checkpoint(shared_world, tmp_path):
     assert not (tmp_path / "out").exists()
     again = inside(*words)
     assert again.exit_code == 0, again.stderr
-    before, after = (load_file(f / half.name) for f in (shared_world.folder, tmp_path / "out"))
+    before, after = (load_file(f / half.name) for f in (world.folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     moved = [name for name in before if (before[name] != after[name]).any()]
     assert moved == ["visual.conv1.weight"]
