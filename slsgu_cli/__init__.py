@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from slsgu_cli.records.options import PassOptions as PassOptions
     from slsgu_cli.records.options import RankOptions as RankOptions
     from slsgu_cli.records.options import SearchOptions as SearchOptions
-    from slsgu_cli.records.options import VerifyRequest as VerifyRequest
     from slsgu_cli.records.sets import ModelSpec as ModelSpec
+    from slsgu_cli.records.verification import VerifyRequest as VerifyRequest
     from slsgu_cli.sets.build import build_sets as build_sets
     from slsgu_cli.store.store import Store as Store
     from slsgu_cli.verification.verify import verify as verify
@@ -59,9 +59,9 @@ _FACE = {
         "PassOptions",
         "RankOptions",
         "SearchOptions",
-        "VerifyRequest",
     ),
     "records.sets": ("ModelSpec",),
+    "records.verification": ("VerifyRequest",),
     "sets.build": ("build_sets",),
     "store.store": ("Store",),
     "verification.verify": ("verify",),

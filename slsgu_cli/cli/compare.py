@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from slsgu_cli.cli.app import Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.comparisons import Method, PipelineComparison
-from slsgu_cli.records.options import CompareOptions
+from slsgu_cli.records.comparisons import CompareOptions, Method, PipelineComparison
 from slsgu_cli.records.target_options import PipelineCompareOptions
 
 if TYPE_CHECKING:

@@ -27,13 +27,13 @@ from slsgu_cli.records.comparisons import (
     ClipComparison,
     ClipOutcome,
     ClipPlan,
+    CompareOptions,
     Comparison,
     Method,
     MethodSetting,
     Row,
 )
 from slsgu_cli.records.method import Accuracy, Figures, GradientPointer
-from slsgu_cli.records.options import CompareOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,

@@ -1,16 +1,19 @@
-"""What is recorded of comparisons: methods, how they run, and a row for each that was run.
+"""Comparisons: the methods, how they are asked for and run, and a row for each that was run.
 
 On CLIP a row has accuracies, on a pipeline what a judge makes of its pictures.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, Self, TypeVar
 
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.method import Accuracy, Effect, Figures, PassTime
 from slsgu_cli.records.targets import Budget
+from slsgu_cli.records.words import DEVICE, LAYERS, SEARCH, SPEED, choices, figure, option, rates
 
 
 class Method(StrEnum):
@@ -48,6 +51,49 @@ CLOSED_FORMS = (
 CLIP_METHODS = (Method.ORIGINAL, *TRAINED, Method.SSD, *CLOSED_FORMS, Method.OURS)
 PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
 UNRETAINED = (Method.GA, Method.SSD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """Which methods to run and how. `rates` is None to find each method's best setting.
+
+    `layer` is what ROME, MEMIT, UCE and AlphaEdit edit.
+    """
+
+    methods: Sequence[Method] = option(
+        CLIP_METHODS, "--methods", metavar="METHODS", without="all",
+        read=choices(CLIP_METHODS, always=Method.ORIGINAL),
+        write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
+        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
+    )  # fmt: skip
+    rates: Sequence[float] | None = option(
+        (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
+        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
+        help="Learning rates, or auto.", panel=SEARCH,
+        write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
+    )  # fmt: skip
+    layer: str | None = option(
+        None, "--layer", metavar="LAYER", panel=LAYERS, completes="layer",
+        help="What rome, memit, uce and alphaedit edit.", without="the middle text mlp.c_proj",
+    )  # fmt: skip
+    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
+    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
+    retain_rows: int | None = option(
+        None, "--retain-rows", min=2, help="Train on this many retain rows at most.",
+        panel=SEARCH, without="all",
+    )  # fmt: skip
+    seed: int = option(
+        0, "--seed", help="Of the order of retain rows, or of a pipeline's pictures.",
+        panel=SEARCH, without="0; of a pipeline's pictures 1000",
+    )  # fmt: skip
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse a layer that no method edits."""
+        if self.layer is not None and not set(LAYERED) & set(self.methods):
+            raise UsageError(
+                "--layer is for " + ", ".join(LAYERED), hint=f"--methods {LAYERED[0]},..."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

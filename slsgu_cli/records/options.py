@@ -4,34 +4,27 @@ Functions take these records; commands are spread out of their fields.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.comparisons import CLIP_METHODS, LAYERED, Method
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
-from slsgu_cli.records.verification import Check, Settings
 from slsgu_cli.records.words import (
     DEVICE,
     DOWNLOAD,
     EVALUATION,
     LAYERS,
-    MODEL,
     OUTPUT,
     ROWS,
     SEARCH,
     SPEED,
     TARGET,
     bytes_of,
-    choices,
-    figure,
     option,
     options,
-    percent,
-    rates,
 )
 
 # Of whitening: the share of the mean second moment that is added to all directions.
@@ -383,19 +376,6 @@ class ApplyRequest(ApplyOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrajectoryOptions:
-    """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
-
-    search: SearchOptions = options(SearchOptions(), omit=("qkv", "steps", "full"))
-    points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
-    until: float | None = option(
-        None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,
-        help="Move a layer this far, in % of its norm.", without="until it forgets",
-        write=lambda share: f"{100 * share:.15g}",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
     """What `demo` is asked for: one of the embedded classes, and along which direction."""
 
@@ -414,131 +394,6 @@ class DemoOptions:
             "cache_budget",
         ),
     )  # fmt: skip
-
-
-# Stands for the class in a source of a sweep.
-CLASS = "{}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepRequest:
-    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
-
-    name: str = option(..., metavar="NAME", help="Name of the sweep.")
-    classes: tuple[str, ...] = ()
-    build: BuildRequest = options(
-        BuildRequest(),
-        flags={"classes": ("--eval-classes",)},
-        omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
-    )
-    gradients: PassOptions = options(PassOptions())
-    ranking: RankOptions = options(
-        RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
-    )
-    search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full")
-    )
-
-    def of(self, name: str) -> BuildRequest:
-        """Return what to build for one class; all classes are kept out of its retain set."""
-        from urllib.parse import quote
-
-        return replace(
-            self.build,
-            name=name,
-            concept=name,
-            sources=[source.replace(CLASS, quote(name)) for source in self.build.sources],
-            retain_exclude=[*self.build.retain_exclude, *self.classes],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
-    """Which methods to run and how. `rates` is None to find each method's best setting.
-
-    `layer` is what ROME, MEMIT, UCE and AlphaEdit edit.
-    """
-
-    methods: Sequence[Method] = option(
-        CLIP_METHODS, "--methods", metavar="METHODS", without="all",
-        read=choices(CLIP_METHODS, always=Method.ORIGINAL),
-        write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
-        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
-    )  # fmt: skip
-    rates: Sequence[float] | None = option(
-        (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
-        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
-        help="Learning rates, or auto.", panel=SEARCH,
-        write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
-    )  # fmt: skip
-    layer: str | None = option(
-        None, "--layer", metavar="LAYER", panel=LAYERS, completes="layer",
-        help="What rome, memit, uce and alphaedit edit.", without="the middle text mlp.c_proj",
-    )  # fmt: skip
-    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
-    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
-    retain_rows: int | None = option(
-        None, "--retain-rows", min=2, help="Train on this many retain rows at most.",
-        panel=SEARCH, without="all",
-    )  # fmt: skip
-    seed: int = option(
-        0, "--seed", help="Of the order of retain rows, or of a pipeline's pictures.",
-        panel=SEARCH, without="0; of a pipeline's pictures 1000",
-    )  # fmt: skip
-    device: str = DEVICE()
-
-    def __post_init__(self) -> None:
-        """Refuse a layer that no method edits."""
-        if self.layer is not None and not set(LAYERED) & set(self.methods):
-            raise UsageError(
-                "--layer is for " + ", ".join(LAYERED), hint=f"--methods {LAYERED[0]},..."
-            )
-
-
-CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyRequest:
-    """What `verify` is asked for: the checks, on which models.
-
-    The original model is compared with `model`, with each of `edits`, or else with the
-    set's edit. `templates` is a file of them or a built-in list's name, None for the
-    unseen ones that come with the tool; `spellings` is a file of names. `settings` need none
-    of these.
-    """
-
-    model: ModelSpec | None = options(None)
-    edits: Sequence[str] = option(
-        (), "--edit", help="Verify this edit, by name or file.", panel=MODEL, metavar="EDIT",
-        without="the set's", completes="edit",
-    )  # fmt: skip
-    checks: Sequence[Check] = option(
-        CHECKS, "--checks", metavar="CHECKS", panel=EVALUATION, read=choices(CHECKS),
-        help=f"Some of {','.join(CHECKS)}.", without="all",
-        write=lambda checks: ",".join(checks), repeatable=False,
-    )  # fmt: skip
-    templates: str | None = option(
-        None, "--templates", metavar="FILE", panel=EVALUATION, without="built in",
-        help="File of unseen templates, or a built-in list's name.",
-    )  # fmt: skip
-    spellings: str | None = option(
-        None, "--spellings", metavar="FILE", panel=EVALUATION, without="none",
-        help="File of other names, one a line; # heads those of a kind.",
-    )  # fmt: skip
-    settings: Settings = options(Settings())
-    device: str = DEVICE()
-
-    def __post_init__(self) -> None:
-        """Refuse names that no check would use."""
-        named = {"--alias": self.settings.aliases, "--spellings": self.spellings}
-        for flag, names in named.items():
-            if names and Check.SPELLING not in self.checks:
-                raise UsageError(
-                    f"{flag} is for the check {Check.SPELLING}, which is not among --checks",
-                    hint=f"--checks {','.join([Check.SPELLING, *self.checks])}",
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,11 @@
-"""What is recorded of several concepts at once: joint searches, and sweeps of classes."""
+"""Studies of several concepts or of many steps: what they are asked for, what they record."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slsgu_cli.records.method import Accuracy, Direction, Precision, Steer, Tower
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.words import SEARCH, option, options, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,43 @@ class JointSearch:
         return {"sets": sets, "steer": self.steer, "trials": str(len(self.trials))}
 
 
+# Stands for the class in a source of a sweep.
+CLASS = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
+
+    name: str = option(..., metavar="NAME", help="Name of the sweep.")
+    classes: tuple[str, ...] = ()
+    build: BuildRequest = options(
+        BuildRequest(),
+        flags={"classes": ("--eval-classes",)},
+        omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
+    )
+    gradients: PassOptions = options(PassOptions())
+    ranking: RankOptions = options(
+        RankOptions(),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
+    )
+    search: SearchOptions = options(
+        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full")
+    )
+
+    def of(self, name: str) -> BuildRequest:
+        """Return what to build for one class; all classes are kept out of its retain set."""
+        from urllib.parse import quote
+
+        return replace(
+            self.build,
+            name=name,
+            concept=name,
+            sources=[source.replace(CLASS, quote(name)) for source in self.build.sources],
+            retain_exclude=[*self.build.retain_exclude, *self.classes],
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SweepRow:
     """One class of a sweep: the edit its search chose, and its figures before and after.
@@ -108,3 +147,16 @@ class Sweep:
         """Return in words what it was made from."""
         done = f"{len(self.rows)} of {len(self.classes)}"
         return {"model": str(self.model), "classes": done, "steer": self.steer}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryOptions:
+    """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
+
+    search: SearchOptions = options(SearchOptions(), omit=("qkv", "steps", "full"))
+    points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
+    until: float | None = option(
+        None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,
+        help="Move a layer this far, in % of its norm.", without="until it forgets",
+        write=lambda share: f"{100 * share:.15g}",
+    )  # fmt: skip

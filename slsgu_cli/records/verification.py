@@ -1,13 +1,23 @@
-"""What is recorded of verification: how it was made, and what each check found on each model."""
+"""Verification: the checks, how they are asked for, and what each found on each model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.method import Accuracy, EditHeader
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import EVALUATION, SEARCH, SPEED, option
+from slsgu_cli.records.words import (
+    DEVICE,
+    EVALUATION,
+    MODEL,
+    SEARCH,
+    SPEED,
+    choices,
+    option,
+    options,
+)
 
 OWN, NEW = "its name", "a new name"
 
@@ -89,6 +99,51 @@ class Settings:
         panel=SEARCH,
     )  # fmt: skip
     seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
+
+
+CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """What `verify` is asked for: the checks, on which models.
+
+    The original model is compared with `model`, with each of `edits`, or else with the
+    set's edit. `templates` is a file of them or a built-in list's name, None for the
+    unseen ones that come with the tool; `spellings` is a file of names. `settings` need none
+    of these.
+    """
+
+    model: ModelSpec | None = options(None)
+    edits: Sequence[str] = option(
+        (), "--edit", help="Verify this edit, by name or file.", panel=MODEL, metavar="EDIT",
+        without="the set's", completes="edit",
+    )  # fmt: skip
+    checks: Sequence[Check] = option(
+        CHECKS, "--checks", metavar="CHECKS", panel=EVALUATION, read=choices(CHECKS),
+        help=f"Some of {','.join(CHECKS)}.", without="all",
+        write=lambda checks: ",".join(checks), repeatable=False,
+    )  # fmt: skip
+    templates: str | None = option(
+        None, "--templates", metavar="FILE", panel=EVALUATION, without="built in",
+        help="File of unseen templates, or a built-in list's name.",
+    )  # fmt: skip
+    spellings: str | None = option(
+        None, "--spellings", metavar="FILE", panel=EVALUATION, without="none",
+        help="File of other names, one a line; # heads those of a kind.",
+    )  # fmt: skip
+    settings: Settings = options(Settings())
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse names that no check would use."""
+        named = {"--alias": self.settings.aliases, "--spellings": self.spellings}
+        for flag, names in named.items():
+            if names and Check.SPELLING not in self.checks:
+                raise UsageError(
+                    f"{flag} is for the check {Check.SPELLING}, which is not among --checks",
+                    hint=f"--checks {','.join([Check.SPELLING, *self.checks])}",
+                )
 
 
 @dataclass(frozen=True, slots=True)

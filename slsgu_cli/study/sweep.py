@@ -17,9 +17,8 @@ from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import SearchResult, search_each
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.options import CLASS, SweepRequest
 from slsgu_cli.records.sets import check_name
-from slsgu_cli.records.studies import Sweep, SweepRow
+from slsgu_cli.records.studies import CLASS, Sweep, SweepRequest, SweepRow
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import file_recipe
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates

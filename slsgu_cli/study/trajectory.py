@@ -12,8 +12,8 @@ from slsgu_cli import progress
 from slsgu_cli.method.search import Line, SetSearch, bisection, share_evaluation
 from slsgu_cli.method.search_plan import read_plan
 from slsgu_cli.records.method import Trial, Trials
-from slsgu_cli.records.options import TrajectoryOptions
 from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.studies import TrajectoryOptions
 from slsgu_cli.store.artifacts import Artifact, plot_path
 from slsgu_cli.store.store import Store
 

@@ -27,7 +27,6 @@ from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.options import VerifyRequest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import (
     KIND,
@@ -37,6 +36,7 @@ from slsgu_cli.records.verification import (
     Settings,
     Verification,
     VerifiedModel,
+    VerifyRequest,
 )
 from slsgu_cli.sets.evaluation_sets import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume

@@ -12,14 +12,8 @@ from slsgu_cli.method import gradients
 from slsgu_cli.method import search as search_module
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.options import (
-    BuildRequest,
-    PassOptions,
-    RankOptions,
-    SearchOptions,
-    SweepRequest,
-)
-from slsgu_cli.records.studies import Sweep
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.studies import Sweep, SweepRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store

@@ -16,7 +16,8 @@ from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Precision, Steer, Trials
-from slsgu_cli.records.options import RankOptions, SearchOptions, TrajectoryOptions
+from slsgu_cli.records.options import RankOptions, SearchOptions
+from slsgu_cli.records.studies import TrajectoryOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.study.trajectory import (

@@ -21,8 +21,8 @@ from slsgu_cli.cli.console import Console
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
-from slsgu_cli.records.options import CHECKS, SearchOptions, VerifyRequest
-from slsgu_cli.records.verification import NEW, Check, Settings, Verification
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.verification import CHECKS, NEW, Check, Settings, Verification, VerifyRequest
 from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries

@@ -8,8 +8,7 @@ from processes import inside, rows
 from under_test import opened
 
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.records.options import VerifyRequest
-from slsgu_cli.records.verification import Check, Settings
+from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.sources.classes import parse_names
 from slsgu_cli.verification.wording import spelling, spellings
 
