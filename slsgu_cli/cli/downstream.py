@@ -7,7 +7,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
-from slsgu_cli.records.method import JudgeFigures, Share
+from slsgu_cli.records.figures import JudgeFigures, Share
 from slsgu_cli.records.target_options import (
     AskRequest,
     CanvasRequest,

@@ -11,7 +11,7 @@ from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.tables import step_size
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import SweepRequest, TrajectoryOptions
 from slsgu_cli.records.words import ROWS, Option

@@ -10,7 +10,8 @@ from rich.filesize import decimal
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.html import percent, roughly
-from slsgu_cli.records.method import Accuracy, GradientHeader, Ranking, Report, Share, Trial
+from slsgu_cli.records.figures import Accuracy, Report, Share
+from slsgu_cli.records.method import GradientHeader, Ranking, Trial
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.verification import Attack, Check, VerifiedModel, VerifyRequest
 

@@ -49,8 +49,8 @@ from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import Probe, report
 from slsgu_cli.records.comparisons import ClipOutcome, Method
+from slsgu_cli.records.figures import Figures
 from slsgu_cli.records.method import (
-    Figures,
     GradientHeader,
     GradientPointer,
     LayerScore,

@@ -33,7 +33,8 @@ from slsgu_cli.records.comparisons import (
     MethodSetting,
     Row,
 )
-from slsgu_cli.records.method import Accuracy, Figures, GradientPointer
+from slsgu_cli.records.figures import Accuracy, Figures
+from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,

@@ -14,13 +14,11 @@ from slsgu_cli.method.edit import current_edit, ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
 from slsgu_cli.records.comparisons import ClipOutcome, Method
+from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import (
-    Accuracy,
     EditHeader,
-    Figures,
     GradientHeader,
     GradientPointer,
-    PassTime,
     Precision,
     Trial,
     Trials,

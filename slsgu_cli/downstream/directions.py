@@ -16,7 +16,8 @@ from slsgu_cli.method.moments import (
     mean_square_output,
     whitened_importance,
 )
-from slsgu_cli.records.method import Direction, Effect, Share
+from slsgu_cli.records.figures import Effect, Share
+from slsgu_cli.records.method import Direction
 from slsgu_cli.records.targets import TargetTrial
 
 

@@ -34,7 +34,7 @@ from slsgu_cli.figures.pictures import (
     sheet_png,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Effect, JudgeFigures, Share
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.target_options import AskRequest, GenerateRequest
 from slsgu_cli.records.targets import Answer, Answers, Generation, PromptResult

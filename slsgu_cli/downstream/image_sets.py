@@ -21,7 +21,7 @@ from slsgu_cli.downstream.models import (
 )
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Share
+from slsgu_cli.records.figures import Share
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.target_options import CanvasRequest, SourceRequest
 from slsgu_cli.records.targets import AnswerSet, GeneratedSource

@@ -18,7 +18,7 @@ from slsgu_cli.clip.towers import CacheBudget, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import PromptSide
 from slsgu_cli.downstream.models import ImageJob, Pipeline
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.sources.classes import find_class

@@ -27,17 +27,8 @@ from slsgu_cli.method.directions import layer_gradient
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.search import Key, Move, StepSearch, bisection, compact, unmeasured_edit
 from slsgu_cli.method.trial import Probe
-from slsgu_cli.records.method import (
-    Direction,
-    Effect,
-    GradientHeader,
-    GradientPointer,
-    JudgeFigures,
-    LayerScore,
-    Share,
-    TargetFigures,
-    Trial,
-)
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
+from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore, Trial
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import GradientOf, TargetReport, TargetTrial, TargetTrials

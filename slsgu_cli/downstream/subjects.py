@@ -17,7 +17,7 @@ from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.moments import chosen_rows, spread
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Effect, Share
+from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import Budget

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slsgu_cli.progress import terminal_safe
-from slsgu_cli.records.method import Share
+from slsgu_cli.records.figures import Share
 
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 

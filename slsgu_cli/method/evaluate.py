@@ -20,7 +20,8 @@ from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_pl
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
 from slsgu_cli.method.trial import UNMOVED, MovedModel
-from slsgu_cli.records.method import Accuracy, EditHeader
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest
 from slsgu_cli.store.store import Store

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.records.method import Accuracy, Alignment, Share, Steer, Trial, Trials
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.method import Alignment, Steer, Trial, Trials
 
 Vector = npt.NDArray[np.floating]
 

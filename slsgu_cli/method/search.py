@@ -25,14 +25,13 @@ from slsgu_cli.method.search_plan import (
     read_plan,
     read_plans,
 )
+from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
     GradientPointer,
     JointRef,
     LayerScore,
-    PassTime,
-    Report,
     Steer,
     Tower,
     Trial,

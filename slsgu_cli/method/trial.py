@@ -20,15 +20,8 @@ from slsgu_cli.clip.zeroshot import (
     ranks_of_truth,
 )
 from slsgu_cli.method.scoring import first_step, norm
-from slsgu_cli.records.method import (
-    Accuracy,
-    ClassLoss,
-    Figures,
-    LayerScore,
-    Report,
-    Tower,
-    Trial,
-)
+from slsgu_cli.records.figures import Accuracy, ClassLoss, Figures, Report
+from slsgu_cli.records.method import LayerScore, Tower, Trial
 
 # A vision trial's images are looked at in rounds of at least this many.
 MIN_ROWS = 16

@@ -11,7 +11,7 @@ from typing import Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.method import Accuracy, Effect, Figures, PassTime
+from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.records.words import DEVICE, LAYERS, SEARCH, SPEED, choices, figure, option, rates
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from slsgu_cli.records.method import Accuracy, Direction, Precision, Steer, Tower
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Direction, Precision, Steer, Tower
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import SEARCH, option, options, percent

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.method import Direction, Effect, JudgeFigures, Share, Tower, over_layers
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share
+from slsgu_cli.records.method import Direction, Tower, over_layers
 from slsgu_cli.records.words import GENERATION, option, options
 
 

@@ -6,7 +6,8 @@ from enum import StrEnum
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.method import Accuracy, EditHeader
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import (
     DEVICE,

@@ -23,7 +23,8 @@ from slsgu_cli.figures.html import (
     scrolled,
     table,
 )
-from slsgu_cli.records.method import Accuracy, EditHeader, Share
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report.gather import Section, SetRecords, section
 

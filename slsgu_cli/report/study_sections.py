@@ -24,7 +24,8 @@ from slsgu_cli.figures.html import (
     table,
 )
 from slsgu_cli.records.comparisons import ClipComparison, Method
-from slsgu_cli.records.method import Accuracy, EditHeader, Share, Trials
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.method import EditHeader, Trials
 from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.charts import Series, legend, line_chart

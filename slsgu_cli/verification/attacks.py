@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slsgu_cli.clip.inputs import to_tokens
 from slsgu_cli.clip.zeroshot import accuracies, ranks_of_truth
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest

@@ -20,7 +20,7 @@ from slsgu_cli.clip.towers import EMBED, CacheBudget, SplitTower
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
 from slsgu_cli.store.blocks import DataBlock

@@ -14,7 +14,7 @@ from torch import Tensor
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.zeroshot import class_accuracies
 from slsgu_cli.method.trial import LEAST_ROWS
-from slsgu_cli.records.method import ClassLoss
+from slsgu_cli.records.figures import ClassLoss
 from slsgu_cli.records.verification import (
     Attack,
     Became,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slsgu_cli.clip.towers import EMBED
 from slsgu_cli.compare.methods import BETAS, EPSILON, LARGEST_LOGIT_SCALE
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import NEW, OWN, Curve, Point, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest, Utility, altered

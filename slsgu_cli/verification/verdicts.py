@@ -10,7 +10,8 @@ from enum import StrEnum
 
 from slsgu_cli.method.scoring import Difference, difference
 from slsgu_cli.method.trial import LEAST_ROWS
-from slsgu_cli.records.method import Accuracy, Share, Tower
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.method import Tower
 from slsgu_cli.records.verification import (
     IMAGES,
     MADE_UP,

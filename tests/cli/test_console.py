@@ -9,7 +9,8 @@ import pytest
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.console import text as shown_text
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.method import Accuracy, Tower
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Tower
 
 COLUMNS = ["name", "figure"]
 ODD = "a\tb\nc  [red]d[/red] :apple: \x1b[31mé"

@@ -9,7 +9,7 @@ from plain import Plain
 
 from slsgu_cli.compare import methods as methods_module
 from slsgu_cli.records.comparisons import Method
-from slsgu_cli.records.method import Accuracy, Figures
+from slsgu_cli.records.figures import Accuracy, Figures
 
 
 @dataclass

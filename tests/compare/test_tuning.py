@@ -4,7 +4,7 @@ import pytest
 
 from slsgu_cli.compare.comparison import PARAMETERS, best, trade_off, tune
 from slsgu_cli.records.comparisons import ClipOutcome, Method
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 
 OUTCOME = ClipOutcome(
     method=Method.GA,

@@ -12,7 +12,8 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.records.method import Direction, Effect, Share
+from slsgu_cli.records.figures import Effect, Share
+from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import read_manifest
 

@@ -8,7 +8,8 @@ import torch
 
 from slsgu_cli.downstream.directions import TargetMove
 from slsgu_cli.downstream.search import TargetSearch
-from slsgu_cli.records.method import Direction, Effect, Share, Tower
+from slsgu_cli.records.figures import Effect, Share
+from slsgu_cli.records.method import Direction, Tower
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import Budget, GradientOf, TargetTrials
 from slsgu_cli.store.store import Store

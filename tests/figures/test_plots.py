@@ -13,16 +13,8 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.figures import curves, pictures
 from slsgu_cli.figures.curves import VERMILION, pareto_plot, png, step_plot
 from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
-from slsgu_cli.records.method import (
-    Accuracy,
-    Direction,
-    LayerScore,
-    Precision,
-    Steer,
-    Tower,
-    Trial,
-    Trials,
-)
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Direction, LayerScore, Precision, Steer, Tower, Trial, Trials
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 

@@ -13,7 +13,8 @@ from slsgu_cli.method.scoring import (
     norm,
     pareto_front,
 )
-from slsgu_cli.records.method import Accuracy, Alignment
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Alignment
 
 # Few values, so that ties are frequent.
 FEW = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])

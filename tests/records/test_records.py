@@ -14,8 +14,8 @@ from places import ROOT
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records import comparisons, method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
-    Accuracy,
     Direction,
     EditHeader,
     LayerScore,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.records.method import Share
+from slsgu_cli.records.figures import Share
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import CHOSEN, FRONT, HOSTILE, LAYERS, fill, score
 
-from slsgu_cli.records.method import Accuracy, Tower, Trials
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Tower, Trials
 from slsgu_cli.report.charts import (
     HEIGHT,
     WIDTH,

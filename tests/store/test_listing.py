@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slsgu_cli.records.codec import encode
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
-    Accuracy,
     Alignment,
     Direction,
     EditHeader,

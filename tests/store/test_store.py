@@ -13,7 +13,7 @@ import pytest
 from places import ROOT
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records.method import Accuracy
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store, require
 

@@ -9,8 +9,8 @@ from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.figures.pictures import Example
 from slsgu_cli.method.evaluate import BeforeAfter
 from slsgu_cli.records.comparisons import ClipComparison, ClipOutcome, Method
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
-    Accuracy,
     Alignment,
     Direction,
     EditHeader,

@@ -1,0 +1,188 @@
+"""Figures: shares with their exact intervals, accuracies, and what an edit does to them."""
+
+import math
+from dataclasses import dataclass
+
+from slsgu_cli.records.codec import added
+
+# How sure an interval of a share is, and to which share of its width bisection finds its ends.
+CONFIDENCE = 0.95
+HALVINGS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of some images or answers, and of how many."""
+
+    count: int
+    total: int
+
+    @classmethod
+    def of(cls, percent: float, total: int) -> "Share":
+        """Return the share that comes to so many percent of `total`."""
+        return cls(round(percent * total / 100) if total else 0, total)
+
+    @property
+    def percent(self) -> float | None:
+        """Return the share in percent; None of nothing."""
+        return 100 * self.count / self.total if self.total else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The exact two-sided 95% interval of the share in percent (Clopper and Pearson 1934)."""
+        tail = (1 - CONFIDENCE) / 2
+        low = 1 - _largest_share(self.total - self.count, self.total, tail)
+        return 100 * low, 100 * _largest_share(self.count, self.total, tail)
+
+    @property
+    def bound(self) -> str:
+        """The one-sided 95% bound in words, rounded up to a tenth so that it stays true."""
+        tenths = 1000 * _largest_share(self.count, self.total, 1 - CONFIDENCE)
+        return f"with 95% confidence below {math.ceil(tenths) / 10:.1f}%"
+
+    def in_words(self, things: str) -> str:
+        """Return the share of `things`, and what so few of them let one say of others."""
+        counted = f"{self.count} of {self.total} {things}"
+        if self.total == 0:
+            return counted
+        if self.count == 0:
+            return f"{counted}; {self.bound}"
+        low, high = self.interval
+        return f"{counted} ({self.percent:.1f}%; 95% interval {low:.1f} to {high:.1f}%)"
+
+
+def _largest_share(count: int, total: int, tail: float) -> float:
+    """Return the share under which `count` or fewer of `total` have the probability `tail`.
+
+    1 where all were counted, or none looked at. Above count / total the terms of the
+    binomial sum fall from `count` down, so it ends where they no longer matter.
+    """
+    if count >= total:
+        return 1.0
+    ways = math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1)
+    low, high = count / total, 1.0
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        if share >= 1:
+            break
+        term = math.exp(ways + count * math.log(share) + (total - count) * math.log1p(-share))
+        likelihood, k = term, count
+        while k and term > likelihood * 1e-17:
+            term *= k / (total - k + 1) * (1 - share) / share
+            likelihood += term
+            k -= 1
+        low, high = (share, high) if likelihood > tail else (low, share)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Zero-shot accuracy in percent over `rows` images.
+
+    `unseen` images are none that a layer or step was chosen by.
+    """
+
+    top1: float
+    top5: float
+    rows: int
+    unseen: bool = added(False)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassLoss:
+    """One class of an evaluation set: its top-1 accuracy in percent before and after an edit."""
+
+    name: str
+    rows: int
+    before: float
+    after: float
+
+    @property
+    def lost(self) -> float:
+        """Points of accuracy that the edit took from the class; negative where it gave some."""
+        return self.before - self.after
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a model still recognises: the concept, and everything else by evaluation set."""
+
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an edit does to images that chose nothing, beside the original model.
+
+    `harmed` are the classes that lost most, and `nearest` those whose names the original
+    model holds nearest to the concept's, the nearest first; at most 20 of each.
+    """
+
+    before: Figures
+    after: Figures
+    harmed: tuple[ClassLoss, ...]
+    nearest: tuple[ClassLoss, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a model built on CLIP still shows: the concept, and everything else.
+
+    `concept` counts images taken for it (or answers that name it), `others` those of other
+    classes that are taken for theirs.
+    """
+
+    concept: Share
+    others: Share
+
+    @property
+    def ua(self) -> float | None:
+        """Return the unlearning accuracy in percent: what of the concept is not recognised."""
+        share = self.concept.percent
+        return None if share is None else 100 - share
+
+    @property
+    def ira(self) -> float | None:
+        """Return the retained accuracy in percent: what of the rest is recognised."""
+        return self.others.percent
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeFigures:
+    """What a judge makes of what a model built on CLIP shows, without and with an edit."""
+
+    judge: str
+    before: Effect
+    after: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFigures:
+    """What an edit did to a model built on CLIP that its search was steered on.
+
+    `before` and `after` are by `judge`, by which the search was steered; `further` are by
+    others, which had no part in it. No layer or step was chosen by pictures or answers that
+    are `unseen`.
+    """
+
+    target: str
+    fingerprint: str
+    before: Effect
+    after: Effect
+    judge: str | None = added(None)
+    unseen: bool = added(False)
+    further: tuple[JudgeFigures, ...] = added(())
+
+    @property
+    def by_judge(self) -> tuple[JudgeFigures, ...]:
+        """The figures by each judge, the one first that the search was steered by."""
+        return JudgeFigures(self.judge or "", self.before, self.after), *self.further
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """How long a pass of gradients, or a search, took, and on what."""
+
+    seconds: float
+    where: str
