@@ -1,4 +1,4 @@
-"""A `CLIPModel` folder in open_clip's words: configuration and weights."""
+"""A `CLIPModel` folder, or one from the hub, in open_clip's words: configuration and weights."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,14 @@ from slsgu_cli.checkpoints.weights import combined_fingerprint, values_digest
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
 
+HUB = "hf-hub:"
+
+# Hub clients and downloads fail in many kinds; a programming error is none of these.
+FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
+
+# What tells of a model, and its weights: the first of these that it has.
+TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
+
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
@@ -39,6 +47,48 @@ def is_clip(folder: Path) -> bool:
     """Return whether a folder holds a CLIPModel in transformers' layout."""
     path = folder / CONFIG
     return path.is_file() and read_config(path).get("model_type") == "clip"
+
+
+def fetch_clip(repository: str, config: str) -> Path:
+    """Return the folder of a CLIPModel repository of transformers, as it lies in the cache.
+
+    Raises MissingError where it cannot be fetched, InputError where it is another model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=TEXTS))
+        if is_clip(folder):
+            for weights in WEIGHTS:
+                folder = Path(snapshot_download(repository, allow_patterns=[*TEXTS, weights]))
+                if any(folder.glob(weights)):
+                    return folder
+    except FETCH_ERRORS as error:
+        raise unreachable(f"{HUB}{repository} from the hub", error) from error
+    if not is_clip(folder):
+        raise InputError(
+            f"{HUB}{repository} is no CLIP that slsgu knows: it has no {config}, "
+            "and its config.json is not that of a CLIPModel",
+            hint="name a repository of open_clip, or of a CLIPModel of transformers",
+        )
+    raise InputError(
+        f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
+        hint="save it again as safetensors, and name its folder",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the beginning of an error's message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def unreachable(what: str, error: BaseException) -> MissingError:
+    """Return the error of what cannot be fetched."""
+    return MissingError(
+        f"cannot fetch {what}: {first_line(error)}",
+        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
+    )
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -161,17 +161,17 @@ def _losses(console: "Console", original: VerifiedModel, others: Sequence[Verifi
     """Print what the classes with the nearest names lost, and those that lost most."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.method.trial import LEAST_ROWS
-    from slsgu_cli.verification.probes import harmed, losses, nearest_names
+    from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 
     most = SHORT if console.brief else None
     cells: Cells = []
     for subject in others:
         known = losses(original, subject)
         kinds = [("nearest name", rows[:most]) for rows in nearest_names(known).values()]
-        kinds.append(("lost most", harmed(known)[:most]))
+        kinds.append(("lost most", most_harmed(known)[:most]))
         cells += [
-            (what, row.evaluation, row.loss.name, subject.label, row.cosine, row.loss.rows,
-             row.loss.before, row.loss.after, row.loss.after - row.loss.before)
+            (what, row.evaluation, row.name, subject.label, row.cosine, row.rows,
+             row.before, row.after, row.after - row.before)
             for what, rows in kinds
             for row in rows
         ]  # fmt: skip
@@ -298,7 +298,7 @@ def _membership(
 
 
 def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]:
-    from slsgu_cli.verification.verdicts import exposure
+    from slsgu_cli.verification.membership import exposure
 
     return (
         now.figure,

@@ -202,6 +202,19 @@ class SharedEvaluation(_Measured):
         return kept
 
 
+def by_nearness(sets: Mapping[str, EvaluationSet], concept: Tensor) -> list[tuple[float, str, int]]:
+    """Return cosine, evaluation set and index of every class, the nearest names first.
+
+    The cosine is that of the name's embedding with the concept's. Ties by name.
+    """
+    cosines = [
+        (cosine, name, index)
+        for name, group in sets.items()
+        for index, cosine in enumerate((group.prompts.embeddings @ concept).tolist())
+    ]
+    return sorted(cosines, key=lambda each: (-each[0], sets[each[1]].names[each[2]]))
+
+
 def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[ClassLoss]:
     """Return what each class that has images lost, the largest loss first, ties by name.
 

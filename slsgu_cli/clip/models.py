@@ -18,10 +18,15 @@ from slsgu_cli.checkpoints.layouts import Spelling
 from slsgu_cli.checkpoints.targets import OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.checkpoints.transformers_clip import (
+    FETCH_ERRORS,
+    HUB,
     ClipWeights,
+    fetch_clip,
+    first_line,
     is_clip,
     model_config,
     preprocess_config,
+    unreachable,
     vocabulary,
 )
 from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
@@ -31,73 +36,6 @@ from slsgu_cli.records.sets import InputSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
-
-
-HUB = "hf-hub:"
-
-# Hub clients and downloads fail in many kinds; a programming error is none of these.
-FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
-
-# What tells of a model, and its weights: the first of these that it has.
-TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
-
-
-def fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
-    """Return an open_clip repository's configuration and weights; None where it has no `config`.
-
-    Raises MissingError where the weights cannot be fetched.
-    """
-    from open_clip.pretrained import download_pretrained_from_hf
-
-    try:
-        path = Path(download_pretrained_from_hf(repository, filename=config))
-    except FETCH_ERRORS:
-        return None
-    try:
-        return path, Path(download_pretrained_from_hf(repository))
-    except FETCH_ERRORS as error:
-        raise _unreachable(f"{HUB}{repository} from the hub", error) from error
-
-
-def fetch_clip(repository: str, config: str) -> Path:
-    """Return the folder of a CLIPModel repository of transformers, as it lies in the cache.
-
-    Raises MissingError where it cannot be fetched, InputError where it is another model.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=TEXTS))
-        if is_clip(folder):
-            for weights in WEIGHTS:
-                folder = Path(snapshot_download(repository, allow_patterns=[*TEXTS, weights]))
-                if any(folder.glob(weights)):
-                    return folder
-    except FETCH_ERRORS as error:
-        raise _unreachable(f"{HUB}{repository} from the hub", error) from error
-    if not is_clip(folder):
-        raise InputError(
-            f"{HUB}{repository} is no CLIP that slsgu knows: it has no {config}, "
-            "and its config.json is not that of a CLIPModel",
-            hint="name a repository of open_clip, or of a CLIPModel of transformers",
-        )
-    raise InputError(
-        f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
-        hint="save it again as safetensors, and name its folder",
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the beginning of an error's message, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
-
-
-def _unreachable(what: str, error: BaseException) -> MissingError:
-    return MissingError(
-        f"cannot fetch {what}: {first_line(error)}",
-        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
-    )
 
 
 LOCAL = "local-dir:"
@@ -367,12 +305,29 @@ def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     repository = spec.name.removeprefix(HUB)
-    paths = fetch_open_clip(repository, OPEN_CLIP)
+    paths = _fetch_open_clip(repository, OPEN_CLIP)
     if paths is None:
         return _resolve_transformers(spec, fetch_clip(repository, OPEN_CLIP))
     path, weights = paths
     config, preprocess = _configuration(path)
     return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
+
+
+def _fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
+    """Return an open_clip repository's configuration and weights; None where it has no `config`.
+
+    Raises MissingError where the weights cannot be fetched.
+    """
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    try:
+        path = Path(download_pretrained_from_hf(repository, filename=config))
+    except FETCH_ERRORS:
+        return None
+    try:
+        return path, Path(download_pretrained_from_hf(repository))
+    except FETCH_ERRORS as error:
+        raise unreachable(f"{HUB}{repository} from the hub", error) from error
 
 
 def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -409,7 +364,7 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
     try:
         weights = Path(open_clip.download_pretrained(tag))
     except FETCH_ERRORS as error:
-        raise _unreachable(f"{name} {spec.pretrained}", error) from error
+        raise unreachable(f"{name} {spec.pretrained}", error) from error
     preprocess = _defaults() | {key: tag[key] for key in _defaults() if key in tag}
     return ResolvedModel(spec, name, config, preprocess, weights, None)
 

@@ -23,9 +23,9 @@ from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject, meets
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.method.directions import layer_gradient
+from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.search import Key, Move, StepSearch, bisection, compact, unmeasured_edit
+from slsgu_cli.method.search import Key, Move, StepSearch, bisection
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore, Trial
@@ -395,22 +395,12 @@ def _write_edit(
 ) -> str:
     """Write the edit that a chosen trial amounts to, with its figures; return its name."""
     record, move = run.record, run.moves[chosen.layer]
-    edit = unmeasured_edit(
-        plan.manifest,
-        plan.pointer,
-        layer=chosen.layer,
-        tower=chosen.tower,
-        step=chosen.step,
-        share=chosen.share,
-        direction=record.direction,
-        ridge=record.ridge,
-        retain_data=plan.pointer.retain_data,
-        delta=(chosen.step * move.direction).cpu().numpy(),
-        before=compact(move.weight.cpu().numpy()),
-    )
+    step = LayerStep.of(chosen, ridge=record.ridge, direction=move.direction, weight=move.weight)
+    edit = unmeasured_edit(plan.manifest, plan.pointer, step)
     measured = replace(
         edit.header,
         name=target_edit(plan.manifest.name, Path(record.target)),
+        retain_data=record.retain_data,
         forgotten=run.reaches(chosen),
         target=figures,
     )

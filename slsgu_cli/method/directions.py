@@ -1,4 +1,4 @@
-"""The direction a layer moves in: its forget gradient, or that whitened by retained inputs.
+"""Where a layer moves: along its forget gradient, or that whitened; the edit that a step is.
 
 Whitening takes the second moments of the layers' inputs. They are addressed by the model
 and the retain rows, so every concept that shares these shares them. What is missing is
@@ -7,18 +7,30 @@ computed in one forward over the retain set, for all layers that are asked for a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
-from slsgu_cli.clip.models import pick_device
+from slsgu_cli.checkpoints.weights import layer_digests
+from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import GradientPointer, LayerMoment, MomentHeader, Precision
+from slsgu_cli.records.method import (
+    Direction,
+    EditHeader,
+    GradientPointer,
+    LayerMoment,
+    MomentHeader,
+    Precision,
+    Tower,
+    Trial,
+)
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -198,3 +210,76 @@ def _compute(
         "layers": sorted(layers),
     }
     store.write_tensors(Artifact.MOMENTS.path(digest(made_from)), arrays, header)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStep:
+    """A step of a layer: the change `delta` of its values `before`.
+
+    `share` is the length of the step over the norm of these, `ridge` what whitened the
+    direction, None for the gradient itself.
+    """
+
+    layer: str
+    tower: Tower
+    step: float
+    share: float
+    ridge: float | None
+    delta: Floats
+    before: Floats
+
+    @classmethod
+    def of(
+        cls,
+        trial: Trial | TargetTrial,
+        *,
+        ridge: float | None,
+        direction: "Tensor",
+        weight: "Tensor",
+    ) -> Self:
+        """Return the step that a trial tried, along `direction` from `weight`."""
+        return cls(
+            layer=trial.layer,
+            tower=trial.tower,
+            step=trial.step,
+            share=trial.share,
+            ridge=ridge,
+            delta=(trial.step * direction).cpu().numpy(),
+            before=_compact(weight.cpu().numpy()),
+        )
+
+
+def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, moved: LayerStep) -> Edit:
+    """Return the edit that takes a step of a layer of a set's model, with no figures of it."""
+    header = EditHeader(
+        name=manifest.name,
+        concept=manifest.concept,
+        layer=moved.layer,
+        tower=moved.tower,
+        step=moved.step,
+        share=moved.share,
+        model=pointer.model,
+        model_fingerprint=pointer.model_fingerprint,
+        digests=layer_digests(moved.before),
+        gradient=pointer.forget,
+        direction=Direction.of(moved.ridge),
+        ridge=moved.ridge,
+        retain_data=None if moved.ridge is None else pointer.retain_data,
+        steer=None,
+        margin=None,
+        forgotten=None,
+        baseline_forget=None,
+        baseline_utility=None,
+        forget=None,
+        utility=None,
+        joint=None,
+        version=slsgu_cli.__version__,
+        layout=resolve(pointer.model).spelling,
+    )
+    return make_edit(header, delta=moved.delta, before=moved.before)
+
+
+def _compact(values: Floats) -> Floats:
+    """Return values of a half-precision checkpoint in half precision, if that is exact."""
+    half = values.astype("float16")
+    return half if (half == values).all() else values

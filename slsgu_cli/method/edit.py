@@ -12,10 +12,10 @@ from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import model_layer, resolve
 from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
-from slsgu_cli.method.directions import ensure_moments, forget_direction
+from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import norm
-from slsgu_cli.method.search import SearchResult, search, unmeasured_edit
+from slsgu_cli.method.search import SearchResult, search
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
@@ -137,19 +137,16 @@ def direct_edit(
         moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
     along = forget_direction(store, pointer, moved.name, ridge=options.damping, moments=moments)
     before = model_layer(resolve(pointer.model), moved.name)
-    return unmeasured_edit(
-        manifest,
-        pointer,
+    taken = LayerStep(
         layer=moved.name,
         tower=moved.recorded_tower,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
-        direction=Direction.of(options.damping if whitened else None),
         ridge=options.damping if whitened else None,
-        retain_data=pointer.retain_data if whitened else None,
         delta=step * along,
         before=before,
     )
+    return unmeasured_edit(manifest, pointer, taken)
 
 
 def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:

@@ -2,53 +2,45 @@
 
 A search tries steps of moves, each one layer in one direction, by doubling and bisection.
 What a step leaves to forget is measured on the CLIP here, and in `downstream.search` on a
-model that is built on it. Sets that are measured on the same rows share one base pass.
+model that is built on it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, make_edit, write_edit
-from slsgu_cli.checkpoints.weights import layer_digests
-from slsgu_cli.clip.models import device_name, resolve
+from slsgu_cli.checkpoints.edits import Edit, write_edit
+from slsgu_cli.clip.models import device_name
+from slsgu_cli.method.directions import LayerStep, unmeasured_edit
 from slsgu_cli.method.scoring import best, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     grouped,
     read_plan,
     read_plans,
+    share_evaluation,
+    to_report_on,
 )
 from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
-    Direction,
-    EditHeader,
-    GradientPointer,
     JointRef,
-    LayerScore,
     Steer,
-    Tower,
     Trial,
     Trials,
 )
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
-from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks, resume
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from torch import nn
-
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
     from slsgu_cli.method.trial import Probe
 
@@ -365,71 +357,6 @@ def search_each(
             yield result
 
 
-def share_evaluation(
-    store: Store, plans: Sequence[SearchPlan], purpose: Purpose = Purpose.CHOOSE
-) -> "SharedEvaluation":
-    """Load the model of some plans and run it once over what all of them measure on."""
-    from slsgu_cli.method.gradients import load_graded
-
-    first = plans[0]
-    _, module = load_graded(first.manifest, first.pointer, first.options.device)
-    shared = _prepared(store, plans, module, purpose)
-    layers = [score for plan in plans for score in plan.layers]
-    run_base_pass(shared, layers, first.options)
-    return shared
-
-
-def to_report_on(
-    store: Store, plans: Sequence[SearchPlan], evaluation: "SharedEvaluation"
-) -> "Callable[[], SharedEvaluation]":
-    """Return what opens the rows that sets are reported on, for the model of an evaluation.
-
-    They are opened, and the original model run over them, when it is first called. Where no
-    set has rows of its own to report on, they are those of `evaluation`.
-    """
-
-    @cache
-    def opened() -> "SharedEvaluation":
-        if not any(plan.manifest.deals for plan in plans):
-            return evaluation
-        reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
-        reported.base_pass((), cache_bytes=0)
-        return reported
-
-    return opened
-
-
-def _prepared(
-    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
-) -> "SharedEvaluation":
-    from slsgu_cli.clip.evaluation import prepare_shared
-    from slsgu_cli.clip.models import tokenizer
-
-    return prepare_shared(
-        store,
-        [plan.manifest for plan in plans],
-        module,
-        tokenize=tokenizer(resolve(plans[0].pointer.model)),
-        device=plans[0].options.device,
-        purpose=purpose,
-    )
-
-
-def run_base_pass(
-    evaluation: "Evaluation | SharedEvaluation",
-    layers: Sequence[LayerScore],
-    options: SearchOptions,
-) -> None:
-    """Run the original model once within the cache budget; tell of towers that are not split."""
-    from slsgu_cli.clip.inputs import spare
-
-    for tower in {score.tower for score in layers}:
-        if not evaluation.tower(tower).exact_split:
-            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
-    budget = options.cache_budget if options.cache_budget is not None else spare(options.device)
-    evaluation.base_pass((s.layer for s in layers), cache_bytes=budget)
-
-
 def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
     """Return a record without trials, with what they will be made from."""
     manifest, pointer, options = plan.manifest, plan.pointer, plan.options
@@ -450,52 +377,6 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
     )
 
 
-def unmeasured_edit(
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    *,
-    layer: str,
-    tower: Tower,
-    step: float,
-    share: float,
-    direction: Direction,
-    ridge: float | None,
-    retain_data: str | None,
-    delta: "npt.NDArray[np.float32]",
-    before: "npt.NDArray[np.floating]",
-) -> Edit:
-    """Return the edit that adds `delta` to a layer of a set's model, with no figures of it.
-
-    `before` are the layer's values, `share` is the step's length over their norm.
-    """
-    header = EditHeader(
-        name=manifest.name,
-        concept=manifest.concept,
-        layer=layer,
-        tower=tower,
-        step=step,
-        share=share,
-        model=pointer.model,
-        model_fingerprint=pointer.model_fingerprint,
-        digests=layer_digests(before),
-        gradient=pointer.forget,
-        direction=direction,
-        ridge=ridge,
-        retain_data=retain_data,
-        steer=None,
-        margin=None,
-        forgotten=None,
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility=None,
-        joint=None,
-        version=slsgu_cli.__version__,
-        layout=resolve(pointer.model).spelling,
-    )
-    return make_edit(header, delta=delta, before=before)
-
-
 def searched_edit(
     plan: SearchPlan,
     probe: "Probe",
@@ -505,19 +386,8 @@ def searched_edit(
     joint: JointRef | None = None,
 ) -> Edit:
     """Return the edit that a chosen trial of a search amounts to, with what it does."""
-    edit = unmeasured_edit(
-        plan.manifest,
-        plan.pointer,
-        layer=chosen.layer,
-        tower=chosen.tower,
-        step=chosen.step,
-        share=chosen.share,
-        direction=Direction.of(chosen.ridge),
-        ridge=chosen.ridge,
-        retain_data=None if chosen.ridge is None else trials.retain_data,
-        delta=(chosen.step * probe.direction).cpu().numpy(),
-        before=compact(probe.weight.cpu().numpy()),
-    )
+    step = LayerStep.of(chosen, ridge=chosen.ridge, direction=probe.direction, weight=probe.weight)
+    edit = unmeasured_edit(plan.manifest, plan.pointer, step)
     measured = replace(
         edit.header,
         steer=trials.steer,
@@ -532,9 +402,3 @@ def searched_edit(
         nearest=effect.nearest,
     )
     return replace(edit, header=measured)
-
-
-def compact(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.floating]":
-    """Return values of a half-precision checkpoint in half precision, if that is exact."""
-    half = values.astype("float16")
-    return half if (half == values).all() else values

@@ -1,12 +1,17 @@
-"""What a search is asked for: its options, the set, the layers and the directions they move in."""
+"""What a search is asked for and measures on: options, set, layers, directions, base passes.
 
-from collections.abc import Iterator, Mapping, Sequence
+Sets that are measured on the same rows share one base pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import find_layers
-from slsgu_cli.clip.models import pick_device
+from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import Moments, ensure_moments, forget_direction
 from slsgu_cli.records.codec import digest
@@ -18,12 +23,14 @@ from slsgu_cli.records.method import (
     Ranking,
 )
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.clip.evaluation import Evaluation
+    from torch import nn
+
+    from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
     from slsgu_cli.method.trial import Probe
 
 
@@ -177,3 +184,68 @@ def require_distinct_names(names: Sequence[str]) -> None:
     """Raise UsageError where a set is named twice."""
     if len(set(names)) < len(names):
         raise UsageError("a set is named twice")
+
+
+def share_evaluation(
+    store: Store, plans: Sequence[SearchPlan], purpose: Purpose = Purpose.CHOOSE
+) -> "SharedEvaluation":
+    """Load the model of some plans and run it once over what all of them measure on."""
+    from slsgu_cli.method.gradients import load_graded
+
+    first = plans[0]
+    _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    shared = _prepared(store, plans, module, purpose)
+    layers = [score for plan in plans for score in plan.layers]
+    run_base_pass(shared, layers, first.options)
+    return shared
+
+
+def to_report_on(
+    store: Store, plans: Sequence[SearchPlan], evaluation: "SharedEvaluation"
+) -> "Callable[[], SharedEvaluation]":
+    """Return what opens the rows that sets are reported on, for the model of an evaluation.
+
+    They are opened, and the original model run over them, when it is first called. Where no
+    set has rows of its own to report on, they are those of `evaluation`.
+    """
+
+    @cache
+    def opened() -> "SharedEvaluation":
+        if not any(plan.manifest.deals for plan in plans):
+            return evaluation
+        reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
+        reported.base_pass((), cache_bytes=0)
+        return reported
+
+    return opened
+
+
+def _prepared(
+    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
+) -> "SharedEvaluation":
+    from slsgu_cli.clip.evaluation import prepare_shared
+    from slsgu_cli.clip.models import tokenizer
+
+    return prepare_shared(
+        store,
+        [plan.manifest for plan in plans],
+        module,
+        tokenize=tokenizer(resolve(plans[0].pointer.model)),
+        device=plans[0].options.device,
+        purpose=purpose,
+    )
+
+
+def run_base_pass(
+    evaluation: "Evaluation | SharedEvaluation",
+    layers: Sequence[LayerScore],
+    options: SearchOptions,
+) -> None:
+    """Run the original model once within the cache budget; tell of towers that are not split."""
+    from slsgu_cli.clip.inputs import spare
+
+    for tower in {score.tower for score in layers}:
+        if not evaluation.tower(tower).exact_split:
+            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
+    budget = options.cache_budget if options.cache_budget is not None else spare(options.device)
+    evaluation.base_pass((s.layer for s in layers), cache_bytes=budget)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, class_losses
+from slsgu_cli.clip.evaluation import (
+    Evaluation,
+    EvaluationSet,
+    SharedEvaluation,
+    by_nearness,
+    class_losses,
+)
 from slsgu_cli.clip.zeroshot import (
     ImageSide,
     PromptSide,
@@ -20,7 +26,7 @@ from slsgu_cli.clip.zeroshot import (
     ranks_of_truth,
 )
 from slsgu_cli.method.scoring import first_step, norm
-from slsgu_cli.records.figures import Accuracy, ClassLoss, Figures, Report
+from slsgu_cli.records.figures import Accuracy, ClassLoss, Figures, Report, harmed
 from slsgu_cli.records.method import LayerScore, Tower, Trial
 
 # A vision trial's images are looked at in rounds of at least this many.
@@ -249,21 +255,14 @@ def report(evaluation: Evaluation, moves: Moves) -> Report:
         for name, group in evaluation.utility.items()
         for loss in class_losses(group, before[name], after[name])
     }
-    harmed = sorted((x for x in losses.values() if x.lost > 0), key=lambda x: (-x.lost, x.name))
-    nearest = [losses[key] for key in _by_nearness(evaluation) if key in losses]
-    return Report(figures(before), figures(after), tuple(harmed[:NAMED]), tuple(nearest[:NAMED]))
-
-
-def _by_nearness(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Return evaluation set and name of every class, the nearest to the concept first."""
     concept = evaluation.forget
     wanted = concept.prompts.embeddings[int(concept.images.labels[0])]
-    cosines = [
-        (float(cosine), name, called)
-        for name, group in evaluation.utility.items()
-        for called, cosine in zip(group.names, group.prompts.embeddings @ wanted, strict=True)
+    named = [
+        (name, groups[name].names[i]) for _, name, i in by_nearness(evaluation.utility, wanted)
     ]
-    return [(name, called) for _, name, called in sorted(cosines, key=lambda each: -each[0])]
+    nearest = [losses[key] for key in named if key in losses]
+    most = harmed(losses.values())[:NAMED]
+    return Report(figures(before), figures(after), tuple(most), tuple(nearest[:NAMED]))
 
 
 @contextmanager

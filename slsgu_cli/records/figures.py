@@ -1,7 +1,9 @@
 """Figures: shares with their exact intervals, accuracies, and what an edit does to them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from slsgu_cli.records.codec import added
 
@@ -101,6 +103,15 @@ class ClassLoss:
     def lost(self) -> float:
         """Points of accuracy that the edit took from the class; negative where it gave some."""
         return self.before - self.after
+
+
+Loss = TypeVar("Loss", bound=ClassLoss)
+
+
+def harmed(losses: Iterable[Loss]) -> list[Loss]:
+    """Return the classes that lost anything, those that lost most first, ties by name."""
+    lost = [loss for loss in losses if loss.lost > 0]
+    return sorted(lost, key=lambda loss: (-loss.lost, loss.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,14 +170,14 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
     from slsgu_cli.method.trial import LEAST_ROWS
-    from slsgu_cli.verification.probes import harmed, losses, nearest_names
+    from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 
     known = losses(original, edited)
     captions = {
         f"The names nearest to the concept's, on {name}": classes
         for name, classes in nearest_names(known).items()
     }
-    captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = harmed(known)
+    captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = most_harmed(known)
     heads = (Head("class", False), Head("cosine of names"), Head("images"),
              Head("TA@1, original"), Head("TA@1, edited"), Head("change, points"),
              Head("95% interval, edited"))  # fmt: skip
@@ -190,10 +190,9 @@ def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 
 def _loss_cells(row: "LossRow") -> tuple[Child, ...]:
-    loss = row.loss
-    return (loss.name, cosine(row.cosine), count(loss.rows), percent(loss.before),
-            percent(loss.after), change(-loss.lost),
-            interval(Share.of(loss.after, loss.rows)))  # fmt: skip
+    return (row.name, cosine(row.cosine), count(row.rows), percent(row.before),
+            percent(row.after), change(-row.lost),
+            interval(Share.of(row.after, row.rows)))  # fmt: skip
 
 
 def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -246,7 +245,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
-    from slsgu_cli.verification.verdicts import exposure
+    from slsgu_cli.verification.membership import exposure
 
     before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
     if before is None or after is None:

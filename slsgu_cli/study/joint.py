@@ -17,15 +17,14 @@ from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.method.evaluate import choose_shown
 from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.scoring import JointSteps, left_of
-from slsgu_cli.method.search import (
-    Line,
-    SetSearch,
-    line_of,
-    searched_edit,
+from slsgu_cli.method.search import Line, SetSearch, line_of, searched_edit
+from slsgu_cli.method.search_plan import (
+    SearchPlan,
+    read_plans,
+    require_alike,
     share_evaluation,
     to_report_on,
 )
-from slsgu_cli.method.search_plan import SearchPlan, read_plans, require_alike
 from slsgu_cli.method.trial import UNMOVED, MovedModel, Probe, mean_top1, moved_model, report
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Trial

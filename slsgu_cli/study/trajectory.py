@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.method.search import Line, SetSearch, bisection, share_evaluation
-from slsgu_cli.method.search_plan import read_plan
+from slsgu_cli.method.search import Line, SetSearch, bisection
+from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.records.method import Trial, Trials
 from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.studies import TrajectoryOptions

@@ -19,7 +19,7 @@ from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.wording import TEMPLATES
+from slsgu_cli.verification.probes import TEMPLATES
 
 
 class LeftOut(Exception):

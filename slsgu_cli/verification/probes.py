@@ -1,22 +1,23 @@
-"""Checks that train no model: coarser weights, other names and what they lost, membership."""
+"""Checks that train no model: other words for the concept, coarser weights, what names lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import is_candidate
+from slsgu_cli.clip.evaluation import by_nearness
 from slsgu_cli.clip.zeroshot import class_accuracies
+from slsgu_cli.errors import UsageError
 from slsgu_cli.method.trial import LEAST_ROWS
-from slsgu_cli.records.figures import ClassLoss
+from slsgu_cli.records.figures import ClassLoss, harmed
 from slsgu_cli.records.verification import (
-    Attack,
+    KIND,
     Became,
     Check,
     KnownClass,
@@ -26,8 +27,143 @@ from slsgu_cli.records.verification import (
     Taken,
     VerifiedModel,
 )
+from slsgu_cli.sets.evaluation_sets import read_templates
+from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
 from slsgu_cli.verification.model import ModelUnderTest, altered
+
+# For people, brands and objects alike; none takes an article.
+TEMPLATES = (
+    "a photo of {}",
+    "a drawing of {}",
+    "a sketch of {}",
+    "a simple {} symbol",
+    "the {} logo",
+    "a close-up of {}",
+    "an image showing {}",
+    "this is {}",
+    "a picture with {} in it",
+    "what everybody knows as {}",
+    "the one and only {}",
+    "{}, as seen on the web",
+)
+TOGETHER = "all templates"
+TEMPLATE = "template: "
+
+
+def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
+    """Return the built-in templates, or those of a file, that the set `name` does not have.
+
+    Raises UsageError where none is left, MissingError and InputError.
+    """
+    refs = read_manifest(store, name).evals.values()
+    known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
+    offered = TEMPLATES if wanted is None else read_templates(wanted)
+    unseen = tuple(template for template in dict.fromkeys(offered) if template not in known)
+    if not unseen:
+        raise UsageError(
+            f"every template of --templates {wanted} is one that {name} is measured with",
+            hint="give templates that the set does not have",
+        )
+    return unseen
+
+
+def paraphrase(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+    """Measure with all unseen templates together, and with each alone."""
+    sets = model.evaluation.utility
+    everything = {model.names, *(group.names for group in sets.values())}
+    alone = {names: _alone(model, names, settings.templates) for names in sorted(everything)}
+    together = {names: F.normalize(each.sum(dim=0), dim=-1) for names, each in alone.items()}
+    utility = {
+        name: group.accuracy(group.images.features, together[group.names])
+        for name, group in sets.items()
+    }
+    probes = [ProbeFigures(TOGETHER, model.forget_accuracy(together[model.names]), utility)]
+    for template, embeddings in zip(settings.templates, alone[model.names], strict=True):
+        probes.append(ProbeFigures(TEMPLATE + template, model.forget_accuracy(embeddings)))
+    return probes
+
+
+def _alone(model: ModelUnderTest, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    """Return the class embeddings by each template alone, (templates, classes, width)."""
+    return torch.stack([model.classes(names, (template,)) for template in templates])
+
+
+# Of each kind of typing error, how many are drawn, and the keys that are beside each other.
+TYPOS = 3
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+SHORTEST_PART = 2
+
+
+def spelling(model: ModelUnderTest, settings: Settings) -> list[ProbeFigures]:
+    """Measure with other spellings in the place of the name, and with other names.
+
+    What the tokenizer takes for the name itself is left out.
+    """
+    name = model.names[model.concept_class]
+    listed = [*spellings(name, seed=settings.seed)]
+    listed += [("alias", alias) for alias in settings.aliases]
+    listed += [(kind, text) for kind, _, text in (s.partition(KIND) for s in settings.spellings)]
+    own, *rows = model.tokenize([name, *(text for _, text in listed)])
+    others = [pair for pair, row in zip(listed, rows, strict=True) if (row != own).any()]
+    if not others:
+        return []
+    embeddings = model.classes(tuple(text for _, text in others), model.templates)
+    return [
+        ProbeFigures(f"{kind}{KIND}{text}", model.called(embedding))
+        for (kind, text), embedding in zip(others, embeddings, strict=True)
+    ]
+
+
+def spellings(name: str, *, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield kinds and texts of other spellings of a name, each text once.
+
+    Typing errors are drawn by seed: two letters in the wrong order, one left out, one
+    doubled, one from the key beside it. The others are all there are: the word in two, or
+    two words as one, capitals, plural, possessive, and the name said twice.
+    """
+    known = {name}
+    for kind, text in (*_typos(name, np.random.default_rng(seed)), *_forms(name)):
+        if text not in known:
+            known.add(text)
+            yield kind, text
+
+
+def _typos(name: str, generator: np.random.Generator) -> Iterator[tuple[str, str]]:
+    letters = [place for place, letter in enumerate(name) if letter.isalnum()]
+    pairs = [place for place in letters if name[place + 1 : place + 2].isalnum()]
+    changes: dict[str, tuple[list[int], Callable[[int], str]]] = {
+        "swapped": (pairs, lambda i: name[:i] + name[i + 1] + name[i] + name[i + 2 :]),
+        "dropped": (letters, lambda i: name[:i] + name[i + 1 :]),
+        "doubled": (letters, lambda i: name[: i + 1] + name[i:]),
+        "mistyped": (
+            [place for place in letters if _beside(name[place])],
+            lambda i: name[:i] + str(generator.choice(list(_beside(name[i])))) + name[i + 1 :],
+        ),
+    }
+    for kind, (places, change) in changes.items():
+        texts = [change(place) for place in generator.permutation(places).tolist()]
+        some = [text for text in dict.fromkeys(texts) if text.strip() and text != name][:TYPOS]
+        yield from ((kind, text) for text in some)
+
+
+def _beside(letter: str) -> str:
+    """Return the letters on the keys left and right of one; nothing for what is on no key."""
+    row = next((row for row in KEYS if letter.lower() in row), "")
+    place = row.find(letter.lower())
+    return row[max(0, place - 1) : place] + row[place + 1 : place + 2] if row else ""
+
+
+def _forms(name: str) -> Iterator[tuple[str, str]]:
+    for place in range(SHORTEST_PART, len(name) - SHORTEST_PART + 1):
+        if name[place - SHORTEST_PART : place + SHORTEST_PART].isalnum():
+            yield from (("split", name[:place] + mark + name[place:]) for mark in " -")
+    yield from (("joined", name.replace(" ", mark)) for mark in ("", "-"))
+    yield from (("case", text) for text in (name.lower(), name.upper(), name.title()))
+    yield from (("form", name + ending) for ending in ("s", "'s"))
+    yield "twice", f"{name} {name}"
+
 
 # Of int8 and of int4, to either side of zero; of int4 between its least and largest weight.
 LEVELS, FOUR_BITS, STEPS = 127, 7, 15
@@ -180,9 +316,6 @@ def neighbours(model: ModelUnderTest, _settings: Settings) -> Became:
     )
 
 
-# Of the membership attack.
-
-
 def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[KnownClass, ...]]:
     """Return the classes that have images, by evaluation set, nearest names first.
 
@@ -193,12 +326,11 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
         accuracies, rows = class_accuracies(
             group.base_ranks(), group.images.labels, len(group.names)
         )
-        cosines = group.prompts.embeddings @ model.concept_embedding
-        figures = zip(
-            group.names, rows.tolist(), accuracies.tolist(), cosines.tolist(), strict=True
+        known[name] = tuple(
+            KnownClass(group.names[i], int(rows[i]), float(accuracies[i]), cosine)
+            for cosine, _, i in by_nearness({name: group}, model.concept_embedding)
+            if rows[i]
         )
-        classes = [KnownClass(*each) for each in figures if each[1]]
-        known[name] = tuple(sorted(classes, key=lambda each: (-each.cosine, each.name)))
     model.tick()
     return known
 
@@ -208,12 +340,11 @@ NEAREST_NAMES, HARMED = 20, 10
 
 
 @dataclass(frozen=True, slots=True)
-class LossRow:
+class LossRow(ClassLoss):
     """What a class of an evaluation set lost, and its name's cosine with the concept's."""
 
     evaluation: str
     cosine: float
-    loss: ClassLoss
 
 
 def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
@@ -227,8 +358,9 @@ def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
         now = {known.name: known for known in ((after and after.classes) or {}).get(name, ())}
         for known in classes:
             if known.name in now:
-                loss = ClassLoss(known.name, known.rows, known.top1, now[known.name].top1)
-                found.append(LossRow(name, known.cosine, loss))
+                top1 = now[known.name].top1
+                row = LossRow(known.name, known.rows, known.top1, top1, name, known.cosine)
+                found.append(row)
     return found
 
 
@@ -240,179 +372,6 @@ def nearest_names(rows: Sequence[LossRow]) -> dict[str, list[LossRow]]:
     return {name: classes[:NEAREST_NAMES] for name, classes in sets.items()}
 
 
-def harmed(rows: Sequence[LossRow]) -> list[LossRow]:
+def most_harmed(rows: Sequence[LossRow]) -> list[LossRow]:
     """Return the classes with rows enough that lost most, whichever set they are of."""
-    lost = [row for row in rows if row.loss.rows >= LEAST_ROWS and row.loss.lost > 0]
-    return sorted(lost, key=lambda row: (-row.loss.lost, row.loss.name))[:HARMED]
-
-
-Values = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.integer]
-SEEDS, SPLITS = 10, 10
-TEST_SHARE = 0.1
-CLIP = 100.0
-TOLERANCE = 1e-10
-ITERATIONS = 100
-PAIRS = 32
-FEWEST = 2
-HELD_OUT, OTHERS, RETAINED = "held out", "other classes", "retain set"
-
-
-def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
-    """Attack the forget set by either figure, against held-out pairs and against the retain set.
-
-    Held-out pairs are the concept's images in the evaluation set. Where no set has the
-    concept, they are images of other classes. A side of one pair cannot be attacked.
-    """
-    forget, retain = model.forget, model.retain
-    against, block, rows = _outside(model, settings)
-    drawn = np.random.default_rng(settings.seed).permutation(retain.rows)[: settings.rows]
-    captioned = all(block.captions[row] for row in rows)
-    sides = {
-        against: (block, rows, _words(model, block, rows, captioned)),
-        RETAINED: (retain, np.sort(drawn), retain.tokens[np.sort(drawn)]),
-    }
-    member_rows = np.arange(forget.rows)
-    attacks = []
-    for name, side in sides.items():
-        # Other pairs without captions get prompts; then the members get theirs too, or
-        # the wording alone would tell the two apart.
-        prompted = name == against and not captioned
-        words = forget.tokens
-        if prompted:
-            words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
-        size = min(PAIRS, len(member_rows), len(side[1]))
-        if size < FEWEST:
-            continue
-        members = _figures(model, forget, member_rows, words, size)
-        others = _figures(model, *side, size)
-        for figure, values in members.items():
-            accuracies = attack(values, others[figure], seed=settings.seed)
-            attacks.append(
-                Attack(
-                    figure,
-                    name,
-                    float(accuracies.mean()),
-                    float(accuracies.std()),
-                    len(values),
-                    len(others[figure]),
-                )
-            )
-    return attacks
-
-
-def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, DataBlock, Rows]:
-    """Return what stands for data outside the forget set, and its rows."""
-    group = model.evaluation.forget
-    if model.manifest.forget_eval is not None:
-        return HELD_OUT, group.images.block, group.images.rows
-    first = next(iter(model.evaluation.utility.values())).images
-    return OTHERS, first.block, first.rows[: settings.rows]
-
-
-def _words(
-    model: ModelUnderTest, block: DataBlock, rows: Rows, captioned: bool
-) -> npt.NDArray[np.int32]:
-    """Return the captions of some evaluation rows, or prompts with their classes."""
-    if captioned:
-        return model.tokenize([block.captions[row] for row in rows])
-    return _prompts(model, [block.class_names[block.labels[row]] for row in rows])
-
-
-def _prompts(model: ModelUnderTest, names: Sequence[str]) -> npt.NDArray[np.int32]:
-    return model.tokenize([model.templates[0].replace("{}", name) for name in names])
-
-
-def _figures(
-    model: ModelUnderTest, block: DataBlock, rows: Rows, tokens: npt.NDArray[np.integer], size: int
-) -> dict[str, Values]:
-    """Return the cosine and the contrastive loss of each pair, in mini-batches of `size`.
-
-    The last mini-batch is filled up from the first rows: the loss depends on its size.
-    """
-    v = model.image_features(block.take(rows))
-    t = model.text_features(tokens)
-    model.tick()
-    logits = model.scale * v @ t.T
-    losses = torch.empty(len(v), device=v.device)
-    for start in range(0, len(v), size):
-        batch = torch.arange(start, start + size, device=v.device) % len(v)
-        square = logits[batch][:, batch]
-        truth = torch.arange(size, device=v.device)
-        each = F.cross_entropy(square, truth, reduction="none")
-        each = each + F.cross_entropy(square.T, truth, reduction="none")
-        here = min(size, len(v) - start)
-        losses[start : start + here] = each[:here] / 2
-    cosines = (v * t).sum(dim=1)
-    return {"cosine": cosines.double().cpu().numpy(), "loss": losses.double().cpu().numpy()}
-
-
-def attack(members: Values, others: Values, *, seed: int = 0) -> Values:
-    """Return the accuracy in percent for each of ten seeds, the mean over ten splits each.
-
-    From both sides as many values are drawn as the smaller one has, so 50 is chance.
-    """
-    size = min(len(members), len(others))
-    accuracies = []
-    for number in range(seed, seed + SEEDS):
-        generator = np.random.default_rng(number)
-        drawn = [generator.permutation(side)[:size] for side in (others, members)]
-        values = np.clip(np.concatenate(drawn), -CLIP, CLIP)
-        truth = np.repeat([0.0, 1.0], size)
-        scores = [_score(values, truth, test) for test in _splits(size, generator)]
-        accuracies.append(100 * float(np.mean(scores)))
-    return np.array(accuracies)
-
-
-def fit(values: Values, truth: Values) -> tuple[float, float]:
-    """Return slope and intercept of the logistic regression of `truth` (0 or 1) on `values`.
-
-    Minimises slope^2 / 2 plus the sum of the log losses, as scikit-learn does by default,
-    by Newton's method with step halving: the problem is convex and has two unknowns.
-    """
-    w = np.zeros(2)
-    design = np.stack([values, np.ones_like(values)], axis=1)
-    penalty = np.diag([1.0, 0.0])
-    loss = _loss(w, design, truth)
-    for _ in range(ITERATIONS):
-        chance = _probability(design @ w)
-        slope = design.T @ (chance - truth) + penalty @ w
-        curvature = (design * (chance * (1 - chance))[:, None]).T @ design + penalty
-        step = np.linalg.lstsq(curvature, slope, rcond=None)[0]
-        while (moved := _loss(w - step, design, truth)) > loss and np.abs(step).max() > TOLERANCE:
-            step = step / 2
-        w, loss = w - step, moved
-        if np.abs(step).max() <= TOLERANCE * max(1.0, float(np.abs(w).max())):
-            break
-    return float(w[0]), float(w[1])
-
-
-def _loss(w: Values, design: Values, truth: Values) -> float:
-    z = design @ w
-    return float(0.5 * w[0] ** 2 + np.sum(np.logaddexp(0, z) - truth * z))
-
-
-def _probability(z: Values) -> Values:
-    return np.exp(-np.logaddexp(0, -z))
-
-
-def _score(values: Values, truth: Values, test: npt.NDArray[np.bool_]) -> float:
-    slope, intercept = fit(values[~test], truth[~test])
-    return float(np.mean((slope * values[test] + intercept > 0) == truth[test]))
-
-
-def _splits(size: int, generator: np.random.Generator) -> list[npt.NDArray[np.bool_]]:
-    """Return which of two times `size` values are tested on, a tenth of each side.
-
-    Where the tenth is an odd number, one side, drawn anew each time, has one value more.
-    """
-    total = int(np.ceil(TEST_SHARE * 2 * size))
-    masks = []
-    for _ in range(SPLITS):
-        more = int(generator.integers(2))
-        counts = [total // 2 + (total % 2 and more == side) for side in range(2)]
-        mask = np.zeros(2 * size, dtype=bool)
-        for side, count in enumerate(counts):
-            mask[side * size + generator.permutation(size)[:count]] = True
-        masks.append(mask)
-    return masks
+    return harmed([row for row in rows if row.rows >= LEAST_ROWS])[:HARMED]

@@ -18,7 +18,6 @@ from slsgu_cli.records.verification import (
     NEUTRAL,
     NEW,
     OWN,
-    Attack,
     Check,
     Curve,
     Finding,
@@ -38,8 +37,8 @@ from slsgu_cli.verification.image_probes import (
     pairs_of,
     retrievals,
 )
-from slsgu_cli.verification.probes import LossRow, harmed, losses
-from slsgu_cli.verification.wording import TEMPLATE
+from slsgu_cli.verification.membership import CHANCE
+from slsgu_cli.verification.probes import TEMPLATE, LossRow, losses, most_harmed
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
 KEPT, PARTLY = 0.1, 0.5
@@ -61,9 +60,6 @@ ATTACKS = {
     Check.INVERSION: (IMAGES, MADE_UP, "a word from {shots} images", "its images add"),
 }
 
-# Points above chance up to which members are not told apart, and by which attacks differ.
-CHANCE = 5.0
-
 
 class Verdict(StrEnum):
     """What a probe says."""
@@ -74,15 +70,6 @@ class Verdict(StrEnum):
     AS_NEW = "learnt as if new"
     AS_CONTROL = "not beyond its control"
     NOTHING = "says nothing"
-
-
-class Exposure(StrEnum):
-    """What an attack on membership says."""
-
-    HIDDEN = "not told apart"
-    LESS = "told apart less"
-    SAME = "told apart as before"
-    MORE = "told apart more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +140,6 @@ def attack_verdict(
     if now.low <= 0 or now.points <= KEPT * was.points:
         return Verdict.AS_CONTROL
     return Verdict.PARTLY_BACK if now.points <= PARTLY * was.points else Verdict.BACK
-
-
-def exposure(before: Attack, after: Attack) -> Exposure:
-    """Return what an attack says, from its accuracy on the original and on the other model.
-
-    An attack below chance tells nothing: it is trained on rows other than it is scored on.
-    """
-    if after.mean - 50 <= max(CHANCE, after.deviation):
-        return Exposure.HIDDEN
-    was = max(50.0, before.mean)
-    if abs(after.mean - was) <= CHANCE:
-        return Exposure.SAME
-    return Exposure.MORE if after.mean > was else Exposure.LESS
 
 
 def steps_to(curve: Curve, goal: float) -> int | None:
@@ -471,11 +445,11 @@ def _of_others(rows: list[LossRow]) -> str | None:
     """Return which class lost most."""
     if not rows:
         return None
-    worst = harmed(rows)[:1]
+    worst = most_harmed(rows)[:1]
     among = f"of the classes with {LEAST_ROWS} images or more"
     if not worst:
         return f"No other class lost anything, {among}."
-    loss = worst[0].loss
+    (loss,) = worst
     return (
         f"It cost {loss.name} most, {among}: {loss.before:.0f}% of its {loss.rows} images were "
         f"recognised, {loss.after:.0f}% are."

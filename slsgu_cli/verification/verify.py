@@ -43,15 +43,17 @@ from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
+from slsgu_cli.verification.membership import membership
 from slsgu_cli.verification.model import Gallery, ModelUnderTest, add_edit, open_model
 from slsgu_cli.verification.probes import (
-    membership,
     nearest,
     neighbours,
+    paraphrase,
     quantise,
+    spelling,
+    unseen_templates,
 )
 from slsgu_cli.verification.relearn import finetune, relearn
-from slsgu_cli.verification.wording import paraphrase, spelling, unseen_templates
 
 ORIGINAL = "original"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slsgu_cli.verification import probes
-from slsgu_cli.verification.probes import attack, fit
+from slsgu_cli.verification.membership import attack, fit
 
 
 def sample(seed, size, *, shift=0.0, scale=1.0):

@@ -33,16 +33,10 @@ from slsgu_cli.verification.image_probes import (
     OTHERS,
     OWN_INDEX,
 )
-from slsgu_cli.verification.probes import harmed, losses, nearest_names
+from slsgu_cli.verification.membership import Exposure, exposure
+from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 from slsgu_cli.verification.relearn import OWN
-from slsgu_cli.verification.verdicts import (
-    Exposure,
-    Verdict,
-    conclusion,
-    exposure,
-    rows,
-    verdict,
-)
+from slsgu_cli.verification.verdicts import Verdict, conclusion, rows, verdict
 
 
 def accuracy(top1):
@@ -344,8 +338,8 @@ def test_those_that_lost_most_are_named_if_they_have_images_enough():
         ubuntu=(30, (93, 33), 0.1),
     )  # fmt: skip
     known = losses(subject(pair[0]), subject(pair[1]))
-    assert [row.loss.name for row in harmed(known)] == ["ubuntu", "tumblr"]
-    assert [row.loss.name for row in nearest_names(known)["brands"]] == [
+    assert [row.name for row in most_harmed(known)] == ["ubuntu", "tumblr"]
+    assert [row.name for row in nearest_names(known)["brands"]] == [
         "tumblr", "figma", "npm", "ubuntu",
     ]  # fmt: skip
     assert concluded(pair).text.endswith(
