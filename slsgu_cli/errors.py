@@ -68,11 +68,16 @@ class NotForgottenError(SlsguError):
     exit_code = ExitCode.NOT_FORGOTTEN
 
 
+# The share of letters in common, in their order, that a slip of the pen leaves.
+CLOSE = 0.75
+
+
 def near(text: str, names: Collection[str], most: int = 3) -> str | None:
     """Return which of the names were perhaps meant, as a hint; None where none is near."""
     by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
     letters = re.sub(r"\W+", "", text).lower()
-    close = difflib.get_close_matches(letters, by_letters, most, 0.5)
     longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
-    chosen = list(dict.fromkeys([*close, *longer]))[:most]
+    begun = [name for name in longer if name.startswith(letters)]
+    close = difflib.get_close_matches(letters, by_letters, most, CLOSE)
+    chosen = list(dict.fromkeys([*begun, *close, *longer]))[:most]
     return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None

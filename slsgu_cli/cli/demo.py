@@ -4,7 +4,6 @@ It calls what the commands call, with the options it prints at the end, so a rea
 repeat every step by hand.
 """
 
-import difflib
 import json
 import shlex
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session
 from slsgu_cli.clip.models import LOCAL, pick_device
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import UsageError, near
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import command_line
@@ -89,10 +88,9 @@ def demo_request(concept: str) -> BuildRequest:
     classes: dict[str, list[str]] = json.loads((DATA / "classes.json").read_text())
     known = [name for names in classes.values() for name in names]
     if concept not in known:
-        near = difflib.get_close_matches(concept, known, 4, 0.4)
         raise UsageError(
             f"the embedded CLIP knows 301 brands and objects, and {concept!r} is not one of them",
-            hint=f"near: {', '.join(near)}" if near else f"such as {', '.join(known[:6])}",
+            hint=near(concept, known) or f"such as {', '.join(known[:6])}",
         )
     heldout, templates = DATA / "heldout.parquet", str(DATA / "templates.txt")
     return BuildRequest(

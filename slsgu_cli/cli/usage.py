@@ -81,13 +81,13 @@ def _unknown_option(ctx: Any, name: str) -> UsageError:
     if owners:
         verb = "has" if len(owners) == 1 else "have"
         return UsageError(f"{what}; {_listed(owners)} {verb} it", hint=_help(ctx))
-    return UsageError(what, hint=near(name, _shown(ctx, ctx.command), 1) or _help(ctx))
+    return UsageError(what, hint=near(name, _shown(ctx, ctx.command)) or _help(ctx))
 
 
 def unknown_command(ctx: Any, name: str) -> UsageError:
     """Return what to say of a command that there is not."""
     commands = ctx.command.list_commands(ctx)
-    hint = near(name, commands, 1) or f"`{ctx.command_path} --help` lists the commands"
+    hint = near(name, commands) or f"`{ctx.command_path} --help` lists the commands"
     return UsageError(f"there is no command {quote(name)}", hint=hint)
 
 

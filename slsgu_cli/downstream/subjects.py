@@ -1,9 +1,10 @@
 """A target as its search sees it: what it is asked, how it is judged, its own gradient."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -89,46 +90,69 @@ def _of_name(llava: Llava, tokens: Tensor, name: str) -> Tensor:
 ROWS = 32
 
 
-class Subject(Protocol):
+class Asked(Protocol):
+    """Prompts with seeds, or questions about images, known by their digest."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of all of them."""
+
+
+A = TypeVar("A", bound=Asked)
+
+
+@dataclass(slots=True, kw_only=True)
+class TargetSubject(ABC, Generic[A]):
     """What a search needs of a target. All of it is of the weights as they are at the time.
 
-    Reports are by each of the `judges`; the first one decides. They are of nothing that a
-    layer or step was chosen by where they are `unseen`.
+    Trials are of what is `searched`, reports of what is `to_report`, by each of the `judges`;
+    the first one decides. Reports are of nothing that a layer or step was chosen by where they
+    are `unseen`.
     """
 
     encoder: LiveEncoder
+    searched: A
+    to_report: A
     judges: tuple[str, ...]
-    unseen: bool
+    unseen: bool = True
 
     @property
     def asked(self) -> str:
         """A digest of what trials are measured on."""
+        return self.searched.digest
 
     @property
     def reported(self) -> str:
         """A digest of what reports are measured on."""
+        return self.to_report.digest
 
+    @abstractmethod
     def concept(self, goal: float | None = None) -> Share:
         """Return how much of the concept's budget still shows it.
 
         With a `goal` in percent, of a part of it, where that is enough to miss the goal.
         """
 
+    @abstractmethod
     def others(self) -> Share:
         """Return how much of the others' budget shows what it should."""
 
+    @abstractmethod
     def report(self) -> dict[str, Effect]:
         """Return what each judge makes of what nothing was chosen by."""
 
+    @abstractmethod
     def run_retained(self) -> None:
         """Run the CLIP tower over the retain set exactly as the target does."""
 
+    @abstractmethod
     def read(self) -> Tensor | None:
         """Return what the target reads of its CLIP on a few retained inputs, flattened.
 
         None where layers are to be ranked by what they do to their own outputs.
         """
 
+    @abstractmethod
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the target's own forget loss, to be ascended, by layer."""
 
@@ -148,17 +172,12 @@ def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = Non
     return Share(count, seen)
 
 
-@dataclass(slots=True)
-class PaintedSubject:
+@dataclass(slots=True, kw_only=True)
+class PaintedSubject(TargetSubject[JudgedPrompts]):
     """A diffusion pipeline: judges say what its images show."""
 
     pipe: Pipeline
-    encoder: LiveEncoder
-    searched: JudgedPrompts
-    to_report: JudgedPrompts
     captions: Sequence[str]
-    judges: tuple[str, ...]
-    unseen: bool = True
 
     @classmethod
     def load(
@@ -176,19 +195,14 @@ class PaintedSubject:
         searched = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
         )
-        to_report = searched.reporting(options.report_budget)
-        captions = _captions(store, manifest)
-        return cls(pipe, fitting[0], searched, to_report, captions, tuple(map(str, judges)))
-
-    @property
-    def asked(self) -> str:
-        """A digest of the prompts and seeds of trials."""
-        return self.searched.digest
-
-    @property
-    def reported(self) -> str:
-        """A digest of the prompts and seeds of reports."""
-        return self.to_report.digest
+        return cls(
+            pipe=pipe,
+            encoder=fitting[0],
+            searched=searched,
+            to_report=searched.reporting(options.report_budget),
+            captions=_captions(store, manifest),
+            judges=tuple(map(str, judges)),
+        )
 
     def concept(self, goal: float | None = None) -> Share:
         """Return how many images of the concept's prompts are taken for it."""
@@ -291,18 +305,14 @@ class Questions:
 ANSWERS = "its answers"
 
 
-@dataclass(slots=True)
-class AskedSubject:
+@dataclass(slots=True, kw_only=True)
+class AskedSubject(TargetSubject[Questions]):
     """A vision-language model: its answers name what an image shows, or they do not."""
 
     llava: Llava
-    encoder: LiveEncoder
     name: str
-    searched: Questions
-    to_report: Questions
     forget: Sequence[Question]
     retained: Sequence[Image.Image]
-    unseen: bool
     judges: tuple[str, ...] = (ANSWERS,)
 
     @classmethod
@@ -318,25 +328,15 @@ class AskedSubject:
         retain = DataBlock.open(store, manifest.retain)
         text = options.budget.questions[0]
         return cls(
-            llava,
-            llava.encoder,
-            manifest.concept,
-            Questions.about(store, manifest, Purpose.CHOOSE, options.budget),
-            Questions.about(store, manifest, Purpose.REPORT, options.report_budget),
-            [Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
-            _images(retain, chosen_rows(retain.rows)),
-            concept_is_dealt(store, manifest),
+            llava=llava,
+            encoder=llava.encoder,
+            name=manifest.concept,
+            searched=Questions.about(store, manifest, Purpose.CHOOSE, options.budget),
+            to_report=Questions.about(store, manifest, Purpose.REPORT, options.report_budget),
+            forget=[Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
+            retained=_images(retain, chosen_rows(retain.rows)),
+            unseen=concept_is_dealt(store, manifest),
         )
-
-    @property
-    def asked(self) -> str:
-        """A digest of the images and questions of trials."""
-        return self.searched.digest
-
-    @property
-    def reported(self) -> str:
-        """A digest of the images and questions of reports."""
-        return self.to_report.digest
 
     def concept(self, goal: float | None = None) -> Share:
         """Return how many answers about images of the concept name it."""
@@ -392,6 +392,9 @@ class AskedSubject:
         hits = ([class_in(answer, [label]) is not None]
                 for (label, _), answer in zip(wanted, answers, strict=True))  # fmt: skip
         return counted(hits, len(wanted), goal)
+
+
+Subject = PaintedSubject | AskedSubject
 
 
 def _images(block: DataBlock, rows: Any) -> list[Image.Image]:

@@ -73,6 +73,14 @@ def qkv_option(usual: Qkv | None, words: str) -> Any:
     )  # fmt: skip
 
 
+def reserve_option(usual: float) -> Any:
+    """Return the field of how far to go beyond the shortest step that is enough."""
+    return option(
+        usual, "--reserve", min=1.0, panel=SEARCH,
+        help="Times the shortest step that does: room for images nobody chose by.",
+    )  # fmt: skip
+
+
 def check_ridge(direction: Direction | None, ridge: float | None) -> None:
     """Raise UsageError for a ridge of the gradient itself."""
     if direction is Direction.GRADIENT and ridge is not None:
@@ -264,10 +272,7 @@ class SearchOptions:
         Steer.FA5, "--steer", panel=SEARCH,
         help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
     )  # fmt: skip
-    reserve: float = option(
-        RESERVE, "--reserve", min=1.0, panel=SEARCH,
-        help="Times the shortest step that does: room for images nobody chose by.",
-    )  # fmt: skip
+    reserve: float = reserve_option(RESERVE)
     max_class_loss: float = option(
         MAX_CLASS_LOSS, "--max-class-loss", min=0.0, panel=SEARCH, metavar="POINTS",
         help="Points that no class may lose where another step avoids it.",

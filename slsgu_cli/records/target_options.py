@@ -17,6 +17,7 @@ from slsgu_cli.records.options import (
     check_ridge,
     direction_option,
     qkv_option,
+    reserve_option,
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget, GradientOf, PaintOptions, ReportBudget
@@ -122,10 +123,7 @@ class SteerOptions:
         90.0, "--goal", min=0.0, max=100.0, panel=SEARCH,
         help="Share of the concept, in percent, that must no longer be recognised.",
     )  # fmt: skip
-    reserve: float = option(
-        TARGET_RESERVE, "--reserve", min=1.0, panel=SEARCH,
-        help="Times the shortest step that does: room for images nobody chose by.",
-    )  # fmt: skip
+    reserve: float = reserve_option(TARGET_RESERVE)
     max_loss: float = option(
         MAX_LOSS, "--max-loss", min=0.0, panel=SEARCH, metavar="POINTS",
         help="Points that others may lose; a reserve that costs more is cut.",

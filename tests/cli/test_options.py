@@ -127,6 +127,8 @@ def test_near_names_are_offered():
     assert near("siglip", names) == "near: ViT-B-16-SigLIP"
     assert near("opnai", ["openai", "laion2b"]) == "near: openai"
     assert near("zzzz", names) is None
+    assert near("--retain", ["--direction", "--pretrained"]) is None
+    assert near("--retain", ["--pretrained", "--retain-source"]) == "near: --retain-source"
 
 
 numbers = st.floats(1e-6, 1e6, allow_nan=False)
