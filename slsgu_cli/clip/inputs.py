@@ -6,9 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,14 +18,15 @@ from torch import Tensor
 
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.records.sets import InputSpec
+from slsgu_cli.store.files import cores, prefetch
 
 S = TypeVar("S")
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
 Pixels = Callable[[Images | Tensor], Tensor]
 
-# Items a thread that are read ahead, and images a core that are decoded ahead.
-AHEAD, DECODED_AHEAD = 3, 4
+# Images a core that are decoded ahead.
+DECODED_AHEAD = 4
 
 
 def spare(device: str) -> int:
@@ -38,33 +37,6 @@ def spare(device: str) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (ValueError, OSError):
         return 2 << 30
-
-
-def prefetch(
-    read: Callable[[S], T], items: Iterable[S], *, threads: int = 1, ahead: int = AHEAD
-) -> Iterator[T]:
-    """Yield `read(item)` in order, `ahead` items a thread before the consumer wants them.
-
-    When the consumer stops or is interrupted, what has not begun is dropped.
-    """
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[T]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > ahead * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # What PIL's format readers raise on data that is not what it says it is.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.inputs import Pixels, by_length, prefetch, spans, staged
+from slsgu_cli.clip.inputs import Pixels, by_length, spans, staged
 from slsgu_cli.clip.towers import (
     EMBED,
     Activations,
@@ -20,6 +20,7 @@ from slsgu_cli.clip.towers import (
     room_for_some,
 )
 from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.files import prefetch
 
 TOP = 5
 

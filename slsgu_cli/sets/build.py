@@ -23,13 +23,11 @@ from slsgu_cli.records.sets import (
     report_part,
 )
 from slsgu_cli.records.words import command_line
-from slsgu_cli.sets.collection import Collected, collect
-from slsgu_cli.sets.context import BuildContext, counted
+from slsgu_cli.sets.collection import FORGET, RETAIN, Collected, collect
+from slsgu_cli.sets.context import BuildContext, counted, screen_for
 from slsgu_cli.sets.evaluation_sets import EvalPlan, build_eval, plan_eval
 from slsgu_cli.sets.inspect import drop
 from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
-from slsgu_cli.sets.screening import screen_for
-from slsgu_cli.sets.shards import FORGET, RETAIN
 from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns

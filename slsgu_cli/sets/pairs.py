@@ -13,6 +13,7 @@ from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import (
     BuildContext,
     Scratch,
+    ScreenedSet,
     block_path,
     counted,
     file_recipe,
@@ -21,7 +22,6 @@ from slsgu_cli.sets.context import (
     text_digest,
     tokenizing,
 )
-from slsgu_cli.sets.screening import ScreenedSet
 from slsgu_cli.sources.opening import RowId, fetch, scan
 from slsgu_cli.sources.rows import (
     BEYOND,

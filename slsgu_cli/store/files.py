@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and copies as fast as `cp`."""
+"""Files that appear whole or not at all, copies as fast as `cp`, and reading ahead."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,20 @@ import shutil
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slsgu_cli.errors import InputError, SlsguError
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+# Items a thread that are read ahead.
+AHEAD = 3
 
 PARTIAL = ".partial-"
 
@@ -241,3 +249,30 @@ def _locked(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def prefetch(
+    read: Callable[[S], T], items: Iterable[S], *, threads: int = 1, ahead: int = AHEAD
+) -> Iterator[T]:
+    """Yield `read(item)` in order, `ahead` items a thread before the consumer wants them.
+
+    When the consumer stops or is interrupted, what has not begun is dropped.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[T]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > ahead * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -10,8 +10,9 @@ from PIL import Image
 from torchvision import transforms
 
 from slsgu_cli.clip import inputs, models
-from slsgu_cli.clip.inputs import pixel_normalizer, prefetch, spans, text_features, to_tokens
+from slsgu_cli.clip.inputs import pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.towers import text_tower
+from slsgu_cli.store.files import AHEAD, prefetch
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_reading_ahead_is_bounded():
     reading = prefetch(lambda n: started.append(n) or n, range(1000))
     assert next(reading) == 0
     reading.close()
-    assert len(started) <= inputs.AHEAD + 2
+    assert len(started) <= AHEAD + 2
 
 
 def test_reading_ahead_runs_beside_the_consumer():

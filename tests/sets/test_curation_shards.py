@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -6,7 +8,7 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import CollectRequest, Concept, Origin
-from slsgu_cli.sets import shards
+from slsgu_cli.sets import collection
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
@@ -28,7 +30,7 @@ def tars(tmp_path):
 @pytest.fixture
 def alone(monkeypatch):
     """Read shards in this process: others take longer to start than all of the shards."""
-    monkeypatch.setattr(shards, "cores", lambda: 1)
+    monkeypatch.setattr(collection, "cores", lambda: 1)
 
 
 @pytest.fixture
@@ -82,14 +84,19 @@ def test_samples_of_many_names_with_their_origins(store, tars):
 
 
 def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, alone, monkeypatch):
-    monkeypatch.setattr(shards, "retain_wanted", lambda request: 15)
+    monkeypatch.setattr(collection, "retain_wanted", lambda request: 15)
     record = collect(store, ask(tars, retain_samples=5)).record
     assert record.retain.found == 20
     assert len(record.retain.shards) == 2
 
 
+def test_a_process_that_reads_shards_does_not_load_torch():
+    code = "import sys, slsgu_cli.sets.collection; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkeypatch):
-    real, read = shards.select, []
+    real, read = collection.select, []
 
     def breaking(reader, wants, trouble):
         read.append(reader.path)
@@ -97,7 +104,7 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkey
             raise KeyboardInterrupt
         return real(reader, wants, trouble)
 
-    monkeypatch.setattr(shards, "select", breaking)
+    monkeypatch.setattr(collection, "select", breaking)
     with pytest.raises(KeyboardInterrupt):
         collect(store, ask(tars))
     assert store.names("collections", ".json") == []

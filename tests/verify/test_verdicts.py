@@ -24,7 +24,6 @@ from slsgu_cli.records.verification import (
     Told,
     VerifiedModel,
 )
-from slsgu_cli.verification import verdicts
 from slsgu_cli.verification.image_probes import (
     BY_NAME,
     CONCEPT,
@@ -33,7 +32,7 @@ from slsgu_cli.verification.image_probes import (
     OTHERS,
     OWN_INDEX,
 )
-from slsgu_cli.verification.membership import Exposure, exposure
+from slsgu_cli.verification.membership import CHANCE, Exposure, exposure
 from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 from slsgu_cli.verification.relearn import OWN
 from slsgu_cli.verification.verdicts import Verdict, conclusion, rows, verdict
@@ -184,7 +183,7 @@ def test_an_attack_is_judged_by_what_it_has_above_chance():
     def found(mean, deviation=1.0):
         return Attack("loss", "held out", mean, deviation, 10, 10)
 
-    assert exposure(found(70), found(50 + verdicts.CHANCE)) is Exposure.HIDDEN
+    assert exposure(found(70), found(50 + CHANCE)) is Exposure.HIDDEN
     assert exposure(found(70), found(58, deviation=9)) is Exposure.HIDDEN
     assert exposure(found(70), found(20)) is Exposure.HIDDEN
     assert exposure(found(70), found(72)) is Exposure.SAME
