@@ -1,13 +1,12 @@
 """The method's arithmetic on figures: importance, alignment, front, the next step."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Alignment, Steer, Trial, Trials
 
 Vector = npt.NDArray[np.floating]
@@ -176,32 +175,3 @@ class JointSteps:
             for name, step in forgetting.items()
         }
         self.done = self.steps == forgetting
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """By how many points one accuracy exceeds another, with a 95% interval."""
-
-    points: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return it in words, as `+3.3 points (95% interval -12.0 to +18.5)`."""
-        return f"{self.points:+.1f} points (95% interval {self.low:+.1f} to {self.high:+.1f})"
-
-
-def difference(first: Accuracy, second: Accuracy) -> Difference:
-    """Return by how much the first top-1 accuracy exceeds the second.
-
-    The ends are Newcombe's (1998, "square and add"), from the exact intervals of both. They
-    are those of independent samples: wider than need be where both are of the same images.
-    """
-    shares = [Share.of(accuracy.top1, accuracy.rows) for accuracy in (first, second)]
-    (low, high), (other_low, other_high) = (share.interval for share in shares)
-    points = first.top1 - second.top1
-    return Difference(
-        points,
-        points - math.hypot(first.top1 - low, other_high - second.top1),
-        points + math.hypot(high - first.top1, second.top1 - other_low),
-    )

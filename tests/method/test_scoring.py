@@ -1,19 +1,9 @@
-from math import comb
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.method.scoring import (
-    Difference,
-    alignment,
-    difference,
-    importance,
-    norm,
-    pareto_front,
-)
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.method.scoring import alignment, importance, norm, pareto_front
 from slsgu_cli.records.method import Alignment
 
 # Few values, so that ties are frequent.
@@ -94,39 +84,3 @@ def test_alignment_does_not_depend_on_lengths(one, other):
 def test_nothing_aligns_with_a_gradient_of_zeros():
     for kind in Alignment:
         assert alignment(vector(7), np.zeros(50, np.float32), kind) == 0
-
-
-def of(count, total):
-    """Return the accuracy of so many hits."""
-    return Accuracy(100 * count / total, 100.0, total)
-
-
-@pytest.mark.parametrize(("first", "second"), [(30, 30), (30, 32), (12, 40)])
-def test_a_differences_interval_holds_it_as_often_as_it_says(first, second):
-    def likelihoods(total, share):
-        return [comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(total + 1)]
-
-    intervals = {
-        (i, j): difference(of(i, first), of(j, second))
-        for i in range(first + 1)
-        for j in range(second + 1)
-    }
-    shares = (0.02, 0.1, 0.3, 0.5, 0.65, 0.8, 0.9)
-    for share, other in ((a, b) for a in shares for b in shares):
-        ways, others = likelihoods(first, share), likelihoods(second, other)
-        true = 100 * (share - other)
-        held = sum(
-            ways[i] * others[j]
-            for (i, j), found in intervals.items()
-            if found.low - 1e-9 <= true <= found.high + 1e-9
-        )
-        assert held > (0.95 if abs(true) <= 80 else 0.92)
-
-
-def test_a_difference_is_that_of_two_accuracies():
-    found = difference(of(27, 30), of(18, 30))
-    assert found.points == pytest.approx(30)
-    assert 0 < found.low < 30 < found.high < 60
-    none = difference(of(15, 30), of(15, 30))
-    assert none.low == pytest.approx(-none.high)
-    assert str(Difference(3.333, -12.04, 18.5)) == ("+3.3 points (95% interval -12.0 to +18.5)")

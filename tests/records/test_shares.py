@@ -1,4 +1,4 @@
-"""Exact intervals of shares: against tables, closed forms, and the definition itself."""
+"""Exact intervals of shares and their differences: against tables, closed forms, and the definition itself."""
 
 from math import comb
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.records.figures import Share
+from slsgu_cli.records.figures import Accuracy, Difference, Share, difference
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,39 @@ def test_a_share_comes_back_from_its_percentage(total, data):
     count = data.draw(st.integers(0, total))
     assert Share.of(100 * count / total, total) == Share(count, total)
     assert Share.of(float("nan"), 0) == Share(0, 0)
+
+
+def of(count, total):
+    """Return the accuracy of so many hits."""
+    return Accuracy(100 * count / total, 100.0, total)
+
+
+@pytest.mark.parametrize(("first", "second"), [(30, 30), (30, 32), (12, 40)])
+def test_a_differences_interval_holds_it_as_often_as_it_says(first, second):
+    def likelihoods(total, share):
+        return [comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(total + 1)]
+
+    intervals = {
+        (i, j): difference(of(i, first), of(j, second))
+        for i in range(first + 1)
+        for j in range(second + 1)
+    }
+    shares = (0.02, 0.1, 0.3, 0.5, 0.65, 0.8, 0.9)
+    for share, other in ((a, b) for a in shares for b in shares):
+        ways, others = likelihoods(first, share), likelihoods(second, other)
+        true = 100 * (share - other)
+        held = sum(
+            ways[i] * others[j]
+            for (i, j), found in intervals.items()
+            if found.low - 1e-9 <= true <= found.high + 1e-9
+        )
+        assert held > (0.95 if abs(true) <= 80 else 0.92)
+
+
+def test_a_difference_is_that_of_two_accuracies():
+    found = difference(of(27, 30), of(18, 30))
+    assert found.points == pytest.approx(30)
+    assert 0 < found.low < 30 < found.high < 60
+    none = difference(of(15, 30), of(15, 30))
+    assert none.low == pytest.approx(-none.high)
+    assert str(Difference(3.333, -12.04, 18.5)) == ("+3.3 points (95% interval -12.0 to +18.5)")

@@ -16,7 +16,7 @@ from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import CollectRequest, Concept, Distributor, DownloadOptions
-from slsgu_cli.sets import metadata
+from slsgu_cli.sets import metadata as metadata_module
 from slsgu_cli.sets.collection import collect
 from slsgu_cli.sets.metadata import find_command, reason
 from slsgu_cli.store.store import Store
@@ -69,7 +69,7 @@ def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monk
 def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
-    monkeypatch.setattr(metadata, "TRIES", 1)
+    monkeypatch.setattr(metadata_module, "TRIES", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
         collect(store, ask(metadata))
     assert "goes on where it stopped" in told.value.hint
@@ -122,16 +122,16 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
 
 
 def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
-    monkeypatch.delenv(metadata.VARIABLE, raising=False)
+    monkeypatch.delenv(metadata_module.VARIABLE, raising=False)
     assert find_command(FAKE_IMG2DATASET) == FAKE_IMG2DATASET.split()
-    monkeypatch.setenv(metadata.VARIABLE, FAKE_IMG2DATASET)
+    monkeypatch.setenv(metadata_module.VARIABLE, FAKE_IMG2DATASET)
     assert find_command(None) == FAKE_IMG2DATASET.split()
     with pytest.raises(MissingError, match="no command nowhere"):
         find_command("nowhere")
-    monkeypatch.delenv(metadata.VARIABLE)
+    monkeypatch.delenv(metadata_module.VARIABLE)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(metadata, "find_spec", lambda name: None)
+    monkeypatch.setattr(metadata_module, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="not installed") as told:
         find_command(None)
     assert "pip install 'slsgu[download]'" in told.value.hint

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli.method.scoring import difference
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import Accuracy, difference
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import (
     NEUTRAL,
