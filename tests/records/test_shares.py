@@ -1,4 +1,4 @@
-"""Exact intervals of shares and their differences: against tables, closed forms, and the definition itself."""
+"""Exact intervals of shares and their differences: against tables, and the definition itself."""
 
 from math import comb
 
