@@ -69,7 +69,7 @@ class NotForgottenError(SlsguError):
 
 
 # The share of letters in common, in their order, that a slip of the pen leaves.
-CLOSE = 0.75
+CLOSE = 0.8
 
 
 def near(text: str, names: Collection[str], most: int = 3) -> str | None:
