@@ -82,6 +82,14 @@ def draw(wanted: str, seed: int) -> dict[str, str]:
     return drawn
 
 
+def prepared(store: Store, name: str) -> None:
+    """Build, grade and rank a set as the demo does it, unless it was."""
+    if not store.exists(Artifact.RANKING.path(name)):
+        build_sets(store, demo_request(name))
+        compute_gradients(store, name, model=None, options=PassOptions())
+        rank(store, name, options=RankOptions())
+
+
 def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeader, float]:
     """Return the edit of a set that was searched in one way, and the seconds it took."""
     records = Store(str(folder / way))
@@ -110,10 +118,7 @@ def main() -> None:
     rows: list[Row] = []
     for name, kind in concepts.items():
         store = Store(str(folder / "store"))
-        if not store.exists(Artifact.RANKING.path(name)):
-            build_sets(store, demo_request(name))
-            compute_gradients(store, name, model=None, options=PassOptions())
-            rank(store, name, options=RankOptions())
+        prepared(store, name)
         for way in options.ways:
             try:
                 header, seconds = searched(store, name, way, folder)
