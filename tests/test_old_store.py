@@ -113,7 +113,7 @@ def test_a_search_goes_on_from_its_trials_and_leaves_its_edits(store, monkeypatc
     monkeypatch.setattr(Probe, "measure", measured)
     monkeypatch.setattr(UtilityMeter, "measure", measured)
     before, edits = content(store, "moments", "gradients"), edits_of(store)
-    words = ("--joint", "--steps", "4", "--steer", "fa1", "--reserve", "1")
+    words = ("--joint", "--steps", "4", "--steer", "fa1", "--keep", "ta1", "--reserve", "1")
     run("search", "red", "blue", *words)
     assert content(store, "moments", "gradients") == before
     assert edits_of(store) == edits

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Alignment, Steer, Trial, Trials
+from slsgu_cli.records.method import Alignment, Keep, Steer, Trial, Trials
 
 Vector = npt.NDArray[np.floating]
 
@@ -101,6 +101,18 @@ def left_of(forget: Accuracy, gap: float, steer: Steer, margin: float | None) ->
     if steer is Steer.MARGIN:
         return max(0.0, (margin or 0.0) - gap)
     return forget.top1 if steer is Steer.FA1 else forget.top5
+
+
+def mean_top1(utility: Mapping[str, Accuracy]) -> float:
+    """Return the mean TA@1 over the evaluation sets, in percent."""
+    return sum(figure.top1 for figure in utility.values()) / len(utility)
+
+
+def kept(trial: Trial, by: Keep) -> float:
+    """Return what a measured trial keeps, in percent: the figure steps are compared by."""
+    if by is Keep.EXPECTED and trial.expected is not None:
+        return trial.expected
+    return mean_top1(trial.utility or {})
 
 
 def best(candidates: Sequence[tuple[float, float]]) -> int:

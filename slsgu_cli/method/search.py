@@ -18,7 +18,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, write_edit
 from slsgu_cli.clip.models import device_name
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit
-from slsgu_cli.method.scoring import best, left_to_forget, next_step
+from slsgu_cli.method.scoring import best, kept, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     grouped,
@@ -30,6 +30,7 @@ from slsgu_cli.method.search_plan import (
 from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     JointRef,
+    Keep,
     Steer,
     Trial,
     Trials,
@@ -159,7 +160,7 @@ class LayerSearch(StepSearch[Trial]):
         self.options = options
         self.probes: dict[Line, Probe] = {}
         self.lengthened: list[Key] = []
-        self._meter = UtilityMeter(evaluation)
+        self._meter = UtilityMeter(evaluation, options.keep)
 
     def along(self, probe: "Probe", first: float | None = None) -> None:
         """Try steps along a probe, from `first` (default: its own first step) on."""
@@ -183,8 +184,6 @@ class LayerSearch(StepSearch[Trial]):
         the bound of what any class may lose wins over the best one that is not, if it keeps
         nearly as much.
         """
-        from slsgu_cli.method.trial import mean_top1
-
         full, best_kept = self.options.full, NO_BAR
         price = PRICE_OF_SPARING if self.options.max_class_loss < NO_BOUND else 0.0
         least = min(self.left(self.trials[key]) for key in self.path)
@@ -197,30 +196,34 @@ class LayerSearch(StepSearch[Trial]):
                 bar = NO_BAR if full else best_kept - price
                 trial = self.with_utility(self.probes[key[0]], trial, beat=bar)
             if key in may_win and trial.utility is not None:
-                best_kept = max(best_kept, mean_top1(trial.utility))
+                best_kept = max(best_kept, kept(trial, self.options.keep))
         measured = {
             key: trial
             for key in self.path
             if key in may_win and (trial := self.trials[key]).utility is not None
         }
         figures = [
-            (not self._spares(trial, best_kept - price), mean_top1(trial.utility or {}))
+            (not self._spares(trial, best_kept - price), kept(trial, self.options.keep))
             for trial in measured.values()
         ]
         return list(measured.values())[best(figures)]
 
     def _spares(self, trial: Trial, enough: float) -> bool:
         """Return whether no class is known to lose more than it may, and enough is kept."""
-        from slsgu_cli.method.trial import mean_top1
-
         harmless = trial.worst is None or trial.worst.lost <= self.options.max_class_loss
-        return harmless and mean_top1(trial.utility or {}) >= enough
+        return harmless and kept(trial, self.options.keep) >= enough
 
     def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
         """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
-        if trial.utility is None:
-            utility, worst = self._meter.measure(probe, trial.step, beat=beat)
-            trial = replace(trial, utility=utility, worst=worst)
+        by_count = self.options.keep is Keep.TA1
+        if trial.utility is None or not (by_count or trial.expected is not None):
+            left = self._meter.measure(probe, trial.step, beat=beat)
+            trial = replace(
+                trial,
+                utility=left.utility if left else None,
+                worst=left.worst if left else None,
+                expected=left.expected if left else None,
+            )
             self.keep((probe.line, trial.step), trial)
         return trial
 

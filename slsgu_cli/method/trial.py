@@ -27,12 +27,14 @@ from slsgu_cli.clip.zeroshot import (
 )
 from slsgu_cli.method.scoring import first_step, norm
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Figures, Report, harmed
-from slsgu_cli.records.method import LayerScore, Tower, Trial
+from slsgu_cli.records.method import Keep, LayerScore, Tower, Trial
 
 # A vision trial's images are looked at in rounds of at least this many.
 MIN_ROWS = 16
 # Of fewer images than this, what a class loses says little.
 LEAST_ROWS = 5
+# By how much margins of like images differ, as a share of how much the original's differ.
+SPREAD = 0.25
 
 
 @dataclass(slots=True)
@@ -103,45 +105,85 @@ class Probe:
         return prompts.after_edit(self.stage)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a step keeps: the accuracy on each evaluation set, and the class that lost most.
+
+    Of classes, those with at least LEAST_ROWS count. `expected` is as a trial has it.
+    """
+
+    utility: dict[str, Accuracy]
+    worst: ClassLoss | None
+    expected: float
+
+
+def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
+    """Return how likely images like these are recognised, fp64: Phi(lead / spread).
+
+    `leads` are the margins of the true class, in cosines. An image like another one is taken
+    to have its margin but for a normal error of that spread.
+    """
+    hits: Tensor = torch.special.ndtr(leads.double() / spread)
+    return hits.nan_to_num(0.0)
+
+
 @dataclass(slots=True)
 class UtilityMeter:
-    """Measures what a step keeps, and stops where it can no longer reach the best so far."""
+    """Measures what a step keeps, and stops where it can no longer reach the best so far.
+
+    `keep` says which figure that is reached in.
+    """
 
     evaluation: Evaluation
+    keep: Keep = Keep.EXPECTED
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
     _base_ranks: dict[str, Tensor] = field(init=False, default_factory=dict)
 
-    def measure(
-        self, probe: Probe, step: float, *, beat: float
-    ) -> tuple[dict[str, Accuracy] | None, ClassLoss | None]:
-        """Return the accuracy on each evaluation set, and the class that lost most.
-
-        Of classes, those with at least LEAST_ROWS count. Both are None once the accuracy must
-        stay under `beat`, a mean top-1 in percent.
-        """
+    def measure(self, probe: Probe, step: float, *, beat: float) -> Kept | None:
+        """Return what a step keeps; None once it must stay under `beat`, in percent."""
         groups = self.evaluation.utility
+        if not self._lead:
+            self._look_at_original()
         with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
-            if probe.score.tower is Tower.VISION:
-                ranks = self._after_vision_edit(probe.stage, beat)
+            if probe.score.tower is Tower.TEXT:
+                ranks, leads = self._after_text_edit(probe, step)
+            elif (seen := self._after_vision_edit(probe.stage, beat)) is not None:
+                ranks, leads = seen, self._lead
             else:
-                ranks = {
-                    name: group.ranks(
-                        group.images.features, probe.class_embeddings(group.prompts, step)
-                    )
-                    for name, group in groups.items()
-                }
-        if ranks is None:
-            return None, None
-        if not self._base_ranks:
-            self._base_ranks = {name: group.base_ranks() for name, group in groups.items()}
+                return None
         losses = [
             loss
             for name, group in groups.items()
             for loss in class_losses(group, self._base_ranks[name], ranks[name])
             if loss.rows >= LEAST_ROWS
         ]
-        worst = max(losses, key=lambda loss: loss.lost, default=None)
-        return {name: groups[name].accuracy_of(each) for name, each in ranks.items()}, worst
+        expected = [float(self._hits(name, lead).mean()) for name, lead in leads.items()]
+        return Kept(
+            {name: groups[name].accuracy_of(each) for name, each in ranks.items()},
+            max(losses, key=lambda loss: loss.lost, default=None),
+            100 * sum(expected) / len(expected),
+        )
+
+    def _look_at_original(self) -> None:
+        for name, group in self.evaluation.utility.items():
+            logits = group.images.features @ group.prompts.embeddings.T
+            self._lead[name] = leads = margins(logits, group.images.labels)
+            self._spread[name] = (SPREAD * leads.double().std(correction=0)).clamp(min=1e-6)
+            self._base_ranks[name] = group.base_ranks()
+
+    def _hits(self, name: str, leads: Tensor) -> Tensor:
+        return expected_hits(leads, self._spread[name])
+
+    def _after_text_edit(
+        self, probe: Probe, step: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ranks, leads = {}, {}
+        for name, group in self.evaluation.utility.items():
+            logits = group.images.features @ probe.class_embeddings(group.prompts, step).T
+            leads[name] = margins(logits, group.images.labels)
+            ranks[name] = ranks_of_truth(logits, group.images.labels)
+        return ranks, leads
 
     def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Tensor] | None:
         """Look at the same share of every set, the rows most likely missed first.
@@ -152,7 +194,7 @@ class UtilityMeter:
         those before it, in the rows' own order: they are read fastest in that one.
         """
         groups = self.evaluation.utility
-        order = {name: torch.argsort(self._leads(name)) for name in groups}
+        order = {name: torch.argsort(self._lead[name]) for name in groups}
         ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
         least = MIN_ROWS / sum(len(group.images) for group in groups.values())
         looked, missed = 0.0, 0.0
@@ -167,22 +209,11 @@ class UtilityMeter:
                     continue
                 rows = order[name][start:stop].sort().values
                 logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
-                self._lead[name][rows] = margins(logits, group.images.labels[rows])
+                self._lead[name][rows] = leads = margins(logits, group.images.labels[rows])
                 ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
-                missed += int((seen > 0).sum()) / len(group.images) / len(groups)
+                hits = self._hits(name, leads) if self.keep is Keep.EXPECTED else seen == 0
+                missed += float((1 - hits.double()).sum()) / len(group.images) / len(groups)
         return ranks
-
-    def _leads(self, name: str) -> Tensor:
-        if name not in self._lead:
-            group = self.evaluation.utility[name]
-            logits = group.images.features @ group.prompts.embeddings.T
-            self._lead[name] = margins(logits, group.images.labels)
-        return self._lead[name]
-
-
-def mean_top1(utility: dict[str, Accuracy]) -> float:
-    """Return the figure that utility is compared by: the mean top-1 over the sets."""
-    return sum(kept.top1 for kept in utility.values()) / len(utility)
 
 
 Moves = Sequence[tuple[Probe, float]]

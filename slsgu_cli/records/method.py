@@ -65,6 +65,13 @@ class Steer(StrEnum):
     MARGIN = "margin"
 
 
+class Keep(StrEnum):
+    """What steps that forget are compared by: TA@1, or the TA@1 expected of like images."""
+
+    TA1 = "ta1"
+    EXPECTED = "expected"
+
+
 class Precision(StrEnum):
     """Arithmetic of the gradient pass; sums of gradients are fp32 in all of them."""
 
@@ -249,7 +256,8 @@ class Trial:
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
-    lost most among those with enough rows to tell.
+    lost most among those with enough rows to tell, and `expected`, the TA@1 in percent that
+    images like those of the sets would have, as a mean over the sets.
     """
 
     layer: str
@@ -261,6 +269,7 @@ class Trial:
     gap: float
     utility: dict[str, Accuracy] | None
     worst: ClassLoss | None = added(None)
+    expected: float | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

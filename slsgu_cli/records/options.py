@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
+from slsgu_cli.records.method import Alignment, Direction, Keep, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
 from slsgu_cli.records.words import (
     DEVICE,
@@ -258,7 +258,8 @@ class SearchOptions:
     `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
     are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
     chosen which keeps most at `reserve` times its shortest step that leaves nothing of what
-    `steer` counts, among those where no class loses more than `max_class_loss`.
+    `steer` counts, among those where no class loses more than `max_class_loss`. `keep` says
+    by what that is judged: a count of few images flatters the choice that is made by it.
     """
 
     layers: Sequence[str] = option(
@@ -272,6 +273,10 @@ class SearchOptions:
         Steer.FA5, "--steer", panel=SEARCH,
         help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
     )  # fmt: skip
+    keep: Keep = option(
+        Keep.EXPECTED, "--keep", panel=SEARCH,
+        help="Compare by TA@1, or by the TA@1 expected of like images.",
+    )  # fmt: skip
     reserve: float = reserve_option(RESERVE)
     max_class_loss: float = option(
         MAX_CLASS_LOSS, "--max-class-loss", min=0.0, panel=SEARCH, metavar="POINTS",
@@ -279,7 +284,7 @@ class SearchOptions:
     )  # fmt: skip
     paper: bool = option(
         False, "--paper", panel=SEARCH,
-        help="Choose as the paper does: along the gradient, FA@1, no reserve, no bound.",
+        help="Choose as the paper does: along the gradient, FA@1 and TA@1, no reserve, no bound.",
     )  # fmt: skip
     margin: float = option(
         MARGIN, "--margin", min=0.0, help="For --steer margin: a cosine.", panel=SEARCH
@@ -305,8 +310,8 @@ class SearchOptions:
         if not self.paper:
             return
         paper = {
-            "direction": Direction.GRADIENT, "steer": Steer.FA1, "reserve": 1.0,
-            "max_class_loss": NO_BOUND,
+            "direction": Direction.GRADIENT, "steer": Steer.FA1, "keep": Keep.TA1,
+            "reserve": 1.0, "max_class_loss": NO_BOUND,
         }  # fmt: skip
         usual = {each.name: each.default for each in fields(self)}
         for name, value in paper.items():

@@ -16,7 +16,7 @@ from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.method.evaluate import choose_shown
 from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import JointSteps, left_of
+from slsgu_cli.method.scoring import JointSteps, kept, left_of, mean_top1
 from slsgu_cli.method.search import Line, SetSearch, line_of, searched_edit
 from slsgu_cli.method.search_plan import (
     SearchPlan,
@@ -25,7 +25,7 @@ from slsgu_cli.method.search_plan import (
     share_evaluation,
     to_report_on,
 )
-from slsgu_cli.method.trial import UNMOVED, MovedModel, Probe, mean_top1, moved_model, report
+from slsgu_cli.method.trial import UNMOVED, MovedModel, Probe, moved_model, report
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Trial
 from slsgu_cli.records.options import SearchOptions
@@ -59,7 +59,8 @@ class SingleSearch:
 
     def by_worth(self) -> list[Trial]:
         """Return the trials, the one that keeps most first."""
-        return sorted(self.trials.values(), key=lambda t: (-mean_top1(t.utility or {}), t.share))
+        by = self.plan.options.keep
+        return sorted(self.trials.values(), key=lambda trial: (-kept(trial, by), trial.share))
 
 
 def search_alone(
@@ -120,8 +121,8 @@ class JointSearchRun:
 
         def worth(line: Line) -> tuple[bool, float]:
             trial = adjusted[line][0]
-            kept = mean_top1(trial.utility or {})
-            return self.forgets(trial), kept - WORTH_SHARING * (line[0] in moved_layers)
+            keeps = mean_top1(trial.utility or {})
+            return self.forgets(trial), keeps - WORTH_SHARING * (line[0] in moved_layers)
 
         stage, self._too_short = adjusted[max(adjusted, key=worth)]
         self.stages.append(stage)

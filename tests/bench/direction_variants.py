@@ -100,7 +100,7 @@ def cost(
     enough = [trial.step for trial in trials if left_on_fa5(trial) == 0]
     if not enough:
         return None
-    found = UtilityMeter(evaluation).measure(probe, min(enough), beat=float("-inf")) or {}
+    found = UtilityMeter(evaluation).measure(probe, min(enough), beat=float("-inf")).utility
     base = {name: group.base_accuracy().top1 for name, group in evaluation.utility.items()}
     return base["brands"] - found["brands"].top1, base["objects"] - found["objects"].top1
 
@@ -143,7 +143,7 @@ def truncated(store: Store, concept: str) -> Iterator[str]:
         probe = Probe(evaluation, ranking.scores[0], torch.from_numpy(edit.of_rank(count).delta()))
         with torch.no_grad():
             forget = probe.measure(1.0).forget
-            kept = UtilityMeter(evaluation).measure(probe, 1.0, beat=float("-inf")) or {}
+            kept = UtilityMeter(evaluation).measure(probe, 1.0, beat=float("-inf")).utility
         lost = [f"{base[name] - kept[name].top1:.2f}" for name in ("brands", "objects")]
         yield "\t".join([concept, str(count), f"{forget.top1:.1f}", f"{forget.top5:.1f}", *lost])
 

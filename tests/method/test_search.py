@@ -23,7 +23,7 @@ from slsgu_cli.method.edit import ensure_edit, require_forgotten
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Precision, Steer, Trials
+from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Trials
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -74,10 +74,13 @@ def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("steer", [Steer.FA1, Steer.FA5])
-def test_search_is_the_plain_search(steer, budget, world, plain):
-    reference = plain.algorithm1(front(world), 6, steer)
-    result = find(world, steer=steer, steps=6, cache_budget=budget)
+@pytest.mark.parametrize("keep", Keep)
+def test_search_is_the_plain_search(keep, steer, budget, world, plain):
+    reference = plain.algorithm1(front(world), 6, steer, keep)
+    result = find(world, steer=steer, keep=keep, steps=6, cache_budget=budget)
     assert_same_search(result, reference, steer=steer)
+    expected = reference[1][2].expected(plain.original)
+    assert result.chosen.expected == pytest.approx(expected, abs=1e-3)
     # Utility is spared where a step cannot win: else this would show nothing about sparing.
     least = reference[1][2].forget[steer is Steer.FA5]
     for trial in result.trials.trials:

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from places import DEMO
-from plain import Plain
+from plain import Plain, ranks_of
 from processes import inside, rows
 from safetensors.torch import load_file
 from worlds import plain_options
@@ -71,7 +71,8 @@ def plain_figures(world, model, names=NAMES):
         forget[own.name] = Plain(own, model).figures().forget
     plain = Plain(worlds[0], model)
     for name, block in plain.blocks.items():
-        ranks, labels = plain._ranks(block, block.labels, block.class_names, block)
+        labels = block.labels
+        ranks = ranks_of(plain._logits(block, block.class_names, block), labels)
         gone = [block.class_names.index(n) for n in names if n in block.class_names]
         others = ranks[~np.isin(labels, gone)]
         kept[name] = tuple(100 * float(np.mean(others < k)) for k in (1, 5))

@@ -6,26 +6,41 @@ length, with the model as it is; nothing is kept, shared or left out.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import erf, sqrt
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.records.method import Steer
+from slsgu_cli.method.trial import SPREAD
+from slsgu_cli.records.method import Keep, Steer
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Accuracies in percent as (top-1, top-5): of the concept, and of each evaluation set."""
+    """Accuracies in percent as (top-1, top-5): of the concept, and of each evaluation set.
+
+    `margins` are those of the true class of each set's images.
+    """
 
     forget: tuple[float, float]
     utility: dict[str, tuple[float, float]]
+    margins: dict[str, np.ndarray]
 
     def mean(self) -> float:
         return sum(top1 for top1, _ in self.utility.values()) / len(self.utility)
+
+    def expected(self, original: "Figures") -> float:
+        """Return the TA@1 expected of like images, each with a normal error of its margin."""
+        means = []
+        for name, margins in self.margins.items():
+            spread = SPREAD * np.std(original.margins[name])
+            hits = [(1 + erf(margin / spread / sqrt(2))) / 2 for margin in margins]
+            means.append(100 * np.mean(hits))
+        return float(np.mean(means))
 
 
 @dataclass
@@ -53,24 +68,33 @@ class Plain:
     def figures(self) -> Figures:
         """Classify every image as the model is now."""
         concept = self.manifest.concept
-        utility, forget = {}, None
+        utility, margins, forget = {}, {}, None
         for name, block in self.blocks.items():
-            ranks, labels = self._ranks(block, block.labels, block.class_names, block)
+            labels = block.labels
+            logits = self._logits(block, block.class_names, block)
+            ranks = ranks_of(logits, labels)
             shows = labels == -2
             if name == self.manifest.forget_eval:
                 shows = labels == block.class_names.index(concept)
                 forget = accuracy(ranks[shows])
             utility[name] = accuracy(ranks[~shows])
+            margins[name] = margins_of(logits, labels)[~shows]
         if forget is None:
             first = next(iter(self.blocks.values()))
             block = DataBlock.open(self.world.store, self.manifest.forget)
             names = [*first.class_names, concept]
             labels = np.full(block.rows, len(names) - 1)
-            forget = accuracy(self._ranks(block, labels, names, first)[0])
-        return Figures(forget, utility)
+            forget = accuracy(ranks_of(self._logits(block, names, first), labels))
+        return Figures(forget, utility, margins)
+
+    @cached_property
+    def original(self) -> Figures:
+        """The figures of the model as it is at first."""
+        return self.figures()
 
     def after(self, layer: str, step: float) -> Figures:
         """Return the figures after a step of ascent along the forget gradient."""
+        _ = self.original
         if (layer, step) not in self.known:
             parameter = self.model.get_parameter(layer)
             original = parameter.data.clone()
@@ -94,8 +118,13 @@ class Plain:
             step = step * 2 if high is None else (low + high) / 2
         return tried
 
-    def algorithm1(self, layers: list[str], steps: int, steer: Steer):
+    def algorithm1(self, layers: list[str], steps: int, steer: Steer, keep: Keep = Keep.TA1):
         """Return every (layer, step, figures), and the best of them."""
+
+        def kept(figures: Figures) -> float:
+            by_count = keep is Keep.TA1
+            return figures.mean() if by_count else figures.expected(self.original)
+
         trials = [
             (layer, step, found)
             for layer in layers
@@ -104,12 +133,12 @@ class Plain:
         chosen = trials[0]
         for trial in trials[1:]:
             new, best = (t[2].forget[steer is Steer.FA5] for t in (trial, chosen))
-            if new < best or (new == best and trial[2].mean() > chosen[2].mean()):
+            if new < best or (new == best and kept(trial[2]) > kept(chosen[2])):
                 chosen = trial
         return trials, chosen
 
     @torch.no_grad()
-    def _ranks(self, block, labels, names, prompts):
+    def _logits(self, block, names, prompts):
         spec = self.manifest.input
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
         pixels = torch.from_numpy(block.images(0, block.rows)).permute(0, 3, 1, 2) / 255
@@ -117,9 +146,21 @@ class Plain:
         texts = [template.format(name) for name in names for template in prompts.templates]
         t = self.model.encode_text(self.tokenize(texts), normalize=True)
         means = F.normalize(t.reshape(len(names), -1, t.shape[1]).mean(1), dim=-1)
-        logits = v @ means.T
-        order = logits.argsort(dim=1, descending=True, stable=True).numpy()
-        return (order == np.asarray(labels)[:, None]).argmax(1), np.asarray(labels)
+        return (v @ means.T).numpy()
+
+
+def ranks_of(logits: np.ndarray, labels) -> np.ndarray:
+    """Return for each row how many classes come before the true one."""
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return (order == np.asarray(labels)[:, None]).argmax(1)
+
+
+def margins_of(logits: np.ndarray, labels) -> np.ndarray:
+    """Return for each row by how much the true class leads the best other one."""
+    rows = np.arange(len(logits))
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return logits[rows, labels] - others.max(1)
 
 
 def accuracy(ranks: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from slsgu_cli import progress
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Direction, GradientPointer, Ranking, Steer
+from slsgu_cli.records.method import Direction, GradientPointer, Keep, Ranking, Steer
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sets.build import build_sets
@@ -32,7 +32,7 @@ class Listener(progress.Sink):
 
 def plain_options(**options) -> SearchOptions:
     """Return how the paper searches, along the direction of the ranking."""
-    paper = {"steer": Steer.FA1, "reserve": 1.0, "max_class_loss": 100.0}
+    paper = {"steer": Steer.FA1, "keep": Keep.TA1, "reserve": 1.0, "max_class_loss": 100.0}
     return SearchOptions(**paper | options)
 
 

@@ -1,0 +1,137 @@
+"""Put models that forgot a concept by several methods to attacks, each beside its control.
+
+    python tests/bench/attacks.py                                  # facebook and castle
+    python tests/bench/attacks.py --concepts 4 --store attacks-store
+    python tests/bench/attacks.py --methods ours ga --checks spelling prefix
+
+Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
+defaults, `paper` by the paper's choice; the others are tuned as `compare` tunes them, on the
+images to choose by. What a method leaves is written as a checkpoint and verified as
+`slsgu verify --model` does it. All figures are of images that chose nothing; a mean over
+concepts stands in each cell, behind the slash that of its control. A run that is repeated on
+a store goes on where the last one ended.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import unseen
+from safetensors.torch import save_file
+
+from slsgu_cli.cli.demo import DATA
+from slsgu_cli.compare.closed_forms import ClosedForms
+from slsgu_cli.compare.comparison import ClipComparisonRun, tune
+from slsgu_cli.records.comparisons import CLOSED_FORMS, Method
+from slsgu_cli.records.options import CompareOptions, VerifyRequest
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.verification import Check, VerifiedModel
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.store import Store
+from slsgu_cli.verification.verdicts import rows
+from slsgu_cli.verification.verify import verify
+
+OURS = {"ours": "default", "paper": "paper"}
+OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Method.MEMIT)
+CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
+          Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
+MODEL = DATA / "clip"
+
+
+def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSpec:
+    """Return the model that a method leaves of a set's, run if it is not there yet."""
+    target = folder / "models" / f"{name}-{method}"
+    if not (target / "open_clip_model.safetensors").exists():
+        run = ClipComparisonRun.open(store, name, CompareOptions(methods=(method,), rates=None))
+        setting = tune(method, partial(run.row, method))[0].setting or 0.0
+        model = run.baselines.model
+        if method in CLOSED_FORMS:
+            outcome = run.row(method, setting)
+            change = ClosedForms(run.baselines, run.layers).change(method, setting, outcome.layer)
+            run.baselines.restore()
+            weight = model.get_parameter(outcome.layer).data
+            weight.add_(outcome.step * change.to(weight.dtype).reshape_as(weight))
+        else:
+            run.baselines.run(method, setting)
+        shutil.copytree(MODEL, target, dirs_exist_ok=True)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(state, target / "open_clip_model.safetensors")
+    return ModelSpec(f"local-dir:{target}")
+
+
+def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str, float, float]]:
+    """Yield what a column is called, its figure, and that of its control, if it has one."""
+    none = float("nan")
+    (before,), (after,) = (m.finding(Check.BASELINE).probes for m in (original, model))
+    yield "FA@1", after.forget.top1, none
+    yield "FA@5", after.forget.top5, none
+    for name in sorted(after.utility):
+        yield f"{name} lost", before.utility[name].top1 - after.utility[name].top1, none
+    for row in rows(original, model):
+        if row.check is Check.SPELLING:
+            kind = "mean" if row.probe.endswith("mean") else "" if row.detail else "worst"
+            if kind:
+                yield f"spelling, {kind}", row.after.top1, none
+        elif row.check in (Check.AUGMENT, Check.QUANTISE):
+            yield f"{row.check}, worst", row.after.top1, none
+        elif row.check is not Check.BASELINE:
+            yield row.check, row.after.top1, row.control.top1 if row.control else none
+    if finding := model.finding(Check.PROBE):
+        for told in finding.told:
+            yield f"{told.classifier}, {told.subject}: recall", told.recall, none
+
+
+def main() -> None:
+    methods = [*OURS, *OTHERS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concepts", default="facebook,castle", help="as of unseen.py")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--checks", nargs="+", type=Check, choices=list(Check), default=CHECKS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    options = parser.parse_args()
+    folder = options.store or Path(tempfile.mkdtemp())
+    concepts = unseen.draw(options.concepts, options.seed)
+    print(f"seed {options.seed}: {', '.join(concepts)}")
+    cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for name in concepts:
+        store = Store(str(folder / "store"))
+        unseen.prepared(store, name)
+        for method in ("original", *options.methods):
+            model, edits = None, ()
+            if method in (*OURS, "original"):
+                way = OURS.get(method, "default")
+                unseen.searched(store, name, way, folder)
+                edits = (str(folder / way / Artifact.EDIT.path(name)),)
+            else:
+                model = checkpoint(store, name, Method(method), folder)
+            request = VerifyRequest(model=model, edits=edits, checks=options.checks)
+            original, other = verify(store, name, request).models
+            found = figures(original, original if method == "original" else other)
+            columns: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for column, figure, control in found:
+                columns[column].append((figure, control))
+            for column, each in columns.items():
+                cells[method][column].append(max(each))
+            print(f"# {name}: {method} done", flush=True)
+    show(cells)
+
+
+def show(cells: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """Print a line for each figure, a column for each method."""
+    print("\t".join(["figure", *cells]))
+    for column in next(iter(cells.values())):
+        words = [column]
+        for method in cells:
+            values = cells[method].get(column, [])
+            means = [sum(each) / len(values) for each in zip(*values, strict=True)]
+            words.append(" / ".join(f"{mean:.1f}" for mean in means if mean == mean) or "-")
+        print("\t".join(words))
+
+
+if __name__ == "__main__":
+    main()
