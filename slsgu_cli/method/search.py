@@ -192,6 +192,8 @@ class LayerSearch(StepSearch[Trial]):
             may_win = may_win.intersection(self.lengthened) or may_win
         for key in sorted(dict.fromkeys(self.path), key=self._cost):
             trial = self.trials[key]
+            if self.options.keep is Keep.EXPECTED and trial.expected is None:
+                trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
             if key in may_win or full:
                 bar = NO_BAR if full else best_kept - price
                 trial = self.with_utility(self.probes[key[0]], trial, beat=bar)
@@ -215,8 +217,7 @@ class LayerSearch(StepSearch[Trial]):
 
     def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
         """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
-        by_count = self.options.keep is Keep.TA1
-        if trial.utility is None or not (by_count or trial.expected is not None):
+        if trial.utility is None:
             left = self._meter.measure(probe, trial.step, beat=beat)
             trial = replace(
                 trial,

@@ -154,7 +154,10 @@ class Sweep:
 class TrajectoryOptions:
     """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
 
-    search: SearchOptions = options(SearchOptions(), omit=("qkv", "steps", "full"))
+    search: SearchOptions = options(
+        SearchOptions(),
+        omit=("qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper"),
+    )
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
     until: float | None = option(
         None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,

@@ -293,6 +293,18 @@ def test_trials_of_another_steer_serve_both(world):
     assert mixed.reused > 0
 
 
+def test_what_is_expected_is_measured_of_trials_recorded_without_it(world):
+    path = Artifact.TRIALS.path("blue")
+    fresh = find(world, layers=SOME, steps=3, keep=Keep.EXPECTED)
+    record = world.store.read_record(path, Trials)
+    bare = [replace(trial, expected=None) for trial in record.trials]
+    world.store.write_record(path, replace(record, trials=tuple(bare)))
+    assert find(world, layers=SOME, steps=3).chosen.expected is None
+    again = find(world, layers=SOME, steps=3, keep=Keep.EXPECTED)
+    assert again.chosen == fresh.chosen
+    assert again.chosen.expected is not None
+
+
 def test_trials_of_another_layer_are_kept(world):
     find(world, steps=2, layers=SOME[:1])
     both = find(world, steps=2, layers=SOME[1:])

@@ -52,10 +52,10 @@ def find(world, *names, **options):
 
 
 @pytest.fixture(scope="module")
-def searched(several_world):
+def searched(several_world, tmp_path_factory):
     """A world that is searched jointly, for tests that change nothing."""
-
-    return several_world, find(several_world)
+    world = several_world.copied(tmp_path_factory.mktemp("searched") / "store")
+    return world, find(world)
 
 
 @pytest.fixture
@@ -287,7 +287,9 @@ def test_the_record_comes_back(searched):
 
 def test_the_commands(apart):
     root = apart[0].store.root
-    done = inside("search", *NAMES, "--joint", "--steer", "fa1", "--reserve", "1", store=root)
+    done = inside(
+        "search", *NAMES, "--joint", "--steer", "fa1", "--keep", "ta1", "--reserve", "1", store=root
+    )
     assert done.exit_code == 0
     edits, stages = rows(done.stdout)
     assert [row[0] for row in edits] == ["set", *NAMES]
