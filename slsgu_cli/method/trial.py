@@ -34,7 +34,7 @@ MIN_ROWS = 16
 # Of fewer images than this, what a class loses says little.
 LEAST_ROWS = 5
 # By how much margins of like images differ, as a share of how much the original's differ.
-SPREAD = 0.25
+SPREAD = 0.5
 
 
 @dataclass(slots=True)
