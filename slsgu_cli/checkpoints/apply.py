@@ -9,7 +9,14 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, LayerChange, by_layer, plan_layer, strength_of
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    LayerChange,
+    by_layer,
+    plan_layer,
+    require_in_place,
+    strength_of,
+)
 from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet, placed, tensor_places
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Family, Target
 from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_names
@@ -143,9 +150,11 @@ def apply_edits(
     *,
     options: ApplyOptions,
     config: Mapping[str, Any] | None = None,
+    earlier: Sequence[Edit] = (),
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
+    They stand on `earlier` ones, which must be in place and stay as they are.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
     the content of its configuration, a single file becomes a folder that open_clip loads.
     What stands at `out` is replaced in one step, the model itself included.
@@ -153,7 +162,8 @@ def apply_edits(
     """
     require_distinct(edits)
     require_place(target.path, out, overwrite=options.overwrite)
-    plans = plan_target([strength_of(edit, options) for edit in edits], target, options)
+    scaled = [strength_of(edit, options) for edit in edits]
+    plans = plan_target(scaled, target, options, earlier)
     if target.path.is_file():
         return write_copy(_file_copy(target.path, out, plans[target.path], config), options)
     _tell_of_others(target, plans, options)
@@ -223,21 +233,31 @@ def _write(plan: CopyPlan, *, link: bool) -> None:
 
 
 def plan_target(
-    edits: Sequence[Edit], target: Target, options: ApplyOptions
+    edits: Sequence[Edit],
+    target: Target,
+    options: ApplyOptions,
+    earlier: Sequence[Edit] = (),
 ) -> dict[Path, FilePlan]:
     """Check edits against a model and work out the new values of its files; write nothing.
 
     An edit goes into every copy of the encoder that holds the weights it was made for; where
-    several encoders do, one must be named. Raises UsageError, InputError or StaleError.
+    several encoders do, one must be named. What `earlier` edits made of the model must be in
+    place, and stays. Raises UsageError, InputError or StaleError.
     """
     new = _NewValues()
-    for layer, group in by_layer(edits).items():
+    for layer, both in by_layer([*edits, *earlier]).items():
+        group = [edit for edit in both if edit not in earlier]
+        below = [edit for edit in both if edit in earlier]
+        if not group:
+            if not (options.force or options.revert):
+                _require_earlier(target, below, edits, options)
+            continue
         planned: dict[str, list[_PlannedLayer]] = {}
         refused: list[StaleError] = []
         for encoder, copies in _fitting(target, layer, group, options):
             try:
                 planned[encoder.name] = [
-                    _planned(weights, places, group, options) for weights, places in copies
+                    _planned(weights, places, group, options, below) for weights, places in copies
                 ]
             except StaleError as error:
                 refused.append(error)
@@ -319,11 +339,36 @@ def _planned(
     places: tuple[TensorPlace, ...],
     edits: Sequence[Edit],
     options: ApplyOptions,
+    earlier: Sequence[Edit],
 ) -> _PlannedLayer:
     current, dtype = weights.layer(places)
     path = weights.owners[places[0].key]
-    values, change = plan_layer(path, current, dtype, edits, options)
+    values, change = plan_layer(path, current, dtype, edits, options, earlier)
     return _PlannedLayer(weights, places, values, change)
+
+
+def _require_earlier(
+    target: Target, earlier: Sequence[Edit], later: Sequence[Edit], options: ApplyOptions
+) -> None:
+    """Raise StaleError unless a layer that later edits leave alone is what earlier ones made.
+
+    A target without that layer has no use for them; of several encoders, one holds them.
+    """
+    layer = earlier[0].header.layer
+    refused: list[StaleError] = []
+    for encoder in target.chosen(options.encoder):
+        copies = _copies(encoder, layer)
+        try:
+            for weights, places in copies:
+                current, dtype = weights.layer(places)
+                require_in_place(weights.owners[places[0].key], current, dtype, earlier, later)
+        except StaleError as error:
+            refused.append(error)
+            continue
+        if copies:
+            return
+    if refused:
+        raise refused[0]
 
 
 def _fitting(

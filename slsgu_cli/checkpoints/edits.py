@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import numpy.typing as npt
 
+from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
@@ -21,6 +23,7 @@ from slsgu_cli.checkpoints.tensor_file import (
 )
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -133,6 +136,51 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     )
 
 
+def earlier_edits(store: Store, edits: Sequence[Edit]) -> list[Edit]:
+    """Return the edits of a store that some stand on, those among them left out, by name.
+
+    Raises MissingError where one is gone, and StaleError where one, of the store or among
+    `edits`, was made anew since.
+    """
+    named = {edit.header.name: edit for edit in edits}
+    earlier: dict[str, Edit] = {}
+    for later in (edit.header for edit in edits):
+        for name, made in later.after.items():
+            if name not in named and not store.exists(Artifact.EDIT.path(name)):
+                raise MissingError(
+                    f"{store.url} has no edit {name}, which the edit {later.name} stands on",
+                    hint=f"name the file of {name} as well, or {_search_again(later)}",
+                )
+            edit = named.get(name) or read_edit(store, Artifact.EDIT.path(name))
+            if digest(edit.header) != made:
+                raise StaleError(
+                    f"the edit {later.name} stands on an edit {name} that was made anew since",
+                    hint=_search_again(later),
+                )
+            if name not in named:
+                earlier[name] = edit
+    return [earlier[name] for name in sorted(earlier)]
+
+
+def _search_again(header: EditHeader) -> str:
+    after = " ".join(f"--after {quote(name)}" for name in header.after)
+    return f"run `{Artifact.EDIT.command(header.name)} {after}`"
+
+
+def tell_of_joint_searches(edits: Sequence[Edit]) -> None:
+    """Warn of edits that were searched to be in place with others which are not there."""
+    present = {(edit.header.name, edit.header.joint) for edit in edits}
+    joints = {edit.header.joint for edit in edits if edit.header.joint}
+    for joint in sorted(joints, key=lambda joint: joint.digest):
+        missing = [name for name in joint.names if (name, joint) not in present]
+        if missing:
+            there = [name for name in joint.names if name not in missing]
+            progress.warn(
+                f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
+                "that search is not applied here; the figures hold for all of them together"
+            )
+
+
 def strength_of(edit: Edit, options: ApplyOptions) -> Edit:
     """Return an edit of the rank and at the scale of `options`. Raises InputError."""
     limited = edit if options.rank is None else edit.of_rank(options.rank)
@@ -160,10 +208,6 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
 
     Raises UsageError where one changes a whole parameter and another a third of it.
     """
-
-    def order(edit: Edit) -> tuple[str, str, float]:
-        return edit.header.name, edit.header.gradient, edit.factor
-
     layers = sorted({edit.header.layer for edit in edits})
     if twice := both_held(layers):
         raise UsageError(
@@ -171,46 +215,82 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
             hint="rank and search all of them with the same --qkv",
         )
     return {
-        layer: sorted((edit for edit in edits if edit.header.layer == layer), key=order)
-        for layer in layers
+        layer: _in_order(edit for edit in edits if edit.header.layer == layer) for layer in layers
     }
 
 
+def _in_order(edits: Iterable[Edit]) -> list[Edit]:
+    """Return edits in the order in which they are summed."""
+    return sorted(edits, key=lambda e: (e.header.name, e.header.gradient, e.factor))
+
+
+def original_values(edits: Sequence[Edit]) -> Floats:
+    """Return the values of a layer before any of its edits.
+
+    Of edits made on copies in several precisions, the finest knows the original best.
+    """
+    return max((edit.before() for edit in edits), key=lambda values: values.itemsize)
+
+
 def plan_layer(
-    path: Path, current: Raw, dtype: str, edits: Sequence[Edit], options: ApplyOptions
+    path: Path,
+    current: Raw,
+    dtype: str,
+    edits: Sequence[Edit],
+    options: ApplyOptions,
+    earlier: Sequence[Edit] = (),
 ) -> tuple[Raw, LayerChange]:
     """Return the stored values that edits of one layer lead to, and what that changes.
 
     `current` are the values stored now, in the layer's shape, of the number format `dtype`;
-    `path` is where they lie, for messages. Edits are summed, whatever their order. To be
-    undone, they must be what made the layer what it is; it goes back to what it was.
-    Raises InputError or StaleError.
+    `path` is where they lie, for messages. Edits are summed, whatever their order; those of
+    `earlier` are in place already, and stay. To be undone, edits must be what made the layer
+    what it is; it goes back to what it was. Raises InputError or StaleError.
     """
     layer = edits[0].header.layer
     if dtype not in FLOATS:
         raise InputError(f"{layer} in {path} is {dtype}, not floating point")
-    stored = _StoredLayer(path, layer, current, dtype, edits)
+    stored = _StoredLayer(path, layer, current, dtype, edits, earlier)
     new, share = stored.reverted(options) if options.revert else stored.moved(options)
     names = tuple(edit.header.name for edit in edits)
     return new, LayerChange(layer, dtype, current.shape, new.nbytes, share, names)
 
 
+def require_in_place(
+    path: Path, current: Raw, dtype: str, edits: Sequence[Edit], later: Sequence[Edit]
+) -> None:
+    """Raise StaleError unless a layer is what its edits made of it, on which `later` ones stand."""
+    layer = edits[0].header.layer
+    _StoredLayer(path, layer, current, dtype, edits).require_in_place(later)
+
+
 @dataclass(frozen=True, slots=True)
 class _StoredLayer:
-    """A layer as one file holds it, and the edits of it."""
+    """A layer as one file holds it, and the edits of it; `earlier` ones are in place already."""
 
     path: Path
     layer: str
     current: Raw
     dtype: str
     edits: Sequence[Edit]
+    earlier: Sequence[Edit] = ()
 
     def moved(self, options: ApplyOptions) -> tuple[Raw, float]:
-        """Return the stored values with the edits applied to the current ones, and the share."""
-        deltas = self._deltas()
-        if not options.force:
-            self._require_original(deltas)
+        """Return the stored values with the edits applied to the current ones, and the share.
+
+        On top of earlier ones, they are those that all of them make of the original at once:
+        a layer that is stored in 16 bits is not rounded twice.
+        """
+        deltas = self._deltas(self.edits)
         new, share = moved_values(self.current, deltas, self.dtype)
+        if self.earlier:
+            all_in_place = self._after([*self.earlier, *self.edits])
+            if _same(self._after(self.earlier), self.current):
+                new = all_in_place
+            elif not options.force:
+                self._refuse_others(all_in_place)
+        elif not options.force:
+            self._require_original(deltas)
         if not math.isfinite(share):
             raise InputError(
                 f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
@@ -220,8 +300,9 @@ class _StoredLayer:
 
     def reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
         """Return the stored values that stood there before the edits, and the share."""
-        before = self._before()
-        edited, share = moved_values(before, self._deltas(), self.dtype)
+        before = self._after(self.earlier)
+        edited = self._after([*self.earlier, *self.edits])
+        share = moved_values(before, self._deltas(self.edits), self.dtype)[1]
         if not options.force and not _same(edited, self.current):
             unedited = _same(before, self.current)
             what = "not edited" if unedited else "not what these edits made of it"
@@ -232,9 +313,41 @@ class _StoredLayer:
             )
         return before, share
 
-    def _deltas(self) -> Deltas:
-        pairs = [(edit.factor, edit.delta()) for edit in self.edits]
-        for edit, (_, delta) in zip(self.edits, pairs, strict=True):
+    def require_in_place(self, later: Sequence[Edit]) -> None:
+        """Raise StaleError unless the layer is what its edits made of it; `later` need them."""
+        if not _same(self._after(self.edits), self.current):
+            self._refuse_lacking(self.edits, later)
+
+    def _after(self, edits: Sequence[Edit]) -> Raw:
+        """Return the stored values that edits make of the original ones."""
+        deltas = self._deltas(_in_order(edits))
+        return moved_values(self._before(), deltas, self.dtype)[0] if edits else self._before()
+
+    def _refuse_others(self, all_in_place: Raw) -> None:
+        """Raise StaleError: the layer is not what the earlier edits made of it."""
+        if _same(all_in_place, self.current):
+            self._refuse_applied()
+        self._refuse_lacking(self.earlier, self.edits)
+
+    def _refuse_applied(self) -> None:
+        raise StaleError(
+            f"{self.path} already holds {_names(self.edits)}",
+            hint="--revert to undo",
+        )
+
+    def _refuse_lacking(self, earlier: Sequence[Edit], later: Sequence[Edit]) -> None:
+        lacks = _same(self._before(), self.current)
+        what = "lacks" if lacks else f"holds in {self.layer} something other than"
+        named = " ".join(quote(edit.header.name) for edit in (*earlier, *later))
+        raise StaleError(
+            f"{self.path} {what} {_names(earlier)}, which {_names(later)} stand"
+            f"{'s' if len(later) == 1 else ''} on",
+            hint=f"`slsgu apply {named} ...` puts all of them into the original weights",
+        )
+
+    def _deltas(self, edits: Sequence[Edit]) -> Deltas:
+        pairs = [(edit.factor, edit.delta()) for edit in edits]
+        for edit, (_, delta) in zip(edits, pairs, strict=True):
             if delta.shape != self.current.shape:
                 raise StaleError(
                     f"the edit {edit.header.name} changes {self.layer} of shape "
@@ -247,8 +360,7 @@ class _StoredLayer:
         return pairs
 
     def _before(self) -> Raw:
-        # Of edits made on copies in several precisions, the finest knows the original best.
-        before = max((edit.before() for edit in self.edits), key=lambda values: values.itemsize)
+        before = original_values([*self.earlier, *self.edits])
         if before.shape != self.current.shape:
             raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
         return narrow(before, self.dtype)
@@ -258,10 +370,7 @@ class _StoredLayer:
             if recognised(self.current, self.dtype, edit.header.digests):
                 continue
             if _same(moved_values(self._before(), deltas, self.dtype)[0], self.current):
-                raise StaleError(
-                    f"{self.path} already holds {_names(self.edits)}",
-                    hint="--revert to undo",
-                )
+                self._refuse_applied()
             raise StaleError(
                 f"{self.layer} in {self.path} is not the layer that the edit "
                 f"{edit.header.name} was made for ({edit.header.model})",

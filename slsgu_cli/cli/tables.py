@@ -124,12 +124,15 @@ def ranking(
 
 
 def chosen_figures(result: "SearchResult") -> Figures:
-    """Return what the original model and the edited one make of images that chose nothing."""
-    before, after = result.report.before, result.report.after
-    return {
-        "original": (before.forget, before.utility),
-        "edited": (after.forget, after.utility),
-    }
+    """Return what the original model and the edited one make of images that chose nothing.
+
+    Between them stands the model with the edits that came before.
+    """
+    report = result.report
+    models = {"original": report.before, "edited": report.after}
+    if report.ground is not None:
+        models = {"original": report.before, "before": report.ground.figures, "after": report.after}
+    return {label: (figures.forget, figures.utility) for label, figures in models.items()}
 
 
 def search(
@@ -184,6 +187,7 @@ def search(
     )
     if not brief:
         before_after(console, chosen_figures(result))
+        earlier(console, result.report)
         harm(console, result.report)
     console.paths(
         "files",
@@ -194,19 +198,44 @@ def search(
     )
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
-    before, after = result.report.before, result.report.after
+    before, after, ground = result.report.before, result.report.after, result.report.ground
     if before.forget.top1 < 20:
         console.warn(
             f"the original model recognises {trials.name} in only "
             f"{before.forget.top1:.0f}% of its images: there is little to forget"
         )
-    for name, was in sorted(before.utility.items()):
+    for name, was in sorted((ground.figures if ground else before).utility.items()):
         lost = was.top1 - after.utility[name].top1
         if lost > COSTLY:
             console.warn(
                 f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
                 "look at other layers, or steer on fa1"
             )
+
+
+def earlier(console: "Console", report: Report) -> None:
+    """Print how well the concepts of earlier edits are recognised; nothing where there are none."""
+    from slsgu_cli.cli.console import Column
+
+    if report.ground is None:
+        return
+    rows = [
+        (name, *(getattr(when, f"top{k}") for k in (1, 5)
+                 for when in (edit.original, edit.before, edit.after)))
+        for name, edit in report.ground.edits.items()
+    ]  # fmt: skip
+    columns = (
+        Column("edit"),
+        *(
+            Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}")
+            for k in (1, 5)
+            for when in ("original", "before", "after")
+        ),
+    )
+    title = "concepts of the edits that came before"
+    console.table("earlier", columns, rows, title=title, data=report.ground)
+    for name, edit in report.ground.edits.items():
+        console.note(recognised(name, edit.after))
 
 
 def harm(console: "Console", report: Report) -> None:

@@ -8,8 +8,9 @@ Layers and steps are chosen by some rows, and figures are reported of the others
 `rows_for`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from shlex import quote
 
 import numpy as np
@@ -175,9 +176,12 @@ class SharedEvaluation(_Measured):
         """Return the images of the concept of a set."""
         return [self.forget[name], *([self.training[name]] if name in self.training else [])]
 
-    def of(self, manifest: SetManifest) -> Evaluation:
-        """Return what one concept is measured on. Raises InputError."""
-        forget, utility = self.forget[manifest.name], self.utility([manifest])
+    def of(self, manifest: SetManifest, *, beside: Sequence[SetManifest] = ()) -> Evaluation:
+        """Return what one concept is measured on, `beside` others that count as forgotten.
+
+        Raises InputError.
+        """
+        forget, utility = self.forget[manifest.name], self.utility([manifest, *beside])
         training = self.training.get(manifest.name)
         return Evaluation(self.model, self.vision, self.text, forget, utility, training)
 
@@ -202,15 +206,20 @@ class SharedEvaluation(_Measured):
         return kept
 
 
-def by_nearness(sets: Mapping[str, EvaluationSet], concept: Tensor) -> list[tuple[float, str, int]]:
+def by_nearness(
+    sets: Mapping[str, EvaluationSet],
+    concept: Tensor,
+    classes: Callable[[PromptSide], Tensor] = attrgetter("embeddings"),
+) -> list[tuple[float, str, int]]:
     """Return cosine, evaluation set and index of every class, the nearest names first.
 
-    The cosine is that of the name's embedding with the concept's. Ties by name.
+    The cosine is that of the name's embedding, which `classes` gives, with the concept's.
+    Ties by name.
     """
     cosines = [
         (cosine, name, index)
         for name, group in sets.items()
-        for index, cosine in enumerate((group.prompts.embeddings @ concept).tolist())
+        for index, cosine in enumerate((classes(group.prompts) @ concept).tolist())
     ]
     return sorted(cosines, key=lambda each: (-each[0], sets[each[1]].names[each[2]]))
 

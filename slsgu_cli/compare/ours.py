@@ -209,6 +209,7 @@ def standing_edit(
     if (
         header.forget is None
         or header.joint
+        or header.after
         or Artifact.TRIALS.changed(trials, digests_of(manifest, pointer))
     ):
         return None

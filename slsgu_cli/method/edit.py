@@ -7,7 +7,12 @@ from shlex import quote
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
-from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    earlier_edits,
+    load_edit,
+    tell_of_joint_searches,
+)
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import model_layer, resolve
@@ -227,28 +232,16 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             progress.warn(
                 f"the edit {edit.header.name} does not forget completely: its search failed"
             )
+    earlier = [] if request.force else earlier_edits(store, edits)
     if not request.revert:
-        _tell_of_joint_searches(edits)
+        tell_of_joint_searches([*edits, *earlier])
     if request.target is not None:
-        return apply_edits(edits, read_target(request.target), request.out, options=request)
+        target = read_target(request.target)
+        return apply_edits(edits, target, request.out, options=request, earlier=earlier)
     model = resolve(_shared_model(edits, request.model))
     target = read_target(model.folder or model.weights)
     config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
-    return apply_edits(edits, target, request.out, options=request, config=config)
-
-
-def _tell_of_joint_searches(edits: Sequence[Edit]) -> None:
-    """Warn of edits that were searched to be in place with others which are not there."""
-    present = {(edit.header.name, edit.header.joint) for edit in edits}
-    joints = {edit.header.joint for edit in edits if edit.header.joint}
-    for joint in sorted(joints, key=lambda joint: joint.digest):
-        missing = [name for name in joint.names if (name, joint) not in present]
-        if missing:
-            there = [name for name in joint.names if name not in missing]
-            progress.warn(
-                f"{', '.join(there)}: searched jointly with {', '.join(missing)}, whose edit of "
-                "that search is not applied here; the figures hold for all of them together"
-            )
+    return apply_edits(edits, target, request.out, options=request, config=config, earlier=earlier)
 
 
 def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:

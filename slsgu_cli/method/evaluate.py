@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, load, pick_device, resolve, tokenizer
@@ -19,11 +19,17 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
-from slsgu_cli.method.trial import UNMOVED, MovedModel
+from slsgu_cli.method.trial import UNMOVED, MovedModel, first_stages
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest
+from slsgu_cli.store.artifacts import (
+    Artifact,
+    joint_label,
+    plot_path,
+    read_manifest,
+    set_of,
+)
 from slsgu_cli.store.store import Store
 
 # As many names as the paper's Figures 3 and 8 have.
@@ -63,15 +69,22 @@ def evaluate(
 ) -> EvalResult:
     """Measure the original model, and `model` or else the edits of all sets in place at once.
 
-    A single set without an edit has its original measured alone. Raises MissingError,
+    A single set without an edit has its original measured alone. Edits that others stand on
+    are in place with them, and the concepts of both are measured. Raises MissingError,
     StaleError, UsageError, and InputError for sets that are not measured on the same rows.
     """
     require_distinct_names(names)
+    edits: list[Edit] = []
+    label = "all edits" if len(names) > 1 else f"edit {names[0]}"
+    if model is None and (len(names) > 1 or store.exists(Artifact.EDIT.path(names[0]))):
+        later = [load_edit(store, name) for name in names]
+        earlier = earlier_edits(store, later)
+        edits = [*later, *earlier]
+        if earlier:
+            label = f"{label} after {', '.join(edit.header.name for edit in earlier)}"
+        names = list(dict.fromkeys([*names, *(set_of(e.header.name) for e in edits)]))
     manifests = [read_manifest(store, name) for name in names]
     require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
-    edits: list[Edit] = []
-    if model is None and (len(names) > 1 or store.exists(Artifact.EDIT.path(names[0]))):
-        edits = [load_edit(store, name) for name in names]
     device = pick_device(device)
     with torch.no_grad():
         evaluation = _run_model(store, manifests, manifests[0].model, device)
@@ -81,7 +94,6 @@ def evaluate(
             evaluation = _run_model(store, manifests, model, device)
             models.append(_figures(evaluation, manifests, str(model)))
         elif edits:
-            label = "all edits" if len(names) > 1 else f"edit {names[0]}"
             with with_edits(evaluation.model, edits):
                 evaluation.base_pass((), cache_bytes=0)
                 models.append(_figures(evaluation, manifests, label))
@@ -270,17 +282,19 @@ class GuessingModels:
             )
         opened = _open(self.store, manifest, model, module, self.device)
         shown = _at_most(choose_shown(opened, [manifest]), IMAGES_A_NAME)
-        edited = MovedModel({header.tower: opened.tower(header.tower).stage_of(header.layer)}, {})
+        edit = load_edit(self.store, header.name)
+        edits = [edit, *earlier_edits(self.store, [edit])]
+        edited = MovedModel(first_stages(opened, edits), {})
         with torch.no_grad():
             _run_on(
                 opened,
                 (*shown.concepts, shown.others),
-                header.layer,
+                *(each.header.layer for each in edits),
                 cache_bytes=spare(self.device),
             )
             examples = _examples(shown, EXAMPLES_SHOWN)
             before = shown.cosines(UNMOVED), _guesses_of_each(opened, examples, UNMOVED)
-            with with_edits(module, [load_edit(self.store, header.name)]):
+            with with_edits(module, edits):
                 after = shown.cosines(edited), _guesses_of_each(opened, examples, edited)
         labels = shown.others.images.labels
         return BeforeAfter(

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, write_edit
+from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
 from slsgu_cli.clip.models import device_name
+from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit
 from slsgu_cli.method.scoring import best, kept, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
@@ -43,7 +45,7 @@ from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.method.trial import Probe
+    from slsgu_cli.method.trial import EarlierConcepts, Probe
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T", Trial, TargetTrial)
@@ -160,6 +162,8 @@ class LayerSearch(StepSearch[Trial]):
         self.options = options
         self.probes: dict[Line, Probe] = {}
         self.lengthened: list[Key] = []
+        # Steps that bring back what earlier edits forget.
+        self.refused: set[Key] = set()
         self._meter = UtilityMeter(evaluation, options.keep)
 
     def along(self, probe: "Probe", first: float | None = None) -> None:
@@ -185,12 +189,13 @@ class LayerSearch(StepSearch[Trial]):
         nearly as much.
         """
         full, best_kept = self.options.full, NO_BAR
+        path = [key for key in self.path if key not in self.refused]
         price = PRICE_OF_SPARING if self.options.max_class_loss < NO_BOUND else 0.0
-        least = min(self.left(self.trials[key]) for key in self.path)
-        may_win = {key for key in self.path if self.left(self.trials[key]) == least}
+        least = min(self.left(self.trials[key]) for key in path)
+        may_win = {key for key in path if self.left(self.trials[key]) == least}
         if least == 0:
             may_win = may_win.intersection(self.lengthened) or may_win
-        for key in sorted(dict.fromkeys(self.path), key=self._cost):
+        for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
             if self.options.keep is Keep.EXPECTED and trial.expected is None:
                 trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
@@ -201,7 +206,7 @@ class LayerSearch(StepSearch[Trial]):
                 best_kept = max(best_kept, kept(trial, self.options.keep))
         measured = {
             key: trial
-            for key in self.path
+            for key in path
             if key in may_win and (trial := self.trials[key]).utility is not None
         }
         figures = [
@@ -252,11 +257,17 @@ class SetSearch(LayerSearch):
     """The search of one set's layers, with its record in a file of a store."""
 
     def __init__(
-        self, records: Store, kind: Artifact, plan: SearchPlan, evaluation: "Evaluation"
+        self,
+        records: Store,
+        kind: Artifact,
+        plan: SearchPlan,
+        evaluation: "Evaluation",
+        earlier: "EarlierConcepts | None" = None,
     ) -> None:
         self._header = resume(records, kind, plan.name, fresh_trials(plan, evaluation))
         super().__init__(self._header.trials, evaluation, plan.options)
         self.records, self.file, self.plan = records, kind.path(plan.name), plan
+        self.earlier = earlier
         self.reused = len(self.trials)
         self._took: PassTime | None = None
 
@@ -269,6 +280,33 @@ class SetSearch(LayerSearch):
     def write(self) -> None:
         """Put the trials so far on file."""
         self.records.write_record(self.file, self.record)
+
+    def choose_standing(self) -> Trial:
+        """Return the best step that brings back nothing of what earlier edits forget.
+
+        Only steps that win are looked at. Raises NotForgottenError where none is left.
+        """
+        if self.earlier is None:
+            return self.choose()
+        back: set[str] = set()
+        while len(self.refused) < len(set(self.path)):
+            chosen = self.choose()
+            line = line_of(chosen)
+            returned = self.earlier.returned([(self.probes[line], chosen.step)])
+            if not returned:
+                if back:
+                    progress.note(
+                        f"of the best steps {len(self.refused)} would bring back "
+                        f"{', '.join(sorted(back))} and were not chosen"
+                    )
+                return chosen
+            back.update(returned)
+            self.refused.add((line, chosen.step))
+        self.write()
+        raise NotForgottenError(
+            f"every step of {self.plan.name} brings back what earlier edits forget",
+            hint=f"search all of them together: `slsgu search ... {quote(self.plan.name)} --joint`",
+        )
 
     def run(
         self,
@@ -286,11 +324,13 @@ class SetSearch(LayerSearch):
         for probe in probes:
             self.along(probe)
             self.write()
-        chosen = self.choose()
+        chosen = self.choose_standing()
         if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
             tell_of_harm(chosen, self.options.max_class_loss)
         probe = self.probes[line_of(chosen)]
-        effect = report(reported().of(self.plan.manifest), [(probe, chosen.step)])
+        opened = reported()
+        earlier = self.plan.guard(opened) if self.plan.earlier else None
+        effect = report(self.plan.measured(opened), [(probe, chosen.step)], earlier)
         write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
         if started is not None and not self.reused:
             self._took = PassTime(perf_counter() - started, device_name(self.options.device))
@@ -332,8 +372,9 @@ def search(
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
         shared = share_evaluation(store, [plan])
-        evaluation = shared.of(plan.manifest)
-        run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation)
+        evaluation = plan.measured(shared)
+        earlier = plan.guard(shared) if plan.earlier else None
+        run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation, earlier)
         reported = to_report_on(store, [plan], shared)
         return run.run(plan.probes(store, evaluation), reported, started)
 
@@ -355,8 +396,9 @@ def search_each(
         for plan in group:
             started = perf_counter() - loading
             with no_grad(), arithmetic(options.precision):
-                evaluation = shared.of(plan.manifest)
-                run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
+                evaluation = plan.measured(shared)
+                earlier = plan.guard(shared) if plan.earlier else None
+                run = SetSearch(store, Artifact.TRIALS, plan, evaluation, earlier)
                 result = run.run(plan.probes(store, evaluation), reported, started)
             yield result
 
@@ -378,6 +420,7 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
         version=slsgu_cli.__version__,
+        after=plan.after,
     )
 
 
@@ -391,6 +434,8 @@ def searched_edit(
 ) -> Edit:
     """Return the edit that a chosen trial of a search amounts to, with what it does."""
     step = LayerStep.of(chosen, ridge=chosen.ridge, direction=probe.direction, weight=probe.weight)
+    if below := by_layer(plan.earlier).get(chosen.layer):
+        step = replace(step, before=original_values(below))
     edit = unmeasured_edit(plan.manifest, plan.pointer, step)
     measured = replace(
         edit.header,
@@ -404,5 +449,6 @@ def searched_edit(
         joint=joint,
         harmed=effect.harmed,
         nearest=effect.nearest,
+        ground=effect.ground,
     )
     return replace(edit, header=measured)

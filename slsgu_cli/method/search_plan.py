@@ -10,7 +10,13 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import find_layers
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    earlier_edits,
+    load_edit,
+    tell_of_joint_searches,
+)
+from slsgu_cli.checkpoints.layers import both_held, find_layers
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import Moments, ensure_moments, forget_direction
@@ -24,21 +30,28 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Purpose, SetManifest
-from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
+from slsgu_cli.store.artifacts import (
+    Artifact,
+    read_manifest,
+    read_pointer,
+    read_ranking,
+    set_of,
+)
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.method.trial import Probe
+    from slsgu_cli.method.trial import EarlierConcepts, Probe
 
 
 @dataclass(frozen=True, slots=True)
 class SearchPlan:
     """One set to search: its gradients, the layers to try, and the directions they move in.
 
-    `options` have the direction, the ridge and the device that are in force.
+    `options` have the direction, the ridge and the device that are in force. `earlier` are
+    edits that are in place while it is searched, and `earlier_sets` those they forget.
     """
 
     manifest: SetManifest
@@ -46,6 +59,8 @@ class SearchPlan:
     layers: tuple[LayerScore, ...]
     options: SearchOptions
     moments: Moments | None
+    earlier: tuple[Edit, ...] = ()
+    earlier_sets: tuple[SetManifest, ...] = ()
 
     @property
     def name(self) -> str:
@@ -55,7 +70,23 @@ class SearchPlan:
     @property
     def base_pass_digest(self) -> str:
         """A digest that is equal for plans which can share a model and a base pass."""
-        return digest([self.pointer.model_fingerprint, evaluation_digest(self.manifest)])
+        measured = [self.pointer.model_fingerprint, evaluation_digest(self.manifest)]
+        return digest([*measured, self.after] if self.earlier else measured)
+
+    @property
+    def after(self) -> dict[str, str]:
+        """The digests of the edits that are in place, by name."""
+        return {edit.header.name: digest(edit.header) for edit in self.earlier}
+
+    def measured(self, shared: "SharedEvaluation") -> "Evaluation":
+        """Return what the concept is measured on, with nothing that is forgotten already."""
+        return shared.of(self.manifest, beside=self.earlier_sets)
+
+    def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
+        """Return what tells whether a step brings back what is forgotten already."""
+        from slsgu_cli.method.trial import EarlierConcepts
+
+        return EarlierConcepts(shared, self.earlier)
 
     def probes(self, store: Store, evaluation: "Evaluation") -> "Iterator[Probe]":
         """Yield a probe for every layer and each direction that it can move in."""
@@ -96,7 +127,44 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     if options.moves.whitens:
         names = [score.layer for score in layers]
         moments = ensure_moments(store, manifest, pointer, names, device=options.device)
-    return SearchPlan(manifest, pointer, tuple(layers), options, moments)
+    plan = SearchPlan(manifest, pointer, tuple(layers), options, moments)
+    return _on_top(store, plan) if options.after else plan
+
+
+def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
+    """Return a plan with the edits that it stands on, those that they stand on among them.
+
+    Raises MissingError, StaleError, UsageError, and InputError where an edit's set is measured
+    on other rows.
+    """
+    named = [load_edit(store, name) for name in dict.fromkeys(plan.options.after)]
+    edits = sorted(
+        [*named, *earlier_edits(store, named)], key=lambda e: (len(e.header.after), e.header.name)
+    )
+    sets = {}
+    for header in (edit.header for edit in edits):
+        manifest = sets[set_of(header.name)] = read_manifest(store, set_of(header.name))
+        if manifest.name == plan.name:
+            raise UsageError(
+                f"the edit {header.name} is of the set {plan.name} itself",
+                hint="--after names edits of other sets",
+            )
+        if header.model_fingerprint != plan.pointer.model_fingerprint:
+            raise StaleError(
+                f"the edit {header.name} was made for other weights than the gradients of "
+                f"{plan.name}",
+                hint=f"run `{Artifact.EDIT.command(header.name)}`",
+            )
+        alike = {s.name: evaluation_digest(s) for s in (manifest, plan.manifest)}
+        require_alike(alike)
+    moved = [edit.header.layer for edit in edits]
+    if twice := both_held([*moved, *(score.layer for score in plan.layers)]):
+        raise UsageError(
+            f"{twice} is changed as a whole and a third of it as well",
+            hint="rank and search all sets with the same --qkv",
+        )
+    tell_of_joint_searches(edits)
+    return replace(plan, earlier=tuple(edits), earlier_sets=tuple(sets.values()))
 
 
 def read_plans(store: Store, names: Sequence[str], *, options: SearchOptions) -> list[SearchPlan]:
@@ -189,11 +257,16 @@ def require_distinct_names(names: Sequence[str]) -> None:
 def share_evaluation(
     store: Store, plans: Sequence[SearchPlan], purpose: Purpose = Purpose.CHOOSE
 ) -> "SharedEvaluation":
-    """Load the model of some plans and run it once over what all of them measure on."""
+    """Load the model of some plans and run it once over what all of them measure on.
+
+    The edits that the plans stand on are in it.
+    """
     from slsgu_cli.method.gradients import load_graded
+    from slsgu_cli.method.trial import add_edits
 
     first = plans[0]
     _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
     run_base_pass(shared, layers, first.options)
@@ -205,7 +278,7 @@ def to_report_on(
 ) -> "Callable[[], SharedEvaluation]":
     """Return what opens the rows that sets are reported on, for the model of an evaluation.
 
-    They are opened, and the original model run over them, when it is first called. Where no
+    They are opened, and its model run over them as it is, when it is first called. Where no
     set has rows of its own to report on, they are those of `evaluation`.
     """
 
@@ -226,9 +299,10 @@ def _prepared(
     from slsgu_cli.clip.evaluation import prepare_shared
     from slsgu_cli.clip.models import tokenizer
 
+    sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
     return prepare_shared(
         store,
-        [plan.manifest for plan in plans],
+        list({manifest.name: manifest for manifest in sets}.values()),
         module,
         tokenize=tokenizer(resolve(plans[0].pointer.model)),
         device=plans[0].options.device,

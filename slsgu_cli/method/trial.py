@@ -1,13 +1,20 @@
 """Steps measured: one move of one layer, or several in place together."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    by_layer,
+    moved_values,
+    original_values,
+    recognised,
+)
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import (
     Evaluation,
@@ -25,9 +32,20 @@ from slsgu_cli.clip.zeroshot import (
     moved,
     ranks_of_truth,
 )
-from slsgu_cli.method.scoring import first_step, norm
-from slsgu_cli.records.figures import Accuracy, ClassLoss, Figures, Report, harmed
-from slsgu_cli.records.method import Keep, LayerScore, Tower, Trial
+from slsgu_cli.errors import StaleError
+from slsgu_cli.method.scoring import first_step, left_of, norm
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.figures import (
+    Accuracy,
+    ClassLoss,
+    EarlierEdit,
+    Figures,
+    Ground,
+    Report,
+    harmed,
+)
+from slsgu_cli.records.method import Keep, LayerScore, Steer, Tower, Trial
+from slsgu_cli.store.artifacts import set_of
 
 # A vision trial's images are looked at in rounds of at least this many.
 MIN_ROWS = 16
@@ -267,15 +285,109 @@ UNMOVED = MovedModel({}, {})
 NAMED = 20
 
 
-def report(evaluation: Evaluation, moves: Moves) -> Report:
-    """Return what moves in place together do to the rows of an evaluation, after its base pass."""
+@dataclass(frozen=True, slots=True)
+class EarlierConcepts:
+    """The concepts of edits that the model of an evaluation has in it."""
+
+    evaluation: SharedEvaluation
+    edits: Sequence[Edit]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of the edits by name."""
+        return {edit.header.name: digest(edit.header) for edit in self.edits}
+
+    def returned(self, moves: Moves) -> list[str]:
+        """Return the edits whose concept some moves bring back, by what each was searched for."""
+        before = self._left(UNMOVED)
+        with moved_model(self.evaluation, moves) as model:
+            after = self._left(model)
+        return [name for name in before if after[name] > before[name]]
+
+    def recognised(self, model: MovedModel) -> dict[str, Accuracy]:
+        """Return how well each concept is recognised, by the name of its edit."""
+        forget = self.evaluation.forget
+        names = [edit.header.name for edit in self.edits]
+        return {name: model.left(forget[set_of(name)])[0] for name in names}
+
+    def _left(self, model: MovedModel) -> dict[str, float]:
+        left = {}
+        for header in (edit.header for edit in self.edits):
+            accuracy, gap = model.left(*self.evaluation.shown(set_of(header.name)))
+            steer = header.steer or Steer.FA1
+            left[header.name] = left_of(accuracy, gap, steer, header.margin or 0.0)
+        return left
+
+    @contextmanager
+    def undone(self) -> Iterator[MovedModel]:
+        """Give the edited layers their original values for the length of a block."""
+        model = self.evaluation.model
+        with ExitStack() as stack:
+            for name, group in by_layer(self.edits).items():
+                values = torch.from_numpy(original_values(group)).float()
+                device = model.get_parameter(Layer.parse(name).parameter).device
+                stack.enter_context(edited(model, name, values.to(device)))
+            yield MovedModel(first_stages(self.evaluation, self.edits), {})
+
+
+def first_stages(
+    evaluation: Evaluation | SharedEvaluation, edits: Iterable[Edit]
+) -> dict[Tower, int]:
+    """Return the first stage of each tower that any of some edits acts in."""
+    stages: dict[Tower, int] = {}
+    for header in (edit.header for edit in edits):
+        stage = evaluation.tower(header.tower).stage_of(header.layer)
+        stages[header.tower] = min(stages.get(header.tower, stage), stage)
+    return stages
+
+
+def add_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Move the layers of edits to what `apply` makes of them in fp32.
+
+    Raises StaleError where a layer is not the one that an edit was made for.
+    """
+    parameters = dict(model.named_parameters())
+    for name, group in by_layer(edits).items():
+        layer = Layer.parse(name)
+        parameter = parameters.get(layer.parameter)
+        values = None if parameter is None else layer.rows(parameter.detach().cpu().numpy())
+        others = [
+            edit.header
+            for edit in group
+            if values is None or not recognised(values, "F32", edit.header.digests)
+        ]
+        if parameter is None or values is None or others:
+            raise StaleError(
+                f"the edit {others[0].name} was made for another {name} than this model has",
+                hint=f"use it with sets built for {others[0].model}",
+            )
+        deltas = [(edit.factor, edit.delta()) for edit in group]
+        new = torch.from_numpy(moved_values(values, deltas, "F32")[0])
+        parameter.data = layer.replaced(parameter.data, new.to(parameter.device))
+
+
+def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None = None) -> Report:
+    """Return what moves in place together do to the rows of an evaluation, after its base pass.
+
+    With `earlier` edits in the model, it stands beside the original one without them.
+    """
     groups = {"": evaluation.forget} | evaluation.utility
-    before = {name: group.base_ranks() for name, group in groups.items()}
-    with moved_model(evaluation, moves) as model:
-        after = {
+
+    def ranks(model: MovedModel) -> dict[str, Tensor]:
+        return {
             name: group.ranks(model.features(group.images), model.classes(group.prompts))
             for name, group in groups.items()
         }
+
+    as_it_was = ranks(UNMOVED)
+    with moved_model(evaluation, moves) as model:
+        after = ranks(model)
+        left = earlier.recognised(model) if earlier else {}
+    with earlier.undone() if earlier else nullcontext(UNMOVED) as model:
+        before = ranks(model) if earlier else as_it_was
+        known = earlier.recognised(model) if earlier else {}
+        wanted = model.classes(evaluation.forget.prompts)[int(evaluation.forget.images.labels[0])]
+        nearness = by_nearness(evaluation.utility, wanted, model.classes)
 
     def figures(ranks: Mapping[str, Tensor]) -> Figures:
         kept = {name: groups[name].accuracy_of(each) for name, each in ranks.items()}
@@ -286,14 +398,18 @@ def report(evaluation: Evaluation, moves: Moves) -> Report:
         for name, group in evaluation.utility.items()
         for loss in class_losses(group, before[name], after[name])
     }
-    concept = evaluation.forget
-    wanted = concept.prompts.embeddings[int(concept.images.labels[0])]
-    named = [
-        (name, groups[name].names[i]) for _, name, i in by_nearness(evaluation.utility, wanted)
-    ]
+    named = [(name, groups[name].names[i]) for _, name, i in nearness]
     nearest = [losses[key] for key in named if key in losses]
     most = harmed(losses.values())[:NAMED]
-    return Report(figures(before), figures(after), tuple(most), tuple(nearest[:NAMED]))
+    ground = None
+    if earlier:
+        was = earlier.recognised(UNMOVED)
+        of_edits = {
+            name: EarlierEdit(made, known[name], was[name], left[name])
+            for name, made in earlier.digests.items()
+        }
+        ground = Ground(of_edits, figures(as_it_was))
+    return Report(figures(before), figures(after), tuple(most), tuple(nearest[:NAMED]), ground)
 
 
 @contextmanager

@@ -152,17 +152,41 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierEdit:
+    """An edit that another stands on, and how well its concept is recognised.
+
+    `digest` is that of its header. It is recognised so by the original model, by the model
+    `before` the later edit, and `after` it.
+    """
+
+    digest: str
+    original: Accuracy
+    before: Accuracy
+    after: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a later edit stands on: the earlier ones by name, and the figures with them alone."""
+
+    edits: dict[str, EarlierEdit]
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What an edit does to images that chose nothing, beside the original model.
 
     `harmed` are the classes that lost most, and `nearest` those whose names the original
-    model holds nearest to the concept's, the nearest first; at most 20 of each.
+    model holds nearest to the concept's, the nearest first; at most 20 of each. `ground` is
+    what a later edit stands on.
     """
 
     before: Figures
     after: Figures
     harmed: tuple[ClassLoss, ...]
     nearest: tuple[ClassLoss, ...]
+    ground: Ground | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.figures import Accuracy, ClassLoss, PassTime, TargetFigures
+from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec
 
 
@@ -277,7 +277,8 @@ class Trials:
     """Every trial of a search, with the original model's figures.
 
     `retain_data` names the rows whose inputs whitened the direction, if it is whitened. `took`
-    is the time of a search that made all trials, None where several made them.
+    is the time of a search that made all trials, None where several made them. `after` are
+    the digests of the edits that were in place, by name: baselines are with them.
     """
 
     name: str
@@ -294,6 +295,7 @@ class Trials:
     trials: tuple[Trial, ...]
     version: str
     took: PassTime | None = added(None)
+    after: dict[str, str] = added(factory=dict)
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -321,8 +323,8 @@ class EditHeader:
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
-    the layer's name and shape are open_clip's in any case. `harmed` and `nearest` are those
-    of the edit's `Report`.
+    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `ground`
+    are those of the edit's `Report`; its figures are with the edits of `ground` in place.
     """
 
     name: str
@@ -351,6 +353,13 @@ class EditHeader:
     target: TargetFigures | None = None
     harmed: tuple[ClassLoss, ...] = added(())
     nearest: tuple[ClassLoss, ...] = added(())
+    ground: Ground | None = added(None)
+
+    @property
+    def after(self) -> dict[str, str]:
+        """The digests of the edits that it stands on, by name."""
+        earlier = self.ground.edits if self.ground else {}
+        return {name: edit.digest for name, edit in earlier.items()}
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -361,6 +370,8 @@ class EditHeader:
             "direction": self.direction,
             "step": f"{self.step:.4g} ({100 * self.share:.3g}% of its norm)",
         }
+        if self.after:
+            words["after"] = ", ".join(self.after)
         if self.joint:
             words["together with"] = ", ".join(n for n in self.joint.names if n != self.name)
         if self.forget:

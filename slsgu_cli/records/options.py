@@ -259,7 +259,8 @@ class SearchOptions:
     are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
     chosen which keeps most at `reserve` times its shortest step that leaves nothing of what
     `steer` counts, among those where no class loses more than `max_class_loss`. `keep` says
-    by what that is judged: a count of few images flatters the choice that is made by it.
+    by what that is judged: a count of few images flatters the choice that is made by it. The
+    edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
     """
 
     layers: Sequence[str] = option(
@@ -298,6 +299,10 @@ class SearchOptions:
     cache_budget: int | None = option(
         None, "--cache-budget", help="Limit for kept activations, such as 8G.", panel=SPEED,
         metavar="SIZE", read=bytes_of, without="what is free",
+    )  # fmt: skip
+    after: Sequence[str] = option(
+        (), "--after", help="Search on top of this edit, which stays in place.", panel=SEARCH,
+        metavar="EDIT", without="the original model", completes="edit",
     )  # fmt: skip
 
     @property
@@ -401,7 +406,7 @@ class DemoOptions:
         SearchOptions(),
         omit=(
             "layers", "direction", "ridge", "qkv", "margin", "steps", "full", "precision",
-            "cache_budget",
+            "cache_budget", "after",
         ),
     )  # fmt: skip
 

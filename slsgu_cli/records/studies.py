@@ -88,7 +88,7 @@ class SweepRequest:
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
     )
     search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full")
+        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full", "after")
     )
 
     def of(self, name: str) -> BuildRequest:
@@ -156,7 +156,7 @@ class TrajectoryOptions:
 
     search: SearchOptions = options(
         SearchOptions(),
-        omit=("qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper"),
+        omit=("qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper", "after"),
     )
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
     until: float | None = option(

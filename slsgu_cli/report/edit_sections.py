@@ -306,6 +306,7 @@ def _edit(edit: EditHeader, records: SetRecords) -> Html:
             "Values in it": _extent(facts, records.gradients.get("forget")) if facts else None,
             "Step": f"{number(edit.step)} times the {_direction(edit)}",
             "Moves the layer by": f"{share(edit.share)} of its norm",
+            "Stands on the edits": ", ".join(edit.after) or None,
             "Made for": code(str(edit.model)),
             "Model's fingerprint": code(edit.model_fingerprint),
             "Written by": f"slsgu {edit.version}",

@@ -3,11 +3,17 @@
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from slsgu_cli.checkpoints.edits import Edit, moved_values, read_edit
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    by_layer,
+    earlier_edits,
+    moved_values,
+    read_edit,
+)
 from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
@@ -127,7 +133,7 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
         verification=_evidence(catalog, Artifact.VERIFICATION, name),
         comparison=_evidence(catalog, Artifact.COMPARISON, name),
         gradients={role: catalog.get(Artifact.GRADIENT, d) for role, d in digests.items()},
-        facts=edit_facts(read_edit(catalog.store, edit.path)) if edit.record else None,
+        facts=_facts(catalog, edit.path) if edit.record else None,
     )
 
 
@@ -145,12 +151,22 @@ def _evidence(catalog: Catalog, kind: Artifact, name: str, of: str = "") -> Evid
     return replace(evidence, record=shown, state=state, reason=reason, sha256=sha256)
 
 
-def edit_facts(edit: Edit) -> EditFacts:
-    """Return what the edit makes of the layer, rounded as `apply` rounds it."""
+def _facts(catalog: Catalog, path: str) -> EditFacts:
+    edit = read_edit(catalog.store, path)
+    return edit_facts(edit, earlier_edits(catalog.store, [edit]))
+
+
+def edit_facts(edit: Edit, earlier: Sequence[Edit] = ()) -> EditFacts:
+    """Return what the edit makes of the layer, rounded as `apply` rounds it.
+
+    With it come those of the `earlier` edits that changed the same layer.
+    """
     before, delta = edit.before(), edit.delta()
+    in_layer = by_layer([edit, *earlier])[edit.header.layer]
     after = {}
     for dtype in ("F32", "F16", "BF16"):
-        stored, _ = moved_values(narrow(before, dtype), [(1.0, delta)], dtype)
+        deltas = [(1.0, each.delta()) for each in in_layer]
+        stored, _ = moved_values(narrow(before, dtype), deltas, dtype)
         after[PRECISION[dtype]] = layer_digest(widen(stored, dtype), "fp32")
     changed = int((delta != 0).sum())
     return EditFacts(edit.header.digests, after, changed, int(delta.size))
@@ -198,7 +214,7 @@ def commands(records: SetRecords) -> list[str]:
     if (trials := records.trials.record) and ranking:
         lines += _searches(trials, ranking)
     if edit := records.edit.record:
-        names = edit.joint.names if edit.joint else (name,)
+        names = edit.joint.names if edit.joint else (*edit.after, name)
         if edit.joint:
             lines.append(["slsgu", "search", *names, "--joint", "--steer", str(edit.steer)])
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
@@ -217,7 +233,7 @@ def _rank(ranking: Ranking) -> list[str]:
 
 
 # The order in which the options of a search are told.
-TOLD = ("steer", "margin", "layers", "direction", "ridge", "steps", "precision")
+TOLD = ("steer", "margin", "layers", "direction", "ridge", "steps", "precision", "after")
 
 
 def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
@@ -232,6 +248,7 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
         direction=None if trials.direction is ranking.direction else trials.direction,
         steps=max(steps.values(), default=SearchOptions().steps),
         precision=trials.precision,
+        after=tuple(trials.after),
     )
     also = ("steer", "margin") if trials.steer is Steer.MARGIN else ("steer",)
     lines = []

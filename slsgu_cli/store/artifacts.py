@@ -123,14 +123,15 @@ WEIGHTS = "the model has other weights since"
 EVALUATION = "the evaluation set {} was built anew since"
 GRADIENT_OF = "the forget gradient of {} was computed anew since, or is gone"
 EDIT_OF = "the edit {} was made anew since"
+STOOD_ON = {"after": "the edit {}, which it stands on, was made anew since, or is gone"}
 
 ROWS = {f"{role}_data": f"the {role} set was built anew since" for role in ROLES}
 GRADIENTS = dict.fromkeys(ROLES, "the gradients were computed anew since")
 MODEL = {"model_fingerprint": WEIGHTS, "evals": EVALUATION}
 MEASURED = {"forget": FORGET_GRADIENT, **MODEL}
-SEARCHED = {"retain_data": REWHITENED, **MEASURED}
+SEARCHED = {"retain_data": REWHITENED, **MEASURED, **STOOD_ON}
 SWEPT = {"gradient": GRADIENT_OF, "retain": GRADIENT_OF}
-EDITED = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED}
+EDITED = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED, **STOOD_ON}
 TARGET = {"forget": FORGET_GRADIENT}
 TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget", "asked")
 SHOWN = {"edits": EDIT_OF}

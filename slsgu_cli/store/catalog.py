@@ -121,10 +121,14 @@ class Catalog:
             }
         manifest, pointer = (self.get(k, record.name) for k in (Artifact.SET, Artifact.POINTER))
         # An edit carries all it needs; without gradients of its name it is not out of date.
-        return digests_of(
+        now = digests_of(
             None if kind is Artifact.EDIT else manifest,
             None if kind is Artifact.POINTER else pointer,
         )
+        if kind in (Artifact.EDIT, Artifact.TRIALS):
+            edits = {name: self.get(Artifact.EDIT, name) for name in record.after}
+            now["after"] = {name: edit and digest(edit) for name, edit in edits.items()}
+        return now
 
 
 def attributes(store: Store, path: str) -> dict[str, Any]:

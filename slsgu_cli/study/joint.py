@@ -212,6 +212,12 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
     """
     if len(names) < 2:
         raise UsageError("--joint goes with several names", hint="slsgu search A B --joint")
+    if options.after:
+        raise UsageError(
+            "--after is for a search of each concept by itself; a joint search starts from the "
+            "original model",
+            hint=f"name them all: `slsgu search {join([*options.after, *names])} --joint`",
+        )
     plans = read_plans(store, names, options=options)
     require_alike({plan.name: plan.base_pass_digest for plan in plans})
     options = plans[0].options

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, recognised
-from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import EMBED, CacheBudget, SplitTower
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
-from slsgu_cli.errors import StaleError
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import SetManifest
@@ -225,24 +222,6 @@ def open_model(
         is_original=is_original,
         words=words,
     )
-
-
-def add_edit(model: nn.Module, edit: Edit) -> None:
-    """Move the edit's layer of `model`. Raises StaleError where it is not the layer it was."""
-    header = edit.header
-    layer = Layer.parse(header.layer)
-    parameter = dict(model.named_parameters()).get(layer.parameter)
-    unchanged = parameter is not None and recognised(
-        layer.rows(parameter.detach().cpu().numpy()), "F32", header.digests
-    )
-    if parameter is None or not unchanged:
-        raise StaleError(
-            f"the edit {header.name} was made for another {header.layer} than the set's model has",
-            hint=f"verify it with a set built for {header.model}",
-        )
-    delta = torch.from_numpy(edit.delta()).to(parameter.device)
-    parameter.data = parameter.data.clone()
-    layer.rows(parameter.data).add_(edit.factor * delta)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import SUFFIX, Edit, load_edit
+from slsgu_cli.checkpoints.edits import SUFFIX, Edit, earlier_edits, load_edit
 from slsgu_cli.clip.models import (
     ResolvedModel,
     fingerprint,
@@ -26,6 +26,7 @@ from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import check_inputs
+from slsgu_cli.method.trial import add_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import (
@@ -44,7 +45,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
 from slsgu_cli.verification.membership import membership
-from slsgu_cli.verification.model import Gallery, ModelUnderTest, add_edit, open_model
+from slsgu_cli.verification.model import Gallery, ModelUnderTest, open_model
 from slsgu_cli.verification.probes import (
     nearest,
     neighbours,
@@ -122,11 +123,14 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model to verify as the record names it, and what it is loaded from."""
+    """A model to verify as the record names it, what it is loaded from, and what goes into it.
+
+    `edits` are the one to verify and those that it stands on.
+    """
 
     record: VerifiedModel
     model: ResolvedModel
-    edit: Edit | None
+    edits: tuple[Edit, ...] = ()
 
 
 def model_sources(store: Store, manifest: SetManifest, request: VerifyRequest) -> list[ModelSource]:
@@ -142,16 +146,22 @@ def model_sources(store: Store, manifest: SetManifest, request: VerifyRequest) -
         edits = {manifest.name: current_edit(store, manifest.name)}
     labels = _labels(list(edits))
     return sources + [
-        _source(labels[text], original, weights, edit) for text, edit in edits.items()
+        _source(labels[text], original, weights, edit, earlier_edits(store, [edit]))
+        for text, edit in edits.items()
     ]
 
 
 def _source(
-    label: str, model: ResolvedModel, weights: str, edit: Edit | None = None
+    label: str,
+    model: ResolvedModel,
+    weights: str,
+    edit: Edit | None = None,
+    earlier: Sequence[Edit] = (),
 ) -> ModelSource:
     key = weights if edit is None else digest({"model": weights, "edit": _identity(edit)})
     header = None if edit is None else edit.header
-    return ModelSource(VerifiedModel(key, label, model.spec, weights, header), model, edit)
+    edits = () if edit is None else (*earlier, edit)
+    return ModelSource(VerifiedModel(key, label, model.spec, weights, header), model, edits)
 
 
 def _labels(texts: Sequence[str]) -> dict[str, str]:
@@ -173,8 +183,7 @@ def load_source(
     """Load a model and measure its features as it is."""
     check_inputs(manifest, source.model)
     module = load(source.model, request.device, warn=progress.warn)
-    if source.edit is not None:
-        add_edit(module, source.edit)
+    add_edits(module, source.edits)
     model = open_model(
         store,
         manifest,
