@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 from slsgu_cli.cli.demo import DATA
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
-from slsgu_cli.records.comparisons import CLOSED_FORMS, Method
-from slsgu_cli.records.options import CompareOptions, VerifyRequest
+from slsgu_cli.records.comparisons import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.verification import Check, VerifiedModel
+from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.verdicts import rows
