@@ -6,7 +6,8 @@
 
 Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
 defaults, `paper` by the paper's choice; the others are tuned as `compare` tunes them, on the
-images to choose by. What a method leaves is written as a checkpoint and verified as
+images to choose by. `ours+leace` is our edit in the model that LEACE leaves of the image
+projection. What a method leaves is written as a checkpoint and verified as
 `slsgu verify --model` does it. All figures are of images that chose nothing; a mean over
 concepts stands in each cell, behind the slash that of its control. A run that is repeated on
 a store goes on where the last one ended.
@@ -20,10 +21,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
 import unseen
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.cli.demo import DATA
+from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
 from slsgu_cli.records.comparisons import CLOSED_FORMS, CompareOptions, Method
@@ -35,6 +40,7 @@ from slsgu_cli.verification.verdicts import rows
 from slsgu_cli.verification.verify import verify
 
 OURS = {"ours": "default", "paper": "paper"}
+BOTH = "ours+leace"
 OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Method.MEMIT)
 CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
           Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
@@ -59,7 +65,21 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
         shutil.copytree(MODEL, target, dirs_exist_ok=True)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, target / "open_clip_model.safetensors")
-    return ModelSpec(f"local-dir:{target}")
+    return ModelSpec(f"{LOCAL}{target}")
+
+
+def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
+    """Return a model with our edit of a concept in it, written if it is not there yet."""
+    target = folder / "models" / f"{name}-{BOTH}"
+    file = target / "open_clip_model.safetensors"
+    if not file.exists():
+        edit = load_edit(Store(str(folder / OURS["ours"])), name)
+        shutil.copytree(model.name.removeprefix(LOCAL), target, dirs_exist_ok=True)
+        state = load_file(file)
+        layer = Layer.parse(edit.header.layer)
+        layer.rows(state[layer.parameter]).add_(torch.from_numpy(edit.delta()))
+        save_file(state, file)
+    return ModelSpec(f"{LOCAL}{target}")
 
 
 def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str, float, float]]:
@@ -82,13 +102,16 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
     if finding := model.finding(Check.PROBE):
         for told in finding.told:
             yield f"{told.classifier}, {told.subject}: recall", told.recall, none
+    if finding := model.finding(Check.RETRIEVAL):
+        for found in finding.retrieval.queries:
+            yield f"mAP of {found.query} in {found.index}", found.precision, none
 
 
 def main() -> None:
-    methods = [*OURS, *OTHERS]
+    methods = [*OURS, *OTHERS, BOTH, *CLOSED_FORMS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", default="facebook,castle", help="as of unseen.py")
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])
     parser.add_argument("--checks", nargs="+", type=Check, choices=list(Check), default=CHECKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
@@ -107,7 +130,10 @@ def main() -> None:
                 unseen.searched(store, name, way, folder)
                 edits = (str(folder / way / Artifact.EDIT.path(name)),)
             else:
-                model = checkpoint(store, name, Method(method), folder)
+                leaves = Method.LEACE_VISION if method == BOTH else Method(method)
+                model = checkpoint(store, name, leaves, folder)
+            if method == BOTH:
+                model = with_edit(folder, name, model)
             request = VerifyRequest(model=model, edits=edits, checks=options.checks)
             original, other = verify(store, name, request).models
             found = figures(original, original if method == "original" else other)
