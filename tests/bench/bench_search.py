@@ -3,6 +3,8 @@
     python tests/bench/bench_search.py                       # the embedded CLIP, facebook
     python tests/bench/bench_search.py --concept castle --steer fa5
     python tests/bench/bench_search.py --model ViT-B-32 --images 400 --wrong 0
+    python tests/bench/bench_search.py --direction whitened --steer fa1 --keep ta1 --reserve 1 \
+        --report-share 0                                     # one direction, no more than forgets
 
 `plain` loads the model and runs open_clip's own forward once over every evaluation image
 and every prompt at the full context. A plain search does that 1 + steps x layers times.
@@ -26,8 +28,14 @@ from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Precision, Steer
-from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.method import Direction, Keep, Precision, Steer
+from slsgu_cli.records.options import (
+    MAX_CLASS_LOSS,
+    NO_BOUND,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+)
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.words import bytes_of
 from slsgu_cli.sets.build import build_sets
@@ -69,7 +77,11 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--wrong", type=float, default=0.1, help="share the model has wrong")
-    parser.add_argument("--steer", type=Steer, default=Steer.FA1)
+    parser.add_argument("--steer", type=Steer, default=SearchOptions().steer)
+    parser.add_argument("--direction", type=Direction, default=Direction.BOTH)
+    parser.add_argument("--keep", type=Keep, default=SearchOptions().keep)
+    parser.add_argument("--reserve", type=float, default=SearchOptions().reserve)
+    parser.add_argument("--report-share", type=float, default=0.5, help="as of build-sets")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
     size = partial(bytes_of, "--cache-budget")
@@ -86,11 +98,15 @@ def main() -> None:
                 evals={"first": (args.images, args.classes)}, device=args.device, wrong=args.wrong,
             )  # fmt: skip
         else:
-            request = replace(demo_request(args.concept), retain_samples=args.retain)
+            request = replace(
+                demo_request(args.concept),
+                retain_samples=args.retain,
+                report_share=args.report_share,
+            )
             manifest = build_sets(store, request)
         options = PassOptions(device=args.device, precision=args.precision)
         compute_gradients(store, manifest.name, model=None, options=options)
-        ranking = rank(store, manifest.name, options=RankOptions())
+        ranking = rank(store, manifest.name, options=RankOptions(direction=args.direction))
         plain, ours = [], []
         for _ in range(args.rounds):
             plain.append(plain_evaluation(store, manifest, args.device))
@@ -101,6 +117,9 @@ def main() -> None:
                 manifest.name,
                 options=SearchOptions(
                     steer=args.steer,
+                    keep=args.keep,
+                    reserve=args.reserve,
+                    max_class_loss=NO_BOUND if args.reserve == 1 else MAX_CLASS_LOSS,
                     device=args.device,
                     precision=args.precision,
                     cache_budget=args.cache_budget,
