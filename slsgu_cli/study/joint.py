@@ -36,6 +36,8 @@ from slsgu_cli.store.store import Store
 
 # Points of mean TA@1 that sharing a layer must keep over the best layer nobody moves.
 WORTH_SHARING = 0.1
+# Of more concepts the maps of the original and of all are drawn, and none of those between.
+MOST_MAPS = 10
 Moves = tuple[JointMove, ...]
 
 
@@ -339,7 +341,8 @@ def _draw(
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
     shown = choose_shown(reported, run.manifests)
     maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
-    for count, stage in enumerate(record.stages, start=1):
+    stages = list(enumerate(record.stages, start=1))
+    for count, stage in stages if len(stages) <= MOST_MAPS else stages[-1:]:
         with moved_model(reported, run.probed(stage.moves)) as model:
             forgotten = shown.names[:count]
             maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from plain import Plain, ranks_of
+from plain import Plain, figures_without
 from processes import inside
 from safetensors.numpy import load_file, save_file
 from worlds import plain_options
@@ -66,16 +66,7 @@ def applied(world, *names, out, **options):
 def plain_figures(world, folder):
     """Return FA of blue and red, and TA without both, by plain forwards of a checkpoint."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
-    worlds = [replace(world, name=name) for name in ("blue", "red")]
-    forget = {own.name: Plain(own, model).figures().forget for own in worlds}
-    plain, utility = Plain(worlds[0], model), {}
-    for name, block in plain.blocks.items():
-        labels = np.asarray(block.labels)
-        ranks = ranks_of(plain._logits(block, block.class_names, block), labels)
-        gone = [block.class_names.index(n) for n in forget if n in block.class_names]
-        ranks = ranks[~np.isin(labels, gone)]
-        utility[name] = tuple(100 * float(np.mean(ranks < k)) for k in (1, 5))
-    return forget, utility
+    return figures_without(world, model, ("blue", "red"))
 
 
 def pair(accuracy):

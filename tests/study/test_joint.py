@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from places import DEMO
-from plain import Plain, ranks_of
+from plain import Plain, figures_without
 from processes import inside, rows
 from safetensors.torch import load_file
 from worlds import plain_options
@@ -63,22 +63,6 @@ def apart(searched, tmp_path):
     return searched[0].copied(tmp_path / "store"), searched[1]
 
 
-def plain_figures(world, model, names=NAMES):
-    """Return (FA by set, TA by evaluation set) by plain forwards, without the concepts' images."""
-    forget, kept = {}, {}
-    worlds = [replace(world, name=name) for name in names]
-    for own in worlds:
-        forget[own.name] = Plain(own, model).figures().forget
-    plain = Plain(worlds[0], model)
-    for name, block in plain.blocks.items():
-        labels = block.labels
-        ranks = ranks_of(plain._logits(block, block.class_names, block), labels)
-        gone = [block.class_names.index(n) for n in names if n in block.class_names]
-        others = ranks[~np.isin(labels, gone)]
-        kept[name] = tuple(100 * float(np.mean(others < k)) for k in (1, 5))
-    return forget, kept
-
-
 def assert_figures(trial, figures):
     forget, kept = figures
     for name, found in trial.forget.items():
@@ -94,12 +78,12 @@ def test_a_joint_search_is_the_summed_edits_by_plain_forwards(searched):
         NAMES, 0.0
     )
     model = open_clip.create_model(world.model.name).eval()
-    baseline = plain_figures(world, model)
+    baseline = figures_without(world, model, NAMES)
     for name in NAMES:
         edit = load_edit(world.store, name)
         with torch.no_grad():
             model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
-    assert_figures(result.chosen, plain_figures(world, model))
+    assert_figures(result.chosen, figures_without(world, model, NAMES))
     before = result.record
     kept = {name: (found.top1, found.top5) for name, found in before.baseline_utility.items()}
     assert kept == {name: pytest.approx(figures) for name, figures in baseline[1].items()}
@@ -143,7 +127,7 @@ def test_brands_of_the_embedded_model_are_forgotten_together(demo_world, tmp_pat
         edit = load_edit(world.store, name)
         with torch.no_grad():
             model.get_parameter(edit.header.layer).add_(torch.from_numpy(edit.delta()))
-    assert_figures(result.chosen, plain_figures(world, model, names))
+    assert_figures(result.chosen, figures_without(world, model, names))
 
 
 def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, listener):
@@ -152,7 +136,7 @@ def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, list
     apply(world.store, request)
     assert not any("searched jointly" in told for told in listener.heard)
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
-    assert_figures(result.chosen, plain_figures(world, model))
+    assert_figures(result.chosen, figures_without(world, model, NAMES))
     before = load_file(world.folder / "open_clip_model.safetensors")
     after = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

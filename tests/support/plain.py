@@ -4,7 +4,7 @@ Every figure comes from open_clip's own forward over all images and all prompts 
 length, with the model as it is; nothing is kept, shared or left out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import erf, sqrt
 
@@ -147,6 +147,22 @@ class Plain:
         t = self.model.encode_text(self.tokenize(texts), normalize=True)
         means = F.normalize(t.reshape(len(names), -1, t.shape[1]).mean(1), dim=-1)
         return (v @ means.T).numpy()
+
+
+def figures_without(world, model, names):
+    """Return (FA by set, TA by evaluation set) by plain forwards, without the concepts' images."""
+    forget, kept = {}, {}
+    worlds = [replace(world, name=name) for name in names]
+    for own in worlds:
+        forget[own.name] = Plain(own, model).figures().forget
+    plain = Plain(worlds[0], model)
+    for name, block in plain.blocks.items():
+        labels = block.labels
+        ranks = ranks_of(plain._logits(block, block.class_names, block), labels)
+        gone = [block.class_names.index(n) for n in names if n in block.class_names]
+        others = ranks[~np.isin(labels, gone)]
+        kept[name] = tuple(100 * float(np.mean(others < k)) for k in (1, 5))
+    return forget, kept
 
 
 def ranks_of(logits: np.ndarray, labels) -> np.ndarray:

@@ -1,0 +1,297 @@
+"""Measure on unseen images how many concepts one checkpoint can forget, at once or in turn.
+
+    python tests/bench/many.py --store many-store                       # 10, 50, 100 at once
+    python tests/bench/many.py --store many-store --counts 10           # these only
+    python tests/bench/many.py --store many-store --requests 10         # ten, one after another
+
+Concepts are drawn by seed from the embedded model's classes that have at least ten held-out
+images, brands and objects in turn; more of them are the same ones and others. At least a
+hundred are kept out of every retain set, so that all sets share one retain set, its gradient
+and its moments. To forget many at once, each is searched by itself along the whitened
+direction of a few layers (`--layers`), all on one base pass. Then their edits go into one
+checkpoint (`sum`), and so do those that `search --joint` makes of them (`joint`). To forget
+one after another, each is searched with `--after` on top of those before, on all fronts.
+
+What stands in the table is measured on the checkpoint that `apply` wrote, on images that no
+layer or step was chosen by; what is kept, on classes that are never forgotten in this run. A
+run that is repeated on a store goes on where the last one ended, and prints the seconds that
+each stage took when it ran.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from unseen import LEAST_IMAGES, draw
+
+from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
+from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.errors import NotForgottenError, SlsguError
+from slsgu_cli.method.edit import apply
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.ranking import rank
+from slsgu_cli.method.search import search, search_each
+from slsgu_cli.method.trial import UNMOVED
+from slsgu_cli.records.method import Accuracy, Direction
+from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
+from slsgu_cli.store.store import Store
+from slsgu_cli.study.joint import joint_search
+
+# As many are kept out of the retain set in every run, so that runs can share a store.
+EXCLUDED = 100
+LAYERS = tuple(f"transformer.resblocks.{block}.mlp.c_proj.weight" for block in (3, 5, 6))
+COLUMNS = ("concepts", "layers", "FA@1", "worst", "FA@5", "worst", "images",
+           "brands lost", "objects lost", "seconds")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder that keeps everything: a store, checkpoints, and what each stage took."""
+
+    folder: Path
+    names: tuple[str, ...]
+    excluded: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def store(self) -> Store:
+        """Where sets, gradients, rankings and the edits of the last search are."""
+        return Store(str(self.folder / "store"))
+
+    def edits(self, part: str, names: Sequence[str]) -> list[Path]:
+        """Return where a part keeps its copies of edits, which later searches write over."""
+        return [self.folder / part / Artifact.EDIT.path(name) for name in names]
+
+    def keep(self, part: str, name: str) -> None:
+        """Keep a copy of the edit of a set."""
+        content = self.store.read_bytes(Artifact.EDIT.path(name))
+        Store(str(self.folder / part)).write_bytes(Artifact.EDIT.path(name), content)
+
+    def done(self, stage: str) -> float | None:
+        """Return the seconds that a stage took; None where it is not done."""
+        record = self.folder / "seconds" / f"{stage}.json"
+        return float(json.loads(record.read_text())) if record.exists() else None
+
+    def timed(self, stage: str, run: Callable[[], object]) -> float:
+        """Run a stage unless it is done, and return the seconds that it took."""
+        if (seconds := self.done(stage)) is None:
+            start = time.perf_counter()
+            run()
+            seconds = self.took(stage, time.perf_counter() - start)
+        return seconds
+
+    def took(self, stage: str, seconds: float) -> float:
+        """Note that a stage is done."""
+        record = self.folder / "seconds" / f"{stage}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(seconds))
+        return seconds
+
+    def prepare(self, names: Sequence[str]) -> dict[str, float]:
+        """Build, grade and rank sets; return the seconds of each stage. All share retain rows."""
+        seconds = dict.fromkeys(("build", "gradients", "rank"), 0.0)
+        for place, name in enumerate(names, start=1):
+            request = replace(demo_request(name), retain_exclude=self.excluded)
+            steps: dict[str, Callable[[], object]] = {
+                "build": partial(build_sets, self.store, request),
+                "gradients": partial(
+                    compute_gradients, self.store, name, model=None, options=PassOptions()
+                ),
+                "rank": partial(rank, self.store, name, options=RankOptions()),
+            }
+            for stage, run in steps.items():
+                seconds[stage] += self.timed(f"{stage}-{name}", run)
+            if place % 10 == 0:
+                print(f"# {place} sets are ranked", flush=True)
+        retained = {read_pointer(self.store, read_manifest(self.store, n)).retain for n in names}
+        print(f"# {len(names)} sets, {len(retained)} retain gradient", flush=True)
+        return seconds
+
+    def singles(self, names: Sequence[str]) -> float:
+        """Search each concept by itself, those that are not done; return the seconds of all."""
+        waiting = [name for name in names if self.done(f"single-{name}") is None]
+        start = time.perf_counter()
+        for result in search_each(self.store, waiting, options=self.search_options):
+            name = result.trials.name
+            self.keep("single", name)
+            self.took(f"single-{name}", time.perf_counter() - start)
+            start = time.perf_counter()
+            if not result.forgotten:
+                print(f"# no step forgets {name} alone", flush=True)
+        return sum(self.done(f"single-{name}") or 0.0 for name in names)
+
+    @property
+    def search_options(self) -> SearchOptions:
+        """How each concept of many is searched."""
+        return SearchOptions(layers=self.layers, direction=Direction.WHITENED)
+
+    def joint(self, names: Sequence[str]) -> None:
+        """Search for edits that forget all of some concepts, and keep a copy of them."""
+        result = joint_search(self.store, names, options=self.search_options)
+        if not result.forgotten:
+            print(f"# the joint search of {len(names)} does not forget all", flush=True)
+        for name in names:
+            self.keep(f"joint-{len(names)}", name)
+
+    def after(self, name: str, earlier: Sequence[str]) -> float:
+        """Search a concept on top of earlier ones, unless that is done; return the seconds."""
+        stage = f"after-{len(earlier) + 1}-{name}"
+        if self.done(stage) is None:
+            for each, edit in zip(earlier, self.edits("after", earlier), strict=True):
+                self.store.write_bytes(Artifact.EDIT.path(each), edit.read_bytes())
+            options = SearchOptions(after=tuple(earlier))
+            start = time.perf_counter()
+            search(self.store, name, options=options)
+            self.keep("after", name)
+            self.took(stage, time.perf_counter() - start)
+        return self.done(stage) or 0.0
+
+    def measured(self, part: str, names: Sequence[str]) -> "Figures":
+        """Put the edits of a part into one checkpoint and measure it."""
+        out = self.folder / "checkpoints" / f"{part}-{len(names)}"
+        words = [str(edit) for edit in self.edits(part, names)]
+        apply(self.store, ApplyRequest(names=words, out=out, overwrite=True))
+        return self.figures(ModelSpec(f"local-dir:{out}"), names)
+
+    def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
+        """Return what a model recognises of some concepts, and of all that none is to forget."""
+        evaluation = self._opened(spec)
+        forget = {name: UNMOVED.left(evaluation.forget[name])[0] for name in names}
+        manifests = [read_manifest(self.store, name) for name in self.names]
+        return Figures(forget, UNMOVED.accuracies(evaluation.utility(manifests)))
+
+    def _opened(self, spec: ModelSpec) -> SharedEvaluation:
+        model = resolve(spec)
+        manifests = [read_manifest(self.store, name) for name in self.names]
+        with torch.no_grad():
+            evaluation = prepare_shared(
+                self.store, manifests, load(model, "cpu"), tokenize=tokenizer(model), device="cpu"
+            )
+            evaluation.base_pass((), cache_bytes=0)
+        return evaluation
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How well concepts are recognised, and the accuracy on each evaluation set."""
+
+    forget: dict[str, Accuracy]
+    kept: dict[str, Accuracy]
+
+    def row(self, original: "Figures") -> list[str]:
+        """Return mean and worst FA, the images they are of, and points of TA@1 lost."""
+        images = sum(accuracy.rows for accuracy in self.forget.values())
+        words = []
+        for top in ("top1", "top5"):
+            values = {name: getattr(accuracy, top) for name, accuracy in self.forget.items()}
+            worst = max(sorted(values), key=lambda name: values[name])
+            mean = sum(values.values()) / len(values)
+            words += [f"{mean:.2f}", f"{worst} {values[worst]:.0f}" if values[worst] else "0"]
+        lost = [original.kept[name].top1 - now.top1 for name, now in sorted(self.kept.items())]
+        return [*words, str(images), *(f"{points:.2f}" for points in lost)]
+
+
+def together(bench: Bench, counts: Sequence[int], *, jointly: bool) -> None:
+    """Print a row for each number of concepts that are forgotten at once, and procedure."""
+    before = bench.prepare(bench.names)
+    original = begin(bench, "procedure")
+    for count in counts:
+        names = bench.names[:count]
+        stages = {stage: seconds * count / len(bench.names) for stage, seconds in before.items()}
+        stages["search"] = bench.singles(names)
+        show(bench, "sum", "single", names, original, sum(stages.values()))
+        if jointly:
+            stages["joint"] = bench.timed(f"joint-{count}", partial(bench.joint, names))
+            show(bench, "joint", f"joint-{count}", names, original, sum(stages.values()))
+        told = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items())
+        print(f"# seconds of {count}: {told}", flush=True)
+
+
+def in_turn(bench: Bench) -> None:
+    """Print a row after each request, searched on top of all before."""
+    before = sum(bench.prepare(bench.names).values()) / len(bench.names)
+    original = begin(bench, "request")
+    done: list[str] = []
+    for name in bench.names:
+        try:
+            seconds = bench.after(name, done)
+        except NotForgottenError as error:
+            print(f"# {name} is left out: {error.message}", flush=True)
+            continue
+        done.append(name)
+        show(bench, name, "after", done, original, before + seconds)
+
+
+def begin(bench: Bench, first: str) -> Figures:
+    """Print the heads of a table; return the figures of the original model."""
+    original = bench.figures(demo_request(bench.names[0]).model, bench.names)
+    kept = ", ".join(f"{name} {now.top1:.2f} of {now.rows}" for name, now in original.kept.items())
+    print(f"# TA@1 of the original model: {kept}", flush=True)
+    print("\t".join((first, *COLUMNS)), flush=True)
+    return original
+
+
+def show(
+    bench: Bench, label: str, part: str, names: Sequence[str], original: Figures, seconds: float
+) -> None:
+    """Print the row of some edits of a part, all in one checkpoint."""
+    layers = {load_edit(bench.store, str(edit)).header.layer for edit in bench.edits(part, names)}
+    row = [label, str(len(names)), str(len(layers)), *bench.measured(part, names).row(original)]
+    print("\t".join([*row, f"{seconds:.0f}"]), flush=True)
+
+
+def drawn(seed: int) -> list[str]:
+    """Return all classes with enough images in an order by seed, brands and objects in turn."""
+    kinds = draw("all", seed)
+    rng, orders = random.Random(seed), []
+    enough = set(enough_images())
+    for kind in sorted(set(kinds.values())):
+        names = [name for name, its in kinds.items() if its == kind and name in enough]
+        orders.append(rng.sample(names, len(names)))
+    return [name for pair in zip(*orders, strict=False) for name in pair]
+
+
+def enough_images() -> list[str]:
+    """Return the classes with enough held-out images to choose by and report on."""
+    held = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"].to_pylist()
+    return [name for name, count in Counter(held).items() if count >= LEAST_IMAGES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--counts", type=int, nargs="*", default=[10, 50, 100])
+    parser.add_argument("--requests", type=int, help="so many, one after another, instead")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    options = parser.parse_args()
+    order = drawn(options.seed)
+    counts = sorted({min(count, len(order)) for count in options.counts})
+    names = order[: options.requests or counts[-1]]
+    folder = options.store or Path(tempfile.mkdtemp())
+    print(f"# seed {options.seed}: {', '.join(names)}", flush=True)
+    excluded = tuple(order[: max(EXCLUDED, len(names))])
+    bench = Bench(folder, tuple(names), excluded, tuple(options.layers))
+    try:
+        in_turn(bench) if options.requests else together(bench, counts, jointly=options.joint)
+    except SlsguError as error:
+        raise SystemExit(f"{error.message}; {error.hint}") from error
+
+
+if __name__ == "__main__":
+    main()
