@@ -280,3 +280,13 @@ def test_the_command_prints_what_became_of_the_earlier_concept(after, tmp_path):
     said = json.loads(done.stdout)
     assert said["earlier"]["edits"]["blue"]["after"]["top1"] == 0
     assert [*said["accuracy"][0]] == ["figure", "original", "before", "after"]
+
+
+def test_its_page_tells_what_it_stands_on_and_how_to_repeat_it(after, tmp_path):
+    world = after[0].copied(tmp_path / "store")
+    page = tmp_path / "red.html"
+    done = inside("report", "red", "--out", str(page), store=world.store.root)
+    assert done.exit_code == 0, done.stderr
+    said = page.read_text()
+    assert "Stands on the edits" in said
+    assert "--after blue" in said and "slsgu apply blue red --out without-red" in said
