@@ -41,6 +41,10 @@ CLIP_STEPS = 7
 CLOSE = 0.1
 # The parts of the reserve that are tried one after another, while others lose too much.
 PARTS = (1.0, 0.5, 0.25)
+# In place of a part, where the shortest sufficient step costs others too much already.
+NO_ROOM = -1.0
+# Trials to find the longest step that does not.
+SHORTENINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class SteerResult:
     reused: int
     edit: str
     figures: TargetFigures
+    max_loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +258,8 @@ class TargetSearch(StepSearch[TargetTrial]):
     def lengthen(self, move: TargetMove) -> bool:
         """Go on from the shortest sufficient step by as much of the reserve as others allow.
 
-        Returns whether that is all of it, and they lose nothing.
+        Where that step itself costs them too much, go back to one that does not. Returns
+        whether it is all of the reserve, and others lose nothing.
         """
         enough = self.shortest(move.line)
         if enough is None:
@@ -265,21 +271,41 @@ class TargetSearch(StepSearch[TargetTrial]):
                 break
         else:
             part, trial = 0.0, self.with_others(self.trial(move, enough))
+        if self.lost(trial) > self.options.max_loss:
+            part, trial = NO_ROOM, self.shorten(move, enough)
         self.path.append((move.line, trial.step))
         self.lengthened.append(((move.line, trial.step), part))
         return part == 1 and self.lost(trial) == 0
 
+    def shorten(self, move: TargetMove, enough: float) -> TargetTrial:
+        """Return the longest step tried before a sufficient one that others can bear.
+
+        Where they can bear none that was tried, the shortest of these.
+        """
+        whole = replace(move, goal=None)
+        low, high, longest = 0.0, enough, None
+        for _ in range(SHORTENINGS):
+            trial = self.with_others(self.trial(whole, (low + high) / 2))
+            if self.lost(trial) <= self.options.max_loss:
+                low, longest = trial.step, trial
+            else:
+                high = trial.step
+        return longest or trial
+
     def choose(self) -> TargetTrial:
         """Return the lengthened step by which others lose least, of those with all of the reserve.
 
-        Where no layer has that, it is of those with most of it; where no step reaches the goal,
-        the one that leaves least of the concept. Of equals, the most important layer's.
+        Where no layer has that, it is of those with most of it; where others can bear no step
+        that reaches the goal, or none does, the one that leaves least of the concept. Of
+        equals, the most important layer's.
         """
         if not self.lengthened:
             path = [self.trials[key] for key in self.path]
             return self.with_others(min(path, key=lambda trial: trial.concept.percent or 0.0))
         most = max(part for _, part in self.lengthened)
         best = [self.trials[key] for key, part in self.lengthened if part == most]
+        if most == NO_ROOM:
+            return min(best, key=lambda trial: self.left_to_forget(trial))
         return min(best, key=self.lost)
 
     def with_others(self, trial: TargetTrial) -> TargetTrial:
@@ -340,7 +366,9 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
         best = run.run(moves, starts)
         figures = run.figures(best, plan.subject)
         edit = _write_edit(store, plan, run, best, figures)
-    return SteerResult(run.record, best, run.reaches(best), len(record.trials), edit, figures)
+    return SteerResult(
+        run.record, best, run.reaches(best), len(record.trials), edit, figures, options.max_loss
+    )
 
 
 def require_reached(result: SteerResult) -> None:
@@ -349,9 +377,11 @@ def require_reached(result: SteerResult) -> None:
         return
     left = result.chosen.concept
     raise NotForgottenError(
-        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target}: the best "
-        f"leaves the concept recognised in {left.count} of the {left.total} searched by",
-        hint="the trials and this edit are kept; try more --steps, --top or another --layer",
+        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target} and costs "
+        f"others at most {result.max_loss:g} points: the best leaves the concept recognised in "
+        f"{left.count} of the {left.total} searched by",
+        hint="the trials and this edit are kept; try more --steps, --top, another --layer or a "
+        "larger --max-loss",
     )
 
 

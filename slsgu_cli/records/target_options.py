@@ -101,7 +101,8 @@ class SteerOptions:
 
     `full` measures what every trial keeps, not only the steps that may win. `goal` is the
     unlearning accuracy to reach, in percent. A layer's step is `reserve` times the shortest
-    that reaches it, or less where others would lose more than `max_loss`. The first of
+    that reaches it, or less where others would lose more than `max_loss`, even if the goal
+    is missed by that. The first of
     `judges` is searched by, the set's CLIP by default; figures are by each. `gradient_of` is
     CLIP's loss or, of a LLaVA, its own.
     """
@@ -126,7 +127,7 @@ class SteerOptions:
     reserve: float = reserve_option(TARGET_RESERVE)
     max_loss: float = option(
         MAX_LOSS, "--max-loss", min=0.0, panel=SEARCH, metavar="POINTS",
-        help="Points that others may lose; a reserve that costs more is cut.",
+        help="Points that others may lose; a step that costs more is shortened.",
     )  # fmt: skip
     steps: int = option(10, "--steps", min=1, help="Trials a layer at most.", panel=SEARCH)
     full: bool = option(

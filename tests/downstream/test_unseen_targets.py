@@ -18,9 +18,9 @@ from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.downstream.models import Llava, Pipeline
-from slsgu_cli.downstream.search import PARTS, search_target
+from slsgu_cli.downstream.search import PARTS, require_reached, search_target
 from slsgu_cli.downstream.subjects import AskedSubject, Questions
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.figures import Share, TargetFigures
 from slsgu_cli.records.method import Direction
@@ -131,17 +131,30 @@ def test_a_step_has_its_reserve_beyond_the_shortest_that_reaches_the_goal(sd, wo
     assert short < SEARCHED_UP_TO <= shortest <= short / 0.9
 
 
-@pytest.mark.parametrize("others", [0.7, 0.6, 0.5])
+@pytest.mark.parametrize("others", [0.7, 0.6])
 def test_a_reserve_is_cut_where_others_would_lose_too_much(sd, world, others):
     sd(lambda job, name: lasts(job, name, others))
     options = replace(sd.options, top=1)
     result = search_target(world.store, "blue", options=options)
     enough = min((t for t in result.trials.trials if t.concept.count == 0), key=lambda t: t.step)
-    parts = [part for part in PARTS if enough.share * (1 + 0.5 * part) < others] or [0.0]
+    parts = [part for part in PARTS if enough.share * (1 + 0.5 * part) < others]
     assert result.chosen.step == pytest.approx(enough.step * (1 + 0.5 * parts[0]))
-    assert parts[0] < 1 and (result.chosen.others.count == 8) is (others > 0.5)
+    assert parts[0] < 1 and result.chosen.others.count == 8
     whole = search_target(world.store, "blue", options=replace(options, max_loss=100))
     assert whole.chosen.step == pytest.approx(1.5 * enough.step)
+
+
+def test_others_come_first_where_no_step_that_reaches_the_goal_spares_them(sd, world):
+    sd(lambda job, name: lasts(job, name, 0.5))
+    options = replace(sd.options, top=1)
+    result = search_target(world.store, "blue", options=options)
+    borne = [t for t in result.trials.trials if t.others and t.others.count == 8]
+    assert result.chosen == max(borne, key=lambda trial: trial.step)
+    assert 0.4 < result.chosen.share < 0.5
+    with pytest.raises(NotForgottenError, match="costs others at most 5 points"):
+        require_reached(result)
+    whole = search_target(world.store, "blue", options=replace(options, max_loss=100))
+    assert whole.forgotten and whole.chosen.others.count == 0
 
 
 def test_a_search_ends_with_a_layer_by_which_others_lose_nothing(sd, world):
