@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from slsgu_cli.checkpoints.edits import SUFFIX
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.html import (
     Child,
@@ -144,6 +145,44 @@ def _harm(edit: EditHeader) -> Html | None:
         )
     ]
     return element("details", element("summary", "What single classes lost"), *tables)
+
+
+def on_targets(records: SetRecords) -> list[Section]:
+    """Show what each edit did to the model built on CLIP that its search was steered on."""
+    return [
+        section(f"On {evidence.path.rpartition('@')[2].removesuffix(SUFFIX)}", evidence, _on_target)
+        for evidence in records.on_targets.values()
+    ]
+
+
+def _on_target(edit: EditHeader) -> Html:
+    figures = edit.target
+    if figures is None:
+        return paragraph("The edit carries no figures of its target.")
+    rows: list[tuple[Child, ...]] = []
+    for by in figures.by_judge:
+        for figure, was, now in (
+            ("UA", _rest(by.before.concept), _rest(by.after.concept)),
+            ("IRA", by.before.others, by.after.others),
+        ):
+            before, after = was.percent or 0.0, now.percent or 0.0
+            cells = percent(before), percent(after), change(after - before)
+            rows.append((by.judge, figure, *cells, count(now.total), interval(now)))
+    heads = (Head("judged by", False), Head("figure", False), Head("original"), Head("edited"),
+             Head("change, points"), Head("of"), Head("95% interval, edited"))  # fmt: skip
+    unseen = "that chose nothing" if figures.unseen else "which the edit was chosen by"
+    caption = f"What {figures.target} shows, on prompts or images {unseen}"
+    meaning = paragraph(
+        "The search did not reach its goal. " if edit.forgotten is False else None,
+        f"The edit moves {known_as(edit.layer)}. UA: how much of what should show the concept is "
+        "not taken for it. IRA: how much of everything else is taken for what it is.",
+        class_="quiet",
+    )
+    return joined((table(heads, rows, caption=caption), meaning))
+
+
+def _rest(share: Share) -> Share:
+    return Share(share.total - share.count, share.total)
 
 
 def _row(

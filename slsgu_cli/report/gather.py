@@ -86,6 +86,7 @@ class SetRecords:
     ranking: Evidence[Ranking]
     trials: Evidence[Trials]
     edit: Evidence[EditHeader]
+    on_targets: dict[str, Evidence[EditHeader]]
     trajectory: Evidence[Trials]
     joint: dict[str, Evidence[JointSearch]]
     sweeps: dict[str, Evidence[Sweep]]
@@ -97,7 +98,13 @@ class SetRecords:
     def evidence(self) -> list[Evidence[Any]]:
         """Return every record in the order in which one is made from another."""
         records: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
-        records += [self.edit, self.trajectory, *self.joint.values(), *self.sweeps.values()]
+        records += [
+            self.edit,
+            *self.on_targets.values(),
+            self.trajectory,
+            *self.joint.values(),
+            *self.sweeps.values(),
+        ]
         return [*records, self.verification, self.comparison]
 
 
@@ -119,6 +126,11 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
         ranking=_evidence(catalog, Artifact.RANKING, name),
         trials=_evidence(catalog, Artifact.TRIALS, name),
         edit=edit,
+        on_targets={
+            label: _evidence(catalog, Artifact.EDIT, label, f" {label}")
+            for label, header in sorted(catalog.readable(Artifact.EDIT).items())
+            if header.target and label.startswith(f"{name}@")
+        },
         trajectory=_evidence(catalog, Artifact.TRAJECTORY, name),
         joint={
             label: _evidence(catalog, Artifact.JOINT, label, f" {label}")

@@ -74,6 +74,7 @@ def all_sections(records: SetRecords, images: Sequence[Section], store: str) -> 
         effect.result(records),
         edit_sections.request(records),
         *images,
+        *effect.on_targets(records),
         study_sections.verification(records),
         edit_sections.front(records),
         edit_sections.search(records),

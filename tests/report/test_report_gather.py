@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -6,13 +7,15 @@ import numpy as np
 import pytest
 from checkpoints import DTYPES, save, state
 from edit_headers import edit
-from reports import NAME, fill, fill_comparison, fill_verification
+from reports import NAME, fill, fill_comparison, fill_verification, sections
 
 from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.tensor_file import PRECISION
 from slsgu_cli.checkpoints.weights import layer_digest, read_layer
 from slsgu_cli.errors import MissingError
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
 from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.report.gather import edit_facts, gather
@@ -93,3 +96,27 @@ def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
     assert facts.before[precision] == layer_digest(read_layer(path, layer), "fp32")
     assert facts.after[precision] == layer_digest(read_layer(out, layer), "fp32")
     assert facts.changed == facts.values == original.size
+
+
+def test_an_edit_that_was_steered_on_a_target_has_its_figures_by_each_judge(store):
+    before, after = (
+        Effect(Share(18, 20), Share(57, 60)),
+        Effect(Share(1, 20), Share(54, 60)),
+    )
+    kind = TargetFigures(
+        target="models/sd", fingerprint="", before=before, after=after, judge="one",
+        unseen=True, further=(JudgeFigures("another", before, after),),
+    )  # fmt: skip
+    own = load_edit(store, NAME)
+    header = replace(own.header, name=f"{NAME}@sd", target=kind, forgotten=False)
+    write_edit(store, replace(own, header=header))
+    records, shown = sections(store)
+    assert list(records.on_targets) == [f"{NAME}@sd"]
+    (one,) = [section for section in shown if section.title == "On sd"]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", str(one.content), re.DOTALL)
+    told = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
+    assert told[1][:6] == ["one", "UA", "10.00%", "95.00%", "+85.00", "20"]
+    assert told[2][:6] == ["one", "IRA", "95.00%", "90.00%", "−5.00", "60"]
+    assert [row[0] for row in told[3:]] == ["another", "another"]
+    assert "prompts or images that chose nothing" in str(one.content)
+    assert "did not reach its goal" in str(one.content)
