@@ -43,7 +43,9 @@ def test_each_finds_what_it_finds_alone(budget, several_world, apart, tmp_path, 
     assert [result.trials.name for result in results] == list(NAMES)
     for result in results:
         single = singles[result.trials.name]
-        assert result.chosen == single.chosen
+        # Sums of fewer rows at a time differ in their last digits.
+        assert result.chosen.expected == pytest.approx(single.chosen.expected, abs=1e-4)
+        assert replace(result.chosen, expected=None) == replace(single.chosen, expected=None)
         assert result.trials.baseline_utility == single.trials.baseline_utility
         for one, other in zip(result.trials.trials, single.trials.trials, strict=True):
             assert (one.layer, one.step, one.forget) == (other.layer, other.step, other.forget)
