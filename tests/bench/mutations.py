@@ -79,8 +79,8 @@ MUTATIONS = r"""
 - return ["|".join([*group, ENTITY]) for group in groups]
 + return ["|".join(group) for group in groups]
 # edits
-- before = max((edit.before() for edit in self.edits)
-+ before = min((edit.before() for edit in self.edits)
+- return max((edit.before() for edit in edits)
++ return min((edit.before() for edit in edits)
 - if not math.isfinite(share):
 + if math.isnan(share):
 - made_for.get(coarse) == made_for.get("fp32") == layer_digest(values, coarse)
