@@ -66,6 +66,11 @@ class Bench:
     names: tuple[str, ...]
     excluded: tuple[str, ...]
     layers: tuple[str, ...]
+    ridge: float | None = None
+
+    def part(self, searched: str) -> str:
+        """Return what edits are kept as by how they were searched: those of a ridge apart."""
+        return searched if self.ridge is None else f"{searched}-{self.ridge:g}"
 
     @property
     def store(self) -> Store:
@@ -123,21 +128,22 @@ class Bench:
 
     def singles(self, names: Sequence[str]) -> float:
         """Search each concept by itself, those that are not done; return the seconds of all."""
-        waiting = [name for name in names if self.done(f"single-{name}") is None]
+        part = self.part("single")
+        waiting = [name for name in names if self.done(f"{part}-{name}") is None]
         start = time.perf_counter()
         for result in search_each(self.store, waiting, options=self.search_options):
             name = result.trials.name
-            self.keep("single", name)
-            self.took(f"single-{name}", time.perf_counter() - start)
+            self.keep(part, name)
+            self.took(f"{part}-{name}", time.perf_counter() - start)
             start = time.perf_counter()
             if not result.forgotten:
                 print(f"# no step forgets {name} alone", flush=True)
-        return sum(self.done(f"single-{name}") or 0.0 for name in names)
+        return sum(self.done(f"{part}-{name}") or 0.0 for name in names)
 
     @property
     def search_options(self) -> SearchOptions:
         """How each concept of many is searched."""
-        return SearchOptions(layers=self.layers, direction=Direction.WHITENED)
+        return SearchOptions(layers=self.layers, direction=Direction.WHITENED, ridge=self.ridge)
 
     def joint(self, names: Sequence[str]) -> None:
         """Search for edits that forget all of some concepts, and keep a copy of them."""
@@ -145,7 +151,7 @@ class Bench:
         if not result.forgotten:
             print(f"# the joint search of {len(names)} does not forget all", flush=True)
         for name in names:
-            self.keep(f"joint-{len(names)}", name)
+            self.keep(self.part(f"joint-{len(names)}"), name)
 
     def after(self, name: str, earlier: Sequence[str]) -> float:
         """Search a concept on top of earlier ones, unless that is done; return the seconds."""
@@ -213,10 +219,11 @@ def together(bench: Bench, counts: Sequence[int], *, jointly: bool) -> None:
         names = bench.names[:count]
         stages = {stage: seconds * count / len(bench.names) for stage, seconds in before.items()}
         stages["search"] = bench.singles(names)
-        show(bench, "sum", "single", names, original, sum(stages.values()))
+        show(bench, "sum", bench.part("single"), names, original, sum(stages.values()))
         if jointly:
-            stages["joint"] = bench.timed(f"joint-{count}", partial(bench.joint, names))
-            show(bench, "joint", f"joint-{count}", names, original, sum(stages.values()))
+            part = bench.part(f"joint-{count}")
+            stages["joint"] = bench.timed(part, partial(bench.joint, names))
+            show(bench, "joint", part, names, original, sum(stages.values()))
         told = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items())
         print(f"# seconds of {count}: {told}", flush=True)
 
@@ -277,6 +284,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="so many, one after another, instead")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--ridge", type=float, help="of whitening, by default that of `rank`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
     options = parser.parse_args()
@@ -286,7 +294,7 @@ def main() -> None:
     folder = options.store or Path(tempfile.mkdtemp())
     print(f"# seed {options.seed}: {', '.join(names)}", flush=True)
     excluded = tuple(order[: max(EXCLUDED, len(names))])
-    bench = Bench(folder, tuple(names), excluded, tuple(options.layers))
+    bench = Bench(folder, tuple(names), excluded, tuple(options.layers), options.ridge)
     try:
         in_turn(bench) if options.requests else together(bench, counts, jointly=options.joint)
     except SlsguError as error:
