@@ -227,7 +227,7 @@ def by_nearness(
 def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[ClassLoss]:
     """Return what each class that has images lost, the largest loss first, ties by name.
 
-    `before` and `after` are the ranks of the true class of the group's images.
+    `before` and `after` are whether, or how likely, each of the group's images is a hit.
     """
     labels, classes = group.images.labels, len(group.names)
     was, rows = class_accuracies(before, labels, classes)

@@ -60,14 +60,14 @@ def accuracies(ranks: Tensor) -> tuple[float, float]:
     return hits[0], hits[1]
 
 
-def class_accuracies(ranks: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def class_accuracies(hits: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Return each class's top-1 accuracy in percent, NaN without rows, and how many rows it has.
 
-    `ranks` and `labels` are (rows,); both results (classes,), the accuracies in fp64.
+    `hits` are whether, or how likely, each row is one; they and `labels` are (rows,), both
+    results (classes,), the accuracies in fp64.
     """
     rows = torch.bincount(labels, minlength=classes)
-    hits = torch.bincount(labels[ranks == 0], minlength=classes)
-    return 100 * hits.double() / rows, rows
+    return 100 * torch.bincount(labels, weights=hits.double(), minlength=classes) / rows, rows
 
 
 def class_means(features: Tensor, owners: Tensor, classes: int) -> Tensor:

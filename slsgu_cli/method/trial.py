@@ -127,7 +127,8 @@ class Probe:
 class Kept:
     """What a step keeps: the accuracy on each evaluation set, and the class that lost most.
 
-    Of classes, those with at least LEAST_ROWS count. `expected` is as a trial has it.
+    Of classes, those with at least LEAST_ROWS count, by what like images lose. `expected` is
+    as a trial has it.
     """
 
     utility: dict[str, Accuracy]
@@ -156,7 +157,7 @@ class UtilityMeter:
     keep: Keep = Keep.EXPECTED
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
     _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _base_ranks: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def measure(self, probe: Probe, step: float, *, beat: float) -> Kept | None:
         """Return what a step keeps; None once it must stay under `beat`, in percent."""
@@ -170,17 +171,17 @@ class UtilityMeter:
                 ranks, leads = seen, self._lead
             else:
                 return None
+        hits = {name: self._hits(name, each) for name, each in leads.items()}
         losses = [
             loss
             for name, group in groups.items()
-            for loss in class_losses(group, self._base_ranks[name], ranks[name])
+            for loss in class_losses(group, self._base_hits[name], hits[name])
             if loss.rows >= LEAST_ROWS
         ]
-        expected = [float(self._hits(name, lead).mean()) for name, lead in leads.items()]
         return Kept(
             {name: groups[name].accuracy_of(each) for name, each in ranks.items()},
             max(losses, key=lambda loss: loss.lost, default=None),
-            100 * sum(expected) / len(expected),
+            100 * sum(float(each.mean()) for each in hits.values()) / len(hits),
         )
 
     def _look_at_original(self) -> None:
@@ -188,7 +189,7 @@ class UtilityMeter:
             logits = group.images.features @ group.prompts.embeddings.T
             self._lead[name] = leads = margins(logits, group.images.labels)
             self._spread[name] = (SPREAD * leads.double().std(correction=0)).clamp(min=1e-6)
-            self._base_ranks[name] = group.base_ranks()
+            self._base_hits[name] = self._hits(name, leads)
 
     def _hits(self, name: str, leads: Tensor) -> Tensor:
         return expected_hits(leads, self._spread[name])
@@ -396,7 +397,7 @@ def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None
     losses = {
         (name, loss.name): loss
         for name, group in evaluation.utility.items()
-        for loss in class_losses(group, before[name], after[name])
+        for loss in class_losses(group, before[name] == 0, after[name] == 0)
     }
     named = [(name, groups[name].names[i]) for _, name, i in nearness]
     nearest = [losses[key] for key in named if key in losses]

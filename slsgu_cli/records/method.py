@@ -256,8 +256,8 @@ class Trial:
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
-    lost most among those with enough rows to tell, and `expected`, the TA@1 in percent that
-    images like those of the sets would have, as a mean over the sets.
+    lost most of what is expected, of those with enough rows, and `expected`, the TA@1 in
+    percent that images like those of the sets would have, as a mean over the sets.
     """
 
     layer: str

@@ -324,7 +324,7 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
     known = {}
     for name, group in model.groups().items():
         accuracies, rows = class_accuracies(
-            group.base_ranks(), group.images.labels, len(group.names)
+            group.base_ranks() == 0, group.images.labels, len(group.names)
         )
         known[name] = tuple(
             KnownClass(group.names[i], int(rows[i]), float(accuracies[i]), cosine)

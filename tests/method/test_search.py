@@ -81,6 +81,8 @@ def test_search_is_the_plain_search(keep, steer, budget, world, plain):
     assert_same_search(result, reference, steer=steer)
     expected = reference[1][2].expected(plain.original)
     assert result.chosen.expected == pytest.approx(expected, abs=1e-3)
+    lost = reference[1][2].largest_loss(plain.original)
+    assert result.chosen.worst.lost == pytest.approx(lost, abs=1e-2)
     # Utility is spared where a step cannot win: else this would show nothing about sparing.
     least = reference[1][2].forget[steer is Steer.FA5]
     for trial in result.trials.trials:

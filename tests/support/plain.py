@@ -13,7 +13,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.method.trial import SPREAD
+from slsgu_cli.method.trial import LEAST_ROWS, SPREAD
 from slsgu_cli.records.method import Keep, Steer
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
@@ -23,24 +23,38 @@ from slsgu_cli.store.blocks import DataBlock
 class Figures:
     """Accuracies in percent as (top-1, top-5): of the concept, and of each evaluation set.
 
-    `margins` are those of the true class of each set's images.
+    `margins` are those of the true class of each set's images, `labels` say which that is.
     """
 
     forget: tuple[float, float]
     utility: dict[str, tuple[float, float]]
     margins: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
 
     def mean(self) -> float:
         return sum(top1 for top1, _ in self.utility.values()) / len(self.utility)
 
     def expected(self, original: "Figures") -> float:
         """Return the TA@1 expected of like images, each with a normal error of its margin."""
-        means = []
+        means = [100 * np.mean(hits) for hits in self._hits(original).values()]
+        return float(np.mean(means))
+
+    def largest_loss(self, original: "Figures") -> float:
+        """Return what the class lost that lost most of it, of classes with enough images."""
+        before, after = original._hits(original), self._hits(original)
+        return max(
+            100 * (np.mean(before[name][labels == each]) - np.mean(after[name][labels == each]))
+            for name, labels in self.labels.items()
+            for each in set(labels)
+            if (labels == each).sum() >= LEAST_ROWS
+        )
+
+    def _hits(self, original: "Figures") -> dict[str, np.ndarray]:
+        hits = {}
         for name, margins in self.margins.items():
             spread = SPREAD * np.std(original.margins[name])
-            hits = [(1 + erf(margin / spread / sqrt(2))) / 2 for margin in margins]
-            means.append(100 * np.mean(hits))
-        return float(np.mean(means))
+            hits[name] = np.array([(1 + erf(m / spread / sqrt(2))) / 2 for m in margins])
+        return hits
 
 
 @dataclass
@@ -68,7 +82,7 @@ class Plain:
     def figures(self) -> Figures:
         """Classify every image as the model is now."""
         concept = self.manifest.concept
-        utility, margins, forget = {}, {}, None
+        utility, margins, others, forget = {}, {}, {}, None
         for name, block in self.blocks.items():
             labels = block.labels
             logits = self._logits(block, block.class_names, block)
@@ -79,13 +93,14 @@ class Plain:
                 forget = accuracy(ranks[shows])
             utility[name] = accuracy(ranks[~shows])
             margins[name] = margins_of(logits, labels)[~shows]
+            others[name] = np.asarray(labels)[~shows]
         if forget is None:
             first = next(iter(self.blocks.values()))
             block = DataBlock.open(self.world.store, self.manifest.forget)
             names = [*first.class_names, concept]
             labels = np.full(block.rows, len(names) - 1)
             forget = accuracy(ranks_of(self._logits(block, names, first), labels))
-        return Figures(forget, utility, margins)
+        return Figures(forget, utility, margins, others)
 
     @cached_property
     def original(self) -> Figures:
