@@ -43,7 +43,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search, search_each
 from slsgu_cli.method.trial import UNMOVED
-from slsgu_cli.records.method import Accuracy, Direction
+from slsgu_cli.records.method import Accuracy, Direction, Steer
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets
@@ -65,12 +65,15 @@ class Bench:
     folder: Path
     names: tuple[str, ...]
     excluded: tuple[str, ...]
-    layers: tuple[str, ...]
-    ridge: float | None = None
+    options: SearchOptions
 
     def part(self, searched: str) -> str:
-        """Return what edits are kept as by how they were searched: those of a ridge apart."""
-        return searched if self.ridge is None else f"{searched}-{self.ridge:g}"
+        """Return what edits are kept as, those of each way to search apart from others."""
+        usual = SearchOptions()
+        ridge = "" if self.options.ridge is None else f"-{self.options.ridge:g}"
+        steer = "" if self.options.steer is usual.steer else f"-{self.options.steer}"
+        reserve = "" if self.options.reserve == usual.reserve else f"-x{self.options.reserve:g}"
+        return f"{searched}{ridge}{steer}{reserve}"
 
     @property
     def store(self) -> Store:
@@ -131,7 +134,7 @@ class Bench:
         part = self.part("single")
         waiting = [name for name in names if self.done(f"{part}-{name}") is None]
         start = time.perf_counter()
-        for result in search_each(self.store, waiting, options=self.search_options):
+        for result in search_each(self.store, waiting, options=self.options):
             name = result.trials.name
             self.keep(part, name)
             self.took(f"{part}-{name}", time.perf_counter() - start)
@@ -140,14 +143,9 @@ class Bench:
                 print(f"# no step forgets {name} alone", flush=True)
         return sum(self.done(f"{part}-{name}") or 0.0 for name in names)
 
-    @property
-    def search_options(self) -> SearchOptions:
-        """How each concept of many is searched."""
-        return SearchOptions(layers=self.layers, direction=Direction.WHITENED, ridge=self.ridge)
-
     def joint(self, names: Sequence[str]) -> None:
         """Search for edits that forget all of some concepts, and keep a copy of them."""
-        result = joint_search(self.store, names, options=self.search_options)
+        result = joint_search(self.store, names, options=self.options)
         if not result.forgotten:
             print(f"# the joint search of {len(names)} does not forget all", flush=True)
         for name in names:
@@ -285,6 +283,8 @@ def main() -> None:
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--ridge", type=float, help="of whitening, by default that of `rank`")
+    parser.add_argument("--steer", type=Steer, default=SearchOptions().steer)
+    parser.add_argument("--reserve", type=float, default=SearchOptions().reserve)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
     options = parser.parse_args()
@@ -294,7 +294,11 @@ def main() -> None:
     folder = options.store or Path(tempfile.mkdtemp())
     print(f"# seed {options.seed}: {', '.join(names)}", flush=True)
     excluded = tuple(order[: max(EXCLUDED, len(names))])
-    bench = Bench(folder, tuple(names), excluded, tuple(options.layers), options.ridge)
+    how = SearchOptions(
+        layers=options.layers, direction=Direction.WHITENED, ridge=options.ridge,
+        steer=options.steer, reserve=options.reserve,
+    )  # fmt: skip
+    bench = Bench(folder, tuple(names), excluded, how)
     try:
         in_turn(bench) if options.requests else together(bench, counts, jointly=options.joint)
     except SlsguError as error:
