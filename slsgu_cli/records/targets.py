@@ -143,7 +143,7 @@ class Budget:
         20, "--images", min=1, help="Images of the concept a trial.", panel=GENERATION
     )
     others: int = option(
-        40, "--others", min=1, help="Images of other classes a trial.", panel=GENERATION
+        100, "--others", min=1, help="Images of other classes a trial.", panel=GENERATION
     )
     seed: int = option(0, "--seed", help="Seed of the images.", panel=GENERATION)
     questions: tuple[str, ...] = option(
@@ -161,7 +161,7 @@ class ReportBudget:
         40, "--report-images", min=1, help="Images of the concept for figures.", panel=GENERATION
     )
     others: int = option(
-        60, "--report-others", min=1, help="Images of other classes for figures.",
+        100, "--report-others", min=1, help="Images of other classes for figures.",
         panel=GENERATION,
     )  # fmt: skip
 
