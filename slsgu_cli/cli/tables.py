@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.filesize import decimal
-
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Report, Share
@@ -282,7 +280,7 @@ def applied(console: "Console", result: "AppliedResult") -> None:
         Column("layer", shown=known_as),
         "dtype",
         Column("relative change", shown=lambda share: f"{100 * share:.3g}%", label="moved by"),
-        Column("bytes", shown=decimal, label="size"),
+        Column("bytes", shown=_size, label="size"),
     )
     console.table("applied", columns, rows, title=title, data=result)
     if result.model and not result.dry_run:
@@ -351,7 +349,7 @@ def listing(console: "Console", entries: "Sequence[Entry]") -> None:
     columns = (
         Column("kind"),
         Column("name", shown=_artifact),
-        Column("bytes", shown=decimal, label="size"),
+        Column("bytes", shown=_size, label="size"),
         Column("state"),
         Column("reason", on_terminal=False),
         Column("made from"),
@@ -363,3 +361,9 @@ def _origin(console: "Console", entry: "Entry") -> str:
     # On a terminal there is no room for the reasons in a column of their own.
     reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
     return reason + entry.summary()
+
+
+def _size(count: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(count)
