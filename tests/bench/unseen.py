@@ -2,7 +2,7 @@
 
     python tests/bench/unseen.py                       # 16 concepts drawn by seed 0
     python tests/bench/unseen.py --concepts all --store unseen-store
-    python tests/bench/unseen.py --ways default paper  # of default, short, long, paper
+    python tests/bench/unseen.py --ways default paper  # of default, short, long, count, paper
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images,
 as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
@@ -28,7 +28,7 @@ from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.method import EditHeader, Keep
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
@@ -39,6 +39,7 @@ WAYS = {
     "default": SearchOptions(),
     "short": SearchOptions(reserve=1.0),
     "long": SearchOptions(reserve=1.5),
+    "count": SearchOptions(keep=Keep.TA1),
     "paper": SearchOptions(paper=True),
 }
 
@@ -96,7 +97,7 @@ def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeade
     done = folder / way / f"{name}.seconds"
     if not done.exists():
         trials = Store(str(folder / "default")).where(Artifact.TRIALS.path(name))
-        if way in ("short", "long") and Path(trials).exists():
+        if way in ("short", "long", "count") and Path(trials).exists():
             records.write_bytes(Artifact.TRIALS.path(name), Path(trials).read_bytes())
         start = time.perf_counter()
         search(store, name, options=WAYS[way], records=records)
