@@ -1,4 +1,3 @@
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -32,12 +31,12 @@ def test_every_artifact_has_a_place_of_its_own():
     assert len(set(places)) == len(places)
 
 
-def test_the_table_names_fields_that_its_records_have():
+def test_the_table_names_what_its_records_have():
     for row in artifacts.TABLE.values():
-        fields = {field.name for field in dataclasses.fields(row.record)} if row.record else set()
-        assert {*row.digests, *row.options, *row.rows} <= fields
+        for name in (*row.digests, *row.options, *row.rows):
+            assert hasattr(row.record, name), name
         assert not row.record or callable(row.record.about)
-        assert not row.needs or "name" in fields
+        assert not row.needs or hasattr(row.record, "name")
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
