@@ -136,6 +136,11 @@ def load_edit(store: Store, name_or_path: str) -> Edit:
     )
 
 
+def edit_digests(edits: Iterable[Edit]) -> dict[str, str]:
+    """Return the digests of the headers of edits, by name."""
+    return {edit.header.name: digest(edit.header) for edit in edits}
+
+
 def earlier_edits(store: Store, edits: Sequence[Edit]) -> list[Edit]:
     """Return the edits of a store that some stand on, those among them left out, by name.
 

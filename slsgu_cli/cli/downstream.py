@@ -7,7 +7,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
-from slsgu_cli.records.figures import JudgeFigures, Share
+from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.target_options import (
     AskRequest,
     CanvasRequest,
@@ -72,9 +72,8 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
     rows: list[tuple[str | float | None, ...]] = []
     for by in judged:
         before, after = by.before, by.after
-        gone = Share(after.concept.total - after.concept.count, after.concept.total)
         for name, first, second, share in (
-            ("UA", before.ua, after.ua, gone),
+            ("UA", before.ua, after.ua, after.unlearned),
             ("IRA", before.ira, after.ira, after.others),
         ):
             change = None if first is None or second is None else second - first
@@ -169,9 +168,8 @@ def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
 
 
 def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, bool, float]:
-    left = trial.concept.percent or 0.0
-    enough = 100 - left >= goal
-    return trial != chosen, not enough, trial.step if enough else left
+    enough = meets(goal, trial.concept)
+    return trial != chosen, not enough, trial.step if enough else trial.concept.percent or 0.0
 
 
 def show_answer_set(console: "Console", answer_set: AnswerSet) -> None:

@@ -40,16 +40,21 @@ def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(torch.isfinite(logits).all(dim=1), ranks, max(logits.shape[1], TOP))
 
 
-def least_gap(logits: Tensor, labels: Tensor) -> float:
-    """Return by how much the name stays below the fifth best other, where it comes closest.
+def gaps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each row by how much the true class stays below the fifth best other.
 
-    Positive exactly if no row has the true class among its first five, ties aside. Of
-    fewer than five others, the least counts.
+    Positive exactly if it is not among the row's first five, ties aside. Of fewer than five
+    others, the least counts.
     """
     truth = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, labels.unsqueeze(1), float("-inf"))
     fifth = others.topk(min(TOP, logits.shape[1] - 1), dim=1).values[:, -1]
-    return float((fifth - truth).min())
+    return fifth - truth
+
+
+def least_gap(logits: Tensor, labels: Tensor) -> float:
+    """Return by how much the name stays below the fifth best other, where it comes closest."""
+    return float(gaps(logits, labels).min())
 
 
 def accuracies(ranks: Tensor) -> tuple[float, float]:

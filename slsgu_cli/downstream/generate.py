@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
 from slsgu_cli.downstream.judge import (
     Classes,
@@ -33,7 +33,6 @@ from slsgu_cli.figures.pictures import (
     sheet_html,
     sheet_png,
 )
-from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.target_options import AskRequest, GenerateRequest
@@ -230,7 +229,7 @@ def _record(
         name=edits[0].header.name,
         concept=concepts[0],
         target=str(request.target),
-        edits={edit.header.name: digest(edit.header) for edit in edits},
+        edits=edit_digests(edits),
         seeds=tuple(request.seeds),
         paint=request.paint,
         prompts=tuple(
@@ -335,7 +334,7 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
         name=header.name,
         concept=header.concept,
         target=str(request.target),
-        edits={edit.header.name: digest(edit.header) for edit in edits},
+        edits=edit_digests(edits),
         answers=tuple(
             Answer(name, question.text, before, after)
             for name, question, before, after in zip(names, questions, *said, strict=True)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.checkpoints.edits import edit_digests, load_edit
 from slsgu_cli.downstream.judge import Judge, judge_specs, png_bytes
 from slsgu_cli.downstream.models import (
     ImageJob,
@@ -144,7 +144,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     place = Store(str(request.out))
     cells = [_Cell(*cell) for cell in itertools.product(themes, objects, request.seeds)]
     made_from = {
-        "edits": {edit.header.name: digest(edit.header) for edit in edits},
+        "edits": edit_digests(edits),
         "target": str(request.target),
         "paint": request.paint,
     }

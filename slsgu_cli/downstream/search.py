@@ -21,13 +21,13 @@ from slsgu_cli.clip.models import pick_device, tokenizer
 from slsgu_cli.downstream.directions import TargetMove, by_gain, moves_of
 from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
-from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject, meets
+from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.search import Key, Move, StepSearch, bisection
 from slsgu_cli.method.trial import Probe
-from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore, Trial
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.records.target_options import SteerOptions
@@ -305,7 +305,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         most = max(part for _, part in self.lengthened)
         best = [self.trials[key] for key, part in self.lengthened if part == most]
         if most == NO_ROOM:
-            return min(best, key=lambda trial: self.left_to_forget(trial))
+            return min(best, key=self.left_to_forget)
         return min(best, key=self.lost)
 
     def with_others(self, trial: TargetTrial) -> TargetTrial:

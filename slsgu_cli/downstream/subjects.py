@@ -18,7 +18,7 @@ from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.moments import chosen_rows, spread
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.figures import Effect, Share
+from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.targets import Budget
@@ -155,11 +155,6 @@ class TargetSubject(ABC, Generic[A]):
     @abstractmethod
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the target's own forget loss, to be ascended, by layer."""
-
-
-def meets(goal: float, concept: Share) -> bool:
-    """Return whether a goal, in percent not recognised, is met where so much still is."""
-    return 100 - (concept.percent or 0.0) >= goal
 
 
 def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:

@@ -249,22 +249,22 @@ class LayerStep:
         )
 
 
-def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, moved: LayerStep) -> Edit:
+def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, layer_step: LayerStep) -> Edit:
     """Return the edit that takes a step of a layer of a set's model, with no figures of it."""
     header = EditHeader(
         name=manifest.name,
         concept=manifest.concept,
-        layer=moved.layer,
-        tower=moved.tower,
-        step=moved.step,
-        share=moved.share,
+        layer=layer_step.layer,
+        tower=layer_step.tower,
+        step=layer_step.step,
+        share=layer_step.share,
         model=pointer.model,
         model_fingerprint=pointer.model_fingerprint,
-        digests=layer_digests(moved.before),
+        digests=layer_digests(layer_step.before),
         gradient=pointer.forget,
-        direction=Direction.of(moved.ridge),
-        ridge=moved.ridge,
-        retain_data=None if moved.ridge is None else pointer.retain_data,
+        direction=Direction.of(layer_step.ridge),
+        ridge=layer_step.ridge,
+        retain_data=None if layer_step.ridge is None else pointer.retain_data,
         steer=None,
         margin=None,
         forgotten=None,
@@ -276,7 +276,7 @@ def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, moved: Laye
         version=slsgu_cli.__version__,
         layout=resolve(pointer.model).spelling,
     )
-    return make_edit(header, delta=moved.delta, before=moved.before)
+    return make_edit(header, delta=layer_step.delta, before=layer_step.before)
 
 
 def _compact(values: Floats) -> Floats:

@@ -142,7 +142,7 @@ def direct_edit(
         moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
     along = forget_direction(store, pointer, moved.name, ridge=options.damping, moments=moments)
     before = model_layer(resolve(pointer.model), moved.name)
-    taken = LayerStep(
+    layer_step = LayerStep(
         layer=moved.name,
         tower=moved.recorded_tower,
         step=step,
@@ -151,7 +151,7 @@ def direct_edit(
         delta=step * along,
         before=before,
     )
-    return unmeasured_edit(manifest, pointer, taken)
+    return unmeasured_edit(manifest, pointer, layer_step)
 
 
 def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:

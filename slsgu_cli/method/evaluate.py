@@ -19,7 +19,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
-from slsgu_cli.method.trial import UNMOVED, MovedModel, first_stages
+from slsgu_cli.method.trial import UNMOVED, MovedModel, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
@@ -284,7 +284,7 @@ class GuessingModels:
         shown = _at_most(choose_shown(opened, [manifest]), IMAGES_A_NAME)
         edit = load_edit(self.store, header.name)
         edits = [edit, *earlier_edits(self.store, [edit])]
-        edited = MovedModel(first_stages(opened, edits), {})
+        edited = model_with(opened, edits)
         with torch.no_grad():
             _run_on(
                 opened,

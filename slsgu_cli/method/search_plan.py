@@ -13,6 +13,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import (
     Edit,
     earlier_edits,
+    edit_digests,
     load_edit,
     tell_of_joint_searches,
 )
@@ -76,7 +77,7 @@ class SearchPlan:
     @property
     def after(self) -> dict[str, str]:
         """The digests of the edits that are in place, by name."""
-        return {edit.header.name: digest(edit.header) for edit in self.earlier}
+        return edit_digests(self.earlier)
 
     def measured(self, shared: "SharedEvaluation") -> "Evaluation":
         """Return what the concept is measured on, with nothing that is forgotten already."""

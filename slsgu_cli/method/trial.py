@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
+    edit_digests,
     moved_values,
     original_values,
     recognised,
@@ -34,7 +35,6 @@ from slsgu_cli.clip.zeroshot import (
 )
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.scoring import first_step, left_of, norm
-from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import (
     Accuracy,
     ClassLoss,
@@ -146,6 +146,10 @@ def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
     return hits.nan_to_num(0.0)
 
 
+# The rank of the true class of every image, and its margin, by evaluation set.
+RanksAndMargins = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
 @dataclass(slots=True)
 class UtilityMeter:
     """Measures what a step keeps, and stops where it can no longer reach the best so far.
@@ -165,12 +169,13 @@ class UtilityMeter:
         if not self._lead:
             self._look_at_original()
         with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
-            if probe.score.tower is Tower.TEXT:
-                ranks, leads = self._after_text_edit(probe, step)
-            elif (seen := self._after_vision_edit(probe.stage, beat)) is not None:
-                ranks, leads = seen, self._lead
+            if probe.score.tower is Tower.VISION:
+                after = self._after_vision_edit(probe.stage, beat)
             else:
-                return None
+                after = self._after_text_edit(probe, step)
+        if after is None:
+            return None
+        ranks, leads = after
         hits = {name: self._hits(name, each) for name, each in leads.items()}
         losses = [
             loss
@@ -194,9 +199,7 @@ class UtilityMeter:
     def _hits(self, name: str, leads: Tensor) -> Tensor:
         return expected_hits(leads, self._spread[name])
 
-    def _after_text_edit(
-        self, probe: Probe, step: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _after_text_edit(self, probe: Probe, step: float) -> RanksAndMargins:
         ranks, leads = {}, {}
         for name, group in self.evaluation.utility.items():
             logits = group.images.features @ probe.class_embeddings(group.prompts, step).T
@@ -204,7 +207,7 @@ class UtilityMeter:
             ranks[name] = ranks_of_truth(logits, group.images.labels)
         return ranks, leads
 
-    def _after_vision_edit(self, stage: int, beat: float) -> dict[str, Tensor] | None:
+    def _after_vision_edit(self, stage: int, beat: float) -> RanksAndMargins | None:
         """Look at the same share of every set, the rows most likely missed first.
 
         The guess is the margin by which the true class led when the row was last looked at,
@@ -232,7 +235,7 @@ class UtilityMeter:
                 ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
                 hits = self._hits(name, leads) if self.keep is Keep.EXPECTED else seen == 0
                 missed += float((1 - hits.double()).sum()) / len(group.images) / len(groups)
-        return ranks
+        return ranks, self._lead
 
 
 Moves = Sequence[tuple[Probe, float]]
@@ -293,11 +296,6 @@ class EarlierConcepts:
     evaluation: SharedEvaluation
     edits: Sequence[Edit]
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """The digests of the edits by name."""
-        return {edit.header.name: digest(edit.header) for edit in self.edits}
-
     def returned(self, moves: Moves) -> list[str]:
         """Return the edits whose concept some moves bring back, by what each was searched for."""
         before = self._left(UNMOVED)
@@ -328,17 +326,22 @@ class EarlierConcepts:
                 values = torch.from_numpy(original_values(group)).float()
                 device = model.get_parameter(Layer.parse(name).parameter).device
                 stack.enter_context(edited(model, name, values.to(device)))
-            yield MovedModel(first_stages(self.evaluation, self.edits), {})
+            yield model_with(self.evaluation, self.edits)
 
 
-def first_stages(
-    evaluation: Evaluation | SharedEvaluation, edits: Iterable[Edit]
-) -> dict[Tower, int]:
-    """Return the first stage of each tower that any of some edits acts in."""
+def model_with(evaluation: Evaluation | SharedEvaluation, edits: Iterable[Edit]) -> MovedModel:
+    """Return the model of an evaluation while layers of some edits have other values."""
+    headers = [edit.header for edit in edits]
+    return MovedModel(
+        _first_stages((h.tower, evaluation.tower(h.tower).stage_of(h.layer)) for h in headers), {}
+    )
+
+
+def _first_stages(places: Iterable[tuple[Tower, int]]) -> dict[Tower, int]:
+    """Return the first stage of each tower among some."""
     stages: dict[Tower, int] = {}
-    for header in (edit.header for edit in edits):
-        stage = evaluation.tower(header.tower).stage_of(header.layer)
-        stages[header.tower] = min(stages.get(header.tower, stage), stage)
+    for tower, stage in places:
+        stages[tower] = min(stages.get(tower, stage), stage)
     return stages
 
 
@@ -383,10 +386,10 @@ def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None
     as_it_was = ranks(UNMOVED)
     with moved_model(evaluation, moves) as model:
         after = ranks(model)
-        left = earlier.recognised(model) if earlier else {}
+        earlier_after = earlier.recognised(model) if earlier else {}
     with earlier.undone() if earlier else nullcontext(UNMOVED) as model:
         before = ranks(model) if earlier else as_it_was
-        known = earlier.recognised(model) if earlier else {}
+        earlier_original = earlier.recognised(model) if earlier else {}
         wanted = model.classes(evaluation.forget.prompts)[int(evaluation.forget.images.labels[0])]
         nearness = by_nearness(evaluation.utility, wanted, model.classes)
 
@@ -404,10 +407,12 @@ def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None
     most = harmed(losses.values())[:NAMED]
     ground = None
     if earlier:
-        was = earlier.recognised(UNMOVED)
+        earlier_before = earlier.recognised(UNMOVED)
         of_edits = {
-            name: EarlierEdit(made, known[name], was[name], left[name])
-            for name, made in earlier.digests.items()
+            name: EarlierEdit(
+                made, earlier_original[name], earlier_before[name], earlier_after[name]
+            )
+            for name, made in edit_digests(earlier.edits).items()
         }
         ground = Ground(of_edits, figures(as_it_was))
     return Report(figures(before), figures(after), tuple(most), tuple(nearest[:NAMED]), ground)
@@ -416,10 +421,7 @@ def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None
 @contextmanager
 def moved_model(evaluation: Evaluation | SharedEvaluation, moves: Moves) -> Iterator[MovedModel]:
     """Put several moves into the model for the length of a block."""
-    stages: dict[Tower, int] = {}
-    for probe, _ in moves:
-        tower = probe.score.tower
-        stages[tower] = min(stages.get(tower, probe.stage), probe.stage)
+    stages = _first_stages((probe.score.tower, probe.stage) for probe, _ in moves)
     changes = ((probe.score.layer, probe.direction, step) for probe, step in moves)
     with moved(evaluation.model, changes):
         yield MovedModel(stages, {})

@@ -201,6 +201,11 @@ class Effect:
     others: Share
 
     @property
+    def unlearned(self) -> Share:
+        """What of the concept is not recognised."""
+        return Share(self.concept.total - self.concept.count, self.concept.total)
+
+    @property
     def ua(self) -> float | None:
         """Return the unlearning accuracy in percent: what of the concept is not recognised."""
         share = self.concept.percent
@@ -210,6 +215,11 @@ class Effect:
     def ira(self) -> float | None:
         """Return the retained accuracy in percent: what of the rest is recognised."""
         return self.others.percent
+
+
+def meets(goal: float, concept: Share) -> bool:
+    """Return whether a goal, in percent not recognised, is met where so much still is."""
+    return 100 - (concept.percent or 0.0) >= goal
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def _on_target(edit: EditHeader) -> Html:
     rows: list[tuple[Child, ...]] = []
     for by in figures.by_judge:
         for figure, was, now in (
-            ("UA", _rest(by.before.concept), _rest(by.after.concept)),
+            ("UA", by.before.unlearned, by.after.unlearned),
             ("IRA", by.before.others, by.after.others),
         ):
             before, after = was.percent or 0.0, now.percent or 0.0
@@ -179,10 +179,6 @@ def _on_target(edit: EditHeader) -> Html:
         class_="quiet",
     )
     return joined((table(heads, rows, caption=caption), meaning))
-
-
-def _rest(share: Share) -> Share:
-    return Share(share.total - share.count, share.total)
 
 
 def _row(

@@ -23,18 +23,16 @@ import json
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
-from unseen import LEAST_IMAGES, draw
+from unseen import draw, enough_images
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.errors import NotForgottenError, SlsguError
@@ -268,12 +266,6 @@ def drawn(seed: int) -> list[str]:
         names = [name for name, its in kinds.items() if its == kind and name in enough]
         orders.append(rng.sample(names, len(names)))
     return [name for pair in zip(*orders, strict=False) for name in pair]
-
-
-def enough_images() -> list[str]:
-    """Return the classes with enough held-out images to choose by and report on."""
-    held = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"].to_pylist()
-    return [name for name, count in Counter(held).items() if count >= LEAST_IMAGES]
 
 
 def main() -> None:

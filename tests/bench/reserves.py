@@ -30,11 +30,11 @@ import unseen
 from torch import Tensor
 
 from slsgu_cli.clip.evaluation import Evaluation
-from slsgu_cli.clip.zeroshot import margins
+from slsgu_cli.clip.zeroshot import gaps
 from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.search_plan import read_plan, run_base_pass, share_evaluation
-from slsgu_cli.method.trial import SPREAD, Probe, expected_hits, moved_model
+from slsgu_cli.method.trial import Probe, UtilityMeter, moved_model
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Purpose
@@ -67,29 +67,19 @@ class Length:
         return float(self.gaps.mean()) >= size * float(self.gaps.std())
 
 
-def gaps(evaluation: Evaluation, probe: Probe, step: float) -> Tensor:
+def concept_gaps(evaluation: Evaluation, probe: Probe, step: float) -> Tensor:
     """Return by how much the name is below the fifth best other, for each concept image."""
     with moved_model(evaluation, [(probe, step)]) as model:
-        found = []
-        for group in evaluation.shown:
-            logits = model.features(group.images) @ model.classes(group.prompts).T
-            labels = group.images.labels.unsqueeze(1)
-            others = logits.scatter(1, labels, float("-inf")).topk(5, dim=1).values
-            found.append(others[:, -1] - logits.gather(1, labels).squeeze(1))
-    return torch.cat(found)
+        logits = [
+            model.features(group.images) @ model.classes(group.prompts).T
+            for group in evaluation.shown
+        ]
+    return gaps(torch.cat(logits), torch.cat([group.images.labels for group in evaluation.shown]))
 
 
-def kept(evaluation: Evaluation, probe: Probe | None, step: float) -> float:
+def expected(meter: UtilityMeter, probe: Probe, step: float) -> float:
     """Return the TA@1 expected after a step, in percent, a mean over the sets."""
-    means = []
-    with moved_model(evaluation, [(probe, step)] if probe else []) as model:
-        for group in evaluation.utility.values():
-            images, labels = group.images, group.images.labels
-            before = margins(images.features @ group.prompts.embeddings.T, labels)
-            after = margins(model.features(images) @ model.classes(group.prompts).T, labels)
-            spread = SPREAD * before.double().std(correction=0)
-            means.append(100 * float(expected_hits(after, spread).mean()))
-    return sum(means) / len(means)
+    return meter.measure(probe, step, beat=float("-inf")).expected
 
 
 def lines(store: Store, name: str) -> Iterator[list[Length]]:
@@ -100,7 +90,7 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
         shared = share_evaluation(store, [plan], Purpose.REPORT)
         run_base_pass(shared, plan.layers, plan.options)
         reported = shared.of(plan.manifest)
-        base = kept(choosing, None, 0.0), kept(reported, None, 0.0)
+        meters = UtilityMeter(choosing), UtilityMeter(reported)
         search = LayerSearch((), choosing, plan.options)
         for probe in plan.probes(store, choosing):
             if probe.score.tower is Tower.VISION:
@@ -109,13 +99,18 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
             shortest = search.shortest(probe.line)
             if shortest is None:
                 continue
+            own = Probe(reported, probe.score, probe.direction, probe.ridge)
+            measured = list(zip(meters, (probe, own), strict=True))
+            base = [expected(meter, each, 0.0) for meter, each in measured]
             found = []
             for length in LENGTHS:
                 step = length * shortest
-                own = Probe(reported, probe.score, probe.direction, probe.ridge)
-                left = 100 * float((gaps(reported, own, step) < 0).double().mean())
-                lost = base[0] - kept(choosing, probe, step), base[1] - kept(reported, own, step)
-                found.append(Length(length, gaps(choosing, probe, step), left, *lost))
+                left = 100 * float((concept_gaps(reported, own, step) < 0).double().mean())
+                lost = [
+                    before - expected(meter, each, step)
+                    for before, (meter, each) in zip(base, measured, strict=True)
+                ]
+                found.append(Length(length, concept_gaps(choosing, probe, step), left, *lost))
             yield found
 
 

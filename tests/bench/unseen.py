@@ -65,11 +65,15 @@ class Row:
         return (edit.forget.top1, edit.forget.top5, *lost)
 
 
+def enough_images() -> list[str]:
+    """Return the classes with enough held-out images to choose by and report on."""
+    column = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"]
+    return [name for name, count in Counter(column.to_pylist()).items() if count >= LEAST_IMAGES]
+
+
 def draw(wanted: str, seed: int) -> dict[str, str]:
     """Return concepts with their kind: a number of them drawn by seed, all, or some by name."""
-    held = Counter(
-        pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"].to_pylist()
-    )
+    held = enough_images()
     classes = json.loads((DATA / "classes.json").read_text())
     kinds = {name: kind for kind, names in sorted(classes.items()) for name in sorted(names)}
     if wanted == "all":
@@ -78,7 +82,7 @@ def draw(wanted: str, seed: int) -> dict[str, str]:
         return {name: kinds[name] for name in wanted.split(",")}
     rng, drawn = random.Random(seed), {}
     for kind in sorted(classes):
-        enough = [n for n, its in kinds.items() if its == kind and held[n] >= LEAST_IMAGES]
+        enough = [n for n, its in kinds.items() if its == kind and n in held]
         drawn |= dict.fromkeys(rng.sample(enough, int(wanted) // 2), kind)
     return drawn
 

@@ -13,16 +13,16 @@ the last one ended, trial by trial.
 import argparse
 import random
 import tempfile
-from collections import Counter
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from unseen import enough_images
 
-from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.downstream.search import SteerResult, search_target
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.records.figures import meets
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -31,7 +31,6 @@ from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
-LEAST_IMAGES = 10
 HEADS = (
     "concept", "layer", "share", "times", "trials", "judge", "before", "still", "95%", "of",
     "IRA", "lost", "of", "seconds",
@@ -42,10 +41,7 @@ def drawn(wanted: str, seed: int) -> list[str]:
     """Return concepts: a number of them drawn by seed, or some by name."""
     if not wanted.isdecimal():
         return wanted.split(",")
-    column = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"]
-    held = Counter(column.to_pylist())
-    enough = sorted(name for name, count in held.items() if count >= LEAST_IMAGES)
-    return random.Random(seed).sample(enough, int(wanted))
+    return random.Random(seed).sample(sorted(enough_images()), int(wanted))
 
 
 def rows(name: str, result: SteerResult) -> list[list[str]]:
@@ -57,7 +53,7 @@ def rows(name: str, result: SteerResult) -> list[list[str]]:
     enough = [
         trial.step
         for trial in trials.trials
-        if trial.layer == chosen.layer and 100 - trial.concept.percent >= trials.goal
+        if trial.layer == chosen.layer and meets(trials.goal, trial.concept)
     ]
     times = f"{chosen.step / min(enough):.2f}" if enough else "-"
     about = [name, chosen.layer, f"{chosen.share:.2f}", times, str(len(trials.trials))]
