@@ -6,9 +6,9 @@ into the options that its fields carry; the records are made of what was given.
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
-import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
-from slsgu_cli.errors import ExitCode, SlsguError, UsageError
+from slsgu_cli.errors import SlsguError, UsageError
 from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
 
 if TYPE_CHECKING:
@@ -30,19 +30,41 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# The functions of the commands, by their names.
-COMMANDS: dict[str, Callable[..., None]] = {}
-
-# The commands as the help lists them, in the order of use.
+# The commands as the help lists them, in the order of use: in which room of `slsgu_cli.cli`
+# each is, and what it does. A room is loaded when one of its commands is wanted.
 GROUPS = {
-    "The five steps, and a look at a set": (
-        "build-sets", "show", "grad", "rank", "search", "apply",
-    ),
-    "What an edit does": ("eval", "verify", "report", "compare"),
-    "On a model built on CLIP": ("steer", "generate", "ask"),
-    "Studies": ("trajectory", "sweep"),
-    "The store, and a demonstration": ("ls", "demo"),
-}  # fmt: skip
+    "The five steps, and a look at a set": {
+        "build-sets": ("steps", "Curate a forget set, a retain set and evaluation sets."),
+        "show": ("steps", "Look at a set before it is used; drop rows."),
+        "grad": ("steps", "Compute the forget and retain gradients of a set, once."),
+        "rank": ("steps", "Score layers by importance and alignment; mark Pareto fronts."),
+        "search": ("steps", "Find each front layer's step size and write the best edit."),
+        "apply": ("steps", "Write a copy of a model with edits in it."),
+    },
+    "What an edit does": {
+        "eval": ("steps", "Measure what is forgotten and what is kept."),
+        "verify": ("verify", "Try to bring a forgotten concept back, and say what comes back."),
+        "report": ("verify", "Write one HTML page: what was forgotten, how, at what cost."),
+        "compare": ("compare", "Compare with other unlearning methods (the paper's Table 1)."),
+    },
+    "On a model built on CLIP": {
+        "steer": ("downstream", "Find layer and step on a model built on CLIP itself."),
+        "generate": ("downstream", "Generate images before and after an edit."),
+        "ask": ("downstream", "Ask a LLaVA about images before and after an edit."),
+    },
+    "Studies": {
+        "trajectory": ("study", "Follow accuracies over a fine grid of steps, layer by layer."),
+        "sweep": ("study", "Forget each class of a list, one at a time."),
+    },
+    "The store, and a demonstration": {
+        "ls": ("steps", "List what the store holds and what each thing was made from."),
+        "demo": ("steps", "Make the embedded CLIP forget a brand, command by command."),
+    },
+}
+COMMANDS = {name: said for group in GROUPS.values() for name, said in group.items()}
+
+# The functions of the commands whose rooms are loaded.
+_FUNCTIONS: dict[str, Callable[..., None]] = {}
 
 
 class _Group(TyperGroup):
@@ -50,19 +72,23 @@ class _Group(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        commands: dict[str, Any] = dict.fromkeys(self.list_commands(None))
+        commands: dict[str, Any] = dict.fromkeys(COMMANDS)
         self.commands = commands
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands in the order of use."""
-        return [name for names in GROUPS.values() for name in names if name in COMMANDS]
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command with its options; None where there is none of that name."""
         if cmd_name in COMMANDS and self.commands.get(cmd_name) is None:
             from typer.models import CommandInfo
 
-            info = CommandInfo(cmd_name, cls=_Command, callback=_runner(COMMANDS[cmd_name]))
+            room, summary = COMMANDS[cmd_name]
+            importlib.import_module(f"slsgu_cli.cli.{room}")
+            function = _FUNCTIONS[cmd_name]
+            about = f"{summary}\n\n{inspect.getdoc(function)}"
+            info = CommandInfo(cmd_name, cls=_Command, callback=_runner(function), help=about)
             self.commands[cmd_name] = typer.main.get_command_from_info(
                 info, pretty_exceptions_short=False, rich_markup_mode=None
             )
@@ -90,11 +116,10 @@ class _Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write each group with the first line of each command's help, whole."""
-        for title, names in GROUPS.items():
-            docs = {name: COMMANDS[name].__doc__ or "" for name in names if name in COMMANDS}
+        """Write each group with what each command does."""
+        for title, commands in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, doc.partition("\n")[0]) for name, doc in docs.items()])
+                formatter.write_dl([(name, does) for name, (_, does) in commands.items()])
 
 
 class _Command(TyperCommand):
@@ -281,10 +306,13 @@ def _record(kind: type[R], words: Mapping[str, Any]) -> R:
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function `(session, ...)` as the command `name` with the common options."""
+    """Register a function `(session, ...)` as the command `name` with the common options.
+
+    Its docstring stands in the help below what the command does.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        COMMANDS[name] = function
+        _FUNCTIONS[name] = function
         return function
 
     return register
@@ -298,14 +326,14 @@ def _runner(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**values: Any) -> None:
         # Not for `--help`, which takes a third of the time without them.
-        from slsgu_cli.cli.console import Console
+        from slsgu_cli.cli.console import Console, Ending
         from slsgu_cli.store.store import Store
 
         common = {key: values.pop(key) for key in _COMMON}
         words = {key: value for key, value in values.items() if value not in (None, [], ())}
         verbosity = -1 if common["quiet"] else int(common["verbose"])
         console = Console(verbosity=verbosity, as_json=common["as_json"])
-        with _Ending(console, debug=common["debug"]):
+        with Ending(console, debug=common["debug"]):
             # Results go through the console alone; what a library prints is no result.
             with contextlib.redirect_stdout(sys.stderr), progress.using(console):
                 made = {key: each.make(words) for key, each in spread.items()}
@@ -393,45 +421,3 @@ def _known(what: str, params: Mapping[str, Any], rest: Sequence[str] = ()) -> li
         return [known_as(score.layer) for score in ranking.scores]
     kinds = [Artifact.SET, Artifact.EDIT] if what == "edit" else [Artifact.SET]
     return sorted({name for kind in kinds for name in kind.names(store)})
-
-
-class _Ending:
-    """Ends a command: an exit code for what was raised, and a message for the user."""
-
-    def __init__(self, console: "Console", *, debug: bool) -> None:
-        self.console = console
-        self.debug = debug
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, typer.Exit | SystemExit):
-            raise typer.Exit(self._code(error)) from None
-
-    def _code(self, error: BaseException) -> int:
-        """Tell the user what was raised and return the exit code for it."""
-        if isinstance(error, BrokenPipeError):
-            # The reader of the pipe has gone, as `head` does: there is nothing to tell.
-            return ExitCode.UNREAD
-        if isinstance(error, KeyboardInterrupt):
-            self.console.warn("interrupted; what was complete is kept")
-            return ExitCode.INTERRUPTED
-        if self.debug:
-            traceback.print_exception(error)
-        shown = error if isinstance(error, SlsguError) else _unexpected(error)
-        # Results that were ready before the error are results still.
-        with contextlib.suppress(OSError, SlsguError):
-            self.console.flush()
-        self.console.error(shown)
-        return shown.exit_code
-
-
-def _unexpected(error: BaseException) -> SlsguError:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return SlsguError(
-            f"out of memory: {error}",
-            hint="a smaller --memory-budget or --cache-budget, or --device cpu",
-        )
-    text = f"unexpected {type(error).__name__}: {error}"
-    return SlsguError(text, hint="add --debug to see where, and report it")

@@ -164,9 +164,7 @@ def compare(
     options: Asked[CompareOptions],
     on_pipeline: Asked[PipelineCompareOptions],
 ) -> None:
-    """Compare with other unlearning methods (the paper's Table 1).
-
-    With --target, ESD-x, SalUn and the edit that was steered on that pipeline are compared
+    """With --target, ESD-x, SalUn and the edit that was steered on that pipeline are compared
     by the pictures it makes (its Figure 4).
 
     Example: slsgu compare facebook --lr auto --retain-rows 256

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal, TextIO
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -23,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.errors import ExitCode, InputError, SlsguError
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import encode
 
@@ -278,3 +280,45 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Ending:
+    """Ends a command: an exit code for what was raised, and a message for the user."""
+
+    def __init__(self, console: Console, *, debug: bool) -> None:
+        self.console = console
+        self.debug = debug
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, typer.Exit | SystemExit):
+            raise typer.Exit(self._code(error)) from None
+
+    def _code(self, error: BaseException) -> int:
+        """Tell the user what was raised and return the exit code for it."""
+        if isinstance(error, BrokenPipeError):
+            # The reader of the pipe has gone, as `head` does: there is nothing to tell.
+            return ExitCode.UNREAD
+        if isinstance(error, KeyboardInterrupt):
+            self.console.warn("interrupted; what was complete is kept")
+            return ExitCode.INTERRUPTED
+        if self.debug:
+            traceback.print_exception(error)
+        shown = error if isinstance(error, SlsguError) else _unexpected(error)
+        # Results that were ready before the error are results still.
+        with suppress(OSError, SlsguError):
+            self.console.flush()
+        self.console.error(shown)
+        return shown.exit_code
+
+
+def _unexpected(error: BaseException) -> SlsguError:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return SlsguError(
+            f"out of memory: {error}",
+            hint="a smaller --memory-budget or --cache-budget, or --device cpu",
+        )
+    text = f"unexpected {type(error).__name__}: {error}"
+    return SlsguError(text, hint="add --debug to see where, and report it")

@@ -210,9 +210,7 @@ def search_on_target(session: Session, names: Sequence[str], options: SteerOptio
 
 @command("steer")
 def steer(session: Session, names: Names, options: SteerOptions) -> None:
-    """Find layer and step on a model built on CLIP itself.
-
-    The search is steered on what the target generates or answers, not on CLIP's accuracy.
+    """The search is steered on what the target generates or answers, not on CLIP's accuracy.
 
     Example: slsgu steer facebook --target stable-diffusion --goal 95
     """
@@ -228,9 +226,7 @@ def generate(
         Protocol, Option(("--protocol",), "Own prompts, or a benchmark's answer set.", GENERATION)
     ] = Protocol.PROMPTS,
 ) -> None:
-    """Generate images before and after an edit.
-
-    Both from the same prompts and seeds.
+    """Both from the same prompts and seeds.
 
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
@@ -256,10 +252,7 @@ def generate(
 
 @command("ask")
 def ask(session: Session, request: AskRequest) -> None:
-    """Ask a LLaVA about images before and after an edit.
-
-    Example: slsgu ask facebook --target llava-1.5-7b-hf --image logo.png --question 'What is it?'
-    """
+    """Example: slsgu ask facebook --target llava-1.5-7b --image a.png --question 'What is it?'"""
     from slsgu_cli.downstream.generate import ask as run
 
     record, output = run(session.store, request)

@@ -51,10 +51,7 @@ def build_sets(
     names: NamesFile = None,
     replay: Replay = False,
 ) -> None:
-    """Curate a forget set, a retain set and evaluation sets.
-
-    Example: slsgu build-sets facebook -m local-dir:clip -s 'laion/*.tar' --eval brands=test.parquet
-    """
+    """Example: slsgu build-sets facebook -m local-dir:clip -s laion.tar --eval brands=test.tar"""
     from slsgu_cli.cli import tables
     from slsgu_cli.sets import build
 
@@ -136,10 +133,7 @@ def show(
         ),
     ] = None,
 ) -> None:
-    """Look at a set before it is used; drop rows.
-
-    Example: slsgu show facebook --drop 000000012
-    """
+    """Example: slsgu show facebook --drop 000000012"""
     from slsgu_cli.sets.inspect import drop_from_set, inspect_set, read_keys
 
     wanted = [*drop, *(read_keys(drop_from) if drop_from else ())]
@@ -160,10 +154,7 @@ def grad(
         bool, Option(("--squares",), "Mean squared mini-batch gradients as well (slower).", MODEL)
     ] = False,
 ) -> None:
-    """Compute the forget and retain gradients of a set, once.
-
-    Example: slsgu grad facebook
-    """
+    """Example: slsgu grad facebook"""
     from slsgu_cli.cli import tables
     from slsgu_cli.method.gradients import compute_gradients
 
@@ -173,10 +164,7 @@ def grad(
 
 @command("rank")
 def rank(session: Session, name: Name, options: RankOptions) -> None:
-    """Score layers by importance and alignment; mark Pareto fronts.
-
-    Example: slsgu rank facebook --tower vision --json
-    """
+    """Example: slsgu rank facebook --tower vision --json"""
     from slsgu_cli.cli import tables
     from slsgu_cli.method.edit import rank_and_plot
 
@@ -195,9 +183,7 @@ def search(
     ] = False,
     steer_target: Annotated[bool, Option(("--steer-target",), panel=TARGET), HIDDEN] = False,
 ) -> None:
-    """Find each front layer's step size and write the best edit.
-
-    Several sets are searched one after another; with --joint, for edits that forget all
+    """Several sets are searched one after another; with --joint, for edits that forget all
     their concepts together. `slsgu steer` finds layer and step on a model built on CLIP.
 
     Example: slsgu search facebook --steer fa5
@@ -227,10 +213,7 @@ def search(
 
 @command("apply")
 def apply(session: Session, request: ApplyRequest) -> None:
-    """Write a copy of a model with edits in it.
-
-    Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook
-    """
+    """Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook"""
     from slsgu_cli.cli import tables
     from slsgu_cli.method.edit import apply as run
 
@@ -244,9 +227,7 @@ def evaluate(
     model: ModelSpec | None = None,
     device: Annotated[str, DEVICE_OPTION] = "auto",
 ) -> None:
-    """Measure what is forgotten and what is kept.
-
-    The original model is compared with --model, or else with the edits of the sets in
+    """The original model is compared with --model, or else with the edits of the sets in
     memory.
 
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
@@ -260,10 +241,7 @@ def evaluate(
 
 @command("ls")
 def ls(session: Session) -> None:
-    """List what the store holds and what each thing was made from.
-
-    Example: slsgu ls --json
-    """
+    """Example: slsgu ls --json"""
     from slsgu_cli.cli import tables
     from slsgu_cli.store.catalog import entries
 
@@ -274,10 +252,7 @@ def ls(session: Session) -> None:
 
 @command("demo")
 def demo(session: Session, options: DemoOptions) -> None:
-    """Make the embedded CLIP forget a brand, command by command.
-
-    Example: slsgu demo castle --steer fa5
-    """
+    """Example: slsgu demo castle --steer fa5"""
     from slsgu_cli.cli.demo import demonstrate
 
     demonstrate(session, options)

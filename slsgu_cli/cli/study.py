@@ -239,10 +239,7 @@ def search_jointly(session: Session, names: Sequence[str], options: SearchOption
 
 @command("trajectory")
 def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None:
-    """Follow accuracies over a fine grid of steps, layer by layer.
-
-    Example: slsgu trajectory facebook --points 40
-    """
+    """Example: slsgu trajectory facebook --points 40"""
     from slsgu_cli.study.trajectory import trajectory_and_plots
 
     steps, plots = trajectory_and_plots(session.store, name, options=options)
@@ -257,9 +254,7 @@ def sweep(
         Path, Option(("--classes",), "File of classes to forget, one a line.", ROWS)
     ],
 ) -> None:
-    """Forget each class of a list, one at a time.
-
-    Runs build-sets, grad, rank and search for each class, under the class's name. All are
+    """Runs build-sets, grad, rank and search for each class, under the class's name. All are
     kept out of the retain set and share its gradient. `{}` in a --source stands for the class.
 
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...

@@ -355,9 +355,7 @@ def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
 
 @command("verify")
 def verify(session: Session, name: Name, request: VerifyRequest) -> None:
-    """Try to bring a forgotten concept back, and say what comes back.
-
-    The original model is compared with --model, with each --edit, or else with the set's edit.
+    """The original model is compared with --model, with each --edit, or else with the set's edit.
 
     Example: slsgu verify facebook --checks spelling,relearn --alias 'the social network'
     """
@@ -368,9 +366,7 @@ def verify(session: Session, name: Name, request: VerifyRequest) -> None:
 
 @command("report")
 def report(session: Session, request: ReportRequest) -> None:
-    """Write one HTML page: what was forgotten, how, at what cost.
-
-    The page is self-contained: it fetches nothing and can be sent as it is.
+    """The page is self-contained: it fetches nothing and can be sent as it is.
 
     Example: slsgu report facebook --out report.html
     """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from slsgu_cli.cli import app
-from slsgu_cli.cli.app import COMMANDS, GROUPS, _Command, _known
+from slsgu_cli.cli.app import COMMANDS, _Command, _known
 from slsgu_cli.errors import UsageError, near
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.comparisons import CompareOptions, Method
@@ -26,7 +26,7 @@ from slsgu_cli.records.words import PANELS, build, command_line, places
 from slsgu_cli.store.store import Store
 
 GROUP = typer.main.get_command(app)
-LISTED = [name for names in GROUPS.values() for name in names]
+LISTED = list(COMMANDS)
 
 
 def ran(*words):
@@ -49,7 +49,6 @@ def read(command, kind, words):
 
 
 def test_commands_are_listed_in_groups_in_the_order_of_use():
-    assert set(LISTED) == set(COMMANDS)
     shown = ran("--help").stdout
     lines = [line for line in shown.splitlines() if re.match(r"  [a-z-]+  +[A-Z]", line)]
     assert [line.split()[0] for line in lines if line.split()[0] in COMMANDS] == LISTED
