@@ -7,6 +7,7 @@ a record still stands or goes on from an earlier run reads this table.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
@@ -14,20 +15,8 @@ from typing import Any, TypeVar
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, StaleError, near
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.comparisons import ClipComparison, PipelineComparison
-from slsgu_cli.records.method import (
-    EditHeader,
-    GradientHeader,
-    GradientPointer,
-    MomentHeader,
-    Ranking,
-    SquaresHeader,
-    Trials,
-)
-from slsgu_cli.records.sets import Collection, SetManifest, check_name
-from slsgu_cli.records.studies import JointSearch, Sweep
-from slsgu_cli.records.targets import Answers, GeneratedSource, Generation, TargetTrials
-from slsgu_cli.records.verification import Verification
+from slsgu_cli.records.method import GradientPointer, Ranking
+from slsgu_cli.records.sets import SetManifest, check_name
 from slsgu_cli.store.store import Store, require
 
 T = TypeVar("T")
@@ -95,15 +84,16 @@ class Artifact(StrEnum):
 class Row:
     """One kind of artifact. Data blocks and plots have no `record` of ours.
 
-    An artifact lies in `folder` under its name and `suffix`; beside its record is a folder of
-    its name where it `has_folder`. `noun` is what it is called, `command` makes it. `digests`
-    maps the fields of the record that tell what it was made from to the reason it is stale
-    once the store has others. It `needs` another artifact of the same set. A later run goes on
-    with `rows`, called `measured`, where `digests` and `options` are as they were.
+    The record is said by module and name, so that a command loads no others. An artifact lies
+    in `folder` under its name and `suffix`; beside its record is a folder of its name where it
+    `has_folder`. `noun` is what it is called, `command` makes it. `digests` maps the fields of
+    the record that tell what it was made from to the reason it is stale once the store has
+    others. It `needs` another artifact of the same set. A later run goes on with `rows`,
+    called `measured`, where `digests` and `options` are as they were.
     """
 
     folder: str
-    record: Any = None
+    record_name: str = ""
     noun: str = ""
     command: str = ""
     suffix: str = ".json"
@@ -113,6 +103,12 @@ class Row:
     options: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     measured: str = "trials"
+
+    @property
+    def record(self) -> Any:
+        """The class of its record; None where it has none of ours."""
+        module, _, name = self.record_name.rpartition(".")
+        return getattr(import_module(f"slsgu_cli.records.{module}"), name) if name else None
 
 
 TENSORS = ".safetensors"
@@ -137,61 +133,65 @@ TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget", "aske
 SHOWN = {"edits": EDIT_OF}
 
 _TRIALS = Row(
-    "trials", Trials, "search", "search {}", digests=SEARCHED, needs=Artifact.POINTER,
+    "trials", "method.Trials", "search", "search {}", digests=SEARCHED, needs=Artifact.POINTER,
     options=("direction", "precision"), rows=("trials", "took"),
 )  # fmt: skip
 
 TABLE: dict[Artifact, Row] = {
-    Artifact.COLLECTION: Row("collections", Collection, has_folder=True),
-    Artifact.SET: Row("sets", SetManifest, "set", "build-sets {} --source ..."),
+    Artifact.COLLECTION: Row("collections", "sets.Collection", has_folder=True),
+    Artifact.SET: Row("sets", "sets.SetManifest", "set", "build-sets {} --source ..."),
     Artifact.DATA: Row("data", suffix=".zarr"),
     Artifact.POINTER: Row(
-        "gradients", GradientPointer, "gradients", "grad {}", digests=ROWS, needs=Artifact.SET
+        "gradients", "method.GradientPointer", "gradients", "grad {}",
+        digests=ROWS, needs=Artifact.SET,
     ),
-    Artifact.GRADIENT: Row("gradients", GradientHeader, suffix=TENSORS),
-    Artifact.MOMENTS: Row("moments", MomentHeader, suffix=TENSORS),
-    Artifact.SQUARES: Row("squares", SquaresHeader, suffix=TENSORS),
+    Artifact.GRADIENT: Row("gradients", "method.GradientHeader", suffix=TENSORS),
+    Artifact.MOMENTS: Row("moments", "method.MomentHeader", suffix=TENSORS),
+    Artifact.SQUARES: Row("squares", "method.SquaresHeader", suffix=TENSORS),
     Artifact.RANKING: Row(
-        "rankings", Ranking, "ranking", "rank {}", digests=GRADIENTS, needs=Artifact.POINTER
+        "rankings", "method.Ranking", "ranking", "rank {}",
+        digests=GRADIENTS, needs=Artifact.POINTER,
     ),
     Artifact.TRIALS: _TRIALS,
     Artifact.TRAJECTORY: replace(
         _TRIALS, folder="trajectories", noun="trajectory", command="trajectory {}"
     ),
     Artifact.JOINT: Row(
-        "joint", JointSearch, "joint search", "search ... --joint",
+        "joint", "studies.JointSearch", "joint search", "search ... --joint",
         digests={"gradients": GRADIENT_OF, **MODEL},
         options=("retain_data", "precision"), rows=("trials",),
     ),
     Artifact.SWEEP: Row(
-        "sweeps", Sweep, "sweep", "sweep {} ...",
+        "sweeps", "studies.Sweep", "sweep", "sweep {} ...",
         options=("recipe",), rows=("rows",), measured="classes",
     ),
-    Artifact.EDIT: Row("edits", EditHeader, "edit", "search {}", suffix=TENSORS, digests=EDITED),
+    Artifact.EDIT: Row(
+        "edits", "method.EditHeader", "edit", "search {}", suffix=TENSORS, digests=EDITED
+    ),
     Artifact.VERIFICATION: Row(
-        "verifications", Verification, "verification", "verify {}", needs=Artifact.SET,
-        digests={"data": "its {} rows were built anew since"},
+        "verifications", "verification.Verification", "verification", "verify {}",
+        needs=Artifact.SET, digests={"data": "its {} rows were built anew since"},
         options=("concept",), rows=("subjects",), measured="findings",
     ),
     Artifact.COMPARISON: Row(
-        "comparisons", ClipComparison, "comparison", "compare {}", digests=MEASURED,
+        "comparisons", "comparisons.ClipComparison", "comparison", "compare {}", digests=MEASURED,
         needs=Artifact.POINTER,
         options=("retain",), rows=("passes", "outcomes"), measured="outcomes",
     ),
     Artifact.PLOT: Row("plots", suffix=".png"),
     Artifact.TARGET_TRIALS: Row(
-        "target-trials", TargetTrials, digests=TARGET, needs=Artifact.POINTER,
+        "target-trials", "targets.TargetTrials", digests=TARGET, needs=Artifact.POINTER,
         options=(*TARGET_OPTIONS, "gradient_of", "direction", "ridge"),
         rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(
-        "target-comparisons", PipelineComparison, has_folder=True, digests=TARGET,
+        "target-comparisons", "comparisons.PipelineComparison", has_folder=True, digests=TARGET,
         needs=Artifact.POINTER,
         options=TARGET_OPTIONS, rows=("outcomes",), measured="outcomes",
     ),
-    Artifact.GENERATED: Row("generated", GeneratedSource, has_folder=True),
-    Artifact.GENERATION: Row("generations", Generation, has_folder=True, digests=SHOWN),
-    Artifact.ANSWERS: Row("answers", Answers, has_folder=True, digests=SHOWN),
+    Artifact.GENERATED: Row("generated", "targets.GeneratedSource", has_folder=True),
+    Artifact.GENERATION: Row("generations", "targets.Generation", has_folder=True, digests=SHOWN),
+    Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
 }  # fmt: skip
 
 

@@ -253,7 +253,7 @@ def unreferenced(store: Store) -> list[Entry]:
 def _records(catalog: Catalog) -> Iterator[Entry]:
     """Yield an entry for every artifact that carries a record."""
     for kind, row in TABLE.items():
-        for name, record in catalog.all(kind).items() if row.record else ():
+        for name, record in catalog.all(kind).items() if row.record_name else ():
             path = kind.beside(name) + row.suffix
             size = _size(catalog.store, path)
             if row.has_folder:
