@@ -3,11 +3,22 @@
 import gc
 import io
 import os
+import signal
 import sys
+from typing import Any
+
+from slsgu_cli.errors import Ended, ExitCode
+
+# Signals that end a command as Ctrl-C does, where nobody asked to ignore them (`nohup`).
+ENDING = {"SIGTERM": ExitCode.TERMINATED, "SIGHUP": ExitCode.HUNG_UP}
 
 
 def main() -> None:
     """Run the command line."""
+    for name, code in ENDING.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _ending(code))
     # Threads that spin while they wait make torch many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
@@ -16,8 +27,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         from slsgu_cli.cli import app
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(Ended.code(interrupt))
     try:
         app(prog_name="slsgu")
     except OSError as error:
@@ -27,6 +38,13 @@ def main() -> None:
         # As Python ends it looks for garbage among all that PyTorch and open_clip brought,
         # for a second. The process gives everything back at once anyway.
         gc.freeze()
+
+
+def _ending(code: ExitCode) -> Any:
+    def end(number: int, frame: Any) -> None:
+        raise Ended(code)
+
+    return end
 
 
 if __name__ == "__main__":

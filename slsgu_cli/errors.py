@@ -19,9 +19,25 @@ class ExitCode(IntEnum):
     BAD_INPUT = 3
     STALE = 4
     NOT_FORGOTTEN = 5
+    # What a shell reports of a program that a signal ends: SIGHUP, SIGINT, SIGPIPE, SIGTERM.
+    # By SIGPIPE, nobody reads the output any more.
+    HUNG_UP = 129
     INTERRUPTED = 130
-    # Nobody reads the output any more: what a shell reports of a program that SIGPIPE ends.
     UNREAD = 141
+    TERMINATED = 143
+
+
+class Ended(KeyboardInterrupt):
+    """The process is asked to end as by Ctrl-C, by another signal: `exit_code` says which."""
+
+    def __init__(self, exit_code: ExitCode) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+    @staticmethod
+    def code(interrupt: KeyboardInterrupt) -> ExitCode:
+        """Return the exit code of a command that was interrupted, by this or by Ctrl-C."""
+        return interrupt.exit_code if isinstance(interrupt, Ended) else ExitCode.INTERRUPTED
 
 
 class SlsguError(Exception):
@@ -81,3 +97,16 @@ def near(text: str, names: Collection[str], most: int = 3) -> str | None:
     close = difflib.get_close_matches(letters, by_letters, most, CLOSE)
     chosen = list(dict.fromkeys([*begun, *close, *longer]))[:most]
     return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
+
+
+# PyTorch refuses pickled objects and advises to load them all the same, which runs their code.
+_UNSAFE_ADVICE = re.compile(r"weights[ _]only", re.IGNORECASE)
+_LONGEST = 300
+
+
+def first_lines(error: BaseException) -> str:
+    """Return the beginning of what a library's error says, on one line, without unsafe advice."""
+    if _UNSAFE_ADVICE.search(str(error)):
+        return "it is damaged or no plain state dict; what else it holds could run code"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:_LONGEST] or type(error).__name__

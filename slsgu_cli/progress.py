@@ -85,7 +85,14 @@ def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
+# What makes the text around it run the other way, so that a name could pass for another.
+_REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
 
 def terminal_safe(text: str) -> str:
-    """Return `text` without what would steer a terminal: a caption or a key may hold anything."""
-    return _CONTROL.sub(" ", text)
+    """Return `text` without what would steer a terminal: a caption or a key may hold anything.
+
+    Controls become spaces. Those that reorder text leave a mark: without any, two names that
+    differ would look the same.
+    """
+    return _REORDERING.sub("\ufffd", _CONTROL.sub(" ", text))

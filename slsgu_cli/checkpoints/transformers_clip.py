@@ -17,7 +17,7 @@ from slsgu_cli.checkpoints.layouts import (
 from slsgu_cli.checkpoints.targets import CONFIG, read_config
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
 from slsgu_cli.checkpoints.weights import combined_fingerprint, values_digest
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.method import Tower
 
 HUB = "hf-hub:"
@@ -77,16 +77,10 @@ def fetch_clip(repository: str, config: str) -> Path:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the beginning of an error's message, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
-
-
 def unreachable(what: str, error: BaseException) -> MissingError:
     """Return the error of what cannot be fetched."""
     return MissingError(
-        f"cannot fetch {what}: {first_line(error)}",
+        f"cannot fetch {what}: {first_lines(error)}",
         hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
     )
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
-from slsgu_cli.errors import SlsguError, UsageError
+from slsgu_cli.errors import Ended, SlsguError, UsageError
 from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ class _Group(TyperGroup):
 
             Console().error(error)
             sys.exit(error.exit_code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that is named; an interrupt before it begins has its exit code too."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            sys.exit(Ended.code(interrupt))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the options before the command. Raises UsageError."""

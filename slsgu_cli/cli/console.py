@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from slsgu_cli import progress
-from slsgu_cli.errors import ExitCode, InputError, SlsguError
+from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, first_lines
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import encode
 
@@ -172,7 +172,8 @@ class Console(progress.Sink):
         if self.as_json:
             self._results[key] = encode(text if data is None else data)
         else:
-            self._write((text if shown is None or not self.on_terminal else shown) + "\n")
+            line = text if shown is None or not self.on_terminal else shown
+            self._write("\t".join(map(terminal_safe, line.split("\t"))) + "\n")
 
     def paths(self, key: str, paths: Sequence[str]) -> None:
         """Name files that were written: in JSON a result, else a note."""
@@ -224,7 +225,7 @@ class Console(progress.Sink):
         moves = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
         shown = self.verbosity >= 0 and moves
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -232,7 +233,7 @@ class Console(progress.Sink):
             transient=True,
             disable=not shown,
         ) as bar:
-            yield _Ticker(bar, bar.add_task(label, total=total))
+            yield _Ticker(bar, bar.add_task(terminal_safe(label), total=total))
 
     def _say(self, text: str, style: str | None = None) -> None:
         # Hours of work do not end because a log is full or nobody listens.
@@ -244,7 +245,7 @@ class Console(progress.Sink):
         drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
         with drawing.capture() as lines:
             if title:
-                drawing.print(title, style="bold")
+                drawing.print(terminal_safe(title), style="bold")
             drawing.print(table)
         self._write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
 
@@ -303,7 +304,7 @@ class Ending:
             return ExitCode.UNREAD
         if isinstance(error, KeyboardInterrupt):
             self.console.warn("interrupted; what was complete is kept")
-            return ExitCode.INTERRUPTED
+            return Ended.code(error)
         if self.debug:
             traceback.print_exception(error)
         shown = error if isinstance(error, SlsguError) else _unexpected(error)
@@ -320,5 +321,5 @@ def _unexpected(error: BaseException) -> SlsguError:
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu",
         )
-    text = f"unexpected {type(error).__name__}: {error}"
+    text = f"unexpected {type(error).__name__}: {first_lines(error)}"
     return SlsguError(text, hint="add --debug to see where, and report it")

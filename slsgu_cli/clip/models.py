@@ -22,7 +22,6 @@ from slsgu_cli.checkpoints.transformers_clip import (
     HUB,
     ClipWeights,
     fetch_clip,
-    first_line,
     is_clip,
     model_config,
     preprocess_config,
@@ -30,7 +29,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
     vocabulary,
 )
 from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
-from slsgu_cli.errors import InputError, MissingError, UsageError, near
+from slsgu_cli.errors import InputError, MissingError, UsageError, first_lines, near
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec, ModelSpec
 
@@ -443,6 +442,6 @@ def _explained(model: ResolvedModel) -> Iterator[None]:
         ) from error
     except Exception as error:  # torch, safetensors and open_clip raise many kinds here
         raise InputError(
-            f"cannot load {model.spec} from {model.weights}: {first_line(error)}",
+            f"cannot load {model.spec} from {model.weights}: {first_lines(error)}",
             hint="check that the weights belong to this architecture and are complete",
         ) from error

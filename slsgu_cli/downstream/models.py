@@ -27,7 +27,7 @@ from slsgu_cli.checkpoints.weights import (
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError, first_lines
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import PaintOptions
 
@@ -205,9 +205,9 @@ def explained(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise MissingError(f"{path} needs a package: {error}", hint=INSTALL) from error
     except Exception as error:  # each library raises kinds of its own here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = lines[0][:300] if lines else type(error).__name__
-        raise InputError(f"cannot load {path}: {what}", hint="check that it is complete") from error
+        raise InputError(
+            f"cannot load {path}: {first_lines(error)}", hint="check that it is complete"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,6 @@ from slsgu_cli.records.figures import Share
 
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
-# Characters that reorder what follows them, so that a name could pass for another.
-_REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
-
 
 class Html(str):
     """Text that is markup already."""
@@ -27,9 +24,8 @@ Attribute = str | int | float | bool | None
 
 def text(value: str) -> Html:
     """Return any text so that a browser shows it literally."""
-    readable = terminal_safe(value).translate(_REORDERING)
     # A lone surrogate has no encoding; the page shows its number.
-    whole = readable.encode("utf-8", "backslashreplace").decode()
+    whole = terminal_safe(value).encode("utf-8", "backslashreplace").decode()
     return Html(html.escape(whole))
 
 

@@ -174,6 +174,22 @@ def test_text_from_data_does_not_steer_the_terminal(capsys):
     assert capsys.readouterr().err == "key  [2Jgone back\n"
 
 
+REORDERING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
+
+
+@pytest.mark.parametrize("code", REORDERING)
+def test_text_from_data_does_not_run_backwards(code, capsys):
+    name = f"mouse{chr(code)}gnp.exe"
+    console = Console()
+    console.warn(name)
+    console.table("t", ["name"], [[name]])
+    console.value("v", f"v\t{name}")
+    console.error(InputError(name, hint=name))
+    told = capsys.readouterr()
+    assert chr(code) not in told.out + told.err
+    assert told.out == "name\nmouse\ufffdgnp.exe\nv\tmouse\ufffdgnp.exe\n"
+
+
 def test_verbosity_decides_what_stderr_gets(capsys):
     heard = {}
     for verbosity in (-1, 0, 1):

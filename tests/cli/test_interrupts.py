@@ -63,8 +63,8 @@ def interrupt(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-def assert_interrupted(code, out, told):
-    assert (code, out) == (130, "")
+def assert_interrupted(code, out, told, expected=130):
+    assert (code, out) == (expected, "")
     assert told.endswith(END)
     assert "Traceback" not in told
 
@@ -84,6 +84,28 @@ def test_interrupted_build(build, tmp_path):
     assert again.exit_code == 0
     assert f"forget: {FORGET} rows were decoded before and are used again" in again.stderr
     assert "retain: " not in again.stderr
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_ended_by_a_scheduler(store, sign, code):
+    before = sorted(store.rglob("*"))
+    within = "slsgu_cli.method.gradient_pass:GradientPass._group"
+    process = start_held("grad", "blue", "--store", store, at=within)
+    process.send_signal(sign)
+    out, told = process.communicate(timeout=120)
+    assert_interrupted(process.returncode, out, told, expected=code)
+    assert not unfinished(store)
+    assert [path for path in before if not path.exists()] == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(store):
+    # As `nohup` starts a command.
+    within = "slsgu_cli.method.gradient_pass:GradientPass._group"
+    process = start_held("grad", "blue", "--store", store, at=within, ignore=signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    out, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert out
 
 
 def test_interrupted_gradient_pass(store, interrupt):

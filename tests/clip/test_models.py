@@ -377,3 +377,33 @@ def test_devices(monkeypatch):
     for name in ("cuda:2", "cuda:x", "cuda:-1"):
         with pytest.raises(UsageError, match=f"device {name} is not available"):
             pick_device(name)
+
+
+class Unsafe:
+    """What PyTorch loads only if code may run."""
+
+    def __reduce__(self):
+        return print, ("loaded",)
+
+
+def unsafe_script(path):
+    torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)).save(str(path))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: torch.save({"w": torch.ones(1), "more": Unsafe()}, path),
+        lambda path: torch.save({"w": torch.ones(1)}, path, _use_new_zipfile_serialization=False),
+        lambda path: torch.save([Unsafe()], path, _use_new_zipfile_serialization=False),
+        unsafe_script,
+    ],
+)
+def test_nobody_is_told_to_load_what_could_run_code(folder, save, capsys):
+    (folder / WEIGHTS).unlink()
+    save(folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot load") as error:
+        load(resolve(local(folder)))
+    assert "weights_only" not in error.value.message + str(error.value.hint)
+    assert capsys.readouterr().out == ""

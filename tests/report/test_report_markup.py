@@ -40,7 +40,7 @@ def test_whatever_is_in_a_text_it_opens_no_tag_and_has_an_encoding(value):
 
 
 def test_what_steers_terminals_or_reorders_text_is_replaced():
-    assert text("a\x07b\u202ec\u2066d") == "a b\ufffdc\ufffdd"
+    assert text("a\x07b\u202ec\u2066d\u200fe") == "a b\ufffdc\ufffdd\ufffde"
     assert text("\ud800") == "\\ud800"
 
 

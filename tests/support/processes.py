@@ -46,24 +46,25 @@ def slsgu(*arguments, env=None, timeout=120, **options):
     )  # fmt: skip
 
 
-def start(*arguments, env=None, program=SLSGU, **options):
-    """Start a command that Ctrl-C ends; its outputs are text."""
+def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
+    """Start a command that Ctrl-C ends, with the signal `ignore` ignored; its outputs are text."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
         [*program, *map(str, arguments)],
-        text=True, env=_environment(env), preexec_fn=interruptible, **outputs,
+        text=True, env=_environment(env),
+        preexec_fn=lambda: interruptible(ignore), **outputs,
     )  # fmt: skip
 
 
-def start_held(*arguments, at, call=1):
+def start_held(*arguments, at, call=1, ignore=None):
     """Start a command and return it where it waits, at the `call`th call of a function.
 
     `at` names the function as "module:name". The command goes on when its stdin is closed,
-    as `communicate` does.
+    as `communicate` does. It is started with the signal `ignore` ignored.
     """
     reached, tell = os.pipe()
     held = (sys.executable, str(Path(__file__).with_name("held.py")), str(tell), at, str(call))
-    process = start(*arguments, program=held, stdin=subprocess.PIPE, pass_fds=[tell])
+    process = start(*arguments, program=held, ignore=ignore, stdin=subprocess.PIPE, pass_fds=[tell])
     os.close(tell)
     with os.fdopen(reached, "rb") as pipe:
         if not pipe.read(1):
@@ -71,13 +72,14 @@ def start_held(*arguments, at, call=1):
     return process
 
 
-def interruptible():
-    """Let SIGINT do what it does by default, also where the tests run in the background.
+def interruptible(ignore=None):
+    """Let signals do what they do by default, also where the tests run in the background.
 
     A shell without job control starts what it puts there with SIGINT ignored, and who ignores
     a signal starts children that do.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_IGN if sign == ignore else signal.SIG_DFL)
 
 
 def on_terminal(*arguments, columns=80, env=None, both=False):
