@@ -23,7 +23,14 @@ from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_
 from slsgu_cli.checkpoints.weights import SUFFIXES, copy_spliced, open_weights
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
-from slsgu_cli.store.files import PARTIAL, copy_file, link_file, replacing, same_place
+from slsgu_cli.store.files import (
+    PARTIAL,
+    copy_file,
+    link_file,
+    replacing,
+    require_regular,
+    same_place,
+)
 
 
 def require_place(origin: Path, out: Path, *, overwrite: bool) -> None:
@@ -32,6 +39,7 @@ def require_place(origin: Path, out: Path, *, overwrite: bool) -> None:
     With `overwrite` it may be occupied, by the model itself as well. Raises InputError or
     UsageError.
     """
+    require_regular(out)
     if origin.is_dir() and out.suffix in SUFFIXES and not out.is_dir():
         raise UsageError(f"{out} names a file, but the model is a folder", hint="--out FOLDER")
     if same_place(origin, out):
@@ -53,11 +61,16 @@ def require_place(origin: Path, out: Path, *, overwrite: bool) -> None:
 
 
 def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
-    """Refuse to replace a folder that holds files whose names are not `written` anew."""
+    """Refuse to replace a folder that holds files whose names are not `written` anew.
+
+    Raises InputError for these, and for what is neither a file nor a folder.
+    """
     if not out.is_dir():
         return
     kept = set(written)
-    present = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in present:
+        require_regular(path)
     names = (str(path.relative_to(out)) for path in present)
     lost = sorted(name for name in names if name not in kept and not name.startswith(PARTIAL))
     if lost:

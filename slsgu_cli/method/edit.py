@@ -39,6 +39,7 @@ from slsgu_cli.store.artifacts import (
     read_manifest,
     read_pointer,
 )
+from slsgu_cli.store.files import require_regular
 from slsgu_cli.store.store import Store
 
 
@@ -226,6 +227,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     """Write the checkpoint that `request` describes, running what its edits still lack."""
     if request.target is not None and request.model is not None:
         raise UsageError("--target takes the place of --model", hint="leave one of them out")
+    require_regular(request.out)
     edits = _requested_edits(store, request)
     for edit in edits:
         if edit.header.steer is not None and not edit.header.forgotten:

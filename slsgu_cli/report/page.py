@@ -25,7 +25,7 @@ from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.report import edit_sections, effect, study_sections
 from slsgu_cli.report.gather import Section, SetRecords, absent, gather
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.store.files import replacing
+from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
 
 
@@ -62,6 +62,7 @@ def write_report(store: Store, request: ReportRequest) -> Report:
 
 
 def _require_place(request: ReportRequest) -> None:
+    require_regular(request.out)
     if request.out.is_dir():
         raise InputError(f"{request.out} is a folder", hint="--out report.html")
     if request.out.exists() and not request.overwrite:

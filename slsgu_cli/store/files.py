@@ -40,8 +40,10 @@ def move(source: Path, target: Path) -> None:
     """Rename `source` to `target` and let it take its place, in one step where that can be.
 
     Where two folders cannot swap, the old one steps aside first, again if another process
-    has put its own there in between. Raises OSError; what was at `target` stays then.
+    has put its own there in between. Raises OSError, or InputError where it is no file or
+    folder; what was at `target` stays then.
     """
+    require_regular(target)
     while True:
         try:
             source.replace(target)
@@ -67,8 +69,26 @@ def move(source: Path, target: Path) -> None:
             return
 
 
+def require_regular(target: Path) -> None:
+    """Refuse to take the place of what is neither a file nor a folder: a device, a pipe.
+
+    Links are followed. Raises InputError.
+    """
+    with suppress(OSError):
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(
+                f"{target} is neither a file nor a folder, and is left alone",
+                hint="choose another place",
+            )
+
+
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there, under a partial name while it goes."""
+    """Remove a file or folder if it is there, under a partial name while it goes.
+
+    Raises InputError for anything else that stands there.
+    """
+    require_regular(path)
     aside = path.with_name(partial_name(path.name))
     with suppress(FileNotFoundError):
         path.replace(aside)

@@ -39,7 +39,7 @@ class Store:
         self.is_local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
-        if self.is_local and Path(self.root).is_file():
+        if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
             raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
 
     def where(self, path: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import load, save, state, write_patched
 from edit_headers import edit
+from places import special_files
 
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.targets import read_target
@@ -36,6 +37,26 @@ def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:
     apply_edits([change], read_target(source), link, options=ApplyOptions(overwrite=True))
     assert torch.equal(load(source)["visual.proj"], torch.from_numpy(layer + 1))
     assert link.is_symlink()
+
+
+def test_a_pipe_or_a_socket_is_not_replaced_nor_a_folder_that_holds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = save(state(), tmp_path / "m.safetensors")
+    layer = load(source)["visual.proj"].numpy()
+    change = edit("visual.proj", np.ones((6, 5), np.float32), layer)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    special, there = special_files(folder)
+    # The folder would hold another m.safetensors; nothing else would be lost.
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    os.mkfifo(inside / "m.safetensors")
+    for out in (*special, inside):
+        with pytest.raises(InputError, match="neither a file nor a folder"):
+            apply_edits([change], read_target(source), out, options=ApplyOptions(overwrite=True))
+    assert there() and (inside / "m.safetensors").is_fifo()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from places import special_files
 from processes import slsgu
 from reports import HOSTILE, NAME, fill
 from reports import guesses as guessed
@@ -51,6 +52,15 @@ def test_a_folder_is_no_place_and_a_name_counts_once(store, tmp_path):
     with pytest.raises(MissingError, match="has no set other"):
         write(store, tmp_path / "r.html", names=(NAME, "other"), examples=False)
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_pipe_a_socket_and_what_a_link_leads_to_stay(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    special, there = special_files(tmp_path)
+    for place in special:
+        with pytest.raises(InputError, match="neither a file nor a folder"):
+            write(store, place, examples=False, overwrite=True)
+    assert there()
 
 
 def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from places import ROOT
+from places import ROOT, special_files
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.figures import Accuracy
@@ -386,6 +386,20 @@ def test_a_file_is_no_store(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file, not a folder"):
         Store(str(tmp_path / "file"))
+
+
+def test_a_pipe_or_a_socket_is_no_store_and_is_not_replaced_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    special, there = special_files(tmp_path)
+    for place in special:
+        with pytest.raises(InputError, match="is a file, not a folder"):
+            Store(str(place))
+        with pytest.raises(InputError, match="neither a file nor a folder"):
+            Store(str(tmp_path)).write_bytes(place.name, b"")
+        with pytest.raises(InputError, match="neither a file nor a folder"):
+            Store(str(tmp_path)).remove(place.name)
+    assert there()
+    assert hidden(tmp_path) == []
 
 
 def test_require_names_the_command_that_makes_it(store):
