@@ -344,7 +344,10 @@ def _runner(function: Callable[..., None]) -> Callable[..., None]:
             # Results go through the console alone; what a library prints is no result.
             with contextlib.redirect_stdout(sys.stderr), progress.using(console):
                 made = {key: each.make(words) for key, each in spread.items()}
-                session = Session(Store(common["store"]), console, _option_names(spread, words))
+                store = Store(common["store"])
+                if not store.is_lasting:
+                    progress.warn(f"{store.url} keeps nothing when this command has ended")
+                session = Session(store, console, _option_names(spread, words))
                 function(session, **made)
             console.flush()
 

@@ -288,7 +288,7 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
     words = seen.words[:8] if console.brief else seen.words
     console.table("words", ("word", "captions"), words, title="words in the captions")
     show_rows(console, seen.rows)
-    console.paths("sheets", [store.where(seen.sheet)])
+    console.paths("sheets", [store.where(seen.sheet)] if seen.sheet else [])
 
 
 def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:

@@ -295,7 +295,7 @@ def evaluated(console: "Console", result: "EvalResult") -> None:
         for model in result.models
     }
     before_after(console, figures)
-    console.paths("plots", [result.plot])
+    console.paths("plots", [result.plot] if result.plot else [])
 
 
 def before_after(console: "Console", models: Figures) -> None:

@@ -195,6 +195,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
     def open(cls, store: Store, name: str, options: CompareOptions) -> "ClipComparisonRun":
         """Read what is on record of a set. Raises MissingError and StaleError."""
         manifest = read_manifest(store, name)
+        store.require_writable(cls.artifact.path(name))
         times = PassTimes(store, manifest, options.device)
         if store.exists(Artifact.POINTER.path(name)):
             pointer = read_pointer(store, manifest)

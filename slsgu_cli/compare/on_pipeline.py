@@ -183,6 +183,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         """Read what is on record of a set and a pipeline. Raises MissingError and StaleError."""
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
+        store.require_writable(cls.artifact.path(name))
         require_family(options.target, answers=False)
         judges = options.judges or (pointer.model,)
         judged = JudgedPrompts.of_set(

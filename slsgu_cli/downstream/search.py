@@ -79,6 +79,7 @@ class TargetPlan:
         """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
+        store.require_writable(Artifact.TARGET_TRIALS.path(name))
         if read_target(options.target).family not in PIPELINES:
             if options.judges:
                 raise UsageError(

@@ -209,7 +209,7 @@ def _compute(
         "input": manifest.input,
         "layers": sorted(layers),
     }
-    store.write_tensors(Artifact.MOMENTS.path(digest(made_from)), arrays, header)
+    store.write_tensors(Artifact.MOMENTS.path(digest(made_from)), arrays, header, keep_first=True)
 
 
 @dataclass(frozen=True, slots=True)

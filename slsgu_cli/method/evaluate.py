@@ -57,11 +57,14 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """The models that were measured on some sets, and where the cosine plot is."""
+    """The models that were measured on some sets, and where the cosine plot is.
+
+    There is no plot where the store could not be written.
+    """
 
     names: tuple[str, ...]
     models: tuple[EvaluatedModel, ...]
-    plot: str
+    plot: str | None
 
 
 def evaluate(
@@ -105,8 +108,7 @@ def evaluate(
         forgotten=shown.names[: len(names)],
         thumbnails=shown.thumbnails,
     )
-    store.write_bytes(path, plot)
-    return EvalResult(tuple(names), tuple(models), store.where(path))
+    return EvalResult(tuple(names), tuple(models), store.write_picture(path, plot))
 
 
 def _run_model(

@@ -229,12 +229,14 @@ class _Job:
         if squares:
             arrays, squared, mean_loss = run.run_squared(block, label)
             about = self._about_squares(gradient, -(-block.rows // size))
-            self.store.write_tensors(Artifact.SQUARES.path(gradient.digest), squared, about)
+            path = Artifact.SQUARES.path(gradient.digest)
+            self.store.write_tensors(path, squared, about, keep_first=True)
         else:
             arrays, mean_loss = run.run(block, label)
         if plain:
             header = self._header(gradient, -(-block.rows // size), mean_loss)
-            self.store.write_tensors(Artifact.GRADIENT.path(gradient.digest), arrays, header)
+            path = Artifact.GRADIENT.path(gradient.digest)
+            self.store.write_tensors(path, arrays, header, keep_first=True)
 
     def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
         weights = {

@@ -44,6 +44,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     """
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
+    store.require_writable(Artifact.RANKING.path(name))
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     candidates = [
         layer

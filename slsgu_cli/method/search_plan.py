@@ -122,6 +122,7 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
+    store.require_writable(Artifact.TRIALS.path(name))
     options = _resolved(options, ranking)
     layers = _layers(ranking, options)
     moments = None

@@ -31,7 +31,8 @@ from slsgu_cli.records.sets import DataRef, InputSpec, Screening
 from slsgu_cli.sources.rows import Reader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock, Ints, Pixels
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.files import remedy
+from slsgu_cli.store.store import ELSEWHERE, Store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,7 +143,7 @@ def _explained() -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"cannot keep decoded images in a temporary file: {error.strerror or error}",
-            hint="free some space, or choose another store with --store",
+            hint=remedy(error, ELSEWHERE),
         ) from error
 
 

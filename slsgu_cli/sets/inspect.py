@@ -125,7 +125,7 @@ class Inspection:
     """One part of a set: its rows, what its captions speak of, and where it comes from.
 
     `words` are (word, captions that have it), the most frequent first; `sources` the same
-    for files. `sheet` is where the contact sheet was written.
+    for files. `sheet` is where the contact sheet was written, None where it could not be.
     """
 
     manifest: SetManifest
@@ -135,7 +135,7 @@ class Inspection:
     captions: int
     words: Sequence[tuple[str, int]]
     sources: Sequence[tuple[str, int]]
-    sheet: str
+    sheet: str | None
 
 
 def inspect_set(store: Store, name: str, *, part: str = FORGET, images: int = 48) -> Inspection:
@@ -155,7 +155,8 @@ def inspect_set(store: Store, name: str, *, part: str = FORGET, images: int = 48
     labels = [(row.key, row.caption or _label(block, index)) for index, row in enumerate(rows)]
     sheet = plot_path(name, f"{part}-sheet")
     title = f"{name}: {shown} of {block.rows} rows of {part}"
-    store.write_bytes(sheet, contact_sheet(block.images(0, shown), labels[:shown], title=title))
+    drawn = contact_sheet(block.images(0, shown), labels[:shown], title=title)
+    written = store.write_picture(sheet, drawn) is not None
     files = Counter(row.origin.file for row in rows if row.origin)
     return Inspection(
         manifest=manifest,
@@ -165,7 +166,7 @@ def inspect_set(store: Store, name: str, *, part: str = FORGET, images: int = 48
         captions=len({row.caption for row in rows if row.caption}),
         words=top_words([row.caption for row in rows]),
         sources=sorted(files.items(), key=lambda item: (-item[1], item[0])),
-        sheet=sheet,
+        sheet=sheet if written else None,
     )
 
 

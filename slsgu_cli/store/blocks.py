@@ -309,9 +309,18 @@ def block_writer(
 ) -> Iterator[BlockWriter]:
     """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
 
-    Where `finish` is given another path, it stands there.
+    Where `finish` is given another path, it stands there. A complete block that another
+    process put there meanwhile stays: the path says what it was made from.
     """
-    with store.writing(path, lambda: writer.path or path) as partial:
+
+    def whole(place: str) -> bool:
+        try:
+            DataBlock.at(store, place)
+        except (InputError, MissingError):
+            return False
+        return True
+
+    with store.writing(path, lambda: writer.path or path, whole=whole) as partial:
         location: Any = LocalStore(partial) if store.is_local else partial
         group = zarr.open_group(location, mode="w", zarr_format=3)
         writer = BlockWriter(group, height=height, width=width, rows=rows)

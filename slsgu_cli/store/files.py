@@ -31,6 +31,23 @@ PARTIAL = ".partial-"
 UNFINISHED = (PARTIAL, ".tmp")
 
 
+# What mends a write that failed, by the error; `{}` is what else can be done.
+REMEDIES = {
+    errno.ENOSPC: "free some space, or {}",
+    errno.EDQUOT: "free some space, or {}",
+    errno.EFBIG: "free some space, or {}",
+    errno.EACCES: "see who may write there, or {}",
+    errno.EPERM: "see who may write there, or {}",
+    errno.EROFS: "it can only be read: {}",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """Return what mends a write that failed, or else what can be done `otherwise`."""
+    return REMEDIES.get(error.errno or 0, "{}").format(otherwise)
+
+
 def partial_name(name: str) -> str:
     """Return a fresh name under which to write what will be called `name`."""
     return f"{PARTIAL}{secrets.token_hex(4)}-{name}"
@@ -81,6 +98,33 @@ def require_regular(target: Path) -> None:
                 f"{target} is neither a file nor a folder, and is left alone",
                 hint="choose another place",
             )
+
+
+def settle(source: Path, target: Path) -> bool:
+    """Rename `source` to `target` if nothing is there, in one step; return whether it was so.
+
+    Raises OSError.
+    """
+    if source.is_dir():
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        return True
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links: the last of two writers at one moment stays.
+        if target.exists():
+            return False
+        source.replace(target)
+        return True
+    source.unlink()
+    return True
 
 
 def remove(path: Path) -> None:
@@ -149,7 +193,7 @@ def replacing(target: Path) -> Iterator[Path]:
             raise
         raise InputError(
             f"cannot write {target}: {error.strerror or error}",
-            hint="free some space or choose another place with --out",
+            hint=remedy(error, "choose another place with --out"),
         ) from error
     finally:
         if lock is not None:

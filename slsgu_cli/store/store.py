@@ -16,13 +16,20 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records.codec import canonical_json, decode, encode
 from slsgu_cli.store import files
-from slsgu_cli.store.files import UNFINISHED, partial_name
+from slsgu_cli.store.files import UNFINISHED, partial_name, remedy
 
 T = TypeVar("T")
 HEADER = "slsgu"
+
+# What to do about a store that cannot be written.
+ELSEWHERE = "choose another store with --store"
+
+# Bytes that are written to see whether a disk is full.
+ROOM = 1 << 16
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -39,6 +46,8 @@ class Store:
         self.is_local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
+        # What is kept in memory is gone with the process.
+        self.is_lasting = self._fs.protocol != "memory"
         if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
             raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
 
@@ -76,29 +85,51 @@ class Store:
             self._fs.rm(self._full(path), recursive=True)
 
     @contextmanager
-    def writing(self, path: str, into: Callable[[], str] | None = None) -> Iterator[str]:
+    def writing(
+        self,
+        path: str,
+        into: Callable[[], str] | None = None,
+        *,
+        whole: Callable[[str], bool] | None = None,
+    ) -> Iterator[str]:
         """Yield a partial location for `path`; move it into place if the block succeeds.
 
         The location is what `where` would return for the partial name. `into` tells in the
-        end where it is moved instead, in the same folder. On an exception the partial file or
-        folder is removed.
+        end where it is moved instead, in the same folder. Where `whole` tells of what stands
+        there by then that it is complete, that stays and what was written is dropped: its
+        readers lose no file. On an exception the partial file or folder is removed.
         """
         folder, _, name = path.rpartition("/")
         partial = path.removesuffix(name) + partial_name(name)
-        try:
+        with self._explained("write", path):
+            try:
+                self._fs.makedirs(self._full(folder), exist_ok=True)
+                yield self.where(partial)
+                self._place(partial, into() if into else path, whole)
+            finally:
+                if self._fs.exists(self._full(partial)):
+                    self._fs.rm(self._full(partial), recursive=True)
+
+    def require_writable(self, path: str) -> None:
+        """Raise InputError unless there is leave and room to write at `path`; for long work."""
+        folder, _, name = path.rpartition("/")
+        probe = self._full(f"{folder}/{partial_name(name)}")
+        with self._explained("write", path):
             self._fs.makedirs(self._full(folder), exist_ok=True)
-            yield self.where(partial)
-            self._replace(partial, into() if into else path)
-        except OSError as error:
-            if isinstance(error, SlsguError):
-                raise
-            raise InputError(
-                f"cannot write {self.where(path)}: {error.strerror or error}",
-                hint="free some space or choose another store with --store",
-            ) from error
-        finally:
-            if self._fs.exists(self._full(partial)):
-                self._fs.rm(self._full(partial), recursive=True)
+            try:
+                self._fs.pipe_file(probe, bytes(ROOM))
+            finally:
+                if self._fs.exists(probe):
+                    self._fs.rm_file(probe)
+
+    def write_picture(self, path: str, data: bytes) -> str | None:
+        """Write what can be drawn again; return where, or None with a warning if it cannot be."""
+        try:
+            self.write_bytes(path, data)
+        except InputError as error:
+            progress.warn(f"{error.message}; what it shows is not kept")
+            return None
+        return self.where(path)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` at `path`."""
@@ -128,8 +159,14 @@ class Store:
             ) from error
         return self._decode(path, kind, value)
 
-    def write_tensors(self, path: str, arrays: Arrays, header: Any) -> None:
-        """Write arrays with a record as their header to a safetensors file at `path`."""
+    def write_tensors(
+        self, path: str, arrays: Arrays, header: Any, *, keep_first: bool = False
+    ) -> None:
+        """Write arrays with a record as their header to a safetensors file at `path`.
+
+        With `keep_first`, for names that say what they were made from, a readable file that
+        another process put there meanwhile stays, and nothing is written.
+        """
         from safetensors import SafetensorError
         from safetensors.numpy import save, save_file
 
@@ -137,7 +174,11 @@ class Store:
             metadata = {HEADER: canonical_json(header)}
         # safetensors writes the raw buffer: a transposed view would come back as other values.
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        with self.writing(path) as partial:
+
+        def whole(place: str) -> bool:
+            return self._stands(place, type(header))
+
+        with self.writing(path, whole=whole if keep_first else None) as partial:
             if not self.is_local:
                 with self._fs.open(partial, "wb") as file:
                     file.write(save(arrays, metadata))
@@ -150,6 +191,14 @@ class Store:
                 raise OSError(str(error)) from error
             # safetensors leaves its file readable by its owner alone; a store may be shared.
             Path(partial).chmod(mode)
+
+    def _stands(self, path: str, kind: type[Any]) -> bool:
+        """Return whether a whole safetensors file with such a header is at `path`."""
+        try:
+            self.read_header(path, kind)
+        except (InputError, StaleError, MissingError):
+            return False
+        return True
 
     def read_header(self, path: str, kind: type[T]) -> T:
         """Return the header of the safetensors file at `path`; no tensor is read.
@@ -197,15 +246,25 @@ class Store:
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
+        with self._explained("read", path):
+            try:
+                yield
+            except FileNotFoundError as error:
+                if isinstance(error, SlsguError):
+                    raise
+                raise MissingError(f"there is no {self.where(path)}") from error
+
+    @contextmanager
+    def _explained(self, verb: str, path: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if isinstance(error, SlsguError):
                 raise
-            if isinstance(error, FileNotFoundError):
-                raise MissingError(f"there is no {self.where(path)}") from error
-            reason = error.strerror or error
-            raise InputError(f"cannot read {self.where(path)}: {reason}") from error
+            raise InputError(
+                f"cannot {verb} {self.where(path)}: {error.strerror or error}",
+                hint=remedy(error, ELSEWHERE) if verb == "write" else None,
+            ) from error
 
     @contextmanager
     def _finite(self, path: str) -> Iterator[None]:
@@ -237,8 +296,14 @@ class Store:
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
-    def _replace(self, partial: str, path: str) -> None:
+    def _place(self, partial: str, path: str, whole: Callable[[str], bool] | None) -> None:
+        """Move what was written to `path`, unless what stands there is `whole`."""
         source, target = self._full(partial), self._full(path)
+        if whole is not None:
+            if self.is_local and files.settle(Path(source), Path(target)):
+                return
+            if whole(path):
+                return
         if self.is_local:
             files.move(Path(source), Path(target))
             return

@@ -100,6 +100,7 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
     Raises MissingError, InputError, and StaleError where an edit belongs to other weights.
     """
     manifest = read_manifest(store, name)
+    store.require_writable(Artifact.VERIFICATION.path(name))
     settings = request.settings
     if not settings.templates:
         templates = unseen_templates(store, name, request.templates)

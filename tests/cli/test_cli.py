@@ -510,7 +510,7 @@ def test_a_full_disk_leaves_nothing_half(store, tmp_path):
     done = slsgu(*PLAIN_RANK, "--store", store, preexec_fn=few_bytes)
     assert done.returncode == 3
     assert "cannot write" in done.stderr
-    assert "try: free some space or choose another store" in done.stderr
+    assert "try: free some space, or choose another store" in done.stderr
     assert sorted(store.rglob("*")) == before
     out = tmp_path / "out"
     done = slsgu("apply", "blue", "--out", out, "--store", store, preexec_fn=few_bytes)
