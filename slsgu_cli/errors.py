@@ -63,6 +63,10 @@ class InputError(SlsguError, ValueError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class NotFiniteError(InputError):
+    """Weights or features that are NaN or infinite, by which nothing can be counted."""
+
+
 class MissingError(SlsguError, FileNotFoundError):
     """A file or artifact that is not there."""
 

@@ -22,7 +22,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     widen,
 )
 from slsgu_cli.checkpoints.weights import layer_digest
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.errors import InputError, MissingError, NotFiniteError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ApplyOptions
@@ -46,8 +46,18 @@ class Edit:
     factor: float = 1.0
 
     def delta(self) -> Floats:
-        """Return what the edit adds at factor 1, fp32, in the layer's shape."""
-        return self.load(DELTA)
+        """Return what the edit adds at factor 1, fp32, in the layer's shape.
+
+        Raises NotFiniteError.
+        """
+        delta = self.load(DELTA)
+        if not np.isfinite(delta).all():
+            name, layer = self.header.name, self.header.layer
+            raise NotFiniteError(
+                f"the edit {name} changes {layer} by values that are not finite",
+                hint=f"run `{Artifact.EDIT.command(name)}`",
+            )
+        return delta
 
     def before(self) -> Floats:
         """Return the layer's original values: fp16 of an fp16 layer, else fp32 (or fp64)."""
@@ -360,8 +370,6 @@ class _StoredLayer:
                     f"{list(self.current.shape)}",
                     hint=_right_model(edit.header),
                 )
-            if not np.isfinite(delta).all():
-                raise InputError(f"the edit {edit.header.name} holds values that are not finite")
         return pairs
 
     def _before(self) -> Raw:

@@ -28,7 +28,9 @@ from slsgu_cli.clip.zeroshot import (
     PromptSide,
     accuracies,
     class_accuracies,
+    naming_layers,
     ranks_of_truth,
+    require_finite_elsewhere,
 )
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
@@ -112,7 +114,11 @@ class _Measured:
         groups = [*concepts, *others]
         total, waiting = (sum(len(group.images) for group in part) for part in (groups, others))
         vision = stages[Tower.VISION]
-        with torch.no_grad(), progress.bar("original model", total) as ticker:
+        with (
+            torch.no_grad(),
+            progress.bar("original model", total) as ticker,
+            naming_layers(self.model),
+        ):
             for prompts in {id(group.prompts): group.prompts for group in groups}.values():
                 prompts.base_pass(stages[Tower.TEXT], budget)
             for group in concepts:
@@ -124,6 +130,7 @@ class _Measured:
                 classes = group.prompts.embeddings
                 for count in group.images.base_pass(vision, budget, classes, share):
                     ticker.advance(count)
+            require_finite_elsewhere(self.model, self.text.token_table)
 
     def tower(self, tower: Tower) -> SplitTower:
         """Return the split form of a tower."""

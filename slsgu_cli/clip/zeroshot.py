@@ -19,8 +19,11 @@ from slsgu_cli.clip.towers import (
     room_for_all,
     room_for_some,
 )
+from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.files import prefetch
+
+Ints = npt.NDArray[np.integer]
 
 TOP = 5
 
@@ -30,14 +33,78 @@ def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
 
     A class that ties with the truth counts as above it when its index is smaller, which
     is the order in which `topk` on sorted columns would list them. `logits` is (rows,
-    classes); rank 0 is a top-1 hit, a rank below 5 a top-5 hit. Rows with a value that
-    is not a number never hit.
+    classes); rank 0 is a top-1 hit, a rank below 5 a top-5 hit. Raises NotFiniteError where
+    a logit is not finite: that an image is not recognised by it means nothing.
     """
+    require_finite(logits, "cosines")
     truth = logits.gather(1, labels.unsqueeze(1))
     columns = torch.arange(logits.shape[1], device=logits.device)
     above = (logits > truth) | ((logits == truth) & (columns < labels.unsqueeze(1)))
-    ranks = above.sum(dim=1)
-    return torch.where(torch.isfinite(logits).all(dim=1), ranks, max(logits.shape[1], TOP))
+    return above.sum(dim=1)
+
+
+# Rows and layers that a message names.
+NAMED_AT_MOST = 3
+
+
+def require_finite(
+    values: Tensor, what: str, rows: Ints | None = None, chosen: Tensor | None = None
+) -> Tensor:
+    """Return `values` (N, width) as they are. Raises NotFiniteError naming rows that are not.
+
+    `rows` are what rows are called, by their places; `chosen` the places of those there are.
+    """
+    if bool(torch.isfinite(values).all()):
+        return values
+    broken = (~torch.isfinite(values)).any(dim=1).nonzero().squeeze(1)
+    places = (broken if chosen is None else chosen[broken]).cpu().numpy()
+    named = _listed([str(row) for row in (places if rows is None else rows[places])])
+    raise NotFiniteError(
+        f"{len(broken)} of {len(values)} {what} are not finite (rows {named})",
+        hint="use weights without NaN and infinite values",
+    )
+
+
+def require_finite_elsewhere(model: nn.Module, tokens: Tensor | None) -> None:
+    """Look at weights that need not show in features: tokens without a prompt, scales.
+
+    Raises NotFiniteError.
+    """
+    scales = [getattr(model, name, None) for name in ("logit_scale", "logit_bias")]
+    for values in (tokens, *scales):
+        if values is not None:
+            require_finite(
+                values.detach().reshape(len(values) if values.ndim else 1, -1), "weights"
+            )
+
+
+@contextmanager
+def counted_by(what: str, *, hint: str | None = None) -> Iterator[None]:
+    """Say which model's features are not finite, and what mends it, for the length of a block."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{what}: {error.message}", hint=hint or error.hint) from error
+
+
+@contextmanager
+def naming_layers(model: nn.Module) -> Iterator[None]:
+    """Say which layers of a model are not finite, for the length of a block.
+
+    Weights are looked at only once features are not finite.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        counts = {name: int((~torch.isfinite(p)).sum()) for name, p in model.named_parameters()}
+        words = [f"{count} in {name}" for name, count in counts.items() if count]
+        found = f"; weights that are not: {_listed(words)}" if words else ""
+        raise NotFiniteError(error.message + found, hint=error.hint) from error
+
+
+def _listed(words: list[str]) -> str:
+    more = len(words) - NAMED_AT_MOST
+    return ", ".join(words[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def gaps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +230,8 @@ class PromptSide:
 
     def _means(self, features: list[Tensor]) -> Tensor:
         owners = self.owners[torch.cat(self._groups)]
-        return class_means(torch.cat(features), owners, self.classes)
+        means = class_means(torch.cat(features), owners, self.classes)
+        return require_finite(means, "class embeddings")
 
 
 @dataclass(slots=True)
@@ -172,7 +240,7 @@ class ImageSide:
 
     tower: SplitTower
     block: DataBlock
-    rows: npt.NDArray[np.integer]
+    rows: Ints
     labels: Tensor
     normalize: Pixels
     features: Tensor = field(init=False)
@@ -183,7 +251,7 @@ class ImageSide:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def some(self, chosen: npt.NDArray[np.integer]) -> "ImageSide":
+    def some(self, chosen: Ints) -> "ImageSide":
         """Return some of the rows, with what the base pass kept of them if it has run."""
         places = torch.from_numpy(chosen).to(self.labels.device)
         rows, labels = self.rows[chosen], self.labels[places]
@@ -222,7 +290,7 @@ class ImageSide:
                 for stage, kept in self._kept.items():
                     kept.offer(start, entering[stage], lead)
             yield len(pixels)
-        self.features = torch.cat(features)
+        self.features = require_finite(torch.cat(features), "image features", self.rows)
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
         """Return features with the weights as they are now, of some rows or of all."""
@@ -243,7 +311,8 @@ class ImageSide:
         for start, pixels in self._pixels(rows[rest]):
             order.append(rest[start : start + len(pixels)])
             features.append(self.tower.features(pixels, pixels))
-        return torch.cat(features)[torch.argsort(torch.cat(order))]
+        ordered = torch.cat(features)[torch.argsort(torch.cat(order))]
+        return require_finite(ordered, "image features", self.rows, rows)
 
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""

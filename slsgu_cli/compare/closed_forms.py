@@ -32,6 +32,7 @@ from slsgu_cli.clip.inputs import (
     to_tokens,
 )
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
+from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions import ensure_moments, layer_gradient
@@ -281,7 +282,8 @@ class ClosedForms:
         """
         runner, layer = self.baselines, self.layers[method]
         runner.restore()
-        with torch.no_grad(), arithmetic(Precision.FP32):
+        label = f"{method} {setting:g}"
+        with torch.no_grad(), arithmetic(Precision.FP32), counted_by(label):
             choosing, reporting = self._evaluations
             probe, step, seconds = self._move(method, setting, choosing)
             chosen_by = _figures(probe, step)
@@ -290,7 +292,7 @@ class ClosedForms:
         if method in (Method.MEMIT, Method.ALPHAEDIT):
             pointer, model = runner.pointer, runner.model
             seconds += runner.times.seconds(pointer, ["forget"], squares=False, model=model)
-        progress.detail(f"{method} {setting:g}: FA@1 {figures.forget.top1:.1f} on {layer}")
+        progress.detail(f"{label}: FA@1 {figures.forget.top1:.1f} on {layer}")
         return ClipOutcome(
             method=method,
             setting=setting,

@@ -4,7 +4,7 @@ Nothing here loads PyTorch before a method is run: reports and tables read what 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar, Generic
@@ -19,7 +19,7 @@ from slsgu_cli.compare.ours import (
     our_outcome,
     standing_edit,
 )
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import NotFiniteError, UsageError
 from slsgu_cli.records.comparisons import (
     CLIP_METHODS,
     CLOSED_FORMS,
@@ -301,10 +301,24 @@ def tune(
     if method in PARAMETERS:
         tried = [run(value) for value in PARAMETERS[method].tried]
         return best(tried), tried
-    tried = [run(rate) for rate in DECADES]
+    tried = list(_finite(DECADES, run))
     middle = best(tried).setting or 0.0
-    tried += [run(rate) for rate in (_rounded(middle / 10**0.5), _rounded(middle * 10**0.5))]
+    tried += _finite((_rounded(middle / 10**0.5), _rounded(middle * 10**0.5)), run)
     return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
+
+
+def _finite(rates: Sequence[float], run: Callable[[float], ClipOutcome]) -> Iterator[ClipOutcome]:
+    """Yield the outcome of each learning rate at which training stays finite.
+
+    The least of the decades must.
+    """
+    for rate in rates:
+        try:
+            yield run(rate)
+        except NotFiniteError as error:
+            if rate == DECADES[0]:
+                raise
+            progress.warn(f"left out: {error.message}")
 
 
 def best(outcomes: list[ClipOutcome]) -> ClipOutcome:

@@ -17,10 +17,12 @@ from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import resolve, tokenizer
 from slsgu_cli.clip.towers import CacheBudget
+from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.ours import ROLES, PassTimes
+from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.records.comparisons import ClipOutcome, ClipPlan, Method
+from slsgu_cli.records.comparisons import TRAINED, ClipOutcome, ClipPlan, Method
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
@@ -260,7 +262,13 @@ def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: 
             seconds += perf_counter() - start
             epoch = ended
             ticker.advance()
-            forget = forget_accuracy(evaluation)
+            try:
+                forget = forget_accuracy(evaluation)
+            except NotFiniteError:
+                if least is None:
+                    raise
+                progress.warn(f"{label}: epoch {epoch} is left out, its weights are not finite")
+                break
             if least is None or forget.top1 < least.top1:
                 best, least, weights = epoch, forget, weights_of(evaluation.model)
             if forget.top1 == 0:
@@ -371,7 +379,8 @@ class BaselineRunner:
         seconds = self._seconds_before(method)
         what = "alpha" if method is Method.SSD else "lr"
         label = f"{method} {what} {setting:g}"
-        with arithmetic(Precision.FP32):
+        smaller = "a smaller --lr" if method in TRAINED else None
+        with arithmetic(Precision.FP32), counted_by(label, hint=smaller):
             reported = follow(
                 self._epochs(method, setting), self.choosing, label=label, total=self.plan.epochs
             )

@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.inputs import decoder, pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.towers import CacheBudget, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import PromptSide
+from slsgu_cli.clip.zeroshot import PromptSide, counted_by, naming_layers, require_finite
 from slsgu_cli.downstream.models import ImageJob, Pipeline
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share
@@ -77,7 +77,7 @@ class Judge:
             pixels = normalize(np.stack([decode(image).pixels for image in images]))
             return vision.features(pixels, pixels)
 
-        with torch.no_grad():
+        with torch.no_grad(), counted_by(f"the judge {spec}"), naming_layers(module):
             side.base_pass((), CacheBudget(0))
         return cls(spec, names, side.embeddings, see)
 
@@ -85,7 +85,8 @@ class Judge:
         """Return unit features of encoded images, (images, width)."""
         with torch.no_grad():
             parts = [self.see(images[start:stop]) for start, stop in spans(len(images), BATCH)]
-        return torch.cat(parts)
+        with counted_by(f"the judge {self.spec}"):
+            return require_finite(torch.cat(parts), "image features")
 
     def verdicts(self, images: Sequence[bytes]) -> list[str]:
         """Return for each encoded image the name of highest cosine."""

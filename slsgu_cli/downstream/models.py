@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,7 +28,14 @@ from slsgu_cli.checkpoints.weights import (
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError, first_lines
+from slsgu_cli.errors import (
+    InputError,
+    MissingError,
+    NotFiniteError,
+    StaleError,
+    UsageError,
+    first_lines,
+)
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import PaintOptions
 
@@ -265,11 +273,19 @@ class Pipeline:
                         [job.prompt for job in some],
                         num_inference_steps=options.steps,
                         generator=noise,
+                        output_type="np",
                         **extra,
                     )
                 except (ValueError, TypeError) as error:
                     raise InputError(f"the pipeline refuses {some[0].prompt!r}: {error}") from error
-            yield from made.images
+            if not np.isfinite(made.images).all():
+                # As pixels they would be black, and show nothing of any concept.
+                raise NotFiniteError(
+                    f"an image of {some[0].prompt!r} is not finite: the pipeline, or what was "
+                    "changed in it, holds NaN or infinite values",
+                    hint="check its weights; in fp16 on a GPU, try --device cpu",
+                )
+            yield from self.pipeline.numpy_to_pil(made.images)
 
 
 def unfinished(count: int, batch: int, done: Callable[[int], bool]) -> list[range]:
@@ -292,6 +308,17 @@ class Question:
 
     image: Image.Image
     text: str
+
+
+def _require_words(ids: Tensor, scores: Tensor) -> Tensor:
+    """Return the scores of next words as they are. Raises NotFiniteError, for they say nothing."""
+    if bool((scores.isnan() | (scores == torch.inf)).any()):
+        raise NotFiniteError(
+            "an answer is not finite: the model, or what was changed in it, holds NaN or "
+            "infinite values",
+            hint="check its weights; in fp16 on a GPU, try --device cpu",
+        )
+    return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +353,9 @@ class Llava:
             inputs = self.inputs(questions[start:stop], padding_side="left")
             with torch.no_grad(), quiet():
                 said = self.model.generate(
-                    **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, use_cache=True
-                )
+                    **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, use_cache=True,
+                    logits_processor=[_require_words],
+                )  # fmt: skip
             new = said[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in tokens.batch_decode(new, skip_special_tokens=True))
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, make_edit
@@ -16,7 +18,7 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip.models import pick_device, resolve
-from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -137,10 +139,18 @@ def ensure_moments(
 
 
 def layer_gradient(store: Store, address: str, name: str) -> Floats:
-    """Return fp32 the gradient of a layer from the gradients at an address of the store."""
+    """Return fp32 the gradient of a layer from the gradients at an address of the store.
+
+    Raises NotFiniteError.
+    """
     layer = Layer.parse(name)
     path = Artifact.GRADIENT.path(address)
     values: Floats = layer.rows(store.read_tensors(path, [layer.parameter])[layer.parameter])
+    if not np.isfinite(values).all():
+        raise NotFiniteError(
+            f"the stored gradient of {name} holds values that are not finite",
+            hint=f"remove {path} from the store and run `slsgu grad` for the set again",
+        )
     return values
 
 

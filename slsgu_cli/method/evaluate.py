@@ -14,7 +14,7 @@ from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, load, pick_device, resolve, tokenizer
-from slsgu_cli.clip.zeroshot import cosine_matrix, moved
+from slsgu_cli.clip.zeroshot import cosine_matrix, counted_by, moved
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
@@ -97,7 +97,7 @@ def evaluate(
             evaluation = _run_model(store, manifests, model, device)
             models.append(_figures(evaluation, manifests, str(model)))
         elif edits:
-            with with_edits(evaluation.model, edits):
+            with counted_by(label), with_edits(evaluation.model, edits):
                 evaluation.base_pass((), cache_bytes=0)
                 models.append(_figures(evaluation, manifests, label))
     path = plot_path(joint_label(names) if len(names) > 1 else names[0], "cosines")
@@ -120,7 +120,8 @@ def _run_model(
         check_inputs(manifest, model)
     module = load(model, device, warn=progress.warn)
     evaluation = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
-    evaluation.base_pass((), cache_bytes=0)
+    with counted_by(str(spec)):
+        evaluation.base_pass((), cache_bytes=0)
     return evaluation
 
 
@@ -235,7 +236,7 @@ def draw_examples(
         model = resolve(spec)
         opened = _open(store, manifest, model, load(model, device), device)
         examples = _examples(choose_shown(opened, [manifest]), EXAMPLES_DRAWN)
-        with torch.no_grad(), progress.silent():
+        with torch.no_grad(), progress.silent(), counted_by(str(spec)):
             _run_on(opened, examples)
             guesses.append(_guesses_of_each(opened, examples, UNMOVED))
     return before_after_plot(_labelled(examples, *guesses), concept=manifest.concept)
@@ -287,7 +288,7 @@ class GuessingModels:
         edit = load_edit(self.store, header.name)
         edits = [edit, *earlier_edits(self.store, [edit])]
         edited = model_with(opened, edits)
-        with torch.no_grad():
+        with torch.no_grad(), counted_by(f"{header.model} with edit {header.name}"):
             _run_on(
                 opened,
                 (*shown.concepts, shown.others),

@@ -149,12 +149,6 @@ def _score(
     """
     forget = layer_gradient(store, pointer.forget, layer)
     retain = layer_gradient(store, pointer.retain, layer)
-    if not (np.isfinite(forget).all() and np.isfinite(retain).all()):
-        raise InputError(
-            f"the stored gradient of {layer} holds values that are not finite",
-            hint=f"remove {Artifact.GRADIENT.path(pointer.forget)} from the store and "
-            f"run `{Artifact.POINTER.command(pointer.name)}`",
-        )
     forget_norm = norm(forget)
     weight = weights.norm(layer)
     tower = Layer.parse(layer).tower

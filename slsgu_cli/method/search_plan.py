@@ -263,6 +263,7 @@ def share_evaluation(
 
     The edits that the plans stand on are in it.
     """
+    from slsgu_cli.clip.zeroshot import counted_by
     from slsgu_cli.method.gradients import load_graded
     from slsgu_cli.method.trial import add_edits
 
@@ -271,7 +272,8 @@ def share_evaluation(
     add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
-    run_base_pass(shared, layers, first.options)
+    with counted_by(str(first.pointer.model)):
+        run_base_pass(shared, layers, first.options)
     return shared
 
 
@@ -284,12 +286,15 @@ def to_report_on(
     set has rows of its own to report on, they are those of `evaluation`.
     """
 
+    from slsgu_cli.clip.zeroshot import counted_by
+
     @cache
     def opened() -> "SharedEvaluation":
         if not any(plan.manifest.deals for plan in plans):
             return evaluation
         reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
-        reported.base_pass((), cache_bytes=0)
+        with counted_by(str(plans[0].pointer.model)):
+            reported.base_pass((), cache_bytes=0)
         return reported
 
     return opened

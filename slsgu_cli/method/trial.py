@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, isfinite
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,14 @@ from slsgu_cli.clip.evaluation import (
 from slsgu_cli.clip.zeroshot import (
     ImageSide,
     PromptSide,
+    counted_by,
     edited,
     least_gap,
     margins,
     moved,
     ranks_of_truth,
 )
-from slsgu_cli.errors import StaleError
+from slsgu_cli.errors import NotFiniteError, StaleError
 from slsgu_cli.method.scoring import first_step, left_of, norm
 from slsgu_cli.records.figures import (
     Accuracy,
@@ -76,6 +77,12 @@ class Probe:
         self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.direction.cpu().numpy())
+        if not isfinite(self.norm):
+            raise NotFiniteError(
+                f"the direction of {self.score.layer} is not finite: a gradient it is made from "
+                "is damaged",
+                hint="remove that gradient from the store and run `slsgu grad` again",
+            )
 
     @property
     def line(self) -> tuple[str, float | None]:
@@ -87,9 +94,15 @@ class Probe:
         """The first step to try."""
         return first_step(self.score.weight_norm, self.norm)
 
-    def stepped(self, step: float) -> Tensor:
-        """Return the layer after a step; ascent of the forget loss for a positive one."""
-        return torch.add(self.weight, self.direction, alpha=step)
+    @contextmanager
+    def stepped(self, step: float) -> Iterator[None]:
+        """Take a step for the length of a block; a positive one ascends the forget loss."""
+        values = torch.add(self.weight, self.direction, alpha=step)
+        with (
+            counted_by(f"{self.score.layer} at step {step:.4g}"),
+            edited(self.evaluation.model, self.score.layer, values),
+        ):
+            yield
 
     def measure(self, step: float) -> Trial:
         """Return how well the concept is still recognised after a step; utility is left out."""
@@ -109,7 +122,7 @@ class Probe:
     def _forget_logits(self, step: float) -> Tensor:
         """Return the cosines of the forget images with all names after a step."""
         groups, prompts = self.evaluation.shown, self.evaluation.forget.prompts
-        with edited(self.evaluation.model, self.score.layer, self.stepped(step)):
+        with self.stepped(step):
             if self.score.tower is Tower.VISION:
                 features = torch.cat([group.images.after_edit(self.stage) for group in groups])
                 return features @ prompts.embeddings.T
@@ -168,7 +181,7 @@ class UtilityMeter:
         groups = self.evaluation.utility
         if not self._lead:
             self._look_at_original()
-        with edited(self.evaluation.model, probe.score.layer, probe.stepped(step)):
+        with probe.stepped(step):
             if probe.score.tower is Tower.VISION:
                 after = self._after_vision_edit(probe.stage, beat)
             else:
@@ -423,5 +436,6 @@ def moved_model(evaluation: Evaluation | SharedEvaluation, moves: Moves) -> Iter
     """Put several moves into the model for the length of a block."""
     stages = _first_stages((probe.score.tower, probe.stage) for probe, _ in moves)
     changes = ((probe.score.layer, probe.direction, step) for probe, step in moves)
-    with moved(evaluation.model, changes):
+    label = ", ".join(f"{probe.score.layer} at step {step:.4g}" for probe, step in moves)
+    with counted_by(label), moved(evaluation.model, changes):
         yield MovedModel(stages, {})

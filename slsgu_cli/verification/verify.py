@@ -23,6 +23,7 @@ from slsgu_cli.clip.models import (
     tokenizer,
 )
 from slsgu_cli.clip.towers import text_tower
+from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import check_inputs
@@ -195,7 +196,8 @@ def load_source(
         is_original=source.record.label == ORIGINAL,
         words=partial(token_words, source.model),
     )
-    model.evaluation.base_pass((), cache_bytes=0)
+    with counted_by(source.record.label):
+        model.evaluation.base_pass((), cache_bytes=0)
     return model
 
 
@@ -232,7 +234,8 @@ class _VerifyRun:
         if not model.is_original:
             model.original_text = lambda: text_tower(load(self.original.model, model.device))
         for check, key in keys.items():
-            with progress.bar(f"{verified.label}: {check}", None) as model.ticker:
+            label = f"{verified.label}: {check}"
+            with progress.bar(label, None) as model.ticker, counted_by(label):
                 finding = _run_check(model, check, key, self.request.settings)
             verified = verified.with_finding(finding)
             self.record = self.record.with_model(verified)
