@@ -113,3 +113,29 @@ def digest(value: Any) -> str:
     They stay the same when a field is `added` to the record.
     """
     return hashlib.sha256(canonical_json(value, sparse=True).encode()).hexdigest()[:24]
+
+
+# The key under which a JSON object carries the digest of the rest of it.
+SEAL = "sha256"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON-ready object with a digest of its content, last."""
+    return {**_unsealed(content), SEAL: _seal(content)}
+
+
+def is_sealed(content: Any) -> bool:
+    """Return whether an object carries a digest. Raises ValueError where it has another one."""
+    if not isinstance(content, Mapping) or SEAL not in content:
+        return False
+    if content[SEAL] != _seal(content):
+        raise ValueError("its content is not what its digest was made of")
+    return True
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(_unsealed(content)).encode()).hexdigest()
+
+
+def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != SEAL}

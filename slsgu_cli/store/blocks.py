@@ -16,12 +16,14 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.records.codec import is_sealed, sealed
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.store.store import Store
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 Digests = npt.NDArray[np.uint8]
+LAYOUT = "layout"
 ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
 
 # What zarr and its codecs raise on a group that is cut short, altered or no group.
@@ -146,15 +148,29 @@ class DataBlock:
         return self.group[name]
 
     def _check(self) -> None:
-        """Raise ValueError unless every part is there: zarr reads absent chunks as zeros."""
+        """Raise ValueError unless every part is there: zarr reads absent chunks as zeros.
+
+        Chunks carry a checksum each, which zarr compares as it reads them.
+        """
         if self.attributes.get("complete") is not True:
             raise ValueError("it is not complete")
+        if is_sealed(self.attributes) and self.attributes[LAYOUT] != _layout(self.group):
+            raise ValueError("its arrays are not laid out as its attributes say")
         for name in ARRAYS:
             array = self._array(name)
             if array.size and array.nchunks_initialized != array.nchunks:
                 raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
         if self._array("images").shape[0] != self.rows:
             raise ValueError("it has not as many images as rows")
+
+
+def _layout(group: zarr.Group) -> dict[str, list[Any]]:
+    """Return the number format, the shape and the shape of a chunk of each array."""
+    arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
+    return {
+        name: [str(array.dtype), list(array.shape), list(array.chunks)]
+        for name, array in arrays.items()
+    }
 
 
 @contextmanager
@@ -261,9 +277,8 @@ class BlockWriter:
         measured = [attributes.get("class_names", []), attributes.get("templates", [])]
         self._content.update(json.dumps(measured).encode())
         fingerprint = self._content.hexdigest()[:24]
-        self._group.attrs.update(
-            attributes | {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
-        )
+        said = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
+        self._group.attrs.update(sealed(attributes | said | {LAYOUT: _layout(self._group)}))
         return fingerprint
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError, SlsguError
-from slsgu_cli.records.codec import digest
+from slsgu_cli.records.codec import digest, is_sealed
 from slsgu_cli.records.method import GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
@@ -137,6 +137,7 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
         said = json.loads(store.read_bytes(f"{path}/zarr.json"))["attributes"]
         if said.get("complete") is not True:
             raise ValueError("it is not complete")
+        is_sealed(said)
         return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
     except SlsguError:
         raise

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -162,6 +163,23 @@ def safetensors_header(read: Callable[[int, int], bytes], size: int) -> tuple[di
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
     return header, LENGTH + length
+
+
+# Bytes that are hashed by themselves, so that every core can hash some.
+HASHED = 4 << 20
+
+
+def content_digest(said: str, data: memoryview) -> str:
+    """Return the SHA-256 of `said` and of the SHA-256 digests of each 4 MiB of bytes."""
+    parts = [data[start : start + HASHED] for start in range(0, len(data), HASHED)]
+    whole = hashlib.sha256(said.encode())
+    if len(parts) == 1:
+        whole.update(hashlib.sha256(parts[0]).digest())
+    elif parts:
+        with ThreadPoolExecutor(min(cores(), len(parts))) as pool:
+            for part in pool.map(hashlib.sha256, parts):
+                whole.update(part.digest())
+    return whole.hexdigest()
 
 
 BLOCK = 1 << 30

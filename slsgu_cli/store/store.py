@@ -7,7 +7,7 @@ and two processes may share a store: the last complete write of a name stands.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,15 +18,16 @@ import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
-from slsgu_cli.records.codec import canonical_json, decode, encode
+from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, sealed
 from slsgu_cli.store import files
-from slsgu_cli.store.files import UNFINISHED, partial_name, remedy
+from slsgu_cli.store.files import UNFINISHED, content_digest, partial_name, remedy
 
 T = TypeVar("T")
-HEADER = "slsgu"
+HEADER, TENSORS = "slsgu", "tensors"
 
-# What to do about a store that cannot be written.
+# What to do about a store that cannot be written, and about what is damaged in one.
 ELSEWHERE = "choose another store with --store"
+REMEDY = "remove it and run the command that wrote it again"
 
 # Bytes that are written to see whether a disk is full.
 ROOM = 1 << 16
@@ -48,6 +49,8 @@ class Store:
         )
         # What is kept in memory is gone with the process.
         self.is_lasting = self._fs.protocol != "memory"
+        # By file, the digests of tensors that have not been compared with them yet.
+        self._uncompared: dict[tuple[Any, ...], dict[str, str]] = {}
         if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
             raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
 
@@ -142,27 +145,31 @@ class Store:
             return bytes(self._fs.cat_file(self._full(path)))
 
     def write_record(self, path: str, record: Any) -> None:
-        """Write a record as indented JSON at `path`. Raises InputError for a figure like NaN."""
+        """Write a record with a digest as indented JSON. Raises InputError for NaN and the like."""
         with self._finite(path):
-            text = json.dumps(encode(record), indent=1, allow_nan=False)
+            text = json.dumps(sealed(encode(record)), indent=1, allow_nan=False)
         self.write_bytes(path, f"{text}\n".encode())
 
     def read_record(self, path: str, kind: type[T]) -> T:
         """Return the record at `path`. Raises MissingError, StaleError or InputError."""
+        return self._decode(path, kind, self._json(path)[0])
+
+    def _json(self, path: str) -> tuple[Any, bool]:
+        """Return what the JSON file at `path` holds, and whether it carries a digest."""
         data = self.read_bytes(path)
         try:
             value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.where(path)} is not JSON: {error}", hint=REMEDY) from error
+        try:
+            return value, is_sealed(value)
         except ValueError as error:
-            raise InputError(
-                f"{self.where(path)} is not JSON: {error}",
-                hint="remove it and run the command that wrote it again",
-            ) from error
-        return self._decode(path, kind, value)
+            raise self._damaged(path, error) from error
 
     def write_tensors(
         self, path: str, arrays: Arrays, header: Any, *, keep_first: bool = False
     ) -> None:
-        """Write arrays with a record as their header to a safetensors file at `path`.
+        """Write arrays, a record as their header and digests of both to a safetensors file.
 
         With `keep_first`, for names that say what they were made from, a readable file that
         another process put there meanwhile stays, and nothing is written.
@@ -170,10 +177,11 @@ class Store:
         from safetensors import SafetensorError
         from safetensors.numpy import save, save_file
 
-        with self._finite(path):
-            metadata = {HEADER: canonical_json(header)}
         # safetensors writes the raw buffer: a transposed view would come back as other values.
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        with self._finite(path):
+            digests = {name: _tensor_digest(array) for name, array in arrays.items()}
+            metadata = {HEADER: canonical_json(sealed(encode(header) | {TENSORS: digests}))}
 
         def whole(place: str) -> bool:
             return self._stands(place, type(header))
@@ -217,6 +225,7 @@ class Store:
                 if max(ends, default=0) != size - base:
                     raise ValueError("it is not as long as its header says")
                 header = json.loads(metadata.get(HEADER, "null"))
+                _digests_in(header, content)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise self._damaged(path, error) from error
         if header is None:
@@ -224,10 +233,25 @@ class Store:
         return self._decode(path, kind, header)
 
     def read_tensors(self, path: str, names: list[str] | None = None) -> Arrays:
-        """Return the named arrays (default: all) of the safetensors file at `path`."""
+        """Return the named arrays (default: all) of the safetensors file at `path`.
+
+        Raises MissingError, and InputError where one is not what its digest was made of.
+        """
         with self._tensor_file(path) as file:
             wanted = sorted(file.keys()) if names is None else names
-            return {name: file.get_tensor(name) for name in wanted}
+            return {name: self._tensor(path, file, name) for name in wanted}
+
+    def verify(self, path: str) -> bool:
+        """Read all of a record or safetensors file; return whether it carries digests.
+
+        Raises MissingError, and InputError where it is damaged.
+        """
+        if not path.endswith(".safetensors"):
+            return self._json(path)[1]
+        with self._tensor_file(path) as file:
+            for name in sorted(file.keys()):
+                self._tensor(path, file, name)
+            return is_sealed(json.loads((file.metadata() or {}).get(HEADER, "null")))
 
     @contextmanager
     def _tensor_file(self, path: str) -> Iterator[Any]:
@@ -241,8 +265,31 @@ class Store:
             try:
                 with safe_open(local, "np") as file:
                     yield file
-            except SafetensorError as error:
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, SlsguError):
+                    raise
                 raise self._damaged(path, error) from error
+
+    def _tensor(self, path: str, file: Any, name: str) -> npt.NDArray[Any]:
+        """Return a tensor of an open file. Raises ValueError where its digest is of another.
+
+        A local file's are compared once, as long as it is the same file.
+        """
+        digests = None
+        if self.is_local:
+            status = Path(self._full(path)).stat()
+            state = (path, status.st_ino, status.st_size, status.st_mtime_ns)
+            digests = self._uncompared.get(state)
+        if digests is None:
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            digests = _digests_in(header, file.keys())
+            if self.is_local:
+                self._uncompared[state] = digests
+        array: npt.NDArray[Any] = file.get_tensor(name)
+        if name in digests and _tensor_digest(array) != digests[name]:
+            raise ValueError(f"{name} is not what its digest was made of")
+        digests.pop(name, None)
+        return array
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -284,7 +331,7 @@ class Store:
     def _damaged(self, path: str, reason: Exception) -> InputError:
         return InputError(
             f"{self.where(path)} is damaged: {reason}",
-            hint="remove it and run the command that wrote it again",
+            hint=REMEDY,
         )
 
     def _listed(self, folder: str) -> list[str]:
@@ -310,6 +357,25 @@ class Store:
         if self._fs.exists(target):
             self._fs.rm(target, recursive=True)
         self._fs.mv(source, target, recursive=self._fs.isdir(source))
+
+
+def _tensor_digest(array: npt.NDArray[Any]) -> str:
+    """Return the digest of an array's values, number format and shape."""
+    data = array.reshape(-1).view(np.uint8).data
+    return content_digest(f"{array.dtype.str} {list(array.shape)} ", data)
+
+
+def _digests_in(header: Any, names: Collection[str]) -> dict[str, str]:
+    """Return the digests of tensors in a file's header; none of a file that carries none.
+
+    Raises ValueError or KeyError where the header is damaged, or its digests are not of `names`.
+    """
+    if not is_sealed(header):
+        return {}
+    digests: dict[str, str] = header[TENSORS]
+    if set(digests) != set(names):
+        raise ValueError("it holds other tensors than its digests are of")
+    return dict(digests)
 
 
 def require(store: Store, path: str, *, what: str, run: str, near: str | None = None) -> None:

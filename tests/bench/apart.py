@@ -11,30 +11,59 @@ RUN = f"""
 import atexit, sys
 sys.path.append({str(Path(__file__).parent)!r})
 import apart
+apart.time_digests()
 atexit.register(apart.tell)
 from slsgu_cli.__main__ import main
 main()
 """
 
 
-def command(*words: str) -> tuple[float, dict[str, float]]:
-    """Run `slsgu` with these words; return its seconds and peak memory in kB by its kind."""
+# The seconds that this process spent on the digests of artifacts.
+DIGESTS = [0.0]
+
+
+def time_digests() -> None:
+    """Count what the digests of artifacts take, as they are made and compared."""
+    from slsgu_cli.records import codec
+    from slsgu_cli.store import files
+
+    for module, name in ((files, "content_digest"), (codec, "_seal")):
+        setattr(module, name, _timed(getattr(module, name)))
+
+
+def _timed(digest):
+    def timed(*arguments):
+        start = time.perf_counter()
+        try:
+            return digest(*arguments)
+        finally:
+            DIGESTS[0] += time.perf_counter() - start
+
+    return timed
+
+
+def command(*words: str) -> tuple[float, dict[str, float], float]:
+    """Run `slsgu` with these words.
+
+    Return its seconds, peak memory in kB by its kind, and the seconds that digests took.
+    """
     start = time.perf_counter()
     line = [sys.executable, "-c", RUN, *words]
     done = subprocess.run(line, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(done.stderr)
-    return seconds, json.loads(done.stderr.rpartition("PEAK ")[2])
+    peak, digests = json.loads(done.stderr.rpartition("TOLD ")[2])
+    return seconds, peak, digests
 
 
 def tell() -> None:
-    """Print what memory this process took at most, and its tensors on a GPU."""
+    """Print what memory this process took at most, its tensors on a GPU, and its digests' time."""
     peak = {"process": peak_memory()}
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         peak["GPU"] = torch.cuda.max_memory_allocated() / 1024
-    print("PEAK", json.dumps(peak), file=sys.stderr)
+    print("TOLD", json.dumps([peak, DIGESTS[0]]), file=sys.stderr)
 
 
 def peak_memory() -> int:

@@ -22,11 +22,13 @@ from slsgu_cli.store.store import Store
 NAME = "job"
 
 
+# `rank` runs three times: along the gradient, by default, and with its moments in the store.
 def run(store: Store, command: str, *options: str) -> dict:
-    """Run a command and return its seconds and peak memory."""
-    seconds, peak = apart.command(command, NAME, *options, "--store", store.root)
+    """Run a command and return its seconds, those of digests among them, and peak memory."""
+    seconds, peak, digests = apart.command(command, NAME, *options, "--store", store.root)
     told = {f"{kind}, MB": round(size / 1024) for kind, size in peak.items()}
-    return {"command": command, "seconds": round(seconds, 1), **told}
+    times = {"seconds": round(seconds, 1), "digests, s": round(digests, 2)}
+    return {"command": command, **times, "digests, %": round(100 * digests / seconds, 1), **told}
 
 
 def main() -> None:
@@ -56,6 +58,8 @@ def main() -> None:
         measuring = "tf32" if args.precision == "bf16" else args.precision
         rows = [
             run(store, "grad", *there, "--precision", args.precision),
+            run(store, "rank", "--direction", "gradient"),
+            run(store, "rank", *there),
             run(store, "rank", *there),
             run(store, "search", *there, "--precision", measuring),
             run(store, "apply", "--out", f"{folder}/edited"),

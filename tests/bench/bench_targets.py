@@ -198,7 +198,7 @@ def apply(edits: list[str], source: Path, out: Path, *flags: str) -> tuple[float
     """Run `slsgu apply --target` in a process of its own; return seconds and peak MB."""
     words = ["apply", *edits, "--target", str(source), "--out", str(out), *flags]
     subprocess.run(["sync"], check=True)
-    seconds, peak = apart.command(*words)
+    seconds, peak, _ = apart.command(*words)
     return seconds, peak["process"] / 1000
 
 

@@ -313,7 +313,7 @@ def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_mo
     assert seconds > 0
     path = "target-trials/facebook@sd.json"
     record = json.loads(steered.read_bytes(path))
-    steered.write_bytes(path, json.dumps({**record, "trials": []}).encode())
+    steered.write_record(path, {**record, "trials": []})
     with pytest.raises(StaleError, match="not among the recorded trials"):
         our_edit(steered, pointer, trained_models / "sd")
     steered.remove("edits/facebook@sd.safetensors")

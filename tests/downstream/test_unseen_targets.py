@@ -217,7 +217,7 @@ def test_trials_and_edits_of_before_pictures_were_dealt_are_told_apart(sd, world
     path = Artifact.TARGET_TRIALS.path("blue@sd")
     record = json.loads(world.store.read_bytes(path))
     del record["asked"], record["reports"]
-    world.store.write_bytes(path, json.dumps(record).encode())
+    world.store.write_record(path, record)
     listener = Listener()
     again = search_target(world.store, "blue", options=sd.options)
     assert again.reused == 0 and again.chosen == result.chosen

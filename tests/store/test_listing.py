@@ -142,7 +142,7 @@ def write_edit(store, name, *, gradient, measured=True, retain=None):
 
 def change(store, path, **fields):
     value = json.loads(store.read_bytes(path))
-    store.write_bytes(path, json.dumps(value | fields).encode())
+    store.write_record(path, value | fields)
 
 
 def not_ok(store):

@@ -1,0 +1,208 @@
+"""No flipped bit of an artifact passes: it is told as damage, or what is read is the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.records.codec import SEAL, encode, is_sealed, sealed
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import (
+    Alignment,
+    Direction,
+    LayerMoment,
+    LayerScore,
+    MomentHeader,
+    Ranking,
+    Tower,
+)  # fmt: skip
+from slsgu_cli.store import files
+from slsgu_cli.store.blocks import DataBlock, block_writer
+from slsgu_cli.store.store import Store
+
+HEADER = MomentHeader("model", "data", 9, {"a": LayerMoment(0, 9.0, 1.25)}, (), "0.1.0")
+RECORD = "rankings/a.json"
+TENSORS = "moments/a.safetensors"
+BLOCK = "data/a.zarr"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+def ranking():
+    score = LayerScore("visual.proj", Tower.VISION, (2, 3), 0.125, 0.25, 1.5, 2.5, 3.5, True)
+    return Ranking(
+        "a", "f", "r", Alignment.ABS, Direction.BOTH, 0.1, (score,), "0.1.0", "céline"
+    )  # fmt: skip
+
+
+def write_block(store):
+    with block_writer(store, BLOCK, height=4, width=4, rows=70) as writer:
+        for number in range(70):
+            image = np.full((4, 4, 3), number, np.uint8)
+            writer.add(image, key=str(number), caption=f"number {number}", label=number % 2)
+        tokens = np.arange(70 * 5, dtype=np.int32).reshape(70, 5)
+        writer.finish(tokens, {"class_names": ["blue", "réd"], "templates": ["a {}"]})
+
+
+def read_block(store):
+    block = DataBlock.at(store, BLOCK)
+    arrays = (block.images(0, block.rows), block.tokens, block.labels, block.source_digests)
+    lists = (block.keys, block.captions, block.origins, block.class_names, block.templates)
+    return [array.tolist() for array in arrays], lists, block.attributes["fingerprint"]
+
+
+def flips(size, most):
+    """Return about so many bits of a file, by its byte and the bit there, at equal distances."""
+    return [(bit // 8, bit % 8) for bit in range(0, size * 8, max(1, size * 8 // most) | 1)]
+
+
+def passed(store, path, read, most):
+    """Return the flips of a file after which `read` gave anything but damage, or what it was."""
+    file, whole = Path(store.where(path)), Path(store.where(path)).read_bytes()
+    right, silent, told = read(store), [], 0
+    for place, bit in flips(len(whole), most):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        file.write_bytes(flipped)
+        try:
+            if read(store) != right:
+                silent.append((place, bit))
+        except SlsguError as error:
+            assert error.exit_code in (3, 4), error
+            told += 1
+    file.write_bytes(whole)
+    assert told
+    return silent
+
+
+def test_of_a_record(store):
+    store.write_record(RECORD, ranking())
+    assert passed(store, RECORD, lambda store: store.read_record(RECORD, Ranking), 700) == []
+
+
+def test_of_tensors_and_their_header(store):
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3)}
+    store.write_tensors(TENSORS, arrays, HEADER)
+
+    def read(store):
+        header, read = store.read_header(TENSORS, MomentHeader), store.read_tensors(TENSORS)
+        return header, {name: (a.dtype, a.tolist()) for name, a in read.items()}
+
+    assert passed(store, TENSORS, read, 700) == []
+
+
+def test_of_every_file_of_a_block(store):
+    write_block(store)
+    root = Path(store.where(BLOCK))
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    assert len(paths) == 1 + 7 * 2
+    for path in paths:
+        most = 16 if path.name == "zarr.json" else 6
+        assert passed(store, f"{BLOCK}/{path.relative_to(root)}", read_block, most) == [], path
+
+
+def test_class_names_that_are_others_are_damage(store):
+    write_block(store)
+    path = Path(store.where(BLOCK), "zarr.json")
+    path.write_text(path.read_text().replace("blue", "bluf"))
+    with pytest.raises(InputError, match=r"a\.zarr is damaged: .*digest"):
+        DataBlock.at(store, BLOCK)
+
+
+def test_an_array_that_says_it_is_shorter_is_damage(store):
+    write_block(store)
+    path = Path(store.where(BLOCK), "labels", "zarr.json")
+    path.write_text(path.read_text().replace("70", "66", 1))
+    with pytest.raises(InputError, match=r"a\.zarr is damaged: .*laid out"):
+        DataBlock.at(store, BLOCK)
+
+
+def test_a_tensor_that_is_not_asked_for_is_not_looked_at(store):
+    arrays = {"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}
+    store.write_tensors(TENSORS, arrays, HEADER)
+    file = Path(store.where(TENSORS))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert store.read_tensors(TENSORS, ["a"])["a"].tolist() == [0] * 4
+    with pytest.raises(InputError, match=r"moments/a\.safetensors is damaged: b is not"):
+        store.read_tensors(TENSORS, ["b"])
+
+
+def test_a_file_that_is_damaged_after_it_was_read_is_hashed_again(store):
+    store.write_tensors(TENSORS, {"a": np.zeros(4, np.float32)}, HEADER)
+    store.read_tensors(TENSORS)
+    file = Path(store.where(TENSORS))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="is damaged"):
+        store.read_tensors(TENSORS)
+
+
+def test_one_whole_file_is_hashed_once(store, monkeypatch):
+    store.write_tensors(TENSORS, {"a": np.zeros(4, np.float32)}, HEADER)
+    hashed = []
+    digest = files.content_digest
+    monkeypatch.setattr(
+        "slsgu_cli.store.store.content_digest",
+        lambda said, data: hashed.append(said) or digest(said, data),
+    )
+    for _ in range(3):
+        store.read_tensors(TENSORS)
+    assert hashed.count("<f4 [4] ") == 1
+
+
+def test_what_carries_no_digest_is_read(store):
+    from safetensors.numpy import save
+
+    from slsgu_cli.records.codec import canonical_json
+
+    store.write_bytes(RECORD, json.dumps(encode(ranking())).encode())
+    assert store.read_record(RECORD, Ranking) == ranking()
+    header = {"slsgu": canonical_json(HEADER)}
+    store.write_bytes(TENSORS, save({"a": np.ones(2)}, header))
+    assert store.read_header(TENSORS, MomentHeader) == HEADER
+    assert store.read_tensors(TENSORS)["a"].tolist() == [1, 1]
+    assert [store.verify(path) for path in (RECORD, TENSORS)] == [False, False]
+    store.write_record(RECORD, ranking())
+    store.write_tensors(TENSORS, {"a": np.ones(2)}, HEADER)
+    assert [store.verify(path) for path in (RECORD, TENSORS)] == [True, True]
+
+
+def test_the_digest_of_large_contents_does_not_depend_on_the_cores(monkeypatch):
+    data = memoryview(bytes(range(256)) * 64)
+    digests = set()
+    for count in (1, 3, 8):
+        monkeypatch.setattr(files, "cores", lambda count=count: count)
+        monkeypatch.setattr(files, "HASHED", 1000)
+        digests.add(files.content_digest("x", data))
+    assert len(digests) == 1
+    assert files.content_digest("x", data[:-1]) not in digests
+    swapped = memoryview(bytes(data[1000:2000]) + bytes(data[:1000]) + bytes(data[2000:]))
+    assert files.content_digest("x", swapped) not in digests
+
+
+def test_a_seal_holds_for_any_order_and_spacing(store):
+    content = {"b": [1.5, None], "a": "é", "figures": encode(Accuracy(1.0, 2.0, 3))}
+    again = json.loads(json.dumps(sealed(content), sort_keys=True, indent=3))
+    assert is_sealed(again) and not is_sealed(content)
+    assert sealed(again)[SEAL] == sealed(content)[SEAL]
+    with pytest.raises(ValueError, match="digest"):
+        is_sealed({**again, "a": "e"})
+
+
+def test_a_record_changed_by_hand_is_told(store):
+    store.write_record(RECORD, ranking())
+    text = store.read_bytes(RECORD).decode()
+    store.write_bytes(RECORD, text.replace("0.125", "0.126").encode())
+    with pytest.raises(InputError, match=r"rankings/a\.json is damaged: .*digest"):
+        store.read_record(RECORD, Ranking)
+    store.write_record(RECORD, replace(ranking(), name="b"))
+    assert store.read_record(RECORD, Ranking).name == "b"
