@@ -205,6 +205,11 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     **{
         key: (Annotated[bool, typer.Option(*flags, help=help, rich_help_panel=COMMON)], False)
         for key, flags, help in (
+            (
+                "no_wait",
+                ("--no-wait",),
+                "Compute what another process is computing for the store, too.",
+            ),
             ("as_json", ("--json",), "Print one JSON document."),
             ("quiet", ("--quiet", "-q"), "Results only."),
             ("verbose", ("--verbose", "-v"), "Say how it is done."),
@@ -344,7 +349,7 @@ def _runner(function: Callable[..., None]) -> Callable[..., None]:
             # Results go through the console alone; what a library prints is no result.
             with contextlib.redirect_stdout(sys.stderr), progress.using(console):
                 made = {key: each.make(words) for key, each in spread.items()}
-                store = Store(common["store"])
+                store = Store(common["store"], waits=not common["no_wait"])
                 if not store.is_lasting:
                     progress.warn(f"{store.url} keeps nothing when this command has ended")
                 session = Session(store, console, _option_names(spread, words))

@@ -5,7 +5,7 @@ and the retain rows, so every concept that shares these shares them. What is mis
 computed in one forward over the retain set, for all layers that are asked for at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -34,6 +34,7 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.lease import held
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ class Moments:
     def has(self, layer: str) -> bool:
         """Return whether the moments of the layer's inputs are known."""
         return Layer.parse(layer).parameter in self.places
+
+    def lack(self, parameters: Collection[str]) -> list[str]:
+        """Return those parameters of which it is not known whether they have moments."""
+        return sorted(set(parameters) - set(self.places) - self.unseen)
 
     def moment(self, layer: str) -> "Tensor":
         """Return the moment of the layer's inputs, on the device it is solved with.
@@ -124,14 +129,18 @@ def ensure_moments(
     device = pick_device(device)
     known = find_moments(store, pointer, device)
     wanted = {Layer.parse(layer).parameter for layer in layers}
-    missing = sorted(wanted - set(known.places) - known.unseen)
-    if missing:
-        progress.note(
-            f"{len(missing)} layers lack the moments of their inputs: "
-            "one forward over the retain set"
-        )
-        _compute(store, manifest, pointer, missing, device=device)
-        known = find_moments(store, pointer, device)
+    if known.lack(wanted):
+        place = Artifact.MOMENTS.path(digest([pointer.model_fingerprint, pointer.retain_data]))
+        with held(store, place, what=f"moments of the retain set of {manifest.name}"):
+            # Another process may have computed some meanwhile.
+            known = find_moments(store, pointer, device)
+            if missing := known.lack(wanted):
+                progress.note(
+                    f"{len(missing)} layers lack the moments of their inputs: "
+                    "one forward over the retain set"
+                )
+                _compute(store, manifest, pointer, missing, device=device)
+                known = find_moments(store, pointer, device)
     unseen = sorted(known.unseen & wanted)
     if unseen:
         progress.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")

@@ -5,6 +5,7 @@ a cache hit, and concepts that share a retain set share its gradient.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from slsgu_cli.records.method import GradientHeader, GradientPointer, ParameterN
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
+from slsgu_cli.store.lease import held
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -77,14 +79,31 @@ def compute_gradients(
     for gradient in gradients:
         if gradient not in wanted:
             progress.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
-    seconds = {}
     if wanted:
         check_inputs(manifest, resolved)
+
+    @cache
+    def job() -> _Job:
         module = load(resolved, pick_device(options.device), warn=progress.warn)
-        job = _Job(store, manifest, module, model_fingerprint, options)
-        for gradient in wanted:
+        return _Job(store, manifest, module, model_fingerprint, options)
+
+    seconds = {}
+    for gradient in wanted:
+        place = Artifact.GRADIENT.path(gradient.digest)
+        with held(store, place, what=f"{gradient.role} gradient {gradient.digest}"):
+            # Another process may have computed it meanwhile.
+            if gradient in missing and store.stands(place, GradientHeader):
+                missing.remove(gradient)
+            squared = Artifact.SQUARES.path(gradient.digest)
+            if gradient in unsquared and store.stands(squared, SquaresHeader):
+                unsquared.remove(gradient)
+            if gradient not in [*missing, *unsquared]:
+                progress.note(
+                    f"{gradient.role} gradient {gradient.digest}: another process computed it"
+                )
+                continue
             start = perf_counter()
-            job.compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
+            job().compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
             seconds[gradient.role] = perf_counter() - start
     pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
     store.write_record(Artifact.POINTER.path(name), pointer)

@@ -167,14 +167,18 @@ class BuildContext:
         size = [spec.height, spec.width]
         return [*size, spec.interpolation, spec.resize_mode, spec.fill_color]
 
-    def standing(self, path: str) -> DataBlock | None:
-        """Return the block made before at `path`; None if there is none, or it is damaged."""
+    def standing(self, path: str, *, again: bool = False) -> DataBlock | None:
+        """Return the block made before at `path`; None if there is none, or it is damaged.
+
+        With `again`, what is damaged was told before.
+        """
         if not self.store.exists(path):
             return None
         try:
             return DataBlock.at(self.store, path)
         except InputError as error:
-            progress.warn(f"{error.message}; it is made again")
+            if not again:
+                progress.warn(f"{error.message}; it is made again")
             return None
 
 

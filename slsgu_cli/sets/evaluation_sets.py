@@ -30,6 +30,7 @@ from slsgu_cli.sources.classes import (
 from slsgu_cli.sources.opening import RowId, fetch, parse_source, scan
 from slsgu_cli.sources.rows import Columns, Reader, Row
 from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer
+from slsgu_cli.store.lease import held
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +132,33 @@ def plan_eval(
 def build_eval(context: BuildContext, plan: EvalPlan) -> DataRef:
     """Make the block of an evaluation set, or use the one made before."""
     title = f"evaluation set {plan.name}"
-    block = plan.block
-    if block is not None:
+    block, made = plan.block, False
+    if block is None:
+        with held(context.store, plan.path, what=title):
+            # Another process may have made it meanwhile.
+            block = context.standing(plan.path, again=True)
+            if block is None:
+                block, made = _write(context, plan, title), True
+    if not made:
         progress.note(f"{title}: {block.rows} rows were decoded before and are used again")
-    else:
-        height, width = context.spec.height, context.spec.width
-        with block_writer(
-            context.store, plan.path, height=height, width=width, rows=len(plan.rows)
-        ) as writer:
-            _decode_into(writer, context, plan, title)
-            if not writer.rows:
-                raise InputError(
-                    f"no row is left for the {title}: {counted(plan.refused)}",
-                    hint="check that its source holds whole images",
-                )
-            writer.finish(None, _attributes(context, plan))
-        block = DataBlock.at(context.store, plan.path)
-    return reference(plan.path, block, seen=plan.seen, refused=plan.refused, sources=(plan.source,))
+    refused = Counter(block.attributes["refused"])
+    return reference(plan.path, block, seen=plan.seen, refused=refused, sources=(plan.source,))
+
+
+def _write(context: BuildContext, plan: EvalPlan, title: str) -> DataBlock:
+    """Make the block of an evaluation set. Raises InputError where it would have no rows."""
+    height, width = context.spec.height, context.spec.width
+    with block_writer(
+        context.store, plan.path, height=height, width=width, rows=len(plan.rows)
+    ) as writer:
+        _decode_into(writer, context, plan, title)
+        if not writer.rows:
+            raise InputError(
+                f"no row is left for the {title}: {counted(plan.refused)}",
+                hint="check that its source holds whole images",
+            )
+        writer.finish(None, _attributes(context, plan))
+    return DataBlock.at(context.store, plan.path)
 
 
 def _labelled(

@@ -38,6 +38,7 @@ from slsgu_cli.sources.rows import (
     tokenizable,
 )
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
+from slsgu_cli.store.lease import held
 
 TAKE = ""
 
@@ -292,9 +293,13 @@ def build_pairs(
     place = BlockPlace.of(_recipe(context, selection, candidates, seed), avoid)
     standing = _standing_block(context, place, avoid)
     if standing is None:
-        path = _write(DecodedRows(context, selection, candidates, avoid), place)
-        block = DataBlock.at(context.store, path)
-    else:
+        with held(context.store, place.plain, what=f"{role} rows"):
+            # Another process may have made it meanwhile.
+            standing = _standing_block(context, place, avoid, again=True)
+            if standing is None:
+                path = _write(DecodedRows(context, selection, candidates, avoid), place)
+                block = DataBlock.at(context.store, path)
+    if standing is not None:
         path, block = standing
         progress.note(f"{role}: {block.rows} rows were decoded before and are used again")
     refused = selection.refused + Counter(block.attributes["refused"])
@@ -322,11 +327,11 @@ def _recipe(
 
 
 def _standing_block(
-    context: BuildContext, place: BlockPlace, avoid: frozenset[bytes]
+    context: BuildContext, place: BlockPlace, avoid: frozenset[bytes], *, again: bool = False
 ) -> tuple[str, DataBlock] | None:
     """Return the path and block made before, if one has nothing that is to be avoided."""
     for path in (place.avoiding, place.plain) if avoid else (place.plain,):
-        block = context.standing(path)
+        block = context.standing(path, again=again)
         if block and avoid.isdisjoint(row.tobytes() for row in block.source_digests):
             return path, block
     return None

@@ -37,8 +37,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Store:
     """Artifacts under one folder or fsspec URL, addressed by paths relative to it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, waits: bool = True) -> None:
+        """Open a store; nothing has to be there. Raises InputError.
+
+        `waits` says whether this process lets another one finish what both would compute.
+        """
         self.url = url
+        self.waits = waits
         try:
             self._fs, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
@@ -139,6 +144,30 @@ class Store:
         with self.writing(path) as partial, self._fs.open(partial, "wb") as file:
             file.write(data)
 
+    def create_bytes(self, path: str, data: bytes) -> bool | None:
+        """Write `data` at `path` if nothing is there, and return whether it was so.
+
+        None, where the file system has no way to do this in one step. Raises InputError.
+        """
+        if self.is_local:
+            folder, _, name = path.rpartition("/")
+            made = Path(self._full(folder), partial_name(name))
+            with self._explained("write", path):
+                made.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    made.write_bytes(data)
+                    return files.settle(made, Path(self._full(path)))
+                finally:
+                    made.unlink(missing_ok=True)
+        with self._explained("write", path):
+            try:
+                self._fs.pipe_file(self._full(path), data, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError, ValueError):
+                return None
+        return True
+
     def read_bytes(self, path: str) -> bytes:
         """Return the content of `path`. Raises MissingError or InputError."""
         with self._reading(path):
@@ -184,7 +213,7 @@ class Store:
             metadata = {HEADER: canonical_json(sealed(encode(header) | {TENSORS: digests}))}
 
         def whole(place: str) -> bool:
-            return self._stands(place, type(header))
+            return self.stands(place, type(header))
 
         with self.writing(path, whole=whole if keep_first else None) as partial:
             if not self.is_local:
@@ -200,7 +229,7 @@ class Store:
             # safetensors leaves its file readable by its owner alone; a store may be shared.
             Path(partial).chmod(mode)
 
-    def _stands(self, path: str, kind: type[Any]) -> bool:
+    def stands(self, path: str, kind: type[Any]) -> bool:
         """Return whether a whole safetensors file with such a header is at `path`."""
         try:
             self.read_header(path, kind)

@@ -114,6 +114,7 @@ def test_interrupted_gradient_pass(store, interrupt):
     first = inside("grad", "blue", store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
     assert not unfinished(store)
+    assert not list((store / "leases").iterdir())
     (kept,) = (store / "gradients").iterdir()
     assert inside("rank", "blue", store=store).exit_code == 3
     again = inside("grad", "blue", store=store)
@@ -153,7 +154,12 @@ def test_killed_gradient_pass(store):
     kill(start_held("grad", "blue", "--store", store, at=within, call=2))
     assert len(list((store / "gradients").iterdir())) == 1
     assert inside("rank", "blue", store=store).exit_code == 3
-    assert inside("grad", "blue", store=store).exit_code == 0
+    (lease,) = (store / "leases").iterdir()
+    dead = json.loads(lease.read_text())
+    again = inside("grad", "blue", store=store)
+    assert again.exit_code == 0
+    assert f"process {dead['pid']} on {dead['host']} has ended" in again.stderr
+    assert not list((store / "leases").iterdir())
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0
 
 
@@ -175,7 +181,7 @@ def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
 
 def test_two_gradient_passes_side_by_side(store):
     """Both begin before either has written anything."""
-    words = ["grad", "blue", "--store", store]
+    words = ["grad", "blue", "--store", store, "--no-wait"]
     both = [start_held(*words, at="slsgu_cli.method.gradients:_Job.compute") for _ in range(2)]
     for process in both:
         process.stdin.close()

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from processes import inside, start_held
+from processes import inside, start, start_held
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def inodes(folder):
 def test_the_first_of_two_builds_stays_and_the_second_is_dropped(build, tmp_path):
     """One waits with a whole block at hand while the other one builds all of the set."""
     slow = start_held(*build, at="slsgu_cli.store.store:Store._place")
-    quick = inside(*build)
+    quick = inside(*build, "--no-wait")
     assert quick.exit_code == 0, quick.stderr
     data = tmp_path / "store" / "data"
     before = {path: node for path, node in inodes(data).items() if ".partial" not in str(path)}
@@ -42,7 +45,7 @@ def test_the_first_of_two_gradients_stays(world, tmp_path):
         file.unlink()
     words = ["grad", "blue", "--store", store]
     slow = start_held(*words, at="slsgu_cli.store.store:Store._place")
-    assert inside(*words).exit_code == 0
+    assert inside(*words, "--no-wait").exit_code == 0
     before = {path: node for path, node in inodes(gradients).items() if path.suffix != ".json"}
     slow.communicate(timeout=120)
     assert slow.returncode == 0
@@ -110,3 +113,71 @@ def test_a_store_in_memory_says_that_it_keeps_nothing():
     done = inside("ls", store="memory://nothing-kept")
     assert done.exit_code == 0
     assert "warning: memory://nothing-kept keeps nothing when this command has ended" in done.stderr
+
+
+def grad(store, *words):
+    return ["grad", "blue", "--store", store, *words]
+
+
+@pytest.fixture
+def ungraded(world):
+    """A store with the set blue and no gradients."""
+    store = Path(world.store.root)
+    for file in (store / "gradients").iterdir():
+        file.unlink()
+    return store
+
+
+COMPUTE = "slsgu_cli.method.gradients:_Job.compute"
+
+
+def waits_for(process, text):
+    """Read what a process tells until it says `text`; return that line."""
+    for line in process.stderr:
+        if text in line:
+            return line
+    raise AssertionError((text, process.wait(), process.stdout.read()))
+
+
+def test_a_gradient_that_another_process_computes_is_waited_for(ungraded):
+    first = start_held(*grad(ungraded), at=COMPUTE)
+    second = start(*grad(ungraded))
+    said = waits_for(second, "waiting for it")
+    assert f"process {first.pid} on {socket.gethostname()} has been at it since 20" in said
+    assert "(--no-wait computes it anyway)" in said
+    first.communicate(timeout=120)
+    told = second.communicate(timeout=120)[1]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "another process computed it" in told
+    assert not list((ungraded / "leases").iterdir())
+    assert inside("rank", "blue", "--direction", "gradient", store=ungraded).exit_code == 0
+
+
+def test_no_wait_computes_what_another_process_is_computing(ungraded):
+    first = start_held(*grad(ungraded), at=COMPUTE)
+    done = inside(*grad(ungraded, "--no-wait"))
+    assert done.exit_code == 0, done.stderr
+    assert "waiting" not in done.stderr
+    assert len(list((ungraded / "gradients").glob("*.safetensors"))) == 2
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+
+
+def test_moments_and_blocks_have_leases_too(world, build, monkeypatch):
+    leased = []
+
+    @contextmanager
+    def held(store, path, *, what):
+        leased.append((path.partition("/")[0], what))
+        yield
+
+    for place in ("method.directions", "sets.pairs", "sets.evaluation_sets"):
+        monkeypatch.setattr(f"slsgu_cli.{place}.held", held)
+    assert inside("rank", "blue", store=world.store.root).exit_code == 0
+    assert inside(*build).exit_code == 0
+    assert leased == [
+        ("moments", "moments of the retain set of blue"),
+        ("data", "forget rows"),
+        ("data", "retain rows"),
+        ("data", "evaluation set first"),
+    ]
