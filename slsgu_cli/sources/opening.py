@@ -13,7 +13,10 @@ import fsspec
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.rows import (
+    IMAGE_LIMIT,
     IMAGE_SUFFIXES,
+    TEXT_LIMIT,
+    TOO_LARGE,
     Columns,
     Extent,
     Filters,
@@ -201,6 +204,9 @@ class FolderSource:
                     self.path, f"column {name}", list(FIELDS), "filter a folder by its label"
                 )
         for index, image, caption in self._entries():
+            if _size(image) > IMAGE_LIMIT or _size(caption) > TEXT_LIMIT:
+                trouble[TOO_LARGE] += 1
+                continue
             relative = self._relative(image)
             label = relative.split("/")[0] if "/" in relative else None
             text = as_text(self._read(caption)) if caption else None
@@ -240,20 +246,38 @@ class FolderSource:
 
 def _walk(fs: Any, folder: str) -> Iterator[tuple[Entry, Entry | None]]:
     """Yield the images of `folder`, then those of each folder in it, sorted by name."""
-    entries = sorted(fs.ls(folder, detail=True), key=lambda entry: str(entry["name"]))
-    visible = [entry for entry in entries if not _base(entry).startswith(".")]
-    captions = {
-        str(entry["name"])[: -len(".txt")]: entry
-        for entry in visible
-        if str(entry["name"]).lower().endswith(".txt")
-    }
-    for entry in visible:
-        stem, _, suffix = str(entry["name"]).rpartition(".")
-        if entry["type"] != "directory" and suffix.lower() in IMAGE_SUFFIXES:
-            yield entry, captions.get(stem)
-    for entry in visible:
-        if entry["type"] == "directory":
-            yield from _walk(fs, str(entry["name"]))
+    folders = [folder]
+    while folders:
+        entries = sorted(fs.ls(folders.pop(), detail=True), key=lambda entry: str(entry["name"]))
+        visible = [entry for entry in entries if not _base(entry).startswith(".")]
+        files = [entry for entry in visible if _is_file(fs, entry)]
+        captions = {
+            str(entry["name"])[: -len(".txt")]: entry
+            for entry in files
+            if str(entry["name"]).lower().endswith(".txt")
+        }
+        for entry in files:
+            stem, _, suffix = str(entry["name"]).rpartition(".")
+            if suffix.lower() in IMAGE_SUFFIXES:
+                yield entry, captions.get(stem)
+        inside = [str(entry["name"]) for entry in visible if entry["type"] == "directory"]
+        folders.extend(reversed(inside))
+
+
+def _is_file(fs: Any, entry: Entry) -> bool:
+    """Return whether an entry is a file, or a link to one or to nothing.
+
+    A pipe would be waited for without end.
+    """
+    kind, name = entry["type"], str(entry["name"])
+    return bool(
+        kind == "file" or (kind != "directory" and (fs.isfile(name) or not fs.exists(name)))
+    )
+
+
+def _size(entry: Entry | None) -> int:
+    """Return a file's size in bytes, 0 where it is not told."""
+    return int((entry or {}).get("size") or 0)
 
 
 def _base(entry: Entry) -> str:

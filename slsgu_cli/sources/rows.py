@@ -21,6 +21,9 @@ from slsgu_cli.records.sets import Origin
 IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "img")
 )
+# The most bytes that a caption or a label may have, and an encoded image.
+TEXT_LIMIT, IMAGE_LIMIT = 1 << 16, 1 << 26
+TOO_LARGE = "oversized file"
 CAPTION_FIELDS = ("caption", "text")
 LABEL_FIELDS = ("label", "concept", "class", "cls")
 Filters = dict[str, frozenset[str]]

@@ -2,9 +2,15 @@
 
 Consecutive members whose names agree up to the first dot are one sample: an image with a
 `.txt` caption, a `.json` of fields and a `.cls` label, all of them optional.
+
+Shards come from strangers. What one member, header or compressed byte may cost is bounded:
+beyond that a sample is counted and left out, or a shard ends there.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import tarfile
 import zlib
@@ -20,8 +26,11 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.rows import (
     CAPTION_FIELDS,
+    IMAGE_LIMIT,
     IMAGE_SUFFIXES,
     LABEL_FIELDS,
+    TEXT_LIMIT,
+    TOO_LARGE,
     Columns,
     Extent,
     Filters,
@@ -39,15 +48,94 @@ TEXT_SUFFIXES = frozenset(("txt", "json", "cls"))
 # Fields by which a collected sample tells where it comes from.
 ORIGIN_FILE, ORIGIN_ROW = "origin_file", "origin_row"
 TRUNCATED = "truncated shard"
-BROKEN = (tarfile.TarError, EOFError, zlib.error)
 Members = dict[str, bytes | None]
+
+# The most bytes that a sample's JSON may have, and a member's name.
+JSON_LIMIT, NAME_LIMIT = 1 << 20, 1 << 12
+SPARSE, DEEP = "sparse file", "JSON nested too deeply"
+LIMITS = {**dict.fromkeys(IMAGE_SUFFIXES, IMAGE_LIMIT), **dict.fromkeys(TEXT_SUFFIXES, TEXT_LIMIT)}
+LIMITS["json"] = JSON_LIMIT
+# Levels of JSON, members of a sample, and fields to name where a filter has none of them.
+DEPTH, MEMBERS, FIELDS = 64, 256, 1024
+
+# What a compressed shard may unpack to: so much, or so many times what was read of it.
+ROOM, INFLATION = 1 << 28, 100
+BOMB = "decompression bomb"
+# The module says it with an OSError, as a file that cannot be read does.
+BZ2_DAMAGE = "Invalid data stream"
+
+# The most bytes of a header that goes before another one, and entries for all members.
+HEADER_LIMIT, ENTRIES = 1 << 16, 1024
+FARTHEST = 1 << 60
+BEFORE_OTHERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+class Bomb(tarfile.ReadError):
+    """A shard that unpacks to far more than it is."""
+
+
+class Unpacked:
+    """The bytes of a file in their order, unpacked as they are read. Raises ReadError."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._start = file.read(10)
+        self._consumed, self._unpacked = 0, 0
+        opened = self._opened(self._start)
+        self._read = self.packed if opened is None else opened.read1
+
+    def _opened(self, start: bytes) -> Any:
+        """Return what unpacks a file that begins so; None where it is not compressed."""
+        source: Any = _Packed(self.packed)
+        if start.startswith(b"\x1f\x8b\x08"):
+            return gzip.GzipFile(fileobj=source, mode="rb")
+        if start.startswith(b"BZh") and start[4:] == b"1AY&SY":
+            return bz2.BZ2File(source)
+        if start.startswith((b"\xfd7zXZ\0", b"]\0\0\x80")):
+            return lzma.LZMAFile(source)
+        return None
+
+    def packed(self, size: int) -> bytes:
+        """Return the next bytes of the file itself."""
+        data, self._start = self._start[:size], self._start[size:]
+        data = data or self._file.read(size)
+        self._consumed += len(data)
+        return bytes(data)
+
+    def read(self, size: int) -> bytes:
+        """Return at most `size` of the next bytes; none at the end."""
+        try:
+            data = self._read(size)
+        except OSError as error:
+            if str(error) != BZ2_DAMAGE:
+                raise
+            raise tarfile.ReadError("invalid compressed data") from error
+        self._unpacked += len(data)
+        if self._unpacked > max(ROOM, INFLATION * self._consumed):
+            raise Bomb(f"it unpacks to more than {INFLATION} times its size")
+        return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A file that can only be read on: what the modules that unpack take."""
+
+    read: Callable[[int], bytes]
 
 
 class ShardHeader(tarfile.TarInfo):
     """A member's header. A usual file's owner, times and devices are left unread.
 
     The module spends more on these than on all else: without this it takes half as long
-    again to read a shard's captions.
+    again to read a shard's captions. Where the pieces of a sparse member lie is not read
+    either, for such a member is not used.
     """
 
     @classmethod
@@ -65,11 +153,41 @@ class ShardHeader(tarfile.TarInfo):
     def fromtarfile(cls, tar: Any) -> Self:
         """Return the next header, noting where there is neither one nor the end mark."""
         try:
-            return super().fromtarfile(tar)
+            member = super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             end_mark = tarfile.EOFHeaderError  # type: ignore[attr-defined]
             tar.broken_off = not isinstance(error, end_mark)
             raise
+        except (ValueError, IndexError, RecursionError) as error:
+            # The module reads headers before headers by recursion, and trusts their figures.
+            raise tarfile.ReadError("a header cannot be right") from error
+        # A size below zero would lead back, and round for ever.
+        if not member.offset_data <= tar.offset <= FARTHEST or len(tar.pax_headers) > ENTRIES:
+            raise tarfile.ReadError("a header cannot be right")
+        return member
+
+    def _proc_member(self, tar: Any) -> Any:
+        """Process a header by its type, one before others only if it is of a usual size."""
+        if self.type in BEFORE_OTHERS and not 0 <= self.size <= HEADER_LIMIT:
+            raise tarfile.ReadError("a header is too long")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_sparse(self, tar: Any) -> Any:
+        """Pass over what tells where the pieces of a sparse member lie."""
+        _, more, _ = self._sparse_structs  # type: ignore[attr-defined]
+        for _ in range(HEADER_LIMIT // tarfile.BLOCKSIZE):
+            if not more:
+                self.sparse = []  # type: ignore[assignment]
+                return self._proc_builtin(tar)  # type: ignore[attr-defined]
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            more = block[504]
+        raise tarfile.ReadError("a header is too long")
+
+    def _no_pieces(self, member: Any, *_: Any) -> None:
+        """Take a member for sparse, and leave where its pieces lie unread."""
+        member.sparse = []
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _no_pieces
 
 
 class Shard(tarfile.TarFile):
@@ -79,15 +197,27 @@ class Shard(tarfile.TarFile):
     broken_off = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Group:
-    """The members of one sample by suffix: their headers, and what was read of them."""
+    """The members of one sample by suffix: their headers, and what was read of them.
+
+    `flaw` is why the sample cannot be used, if one of its members is not read.
+    """
 
     tar: Shard
     index: int
     key: str
     heads: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     members: Members = field(default_factory=dict)
+    flaw: str | None = None
+
+    def add(self, suffix: str, head: tarfile.TarInfo, *, read: bool) -> None:
+        """Take the next member into the sample; with `read`, what is in it too."""
+        self.heads[suffix] = head
+        self.members[suffix] = None
+        self.flaw = self.flaw or _flaw(suffix, head, len(self.heads))
+        if read and self.flaw is None:
+            self.members[suffix] = self.read(suffix)
 
     def read(self, suffix: str) -> bytes | None:
         """Read a member, while the next sample is not reached."""
@@ -135,7 +265,8 @@ class TarSource:
         fields_seen: set[str] = set()
         streams = self._streams()
         for group in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
-            row = self._row(group, None if streams else group.extent(), fields_seen)
+            extent = None if streams else group.extent()
+            row = self._row(group, trouble, extent, fields_seen)
             if row is not None:
                 yield row
         for name in self.filters:
@@ -158,7 +289,7 @@ class TarSource:
             trouble,
         )
         for group in groups:
-            row = self._row(group)
+            row = self._row(group, trouble)
             if row is not None and wants(row):
                 yield row, group.image_bytes()
 
@@ -179,21 +310,41 @@ class TarSource:
                 return
 
     def _row(
-        self, group: Group, extent: Extent | None = None, fields_seen: set[str] | None = None
+        self,
+        group: Group,
+        trouble: Counter[str],
+        extent: Extent | None = None,
+        fields_seen: set[str] | None = None,
     ) -> Row | None:
-        """Return the sample's row if it passes the filters; note the fields there are."""
-        fields = self._fields(group.key, group.members)
+        """Return the sample's row if it passes the filters; note the fields there are.
+
+        A sample that cannot be used is counted in `trouble`.
+        """
+        fields = None if group.flaw else self._fields(group.key, group.members)
+        if fields is None:
+            trouble[group.flaw or DEEP] += 1
+            return None
         if fields_seen is not None:
-            fields_seen.update(fields)
+            # Names that strangers made up are many; to tell what there is, some will do.
+            few = len(fields_seen) < FIELDS
+            fields_seen.update(fields if few else self.filters.keys() & fields.keys())
         if not passes(self.filters, fields):
             return None
         caption, label = as_text(fields["caption"]), as_text(fields["label"])
+        if max(len(caption or ""), len(label or "")) > TEXT_LIMIT:
+            trouble[TOO_LARGE] += 1
+            return None
         origin = _origin(self.path, group.index, fields)
         return Row(group.index, group.key, caption, label, bool(group.image()), origin, extent)
 
-    def _fields(self, key: str, members: Members) -> dict[str, Any]:
-        """Return the sample's JSON fields, with its key, caption and label among them."""
+    def _fields(self, key: str, members: Members) -> dict[str, Any] | None:
+        """Return the sample's JSON fields, with its key, caption and label among them.
+
+        None where they are nested too deeply to be read.
+        """
         fields = _json(members.get("json"))
+        if fields is None:
+            return None
         columns = self.columns
         caption = fields.get(columns.caption) if columns.caption else None
         label = fields.get(columns.label) if columns.label else None
@@ -220,10 +371,11 @@ class TarSource:
     def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
         """Yield the shard's samples; `read` says which members to read."""
         started = False
-        mode: Any = "r|*" if self._streams() else "r:"
         with self._file() as file:
             try:
-                with Shard.open(fileobj=file, mode=mode) as tar:
+                content: Any = Unpacked(file) if self._streams() else file
+                mode: Any = "r|" if self._streams() else "r:"
+                with Shard.open(fileobj=content, mode=mode) as tar:
                     started = True
                     yield from _grouped(tar, read)
             except BROKEN as error:
@@ -232,7 +384,7 @@ class TarSource:
                         f"{self.path} cannot be read as a tar shard: {error}",
                         hint="the file is damaged or no tar; fetch it again",
                     ) from error
-                trouble[TRUNCATED] += 1
+                trouble[BOMB if isinstance(error, Bomb) else TRUNCATED] += 1
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
@@ -264,8 +416,8 @@ def _grouped(tar: Shard, read: Callable[[int, str], bool]) -> Iterator[Group]:
             if group.index >= 0:
                 yield group
             group = Group(tar, group.index + 1, key)
-        group.heads[suffix] = member
-        group.members[suffix] = group.read(suffix) if read(group.index, suffix) else None
+        if len(group.heads) <= MEMBERS:
+            group.add(suffix, member, read=read(group.index, suffix))
     if group.index >= 0:
         yield group
     if tar.broken_off:
@@ -294,9 +446,36 @@ def _origin(path: str, index: int, fields: dict[str, Any]) -> Origin | None:
     return Origin(path, index, as_text(url)) if url else None
 
 
-def _json(data: bytes | None) -> dict[str, Any]:
+def _flaw(suffix: str, head: tarfile.TarInfo, members: int) -> str | None:
+    """Return why a sample with this member, one of so many, is not used; None if it can be."""
+    limit = LIMITS.get(suffix)
+    if limit is not None and head.sparse is not None:
+        return SPARSE
+    fits = limit is None or 0 <= head.size <= limit
+    return None if fits and len(head.name) <= NAME_LIMIT and members <= MEMBERS else TOO_LARGE
+
+
+def _json(data: bytes | None) -> dict[str, Any] | None:
+    """Return the object that JSON holds, an empty one where it is none; None if too deep."""
     try:
         value = json.loads(data) if data else {}
+    except RecursionError:
+        return None
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    # What is nested has brackets, and few samples have many.
+    may_be_deep = data is not None and data.count(b"[") + data.count(b"{") > DEPTH
+    return None if may_be_deep and _is_deep(value) else value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a value is nested more than DEPTH levels deep."""
+    level = [value]
+    for _ in range(DEPTH):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True

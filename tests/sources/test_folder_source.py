@@ -1,5 +1,7 @@
+import os
 from collections import Counter
 
+import fsspec
 import pytest
 from tiny_images import encoded, write_folder
 
@@ -39,6 +41,30 @@ def test_captions_and_class_folders(tmp_path):
         b"1",
         b"5",
     ]
+
+
+def test_what_is_too_large_is_counted_and_a_pipe_is_not_waited_for(tmp_path):
+    write_folder(tmp_path, dict.fromkeys(("a.png", "b.png", "c.png", "d/e.png"), b"1"))
+    write_folder(tmp_path, {"a.txt": "a", "b.txt": "b"})
+    os.truncate(tmp_path / "b.txt", (1 << 16) + 1)
+    os.truncate(tmp_path / "c.png", (1 << 26) + 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    trouble = Counter()
+    source = FolderSource(str(tmp_path), {})
+    found = [(row.index, row.key) for row in source.rows(trouble)]
+    assert found == [(0, "a"), (3, "gone"), (4, "d/e")]
+    assert trouble == {"oversized file": 2}
+    assert dict(source.images(dict.fromkeys([0, 3, 4]))) == {0: b"1", 3: None, 4: b"1"}
+
+
+def test_folders_within_folders_are_read_however_deep():
+    fs = fsspec.filesystem("memory")
+    fs.pipe(f"/deep/{'d/' * 1200}a.png", b"1")
+    try:
+        assert [row.label for row in rows("memory://deep")] == ["d"]
+    finally:
+        fs.rm("/deep", recursive=True)
 
 
 def test_filters_go_by_label(tmp_path):
