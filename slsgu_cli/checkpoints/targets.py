@@ -1,11 +1,10 @@
 """From a path to the CLIP encoders inside a model, and which layers it reads."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slsgu_cli.checkpoints.layers import Layer, block_count
@@ -18,6 +17,7 @@ from slsgu_cli.checkpoints.layouts import (
     tensor_places,
 )
 from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower
 
 _NORM = re.compile(r"ln_final|ln_post|attn_pool|(?:^|\.)norm\.|fc_norm")
@@ -107,6 +107,7 @@ def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
 
 
 CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"
+SHARDS = "*.index.json"
 PROJECTORS = ("multi_modal_projector.", "mm_projector.")
 
 # How the names of a text encoder begin in single files of diffusion models.
@@ -164,6 +165,7 @@ def read_target(path: Path) -> Target:
         return _single_file(path)
     if not path.is_dir():
         raise MissingError(f"there is no model {path}")
+    require_inside(path)
     if (path / PIPELINE).is_file():
         return _pipeline(path)
     if (path / OPEN_CLIP).is_file():
@@ -177,7 +179,7 @@ def read_target(path: Path) -> Target:
 def read_config(path: Path) -> dict[str, Any]:
     """Return the object in a JSON configuration file. Raises MissingError or InputError."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise MissingError(
             f"{path.parent} is no model that slsgu knows: it has no {path.name}",
@@ -189,6 +191,26 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object")
     return content
+
+
+def require_inside(folder: Path) -> None:
+    """Refuse a model whose indices of shards name files outside of its folder. Raises InputError.
+
+    Other libraries would read what they name, and a copy would lead there too.
+    """
+    for path in sorted([*folder.glob(SHARDS), *folder.glob(f"*/{SHARDS}")]):
+        shards = read_config(path).get("weight_map", {})
+        for shard in sorted(map(str, shards.values())) if isinstance(shards, dict) else ():
+            _require_name(path, shard)
+
+
+def _require_name(path: Path, name: str) -> None:
+    """Refuse a file that names another one outside of its folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise InputError(
+            f"{path} names {name!r}, which lies outside of the model",
+            hint="get the model from a source that you trust",
+        )
 
 
 def _is_llava(config: dict[str, Any]) -> bool:
@@ -243,6 +265,8 @@ def _pipeline(folder: Path) -> Target:
     }
     if not classes:
         raise InputError(f"the pipeline {folder} has no CLIP text encoder")
+    for name in index:
+        _require_name(folder / PIPELINE, name)
     kind = str(index.get("_class_name", ""))
     unread: dict[Path, str] = {}
     encoders, depths = [], []

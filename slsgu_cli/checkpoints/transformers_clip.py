@@ -1,6 +1,5 @@
 """A `CLIPModel` folder, or one from the hub, in open_clip's words: configuration and weights."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from slsgu_cli.checkpoints.layouts import (
     read_weight_sets,
     tensor_places,
 )
-from slsgu_cli.checkpoints.targets import CONFIG, read_config
+from slsgu_cli.checkpoints.targets import CONFIG, read_config, require_inside
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
 from slsgu_cli.checkpoints.weights import combined_fingerprint, values_digest
 from slsgu_cli.errors import InputError, MissingError, first_lines
+from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower
 
 HUB = "hf-hub:"
@@ -165,7 +165,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         if not path.is_file():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
             tokens = content["model"]["vocab"] if name == "tokenizer.json" else content
             return {str(token): int(number) for token, number in tokens.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -223,6 +223,7 @@ class ClipWeights:
 
 
 def _preferred(folder: Path) -> WeightSet:
+    require_inside(folder)
     weight_sets, unread = read_weight_sets(folder)
     towers = {Tower.TEXT, Tower.VISION}
     whole = [

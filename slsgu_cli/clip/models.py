@@ -1,7 +1,6 @@
 """From a model's name to its files, inputs and module."""
 
 import functools
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
 )
 from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
 from slsgu_cli.errors import InputError, MissingError, UsageError, first_lines, near
-from slsgu_cli.records.codec import digest
+from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import InputSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -332,7 +331,7 @@ def _fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
 def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the model_cfg and the preprocess_cfg, with its defaults, of a configuration file."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         config = {**content["model_cfg"]}
         for tower in ("vision_cfg", "text_cfg"):
             config[tower] = {**config[tower]}

@@ -12,6 +12,41 @@ from slsgu_cli.errors import StaleError
 
 T = TypeVar("T")
 
+# Levels of JSON that anybody writes; what reads or writes it again goes down by recursion.
+DEEPEST = 64
+
+
+class TooDeepError(ValueError):
+    """JSON that is nested more than DEEPEST levels deep."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError, a TooDeepError where it is nested so."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise TooDeepError("it is nested too deeply") from error
+    # What is nested has brackets, and few texts have many.
+    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, opening)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
+        raise TooDeepError("it is nested too deeply")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inside = (
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        )
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 ADDED = "added"
 
 

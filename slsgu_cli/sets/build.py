@@ -295,8 +295,8 @@ def require_all(failed: Sequence[str]) -> None:
 
 def _shards(store: Store, collected: Collected, counts: ConceptCounts, role: str) -> list[str]:
     """Return the sources that hold a concept's samples, or those to retain."""
-    where = store.where(collected.folder)
-    return [f"{where}/{shard}?role={role}" for shard in counts.shards]
+    places = [store.where(f"{collected.folder}/{shard}") for shard in counts.shards]
+    return [f"{place}?role={role}" for place in places]
 
 
 def _nothing(request: BuildRequest, collected: Collected, counts: ConceptCounts) -> SlsguError:

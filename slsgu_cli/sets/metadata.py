@@ -10,7 +10,6 @@ output in a log, and a shard is done when its statistics are there. Images are k
 were served.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -35,6 +34,7 @@ import pyarrow.compute as pc
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
 from slsgu_cli.sources.parquet import open_parquet
@@ -417,8 +417,8 @@ def _advance(store: Store, folder: str, counted: Counter[str], ticker: progress.
     for name in store.names(folder, STATS):
         if name not in counted:
             try:
-                count = json.loads(store.read_bytes(f"{folder}/{name}{STATS}"))["count"]
-            except ValueError:  # it is being written
+                count = int(parse_json(store.read_bytes(f"{folder}/{name}{STATS}"))["count"])
+            except (ValueError, KeyError, TypeError):  # it is being written
                 continue
             counted[name] = count
             ticker.advance(count)

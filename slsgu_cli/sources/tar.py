@@ -9,7 +9,6 @@ beyond that a sample is counted and left out, or a shard ends there.
 
 import bz2
 import gzip
-import json
 import lzma
 import re
 import tarfile
@@ -23,6 +22,7 @@ from typing import Any, Self
 import fsspec
 
 from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.codec import TooDeepError, parse_json
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.rows import (
     CAPTION_FIELDS,
@@ -55,8 +55,8 @@ JSON_LIMIT, NAME_LIMIT = 1 << 20, 1 << 12
 SPARSE, DEEP = "sparse file", "JSON nested too deeply"
 LIMITS = {**dict.fromkeys(IMAGE_SUFFIXES, IMAGE_LIMIT), **dict.fromkeys(TEXT_SUFFIXES, TEXT_LIMIT)}
 LIMITS["json"] = JSON_LIMIT
-# Levels of JSON, members of a sample, and fields to name where a filter has none of them.
-DEPTH, MEMBERS, FIELDS = 64, 256, 1024
+# Members of a sample, and fields to name where a filter has none of them.
+MEMBERS, FIELDS = 256, 1024
 
 # What a compressed shard may unpack to: so much, or so many times what was read of it.
 ROOM, INFLATION = 1 << 28, 100
@@ -458,24 +458,9 @@ def _flaw(suffix: str, head: tarfile.TarInfo, members: int) -> str | None:
 def _json(data: bytes | None) -> dict[str, Any] | None:
     """Return the object that JSON holds, an empty one where it is none; None if too deep."""
     try:
-        value = json.loads(data) if data else {}
-    except RecursionError:
+        value = parse_json(data) if data else {}
+    except TooDeepError:
         return None
     except ValueError:
         return {}
-    if not isinstance(value, dict):
-        return {}
-    # What is nested has brackets, and few samples have many.
-    may_be_deep = data is not None and data.count(b"[") + data.count(b"{") > DEPTH
-    return None if may_be_deep and _is_deep(value) else value
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether a value is nested more than DEPTH levels deep."""
-    level = [value]
-    for _ in range(DEPTH):
-        inside = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [item for items in inside for item in items if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
+    return value if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records.codec import is_sealed, sealed
+from slsgu_cli.records.codec import is_sealed, parse_json, sealed
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.store.store import Store
 
@@ -188,7 +188,7 @@ def _undamaged(where: str) -> Iterator[None]:
 
 
 def _unpack(data: npt.NDArray[np.uint8]) -> list[Any]:
-    return list(json.loads(data.tobytes()))
+    return list(parse_json(data.tobytes()))
 
 
 CHUNK_BYTES = 16 << 20

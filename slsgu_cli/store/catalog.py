@@ -4,14 +4,13 @@ Only records and headers are read: no tensor, no image, and nothing of the model
 artifact that cannot be read is listed with the reason.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError, SlsguError
-from slsgu_cli.records.codec import digest, is_sealed
+from slsgu_cli.records.codec import digest, is_sealed, parse_json
 from slsgu_cli.records.method import GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
@@ -134,7 +133,7 @@ class Catalog:
 def attributes(store: Store, path: str) -> dict[str, Any]:
     """Return what a block says of itself, read without zarr. Raises SlsguError."""
     try:
-        said = json.loads(store.read_bytes(f"{path}/zarr.json"))["attributes"]
+        said = parse_json(store.read_bytes(f"{path}/zarr.json"))["attributes"]
         if said.get("complete") is not True:
             raise ValueError("it is not complete")
         is_sealed(said)

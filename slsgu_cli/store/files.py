@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.records.codec import parse_json
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -157,8 +157,8 @@ def safetensors_header(read: Callable[[int, int], bytes], size: int) -> tuple[di
     if size < LENGTH or length > min(HEADER_LIMIT, size - LENGTH):
         raise ValueError("the file ends before its header does")
     try:
-        header = json.loads(read(LENGTH, LENGTH + length).decode())
-    except (ValueError, RecursionError) as error:
+        header = parse_json(read(LENGTH, LENGTH + length))
+    except ValueError as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")

@@ -6,6 +6,7 @@ and two processes may share a store: the last complete write of a name stands.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
-from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, sealed
+from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.store import files
 from slsgu_cli.store.files import UNFINISHED, content_digest, partial_name, remedy
 
 T = TypeVar("T")
 HEADER, TENSORS = "slsgu", "tensors"
+
+# What a path of a record may not have: it would lead out of the store, or to another system.
+OUTSIDE = re.compile(r"(?:^|/)\.\.(?:/|$)|::|\0")
 
 # What to do about a store that cannot be written, and about what is damaged in one.
 ELSEWHERE = "choose another store with --store"
@@ -61,9 +65,8 @@ class Store:
 
     def where(self, path: str) -> str:
         """Return the full path or URL of `path`, for messages and for opening."""
-        return (
-            f"{self.root}/{path}" if self.is_local else self._fs.unstrip_protocol(self._full(path))
-        )
+        full = self._full(path)
+        return full if self.is_local else str(self._fs.unstrip_protocol(full))
 
     def exists(self, path: str) -> bool:
         """Return whether a complete artifact stands at `path`."""
@@ -187,8 +190,8 @@ class Store:
         """Return what the JSON file at `path` holds, and whether it carries a digest."""
         data = self.read_bytes(path)
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(data)
+        except ValueError as error:
             raise InputError(f"{self.where(path)} is not JSON: {error}", hint=REMEDY) from error
         try:
             return value, is_sealed(value)
@@ -253,7 +256,7 @@ class Store:
                 ends = [entry["data_offsets"][1] for entry in content.values()]
                 if max(ends, default=0) != size - base:
                     raise ValueError("it is not as long as its header says")
-                header = json.loads(metadata.get(HEADER, "null"))
+                header = parse_json(metadata.get(HEADER, "null"))
                 _digests_in(header, content)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise self._damaged(path, error) from error
@@ -280,7 +283,7 @@ class Store:
         with self._tensor_file(path) as file:
             for name in sorted(file.keys()):
                 self._tensor(path, file, name)
-            return is_sealed(json.loads((file.metadata() or {}).get(HEADER, "null")))
+            return is_sealed(parse_json((file.metadata() or {}).get(HEADER, "null")))
 
     @contextmanager
     def _tensor_file(self, path: str) -> Iterator[Any]:
@@ -310,7 +313,7 @@ class Store:
             state = (path, status.st_ino, status.st_size, status.st_mtime_ns)
             digests = self._uncompared.get(state)
         if digests is None:
-            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            header = parse_json((file.metadata() or {}).get(HEADER, "null"))
             digests = _digests_in(header, file.keys())
             if self.is_local:
                 self._uncompared[state] = digests
@@ -370,6 +373,11 @@ class Store:
         return sorted(str(entry).rsplit("/", 1)[-1] for entry in self._fs.ls(full, False))
 
     def _full(self, path: str) -> str:
+        if OUTSIDE.search(path):
+            raise InputError(
+                f"{path!r} leads out of the store {self.url}",
+                hint="the record that says so is damaged or of others; make it again",
+            )
         return f"{self.root}/{path}" if path else self.root
 
     def _place(self, partial: str, path: str, whole: Callable[[str], bool] | None) -> None:

@@ -68,6 +68,32 @@ def test_a_llava_file_is_read_with_the_configuration_beside_it(tmp_path, state):
     assert encoder.read_from[0].blocks == 2
 
 
+OUTSIDE = ("../model.safetensors", "/etc/model.safetensors", "a/../../b.bin")
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+@pytest.mark.parametrize("index", ["model.safetensors", "unet/pytorch_model.bin"])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, state, place, index):
+    encoder = ("CLIPTextModel", tower(state, "text"))
+    path = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
+    names = {"a": "a-00001-of-00002.bin", "b": "parts/a-00002-of-00002.bin"}
+    tiny_targets.write_json(path / f"{index}.index.json", {"weight_map": names})
+    read_target(path)
+    tiny_targets.write_json(path / f"{index}.index.json", {"weight_map": {**names, "c": place}})
+    with pytest.raises(InputError, match=r"index\.json names '.*', which lies outside"):
+        read_target(path)
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_a_pipeline_with_parts_elsewhere_is_refused(tmp_path, state, place):
+    encoder = ("CLIPTextModel", tower(state, "text"))
+    path = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
+    index = json.loads((path / "model_index.json").read_text())
+    tiny_targets.write_json(path / "model_index.json", {**index, place: index["text_encoder"]})
+    with pytest.raises(InputError, match=r"model_index\.json names '.*', which lies outside"):
+        read_target(path)
+
+
 @pytest.mark.parametrize("kind", ["llava_next", "vipllava"])
 def test_relatives_of_llava_are_known_by_the_layer_they_read(tmp_path, state, kind):
     path = llava(tmp_path / "llava", state, "model.vision_tower.", model_type=kind)

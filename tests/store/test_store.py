@@ -402,6 +402,14 @@ def test_a_pipe_or_a_socket_is_no_store_and_is_not_replaced_in_one(tmp_path, mon
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("path", ["../a", "data/../../a", "..", "data/..", "a::file:///b", "a\0b"])
+def test_a_path_that_leads_out_of_the_store_is_refused(any_store, path):
+    for use in (any_store.where, any_store.exists, any_store.read_bytes, any_store.remove):
+        with pytest.raises(InputError, match="leads out of the store"):
+            use(path)
+    assert any_store.where("data/..a/a..").endswith("/data/..a/a..")
+
+
 def test_require_names_the_command_that_makes_it(store):
     with pytest.raises(MissingError, match="gradient of facebook") as caught:
         require(store, "gradients/facebook.json", what="gradient of facebook", run="slsgu grad")

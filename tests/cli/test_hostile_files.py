@@ -1,0 +1,49 @@
+"""Commands and what others may have put into a store or a model: a clear message, exit 3 or 2."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from processes import inside
+
+from slsgu_cli.records.codec import encode
+from slsgu_cli.store.artifacts import Artifact
+
+
+def refused(*arguments, code=3):
+    """Run a command that must end with an exit code; return what it says."""
+    done = inside(*arguments)
+    assert done.exit_code == code, done.stderr
+    assert "unexpected" not in done.stderr
+    return done.stderr
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Change fields of a JSON record, which then carries no digest, as those of others may not."""
+    content = json.loads(path.read_text())
+    content.pop("sha256", None)
+    path.write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize("place", ["../{}", "/{}", "data/../../{}"])
+def test_a_set_record_that_names_rows_elsewhere_is_refused(world, place):
+    manifest, root = world.manifest, Path(world.store.root)
+    block = root.parent / "elsewhere.zarr"
+    (root / manifest.forget.path).rename(block)
+    forget = replace(manifest.forget, path=place.format(block.name))
+    rewrite(root / Artifact.SET.path(world.name), forget=encode(forget))
+    told = refused("grad", world.name, "--batch-size", 7, "--store", root)
+    assert "leads out of the store" in told or "there is no" in told
+
+
+def test_a_collection_record_that_names_shards_elsewhere_is_refused(world):
+    from slsgu_cli.errors import InputError
+    from slsgu_cli.records.sets import Collection, ConceptCounts
+    from slsgu_cli.sets.build import _shards
+    from slsgu_cli.sets.collection import Collected
+
+    counts = ConceptCounts(1, {}, ("../../../a.tar",))
+    record = Collection((), 0, 0, {}, {}, counts, (), "")
+    with pytest.raises(InputError, match="leads out of the store"):
+        _shards(world.store, Collected(record, "collections/a/parts"), counts, "forget")
