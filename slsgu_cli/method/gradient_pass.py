@@ -1,15 +1,17 @@
 """The losses, and the mean gradient of one over a data block, for every parameter.
 
-Mini-batches are what the loss is defined on; how many of them run in one forward is only
-a matter of speed and memory. They are stacked until the memory budget or the device's
-best size is reached, their losses are summed, and one backward gives their gradients'
-sum: the same numbers as one mini-batch after another.
+Mini-batches are what the loss is defined on. A CPU runs one after another, and nothing but
+their order tells in which order fp32 adds up: a gradient has the same bytes whatever memory
+there was. Elsewhere they are stacked until the memory budget or the device's best size is
+reached, their losses are summed, and one backward gives their gradients' sum: the same
+numbers but for the last digit.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +98,68 @@ def _per_batch(values: Tensor, batch_size: int) -> Tensor:
     return torch.cat(means)
 
 
-# Pairs per forward beyond which a device gains nothing more, measured.
-BEST_PAIRS = {"cpu": 64, "cuda": 1024, "mps": 256}
+# Pairs per forward beyond which a device gains nothing more, measured: at least a mini-batch.
+BEST_PAIRS = {"cpu": 1, "cuda": 1024, "mps": 256}
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
-Sums = dict[str, Tensor]
+
+# Mini-batches that are summed by themselves before they are added to the others.
+TURN = 8
+
+
+@dataclass(slots=True)
+class Sums:
+    """Gradients of mini-batches added up in their order, fp32, and the loss of each.
+
+    `total` is over the mini-batches of whole turns, of which `added` are in it, and `turn`
+    over those that follow, up to `done`. Both are (kinds, entries of all parameters): the
+    gradients, and where they are wanted their squares.
+    """
+
+    total: Tensor
+    turn: Tensor
+    losses: Tensor
+    added: int = 0
+    done: int = 0
+
+    @classmethod
+    def none(cls, parameters: Iterable[Tensor], batches: int, kinds: int) -> Self:
+        """Return the sums over no mini-batch yet."""
+        listed = list(parameters)
+        size, device = sum(p.numel() for p in listed), listed[0].device
+        turn = torch.zeros(kinds, size, device=device)
+        return cls(torch.zeros_like(turn), turn, torch.zeros(batches, device=device))
+
+    def end_turn(self) -> Tensor:
+        """Add the turn to the total; return whether it was finite."""
+        finite = self.finite()
+        self.total.add_(self.turn)
+        self.turn.zero_()
+        self.added = self.done
+        return finite
+
+    def drop_turn(self) -> None:
+        """Forget the turn under way: it is begun again."""
+        self.turn.zero_()
+        self.done = self.added
+
+    def finite(self) -> Tensor:
+        """Return whether all of the turn under way is finite, on its device."""
+        losses = self.losses[self.added : self.done]
+        return torch.isfinite(torch.stack([*self.turn.aminmax(), losses.sum()])).all()
+
+
+class Keeper(Protocol):
+    """Keeps sums where a later run finds them."""
+
+    def restore(self, sums: Sums) -> None:
+        """Put what was kept into sums over nothing, if there is anything."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep them."""
+
+    def keep(self, sums: Sums) -> None:
+        """Keep sums that are finite."""
 
 
 @dataclass(slots=True)
@@ -137,68 +197,87 @@ class GradientPass:
         options = replace(options, device=str(next(model.parameters()).device))
         return cls(model, vision, text, grouped, spec, options)
 
-    def run(self, block: DataBlock, label: str) -> tuple[Arrays, float]:
+    def run(
+        self, block: DataBlock, label: str, keeper: Keeper | None = None
+    ) -> tuple[Arrays, float]:
         """Return the mean gradient of every parameter and the mean loss, over mini-batches.
 
+        With a `keeper`, it goes on with the sums that an earlier run kept, and keeps its own.
         Raises InputError naming mini-batch and keys where a loss or gradient is not finite.
         """
-        return self._run(block, label, None)
+        (gradient,), loss = self._means(block, label, keeper, kinds=1)
+        return gradient, loss
 
-    def run_squared(self, block: DataBlock, label: str) -> tuple[Arrays, Arrays, float]:
+    def run_squared(
+        self, block: DataBlock, label: str, keeper: Keeper | None = None
+    ) -> tuple[Arrays, Arrays, float]:
         """Return the mean gradient, the mean of its squares over mini-batches, the mean loss.
 
         The gradient of a sum of losses does not tell their squares apart, so each
-        mini-batch has a forward and a backward of its own.
+        mini-batch has a forward and a backward of its own on any device.
         """
-        squares: Sums = {}
-        gradient, loss = self._run(block, label, squares)
-        return gradient, {name: value.cpu().numpy() for name, value in squares.items()}, loss
+        (gradient, squares), loss = self._means(block, label, keeper, kinds=2)
+        return gradient, squares, loss
 
-    def _run(self, block: DataBlock, label: str, squares: Sums | None) -> tuple[Arrays, float]:
-        """Run the pass; fill `squares`, if given, with the mean squared gradients."""
+    def _means(
+        self, block: DataBlock, label: str, keeper: Keeper | None, kinds: int
+    ) -> tuple[list[Arrays], float]:
+        """Run the pass over the mini-batches that are not in the sums that were kept."""
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
-        squared = [torch.zeros_like(value) for value in sums] if squares is not None else []
-        tokens = block.tokens
-        normalize = pixel_normalizer(self.spec, self.options.device)
-        losses: list[Tensor] = []
+        batches = -(-block.rows // self.options.batch_size)
+        sums = Sums.none(parameters.values(), batches, kinds)
+        if keeper:
+            keeper.restore(sums)
+        left = block.rows - sums.done * self.options.batch_size
         with (
             arithmetic(self.options.precision),
-            progress.bar(label, block.rows) as ticker,
+            progress.bar(label, left) as ticker,
+            adding_to(sums.turn, parameters.values()),
         ):
             pairs = self._pairs_per_forward(block)
-            if squares is not None:
+            if kinds > 1:
                 pairs = self.options.batch_size
-            start, unchecked = 0, None
-            while start < block.rows:
+            turn = max(TURN, pairs // self.options.batch_size)
+            while sums.done < batches:
                 try:
-                    for first, stop, images in self._stream(block, start, pairs):
-                        ids = to_tokens(tokens[first:stop], "cpu")
-                        values, gradients = self._group(
-                            normalize(images), ids, list(parameters.values())
-                        )
-                        finite = _finite(values, gradients)
-                        # Looked at when the next group is under way: a GPU never waits for it.
-                        if unchecked:
-                            self._check(block, *unchecked)
-                        _accumulate(sums, gradients)
-                        if squares is not None:
-                            _accumulate(squared, [g if g is None else g * g for g in gradients])
-                        unchecked = first, stop, finite
-                        losses.append(values)
-                        ticker.advance(stop - first)
-                        start = stop
+                    for rows in self._added(block, sums, turn=turn, pairs=pairs, keeper=keeper):
+                        ticker.advance(rows)
                 except torch.cuda.OutOfMemoryError:
+                    sums.drop_turn()
                     pairs = self._shrink(pairs)
+        sums.total.div_(batches)
+        means = [
+            {n: v.cpu().numpy() for n, v in zip(parameters, values, strict=True)}
+            for values in (split_up(kind, parameters.values()) for kind in sums.total)
+        ]
+        return means, float(sums.losses.cpu().double().sum()) / batches
+
+    def _added(
+        self, block: DataBlock, sums: Sums, *, turn: int, pairs: int, keeper: Keeper | None
+    ) -> Iterator[int]:
+        """Add the rest of the mini-batches, `turn` at a time; yield rows as they are done."""
+        normalize = pixel_normalizer(self.spec, self.options.device)
+        size, tokens, unchecked = self.options.batch_size, block.tokens, None
+        for first, stop, images in self._stream(block, sums, turn * size, pairs):
+            values = self._group(normalize(images), to_tokens(tokens[first:stop], "cpu"))
+            sums.done = -(-stop // size)
+            sums.losses[first // size : sums.done] = values
+            # Looked at when the next group is under way: a GPU never waits for it.
             if unchecked:
                 self._check(block, *unchecked)
-        batches = sum(values.numel() for values in losses)
-        if squares is not None:
-            means_of_squares = (value.div_(batches) for value in squared)
-            squares.update(zip(parameters, means_of_squares, strict=True))
-        means = (value.div_(batches).cpu().numpy() for value in sums)
-        total = float(torch.cat(losses).cpu().double().sum())
-        return dict(zip(parameters, means, strict=True)), total / batches
+                unchecked = None
+            due = keeper is not None and keeper.due
+            if sums.done - sums.added >= turn or stop == block.rows:
+                unchecked = sums.added * size, stop, sums.end_turn()
+            elif due:
+                self._check(block, sums.added * size, stop, sums.finite())
+            if keeper is not None and due:
+                if unchecked:
+                    self._check(block, *unchecked)
+                keeper.keep(sums)
+            yield stop - first
+        if unchecked:
+            self._check(block, *unchecked)
 
     def losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
@@ -208,18 +287,24 @@ class GradientPass:
             t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
         return self.loss(v, t, self.options.batch_size)
 
-    def _group(
-        self, images: Tensor, ids: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the losses of some mini-batches and the gradient of their sum."""
+    def _group(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Return the losses of some mini-batches; their gradients go to what `.grad` is."""
         values = self.losses(images, ids)
-        gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
-        return values.detach(), list(gradients)
+        values.sum().backward()  # type: ignore[no-untyped-call]
+        return values.detach()
 
     def _stream(
-        self, block: DataBlock, start: int, pairs: int
+        self, block: DataBlock, sums: Sums, turn: int, pairs: int
     ) -> Iterator[tuple[int, int, Tensor]]:
-        ranges = [(start + a, start + b) for a, b in spans(block.rows - start, pairs)]
+        """Yield the rows that are not in the sums in groups, each within a turn of `turn` rows."""
+        size = self.options.batch_size
+        begun, done = sums.added * size, sums.done * size
+        turns = [(begun + a, begun + b) for a, b in spans(block.rows - begun, turn)]
+        ranges = [
+            (max(done, start) + a, max(done, start) + b)
+            for start, stop in turns
+            for a, b in spans(stop - max(done, start), pairs)
+        ]
         device = self.options.device
         images = prefetch(lambda span: staged(block.images(*span), device), ranges, threads=2)
         for (first, stop), chunk in zip(ranges, images, strict=True):
@@ -293,8 +378,10 @@ class GradientPass:
         size = self.options.batch_size
         for a, b in ((start + x, start + y) for x, y in spans(stop - start, size)):
             ids = to_tokens(block.tokens[a:b], "cpu")
-            values, gradients = self._group(normalize(block.images(a, b)), ids, parameters)
-            if not _finite(values, gradients):
+            values = self.losses(normalize(block.images(a, b)), ids)
+            gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
+            figures = [values, *(gradient for gradient in gradients if gradient is not None)]
+            if not all(each.isfinite().all() for each in figures):
                 keys = ", ".join(block.keys[a:b])
                 raise InputError(
                     f"the gradient is not finite in mini-batch {a // size} "
@@ -313,14 +400,39 @@ class GradientPass:
         return self.options.device.partition(":")[0]
 
 
-def _accumulate(sums: list[Tensor], gradients: list[Tensor | None]) -> None:
-    pairs = [(total, g) for total, g in zip(sums, gradients, strict=True) if g is not None]
-    torch._foreach_add_([total for total, _ in pairs], [g for _, g in pairs])
+def split_up(values: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return what one vector holds of each parameter, in its shape."""
+    listed = list(parameters)
+    parts = torch.split(values, [parameter.numel() for parameter in listed])
+    return [part.view(p.shape) for part, p in zip(parts, listed, strict=True)]
 
 
-def _finite(values: Tensor, gradients: list[Tensor | None]) -> Tensor:
-    norms = torch._foreach_norm([g for g in gradients if g is not None])
-    return torch.isfinite(torch.stack([values.float().sum(), *norms])).all()
+@contextlib.contextmanager
+def adding_to(turn: Tensor, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let every backward add to what `turn` holds of the gradients, and of their squares.
+
+    Each gradient is added while it is in the processor's cache, and then dropped.
+    """
+    listed = list(parameters)
+    before = [parameter.grad for parameter in listed]
+    gradients, *squares = (split_up(kind, listed) for kind in turn)
+    hooks: list[Any] = []
+    try:
+        for index, parameter in enumerate(listed):
+            parameter.grad = gradients[index]
+            for kind in squares:
+                add_square: Any = partial(_add_square, kind[index])
+                hooks.append(parameter.register_hook(add_square))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in zip(listed, before, strict=True):
+            parameter.grad = gradient
+
+
+def _add_square(total: Tensor, gradient: Tensor) -> None:
+    total.addcmul_(gradient, gradient)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """What `slsgu grad` does: find or compute the two gradients of a set, and point to them.
 
 A gradient is addressed by the content of what it was computed from, so the same call is
-a cache hit, and concepts that share a retain set share its gradient.
+a cache hit, and concepts that share a retain set share its gradient. The sums of a pass
+under way are kept every half minute, and the same call goes on with them.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from shlex import quote
@@ -16,7 +18,13 @@ from slsgu_cli.clip.models import ResolvedModel, fingerprint, input_spec, load, 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import GradientHeader, GradientPointer, ParameterNorm, SquaresHeader
+from slsgu_cli.records.method import (
+    GradientHeader,
+    GradientPointer,
+    ParameterNorm,
+    SquaresHeader,
+    SumsHeader,
+)
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
@@ -26,9 +34,15 @@ from slsgu_cli.store.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
+    from slsgu_cli.method.gradient_pass import Sums
+
 
 # Part of every gradient's address: a change in what is computed must change it.
 REVISION = 1
+
+# Seconds between two writes of the sums of a pass, or so many times what one of them takes.
+KEEP_SECONDS = 30.0
+KEEP_SHARE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +235,90 @@ def _wanted(
     )
 
 
+@dataclass(slots=True)
+class KeptSums:
+    """The sums of a pass under way, kept in a store for the gradient that they will make.
+
+    What is kept is of the mini-batches up to one, added up in their order: whoever goes on
+    with them on a CPU ends with the bytes of a pass that nothing stopped.
+    """
+
+    store: Store
+    gradient: Gradient
+    device: str
+    _next: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._next = perf_counter() + KEEP_SECONDS
+
+    @property
+    def path(self) -> str:
+        """Where they are kept."""
+        return Artifact.SUMS.path(self.gradient.digest)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep them."""
+        return perf_counter() >= self._next
+
+    def restore(self, sums: "Sums") -> None:
+        """Put what was kept into sums over nothing; what cannot be used is removed."""
+        import torch
+
+        try:
+            header = self.store.read_header(self.path, SumsHeader)
+            kept = self.store.read_tensors(self.path)
+            fresh = {"total": sums.total, "turn": sums.turn, "losses": sums.losses}
+            shapes = {name: (len(kept[name]), *value.shape[1:]) for name, value in fresh.items()}
+            if header.made_from != self._about(sums).made_from or any(
+                kept[name].shape != shape for name, shape in shapes.items()
+            ):
+                raise StaleError("they are of another pass")
+            if len(kept["total"]) < len(sums.total):
+                raise StaleError("they have no squares")
+        except MissingError:
+            return
+        except (InputError, StaleError) as error:
+            progress.note(f"sums that were kept of a pass cannot be used: {error}")
+            self.store.remove(self.path)
+            return
+        for name, value in fresh.items():
+            value.copy_(torch.from_numpy(kept[name][: len(value)]))
+        sums.added, sums.done = header.added, header.done
+        progress.note(
+            f"the {self.gradient.role} gradient goes on after {header.done} of its "
+            f"{header.batches} mini-batches"
+        )
+
+    def keep(self, sums: "Sums") -> None:
+        """Write the sums; where they cannot be written, the pass goes on without."""
+        start = perf_counter()
+        arrays = {"total": sums.total, "turn": sums.turn, "losses": sums.losses}
+        values = {name: value.cpu().numpy() for name, value in arrays.items()}
+        try:
+            self.store.write_tensors(self.path, values, self._about(sums))
+        except InputError as error:
+            progress.warn(f"{error.message}; the sums so far are not kept")
+            self._next = math.inf
+            return
+        now = perf_counter()
+        self._next = now + max(KEEP_SECONDS, KEEP_SHARE * (now - start))
+
+    def remove(self) -> None:
+        """Remove what was kept, if anything was."""
+        self.store.remove(self.path)
+
+    def _about(self, sums: "Sums") -> SumsHeader:
+        return SumsHeader(
+            gradient=self.gradient.digest,
+            device=self.device.partition(":")[0],
+            batches=len(sums.losses),
+            added=sums.added,
+            done=sums.done,
+            version=slsgu_cli.__version__,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What computing any gradient of a set takes."""
@@ -245,17 +343,19 @@ class _Job:
             options=replace(self.options, batch_size=size),
         )
         label = f"{gradient.role} gradient"
+        kept = KeptSums(self.store, gradient, run.options.device)
         if squares:
-            arrays, squared, mean_loss = run.run_squared(block, label)
+            arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, -(-block.rows // size))
             path = Artifact.SQUARES.path(gradient.digest)
             self.store.write_tensors(path, squared, about, keep_first=True)
         else:
-            arrays, mean_loss = run.run(block, label)
+            arrays, mean_loss = run.run(block, label, kept)
         if plain:
             header = self._header(gradient, -(-block.rows // size), mean_loss)
             path = Artifact.GRADIENT.path(gradient.digest)
             self.store.write_tensors(path, arrays, header, keep_first=True)
+        kept.remove()
 
     def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
         weights = {

@@ -134,6 +134,31 @@ class SquaresHeader:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SumsHeader:
+    """Sums of a gradient pass under way: of `done` mini-batches of `batches`, from the first on.
+
+    `gradient` is the digest of what they will make, by which they are addressed. The first
+    `added` mini-batches are in one sum, and those after them in another.
+    """
+
+    gradient: str
+    device: str
+    batches: int
+    added: int
+    done: int
+    version: str
+
+    @property
+    def made_from(self) -> tuple[str, str, int]:
+        """What must be alike for a pass to go on with them."""
+        return self.gradient, self.device, self.batches
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        return {"mini-batches": f"{self.done} of {self.batches}", "for": self.gradient}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
     """Which gradient files belong to a set, and the model and data they came from."""
 

@@ -38,6 +38,7 @@ class Artifact(StrEnum):
     GRADIENT = "gradient"
     MOMENTS = "moments"
     SQUARES = "squares"
+    SUMS = "sums"
     RANKING = "ranking"
     TRIALS = "trials"
     TRAJECTORY = "trajectory"
@@ -148,6 +149,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.GRADIENT: Row("gradients", "method.GradientHeader", suffix=TENSORS),
     Artifact.MOMENTS: Row("moments", "method.MomentHeader", suffix=TENSORS),
     Artifact.SQUARES: Row("squares", "method.SquaresHeader", suffix=TENSORS),
+    Artifact.SUMS: Row("sums", "method.SumsHeader", suffix=TENSORS),
     Artifact.RANKING: Row(
         "rankings", "method.Ranking", "ranking", "rank {}",
         digests=GRADIENTS, needs=Artifact.POINTER,

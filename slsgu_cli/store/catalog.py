@@ -204,6 +204,10 @@ def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verd
     return _stale("the edit was made anew since") if edit and edits and edit not in edits else None
 
 
+def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
+    return Standing.UNREFERENCED, "sums of a pass under way; the same grad goes on with them"
+
+
 # What is looked at besides the digests of the table.
 BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.COLLECTION: _missing_shard,
@@ -212,6 +216,7 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.GRADIENT: _without_set,
     Artifact.MOMENTS: _without_set,
     Artifact.SQUARES: _without_set,
+    Artifact.SUMS: _under_way,
     Artifact.SWEEP: _other_gradient,
     Artifact.VERIFICATION: _other_edit,
 }
@@ -258,11 +263,12 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
             size = _size(catalog.store, path)
             if row.has_folder:
                 size += _size(catalog.store, kind.beside(name))
+            called = Artifact.UNFINISHED if kind is Artifact.SUMS else kind
             if isinstance(record, SlsguError):
-                yield Entry(kind, name, path, size, {}, Standing.DAMAGED, record.message)
+                yield Entry(called, name, path, size, {}, Standing.DAMAGED, record.message)
                 continue
             state, reason = catalog.standing(kind, name, record)
-            yield Entry(kind, name, path, size, record.about(), state, reason)
+            yield Entry(called, name, path, size, record.about(), state, reason)
 
 
 def _data(catalog: Catalog) -> Iterator[Entry]:

@@ -109,8 +109,8 @@ def test_a_signal_that_is_ignored_stays_ignored(store):
 
 
 def test_interrupted_gradient_pass(store, interrupt):
-    # The forget set makes one group.
-    interrupt(GradientPass, "_group", 2)
+    # The forget set makes two mini-batches.
+    interrupt(GradientPass, "_group", 3)
     first = inside("grad", "blue", store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
     assert not unfinished(store)
@@ -151,7 +151,12 @@ def kill(process):
 
 def test_killed_gradient_pass(store):
     within = "slsgu_cli.method.gradient_pass:GradientPass._group"
-    kill(start_held("grad", "blue", "--store", store, at=within, call=2))
+    whole = inside("grad", "blue", store=store)
+    assert whole.exit_code == 0
+    before = {path: path.read_bytes() for path in (store / "gradients").glob("*.safetensors")}
+    shutil.rmtree(store / "gradients")
+    words = ["grad", "blue", "--store", store]
+    kill(start_held(*words, at=within, call=6, env={"KEEP_ALWAYS": "1"}))
     assert len(list((store / "gradients").iterdir())) == 1
     assert inside("rank", "blue", store=store).exit_code == 3
     (lease,) = (store / "leases").iterdir()
@@ -159,7 +164,9 @@ def test_killed_gradient_pass(store):
     again = inside("grad", "blue", store=store)
     assert again.exit_code == 0
     assert f"process {dead['pid']} on {dead['host']} has ended" in again.stderr
+    assert "the retain gradient goes on after 3 of its 4 mini-batches" in again.stderr
     assert not list((store / "leases").iterdir())
+    assert {path: path.read_bytes() for path in before} == before
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0
 
 

@@ -14,12 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.method import gradients
+from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader
+from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader, SumsHeader
 from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import entries
 
 
 def compute(world, *, model=None, squares=False, **options):
@@ -241,6 +244,82 @@ def test_gradients_and_squares_come_of_one_pass(world):
     found = compute(world, squares=True)
     assert found.computed == found.squared == ("forget", "retain")
     assert rank(world.store, world.name, options=RankOptions()).scores
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """Let passes keep their sums after every mini-batch."""
+    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+
+
+def stopped(world, monkeypatch, mini_batch, **options):
+    """Compute the gradients until the pass is stopped; return the file of its sums."""
+    for digest in digests(world):
+        world.store.remove(Artifact.GRADIENT.path(digest))
+    group, calls = GradientPass._group, []
+
+    def guarded(self, images, ids):
+        calls.append(1)
+        if len(calls) > mini_batch:
+            raise KeyboardInterrupt
+        return group(self, images, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientPass, "_group", guarded)
+        with pytest.raises(KeyboardInterrupt):
+            compute(world, **options)
+    (name,) = Artifact.SUMS.names(world.store)
+    return Artifact.SUMS.path(name)
+
+
+def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, listener):
+    before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
+    # Both mini-batches of the forget set, and three of the retain set's four.
+    retain = world.pointer.retain
+    stopped(world, monkeypatch, 5)
+    shown = [e for e in entries(world.store) if e.kind is Artifact.UNFINISHED]
+    assert [entry.name for entry in shown] == [retain]
+    assert shown[0].summary() == f"mini-batches 3 of 4, for {retain}"
+    assert compute(world).computed == ("retain",)
+    assert any("goes on after 3 of its 4 mini-batches" in text for text in listener.heard)
+    assert Artifact.SUMS.names(world.store) == []
+    for digest, content in before.items():
+        assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
+
+
+@pytest.mark.parametrize("flaw", ["damaged", "foreign", "without squares", "of another device"])
+def test_sums_that_cannot_be_used_are_dropped(flaw, world, keeping, monkeypatch, listener):
+    before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
+    path = stopped(world, monkeypatch, 1)
+    header, arrays = world.store.read_header(path, SumsHeader), world.store.read_tensors(path)
+    if flaw == "damaged":
+        content = bytearray(world.store.read_bytes(path))
+        content[-5] ^= 1
+        world.store.write_bytes(path, bytes(content))
+    elif flaw == "foreign":
+        other = next(digest for digest in before if digest != header.gradient)
+        world.store.write_tensors(path, arrays, replace(header, gradient=other))
+    elif flaw == "of another device":
+        world.store.write_tensors(path, arrays, replace(header, device="cuda"))
+    compute(world, squares=flaw == "without squares")
+    assert any("sums that were kept of a pass cannot be used" in text for text in listener.heard)
+    assert Artifact.SUMS.names(world.store) == []
+    for digest, content in before.items():
+        assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
+
+
+def test_a_pass_ends_where_its_sums_cannot_be_kept(world, keeping, monkeypatch, listener):
+    write = type(world.store).write_tensors
+
+    def full(self, path, arrays, header, **options):
+        if isinstance(header, SumsHeader):
+            raise InputError("cannot write it: No space left on device")
+        write(self, path, arrays, header, **options)
+
+    monkeypatch.setattr(type(world.store), "write_tensors", full)
+    assert compute(world, batch_size=8).computed == ("forget", "retain")
+    assert sum("the sums so far are not kept" in text for text in listener.heard) == 2
 
 
 def digests(world):

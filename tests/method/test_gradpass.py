@@ -174,9 +174,10 @@ def test_squares_are_of_one_mini_batch_after_another(loss, folders, plain, spec)
 # A mini-batch of this model keeps about 2.8 MiB, a block at a time less.
 @pytest.mark.parametrize(("budget", "pairs"), [(1, 16), (3, 16), (6.5, 32), (64, 61)])
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
-def test_a_memory_budget_changes_no_gradient(
+def test_a_memory_budget_changes_no_stacked_gradient(
     loss, budget, pairs, folders, plain, spec, listener, monkeypatch
 ):
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", 64)
     seen = short_of_memory(monkeypatch, 128)
     model = load(folders["sigmoid" if loss == "sigmoid" else "contrastive"])
     found, mean_loss = run(model, loss, Rows(61), spec, memory_budget=int(budget * 2**20))
@@ -185,6 +186,71 @@ def test_a_memory_budget_changes_no_gradient(
     assert_equal(found, plain[loss][0])
     told = any("recomputed block by block" in text for text in listener.heard)
     assert told == (budget == 1)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "contrastive"])
+def test_a_gradient_has_the_same_bytes_whatever_memory_there_is(loss, folders, spec, monkeypatch):
+    model, block = load(folders["contrastive"]), Rows(157, seed=2)
+    expected, mean_loss = run(model, loss, block, spec, memory_budget=1 << 30)
+    squared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions())
+    short = [run(model, loss, block, spec, memory_budget=budget) for budget in (1, 3 << 20)]
+    monkeypatch.setattr(gradient_pass, "spare", lambda device: 1)
+    short.append(run(model, loss, block, spec))
+    beside, _, beside_loss = squared.run_squared(block, "test")
+    for found, found_loss in [*short, (beside, beside_loss)]:
+        assert found_loss == mean_loss
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@dataclass
+class Stopping:
+    """Keeps sums at every chance, goes on with what is kept, and stops a run when told to."""
+
+    stop: int | None = None
+    kept: tuple | None = None
+    due: bool = True
+
+    def restore(self, sums):
+        if self.kept is not None:
+            for value, kept in zip((sums.total, sums.turn, sums.losses), self.kept[0], strict=True):
+                value.copy_(kept)
+            sums.added, sums.done = self.kept[1:]
+
+    def keep(self, sums):
+        values = [value.clone() for value in (sums.total, sums.turn, sums.losses)]
+        self.kept = values, sums.added, sums.done
+        if sums.done == self.stop:
+            raise KeyboardInterrupt
+
+
+# In the first turn of 8 mini-batches, at its end, in the next, at the end of the last.
+@pytest.mark.parametrize("stop", [3, 8, 9, 10])
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bytes(stop, folders, spec):
+    model, block = load(folders["contrastive"]), Rows(157, seed=2)
+    prepared = GradientPass.prepare(model, "contrastive", spec=spec, options=PassOptions())
+    expected = prepared.run_squared(block, "test")
+    keeper = Stopping(stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.run_squared(block, "test", keeper)
+    keeper.stop = None
+    found = prepared.run_squared(block, "test", keeper)
+    assert found[2] == expected[2]
+    for mine, other in zip(found[:2], expected[:2], strict=True):
+        for name, value in other.items():
+            np.testing.assert_array_equal(mine[name], value, err_msg=name)
+
+
+def test_sums_that_are_not_finite_are_not_kept(folders, spec):
+    model, block = load(folders["contrastive"]), Rows(61)
+    model.token_embedding.weight.data[40_000] = 1e30
+    block.tokens[40, 1] = 40_000
+    keeper = Stopping()
+    with pytest.raises(InputError, match="not finite in mini-batch 2"):
+        prepared = GradientPass.prepare(model, "cosine", spec=spec, options=PassOptions())
+        prepared.run(block, "test", keeper)
+    assert keeper.kept[2] == 2
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 16), (16, 16), (33, 16), (20, 19), (5, 2)])
@@ -350,6 +416,7 @@ def short_of_memory(monkeypatch, limit, *, checkpointed=None):
 
 
 def test_out_of_memory_goes_on_with_fewer_pairs(folders, plain, spec, listener, monkeypatch):
+    monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", 64)
     seen = short_of_memory(monkeypatch, 32)
     found, mean_loss = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
@@ -370,25 +437,27 @@ def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monke
 
     monkeypatch.setattr(OpenClipVision, "embed", guarded)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
-    assert calls == [16, 32, 29, 16, 13]
+    # The turn that they are in is begun again, with fewer pairs.
+    assert calls == [16, 32, 29, 16, 16, 16, 13]
     assert_equal(found, plain["contrastive"][0])
 
 
-def test_a_group_that_is_not_looked_at_for_want_of_memory_is_not_counted(
+def test_a_backward_that_runs_out_of_memory_leaves_nothing_of_its_gradients(
     folders, plain, spec, monkeypatch
 ):
     monkeypatch.setitem(gradient_pass.BEST_PAIRS, "cpu", 32)
-    finite, calls = gradient_pass._finite, []
+    group, calls = GradientPass._group, []
 
-    def guarded(values, gradients):
+    def guarded(self, images, ids):
+        values = group(self, images, ids)
         calls.append(values.numel())
-        if len(calls) == 1:
+        if len(calls) == 2:  # when what it is to fail at has been added
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return finite(values, gradients)
+        return values
 
-    monkeypatch.setattr(gradient_pass, "_finite", guarded)
+    monkeypatch.setattr(GradientPass, "_group", guarded)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
-    assert calls == [2, 1, 1, 1, 1]
+    assert calls == [2, 2, 1, 1, 1, 1]
     assert_equal(found, plain["contrastive"][0])
 
 

@@ -56,7 +56,7 @@ def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
     )  # fmt: skip
 
 
-def start_held(*arguments, at, call=1, ignore=None):
+def start_held(*arguments, at, call=1, ignore=None, env=None):
     """Start a command and return it where it waits, at the `call`th call of a function.
 
     `at` names the function as "module:name". The command goes on when its stdin is closed,
@@ -64,7 +64,9 @@ def start_held(*arguments, at, call=1, ignore=None):
     """
     reached, tell = os.pipe()
     held = (sys.executable, str(Path(__file__).with_name("held.py")), str(tell), at, str(call))
-    process = start(*arguments, program=held, ignore=ignore, stdin=subprocess.PIPE, pass_fds=[tell])
+    process = start(
+        *arguments, program=held, ignore=ignore, env=env, stdin=subprocess.PIPE, pass_fds=[tell]
+    )
     os.close(tell)
     with os.fdopen(reached, "rb") as pipe:
         if not pipe.read(1):
