@@ -67,10 +67,6 @@ class NotFiniteError(InputError):
     """Weights or features that are NaN or infinite, by which nothing can be counted."""
 
 
-class ForeignError(InputError):
-    """A file among artifacts that slsgu did not write."""
-
-
 class MissingError(SlsguError, FileNotFoundError):
     """A file or artifact that is not there."""
 
@@ -92,10 +88,8 @@ class NotForgottenError(SlsguError):
     exit_code = ExitCode.NOT_FORGOTTEN
 
 
-class AbsentError(SlsguError):
-    """A checkpoint that does not hold the edit it was asked for."""
-
-    exit_code = ExitCode.NOT_FORGOTTEN
+class AssertionsError(NotForgottenError):
+    """A figure is not what was asserted of it."""
 
 
 # The share of letters in common, in their order, that a slip of the pen leaves.

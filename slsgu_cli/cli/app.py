@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -58,8 +58,6 @@ GROUPS = {
     },
     "The store, and a demonstration": {
         "ls": ("steps", "List what the store holds and what each thing was made from."),
-        "check": ("steps", "Read a store and say what is damaged; tell if an edit is in a model."),
-        "gc": ("steps", "List what nothing in the store refers to, and remove it."),
         "demo": ("steps", "Make the embedded CLIP forget a brand, command by command."),
     },
 }
@@ -90,20 +88,26 @@ class _Group(TyperGroup):
             importlib.import_module(f"slsgu_cli.cli.{room}")
             function = _FUNCTIONS[cmd_name]
             about = f"{summary}\n\n{inspect.getdoc(function)}"
-            info = CommandInfo(cmd_name, cls=_Command, callback=_runner(function), help=about)
+            info = CommandInfo(
+                cmd_name, cls=_Command, callback=_runner(cmd_name, function), help=about
+            )
             self.commands[cmd_name] = typer.main.get_command_from_info(
                 info, pretty_exceptions_short=False, rich_markup_mode=None
             )
         return self.commands.get(cmd_name)
 
-    def main(self, *args: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Run a command line; one that is refused ends as a command does that is."""
+        words = list(sys.argv[1:] if args is None else args)
         try:
-            return super().main(*args, **extra)
+            return super().main(words, *more, **extra)
         except SlsguError as error:
             from slsgu_cli.cli.console import Console
 
-            Console().error(error)
+            named = next((word for word in words if word in COMMANDS), None)
+            console = Console(command=named, as_json=usage.wants_json(words))
+            console.error(error)
+            console.flush(error)
             sys.exit(error.exit_code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -138,7 +142,8 @@ class _Command(TyperCommand):
         """Take the words of a command. Raises UsageError."""
         with usage.explained(ctx):
             usage.check_words(ctx, args)
-            return super().parse_args(ctx, args)
+            ctx.obj = found = usage.FromEnvironment.read(ctx, args)
+            return super().parse_args(ctx, [*found.words, *args])
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the command's name: arguments by what stands for them."""
@@ -196,8 +201,11 @@ _COMMON: dict[str, tuple[Any, Any]] = {
             str,
             typer.Option(
                 "--store",
+                # Where a shell completes, variables are not read as the options of a command.
                 envvar="SLSGU_STORE",
-                help="Folder or fsspec URL where artifacts are kept.",
+                show_envvar=False,
+                help="Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
+                "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
                 rich_help_panel=COMMON,
                 metavar="STORE",
             ),
@@ -223,7 +231,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The store and the console of one command, and the options of its own that were given."""
+    """The store and the console of one command, and the options of its own that were typed."""
 
     store: "Store"
     console: "Console"
@@ -235,7 +243,7 @@ class Asked(Generic[R]):
     """A record that a command may not need: its options that were given, and the record."""
 
     kind: type[R]
-    words: Mapping[str, Any]
+    words: "Words"
 
     def record(self) -> R:
         """Return the record. Raises UsageError where an option it needs was not given."""
@@ -246,16 +254,29 @@ class Asked(Generic[R]):
         return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
 
     def option_names(self, *, beside: "Sequence[Asked[Any]]" = ()) -> list[str]:
-        """Return which of its options were given, without those that are others' too."""
+        """Return which of its options were typed, without those that are others' too."""
         shared = {place.option.key for other in beside for place in places(other.kind)}
         options = [place.option for place in places(self.kind)]
-        return [each.name for each in options if each.key in self.words and each.key not in shared]
+        return [each.name for each in options if each.key in self.words.typed - shared]
 
     def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
-        """Raise UsageError if any of its options was given, those of others aside."""
+        """Raise UsageError if any of its options was typed, those of others aside.
+
+        What a variable sets is for the commands and modes that it fits.
+        """
         if names := self.option_names(beside=beside):
             verb = "is" if len(names) == 1 else "are"
             raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
+
+
+class Words(dict[str, Any]):
+    """What was given to each option, by its key; `typed` are those that no variable set."""
+
+    def __init__(self, values: Mapping[str, Any], variables: Collection[str]) -> None:
+        super().__init__(
+            (key, value) for key, value in values.items() if value not in (None, [], ())
+        )
+        self.typed = set(self) - set(variables)
 
 
 # Marks a parameter whose options are taken and not shown.
@@ -271,7 +292,7 @@ class _Parameter:
     """A parameter of a command function: the options it is spread into, and how it is made."""
 
     places: list[Place]
-    make: Callable[[Mapping[str, Any]], Any]
+    make: Callable[[Words], Any]
     optional: bool = False
     hidden: bool = False
 
@@ -291,8 +312,10 @@ class _Parameter:
         record = without_none(kind)
         listed = places(record)
 
-        def made(words: Mapping[str, Any]) -> Any:
-            wanted = any(place.option.key in words for place in listed)
+        def made(words: Words) -> Any:
+            keys = {place.option.key for place in listed}
+            needed = {place.option.key for place in listed if place.required}
+            wanted = keys & words.typed or (keys & set(words) and needed <= set(words))
             return _record(record, words) if wanted or not optional else None
 
         return cls(listed, made, optional=optional)
@@ -302,7 +325,7 @@ class _Parameter:
         required = default is inspect.Parameter.empty
         place = Place((), option, without_none(kind), MISSING if required else default)
 
-        def made(words: Mapping[str, Any]) -> Any:
+        def made(words: Words) -> Any:
             return place.value(words[option.key]) if option.key in words else default
 
         return cls([place], made, optional=not required, hidden=hidden)
@@ -332,43 +355,54 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
-def _runner(function: Callable[..., None]) -> Callable[..., None]:
+def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """Return what typer calls: it takes every option, and calls `function` with its records."""
     signature = inspect.signature(function, eval_str=True).parameters
     spread = {key: _Parameter.of(each) for key, each in list(signature.items())[1:]}
+    options = [place.option for each in spread.values() for place in each.places]
 
     @functools.wraps(function)
-    def run(**values: Any) -> None:
+    def run(ctx: typer.Context, **values: Any) -> None:
         # Not for `--help`, which takes a third of the time without them.
         from slsgu_cli.cli.console import Console, Ending
         from slsgu_cli.store.store import Store
 
         common = {key: values.pop(key) for key in _COMMON}
-        words = {key: value for key, value in values.items() if value not in (None, [], ())}
+        found: usage.FromEnvironment = ctx.obj
+        words = Words(values, found.variables)
         verbosity = -1 if common["quiet"] else int(common["verbose"])
-        console = Console(verbosity=verbosity, as_json=common["as_json"])
+        console = Console(name, verbosity=verbosity, as_json=common["as_json"])
         with Ending(console, debug=common["debug"]):
             # Results go through the console alone; what a library prints is no result.
-            with contextlib.redirect_stdout(sys.stderr), progress.using(console):
+            with (
+                contextlib.redirect_stdout(sys.stderr),
+                progress.using(console),
+                _explained(found, options),
+            ):
                 made = {key: each.make(words) for key, each in spread.items()}
                 store = Store(common["store"], waits=not common["no_wait"])
                 if not store.is_lasting:
                     progress.warn(f"{store.url} keeps nothing when this command has ended")
-                session = Session(store, console, _option_names(spread, words))
+                typed = [each.name for each in options if each.flags and each.key in words.typed]
+                session = Session(store, console, tuple(dict.fromkeys(typed)))
                 function(session, **made)
             console.flush()
 
-    parameters = _signature(spread)
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *_signature(spread)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
-def _option_names(spread: Mapping[str, _Parameter], words: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the options that were given, arguments aside."""
-    options = [place.option for each in spread.values() for place in each.places]
-    names = [option.name for option in options if option.flags and option.key in words]
-    return tuple(dict.fromkeys(names))
+@contextlib.contextmanager
+def _explained(found: usage.FromEnvironment, options: Sequence[Option]) -> Iterator[None]:
+    """Name the variables of the options that an error is about."""
+    try:
+        yield
+    except UsageError as error:
+        names = {option.key: option.name for option in options}
+        raise found.explain(error, names) from error
 
 
 def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:
@@ -392,7 +426,7 @@ def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Paramet
     option = place.option
     settings: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
     if option.completes is not None:
-        settings["autocompletion"] = _completion(option.completes)
+        settings["autocompletion"] = usage.completion(option.completes)
     if not place.is_flag:
         settings["metavar"] = place.metavar
     if option.flags:
@@ -406,35 +440,3 @@ def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Paramet
         default=inspect.Parameter.empty if required else None,
         annotation=Annotated[kind if required else kind | None, what],
     )
-
-
-def _completion(what: str) -> Callable[..., list[str]]:
-    """Return what tells a shell the sets, edits or layers that an option may name."""
-
-    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
-        # A shell that asks has no use for an error.
-        with contextlib.suppress(Exception):
-            return [
-                name for name in _known(what, ctx.params, ctx.args) if name.startswith(incomplete)
-            ]
-        return []
-
-    return complete
-
-
-def _known(what: str, params: Mapping[str, Any], rest: Sequence[str] = ()) -> list[str]:
-    """Return the names of a kind; `rest` has the arguments before an option without its value."""
-    from slsgu_cli.store.artifacts import Artifact
-    from slsgu_cli.store.store import Store
-
-    store = Store(params.get("store") or "./slsgu-store")
-    if what == "layer":
-        from slsgu_cli.checkpoints.layers import known_as
-        from slsgu_cli.records.method import Ranking
-
-        names = next((params[key] for key in ("name", "name_edit") if params.get(key)), rest)
-        name = names if isinstance(names, str) else names[0]
-        ranking = store.read_record(Artifact.RANKING.path(name), Ranking)
-        return [known_as(score.layer) for score in ranking.scores]
-    kinds = [Artifact.SET, Artifact.EDIT] if what == "edit" else [Artifact.SET]
-    return sorted({name for kind in kinds for name in kind.names(store)})

@@ -25,8 +25,8 @@ def show_comparison(
 
     sets = sorted(rows[0].utility)
 
-    def figure(name: str, label: str) -> "Column":
-        return Column(name, shown=lambda value: f"{value:.1f}", label=label)
+    def figure(name: str, label: str, of: tuple[str, str, str] | None = None) -> "Column":
+        return Column(name, shown=lambda value: f"{value:.1f}", label=label, of=of)
 
     columns: list[str | Column] = [
         Column("method", shown=lambda method: LABELS[method]),
@@ -37,8 +37,8 @@ def show_comparison(
         Column("epoch", on_terminal=False),
         figure("FA@1", "FA@1"),
         figure("FA@5", "FA@5"),
-        *(figure(f"TA@1 {name}", f"TA@1\n{name}") for name in sets),
-        *(Column(f"TA@5 {name}", on_terminal=False) for name in sets),
+        *(figure(f"TA@1 {name}", f"TA@1\n{name}", ("utility", name, "TA@1")) for name in sets),
+        *(Column(f"TA@5 {name}", on_terminal=False, of=("utility", name, "TA@5")) for name in sets),
         Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
         figure("forget passes", "passes\nforget"),
         figure("retain passes", "passes\nretain"),

@@ -27,7 +27,10 @@ from rich.table import Table
 from slsgu_cli import progress
 from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, first_lines
 from slsgu_cli.progress import terminal_safe
-from slsgu_cli.records.codec import encode
+from slsgu_cli.records.codec import document
+
+# Of the JSON documents: counted up where a key goes, or means something else.
+SCHEMA = 1
 
 Rows = Sequence[Sequence[Any]]
 
@@ -38,12 +41,15 @@ class Column:
 
     `shown` turns a value that is there into the text of a terminal's cell; `label` replaces
     the name in its header. With `on_terminal` off, the column is for TSV and JSON only.
+    Where the name depends on data, `of` says where a value stands in JSON, in which no key
+    does: in a list, in the row of that name, under a key.
     """
 
     name: str
     shown: Callable[[Any], str] | None = None
     label: str | None = None
     on_terminal: bool = True
+    of: tuple[str, str, str] | None = None
 
     def cell(self, value: Any) -> str:
         """Return a value as a terminal shows it."""
@@ -116,9 +122,10 @@ class Console(progress.Sink):
     """Where output goes and how much of it there is.
 
     `verbosity` is -1 (results and errors only), 0, or 1 (how things were done as well).
-    With `as_json`, results are collected and written once by `flush`.
+    With `as_json`, the results of a `command` are collected and written once by `flush`.
     """
 
+    command: str | None = None
     verbosity: int = 0
     as_json: bool = False
     _stderr: RichConsole = field(
@@ -128,6 +135,7 @@ class Console(progress.Sink):
     _stdout: TextIO = field(default_factory=_stdout)
     _results: dict[str, Any] = field(default_factory=dict)
     _parts: int = 0
+    _flushed: bool = False
 
     @property
     def on_terminal(self) -> bool:
@@ -152,9 +160,8 @@ class Console(progress.Sink):
         heads = [Column(column) if isinstance(column, str) else column for column in columns]
         rows = [list(row) for row in rows]
         if self.as_json:
-            names = [head.name for head in heads]
-            named = [dict(zip(names, row, strict=True)) for row in rows]
-            self._results[key] = encode(named if data is None else data)
+            named = [_named(heads, row) for row in rows]
+            self._results[key] = document(named if data is None else data)
             return
         # Several tables in one pipe are told apart by an empty line.
         self._write("\n" if self._parts else "")
@@ -170,7 +177,7 @@ class Console(progress.Sink):
         `shown` replaces the text on a terminal.
         """
         if self.as_json:
-            self._results[key] = encode(text if data is None else data)
+            self._results[key] = document(text if data is None else data)
         else:
             line = text if shown is None or not self.on_terminal else shown
             self._write("\t".join(map(terminal_safe, line.split("\t"))) + "\n")
@@ -182,21 +189,35 @@ class Console(progress.Sink):
         for path in paths:
             self.note(f"wrote {path}")
 
+    def row(self, key: str, text: str, data: Any, *, shown: str | None = None) -> None:
+        """Print one result line of several; in JSON, `data` is a row of the list `key`."""
+        rows = self._results.get(key, [])
+        self.value(key, text, data, shown=shown)
+        if self.as_json:
+            self._results[key] = [*rows, self._results[key]]
+
     @contextmanager
     def part(self, key: str) -> Iterator[None]:
-        """Collect the JSON results of a block in an object of their own, under `key`."""
+        """Collect the JSON results of a block in an object, a row of the list `key`."""
         whole, self._results = self._results, {}
         try:
             yield
         finally:
-            whole[key], self._results = self._results, whole
+            whole[key] = [*whole.get(key, []), self._results]
+            self._results = whole
 
-    def flush(self) -> None:
-        """Write the collected JSON document, if that is what was asked for."""
-        if self.as_json and self._results:
-            document = json.dumps(_finite(self._results), indent=1, allow_nan=False)
-            self._results.clear()
-            self._write(document + "\n")
+    def flush(self, error: SlsguError | None = None) -> None:
+        """Write the one JSON document, if that is what was asked for: results, and what failed."""
+        if self.as_json and not self._flushed:
+            self._flushed = True
+            whole = {"schema": SCHEMA, "command": self.command, **self._results}
+            if error is not None:
+                whole["error"] = {
+                    "message": error.message,
+                    "hint": error.hint,
+                    "exit_code": int(error.exit_code),
+                }
+            self._write(json.dumps(_finite(whole), indent=1, allow_nan=False) + "\n")
 
     def note(self, text: str) -> None:
         """Tell what was done, unless quiet."""
@@ -262,6 +283,22 @@ class Console(progress.Sink):
             raise InputError(f"cannot write the results: {error.strerror or error}") from error
 
 
+def _named(columns: Sequence[Column], row: Sequence[Any]) -> dict[str, Any]:
+    """Return a row as JSON has it: each value under the name of its column, or in a list."""
+    named: dict[str, Any] = {}
+    lists: dict[tuple[str, str], dict[str, Any]] = {}
+    for column, value in zip(columns, row, strict=True):
+        if column.of is None:
+            named[column.name] = value
+            continue
+        key, name, field = column.of
+        if (key, name) not in lists:
+            lists[key, name] = {"name": name}
+            named.setdefault(key, []).append(lists[key, name])
+        lists[key, name][field] = value
+    return named
+
+
 @dataclass(slots=True)
 class _Ticker(progress.Ticker):
     """Advances one bar on the terminal."""
@@ -303,16 +340,21 @@ class Ending:
             # The reader of the pipe has gone, as `head` does: there is nothing to tell.
             return ExitCode.UNREAD
         if isinstance(error, KeyboardInterrupt):
-            self.console.warn("interrupted; what was complete is kept")
-            return Ended.code(error)
+            ended = SlsguError("interrupted; what was complete is kept")
+            ended.exit_code = Ended.code(error)
+            self.console.warn(ended.message)
+            return self._flushed(ended)
         if self.debug:
             traceback.print_exception(error)
         shown = error if isinstance(error, SlsguError) else _unexpected(error)
-        # Results that were ready before the error are results still.
-        with suppress(OSError, SlsguError):
-            self.console.flush()
         self.console.error(shown)
-        return shown.exit_code
+        return self._flushed(shown)
+
+    def _flushed(self, error: SlsguError) -> int:
+        """Write the JSON document with the error; results that were ready are in it still."""
+        with suppress(OSError, SlsguError):
+            self.console.flush(error)
+        return error.exit_code
 
 
 def _unexpected(error: BaseException) -> SlsguError:

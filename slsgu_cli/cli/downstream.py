@@ -1,6 +1,7 @@
 """`steer`, `generate` and `ask`, and their results as tables."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from slsgu_cli.downstream.generate import OutputFolder
     from slsgu_cli.downstream.search import SteerResult
     from slsgu_cli.store.store import Store
+
+
+# What each row of an effect has in JSON.
+EFFECT = ("figure", "judge", "original", "unlearned", "change", "of", "95% interval")
 
 
 def _change(value: float) -> str:
@@ -70,6 +75,7 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
     from slsgu_cli.cli.console import Column
 
     rows: list[tuple[str | float | None, ...]] = []
+    data: list[dict[str, object]] = []
     for by in judged:
         before, after = by.before, by.after
         for name, first, second, share in (
@@ -79,7 +85,9 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
             change = None if first is None or second is None else second - first
             likely = interval(share) if share.total else None
             judge = (by.judge,) if len(judged) > 1 else ()
-            rows.append((name, *judge, first, second, change, share.total, likely))
+            cells = (first, second, change, share.total, likely)
+            rows.append((name, *judge, *cells))
+            data.append(dict(zip(EFFECT, (name, by.judge, *cells), strict=True)))
     columns: tuple[str | Column, ...] = (
         "figure",
         *([Column("judge")] if len(judged) > 1 else []),
@@ -91,7 +99,7 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
     )
     title = "UA: images of the concept not taken for it. IRA: others taken for what they are"
     if rows:
-        console.table("effect", columns, rows, title=title)
+        console.table("effect", columns, rows, title=title, data=data)
 
 
 def show_steered(console: "Console", store: "Store", result: "SteerResult") -> None:
@@ -203,7 +211,8 @@ def search_on_target(session: Session, names: Sequence[str], options: SteerOptio
     results = []
     for name in names:
         results.append(search_target(session.store, name, options=options))
-        show_steered(session.console, session.store, results[-1])
+        with session.console.part("sets") if len(names) > 1 else nullcontext():
+            show_steered(session.console, session.store, results[-1])
     for result in results:
         require_reached(result)
 

@@ -5,11 +5,11 @@ Nothing heavy is imported here: every command imports what it needs when it runs
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import HIDDEN, Asked, Name, Names, Session, command
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.figures import Assertion, read_assertions, require_known
 from slsgu_cli.records.options import (
     ApplyRequest,
     BuildRequest,
@@ -18,11 +18,10 @@ from slsgu_cli.records.options import (
     PassOptions,
     RankOptions,
     SearchOptions,
-    StrengthOptions,
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.target_options import SourceRequest, SteerOptions
-from slsgu_cli.records.words import DEVICE_OPTION, MODEL, OUTPUT, ROWS, SEARCH, TARGET, Option
+from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, MODEL, ROWS, SEARCH, TARGET, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -228,6 +227,16 @@ def evaluate(
     names: Names,
     model: ModelSpec | None = None,
     device: Annotated[str, DEVICE_OPTION] = "auto",
+    assertions: Annotated[
+        Sequence[Assertion],
+        Option(
+            ("--assert",),
+            "Exit with 5 unless so: fa1<=0, ta1.SET>=75, loss.SET<=0.5.",
+            EVALUATION,
+            metavar="ASSERTION",
+            read=read_assertions,
+        ),
+    ] = (),
 ) -> None:
     """The original model is compared with --model, or else with the edits of the sets in
     memory.
@@ -235,10 +244,16 @@ def evaluate(
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
     """
     from slsgu_cli.cli import tables
+    from slsgu_cli.store.artifacts import Artifact, read_manifest
+
+    compared = model is not None or session.store.exists(Artifact.EDIT.path(names[0]))
+    sets = read_manifest(session.store, names[0]).evals if assertions else ()
+    require_known(assertions, names, sets, compared=compared)
     from slsgu_cli.method import evaluate as evaluation
 
     result = evaluation.evaluate(session.store, names, model=model, device=device)
     tables.evaluated(session.console, result)
+    tables.asserted(session.console, result, assertions)
 
 
 @command("ls")
@@ -250,78 +265,6 @@ def ls(session: Session) -> None:
     if not session.store.exists(""):
         session.console.note(f"there is no store {session.store.where('').rstrip('/')} yet")
     tables.listing(session.console, entries(session.store))
-
-
-@command("check")
-def check(
-    session: Session,
-    names: Annotated[
-        Sequence[str],
-        Option(
-            metavar="NAME|FILE...",
-            help="Sets, edits or files of artifacts; with --edit, a model.",
-            completes="edit",
-        ),
-    ] = (),
-    edit: Annotated[
-        Sequence[str],
-        Option(("--edit",), "Is this edit in the model? Name or file.", OUTPUT, metavar="EDIT"),
-    ] = (),
-    *,
-    strength: Asked[StrengthOptions],
-    repair: Annotated[
-        bool,
-        Option(("--repair",), "Remove what is damaged and made again, and dead writes.", OUTPUT),
-    ] = False,
-    irreplaceable: Annotated[
-        bool,
-        Option(("--irreplaceable",), "With --repair: what no command makes again too.", OUTPUT),
-    ] = False,
-) -> None:
-    """Everything is read, and compared with the digests it carries. Without names, all of the
-    store is. Exit code 3 where something is damaged.
-
-    With --edit, a checkpoint is compared with it: exit code 0 where the edit is in it, 5 where
-    it is not, 3 where other weights are.
-
-    Example: slsgu check --repair
-    """
-    from slsgu_cli.cli import tables
-    from slsgu_cli.clip.models import has_model
-    from slsgu_cli.store.check import check as run
-
-    if edit:
-        if len(names) != 1 or repair or irreplaceable:
-            raise UsageError(
-                "--edit is looked for in one model, and nothing is repaired",
-                hint="slsgu check MODEL --edit NAME",
-            )
-        from slsgu_cli.method.edit import find_edits
-
-        model = Path(names[0].removeprefix("local-dir:"))
-        found = find_edits(session.store, edit, model, strength.record())
-        tables.presence(session.console, found, model)
-        return
-    strength.refuse("for --edit", hint="slsgu check MODEL --edit NAME")
-    if irreplaceable and not repair:
-        raise UsageError("--irreplaceable goes with --repair", hint="--repair --irreplaceable")
-    checked = run(
-        session.store, names, repair=repair, irreplaceable=irreplaceable, has_model=has_model
-    )
-    tables.checked(session.console, checked)
-
-
-@command("gc")
-def gc(
-    session: Session,
-    yes: Annotated[bool, Option(("--yes", "-y"), "Remove what is listed.", OUTPUT)] = False,
-) -> None:
-    """Example: slsgu gc --yes"""
-    from slsgu_cli.cli import tables
-    from slsgu_cli.store.check import garbage, remove
-
-    found = garbage(session.store)
-    tables.unused(session.console, remove(session.store, found) if yes else found)
 
 
 @command("demo")
@@ -337,6 +280,7 @@ CAPTIONS_SHOWN = 12
 
 def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> None:
     """Print what a part of a set holds and where it comes from."""
+    from slsgu_cli.records.codec import by_name
     from slsgu_cli.sets.context import counted
 
     ref = seen.ref
@@ -354,8 +298,8 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
     shown = [(fact, value) for fact, value in facts if value not in ("", 0)]
     title = f"{seen.part} rows of {seen.manifest.name}"
     data = {"name": seen.manifest.name, "part": seen.part, **dict(facts)} | {
-        "left out": ref.refused,
-        "noted": ref.noted,
+        "left out": by_name(ref.refused),
+        "noted": by_name(ref.noted),
     }
     console.table("set", ("fact", "value"), shown, title=title, data=data)
     console.table("sources", ("source", "rows"), seen.sources, title="sources")
@@ -401,7 +345,7 @@ def show_replayed(console: "Console", result: "Replayed") -> None:
     """Print whether a set that was built again is what it was."""
     cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
     title = f"set {result.manifest.name}, built again"
-    console.table("replayed", ("part", "rows"), cells, title=title, data=result.same)
+    console.table("replayed", ("part", "rows"), cells, title=title)
     for part, same in result.same.items():
         if not same:
             console.warn(f"the {part} rows are not those they were: a source has changed")

@@ -41,9 +41,12 @@ def show_trajectory(
         Column("% of norm", shown=roughly, label="move\nup to"),
     ]
     for figure in trajectory.figures():
+        at = f"{figure} rise at % of norm"
+        label = figure.replace("TA@1 ", "TA@1\n")
+        rise = ("figures", figure, "rise")
         columns += [
-            Column(f"{figure} rise", shown=_rise, label=figure.replace("TA@1 ", "TA@1\n")),
-            Column(f"{figure} rise at % of norm", on_terminal=False),
+            Column(f"{figure} rise", shown=_rise, label=label, of=rise),
+            Column(at, on_terminal=False, of=("figures", figure, "rise at % of norm")),
         ]
     rows = []
     for line in trajectory.lines():
@@ -90,7 +93,12 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         Column("layer", shown=known_as),
         Column("FA@1 at most", shown=roughly, label="FA@1\nat most"),
         *(
-            Column(f"TA@{k} {name}", shown=_figure, label=f"TA@{k}\n{name}")
+            Column(
+                f"TA@{k} {name}",
+                shown=_figure,
+                label=f"TA@{k}\n{name}",
+                of=("utility", name, f"TA@{k}"),
+            )
             for name in sets
             for k in (1, 5)
         ),
@@ -216,7 +224,7 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
     for result in search_each(store, names, options=options):
         name = result.trials.name
         draw_steps(store, result)
-        with console.part(name):
+        with console.part("sets"):
             console.value("set", f"set\t{name}", data=name, shown=f"\n{name}")
             tables.search(console, store, result)
         try:

@@ -1,11 +1,16 @@
 """What is wrong with a command line, said as every other error is: what, where, what mends it.
 
 The parser under typer only sees that a word does not fit. What was meant, and where the word
-belongs, is looked up here in the commands and their options.
+belongs, is looked up here in the commands and their options; so is what variables and a
+shell that completes know of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import pairwise
 from shlex import quote
 from typing import Any
@@ -64,6 +69,89 @@ def check_words(ctx: Any, words: Sequence[str]) -> None:
             f"{', '.join(map(quote, more))} {verb} too much",
             hint=f"put quotes around what has spaces; {_help(ctx)}",
         )
+
+
+# What a variable says of a flag.
+WORDS_OF_FLAGS = {"1": True, "true": True, "yes": True, "on": True} | {
+    "0": False, "false": False, "no": False, "off": False
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FromEnvironment:
+    """Options that variables set: the words that give them, and each option's variable."""
+
+    words: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, ctx: Any, words: Sequence[str]) -> "FromEnvironment":
+        """Return what variables add to the words of a command line, which wins over them.
+
+        `SLSGU_MAX_LOSS=2` is `--max-loss 2`. A flag takes yes or no, a repeatable option several
+        values, quoted as in a shell; an empty variable says nothing. Raises UsageError.
+        """
+        _, _, given = ctx.command.make_parser(ctx).parse_args(args=list(words))
+        if ctx.resilient_parsing or any(param.is_eager for param in given):
+            return cls()
+        found: list[str] = []
+        variables: dict[str, str] = {}
+        for param in _params(ctx):
+            if not _is_option(param) or param.hidden or param in given:
+                continue
+            for variable in variables_of(param.opts):
+                if value := os.environ.get(variable, ""):
+                    found += _words_of(param, variable, value)
+                    variables[param.name] = variable
+                    break
+        return cls(tuple(found), variables)
+
+    def explain(self, error: UsageError, names: Mapping[str, str]) -> UsageError:
+        """Return the error with the variables of the options that it names.
+
+        `names` has the flag of each option by its key.
+        """
+        words = re.findall(r"--[\w-]+", error.message)
+        told = [
+            f"{variable} sets {names[key]}"
+            for key, variable in self.variables.items()
+            if names.get(key) in words
+        ]
+        message = f"{error.message} ({', '.join(told)})" if told else error.message
+        return UsageError(message, hint=error.hint)
+
+
+def variables_of(flags: Sequence[str]) -> list[str]:
+    """Return the variables that set an option: one for each of its long flags."""
+    names = [flag.removeprefix("--") for flag in flags if flag.startswith("--")]
+    return [f"SLSGU_{name.replace('-', '_').upper()}" for name in names]
+
+
+def wants_json(words: Sequence[str]) -> bool:
+    """Return whether a command line that may be refused asks for JSON."""
+    return "--json" in words or WORDS_OF_FLAGS.get(os.environ.get("SLSGU_JSON", ""), False)
+
+
+def _words_of(param: Any, variable: str, value: str) -> list[str]:
+    """Return the words that give an option what its variable says. Raises UsageError."""
+    name = _name(param)
+    if param.is_flag:
+        on = WORDS_OF_FLAGS.get(value.strip().lower())
+        if on is None:
+            raise UsageError(
+                f"{variable}={value} sets the flag {name} to neither yes nor no",
+                hint=f"{variable}=1, or {variable}=0",
+            )
+        return [name] if on else list(param.secondary_opts[:1])
+    if not param.multiple:
+        return [f"{name}={value}"]
+    try:
+        return [f"{name}={each}" for each in shlex.split(value)]
+    except ValueError as error:
+        raise UsageError(
+            f"{variable}={value} cannot be split into values: {error}",
+            hint=f"quote each as in a shell: {variable}=\"a 'b c'\"",
+        ) from None
 
 
 def _unknown_option(ctx: Any, name: str) -> UsageError:
@@ -163,3 +251,35 @@ def _help(ctx: Any) -> str:
 def _listed(names: Sequence[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def completion(what: str) -> Callable[..., list[str]]:
+    """Return what tells a shell the sets, edits or layers that an option may name."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        # A shell that asks has no use for an error.
+        with suppress(Exception):
+            return [
+                name for name in known(what, ctx.params, ctx.args) if name.startswith(incomplete)
+            ]
+        return []
+
+    return complete
+
+
+def known(what: str, params: Mapping[str, Any], rest: Sequence[str] = ()) -> list[str]:
+    """Return the names of a kind; `rest` has the arguments before an option without its value."""
+    from slsgu_cli.store.artifacts import Artifact
+    from slsgu_cli.store.store import Store
+
+    store = Store(params.get("store") or "./slsgu-store")
+    if what == "layer":
+        from slsgu_cli.checkpoints.layers import known_as
+        from slsgu_cli.records.method import Ranking
+
+        names = next((params[key] for key in ("name", "name_edit") if params.get(key)), rest)
+        name = names if isinstance(names, str) else names[0]
+        ranking = store.read_record(Artifact.RANKING.path(name), Ranking)
+        return [known_as(score.layer) for score in ranking.scores]
+    kinds = [Artifact.SET, Artifact.EDIT] if what == "edit" else [Artifact.SET]
+    return sorted({name for kind in kinds for name in kind.names(store)})

@@ -42,26 +42,29 @@ def show_verified(console: "Console", result: "Verified") -> None:
         of_model = [row for known, row in verdicts if known is subject]
         counts = Counter(row.verdict for row in of_model if not row.detail)
         words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict])
-        _sentence(console, f"verdict of {subject.label}", f"{subject.label}: {words}")
+        _sentence(console, "verdicts", subject, f"{subject.label}: {words}")
         for row in of_model:
             if row.note:
-                _sentence(console, f"{row.check} of {subject.label}", f"{row.check}: {row.note}")
+                _sentence(console, "notes", subject, f"{row.check}: {row.note}", row.check)
         for finding in subject.findings:
             if finding.left_out:
                 text = f"{finding.check}: left out; {finding.left_out}"
-                _sentence(console, f"{finding.check} of {subject.label}", text)
+                _sentence(console, "notes", subject, text, finding.check)
     for subject in others:
         found = conclusion(result.record.concept, original, subject)
         text = f"{subject.label}: {found.text}"
         wrapped = "\n" + fill(text, WIDTH)
-        console.value(f"conclusion of {subject.label}", text, data=found, shown=wrapped)
+        console.row("conclusions", text, data=found, shown=wrapped)
     console.paths("files", result.files)
     if result.reused:
         console.note(f"{result.reused} recorded findings were used again")
 
 
-def _sentence(console: "Console", key: str, text: str) -> None:
-    console.value(key, text, shown=fill(text, WIDTH))
+def _sentence(
+    console: "Console", key: str, subject: VerifiedModel, text: str, check: Check | None = None
+) -> None:
+    data = {"model": subject.label, "check": check, "text": text}
+    console.row(key, text, data, shown=fill(text, WIDTH))
 
 
 def _verdicts(
@@ -80,7 +83,11 @@ def _verdicts(
         Column("original FA@5", on_terminal=False),
         Column("FA@5", shown=roughly, label="FA@5\nnow"),
         Column("control FA@1", shown=roughly, label="FA@1\ncontrol"),
-        *(Column(f"{side}TA@1 {name}", on_terminal=False) for name in sets for side in _SIDES),
+        *(
+            Column(f"{side}TA@1 {name}", on_terminal=False, of=("utility", name, f"{side}TA@1"))
+            for name in sets
+            for side in _SIDES
+        ),
         Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
         Column("verdict"),
         *(Column(name, on_terminal=False) for name in _ADDED),
@@ -154,7 +161,16 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
         for place in range(max(map(len, lists))):
             each = (names[place] if place < len(names) else None for names in lists)
             cells.append((f"{what} {place + 1}", *each))
-    console.table("became", columns, cells, title="what the concept became")
+    data = [
+        {"model": subject.label, "what": what, "place": place, "name": name, "figure": figure}
+        for subject, became in known
+        for what, listed in (
+            ("nearest name", [(n.name, n.cosine) for n in became.nearest]),
+            ("taken for", [(t.name, 100 * t.rows / became.rows) for t in became.taken_for]),
+        )
+        for place, (name, figure) in enumerate(listed, start=1)
+    ]
+    console.table("became", columns, cells, title="what the concept became", data=data)
 
 
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:

@@ -19,7 +19,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
-from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
+from slsgu_cli.method.trial import UNMOVED, MovedModel, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
@@ -65,6 +65,22 @@ class EvalResult:
     names: tuple[str, ...]
     models: tuple[EvaluatedModel, ...]
     plot: str | None
+
+    def figures(self) -> dict[str, float]:
+        """Return what can be asserted by name: figures of the last model, and what it lost.
+
+        `fa1` is that of the first concept; each has its own by the name of its set. What was
+        lost is in points of TA@1.
+        """
+        original, last = self.models[0], self.models[-1]
+        figures: dict[str, float] = {}
+        for name, accuracy in [("", last.forget[self.names[0]]), *last.forget.items()]:
+            behind = f".{name}" if name else ""
+            figures |= {f"fa1{behind}": accuracy.top1, f"fa5{behind}": accuracy.top5}
+        for name, accuracy in last.utility.items():
+            figures |= {f"ta1.{name}": accuracy.top1, f"ta5.{name}": accuracy.top5}
+            figures[f"loss.{name}"] = original.utility[name].top1 - accuracy.top1
+        return figures
 
 
 def evaluate(
@@ -127,11 +143,7 @@ def _run_model(
 
 @contextmanager
 def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """Put edits into a model for the length of a block; those of one layer are summed.
-
-    Raises StaleError where a layer is not the one that an edit was made for.
-    """
-    fitting(model, edits)
+    """Put edits into a model for the length of a block; those of one layer are summed."""
     moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)
     with moved(model, moves):
         yield

@@ -75,6 +75,40 @@ def encode(record: Any, *, sparse: bool = False) -> Any:
     return record
 
 
+def document(value: Any) -> Any:
+    """Return the JSON-ready form in which no key depends on data.
+
+    A map in a record is a list of what it has, each with its `name`, beside the fields of a
+    record or else its `value`. A dict that is no field of a record has keys that are always
+    the same, and keeps them.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _without_maps(each) for name, each in fields.items()}
+    if isinstance(value, Mapping):
+        return {key: document(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [document(each) for each in value]
+    return value
+
+
+def by_name(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a map has as rows, each with its `name`."""
+    encoded = {name: _without_maps(value) for name, value in values.items()}
+    return [
+        {"name": name, **(each if isinstance(each, dict) else {"value": each})}
+        for name, each in encoded.items()
+    ]
+
+
+def _without_maps(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return by_name(value)
+    if isinstance(value, list | tuple):
+        return [_without_maps(each) for each in value]
+    return document(value)
+
+
 def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a field came later and says what records without it mean."""
     if not field.metadata.get(ADDED):

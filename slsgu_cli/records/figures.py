@@ -1,10 +1,13 @@
 """Figures: shares with their exact intervals, accuracies, and what an edit does to them."""
 
 import math
-from collections.abc import Iterable
+import operator
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from slsgu_cli.errors import UsageError, near
 from slsgu_cli.records.codec import added
 
 # How sure an interval of a share is, and to which share of its width bisection finds its ends.
@@ -132,6 +135,67 @@ class ClassLoss:
     def lost(self) -> float:
         """Points of accuracy that the edit took from the class; negative where it gave some."""
         return self.before - self.after
+
+
+# What an assertion may say of a figure and a number.
+RELATIONS = {
+    "<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Assertion:
+    """What a figure must be, as the words `fa1<=0` say."""
+
+    figure: str
+    relation: str
+    bound: float
+
+    def __str__(self) -> str:
+        """Return its words."""
+        return f"{self.figure}{self.relation}{self.bound:g}"
+
+    def holds(self, value: float) -> bool:
+        """Return whether a figure is so; one that is not a number never is."""
+        return bool(RELATIONS[self.relation](round(value, 9), self.bound))
+
+
+def read_assertions(name: str, texts: Sequence[str]) -> tuple[Assertion, ...]:
+    """Return what the words of an option say of figures. Raises UsageError."""
+    read = []
+    for text in texts:
+        match = re.fullmatch(r"\s*(.*?[^\s<>=])\s*(<=|>=|==|<|>)\s*([^\s<>=]+)\s*", text)
+        try:
+            figure, relation, bound = match.groups() if match else ("", "", "nan")
+            number = float(bound)
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):
+            raise UsageError(
+                f"{name} {text!r} compares no figure with a number",
+                hint=f"{name} 'fa1<=0', or {name} 'loss.SET<=0.5'",
+            )
+        read.append(Assertion(figure, relation, number))
+    return tuple(read)
+
+
+def require_known(
+    assertions: Iterable[Assertion], names: Sequence[str], sets: Iterable[str], *, compared: bool
+) -> None:
+    """Raise UsageError for an assertion on a figure that `eval` of these sets does not have.
+
+    `sets` are the evaluation sets; what is lost on them is known where models are `compared`.
+    """
+    concepts = [""] if len(names) == 1 else [f".{name}" for name in names]
+    known = [f"fa{k}{behind}" for behind in concepts for k in (1, 5)]
+    for name in sorted(sets):
+        known += [f"ta1.{name}", f"ta5.{name}", *([f"loss.{name}"] if compared else [])]
+    for each in assertions:
+        if each.figure not in known:
+            raise UsageError(
+                f"--assert {each} is about none of the figures there are: {', '.join(known)}",
+                hint=near(each.figure, known) or f"--assert '{known[0]}<=0'",
+            )
 
 
 Loss = TypeVar("Loss", bound=ClassLoss)

@@ -7,6 +7,7 @@ line of a record that is there. Nothing here knows a terminal.
 
 import dataclasses
 import functools
+import keyword
 import math
 import re
 import types
@@ -69,7 +70,8 @@ class Option:
     @property
     def key(self) -> str:
         """Its name as that of a variable."""
-        return re.sub(r"\W+", "_", self.name).strip("_").lower()
+        key = re.sub(r"\W+", "_", self.name).strip("_").lower()
+        return f"{key}_" if keyword.iskeyword(key) else key
 
 
 @dataclass(frozen=True, slots=True)

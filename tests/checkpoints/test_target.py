@@ -111,7 +111,8 @@ def test_the_commands_aim_at_a_pipeline(world, tmp_path):
     ranking = json.loads(ranked.stdout)["ranking"]
     assert ranking["target"] == str(path)
     assert {score["tower"] for score in ranking["scores"]} == {"text"}
-    assert ranking["unreached"]["text_projection"].endswith("which is not projected")
+    unreached = {row["name"]: row["value"] for row in ranking["unreached"]}
+    assert unreached["text_projection"].endswith("which is not projected")
     told = "layers cannot influence"
     assert told in ranked.stderr and "the vision tower is not part of it" in ranked.stderr
     by_hand = ("--direction", "gradient", "--step", "0.5", "--layer")

@@ -22,7 +22,7 @@ from slsgu_cli.store.store import Store
 
 COMMANDS = (
     "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",
-    "sweep", "report", "ls", "check", "gc", "demo",
+    "sweep", "report", "ls", "demo",
 )  # fmt: skip
 COMMANDS += ("steer", "generate", "ask", "verify")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
@@ -144,11 +144,11 @@ def test_json_is_one_document_with_the_promised_keys(chain, store, tmp_path):
         assert (store / entry["path"]).exists()
         assert entry["state"] == "ok"
     ranked = json.loads(inside("rank", "blue", "--json", store=store).stdout)
-    assert set(ranked) == {"ranking", "plots"}
+    assert set(ranked) == {"schema", "command", "ranking", "plots"}
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in ranked["plots"])
     out = tmp_path / "out"
     applied = json.loads(inside("apply", "blue", "--out", out, "--json", store=store).stdout)
-    assert set(applied) == {"applied"}
+    assert set(applied) == {"schema", "command", "applied"}
     assert applied["applied"]["model"] == f"local-dir:{out}"
 
 
@@ -159,7 +159,8 @@ def test_search_again_tells_the_same_and_as_eval_measured(chain, store, shared_w
     assert done.exit_code == 0
     assert "recorded trials were used again" in done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {"trials", "chosen", "accuracy", "harmed", "nearest", "files"}
+    results = {"trials", "chosen", "accuracy", "harmed", "nearest", "files"}
+    assert set(found) == {"schema", "command", *results}
     assert found["chosen"] in found["trials"]["trials"]
     measured = {row[0]: row[2] for row in rows(ran["eval"].stdout)[0][1:]}
     assert measured == {row["figure"]: f"{row['edited']:.10g}" for row in found["accuracy"]}
@@ -445,6 +446,7 @@ def test_a_search_that_does_not_forget_shows_its_trials_and_keeps_its_edit(store
     assert "no step forgets blue: the best, transformer.resblocks.1.mlp.c_fc" in done.stderr
     found = json.loads(done.stdout)
     assert found["chosen"]["forget"]["top1"] > 0
+    assert found["error"]["exit_code"] == 5
     applied = inside("apply", "blue", "--out", tmp_path / "out", store=store)
     assert applied.exit_code == 0
     assert "does not forget completely" in applied.stderr

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from slsgu_cli.cli.console import Console
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.console import text as shown_text
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import Tower
 
 COLUMNS = ["name", "figure"]
@@ -20,7 +20,7 @@ SHOW = f"""
 import sys
 from slsgu_cli.cli.console import Console
 from slsgu_cli.errors import InputError
-console = Console(verbosity=1, as_json="--json" in sys.argv)
+console = Console('made', verbosity=1, as_json="--json" in sys.argv)
 console.note("noted [red]")
 console.detail("detailed")
 console.warn("warned")
@@ -91,7 +91,8 @@ def test_a_pipe_gets_tab_separated_results_and_nothing_else():
 def test_json_is_one_document_and_nothing_else():
     done = piped("--json")
     document = json.loads(done.stdout)
-    assert list(document) == ["rows", "path"]
+    assert list(document) == ["schema", "command", "rows", "path"]
+    assert (document["schema"], document["command"]) == (1, "made")
     assert document["rows"] == [{"name": ODD, "figure": 0.5}, {"name": "x", "figure": None}]
     assert document["path"] == "out/clip"
 
@@ -103,9 +104,37 @@ def test_json_takes_data_in_place_of_rows_and_text(capsys):
     assert capsys.readouterr().out == ""
     console.flush()
     assert json.loads(capsys.readouterr().out) == {
+        "schema": 1,
+        "command": None,
         "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "unseen": False}},
         "v": ["text"],
     }
+
+
+def test_json_keys_are_no_data(capsys):
+    console = Console("made", as_json=True)
+    columns = [
+        "layer",
+        Column("TA@1 brands", of=("utility", "brands", "TA@1")),
+        Column("TA@5 brands", of=("utility", "brands", "TA@5")),
+        Column("TA@1 key", of=("utility", "key", "TA@1")),
+    ]
+    console.table("t", columns, [["a", 1, 2, 3]])
+    console.value("v", "shown", data=Figures(Accuracy(1, 2, 3), {"brands": Accuracy(4, 5, 6)}))
+    for name in ("one", "other"):
+        console.row("rows", name, {"model": name})
+        with console.part("parts"):
+            console.value("name", name)
+    console.flush()
+    document = json.loads(capsys.readouterr().out)
+    assert document["t"] == [{"layer": "a", "utility": [
+        {"name": "brands", "TA@1": 1, "TA@5": 2}, {"name": "key", "TA@1": 3}
+    ]}]  # fmt: skip
+    assert document["v"]["utility"] == [
+        {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "unseen": False}
+    ]
+    assert document["rows"] == [{"model": "one"}, {"model": "other"}]
+    assert document["parts"] == [{"name": "one"}, {"name": "other"}]
 
 
 def test_json_has_null_where_a_figure_is_not_finite(capsys):

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from documents import validated
 from icons import write_few
 from places import ROOT
 from processes import inside, slsgu
@@ -39,7 +40,7 @@ def facebook(tmp_path_factory):
     assert [line[:3] for line in done.stderr.splitlines() if line[1:2] == "/"] == [
         "1/5", "2/5", "3/5", "4/5", "5/5"
     ]  # fmt: skip
-    return json.loads(done.stdout), store
+    return validated(done.stdout), store
 
 
 def test_facebook_is_forgotten_and_the_rest_kept(facebook):

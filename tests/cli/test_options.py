@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from slsgu_cli.cli import app
-from slsgu_cli.cli.app import COMMANDS, _Command, _known
+from slsgu_cli.cli.app import COMMANDS, _Command
+from slsgu_cli.cli.usage import known
 from slsgu_cli.errors import UsageError, near
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.comparisons import CompareOptions, Method
@@ -198,8 +199,8 @@ def test_a_shell_completes_sets_edits_and_layers(shared_world, tmp_path):
     root = str(tmp_path / "store")
     shutil.copytree(shared_world.store.root, root)
     rank(Store(root), "blue", options=RankOptions(direction=Direction.GRADIENT))
-    assert shared_world.name in _known("set", {"store": root})
-    assert shared_world.name in _known("edit", {"store": root})
+    assert shared_world.name in known("set", {"store": root})
+    assert shared_world.name in known("edit", {"store": root})
 
     def completed(line, **env):
         variables = {

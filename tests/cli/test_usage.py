@@ -1,5 +1,6 @@
 """A command line that cannot be: told as every other error, by what was meant."""
 
+import json
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from slsgu_cli.cli.app import COMMANDS
 from slsgu_cli.errors import UsageError
 
 GROUP = typer.main.get_command(app)
+ERROR = {"schema", "command", "error"}
 LISTS = "`slsgu {} --help` lists what it takes"
 QUOTES = f"put quotes around what has spaces; {LISTS}"
 
@@ -82,7 +84,8 @@ def split(words):
 def told(words):
     """Return what a refused command line says, line by line; it prints no results."""
     done = inside(*words)
-    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    assert done.exit_code == 2, done.output
+    assert not done.stdout if "--json" not in words else set(json.loads(done.stdout)) == ERROR
     return done.stderr.splitlines()
 
 
@@ -97,7 +100,13 @@ def test_what_is_refused_is_told_in_one_line_with_what_mends_it(words, message, 
 def test_every_command_refuses_alike_also_under_json(name):
     plain = told([name, "--no-such-option"])
     assert plain[0].startswith(f"error: {name} has no option --no-such-option")
-    assert told([name, "--json", "--no-such-option"]) == plain
+    done = inside(name, "--json", "--no-such-option")
+    assert (done.exit_code, done.stderr.splitlines()) == (2, plain)
+    document = json.loads(done.stdout)
+    hint = plain[1].removeprefix("  try: ") if plain[1:] else None
+    message = plain[0].removeprefix("error: ")
+    assert document["error"] == {"message": message, "hint": hint, "exit_code": 2}
+    assert (document["schema"], document["command"]) == (1, name)
 
 
 def test_help_is_given_whatever_else_is_wrong():

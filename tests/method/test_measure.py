@@ -1,6 +1,5 @@
 """The figures of `eval` are the ones the search met, before and after the edit."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +9,15 @@ import tiny_clip
 import torch
 from PIL import Image
 from plain import Plain
-from safetensors.numpy import load_file, save_file
+from processes import inside, rows
 from worlds import plain_options
 
 import slsgu_cli.method.evaluate
-from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.method.edit import apply, direct_edit
+from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
+from slsgu_cli.records.figures import read_assertions
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -69,38 +68,6 @@ def test_without_another_model_the_sets_edit_is_measured(world):
     assert (before.label, after.label) == ("original", "edit blue")
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
-
-
-def test_an_edit_of_other_weights_is_not_measured(world):
-    edit = direct_edit(world.store, "blue", layer="visual.proj", step=0.5)
-    header = replace(edit.header, digests=dict.fromkeys(edit.header.digests, "another"))
-    write_edit(world.store, replace(edit, header=header))
-    with pytest.raises(StaleError, match=r"edit blue was made for another visual\.proj"):
-        measured(world)
-
-
-def test_weights_that_differ_in_other_layers_are_told_when_they_are_edited(
-    world, tmp_path, listener
-):
-    write_edit(world.store, direct_edit(world.store, "blue", layer="visual.proj", step=0.5))
-    applied(world, tmp_path / "same")
-    assert not any("more than the edited layers" in text for text in listener.heard)
-    folder = tmp_path / "other"
-    shutil.copytree(world.folder, folder)
-    (weights,) = folder.glob("*.safetensors")
-    tensors = load_file(weights)
-    save_file(tensors | {"text_projection": tensors["text_projection"] * 2}, weights)
-    words = {"names": ["blue"], "out": tmp_path / "out", "overwrite": True}
-    for where in ({"model": ModelSpec(f"local-dir:{folder}")}, {"target": folder}):
-        listener.heard.clear()
-        apply(world.store, ApplyRequest(**words, **where))
-        assert any("more than the edited layers" in text for text in listener.heard)
-    # What an edit makes of the layer counts as the original does.
-    listener.heard.clear()
-    edited = ModelSpec(f"local-dir:{tmp_path / 'same'}")
-    request = {"names": ["blue"], "out": tmp_path / "back", "revert": True, "model": edited}
-    apply(world.store, ApplyRequest(**request))
-    assert not any("more than the edited layers" in text for text in listener.heard)
 
 
 def test_without_an_edit_the_original_stands_alone(world):
@@ -157,3 +124,57 @@ def test_a_model_with_other_inputs_is_refused(world, tmp_path):
 def test_a_set_that_is_not_there_is_told(world):
     with pytest.raises(MissingError, match="set nobody"):
         measured(replace(world, name="nobody"))
+
+
+@pytest.fixture
+def forgotten(world):
+    find(world, steps=6, layers=["visual.proj"])
+    return world
+
+
+def asserting(world, *assertions, names=("blue",)):
+    words = [word for each in assertions for word in ("--assert", each)]
+    return inside("eval", *names, *words, store=world.store.root)
+
+
+def test_assertions_hold_or_end_with_exit_code_5(forgotten):
+    before, after = measured(forgotten).models
+    lost = before.utility["first"].top1 - after.utility["first"].top1
+    kept = after.utility["second"].top1
+    holding = ("fa1<=0", f"ta1.second>={kept}", f"loss.first <= {lost + 0.01}", "ta5.first>1")
+    done = asserting(forgotten, *holding)
+    assert done.exit_code == 0, done.stderr
+    table = rows(done.stdout)[-1]
+    assert table[0] == ["assertion", "figure", "result"]
+    assert table[1] == ["fa1<=0", "0", "holds"]
+    assert float(table[3][1]) == pytest.approx(lost)
+    failed = asserting(forgotten, "fa1<=0", f"ta1.second>{kept}", "fa5>200")
+    assert failed.exit_code == 5
+    assert [row[2] for row in rows(failed.stdout)[-1][1:]] == ["holds", "fails", "fails"]
+    assert "2 of 3 assertions fail: " in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "hint"),
+    [
+        ("fa2<=0", "fa1, fa5, ta1.first, ta5.first, loss.first, ta1.second", "--assert 'fa1<=0'"),
+        ("ta1.frist>=3", "about none of the figures there are", "near: ta1.first"),
+        ("fa1<=", "compares no figure with a number", "--assert 'fa1<=0'"),
+        ("fa1=0", "compares no figure with a number", "--assert 'fa1<=0'"),
+        ("fa1<=nan", "compares no figure with a number", "--assert 'fa1<=0'"),
+    ],
+)
+def test_assertions_that_say_nothing_are_refused_before_the_work(
+    words, said, hint, forgotten, monkeypatch
+):
+    monkeypatch.setattr(slsgu_cli.method.evaluate, "evaluate", None)
+    done = asserting(forgotten, words)
+    assert done.exit_code == 2
+    assert said in done.stderr and hint in done.stderr
+
+
+def test_a_figure_that_is_no_number_meets_no_assertion():
+    for words in ("fa1<=0", "fa1>=0", "fa1==0", "fa1<1e9"):
+        (assertion,) = read_assertions("--assert", [words])
+        assert not assertion.holds(float("nan"))
+        assert assertion.holds(0.0)

@@ -77,8 +77,9 @@ def test_the_command(several_world, tmp_path, monkeypatch):
         ["set", "blue"], ["set", "red"],
     ]  # fmt: skip
     found = json.loads(inside("search", "blue", "red", "--steps", "5", "--json", store=root).stdout)
-    assert list(found) == ["blue", "red"]
-    assert found["red"]["trials"]["name"] == "red"
+    assert [(each["set"], each["trials"]["name"]) for each in found["sets"]] == [
+        ("blue", "blue"), ("red", "red")
+    ]  # fmt: skip
     assert inside("search", "blue", "blue", store=root).exit_code == 2
     left = inside("search", "blue", "red", "--steps", "1", "--layer",
                   "transformer.resblocks.1.attn.out_proj.weight", store=root)  # fmt: skip

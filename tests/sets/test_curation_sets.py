@@ -138,11 +138,13 @@ def test_show_and_replay_from_the_command_line(world):
     shown = inside("show", "blue", "--json", "--drop", key, store=root)
     assert shown.exit_code == 0, shown.stderr
     told = json.loads(shown.stdout)
-    assert told["set"]["left out"]["dropped by hand"] == 1
+    assert {"name": "dropped by hand", "value": 1} in told["set"]["left out"]
     assert key not in [row["key"] for row in told["rows"]]
     assert "stale" in shown.stderr
     again = inside("build-sets", "blue", "--replay", store=root)
     assert again.exit_code == 0, again.stderr
+    replayed = inside("build-sets", "blue", "--replay", "--json", store=root)
+    assert json.loads(replayed.stdout)["replayed"][0] == {"part": "forget", "rows": "same rows"}
     assert again.stdout.splitlines()[1] == "forget\tsame rows"
     both = inside("build-sets", "blue", "--replay", "--match", "x", store=root)
     assert both.exit_code == 2

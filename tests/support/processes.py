@@ -12,6 +12,7 @@ import tempfile
 import termios
 from pathlib import Path
 
+from documents import validated
 from typer.testing import CliRunner
 
 from slsgu_cli.cli.app import app
@@ -20,9 +21,15 @@ SLSGU = (sys.executable, "-m", "slsgu_cli")
 
 
 def inside(*arguments, store=None, env=None):
-    """Run a command in this process, where PyTorch is loaded already."""
+    """Run a command in this process, where PyTorch is loaded already.
+
+    What it prints with `--json` is held to the schema of the documents.
+    """
     options = [] if store is None else ["--store", str(store)]
-    return CliRunner().invoke(app, [*map(str, arguments), *options], env=env)
+    done = CliRunner().invoke(app, [*map(str, arguments), *options], env=env)
+    if "--json" in arguments and "--help" not in arguments:
+        validated(done.stdout)
+    return done
 
 
 def rows(tsv):

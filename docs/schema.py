@@ -1,0 +1,252 @@
+"""Write the JSON schema of what `slsgu COMMAND --json` prints: artifacts/documents.schema.json.
+
+    python docs/schema.py
+
+Records are described by their types. Tables are listed here, each with its columns; a test
+holds the output of every command to the schema, and the file to what is written here. A
+command has one or several documents. A key that ends in `?` is there where there is
+something to tell.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from slsgu_cli.checkpoints.apply import AppliedResult
+from slsgu_cli.cli.console import SCHEMA
+from slsgu_cli.downstream.search import TargetFigures
+from slsgu_cli.records.comparisons import PipelineComparison
+from slsgu_cli.records.figures import ClassLoss, Ground
+from slsgu_cli.records.method import Ranking, Trial, Trials
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import JointSearch, Sweep
+from slsgu_cli.records.targets import (
+    Answers,
+    AnswerSet,
+    Generation,
+    TargetTrial,
+    TargetTrials,
+)
+from slsgu_cli.store.catalog import Entry
+from slsgu_cli.verification.verdicts import Conclusion
+
+FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"
+Schema = dict[str, Any]
+CELL: Schema = {"type": ["string", "number", "boolean", "null"]}
+PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "string"}
+
+
+def an_object(properties: Mapping[str, Schema]) -> Schema:
+    """Return the schema of an object with these keys and no others."""
+    names = [name.removesuffix("?") for name in properties]
+    return {
+        "type": "object",
+        "properties": dict(zip(names, properties.values(), strict=True)),
+        "required": [name for name in properties if not name.endswith("?")],
+        "additionalProperties": False,
+    }
+
+
+def a_list(items: Schema) -> Schema:
+    """Return the schema of a list."""
+    return {"type": "array", "items": items}
+
+
+def table(*columns: str, **lists: Sequence[str]) -> Schema:
+    """Return the schema of rows of cells; `lists` are columns that hold rows by `name`."""
+    cells = dict.fromkeys(columns, CELL)
+    inner = {name: table("name", *more) for name, more in lists.items()}
+    return a_list(an_object({**cells, **inner}))
+
+
+PATHS = a_list({"type": "string"})
+
+
+def documents() -> dict[str, list[dict[str, Any]]]:
+    """Return the documents of each command: what stands under each key."""
+    accuracy = table("figure", "original", "before", "edited", "change", "model")
+    effect = table("figure", "judge", "original", "unlearned", "change", "of", "95% interval")
+    gradients = table("role", "loss", "mean loss", "rows", "batches", "gradient", "made", "squares")
+    searched = {
+        "trials": Trials, "chosen": Trial, "accuracy": accuracy, "earlier?": Ground,
+        "harmed": [ClassLoss], "nearest": [ClassLoss], "files": PATHS,
+    }  # fmt: skip
+    steering = an_object(
+        {"trials": record(TargetTrials), "chosen": record(TargetTrial), "forgotten": CELL,
+         "edit": CELL, "figures": record(TargetFigures)}
+    )  # fmt: skip
+    steered = {"search": steering, "chosen": TargetTrial, "effect?": effect, "edit": PATHS}
+    sentences = table("model", "check", "text")
+    return {
+        "build-sets": [
+            {"set": SetManifest}, {"sets": [SetManifest]}, {"replayed": table("part", "rows")}
+        ],
+        "show": [{
+            "set": an_object({
+                **dict.fromkeys(("name", "part", "concept", "patterns", "model", "rows",
+                                 "captions", "seen", "fingerprint"), CELL),
+                "left out": table("name", "value"), "noted": table("name", "value"),
+            }),
+            "sources": table("source", "rows"), "words": table("word", "captions"),
+            "rows": table("key", "hash", "caption", "file", "row", "url"), "sheets": PATHS,
+        }],
+        "grad": [{"gradients": gradients}],
+        "rank": [{"ranking": Ranking, "plots": PATHS}],
+        "search": [
+            searched,
+            {"sets": a_list(an_object({"set": CELL, **_schemas(searched)}))},
+            {"edits": JointSearch,
+             "stages": table("concepts", "added", "layer", "FA@1 at most",
+                             utility=("TA@1", "TA@5")),
+             "files": PATHS},
+            steered,
+        ],
+        "apply": [{"applied": AppliedResult}],
+        "eval": [{
+            "accuracy": accuracy, "plots": PATHS,
+            "assertions?": table("assertion", "figure", "result"),
+        }],
+        "verify": [{
+            "verification": table(
+                "check", "probe", "model", "original FA@1", "FA@1", "original FA@5", "FA@5",
+                "control FA@1", "TA change", "verdict", "original control", "added",
+                "added from", "added to", "note", utility=("original TA@1", "TA@1"),
+            ),
+            "became?": table("model", "what", "place", "name", "figure"),
+            "classes?": table("what", "set", "class", "model", "cosine", "rows",
+                              "original TA@1", "TA@1", "change"),
+            "told?": table("classifier", "tells", "model", "images", "original accuracy",
+                           "accuracy", "original recall", "recall", "rows", "others"),
+            "retrieval?": table("query", "index", "model", "original mAP", "mAP",
+                                "original recall@1", "recall@1", "recall@5", "recall@10",
+                                "queries", "gallery"),
+            "index?": table("features of", "model", "rows", "identical", "moved", "mean",
+                            "largest"),
+            "membership?": table("figure", "against", "model", "original mean", "original sd",
+                                 "mean", "sd", "members", "others", "verdict"),
+            "attempts?": table("check", "model", "made with", "text", "loss", "FA@1", "FA@5"),
+            "curves?": table("check", "model", "trained name", "step", "FA@1", "FA@5"),
+            "verdicts": sentences, "notes?": sentences, "conclusions": [Conclusion],
+            "files": PATHS,
+        }],
+        "report": [{"sections": table("name", "section", "state", "run"), "files": PATHS}],
+        "compare": [
+            {"comparison": table(
+                "method", "setting", "lr", "value", "layer", "epoch", "FA@1", "FA@5", "seconds",
+                "forget passes", "retain passes", "chosen", utility=("TA@1", "TA@5"),
+             ), "plots": PATHS},
+            {"comparison": PipelineComparison, "sheets": PATHS},
+        ],
+        "steer": [steered, {"sets": a_list(an_object(_schemas(steered)))}],
+        "generate": [
+            {"generation": Generation, "effect?": effect, "sheets": PATHS},
+            {"answer set": AnswerSet},
+        ],
+        "ask": [{"answers": Answers, "pictures": PATHS}],
+        "trajectory": [{
+            "trajectory": Trials,
+            "rises": table("layer", "ridge", "steps", "% of norm",
+                           figures=("rise", "rise at % of norm")),
+            "files": PATHS,
+        }],
+        "sweep": [{"sweep": Sweep, "files": PATHS}],
+        "ls": [{"store": [Entry]}],
+        "demo": [{
+            "set": SetManifest, "gradients": gradients, "ranking": Ranking, "plots": PATHS,
+            "trials": Trials, "chosen": Trial, "files": PATHS, "applied": AppliedResult,
+            "accuracy": accuracy, "pictures": PATHS, "commands": PATHS,
+        }],
+    }  # fmt: skip
+
+
+def _schemas(keys: Mapping[str, Any]) -> dict[str, Schema]:
+    return {name: _schema(each) for name, each in keys.items()}
+
+
+def _schema(what: Any) -> Schema:
+    """Return the schema of a record, of a list of records, or the schema that is given."""
+    if isinstance(what, list):
+        return a_list(record(what[0]))
+    return record(what) if dataclasses.is_dataclass(what) else what
+
+
+DEFINITIONS: dict[str, Schema] = {}
+
+
+def record(kind: Any) -> Schema:
+    """Return a reference to the schema of a record, which is written once."""
+    if kind.__name__ not in DEFINITIONS:
+        DEFINITIONS[kind.__name__] = {}
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: _of_type(hints[field.name]) for field in dataclasses.fields(kind)}
+        DEFINITIONS[kind.__name__] = an_object(fields)
+    return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def _of_type(kind: Any) -> Schema:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        several = [each for each in arguments if each is not type(None)]
+        return {"anyOf": [*map(_of_type, several), {"type": "null"}]}
+    if origin is dict:
+        return _map_of(arguments[1])
+    if origin is not None and issubclass(origin, Iterable):
+        return a_list(_of_type(arguments[0]))
+    if dataclasses.is_dataclass(kind):
+        return record(kind)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return {"enum": [str(each) for each in kind]}
+    # JSON has no NaN: a figure that is none is null.
+    return {"type": [PLAIN[kind], "null"] if kind is float else PLAIN[kind]}
+
+
+def _map_of(kind: Any) -> Schema:
+    """Return the schema of a map: a list of what it has, each with its name."""
+    name = {"name": {"type": "string"}}
+    if kind is Any:
+        return a_list({"type": "object", "required": ["name"]})
+    if not dataclasses.is_dataclass(kind):
+        return a_list(an_object({**name, "value": _of_type(kind)}))
+    record(kind)
+    fields = DEFINITIONS[kind.__name__]["properties"]
+    if "name" in fields:
+        raise ValueError(f"{kind} has a name of its own")
+    return a_list(an_object({**name, **fields}))
+
+
+def schema() -> Schema:
+    """Return the whole schema: of every command what it prints, with or without an error."""
+    error = an_object(
+        {"message": {"type": "string"}, "hint": {"type": ["string", "null"]},
+         "exit_code": {"type": "integer"}}
+    )  # fmt: skip
+    head = {"schema": {"const": SCHEMA}}
+    commands = []
+    for name, each in documents().items():
+        for keys in each:
+            known = {**head, "command": {"const": name}, **_schemas(keys)}
+            commands.append(an_object({**known, "error?": error}))
+    known = {key for each in commands for key in each["properties"]}
+    names = [*documents(), None]
+    failed = an_object({**head, "command": {"enum": names}, "error": error})
+    failed["properties"] |= dict.fromkeys(sorted(known - set(failed["properties"])), True)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "What `slsgu COMMAND --json` prints",
+        "anyOf": [*commands, failed],
+        "$defs": dict(sorted(DEFINITIONS.items())),
+    }
+
+
+def text() -> str:
+    """Return the file as it should be."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
