@@ -20,6 +20,7 @@ from typing import Any
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.downstream.search import TargetFigures
+from slsgu_cli.method.edit import FoundEdit
 from slsgu_cli.records.comparisons import PipelineComparison
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
@@ -33,6 +34,7 @@ from slsgu_cli.records.targets import (
     TargetTrials,
 )
 from slsgu_cli.store.catalog import Entry
+from slsgu_cli.store.check import Finding
 from slsgu_cli.verification.verdicts import Conclusion
 
 FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"
@@ -156,6 +158,8 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         }],
         "sweep": [{"sweep": Sweep, "files": PATHS}],
         "ls": [{"store": [Entry]}],
+        "check": [{"check": [Finding]}, {"edits": [FoundEdit]}],
+        "gc": [{"unused": [Finding]}],
         "demo": [{
             "set": SetManifest, "gradients": gradients, "ranking": Ranking, "plots": PATHS,
             "trials": Trials, "chosen": Trial, "files": PATHS, "applied": AppliedResult,

@@ -67,6 +67,10 @@ class NotFiniteError(InputError):
     """Weights or features that are NaN or infinite, by which nothing can be counted."""
 
 
+class ForeignError(InputError):
+    """A file among artifacts that slsgu did not write."""
+
+
 class MissingError(SlsguError, FileNotFoundError):
     """A file or artifact that is not there."""
 
@@ -84,6 +88,12 @@ class StaleError(SlsguError, ValueError):
 
 class NotForgottenError(SlsguError):
     """The search met no step at which the concept is forgotten."""
+
+    exit_code = ExitCode.NOT_FORGOTTEN
+
+
+class AbsentError(SlsguError):
+    """A checkpoint that does not hold the edit it was asked for."""
 
     exit_code = ExitCode.NOT_FORGOTTEN
 

@@ -370,7 +370,7 @@ def _require_earlier(
     layer = earlier[0].header.layer
     refused: list[StaleError] = []
     for encoder in target.chosen(options.encoder):
-        copies = _copies(encoder, layer)
+        copies = copies_of(encoder, layer)
         try:
             for weights, places in copies:
                 current, dtype = weights.layer(places)
@@ -389,7 +389,7 @@ def _fitting(
 ) -> list[tuple[Encoder, Copies]]:
     """Return the encoders that hold a layer and that it can influence the target through."""
     chosen = target.chosen(options.encoder)
-    fitting = [(encoder, copies) for encoder in chosen if (copies := _copies(encoder, layer))]
+    fitting = [(encoder, copies) for encoder in chosen if (copies := copies_of(encoder, layer))]
     if len(fitting) > 1:
         wanted = group[0].delta().shape
         fitting = [
@@ -412,7 +412,7 @@ def _fitting(
     return [pair for pair in fitting if options.force or pair[0].why_not(layer) is None]
 
 
-def _copies(encoder: Encoder, layer: str) -> Copies:
+def copies_of(encoder: Encoder, layer: str) -> Copies:
     """Return where a layer lies in each set of an encoder's weights that holds it."""
     return [
         (weights, places)

@@ -25,7 +25,7 @@ from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, NotFiniteError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
-from slsgu_cli.records.options import ApplyOptions
+from slsgu_cli.records.options import ApplyOptions, StrengthOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -196,7 +196,7 @@ def tell_of_joint_searches(edits: Sequence[Edit]) -> None:
             )
 
 
-def strength_of(edit: Edit, options: ApplyOptions) -> Edit:
+def strength_of(edit: Edit, options: StrengthOptions) -> Edit:
     """Return an edit of the rank and at the scale of `options`. Raises InputError."""
     limited = edit if options.rank is None else edit.of_rank(options.rank)
     return limited if options.scale == 1 else limited.scaled(options.scale)
@@ -300,7 +300,7 @@ class _StoredLayer:
         new, share = moved_values(self.current, deltas, self.dtype)
         if self.earlier:
             all_in_place = self._after([*self.earlier, *self.edits])
-            if _same(self._after(self.earlier), self.current):
+            if same_values(self._after(self.earlier), self.current):
                 new = all_in_place
             elif not options.force:
                 self._refuse_others(all_in_place)
@@ -318,8 +318,8 @@ class _StoredLayer:
         before = self._after(self.earlier)
         edited = self._after([*self.earlier, *self.edits])
         share = moved_values(before, self._deltas(self.edits), self.dtype)[1]
-        if not options.force and not _same(edited, self.current):
-            unedited = _same(before, self.current)
+        if not options.force and not same_values(edited, self.current):
+            unedited = same_values(before, self.current)
             what = "not edited" if unedited else "not what these edits made of it"
             raise StaleError(
                 f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
@@ -330,7 +330,7 @@ class _StoredLayer:
 
     def require_in_place(self, later: Sequence[Edit]) -> None:
         """Raise StaleError unless the layer is what its edits made of it; `later` need them."""
-        if not _same(self._after(self.edits), self.current):
+        if not same_values(self._after(self.edits), self.current):
             self._refuse_lacking(self.edits, later)
 
     def _after(self, edits: Sequence[Edit]) -> Raw:
@@ -340,7 +340,7 @@ class _StoredLayer:
 
     def _refuse_others(self, all_in_place: Raw) -> None:
         """Raise StaleError: the layer is not what the earlier edits made of it."""
-        if _same(all_in_place, self.current):
+        if same_values(all_in_place, self.current):
             self._refuse_applied()
         self._refuse_lacking(self.earlier, self.edits)
 
@@ -351,7 +351,7 @@ class _StoredLayer:
         )
 
     def _refuse_lacking(self, earlier: Sequence[Edit], later: Sequence[Edit]) -> None:
-        lacks = _same(self._before(), self.current)
+        lacks = same_values(self._before(), self.current)
         what = "lacks" if lacks else f"holds in {self.layer} something other than"
         named = " ".join(quote(edit.header.name) for edit in (*earlier, *later))
         raise StaleError(
@@ -382,7 +382,7 @@ class _StoredLayer:
         for edit in self.edits:
             if recognised(self.current, self.dtype, edit.header.digests):
                 continue
-            if _same(moved_values(self._before(), deltas, self.dtype)[0], self.current):
+            if same_values(moved_values(self._before(), deltas, self.dtype)[0], self.current):
                 self._refuse_applied()
             raise StaleError(
                 f"{self.layer} in {self.path} is not the layer that the edit "
@@ -427,7 +427,8 @@ def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
     return new.reshape(stored.shape), math.sqrt(length / norm) if norm else math.sqrt(length)
 
 
-def _same(one: Raw, other: Raw) -> bool:
+def same_values(one: Raw, other: Raw) -> bool:
+    """Return whether two arrays hold the same bits."""
     unsigned = f"u{one.itemsize}"
     return bool(
         np.array_equal(

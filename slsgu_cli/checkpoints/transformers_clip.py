@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.layouts import (
 )
 from slsgu_cli.checkpoints.targets import CONFIG, read_config, require_inside
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
-from slsgu_cli.checkpoints.weights import combined_fingerprint, values_digest
+from slsgu_cli.checkpoints.weights import combined_fingerprint, layer_digest, values_digest
 from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower
@@ -208,10 +208,17 @@ class ClipWeights:
         values: Floats = np.ascontiguousarray(stored if dtype == "F16" else widen(stored, dtype))
         return values.reshape(stored.shape)
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint that the same weights have in open_clip's layout."""
+    def fingerprint(self, instead: Mapping[str, Floats] | None = None) -> str:
+        """Return the fingerprint that the same weights have in open_clip's layout.
+
+        Parameters of `instead` count with these values in place of their own.
+        """
+        other = instead or {}
         shapes = {name: self.weights.shape(places) for name, places in self._places.items()}
-        return combined_fingerprint(shapes, self._digest)
+        return combined_fingerprint(
+            shapes,
+            lambda name: layer_digest(other[name], "fp32") if name in other else self._digest(name),
+        )
 
     def _digest(self, name: str) -> str:
         places = self._places[name]

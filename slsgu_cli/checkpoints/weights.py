@@ -93,8 +93,10 @@ def layer_digest(values: Floats, precision: str) -> str:
     return whole.hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path, instead: Mapping[str, Floats] | None = None) -> str:
     """Return 64 hexadecimal digits that name the weights a file holds.
+
+    Parameters of `instead` count with these values in place of their own.
 
     The same weights have one fingerprint in every container and after upcasting, for the
     values are hashed as fp32 under open_clip's names; what a checkpoint keeps beside its
@@ -102,10 +104,17 @@ def file_fingerprint(path: Path) -> str:
     """
     file = open_weights(path)
     names = {canonical_name(name): name for name in file.names()}
-    return combined_fingerprint(
-        {name: file.entry(stored).shape for name, stored in names.items()},
-        lambda name: _tensor_digest(file, names[name]),
-    )
+    other = {
+        canonical_name(file.resolve_name(name)): values for name, values in (instead or {}).items()
+    }
+
+    def digest(name: str) -> str:
+        if name in other:
+            return layer_digest(other[name], "fp32")
+        return _tensor_digest(file, names[name])
+
+    shapes = {name: file.entry(stored).shape for name, stored in names.items()}
+    return combined_fingerprint(shapes, digest)
 
 
 def combined_fingerprint(

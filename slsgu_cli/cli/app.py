@@ -58,6 +58,8 @@ GROUPS = {
     },
     "The store, and a demonstration": {
         "ls": ("steps", "List what the store holds and what each thing was made from."),
+        "check": ("steps", "Read a store and say what is damaged; tell if an edit is in a model."),
+        "gc": ("steps", "List what nothing in the store refers to, and remove it."),
         "demo": ("steps", "Make the embedded CLIP forget a brand, command by command."),
     },
 }

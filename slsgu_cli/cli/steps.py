@@ -5,6 +5,7 @@ Nothing heavy is imported here: every command imports what it needs when it runs
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import HIDDEN, Asked, Name, Names, Session, command
@@ -18,10 +19,20 @@ from slsgu_cli.records.options import (
     PassOptions,
     RankOptions,
     SearchOptions,
+    StrengthOptions,
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.target_options import SourceRequest, SteerOptions
-from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, MODEL, ROWS, SEARCH, TARGET, Option
+from slsgu_cli.records.words import (
+    DEVICE_OPTION,
+    EVALUATION,
+    MODEL,
+    OUTPUT,
+    ROWS,
+    SEARCH,
+    TARGET,
+    Option,
+)
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -265,6 +276,78 @@ def ls(session: Session) -> None:
     if not session.store.exists(""):
         session.console.note(f"there is no store {session.store.where('').rstrip('/')} yet")
     tables.listing(session.console, entries(session.store))
+
+
+@command("check")
+def check(
+    session: Session,
+    names: Annotated[
+        Sequence[str],
+        Option(
+            metavar="NAME|FILE...",
+            help="Sets, edits or files of artifacts; with --edit, a model.",
+            completes="edit",
+        ),
+    ] = (),
+    edit: Annotated[
+        Sequence[str],
+        Option(("--edit",), "Is this edit in the model? Name or file.", OUTPUT, metavar="EDIT"),
+    ] = (),
+    *,
+    strength: Asked[StrengthOptions],
+    repair: Annotated[
+        bool,
+        Option(("--repair",), "Remove what is damaged and made again, and dead writes.", OUTPUT),
+    ] = False,
+    irreplaceable: Annotated[
+        bool,
+        Option(("--irreplaceable",), "With --repair: what no command makes again too.", OUTPUT),
+    ] = False,
+) -> None:
+    """Everything is read, and compared with the digests it carries. Without names, all of the
+    store is. Exit code 3 where something is damaged.
+
+    With --edit, a checkpoint is compared with it: exit code 0 where the edit is in it, 5 where
+    it is not, 3 where other weights are.
+
+    Example: slsgu check --repair
+    """
+    from slsgu_cli.cli import tables
+    from slsgu_cli.clip.models import has_model
+    from slsgu_cli.store.check import check as run
+
+    if edit:
+        if len(names) != 1 or repair or irreplaceable:
+            raise UsageError(
+                "--edit is looked for in one model, and nothing is repaired",
+                hint="slsgu check MODEL --edit NAME",
+            )
+        from slsgu_cli.method.edit import find_edits
+
+        model = Path(names[0].removeprefix("local-dir:"))
+        found = find_edits(session.store, edit, model, strength.record())
+        tables.presence(session.console, found, model)
+        return
+    strength.refuse("for --edit", hint="slsgu check MODEL --edit NAME")
+    if irreplaceable and not repair:
+        raise UsageError("--irreplaceable goes with --repair", hint="--repair --irreplaceable")
+    checked = run(
+        session.store, names, repair=repair, irreplaceable=irreplaceable, has_model=has_model
+    )
+    tables.checked(session.console, checked)
+
+
+@command("gc")
+def gc(
+    session: Session,
+    yes: Annotated[bool, Option(("--yes", "-y"), "Remove what is listed.", OUTPUT)] = False,
+) -> None:
+    """Example: slsgu gc --yes"""
+    from slsgu_cli.cli import tables
+    from slsgu_cli.store.check import garbage, remove
+
+    found = garbage(session.store)
+    tables.unused(session.console, remove(session.store, found) if yes else found)
 
 
 @command("demo")

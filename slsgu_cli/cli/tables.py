@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.errors import AssertionsError
+from slsgu_cli.errors import AbsentError, AssertionsError, InputError
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Assertion, Report, Share
 from slsgu_cli.records.method import GradientHeader, Ranking, Trial
@@ -17,10 +17,12 @@ from slsgu_cli.records.sets import SetManifest
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
     from slsgu_cli.cli.console import Console
+    from slsgu_cli.method.edit import FoundEdit
     from slsgu_cli.method.evaluate import EvalResult
     from slsgu_cli.method.gradients import GradResult
     from slsgu_cli.method.search import SearchResult
     from slsgu_cli.store.catalog import Entry
+    from slsgu_cli.store.check import Checked, Finding
     from slsgu_cli.store.store import Store
 
 
@@ -383,6 +385,82 @@ def listing(console: "Console", entries: "Sequence[Entry]") -> None:
         Column("made from"),
     )
     console.table("store", columns, rows, data=entries)
+
+
+def checked(console: "Console", result: "Checked") -> None:
+    """Print what is wrong with a store. Raises InputError where something is damaged."""
+    from slsgu_cli.store.check import State
+
+    _findings(console, "check", result.findings)
+    counts = Counter(str(found.state) for found in result.findings if not found.removed)
+    told = ", ".join(f"{count} {state}" for state, count in counts.items()) or "all is well"
+    read = f"read {result.artifacts} artifacts, {_size(result.size)}"
+    removed = sum(found.removed for found in result.findings)
+    console.note(f"{read}: {told}" + (f"; {removed} removed" if removed else ""))
+    damaged = result.left(State.DAMAGED)
+    if not damaged:
+        return
+    again = any(found.removable for found in damaged)
+    raise InputError(
+        f"{len(damaged)} of them {'is' if len(damaged) == 1 else 'are'} damaged",
+        hint="`slsgu check --repair` removes what is made again, then run the commands listed"
+        if again
+        else "run the commands listed, or put copies back; "
+        "--repair --irreplaceable removes what cannot be read",
+    )
+
+
+def presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
+    """Print whether edits are in a model. Raises AbsentError or InputError where one is not."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.method.edit import Presence
+
+    rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
+    columns = ("edit", "is", Column("layer", shown=known_as), "dtype", "file")
+    console.table("edits", columns, rows, title=f"edits in {model}", data=list(found))
+    others = [one for one in found if one.presence is Presence.OTHER]
+    for one in others[:1]:
+        along = one.share is not None
+        raise InputError(
+            f"{one.file} holds other weights in {one.layer} than the edit {one.name} makes or met",
+            hint=f"they lie {one.share:.4g} of the way along it: --scale {one.share:.4g}"
+            if along
+            else "name all edits of this layer, with the --scale or --rank they had",
+        )
+    absent = [one for one in found if one.presence is Presence.ABSENT]
+    for one in absent[:1]:
+        raise AbsentError(
+            f"the edit {one.name} is not in {one.file}: {one.layer} is the original one"
+        )
+
+
+def unused(console: "Console", found: "Sequence[Finding]") -> None:
+    """Print what nothing in a store refers to, and whether it was removed."""
+    _findings(console, "unused", found)
+    size = _size(sum(one.size for one in found))
+    if any(one.removed for one in found):
+        console.note(f"removed {size}")
+    elif found:
+        console.note(f"{size} to be freed; --yes removes them")
+
+
+def _findings(console: "Console", key: str, found: "Sequence[Finding]") -> None:
+    from slsgu_cli.cli.console import Column
+
+    rows = [
+        (one.state, one.kind, one.name, one.size, one.reason, one.mend, one.removed)
+        for one in found
+    ]
+    columns = (
+        Column("state"),
+        Column("kind"),
+        Column("name", shown=_artifact),
+        Column("bytes", shown=_size, label="size"),
+        Column("reason"),
+        Column("to mend it"),
+        Column("removed"),
+    )
+    console.table(key, columns, rows, data=list(found))
 
 
 def _origin(console: "Console", entry: "Entry") -> str:

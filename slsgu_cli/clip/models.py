@@ -28,7 +28,14 @@ from slsgu_cli.checkpoints.transformers_clip import (
     vocabulary,
 )
 from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
-from slsgu_cli.errors import InputError, MissingError, UsageError, first_lines, near
+from slsgu_cli.errors import (
+    InputError,
+    MissingError,
+    SlsguError,
+    UsageError,
+    first_lines,
+    near,
+)
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import InputSpec, ModelSpec
 
@@ -152,13 +159,25 @@ def load(
     return module.eval().requires_grad_(True)
 
 
-def fingerprint(model: ResolvedModel) -> str:
-    """Return a digest of weights and architecture, the same for every container of them."""
+def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = None) -> str:
+    """Return a digest of weights and architecture, the same for every container of them.
+
+    Parameters of `instead` count with these values in place of their own.
+    """
     if model.spelling is Spelling.TRANSFORMERS:
-        weights = ClipWeights(model.weights.parent).fingerprint()
+        weights = ClipWeights(model.weights.parent).fingerprint(instead)
     else:
-        weights = file_fingerprint(model.weights)
+        weights = file_fingerprint(model.weights, instead)
     return digest({"weights": weights, "config": plain_config(model.config)})
+
+
+def has_model(spec: ModelSpec, weights: str | None) -> bool:
+    """Return whether a model is there, with the weights of a fingerprint or with any."""
+    try:
+        model = resolve(spec)
+        return weights is None or fingerprint(model) == weights
+    except SlsguError:
+        return False
 
 
 def model_layer(model: ResolvedModel, name: str) -> Floats:

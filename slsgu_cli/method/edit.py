@@ -2,21 +2,39 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import combinations
+from pathlib import Path
 from shlex import quote
 
+import numpy as np
+
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
+from slsgu_cli.checkpoints.apply import (
+    AppliedResult,
+    apply_edits,
+    copies_of,
+    require_distinct,
+)
 from slsgu_cli.checkpoints.edits import (
     Edit,
+    by_layer,
     earlier_edits,
     load_edit,
+    moved_values,
+    original_values,
+    recognised,
+    same_values,
+    strength_of,
     tell_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
-from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import model_layer, resolve
-from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
+from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet
+from slsgu_cli.checkpoints.targets import Family, Target, read_target
+from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, Raw, narrow, rounded, widen
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
+from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import norm
@@ -30,7 +48,7 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
 )
-from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
+from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions, StrengthOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
     Artifact,
@@ -41,6 +59,9 @@ from slsgu_cli.store.artifacts import (
 )
 from slsgu_cli.store.files import require_regular
 from slsgu_cli.store.store import Store
+
+# The cosine with an edit from which on weights were moved along it, and by it alone.
+ALONG = 0.999
 
 
 def ensure_edit(
@@ -239,11 +260,152 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
         tell_of_joint_searches([*edits, *earlier])
     if request.target is not None:
         target = read_target(request.target)
-        return apply_edits(edits, target, request.out, options=request, earlier=earlier)
-    model = resolve(_shared_model(edits, request.model))
-    target = read_target(model.folder or model.weights)
-    config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
-    return apply_edits(edits, target, request.out, options=request, config=config, earlier=earlier)
+        result = apply_edits(edits, target, request.out, options=request, earlier=earlier)
+        model = _whole_clip(target) if target.family is Family.CLIP else None
+    else:
+        model = resolve(_shared_model(edits, request.model))
+        target = read_target(model.folder or model.weights)
+        config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
+        result = apply_edits(
+            edits, target, request.out, options=request, config=config, earlier=earlier
+        )
+    if model is not None and not request.force:
+        _tell_of_other_layers(model, [*edits, *earlier], result)
+    return result
+
+
+def _whole_clip(target: Target) -> ResolvedModel | None:
+    """Return a target that is a folder of a whole CLIP as a model; None of another."""
+    try:
+        return resolve(ModelSpec(str(target.path))) if target.path.is_dir() else None
+    except SlsguError:
+        return None
+
+
+def _tell_of_other_layers(
+    model: ResolvedModel, edits: Sequence[Edit], result: AppliedResult
+) -> None:
+    """Tell of edits that were made on a model whose other layers were not those of `model`.
+
+    A copy in a coarser format has another fingerprint and can be the same model: of that,
+    nothing is told.
+    """
+    formats = {change.dtype for file in result.files for change in file.changes}
+    instead: dict[str, Floats] = {}
+    for name, group in by_layer(edits).items():
+        layer, values = Layer.parse(name), original_values(group).astype(np.float32)
+        if any(not np.array_equal(rounded(values, dtype), values) for dtype in formats):
+            progress.detail(
+                f"{model.spec} is {', '.join(formats)}: its other layers were not compared"
+            )
+            return
+        whole = instead.get(layer.parameter)
+        if layer.third is not None and whole is None:
+            whole = model_layer(model, layer.parameter).astype(np.float32)
+        instead[layer.parameter] = layer.replaced(whole, values)
+    now = fingerprint(model, instead)
+    others = [edit.header.name for edit in edits if edit.header.model_fingerprint != now]
+    if others:
+        progress.note(
+            f"{model.spec} differs from the model that {', '.join(others)} was made for in more "
+            "than the edited layers: the figures of the edit are not of it"
+        )
+
+
+class Presence(StrEnum):
+    """Whether an edit is in a checkpoint."""
+
+    IN = "in it"
+    ABSENT = "absent"
+    OTHER = "other weights"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundEdit:
+    """What one file holds of an edit. `share` is how much of it other weights lie along it."""
+
+    name: str
+    layer: str
+    file: str
+    dtype: str
+    presence: Presence
+    share: float | None = None
+
+
+def find_edits(
+    store: Store, names: Sequence[str], model: Path, options: StrengthOptions
+) -> list[FoundEdit]:
+    """Return whether edits are in a model, in every copy of the encoder that it holds.
+
+    Those that they stand on are looked for as well. Of several encoders, it is the ones that
+    hold the layer with or without the edit. Raises MissingError, InputError or StaleError.
+    """
+    edits = [strength_of(load_edit(store, name), options) for name in names]
+    require_distinct(edits)
+    edits += earlier_edits(store, edits)
+    target = read_target(model)
+    found: list[FoundEdit] = []
+    for layer, group in by_layer(edits).items():
+        shape = original_values(group).shape
+        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
+        fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
+        by_encoder = [
+            [one for weights, places in copies for one in _found_in(weights, places, group)]
+            for copies in fit or holding
+        ]
+        known = [rows for rows in by_encoder if any(r.presence is not Presence.OTHER for r in rows)]
+        found += [one for rows in known or by_encoder for one in rows]
+        if not any(holding):
+            raise InputError(f"{model} holds no layer {layer}")
+    return found
+
+
+def _found_in(
+    weights: WeightSet, places: Sequence[TensorPlace], group: Sequence[Edit]
+) -> list[FoundEdit]:
+    """Return which edits of a layer made it what it is in a set of weights."""
+    current, dtype = weights.layer(places)
+    there, share = None, None
+    if dtype in FLOATS and current.shape == original_values(group).shape:
+        there, share = _in_place(current, dtype, group), _share(current, dtype, group)
+    path = str(weights.owners[places[0].key])
+    rows = []
+    for edit in group:
+        presence = Presence.OTHER
+        if there is not None:
+            presence = Presence.IN if edit in there else Presence.ABSENT
+        told = share if presence is Presence.OTHER else None
+        rows.append(FoundEdit(edit.header.name, edit.header.layer, path, dtype, presence, told))
+    return rows
+
+
+def _in_place(current: Raw, dtype: str, group: Sequence[Edit]) -> Sequence[Edit] | None:
+    """Return the edits that made a layer what it is, most of them first; None for others.
+
+    They may have been added in another precision than the file has now.
+    """
+    before = original_values(group)
+    if all(recognised(current, dtype, edit.header.digests) for edit in group):
+        return ()
+    for count in range(len(group), -1, -1):
+        for some in combinations(group, count):
+            deltas = [(edit.factor, edit.delta()) for edit in some]
+            for made_in in dict.fromkeys((dtype, "F32", "F16", "BF16")):
+                start = narrow(before, made_in)
+                new = moved_values(start, deltas, made_in)[0] if deltas else start
+                if same_values(narrow(widen(new, made_in), dtype), current):
+                    return some
+    return None
+
+
+def _share(current: Raw, dtype: str, group: Sequence[Edit]) -> float | None:
+    """Return how much of an edit a layer moved along it; None unless it moved that way alone."""
+    if len(group) > 1:
+        return None
+    moved = (widen(current, dtype) - original_values(group)).reshape(-1).astype(np.float64)
+    delta = group[0].factor * group[0].delta().reshape(-1).astype(np.float64)
+    along, length = float(moved @ delta), norm(moved) * norm(delta)
+    return along / norm(delta) ** 2 if length and along / length > ALONG else None
 
 
 def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:

@@ -19,7 +19,7 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
-from slsgu_cli.method.trial import UNMOVED, MovedModel, model_with
+from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec, SetManifest
@@ -143,7 +143,11 @@ def _run_model(
 
 @contextmanager
 def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """Put edits into a model for the length of a block; those of one layer are summed."""
+    """Put edits into a model for the length of a block; those of one layer are summed.
+
+    Raises StaleError where a layer is not the one that an edit was made for.
+    """
+    fitting(model, edits)
     moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)
     with moved(model, moves):
         yield

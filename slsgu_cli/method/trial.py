@@ -17,6 +17,7 @@ from slsgu_cli.checkpoints.edits import (
     recognised,
 )
 from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -363,7 +364,21 @@ def add_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
 
     Raises StaleError where a layer is not the one that an edit was made for.
     """
+    for name, values, group in fitting(model, edits):
+        layer = Layer.parse(name)
+        parameter = model.get_parameter(layer.parameter)
+        deltas = [(edit.factor, edit.delta()) for edit in group]
+        new = torch.from_numpy(moved_values(values, deltas, "F32")[0])
+        parameter.data = layer.replaced(parameter.data, new.to(parameter.device))
+
+
+def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, list[Edit]]]:
+    """Return the layers of edits with their values in a model and the edits of each.
+
+    Raises StaleError where a layer is not the one that an edit was made for.
+    """
     parameters = dict(model.named_parameters())
+    layers = []
     for name, group in by_layer(edits).items():
         layer = Layer.parse(name)
         parameter = parameters.get(layer.parameter)
@@ -378,9 +393,8 @@ def add_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
                 f"the edit {others[0].name} was made for another {name} than this model has",
                 hint=f"use it with sets built for {others[0].model}",
             )
-        deltas = [(edit.factor, edit.delta()) for edit in group]
-        new = torch.from_numpy(moved_values(values, deltas, "F32")[0])
-        parameter.data = layer.replaced(parameter.data, new.to(parameter.device))
+        layers.append((name, values, group))
+    return layers
 
 
 def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None = None) -> Report:

@@ -328,14 +328,8 @@ class SearchOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyOptions:
-    """How edits go into a model, and how the result is written.
-
-    `encoder` names one of several; `scale` and `rank` are of every edit. `revert` undoes the
-    edits. `force` leaves out the check that the weights are those the edits were made for.
-    `overwrite` replaces what stands there, `dry_run` writes nothing, and `link` makes hard
-    links of the files that stay as they are.
-    """
+class StrengthOptions:
+    """Where edits go, and how much of them: `encoder` names one of several encoders."""
 
     encoder: str | None = ENCODER()
     scale: float = option(1.0, "--scale", help="Apply this much of the edit.", panel=LAYERS)
@@ -343,6 +337,17 @@ class ApplyOptions:
         None, "--rank", min=1, help="Keep this many singular directions of the edit.",
         panel=LAYERS, without="all",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOptions(StrengthOptions):
+    """How edits go into a model, and how the result is written.
+
+    `revert` undoes the edits. `force` leaves out the check that the weights are those the edits
+    were made for. `overwrite` replaces what stands there, `dry_run` writes nothing, and `link`
+    makes hard links of the files that stay as they are.
+    """
+
     revert: bool = option(False, "--revert", help="Take the edits out again.", panel=OUTPUT)
     force: bool = option(False, "--force", help="Even to other weights.", panel=OUTPUT)
     overwrite: bool = OVERWRITE()

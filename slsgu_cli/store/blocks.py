@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from slsgu_cli.store.store import Store
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 Digests = npt.NDArray[np.uint8]
+BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
 LAYOUT = "layout"
 ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
 
@@ -140,6 +141,25 @@ class DataBlock:
         values: Digests = self._read("source_digests")
         return values
 
+    def verify(self) -> bool:
+        """Read every row; return whether the attributes carry a digest.
+
+        Raises InputError where one is damaged, or the rows are not those of the fingerprint.
+        """
+        with _undamaged(self.where):
+            images = self._array("images")
+            content = hashlib.sha256(repr(images.shape[1:3]).encode())
+            for start in range(0, self.rows, self.chunk_rows):
+                for image in self.images(start, start + self.chunk_rows):
+                    content.update(_pixel_digest(image))
+            counted = {name: len(getattr(self, name)) for name in BY_ROW}
+            if others := [name for name, count in counted.items() if count != self.rows]:
+                raise ValueError(f"it has not as many {others[0]} as rows")
+            _add_measured(content, self.tokens, self.labels, self.attributes)
+            if content.hexdigest()[:24] != self.attributes["fingerprint"]:
+                raise ValueError("its rows are not those of its fingerprint")
+            return is_sealed(self.attributes)
+
     def _read(self, name: str) -> Any:
         with _undamaged(self.where):
             return np.asarray(self._array(name)[...])
@@ -183,8 +203,23 @@ def _undamaged(where: str) -> Iterator[None]:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"{where} is damaged: {reason}",
-            hint="remove it and run `slsgu build-sets` again for this set",
+            hint="`slsgu check --repair` removes it, if its sources are there; "
+            "then `slsgu build-sets NAME --replay`",
         ) from error
+
+
+def _pixel_digest(image: Pixels) -> bytes:
+    return hashlib.sha256(image.data).digest()
+
+
+def _add_measured(
+    content: "hashlib._Hash", tokens: Ints, labels: Ints, attributes: Mapping[str, Any]
+) -> None:
+    """Add to the digest of a block's images what makes it the fingerprint of all that counts."""
+    content.update(tokens.astype("<i4").tobytes())
+    content.update(labels.astype("<i4").tobytes())
+    measured = [list(attributes.get(name, [])) for name in ("class_names", "templates")]
+    content.update(json.dumps(measured).encode())
 
 
 def _unpack(data: npt.NDArray[np.uint8]) -> list[Any]:
@@ -272,10 +307,7 @@ class BlockWriter:
         }
         for name, values in lists.items():
             self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
-        for part in (tokens.astype("<i4").tobytes(), labels.astype("<i4").tobytes()):
-            self._content.update(part)
-        measured = [attributes.get("class_names", []), attributes.get("templates", [])]
-        self._content.update(json.dumps(measured).encode())
+        _add_measured(self._content, tokens, labels, attributes)
         fingerprint = self._content.hexdigest()[:24]
         said = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
         self._group.attrs.update(sealed(attributes | said | {LAYOUT: _layout(self._group)}))
@@ -295,7 +327,7 @@ class BlockWriter:
     def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
         """Write rows from `start` on; return what names each one by its pixels."""
         self._images[start : start + len(chunk)] = chunk
-        return [hashlib.sha256(image.data).digest() for image in chunk]
+        return [_pixel_digest(image) for image in chunk]
 
     def _await(self, most: int) -> None:
         """Return when at most `most` chunks are being written. Raises what a write raised."""

@@ -242,17 +242,15 @@ class Entry:
         return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
 
 
-def entries(store: Store) -> list[Entry]:
-    """Return every artifact of the store, ordered by kind and name."""
-    catalog = Catalog(store)
+def entries(store: Store, catalog: Catalog | None = None) -> list[Entry]:
+    """Return every artifact of the store, ordered by kind and name.
+
+    Records are read through `catalog`, if there is one already.
+    """
+    catalog = catalog or Catalog(store)
     listed = [*_records(catalog), *_data(catalog), *_plots(store), *_unfinished(store)]
     order = list(Artifact)
     return sorted(listed, key=lambda entry: (order.index(entry.kind), entry.name))
-
-
-def unreferenced(store: Store) -> list[Entry]:
-    """Return the entries that nothing in the store refers to, unfinished writes included."""
-    return [entry for entry in entries(store) if entry.state is Standing.UNREFERENCED]
 
 
 def _records(catalog: Catalog) -> Iterator[Entry]:

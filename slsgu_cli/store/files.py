@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -50,8 +51,41 @@ def remedy(error: OSError, otherwise: str) -> str:
 
 
 def partial_name(name: str) -> str:
-    """Return a fresh name under which to write what will be called `name`."""
-    return f"{PARTIAL}{secrets.token_hex(4)}-{name}"
+    """Return a fresh name under which this process writes what will be called `name`."""
+    own = hashlib.sha256(machine().encode()).hexdigest()[:8] if machine() else "unknown"
+    return f"{PARTIAL}{own}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
+
+
+def writer_lives(partial: str) -> bool | None:
+    """Return whether the process that writes under a partial name lives; None if none can tell."""
+    there, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
+    own = hashlib.sha256(machine().encode()).hexdigest()[:8]
+    return process_lives(
+        machine() if there == own else "", int(process) if process.isdecimal() else 0
+    )
+
+
+@functools.cache
+def machine() -> str:
+    """Return what tells the processes of one machine from those of others; "" if nothing does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def process_lives(where: str, process: int) -> bool | None:
+    """Return whether a process lives; None of one that is on another machine, or on none known."""
+    if not where or where != machine() or process <= 0 or sys.platform == "win32":
+        return None
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def move(source: Path, target: Path) -> None:

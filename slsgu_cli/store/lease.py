@@ -10,17 +10,16 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from slsgu_cli import progress
 from slsgu_cli.errors import MissingError, SlsguError, UsageError
+from slsgu_cli.store.files import machine, process_lives
 from slsgu_cli.store.store import Store
 
 FOLDER = "leases"
@@ -54,7 +53,7 @@ class Holder:
             token=secrets.token_hex(8),
             host=socket.gethostname(),
             pid=os.getpid(),
-            machine=_machine(),
+            machine=machine(),
             since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             seconds=_term(),
         )
@@ -62,15 +61,7 @@ class Holder:
     @property
     def is_dead(self) -> bool:
         """Whether it is a process of this machine that has ended."""
-        if not self.machine or self.machine != _machine() or sys.platform == "win32":
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return False
+        return process_lives(self.machine, self.pid) is False
 
 
 @contextmanager
@@ -121,7 +112,7 @@ class _Lease:
                 continue
             if present != seen:
                 seen, since = present, time.monotonic()
-            other = _read(present)
+            other = read_holder(present)
             if other.token != announced:
                 announced = other.token
                 progress.note(
@@ -154,7 +145,7 @@ class _Lease:
 
     def _is_own(self) -> bool:
         present = self._present()
-        return present is not None and _read(present).token == self.holder.token
+        return present is not None and read_holder(present).token == self.holder.token
 
     def _present(self) -> bytes | None:
         try:
@@ -167,7 +158,7 @@ def _written(holder: Holder) -> bytes:
     return f"{json.dumps(asdict(holder), indent=1)}\n".encode()
 
 
-def _read(data: bytes) -> Holder:
+def read_holder(data: bytes) -> Holder:
     """Return who holds a lease; of one that says nothing, somebody."""
     try:
         said = json.loads(data)
@@ -177,15 +168,6 @@ def _read(data: bytes) -> Holder:
     except (ValueError, KeyError, TypeError, RecursionError):
         return Holder("?", "an unknown host", 0, "", "an unknown time", TERM)
     return holder
-
-
-def _machine() -> str:
-    """Return what tells the processes of one machine from those of others; "" if nothing does."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
 
 
 def _term() -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, MissingError, SlsguError, StaleError
+from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.store import files
 from slsgu_cli.store.files import UNFINISHED, content_digest, partial_name, remedy
@@ -31,7 +31,10 @@ OUTSIDE = re.compile(r"(?:^|/)\.\.(?:/|$)|::|\0")
 
 # What to do about a store that cannot be written, and about what is damaged in one.
 ELSEWHERE = "choose another store with --store"
-REMEDY = "remove it and run the command that wrote it again"
+REMEDY = "`slsgu check` says what mends it, and `slsgu check --repair` removes what is made again"
+
+# Where kinds of file systems say when a file was written.
+WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 # Bytes that are written to see whether a disk is full.
 ROOM = 1 << 16
@@ -87,6 +90,18 @@ class Store:
     def size(self, path: str) -> int:
         """Return the bytes that `path` takes, folders included."""
         return int(self._fs.du(self._full(path)))
+
+    def changed(self, path: str) -> float:
+        """Return when `path`, or what lies below it, was last written; seconds since 1970."""
+        with self._reading(path):
+            below = self._fs.find(self._full(path), detail=True).values()
+        known = [
+            next((about[key] for key in WRITTEN if about.get(key)), 0.0)
+            for about in below or [self._fs.info(self._full(path))]
+        ]
+        return max(
+            float(time.timestamp()) if hasattr(time, "timestamp") else float(time) for time in known
+        )
 
     def remove(self, path: str) -> None:
         """Remove the artifact at `path` if it is there."""
@@ -261,7 +276,7 @@ class Store:
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise self._damaged(path, error) from error
         if header is None:
-            raise InputError(f"{self.where(path)} was not written by slsgu: it has no header")
+            raise ForeignError(f"{self.where(path)} was not written by slsgu: it has no header")
         return self._decode(path, kind, header)
 
     def read_tensors(self, path: str, names: list[str] | None = None) -> Arrays:

@@ -10,15 +10,19 @@ import tiny_clip
 import tiny_targets
 import torch
 from edit_headers import edit
+from processes import inside
 from safetensors.torch import load_file
 from tiny_targets import llava, pipeline, save, tower, under
 from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.records.options import ApplyOptions
+from slsgu_cli.method.edit import Presence, find_edits
+from slsgu_cli.records.options import ApplyOptions, StrengthOptions
+from slsgu_cli.store.store import Store
 
 TEXT = "transformer.resblocks.1.{}"
 VISION = "visual.transformer.resblocks.1.{}"
@@ -197,6 +201,90 @@ def test_the_layer_changes_and_nothing_else(tmp_path, state, other, layout, laye
     back = tmp_path / ("back" + path.suffix)
     run([made], out, back, revert=True)
     assert files(back) == original
+
+
+def open_clip_file(folder, state, _other):
+    folder.mkdir()
+    torch.save(state, folder / "clip.pt")
+    return folder / "clip.pt"
+
+
+def found(store, model, *edits, **options):
+    """Return what is said of edits in a model, without saying it twice."""
+    names = [edit.header.name for edit in edits]
+    rows = find_edits(store, names, model, StrengthOptions(**options))
+    return {(row.name, row.presence) for row in rows}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "open_clip's"])
+def test_an_edit_is_found_where_it_is_and_not_elsewhere(tmp_path, state, other, layout):
+    make, names = {**LAYOUTS, "open_clip's": (open_clip_file, TEXT)}[layout]
+    path = make(tmp_path / "original", state, other)
+    layer = names.format("attn.in_proj_weight")
+    half = {name: value.bfloat16().float() for name, value in state.items()}
+    made = edit_of(half if "bf16" in layout else state, layer)
+    store = Store(str(tmp_path / "store"))
+    write_edit(store, made)
+    out, back, changed = (tmp_path / (name + path.suffix) for name in ("out", "back", "changed"))
+    run([made], path, out)
+    run([made], out, back, revert=True)
+    run([made], path, changed, scale=0.5)
+    assert found(store, path, made) == {("facebook", Presence.ABSENT)}
+    assert found(store, out, made) == {("facebook", Presence.IN)}
+    assert found(store, back, made) == {("facebook", Presence.ABSENT)}
+    assert found(store, changed, made) == {("facebook", Presence.OTHER)}
+    assert found(store, changed, made, scale=0.5) == {("facebook", Presence.IN)}
+    rows = find_edits(store, ["facebook"], changed, StrengthOptions())
+    assert [row.share for row in rows] == pytest.approx([0.5] * len(rows), abs=0.01)
+
+
+def test_of_several_edits_of_a_layer_each_is_told(tmp_path, state, other):
+    path, store = clip(tmp_path / "clip", state, other), Store(str(tmp_path / "store"))
+    layer = TEXT.format("mlp.c_proj.weight")
+    made = [edit_of(state, layer, name=name, seed=n) for n, name in enumerate("ab")]
+    for each in made:
+        write_edit(store, each)
+    run(made, path, tmp_path / "both")
+    run(made[1:], path, tmp_path / "second")
+    assert found(store, tmp_path / "both", *made) == {("a", Presence.IN), ("b", Presence.IN)}
+    assert found(store, tmp_path / "both", made[0]) == {("a", Presence.OTHER)}
+    told = {("a", Presence.ABSENT), ("b", Presence.IN)}
+    assert found(store, tmp_path / "second", *made) == told
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_an_edit_is_found_after_the_model_was_saved_in_another_precision(tmp_path, state, stored):
+    store = Store(str(tmp_path / "store"))
+    made = edit_of(state, TEXT.format("mlp.c_proj.weight"))
+    write_edit(store, made)
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    save(state, paths[0])
+    run([made], *paths)
+    for path, presence in zip(paths, (Presence.ABSENT, Presence.IN), strict=True):
+        saved = tmp_path / f"saved-{path.name}"
+        save({name: value.to(stored) for name, value in load_file(path).items()}, saved)
+        assert found(store, saved, made) == {("facebook", presence)}
+
+
+def test_the_command_says_by_its_exit_code_whether_an_edit_is_in_a_model(tmp_path, state, other):
+    path, store = clip(tmp_path / "clip", state, other), Store(str(tmp_path / "store"))
+    made = edit_of(state, TEXT.format("mlp.c_proj.weight"))
+    write_edit(store, made)
+    for name, scale in (("whole", 1.0), ("half", 0.5)):
+        run([made], path, tmp_path / name, scale=scale)
+
+    def code(*words):
+        return inside("check", *words, "--edit", "facebook", store=store.root).exit_code
+
+    assert [code(tmp_path / name) for name in ("whole", "clip", "half")] == [0, 5, 3]
+    assert code(f"local-dir:{tmp_path / 'whole'}") == 0
+    assert code(tmp_path / "half", "--scale", "0.5") == 0
+    assert code(tmp_path / "none") == 3
+    assert code(tmp_path / "whole", tmp_path / "half") == code("--repair") == 2
+    done = inside("check", path, "--edit", "facebook", "--json", store=store.root)
+    (row,) = json.loads(done.stdout)["edits"]
+    assert (row["name"], row["presence"]) == ("facebook", "absent")
+    assert inside("check", "--scale", "0.5", store=store.root).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from slsgu_cli.store.store import Store
 
 COMMANDS = (
     "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",
-    "sweep", "report", "ls", "demo",
+    "sweep", "report", "ls", "check", "gc", "demo",
 )  # fmt: skip
 COMMANDS += ("steer", "generate", "ask", "verify")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]

@@ -1,5 +1,6 @@
 """The figures of `eval` are the ones the search met, before and after the edit."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from PIL import Image
 from plain import Plain
 from processes import inside, rows
+from safetensors.numpy import load_file, save_file
 from worlds import plain_options
 
 import slsgu_cli.method.evaluate
+from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.errors import MissingError, StaleError
-from slsgu_cli.method.edit import apply
+from slsgu_cli.method.edit import apply, direct_edit
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.search import search
 from slsgu_cli.records.figures import read_assertions
@@ -68,6 +71,38 @@ def test_without_another_model_the_sets_edit_is_measured(world):
     assert (before.label, after.label) == ("original", "edit blue")
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
+
+
+def test_an_edit_of_other_weights_is_not_measured(world):
+    edit = direct_edit(world.store, "blue", layer="visual.proj", step=0.5)
+    header = replace(edit.header, digests=dict.fromkeys(edit.header.digests, "another"))
+    write_edit(world.store, replace(edit, header=header))
+    with pytest.raises(StaleError, match=r"edit blue was made for another visual\.proj"):
+        measured(world)
+
+
+def test_weights_that_differ_in_other_layers_are_told_when_they_are_edited(
+    world, tmp_path, listener
+):
+    write_edit(world.store, direct_edit(world.store, "blue", layer="visual.proj", step=0.5))
+    applied(world, tmp_path / "same")
+    assert not any("more than the edited layers" in text for text in listener.heard)
+    folder = tmp_path / "other"
+    shutil.copytree(world.folder, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(tensors | {"text_projection": tensors["text_projection"] * 2}, weights)
+    words = {"names": ["blue"], "out": tmp_path / "out", "overwrite": True}
+    for where in ({"model": ModelSpec(f"local-dir:{folder}")}, {"target": folder}):
+        listener.heard.clear()
+        apply(world.store, ApplyRequest(**words, **where))
+        assert any("more than the edited layers" in text for text in listener.heard)
+    # What an edit makes of the layer counts as the original does.
+    listener.heard.clear()
+    edited = ModelSpec(f"local-dir:{tmp_path / 'same'}")
+    request = {"names": ["blue"], "out": tmp_path / "back", "revert": True, "model": edited}
+    apply(world.store, ApplyRequest(**request))
+    assert not any("more than the edited layers" in text for text in listener.heard)
 
 
 def test_without_an_edit_the_original_stands_alone(world):

@@ -28,7 +28,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import REWHITENED, Artifact, resume
-from slsgu_cli.store.catalog import Standing, entries, unreferenced
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 
 MODEL = ModelSpec("local-dir:clip")
@@ -151,6 +151,10 @@ def not_ok(store):
         for entry in entries(store)
         if entry.state is not Standing.OK
     }
+
+
+def unreferenced(store):
+    return [entry for entry in entries(store) if entry.state is Standing.UNREFERENCED]
 
 
 def by_path(store):

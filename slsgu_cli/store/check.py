@@ -1,0 +1,480 @@
+"""What of a store is damaged or in nobody's use, and what of it may be removed.
+
+`ls` reads records and headers; here everything is read and compared with its digests. What a
+command makes again, from what is still there, may go. The rest stays until that is asked for.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from slsgu_cli import progress
+from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError, near
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.sources.opening import expand, parse_source
+from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
+from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries
+from slsgu_cli.store.files import PARTIAL, writer_lives
+from slsgu_cli.store.lease import FOLDER, read_holder
+from slsgu_cli.store.store import Store
+
+# After so long without a change, a write is given up of whose process nobody can tell.
+ABANDONED_SECONDS = 3600.0
+UNDER_WAY = "a write under way"
+
+# After so long, nobody goes on with the sums of a pass.
+FORGOTTEN_SECONDS = 7 * 86400.0
+BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+
+# Whether a model is there, with the weights of this fingerprint; None for any weights.
+HasModel = Callable[[ModelSpec, str | None], bool]
+
+
+class State(StrEnum):
+    """What may be wrong with something in a store, the worst first."""
+
+    DAMAGED = "damaged"
+    FOREIGN = "foreign"
+    STALE = "stale"
+    UNFINISHED = "unfinished"
+    UNREFERENCED = "unreferenced"
+    NO_DIGEST = "no digest"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be: where, how large, why, and the command that mends it.
+
+    `removable` tells that it may go unasked: a command makes it again, or nobody has a use for it.
+    """
+
+    state: State
+    kind: Artifact | None
+    name: str
+    path: str
+    size: int
+    reason: str
+    mend: str | None = None
+    removable: bool = False
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How many artifacts and bytes were read, and what is wrong, the worst first."""
+
+    artifacts: int
+    size: int
+    findings: tuple[Finding, ...]
+
+    def left(self, state: State) -> list[Finding]:
+        """Return what is in a state and still there."""
+        return [found for found in self.findings if found.state is state and not found.removed]
+
+
+def check(
+    store: Store,
+    names: Sequence[str] = (),
+    *,
+    repair: bool = False,
+    irreplaceable: bool = False,
+    has_model: HasModel = lambda _model, _fingerprint: False,
+) -> Checked:
+    """Read all of a store, or what belongs to the sets, edits and files of `names`.
+
+    With `repair`, what is damaged and made again by a command is removed, and what dead
+    processes left; if `irreplaceable`, also what is damaged and made by none. Raises
+    MissingError for a name that is not there, and InputError where something cannot be removed.
+    """
+    run = _Check(store, has_model)
+    chosen, outside = run.chosen(names)
+    found = [finding for path in outside if (finding := _of_file(path)) is not None]
+    with progress.bar("checking", len(chosen)) as ticker:
+        for entry in chosen:
+            found += run.of_entry(entry)
+            ticker.advance()
+    if not names:
+        found += [*run.foreign(), *run.leases()]
+    if repair:
+        found = [run.repaired(finding, irreplaceable=irreplaceable) for finding in found]
+    order = list(State)
+    found.sort(key=lambda finding: (order.index(finding.state), finding.path))
+    size = sum(entry.size for entry in chosen) + sum(_file_size(path) for path in outside)
+    return Checked(len(chosen) + len(outside), size, tuple(found))
+
+
+def garbage(store: Store) -> list[Finding]:
+    """Return what nothing in a store refers to: data, gradients, moments, squares, dead writes.
+
+    While another process writes, what is young may be part of its work, and is left out.
+    Raises InputError where a record cannot be read: what it refers to is not known.
+    """
+    run = _Check(store, lambda _model, _fingerprint: False)
+    for kind in (Artifact.SET, Artifact.POINTER):
+        if unread := sorted(set(run.catalog.all(kind)) - set(run.catalog.readable(kind))):
+            raise InputError(
+                f"what {store.where(kind.path(unread[0]))} refers to is not known: it is damaged",
+                hint="run `slsgu check`",
+            )
+    found = [finding for entry in run.entries for finding in run.unused(entry)]
+    found += run.leases()
+    busy = any(finding.reason.startswith(UNDER_WAY) for finding in found)
+    since = time.time() - ABANDONED_SECONDS
+    return [
+        finding
+        for finding in found
+        if finding.removable and not (busy and _last_change(store, finding.path) > since)
+    ]
+
+
+def remove(store: Store, findings: Sequence[Finding]) -> list[Finding]:
+    """Remove findings from a store; return them as removed."""
+    for finding in findings:
+        store.remove(finding.path)
+    return [replace(finding, removed=True) for finding in findings]
+
+
+class _Check:
+    """One reading of a store: its records, and what is damaged of it as far as it was read."""
+
+    def __init__(self, store: Store, has_model: HasModel) -> None:
+        self.store, self._has_model = store, has_model
+        self.catalog = Catalog(store)
+        self.entries = entries(store, self.catalog)
+        self._damaged: set[str] = set()
+        self._models: dict[tuple[ModelSpec, str | None], bool] = {}
+
+    def chosen(self, names: Sequence[str]) -> tuple[list[Entry], list[Path]]:
+        """Return the entries that belong to names, by default all, and files outside the store."""
+        if not names:
+            return self.entries, []
+        chosen: set[str] = set()
+        outside: list[Path] = []
+        for name in names:
+            paths = {entry.path for entry in self.entries if self._belongs(entry, name)}
+            if not paths and Path(name).exists():
+                outside.append(Path(name))
+            elif not paths:
+                known = sorted({*Artifact.SET.names(self.store), *Artifact.EDIT.names(self.store)})
+                raise MissingError(
+                    f"{self.store.url} has no set or edit {name}, and there is no such file",
+                    hint=near(name, known) or "`slsgu ls` lists what there is",
+                )
+            chosen |= paths
+        return [entry for entry in self.entries if entry.path in chosen], outside
+
+    def _belongs(self, entry: Entry, name: str) -> bool:
+        """Return whether an entry is what a name or path says, or what a set of it is made of."""
+        if entry.path == name or self.store.where(entry.path) == str(Path(name).absolute()):
+            return True
+        if name in (entry.name, set_of(entry.name)) or name in entry.name.split("+"):
+            return True
+        match entry.kind:
+            case Artifact.PLOT:
+                return entry.name.startswith(f"{name}-")
+            case Artifact.DATA:
+                return name in self._users(entry.path)
+            case Artifact.GRADIENT | Artifact.SQUARES:
+                return name in self._pointers_to(entry.name)
+            case Artifact.MOMENTS:
+                pointer, header = (
+                    self.catalog.get(kind, each)
+                    for kind, each in ((Artifact.POINTER, name), (Artifact.MOMENTS, entry.name))
+                )
+                return bool(pointer and header) and _is_of(header, pointer)
+        return False
+
+    def of_entry(self, entry: Entry) -> Iterator[Finding]:
+        """Read all of an entry, and yield what is wrong with it."""
+        error = self._unreadable(entry)
+        if isinstance(error, ForeignError | StaleError):
+            yield self._found(entry, State.FOREIGN, error.message)
+            return
+        if entry.kind is Artifact.UNFINISHED:
+            yield self._of_unfinished(entry)
+            return
+        has_digest = True
+        try:
+            if error is not None:
+                raise error
+            has_digest = contents(self.store, entry.kind, entry.path)
+            self._read_folder(entry)
+        except SlsguError as damage:
+            self._damaged.add(entry.path)
+            made_again = self._is_made_again(entry.kind, entry.name)
+            found = self._found(entry, State.DAMAGED, damage.message)
+            yield replace(found, mend=self._maker(entry), removable=made_again)
+            return
+        if entry.state is not Standing.OK:
+            mend = "slsgu gc" if entry.state is Standing.UNREFERENCED else self._maker(entry)
+            yield replace(self._found(entry, State(entry.state), entry.reason or ""), mend=mend)
+        if not has_digest:
+            yield self._found(entry, State.NO_DIGEST, "it was written before there were digests")
+
+    def unused(self, entry: Entry) -> Iterator[Finding]:
+        """Yield an entry if nothing refers to it, damaged or not; nothing of it is read."""
+        if entry.kind is Artifact.UNFINISHED:
+            yield self._of_unfinished(entry)
+            return
+        users = {
+            Artifact.DATA: lambda: self._users(entry.path),
+            Artifact.GRADIENT: lambda: self._pointers_to(entry.name),
+            Artifact.SQUARES: lambda: self._pointers_to(entry.name),
+        }.get(entry.kind)
+        damaged = entry.state is Standing.DAMAGED and users is not None and not users()
+        if damaged or entry.state is Standing.UNREFERENCED:
+            found = self._found(entry, State.UNREFERENCED, entry.reason or "")
+            yield replace(found, removable=True)
+
+    def repaired(self, finding: Finding, *, irreplaceable: bool) -> Finding:
+        """Return a finding, removed if it may be."""
+        unreadable = finding.state is State.DAMAGED and finding.path in self._damaged
+        if not (finding.removable or (irreplaceable and unreadable)):
+            return finding
+        return remove(self.store, [finding])[0]
+
+    def foreign(self) -> Iterator[Finding]:
+        """Yield what lies in the folders of artifacts and is none; hidden files are passed over."""
+        known = {entry.path for entry in self.entries}
+        for folder in sorted({row.folder for row in TABLE.values()}):
+            kinds = [kind for kind, row in TABLE.items() if row.folder == folder]
+            works = [kind for kind in kinds if TABLE[kind].has_folder]
+            known |= {kind.beside(name) for kind in works for name in kind.names(self.store)}
+            for name in self.store.names(folder):
+                path = f"{folder}/{name}"
+                if path in known or name.startswith("."):
+                    continue
+                under_way = bool(works) and not Path(name).suffix
+                state = State.UNFINISHED if under_way else State.FOREIGN
+                reason = "what it belongs to is not complete" if under_way else "no artifact"
+                yield Finding(state, None, name, path, self.store.size(path), reason)
+
+    def leases(self) -> Iterator[Finding]:
+        """Yield the leases on what is being made, and those that dead processes left."""
+        for name in self.store.names(FOLDER):
+            path = f"{FOLDER}/{name}"
+            try:
+                holder = read_holder(self.store.read_bytes(path))
+            except SlsguError:
+                continue
+            silent = time.time() - _last_change(self.store, path) > 2 * holder.seconds
+            dead = holder.is_dead or silent
+            by = f"process {holder.pid} on {holder.host}, since {holder.since}"
+            reason = f"a lease of a dead {by}" if dead else f"{UNDER_WAY}: {by}"
+            mend = "slsgu check --repair" if dead else None
+            yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, dead)
+
+    def _found(self, entry: Entry, state: State, reason: str) -> Finding:
+        return Finding(state, entry.kind, entry.name, entry.path, entry.size, reason)
+
+    def _unreadable(self, entry: Entry) -> SlsguError | None:
+        """Return what kept the catalog from reading an entry."""
+        if entry.kind is Artifact.DATA:
+            return InputError(entry.reason or "") if entry.state is Standing.DAMAGED else None
+        if entry.kind not in TABLE or not TABLE[entry.kind].record_name:
+            return None
+        record = self.catalog.read(entry.kind, entry.name)
+        return record if isinstance(record, SlsguError) else None
+
+    def _read_folder(self, entry: Entry) -> None:
+        """Read the pictures in the folder beside a record."""
+        folder = entry.kind.beside(entry.name)
+        for name in self.store.names(folder) if TABLE[entry.kind].has_folder else ():
+            if name.endswith(PICTURE):
+                contents(self.store, Artifact.PLOT, f"{folder}/{name}")
+
+    def _of_unfinished(self, entry: Entry) -> Finding:
+        """Return a write that is not complete; that of a dead process is nobody's."""
+        name = entry.path.rpartition("/")[2]
+        if not name.startswith((PARTIAL, ".tmp")):
+            return self._of_sums(entry)
+        lives = writer_lives(name)
+        if lives is None:
+            lives = _last_change(self.store, entry.path) > time.time() - ABANDONED_SECONDS
+        if lives:
+            return self._found(entry, State.UNFINISHED, UNDER_WAY)
+        found = self._found(entry, State.UNFINISHED, "the process that wrote it is gone")
+        return replace(found, mend="slsgu check --repair", removable=True)
+
+    def _of_sums(self, entry: Entry) -> Finding:
+        """Return work that the same command goes on with, unless nothing is left of it to do."""
+        found = self._found(entry, State.UNFINISHED, entry.reason or "")
+        if entry.path != Artifact.SUMS.beside(entry.name) + TENSORS:
+            return found
+        gradient = Artifact.GRADIENT.beside(entry.name) + TENSORS
+        old = _last_change(self.store, entry.path) < time.time() - FORGOTTEN_SECONDS
+        done = self.store.exists(gradient)
+        if done or old or entry.state is Standing.DAMAGED:
+            why = "its gradient is complete" if done else "nobody went on with it"
+            reason = entry.reason if entry.state is Standing.DAMAGED else why
+            return replace(found, reason=reason or "", mend="slsgu check --repair", removable=True)
+        return found
+
+    @cached_property
+    def _sets(self) -> dict[str, SetManifest]:
+        return self.catalog.readable(Artifact.SET)
+
+    @cached_property
+    def _pointers(self) -> dict[str, GradientPointer]:
+        return self.catalog.readable(Artifact.POINTER)
+
+    def _users(self, path: str) -> list[str]:
+        """Return the sets that a block is part of."""
+        return [
+            name
+            for name, manifest in self._sets.items()
+            if path in {ref.path for ref in manifest.blocks().values()}
+        ]
+
+    def _pointers_to(self, address: str) -> list[str]:
+        """Return the sets whose gradients are those of an address."""
+        return [n for n, p in self._pointers.items() if address in (p.forget, p.retain)]
+
+    def _maker(self, entry: Entry) -> str | None:
+        """Return the command that makes an artifact, as far as it is known which."""
+        match entry.kind:
+            case Artifact.DATA:
+                return next((_replay(name) for name in self._users(entry.path)), None)
+            case Artifact.GRADIENT | Artifact.SQUARES:
+                squares = " --squares" if entry.kind is Artifact.SQUARES else ""
+                users = self._pointers_to(entry.name)
+                return f"{Artifact.POINTER.command(users[0])}{squares}" if users else None
+            case Artifact.MOMENTS:
+                header = self.catalog.get(entry.kind, entry.name)
+                users = [
+                    n for n, p in self._pointers.items() if header is None or _is_of(header, p)
+                ]
+                return Artifact.RANKING.command(users[0]) if users else None
+            case Artifact.SET if self._unreadable(entry) is None:
+                return _replay(entry.name)
+            case Artifact.EDIT if (name := set_of(entry.name)) != entry.name:
+                return f"slsgu steer {quote(name)} --target ..."
+        return entry.kind.command(entry.name) if TABLE[entry.kind].command else None
+
+    def _is_made_again(self, kind: Artifact, name: str) -> bool:
+        """Return whether a command makes an artifact anew from what is still there.
+
+        What a user chose (sets, edits), what many commands made (sweeps) or what lies far
+        (shards, other models) is not: removing that is never right unasked.
+        """
+        match kind:
+            case Artifact.DATA:
+                users = self._users(kind.beside(name) + BLOCK)
+                return any(self._has_sources(self._sets[user]) for user in users)
+            case Artifact.GRADIENT | Artifact.SQUARES:
+                return any(self._is_graded_again(user) for user in self._pointers_to(name))
+            case Artifact.MOMENTS:
+                return bool(self._pointers) and all(map(self._is_graded_again, self._pointers))
+            case Artifact.POINTER:
+                manifest = self._sets.get(name)
+                return manifest is not None and self._has_model_of(manifest.model, None)
+            case Artifact.RANKING | Artifact.TRIALS | Artifact.TRAJECTORY | Artifact.COMPARISON:
+                return self._is_graded_again(name)
+            case Artifact.VERIFICATION:
+                has_edit = self.catalog.get(Artifact.EDIT, name) is not None
+                return has_edit and self._is_graded_again(name)
+            case Artifact.JOINT:
+                return all(map(self._is_graded_again, name.split("+")))
+        return kind is Artifact.PLOT
+
+    def _is_graded_again(self, name: str) -> bool:
+        """Return whether `grad` can compute the gradients of a set as they were."""
+        pointer, manifest = self._pointers.get(name), self._sets.get(name)
+        if pointer is None or manifest is None:
+            return False
+        blocks = (manifest.forget.path, manifest.retain.path)
+        lost = [p for p in blocks if p in self._damaged or not self.store.exists(p)]
+        return (not lost or self._has_sources(manifest)) and self._has_model_of(
+            pointer.model, pointer.model_fingerprint
+        )
+
+    def _has_model_of(self, model: ModelSpec, fingerprint: str | None) -> bool:
+        if (model, fingerprint) not in self._models:
+            self._models[model, fingerprint] = self._has_model(model, fingerprint)
+        return self._models[model, fingerprint]
+
+    def _has_sources(self, manifest: SetManifest) -> bool:
+        """Return whether every source that a set was built from is still there."""
+        try:
+            texts = {text for ref in manifest.blocks().values() for text in ref.sources}
+            return bool(manifest.request) and all(expand(parse_source(each)) for each in texts)
+        except SlsguError:
+            return False
+
+
+def contents(store: Store, kind: Artifact, path: str) -> bool:
+    """Read all of an artifact; return whether it carries a digest.
+
+    Raises MissingError, and InputError where it is damaged.
+    """
+    if kind is Artifact.DATA:
+        from slsgu_cli.store.blocks import DataBlock
+
+        return DataBlock.at(store, path).verify()
+    if kind is not Artifact.PLOT:
+        return store.verify(path)
+    try:
+        _require_picture(store.read_bytes(path))
+    except ValueError as error:
+        raise (
+            error
+            if isinstance(error, SlsguError)
+            else InputError(f"{store.where(path)} is damaged: {error}")
+        ) from error
+    return True
+
+
+def _require_picture(data: bytes) -> None:
+    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
+    if not data.startswith(PNG_START):
+        raise ValueError("it is no PNG")
+    at, kind = len(PNG_START), b""
+    while kind != PNG_END:
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
+        if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
+            raise ValueError("a part of it is not what its checksum was made of")
+        at = end + 4
+
+
+def _of_file(path: Path) -> Finding | None:
+    """Return what is wrong with an artifact outside of any store."""
+    kinds = {TENSORS: Artifact.EDIT, BLOCK: Artifact.DATA, PICTURE: Artifact.PLOT}
+    store, kind = Store(str(path.parent)), kinds.get(path.suffix, Artifact.RANKING)
+    size = _file_size(path)
+    try:
+        if contents(store, kind, path.name):
+            return None
+        state, reason = State.NO_DIGEST, "it was written before there were digests"
+    except SlsguError as error:
+        state, reason = State.DAMAGED, error.message
+    return Finding(state, None, path.name, str(path), size, reason)
+
+
+def _file_size(path: Path) -> int:
+    return Store(str(path.parent)).size(path.name)
+
+
+def _is_of(header: Any, pointer: GradientPointer) -> bool:
+    """Return whether moments are of the model and the retain rows of gradients."""
+    return bool((header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data))
+
+
+def _replay(name: str) -> str:
+    return f"slsgu build-sets {quote(name)} --replay"
+
+
+def _last_change(store: Store, path: str) -> float:
+    """Return when something was last written; now, where it has just gone."""
+    try:
+        return store.changed(path)
+    except SlsguError:
+        return time.time()
