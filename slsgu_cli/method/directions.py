@@ -34,7 +34,7 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.lease import held
+from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from PIL import Image
 from slsgu_cli import progress
 from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import Picture, spare
-from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec, Screening
 from slsgu_cli.sources.rows import Reader
@@ -176,6 +176,8 @@ class BuildContext:
             return None
         try:
             return DataBlock.at(self.store, path)
+        except MissingError:
+            return None
         except InputError as error:
             if not again:
                 progress.warn(f"{error.message}; it is made again")

@@ -30,7 +30,7 @@ from slsgu_cli.sources.classes import (
 from slsgu_cli.sources.opening import RowId, fetch, parse_source, scan
 from slsgu_cli.sources.rows import Columns, Reader, Row
 from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer
-from slsgu_cli.store.lease import held
+from slsgu_cli.store.sharing import held
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from slsgu_cli.sources.rows import (
     tokenizable,
 )
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
-from slsgu_cli.store.lease import held
+from slsgu_cli.store.sharing import held
 
 TAKE = ""
 

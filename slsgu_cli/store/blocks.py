@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore
+from zarr.storage import FsspecStore, LocalStore
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.codec import is_sealed, parse_json, sealed
@@ -26,6 +26,9 @@ Digests = npt.NDArray[np.uint8]
 BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
 LAYOUT = "layout"
 ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
+
+# The file of a group that holds its attributes.
+ROOT = "zarr.json"
 
 # What zarr and its codecs raise on a group that is cut short, altered or no group.
 DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
@@ -58,12 +61,13 @@ class DataBlock:
     def at(cls, store: Store, path: str) -> "DataBlock":
         """Open whatever complete block stands at `path`. Raises MissingError or InputError."""
         where = store.where(path)
-        if not store.exists(path):
+        # Elsewhere a block arrives file by file, and this one last.
+        if not store.exists(path if store.is_local else f"{path}/{ROOT}"):
             raise MissingError(
                 f"there is no {where}", hint="run `slsgu build-sets` again for this set"
             )
         with _undamaged(where):
-            location: Any = LocalStore(where, read_only=True) if store.is_local else where
+            location = _location(store, path)
             group = zarr.open_group(location, mode="r", zarr_format=3)
             block = cls(where, group, dict(group.attrs))
             block._check()
@@ -191,6 +195,14 @@ def _layout(group: zarr.Group) -> dict[str, list[Any]]:
         name: [str(array.dtype), list(array.shape), list(array.chunks)]
         for name, array in arrays.items()
     }
+
+
+def _location(store: Store, path: str) -> LocalStore | FsspecStore:
+    """Return what zarr reads a block through."""
+    if store.is_local:
+        return LocalStore(store.where(path), read_only=True)
+    fs, full = store.opened(path)
+    return FsspecStore(fs, read_only=True, path=full)
 
 
 @contextmanager
@@ -368,8 +380,7 @@ def block_writer(
         return True
 
     with store.writing(path, lambda: writer.path or path, whole=whole) as partial:
-        location: Any = LocalStore(partial) if store.is_local else partial
-        group = zarr.open_group(location, mode="w", zarr_format=3)
+        group = zarr.open_group(LocalStore(partial), mode="w", zarr_format=3)
         writer = BlockWriter(group, height=height, width=width, rows=rows)
         try:
             yield writer

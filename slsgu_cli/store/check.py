@@ -22,7 +22,7 @@ from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
 from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries
 from slsgu_cli.store.files import PARTIAL, writer_lives
-from slsgu_cli.store.lease import FOLDER, read_holder
+from slsgu_cli.store.sharing import FOLDER, read_holder
 from slsgu_cli.store.store import Store
 
 # After so long without a change, a write is given up of whose process nobody can tell.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, copies as fast as `cp`, and reading ahead."""
+"""Files that appear whole or not at all, copies as fast as `cp`, kept copies, reading ahead."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +40,6 @@ REMEDIES = {
     errno.EDQUOT: "free some space, or {}",
     errno.EFBIG: "free some space, or {}",
     errno.EACCES: "see who may write there, or {}",
-    errno.EPERM: "see who may write there, or {}",
     errno.EROFS: "it can only be read: {}",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -47,7 +47,8 @@ REMEDIES = {
 
 def remedy(error: OSError, otherwise: str) -> str:
     """Return what mends a write that failed, or else what can be done `otherwise`."""
-    return REMEDIES.get(error.errno or 0, "{}").format(otherwise)
+    number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+    return REMEDIES.get(number or 0, "{}").format(otherwise)
 
 
 def partial_name(name: str) -> str:
@@ -171,10 +172,15 @@ def remove(path: Path) -> None:
     aside = path.with_name(partial_name(path.name))
     with suppress(FileNotFoundError):
         path.replace(aside)
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink()
+        discard(aside)
+
+
+def discard(partial: Path) -> None:
+    """Remove what has a partial name, if it is there."""
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 # A safetensors file begins with the length of its header.
@@ -214,6 +220,70 @@ def content_digest(said: str, data: memoryview) -> str:
             for part in pool.map(hashlib.sha256, parts):
                 whole.update(part.digest())
     return whole.hexdigest()
+
+
+# The variables that say where copies of tensors lie, and how many bytes of them.
+CACHE, CACHE_SIZE = "SLSGU_CACHE", "SLSGU_CACHE_SIZE"
+DEFAULT_SIZE = "20G"
+
+# Copies that were read so many seconds ago are not removed: somebody may be about to open one.
+RECENT = 60.0
+
+
+@contextlib.contextmanager
+def cached(said: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a copy of what is elsewhere, fetched unless it was before.
+
+    It is called by a digest of what is `said` of it: its address and state. Where the cache
+    cannot be written, the copy is gone after the block.
+    """
+    folder = cache_folder()
+    copy = folder / hashlib.sha256(said.encode()).hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if copy.exists():
+            # Read now, changed then: the former says which copies go first.
+            os.utime(copy, (time.time(), copy.stat().st_mtime))
+        else:
+            partial = folder / partial_name(copy.name)
+            try:
+                fetch(partial)
+                partial.replace(copy)
+            finally:
+                partial.unlink(missing_ok=True)
+            _make_room(folder)
+    except PermissionError:
+        with tempfile.TemporaryDirectory(prefix="slsgu-") as temporary:
+            fetch(Path(temporary, copy.name))
+            yield Path(temporary, copy.name)
+        return
+    yield copy
+
+
+def cache_folder() -> Path:
+    """Return where copies of remote tensors lie."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "slsgu", "tensors")
+
+
+def _make_room(folder: Path) -> None:
+    """Remove the copies that were not read for longest, until the others are within bounds."""
+    from slsgu_cli.records.words import bytes_of
+
+    most = bytes_of(CACHE_SIZE, os.environ.get(CACHE_SIZE, DEFAULT_SIZE))
+    copies = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            copies.append((path.stat().st_atime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in copies)
+    for read, size, path in sorted(copies):
+        if total <= most or read > time.time() - RECENT:
+            return
+        with suppress(FileNotFoundError):
+            path.unlink()
+        total -= size
 
 
 BLOCK = 1 << 30

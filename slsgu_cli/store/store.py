@@ -9,11 +9,10 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +21,7 @@ from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError,
 from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.store import files
 from slsgu_cli.store.files import UNFINISHED, content_digest, partial_name, remedy
+from slsgu_cli.store.sharing import Remote
 
 T = TypeVar("T")
 HEADER, TENSORS = "slsgu", "tensors"
@@ -45,26 +45,25 @@ class Store:
     """Artifacts under one folder or fsspec URL, addressed by paths relative to it."""
 
     def __init__(self, url: str, *, waits: bool = True) -> None:
-        """Open a store; nothing has to be there. Raises InputError.
+        """Open a store; nothing has to be there, but a bucket. Raises InputError, MissingError.
 
         `waits` says whether this process lets another one finish what both would compute.
         """
         self.url = url
         self.waits = waits
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"cannot open the store {url}: {error}") from error
-        self.root = str(root).rstrip("/")
-        self.is_local = "file" in (
-            self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
-        )
+        self._remote = Remote.open(url)
+        self._fs, self.root = self._remote.fs, self._remote.root
+        self.is_local = "file" in self._remote.protocols
         # What is kept in memory is gone with the process.
-        self.is_lasting = self._fs.protocol != "memory"
+        self.is_lasting = "memory" not in self._remote.protocols
         # By file, the digests of tensors that have not been compared with them yet.
         self._uncompared: dict[tuple[Any, ...], dict[str, str]] = {}
         if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
             raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
+
+    def opened(self, path: str) -> tuple[Any, str]:
+        """Return a file system for asynchronous use, and the full path of `path` on it."""
+        return self._remote.asynchronous(), self._full(path)
 
     def where(self, path: str) -> str:
         """Return the full path or URL of `path`, for messages and for opening."""
@@ -73,7 +72,8 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Return whether a complete artifact stands at `path`."""
-        return bool(self._fs.exists(self._full(path)))
+        with self._explained("read", path):
+            return bool(self._fs.exists(self._full(path)))
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """Return the names in `folder`, sorted, without `suffix`; partial writes are left out."""
@@ -108,7 +108,8 @@ class Store:
         if self.is_local:
             files.remove(Path(self._full(path)))
         elif self.exists(path):
-            self._fs.rm(self._full(path), recursive=True)
+            with self._explained("remove", path):
+                self._fs.rm(self._full(path), recursive=True)
 
     @contextmanager
     def writing(
@@ -118,35 +119,45 @@ class Store:
         *,
         whole: Callable[[str], bool] | None = None,
     ) -> Iterator[str]:
-        """Yield a partial location for `path`; move it into place if the block succeeds.
+        """Yield where on this machine to write `path`; put it into place if the block succeeds.
 
-        The location is what `where` would return for the partial name. `into` tells in the
-        end where it is moved instead, in the same folder. Where `whole` tells of what stands
-        there by then that it is complete, that stays and what was written is dropped: its
-        readers lose no file. On an exception the partial file or folder is removed.
+        That is beside `path` under a partial name, or in a temporary folder where the store is
+        elsewhere. `into` tells in the end where it is put instead, in the same folder. Where
+        `whole` tells of what stands there by then that it is complete, that stays and what was
+        written is dropped: its readers lose no file. On an exception the partial file or
+        folder is removed.
         """
         folder, _, name = path.rpartition("/")
-        partial = path.removesuffix(name) + partial_name(name)
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="slsgu-") as temporary:
+                built = Path(temporary, name)
+                with self._explained("write", path):
+                    yield str(built)
+                    place = into() if into else path
+                    if whole is None or not whole(place):
+                        self._remote.put(built, self._full(place))
+            return
+        partial = Path(self._full(folder), partial_name(name))
         with self._explained("write", path):
             try:
-                self._fs.makedirs(self._full(folder), exist_ok=True)
-                yield self.where(partial)
-                self._place(partial, into() if into else path, whole)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                yield str(partial)
+                target = into() if into else path
+                settled = whole is not None and files.settle(partial, Path(self._full(target)))
+                if not settled and not (whole is not None and whole(target)):
+                    files.move(partial, Path(self._full(target)))
             finally:
-                if self._fs.exists(self._full(partial)):
-                    self._fs.rm(self._full(partial), recursive=True)
+                files.discard(partial)
 
     def require_writable(self, path: str) -> None:
         """Raise InputError unless there is leave and room to write at `path`; for long work."""
         folder, _, name = path.rpartition("/")
-        probe = self._full(f"{folder}/{partial_name(name)}")
-        with self._explained("write", path):
-            self._fs.makedirs(self._full(folder), exist_ok=True)
-            try:
-                self._fs.pipe_file(probe, bytes(ROOM))
-            finally:
-                if self._fs.exists(probe):
-                    self._fs.rm_file(probe)
+        probe = f"{folder}/{partial_name(name)}"
+        try:
+            self.create_bytes(probe, bytes(ROOM))
+        finally:
+            with suppress(SlsguError):
+                self.remove(probe)
 
     def write_picture(self, path: str, data: bytes) -> str | None:
         """Write what can be drawn again; return where, or None with a warning if it cannot be."""
@@ -159,8 +170,8 @@ class Store:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` at `path`."""
-        with self.writing(path) as partial, self._fs.open(partial, "wb") as file:
-            file.write(data)
+        with self.writing(path) as partial:
+            Path(partial).write_bytes(data)
 
     def create_bytes(self, path: str, data: bytes) -> bool | None:
         """Write `data` at `path` if nothing is there, and return whether it was so.
@@ -222,7 +233,7 @@ class Store:
         another process put there meanwhile stays, and nothing is written.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import save, save_file
+        from safetensors.numpy import save_file
 
         # safetensors writes the raw buffer: a transposed view would come back as other values.
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -234,10 +245,6 @@ class Store:
             return self.stands(place, type(header))
 
         with self.writing(path, whole=whole if keep_first else None) as partial:
-            if not self.is_local:
-                with self._fs.open(partial, "wb") as file:
-                    file.write(save(arrays, metadata))
-                return
             Path(partial).touch()
             mode = Path(partial).stat().st_mode
             try:
@@ -284,9 +291,9 @@ class Store:
 
         Raises MissingError, and InputError where one is not what its digest was made of.
         """
-        with self._tensor_file(path) as file:
+        with self._tensor_file(path) as (place, file):
             wanted = sorted(file.keys()) if names is None else names
-            return {name: self._tensor(path, file, name) for name in wanted}
+            return {name: self._tensor(place, file, name) for name in wanted}
 
     def verify(self, path: str) -> bool:
         """Read all of a record or safetensors file; return whether it carries digests.
@@ -295,43 +302,38 @@ class Store:
         """
         if not path.endswith(".safetensors"):
             return self._json(path)[1]
-        with self._tensor_file(path) as file:
+        with self._tensor_file(path) as (place, file):
             for name in sorted(file.keys()):
-                self._tensor(path, file, name)
+                self._tensor(place, file, name)
             return is_sealed(parse_json((file.metadata() or {}).get(HEADER, "null")))
 
     @contextmanager
-    def _tensor_file(self, path: str) -> Iterator[Any]:
+    def _tensor_file(self, path: str) -> Iterator[tuple[Path, Any]]:
+        """Yield a safetensors file that is open, and where on this machine it or a copy lies."""
         from safetensors import SafetensorError, safe_open
 
-        with self._reading(path), tempfile.TemporaryDirectory() as folder:
-            local = self._full(path)
-            if not self.is_local:
-                local = str(Path(folder) / "tensors")
-                self._fs.get_file(self._full(path), local)
+        full = self._full(path)
+        local = nullcontext(Path(full)) if self.is_local else self._remote.copied(full)
+        with self._reading(path), local as place:
             try:
-                with safe_open(local, "np") as file:
-                    yield file
+                with safe_open(str(place), "np") as file:
+                    yield place, file
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 if isinstance(error, SlsguError):
                     raise
                 raise self._damaged(path, error) from error
 
-    def _tensor(self, path: str, file: Any, name: str) -> npt.NDArray[Any]:
+    def _tensor(self, place: Path, file: Any, name: str) -> npt.NDArray[Any]:
         """Return a tensor of an open file. Raises ValueError where its digest is of another.
 
-        A local file's are compared once, as long as it is the same file.
+        A file's are compared once, as long as it is the same file.
         """
-        digests = None
-        if self.is_local:
-            status = Path(self._full(path)).stat()
-            state = (path, status.st_ino, status.st_size, status.st_mtime_ns)
-            digests = self._uncompared.get(state)
+        status = place.stat()
+        state = (place, status.st_ino, status.st_size, status.st_mtime_ns)
+        digests = self._uncompared.get(state)
         if digests is None:
             header = parse_json((file.metadata() or {}).get(HEADER, "null"))
-            digests = _digests_in(header, file.keys())
-            if self.is_local:
-                self._uncompared[state] = digests
+            digests = self._uncompared[state] = _digests_in(header, file.keys())
         array: npt.NDArray[Any] = file.get_tensor(name)
         if name in digests and _tensor_digest(array) != digests[name]:
             raise ValueError(f"{name} is not what its digest was made of")
@@ -383,9 +385,12 @@ class Store:
 
     def _listed(self, folder: str) -> list[str]:
         full = self._full(folder)
-        if not self._fs.isdir(full):
-            return []
-        return sorted(str(entry).rsplit("/", 1)[-1] for entry in self._fs.ls(full, False))
+        with self._explained("read", folder):
+            if not self._fs.isdir(full):
+                return []
+            entries = [str(entry).rstrip("/") for entry in self._fs.ls(full, False)]
+        # An object store may list the folder as one of its own.
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != full)
 
     def _full(self, path: str) -> str:
         if OUTSIDE.search(path):
@@ -394,21 +399,6 @@ class Store:
                 hint="the record that says so is damaged or of others; make it again",
             )
         return f"{self.root}/{path}" if path else self.root
-
-    def _place(self, partial: str, path: str, whole: Callable[[str], bool] | None) -> None:
-        """Move what was written to `path`, unless what stands there is `whole`."""
-        source, target = self._full(partial), self._full(path)
-        if whole is not None:
-            if self.is_local and files.settle(Path(source), Path(target)):
-                return
-            if whole(path):
-                return
-        if self.is_local:
-            files.move(Path(source), Path(target))
-            return
-        if self._fs.exists(target):
-            self._fs.rm(target, recursive=True)
-        self._fs.mv(source, target, recursive=self._fs.isdir(source))
 
 
 def _tensor_digest(array: npt.NDArray[Any]) -> str:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from processes import inside, start, start_held
 
 
@@ -28,8 +27,9 @@ def inodes(folder):
 
 def test_the_first_of_two_builds_stays_and_the_second_is_dropped(build, tmp_path):
     """One waits with a whole block at hand while the other one builds all of the set."""
-    slow = start_held(*build, at="slsgu_cli.store.store:Store._place")
-    quick = inside(*build, "--no-wait")
+    build = [*build, "--no-wait"]
+    slow = start_held(*build, at="slsgu_cli.store.files:settle")
+    quick = inside(*build)
     assert quick.exit_code == 0, quick.stderr
     data = tmp_path / "store" / "data"
     before = {path: node for path, node in inodes(data).items() if ".partial" not in str(path)}
@@ -43,9 +43,9 @@ def test_the_first_of_two_gradients_stays(world, tmp_path):
     gradients = store / "gradients"
     for file in gradients.iterdir():
         file.unlink()
-    words = ["grad", "blue", "--store", store]
-    slow = start_held(*words, at="slsgu_cli.store.store:Store._place")
-    assert inside(*words, "--no-wait").exit_code == 0
+    words = ["grad", "blue", "--store", store, "--no-wait"]
+    slow = start_held(*words, at="slsgu_cli.store.files:settle")
+    assert inside(*words).exit_code == 0
     before = {path: node for path, node in inodes(gradients).items() if path.suffix != ".json"}
     slow.communicate(timeout=120)
     assert slow.returncode == 0
@@ -58,14 +58,10 @@ def refusing(monkeypatch):
     """`refusing(number)` lets every write to a store fail with an error of the system."""
 
     def refuse(number):
-        opened = LocalFileSystem._open
+        def write_bytes(self, data):
+            raise OSError(number, os.strerror(number), str(self))
 
-        def open_(self, path, mode="rb", **options):
-            if "r" not in mode:
-                raise OSError(number, os.strerror(number), path)
-            return opened(self, path, mode, **options)
-
-        monkeypatch.setattr(LocalFileSystem, "_open", open_)
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
 
     return refuse
 

@@ -21,7 +21,7 @@ from slsgu_cli.records.method import LayerMoment, MomentHeader, SumsHeader
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.check import State, check, garbage, remove
 from slsgu_cli.store.files import partial_name, writer_lives
-from slsgu_cli.store.lease import Holder
+from slsgu_cli.store.sharing import Holder
 from slsgu_cli.store.store import Store
 
 

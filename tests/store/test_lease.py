@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.store import lease
-from slsgu_cli.store.lease import Holder, held
+from slsgu_cli.store import sharing
+from slsgu_cli.store.sharing import Holder, held
 from slsgu_cli.store.store import Store
 
 PATH, FILE = "gradients/a.safetensors", "leases/gradients-a.safetensors.json"
@@ -20,7 +20,7 @@ def store(tmp_path):
 
 
 def write(store, holder):
-    store.write_bytes(FILE, lease._written(holder))
+    store.write_bytes(FILE, sharing._written(holder))
 
 
 def elsewhere(**changes):
@@ -40,7 +40,7 @@ def test_a_lease_stands_for_as_long_as_the_block(store):
 
 
 def test_threads_hold_it_one_after_another(store, monkeypatch):
-    monkeypatch.setattr(lease, "LOOK", 0.01)
+    monkeypatch.setattr(sharing, "LOOK", 0.01)
     inside, most = [], []
 
     def work():
@@ -71,7 +71,7 @@ def test_one_that_is_renewed_is_waited_for(store, monkeypatch):
     looks = iter(range(1, 11))
 
     def sleep(seconds):
-        lease.time.monotonic.now += 0.09
+        sharing.time.monotonic.now += 0.09
         beat = next(looks, None)
         if beat is None:
             store.remove(FILE)
@@ -84,14 +84,14 @@ def test_one_that_is_renewed_is_waited_for(store, monkeypatch):
         def __call__(self):
             return self.now
 
-    monkeypatch.setattr(lease.time, "monotonic", Clock())
-    monkeypatch.setattr(lease.time, "sleep", sleep)
+    monkeypatch.setattr(sharing.time, "monotonic", Clock())
+    monkeypatch.setattr(sharing.time, "sleep", sleep)
     with held(store, PATH, what="it"):
         assert next(looks, None) is None
 
 
 def test_a_holder_renews_its_lease(store, monkeypatch):
-    monkeypatch.setenv(lease.VARIABLE, "0.1")
+    monkeypatch.setenv(sharing.VARIABLE, "0.1")
     with held(store, PATH, what="it"):
         renewed = threading.Event()
         while not renewed.wait(0.01):
@@ -107,7 +107,7 @@ def test_a_lease_that_another_process_took_is_left_alone(store):
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b'{"pid": "x"}'])
 def test_a_damaged_lease_blocks_no_longer_than_any(store, monkeypatch, listener, content):
-    monkeypatch.setattr(lease, "TERM", 0.2)
+    monkeypatch.setattr(sharing, "TERM", 0.2)
     store.write_bytes(FILE, content)
     with held(store, PATH, what="it"):
         pass
@@ -122,6 +122,6 @@ def test_a_store_that_does_not_wait_has_none(store):
 
 @pytest.mark.parametrize("seconds", ["soon", "0", "-1", "nan", "inf"])
 def test_a_term_of_no_sense(store, monkeypatch, seconds):
-    monkeypatch.setenv(lease.VARIABLE, seconds)
+    monkeypatch.setenv(sharing.VARIABLE, seconds)
     with pytest.raises(UsageError, match="SLSGU_LEASE is"), held(store, PATH, what="it"):
         pass
