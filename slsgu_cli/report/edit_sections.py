@@ -12,12 +12,16 @@ from slsgu_cli.figures.html import (
     count,
     element,
     figure_of,
+    front_chart,
     joined,
+    legend,
     lines,
     number,
     paragraph,
     percent,
     share,
+    step_chart,
+    step_series,
     table,
     terms,
 )
@@ -35,7 +39,6 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import DataRef, SetManifest
-from slsgu_cli.report.charts import front_chart, legend, step_chart, step_series
 from slsgu_cli.report.gather import EditFacts, Section, SetRecords, commands, section
 
 

@@ -9,6 +9,7 @@ from slsgu_cli.figures.html import (
     Child,
     Head,
     Html,
+    Series,
     change,
     code,
     cosine,
@@ -17,6 +18,8 @@ from slsgu_cli.figures.html import (
     figure_of,
     interval,
     joined,
+    legend,
+    line_chart,
     number,
     paragraph,
     percent,
@@ -28,7 +31,6 @@ from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader, Trials
 from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
-from slsgu_cli.report.charts import Series, legend, line_chart
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section
 from slsgu_cli.study.trajectory import Trajectory

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import CHOSEN, FRONT, HOSTILE, LAYERS, fill, score
 
-from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Tower, Trials
-from slsgu_cli.report.charts import (
+from slsgu_cli.figures.html import (
     HEIGHT,
     WIDTH,
     front_chart,
@@ -20,6 +18,8 @@ from slsgu_cli.report.charts import (
     step_chart,
     step_series,
 )
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Tower, Trials
 from slsgu_cli.store.store import Store
 
 SCORES = [score(layer) for layer in LAYERS]
