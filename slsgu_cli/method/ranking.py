@@ -7,6 +7,7 @@ in the inner product that the retained inputs make of changes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
+from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -64,7 +66,12 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     for direction in options.direction.each:
         along = moments if direction.whitens else None
         candidates = [layer for layer in layers if along is None or along.has(layer)]
-        scored = (_score(store, pointer, weights, layer, options, along) for layer in candidates)
+        # Reading compares digests: the next layer is read while one is scored.
+        read = prefetch(partial(_gradients, store, pointer), candidates, ahead=1)
+        scored = (
+            _score(pointer, weights, layer, pair, options, along)
+            for layer, pair in zip(candidates, read, strict=True)
+        )
         rows = _with_fronts([score for score in scored if score is not None])
         if options.direction is Direction.BOTH:
             rows = [replace(row, direction=direction) for row in rows]
@@ -135,11 +142,17 @@ class _Weights:
         return model_layer(self.model, layer).astype(np.float32, copy=False)
 
 
+def _gradients(store: Store, pointer: GradientPointer, layer: str) -> tuple[Floats, Floats]:
+    """Return the forget and the retain gradient of a layer."""
+    forget = layer_gradient(store, pointer.forget, layer)
+    return forget, layer_gradient(store, pointer.retain, layer)
+
+
 def _score(
-    store: Store,
     pointer: GradientPointer,
     weights: _Weights,
     layer: str,
+    gradients: tuple[Floats, Floats],
     options: RankOptions,
     moments: Moments | None,
 ) -> LayerScore | None:
@@ -147,8 +160,7 @@ def _score(
 
     A step is a share of the layer's own norm, so a layer of zeros has none.
     """
-    forget = layer_gradient(store, pointer.forget, layer)
-    retain = layer_gradient(store, pointer.retain, layer)
+    forget, retain = gradients
     forget_norm = norm(forget)
     weight = weights.norm(layer)
     tower = Layer.parse(layer).tower
