@@ -4,6 +4,7 @@ Only records and headers are read: no tensor, no image, and nothing of the model
 artifact that cannot be read is listed with the reason.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -143,6 +144,44 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{store.where(path)} is damaged: {reason}") from error
+
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+
+
+def contents(store: Store, kind: Artifact, path: str) -> bool:
+    """Read all of an artifact; return whether it carries a digest.
+
+    Raises MissingError, and InputError where it is damaged.
+    """
+    if kind is Artifact.DATA:
+        from slsgu_cli.store.blocks import DataBlock
+
+        return DataBlock.at(store, path).verify()
+    if kind is not Artifact.PLOT:
+        return store.verify(path)
+    try:
+        _require_picture(store.read_bytes(path))
+    except ValueError as error:
+        raise (
+            error
+            if isinstance(error, SlsguError)
+            else InputError(f"{store.where(path)} is damaged: {error}")
+        ) from error
+    return True
+
+
+def _require_picture(data: bytes) -> None:
+    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
+    if not data.startswith(PNG_START):
+        raise ValueError("it is no PNG")
+    at, kind = len(PNG_START), b""
+    while kind != PNG_END:
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
+        if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
+            raise ValueError("a part of it is not what its checksum was made of")
+        at = end + 4
 
 
 def _stale(reason: str) -> Verdict:

@@ -5,7 +5,6 @@ command makes again, from what is still there, may go. The rest stays until that
 """
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,7 +19,7 @@ from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
-from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries
+from slsgu_cli.store.catalog import Catalog, Entry, Standing, contents, entries
 from slsgu_cli.store.files import PARTIAL, writer_lives
 from slsgu_cli.store.sharing import FOLDER, read_holder
 from slsgu_cli.store.store import Store
@@ -32,7 +31,6 @@ UNDER_WAY = "a write under way"
 # After so long, nobody goes on with the sums of a pass.
 FORGOTTEN_SECONDS = 7 * 86400.0
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 # Whether a model is there, with the weights of this fingerprint; None for any weights.
 HasModel = Callable[[ModelSpec, str | None], bool]
@@ -408,41 +406,6 @@ class _Check:
             return bool(manifest.request) and all(expand(parse_source(each)) for each in texts)
         except SlsguError:
             return False
-
-
-def contents(store: Store, kind: Artifact, path: str) -> bool:
-    """Read all of an artifact; return whether it carries a digest.
-
-    Raises MissingError, and InputError where it is damaged.
-    """
-    if kind is Artifact.DATA:
-        from slsgu_cli.store.blocks import DataBlock
-
-        return DataBlock.at(store, path).verify()
-    if kind is not Artifact.PLOT:
-        return store.verify(path)
-    try:
-        _require_picture(store.read_bytes(path))
-    except ValueError as error:
-        raise (
-            error
-            if isinstance(error, SlsguError)
-            else InputError(f"{store.where(path)} is damaged: {error}")
-        ) from error
-    return True
-
-
-def _require_picture(data: bytes) -> None:
-    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
-    if not data.startswith(PNG_START):
-        raise ValueError("it is no PNG")
-    at, kind = len(PNG_START), b""
-    while kind != PNG_END:
-        end = at + 8 + int.from_bytes(data[at : at + 4])
-        kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
-        if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
-            raise ValueError("a part of it is not what its checksum was made of")
-        at = end + 4
 
 
 def _of_file(path: Path) -> Finding | None:

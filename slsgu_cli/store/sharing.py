@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -127,8 +128,13 @@ class Remote:
                 self.fs.rm_file(partial)
 
     @contextmanager
-    def copied(self, path: str) -> Iterator[Path]:
-        """Yield a copy of a file on this machine, from the cache if it was read before."""
+    def copied(self, path: str, *, fresh: bool = False) -> Iterator[Path]:
+        """Yield a copy of a file on this machine, unless `fresh` from the cache."""
+        if fresh:
+            with tempfile.TemporaryDirectory(prefix="slsgu-") as folder:
+                self.fs.get_file(path, str(Path(folder, "copy")))
+                yield Path(folder, "copy")
+            return
         said = f"{self.fs.unstrip_protocol(path)}\n{self.fs.ukey(path)}"
         with cached(said, lambda copy: self.fs.get_file(path, str(copy))) as copy:
             yield copy

@@ -291,6 +291,15 @@ class Store:
 
         Raises MissingError, and InputError where one is not what its digest was made of.
         """
+        try:
+            return self._tensors(path, names)
+        except InputError:
+            if self.is_local:
+                raise
+            # The copy in the cache may have been what is damaged; it is gone now.
+            return self._tensors(path, names)
+
+    def _tensors(self, path: str, names: list[str] | None) -> Arrays:
         with self._tensor_file(path) as (place, file):
             wanted = sorted(file.keys()) if names is None else names
             return {name: self._tensor(place, file, name) for name in wanted}
@@ -302,18 +311,21 @@ class Store:
         """
         if not path.endswith(".safetensors"):
             return self._json(path)[1]
-        with self._tensor_file(path) as (place, file):
+        with self._tensor_file(path, fresh=True) as (place, file):
             for name in sorted(file.keys()):
                 self._tensor(place, file, name)
             return is_sealed(parse_json((file.metadata() or {}).get(HEADER, "null")))
 
     @contextmanager
-    def _tensor_file(self, path: str) -> Iterator[tuple[Path, Any]]:
-        """Yield a safetensors file that is open, and where on this machine it or a copy lies."""
+    def _tensor_file(self, path: str, *, fresh: bool = False) -> Iterator[tuple[Path, Any]]:
+        """Yield a safetensors file that is open, and where on this machine it or a copy lies.
+
+        A `fresh` copy is fetched now. One that turns out to be damaged is dropped.
+        """
         from safetensors import SafetensorError, safe_open
 
         full = self._full(path)
-        local = nullcontext(Path(full)) if self.is_local else self._remote.copied(full)
+        local = nullcontext(Path(full)) if self.is_local else self._remote.copied(full, fresh=fresh)
         with self._reading(path), local as place:
             try:
                 with safe_open(str(place), "np") as file:
@@ -321,6 +333,8 @@ class Store:
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 if isinstance(error, SlsguError):
                     raise
+                if not self.is_local:
+                    place.unlink(missing_ok=True)
                 raise self._damaged(path, error) from error
 
     def _tensor(self, place: Path, file: Any, name: str) -> npt.NDArray[Any]:

@@ -500,7 +500,7 @@ def test_a_damaged_chunk_is_told(store):
         done = inside(*words, store=store)
         assert done.exit_code == 3
         assert ".zarr is damaged: " in done.stderr
-        assert "run `slsgu build-sets` again" in done.stderr
+        assert "slsgu check --repair" in done.stderr
 
 
 def test_a_full_disk_leaves_nothing_half(store, tmp_path):

@@ -159,6 +159,24 @@ def test_one_whole_file_is_hashed_once(store, monkeypatch):
     assert hashed.count("<f4 [4] ") == 1
 
 
+def test_a_damaged_copy_of_a_remote_file_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
+    remote = Store(f"memory://{tmp_path.name}")
+    remote.write_tensors(TENSORS, {"a": np.arange(4.0)}, HEADER)
+    for _ in range(2):
+        assert remote.read_tensors(TENSORS)["a"].tolist() == [0, 1, 2, 3]
+        (copy,) = (tmp_path / "cache").iterdir()
+        data = bytearray(copy.read_bytes())
+        data[-1] ^= 1
+        copy.write_bytes(data)
+    # Whether the file itself is whole does not depend on a copy.
+    assert remote.verify(TENSORS)
+    remote.write_bytes(TENSORS, bytes(data))
+    for read in (remote.verify, remote.read_tensors):
+        with pytest.raises(InputError, match="a is not what its digest was made of"):
+            read(TENSORS)
+
+
 def test_what_carries_no_digest_is_read(store):
     from safetensors.numpy import save
 
