@@ -166,7 +166,8 @@ class Bench:
         """Put the edits of a part into one checkpoint and measure it."""
         out = self.folder / "checkpoints" / f"{part}-{len(names)}"
         words = [str(edit) for edit in self.edits(part, names)]
-        apply(self.store, ApplyRequest(names=words, out=out, overwrite=True))
+        model = demo_request(names[0]).model
+        apply(self.store, ApplyRequest(names=words, model=model, out=out, overwrite=True))
         return self.figures(ModelSpec(f"local-dir:{out}"), names)
 
     def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
