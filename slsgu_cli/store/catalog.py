@@ -308,6 +308,9 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
             yield Entry(called, name, path, size, record.about(), state, reason)
 
 
+LEFT = "a write under way, or what a killed process left"
+
+
 def _data(catalog: Catalog) -> Iterator[Entry]:
     """Yield an entry for every block of rows."""
     store, kind = catalog.store, Artifact.DATA
@@ -322,6 +325,10 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
         try:
             made_from = {"rows": str(attributes(store, path)["rows"]), **made_from}
         except SlsguError as error:
+            if isinstance(error, MissingError) and not store.is_local:
+                # Elsewhere a block arrives file by file, and the one that is missing last.
+                yield _unfinished_entry(store, path, LEFT)
+                continue
             state, reason = Standing.DAMAGED, error.message
         if state is Standing.OK and path not in users and catalog.complete(Artifact.SET):
             state, reason = Standing.UNREFERENCED, "no set refers to it"
@@ -337,7 +344,7 @@ def _plots(store: Store) -> Iterator[Entry]:
 
 def _unfinished(store: Store) -> Iterator[Entry]:
     reasons = {
-        f"{folder}/{name}": "a write under way, or what a killed process left"
+        f"{folder}/{name}": LEFT
         for folder in sorted({row.folder for row in TABLE.values()})
         for name in store.unfinished(folder)
     }
@@ -348,8 +355,12 @@ def _unfinished(store: Store) -> Iterator[Entry]:
             going_on = "a collection under way; the same build-sets goes on with it"
             reasons[f"{folder}/{name}"] = going_on
     for path, reason in reasons.items():
-        name, size = path.partition("/")[2], _size(store, path)
-        yield Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
+        yield _unfinished_entry(store, path, reason)
+
+
+def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
+    name, size = path.partition("/")[2], _size(store, path)
+    return Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
 
 
 def _size(store: Store, path: str) -> int:

@@ -292,7 +292,8 @@ class _Check:
     def _of_unfinished(self, entry: Entry) -> Finding:
         """Return a write that is not complete; that of a dead process is nobody's."""
         name = entry.path.rpartition("/")[2]
-        if not name.startswith((PARTIAL, ".tmp")):
+        arriving = entry.path == Artifact.DATA.beside(Path(name).stem) + TABLE[Artifact.DATA].suffix
+        if not (arriving or name.startswith((PARTIAL, ".tmp"))):
             return self._of_sums(entry)
         lives = writer_lives(name)
         if lives is None:

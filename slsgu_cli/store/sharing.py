@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import fsspec
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, first_lines
 from slsgu_cli.store.files import cached, machine, partial_name, process_lives
 
 # Object stores: a file appears whole or not at all, and a folder is no more than a name.
@@ -201,7 +201,7 @@ class _Answers:
 
         if error is not None:
             # What was asked for says nothing of what is wrong.
-            said = re.sub(r"\?[^\s\"]*", "", str(error))
+            said = re.sub(r"\?[^\s\"]*", "", first_lines(error))
             return said if isinstance(error, NoConnection | HTTPClientError) else None
         answer, content = response
         about = content.get("Error", {})

@@ -63,7 +63,7 @@ class S3Server:
         body = f"<Error><Code>{code}</Code><Message>{escape(code)}</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
         start_response(f"{fault} {code}", headers)
-        return [body]
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     def objects(self):
         """Return the keys of all objects."""
