@@ -1,5 +1,6 @@
 """A `CLIPModel` folder, or one from the hub, in open_clip's words: configuration and weights."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,97 @@ def unreachable(what: str, error: BaseException) -> MissingError:
     )
 
 
+# What a configuration gives as a size, and the most that one is.
+SIZES = ("embed_dim", "image_size", "patch_size", "layers", "width", "head_width", "heads",
+         "context_length", "vocab_size")  # fmt: skip
+LARGEST = {"image_size": 1 << 13, "context_length": 1 << 16}
+LARGEST_OTHER = 1 << 24
+# Those that may be lists: a pair of sides, the stages of a ResNet.
+LISTS = {"image_size": (2,), "patch_size": (2,), "layers": range(1, 9)}
+CHOICES = {
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
+
+
+def check_config(of: str, model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> None:
+    """Refuse a model_cfg or preprocess_cfg that no model can have; `of` names it.
+
+    Raises InputError.
+    """
+    for part in (model, model["vision_cfg"], model["text_cfg"]):
+        for name in SIZES:
+            # A ResNet says that it has no patches.
+            silent = name not in part or (name == "patch_size" and part[name] is None)
+            if not silent and not _is_size(name, part[name]):
+                raise _wrong(of, name, part[name])
+    for name in ("mean", "std"):
+        values = preprocess[name]
+        figures = isinstance(values, list | tuple) and len(values) == 3
+        if not figures or not all(_is_figure(value, name == "std") for value in values):
+            raise _wrong(of, name, values)
+    for name, choices in CHOICES.items():
+        if preprocess[name] not in choices:
+            raise _wrong(of, name, preprocess[name])
+    fill = preprocess.get("fill_color", 0)
+    if type(fill) is not int or not 0 <= fill <= 255:
+        raise _wrong(of, "fill_color", fill)
+
+
+def check_size(model: Mapping[str, Any], nbytes: int) -> None:
+    """Refuse a model_cfg of more parameters than weights of so many bytes can hold.
+
+    To build what it describes might take all memory there is. Raises ValueError.
+    """
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    least = 0
+    for part, named in ((vision, "timm_model_name"), (text, "hf_model_name")):
+        layers, width = part.get("layers", 1), part.get("width", 1)
+        if not part.get(named) and isinstance(layers, int):
+            # Query, key, value and what comes out of them; then what is embedded.
+            least += 4 * layers * width**2
+            least += width * (part.get("vocab_size", 1) + part.get("context_length", 1))
+    if least > nbytes:
+        raise ValueError(
+            f"the configuration is of a model of more than {least:,} parameters, "
+            f"and the weights have {nbytes:,} bytes"
+        )
+
+
+def _is_size(name: str, value: Any) -> bool:
+    sizes = (
+        value if isinstance(value, list | tuple) and len(value) in LISTS.get(name, ()) else [value]
+    )
+    most = LARGEST.get(name, LARGEST_OTHER)
+    return all(type(size) is int and 0 < size <= most for size in sizes)
+
+
+def _is_figure(value: Any, positive: bool) -> bool:
+    figure = type(value) in (int, float) and math.isfinite(value)
+    return figure and (value > 0 or not positive)
+
+
+def _wrong(of: object, name: str, value: Any) -> InputError:
+    return InputError(
+        f"the configuration of {of} is not valid: {name} cannot be {value!r:.80}",
+        hint="get the model again, or correct its configuration",
+    )
+
+
 def model_config(folder: Path) -> dict[str, Any]:
     """Return open_clip's model_cfg for a CLIPModel folder. Raises InputError."""
     config = read_config(folder / CONFIG)
-    text, vision = (
-        defaults | config.get(name, {}) | (config.get(f"{name}_dict") or {})
-        for name, defaults in (("text_config", TEXT), ("vision_config", VISION))
-    )
+    parts = []
+    for name, defaults in (("text_config", TEXT), ("vision_config", VISION)):
+        said = config.get(name) or {}, config.get(f"{name}_dict") or {}
+        if not all(isinstance(part, dict) for part in said):
+            raise _wrong(folder, name, said[0])
+        part = defaults | said[0] | said[1]
+        for field in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            if not _is_size(field, part[field]):
+                raise _wrong(folder, field, part[field])
+        parts.append(part)
+    text, vision = parts
     required = {
         "layer_norm_eps": (text["layer_norm_eps"], vision["layer_norm_eps"]) == (1e-5, 1e-5),
         "hidden_act": text["hidden_act"] == vision["hidden_act"] in ("gelu", "quick_gelu"),
@@ -141,14 +226,16 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
         processor = read_config(path).get("image_processor", {})
     else:
         return {}
+    if not isinstance(processor, dict):
+        raise _wrong(folder, "image_processor", processor)
     preprocess: dict[str, Any] = {}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
         if theirs in processor:
             preprocess[ours] = processor[theirs]
     resample = processor.get("resample", 3)
-    if resample not in INTERPOLATION:
+    if type(resample) is not int or resample not in INTERPOLATION:
         raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
-    size = processor.get("size", {})
+    size = processor.get("size") or {}
     squash = (
         isinstance(size, Mapping) and "height" in size and not processor.get("do_center_crop", True)
     )

@@ -20,6 +20,8 @@ from slsgu_cli.checkpoints.transformers_clip import (
     FETCH_ERRORS,
     HUB,
     ClipWeights,
+    check_config,
+    check_size,
     fetch_clip,
     is_clip,
     model_config,
@@ -27,7 +29,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
     unreachable,
     vocabulary,
 )
-from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer
+from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer, weight_files
 from slsgu_cli.errors import (
     InputError,
     MissingError,
@@ -86,6 +88,12 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
 
     Raises MissingError, InputError or UsageError; downloads where the name asks for it.
     """
+    model = _resolved(spec)
+    check_config(str(spec), model.config, model.preprocess)
+    return model
+
+
+def _resolved(spec: ModelSpec) -> ResolvedModel:
     if spec.name.startswith(LOCAL):
         return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
     if (Path(spec.name) / OPEN_CLIP).is_file() or is_clip(Path(spec.name)):
@@ -99,7 +107,8 @@ def input_spec(model: ResolvedModel) -> InputSpec:
     """Return how `model` takes images and text."""
     size = model.config["vision_cfg"].get("image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    tokens = tokenizer(model)(PROBE)
+    with _explained(model):
+        tokens = tokenizer(model)(PROBE)
     preprocess = model.preprocess
     return InputSpec(
         height=int(height),
@@ -144,6 +153,9 @@ def load(
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        if pretrained is None:
+            # What open_clip itself says of a name can be built.
+            check_size(model.config, model.weights.stat().st_size)
         module: torch.nn.Module = open_clip.create_model(
             model.identifier,
             pretrained=pretrained,
@@ -259,6 +271,8 @@ def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
 
     weights = ClipWeights(model.weights.parent)
     with _quiet(), _explained(model):
+        files = weight_files(model.weights.parent)
+        check_size(model.config, sum(path.stat().st_size for path in files))
         module: torch.nn.Module = open_clip.CLIP(**model.config)
         module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
     return module.float().to(device).eval().requires_grad_(True)
@@ -305,7 +319,8 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
             "or --model ARCH --pretrained FILE",
         )
     config, preprocess = _configuration(path)
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]
+    kinds = ("*.safetensors", "*.bin", "*.pth")
+    files = [file for kind in kinds for file in folder.glob(kind) if file.is_file()]
     named = [folder / name for name in PREFERRED if folder / name in files]
     if not files:
         raise MissingError(f"{folder} holds no weights (.safetensors, .bin or .pth)")
@@ -354,8 +369,8 @@ def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = {**content["model_cfg"]}
         for tower in ("vision_cfg", "text_cfg"):
             config[tower] = {**config[tower]}
-        return config, _defaults() | content.get("preprocess_cfg", {})
-    except (ValueError, KeyError, TypeError) as error:
+        return config, _defaults() | {**content.get("preprocess_cfg", {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is not a valid open_clip configuration: {reason}") from error
 
@@ -393,7 +408,11 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise MissingError(f"there is no architecture file {name}")
-        open_clip.add_model_config(name)
+        try:
+            parse_json(Path(name).read_bytes())
+            open_clip.add_model_config(name)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{name} is no architecture of open_clip: {error}") from error
         name = Path(name).stem
     with _quiet():
         config = open_clip.get_model_config(name.replace("/", "-"))
@@ -454,6 +473,8 @@ def _explained(model: ResolvedModel) -> Iterator[None]:
     """Turn a library's failure to build or load into one message."""
     try:
         yield
+    except SlsguError:
+        raise
     except ImportError as error:
         raise MissingError(
             f"{model.spec} needs a package that is not installed: {error}"

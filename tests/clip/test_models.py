@@ -11,6 +11,7 @@ import torch
 from open_clip.factory import _find_checkpoint_in_dir
 from safetensors.torch import load_file, save_file
 
+from slsgu_cli.checkpoints.transformers_clip import check_config, check_size
 from slsgu_cli.clip import models
 from slsgu_cli.clip.models import PREFERRED, fingerprint, input_spec, load, pick_device, resolve
 from slsgu_cli.errors import InputError, MissingError, UsageError
@@ -387,16 +388,20 @@ class Unsafe:
 
 
 def unsafe_script(path):
-    torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)).save(str(path))
+    torch.jit.trace(torch.nn.Linear(1000, 1000), torch.ones(1, 1000)).save(str(path))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "save",
     [
-        lambda path: torch.save({"w": torch.ones(1), "more": Unsafe()}, path),
-        lambda path: torch.save({"w": torch.ones(1)}, path, _use_new_zipfile_serialization=False),
-        lambda path: torch.save([Unsafe()], path, _use_new_zipfile_serialization=False),
+        lambda path: torch.save({"w": torch.ones(10**6), "more": Unsafe()}, path),
+        lambda path: torch.save(
+            {"w": torch.ones(10**6)}, path, _use_new_zipfile_serialization=False
+        ),
+        lambda path: torch.save(
+            [Unsafe(), torch.ones(10**6)], path, _use_new_zipfile_serialization=False
+        ),
         unsafe_script,
     ],
 )
@@ -407,3 +412,60 @@ def test_nobody_is_told_to_load_what_could_run_code(folder, save, capsys):
         load(resolve(local(folder)))
     assert "weights_only" not in error.value.message + str(error.value.hint)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", open_clip.list_models())
+def test_every_architecture_of_open_clip_has_sizes_that_can_be(name):
+    config = open_clip.get_model_config(name)
+    check_config(name, config, models._defaults())
+    check_size(config, 10**11)
+
+
+WRONG = [
+    ("model_cfg", "embed_dim", None),
+    ("model_cfg", "embed_dim", "24"),
+    ("vision_cfg", "image_size", 0),
+    ("vision_cfg", "image_size", [32, 32, 32]),
+    ("vision_cfg", "image_size", 10**6),
+    ("vision_cfg", "layers", -1),
+    ("vision_cfg", "width", 1.5),
+    ("text_cfg", "heads", 1.5),
+    ("text_cfg", "context_length", 10**9),
+    ("text_cfg", "vocab_size", 10**7),
+    ("text_cfg", "width", [24]),
+    ("text_cfg", "tokenizer_kwargs", {"a": 1}),
+    ("preprocess_cfg", "mean", 0.5),
+    ("preprocess_cfg", "std", [0.1, 0.1, 0.0]),
+    ("preprocess_cfg", "std", [0.1, 0.1, float("nan")]),
+    ("preprocess_cfg", "resize_mode", None),
+    ("preprocess_cfg", "interpolation", "magic"),
+    ("preprocess_cfg", "fill_color", "red"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value"), WRONG)
+def test_a_configuration_that_no_model_can_have_is_refused(folder, part, field, value):
+    def change(content):
+        config = content["model_cfg"]
+        place = {"model_cfg": config, "preprocess_cfg": content["preprocess_cfg"], **config}
+        place[part][field] = value
+
+    reconfigure(folder, change)
+    with pytest.raises(InputError, match=r"cannot be|parameters|cannot load") as error:
+        input_spec(resolve(local(folder)))
+        load(resolve(local(folder)))
+    assert str(folder) in error.value.message
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{}", '{"model_cfg": 5}', "[" * 10**5, "\ud800"])
+def test_a_configuration_that_is_none_is_refused(folder, text):
+    (folder / "open_clip_config.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(InputError, match="not a valid open_clip configuration"):
+        resolve(local(folder))
+
+
+@pytest.mark.parametrize("text", ["5", "nothing", "[" * 10**5])
+def test_an_architecture_file_that_is_none_is_refused(tmp_path, source, text):
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(InputError, match=r"odd\.json is no architecture"):
+        resolve(ModelSpec(str(tmp_path / "odd.json"), str(source / WEIGHTS)))
