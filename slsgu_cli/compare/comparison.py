@@ -284,7 +284,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
 
     def with_row(self, row: ClipOutcome) -> ClipComparison:
         """Return the record with a row that was run now, and with the times measured for it."""
-        passes = {**self.record.passes, **self.times.known}
+        passes = dict(sorted({**self.record.passes, **self.times.known}.items()))
         return replace(self.record.with_row(row), passes=passes)
 
 

@@ -281,6 +281,11 @@ class SetSearch(LayerSearch):
         """Put the trials so far on file."""
         self.records.write_record(self.file, self.record)
 
+    def keep(self, key: Key, trial: Trial) -> None:
+        """Put a trial on file at once: an interrupted search loses none."""
+        super().keep(key, trial)
+        self.write()
+
     def choose_standing(self) -> Trial:
         """Return the best step that brings back nothing of what earlier edits forget.
 
@@ -302,7 +307,6 @@ class SetSearch(LayerSearch):
                 return chosen
             back.update(returned)
             self.refused.add((line, chosen.step))
-        self.write()
         raise NotForgottenError(
             f"every step of {self.plan.name} brings back what earlier edits forget",
             hint=f"search all of them together: `slsgu search ... {quote(self.plan.name)} --joint`",
@@ -323,7 +327,6 @@ class SetSearch(LayerSearch):
 
         for probe in probes:
             self.along(probe)
-            self.write()
         chosen = self.choose_standing()
         if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
             tell_of_harm(chosen, self.options.max_class_loss)

@@ -224,20 +224,24 @@ class UtilityMeter:
     def _after_vision_edit(self, stage: int, beat: float) -> RanksAndMargins | None:
         """Look at the same share of every set, the rows most likely missed first.
 
-        The guess is the margin by which the true class led when the row was last looked at,
-        by the original model or after the last edit that was measured. Each round looks at
-        no fewer rows than could show the misses that are wanting, nor than a sixteenth of
-        those before it, in the rows' own order: they are read fastest in that one.
+        The guess is the margin by which the true class led by the original model: what is
+        measured of an edit does not depend on which others were before it, so a search that
+        goes on with trials on file ends as one that ran through. Each round looks at no fewer
+        rows than could show the misses that are wanting, nor than a sixteenth of those before
+        it, in the rows' own order: they are read fastest in that one.
         """
         groups = self.evaluation.utility
         order = {name: torch.argsort(self._lead[name]) for name in groups}
         ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
         least = MIN_ROWS / sum(len(group.images) for group in groups.values())
+        leads = {name: torch.empty_like(lead) for name, lead in self._lead.items()}
         looked, missed = 0.0, 0.0
-        while looked < 1:
+        while True:
             wanting = 1 - missed - max(beat, 0) / 100
             if wanting < -1e-11:
                 return None
+            if looked >= 1:
+                return ranks, leads
             before, looked = looked, min(1, looked + max(wanting, looked / 16, least))
             for name, group in groups.items():
                 start, stop = (ceil(share * len(group.images)) for share in (before, looked))
@@ -245,11 +249,10 @@ class UtilityMeter:
                     continue
                 rows = order[name][start:stop].sort().values
                 logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
-                self._lead[name][rows] = leads = margins(logits, group.images.labels[rows])
+                leads[name][rows] = led = margins(logits, group.images.labels[rows])
                 ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
-                hits = self._hits(name, leads) if self.keep is Keep.EXPECTED else seen == 0
+                hits = self._hits(name, led) if self.keep is Keep.EXPECTED else seen == 0
                 missed += float((1 - hits.double()).sum()) / len(group.images) / len(groups)
-        return ranks, self._lead
 
 
 Moves = Sequence[tuple[Probe, float]]

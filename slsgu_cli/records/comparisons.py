@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Generic, Self, TypeVar
+from operator import attrgetter
+from typing import ClassVar, Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
@@ -153,6 +154,8 @@ class Outcome(ABC):
     seconds: float
     where: str | None
 
+    methods: ClassVar[tuple[Method, ...]]
+
     @property
     @abstractmethod
     def made_by(self) -> MethodSetting:
@@ -162,6 +165,13 @@ class Outcome(ABC):
     @abstractmethod
     def place(self) -> MethodSetting | str:
         """The place in the record, which a newer row takes from an older one."""
+
+    @property
+    def order(self) -> tuple[int, float, str, str]:
+        """What rows are ordered by: the method, its setting, and how it was run otherwise."""
+        made_by = self.made_by
+        place = self.methods.index(self.method)
+        return place, made_by.setting or 0.0, made_by.layer or "", repr(made_by.plan)
 
     @property
     def label(self) -> str:
@@ -191,6 +201,8 @@ class ClipOutcome(Outcome):
     step: float | None = added(None)
     chosen_by: Figures | None = added(None)
 
+    methods: ClassVar[tuple[Method, ...]] = CLIP_METHODS
+
     @property
     def made_by(self) -> MethodSetting:
         """The method as it was run for this row."""
@@ -213,6 +225,8 @@ class PipelineOutcome(Outcome):
     plan: PipelinePlan | None
     effect: Effect
     distance: float
+
+    methods: ClassVar[tuple[Method, ...]] = PIPELINE_METHODS
 
     @property
     def made_by(self) -> MethodSetting:
@@ -244,9 +258,12 @@ class Comparison(ABC, Generic[Row]):
         return next((row for row in reversed(self.outcomes) if row.made_by == setting), None)
 
     def with_row(self, row: Row) -> Self:
-        """Return the record with a row as its last, in the place of an older one."""
-        others = tuple(other for other in self.outcomes if other.place != row.place)
-        return replace(self, outcomes=(*others, row))
+        """Return the record with a row in the place of an older one.
+
+        Rows stand in one order, whichever was run first.
+        """
+        others = [other for other in self.outcomes if other.place != row.place]
+        return replace(self, outcomes=tuple(sorted([*others, row], key=attrgetter("order"))))
 
     @abstractmethod
     def about(self) -> dict[str, str]:

@@ -135,7 +135,9 @@ def test_another_plan_is_another_row(own):
     run(own, methods=[Method.GA], epochs=1)
     second = own.store.read_record(Artifact.COMPARISON.path(own.name), ClipComparison)
     assert len(second.outcomes) == len(first.outcomes) + 1
-    assert second.outcomes[-1].plan.epochs == 1
+    (other,) = set(second.outcomes) - set(first.outcomes)
+    assert other.plan.epochs == 1
+    assert list(second.outcomes) == sorted(second.outcomes, key=lambda row: row.order)
 
 
 def test_a_search_whose_time_is_on_record_is_not_run_again(own, monkeypatch):

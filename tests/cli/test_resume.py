@@ -1,0 +1,146 @@
+"""What a killed command had done is kept; run again, it ends with the bytes of one run through.
+
+A command is stopped at a call of one of its functions, and no clock decides at which.
+Seconds that were measured are others, of course: `took` and `seconds` of trials and rows, and
+the times of `passes`; a search that went on has none.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from processes import inside
+
+from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.method.search import search
+from slsgu_cli.method.trial import Probe, UtilityMeter
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.store.blocks import BlockWriter
+from slsgu_cli.study import sweep
+from slsgu_cli.verification import verify
+
+TIMES = {"took", "seconds", "passes", "sha256"}
+LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
+SEARCH = ["search", "blue", *LAYERS, "--steps", "4"]
+COMPARE = ["compare", "blue", "--lr", "1e-3,1e-4", "--epochs", "1", "--retain-rows", "16",
+           "--methods", "ga,ft,rome,ours"]  # fmt: skip
+VERIFY = ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,nearest,retrieval"]
+
+
+class Calls:
+    """Counts the calls of a function, and stops the command at one of them."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.stop = None
+        function, numbers = getattr(owner, name), itertools.count(1)
+
+        def called(*arguments, **options):
+            self.number = next(numbers)
+            if self.number == self.stop:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        self.number = 0
+        monkeypatch.setattr(owner, name, called)
+
+    def stop_after(self, calls):
+        self.stop = self.number + calls + 1
+
+
+def contents(root):
+    """Return what lies in a store, records without the seconds that were measured."""
+    files = {}
+    for path in sorted(Path(root).rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(root))
+            data = path.read_bytes()
+            files[name] = without_times(json.loads(data)) if path.suffix == ".json" else data
+    return files
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(each) for key, each in value.items() if key not in TIMES}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
+
+
+def differing(one, other):
+    assert list(one) == list(other)
+    return [name for name in one if one[name] != other[name]]
+
+
+@pytest.fixture
+def resumed(shared_world, tmp_path, monkeypatch):
+    """`resumed(words, owner, name, calls)` runs a command through, and stopped and run again.
+
+    The calls that it went on with after `calls` of them are returned, and all there are.
+    """
+
+    def both(words, owner, name, calls, *, searched=False):
+        worlds = [shared_world.copied(tmp_path / folder) for folder in ("through", "stopped")]
+        for world in worlds if searched else ():
+            options = SearchOptions(layers=["visual.proj"], steps=4)
+            search(world.store, "blue", options=options)
+        counted = Calls(monkeypatch, owner, name)
+        through, stopped = (str(world.store.root) for world in worlds)
+        first = inside(*words, store=through)
+        assert first.exit_code in (0, 5), first.stderr
+        every = counted.number
+        counted.stop_after(calls)
+        assert inside(*words, store=stopped).exit_code == 130
+        before = counted.number
+        assert inside(*words, store=stopped).exit_code == first.exit_code
+        assert differing(contents(through), contents(stopped)) == []
+        return counted.number - before, every
+
+    return both
+
+
+@pytest.mark.parametrize("calls", [1, 6])
+def test_search_loses_no_trial(calls, resumed):
+    went_on, every = resumed(SEARCH, Probe, "measure", calls)
+    assert went_on == every - calls
+
+
+def test_search_loses_no_measure_of_what_is_kept(resumed):
+    went_on, every = resumed([*SEARCH, "--full"], UtilityMeter, "measure", 3)
+    assert went_on == every - 3
+
+
+def test_trajectory_loses_no_step(resumed):
+    words = ["trajectory", "blue", *LAYERS[:4], "--points", "3", "--until", "5"]
+    went_on, every = resumed(words, UtilityMeter, "measure", 2)
+    assert went_on == every - 2
+
+
+def test_compare_keeps_its_rows_and_their_order(resumed):
+    went_on, every = resumed(COMPARE, BaselineRunner, "run", 3, searched=True)
+    assert went_on == every - 3
+
+
+def test_verify_loses_no_check(resumed):
+    went_on, every = resumed(VERIFY, verify, "_run_check", 6, searched=True)
+    assert went_on == every - 6
+
+
+def test_build_sets_decodes_no_row_again_of_a_block_that_is_complete(resumed, shared_world):
+    sources = shared_world.sources
+    words = [
+        "build-sets", "red", "--model", shared_world.model.name, "--source", sources["pairs"],
+        "--label-column", "label", "--retain-samples", "30", "--eval", f"first={sources['first']}",
+    ]  # fmt: skip
+    went_on, every = resumed(words, BlockWriter, "add", 40)
+    assert went_on < every
+
+
+def test_sweep_goes_on_with_the_class_it_was_at(resumed, shared_world, tmp_path):
+    (tmp_path / "classes.txt").write_text("red\ngreen\n")
+    sources = shared_world.sources
+    words = [
+        "sweep", "colours", "--classes", tmp_path / "classes.txt", "-m", shared_world.model.name,
+        "--source", sources["pairs"], "--label-column", "label", "--retain-samples", "30",
+        "--eval", f"first={sources['first']}", "--steps", "2", "--direction", "gradient",
+    ]  # fmt: skip
+    went_on, every = resumed(words, sweep, "compute_gradients", 1)
+    assert (went_on, every) == (2, 2)
