@@ -1,8 +1,9 @@
 """`generate` and `ask`: images of prompts and answers about images, before and after an edit."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from slsgu_cli.downstream.judge import (
     measured_classes,
     png_bytes,
 )
-from slsgu_cli.downstream.models import ImageJob, Llava, Pipeline, Question, new_values
+from slsgu_cli.downstream.models import (
+    ImageJob,
+    Llava,
+    Pipeline,
+    Question,
+    folder_fingerprint,
+    new_values,
+    unfinished,
+)
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import (
     AnsweredImage,
@@ -33,10 +42,11 @@ from slsgu_cli.figures.pictures import (
     sheet_html,
     sheet_png,
 )
+from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.target_options import AskRequest, GenerateRequest
-from slsgu_cli.records.targets import Answer, Answers, Generation, PromptResult
+from slsgu_cli.records.targets import Answer, Answers, Generation, PaintOptions, PromptResult
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sources.classes import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
@@ -114,9 +124,27 @@ class OutputFolder:
         """Write one file into the folder."""
         self.store.write_bytes(self._inside(path), data)
 
+    def read(self, path: str) -> bytes | None:
+        """Return a file of the folder; None where it is not there."""
+        inside = self._inside(path)
+        return self.store.read_bytes(inside) if self.store.exists(inside) else None
+
     def finish(self, record: Any) -> None:
         """Write what the folder shows. Written last, it says that the folder is complete."""
         self.store.write_record(self.record, record)
+        self.store.remove(self._inside(MADE_FROM))
+
+    def resume(self, made_from: str, files: Iterable[str]) -> None:
+        """Keep what a run that was cut short left of the same pictures; else begin anew.
+
+        `files` are those to be written, of which none of another run may be left.
+        """
+        left = self.read(MADE_FROM)
+        if self.store.exists(self.record) or left is None or left.decode() != made_from:
+            self.begin()
+            for name in files:
+                self.store.remove(self._inside(name))
+            self.write(MADE_FROM, made_from.encode())
 
     def begin(self) -> None:
         """Remove what an earlier run left, its record first."""
@@ -133,6 +161,8 @@ class OutputFolder:
 
 
 BEFORE, AFTER = "original", "unlearned"
+# Says what pictures are made from, while they are not complete.
+MADE_FROM = ".made-from"
 # What a judge takes each image of both models for.
 Verdicts = dict[str, list[str]]
 
@@ -155,13 +185,13 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     )
     output = OutputFolder.at(store, edits[0].header.name, request.out)
     pipe = Pipeline.load(request.target, device=request.device)
-    images = before_and_after(pipe, edits, prompts, request)
+    images = before_and_after(output, pipe, edits, prompts, request)
     verdicts: list[Verdicts] = []
     for spec in request.judges:
         judge = Judge.load(spec, classes, device=request.device)
         verdicts.append({key: judge.verdicts(made) for key, made in images.items()})
     record = _record(edits, prompts, tuple(classes), request, verdicts)
-    _write_images(output, record, images, verdicts[0] if verdicts else {})
+    _write_sheets(output, record, images, verdicts[0] if verdicts else {})
     return record, output
 
 
@@ -183,19 +213,49 @@ def judged_classes(
 
 
 def before_and_after(
-    pipe: Pipeline, edits: Sequence[Edit], prompts: Sequence[Prompt], request: GenerateRequest
+    output: OutputFolder,
+    pipe: Pipeline,
+    edits: Sequence[Edit],
+    prompts: Sequence[Prompt],
+    request: GenerateRequest,
 ) -> dict[str, list[bytes]]:
-    """Return the images as PNG, prompt by prompt and seed by seed, of both models."""
-    jobs = [ImageJob(prompt.text, seed) for prompt in prompts for seed in request.seeds]
+    """Return the images as PNG, prompt by prompt and seed by seed, of both models.
+
+    Each is written as soon as it is made: a run that was cut short is gone on with.
+    """
+    numbered = [(place, seed) for place in range(len(prompts)) for seed in request.seeds]
+    jobs = [ImageJob(prompts[place].text, seed) for place, seed in numbered]
+    files = {
+        key: [f"{key}/{place:03}-seed{seed}.png" for place, seed in numbered]
+        for key in (BEFORE, AFTER)
+    }
+    made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.paint]
+    output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
-    made: dict[str, list[bytes]] = {BEFORE: [], AFTER: []}
+    made = {}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
-        for key, images in made.items():
+        for key, names in files.items():
             with pipe.edited(values if key == AFTER else ()):
-                for image in pipe.paint(jobs, request.paint):
-                    images.append(png_bytes(image))
-                    ticker.advance()
+                made[key] = _made(output, names, pipe, jobs, request.paint, ticker)
     return made
+
+
+def _made(
+    output: OutputFolder,
+    names: Sequence[str],
+    pipe: Pipeline,
+    jobs: Sequence[ImageJob],
+    paint: PaintOptions,
+    ticker: progress.Ticker,
+) -> list[bytes]:
+    """Return the files of an output folder, painting those that are not there."""
+    known = {name: data for name in names if (data := output.read(name)) is not None}
+    for rows in unfinished(len(jobs), paint.batch, lambda number: names[number] in known):
+        for number, image in zip(rows, pipe.paint([jobs[n] for n in rows], paint), strict=True):
+            known[names[number]] = png_bytes(image)
+            output.write(names[number], known[names[number]])
+            ticker.advance()
+    return [known[name] for name in names]
 
 
 def effect(concepts: Sequence[str], labels: Sequence[str | None], said: Sequence[str]) -> Effect:
@@ -247,19 +307,14 @@ def _record(
     )
 
 
-def _write_images(
+def _write_sheets(
     output: OutputFolder,
     record: Generation,
     images: dict[str, list[bytes]],
     verdicts: Verdicts,
 ) -> None:
-    """Write the images, both sheets, and last the record that says they are complete."""
-    output.begin()
+    """Write both sheets of the images, and last the record that says they are complete."""
     seeds = len(record.seeds)
-    for key, made in images.items():
-        for place, image in enumerate(made):
-            name = f"{place // seeds:03}-seed{record.seeds[place % seeds]}"
-            output.write(f"{key}/{name}.png", image)
     strips = [
         Strip(
             prompt.prompt,

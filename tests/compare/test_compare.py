@@ -135,7 +135,7 @@ def test_another_plan_is_another_row(own):
     run(own, methods=[Method.GA], epochs=1)
     second = own.store.read_record(Artifact.COMPARISON.path(own.name), ClipComparison)
     assert len(second.outcomes) == len(first.outcomes) + 1
-    (other,) = set(second.outcomes) - set(first.outcomes)
+    (other,) = (row for row in second.outcomes if row not in first.outcomes)
     assert other.plan.epochs == 1
     assert list(second.outcomes) == sorted(second.outcomes, key=lambda row: row.order)
 

@@ -153,6 +153,40 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     assert output.where("sheet.html").endswith("generations/text/sheet.html")
 
 
+def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_models, monkeypatch):
+    from slsgu_cli.downstream import models
+    from slsgu_cli.downstream.generate import generate
+    from slsgu_cli.records.target_options import GenerateRequest
+    from slsgu_cli.records.targets import PaintOptions
+
+    request = GenerateRequest(
+        names=["text"], target=trained_models / "sd", seeds=(5,),
+        paint=PaintOptions(steps=1, batch=1), prompts=["a star icon", "an icon of github"],
+    )  # fmt: skip
+    paint, painted = models.Pipeline.paint, []
+
+    def stopping(pipeline, jobs, options):
+        painted.append(jobs)
+        if len(painted) == 4:
+            raise KeyboardInterrupt
+        return paint(pipeline, jobs, options)
+
+    monkeypatch.setattr(models.Pipeline, "paint", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        generate(edits, request)
+    generate(edits, request)
+    assert len(painted) == 5
+    went_on = {path.name: path.read_bytes() for path in files_of(edits)}
+    generate(edits, request)
+    # What is complete is made anew.
+    assert len(painted) == 9
+    assert {path.name: path.read_bytes() for path in files_of(edits)} == went_on
+
+
+def files_of(store):
+    return [path for path in Path(store.where("generations")).rglob("*") if path.is_file()]
+
+
 def demo_names(store):
     path = Path(store.where("names.txt"))
     path.write_text("facebook\ngithub\nstar\n")
