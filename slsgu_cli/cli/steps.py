@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import HIDDEN, Asked, Name, Names, Session, command
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.records.figures import Assertion, read_assertions, require_known
 from slsgu_cli.records.options import (
     ApplyRequest,
@@ -329,12 +329,23 @@ def check(
         tables.presence(session.console, found, model)
         return
     strength.refuse("for --edit", hint="slsgu check MODEL --edit NAME")
+    if not names:
+        _require_store(session.store)
     if irreplaceable and not repair:
         raise UsageError("--irreplaceable goes with --repair", hint="--repair --irreplaceable")
     checked = run(
         session.store, names, repair=repair, irreplaceable=irreplaceable, has_model=has_model
     )
     tables.checked(session.console, checked)
+
+
+def _require_store(store: "Store") -> None:
+    """Raise MissingError where no store is: a mistyped one is not well."""
+    if not store.exists(""):
+        raise MissingError(
+            f"there is no store {store.where('').rstrip('/')}",
+            hint="name it with --store or SLSGU_STORE",
+        )
 
 
 @command("gc")
@@ -346,6 +357,7 @@ def gc(
     from slsgu_cli.cli import tables
     from slsgu_cli.store.check import garbage, remove
 
+    _require_store(session.store)
     found = garbage(session.store)
     tables.unused(session.console, remove(session.store, found) if yes else found)
 

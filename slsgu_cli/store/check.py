@@ -164,7 +164,7 @@ class _Check:
                 known = sorted({*Artifact.SET.names(self.store), *Artifact.EDIT.names(self.store)})
                 raise MissingError(
                     f"{self.store.url} has no set or edit {name}, and there is no such file",
-                    hint=near(name, known) or "`slsgu ls` lists what there is",
+                    hint=near(name, known) or f"it has {', '.join(known[:10]) or 'none'}",
                 )
             chosen |= paths
         return [entry for entry in self.entries if entry.path in chosen], outside
@@ -208,7 +208,7 @@ class _Check:
         except SlsguError as damage:
             self._damaged.add(entry.path)
             made_again = self._is_made_again(entry.kind, entry.name)
-            found = self._found(entry, State.DAMAGED, damage.message)
+            found = self._found(entry, State.DAMAGED, _why(damage))
             yield replace(found, mend=self._maker(entry), removable=made_again)
             return
         if entry.state is not Standing.OK:
@@ -419,8 +419,13 @@ def _of_file(path: Path) -> Finding | None:
             return None
         state, reason = State.NO_DIGEST, "it was written before there were digests"
     except SlsguError as error:
-        state, reason = State.DAMAGED, error.message
+        state, reason = State.DAMAGED, _why(error)
     return Finding(state, None, path.name, str(path), size, reason)
+
+
+def _why(damage: SlsguError) -> str:
+    """Return why something is damaged, without its place: that is said beside it."""
+    return damage.message.rpartition(" is damaged: ")[2]
 
 
 def _file_size(path: Path) -> int:

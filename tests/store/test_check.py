@@ -242,6 +242,13 @@ def test_gc_on_the_command_line(world):
     assert inside("ls", store=store.root).stdout.count("unreferenced") == 0
 
 
+def test_a_store_that_is_not_there_is_not_called_well(tmp_path):
+    for command in ("check", "gc"):
+        done = inside(command, store=tmp_path / "mistyped")
+        assert done.exit_code == 3
+        assert "there is no store" in done.stderr
+
+
 def test_gc_removes_nothing_while_a_record_is_unknown(world):
     world.store.write_bytes("sets/other.json", b"{")
     with pytest.raises(InputError, match=r"other\.json refers to is not known"):
