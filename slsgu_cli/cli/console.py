@@ -357,11 +357,37 @@ class Ending:
         return error.exit_code
 
 
+# What numpy and PyTorch raise, neither of which is imported to tell.
+SINGULAR = ("LinAlgError", "_LinAlgError")
+
+
+def _hint(error: OSError) -> str:
+    """Return what mends what the system refuses."""
+    if isinstance(error, FileNotFoundError):
+        return "it went away meanwhile; look for it, and for the folder that this runs in"
+    if isinstance(error, PermissionError):
+        return "have this user be allowed to use it, or name another place"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return "check the connection and try again"
+    return "look at the file or folder, and at the disk it lies on"
+
+
 def _unexpected(error: BaseException) -> SlsguError:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return SlsguError(
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu",
+        )
+    if isinstance(error, OSError):
+        # Files and folders that vanish under a command, or may not be read, come from anywhere.
+        what = " ".join(str(name) for name in (error.filename, error.filename2) if name)
+        reason = error.strerror or first_lines(error)
+        message = f"cannot use {what}: {reason}" if what else f"the system refuses: {reason}"
+        return InputError(message, hint=_hint(error))
+    if type(error).__name__ in SINGULAR:
+        return InputError(
+            f"figures that cannot be solved for, as damaged ones are: {first_lines(error)}",
+            hint="`slsgu check` says what is damaged; remove it, and run the command that made it",
         )
     text = f"unexpected {type(error).__name__}: {first_lines(error)}"
     return SlsguError(text, hint="add --debug to see where, and report it")

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.sources.rows import (
     IMAGE_LIMIT,
     IMAGE_SUFFIXES,
@@ -112,8 +112,11 @@ def expand(source: Source) -> list[str]:
                 matches = [inner]
             else:
                 matches = sorted(fs.glob(inner)) if any(mark in inner for mark in "*?[") else []
-        except (ImportError, ValueError, OSError) as error:
-            raise InputError(f"cannot open source {source.text}: {error}") from error
+        except Exception as error:  # file systems of networks raise kinds of their own
+            raise InputError(
+                f"cannot open source {source.text}: {first_lines(error)}",
+                hint="check the name, the connection and the leave to read it",
+            ) from error
         if not matches:
             raise MissingError(
                 f"no file matches source {pattern}", hint="check the path; quote wild cards"

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from processes import inside
 
 from slsgu_cli.records.codec import encode
@@ -47,3 +49,47 @@ def test_a_collection_record_that_names_shards_elsewhere_is_refused(world):
     record = Collection((), 0, 0, {}, {}, counts, (), "")
     with pytest.raises(InputError, match="leads out of the store"):
         _shards(world.store, Collected(record, "collections/a/parts"), counts, "forget")
+
+
+def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "/secret/pairs")
+
+    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    told = refused("rank", world.name, "--store", world.store.root)
+    assert "cannot use /secret/pairs: Permission denied" in told
+    assert "allowed" in told
+
+
+def test_a_folder_that_goes_away_below_a_command_is_told_of(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "No such file or directory" in refused("ls")
+
+
+def test_a_file_system_that_cannot_be_reached_is_told_of(world, monkeypatch):
+    class Unreachable(Exception):
+        """What a library for a network raises, which is no OSError."""
+
+    def refuse(*_, **__):
+        raise Unreachable("no route to the hub")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", refuse)
+    source = ("--match", "blue", "-s", "memory://pairs.tar")
+    store = ("--store", world.store.root)
+    told = refused("build-sets", "x", "-m", world.model.name, *source, *store)
+    assert "cannot open source memory://pairs.tar: no route to the hub" in told
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_figures_that_cannot_be_solved_for_are_damage(world, monkeypatch, library):
+    kinds = {"numpy": np.linalg.LinAlgError, "torch": torch.linalg.LinAlgError}
+
+    def refuse(*_, **__):
+        raise kinds[library]("the leading minor of order 3 is not positive-definite")
+
+    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    told = refused("rank", world.name, "--store", world.store.root)
+    assert "slsgu check" in told
