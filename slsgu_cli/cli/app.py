@@ -8,12 +8,13 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TextIO, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -63,6 +64,8 @@ GROUPS = {
         "demo": ("steps", "Make the embedded CLIP forget a brand, command by command."),
     },
 }
+# The commands that a launcher may start in several processes.
+IN_SEVERAL = {"grad", "rank", "search", "sweep"}
 COMMANDS = {name: said for group in GROUPS.values() for name, said in group.items()}
 
 # The functions of the commands whose rooms are loaded.
@@ -90,9 +93,8 @@ class _Group(TyperGroup):
             importlib.import_module(f"slsgu_cli.cli.{room}")
             function = _FUNCTIONS[cmd_name]
             about = f"{summary}\n\n{inspect.getdoc(function)}"
-            info = CommandInfo(
-                cmd_name, cls=_Command, callback=_runner(cmd_name, function), help=about
-            )
+            run = _runner(cmd_name, function)
+            info = CommandInfo(cmd_name, cls=_Command, callback=run, help=about)
             self.commands[cmd_name] = typer.main.get_command_from_info(
                 info, pretty_exceptions_short=False, rich_markup_mode=None
             )
@@ -105,11 +107,13 @@ class _Group(TyperGroup):
             return super().main(words, *more, **extra)
         except SlsguError as error:
             from slsgu_cli.cli.console import Console
+            from slsgu_cli.clip import processes
 
             named = next((word for word in words if word in COMMANDS), None)
             console = Console(command=named, as_json=usage.wants_json(words))
-            console.error(error)
-            console.flush(error)
+            if processes.may_tell():
+                console.error(error)
+                console.flush(error)
             sys.exit(error.exit_code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -367,7 +371,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     def run(ctx: typer.Context, **values: Any) -> None:
         # Not for `--help`, which takes a third of the time without them.
         from slsgu_cli.cli.console import Console, Ending
-        from slsgu_cli.store.store import Store
+        from slsgu_cli.clip import processes
 
         common = {key: values.pop(key) for key in _COMMON}
         found: usage.FromEnvironment = ctx.obj
@@ -375,20 +379,25 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         verbosity = -1 if common["quiet"] else int(common["verbose"])
         console = Console(name, verbosity=verbosity, as_json=common["as_json"])
         with Ending(console, debug=common["debug"]):
+            if name not in IN_SEVERAL:
+                processes.refuse(name)
             # Results go through the console alone; what a library prints is no result.
+            heard, others = _heard(console)
             with (
-                contextlib.redirect_stdout(sys.stderr),
-                progress.using(console),
+                contextlib.redirect_stdout(others),
+                contextlib.redirect_stderr(others),
+                progress.using(heard),
+                processes.together(),
                 _explained(found, options),
             ):
                 made = {key: each.make(words) for key, each in spread.items()}
-                store = Store(common["store"], waits=not common["no_wait"])
+                store = processes.SharedStore(common["store"], waits=not common["no_wait"])
                 if not store.is_lasting:
                     progress.warn(f"{store.url} keeps nothing when this command has ended")
                 typed = [each.name for each in options if each.flags and each.key in words.typed]
-                session = Session(store, console, tuple(dict.fromkeys(typed)))
+                session = Session(store, heard, tuple(dict.fromkeys(typed)))
                 function(session, **made)
-            console.flush()
+            heard.flush()
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [context, *_signature(spread)]
@@ -405,6 +414,17 @@ def _explained(found: usage.FromEnvironment, options: Sequence[Option]) -> Itera
     except UsageError as error:
         names = {option.key: option.name for option in options}
         raise found.explain(error, names) from error
+
+
+def _heard(console: "Console") -> "tuple[Console, TextIO]":
+    """Return what a command tells, and where others print; nobody hears but the first process."""
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.clip import processes
+
+    if processes.is_to_be_heard():
+        return console, sys.stderr
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115
+    return Console.writing_to(nowhere), nowhere
 
 
 def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from slsgu_cli import progress
+from slsgu_cli.clip import processes
 from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, first_lines
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import document
@@ -136,6 +137,11 @@ class Console(progress.Sink):
     _results: dict[str, Any] = field(default_factory=dict)
     _parts: int = 0
     _flushed: bool = False
+
+    @classmethod
+    def writing_to(cls, file: TextIO) -> "Console":
+        """Return a console whose results and notes all go to a file."""
+        return cls(_stderr=RichConsole(file=file), _stdout=file)
 
     @property
     def on_terminal(self) -> bool:
@@ -342,18 +348,21 @@ class Ending:
         if isinstance(error, KeyboardInterrupt):
             ended = SlsguError("interrupted; what was complete is kept")
             ended.exit_code = Ended.code(error)
-            self.console.warn(ended.message)
+            if processes.may_tell():
+                self.console.warn(ended.message)
             return self._flushed(ended)
         if self.debug:
             traceback.print_exception(error)
         shown = error if isinstance(error, SlsguError) else _unexpected(error)
-        self.console.error(shown)
+        if processes.may_tell():
+            self.console.error(shown)
         return self._flushed(shown)
 
     def _flushed(self, error: SlsguError) -> int:
         """Write the JSON document with the error; results that were ready are in it still."""
-        with suppress(OSError, SlsguError):
-            self.console.flush(error)
+        if processes.is_to_be_heard():
+            with suppress(OSError, SlsguError):
+                self.console.flush(error)
         return error.exit_code
 
 

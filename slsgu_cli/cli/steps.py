@@ -202,6 +202,9 @@ def search(
     """
     if steer_target or "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
+        from slsgu_cli.clip.processes import refuse
+
+        refuse("search --steer-target")
 
         if not (steer_target and "target" in on_target):
             raise UsageError(

@@ -238,8 +238,10 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
 
 def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search for edits that forget the concepts of several sets together."""
+    from slsgu_cli.clip.processes import refuse
     from slsgu_cli.study.joint import joint_search, require_joint
 
+    refuse("search --joint")
     result = joint_search(session.store, names, options=options)
     show_joint(session.console, session.store, result)
     require_joint(result)

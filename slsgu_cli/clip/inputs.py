@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.files import cores, prefetch
@@ -34,9 +35,10 @@ def spare(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0] * 0.7)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
-        return 2 << 30
+        free = 8 << 30
+    return processes.local_share(free // 4)
 
 
 # What PIL's format readers raise on data that is not what it says it is.

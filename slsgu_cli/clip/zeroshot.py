@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import Pixels, by_length, spans, staged
 from slsgu_cli.clip.towers import (
     EMBED,
@@ -212,25 +213,27 @@ class PromptSide:
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
-        self._kept, features = [], []
-        for rows in self._groups:
-            entering, outputs = _through(self.tower, self.tower.trim(self.tokens[rows]), stages)
-            self._kept.append({s: x for s, x in entering.items() if budget.take(x.nbytes)})
+        features = []
+        for index in processes.dealt(range(len(self._groups))):
+            short = self.tower.trim(self.tokens[self._groups[index]])
+            entering, outputs = _through(self.tower, short, stages)
+            self._kept[index] = {s: x for s, x in entering.items() if budget.take(x.nbytes)}
             features.append(outputs)
         self.embeddings = self._means(features)
 
     def after_edit(self, stage: int) -> Tensor:
         """Return the class embeddings with the weights as they are now, from `stage` on."""
         features = []
-        for rows, kept in zip(self._groups, self._kept, strict=True):
-            short = self.tower.trim(self.tokens[rows])
+        for index in processes.dealt(range(len(self._groups))):
+            short, kept = self.tower.trim(self.tokens[self._groups[index]]), self._kept[index]
             start = max((s for s in kept if s <= stage), default=EMBED)
             features.append(self.tower.features(kept.get(start, short), short, start))
         return self._means(features)
 
     def _means(self, features: list[Tensor]) -> Tensor:
-        owners = self.owners[torch.cat(self._groups)]
-        means = class_means(torch.cat(features), owners, self.classes)
+        rows, groups = torch.cat(self._groups), processes.dealt(self._groups)
+        whole = in_order(features, groups, str(self.tokens.device))[rows]
+        means = class_means(whole, self.owners[rows], self.classes)
         return require_finite(means, "class embeddings")
 
 
@@ -247,6 +250,14 @@ class ImageSide:
     _kept: dict[int, Activations] = field(init=False, default_factory=dict)
     # Which of the rows that the base pass ran over these are, where they are a part of them.
     _chosen: Tensor | None = field(init=False, default=None)
+    # Of each of those rows its place among those of this process; -1 where another one has it.
+    _own: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        count, rows = processes.count(), np.arange(len(self.rows))
+        size = max(1, min(ROWS_PER_FORWARD[self.labels.device.type], -(-len(rows) // count)))
+        mine = rows // size % count == processes.rank()
+        self._own = torch.from_numpy(np.where(mine, np.cumsum(mine) - 1, -1)).to(self.labels.device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -258,7 +269,7 @@ class ImageSide:
         part = ImageSide(self.tower, self.block, rows, labels, self.normalize)
         if hasattr(self, "features"):
             part.features = self.features[places]
-            part._kept = self._kept
+            part._kept, part._own = self._kept, self._own
             part._chosen = places if self._chosen is None else self._chosen[places]
         return part
 
@@ -275,31 +286,36 @@ class ImageSide:
         the model is least certain of, as many as fit into a share of the budget.
         """
         features: list[Tensor] = []
-        for start, pixels in self._pixels(torch.arange(len(self))):
+        mine = (self._own >= 0).nonzero().squeeze(1)
+        for start, pixels in self._pixels(mine):
             entering, outputs = _through(self.tower, pixels, stages)
             features.append(outputs)
             if start == 0 and classes is None:
-                self._kept = room_for_all(entering, len(self), budget)
+                self._kept = room_for_all(entering, len(mine), budget)
             elif start == 0:
-                self._kept = room_for_some(entering, len(self), budget, share)
+                self._kept = room_for_some(entering, len(mine), budget, share)
             if self._kept:
-                labels = self.labels[start : start + len(pixels)]
+                labels = self.labels[mine[start : start + len(pixels)]]
                 lead = torch.zeros_like(labels, dtype=torch.float)
                 if classes is not None:
                     lead = margins(outputs @ classes.T, labels)
                 for stage, kept in self._kept.items():
                     kept.offer(start, entering[stage], lead)
             yield len(pixels)
-        self.features = require_finite(torch.cat(features), "image features", self.rows)
+        whole = in_order(features, [mine], str(self.labels.device))
+        self.features = require_finite(whole, "image features", self.rows)
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
         """Return features with the weights as they are now, of some rows or of all."""
         if rows is None:
             rows = torch.arange(len(self), device=self.labels.device)
+        else:
+            rows = processes.agreed(rows)
         order, features = [], []
-        waiting = torch.ones_like(rows, dtype=torch.bool)
+        own = self._own[rows if self._chosen is None else self._chosen[rows]]
+        waiting = own >= 0
         for start in sorted((s for s in self._kept if s <= stage), reverse=True):
-            places = self._kept[start].places[rows if self._chosen is None else self._chosen[rows]]
+            places = self._kept[start].places[own.clamp(min=0)]
             there = (waiting & (places >= 0)).nonzero().squeeze(1)
             waiting[there] = False
             for first, last in spans(len(there), ROWS_PER_FORWARD[self.labels.device.type]):
@@ -311,7 +327,7 @@ class ImageSide:
         for start, pixels in self._pixels(rows[rest]):
             order.append(rest[start : start + len(pixels)])
             features.append(self.tower.features(pixels, pixels))
-        ordered = torch.cat(features)[torch.argsort(torch.cat(order))]
+        ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
 
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -321,6 +337,12 @@ class ImageSide:
         read = prefetch(lambda span: staged(self.block.take(wanted[slice(*span)]), device), ranges)
         for (start, _), images in zip(ranges, read, strict=True):
             yield start, self.normalize(images)
+
+
+def in_order(features: list[Tensor], rows: list[Tensor], device: str) -> Tensor:
+    """Return the features of rows that are dealt to processes, of all, in the order of rows."""
+    places = processes.rows_of_all(rows, device)
+    return processes.rows_of_all(features, device)[torch.argsort(places)]
 
 
 def _through(

@@ -17,6 +17,7 @@ from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.checkpoints.weights import layer_digests
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
 from slsgu_cli.method.gradients import load_graded
@@ -127,24 +128,34 @@ def ensure_moments(
     Raises StaleError where the model is not the one the gradients are of.
     """
     device = pick_device(device)
-    known = find_moments(store, pointer, device)
+    known = _found_by_first(store, pointer, device)
     wanted = {Layer.parse(layer).parameter for layer in layers}
     if known.lack(wanted):
         place = Artifact.MOMENTS.path(digest([pointer.model_fingerprint, pointer.retain_data]))
         with held(store, place, what=f"moments of the retain set of {manifest.name}"):
             # Another process may have computed some meanwhile.
-            known = find_moments(store, pointer, device)
+            known = _found_by_first(store, pointer, device)
             if missing := known.lack(wanted):
                 progress.note(
                     f"{len(missing)} layers lack the moments of their inputs: "
                     "one forward over the retain set"
                 )
                 _compute(store, manifest, pointer, missing, device=device)
-                known = find_moments(store, pointer, device)
+                known = _found_by_first(store, pointer, device)
     unseen = sorted(known.unseen & wanted)
     if unseen:
         progress.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
     return known
+
+
+def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Moments:
+    """Return the moments that the first of several processes finds: all go on with the same."""
+
+    def found() -> tuple[dict[str, tuple[str, LayerMoment]], frozenset[str]]:
+        known = find_moments(store, pointer, device)
+        return known.places, known.unseen
+
+    return Moments(store, *processes.from_first(found), device)
 
 
 def layer_gradient(store: Store, address: str, name: str) -> Floats:

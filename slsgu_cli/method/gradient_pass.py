@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slsgu_cli import progress
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, spare, staged, text_features, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError
@@ -111,11 +112,13 @@ class Sums:
     """Gradients of mini-batches added up in their order, fp32, and the loss of each.
 
     `total` is over the mini-batches of whole turns, of which `added` are in it, and `turn`
-    over those that follow, up to `done`. Both are (kinds, entries of all parameters): the
-    gradients, and where they are wanted their squares.
+    over those of a turn of this process, up to `done`. The first `size` entries of both are
+    (kinds, entries of all parameters): the gradients, and where they are wanted their squares.
     """
 
-    total: Tensor
+    kinds: int
+    size: int
+    total: processes.OrderedSum
     turn: Tensor
     losses: Tensor
     added: int = 0
@@ -125,16 +128,26 @@ class Sums:
     def none(cls, parameters: Iterable[Tensor], batches: int, kinds: int) -> Self:
         """Return the sums over no mini-batch yet."""
         listed = list(parameters)
-        size, device = sum(p.numel() for p in listed), listed[0].device
-        turn = torch.zeros(kinds, size, device=device)
-        return cls(torch.zeros_like(turn), turn, torch.zeros(batches, device=device))
+        size, device = kinds * sum(p.numel() for p in listed), listed[0].device
+        padded = -(-size // processes.count()) * processes.count()
+        turn = torch.zeros(padded, device=device)
+        losses = torch.zeros(batches, device=device)
+        return cls(kinds, size, processes.OrderedSum(turn), turn, losses)
 
-    def end_turn(self) -> Tensor:
-        """Add the turn to the total; return whether it was finite."""
-        finite = self.finite()
-        self.total.add_(self.turn)
+    def split_up(self, values: Tensor, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """Return what `turn` or a whole total holds of each parameter, kind by kind."""
+        listed = list(parameters)
+        sizes = [parameter.numel() for parameter in listed]
+        parts = torch.split(values[: self.size], sizes * self.kinds)
+        shaped = [part.view(p.shape) for part, p in zip(parts, self.kinds * listed, strict=True)]
+        return [shaped[start : start + len(listed)] for start, _ in spans(len(shaped), len(listed))]
+
+    def end_turns(self, turns: "Turns") -> Tensor:
+        """Add this turn of every process; return whether this one's was finite."""
+        finite = self.finite(turns.first)
+        self.total.add(self.turn, turns.have)
         self.turn.zero_()
-        self.added = self.done
+        self.added = self.done = turns.end
         return finite
 
     def drop_turn(self) -> None:
@@ -142,10 +155,39 @@ class Sums:
         self.turn.zero_()
         self.done = self.added
 
-    def finite(self) -> Tensor:
-        """Return whether all of the turn under way is finite, on its device."""
-        losses = self.losses[self.added : self.done]
+    def finite(self, first: int) -> Tensor:
+        """Return whether all of the turn under way, from `first` on, is finite, on its device."""
+        losses = self.losses[first : self.done]
         return torch.isfinite(torch.stack([*self.turn.aminmax(), losses.sum()])).all()
+
+    def kept(self) -> Arrays:
+        """Return what a later run goes on with, to all processes."""
+        sums = {"total": self.total.whole(), "turn": self.turn}
+        arrays = {name: value[: self.size].cpu().numpy() for name, value in sums.items()}
+        return arrays | {"losses": self.all_losses().cpu().numpy()}
+
+    def go_on(self, kept: Arrays, added: int, done: int) -> None:
+        """Go on with what an earlier run kept, of which `added` and `done` mini-batches are.
+
+        Several processes begin their turns again.
+        """
+        on_host = {name: torch.from_numpy(values) for name, values in kept.items()}
+        alone = processes.count() == 1
+        whole = torch.zeros_like(self.turn)
+        whole[: self.size] = on_host["total"][: self.size]
+        self.total.begin(whole)
+        if alone:
+            self.turn.copy_(on_host["turn"][: self.size])
+        if processes.is_first():
+            self.losses.copy_(on_host["losses"])
+            self.losses[done if alone else added :] = 0
+        self.added, self.done = added, done if alone else added
+
+    def all_losses(self) -> Tensor:
+        """Return the loss of each mini-batch, whichever process ran it; 0 of those to come."""
+        losses = self.losses.clone()
+        processes.add_up(losses)
+        return losses
 
 
 class Keeper(Protocol):
@@ -228,29 +270,28 @@ class GradientPass:
         sums = Sums.none(parameters.values(), batches, kinds)
         if keeper:
             keeper.restore(sums)
-        left = block.rows - sums.done * self.options.batch_size
+        left = len(range(sums.done, batches, processes.count())) * self.options.batch_size
         with (
             arithmetic(self.options.precision),
             progress.bar(label, left) as ticker,
-            adding_to(sums.turn, parameters.values()),
+            adding_to(sums, parameters.values()),
         ):
-            pairs = self._pairs_per_forward(block)
-            if kinds > 1:
-                pairs = self.options.batch_size
-            turn = max(TURN, pairs // self.options.batch_size)
-            while sums.done < batches:
+            pairs = self.options.batch_size if kinds > 1 else self._pairs_per_forward(block)
+            largest = pairs // self.options.batch_size
+            turn = processes.from_first(lambda: max(TURN, min(largest, _a_share(batches))))
+            while sums.added < batches:
                 try:
                     for rows in self._added(block, sums, turn=turn, pairs=pairs, keeper=keeper):
                         ticker.advance(rows)
                 except torch.cuda.OutOfMemoryError:
                     sums.drop_turn()
                     pairs = self._shrink(pairs)
-        sums.total.div_(batches)
+        whole = sums.total.whole().div_(batches)
         means = [
             {n: v.cpu().numpy() for n, v in zip(parameters, values, strict=True)}
-            for values in (split_up(kind, parameters.values()) for kind in sums.total)
+            for values in sums.split_up(whole, parameters.values())
         ]
-        return means, float(sums.losses.cpu().double().sum()) / batches
+        return means, float(sums.all_losses().cpu().double().sum()) / batches
 
     def _added(
         self, block: DataBlock, sums: Sums, *, turn: int, pairs: int, keeper: Keeper | None
@@ -258,24 +299,30 @@ class GradientPass:
         """Add the rest of the mini-batches, `turn` at a time; yield rows as they are done."""
         normalize = pixel_normalizer(self.spec, self.options.device)
         size, tokens, unchecked = self.options.batch_size, block.tokens, None
-        for first, stop, images in self._stream(block, sums, turn * size, pairs):
-            values = self._group(normalize(images), to_tokens(tokens[first:stop], "cpu"))
-            sums.done = -(-stop // size)
-            sums.losses[first // size : sums.done] = values
-            # Looked at when the next group is under way: a GPU never waits for it.
-            if unchecked:
-                self._check(block, *unchecked)
-                unchecked = None
-            due = keeper is not None and keeper.due
-            if sums.done - sums.added >= turn or stop == block.rows:
-                unchecked = sums.added * size, stop, sums.end_turn()
-            elif due:
-                self._check(block, sums.added * size, stop, sums.finite())
-            if keeper is not None and due:
+        rounds = dealt_turns(sums.added, len(sums.losses), turn)
+        stream = self._stream(block, [(max(r.first, sums.done), r.last) for r in rounds], pairs)
+        for each in rounds:
+            sums.done = max(sums.done, each.first)
+            while sums.done < each.last:
+                first, stop, images = next(stream)
+                values = self._group(normalize(images), to_tokens(tokens[first:stop], "cpu"))
+                sums.done = -(-stop // size)
+                sums.losses[first // size : sums.done] = values
+                # Looked at when the next group is under way: a GPU never waits for it.
                 if unchecked:
                     self._check(block, *unchecked)
+                    unchecked = None
+                under_way = processes.count() == 1 and sums.done < each.last
+                if keeper is not None and under_way and keeper.due:
+                    self._check(block, each.first, each.last, sums.finite(each.first))
+                    keeper.keep(sums)
+                yield stop - first
+            if unchecked:
+                self._check(block, *unchecked)
+            unchecked = each.first, each.last, sums.end_turns(each)
+            if keeper is not None and processes.from_first(lambda: keeper.due):
+                self._check(block, *unchecked)
                 keeper.keep(sums)
-            yield stop - first
         if unchecked:
             self._check(block, *unchecked)
 
@@ -294,16 +341,14 @@ class GradientPass:
         return values.detach()
 
     def _stream(
-        self, block: DataBlock, sums: Sums, turn: int, pairs: int
+        self, block: DataBlock, turns: Iterable[tuple[int, int]], pairs: int
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the rows that are not in the sums in groups, each within a turn of `turn` rows."""
+        """Yield rows of turns, each from one mini-batch up to another, in groups of `pairs`."""
         size = self.options.batch_size
-        begun, done = sums.added * size, sums.done * size
-        turns = [(begun + a, begun + b) for a, b in spans(block.rows - begun, turn)]
         ranges = [
-            (max(done, start) + a, max(done, start) + b)
-            for start, stop in turns
-            for a, b in spans(stop - max(done, start), pairs)
+            (first * size + a, first * size + b)
+            for first, last in turns
+            for a, b in spans(min(last * size, block.rows) - first * size, pairs)
         ]
         device = self.options.device
         images = prefetch(lambda span: staged(block.images(*span), device), ranges, threads=2)
@@ -367,9 +412,10 @@ class GradientPass:
             )
         return pairs
 
-    def _check(self, block: DataBlock, start: int, stop: int, finite: Tensor) -> None:
+    def _check(self, block: DataBlock, first: int, last: int, finite: Tensor) -> None:
+        size = self.options.batch_size
         if not finite:
-            self._name_culprit(block, start, stop)
+            self._name_culprit(block, first * size, min(last * size, block.rows))
 
     def _name_culprit(self, block: DataBlock, start: int, stop: int) -> None:
         """Raise InputError naming the first mini-batch whose loss or gradient is not finite."""
@@ -400,22 +446,42 @@ class GradientPass:
         return self.options.device.partition(":")[0]
 
 
-def split_up(values: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return what one vector holds of each parameter, in its shape."""
-    listed = list(parameters)
-    parts = torch.split(values, [parameter.numel() for parameter in listed])
-    return [part.view(p.shape) for part, p in zip(parts, listed, strict=True)]
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """A turn of every process: mini-batches `first` to `last` are this one's, maybe none.
+
+    So many processes `have` one; the next turns begin at mini-batch `end`.
+    """
+
+    first: int
+    last: int
+    have: int
+    end: int
+
+
+def dealt_turns(start: int, batches: int, turn: int) -> list[Turns]:
+    """Return the turns in which mini-batches from `start` on are dealt, `turn` to each."""
+    rank, each = processes.rank(), turn * processes.count()
+    rounds = []
+    for begin, end in ((start + a, start + b) for a, b in spans(batches - start, each)):
+        first = min(begin + rank * turn, end)
+        rounds.append(Turns(first, min(first + turn, end), -(-(end - begin) // turn), end))
+    return rounds
+
+
+def _a_share(batches: int) -> int:
+    return -(-batches // processes.count())
 
 
 @contextlib.contextmanager
-def adding_to(turn: Tensor, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let every backward add to what `turn` holds of the gradients, and of their squares.
+def adding_to(sums: Sums, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let every backward add its gradients to the turn of `sums`, and their squares.
 
     Each gradient is added while it is in the processor's cache, and then dropped.
     """
     listed = list(parameters)
     before = [parameter.grad for parameter in listed]
-    gradients, *squares = (split_up(kind, listed) for kind in turn)
+    gradients, *squares = sums.split_up(sums.turn, listed)
     hooks: list[Any] = []
     try:
         for index, parameter in enumerate(listed):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, input_spec, load, pick_device, resolve
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scoring import norm
@@ -87,8 +88,12 @@ def compute_gradients(
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
     gradients = _wanted(manifest, resolved, model_fingerprint, options)
-    missing = [g for g in gradients if not _is_whole(store, g)]
-    unsquared = [g for g in gradients if squares and not _has_squares(store, g)]
+    missing, unsquared = processes.from_first(
+        lambda: (
+            [g for g in gradients if not _is_whole(store, g)],
+            [g for g in gradients if squares and not _has_squares(store, g)],
+        )
+    )
     wanted = [g for g in gradients if g in missing or g in unsquared]
     for gradient in gradients:
         if gradient not in wanted:
@@ -105,11 +110,11 @@ def compute_gradients(
     for gradient in wanted:
         place = Artifact.GRADIENT.path(gradient.digest)
         with held(store, place, what=f"{gradient.role} gradient {gradient.digest}"):
-            # Another process may have computed it meanwhile.
-            if gradient in missing and store.stands(place, GradientHeader):
-                missing.remove(gradient)
+            # Another command may have computed it meanwhile.
             squared = Artifact.SQUARES.path(gradient.digest)
-            if gradient in unsquared and store.stands(squared, SquaresHeader):
+            if gradient in missing and processes.agreed(store.stands(place, GradientHeader)):
+                missing.remove(gradient)
+            if gradient in unsquared and processes.agreed(store.stands(squared, SquaresHeader)):
                 unsquared.remove(gradient)
             if gradient not in [*missing, *unsquared]:
                 progress.note(
@@ -121,10 +126,12 @@ def compute_gradients(
             seconds[gradient.role] = perf_counter() - start
     pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
     store.write_record(Artifact.POINTER.path(name), pointer)
-    headers = {
-        g.role: store.read_header(Artifact.GRADIENT.path(g.digest), GradientHeader)
-        for g in gradients
-    }
+    headers = processes.from_first(
+        lambda: {
+            g.role: store.read_header(Artifact.GRADIENT.path(g.digest), GradientHeader)
+            for g in gradients
+        }
+    )
     return GradResult(
         pointer,
         headers,
@@ -263,18 +270,12 @@ class KeptSums:
 
     def restore(self, sums: "Sums") -> None:
         """Put what was kept into sums over nothing; what cannot be used is removed."""
-        import torch
-
         try:
             header = self.store.read_header(self.path, SumsHeader)
             kept = self.store.read_tensors(self.path)
-            fresh = {"total": sums.total, "turn": sums.turn, "losses": sums.losses}
-            shapes = {name: (len(kept[name]), *value.shape[1:]) for name, value in fresh.items()}
-            if header.made_from != self._about(sums).made_from or any(
-                kept[name].shape != shape for name, shape in shapes.items()
-            ):
+            if header.made_from != self._about(sums).made_from:
                 raise StaleError("they are of another pass")
-            if len(kept["total"]) < len(sums.total):
+            if len(kept["total"]) < sums.size:
                 raise StaleError("they have no squares")
         except MissingError:
             return
@@ -282,21 +283,18 @@ class KeptSums:
             progress.note(f"sums that were kept of a pass cannot be used: {error}")
             self.store.remove(self.path)
             return
-        for name, value in fresh.items():
-            value.copy_(torch.from_numpy(kept[name][: len(value)]))
-        sums.added, sums.done = header.added, header.done
+        sums.go_on(kept, header.added, header.done)
         progress.note(
-            f"the {self.gradient.role} gradient goes on after {header.done} of its "
+            f"the {self.gradient.role} gradient goes on after {sums.done} of its "
             f"{header.batches} mini-batches"
         )
 
     def keep(self, sums: "Sums") -> None:
         """Write the sums; where they cannot be written, the pass goes on without."""
         start = perf_counter()
-        arrays = {"total": sums.total, "turn": sums.turn, "losses": sums.losses}
-        values = {name: value.cpu().numpy() for name, value in arrays.items()}
+        arrays = sums.kept()
         try:
-            self.store.write_tensors(self.path, values, self._about(sums))
+            self.store.write_tensors(self.path, arrays, self._about(sums))
         except InputError as error:
             progress.warn(f"{error.message}; the sums so far are not kept")
             self._next = math.inf

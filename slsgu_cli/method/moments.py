@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.records.method import Tower
@@ -146,15 +147,32 @@ def input_moments(
         _run_texts(text_tower(model), inputs, tokens, size, device)
     if Tower.VISION in towers:
         tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
-        parts = [rows[start:stop] for start, stop in spans(len(rows), size)]
-        with progress.bar("retain inputs", len(rows)) as ticker:
+        parts = processes.dealt([rows[start:stop] for start, stop in spans(len(rows), size)])
+        with progress.bar("retain inputs", sum(map(len, parts))) as ticker:
             read = prefetch(lambda part: staged(block.take(part), device), parts, threads=2)
             for images in read:
                 pixels = normalize(images)
                 with inputs:
                     tower.features(pixels, pixels)
                 ticker.advance(len(images))
-    return inputs.moments
+    return _over_all(inputs.moments, exact_device(device))
+
+
+def _over_all(moments: dict[str, Moment], device: str) -> dict[str, Moment]:
+    """Return the moments over the inputs that every process ran, by sums in fp64."""
+    if processes.count() == 1:
+        return moments
+    whole: dict[str, Moment] = {}
+    about = {name: (m.axis, m.total.shape, m.count) for name, m in moments.items()}
+    for part in processes.gathered(about):
+        for name, (axis, shape, rows) in part.items():
+            if name not in whole:
+                zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+                whole[name] = Moment(axis, moments[name].total if name in moments else zeros)
+            whole[name].count += rows
+    for name in sorted(whole):
+        processes.add_up(whole[name].total)
+    return whole
 
 
 def gram(x: Tensor) -> Tensor:
@@ -184,7 +202,7 @@ def spread(rows: int, most: int) -> npt.NDArray[np.int64]:
 def _run_texts(
     tower: SplitTower, inputs: InputMoments, tokens: Tensor, size: int, device: str
 ) -> None:
-    for rows in by_length(tower, tokens, size):
+    for rows in processes.dealt(by_length(tower, tokens, size)):
         short = tower.trim(tokens[rows])
         valid = torch.arange(short.shape[1]) < tower.lengths(short).unsqueeze(1)
         short = short.to(device)

@@ -16,6 +16,7 @@ import slsgu_cli
 from slsgu_cli.checkpoints.layers import Layer, layers_of, selected
 from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.directions import Moments, ensure_moments, layer_gradient
@@ -67,11 +68,15 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         along = moments if direction.whitens else None
         candidates = [layer for layer in layers if along is None or along.has(layer)]
         # Reading compares digests: the next layer is read while one is scored.
-        read = prefetch(partial(_gradients, store, pointer), candidates, ahead=1)
-        scored = (
-            _score(pointer, weights, layer, pair, options, along)
-            for layer, pair in zip(candidates, read, strict=True)
-        )
+        mine = processes.dealt(candidates)
+        read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
+        score_of = {
+            layer: _score(pointer, weights, layer, pair, options, along)
+            for layer, pair in zip(mine, read, strict=True)
+        }
+        for part in processes.gathered(score_of):
+            score_of |= part
+        scored = (score_of[layer] for layer in candidates)
         rows = _with_fronts([score for score in scored if score is not None])
         if options.direction is Direction.BOTH:
             rows = [replace(row, direction=direction) for row in rows]

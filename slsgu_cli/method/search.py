@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import device_name
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit
@@ -106,7 +107,7 @@ class StepSearch(Generic[T]):
         """Return the trial of a step: the one on file, else measured now."""
         key = move.line, step
         if key not in self.trials:
-            self.keep(key, move.measure(step))
+            self.keep(key, processes.agreed(move.measure(step)))
         return self.trials[key]
 
     def keep(self, key: Key, trial: T) -> None:
@@ -223,7 +224,7 @@ class LayerSearch(StepSearch[Trial]):
     def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
         """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
         if trial.utility is None:
-            left = self._meter.measure(probe, trial.step, beat=beat)
+            left = processes.agreed(self._meter.measure(probe, trial.step, beat=beat))
             trial = replace(
                 trial,
                 utility=left.utility if left else None,

@@ -18,6 +18,7 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -253,6 +254,7 @@ class UtilityMeter:
                 ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
                 hits = self._hits(name, led) if self.keep is Keep.EXPECTED else seen == 0
                 missed += float((1 - hits.double()).sum()) / len(group.images) / len(groups)
+            missed = processes.agreed(missed)
 
 
 Moves = Sequence[tuple[Probe, float]]

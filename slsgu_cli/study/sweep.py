@@ -2,14 +2,17 @@
 
 Every class is kept out of the retain set, so that all of them share one retain gradient,
 and all are searched on one base pass. What a class came to is recorded as soon as it is
-done: a sweep that was interrupted goes on with the first class that is missing.
+done: a sweep that was interrupted goes on with the first class that is missing. Several
+processes make what the classes share together, and then each its share of the classes.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
@@ -63,21 +66,51 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
         version=slsgu_cli.__version__,
     )
     path = Artifact.SWEEP.path(request.name)
-    recorded = resume(store, Artifact.SWEEP, request.name, fresh).rows
-    done = {row.name: row for row in recorded if _stands(store, row)}
+
+    def standing() -> dict[str, SweepRow]:
+        recorded = resume(store, Artifact.SWEEP, request.name, fresh).rows
+        return {row.name: row for row in recorded if _stands(store, row)}
+
+    done = processes.from_first(standing)
     reused = len(done)
     pending = [name for name in request.classes if name not in done]
-    for place, name in enumerate(pending, start=1):
-        progress.note(f"{place}/{len(pending)} {name}")
-        build_sets(store, request.of(name))
-        compute_gradients(store, name, model=None, options=request.gradients)
-        rank(store, name, options=request.ranking)
-    for result in search_each(store, pending, options=request.search):
-        done[result.trials.name] = _row(store, result)
+    for row in _rows(store, request, pending):
+        done[row.name] = row
         rows = tuple(done[name] for name in request.classes if name in done)
         store.write_record(path, replace(fresh, rows=rows))
-    rows = tuple(done[name] for name in request.classes)
+    rows = processes.from_first(lambda: tuple(done[name] for name in request.classes))
     return SweepResult(replace(fresh, rows=rows), reused)
+
+
+def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
+    """Do the job for each class that is left; yield what it came to, to the first process."""
+    mine = processes.dealt(pending)
+    others = [name for name in pending if name not in mine]
+    if pending and processes.count() > 1:
+        # What all classes share is made by all processes, with the first class.
+        first = pending[0]
+        processes.from_first(lambda: build_sets(store, request.of(first)))
+        compute_gradients(store, first, model=None, options=request.gradients)
+        rank(store, first, options=request.ranking)
+    leads = processes.is_first()
+    with processes.apart():
+        for place, name in enumerate(mine, start=1):
+            progress.note(f"{place}/{len(mine)} {name}")
+            build_sets(store, request.of(name))
+            compute_gradients(store, name, model=None, options=request.gradients)
+            rank(store, name, options=request.ranking)
+        for result in search_each(store, mine, options=request.search):
+            row = _row(store, result)
+            if not leads:
+                processes.post(row.name, row)
+                continue
+            yield row
+            while others and (posted := processes.posted(others[0], wait=False)):
+                yield posted
+                others.pop(0)
+    if leads:
+        for name in others:
+            yield processes.posted(name, wait=True)
 
 
 def require_swept(result: SweepResult) -> None:

@@ -214,12 +214,10 @@ class Stopping:
 
     def restore(self, sums):
         if self.kept is not None:
-            for value, kept in zip((sums.total, sums.turn, sums.losses), self.kept[0], strict=True):
-                value.copy_(kept)
-            sums.added, sums.done = self.kept[1:]
+            sums.go_on(*self.kept)
 
     def keep(self, sums):
-        values = [value.clone() for value in (sums.total, sums.turn, sums.losses)]
+        values = {name: value.copy() for name, value in sums.kept().items()}
         self.kept = values, sums.added, sums.done
         if sums.done == self.stop:
             raise KeyboardInterrupt

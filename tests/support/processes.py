@@ -38,7 +38,7 @@ def rows(tsv):
     return [[line.split("\t") for line in table.split("\n")] for table in tables]
 
 
-def _environment(extra):
+def environment(extra=None):
     left_out = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "SLSGU_STORE")
     own = {key: value for key, value in os.environ.items() if key not in left_out}
     return own | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | (extra or {})
@@ -49,7 +49,7 @@ def slsgu(*arguments, env=None, timeout=120, **options):
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.run(
         [*SLSGU, *map(str, arguments)],
-        text=True, timeout=timeout, env=_environment(env), **outputs,
+        text=True, timeout=timeout, env=environment(env), **outputs,
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
         [*program, *map(str, arguments)],
-        text=True, env=_environment(env),
+        text=True, env=environment(env),
         preexec_fn=lambda: interruptible(ignore), **outputs,
     )  # fmt: skip
 
