@@ -314,7 +314,7 @@ def _membership(
 
 
 def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]:
-    from slsgu_cli.verification.membership import exposure
+    from slsgu_cli.verification.training import exposure
 
     return (
         now.figure,

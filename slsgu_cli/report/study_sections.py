@@ -247,7 +247,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
-    from slsgu_cli.verification.membership import exposure
+    from slsgu_cli.verification.training import exposure
 
     before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
     if before is None or after is None:

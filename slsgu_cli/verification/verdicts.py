@@ -36,8 +36,8 @@ from slsgu_cli.verification.image_probes import (
     pairs_of,
     retrievals,
 )
-from slsgu_cli.verification.membership import CHANCE
 from slsgu_cli.verification.probes import TEMPLATE, LossRow, losses, most_harmed
+from slsgu_cli.verification.training import CHANCE
 
 # Of the original's FA@1: up to here it is forgotten, up to there it is partly back.
 KEPT, PARTLY = 0.1, 0.5

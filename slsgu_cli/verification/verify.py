@@ -45,7 +45,6 @@ from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
-from slsgu_cli.verification.membership import membership
 from slsgu_cli.verification.model import Gallery, ModelUnderTest, open_model
 from slsgu_cli.verification.probes import (
     nearest,
@@ -55,7 +54,7 @@ from slsgu_cli.verification.probes import (
     spelling,
     unseen_templates,
 )
-from slsgu_cli.verification.relearn import finetune, relearn
+from slsgu_cli.verification.training import finetune, membership, relearn
 
 ORIGINAL = "original"
 

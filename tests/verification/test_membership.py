@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from slsgu_cli.verification import membership
-from slsgu_cli.verification.membership import attack, fit
+from slsgu_cli.verification.training import _splits, attack, fit
 
 
 def sample(seed, size, *, shift=0.0, scale=1.0):
@@ -48,7 +47,7 @@ def test_an_attack_is_fixed_by_its_seed():
 
 def test_a_tenth_of_each_side_is_tested_on():
     for size, expected in ((50, {5}), (33, {3, 4}), (2, {0, 1})):
-        masks = membership._splits(size, np.random.default_rng(0))
+        masks = _splits(size, np.random.default_rng(0))
         sides = [mask.reshape(2, size).sum(axis=1) for mask in masks]
         assert {int(n) for side in sides for n in side} == expected
         assert {int(side.sum()) for side in sides} == {int(np.ceil(0.2 * size))}

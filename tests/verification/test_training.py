@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from slsgu_cli.method.gradient_pass import contrastive, sigmoid
 from slsgu_cli.verification.model import altered
-from slsgu_cli.verification.relearn import contrastive_of, cycled, new_name, schedule
+from slsgu_cli.verification.training import contrastive_of, cycled, new_name, schedule
 
 SCALE, BIAS = torch.tensor(12.0), torch.tensor(-3.0)
 

@@ -31,9 +31,8 @@ from slsgu_cli.verification.image_probes import (
     OTHERS,
     OWN_INDEX,
 )
-from slsgu_cli.verification.membership import CHANCE, Exposure, exposure
 from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
-from slsgu_cli.verification.relearn import OWN
+from slsgu_cli.verification.training import CHANCE, OWN, Exposure, exposure
 from slsgu_cli.verification.verdicts import Verdict, conclusion, rows, verdict
 
 

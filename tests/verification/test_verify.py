@@ -30,7 +30,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.image_probes import CLASSIFIERS
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
-from slsgu_cli.verification.relearn import OWN
+from slsgu_cli.verification.training import OWN
 from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(
