@@ -12,10 +12,15 @@ but for the table of models, made for the embedded CLIP.
 - images: `search` against the evaluation images, with 256 MiB for kept activations
 - layers: `search` against the layers searched, the front first
 - models: `grad` against the size of the model
+- processes: `grad`, the moments of `rank`, `search` and `sweep` in 1, 2 and 4 processes of
+  one thread, with what each sends to others; then what that comes to on 8 and 64 cards
 """
 
 import argparse
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -142,11 +147,93 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
+def swept(folder: Path, args: argparse.Namespace) -> list[str]:
+    """Return a sweep over four brands of the embedded CLIP."""
+    demo = Path(slsgu_cli.__file__).parent / "demo"
+    (folder / "classes.txt").write_text("facebook\ntwitter\ngithub\ngoogle\n")
+    return [
+        "sweep", "brands", "--classes", str(folder / "classes.txt"), "-m", EMBEDDED.name,
+        "-s", str(demo / "train.parquet"), "--retain-samples", str(args.pairs),
+        "--eval", f"brands={demo}/heldout.parquet?kind=brand", "--steps", "3",
+        "--direction", "gradient",
+    ]  # fmt: skip
+
+
+def timed_in(processes: int, store: Path, words: list[str]) -> tuple[float, float]:
+    """Return the seconds of a command in some processes, and the MB that each of them sent."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "slsgu_cli"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*command, *words, "-v", "--store", str(store)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    # A sweep that leaves a brand ends with 5, and torchrun then with 1.
+    if done.returncode not in (0, 5) and "no step forgets" not in done.stderr:
+        raise SystemExit(done.stderr)
+    sent = re.search(r"sent ([0-9.]+) MB", done.stderr)
+    return seconds, float(sent[1]) if sent else 0.0
+
+
+def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
+    """Time four commands, each on a copy of what came before it."""
+    synthetic_set(
+        store, "many", EMBEDDED, forget=64, retain=args.pairs,
+        evals={"made-up": (args.pairs, 100)}, device=args.device,
+    )  # fmt: skip
+    commands = {
+        "grad": ["grad", "many"],
+        "moments": ["rank", "many"],
+        "search": ["search", "many", "--steps", "4", "--direction", "gradient"],
+        "sweep": swept(Path(store.root), args),
+    }
+    rows = []
+    for what, words in commands.items():
+        alone = 0.0
+        for count in args.processes:
+            copy = Path(f"{store.root}-{count}")
+            shutil.copytree(store.root, copy)
+            seconds, sent = timed_in(count, copy, words)
+            alone = alone or seconds * count
+            rows.append({
+                "command": what, "processes": count, "seconds": round(seconds, 1),
+                "efficiency": round(alone / seconds / count, 2), "MB sent by each": sent,
+            })  # fmt: skip
+            if count < args.processes[-1]:
+                shutil.rmtree(copy)
+        shutil.rmtree(store.root)
+        copy.rename(store.root)
+    tell_of_cards(args)
+    return rows
+
+
+def tell_of_cards(args: argparse.Namespace) -> None:
+    """Print what `grad` can be expected to reach on cards, with the arithmetic."""
+    size = 4e6 * args.parameters
+    for cards in (8, 64):
+        share = -(-args.rows // cards)
+        turn = min(args.turn, share)
+        rounds = -(-args.rows // (turn * cards))
+        computing = rounds * turn / args.rate
+        sent = (rounds + 1) * size * (1 - 1 / cards)
+        sending = sent / (args.bandwidth * 1e9)
+        ideal = args.rows / cards / args.rate
+        print(
+            f"{cards} cards, {args.rows} pairs in {rounds} rounds of {turn} pairs a card: "
+            f"{rounds} * {turn} / {args.rate:g} = {computing:.2f} s of computing; "
+            f"({rounds} + 1) * {size / 1e6:.0f} MB * (1 - 1 / {cards}) = {sent / 1e6:.0f} MB sent "
+            f"by each at {args.bandwidth:g} GB/s = {sending:.3f} s; ideal {ideal:.2f} s; "
+            f"efficiency {ideal / (computing + sending):.2f}"
+        )
+
+
 TABLES = {
     "pairs": pairs_table,
     "images": images_table,
     "layers": layers_table,
     "models": models_table,
+    "processes": processes_table,
 }
 
 
@@ -157,6 +244,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["ViT-B-32", "ViT-L-14"])
     parser.add_argument("--pairs", type=int, default=32, help="retain rows in the table of models")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    cards = parser.add_argument_group("what is assumed of cards")
+    cards.add_argument("--parameters", type=float, default=151.3, help="millions; ViT-B-32")
+    cards.add_argument("--rows", type=int, default=65536, help="pairs of the retain set")
+    cards.add_argument("--rate", type=float, default=3000.0, help="pairs a second of one card")
+    cards.add_argument("--turn", type=int, default=1024, help="pairs that a card runs at once")
+    cards.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of each card")
     parser.add_argument("--measure", nargs=2, metavar=("STORE", "NAME"), help=argparse.SUPPRESS)
     parser.add_argument("--layers", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
