@@ -46,7 +46,7 @@ GROUPS = {
         "eval": ("steps", "Measure what is forgotten and what is kept."),
         "verify": ("verify", "Try to bring a forgotten concept back, and say what comes back."),
         "report": ("verify", "Write one HTML page: what was forgotten, how, at what cost."),
-        "compare": ("compare", "Compare with other unlearning methods (the paper's Table 1)."),
+        "compare": ("study", "Compare with other unlearning methods (the paper's Table 1)."),
     },
     "On a model built on CLIP": {
         "steer": ("downstream", "Find layer and step on a model built on CLIP itself."),

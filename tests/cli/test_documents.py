@@ -15,7 +15,6 @@ from places import ROOT
 from processes import inside
 
 from slsgu_cli.cli.app import COMMANDS
-from slsgu_cli.cli.compare import show_pipeline_comparison
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.downstream import (
     show_answer_set,
@@ -23,6 +22,7 @@ from slsgu_cli.cli.downstream import (
     show_generation,
     show_steered,
 )
+from slsgu_cli.cli.study import show_pipeline_comparison
 from slsgu_cli.downstream.search import SteerResult
 from slsgu_cli.method.search import search
 from slsgu_cli.records.codec import by_name, document

@@ -8,7 +8,7 @@ import pytest
 from processes import inside
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.compare import comparison_plot
+from slsgu_cli.cli.study import comparison_plot
 from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.comparison import better, compare, mean_rows
 from slsgu_cli.compare.methods import BaselineRunner
