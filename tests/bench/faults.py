@@ -12,12 +12,15 @@ A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then
   run to its end; `slsgu check` looks after each kill.
 - `pairs`: two processes build or grade the same set at once.
 - `full`, `readonly`: the store lies on a small tmpfs, or on one mounted read-only (needs root).
+- `s3`: the store lies on an S3 server on loopback; of its answers a tenth are 500, 503, closed
+  without a word or cut in the middle.
 
 What was lost, silent or unexpected must be 0; the script ends with exit code 1 otherwise.
 """
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -117,18 +120,19 @@ class Bench:
             if done.exit_code not in (0, 5):
                 raise SystemExit(f"{name}: {done.stderr}")
 
-    def line(self, name: str, store: Path) -> list[str]:
+    def line(self, name: str, store: Path | str) -> list[str]:
         """Return the words of a command on a store."""
-        words = self.words[name].format(out=store.parent / f"{store.name}-out").split()
+        words = self.words[name].format(out=self.folder / "out").split()
         return [*words, "--json", "--store", str(store)]
 
-    def run(self, name: str, store: Path) -> Any:
+    def run(self, name: str, store: Path | str) -> Any:
         """Run a command in this process."""
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
         return inside(*self.line(name, store))
 
-    def result(self, name: str, store: Path, done: Any) -> Any:
+    def result(self, name: str, done: Any) -> Any:
         """Return what a command came to: its exit code, its figures, the copy that it wrote."""
-        copy = store.parent / f"{store.name}-out" / "open_clip_model.safetensors"
+        copy = self.folder / "out" / "open_clip_model.safetensors"
         written = copy.read_bytes() if name == "apply" and copy.exists() else b""
         return done.exit_code, without_times(json.loads(done.stdout or "{}")), written
 
@@ -159,7 +163,8 @@ def contents(store: Path) -> dict[str, Any]:
             continue
         if path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
-                found[place] = {key: file.get_tensor(key).tobytes() for key in file.keys()}
+                names = sorted(file.keys())
+                found[place] = {name: file.get_tensor(name).tobytes() for name in names}
         elif path.suffix == ".json":
             found[place] = without_times(json.loads(path.read_bytes()))
         else:
@@ -179,15 +184,15 @@ def damage(bench: Bench, rng: random.Random, times: int, harm: Callable[[bytes],
                 shutil.rmtree(store / folder)
             if name not in expected:
                 with bench.copied(store) as other:
-                    expected[name] = bench.result(name, other, bench.run(name, other))
+                    expected[name] = bench.result(name, bench.run(name, other))
             files = sorted(path for path in (store / kind).rglob("*") if path.is_file())
             files = [path for path in files if not path.name.startswith("red.")]
             path = rng.choice(files)
             path.write_bytes(harm(path.read_bytes()))
             what = f"{path.relative_to(store)}, read by {name}"
-            seen = inside("check", "--store", store).exit_code == 3
+            seen = damaged(store)
             done = bench.run(name, store)
-            same = bench.result(name, store, done) == expected[name]
+            same = bench.result(name, done) == expected[name]
             told = done.exit_code in (3, 4) and "error:" in done.stderr
             outcome = "refused" if told else "same result" if same else "SILENT"
             if not seen:
@@ -229,7 +234,7 @@ def kills(bench: Bench, rng: random.Random, times: int) -> Count:
                 whole = done.exit_code in (0, 5) and contents(store) == expected
                 for code in codes:
                     outcome = "ended before" if code != -9 else "killed"
-                    bad = not whole or store in bench_damaged(store)
+                    bad = not whole or damaged(store)
                     outcome += "" if not bad else ", LOST"
                     count.add(outcome, f"{name}: {done.stderr[-200:]}", bad=bad)
     return count
@@ -237,7 +242,7 @@ def kills(bench: Bench, rng: random.Random, times: int) -> Count:
 
 def killed(bench: Bench, rng: random.Random, name: str, store: Path, span: float) -> int:
     """Kill a command some time after its start; return its exit code."""
-    process = start(*bench.line(name, store), env={"SLSGU_LEASE_SECONDS": "2"})
+    process = start(*bench.line(name, store))
     try:
         process.communicate(timeout=rng.uniform(0.2, 1.0) * span)
     except subprocess.TimeoutExpired:
@@ -246,9 +251,9 @@ def killed(bench: Bench, rng: random.Random, name: str, store: Path, span: float
     return process.returncode
 
 
-def bench_damaged(store: Path) -> list[Path]:
-    """Return the store if `check` finds anything damaged in it."""
-    return [store] if store.exists() and inside("check", "--store", store).exit_code == 3 else []
+def damaged(store: Path | str) -> bool:
+    """Return whether `check` finds anything damaged in a store."""
+    return inside("check", "--store", store).exit_code == 3
 
 
 def pairs(bench: Bench, _: random.Random, times: int) -> Count:
@@ -302,7 +307,7 @@ def full(bench: Bench, rng: random.Random, times: int) -> Count:
             done = bench.run(name, store)
             ended = done.exit_code in (0, 5)
             told = done.exit_code == 3 and "free some space" in done.stderr
-            whole = not bench_damaged(store)
+            whole = not damaged(store)
             subprocess.run(["mount", "-o", "remount,size=1g", place], check=True)
             again = bench.run(name, store)
             whole = whole and again.exit_code in (0, 5) and contents(store) == expected
@@ -331,9 +336,39 @@ def readonly(bench: Bench, _: random.Random, times: int) -> Count:
     return count
 
 
+def s3(bench: Bench, rng: random.Random, times: int) -> Count:
+    """Run the first commands on an S3 server that fails now and then, each on a fresh store."""
+    from s3_server import BUCKET, S3Server
+
+    count, server = Count(), S3Server()
+    os.environ |= server.environment | {"SLSGU_CACHE": str(bench.folder / "cache")}
+    faults = (500, 503, "drop", "cut")
+    try:
+        for number in range(times):
+            store = f"s3://{BUCKET}/{number}"
+            for name in ("build", "grad", "rank", "eval"):
+                server.faults = [
+                    rng.choice(faults) if rng.random() < 0.1 else None for _ in range(10_000)
+                ]
+                done = bench.run(name, store)
+                met = 10_000 - len(server.faults)
+                server.faults = []
+                whole = not damaged(store)
+                told = done.exit_code == 3 and "error:" in done.stderr
+                outcome = "ended" if done.exit_code == 0 else "told" if told else "UNEXPECTED"
+                outcome += "" if whole else ", LOST"
+                bad = not whole or not (told or done.exit_code == 0)
+                count.add(outcome, f"{name}: {met} requests: {done.stderr[-200:]}", bad=bad)
+                if told:
+                    bench.run(name, store)
+    finally:
+        server.stop()
+    return count
+
+
 PARTS = {
     "flips": (flips, 120), "cuts": (cuts, 30), "kills": (kills, 100), "pairs": (pairs, 25),
-    "full": (full, 12), "readonly": (readonly, 14),
+    "full": (full, 12), "readonly": (readonly, 14), "s3": (s3, 5),
 }  # fmt: skip
 
 
