@@ -36,6 +36,8 @@ REMEDY = "`slsgu check` says what mends it, and `slsgu check --repair` removes w
 # Where kinds of file systems say when a file was written.
 WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
 
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
 # Bytes that are written to see whether a disk is full.
 ROOM = 1 << 16
 Arrays = dict[str, npt.NDArray[Any]]
@@ -250,7 +252,9 @@ class Store:
             try:
                 save_file(arrays, partial, metadata)
             except SafetensorError as error:
-                raise OSError(str(error)) from error
+                # It says which error of the system it met in its text alone.
+                told = SYSTEM_ERROR.search(str(error))
+                raise OSError(int(told[1]) if told else 0, str(error)) from error
             # safetensors leaves its file readable by its owner alone; a store may be shared.
             Path(partial).chmod(mode)
 

@@ -420,3 +420,15 @@ def test_require_names_the_command_that_makes_it(store):
     assert caught.value.hint == "run `slsgu grad`"
     store.write_bytes("gradients/facebook.json", b"{}")
     require(store, "gradients/facebook.json", what="gradient", run="slsgu grad")
+
+
+def test_a_disk_that_is_full_is_told_whoever_wrote(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(InputError, match="No space left") as caught:
+        Store(str(tmp_path)).write_tensors("edits/a.safetensors", {}, ModelSpec("m"))
+    assert caught.value.hint.startswith("free some space")
