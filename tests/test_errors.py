@@ -48,6 +48,8 @@ def test_exit_codes_are_stable():
         "BAD_INPUT": 3,
         "STALE": 4,
         "NOT_FORGOTTEN": 5,
+        "HUNG_UP": 129,
         "INTERRUPTED": 130,
         "UNREAD": 141,
+        "TERMINATED": 143,
     }

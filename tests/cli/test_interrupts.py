@@ -135,7 +135,8 @@ def test_interrupted_search_goes_on_where_it_was(store, interrupt):
     assert not unfinished(store)
     assert not (store / "edits").exists()
     recorded = json.loads(trials.read_text())["trials"]
-    assert {trial["layer"] for trial in recorded} == {"visual.proj"}
+    assert len(recorded) == 7
+    assert {trial["layer"] for trial in recorded} == {"visual.proj", "text_projection"}
     again = inside(*words, store=store)
     assert again.exit_code == 0
     assert f"{len(recorded)} recorded trials were used again" in again.stderr

@@ -56,7 +56,7 @@ def any_record(kind):
         name: st.dictionaries(st.text(), JSON, max_size=2)
         if hint == dict[str, typing.Any]
         else st.from_type(hint)
-        for name, hint in hints.items()
+        for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind))
     }
     return st.builds(kind, **fields)
 

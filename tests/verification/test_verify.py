@@ -469,7 +469,7 @@ def test_in_json_every_table_is_there(verified, capsys):
     assert [row["classifier"] for row in document["told"]][::3] == list(CLASSIFIERS)
     assert [row["identical"] for row in document["index"]] == [0, 0]
     assert len(document["retrieval"]) == 4
-    found = document["conclusion of edit blue"]
+    (found,) = document["conclusions"]
     assert found["sentences"][-1].startswith("One layer of the image tower was changed")
     assert document["files"] == list(verified.files)
 
