@@ -135,8 +135,8 @@ class Remote:
                 self.fs.get_file(path, str(Path(folder, "copy")))
                 yield Path(folder, "copy")
             return
-        said = f"{self.fs.unstrip_protocol(path)}\n{self.fs.ukey(path)}"
-        with cached(said, lambda copy: self.fs.get_file(path, str(copy))) as copy:
+        identity = f"{self.fs.unstrip_protocol(path)}\n{self.fs.ukey(path)}"
+        with cached(identity, lambda copy: self.fs.get_file(path, str(copy))) as copy:
             yield copy
 
 
@@ -162,6 +162,7 @@ class _Answers:
         set_by_user = fsspec.config.conf.get("s3", {})
         session = AioSession(profile=set_by_user.get("profile"))
         session.register("needs-retry.s3", self.pause)
+        session.register("before-call.s3", _send_at_once)
         # botocore tries nothing again by itself: it would say nothing of it.
         retries = {"mode": "standard", "total_max_attempts": 1}
         ours = {"connect_timeout": CONNECT, "read_timeout": READ, "retries": retries}
@@ -201,13 +202,21 @@ class _Answers:
 
         if error is not None:
             # What was asked for says nothing of what is wrong.
-            said = re.sub(r"\?[^\s\"]*", "", first_lines(error))
-            return said if isinstance(error, NoConnection | HTTPClientError) else None
+            reason = re.sub(r"\?[^\s\"]*", "", first_lines(error))
+            return reason if isinstance(error, NoConnection | HTTPClientError) else None
         answer, content = response
         about = content.get("Error", {})
         if answer.status_code in PASSING or about.get("Code") in PASSING_CODES:
             return f"{answer.status_code} {about.get('Message') or about.get('Code') or ''}".strip()
         return None
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Let a request not ask first whether its content may come.
+
+    aiohttp forgets the time limit of an answer where such a question was answered just before.
+    """
+    params["headers"].pop("Expect", None)
 
 
 def _was_closed(error: Exception | None) -> bool:
@@ -407,8 +416,8 @@ def _written(holder: Holder) -> bytes:
 def read_holder(data: bytes) -> Holder:
     """Return who holds a lease; of one that says nothing, somebody."""
     try:
-        said = json.loads(data)
-        holder = Holder(**{field.name: said[field.name] for field in fields(Holder)})
+        content = json.loads(data)
+        holder = Holder(**{field.name: content[field.name] for field in fields(Holder)})
         if not (isinstance(holder.pid, int) and 0 < holder.seconds <= 10 * TERM):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -23,11 +23,13 @@ class S3Server:
 
     a status, "drop" (the connection is closed without an answer), "hang" (no answer while the
     client waits), "cut" (closed in the middle of the answer), or None for none. `requests` has
-    the method and path of each.
+    the method and path of each, `asked_first` counts those that ask whether their content may
+    come.
     """
 
     def __init__(self):
         self.faults, self.requests = [], []
+        self.asked_first = 0
         self.always = None
         self._ended = threading.Event()
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -49,6 +51,7 @@ class S3Server:
 
     def __call__(self, environ, start_response):
         self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        self.asked_first += "HTTP_EXPECT" in environ
         fault = self.faults.pop(0) if self.faults else self.always
         if fault is None:
             return self._moto(environ, start_response)
