@@ -66,7 +66,7 @@ GROUPS = {
 }
 # The commands that a launcher may start in several processes.
 IN_SEVERAL = {"grad", "rank", "search", "sweep"}
-COMMANDS = {name: said for group in GROUPS.values() for name, said in group.items()}
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # The functions of the commands whose rooms are loaded.
 _FUNCTIONS: dict[str, Callable[..., None]] = {}
@@ -148,8 +148,8 @@ class _Command(TyperCommand):
         """Take the words of a command. Raises UsageError."""
         with usage.explained(ctx):
             usage.check_words(ctx, args)
-            ctx.obj = found = usage.FromEnvironment.read(ctx, args)
-            return super().parse_args(ctx, [*found.words, *args])
+            ctx.obj = environment = usage.FromEnvironment.read(ctx, args)
+            return super().parse_args(ctx, [*environment.words, *args])
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the command's name: arguments by what stands for them."""
@@ -374,8 +374,8 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         from slsgu_cli.clip import processes
 
         common = {key: values.pop(key) for key in _COMMON}
-        found: usage.FromEnvironment = ctx.obj
-        words = Words(values, found.variables)
+        environment: usage.FromEnvironment = ctx.obj
+        words = Words(values, environment.variables)
         verbosity = -1 if common["quiet"] else int(common["verbose"])
         console = Console(name, verbosity=verbosity, as_json=common["as_json"])
         with Ending(console, debug=common["debug"]):
@@ -388,7 +388,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
                 contextlib.redirect_stderr(others),
                 progress.using(heard),
                 processes.together(),
-                _explained(found, options),
+                _explained(environment, options),
             ):
                 made = {key: each.make(words) for key, each in spread.items()}
                 store = processes.SharedStore(common["store"], waits=not common["no_wait"])
@@ -407,13 +407,13 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def _explained(found: usage.FromEnvironment, options: Sequence[Option]) -> Iterator[None]:
+def _explained(environment: usage.FromEnvironment, options: Sequence[Option]) -> Iterator[None]:
     """Name the variables of the options that an error is about."""
     try:
         yield
     except UsageError as error:
         names = {option.key: option.name for option in options}
-        raise found.explain(error, names) from error
+        raise environment.explain(error, names) from error
 
 
 def _heard(console: "Console") -> "tuple[Console, TextIO]":

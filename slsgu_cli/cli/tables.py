@@ -393,10 +393,10 @@ def checked(console: "Console", result: "Checked") -> None:
 
     _findings(console, "check", result.findings)
     counts = Counter(str(found.state) for found in result.findings if not found.removed)
-    told = ", ".join(f"{count} {state}" for state, count in counts.items()) or "all is well"
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items()) or "all is well"
     read = f"read {result.artifacts} artifacts, {_size(result.size)}"
     removed = sum(found.removed for found in result.findings)
-    console.note(f"{read}: {told}" + (f"; {removed} removed" if removed else ""))
+    console.note(f"{read}: {summary}" + (f"; {removed} removed" if removed else ""))
     damaged = result.left(State.DAMAGED)
     if not damaged:
         return

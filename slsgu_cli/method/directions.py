@@ -108,7 +108,7 @@ def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") ->
         except SlsguError:
             # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
             continue
-        if (header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data):
+        if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
             unseen.update(header.unseen)
     return Moments(store, places, frozenset(unseen), device)

@@ -6,6 +6,7 @@ under way are kept every half minute, and the same call goes on with them.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from shlex import quote
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 # Part of every gradient's address: a change in what is computed must change it.
 REVISION = 1
 
+# What one pass can leave in the store: the mean gradient, the mean of its squares.
+HEADERS: dict[Artifact, Any] = {
+    Artifact.GRADIENT: GradientHeader,
+    Artifact.SQUARES: SquaresHeader,
+}
+
 # Seconds between two writes of the sums of a pass, or so many times what one of them takes.
 KEEP_SECONDS = 30.0
 KEEP_SHARE = 30.0
@@ -54,6 +61,11 @@ class Gradient:
     loss: str
     data: DataRef
     digest: str
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.role} gradient {self.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +100,14 @@ def compute_gradients(
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
     gradients = _wanted(manifest, resolved, model_fingerprint, options)
-    missing, unsquared = processes.from_first(
-        lambda: (
-            [g for g in gradients if not _is_whole(store, g)],
-            [g for g in gradients if squares and not _has_squares(store, g)],
-        )
+    kinds = [kind for kind in HEADERS if squares or kind is Artifact.GRADIENT]
+    missing = processes.from_first(
+        lambda: {g.role: [kind for kind in kinds if not _stands(store, kind, g)] for g in gradients}
     )
-    wanted = [g for g in gradients if g in missing or g in unsquared]
     for gradient in gradients:
-        if gradient not in wanted:
-            progress.note(f"{gradient.role} gradient {gradient.digest}: in the store already")
+        if not missing[gradient.role]:
+            progress.note(f"{gradient.label}: in the store already")
+    wanted = [gradient for gradient in gradients if missing[gradient.role]]
     if wanted:
         check_inputs(manifest, resolved)
 
@@ -108,21 +118,18 @@ def compute_gradients(
 
     seconds = {}
     for gradient in wanted:
-        place = Artifact.GRADIENT.path(gradient.digest)
-        with held(store, place, what=f"{gradient.role} gradient {gradient.digest}"):
+        with held(store, Artifact.GRADIENT.path(gradient.digest), what=gradient.label):
             # Another command may have computed it meanwhile.
-            squared = Artifact.SQUARES.path(gradient.digest)
-            if gradient in missing and processes.agreed(store.stands(place, GradientHeader)):
-                missing.remove(gradient)
-            if gradient in unsquared and processes.agreed(store.stands(squared, SquaresHeader)):
-                unsquared.remove(gradient)
-            if gradient not in [*missing, *unsquared]:
-                progress.note(
-                    f"{gradient.role} gradient {gradient.digest}: another process computed it"
-                )
+            left = missing[gradient.role] = [
+                kind
+                for kind in missing[gradient.role]
+                if not processes.agreed(store.stands(kind.path(gradient.digest), HEADERS[kind]))
+            ]
+            if not left:
+                progress.note(f"{gradient.label}: another process computed it")
                 continue
             start = perf_counter()
-            job().compute(gradient, plain=gradient in missing, squares=gradient in unsquared)
+            job().compute(gradient, left)
             seconds[gradient.role] = perf_counter() - start
     pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
     store.write_record(Artifact.POINTER.path(name), pointer)
@@ -135,8 +142,10 @@ def compute_gradients(
     return GradResult(
         pointer,
         headers,
-        computed=tuple(g.role for g in missing),
-        squared=tuple(g.role for g in unsquared) if squares else None,
+        computed=tuple(role for role, kinds in missing.items() if Artifact.GRADIENT in kinds),
+        squared=tuple(role for role, kinds in missing.items() if Artifact.SQUARES in kinds)
+        if squares
+        else None,
         seconds=seconds,
     )
 
@@ -163,18 +172,10 @@ def _pointer(
     )
 
 
-def _is_whole(store: Store, gradient: Gradient) -> bool:
-    return _stands(store, Artifact.GRADIENT.path(gradient.digest), GradientHeader)
-
-
-def _has_squares(store: Store, gradient: Gradient) -> bool:
-    return _stands(store, Artifact.SQUARES.path(gradient.digest), SquaresHeader)
-
-
-def _stands(store: Store, path: str, kind: type[Any]) -> bool:
+def _stands(store: Store, kind: Artifact, gradient: Gradient) -> bool:
     """Return whether a file can be used; one that is damaged is to be made again."""
     try:
-        store.read_header(path, kind)
+        store.read_header(kind.path(gradient.digest), HEADERS[kind])
     except MissingError:
         return False
     except (InputError, StaleError) as error:
@@ -327,7 +328,7 @@ class _Job:
     model_fingerprint: str
     options: PassOptions
 
-    def compute(self, gradient: Gradient, *, plain: bool, squares: bool) -> None:
+    def compute(self, gradient: Gradient, kinds: Collection[Artifact]) -> None:
         """Compute and store a gradient, its squares, or both in one pass."""
         from slsgu_cli.method.gradient_pass import GradientPass
         from slsgu_cli.store.blocks import DataBlock
@@ -342,14 +343,14 @@ class _Job:
         )
         label = f"{gradient.role} gradient"
         kept = KeptSums(self.store, gradient, run.options.device)
-        if squares:
+        if Artifact.SQUARES in kinds:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, -(-block.rows // size))
             path = Artifact.SQUARES.path(gradient.digest)
             self.store.write_tensors(path, squared, about, keep_first=True)
         else:
             arrays, mean_loss = run.run(block, label, kept)
-        if plain:
+        if Artifact.GRADIENT in kinds:
             header = self._header(gradient, -(-block.rows // size), mean_loss)
             path = Artifact.GRADIENT.path(gradient.digest)
             self.store.write_tensors(path, arrays, header, keep_first=True)

@@ -172,7 +172,10 @@ def _checked(value: Any, *kinds: type) -> Any:
 
 def canonical_json(value: Any, *, sparse: bool = False) -> str:
     """Return one JSON text per value: keys sorted, no white space."""
-    encoded = encode(value, sparse=sparse)
+    return _compact(encode(value, sparse=sparse))
+
+
+def _compact(encoded: Any) -> str:
     return json.dumps(encoded, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -203,7 +206,7 @@ def is_sealed(content: Any) -> bool:
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(_unsealed(content)).encode()).hexdigest()
+    return hashlib.sha256(_compact(_unsealed(content)).encode()).hexdigest()
 
 
 def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,10 @@ class MomentHeader:
         """Return in words what it was made from."""
         return {"layers": str(len(self.layers)), "rows": str(self.rows)}
 
+    def is_of(self, pointer: GradientPointer) -> bool:
+        """Return whether it is of the model and the retain rows of a set's gradients."""
+        return (self.model, self.data) == (pointer.model_fingerprint, pointer.retain_data)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerScore:

@@ -57,7 +57,11 @@ class Artifact(StrEnum):
 
     def path(self, name: str) -> str:
         """Return where the artifact `name` lies in a store. Raises UsageError."""
-        return f"{self.beside(check_name(name))}{TABLE[self].suffix}"
+        return self.place(check_name(name))
+
+    def place(self, name: str) -> str:
+        """Return where an artifact lies whose name comes from the store, as it is."""
+        return f"{self.beside(name)}{TABLE[self].suffix}"
 
     def beside(self, name: str) -> str:
         """Return the folder of the files that belong to the record `name`."""

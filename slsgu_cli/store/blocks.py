@@ -321,8 +321,8 @@ class BlockWriter:
             self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
         _add_measured(self._content, tokens, labels, attributes)
         fingerprint = self._content.hexdigest()[:24]
-        said = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
-        self._group.attrs.update(sealed(attributes | said | {LAYOUT: _layout(self._group)}))
+        content = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
+        self._group.attrs.update(sealed(attributes | content | {LAYOUT: _layout(self._group)}))
         return fingerprint
 
     def close(self) -> None:

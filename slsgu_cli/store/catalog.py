@@ -51,7 +51,7 @@ class Catalog:
     def read(self, kind: Artifact, name: str) -> Any:
         """Return a record, the error that reading it raised, or None where there is none."""
         if (kind, name) not in self._records:
-            row, path = TABLE[kind], kind.beside(name) + TABLE[kind].suffix
+            row, path = TABLE[kind], kind.place(name)
             reader = self.store.read_record if row.suffix == ".json" else self.store.read_header
             try:
                 self._records[kind, name] = reader(path, row.record)
@@ -218,8 +218,7 @@ def _missing_gradient(catalog: Catalog, _name: str, pointer: GradientPointer) ->
 def _without_set(catalog: Catalog, name: str, header: Any) -> Verdict | None:
     pointers = catalog.readable(Artifact.POINTER).values()
     if isinstance(header, MomentHeader):
-        made_from = (header.model, header.data)
-        used = any((p.model_fingerprint, p.retain_data) == made_from for p in pointers)
+        used = any(header.is_of(pointer) for pointer in pointers)
         reason = "no set's gradients are of this model and these retain rows"
     else:
         used = any(name in (p.forget, p.retain) for p in pointers)
@@ -296,7 +295,7 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
     """Yield an entry for every artifact that carries a record."""
     for kind, row in TABLE.items():
         for name, record in catalog.all(kind).items() if row.record_name else ():
-            path = kind.beside(name) + row.suffix
+            path = kind.place(name)
             size = _size(catalog.store, path)
             if row.has_folder:
                 size += _size(catalog.store, kind.beside(name))
@@ -319,7 +318,7 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
         for role, ref in manifest.blocks().items():
             users.setdefault(ref.path, []).append(f"{manifest.name} ({role})")
     for name in kind.names(store):
-        path = kind.beside(name) + TABLE[kind].suffix
+        path = kind.place(name)
         made_from = {"for": ", ".join(users[path])} if path in users else {}
         state, reason = GOOD
         try:
@@ -338,7 +337,7 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
 def _plots(store: Store) -> Iterator[Entry]:
     kind = Artifact.PLOT
     for name in kind.names(store):
-        path = kind.beside(name) + TABLE[kind].suffix
+        path = kind.place(name)
         yield Entry(kind, name, path, _size(store, path), {})
 
 

@@ -11,7 +11,6 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError, near
@@ -20,7 +19,7 @@ from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
 from slsgu_cli.store.catalog import Catalog, Entry, Standing, contents, entries
-from slsgu_cli.store.files import PARTIAL, writer_lives
+from slsgu_cli.store.files import UNFINISHED, writer_lives
 from slsgu_cli.store.sharing import FOLDER, read_holder
 from slsgu_cli.store.store import Store
 
@@ -187,14 +186,14 @@ class _Check:
                     self.catalog.get(kind, each)
                     for kind, each in ((Artifact.POINTER, name), (Artifact.MOMENTS, entry.name))
                 )
-                return bool(pointer and header) and _is_of(header, pointer)
+                return bool(pointer and header and header.is_of(pointer))
         return False
 
     def of_entry(self, entry: Entry) -> Iterator[Finding]:
         """Read all of an entry, and yield what is wrong with it."""
         error = self._unreadable(entry)
         if isinstance(error, ForeignError | StaleError):
-            yield self._found(entry, State.FOREIGN, error.message)
+            yield self._finding(entry, State.FOREIGN, error.message)
             return
         if entry.kind is Artifact.UNFINISHED:
             yield self._of_unfinished(entry)
@@ -208,14 +207,14 @@ class _Check:
         except SlsguError as damage:
             self._damaged.add(entry.path)
             made_again = self._is_made_again(entry.kind, entry.name)
-            found = self._found(entry, State.DAMAGED, _why(damage))
+            found = self._finding(entry, State.DAMAGED, _why(damage))
             yield replace(found, mend=self._maker(entry), removable=made_again)
             return
         if entry.state is not Standing.OK:
             mend = "slsgu gc" if entry.state is Standing.UNREFERENCED else self._maker(entry)
-            yield replace(self._found(entry, State(entry.state), entry.reason or ""), mend=mend)
+            yield replace(self._finding(entry, State(entry.state), entry.reason or ""), mend=mend)
         if not has_digest:
-            yield self._found(entry, State.NO_DIGEST, "it was written before there were digests")
+            yield self._finding(entry, State.NO_DIGEST, "it was written before there were digests")
 
     def unused(self, entry: Entry) -> Iterator[Finding]:
         """Yield an entry if nothing refers to it, damaged or not; nothing of it is read."""
@@ -229,7 +228,7 @@ class _Check:
         }.get(entry.kind)
         damaged = entry.state is Standing.DAMAGED and users is not None and not users()
         if damaged or entry.state is Standing.UNREFERENCED:
-            found = self._found(entry, State.UNREFERENCED, entry.reason or "")
+            found = self._finding(entry, State.UNREFERENCED, entry.reason or "")
             yield replace(found, removable=True)
 
     def repaired(self, finding: Finding, *, irreplaceable: bool) -> Finding:
@@ -270,7 +269,7 @@ class _Check:
             mend = "slsgu check --repair" if dead else None
             yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, dead)
 
-    def _found(self, entry: Entry, state: State, reason: str) -> Finding:
+    def _finding(self, entry: Entry, state: State, reason: str) -> Finding:
         return Finding(state, entry.kind, entry.name, entry.path, entry.size, reason)
 
     def _unreadable(self, entry: Entry) -> SlsguError | None:
@@ -292,25 +291,24 @@ class _Check:
     def _of_unfinished(self, entry: Entry) -> Finding:
         """Return a write that is not complete; that of a dead process is nobody's."""
         name = entry.path.rpartition("/")[2]
-        arriving = entry.path == Artifact.DATA.beside(Path(name).stem) + TABLE[Artifact.DATA].suffix
-        if not (arriving or name.startswith((PARTIAL, ".tmp"))):
+        arriving = entry.path == Artifact.DATA.place(Path(name).stem)
+        if not (arriving or name.startswith(UNFINISHED)):
             return self._of_sums(entry)
         lives = writer_lives(name)
         if lives is None:
             lives = _last_change(self.store, entry.path) > time.time() - ABANDONED_SECONDS
         if lives:
-            return self._found(entry, State.UNFINISHED, UNDER_WAY)
-        found = self._found(entry, State.UNFINISHED, "the process that wrote it is gone")
+            return self._finding(entry, State.UNFINISHED, UNDER_WAY)
+        found = self._finding(entry, State.UNFINISHED, "the process that wrote it is gone")
         return replace(found, mend="slsgu check --repair", removable=True)
 
     def _of_sums(self, entry: Entry) -> Finding:
         """Return work that the same command goes on with, unless nothing is left of it to do."""
-        found = self._found(entry, State.UNFINISHED, entry.reason or "")
-        if entry.path != Artifact.SUMS.beside(entry.name) + TENSORS:
+        found = self._finding(entry, State.UNFINISHED, entry.reason or "")
+        if entry.path != Artifact.SUMS.place(entry.name):
             return found
-        gradient = Artifact.GRADIENT.beside(entry.name) + TENSORS
         old = _last_change(self.store, entry.path) < time.time() - FORGOTTEN_SECONDS
-        done = self.store.exists(gradient)
+        done = self.store.exists(Artifact.GRADIENT.place(entry.name))
         if done or old or entry.state is Standing.DAMAGED:
             why = "its gradient is complete" if done else "nobody went on with it"
             reason = entry.reason if entry.state is Standing.DAMAGED else why
@@ -348,9 +346,7 @@ class _Check:
                 return f"{Artifact.POINTER.command(users[0])}{squares}" if users else None
             case Artifact.MOMENTS:
                 header = self.catalog.get(entry.kind, entry.name)
-                users = [
-                    n for n, p in self._pointers.items() if header is None or _is_of(header, p)
-                ]
+                users = [n for n, p in self._pointers.items() if header is None or header.is_of(p)]
                 return Artifact.RANKING.command(users[0]) if users else None
             case Artifact.SET if self._unreadable(entry) is None:
                 return _replay(entry.name)
@@ -366,7 +362,7 @@ class _Check:
         """
         match kind:
             case Artifact.DATA:
-                users = self._users(kind.beside(name) + BLOCK)
+                users = self._users(kind.place(name))
                 return any(self._has_sources(self._sets[user]) for user in users)
             case Artifact.GRADIENT | Artifact.SQUARES:
                 return any(self._is_graded_again(user) for user in self._pointers_to(name))
@@ -430,11 +426,6 @@ def _why(damage: SlsguError) -> str:
 
 def _file_size(path: Path) -> int:
     return Store(str(path.parent)).size(path.name)
-
-
-def _is_of(header: Any, pointer: GradientPointer) -> bool:
-    """Return whether moments are of the model and the retain rows of gradients."""
-    return bool((header.model, header.data) == (pointer.model_fingerprint, pointer.retain_data))
 
 
 def _replay(name: str) -> str:

@@ -53,17 +53,19 @@ def remedy(error: OSError, otherwise: str) -> str:
 
 def partial_name(name: str) -> str:
     """Return a fresh name under which this process writes what will be called `name`."""
-    own = hashlib.sha256(machine().encode()).hexdigest()[:8] if machine() else "unknown"
-    return f"{PARTIAL}{own}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
+    return f"{PARTIAL}{_machine_digest()}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def writer_lives(partial: str) -> bool | None:
     """Return whether the process that writes under a partial name lives; None if none can tell."""
     there, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
-    own = hashlib.sha256(machine().encode()).hexdigest()[:8]
     return process_lives(
-        machine() if there == own else "", int(process) if process.isdecimal() else 0
+        machine() if there == _machine_digest() else "", int(process) if process.isdecimal() else 0
     )
+
+
+def _machine_digest() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8] if machine() else "unknown"
 
 
 @functools.cache
@@ -209,10 +211,10 @@ def safetensors_header(read: Callable[[int, int], bytes], size: int) -> tuple[di
 HASHED = 4 << 20
 
 
-def content_digest(said: str, data: memoryview) -> str:
-    """Return the SHA-256 of `said` and of the SHA-256 digests of each 4 MiB of bytes."""
+def content_digest(header: str, data: memoryview) -> str:
+    """Return the SHA-256 of `header` and of the SHA-256 digests of each 4 MiB of bytes."""
     parts = [data[start : start + HASHED] for start in range(0, len(data), HASHED)]
-    whole = hashlib.sha256(said.encode())
+    whole = hashlib.sha256(header.encode())
     if len(parts) == 1:
         whole.update(hashlib.sha256(parts[0]).digest())
     elif parts:
@@ -231,14 +233,14 @@ RECENT = 60.0
 
 
 @contextlib.contextmanager
-def cached(said: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
+def cached(identity: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
     """Yield a copy of what is elsewhere, fetched unless it was before.
 
-    It is called by a digest of what is `said` of it: its address and state. Where the cache
+    It is called by a digest of its `identity`: its address and state. Where the cache
     cannot be written, the copy is gone after the block.
     """
     folder = cache_folder()
-    copy = folder / hashlib.sha256(said.encode()).hexdigest()
+    copy = folder / hashlib.sha256(identity.encode()).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if copy.exists():

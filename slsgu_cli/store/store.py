@@ -253,8 +253,8 @@ class Store:
                 save_file(arrays, partial, metadata)
             except SafetensorError as error:
                 # It says which error of the system it met in its text alone.
-                told = SYSTEM_ERROR.search(str(error))
-                raise OSError(int(told[1]) if told else 0, str(error)) from error
+                number = SYSTEM_ERROR.search(str(error))
+                raise OSError(int(number[1]) if number else 0, str(error)) from error
             # safetensors leaves its file readable by its owner alone; a store may be shared.
             Path(partial).chmod(mode)
 
@@ -318,7 +318,7 @@ class Store:
         with self._tensor_file(path, fresh=True) as (place, file):
             for name in sorted(file.keys()):
                 self._tensor(place, file, name)
-            return is_sealed(parse_json((file.metadata() or {}).get(HEADER, "null")))
+            return is_sealed(_header_of(file))
 
     @contextmanager
     def _tensor_file(self, path: str, *, fresh: bool = False) -> Iterator[tuple[Path, Any]]:
@@ -350,8 +350,7 @@ class Store:
         state = (place, status.st_ino, status.st_size, status.st_mtime_ns)
         digests = self._uncompared.get(state)
         if digests is None:
-            header = parse_json((file.metadata() or {}).get(HEADER, "null"))
-            digests = self._uncompared[state] = _digests_in(header, file.keys())
+            digests = self._uncompared[state] = _digests_in(_header_of(file), file.keys())
         array: npt.NDArray[Any] = file.get_tensor(name)
         if name in digests and _tensor_digest(array) != digests[name]:
             raise ValueError(f"{name} is not what its digest was made of")
@@ -417,6 +416,11 @@ class Store:
                 hint="the record that says so is damaged or of others; make it again",
             )
         return f"{self.root}/{path}" if path else self.root
+
+
+def _header_of(file: Any) -> Any:
+    """Return the header of an open safetensors file; None where it has none of ours."""
+    return parse_json((file.metadata() or {}).get(HEADER, "null"))
 
 
 def _tensor_digest(array: npt.NDArray[Any]) -> str:
