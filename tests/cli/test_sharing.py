@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import inside, start, start_held
+from forked import Forked
+from processes import environment, inside, start_held
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def waits_for(process, text):
 
 def test_a_gradient_that_another_process_computes_is_waited_for(ungraded):
     first = start_held(*grad(ungraded), at=COMPUTE)
-    second = start(*grad(ungraded))
+    second = Forked(grad(ungraded), environment())
     said = waits_for(second, "waiting for it")
     assert f"process {first.pid} on {socket.gethostname()} has been at it since 20" in said
     assert "(--no-wait computes it anyway)" in said

@@ -4,15 +4,14 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import termios
-from pathlib import Path
 
 from documents import validated
+from forked import Forked, interruptible
 from typer.testing import CliRunner
 
 from slsgu_cli.cli.app import app
@@ -69,26 +68,7 @@ def start_held(*arguments, at, call=1, ignore=None, env=None):
     `at` names the function as "module:name". The command goes on when its stdin is closed,
     as `communicate` does. It is started with the signal `ignore` ignored.
     """
-    reached, tell = os.pipe()
-    held = (sys.executable, str(Path(__file__).with_name("held.py")), str(tell), at, str(call))
-    process = start(
-        *arguments, program=held, ignore=ignore, env=env, stdin=subprocess.PIPE, pass_fds=[tell]
-    )
-    os.close(tell)
-    with os.fdopen(reached, "rb") as pipe:
-        if not pipe.read(1):
-            raise AssertionError((f"ended before call {call} of {at}", *process.communicate()))
-    return process
-
-
-def interruptible(ignore=None):
-    """Let signals do what they do by default, also where the tests run in the background.
-
-    A shell without job control starts what it puts there with SIGINT ignored, and who ignores
-    a signal starts children that do.
-    """
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, signal.SIG_IGN if sign == ignore else signal.SIG_DFL)
+    return Forked(arguments, environment(env), at=at, call=call, ignore=ignore)
 
 
 def on_terminal(*arguments, columns=80, env=None, both=False):
