@@ -244,6 +244,12 @@ def _features(weight_sets: Sequence[WeightSet], config: dict[str, Any]) -> ReadF
     layers = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     weights, place = _towers(weight_sets, Tower.VISION)[0]
     layers = layers if isinstance(layers, list) else [layers]
+    if not layers or not all(type(layer) is int for layer in layers):
+        raise InputError(
+            f"the configuration of {weights.path.parent} is not valid: its vision layer "
+            f"cannot be {layers!r:.80}",
+            hint="get the model again, or correct its configuration",
+        )
     return vision_features(layers, weights.blocks(place))
 
 

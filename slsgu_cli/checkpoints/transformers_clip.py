@@ -104,12 +104,11 @@ def check_config(of: str, model: Mapping[str, Any], preprocess: Mapping[str, Any
 
     Raises InputError.
     """
+    for name in ("vision_cfg", "text_cfg"):
+        if not isinstance(model.get(name), dict):
+            raise _wrong(of, name, model.get(name))
     for part in (model, model["vision_cfg"], model["text_cfg"]):
-        for name in SIZES:
-            # A ResNet says that it has no patches.
-            silent = name not in part or (name == "patch_size" and part[name] is None)
-            if not silent and not _is_size(name, part[name]):
-                raise _wrong(of, name, part[name])
+        _check_sizes(of, part)
     for name in ("mean", "std"):
         values = preprocess[name]
         figures = isinstance(values, list | tuple) and len(values) == 3
@@ -121,6 +120,14 @@ def check_config(of: str, model: Mapping[str, Any], preprocess: Mapping[str, Any
     fill = preprocess.get("fill_color", 0)
     if type(fill) is not int or not 0 <= fill <= 255:
         raise _wrong(of, "fill_color", fill)
+
+
+def _check_sizes(of: str, part: Mapping[str, Any]) -> None:
+    for name in SIZES:
+        # A ResNet says that it has no patches.
+        silent = name not in part or (name == "patch_size" and part[name] is None)
+        if not silent and not _is_size(name, part[name]):
+            raise _wrong(of, name, part[name])
 
 
 def check_size(model: Mapping[str, Any], nbytes: int) -> None:

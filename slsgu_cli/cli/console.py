@@ -1,5 +1,6 @@
 """What the user sees: results on stdout, everything else on stderr."""
 
+import errno
 import json
 import math
 import os
@@ -376,6 +377,8 @@ def _hint(error: OSError) -> str:
         return "it went away meanwhile; look for it, and for the folder that this runs in"
     if isinstance(error, PermissionError):
         return "have this user be allowed to use it, or name another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
     if isinstance(error, ConnectionError | TimeoutError):
         return "check the connection and try again"
     return "look at the file or folder, and at the disk it lies on"

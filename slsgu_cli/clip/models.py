@@ -409,7 +409,8 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         if not Path(name).is_file():
             raise MissingError(f"there is no architecture file {name}")
         try:
-            parse_json(Path(name).read_bytes())
+            # What open_clip cannot read would be read again by all that follows.
+            _require_towers(parse_json(Path(name).read_bytes()))
             open_clip.add_model_config(name)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{name} is no architecture of open_clip: {error}") from error
@@ -430,6 +431,13 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
             "or a CLIPModel folder of transformers",
         )
     return name, config
+
+
+def _require_towers(config: Any) -> None:
+    """Raise ValueError unless a model_cfg has what makes it one."""
+    for name in ("embed_dim", "vision_cfg", "text_cfg"):
+        if not isinstance(config, dict) or name not in config:
+            raise ValueError(f"it has no {name}")
 
 
 def _defaults() -> dict[str, Any]:

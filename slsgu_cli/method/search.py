@@ -7,6 +7,7 @@ model that is built on it.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import device_name
-from slsgu_cli.errors import NotForgottenError
+from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit
 from slsgu_cli.method.scoring import best, kept, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
@@ -57,6 +58,9 @@ Line = tuple[str, float | None]
 Key = tuple[Line, float]
 
 NO_BAR = float("-inf")
+
+# Seconds between two writes of the trials: to write all of them takes as long as to try one.
+WRITE_SECONDS = 1.0
 
 # Points of mean TA@1 that sparing a class may cost: its few rows say less than all of them.
 PRICE_OF_SPARING = 0.25
@@ -271,6 +275,7 @@ class SetSearch(LayerSearch):
         self.earlier = earlier
         self.reused = len(self.trials)
         self._took: PassTime | None = None
+        self._written, self._on_file = perf_counter(), True
 
     @property
     def record(self) -> Trials:
@@ -281,11 +286,35 @@ class SetSearch(LayerSearch):
     def write(self) -> None:
         """Put the trials so far on file."""
         self.records.write_record(self.file, self.record)
+        self._written, self._on_file = perf_counter(), True
 
     def keep(self, key: Key, trial: Trial) -> None:
-        """Put a trial on file at once: an interrupted search loses none."""
+        """Keep a trial; a killed search loses those of a second, an interrupted one none."""
         super().keep(key, trial)
-        self.write()
+        self._on_file = False
+        if perf_counter() - self._written >= WRITE_SECONDS:
+            self.write()
+
+    def trial(self, move: Move[Trial], step: float) -> Trial:
+        """Return the trial of a step: the one on file, else measured now."""
+        with self._kept():
+            return super().trial(move, step)
+
+    def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
+        """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
+        with self._kept():
+            return super().with_utility(probe, trial, beat=beat)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Put the trials on file that are not, where a block is left by an exception."""
+        try:
+            yield
+        except BaseException:
+            if not self._on_file:
+                with suppress(SlsguError):
+                    self.write()
+            raise
 
     def choose_standing(self) -> Trial:
         """Return the best step that brings back nothing of what earlier edits forget.
@@ -324,6 +353,15 @@ class SetSearch(LayerSearch):
         `reported` opens the rows that the edit is reported on, once it is chosen. `started` is
         when the search began, by `perf_counter`, if all that it took is to be on record.
         """
+        with self._kept():
+            return self._run(probes, reported, started)
+
+    def _run(
+        self,
+        probes: "Iterable[Probe]",
+        reported: "Callable[[], SharedEvaluation]",
+        started: float | None,
+    ) -> SearchResult:
         from slsgu_cli.method.trial import report
 
         for probe in probes:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -118,12 +119,27 @@ def expand(source: Source) -> list[str]:
                 hint="check the name, the connection and the leave to read it",
             ) from error
         if not matches:
+            _require_access(source, fs, inner)
             raise MissingError(
                 f"no file matches source {pattern}", hint="check the path; quote wild cards"
             )
         local = "file" in fs.protocol
         paths.extend(str(path) if local else str(fs.unstrip_protocol(path)) for path in matches)
     return paths
+
+
+def _require_access(source: Source, fs: Any, inner: str) -> None:
+    """Refuse a local path that this user may not look at: it would pass for one not there."""
+    if "file" in fs.protocol:
+        try:
+            Path(inner).stat()
+        except PermissionError as error:
+            raise InputError(
+                f"cannot open source {source.text}: {error.strerror}",
+                hint="have this user be allowed to read it and the folders that it lies in",
+            ) from error
+        except (OSError, ValueError):
+            return
 
 
 def _ranges(path: str) -> list[str]:

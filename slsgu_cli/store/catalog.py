@@ -12,7 +12,7 @@ from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.codec import digest, is_sealed, parse_json
-from slsgu_cli.records.method import GradientPointer, MomentHeader
+from slsgu_cli.records.method import EditHeader, GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
@@ -228,6 +228,16 @@ def _without_set(catalog: Catalog, name: str, header: Any) -> Verdict | None:
     return Standing.UNREFERENCED, reason
 
 
+def _foreign_layer(catalog: Catalog, _name: str, edit: EditHeader) -> Verdict | None:
+    """Tell of an edit whose layer the model of its gradient has not."""
+    gradient = catalog.get(Artifact.GRADIENT, edit.gradient)
+    names = gradient.weights if gradient else ()
+    # A third of a fused weight is called by the name of the weight, with a letter behind.
+    if not names or edit.layer in names or edit.layer.rpartition(".")[0] in names:
+        return None
+    return Standing.DAMAGED, f"it names {edit.layer}, and {edit.model} has no such layer"
+
+
 def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | None:
     for row in sweep.rows:
         pointer = catalog.get(Artifact.POINTER, row.name)
@@ -255,6 +265,7 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.MOMENTS: _without_set,
     Artifact.SQUARES: _without_set,
     Artifact.SUMS: _under_way,
+    Artifact.EDIT: _foreign_layer,
     Artifact.SWEEP: _other_gradient,
     Artifact.VERIFICATION: _other_edit,
 }

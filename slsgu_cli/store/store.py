@@ -6,6 +6,7 @@ and two processes may share a store: the last complete write of a name stands.
 """
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -60,8 +61,18 @@ class Store:
         self.is_lasting = "memory" not in self._remote.protocols
         # By file, the digests of tensors that have not been compared with them yet.
         self._uncompared: dict[tuple[Any, ...], dict[str, str]] = {}
-        if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
-            raise InputError(f"the store {url} is a file, not a folder", hint="--store FOLDER")
+        if self.is_local and Path(self.root).exists():
+            self._require_folder()
+
+    def _require_folder(self) -> None:
+        """Refuse what is no folder, or one that may not be read: it would pass for empty."""
+        if not Path(self.root).is_dir():
+            raise InputError(f"the store {self.url} is a file, not a folder", hint="--store FOLDER")
+        if not os.access(self.root, os.R_OK | os.X_OK):
+            raise InputError(
+                f"the store {self.url} may not be read by this user",
+                hint=f"have it be allowed to, or {ELSEWHERE}",
+            )
 
     def opened(self, path: str) -> tuple[Any, str]:
         """Return a file system for asynchronous use, and the full path of `path` on it."""

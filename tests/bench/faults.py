@@ -13,7 +13,8 @@ A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then
 - `pairs`: two processes build or grade the same set at once.
 - `full`, `readonly`: the store lies on a small tmpfs, or on one mounted read-only (needs root).
 - `s3`: the store lies on an S3 server on loopback; of its answers a tenth are 500, 503, closed
-  without a word or cut in the middle.
+  without a word or cut in the middle;
+- `models`: a file of a model is damaged, in every layout that is read, and a command loads it.
 
 What was lost, silent or unexpected must be 0; the script ends with exit code 1 otherwise.
 """
@@ -367,9 +368,28 @@ def s3(bench: Bench, rng: random.Random, times: int) -> Count:
     return count
 
 
+def models(bench: Bench, rng: random.Random, times: int) -> Count:
+    """Damage a file of a model, and run a command that loads it, layout after layout."""
+    from damaged_models import Models
+
+    trained = os.environ.get("SLSGU_TEST_MODELS")
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        made = Models.write(
+            Path(folder) / "models",
+            clip=bench.folder / "clip", store=bench.whole, own=True,
+            pairs=str(bench.folder / "pairs.parquet"), trained=Path(trained) if trained else None,
+        )  # fmt: skip
+        count, layouts = Count(), list(made.layouts.values())
+        for number in range(times):
+            layout = layouts[number % len(layouts)]
+            outcome, about, fine = made.outcome(rng, layout, rng.choice(list(layout.commands)))
+            count.add(outcome, about, bad=not fine)
+    return count
+
+
 PARTS = {
     "flips": (flips, 120), "cuts": (cuts, 30), "kills": (kills, 100), "pairs": (pairs, 25),
-    "full": (full, 12), "readonly": (readonly, 14), "s3": (s3, 5),
+    "full": (full, 12), "readonly": (readonly, 14), "s3": (s3, 5), "models": (models, 200),
 }  # fmt: skip
 
 

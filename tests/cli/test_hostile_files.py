@@ -61,6 +61,33 @@ def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypat
     assert "allowed" in told
 
 
+def test_a_name_that_is_too_long_is_told_of_as_such(world):
+    out = Path(world.store.root).parent / ("n" * 300)
+    told = refused("report", world.name, "--out", f"{out}.html", "--store", world.store.root)
+    assert "File name too long" in told
+    assert "choose a shorter name" in told
+
+
+def test_a_store_or_source_that_may_not_be_read_does_not_pass_for_an_empty_one(
+    world, tmp_path, monkeypatch
+):
+    locked = tmp_path / "locked" / "a.parquet"
+    stat = Path.stat
+
+    def refuse(path, **options):
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    source = ("--match", "blue", "-s", locked)
+    told = refused("build-sets", "x", "-m", world.model.name, *source, "--store", tmp_path / "s")
+    assert f"cannot open source {locked}: Permission denied" in told
+    monkeypatch.setattr("os.access", lambda *_: False)
+    told = refused("ls", "--store", world.store.root)
+    assert "may not be read by this user" in told
+
+
 def test_a_folder_that_goes_away_below_a_command_is_told_of(tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()

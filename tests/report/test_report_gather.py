@@ -57,6 +57,17 @@ def test_a_stale_record_is_named_and_withheld(store):
     assert ranking.run == f"slsgu rank {NAME}"
 
 
+def test_an_edit_of_a_layer_that_the_model_has_not_is_withheld(store):
+    pointer = store.read_record(f"gradients/{NAME}.json", GradientPointer)
+    edit = load_edit(store, NAME)
+    header = replace(edit.header, layer="no.such.layer.weight", gradient=pointer.forget)
+    write_edit(store, replace(edit, header=header))
+    edit = found(store).edit
+    assert edit.record is None
+    assert edit.state is Standing.DAMAGED
+    assert "it names no.such.layer.weight" in edit.trouble
+
+
 def test_what_is_made_of_new_gradients_is_stale_too(store):
     path = f"gradients/{NAME}.json"
     pointer = store.read_record(path, GradientPointer)

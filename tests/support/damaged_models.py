@@ -1,0 +1,340 @@
+"""Models in every layout with one of their files damaged, and what the commands make of them.
+
+A command may come to the very result that it has of the whole model, to a result of what is now
+another model, or to one refusal with an exit code. NaN in a tensor that it reads is refused.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hf_clip
+import tiny_clip
+import tiny_targets
+import torch
+from processes import inside
+from safetensors.torch import load_file
+
+from slsgu_cli.clip import models
+
+LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
+State = dict[str, torch.Tensor]
+Harm = Callable[[random.Random, Path], None]
+
+# Values of other types than any that a configuration has at a place.
+STRANGE = (None, True, -1, 0, 1.5, 10**12, "x", [], [[]], {}, {"a": 1})
+RESULT_CODES, REFUSALS = (0, 5), (2, 3, 4)
+
+
+def truncate(rng: random.Random, path: Path) -> None:
+    """Cut off the end."""
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(1, len(data))])
+
+
+def empty(rng: random.Random, path: Path) -> None:
+    """Leave a file of no bytes."""
+    path.write_bytes(b"")
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    """Flip one bit."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def header_length(path: Path) -> int:
+    """Return how many bytes of a file come before its tensors, where it has any."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return min(len(data), 2048)
+    return min(len(data), 8 + int.from_bytes(data[:8], "little"))
+
+
+def flip_header(rng: random.Random, path: Path) -> None:
+    """Flip a bit of what tells where the tensors lie."""
+    flip(path, rng.randrange(header_length(path)), rng.randrange(8))
+
+
+def flip_data(rng: random.Random, path: Path) -> None:
+    """Flip a bit anywhere behind that."""
+    size, start = path.stat().st_size, header_length(path)
+    flip(path, rng.randrange(start if start < size else 0, size), rng.randrange(8))
+
+
+def tensors(path: Path) -> State:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+
+
+def rewritten(change: Callable[[random.Random, State], None]) -> Harm:
+    """Return what writes a file of weights again after a change to them."""
+
+    def harm(rng: random.Random, path: Path) -> None:
+        state = tensors(path)
+        change(rng, state)
+        tiny_targets.save(state, path)
+
+    harm.__name__ = change.__name__
+    return harm
+
+
+@rewritten
+def no_tensor(rng: random.Random, state: State) -> None:
+    """Leave a tensor out."""
+    del state[rng.choice(sorted(state))]
+
+
+@rewritten
+def no_tensors(rng: random.Random, state: State) -> None:
+    """Leave all tensors out."""
+    state.clear()
+
+
+@rewritten
+def another_tensor(rng: random.Random, state: State) -> None:
+    """Put one there that nothing asks for."""
+    state["surplus.weight"] = torch.ones(3)
+
+
+@rewritten
+def other_shape(rng: random.Random, state: State) -> None:
+    """Give a tensor one more row, or none."""
+    name = rng.choice(sorted(state))
+    value = torch.atleast_1d(state[name])
+    state[name] = value[:0] if rng.random() < 0.3 else torch.cat([value, value[:1]])
+
+
+@rewritten
+def other_type(rng: random.Random, state: State) -> None:
+    """Store a tensor as whole numbers."""
+    name = rng.choice(sorted(state))
+    state[name] = state[name].to(torch.int64)
+
+
+def nan(rng: random.Random, path: Path) -> None:
+    """Put a NaN or an infinity into a tensor of fractions."""
+    state = tensors(path)
+    name = rng.choice(sorted(name for name, value in state.items() if value.is_floating_point()))
+    flat = state[name].clone().reshape(-1)
+    flat[rng.randrange(len(flat))] = rng.choice([float("nan"), float("inf"), float("-inf")])
+    state[name] = flat.reshape(state[name].shape)
+    tiny_targets.save(state, path)
+
+
+def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each object or list inside a JSON value with each of its keys."""
+    keys = value if isinstance(value, dict) else range(len(value)) if type(value) is list else ()
+    for key in keys:
+        yield value, key
+        yield from _entries(value[key])
+
+
+def rewritten_json(change: Callable[[random.Random, Any], Any]) -> Harm:
+    """Return what writes a JSON file again after a change to it."""
+
+    def harm(rng: random.Random, path: Path) -> None:
+        path.write_text(json.dumps(change(rng, json.loads(path.read_text()))))
+
+    harm.__name__ = change.__name__
+    return harm
+
+
+def _some_entry(rng: random.Random, content: Any) -> tuple[Any, Any]:
+    # Vocabularies are long; what is near the top is what a configuration says.
+    some = [entry for entry, _ in zip(_entries(content), range(400), strict=False)]
+    return rng.choice(some)
+
+
+@rewritten_json
+def other_value(rng: random.Random, content: Any) -> Any:
+    """Put a value of another type somewhere."""
+    holder, key = _some_entry(rng, content)
+    holder[key] = rng.choice(STRANGE)
+    return content
+
+
+@rewritten_json
+def no_key(rng: random.Random, content: Any) -> Any:
+    """Leave out what stands somewhere."""
+    holder, key = _some_entry(rng, content)
+    del holder[key]
+    return content
+
+
+@rewritten_json
+def another_key(rng: random.Random, content: Any) -> Any:
+    """Put a key there that nobody asked for."""
+    return {**content, "surplus": [1]} if isinstance(content, dict) else [*content, 1]
+
+
+@rewritten_json
+def other_kind(rng: random.Random, content: Any) -> Any:
+    """Put another value in the place of all."""
+    return rng.choice(STRANGE)
+
+
+OF_ALL = (truncate, empty, flip_header, flip_data)
+OF_WEIGHTS = (no_tensor, no_tensors, another_tensor, other_shape, other_type, nan)
+OF_JSON = (other_value, other_value, other_value, no_key, no_key, another_key, other_kind)
+
+
+def harms(path: Path) -> tuple[Harm, ...]:
+    """Return the ways in which a file can be damaged."""
+    if path.suffix in (".safetensors", ".bin", ".pt"):
+        return OF_ALL + OF_WEIGHTS
+    return OF_ALL + OF_JSON if path.suffix == ".json" else OF_ALL
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model in files, and the commands that load it; `reads_all` of what is in them."""
+
+    name: str
+    folder: Path
+    commands: dict[str, str]
+    reads_all: bool
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+# What is asked of a model in words of their own, of the set's model, and of what is built on it.
+OF_MODEL = (
+    "build-sets red --source PAIRS --label-column label --retain-samples 20 --model MODEL",
+    "apply blue --model MODEL --out OUT", "check FOLDER --edit blue",
+    "grad blue --model MODEL --batch-size 7", "eval blue --model MODEL",
+    "verify blue --checks spelling --model MODEL",
+)  # fmt: skip
+SMALL = f"--layer {LAYER} --direction gradient"
+OF_SET = (
+    "rank blue", f"search blue {SMALL} --steps 3", f"trajectory blue {SMALL} --points 3",
+    "compare blue --methods ga --lr 1e-4 --retain-rows 8", "verify blue --checks nearest",
+    "report blue --out OUT.html", "eval blue", "apply blue --out OUT",
+)  # fmt: skip
+OF_TARGET = (
+    "apply blue --target FOLDER --out OUT", "check FOLDER --edit blue", "rank blue --target FOLDER",
+)  # fmt: skip
+MOVED = "apply blue --layer visual.transformer.resblocks.0.mlp.c_fc.weight --step 1"
+OF_LLAVA = (f"{MOVED} --target FOLDER --out OUT", "rank blue --target FOLDER")
+GENERATE = "generate blue --target FOLDER --prompt dog --seeds 0 --denoise 2 --out OUT"
+ASK = "ask blue --target FOLDER --samples 1 --out OUT"
+
+
+@dataclass
+class Models:
+    """A store with the searched set `blue` of the tiny CLIP, and that CLIP in every layout."""
+
+    folder: Path
+    store: Path
+    layouts: dict[str, Layout]
+
+    @classmethod
+    def write(
+        cls, folder: Path, *, clip: Path, store: Path, pairs: str, own: bool,
+        trained: Path | None = None,
+    ) -> "Models":  # fmt: skip
+        """Write the models beside a store whose set is of the model in `clip`.
+
+        With `own`, that model is damaged too, for the commands that take no other one. In
+        `trained` lie a small Stable Diffusion and a LLaVA, which are run where they are there.
+        """
+        made = cls(folder, store, {})
+        folder.mkdir()
+        if not own:
+            clip = Path(shutil.copytree(clip, folder / "open_clip"))
+        state = load_file(clip / "open_clip_model.safetensors")
+        made.add("open_clip", clip, OF_MODEL + (OF_SET if own else ()), f"local-dir:{clip}")
+        pickled = Path(shutil.copytree(clip, folder / "bin"))
+        (pickled / "open_clip_model.safetensors").unlink()
+        tiny_targets.save(state, pickled / "open_clip_pytorch_model.bin")
+        made.add("bin", pickled, OF_MODEL, f"local-dir:{pickled}")
+        (folder / "pt").mkdir()
+        architecture, weights = folder / "pt" / "tiny.json", folder / "pt" / "tiny.pt"
+        architecture.write_text(json.dumps(tiny_clip.CONFIG))
+        tiny_targets.save(state, weights)
+        made.add("pt", folder / "pt", OF_MODEL[:2], f"{architecture} --pretrained {weights}")
+        hf_clip.write_folder(folder / "transformers", state)
+        made.add("transformers", folder / "transformers", OF_MODEL, str(folder / "transformers"))
+        encoders = {"text_encoder": ("CLIPTextModel", tiny_targets.tower(state, "text"))}
+        pipeline = tiny_targets.pipeline(folder / "sd", "StableDiffusionPipeline", encoders)
+        made.add("pipeline", pipeline, OF_TARGET)
+        llava = tiny_targets.llava(folder / "llava", state, "vision_tower.vision_model.", shards=2)
+        made.add("llava", llava, OF_LLAVA)
+        if trained is not None:
+            made._add_trained(clip, trained)
+        for layout in made.layouts.values():
+            for name, words in layout.commands.items():
+                layout.commands[name] = words.replace("PAIRS", pairs)
+        return made
+
+    def _add_trained(self, clip: Path, trained: Path) -> None:
+        """Add a model with a tokenizer of its own, and models that generate and answer."""
+        words = Path(shutil.copytree(clip, self.folder / "tokenizer"))
+        config = json.loads((words / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"
+        (words / "open_clip_config.json").write_text(json.dumps(config))
+        shutil.copytree(trained / "sd/tokenizer", words, dirs_exist_ok=True)
+        self.add("tokenizer", words, OF_MODEL[:3], f"local-dir:{words}")
+        for name, command in (("sd", GENERATE), ("llava", ASK)):
+            copy = Path(shutil.copytree(trained / name, self.folder / f"trained-{name}"))
+            for path in [copy, *copy.rglob("*")]:
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            self.add(f"trained {name}", copy, (command,))
+
+    def add(self, name: str, folder: Path, commands: tuple[str, ...], model: str = "") -> None:
+        """Add a layout; its commands are called by their first word and a number."""
+        filled = {
+            f"{command.split()[0]} {number}": command.replace("MODEL", model)
+            .replace("FOLDER", str(folder)).replace("OUT", str(self.folder / "out"))
+            for number, command in enumerate(commands)
+        }  # fmt: skip
+        self.layouts[name] = Layout(name, folder, filled, reads_all=bool(model))
+
+    @contextmanager
+    def copied(self) -> Iterator[Path]:
+        """Yield a copy of the store that is gone in the end."""
+        copy = self.folder / "copy"
+        shutil.copytree(self.store, copy)
+        try:
+            yield copy
+        finally:
+            shutil.rmtree(copy)
+
+    def run(self, layout: Layout, command: str) -> Any:
+        """Run a command on a copy of the store, with nothing kept in memory of earlier ones."""
+        models._tokenizer.cache_clear()
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
+        (self.folder / "out.html").unlink(missing_ok=True)
+        with self.copied() as store:
+            return inside(*layout.commands[command].split(), "--json", store=store)
+
+    def outcome(self, rng: random.Random, layout: Layout, command: str) -> tuple[str, str, bool]:
+        """Damage a file of a model and run a command; return what became of it, and where.
+
+        The last value says whether it is one of those that may be.
+        """
+        path = rng.choice(layout.files())
+        harm = rng.choice(harms(path))
+        whole = path.read_bytes()
+        try:
+            harm(rng, path)
+            done = self.run(layout, command)
+        finally:
+            path.write_bytes(whole)
+        about = f"{layout.name}: {harm.__name__} of {path.relative_to(layout.folder)}: "
+        about += f"{command}: {done.exit_code}: {done.stderr[-300:]}"
+        errors = done.stderr.count("error: ")
+        if done.exit_code in REFUSALS and errors == 1 and "error: unexpected" not in done.stderr:
+            return "refused", about, True
+        measured = layout.reads_all and command.split()[0] in ("grad", "eval", "search", "rank")
+        if done.exit_code in RESULT_CODES and not (harm is nan and measured):
+            return "a result", about, True
+        return "UNEXPECTED", about, False
