@@ -19,6 +19,7 @@ from torch import Tensor
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.records.sets import InputSpec
+from slsgu_cli.sources.rows import Unread
 from slsgu_cli.store.files import cores, prefetch
 
 S = TypeVar("S")
@@ -218,6 +219,8 @@ def decode_in_order(
 def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
     if data is None:
         return Decoded(None, "no image", b"")
+    if isinstance(data, Unread):
+        return Decoded(None, data.reason, b"")
     source = hashlib.blake2b(data, digest_size=16).digest()
     try:
         picture = decode(data)

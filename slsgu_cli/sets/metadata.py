@@ -37,8 +37,16 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
-from slsgu_cli.sources.parquet import open_parquet
-from slsgu_cli.sources.rows import CAPTION_FIELDS, line_for, no_column, priority, tail, tokenizable
+from slsgu_cli.sources.parquet import OVERSIZED, PAGE_ROOM, cells, open_parquet
+from slsgu_cli.sources.rows import (
+    CAPTION_FIELDS,
+    TEXT_LIMIT,
+    line_for,
+    no_column,
+    priority,
+    tail,
+    tokenizable,
+)
 from slsgu_cli.store.files import cores, prefetch
 from slsgu_cli.store.store import Store
 
@@ -233,9 +241,8 @@ def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
 
 def _groups(path: str) -> list[RowGroup]:
     with open_parquet(path) as file:
-        schema, groups, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+        schema, groups, start = tuple(file.schema.names), list[RowGroup](), 0
+        for group, rows in enumerate(file.rows):
             groups.append(RowGroup(path, group, start, rows, schema))
             start += rows
         return groups
@@ -244,11 +251,25 @@ def _groups(path: str) -> list[RowGroup]:
 def _batches(group: RowGroup, column: str) -> Iterator[pa.Array]:
     """Yield a column of a row group as arrays of text."""
     with open_parquet(group.path) as file:
-        batches = file.iter_batches(
-            BATCH, row_groups=[group.group], columns=[column], use_threads=False
-        )
-        for batch in batches:
-            yield _text(batch.column(0), f"{group.path}: column {column}")
+        for batch in file.batches(group.group, [column], BATCH):
+            values = batch.column(0)
+            size = BATCH
+            if pa.types.is_dictionary(values.type):
+                values = pa.DictionaryArray.from_arrays(
+                    values.indices, _without_long(values.dictionary)
+                )
+                longest = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
+                size = max(1, PAGE_ROOM // max(1, longest))
+            for start in range(0, len(values), size):
+                yield _text(values.slice(start, size), f"{group.path}: column {column}")
+
+
+def _without_long(values: pa.Array) -> pa.Array:
+    """Return texts, with none in the place of one that is longer than it may be."""
+    listed = cells(values, TEXT_LIMIT)
+    if OVERSIZED not in listed:
+        return values
+    return pa.array([None if value is OVERSIZED else value for value in listed], values.type)
 
 
 def _text(values: pa.Array, what: str) -> pa.Array:

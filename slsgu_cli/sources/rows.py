@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = frozenset(
 # The most bytes that a caption or a label may have, and an encoded image.
 TEXT_LIMIT, IMAGE_LIMIT = 1 << 16, 1 << 26
 TOO_LARGE = "oversized file"
+BOMB = "decompression bomb"
 CAPTION_FIELDS = ("caption", "text")
 LABEL_FIELDS = ("label", "concept", "class", "cls")
 Filters = dict[str, frozenset[str]]
@@ -65,6 +66,18 @@ class Row:
     has_image: bool = True
     origin: Origin | None = None
     extent: Extent | None = field(default=None, compare=False)
+
+
+class Unread(bytes):
+    """No bytes, for an image that costs too much; `reason` is what it is counted under."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> "Unread":
+        """Return what stands for an image that is left out for a reason."""
+        made = super().__new__(cls)
+        made.reason = reason
+        return made
 
 
 class Reader(Protocol):

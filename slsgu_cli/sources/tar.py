@@ -25,6 +25,7 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import TooDeepError, parse_json
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.rows import (
+    BOMB,
     CAPTION_FIELDS,
     IMAGE_LIMIT,
     IMAGE_SUFFIXES,
@@ -60,7 +61,6 @@ MEMBERS, FIELDS = 256, 1024
 
 # What a compressed shard may unpack to: so much, or so many times what was read of it.
 ROOM, INFLATION = 1 << 28, 100
-BOMB = "decompression bomb"
 # The module says it with an OSError, as a file that cannot be read does.
 BZ2_DAMAGE = "Invalid data stream"
 

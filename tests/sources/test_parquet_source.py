@@ -71,7 +71,7 @@ def test_only_row_groups_with_wanted_rows_are_read(tmp_path, monkeypatch):
     assert groups == [([1], ["image"])]
     groups.clear()
     rows(path)
-    assert groups == [(None, ["caption", "key"])]
+    assert groups == [([group], ["caption", "key"]) for group in range(3)]
 
 
 @pytest.mark.parametrize(
