@@ -83,6 +83,30 @@ def silence():
     progress.set_sink(before)
 
 
+def _undrawn(figure, file, **options):
+    width, height = figure.get_size_inches()
+    file.write(f"a figure of {width:g} x {height:g} inches that was not drawn".encode())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Let figures be made and not drawn, which takes longer than a tiny model's search."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Figure.savefig
+        patch.setattr(Figure, "savefig", _undrawn)
+        yield draw
+
+
+@pytest.fixture
+def drawing(undrawn, monkeypatch):
+    """Let the figures of this test be drawn: it looks at them."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", undrawn)
+
+
 @pytest.fixture
 def listener():
     """What the package tells during this test, as `listener.heard`."""

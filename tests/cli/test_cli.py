@@ -133,6 +133,7 @@ def test_what_each_command_pipes(chain):
     assert float(figures[0][2]) == 0 < float(figures[0][1])
 
 
+@pytest.mark.usefixtures("drawing")
 def test_json_is_one_document_with_the_promised_keys(chain, store, tmp_path):
     _, _, ran = chain
     assert [row["role"] for row in json.loads(ran["grad"].stdout)["gradients"]] == [

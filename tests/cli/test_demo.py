@@ -89,7 +89,6 @@ def castle(tmp_path_factory):
     folder = write_few(tmp_path_factory.mktemp("few icons"), "castle")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
         patch.setattr(demo, "DATA", folder)
         patch.setattr(demo, "RETAIN_SAMPLES", 64)
         done = inside("demo", "castle", "--steer", "fa5", store="a store")
@@ -115,7 +114,6 @@ def test_castle_leaves_the_first_five(castle):
 def test_the_printed_commands_do_the_same(castle, monkeypatch):
     shown, folder = castle
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
     ran = [inside(*words, env=env) for words, env in typed(shown.rpartition(":\n\n")[2], folder)]
     assert [done.exit_code for done in ran] == [0] * 6
     told = "".join(done.stderr for done in ran)

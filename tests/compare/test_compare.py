@@ -257,6 +257,7 @@ def test_a_baseline_that_beats_ours_is_told(compared_world):
     assert better([ours, worse, beats, equal]) == [beats]
 
 
+@pytest.mark.usefixtures("drawing")
 def test_the_plot_is_a_picture_that_tells_settings_apart(compared_world):
     rows = mean_rows(compared_world[1].concepts, None)
     first = comparison_plot(rows, title="blue")

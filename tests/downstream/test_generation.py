@@ -252,7 +252,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
-    budget = Budget(concept=2, others=2, paint=PaintOptions(steps=4, guidance=4.0))
+    budget = Budget(concept=2, others=2, paint=PaintOptions(steps=2, guidance=4.0))
     options = SteerOptions(
         target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=2,
         budget=budget, report=ReportBudget(concept=2, others=2), goal=50.0, device="cpu",

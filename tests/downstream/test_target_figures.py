@@ -39,8 +39,8 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
     monkeypatch.setattr(subjects, "ROWS", FEW)
     options = SteerOptions(
         target=trained_models / "llava",
-        budget=Budget(others=160),
-        report=ReportBudget(others=160),
+        budget=Budget(others=80),
+        report=ReportBudget(others=80),
         top=1,
         device="cpu",
     )

@@ -18,6 +18,8 @@ from slsgu_cli.records.method import Direction, LayerScore, Precision, Steer, To
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 
+pytestmark = pytest.mark.usefixtures("drawing")
+
 
 @pytest.fixture
 def drawn(monkeypatch):

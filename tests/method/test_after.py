@@ -35,14 +35,6 @@ from slsgu_cli.verification.verify import verify
 SHARED = "visual.proj"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plots():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
-        patch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
-        yield
-
-
 @pytest.fixture(scope="module", params=["fronts", "one layer"])
 def after(request, several_world, tmp_path_factory):
     """A world where red was searched after blue, on any layers or all on the same one."""

@@ -26,14 +26,6 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 
 
-@pytest.fixture(autouse=True)
-def plot(monkeypatch):
-    """Draw nothing, which takes longer than all the rest; return what does draw."""
-    draw = slsgu_cli.method.evaluate.cosine_plot
-    monkeypatch.setattr(slsgu_cli.method.evaluate, "cosine_plot", lambda *_, **__: b"a plot")
-    return draw
-
-
 def measured(world, model=None):
     return evaluate(world.store, [world.name], model=model, device="cpu")
 
@@ -130,8 +122,8 @@ def test_cosines_are_means_over_images_of_a_class(world):
     assert after[0, 0] < before[0, 0]
 
 
-def test_the_plot_is_where_it_says(world, plot, monkeypatch):
-    monkeypatch.setattr(slsgu_cli.method.evaluate, "cosine_plot", plot)
+@pytest.mark.usefixtures("drawing")
+def test_the_plot_is_where_it_says(world):
     find(world, steps=2, layers=["visual.proj"])
     found = measured(world)
     with Image.open(found.plot) as picture:

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from worlds import plain_options
 
-import slsgu_cli.figures.curves
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method import edit as edit_module
@@ -55,17 +54,6 @@ def changed(world, out):
 def assert_same_change(found, expected):
     """Compare changes of a layer of weights around 1, each rounded once to fp32."""
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.fixture(autouse=True)
-def plots(monkeypatch):
-    """Draw nothing, which takes longer than all the rest; return what does draw."""
-    drawing = {
-        name: getattr(slsgu_cli.figures.curves, name) for name in ("pareto_plot", "step_plot")
-    }
-    for name in drawing:
-        monkeypatch.setattr(slsgu_cli.figures.curves, name, lambda *_, **__: b"a plot")
-    return drawing
 
 
 @pytest.fixture
@@ -250,9 +238,8 @@ def test_a_name_that_is_nothing_is_told(world, tmp_path):
         apply_to(world, tmp_path / "out", names=["nobody"])
 
 
-def test_plots_are_drawn_of_fronts_and_steps(world, plots, monkeypatch):
-    for name, function in plots.items():
-        monkeypatch.setattr(slsgu_cli.figures.curves, name, function)
+@pytest.mark.usefixtures("drawing")
+def test_plots_are_drawn_of_fronts_and_steps(world):
     options = RankOptions(direction=Direction.GRADIENT)
     _, drawn = edit_module.rank_and_plot(world.store, "blue", options=options)
     assert len(drawn) == 2

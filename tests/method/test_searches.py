@@ -67,8 +67,7 @@ def test_sets_on_other_rows_have_a_base_pass_of_their_own(several_world, tmp_pat
     assert set(results[2].trials.baseline_utility) == {"first"}
 
 
-def test_the_command(several_world, tmp_path, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.figures.curves.step_plot", lambda *_, **__: b"a plot")
+def test_the_command(several_world, tmp_path):
     root = several_world.copied(tmp_path / "store").store.root
     done = inside("search", "blue", "red", "--steps", "5", store=root)
     assert done.exit_code == 0

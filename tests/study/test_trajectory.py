@@ -123,6 +123,7 @@ def test_a_rise_is_the_most_that_any_pair_rises_by(values):
     assert (rise.points == 0) == (sorted(values, reverse=True) == values)
 
 
+@pytest.mark.usefixtures("drawing")
 def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(

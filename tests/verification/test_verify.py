@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from plain import Plain
 from processes import inside
@@ -82,9 +83,11 @@ def edited(shared_world, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def verified(edited):
-    """The world's edit after every check."""
-    return run(edited, checks=list(Check))
+def verified(edited, undrawn):
+    """The world's edit after every check, with its plot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", undrawn)
+        return run(edited, checks=list(Check))
 
 
 @pytest.fixture
@@ -95,8 +98,7 @@ def world(edited, verified, tmp_path):
     return replace(edited, store=Store(str(folder)))
 
 
-def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+def test_the_baseline_is_what_eval_measures(edited, verified):
     found = evaluate(edited.store, ["blue"], model=None, device="cpu")
     for place, model in enumerate(found.models):
         (probe,) = finding(verified, Check.BASELINE, place).probes
@@ -106,8 +108,7 @@ def test_the_baseline_is_what_eval_measures(edited, verified, monkeypatch):
     assert {name: a.rows for name, a in probe.utility.items()} == {"first": 30, "second": 30}
 
 
-def test_all_rows_are_measured_where_there_are_no_more(world, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+def test_all_rows_are_measured_where_there_are_no_more(world):
     found = evaluate(world.store, ["blue"], model=None, device="cpu")
     result = run(world, rows=1000)
     for place, model in enumerate(found.models):
@@ -159,8 +160,7 @@ def test_every_kind_of_check_found_something(verified):
         assert not finding(verified, check).left_out
 
 
-def test_a_class_is_measured_on_all_its_images(edited, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+def test_a_class_is_measured_on_all_its_images(edited, verified):
     found = evaluate(edited.store, ["blue"], model=None, device="cpu")
     for place, model in enumerate(found.models):
         classes = finding(verified, Check.NEAREST, place).classes
