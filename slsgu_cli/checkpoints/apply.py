@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -156,6 +157,10 @@ class CopyPlan:
     texts: dict[str, str] = field(default_factory=dict)
 
 
+# Gets the number formats of edited tensors, and returns a remark on the model they are in.
+Compare = Callable[[Collection[str]], str | None]
+
+
 def apply_edits(
     edits: Sequence[Edit],
     target: Target,
@@ -164,12 +169,14 @@ def apply_edits(
     options: ApplyOptions,
     config: Mapping[str, Any] | None = None,
     earlier: Sequence[Edit] = (),
+    compare: Compare | None = None,
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
     They stand on `earlier` ones, which must be in place and stay as they are.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
     the content of its configuration, a single file becomes a folder that open_clip loads.
+    `compare` runs while files are copied, and what it remarks is told before they are in place.
     What stands at `out` is replaced in one step, the model itself included.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
@@ -178,10 +185,11 @@ def apply_edits(
     scaled = [strength_of(edit, options) for edit in edits]
     plans = plan_target(scaled, target, options, earlier)
     if target.path.is_file():
-        return write_copy(_file_copy(target.path, out, plans[target.path], config), options)
+        copy = _file_copy(target.path, out, plans[target.path], config)
+        return write_copy(copy, options, compare)
     _tell_of_others(target, plans, options)
     relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
-    return write_copy(CopyPlan(out, all_files(target.path), relative), options)
+    return write_copy(CopyPlan(out, all_files(target.path), relative), options, compare)
 
 
 def require_distinct(edits: Sequence[Edit]) -> None:
@@ -215,14 +223,26 @@ def _file_copy(
     return CopyPlan(out, {name: weights}, {name: plan}, {OPEN_CLIP: text})
 
 
-def write_copy(plan: CopyPlan, options: ApplyOptions) -> AppliedResult:
+def write_copy(
+    plan: CopyPlan, options: ApplyOptions, compare: Compare | None = None
+) -> AppliedResult:
     """Write what a plan says, all of it or nothing; on a dry run only tell.
 
     Raises InputError where files at the plan's place would be lost.
     """
     require_nothing_lost(plan.out, [*plan.files, *plan.texts])
-    if not options.dry_run:
-        _write(plan, link=options.link)
+    formats = {change.dtype for file in plan.plans.values() for change in file.changes}
+    with ThreadPoolExecutor(1) as beside:
+        remark = beside.submit(compare, formats) if compare else None
+
+        def tell() -> None:
+            if remark and (told := remark.result()):
+                progress.note(told)
+
+        if options.dry_run:
+            tell()
+        else:
+            _write(plan, link=options.link, last=tell)
     files = tuple(
         WrittenFile(str(plan.out / name), plan.files[name].stat().st_size, file.changes)
         for name, file in sorted(plan.plans.items())
@@ -232,7 +252,8 @@ def write_copy(plan: CopyPlan, options: ApplyOptions) -> AppliedResult:
     return AppliedResult(str(plan.out), model, files, options.revert, options.dry_run)
 
 
-def _write(plan: CopyPlan, *, link: bool) -> None:
+def _write(plan: CopyPlan, *, link: bool, last: Callable[[], None]) -> None:
+    """Build a copy, and put it in place after what is done `last`."""
     with replacing(plan.out) as partial:
         for name, origin in plan.files.items():
             place = partial / name if name else partial
@@ -243,6 +264,7 @@ def _write(plan: CopyPlan, *, link: bool) -> None:
                 copy_file(origin, place)
         for name, text in plan.texts.items():
             (partial / name).write_text(text)
+        last()
 
 
 def plan_target(

@@ -302,15 +302,18 @@ class ClipWeights:
         values: Floats = np.ascontiguousarray(stored if dtype == "F16" else widen(stored, dtype))
         return values.reshape(stored.shape)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor."""
+        return {name: self.weights.shape(places) for name, places in self._places.items()}
+
     def fingerprint(self, instead: Mapping[str, Floats] | None = None) -> str:
         """Return the fingerprint that the same weights have in open_clip's layout.
 
         Parameters of `instead` count with these values in place of their own.
         """
         other = instead or {}
-        shapes = {name: self.weights.shape(places) for name, places in self._places.items()}
         return combined_fingerprint(
-            shapes,
+            self.shapes(),
             lambda name: layer_digest(other[name], "fp32") if name in other else self._digest(name),
         )
 

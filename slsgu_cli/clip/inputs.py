@@ -235,7 +235,11 @@ def staged(images: Images, device: str) -> Tensor:
     It copies them once for a CUDA device: to be called where they are read ahead.
     """
     raw = torch.from_numpy(images)
-    return raw.pin_memory() if device.startswith("cuda") else raw
+    if not device.startswith("cuda"):
+        return raw
+    # Threads begin on the first card, of which every process would take some.
+    with torch.cuda.device(device):
+        return raw.pin_memory()
 
 
 def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import Spelling
 from slsgu_cli.checkpoints.targets import OPEN_CLIP
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
     FETCH_ERRORS,
     HUB,
@@ -29,7 +30,12 @@ from slsgu_cli.checkpoints.transformers_clip import (
     unreachable,
     vocabulary,
 )
-from slsgu_cli.checkpoints.weights import file_fingerprint, read_layer, weight_files
+from slsgu_cli.checkpoints.weights import (
+    file_fingerprint,
+    open_weights,
+    read_layer,
+    weight_files,
+)
 from slsgu_cli.errors import (
     InputError,
     MissingError,
@@ -171,6 +177,85 @@ def load(
     return module.eval().requires_grad_(True)
 
 
+def load_dealt_out(model: ResolvedModel, device: str) -> "torch.nn.Module":
+    """Build the module with its weights dealt out to the processes that a launcher started.
+
+    Each reads one parameter after another from the file and keeps its part. Where the file
+    has other names or shapes than the module, each loads the whole on the host before.
+    """
+    from slsgu_cli.clip import processes
+    from slsgu_cli.clip.towers import text_tower, vision_tower
+
+    with _quiet(), _explained(model):
+        check_size(model.config, model.weights.stat().st_size)
+        module = _without_weights(model)
+        own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        shapes, read = _contents(model)
+        is_alike = all(shapes.get(name) == shape for name, shape in own.items())
+    if not is_alike:
+        progress.note(f"{model.spec} needs to be converted: each process loads the whole at first")
+        module = load(model)
+    blocks = [*vision_tower(module).blocks, *text_tower(module).blocks]
+    processes.deal_out(module.requires_grad_(True), blocks, device)
+    if is_alike:
+        with _explained(model):
+            _fill(module, read, device)
+    return module.eval()
+
+
+def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
+    """Build the module in evaluation mode with its buffers, and parameters of no memory."""
+    import open_clip
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def without_memory(
+        module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None
+    ) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"))
+        register(module, name, parameter)
+
+    on_no_device: Any = None
+    kind: Any = torch.nn.Module
+    kind.register_parameter = without_memory
+    try:
+        if model.spelling is Spelling.TRANSFORMERS:
+            return open_clip.CLIP(**model.config)  # type: ignore[no-any-return]
+        return open_clip.create_model(  # type: ignore[no-any-return]
+            model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
+        )
+    finally:
+        kind.register_parameter = register
+
+
+def _contents(
+    model: ResolvedModel,
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
+    """Return the shapes of what a model's files hold by the names of open_clip, and a reader."""
+    if model.spelling is Spelling.TRANSFORMERS:
+        weights = ClipWeights(model.weights.parent)
+        return weights.shapes(), weights.read
+    file = open_weights(model.weights)
+    names = {canonical_name(name): name for name in file.names()}
+    shapes = {name: file.entry(stored).shape for name, stored in names.items()}
+    return shapes, lambda name: file.read(names[name])
+
+
+def _fill(module: "torch.nn.Module", read: Callable[[str], Floats], device: str) -> None:
+    """Load what a process keeps of each parameter of a module that has none."""
+    import torch
+
+    from slsgu_cli.clip import processes
+
+    parts = {
+        name: processes.own_part(torch.tensor(read(name)).to(value.dtype), value, device)
+        for name, value in module.state_dict().items()
+    }
+    module.load_state_dict(parts, assign=True)
+
+
 def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = None) -> str:
     """Return a digest of weights and architecture, the same for every container of them.
 
@@ -212,20 +297,25 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """Return the torch device for `auto` (cuda, else mps, else cpu) or check the named one."""
+    """Return the torch device for `auto` (cuda, else mps, else cpu) or check the named one.
+
+    Of several processes, each has the card of its number on its machine.
+    """
     import torch
+
+    from slsgu_cli.clip import processes
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     has = {"cuda": cuda, "mps": mps, "cpu": True}
     if name == "auto":
-        return next(kind for kind, available in has.items() if available)
+        name = next(kind for kind, available in has.items() if available)
     kind, _, number = name.partition(":")
     numbered = not number or number.isdecimal()
     known = numbered and int(number or 0) < max(1, torch.cuda.device_count())
     if not has.get(kind, False) or not known:
         usable = ", ".join(kind for kind, available in has.items() if available)
         raise UsageError(f"device {name} is not available here", hint=f"--device auto ({usable})")
-    return name
+    return processes.card(name) if kind == "cuda" else name
 
 
 def device_name(device: str) -> str:
@@ -488,6 +578,8 @@ def _explained(model: ResolvedModel) -> Iterator[None]:
             f"{model.spec} needs a package that is not installed: {error}"
         ) from error
     except Exception as error:  # torch, safetensors and open_clip raise many kinds here
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise InputError(
             f"cannot load {model.spec} from {model.weights}: {first_lines(error)}",
             hint="check that the weights belong to this architecture and are complete",

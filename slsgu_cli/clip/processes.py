@@ -20,7 +20,7 @@ from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.store.store import Arrays, Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -29,6 +29,9 @@ PATIENCE = timedelta(days=7)
 LOOK_SECONDS = 0.2
 TOLD = "slsgu/told"
 MAIL = "slsgu/mail"
+
+# The method of a model that is dealt out in which it runs.
+RUN = "run_gathered"
 
 
 class LostError(SlsguError):
@@ -66,6 +69,15 @@ def refuse(what: str) -> None:
         )
 
 
+def require_several(what: str) -> None:
+    """Raise UsageError where one process is to do what takes several."""
+    if launched() == 1:
+        raise UsageError(
+            f"{what} deals a model out to several processes, and one was started",
+            hint="torchrun --nproc-per-node N -m slsgu_cli grad NAME --shard",
+        )
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Join the processes that a launcher has started, for the length of a block."""
@@ -76,9 +88,10 @@ def together() -> Iterator[None]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    cuda = torch.cuda.is_available()
+    # Objects and figures on the host go by gloo; nccl sends what is on cards.
+    cuda = torch.cuda.is_available() and _here() <= torch.cuda.device_count()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_place_here())
     with _sending():
         mail, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -93,7 +106,12 @@ def together() -> Iterator[None]:
         if rank == 0:
             raise
         return
-    progress.detail(f"each of {size} processes sent {_group.sent / 1e6:.2f} MB to others")
+    used = gathered((_group.sent / 1e6, time.process_time()))
+    sent, busy = (max(figures) for figures in zip(*used, strict=True))
+    progress.detail(
+        f"each of {size} processes sent at most {sent:.2f} MB to others, and was at most "
+        f"{busy:.1f} s at work"
+    )
     with _sending():
         dist.barrier()
         dist.destroy_process_group()
@@ -212,7 +230,36 @@ def dealt(items: Sequence[T]) -> list[T]:
 
 def local_share(size: int) -> int:
     """Return what each process of this machine may take of `size` bytes of its memory."""
-    return size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group.size > 1 else size
+    return size // _here() if _group.size > 1 else size
+
+
+def card(name: str) -> str:
+    """Return the card of this process where `name` is cuda; the only process takes any.
+
+    Threads begin on the first card, whatever the process is on: it has to be named.
+    Raises UsageError.
+    """
+    if _group.size == 1:
+        return name
+    import torch
+
+    if ":" in name:
+        raise UsageError(f"--device {name} is one card for all processes", hint="--device cuda")
+    if _here() > torch.cuda.device_count():
+        raise UsageError(
+            f"{_here()} processes on this machine, which has {torch.cuda.device_count()} cards",
+            hint=f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+        )
+    return f"{name}:{_place_here()}"
+
+
+def _here() -> int:
+    """Return how many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _place_here() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class OrderedSum:
@@ -244,6 +291,181 @@ class OrderedSum:
     def whole(self) -> "Tensor":
         """Return the sum to every process."""
         return self.part if count() == 1 else rows_of_all([self.part], str(self.part.device))
+
+
+def deal_out(model: "nn.Module", blocks: "Sequence[nn.Module]", device: str) -> None:
+    """Deal the weights of a model to the processes, of which each keeps its part (FSDP2).
+
+    Those of a block are gathered when it runs and dropped after it; all others are gathered
+    for as long as the model runs. What a model on `meta` lacks is loaded later. Gradients
+    are added in fp64. A parameter of one entry stays whole in every process.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    whole = {parameter for parameter in model.parameters() if parameter.numel() == 1}
+    for parameter in whole:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.partition(":")[0], (count(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)
+    for module in (*blocks, model):
+        dealt_out = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        # A sum, not a mean over the processes.
+        dealt_out.set_gradient_divide_factor(1.0)
+
+
+def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
+    """Let `module.name` call a method while the weights that were dealt out are gathered."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    setattr(module, name, method)
+    register_fsdp_forward_method(module, name)
+
+
+def run(model: Any, forward: "Callable[[], Tensor]") -> "Tensor":
+    """Return what `forward` makes with a model that is dealt out; every process must run it."""
+    if not hasattr(model, RUN):
+        gathering(model, RUN, lambda made: made())
+    values: Tensor = getattr(model, RUN)(forward)
+    return values
+
+
+def is_part(parameter: "Tensor") -> bool:
+    """Return whether this process has a part of a parameter alone, now."""
+    return hasattr(parameter, "full_tensor")
+
+
+def own_part(values: "Tensor", like: "Tensor", device: str) -> "Tensor":
+    """Return of a whole parameter what this process keeps of it, on a device."""
+    values = values.to(device)
+    if not is_part(like):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    dealt: Any = like
+    return distribute_tensor(values, dealt.device_mesh, dealt.placements, src_data_rank=None)
+
+
+def whole(part: "Tensor") -> "Tensor":
+    """Return a parameter whose parts the processes have, whole; each of them must ask."""
+    if not is_part(part):
+        return part
+    dealt: Any = part
+    with _sending(part.nbytes * (1 - 1 / count())):
+        values: Tensor = dealt.full_tensor()
+    return values
+
+
+class DealtSums:
+    """Gradients of a model that is dealt out, added up over mini-batches in fp64.
+
+    Each process has its part of every parameter's. `losses` has the loss of each mini-batch
+    that this one ran, and the first `added` of them are in the sums.
+    """
+
+    def __init__(self, model: "nn.Module", batches: int) -> None:
+        import torch
+
+        self.model: Any = model
+        self.parameters = dict(model.named_parameters())
+        self.losses = torch.zeros(batches, device=next(model.parameters()).device)
+        self.added = 0
+        self._totals = {name: _local(p).double().zero_() for name, p in self.parameters.items()}
+        size = sum(p.nbytes for p in self.parameters.values())
+        # Weights forward and backward, and gradients of twice their width.
+        self._sent = (2 * size + 2 * size) * (1 - 1 / count())
+
+    @property
+    def done(self) -> int:
+        """How many mini-batches are behind: those that are in the sums."""
+        return self.added
+
+    def step(self, losses: "Callable[[], Tensor]", end: int, *, counts: bool) -> "Tensor":
+        """Add the gradients of what every process's `losses` returns, up to mini-batch `end`.
+
+        All run something, for each has a part of the weights: what does not count is zeros.
+        """
+        import torch
+
+        with _sending(self._sent):
+            values = run(self.model, losses)
+            torch.autograd.backward(values.sum() if counts else 0.0 * values.sum())
+        ones = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and parameter.numel() == 1:
+                ones.append((self._totals[name], parameter.grad.double()))
+            elif parameter.grad is not None:
+                self._totals[name].add_(_local(parameter.grad))
+            parameter.grad = None
+        if ones:
+            summed = torch.stack([gradient.reshape(()) for _, gradient in ones])
+            add_up(summed)
+            for (total, _), value in zip(ones, summed, strict=True):
+                total.add_(value)
+        self.added = end
+        return values.detach()
+
+    def finite(self) -> bool:
+        """Return whether the parts of this process are."""
+        import torch
+
+        return bool(torch.stack([part.isfinite().all() for part in self._totals.values()]).all())
+
+    def means(self) -> Arrays:
+        """Return the mean gradient of each parameter, fp32, to the first process alone."""
+        batches = len(self.losses)
+        return self._to_first(lambda total: (total / batches).float())
+
+    def kept(self) -> Arrays:
+        """Return to the first process what a later run goes on with."""
+        return self._to_first(lambda total: total) | {"losses": self.all_losses().cpu().numpy()}
+
+    def go_on(self, kept: Arrays, added: int, done: int) -> None:
+        """Go on with what an earlier run kept, in whose sums `added` mini-batches are."""
+        import torch
+
+        for name, parameter in self.parameters.items():
+            part = own_part(torch.from_numpy(kept[name]), parameter, str(self.losses.device))
+            self._totals[name].copy_(_local(part))
+        if is_first():
+            self.losses.copy_(torch.from_numpy(kept["losses"]))
+        self.added = added
+
+    def all_losses(self) -> "Tensor":
+        """Return the loss of each mini-batch, whichever process ran it; 0 of those to come."""
+        losses = self.losses.clone()
+        add_up(losses)
+        return losses
+
+    def _to_first(self, figure: "Callable[[Tensor], Tensor]") -> Arrays:
+        arrays = {}
+        for name, parameter in self.parameters.items():
+            values = whole(_part_like(parameter, figure(self._totals[name])))
+            if is_first():
+                arrays[name] = values.cpu().numpy()
+        return arrays
+
+
+def _local(part: "Tensor") -> "Tensor":
+    """Return what this process has of a parameter or gradient."""
+    dealt: Any = part
+    local: Tensor = dealt.to_local() if is_part(part) else part
+    return local.detach()
+
+
+def _part_like(parameter: "Tensor", values: "Tensor") -> "Tensor":
+    """Return values of this process as its part of what the processes have of a parameter."""
+    if not is_part(parameter):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    dealt: Any = parameter
+    return DTensor.from_local(
+        values, dealt.device_mesh, dealt.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def post(name: str, value: Any) -> None:
@@ -304,6 +526,8 @@ def _sending(size: float = 0.0) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise LostError(
             f"one of the {launched()} processes has ended, and so do the others",
             hint="run the same command again: it goes on with what was kept",

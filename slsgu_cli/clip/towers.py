@@ -2,8 +2,9 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import block_of
+from slsgu_cli.clip import processes
 
 EMBED = -1
 _MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
@@ -24,6 +26,10 @@ class SplitTower(ABC):
     halves = False
     checkpointing = False
     exact_split = True
+    # The modules of the blocks, each of one stage or, in halves, of two.
+    blocks: Sequence[Any] = ()
+    # Whether the processes share the weights of each block, and gather them to run it.
+    shared = False
 
     @property
     def token_table(self) -> Tensor | None:
@@ -60,7 +66,22 @@ class SplitTower(ABC):
         """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
         if start == EMBED and stop > EMBED:
             x, start = _widened(self.embed(x)), 0
-        for index in range(start, min(stop, self.depth)):
+        if self.shared and self.halves:
+            # Both halves while the block's weights are here.
+            for block in self.blocks[start // 2 : stop // 2]:
+                x = block.both_halves(x, inputs)
+            return x
+        return self._through(x, inputs, start, min(stop, self.depth))
+
+    def share(self) -> None:
+        """Gather the weights of each block when it runs, as the processes have each a part."""
+        self.shared = True
+        for index, block in enumerate(self.blocks if self.halves else ()):
+            halves = partial(self._through, start=2 * index, stop=2 * index + 2)
+            processes.gathering(block, "both_halves", halves)
+
+    def _through(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
+        for index in range(start, stop):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.stage, index, x, inputs, use_reentrant=False)
             else:
@@ -176,8 +197,9 @@ class TimmVision(SplitTower):
 
     def __init__(self, visual: Any) -> None:
         self.trunk = visual.trunk
+        self.blocks = self.trunk.blocks
         self.adapter = visual.head
-        self.depth = len(self.trunk.blocks)
+        self.depth = len(self.blocks)
         self.rope: Tensor | None = None
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -192,7 +214,7 @@ class TimmVision(SplitTower):
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
         """Run one block of the trunk."""
-        block = self.trunk.blocks[index]
+        block = self.blocks[index]
         return _tensor(block(x) if self.rope is None else block(x, rope=self.rope))
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -229,21 +251,21 @@ class WholeTower(SplitTower):
 def vision_tower(model: Any) -> SplitTower:
     """Return the vision tower of an open_clip model."""
     visual = model.visual
-    kind = type(visual).__name__
+    kind = _kind(visual)
     if kind == "VisionTransformer" and _batch_first(visual.transformer):
         return OpenClipVision(visual)
     trunk = getattr(visual, "trunk", None)
-    if kind == "TimmModel" and type(trunk).__name__ in ("VisionTransformer", "Eva"):
+    if kind == "TimmModel" and _kind(trunk) in ("VisionTransformer", "Eva"):
         return TimmVision(visual)
     return WholeTower(model.encode_image)
 
 
 def text_tower(model: Any) -> SplitTower:
     """Return the text tower of an open_clip model."""
-    if type(model).__name__ == "CLIP" and _batch_first(model.transformer):
+    if _kind(model) == "CLIP" and _batch_first(model.transformer):
         return OpenClipText(model, model.text_pool_type, model.text_eos_id)
     text: Any = getattr(model, "text", None)
-    is_plain = type(text).__name__ == "TextTransformer" and _batch_first(text.transformer)
+    is_plain = _kind(text) == "TextTransformer" and _batch_first(text.transformer)
     if is_plain and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
         return OpenClipText(text, text.pool_type, text.eos_id)
     return WholeTower(model.encode_text)
@@ -301,13 +323,18 @@ def _is_plain(block: Any) -> bool:
     """Return whether the two halves together compute what `block` computes."""
     attention = getattr(block, "attn", None)
     return (
-        type(block).__name__ == "ResidualAttentionBlock"
+        _kind(block) == "ResidualAttentionBlock"
         and not hasattr(block, "ln_1_kv")
         and isinstance(attention, nn.MultiheadAttention)
         and attention._qkv_same_embed_dim
         and attention.bias_k is None
         and not attention.add_zero_attn
     )
+
+
+def _kind(module: Any) -> str:
+    """Return the name of a module's type; one that is dealt out has a type of its own."""
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _batch_first(transformer: Any) -> bool:

@@ -310,7 +310,8 @@ class ImageSide:
         if rows is None:
             rows = torch.arange(len(self), device=self.labels.device)
         else:
-            rows = processes.agreed(rows)
+            # By way of the host: another process has another card.
+            rows = processes.agreed(rows.cpu()).to(rows.device)
         order, features = [], []
         own = self._own[rows if self._chosen is None else self._chosen[rows]]
         waiting = own >= 0

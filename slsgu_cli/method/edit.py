@@ -1,9 +1,10 @@
 """From a set's name to its edit, searched for or given by hand; `apply`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from shlex import quote
@@ -258,20 +259,21 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     earlier = [] if request.force else earlier_edits(store, edits)
     if not request.revert:
         tell_of_joint_searches([*edits, *earlier])
+    config = None
     if request.target is not None:
         target = read_target(request.target)
-        result = apply_edits(edits, target, request.out, options=request, earlier=earlier)
         model = _whole_clip(target) if target.family is Family.CLIP else None
     else:
         model = resolve(_shared_model(edits, request.model))
         target = read_target(model.folder or model.weights)
         config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
-        result = apply_edits(
-            edits, target, request.out, options=request, config=config, earlier=earlier
-        )
+    compare = None
     if model is not None and not request.force:
-        _tell_of_other_layers(model, [*edits, *earlier], result)
-    return result
+        compare = partial(_other_layers, model, [*edits, *earlier])
+    return apply_edits(
+        edits, target, request.out, options=request, config=config, earlier=earlier,
+        compare=compare,
+    )  # fmt: skip
 
 
 def _whole_clip(target: Target) -> ResolvedModel | None:
@@ -282,15 +284,14 @@ def _whole_clip(target: Target) -> ResolvedModel | None:
         return None
 
 
-def _tell_of_other_layers(
-    model: ResolvedModel, edits: Sequence[Edit], result: AppliedResult
-) -> None:
-    """Tell of edits that were made on a model whose other layers were not those of `model`.
+def _other_layers(
+    model: ResolvedModel, edits: Sequence[Edit], formats: Collection[str]
+) -> str | None:
+    """Return what to tell where edits were made on a model whose other layers are not `model`'s.
 
     A copy in a coarser format has another fingerprint and can be the same model: of that,
     nothing is told.
     """
-    formats = {change.dtype for file in result.files for change in file.changes}
     instead: dict[str, Floats] = {}
     for name, group in by_layer(edits).items():
         layer, values = Layer.parse(name), original_values(group).astype(np.float32)
@@ -298,18 +299,19 @@ def _tell_of_other_layers(
             progress.detail(
                 f"{model.spec} is {', '.join(formats)}: its other layers were not compared"
             )
-            return
+            return None
         whole = instead.get(layer.parameter)
         if layer.third is not None and whole is None:
             whole = model_layer(model, layer.parameter).astype(np.float32)
         instead[layer.parameter] = layer.replaced(whole, values)
     now = fingerprint(model, instead)
     others = [edit.header.name for edit in edits if edit.header.model_fingerprint != now]
-    if others:
-        progress.note(
-            f"{model.spec} differs from the model that {', '.join(others)} was made for in more "
-            "than the edited layers: the figures of the edit are not of it"
-        )
+    if not others:
+        return None
+    return (
+        f"{model.spec} differs from the model that {', '.join(others)} was made for in more "
+        "than the edited layers: the figures of the edit are not of it"
+    )
 
 
 class Presence(StrEnum):

@@ -21,7 +21,7 @@ from slsgu_cli import progress
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, spare, staged, text_features, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
-from slsgu_cli.errors import InputError
+from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
@@ -103,6 +103,11 @@ def _per_batch(values: Tensor, batch_size: int) -> Tensor:
 BEST_PAIRS = {"cpu": 1, "cuda": 1024, "mps": 256}
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
 
+NOT_FINITE = (
+    "look at these images and captions, and whether the weights hold NaN; "
+    "with --precision bf16, try fp32"
+)
+
 # Mini-batches that are summed by themselves before they are added to the others.
 TURN = 8
 
@@ -171,6 +176,8 @@ class Sums:
 
         Several processes begin their turns again.
         """
+        if len(kept["total"]) < self.size:
+            raise StaleError("they have no squares")
         on_host = {name: torch.from_numpy(values) for name, values in kept.items()}
         alone = processes.count() == 1
         whole = torch.zeros_like(self.turn)
@@ -190,17 +197,21 @@ class Sums:
         return losses
 
 
+# Of a model that each process has whole, and of one that is dealt out to them.
+AnySums = Sums | processes.DealtSums
+
+
 class Keeper(Protocol):
     """Keeps sums where a later run finds them."""
 
-    def restore(self, sums: Sums) -> None:
+    def restore(self, sums: AnySums) -> None:
         """Put what was kept into sums over nothing, if there is anything."""
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep them."""
 
-    def keep(self, sums: Sums) -> None:
+    def keep(self, sums: AnySums) -> None:
         """Keep sums that are finite."""
 
 
@@ -236,6 +247,9 @@ class GradientPass:
             return values
 
         vision, text = vision_tower(model), text_tower(model)
+        if options.shard:
+            vision.share()
+            text.share()
         options = replace(options, device=str(next(model.parameters()).device))
         return cls(model, vision, text, grouped, spec, options)
 
@@ -265,6 +279,8 @@ class GradientPass:
         self, block: DataBlock, label: str, keeper: Keeper | None, kinds: int
     ) -> tuple[list[Arrays], float]:
         """Run the pass over the mini-batches that are not in the sums that were kept."""
+        if self.options.shard:
+            return self._dealt_means(block, label, keeper)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         batches = -(-block.rows // self.options.batch_size)
         sums = Sums.none(parameters.values(), batches, kinds)
@@ -292,6 +308,52 @@ class GradientPass:
             for values in sums.split_up(whole, parameters.values())
         ]
         return means, float(sums.all_losses().cpu().double().sum()) / batches
+
+    def _dealt_means(
+        self, block: DataBlock, label: str, keeper: Keeper | None
+    ) -> tuple[list[Arrays], float]:
+        """Run the pass with a model that is dealt out: every process runs in every step."""
+        size = self.options.batch_size
+        batches = -(-block.rows // size)
+        sums = processes.DealtSums(self.model, batches)
+        if keeper:
+            keeper.restore(sums)
+        normalize = pixel_normalizer(self.spec, self.options.device)
+        with arithmetic(self.options.precision):
+            pairs = self._pairs_per_forward(block)
+            rounds = dealt_turns(sums.added, batches, min(pairs // size, _a_share(batches)))
+            # Who has none left runs the first mini-batch, which does not count.
+            ranges = [(r.first, r.last) if r.last > r.first else (0, 1) for r in rounds]
+            with progress.bar(label, sum((b - a) * size for a, b in ranges)) as ticker:
+                stream = self._stream(block, ranges, pairs)
+                for each, (first, stop, images) in zip(rounds, stream, strict=True):
+                    pixels, ids = normalize(images), to_tokens(block.tokens[first:stop], "cpu")
+                    counts = each.last > each.first
+                    losses = partial(self.losses, pixels, ids)
+                    values = sums.step(losses, each.end, counts=counts)
+                    if counts:
+                        sums.losses[each.first : each.last] = values
+                    self._check_dealt(block, sums, each)
+                    if keeper and each is not rounds[-1] and processes.agreed(keeper.due):
+                        keeper.keep(sums)
+                    ticker.advance(stop - first)
+        return [sums.means()], float(sums.all_losses().cpu().double().sum()) / batches
+
+    def _check_dealt(self, block: DataBlock, sums: processes.DealtSums, turn: "Turns") -> None:
+        """Raise InputError in every process where the losses or sums of one are not finite."""
+        lost = not sums.losses[turn.first : turn.last].isfinite().all()
+        found = processes.gathered((lost, sums.finite(), turn.first, turn.last))
+        if all(finite and not lost for lost, finite, *_ in found):
+            return
+        # A loss tells whose mini-batches it was; of a gradient's sum nobody knows.
+        spans_of = [(a, b) for lost, _, a, b in found if lost] or [(found[0][2], turn.end)]
+        size = self.options.batch_size
+        start, stop = spans_of[0][0] * size, min(spans_of[0][1] * size, block.rows)
+        raise InputError(
+            f"the gradient is not finite in rows {start} to {stop - 1}: "
+            f"{', '.join(block.keys[start:stop])}",
+            hint=NOT_FINITE,
+        )
 
     def _added(
         self, block: DataBlock, sums: Sums, *, turn: int, pairs: int, keeper: Keeper | None
@@ -329,7 +391,9 @@ class GradientPass:
     def losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
         half = self.options.precision is Precision.BF16
-        with torch.autocast(self._kind, dtype=torch.bfloat16, enabled=half):
+        # What it keeps of weights in 16 bits would be all of a model that is dealt out.
+        cache = not self.options.shard
+        with torch.autocast(self._kind, torch.bfloat16, enabled=half, cache_enabled=cache):
             v = self.vision.features(images, images)
             t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
         return self.loss(v, t, self.options.batch_size)
@@ -358,9 +422,14 @@ class GradientPass:
     def _pairs_per_forward(self, block: DataBlock) -> int:
         """Return how many pairs to run at once: whole mini-batches within the budget."""
         size = self.options.batch_size
+        if self.options.shard and self.options.precision is Precision.BF16:
+            # Nor does a backward keep them when it runs each block again.
+            self.vision.checkpointing = self.text.checkpointing = True
         needed = self._pair_bytes(block)
         budget = self.options.memory_budget or spare(self.options.device)
-        if needed * size > budget:
+        if self.options.shard:
+            budget = min(processes.gathered(budget))
+        if needed * size > budget and not self.vision.checkpointing:
             self.vision.checkpointing = self.text.checkpointing = True
             needed = self._pair_bytes(block)
             progress.note("memory is short: activations are recomputed block by block")
@@ -375,25 +444,34 @@ class GradientPass:
         try:
             return self._activation_bytes(block, rows) / rows
         except torch.cuda.OutOfMemoryError:
+            if self.options.shard:
+                raise
             self._shrink(rows)
         return self._pair_bytes(block)
 
     def _activation_bytes(self, block: DataBlock, rows: int) -> int:
         """Return what a backward keeps of a forward over the first `rows` pairs."""
         kept: dict[int, int] = {}
-        of_parameters = {p.data_ptr() for p in self.model.parameters()}
+        of_parameters = self._parameter_places()
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in of_parameters:
+            # Where weights are gathered changes from block to block.
+            weights = self._parameter_places() if self.options.shard else of_parameters
+            if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
         ids = to_tokens(block.tokens[:rows], "cpu")
+        losses = partial(self.losses, images, ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.losses(images, ids)
+            losses() if not self.options.shard else processes.run(self.model, losses)
         return max(1, sum(kept.values()))
+
+    def _parameter_places(self) -> set[int]:
+        """Return where the parameters are that this process has whole now."""
+        return {p.data_ptr() for p in self.model.parameters() if not processes.is_part(p)}
 
     def _shrink(self, pairs: int) -> int:
         """Return half of `pairs` after running out of memory, or turn checkpointing on."""
@@ -432,8 +510,7 @@ class GradientPass:
                 raise InputError(
                     f"the gradient is not finite in mini-batch {a // size} "
                     f"(rows {a} to {b - 1}): {keys}",
-                    hint="look at these images and captions, and whether the weights hold NaN; "
-                    "with --precision bf16, try fp32",
+                    hint=NOT_FINITE,
                 )
         raise InputError(
             f"the gradient of rows {start} to {stop - 1} is not finite, though each of their "

@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import ResolvedModel, fingerprint, input_spec, load, pick_device, resolve
-from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.clip.models import (
+    ResolvedModel,
+    fingerprint,
+    input_spec,
+    load,
+    load_dealt_out,
+    pick_device,
+    resolve,
+)
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -36,7 +44,7 @@ from slsgu_cli.store.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from slsgu_cli.method.gradient_pass import Sums
+    from slsgu_cli.method.gradient_pass import AnySums
 
 
 # Part of every gradient's address: a change in what is computed must change it.
@@ -96,6 +104,10 @@ def compute_gradients(
     Raises MissingError, InputError, and StaleError where the model takes other inputs
     than the set was built for.
     """
+    if options.shard and squares:
+        raise UsageError("--squares are not computed with --shard", hint="leave one of them out")
+    if options.shard:
+        processes.require_several("--shard")
     manifest = read_manifest(store, name)
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
@@ -113,7 +125,11 @@ def compute_gradients(
 
     @cache
     def job() -> _Job:
-        module = load(resolved, pick_device(options.device), warn=progress.warn)
+        device = pick_device(options.device)
+        if options.shard:
+            module = load_dealt_out(resolved, device)
+        else:
+            module = load(resolved, device, warn=progress.warn)
         return _Job(store, manifest, module, model_fingerprint, options)
 
     seconds = {}
@@ -253,7 +269,7 @@ class KeptSums:
 
     store: Store
     gradient: Gradient
-    device: str
+    options: PassOptions
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -269,28 +285,26 @@ class KeptSums:
         """Whether it is time to keep them."""
         return perf_counter() >= self._next
 
-    def restore(self, sums: "Sums") -> None:
+    def restore(self, sums: "AnySums") -> None:
         """Put what was kept into sums over nothing; what cannot be used is removed."""
         try:
             header = self.store.read_header(self.path, SumsHeader)
             kept = self.store.read_tensors(self.path)
             if header.made_from != self._about(sums).made_from:
                 raise StaleError("they are of another pass")
-            if len(kept["total"]) < sums.size:
-                raise StaleError("they have no squares")
+            sums.go_on(kept, header.added, header.done)
         except MissingError:
             return
         except (InputError, StaleError) as error:
             progress.note(f"sums that were kept of a pass cannot be used: {error}")
             self.store.remove(self.path)
             return
-        sums.go_on(kept, header.added, header.done)
         progress.note(
             f"the {self.gradient.role} gradient goes on after {sums.done} of its "
             f"{header.batches} mini-batches"
         )
 
-    def keep(self, sums: "Sums") -> None:
+    def keep(self, sums: "AnySums") -> None:
         """Write the sums; where they cannot be written, the pass goes on without."""
         start = perf_counter()
         arrays = sums.kept()
@@ -307,14 +321,15 @@ class KeptSums:
         """Remove what was kept, if anything was."""
         self.store.remove(self.path)
 
-    def _about(self, sums: "Sums") -> SumsHeader:
+    def _about(self, sums: "AnySums") -> SumsHeader:
         return SumsHeader(
             gradient=self.gradient.digest,
-            device=self.device.partition(":")[0],
+            device=self.options.device.partition(":")[0],
             batches=len(sums.losses),
             added=sums.added,
             done=sums.done,
             version=slsgu_cli.__version__,
+            dealt=self.options.shard,
         )
 
 
@@ -342,7 +357,7 @@ class _Job:
             options=replace(self.options, batch_size=size),
         )
         label = f"{gradient.role} gradient"
-        kept = KeptSums(self.store, gradient, run.options.device)
+        kept = KeptSums(self.store, gradient, run.options)
         if Artifact.SQUARES in kinds:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, -(-block.rows // size))
@@ -358,7 +373,7 @@ class _Job:
 
     def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
         weights = {
-            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
+            name: ParameterNorm(tuple(p.shape), norm(processes.whole(p.detach()).cpu().numpy()))
             for name, p in self.module.named_parameters()
         }
         return GradientHeader(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from enum import StrEnum
 
+from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec
@@ -138,7 +139,8 @@ class SumsHeader:
     """Sums of a gradient pass under way: of `done` mini-batches of `batches`, from the first on.
 
     `gradient` is the digest of what they will make, by which they are addressed. The first
-    `added` mini-batches are in one sum, and those after them in another.
+    `added` mini-batches are in one sum, and those after them in another. Those of a model that
+    is `dealt` out to processes are one a parameter, in fp64.
     """
 
     gradient: str
@@ -147,11 +149,12 @@ class SumsHeader:
     added: int
     done: int
     version: str
+    dealt: bool = codec.added(False)
 
     @property
-    def made_from(self) -> tuple[str, str, int]:
+    def made_from(self) -> tuple[str, str, int, bool]:
         """What must be alike for a pass to go on with them."""
-        return self.gradient, self.device, self.batches
+        return self.gradient, self.device, self.batches, self.dealt
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

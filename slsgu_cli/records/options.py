@@ -197,7 +197,10 @@ class MetadataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassOptions:
-    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free."""
+    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free.
+
+    With `shard`, the processes that a launcher started hold one model together.
+    """
 
     batch_size: int = BATCH_SIZE()
     precision: Precision = PRECISION()
@@ -205,6 +208,10 @@ class PassOptions:
     memory_budget: int | None = option(
         None, "--memory-budget", help="Limit for activations, such as 8G.", panel=SPEED,
         metavar="SIZE", read=bytes_of, without="what is free",
+    )  # fmt: skip
+    shard: bool = option(
+        False, "--shard", help="Deal the weights out to the processes of torchrun (FSDP).",
+        panel=SPEED, later=True,
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class SweepRequest:
         flags={"classes": ("--eval-classes",)},
         omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
     )
-    gradients: PassOptions = options(PassOptions())
+    gradients: PassOptions = options(PassOptions(), omit=("shard",))
     ranking: RankOptions = options(
         RankOptions(),
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),

@@ -207,21 +207,42 @@ def safetensors_header(read: Callable[[int, int], bytes], size: int) -> tuple[di
     return header, LENGTH + length
 
 
-# Bytes that are hashed by themselves, so that every core can hash some.
-HASHED = 4 << 20
+# Bytes that are summed up by themselves, and in each row of them.
+SUMMED, ROW = 4 << 20, 4096
+
+# How a digest begins that is not one of SHA-256 over all bytes, as earlier versions made.
+SUMS = "sums:"
 
 
 def content_digest(header: str, data: memoryview) -> str:
-    """Return the SHA-256 of `header` and of the SHA-256 digests of each 4 MiB of bytes."""
-    parts = [data[start : start + HASHED] for start in range(0, len(data), HASHED)]
+    """Return the SHA-256 of `header` and of sums over bytes, which tell of any accident.
+
+    Of each 4 MiB, seen as rows of 512 words of 64 bits: the sum of every row and of every
+    column, modulo 2^64, and the bytes that fill no row. One core makes them of 10 GB a second,
+    and SHA-256 itself of 1.7. One wrong word changes two sums; wrong words go unseen only where
+    they cancel in all of their rows and all of their columns.
+    """
+    import numpy as np
+
     whole = hashlib.sha256(header.encode())
-    if len(parts) == 1:
-        whole.update(hashlib.sha256(parts[0]).digest())
-    elif parts:
-        with ThreadPoolExecutor(min(cores(), len(parts))) as pool:
-            for part in pool.map(hashlib.sha256, parts):
-                whole.update(part.digest())
-    return whole.hexdigest()
+    for start in range(0, len(data), SUMMED):
+        part = data[start : start + SUMMED]
+        rows = len(part) // ROW
+        words = np.frombuffer(part[: rows * ROW], "<u8").reshape(rows, ROW // 8)
+        for axis in (0, 1):
+            whole.update(words.sum(axis=axis, dtype="<u8").data)
+        whole.update(part[rows * ROW :])
+    return f"{SUMS}{whole.hexdigest()}"
+
+
+def is_content(digest: str, header: str, data: memoryview) -> bool:
+    """Return whether a digest is of `header` and bytes, made by this version or an earlier one."""
+    if digest.startswith(SUMS):
+        return content_digest(header, data) == digest
+    whole = hashlib.sha256(header.encode())
+    for start in range(0, len(data), SUMMED):
+        whole.update(hashlib.sha256(data[start : start + SUMMED]).digest())
+    return whole.hexdigest() == digest
 
 
 # The variables that say where copies of tensors lie, and how many bytes of them.

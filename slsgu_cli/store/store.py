@@ -21,7 +21,7 @@ from slsgu_cli import progress
 from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.store import files
-from slsgu_cli.store.files import UNFINISHED, content_digest, partial_name, remedy
+from slsgu_cli.store.files import UNFINISHED, content_digest, is_content, partial_name, remedy
 from slsgu_cli.store.sharing import Remote
 
 T = TypeVar("T")
@@ -251,7 +251,7 @@ class Store:
         # safetensors writes the raw buffer: a transposed view would come back as other values.
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         with self._finite(path):
-            digests = {name: _tensor_digest(array) for name, array in arrays.items()}
+            digests = {name: content_digest(*_content(array)) for name, array in arrays.items()}
             metadata = {HEADER: canonical_json(sealed(encode(header) | {TENSORS: digests}))}
 
         def whole(place: str) -> bool:
@@ -363,7 +363,7 @@ class Store:
         if digests is None:
             digests = self._uncompared[state] = _digests_in(_header_of(file), file.keys())
         array: npt.NDArray[Any] = file.get_tensor(name)
-        if name in digests and _tensor_digest(array) != digests[name]:
+        if name in digests and not is_content(digests[name], *_content(array)):
             raise ValueError(f"{name} is not what its digest was made of")
         digests.pop(name, None)
         return array
@@ -434,10 +434,9 @@ def _header_of(file: Any) -> Any:
     return parse_json((file.metadata() or {}).get(HEADER, "null"))
 
 
-def _tensor_digest(array: npt.NDArray[Any]) -> str:
-    """Return the digest of an array's values, number format and shape."""
-    data = array.reshape(-1).view(np.uint8).data
-    return content_digest(f"{array.dtype.str} {list(array.shape)} ", data)
+def _content(array: npt.NDArray[Any]) -> tuple[str, memoryview]:
+    """Return what the digest of an array is of: its number format and shape, and its values."""
+    return f"{array.dtype.str} {list(array.shape)} ", array.reshape(-1).view(np.uint8).data
 
 
 def _digests_in(header: Any, names: Collection[str]) -> dict[str, str]:

@@ -319,6 +319,8 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
         (["grad", "blue", "--device", "gpu"], 2, "'gpu' is none of auto, cpu"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),
+        (["grad", "blue", "--shard"], 2, "to several processes, and one was started"),
+        (["grad", "blue", "--shard", "--squares"], 2, "not computed with --shard"),
         (["grad", "blue", "--batch-size", "1"], 2, "--batch-size 1 is out of range"),
         (["grad", "blue", "--model", "local-dir:nosuch"], 3, "is not an open_clip model folder"),
         (["grad", "blue", "--model", "ViT-B-33"], 3, "open_clip has no model ViT-B-33; near: "),

@@ -84,11 +84,19 @@ def test_weights_that_differ_in_other_layers_are_told_when_they_are_edited(
     (weights,) = folder.glob("*.safetensors")
     tensors = load_file(weights)
     save_file(tensors | {"text_projection": tensors["text_projection"] * 2}, weights)
-    words = {"names": ["blue"], "out": tmp_path / "out", "overwrite": True}
-    for where in ({"model": ModelSpec(f"local-dir:{folder}")}, {"target": folder}):
+    said = listener.note
+    for name, where in (
+        ("one", {"model": ModelSpec(f"local-dir:{folder}")}),
+        ("two", {"target": folder}),
+    ):
         listener.heard.clear()
-        apply(world.store, ApplyRequest(**words, **where))
-        assert any("more than the edited layers" in text for text in listener.heard)
+        out = tmp_path / name
+        # Before the copy is in its place.
+        listener.note = lambda text, out=out: said(f"{text} {out.exists()}")
+        apply(world.store, ApplyRequest(names=["blue"], out=out, **where))
+        assert out.exists()
+        assert [t[-5:] for t in listener.heard if "than the edited layers" in t] == ["False"]
+    listener.note = said
     # What an edit makes of the layer counts as the original does.
     listener.heard.clear()
     edited = ModelSpec(f"local-dir:{tmp_path / 'same'}")

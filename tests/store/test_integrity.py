@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +150,9 @@ def test_a_file_that_is_damaged_after_it_was_read_is_hashed_again(store):
 def test_one_whole_file_is_hashed_once(store, monkeypatch):
     store.write_tensors(TENSORS, {"a": np.zeros(4, np.float32)}, HEADER)
     hashed = []
-    digest = files.content_digest
     monkeypatch.setattr(
-        "slsgu_cli.store.store.content_digest",
-        lambda said, data: hashed.append(said) or digest(said, data),
+        "slsgu_cli.store.store.is_content",
+        lambda digest, said, data: hashed.append(said) or files.is_content(digest, said, data),
     )
     for _ in range(3):
         store.read_tensors(TENSORS)
@@ -194,17 +194,57 @@ def test_what_carries_no_digest_is_read(store):
     assert [store.verify(path) for path in (RECORD, TENSORS)] == [True, True]
 
 
-def test_the_digest_of_large_contents_does_not_depend_on_the_cores(monkeypatch):
-    data = memoryview(bytes(range(256)) * 64)
-    digests = set()
-    for count in (1, 3, 8):
-        monkeypatch.setattr(files, "cores", lambda count=count: count)
-        monkeypatch.setattr(files, "HASHED", 1000)
-        digests.add(files.content_digest("x", data))
-    assert len(digests) == 1
-    assert files.content_digest("x", data[:-1]) not in digests
-    swapped = memoryview(bytes(data[1000:2000]) + bytes(data[:1000]) + bytes(data[2000:]))
-    assert files.content_digest("x", swapped) not in digests
+def moved(data, one, other, size):
+    """Return bytes of which two stretches have changed places."""
+    changed = bytearray(data)
+    changed[one : one + size], changed[other : other + size] = (
+        data[other : other + size],
+        data[one : one + size],
+    )
+    return changed
+
+
+def test_a_digest_by_sums_tells_of_any_accident(monkeypatch):
+    row, rng = files.ROW, np.random.default_rng(0)
+    monkeypatch.setattr(files, "SUMMED", 4 * row)
+    # Two parts of four rows, then a row and bytes that fill none.
+    data = rng.integers(0, 256, 9 * row + 77, dtype=np.uint8).tobytes()
+    changed = [data[:-1], data + b"\0", data[1:] + data[:1], data[8:] + data[:8]]
+    changed += [
+        moved(data, *places, 8) for places in ((0, 8), (0, row), (0, row + 8), (0, 5 * row))
+    ]
+    changed += [moved(data, 0, row, row), moved(data, 0, 4 * row, 4 * row)]
+    for place in (0, row - 1, 3 * row + 9, 8 * row + 5, len(data) - 1):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << bit
+            changed.append(flipped)
+    for length in (2, 8, 512, row, 3 * row):
+        start = int(rng.integers(0, len(data) - length))
+        changed.append(data[:start] + bytes(length) + data[start + length :])
+    digests = {files.content_digest("x", memoryview(content)) for content in [data, *changed]}
+    assert len(digests) == 1 + len(changed)
+    assert files.content_digest("y", memoryview(data)) not in digests
+    assert files.content_digest("x", memoryview(bytes(data))) in digests
+
+
+def test_what_earlier_versions_hashed_whole_is_compared_too(store, monkeypatch):
+    values = {"a": np.arange(3 << 20, dtype=np.float32), "b": np.float32(1.5)}
+
+    def of_before(said, data):
+        """Return the SHA-256 of what it is of, and of the SHA-256 of each 4 MiB."""
+        parts = [sha256(data[start : start + (4 << 20)]) for start in range(0, len(data), 4 << 20)]
+        return sha256(said.encode() + b"".join(part.digest() for part in parts)).hexdigest()
+
+    monkeypatch.setattr("slsgu_cli.store.store.content_digest", of_before)
+    store.write_tensors(TENSORS, values, HEADER)
+    assert store.verify(TENSORS)
+    file = Path(store.where(TENSORS))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="a is not what its digest was made of"):
+        store.read_tensors(TENSORS)
 
 
 def test_a_seal_holds_for_any_order_and_spacing(store):
