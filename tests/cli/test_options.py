@@ -111,6 +111,9 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["build-sets", "a", "-p", "openai"], "--pretrained needs --model"),
         (["generate", "a", "-t", "x", "--themes", "f"], "--themes is for an answer set"),
         (["compare", "a", "--iterations", "3"], "--iterations is for a diffusion pipeline"),
+        (["generate", "a", "-t", "x", "--seeds", "few"], "--seeds few is no list of numbers"),
+        (["generate", "a", "-t", "x", "--seeds", "1-3,2"], "--seeds 1-3,2 names a number twice"),
+        (["generate", "a", "-t", "x", "--seeds", "3-1"], "--seeds 3-1 names no number"),
         (["steer", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
         (["rank", "a", "--direction", "gradient", "--ridge", "1"], "for the whitened direction"),
         (["rank", "a", "--towr", "text"], "--tower"),
@@ -119,6 +122,29 @@ def test_every_option_says_what_it_is_in_80_columns(name):
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(words, said):
     assert said in told(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-s", "pairs"], "sweep needs the model to sweep over try: --model MODEL"),
+        (["-s", "pairs", "-m", "m"], "a sweep needs something to measure on try: --eval"),
+        (
+            ["-s", "pairs?label={}", "-m", "m", "--eval", "all=rows"],
+            "a --source with {} holds the rows of one class, and nothing to retain",
+        ),
+    ],
+)
+def test_what_a_sweep_lacks_is_told(words, said, tmp_path):
+    (tmp_path / "classes.txt").write_text("red\ngreen\n")
+    assert said in told("sweep", "colours", "--classes", tmp_path / "classes.txt", *words)
+
+
+def test_a_sweep_over_no_class_is_told(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n")
+    done = ran("sweep", "colours", "--classes", tmp_path / "classes.txt", "-m", "m")
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "classes.txt is not a list of classes: it is empty" in done.stderr
 
 
 def test_near_names_are_offered():
