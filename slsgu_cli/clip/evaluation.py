@@ -9,7 +9,7 @@ Layers and steps are chosen by some rows, and figures are reported of the others
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from shlex import quote
 
@@ -45,6 +45,9 @@ Ints = npt.NDArray[np.integer]
 # Of fewer images of a concept, the shortest step that forgets them says little of others:
 # images of the forget set are chosen by as well.
 ENOUGH_TO_CHOOSE = 12
+
+# Of what may be kept, this part is for the images of the concept that is searched.
+OF_CONCEPT = 4
 
 
 @dataclass(slots=True)
@@ -104,23 +107,17 @@ class _Measured:
 
     def base_pass(self, layers: Iterable[str], *, cache_bytes: int) -> None:
         """Run the original model once, keeping what edits of `layers` will resume from."""
-        budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), set(layers)
-        stages = {
-            tower: sorted(
-                {self.tower(tower).stage_of(n) for n in names if Layer.parse(n).tower is tower}
-            )
-            for tower in Tower
-        }
+        budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), list(layers)
         groups = [*concepts, *others]
         total, waiting = (sum(len(group.images) for group in part) for part in (groups, others))
-        vision = stages[Tower.VISION]
+        vision = self.stages(names, Tower.VISION)
         with (
             torch.no_grad(),
             progress.bar("original model", total) as ticker,
             naming_layers(self.model),
         ):
             for prompts in {id(group.prompts): group.prompts for group in groups}.values():
-                prompts.base_pass(stages[Tower.TEXT], budget)
+                prompts.base_pass(self.stages(names, Tower.TEXT), budget)
             for group in concepts:
                 for count in group.images.base_pass(vision, budget):
                     ticker.advance(count)
@@ -131,6 +128,11 @@ class _Measured:
                 for count in group.images.base_pass(vision, budget, classes, share):
                     ticker.advance(count)
             require_finite_elsewhere(self.model, self.text.token_table)
+
+    def stages(self, layers: Iterable[str], tower: Tower) -> list[int]:
+        """Return the stages that those of some layers act in first which are in a tower."""
+        of_tower = {name for name in layers if Layer.parse(name).tower is tower}
+        return sorted({self.tower(tower).stage_of(name) for name in of_tower})
 
     def tower(self, tower: Tower) -> SplitTower:
         """Return the split form of a tower."""
@@ -174,23 +176,56 @@ class SharedEvaluation(_Measured):
     sets: dict[str, EvaluationSet]
     forget: dict[str, EvaluationSet]
     training: dict[str, EvaluationSet]
+    # The stages that edits of a concept resume from, and the bytes for its images.
+    _resumed: tuple[Sequence[int], int] = field(init=False, default=((), 0))
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
-        """Return the concepts' images, and all images, theirs among them."""
-        return [*self.forget.values(), *self.training.values()], list(self.sets.values())
+        """Return no concept's images, which each search runs over again, and all images."""
+        return [], list(self.sets.values())
+
+    def base_pass(self, layers: Iterable[str], *, cache_bytes: int) -> None:
+        """Run the original model once; of concepts' images over those that no set has."""
+        names, concepts = list(layers), cache_bytes // OF_CONCEPT
+        _Measured.base_pass(self, names, cache_bytes=cache_bytes - concepts)
+        self._resumed = self.stages(names, Tower.VISION), concepts
+        groups = [*self.forget.values(), *self.training.values()]
+        of_sets = {id(group.prompts) for group in self.sets.values()}
+        others = {id(g.prompts): g.prompts for g in groups if id(g.prompts) not in of_sets}
+        with torch.no_grad(), naming_layers(self.model):
+            for prompts in others.values():
+                prompts.base_pass(self.stages(names, Tower.TEXT), CacheBudget(concepts))
+            for group in groups:
+                parts = (group.images.part_of(each.images) for each in self.sets.values())
+                part = next((part for part in parts if part is not None), None)
+                if part is not None:
+                    group.images = part
+                    continue
+                for _ in group.images.base_pass((), CacheBudget(0)):
+                    pass
 
     def shown(self, name: str) -> list[EvaluationSet]:
         """Return the images of the concept of a set."""
         return [self.forget[name], *([self.training[name]] if name in self.training else [])]
 
-    def of(self, manifest: SetManifest, *, beside: Sequence[SetManifest] = ()) -> Evaluation:
+    def of(
+        self, manifest: SetManifest, *, beside: Sequence[SetManifest] = (), resumed: bool = False
+    ) -> Evaluation:
         """Return what one concept is measured on, `beside` others that count as forgotten.
 
-        Raises InputError.
+        Where edits are to be `resumed`, what they resume from is kept of the concept's images,
+        for as long as these are in use. Raises InputError.
         """
         forget, utility = self.forget[manifest.name], self.utility([manifest, *beside])
         training = self.training.get(manifest.name)
-        return Evaluation(self.model, self.vision, self.text, forget, utility, training)
+        (stages, size), shown = self._resumed, [forget, *([training] if training else [])]
+        if resumed and stages and size:
+            budget = CacheBudget(size)
+            shown = [replace(group, images=replace(group.images)) for group in shown]
+            with torch.no_grad():
+                for group in shown:
+                    for _ in group.images.base_pass(stages, budget):
+                        pass
+        return Evaluation(self.model, self.vision, self.text, shown[0], utility, *shown[1:])
 
     def utility(self, manifests: Sequence[SetManifest]) -> dict[str, EvaluationSet]:
         """Return the sets without the images that show any of the concepts. Raises InputError."""

@@ -374,11 +374,10 @@ class Activations:
         self._rows = torch.full((room,), -1, device=like.device)
         self._keys = torch.full((room,), float("inf"), device=like.device)
 
-    def offer(self, start: int, x: Tensor, keys: Tensor) -> None:
-        """Keep rows `start` and following, in place of others whose keys are greater."""
-        rows = torch.arange(start, start + len(x), device=x.device)
+    def offer(self, rows: Tensor, x: Tensor, keys: Tensor) -> None:
+        """Keep what enters for `rows`, in place of other rows whose keys are greater."""
         if len(self.values) == len(self.places):
-            self.values[start : start + len(x)] = x
+            self.values[rows] = x
             self.places[rows] = rows
             return
         chosen = torch.zeros(len(self._keys) + len(x), dtype=torch.bool, device=x.device)

@@ -188,6 +188,9 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
 
+# Products of fewer rows are computed by other kernels, with other last digits.
+LEAST_ROWS = 8
+
 
 @dataclass(slots=True)
 class PromptSide:
@@ -239,15 +242,22 @@ class PromptSide:
 
 @dataclass(slots=True)
 class ImageSide:
-    """Some labelled rows of a data block, and their image features."""
+    """Some labelled rows of a data block, and their image features.
+
+    Features of the original model may be `known` before it runs. Nothing runs then, and what
+    enters stages is kept of rows as they are looked at.
+    """
 
     tower: SplitTower
     block: DataBlock
     rows: Ints
     labels: Tensor
     normalize: Pixels
+    known: Tensor | None = field(init=False, default=None)
     features: Tensor = field(init=False)
     _kept: dict[int, Activations] = field(init=False, default_factory=dict)
+    # The margins by which rows are kept that are looked at; None where none are kept any more.
+    _leads: Tensor | None = field(init=False, default=None)
     # Which of the rows that the base pass ran over these are, where they are a part of them.
     _chosen: Tensor | None = field(init=False, default=None)
     # Of each of those rows its place among those of this process; -1 where another one has it.
@@ -269,9 +279,16 @@ class ImageSide:
         part = ImageSide(self.tower, self.block, rows, labels, self.normalize)
         if hasattr(self, "features"):
             part.features = self.features[places]
-            part._kept, part._own = self._kept, self._own
+            part._kept, part._own, part._leads = self._kept, self._own, self._leads
             part._chosen = places if self._chosen is None else self._chosen[places]
         return part
+
+    def part_of(self, whole: "ImageSide") -> "ImageSide | None":
+        """Return these rows as a part of others, after their base pass; None where they are not."""
+        if self.block.where != whole.block.where or not np.isin(self.rows, whole.rows).all():
+            return None
+        order = np.argsort(whole.rows)
+        return whole.some(order[np.searchsorted(whole.rows, self.rows, sorter=order)])
 
     def base_pass(
         self,
@@ -285,8 +302,14 @@ class ImageSide:
         Of a stage, all rows are kept or none. With class embeddings, those are kept that
         the model is least certain of, as many as fit into a share of the budget.
         """
-        features: list[Tensor] = []
         mine = (self._own >= 0).nonzero().squeeze(1)
+        self._kept, self._leads = {}, None
+        if self.known is not None and classes is not None:
+            self.features, self.known = self.known, None
+            self._make_room(mine, stages, budget, classes, share)
+            yield len(mine)
+            return
+        features: list[Tensor] = []
         for start, pixels in self._pixels(mine):
             entering, outputs = _through(self.tower, pixels, stages)
             features.append(outputs)
@@ -299,14 +322,34 @@ class ImageSide:
                 lead = torch.zeros_like(labels, dtype=torch.float)
                 if classes is not None:
                     lead = margins(outputs @ classes.T, labels)
+                places = torch.arange(start, start + len(pixels), device=labels.device)
                 for stage, kept in self._kept.items():
-                    kept.offer(start, entering[stage], lead)
+                    kept.offer(places, entering[stage], lead)
             yield len(pixels)
         whole = in_order(features, [mine], str(self.labels.device))
         self.features = require_finite(whole, "image features", self.rows)
 
+    def _make_room(
+        self,
+        mine: Tensor,
+        stages: Sequence[int],
+        budget: CacheBudget,
+        classes: Tensor,
+        share: float,
+    ) -> None:
+        """Make room for what enters `stages` of rows, those of the least margins before others."""
+        if not stages or not len(mine):
+            return
+        for _, pixels in self._pixels(mine[:1]):
+            entering, _ = _through(self.tower, pixels, stages)
+            self._kept = room_for_some(entering, len(mine), budget, share)
+        self._leads = margins(self.features[mine] @ classes.T, self.labels[mine])
+
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
-        """Return features with the weights as they are now, of some rows or of all."""
+        """Return features with the weights as they are now, of some rows or of all.
+
+        The weights before `stage` are those that the base pass ran with.
+        """
         if rows is None:
             rows = torch.arange(len(self), device=self.labels.device)
         else:
@@ -323,13 +366,30 @@ class ImageSide:
                 some = there[first:last]
                 x = self._kept[start].values[places[some]]
                 order.append(some)
-                features.append(self.tower.features(x, x, start))
+                features.append(self._features(x, start, stage, own[some]))
         rest = waiting.nonzero().squeeze(1)
         for start, pixels in self._pixels(rows[rest]):
-            order.append(rest[start : start + len(pixels)])
-            features.append(self.tower.features(pixels, pixels))
+            some = rest[start : start + len(pixels)]
+            order.append(some)
+            features.append(self._features(pixels, EMBED, stage, own[some]))
         ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
+
+    def _features(self, x: Tensor, start: int, stage: int, own: Tensor) -> Tensor:
+        """Return the features of what enters `start`, an edit being in place from `stage` on.
+
+        What enters stages up to that is the original model's, and kept. Which rows run together
+        depends on what was looked at before; a few run as many, whose products are rounded alike.
+        """
+        count = len(x)
+        if 0 < count < LEAST_ROWS:
+            x = x[torch.arange(LEAST_ROWS, device=x.device) % count]
+        inputs = x
+        if self._leads is not None:
+            for each in sorted(s for s in self._kept if start < s <= stage):
+                x, start = self.tower.advance(x, inputs, start, each), each
+                self._kept[each].offer(own, x[:count], self._leads[own])
+        return self.tower.features(x, inputs, start)[:count]
 
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""

@@ -414,7 +414,7 @@ def search(
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
         shared = share_evaluation(store, [plan])
-        evaluation = plan.measured(shared)
+        evaluation = plan.measured(shared, resumed=True)
         earlier = plan.guard(shared) if plan.earlier else None
         run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation, earlier)
         reported = to_report_on(store, [plan], shared)
@@ -438,7 +438,7 @@ def search_each(
         for plan in group:
             started = perf_counter() - loading
             with no_grad(), arithmetic(options.precision):
-                evaluation = plan.measured(shared)
+                evaluation = plan.measured(shared, resumed=True)
                 earlier = plan.guard(shared) if plan.earlier else None
                 run = SetSearch(store, Artifact.TRIALS, plan, evaluation, earlier)
                 result = run.run(plan.probes(store, evaluation), reported, started)

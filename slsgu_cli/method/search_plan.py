@@ -4,11 +4,13 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from shlex import quote
 from typing import TYPE_CHECKING
 
+import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import (
     Edit,
@@ -18,12 +20,15 @@ from slsgu_cli.checkpoints.edits import (
     tell_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import both_held, find_layers
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
-from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.method.directions import Moments, ensure_moments, forget_direction
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
+    FeatureHeader,
     GradientPointer,
     LayerScore,
     Precision,
@@ -45,6 +50,13 @@ if TYPE_CHECKING:
 
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
     from slsgu_cli.method.trial import EarlierConcepts, Probe
+
+
+# Part of every address of features: a change in what is computed must change it.
+FEATURES_REVISION = 1
+
+# Bytes of activations on a CPU beyond which little is saved, for one search or a hundred.
+ENOUGH_TO_KEEP = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +91,12 @@ class SearchPlan:
         """The digests of the edits that are in place, by name."""
         return edit_digests(self.earlier)
 
-    def measured(self, shared: "SharedEvaluation") -> "Evaluation":
-        """Return what the concept is measured on, with nothing that is forgotten already."""
-        return shared.of(self.manifest, beside=self.earlier_sets)
+    def measured(self, shared: "SharedEvaluation", *, resumed: bool = False) -> "Evaluation":
+        """Return what the concept is measured on, with nothing that is forgotten already.
+
+        Many edits can be measured where they are `resumed`.
+        """
+        return shared.of(self.manifest, beside=self.earlier_sets, resumed=resumed)
 
     def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
         """Return what tells whether a step brings back what is forgotten already."""
@@ -272,9 +287,61 @@ def share_evaluation(
     add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
-    with counted_by(str(first.pointer.model)):
+    with counted_by(str(first.pointer.model)), known_features(store, first, shared, purpose):
         run_base_pass(shared, layers, first.options)
     return shared
+
+
+@contextmanager
+def known_features(
+    store: Store, plan: SearchPlan, shared: "SharedEvaluation", purpose: Purpose
+) -> Iterator[None]:
+    """Let a base pass of the original model take image features from the store, or keep them.
+
+    With earlier edits in the model nothing is taken or kept.
+    """
+    import torch
+
+    if plan.earlier:
+        yield
+        return
+    header = FeatureHeader(
+        model=plan.pointer.model_fingerprint,
+        evals=plan.manifest.measured_on(),
+        purpose=purpose,
+        precision=plan.options.precision,
+        device=plan.options.device.partition(":")[0],
+        version=slsgu_cli.__version__,
+    )
+    made_from = [header.model, header.purpose, header.precision, header.device]
+    path = Artifact.FEATURES.path(
+        digest([FEATURES_REVISION, *made_from, evaluation_digest(plan.manifest)])
+    )
+    known = processes.from_first(lambda: _read_features(store, path))
+    fits = {name: len(group.images) for name, group in shared.sets.items()}
+    if {name: len(values) for name, values in known.items()} == fits:
+        for name, values in known.items():
+            shared.sets[name].images.known = torch.from_numpy(values).to(plan.options.device)
+        yield
+        return
+    yield
+    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+    try:
+        store.write_tensors(path, arrays, header)
+    except InputError as error:
+        progress.detail(f"{error.message}; features are not kept")
+
+
+def _read_features(store: Store, path: str) -> "dict[str, Floats]":
+    """Return the features in a file by evaluation set; none where it cannot be read."""
+    try:
+        store.read_header(path, FeatureHeader)
+        return dict(store.read_tensors(path))
+    except MissingError:
+        return {}
+    except (InputError, StaleError) as error:
+        progress.note(f"features that were kept cannot be used and are made again: {error}")
+        return {}
 
 
 def to_report_on(
@@ -293,7 +360,10 @@ def to_report_on(
         if not any(plan.manifest.deals for plan in plans):
             return evaluation
         reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
-        with counted_by(str(plans[0].pointer.model)):
+        with (
+            counted_by(str(plans[0].pointer.model)),
+            known_features(store, plans[0], reported, Purpose.REPORT),
+        ):
             reported.base_pass((), cache_bytes=0)
         return reported
 
@@ -328,5 +398,9 @@ def run_base_pass(
     for tower in {score.tower for score in layers}:
         if not evaluation.tower(tower).exact_split:
             progress.detail(f"the {tower} tower is not split: every trial runs all of it")
-    budget = options.cache_budget if options.cache_budget is not None else spare(options.device)
+    budget = options.cache_budget
+    if budget is None:
+        budget = spare(options.device)
+        if options.device == "cpu":
+            budget = min(budget, ENOUGH_TO_KEEP)
     evaluation.base_pass((s.layer for s in layers), cache_bytes=budget)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 
 
 class Tower(StrEnum):
@@ -216,6 +216,31 @@ class MomentHeader:
     def is_of(self, pointer: GradientPointer) -> bool:
         """Return whether it is of the model and the retain rows of a set's gradients."""
         return (self.model, self.data) == (pointer.model_fingerprint, pointer.retain_data)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeatureHeader:
+    """What a file of image features is of: the original model, and rows that serve a purpose.
+
+    `evals` says by evaluation set which rows these are, as a set has it, and how they are
+    dealt; `purpose` which part of them it is. They were computed in `precision`, on a `device`.
+    """
+
+    model: str
+    evals: dict[str, str]
+    purpose: Purpose
+    precision: Precision
+    device: str
+    version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        return {"features": ", ".join(sorted(self.evals)), "to": self.purpose}
+
+    def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
+        """Return whether it is of the model of a set's gradients, and of what it measures on."""
+        measured = self.model, self.evals
+        return measured == (pointer.model_fingerprint, manifest.measured_on())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

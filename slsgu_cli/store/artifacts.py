@@ -37,6 +37,7 @@ class Artifact(StrEnum):
     POINTER = "pointer"
     GRADIENT = "gradient"
     MOMENTS = "moments"
+    FEATURES = "features"
     SQUARES = "squares"
     SUMS = "sums"
     RANKING = "ranking"
@@ -152,6 +153,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.GRADIENT: Row("gradients", "method.GradientHeader", suffix=TENSORS),
     Artifact.MOMENTS: Row("moments", "method.MomentHeader", suffix=TENSORS),
+    Artifact.FEATURES: Row("features", "method.FeatureHeader", suffix=TENSORS),
     Artifact.SQUARES: Row("squares", "method.SquaresHeader", suffix=TENSORS),
     Artifact.SUMS: Row("sums", "method.SumsHeader", suffix=TENSORS),
     Artifact.RANKING: Row(

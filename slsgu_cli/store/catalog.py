@@ -12,7 +12,7 @@ from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.codec import digest, is_sealed, parse_json
-from slsgu_cli.records.method import EditHeader, GradientPointer, MomentHeader
+from slsgu_cli.records.method import EditHeader, FeatureHeader, GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
@@ -238,6 +238,16 @@ def _foreign_layer(catalog: Catalog, _name: str, edit: EditHeader) -> Verdict | 
     return Standing.DAMAGED, f"it names {edit.layer}, and {edit.model} has no such layer"
 
 
+def _without_rows(catalog: Catalog, _name: str, header: FeatureHeader) -> Verdict | None:
+    pointers = catalog.readable(Artifact.POINTER)
+    manifests = ((p, catalog.get(Artifact.SET, name)) for name, p in pointers.items())
+    used = any(manifest and header.is_of(pointer, manifest) for pointer, manifest in manifests)
+    complete = catalog.complete(Artifact.POINTER) and catalog.complete(Artifact.SET)
+    if used or not complete:
+        return None
+    return Standing.UNREFERENCED, "no set of this model's gradients is measured on these rows"
+
+
 def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | None:
     for row in sweep.rows:
         pointer = catalog.get(Artifact.POINTER, row.name)
@@ -263,6 +273,7 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.POINTER: _missing_gradient,
     Artifact.GRADIENT: _without_set,
     Artifact.MOMENTS: _without_set,
+    Artifact.FEATURES: _without_rows,
     Artifact.SQUARES: _without_set,
     Artifact.SUMS: _under_way,
     Artifact.EDIT: _foreign_layer,

@@ -14,7 +14,7 @@ from shlex import quote
 
 from slsgu_cli import progress
 from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError, near
-from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.method import FeatureHeader, GradientPointer
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
@@ -187,6 +187,8 @@ class _Check:
                     for kind, each in ((Artifact.POINTER, name), (Artifact.MOMENTS, entry.name))
                 )
                 return bool(pointer and header and header.is_of(pointer))
+            case Artifact.FEATURES:
+                return name in self._measured_by(self.catalog.get(entry.kind, entry.name))
         return False
 
     def of_entry(self, entry: Entry) -> Iterator[Finding]:
@@ -335,6 +337,15 @@ class _Check:
         """Return the sets whose gradients are those of an address."""
         return [n for n, p in self._pointers.items() if address in (p.forget, p.retain)]
 
+    def _measured_by(self, header: FeatureHeader | None) -> list[str]:
+        """Return the sets that are measured on the rows of a file of features; all for none."""
+        known = {name: self._sets.get(name) for name in self._pointers}
+        return [
+            name
+            for name, manifest in known.items()
+            if header is None or (manifest and header.is_of(self._pointers[name], manifest))
+        ]
+
     def _maker(self, entry: Entry) -> str | None:
         """Return the command that makes an artifact, as far as it is known which."""
         match entry.kind:
@@ -348,6 +359,9 @@ class _Check:
                 header = self.catalog.get(entry.kind, entry.name)
                 users = [n for n, p in self._pointers.items() if header is None or header.is_of(p)]
                 return Artifact.RANKING.command(users[0]) if users else None
+            case Artifact.FEATURES:
+                users = self._measured_by(self.catalog.get(entry.kind, entry.name))
+                return Artifact.TRIALS.command(users[0]) if users else None
             case Artifact.SET if self._unreadable(entry) is None:
                 return _replay(entry.name)
             case Artifact.EDIT if (name := set_of(entry.name)) != entry.name:
@@ -366,7 +380,7 @@ class _Check:
                 return any(self._has_sources(self._sets[user]) for user in users)
             case Artifact.GRADIENT | Artifact.SQUARES:
                 return any(self._is_graded_again(user) for user in self._pointers_to(name))
-            case Artifact.MOMENTS:
+            case Artifact.MOMENTS | Artifact.FEATURES:
                 return bool(self._pointers) and all(map(self._is_graded_again, self._pointers))
             case Artifact.POINTER:
                 manifest = self._sets.get(name)

@@ -72,7 +72,7 @@ def search_alone(
     reported: Callable[[], SharedEvaluation],
 ) -> SingleSearch:
     """Search one concept by itself, and measure what each line's shortest step keeps."""
-    evaluation = shared.of(plan.manifest)
+    evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
     chosen = run.run(plan.probes(store, evaluation), reported).chosen
     trials, too_short = {}, {}

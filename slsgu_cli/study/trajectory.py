@@ -89,7 +89,8 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     plan = read_plan(store, name, options=options.search)
     followed = []
     with torch.no_grad(), arithmetic(plan.options.precision):
-        evaluation = plan.measured(share_evaluation(store, [plan], Purpose.REPORT))
+        shared = share_evaluation(store, [plan], Purpose.REPORT)
+        evaluation = plan.measured(shared, resumed=True)
         run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
         for probe in plan.probes(store, evaluation):
             with progress.bar(probe.score.layer, options.points) as ticker:

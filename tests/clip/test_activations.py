@@ -12,7 +12,8 @@ def offered(room, keys, batch=7):
     x = torch.arange(ROWS * 3.0).view(ROWS, 3)
     kept = Activations(ROWS, room, x)
     for start in range(0, ROWS, batch):
-        kept.offer(start, x[start : start + batch], keys[start : start + batch])
+        rows = torch.arange(start, min(start + batch, ROWS))
+        kept.offer(rows, x[rows], keys[rows])
     return kept, x
 
 

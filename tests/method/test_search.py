@@ -27,6 +27,7 @@ from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Trials
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 
 BUDGETS = [None, 2_000_000, 200_000, 0]
@@ -102,6 +103,7 @@ def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypat
 
 def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkeypatch):
     """However little is kept, trials are left after the same images."""
+    monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
     from_pixels, looked_at = [], []
     for budget in (None, 200_000, 0):
         with monkeypatch.context() as patch:
@@ -110,9 +112,33 @@ def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkey
         from_pixels.append(embedded[OpenClipVision])
         looked_at.append(rows[OpenClipVision])
         world.store.remove(Artifact.TRIALS.path("blue"))
+        for name in Artifact.FEATURES.names(world.store):
+            world.store.remove(Artifact.FEATURES.path(name))
     everything, part, nothing = from_pixels
     assert everything < part < nothing == looked_at[-1]
-    assert max(looked_at) - min(looked_at) <= 2
+    # Where something is kept, the original runs over the concept's images once more.
+    assert max(looked_at) - min(looked_at) <= 2 + 8
+
+
+@pytest.mark.parametrize("budget", [200_000, 0])
+def test_a_further_search_runs_the_original_over_few_images(budget, world, plain, monkeypatch):
+    """Its features are in the store; what is searched with them is the plain search."""
+    monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
+    reference = plain.algorithm1(front(world), 6, Steer.FA1)
+    embedded = []
+    for damage in (b"", b"", b"damaged"):
+        world.store.remove(Artifact.TRIALS.path("blue"))
+        for name in Artifact.FEATURES.names(world.store) if damage else ():
+            world.store.write_bytes(Artifact.FEATURES.path(name), damage)
+        with monkeypatch.context() as patch:
+            rows = Rows().watch(patch, "embed")
+            result = find(world, steps=6, cache_budget=budget)
+        assert_same_search(result, reference)
+        embedded.append(rows[OpenClipVision])
+    fresh, known, mended = embedded
+    assert known < fresh == mended
+    (entry,) = (entry for entry in entries(world.store) if entry.kind is Artifact.FEATURES)
+    assert entry.state is Standing.OK
 
 
 def test_every_candidate_layer_is_measured_rightly(world, plain):
@@ -237,9 +263,9 @@ def test_recorded_trials_run_nothing_again(world, monkeypatch):
     assert (first.reused, again.reused) == (0, len(first.trials.trials))
     assert (again.trials, again.chosen) == (first.trials, first.chosen)
     prompts = 3 * (8 + 5)
-    # The concept's images once more, by themselves; and what the chosen edit does to all.
-    images = 64 + 8 + 40
-    assert rows == {OpenClipVision: images + 64 + 40, OpenClipText: prompts}
+    # The original over the concept's images, and an image of each set to see what it takes;
+    # and what the chosen edit does to all.
+    assert rows == {OpenClipVision: 8 + 2 + 64 + 40, OpenClipText: prompts}
 
 
 def test_recorded_forget_accuracies_are_taken_as_they_are(world):
