@@ -18,15 +18,31 @@ from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2")
 
 
-def launched(count, *program, **options):
-    """Let PyTorch's launcher start a program in several processes; its outputs are text."""
-    return subprocess.Popen(
-        [sys.executable, *LAUNCHER, str(count), *map(str, program)],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), **options,
-    )  # fmt: skip
+def launched(*program):
+    """Let two of PyTorch's launchers, as on two machines, start a program in a process each.
+
+    Return what was printed and told, and the two exit codes.
+    """
+    meeting = ("--rdzv-backend=c10d", "--rdzv-id=slsgu", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, *LAUNCHER, *meeting, *map(str, program)],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    outputs = [launcher.communicate(timeout=300) for launcher in launchers]
+    out, told = map("".join, zip(*outputs, strict=True))
+    return out, told, [launcher.returncode for launcher in launchers]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(count, words):
@@ -35,10 +51,7 @@ def run(count, words):
     That is a code, what was printed and what was told of each. Half of them hash strings
     otherwise than the others do.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     group |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     ranks = [
         Forked(words, environment(variables(group, RANK=rank, LOCAL_RANK=rank)), server=rank % 2)
@@ -180,9 +193,8 @@ def test_one_process_that_dies_ends_all_and_another_number_goes_on(world, tmp_pa
     whole = world.copied(tmp_path / "whole")
     assert inside(*compute, store=whole.store.root).exit_code == 0
     (tmp_path / "slow.py").write_text(SLOW)
-    process = launched(2, tmp_path / "slow.py", *compute, "--store", world.store.root)
-    out, told = process.communicate(timeout=300)
-    assert process.returncode != 0
+    out, told, codes = launched(tmp_path / "slow.py", *compute, "--store", world.store.root)
+    assert all(codes), told
     # The launcher may end the other one before it meets that the first is gone.
     ends = [line for line in told.splitlines() if line.startswith(("error:", "interrupted;"))]
     assert (out, len(ends)) == ("", 1), told
