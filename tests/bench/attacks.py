@@ -5,15 +5,16 @@
     python tests/bench/attacks.py --methods ours ga --checks spelling prefix
 
 Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
-defaults, `paper` by the paper's choice; the others are tuned as `compare` tunes them, on the
-images to choose by. `ours+leace` is our edit in the model that LEACE leaves of the image
-projection. What a method leaves is written as a checkpoint and verified as
+defaults, `paper` by the paper's choice; the others are tuned on the first concept as `compare`
+tunes them, on the images to choose by. `ours+leace` is our edit in the model that LEACE leaves
+of the image projection. What a method leaves is written as a checkpoint and verified as
 `slsgu verify --model` does it. All figures are of images that chose nothing; a mean over
 concepts stands in each cell, behind the slash that of its control. A run that is repeated on
 a store goes on where the last one ended.
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections import defaultdict
@@ -52,7 +53,7 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
     target = folder / "models" / f"{name}-{method}"
     if not (target / "open_clip_model.safetensors").exists():
         run = ClipComparisonRun.open(store, name, CompareOptions(methods=(method,), rates=None))
-        setting = tune(method, partial(run.row, method))[0].setting or 0.0
+        setting = tuned(run, method, folder)
         model = run.baselines.model
         if method in CLOSED_FORMS:
             outcome = run.row(method, setting)
@@ -66,6 +67,16 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, target / "open_clip_model.safetensors")
     return ModelSpec(f"{LOCAL}{target}")
+
+
+def tuned(run: ClipComparisonRun, method: Method, folder: Path) -> float:
+    """Return the setting of a method that the first concept was tuned to, tuned now if none was."""
+    known = folder / "settings" / f"{method}.json"
+    if not known.exists():
+        setting = tune(method, partial(run.row, method))[0].setting or 0.0
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(setting))
+    return float(json.loads(known.read_text()))
 
 
 def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
