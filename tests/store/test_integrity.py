@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google_crc32c import value as crc32c
 
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records.codec import SEAL, encode, is_sealed, sealed
@@ -204,28 +205,34 @@ def moved(data, one, other, size):
     return changed
 
 
-def test_a_digest_by_sums_tells_of_any_accident(monkeypatch):
-    row, rng = files.ROW, np.random.default_rng(0)
-    monkeypatch.setattr(files, "SUMMED", 4 * row)
-    # Two parts of four rows, then a row and bytes that fill none.
-    data = rng.integers(0, 256, 9 * row + 77, dtype=np.uint8).tobytes()
-    changed = [data[:-1], data + b"\0", data[1:] + data[:1], data[8:] + data[:8]]
-    changed += [
-        moved(data, *places, 8) for places in ((0, 8), (0, row), (0, row + 8), (0, 5 * row))
-    ]
-    changed += [moved(data, 0, row, row), moved(data, 0, 4 * row, 4 * row)]
-    for place in (0, row - 1, 3 * row + 9, 8 * row + 5, len(data) - 1):
+def test_a_digest_of_contents_tells_of_accidents(monkeypatch):
+    part, rng = 1 << 12, np.random.default_rng(0)
+    monkeypatch.setattr(files, "CHECKED", part)
+    # Two parts, and bytes that fill none.
+    data = rng.integers(0, 256, 2 * part + 77, dtype=np.uint8).tobytes()
+    changed = [data[:-1], data + b"\0", data[1:] + data[:1], moved(data, 0, part, part)]
+    changed += [moved(data, 0, place, 8) for place in (8, part - 8, part + 8)]
+    for place in (0, part - 1, part, len(data) - 1):
         for bit in range(8):
             flipped = bytearray(data)
             flipped[place] ^= 1 << bit
             changed.append(flipped)
-    for length in (2, 8, 512, row, 3 * row):
+    for length in (2, 8, 512, part):
         start = int(rng.integers(0, len(data) - length))
         changed.append(data[:start] + bytes(length) + data[start + length :])
     digests = {files.content_digest("x", memoryview(content)) for content in [data, *changed]}
     assert len(digests) == 1 + len(changed)
     assert files.content_digest("y", memoryview(data)) not in digests
     assert files.content_digest("x", memoryview(bytes(data))) in digests
+
+
+def test_a_digest_of_contents_is_what_the_documents_say():
+    data = np.arange(2 << 20, dtype="<f4")
+    parts = [data[: 1 << 20].tobytes(), data[1 << 20 :].tobytes()]
+    checksums = b"".join(crc32c(part).to_bytes(4, "little") for part in parts)
+    told = sha256(b"<f4 [2097152] " + checksums).hexdigest()
+    said = files.content_digest("<f4 [2097152] ", memoryview(data.view(np.uint8)))
+    assert said == f"crc32c:{told}"
 
 
 def test_what_earlier_versions_hashed_whole_is_compared_too(store, monkeypatch):
