@@ -269,8 +269,9 @@ def sweep(
         Path, Option(("--classes",), "File of classes to forget, one a line.", ROWS)
     ],
 ) -> None:
-    """Runs build-sets, grad, rank and search for each class, under the class's name. All are
-    kept out of the retain set and share its gradient. `{}` in a --source stands for the class.
+    """Runs build-sets, grad, rank and search for each class, under the class's name. All, or all
+    of a fold (--folds), are kept out of the retain set and share its gradient. `{}` in a
+    --source stands for the class.
 
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """

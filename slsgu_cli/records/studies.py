@@ -77,6 +77,10 @@ class SweepRequest:
 
     name: str = option(..., metavar="NAME", help="Name of the sweep.")
     classes: tuple[str, ...] = ()
+    folds: int = option(
+        1, "--folds", min=1, metavar="K",
+        help="Deal the classes to K retain sets; each leaves out its own.",
+    )  # fmt: skip
     build: BuildRequest = options(
         BuildRequest(),
         flags={"classes": ("--eval-classes",)},
@@ -92,7 +96,7 @@ class SweepRequest:
     )
 
     def of(self, name: str) -> BuildRequest:
-        """Return what to build for one class; all classes are kept out of its retain set."""
+        """Return what to build for one class; its fold is kept out of the retain set."""
         from urllib.parse import quote
 
         return replace(
@@ -100,8 +104,19 @@ class SweepRequest:
             name=name,
             concept=name,
             sources=[source.replace(CLASS, quote(name)) for source in self.build.sources],
-            retain_exclude=[*self.build.retain_exclude, *self.classes],
+            retain_exclude=[*self.build.retain_exclude, *self.fold(name)],
         )
+
+    def fold(self, name: str) -> tuple[str, ...]:
+        """Return the classes that share a retain set with one, itself among them, in order.
+
+        Classes are dealt by seed, as evenly as can be.
+        """
+        from random import Random
+
+        dealt = Random(self.build.seed).sample(self.classes, len(self.classes))
+        fold = set(dealt[dealt.index(name) % self.folds :: self.folds])
+        return tuple(each for each in self.classes if each in fold)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,8 @@ def _require_rows(selection: Selection, request: BuildRequest) -> None:
     if selection.role == "retain":
         raise InputError(
             f"no row is left for the retain set: {seen}",
-            hint="name a source of other captions with --retain-source",
+            hint="name a source of other captions with --retain-source; a sweep over all classes "
+            "that there are deals them with --folds",
         )
     patterns = ", ".join(repr(pattern) for pattern in request.patterns)
     examples = ", ".join(repr(caption[:60]) for caption in selection.examples)

@@ -1,7 +1,8 @@
 """What `slsgu sweep` does: the whole job for each class of a list (the paper's Table 2).
 
-Every class is kept out of the retain set, so that all of them share one retain gradient,
-and all are searched on one base pass. What a class came to is recorded as soon as it is
+Every class is kept out of the retain set, so that all of them share one retain gradient; or
+classes are dealt into folds, and each fold has a retain set without its own classes. All are
+searched on one base pass. What a class came to is recorded as soon as it is
 done: a sweep that was interrupted goes on with the first class that is missing. Several
 processes make what the classes share together, and then each its share of the classes.
 """
@@ -73,6 +74,12 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
 
     done = processes.from_first(standing)
     reused = len(done)
+    if request.folds > 1:
+        sizes = [len(request.fold(name)) for name in request.classes]
+        progress.note(
+            f"{request.folds} retain sets: each leaves out at most {max(sizes)} of "
+            f"{len(sizes)} classes, and retains the others"
+        )
     pending = [name for name in request.classes if name not in done]
     for row in _rows(store, request, pending):
         done[row.name] = row
@@ -134,6 +141,10 @@ def _check(request: SweepRequest) -> None:
         raise UsageError("sweep needs the model to sweep over", hint="--model MODEL")
     if not build.evals:
         raise UsageError("a sweep needs something to measure on", hint="--eval NAME=SOURCE")
+    if request.folds > len(request.classes):
+        raise UsageError(
+            f"--folds {request.folds} is more than the {len(request.classes)} classes there are"
+        )
     if not build.retain_sources and any(CLASS in source for source in build.sources):
         raise UsageError(
             "a --source with {} holds the rows of one class, and nothing to retain",
@@ -168,6 +179,8 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
             request.search.max_class_loss,
         ],
     }
+    if request.folds > 1:
+        made_from["folds"] = request.folds
     return digest(made_from)
 
 

@@ -1,14 +1,16 @@
 """Measure on images that chose nothing what searches of many concepts came to.
 
     python tests/bench/unseen.py                       # 16 concepts drawn by seed 0
-    python tests/bench/unseen.py --concepts all --store unseen-store
+    python tests/bench/unseen.py --concepts all --folds 8 --store unseen-store
     python tests/bench/unseen.py --ways default paper  # of default, short, long, count, paper
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images,
 as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
 in several ways on the same gradients. Figures are of the half of the held-out images that
-layer and step were not chosen by, as edits record them. A run that is repeated on a store
-goes on where the last one ended.
+layer and step were not chosen by, as edits record them. With `--folds`, concepts are dealt as
+`sweep` deals classes: those of a fold share a retain set without any of them, its gradient and
+its moments, and all share the features of the original model. A run that is repeated on a
+store goes on where the last one ended. At the end it prints what a concept took, in seconds.
 """
 
 import argparse
@@ -17,8 +19,10 @@ import random
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import pyarrow.parquet as pq
 
@@ -29,7 +33,8 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import EditHeader, Keep
-from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.studies import SweepRequest
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -87,12 +92,27 @@ def draw(wanted: str, seed: int) -> dict[str, str]:
     return drawn
 
 
-def prepared(store: Store, name: str) -> None:
-    """Build, grade and rank a set as the demo does it, unless it was."""
-    if not store.exists(Artifact.RANKING.path(name)):
-        build_sets(store, demo_request(name))
-        compute_gradients(store, name, model=None, options=PassOptions())
-        rank(store, name, options=RankOptions())
+def requested(concepts: Iterable[str], folds: int | None) -> dict[str, BuildRequest]:
+    """Return what to build of each concept as the demo does it, in folds if there are any."""
+    requests = {name: demo_request(name) for name in concepts}
+    if folds is None:
+        return requests
+    sweep = SweepRequest(name="unseen", classes=tuple(requests), folds=folds)
+    return {
+        name: replace(request, retain_exclude=sweep.fold(name))
+        for name, request in requests.items()
+    }
+
+
+def prepared(store: Store, request: BuildRequest) -> float | None:
+    """Build, grade and rank a set unless it was; return the seconds that it took now."""
+    if store.exists(Artifact.RANKING.path(request.name)):
+        return None
+    start = time.perf_counter()
+    build_sets(store, request)
+    compute_gradients(store, request.name, model=None, options=PassOptions())
+    rank(store, request.name, options=RankOptions())
+    return time.perf_counter() - start
 
 
 def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeader, float]:
@@ -114,6 +134,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="16", help="how many, `all`, or names with commas")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["default", "paper"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folds", type=int, help="retain sets that concepts are dealt to")
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
@@ -121,9 +142,16 @@ def main() -> None:
     print(f"seed {options.seed}: {', '.join(concepts)}\n")
     print("concept\tway\tlayer\tdirection\tshare\tof\tFA@1\tFA@5\tbrands\tobjects\tworst\tseconds")
     rows: list[Row] = []
+    preparing: list[float] = []
+    requests = requested(concepts, options.folds)
     for name, kind in concepts.items():
         store = Store(str(folder / "store"))
-        prepared(store, name)
+        try:
+            took = prepared(store, requests[name])
+        except SlsguError as error:
+            print(f"{name}\tall\t{error}")
+            continue
+        preparing += [took] if took is not None else []
         for way in options.ways:
             try:
                 header, seconds = searched(store, name, way, folder)
@@ -135,6 +163,12 @@ def main() -> None:
     print("\nway\tconcepts\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
     for way in options.ways:
         summarise(way, [row for row in rows if row.way == way])
+    for stage, seconds in {
+        "build-sets, grad and rank": preparing,
+        **{f"search, {way}": [r.seconds for r in rows if r.way == way] for way in options.ways},
+    }.items():
+        if seconds:
+            print(f"{stage}: {median(seconds):.1f} s a concept, {sum(seconds):.0f} s in all")
 
 
 def show(row: Row) -> None:

@@ -152,6 +152,23 @@ def test_a_source_can_hold_the_class(request_):
     assert (own.name, own.concept) == ("a&b", "a&b")
 
 
+def test_folds_have_retain_sets_without_their_own_classes(few, store, counted):
+    """Each row is that of a sweep over the classes of its fold alone."""
+    folded = replace(few, folds=2)
+    result = sweep(store, folded).sweep
+    folds = {folded.fold(name) for name in CLASSES}
+    assert sorted(len(fold) for fold in folds) == [1, 2]
+    assert sorted(name for fold in folds for name in fold) == sorted(CLASSES)
+    assert counted == {"forget": 3, "retain": 2, "base": 1, "search": 3}
+    for place, fold in enumerate(sorted(folds)):
+        apart = sweep(Store(f"{store.root}-{place}"), replace(few, classes=fold)).sweep
+        assert [row for row in result.rows if row.name in fold] == list(apart.rows)
+    assert sweep(store, folded).reused == 3
+    assert sweep(store, replace(folded, folds=3)).reused == 0
+    with pytest.raises(UsageError, match="more than the 3 classes"):
+        sweep(store, replace(folded, folds=4))
+
+
 def test_what_cannot_be_swept_is_told(request_, store):
     with pytest.raises(UsageError, match="no class"):
         sweep(store, replace(request_, classes=()))
