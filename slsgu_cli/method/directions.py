@@ -20,7 +20,7 @@ from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
-from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.method.gradients import KeptArrays, load_graded
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
@@ -29,6 +29,7 @@ from slsgu_cli.records.method import (
     LayerMoment,
     MomentHeader,
     Precision,
+    SumsHeader,
     Tower,
     Trial,
 )
@@ -36,16 +37,19 @@ from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.sharing import held
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.store import Arrays, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.method.moments import RetainMetric
+    from slsgu_cli.method.moments import Moment, RetainMetric
 
 
 # Part of every address of moments: a change in what is computed must change it.
 REVISION = 1
+
+# Behind a layer's name, in what is kept of moments: their sum; the axis of inputs, and a count.
+TOTAL, ABOUT = " total", " about"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +218,18 @@ def _compute(
 
     _, module = load_graded(manifest, pointer, device)
     block = DataBlock.open(store, manifest.retain)
+    made_from = {
+        "revision": REVISION,
+        "model": pointer.model_fingerprint,
+        "data": pointer.retain_data,
+        "input": manifest.input,
+        "layers": sorted(layers),
+    }
+    kept = KeptMoments(store, digest(made_from), device, dealt=False)
     with torch.no_grad(), arithmetic(Precision.FP32):
-        moments = input_moments(module, layers, block, spec=manifest.input, device=device)
+        moments = input_moments(
+            module, layers, block, spec=manifest.input, device=device, keeper=kept
+        )
         about, arrays = {}, {}
         for layer in sorted(moments):
             # The sums are fp64 and large: each goes as soon as its mean is taken.
@@ -232,14 +246,42 @@ def _compute(
         unseen=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
     )
-    made_from = {
-        "revision": REVISION,
-        "model": header.model,
-        "data": header.data,
-        "input": manifest.input,
-        "layers": sorted(layers),
-    }
-    store.write_tensors(Artifact.MOMENTS.path(digest(made_from)), arrays, header, keep_first=True)
+    store.write_tensors(Artifact.MOMENTS.path(kept.digest), arrays, header, keep_first=True)
+    kept.remove()
+
+
+class KeptMoments(KeptArrays):
+    """The moments of a forward under way, kept for what they will make."""
+
+    def restore(self, parts: int) -> "tuple[int, dict[str, Moment]]":
+        """Return how many parts are in the moments that were kept, and these."""
+        import torch
+
+        from slsgu_cli.method.moments import Moment, exact_device
+
+        moments: dict[str, Moment] = {}
+        device = exact_device(self.device)
+
+        def use(header: SumsHeader, kept: Arrays) -> None:
+            for name in (name.removesuffix(TOTAL) for name in kept if name.endswith(TOTAL)):
+                axis, count = kept[name + ABOUT].tolist()
+                total = torch.from_numpy(kept[name + TOTAL]).to(device)
+                moments[name] = Moment(int(axis), total, count)
+
+        done = self.go_on(parts, use)
+        if done:
+            progress.note(f"the moments go on after {done} of their {parts} parts")
+        return done, moments
+
+    def keep(self, moments: "dict[str, Moment]", parts: int, *, done: int) -> None:
+        """Write the moments over the first parts that are done."""
+
+        def arrays() -> Arrays:
+            totals = {name + TOTAL: each.total.cpu().numpy() for name, each in moments.items()}
+            about = {n + ABOUT: np.array([m.axis, m.count]) for n, m in moments.items()}
+            return totals | about
+
+        self.write(arrays, parts, added=done, done=done)
 
 
 @dataclass(frozen=True, slots=True)

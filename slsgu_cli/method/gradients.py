@@ -6,7 +6,7 @@ under way are kept every half minute, and the same call goes on with them.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from shlex import quote
@@ -39,7 +39,7 @@ from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.sharing import held
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.store import Arrays, Store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -260,16 +260,17 @@ def _wanted(
 
 
 @dataclass(slots=True)
-class KeptSums:
-    """The sums of a pass under way, kept in a store for the gradient that they will make.
+class KeptArrays:
+    """Sums of work under way, kept in a store under the digest of what they will make.
 
-    What is kept is of the mini-batches up to one, added up in their order: whoever goes on
-    with them on a CPU ends with the bytes of a pass that nothing stopped.
+    What is kept is of all batches up to one, added up in their order: whoever goes on with
+    it on a CPU ends with the bytes of a run that nothing stopped.
     """
 
     store: Store
-    gradient: Gradient
-    options: PassOptions
+    digest: str
+    device: str
+    dealt: bool
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -278,38 +279,38 @@ class KeptSums:
     @property
     def path(self) -> str:
         """Where they are kept."""
-        return Artifact.SUMS.path(self.gradient.digest)
+        return Artifact.SUMS.path(self.digest)
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep them."""
         return perf_counter() >= self._next
 
-    def restore(self, sums: "AnySums") -> None:
-        """Put what was kept into sums over nothing; what cannot be used is removed."""
+    def go_on(self, batches: int, use: Callable[[SumsHeader, Arrays], None]) -> int:
+        """Let `use` go on with what was kept; return of how many batches it is.
+
+        What cannot be used is removed; `use` raises StaleError for it before all else.
+        """
         try:
             header = self.store.read_header(self.path, SumsHeader)
             kept = self.store.read_tensors(self.path)
-            if header.made_from != self._about(sums).made_from:
+            if header.made_from != self._about(batches, 0, 0).made_from:
                 raise StaleError("they are of another pass")
-            sums.go_on(kept, header.added, header.done)
+            use(header, kept)
         except MissingError:
-            return
+            return 0
         except (InputError, StaleError) as error:
             progress.note(f"sums that were kept of a pass cannot be used: {error}")
             self.store.remove(self.path)
-            return
-        progress.note(
-            f"the {self.gradient.role} gradient goes on after {sums.done} of its "
-            f"{header.batches} mini-batches"
-        )
+            return 0
+        return header.done
 
-    def keep(self, sums: "AnySums") -> None:
-        """Write the sums; where they cannot be written, the pass goes on without."""
+    def write(self, arrays: Callable[[], Arrays], batches: int, *, added: int, done: int) -> None:
+        """Write sums; where they cannot be written, the work goes on without."""
         start = perf_counter()
-        arrays = sums.kept()
+        kept = arrays()
         try:
-            self.store.write_tensors(self.path, arrays, self._about(sums))
+            self.store.write_tensors(self.path, kept, self._about(batches, added, done))
         except InputError as error:
             progress.warn(f"{error.message}; the sums so far are not kept")
             self._next = math.inf
@@ -321,16 +322,39 @@ class KeptSums:
         """Remove what was kept, if anything was."""
         self.store.remove(self.path)
 
-    def _about(self, sums: "AnySums") -> SumsHeader:
+    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
         return SumsHeader(
-            gradient=self.gradient.digest,
-            device=self.options.device.partition(":")[0],
-            batches=len(sums.losses),
-            added=sums.added,
-            done=sums.done,
+            gradient=self.digest,
+            device=self.device.partition(":")[0],
+            batches=batches,
+            added=added,
+            done=done,
             version=slsgu_cli.__version__,
-            dealt=self.options.shard,
+            dealt=self.dealt,
         )
+
+
+@dataclass(slots=True)
+class KeptSums(KeptArrays):
+    """The sums of a pass under way, kept for the gradient of a role that they will make."""
+
+    role: str
+
+    def restore(self, sums: "AnySums") -> None:
+        """Put what was kept into sums over nothing."""
+        batches = len(sums.losses)
+
+        def use(header: SumsHeader, kept: Arrays) -> None:
+            sums.go_on(kept, header.added, header.done)
+
+        if self.go_on(batches, use):
+            progress.note(
+                f"the {self.role} gradient goes on after {sums.done} of its {batches} mini-batches"
+            )
+
+    def keep(self, sums: "AnySums") -> None:
+        """Write the sums."""
+        self.write(sums.kept, len(sums.losses), added=sums.added, done=sums.done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +381,8 @@ class _Job:
             options=replace(self.options, batch_size=size),
         )
         label = f"{gradient.role} gradient"
-        kept = KeptSums(self.store, gradient, run.options)
+        device, dealt = run.options.device, run.options.shard
+        kept = KeptSums(self.store, gradient.digest, device, dealt, gradient.role)
         if Artifact.SQUARES in kinds:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, -(-block.rows // size))

@@ -1,9 +1,10 @@
 """Second moments of what layers are applied to, and the inner product they make."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
-from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
+from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
@@ -129,33 +130,81 @@ class InputMoments(AppliedLayers):
         moment.count += share * x.shape[0]
 
 
+class Keeper(Protocol):
+    """Keeps moments under way where a later run finds them."""
+
+    def restore(self, parts: int) -> tuple[int, dict[str, Moment]]:
+        """Return what was kept, and of how many of the parts it is."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep them."""
+
+    def keep(self, moments: dict[str, Moment], parts: int, *, done: int) -> None:
+        """Keep the moments over the first parts that are done."""
+
+
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, layers: Sequence[str], block: DataBlock, *, spec: InputSpec, device: str
+    model: nn.Module,
+    layers: Sequence[str],
+    block: DataBlock,
+    *,
+    spec: InputSpec,
+    device: str,
+    keeper: Keeper | None = None,
 ) -> dict[str, Moment]:
     """Return the moments of `layers` over pairs of a block, by one forward of their towers.
 
     Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
-    map of its tower is seen to apply is left out.
+    map of its tower is seen to apply is left out. With a `keeper`, a process that is alone
+    goes on with what an earlier run kept, and keeps its own.
     """
     rows = chosen_rows(block.rows)
     inputs = InputMoments(model, layers)
     size = ROWS_PER_FORWARD[device.partition(":")[0]]
     towers = {Layer.parse(layer).tower for layer in layers}
+    texts: list[Any] = []
     if Tower.TEXT in towers:
         tokens = to_tokens(block.tokens[rows], "cpu")
-        _run_texts(text_tower(model), inputs, tokens, size, device)
+        texts = processes.dealt(by_length(text_tower(model), tokens, size))
+    images: list[Any] = []
     if Tower.VISION in towers:
-        tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
-        parts = processes.dealt([rows[start:stop] for start, stop in spans(len(rows), size)])
-        with progress.bar("retain inputs", sum(map(len, parts))) as ticker:
-            read = prefetch(lambda part: staged(block.take(part), device), parts, threads=2)
-            for images in read:
-                pixels = normalize(images)
-                with inputs:
-                    tower.features(pixels, pixels)
-                ticker.advance(len(images))
+        images = processes.dealt([rows[start:stop] for start, stop in spans(len(rows), size)])
+    parts, done = len(texts) + len(images), 0
+    if keeper is not None and processes.count() > 1:
+        keeper = None
+    if keeper is not None:
+        done, inputs.moments = keeper.restore(parts)
+    with progress.bar("retain inputs", parts - done) as ticker:
+        run = chain(
+            _run_texts(model, inputs, (tokens[part] for part in texts[done:]), device),
+            _run_images(model, inputs, block, images[max(0, done - len(texts)) :], spec, device),
+        )
+        for number, _ in enumerate(run, done + 1):
+            if keeper is not None and number < parts and keeper.due:
+                keeper.keep(inputs.moments, parts, done=number)
+            ticker.advance()
     return _over_all(inputs.moments, exact_device(device))
+
+
+def _run_images(
+    model: nn.Module,
+    inputs: InputMoments,
+    block: DataBlock,
+    parts: Sequence[Any],
+    spec: InputSpec,
+    device: str,
+) -> Iterator[None]:
+    """Run the vision tower over parts of a block's rows; yield after each."""
+    if not parts:
+        return
+    tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
+    for images in prefetch(lambda part: staged(block.take(part), device), parts, threads=2):
+        pixels = normalize(images)
+        with inputs:
+            tower.features(pixels, pixels)
+        yield
 
 
 def _over_all(moments: dict[str, Moment], device: str) -> dict[str, Moment]:
@@ -200,14 +249,17 @@ def spread(rows: int, most: int) -> npt.NDArray[np.int64]:
 
 
 def _run_texts(
-    tower: SplitTower, inputs: InputMoments, tokens: Tensor, size: int, device: str
-) -> None:
-    for rows in processes.dealt(by_length(tower, tokens, size)):
-        short = tower.trim(tokens[rows])
+    model: nn.Module, inputs: InputMoments, parts: Iterable[Tensor], device: str
+) -> Iterator[None]:
+    """Run the text tower over parts of some texts; yield after each."""
+    tower = text_tower(model)
+    for tokens in parts:
+        short = tower.trim(tokens)
         valid = torch.arange(short.shape[1]) < tower.lengths(short).unsqueeze(1)
         short = short.to(device)
         with inputs, inputs.only(valid.to(device)):
             tower.features(short, short)
+        yield
 
 
 def _place(tensor: Tensor) -> int:

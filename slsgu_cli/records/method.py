@@ -136,11 +136,11 @@ class SquaresHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SumsHeader:
-    """Sums of a gradient pass under way: of `done` mini-batches of `batches`, from the first on.
+    """Sums of a pass under way: of `done` mini-batches of `batches`, from the first on.
 
-    `gradient` is the digest of what they will make, by which they are addressed. The first
-    `added` mini-batches are in one sum, and those after them in another. Those of a model that
-    is `dealt` out to processes are one a parameter, in fp64.
+    `gradient` is the digest of the gradient or the moments that they will make, by which they
+    are addressed. The first `added` mini-batches are in one sum, and those after them in another.
+    Those of a model that is `dealt` out to processes are one a parameter, in fp64.
     """
 
     gradient: str

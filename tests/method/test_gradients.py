@@ -13,12 +13,13 @@ import tiny_clip
 from safetensors.numpy import load_file, save_file
 
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.method import gradients
+from slsgu_cli.method import gradients, moments
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader, SumsHeader
+from slsgu_cli.records.method import Direction, GradientHeader, Precision, SquaresHeader, SumsHeader
 from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -286,6 +287,35 @@ def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, 
     assert Artifact.SUMS.names(world.store) == []
     for digest, content in before.items():
         assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
+
+
+@pytest.mark.parametrize("parts", [1, 4, 6])
+def test_moments_go_on_with_the_sums_that_were_kept(
+    parts, world, keeping, monkeypatch, listener, tmp_path
+):
+    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 16)
+    through = world.copied(tmp_path / "through")
+    options = RankOptions(direction=Direction.WHITENED)
+    rank(through.store, world.name, options=options)
+    features, calls = SplitTower.features, []
+
+    def guarded(self, *arguments):
+        calls.append(1)
+        if len(calls) > parts:
+            raise KeyboardInterrupt
+        return features(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitTower, "features", guarded)
+        with pytest.raises(KeyboardInterrupt):
+            rank(world.store, world.name, options=options)
+    assert len(Artifact.SUMS.names(world.store)) == 1
+    rank(world.store, world.name, options=options)
+    assert f"the moments go on after {parts} of their 8 parts" in listener.heard
+    assert Artifact.SUMS.names(world.store) == []
+    for name in Artifact.MOMENTS.names(world.store):
+        path = Artifact.MOMENTS.path(name)
+        assert world.store.read_bytes(path) == through.store.read_bytes(path)
 
 
 @pytest.mark.parametrize("flaw", ["damaged", "foreign", "without squares", "of another device"])
