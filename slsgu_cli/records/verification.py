@@ -358,13 +358,18 @@ class VerifiedModel:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Everything verified of one set. `data` has the fingerprints of its rows by role."""
+    """Everything verified of one set. `data` has the fingerprints of its rows by role.
+
+    `under_way` is the check that was begun last, with what it has found so far, while it is
+    not among the findings.
+    """
 
     name: str
     concept: str
     data: dict[str, str]
     subjects: tuple[VerifiedModel, ...]
     version: str
+    under_way: Finding | None = added(None)
 
     def findings_of(self, key: str) -> tuple[Finding, ...]:
         """Return what was found on the model of that key, nothing where it was not verified."""

@@ -179,7 +179,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.VERIFICATION: Row(
         "verifications", "verification.Verification", "verification", "verify {}",
         needs=Artifact.SET, digests={"data": "its {} rows were built anew since"},
-        options=("concept",), rows=("subjects",), measured="findings",
+        options=("concept",), rows=("subjects", "under_way"), measured="findings",
     ),
     Artifact.COMPARISON: Row(
         "comparisons", "comparisons.ClipComparison", "comparison", "compare {}", digests=MEASURED,

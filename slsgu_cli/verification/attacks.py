@@ -7,6 +7,7 @@ that did. So each is made again without the name, and what counts is what the na
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -168,16 +169,20 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     rows = np.random.default_rng(settings.seed).permutation(block.rows)[:SEARCHED]
     loss = recognition_loss(model, model.image_features(block.take(np.sort(rows))))
     some = model.templates[:: -(-len(model.templates) // PROMPTS)]
-    attempts = []
+    attempts: list[Attempt] = []
+
+    def searched(start: int, name: str, word: str, prompts: FreePrompts) -> list[Attempt]:
+        generator = np.random.default_rng((settings.seed, start))
+        search = WordSearch(model, prompts, words, table, loss, generator)
+        text, value = search.run(settings.attack_steps)
+        (embedding,) = model.classes((f"{text} {word}",), model.templates)
+        return [Attempt(name, f"{text} {word}", value, model.called(embedding))]
+
     for name, word in named(model).items():
         texts = [template.replace("{}", f"{{}} {word}") for template in some]
         prompts = free_prompts(model, texts, settings.attack_tokens, words)
         for start in range(settings.attack_starts):
-            generator = np.random.default_rng((settings.seed, start))
-            search = WordSearch(model, prompts, words, table, loss, generator)
-            text, value = search.run(settings.attack_steps)
-            (embedding,) = model.classes((f"{text} {word}",), model.templates)
-            attempts.append(Attempt(name, f"{text} {word}", value, model.called(embedding)))
+            attempts += model.parts.made(1, partial(searched, start, name, word, prompts))
     return attempts
 
 
@@ -259,14 +264,17 @@ def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     words = free_words(model)
     room = model.tokenize(["a"]).shape[1] - 3
     prompts = free_prompts(model, ["{}"], min(LENGTH, room), words)
-    attempts = []
-    for name, target in meanings(model, named(model)).items():
+    attempts: list[Attempt] = []
+
+    def bred(name: str, target: Tensor) -> list[Attempt]:
         generator = np.random.default_rng(settings.seed)
         breeding = Breeding(model, prompts, words, target, generator)
         first, last = breeding.run(settings.population, settings.generations)
-        attempts.append(_bred(model, name, *last))
-        if name == OWN:
-            attempts.append(_bred(model, RANDOM, *first))
+        nearest = _bred(model, name, *last)
+        return [nearest, _bred(model, RANDOM, *first)] if name == OWN else [nearest]
+
+    for name, target in meanings(model, named(model)).items():
+        attempts += model.parts.made(2 if name == OWN else 1, partial(bred, name, target))
     return attempts
 
 

@@ -1,9 +1,9 @@
 """A model under test with the set's data: measured as it is, or while its weights are others."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
 Utility = dict[str, Accuracy]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,27 @@ class Gallery:
     labels: Tensor
     names: tuple[str, ...]
     own: int
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a long check has found so far, part by part, and where that is kept.
+
+    A check makes its parts in the same order each time, none of which depends on another.
+    """
+
+    found: list[Any]
+    keep: Callable[[Sequence[Any]], None] | None = None
+    _asked: int = field(init=False, default=0)
+
+    def made(self, count: int, make: Callable[[], Sequence[T]]) -> list[T]:
+        """Return the next `count` results: those of an earlier run, or else made now."""
+        start, self._asked = self._asked, self._asked + count
+        if len(self.found) < self._asked:
+            self.found[start:] = make()
+            if self.keep is not None:
+                self.keep(self.found)
+        return self.found[start : self._asked]
 
 
 @dataclass(slots=True)
@@ -62,6 +84,7 @@ class ModelUnderTest:
     is_original: bool
     words: Callable[[], dict[int, str]]
     ticker: progress.Ticker | None = None
+    parts: Parts = field(default_factory=lambda: Parts([]))
     original: Callable[[], Gallery] | None = None
     original_text: Callable[[], SplitTower] | None = None
     normalize: Pixels = field(init=False)

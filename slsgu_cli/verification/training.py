@@ -6,6 +6,7 @@ The membership attack tells the forget set from pairs that the model was not sho
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,16 @@ def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
 def relearn(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     """Train on images of the concept under its name; the original also under a new name."""
     name = model.names[model.concept_class]
-    curves = [_taught(model, settings, OWN, name)]
+    targets = {OWN: name}
     if model.is_original:
-        curves.append(_taught(model, settings, NEW, new_name(name, seed=settings.seed)))
+        targets[NEW] = new_name(name, seed=settings.seed)
+    curves: list[Curve] = []
+
+    def taught(label: str) -> list[Curve]:
+        return [_taught(model, settings, label, targets[label])]
+
+    for label in targets:
+        curves += model.parts.made(1, partial(taught, label))
     return curves
 
 

@@ -45,7 +45,7 @@ from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
-from slsgu_cli.verification.model import Gallery, ModelUnderTest, open_model
+from slsgu_cli.verification.model import Gallery, ModelUnderTest, Parts, open_model
 from slsgu_cli.verification.probes import (
     nearest,
     neighbours,
@@ -234,12 +234,29 @@ class _VerifyRun:
             model.original_text = lambda: text_tower(load(self.original.model, model.device))
         for check, key in keys.items():
             label = f"{verified.label}: {check}"
+            model.parts = self._parts(check, key)
             with progress.bar(label, None) as model.ticker, counted_by(label):
                 finding = _run_check(model, check, key, self.request.settings)
             verified = verified.with_finding(finding)
-            self.record = self.record.with_model(verified)
+            self.record = replace(self.record.with_model(verified), under_way=None)
             self.store.write_record(Artifact.VERIFICATION.path(self.record.name), self.record)
         return verified
+
+    def _parts(self, check: Check, key: str) -> Parts:
+        """Return what an earlier run found of a check that it did not end, and how to keep more."""
+        part, _ = CHECKS[check]
+        known, path = self.record.under_way, Artifact.VERIFICATION.path(self.record.name)
+
+        def keep(found: Sequence[Any]) -> None:
+            parts: dict[str, Any] = {part: tuple(found)}
+            finding = Finding(check, key, _used(check, self.request.settings), **parts)
+            self.record = replace(self.record, under_way=finding)
+            self.store.write_record(path, self.record)
+
+        found = getattr(known, part) if known is not None and known.key == key else ()
+        if found:
+            progress.note(f"{check} goes on after {len(found)} of its parts")
+        return Parts(list(found), keep)
 
     def _original_gallery(self, model: ModelUnderTest) -> Gallery:
         """Return the original's image features: of `model` if it is that, else loaded once."""

@@ -8,12 +8,12 @@ A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then
 
 - `flips`, `cuts`: a bit of an artifact is flipped, or its end is cut off, kind after kind; the
   command that reads it runs. It may refuse (exit 3) or come to the very same result.
-- `kills`: each command is killed by SIGKILL at random moments, a few times in a row, and then
-  run to its end; `slsgu check` looks after each kill.
+- `kills`: each command is killed by SIGKILL at random moments, three times in a row, and then
+  run to its end; `slsgu check` looks after it. Moments are drawn over what the command takes.
 - `pairs`: two processes build or grade the same set at once.
 - `full`, `readonly`: the store lies on a small tmpfs, or on one mounted read-only (needs root).
-- `s3`: the store lies on an S3 server on loopback; of its answers a tenth are 500, 503, closed
-  without a word or cut in the middle;
+- `s3`: the store lies on an S3 server on loopback, which answers each command once by 500 and
+  503, once by closing without a word and once by breaking off;
 - `models`: a file of a model is damaged, in every layout that is read, and a command loads it.
 
 What was lost, silent or unexpected must be 0; the script ends with exit code 1 otherwise.
@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import tiny_clip
-from processes import inside, slsgu, start
+from forked import KEEP_ALWAYS, Forked
+from processes import environment, inside, start
 from safetensors import safe_open
 
 LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
@@ -99,7 +100,8 @@ class Bench:
             "search": f"search blue {options}",
             "joint": f"search blue red --joint {options}",
             "trajectory": f"trajectory blue {options} --points 6",
-            "verify": "verify blue --checks spelling,nearest",
+            "verify": "verify blue --checks spelling,relearn,prefix,ring-a-bell --rows 20 "
+            "--steps 4 --attack-steps 1 --population 20 --generations 4",
             "compare": "compare blue --methods ga,ft --lr 1e-4 --retain-rows 32",
             "eval": "eval blue",
             "apply": "apply blue --overwrite --out {out}",
@@ -219,36 +221,48 @@ def cuts(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def kills(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Kill each command at random moments, three times in a row, and then let it end."""
+    """Kill each command at random moments, three times in a row, and then let it end.
+
+    Passes keep their sums after every mini-batch or part, so that a kill meets them. Commands
+    are forked from a process that has PyTorch loaded: a kill meets what they do themselves.
+    """
     count, in_a_row = Count(), 3
     names = [name for name in bench.words if not name.endswith(" red")]
-    rounds = -(-times // (in_a_row * len(names)))
-    for name in names:
-        with bench.copied(bench.before[name]) as store:
-            began = time.perf_counter()
-            slsgu(*bench.line(name, store))
-            span, expected = time.perf_counter() - began, contents(store)
-        for _ in range(rounds):
+    expected, spans = {}, {}
+    for number in range(-(-times // in_a_row)):
+        name = names[number % len(names)]
+        if name not in expected:
             with bench.copied(bench.before[name]) as store:
-                codes = [killed(bench, rng, name, store, span) for _ in range(in_a_row)]
-                done = bench.run(name, store)
-                whole = done.exit_code in (0, 5) and contents(store) == expected
-                for code in codes:
-                    outcome = "ended before" if code != -9 else "killed"
-                    bad = not whole or damaged(store)
-                    outcome += "" if not bad else ", LOST"
-                    count.add(outcome, f"{name}: {done.stderr[-200:]}", bad=bad)
+                began = time.perf_counter()
+                forked(bench, name, store).communicate()
+                spans[name] = time.perf_counter() - began
+                expected[name] = contents(store)
+        with bench.copied(bench.before[name]) as store:
+            codes = [killed(bench, rng, name, store, spans[name]) for _ in range(in_a_row)]
+            process = forked(bench, name, store)
+            told = process.communicate()[1]
+            whole = process.returncode in (0, 5) and contents(store) == expected[name]
+            for code in codes:
+                outcome = "ended before" if code != -9 else "killed"
+                bad = not whole or damaged(store)
+                outcome += "" if not bad else ", LOST"
+                count.add(outcome, f"{name}: {told[-200:]}", bad=bad)
     return count
+
+
+def forked(bench: Bench, name: str, store: Path) -> Forked:
+    """Start a command in a process of its own."""
+    shutil.rmtree(bench.folder / "out", ignore_errors=True)
+    return Forked(bench.line(name, store), environment({KEEP_ALWAYS: "1"}))
 
 
 def killed(bench: Bench, rng: random.Random, name: str, store: Path, span: float) -> int:
     """Kill a command some time after its start; return its exit code."""
-    process = start(*bench.line(name, store))
-    try:
-        process.communicate(timeout=rng.uniform(0.2, 1.0) * span)
-    except subprocess.TimeoutExpired:
+    process = forked(bench, name, store)
+    time.sleep(rng.uniform(0.02, 1.0) * span)
+    with suppress(ProcessLookupError):
         process.kill()
-        process.communicate()
+    process.communicate()
     return process.returncode
 
 
@@ -339,31 +353,37 @@ def readonly(bench: Bench, _: random.Random, times: int) -> Count:
 
 
 def s3(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Run the first commands on an S3 server that fails now and then, each on a fresh store."""
+    """Run commands on an S3 server, each on a fresh store, with a fault of each kind on the way.
+
+    A fault is over with the request that met it, and the pause before the next try is short:
+    a run is bounded, however many there are.
+    """
     from s3_server import BUCKET, S3Server
+
+    from slsgu_cli.store import sharing
 
     count, server = Count(), S3Server()
     os.environ |= server.environment | {"SLSGU_CACHE": str(bench.folder / "cache")}
-    faults = (500, 503, "drop", "cut")
+    pause, sharing.PAUSE = sharing.PAUSE, 0.02
     try:
         for number in range(times):
             store = f"s3://{BUCKET}/{number}"
-            for name in ("build", "grad", "rank", "eval"):
-                server.faults = [
-                    rng.choice(faults) if rng.random() < 0.1 else None for _ in range(10_000)
-                ]
+            for name in ("build", "grad", "rank", "search", "verify", "eval"):
+                faults = dict(zip(rng.sample(range(60), 4), (500, 503, "drop", "cut"), strict=True))
+                server.faults = [faults.get(place) for place in range(60)]
                 done = bench.run(name, store)
-                met = 10_000 - len(server.faults)
                 server.faults = []
                 whole = not damaged(store)
                 told = done.exit_code == 3 and "error:" in done.stderr
-                outcome = "ended" if done.exit_code == 0 else "told" if told else "UNEXPECTED"
+                ended = done.exit_code in (0, 5)
+                outcome = "ended" if ended else "told" if told else "UNEXPECTED"
                 outcome += "" if whole else ", LOST"
-                bad = not whole or not (told or done.exit_code == 0)
-                count.add(outcome, f"{name}: {met} requests: {done.stderr[-200:]}", bad=bad)
+                bad = not whole or not (told or ended)
+                count.add(outcome, f"{name}: {done.stderr[-200:]}", bad=bad)
                 if told:
                     bench.run(name, store)
     finally:
+        sharing.PAUSE = pause
         server.stop()
     return count
 

@@ -18,7 +18,7 @@ from slsgu_cli.method.trial import Probe, UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import sweep
-from slsgu_cli.verification import verify
+from slsgu_cli.verification import attacks, training, verify
 
 TIMES = {"took", "seconds", "passes", "sha256"}
 LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
@@ -26,6 +26,9 @@ SEARCH = ["search", "blue", *LAYERS, "--steps", "4"]
 COMPARE = ["compare", "blue", "--lr", "1e-3,1e-4", "--epochs", "1", "--retain-rows", "16",
            "--methods", "ga,ft,rome,ours"]  # fmt: skip
 VERIFY = ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,nearest,retrieval"]
+
+PARTS = {"prefix": (attacks.WordSearch, "run"), "ring-a-bell": (attacks.Breeding, "run"),
+         "relearn": (training, "_taught")}  # fmt: skip
 
 
 class Calls:
@@ -122,6 +125,17 @@ def test_compare_keeps_its_rows_and_their_order(resumed):
 def test_verify_loses_no_check(resumed):
     went_on, every = resumed(VERIFY, verify, "_run_check", 6, searched=True)
     assert went_on == every - 6
+
+
+@pytest.mark.parametrize(("check", "calls"), [("prefix", 3), ("ring-a-bell", 1), ("relearn", 1)])
+def test_verify_loses_no_part_of_a_long_check(check, calls, resumed):
+    few = ["--rows", "20", "--attack-starts", "2", "--attack-steps", "1", "--population", "8",
+           "--generations", "2", "--steps", "2"]  # fmt: skip
+    owner, name = PARTS[check]
+    went_on, every = resumed(
+        ["verify", "blue", "--checks", check, *few], owner, name, calls, searched=True
+    )
+    assert went_on == every - calls
 
 
 def test_build_sets_decodes_no_row_again_of_a_block_that_is_complete(resumed, shared_world):
