@@ -1,8 +1,9 @@
 """`generate` and `ask`: images of prompts and answers about images, before and after an edit."""
 
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,15 @@ def _prompt(line: str, origin: str, classes: Sequence[str]) -> Prompt:
 
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
-    """A folder of pictures and the record that stands beside it once it is complete."""
+    """A folder of pictures and the record that stands beside it once it is complete.
+
+    `digests` are the SHA-256 of the pictures that were written, or read of an earlier run.
+    """
 
     store: Store
     folder: str
     record: str
+    digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def at(
@@ -123,14 +128,25 @@ class OutputFolder:
     def write(self, path: str, data: bytes) -> None:
         """Write one file into the folder."""
         self.store.write_bytes(self._inside(path), data)
+        self._note(path, data)
 
     def read(self, path: str) -> bytes | None:
         """Return a file of the folder; None where it is not there."""
         inside = self._inside(path)
-        return self.store.read_bytes(inside) if self.store.exists(inside) else None
+        if not self.store.exists(inside):
+            return None
+        data = self.store.read_bytes(inside)
+        self._note(path, data)
+        return data
+
+    def _note(self, path: str, data: bytes) -> None:
+        if path.endswith(".png"):
+            self.digests[path] = hashlib.sha256(data).hexdigest()
 
     def finish(self, record: Any) -> None:
         """Write what the folder shows. Written last, it says that the folder is complete."""
+        if isinstance(record, Generation):
+            record = replace(record, digests=dict(sorted(self.digests.items())))
         self.store.write_record(self.record, record)
         self.store.remove(self._inside(MADE_FROM))
 

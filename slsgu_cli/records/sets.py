@@ -263,7 +263,7 @@ class ConceptCounts:
 class Collection:
     """Samples taken out of a large source: what was read and what was had, by concept.
 
-    `shards` of a concept are the tar files that hold its samples.
+    `shards` of a concept are the tar files that hold its samples, `digests` the SHA-256 of each.
     """
 
     sources: Sequence[str]
@@ -274,6 +274,12 @@ class Collection:
     retain: ConceptCounts
     examples: Sequence[str]
     version: str
+    digests: dict[str, str] = added(factory=dict)
+
+    def shards(self) -> list[str]:
+        """Return the names of all tar files that hold samples."""
+        counts = [*self.concepts.values(), self.retain]
+        return sorted({shard for one in counts for shard in one.shards})
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

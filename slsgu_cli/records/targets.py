@@ -56,6 +56,7 @@ class Generation:
     """Images of a pipeline before and after an edit, from the same prompts and seeds.
 
     Shares and effects are by `judge`, the first one asked; `further` has those of others.
+    `digests` are the SHA-256 of the pictures.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Generation:
     after: Effect | None
     version: str
     further: tuple[JudgeFigures, ...] = added(())
+    digests: dict[str, str] = added(factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:

@@ -295,7 +295,14 @@ def require_all(failed: Sequence[str]) -> None:
 
 
 def _shards(store: Store, collected: Collected, counts: ConceptCounts, role: str) -> list[str]:
-    """Return the sources that hold a concept's samples, or those to retain."""
+    """Return the sources that hold a concept's samples, or those to retain.
+
+    Raises InputError where one is not what its digest was made of.
+    """
+    for shard in counts.shards:
+        # Collections of earlier versions have none.
+        if digest := collected.record.digests.get(shard):
+            store.require_digest(f"{collected.folder}/{shard}", digest)
     places = [store.where(f"{collected.folder}/{shard}") for shard in counts.shards]
     return [f"{place}?role={role}" for place in places]
 

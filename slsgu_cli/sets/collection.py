@@ -16,7 +16,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 import fsspec
@@ -93,6 +93,9 @@ def collect(store: Store, request: CollectRequest) -> Collected:
         collection = _from_metadata(store, folder, request, files)
     else:
         collection = _from_shards(store, folder, request, readers)
+    parts = f"{folder}/parts"
+    digests = {shard: store.file_digest(f"{parts}/{shard}") for shard in collection.shards()}
+    collection = replace(collection, digests=digests)
     store.write_record(record, collection)
     return Collected(collection, f"{folder}/parts")
 

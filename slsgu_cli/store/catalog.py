@@ -158,6 +158,11 @@ def contents(store: Store, kind: Artifact, path: str) -> bool:
         from slsgu_cli.store.blocks import DataBlock
 
         return DataBlock.at(store, path).verify()
+    if kind is Artifact.COLLECTION:
+        collection = store.read_record(path, Collection)
+        for shard, known in sorted(collection.digests.items()):
+            store.require_digest(f"{path.removesuffix('.json')}/parts/{shard}", known)
+        return store.verify(path) and set(collection.digests) == set(collection.shards())
     if kind is not Artifact.PLOT:
         return store.verify(path)
     try:
@@ -190,8 +195,7 @@ def _stale(reason: str) -> Verdict:
 
 def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdict | None:
     parts = set(catalog.store.names(f"{Artifact.COLLECTION.beside(name)}/parts"))
-    counts = [*collection.concepts.values(), collection.retain]
-    for shard in sorted({shard for one in counts for shard in one.shards}):
+    for shard in collection.shards():
         if shard not in parts:
             return Standing.DAMAGED, f"its shard {shard} is missing"
     return None

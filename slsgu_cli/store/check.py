@@ -284,8 +284,12 @@ class _Check:
         return record if isinstance(record, SlsguError) else None
 
     def _read_folder(self, entry: Entry) -> None:
-        """Read the pictures in the folder beside a record."""
+        """Read the pictures in the folder beside a record; compare those that have a digest."""
         folder = entry.kind.beside(entry.name)
+        if entry.kind is Artifact.GENERATION:
+            generation = self.catalog.read(entry.kind, entry.name)
+            for name, known in sorted(generation.digests.items()):
+                self.store.require_digest(f"{folder}/{name}", known)
         for name in self.store.names(folder) if TABLE[entry.kind].has_folder else ():
             if name.endswith(PICTURE):
                 contents(self.store, Artifact.PLOT, f"{folder}/{name}")

@@ -5,6 +5,7 @@ moved into place when complete, so a killed process leaves nothing that looks fi
 and two processes may share a store: the last complete write of a name stands.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -214,6 +215,19 @@ class Store:
         """Return the content of `path`. Raises MissingError or InputError."""
         with self._reading(path):
             return bytes(self._fs.cat_file(self._full(path)))
+
+    def file_digest(self, path: str) -> str:
+        """Return the SHA-256 of a file of any size. Raises MissingError or InputError."""
+        whole = hashlib.sha256()
+        with self._reading(path), self._fs.open(self._full(path), "rb") as file:
+            while data := file.read(files.BUFFER):
+                whole.update(data)
+        return whole.hexdigest()
+
+    def require_digest(self, path: str, digest: str) -> None:
+        """Raise InputError unless a file is what its digest was made of."""
+        if self.file_digest(path) != digest:
+            raise self._damaged(path, ValueError("it is not what its digest was made of"))
 
     def write_record(self, path: str, record: Any) -> None:
         """Write a record with a digest as indented JSON. Raises InputError for NaN and the like."""

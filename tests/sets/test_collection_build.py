@@ -15,8 +15,9 @@ from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
 from slsgu_cli.sets.build import build_many, build_sets, replay, require_all, with_collection
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.catalog import contents, entries
 from slsgu_cli.store.store import Store
 
 KINDS = ("dog", "cat", "bird")
@@ -63,6 +64,20 @@ def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
     assert not any("dog" in caption for caption in retain.captions)
     assert [e.kind for e in entries(store) if e.state != "ok"] == []
     assert all(replay(store, "dog").same.values())
+
+
+def test_a_shard_that_is_damaged_is_told_of_and_not_read(store, tiny_model, metadata):
+    request = ask(tiny_model, metadata=(metadata,))
+    build_sets(store, request)
+    (name,) = Artifact.COLLECTION.names(store)
+    shard = Path(store.where(f"collections/{name}/parts")) / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"00000\.tar is damaged: it is not what its digest"):
+        build_sets(store, request)
+    with pytest.raises(InputError, match=r"00000\.tar is damaged"):
+        contents(store, Artifact.COLLECTION, Artifact.COLLECTION.path(name))
 
 
 def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, tmp_path):

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import inside, rows
+from tiny_images import encoded
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.clip.models import has_model
+from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.method import LayerMoment, MomentHeader, SumsHeader
+from slsgu_cli.records.targets import Generation, PaintOptions
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.check import State, check, garbage, remove
 from slsgu_cli.store.files import partial_name, writer_lives
@@ -273,3 +276,22 @@ def test_leases_and_sums_go_with_what_they_were_for(world):
         pointer.forget: True,
         "another": False,
     }
+
+
+def test_a_picture_that_is_another_than_was_made_is_damaged(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    output = OutputFolder.at(store, "blue", None)
+    # Whole pictures both: their own checksums do not tell.
+    one, other = encoded(1), encoded(2)
+    output.write("original/0.png", one)
+    output.finish(
+        Generation(
+            name="blue", concept="blue", target="sd", edits={}, seeds=(0,), paint=PaintOptions(),
+            prompts=(), judge=None, before=None, after=None, version="0",
+        )
+    )  # fmt: skip
+    assert inside("check", store=store.root).exit_code == 0
+    store.write_bytes("generations/blue/original/0.png", other)
+    done = inside("check", store=store.root)
+    assert done.exit_code == 3
+    assert "it is not what its digest was made of" in done.stdout
