@@ -17,6 +17,7 @@ from slsgu_cli.cli.app import app
 from slsgu_cli.records.comparisons import ClipComparison
 from slsgu_cli.records.method import GradientPointer, Ranking, Trials
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import JointSearch
 from slsgu_cli.records.verification import Check, Verification
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
@@ -52,13 +53,9 @@ def content(store, *folders):
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def edits_of(store):
-    """Return by name what each edit adds, and its header but for what later versions tell."""
-    edits = {name: load_edit(store, name) for name in store.names("edits", ".safetensors")}
-    return {
-        name: (edit.delta().tobytes(), replace(edit.header, harmed=(), nearest=()))
-        for name, edit in edits.items()
-    }
+def joint_of(store):
+    """Return the joint search of two concepts."""
+    return store.read_record("joint/red+blue.json", JointSearch)
 
 
 def studies_of(store):
@@ -104,19 +101,24 @@ def test_it_is_ranked_the_same(store):
     assert asdict(after) | apart == asdict(before) | apart
 
 
-def test_a_search_goes_on_from_its_trials_and_leaves_its_edits(store, monkeypatch):
-    from slsgu_cli.method.trial import Probe, UtilityMeter
+def test_a_joint_search_goes_on_from_the_trials_of_each(store, monkeypatch):
+    from slsgu_cli.method.trial import Probe
 
     def measured(*_arguments, **_options):
         raise AssertionError("a trial on record was measured again")
 
     monkeypatch.setattr(Probe, "measure", measured)
-    monkeypatch.setattr(UtilityMeter, "measure", measured)
-    before, edits = content(store, "moments", "gradients"), edits_of(store)
+    before = content(store, "moments", "gradients")
+    known = joint_of(store).trials
     words = ("--joint", "--steps", "4", "--steer", "fa1", "--keep", "ta1", "--reserve", "1")
     run("search", "red", "blue", *words)
     assert content(store, "moments", "gradients") == before
-    assert edits_of(store) == edits
+    # What it knows of several steps together is kept, though it has no slopes to go on by.
+    assert [trial.moves for trial in joint_of(store).trials[: len(known)]] == [
+        trial.moves for trial in known
+    ]
+    headers = [load_edit(store, name).header for name in ("red", "blue")]
+    assert all(header.forgotten and header.joint.names == ("red", "blue") for header in headers)
 
 
 def test_what_it_recorded_of_an_edit_is_used_again(store):

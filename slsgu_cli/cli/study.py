@@ -108,13 +108,13 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
             for k in (1, 5)
         ),
     )
-    kept = [record.baseline_utility, *(stage.utility or {} for stage in record.stages)]
     stages: list[tuple[object, ...]] = []
-    for count, utility in enumerate(kept):
+    for stage in (None, *record.stages):
+        utility = (stage.utility if stage else None) or record.baseline_utility
         figures = [figure for name in sets for figure in (utility[name].top1, utility[name].top5)]
-        stage = record.stages[count - 1] if count else None
         added = stage.moves[-1] if stage else None
         worst = max(each.top1 for each in stage.forget.values()) if stage else None
+        count = len(stage.moves) if stage else 0
         stages.append((count, added and added.name, added and added.layer, worst, *figures))
     title = "what is kept as concepts are added, on images of none of them"
     console.table("stages", columns, stages, title=title)

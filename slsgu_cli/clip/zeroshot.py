@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
@@ -230,7 +231,7 @@ class PromptSide:
         for index in processes.dealt(range(len(self._groups))):
             short, kept = self.tower.trim(self.tokens[self._groups[index]]), self._kept[index]
             start = max((s for s in kept if s <= stage), default=EMBED)
-            features.append(self.tower.features(kept.get(start, short), short, start))
+            features.append(resumed(self.tower, kept.get(start, short), short, start))
         return self._means(features)
 
     def _means(self, features: list[Tensor]) -> Tensor:
@@ -386,10 +387,11 @@ class ImageSide:
             x = x[torch.arange(LEAST_ROWS, device=x.device) % count]
         inputs = x
         if self._leads is not None:
-            for each in sorted(s for s in self._kept if start < s <= stage):
-                x, start = self.tower.advance(x, inputs, start, each), each
-                self._kept[each].offer(own, x[:count], self._leads[own])
-        return self.tower.features(x, inputs, start)[:count]
+            with torch.no_grad():
+                for each in sorted(s for s in self._kept if start < s <= stage):
+                    x, start = self.tower.advance(x, inputs, start, each), each
+                    self._kept[each].offer(own, x[:count], self._leads[own])
+        return resumed(self.tower, x, inputs, start)[:count]
 
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""
@@ -415,6 +417,17 @@ def _through(
         entering[stage] = x = tower.advance(x, inputs, at, stage)
         at = stage
     return entering, tower.features(x, inputs, at)
+
+
+def resumed(tower: SplitTower, x: Tensor, inputs: Tensor, start: int) -> Tensor:
+    """Return the features of what enters stage `start`.
+
+    Where gradients are wanted, the stages run again when they are: nothing in between is kept.
+    """
+    if torch.is_grad_enabled():
+        features: Tensor = checkpoint(tower.features, x, inputs, start, use_reentrant=False)
+        return features
+    return tower.features(x, inputs, start)
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def several_plot(joint: JointSearch) -> bytes:
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
     dress(axes)
-    counts = range(len(joint.stages) + 1)
+    counts = [0, *(len(stage.moves) for stage in joint.stages)]
     for index, (name, before) in enumerate(sorted(joint.baseline_utility.items())):
         kept = [(stage.utility or {}).get(name, before).top1 for stage in joint.stages]
         colour = SERIES[index % 4]
@@ -270,10 +270,14 @@ def several_plot(joint: JointSearch) -> bytes:
     axes.plot(
         counts[1:], worst, "o-", color=VERMILION, clip_on=False, label="FA@1, the highest of all"
     )
-    labels = ["original", *(f"{k}\n+ {plain(n, 14)}" for k, n in enumerate(joint.names, start=1))]
-    axes.set_xticks(counts, labels)
+    labels = [f"{count}\n+ {plain(joint.names[count - 1], 14)}" for count in counts[1:]]
+    if counts[-1] > len(joint.stages):
+        axes.set_xscale("symlog", linthresh=1)
+        labels = list(map(str, counts[1:]))
+    axes.set_xticks(counts, ["original", *labels])
+    axes.minorticks_off()
     axes.set_ylim(0, 103)
-    axes.set_xlim(0, len(joint.stages))
+    axes.set_xlim(0, counts[-1])
     axes.set_xlabel("concepts forgotten together", color=INK)
     axes.set_ylabel("accuracy, %", color=INK)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import exp
 
 import numpy as np
 import numpy.typing as npt
@@ -143,47 +144,42 @@ def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
 # What a concept's step grows by while the concept is still recognised beside the others.
 RAISE = 1.25
 
-# Steps are shortened until they are known to this share of their length.
+# By how much steps are changed in one round, in nepers: at first, and at least and at most.
+PACE, SLOWEST, FASTEST = 0.1, 0.005, 0.5
+
+
+# By how much a step must be longer than one that was too short, as a share of it.
 CLOSE = 0.02
 
 
 @dataclass(slots=True)
-class JointSteps:
-    """The steps to measure next, by concept, and the shortest that are known to forget.
+class BalancedSteps:
+    """The steps of several concepts, each lengthened or shortened as that lowers a cost.
 
-    First, the step of every concept that is still recognised is raised, until none is.
-    Then all steps are shortened together by bisection; those of concepts that come back go
-    to where they were, and the rest is measured again. `too_short` holds a step of each
-    concept that does not forget it.
+    Rprop on the steps' logarithms (Riedmiller and Braun 1993): only the signs of the slopes
+    count. A step's pace grows by a fifth while it goes on the same way, and is halved where
+    it turns; it then waits for a round. A concept that is still recognised gets a longer step
+    whatever that costs, and never again one as short.
     """
 
     steps: dict[str, float]
-    too_short: dict[str, float]
-    forgetting: dict[str, float] | None = field(init=False, default=None)
-    done: bool = field(init=False, default=False)
+    _pace: dict[str, float] = field(init=False, default_factory=dict)
+    _way: dict[str, int] = field(init=False, default_factory=dict)
+    _too_short: dict[str, float] = field(init=False, default_factory=dict)
 
-    def observe(self, left: Mapping[str, float]) -> None:
-        """Take in the forget accuracy of each concept at `steps`, and choose the next steps."""
-        recognised = [name for name, accuracy in left.items() if accuracy > 0]
-        for name in recognised:
-            self.too_short[name] = max(self.too_short[name], self.steps[name])
-        if not recognised:
-            self.forgetting = dict(self.steps)
-            self._shorten(self.forgetting)
-        elif self.forgetting is None:
-            for name in recognised:
-                self.steps[name] *= RAISE
-        else:
-            for name in recognised:
-                self.steps[name] = self.forgetting[name]
-            if self.steps == self.forgetting:
-                self._shorten(self.forgetting)
-
-    def _shorten(self, forgetting: Mapping[str, float]) -> None:
-        self.steps = {
-            name: (step + self.too_short[name]) / 2
-            if step - self.too_short[name] > CLOSE * step
-            else step
-            for name, step in forgetting.items()
-        }
-        self.done = self.steps == forgetting
+    def observe(self, slopes: Mapping[str, float], left: Mapping[str, float]) -> None:
+        """Take in the cost's slopes and what is left to forget at `steps`; choose the next."""
+        for name, slope in slopes.items():
+            way = (slope < 0) - (slope > 0)
+            if left[name]:
+                way = 1
+                known = self._too_short.get(name, 0.0)
+                self._too_short[name] = max(known, self.steps[name])
+            pace, went = self._pace.get(name, PACE), way * self._way.get(name, 0)
+            if went > 0:
+                pace = min(1.2 * pace, FASTEST)
+            elif went < 0:
+                way, pace = 0, max(0.5 * pace, SLOWEST)
+            self._pace[name], self._way[name] = pace, way
+            least = (1 + CLOSE) * self._too_short.get(name, 0.0)
+            self.steps[name] = max(self.steps[name] * exp(way * pace), least)

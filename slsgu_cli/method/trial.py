@@ -1,7 +1,7 @@
 """Steps measured: one move of one layer, or several in place together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil, isfinite
 
@@ -280,10 +280,14 @@ class MovedModel:
 
     def left(self, *groups: EvaluationSet) -> tuple[Accuracy, float]:
         """Return the accuracy on the images of a concept, and the concept's gap."""
-        features = torch.cat([self.features(group.images) for group in groups])
-        logits = features @ self.classes(groups[0].prompts).T
-        labels = torch.cat([group.images.labels for group in groups])
+        logits, labels = self.cosines(*groups)
         return groups[0].accuracy_of(ranks_of_truth(logits, labels)), least_gap(logits, labels)
+
+    def cosines(self, *groups: EvaluationSet) -> tuple[Tensor, Tensor]:
+        """Return the cosines of a concept's images with all names, and its label for each."""
+        features = torch.cat([self.features(group.images) for group in groups])
+        labels = torch.cat([group.images.labels for group in groups])
+        return features @ self.classes(groups[0].prompts).T, labels
 
     def features(self, images: ImageSide) -> Tensor:
         """Return the features of images."""
@@ -402,10 +406,13 @@ def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, 
     return layers
 
 
-def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None = None) -> Report:
+def report(
+    evaluation: Evaluation, moves: Moves | MovedModel, earlier: EarlierConcepts | None = None
+) -> Report:
     """Return what moves in place together do to the rows of an evaluation, after its base pass.
 
-    With `earlier` edits in the model, it stands beside the original one without them.
+    They are put in place, or are there already. With `earlier` edits in the model, it stands
+    beside the original one without them.
     """
     groups = {"": evaluation.forget} | evaluation.utility
 
@@ -416,7 +423,10 @@ def report(evaluation: Evaluation, moves: Moves, earlier: EarlierConcepts | None
         }
 
     as_it_was = ranks(UNMOVED)
-    with moved_model(evaluation, moves) as model:
+    placed: AbstractContextManager[MovedModel] = (
+        nullcontext(moves) if isinstance(moves, MovedModel) else moved_model(evaluation, moves)
+    )
+    with placed as model:
         after = ranks(model)
         earlier_after = earlier.recognised(model) if earlier else {}
     with earlier.undone() if earlier else nullcontext(UNMOVED) as model:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Direction, Precision, Steer, Tower
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
@@ -26,23 +27,27 @@ class JointTrial:
     """Several moves in place at once, with what they leave of each concept, by its set's name.
 
     `gaps` are the concepts' gaps, as a trial has one. `utility` is None where it was not
-    measured.
+    measured. `cost` is what steps are balanced by, and `slopes` its slope along the logarithm
+    of each concept's step; None where they were not computed.
     """
 
     moves: tuple[JointMove, ...]
     forget: dict[str, Accuracy]
     gaps: dict[str, float]
     utility: dict[str, Accuracy] | None
+    cost: float | None = added(None)
+    slopes: dict[str, float] | None = added(None)
 
 
 @dataclass(frozen=True, slots=True)
 class JointSearch:
-    """A joint search: what it was made from, and what it found for 1, 2, ... concepts.
+    """A joint search: what it was made from, and what it found.
 
     `gradients` maps each set to its forget gradient, `retain_data` each whose direction is
-    whitened to the retain rows that whitened it. `stages` has the trial that stands
-    for the first concept, for the first two, and so on; the last one is what was written.
-    Utility is measured without the images of any of the concepts, at every stage.
+    whitened to the retain rows that whitened it. `stages` are of the first concept, of the
+    first two, and so on, at some of the numbers where they are many; the last one has all and
+    is what was written. There are none as long as the search is not done. Utility is measured
+    without the images of any of the concepts, at every stage.
     """
 
     names: tuple[str, ...]

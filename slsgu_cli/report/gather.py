@@ -135,7 +135,7 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
         joint={
             label: _evidence(catalog, Artifact.JOINT, label, f" {label}")
             for label, record in sorted(joint.items())
-            if name in record.names
+            if name in record.names and record.stages
         },
         sweeps={
             label: _evidence(catalog, Artifact.SWEEP, label, f" {label}")

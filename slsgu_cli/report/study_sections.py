@@ -328,18 +328,15 @@ def _joint_search(record: JointSearch) -> Html:
              Head("of its norm"), Head("FA@1, original"), Head("FA@1, edited"),
              Head("FA@5, original"), Head("FA@5, edited"))  # fmt: skip
     sets = sorted(record.baseline_utility)
-    kept = [("none", None, record.baseline_utility)] + [
-        (concept, stage, stage.utility or {})
-        for concept, stage in zip(record.concepts, record.stages, strict=True)
-    ]
-    stages: list[tuple[Child, ...]] = [
+    original = ("0", "none", None, *(percent(record.baseline_utility[n].top1) for n in sets))
+    stages: list[tuple[Child, ...]] = [original] + [
         (
-            str(place),
-            added,
-            percent(max(each.top1 for each in stage.forget.values())) if stage else None,
-            *(percent(utility[name].top1) if name in utility else None for name in sets),
+            str(len(stage.moves)),
+            record.concepts[len(stage.moves) - 1],
+            percent(max(each.top1 for each in stage.forget.values())),
+            *(percent(stage.utility[n].top1) if stage.utility else None for n in sets),
         )
-        for place, (added, stage, utility) in enumerate(kept)
+        for stage in record.stages
     ]
     columns = (Head("concepts"), Head("added", False), Head("FA@1, at most"),
                *(Head(f"TA@1 {name}") for name in sets))  # fmt: skip

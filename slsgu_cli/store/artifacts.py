@@ -167,7 +167,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.JOINT: Row(
         "joint", "studies.JointSearch", "joint search", "search ... --joint",
         digests={"gradients": GRADIENT_OF, **MODEL},
-        options=("retain_data", "precision"), rows=("trials",),
+        options=("retain_data", "precision", "steer", "margin"), rows=("trials",),
     ),
     Artifact.SWEEP: Row(
         "sweeps", "studies.Sweep", "sweep", "sweep {} ...",

@@ -1,23 +1,30 @@
-"""`search --joint`: concepts joined one by one, their steps adjusted together."""
+"""`search --joint`: concepts forgotten by edits that belong together, their steps balanced."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from shlex import join
+from time import monotonic
+from typing import Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
+from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.method.evaluate import choose_shown
 from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import JointSteps, kept, left_of, mean_top1
-from slsgu_cli.method.search import Line, SetSearch, line_of, searched_edit
+from slsgu_cli.method.scoring import RAISE, BalancedSteps, kept, left_of
+from slsgu_cli.method.search import SetSearch, line_of, searched_edit
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     read_plans,
@@ -25,113 +32,228 @@ from slsgu_cli.method.search_plan import (
     share_evaluation,
     to_report_on,
 )
-from slsgu_cli.method.trial import UNMOVED, MovedModel, Probe, moved_model, report
+from slsgu_cli.method.trial import (
+    SPREAD,
+    UNMOVED,
+    MovedModel,
+    Probe,
+    expected_hits,
+    moved_model,
+    report,
+)
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import JointRef, Trial
+from slsgu_cli.records.method import JointRef, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
 
-# Points of mean TA@1 that sharing a layer must keep over the best layer nobody moves.
+# Points of TA@1 that a concept's best layer must keep over another one, for each concept that
+# moves it already.
 WORTH_SHARING = 0.1
-# Of more concepts the maps of the original and of all are drawn, and none of those between.
+# Rounds in which steps are balanced, for each of `--steps`.
+ROUNDS = 2
+# They are balanced where the cost falls by less than this share of it in so many rounds.
+SETTLED, PATIENCE = 0.02, 3
+# What it costs that cosines of kept images move by as much as like images differ.
+PRICE_OF_MOVING = 0.1
+# Of so many images of a set it is seen what they lose, where each has to be run again.
+KEPT_IMAGES = 256
+# Margins of like images differ by no less, as cosines.
+LEAST_SPREAD = 1e-6
+# Seconds of trials that a killed search may lose.
+UNWRITTEN = 5.0
+# Of more concepts the maps of the original and of all are drawn, and none of those between;
+# and stages are of 1, 2, 5, 10, 20, 50, ... concepts, and of all.
 MOST_MAPS = 10
 Moves = tuple[JointMove, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class SingleSearch:
-    """The search of one concept by itself, and the trials it may join others with, by line.
+class Concept:
+    """One of the concepts: what was searched of it alone, and the line it moves along.
 
-    `trials` has the shortest step of each line that forgets the concept when it is alone,
-    and `too_short` the longest one known not to. If no line forgets it, there is one
-    trial: the one that its search chose.
+    `alone` is the shortest step of that line which forgets it, or the best one where none does.
     """
 
-    run: SetSearch
-    trials: dict[Line, Trial]
-    too_short: dict[Line, float]
+    plan: SearchPlan
+    record: Trials
+    probe: Probe
+    alone: Trial
 
-    @property
-    def plan(self) -> SearchPlan:
-        """The set, and what was searched of it."""
-        return self.run.plan
-
-    def by_worth(self) -> list[Trial]:
-        """Return the trials, the one that keeps most first."""
-        by = self.plan.options.keep
-        return sorted(self.trials.values(), key=lambda trial: (-kept(trial, by), trial.share))
+    def move(self, step: float) -> JointMove:
+        """Return its part in a joint edit, at a step."""
+        alone = self.alone
+        share = alone.share * step / alone.step
+        return JointMove(self.plan.name, alone.layer, alone.tower, alone.ridge, step, share)
 
 
 def search_alone(
-    store: Store,
-    plan: SearchPlan,
-    shared: SharedEvaluation,
-    reported: Callable[[], SharedEvaluation],
-) -> SingleSearch:
-    """Search one concept by itself, and measure what each line's shortest step keeps."""
-    evaluation = shared.of(plan.manifest, resumed=True)
-    run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-    chosen = run.run(plan.probes(store, evaluation), reported).chosen
-    trials, too_short = {}, {}
+    store: Store, plan: SearchPlan, shared: SharedEvaluation, taken: Counter[str]
+) -> Concept:
+    """Search one concept by itself, and choose the line that it moves along beside others.
+
+    Of the lines that forget it, that is the one which keeps most at its shortest step; a layer
+    that is `taken` has to keep more than one that is not, the more so the more concepts move it.
+    """
+    run = SetSearch(store, Artifact.TRIALS, plan, shared.of(plan.manifest))
+    for probe in plan.probes(store, shared.of(plan.manifest)):
+        run.along(probe)
+    forgetting = []
     for line, probe in run.probes.items():
-        along = (trial for trial in run.trials.values() if line_of(trial) == line)
-        steps = sorted(along, key=lambda trial: trial.step)
-        left = [run.left(trial) for trial in steps]
-        if 0 not in left:
-            continue
-        trials[line] = trial = run.with_utility(probe, steps[left.index(0)])
-        too_short[line] = max((t.step for t in steps if t.step < trial.step), default=0.0)
+        if (step := run.shortest(line)) is not None:
+            forgetting.append(run.with_utility(probe, run.trials[line, step]))
     run.write()
-    if not trials:
-        trials = {line_of(chosen): chosen}
-        too_short = dict.fromkeys(trials, 0.0)
-    return SingleSearch(run, trials, too_short)
+    by = plan.options.keep
+    chosen = max(
+        forgetting or [run.choose()],
+        key=lambda trial: (kept(trial, by) - WORTH_SHARING * taken[trial.layer], -trial.share),
+    )
+    taken[chosen.layer] += 1
+    return Concept(plan, run.record, run.probes[line_of(chosen)], chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptImages:
+    """Images of a set to keep, and what the original model makes of them.
+
+    `hits` are how likely images like each are recognised, `cosines` those with the `names`
+    (indices of classes) that are to be kept.
+    """
+
+    group: EvaluationSet
+    names: Tensor
+    hits: Tensor
+    cosines: Tensor
+
+
+@dataclass(slots=True)
+class JointCost:
+    """What steps are balanced by: images still recognised, and what is lost of the others.
+
+    The sum of three means: over concepts, the share of a concept's images that is expected to
+    be recognised, as one of the first or of the first five; over evaluation sets, the share of
+    kept images that is expected to be lost, gains aside; and over these, PRICE_OF_MOVING times
+    the mean square of how far cosines of kept images with kept names move. Expected is what
+    holds of like images, whose margins differ by `spread`; how far is in that unit.
+
+    Where images move, not names alone, `kept` are KEPT_IMAGES of each set.
+    """
+
+    evaluation: SharedEvaluation
+    options: SearchOptions
+    spread: float
+    kept: tuple[KeptImages, ...]
+
+    @classmethod
+    def of(
+        cls,
+        evaluation: SharedEvaluation,
+        concepts: Mapping[str, Concept],
+        options: SearchOptions,
+    ) -> Self:
+        """Return the cost of moves of some concepts."""
+        sets = evaluation.utility([each.plan.manifest for each in concepts.values()])
+        if any(each.alone.tower is Tower.VISION for each in concepts.values()):
+            sets = {name: _some(group) for name, group in sets.items()}
+        leads = [margins(*UNMOVED.cosines(group)) for group in sets.values()]
+        deviations = [float(each.double().std(correction=0)) for each in leads]
+        spread = max(SPREAD * sum(deviations) / len(deviations), LEAST_SPREAD)
+        kept = []
+        for group, lead in zip(sets.values(), leads, strict=True):
+            names = _names_kept(group, evaluation.forget.values())
+            cosines = UNMOVED.cosines(group)[0][:, names]
+            kept.append(KeptImages(group, names, expected_hits(lead, spread), cosines))
+        return cls(evaluation, options, spread, tuple(kept))
+
+    def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the share of a concept's images that is expected to be recognised."""
+        if self.options.steer is Steer.FA1:
+            leads = margins(logits, labels)
+        else:
+            leads = -gaps(logits, labels)
+        if self.options.steer is Steer.MARGIN:
+            leads = leads + self.options.margin
+        return expected_hits(leads, self.spread).mean()
+
+    def of_kept(self, model: MovedModel) -> Tensor:
+        """Return what the moves that are in place cost of what is to be kept."""
+        return torch.stack([self._of(model, kept) for kept in self.kept]).mean()
+
+    def _of(self, model: MovedModel, kept: KeptImages) -> Tensor:
+        logits, labels = model.cosines(kept.group)
+        lost = (kept.hits - expected_hits(margins(logits, labels), self.spread)).clamp(min=0)
+        moved = (logits[:, kept.names] - kept.cosines).double() / self.spread
+        return lost.mean() + PRICE_OF_MOVING * moved.square().mean()
+
+
+def _some(group: EvaluationSet) -> EvaluationSet:
+    """Return a set with KEPT_IMAGES of its images, evenly over all."""
+    rows = np.linspace(0, len(group.images) - 1, KEPT_IMAGES).round().astype(int)
+    return group.some(np.unique(rows))
+
+
+def _names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
+    """Return the indices of the classes of a set that none of the concepts is."""
+    forgotten = {int(c.images.labels[0]) for c in concepts if c.prompts is group.prompts}
+    names = [index for index in range(len(group.names)) if index not in forgotten]
+    return torch.tensor(names, device=group.images.labels.device)
 
 
 @dataclass(slots=True)
 class JointSearchRun:
-    """The state of a joint search: what joined, trials by their moves, a stage per concept.
+    """The state of a joint search: its concepts, and trials by their moves.
 
-    `utility` leaves out the images of all concepts, of those that are to join as well, so
-    that the stages can be compared.
+    `write` puts the trials so far on file.
     """
 
     evaluation: SharedEvaluation
-    utility: Mapping[str, EvaluationSet]
+    concepts: Mapping[str, Concept]
     options: SearchOptions
+    cost: JointCost
     trials: dict[Moves, JointTrial]
-    stages: list[JointTrial] = field(default_factory=list)
-    singles: dict[str, SingleSearch] = field(default_factory=dict)
-    _too_short: dict[str, float] = field(default_factory=dict)
+    write: Callable[[Iterable[JointTrial]], None]
+    _written: float = field(init=False, default_factory=monotonic)
 
-    @property
-    def manifests(self) -> list[SetManifest]:
-        """The sets that have joined."""
-        return [single.plan.manifest for single in self.singles.values()]
+    def run(self) -> JointTrial:
+        """Balance the steps of all concepts, lengthen what is left, and return the best trial."""
+        rounds = ROUNDS * self.options.steps
+        steps = BalancedSteps({name: each.alone.step for name, each in self.concepts.items()})
+        balanced = []
+        with progress.bar("joint", rounds + self.options.steps) as ticker:
+            for _ in range(rounds):
+                trial = self._trial(steps.steps, slopes=True)
+                balanced.append(trial)
+                ticker.advance()
+                if self._settled(balanced):
+                    break
+                steps.observe(trial.slopes or {}, self._left(trial))
+            tried = [min(balanced, key=self._order)]
+            for _ in range(self.options.steps):
+                if self.forgets(tried[-1]):
+                    break
+                tried.append(self._trial(self._lengthened(tried[-1])))
+                ticker.advance()
+        return min(tried, key=lambda trial: sum(self._left(trial).values()))
 
-    def join(self, single: SingleSearch) -> None:
-        """Add a concept by the best layer nobody moves, or by its best if that is worth it."""
-        self.singles[single.plan.name] = single
-        moved_layers = {move.layer for move in self.stages[-1].moves} if self.stages else set()
-        ordered = single.by_worth()
-        free = [trial for trial in ordered if trial.layer not in moved_layers]
-        wanted = {line_of(trial): trial for trial in [*free[:1], ordered[0]]}
-        adjusted = {line: self._adjust(single, trial) for line, trial in wanted.items()}
+    def _settled(self, balanced: Sequence[JointTrial]) -> bool:
+        """Return whether all is forgotten and the cost has hardly fallen for some rounds."""
+        if len(balanced) <= PATIENCE or not self.forgets(balanced[-1]):
+            return False
+        before, now = (balanced[at].cost or 0.0 for at in (-1 - PATIENCE, -1))
+        return self.forgets(balanced[-1 - PATIENCE]) and before - now < SETTLED * before
 
-        def worth(line: Line) -> tuple[bool, float]:
-            trial = adjusted[line][0]
-            keeps = mean_top1(trial.utility or {})
-            return self.forgets(trial), keeps - WORTH_SHARING * (line[0] in moved_layers)
-
-        stage, self._too_short = adjusted[max(adjusted, key=worth)]
-        self.stages.append(stage)
+    def _order(self, trial: JointTrial) -> tuple[float, float]:
+        """Order trials by what they leave, ties by what they cost."""
+        return sum(self._left(trial).values()), trial.cost or 0.0
 
     def forgets(self, trial: JointTrial) -> bool:
         """Return whether a trial brings the steered accuracy of all its concepts to 0."""
         return not any(self._left(trial).values())
+
+    def at(self, steps: Mapping[str, float]) -> Moves:
+        """Return the moves of some concepts at some steps."""
+        return tuple(self.concepts[name].move(step) for name, step in steps.items())
 
     def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
         """Put moves into the model for the length of a block."""
@@ -139,7 +261,7 @@ class JointSearchRun:
 
     def probed(self, moves: Moves) -> list[tuple[Probe, float]]:
         """Return the probe and the step of each move."""
-        return [(self.singles[move.name].run.probes[line_of(move)], move.step) for move in moves]
+        return [(self.concepts[move.name].probe, move.step) for move in moves]
 
     def _left(self, trial: JointTrial) -> dict[str, float]:
         steer, margin = self.options.steer, self.options.margin
@@ -148,47 +270,58 @@ class JointSearchRun:
             for name, accuracy in trial.forget.items()
         }
 
-    def _adjust(self, single: SingleSearch, alone: Trial) -> tuple[JointTrial, dict[str, float]]:
-        """Adjust all steps with one more move; return the best trial, and steps too short."""
-        name = single.plan.name
-        new = JointMove(name, alone.layer, alone.tower, alone.ridge, alone.step, alone.share)
-        moves = (*(self.stages[-1].moves if self.stages else ()), new)
-        too_short = self._too_short | {name: single.too_short[line_of(alone)]}
-        steps = JointSteps({move.name: move.step for move in moves}, too_short)
-        trials = []
-        for _ in range(self.options.steps):
-            trial = self._measured(_at(moves, steps.steps))
-            trials.append(trial)
-            steps.observe(self._left(trial))
-            if steps.done:
-                break
-        if steps.forgetting is not None:
-            chosen = self._measured(_at(moves, steps.forgetting), utility=True)
-        else:
-            least = min(trials, key=lambda trial: sum(self._left(trial).values()))
-            chosen = self._measured(least.moves, utility=True)
-        return chosen, steps.too_short
+    def _lengthened(self, trial: JointTrial) -> dict[str, float]:
+        """Return the steps of a trial, those raised whose concept is still recognised."""
+        left = self._left(trial)
+        return {m.name: m.step * (RAISE if left[m.name] else 1) for m in trial.moves}
 
-    def _measured(self, moves: Moves, *, utility: bool = False) -> JointTrial:
-        """Return the trial of some moves, measured now as far as it was not before."""
+    def _trial(self, steps: Mapping[str, float], *, slopes: bool = False) -> JointTrial:
+        """Return the trial of some steps, measured now as far as it was not before."""
+        moves = self.at(steps)
         known = self.trials.get(moves)
-        if known is not None and (known.utility is not None or not utility):
+        if known is not None and (known.slopes is not None or not slopes):
             return known
-        with self.in_place(moves) as model:
-            left = {move.name: model.left(*self.evaluation.shown(move.name)) for move in moves}
-            kept = model.accuracies(self.utility) if utility else None
-        forget = {name: accuracy for name, (accuracy, _) in left.items()}
-        gaps = {name: gap for name, (_, gap) in left.items()}
-        trial = self.trials[moves] = JointTrial(moves, forget, gaps, kept)
+        with self.in_place(moves) as model, torch.set_grad_enabled(slopes):
+            trial = self._measured(moves, model)
+        self.trials[moves] = trial
+        if monotonic() - self._written > UNWRITTEN:
+            self.write(self.trials.values())
+            self._written = monotonic()
         return trial
 
+    def _measured(self, moves: Moves, model: MovedModel) -> JointTrial:
+        """Return what moves in place leave; with the slopes of the cost where grad is enabled."""
+        forget, gap, recognised = {}, {}, []
+        for move in moves:
+            groups = self.evaluation.shown(move.name)
+            logits, labels = model.cosines(*groups)
+            recognised.append(self.cost.recognised(logits, labels))
+            forget[move.name] = groups[0].accuracy_of(ranks_of_truth(logits.detach(), labels))
+            gap[move.name] = least_gap(logits.detach(), labels)
+        trial = JointTrial(moves, forget, gap, None)
+        if not torch.is_grad_enabled():
+            return trial
+        cost = torch.stack(recognised).mean() + self.cost.of_kept(model)
+        return replace(trial, cost=float(cost.detach()), slopes=self._slopes(moves, cost))
 
-def _at(moves: Sequence[JointMove], steps: Mapping[str, float]) -> Moves:
-    """Return the moves at other steps."""
-    return tuple(
-        replace(move, step=steps[move.name], share=move.share * steps[move.name] / move.step)
-        for move in moves
-    )
+    def _slopes(self, moves: Moves, cost: Tensor) -> dict[str, float]:
+        """Return the slope of the cost along the logarithm of each step.
+
+        A layer's change is the sum of its steps times their directions, so a slope is the inner
+        product of the layer's gradient with what the step adds to it.
+        """
+        model = self.evaluation.model
+        layers = {move.layer: Layer.parse(move.layer) for move in moves}
+        parameters = sorted({layer.parameter for layer in layers.values()})
+        wanted = [model.get_parameter(name) for name in parameters]
+        found = dict(zip(parameters, torch.autograd.grad(cost, wanted), strict=True))
+        slopes = {}
+        for move in moves:
+            layer = layers[move.layer]
+            along = self.concepts[move.name].probe.direction
+            gradient = layer.rows(found[layer.parameter])
+            slopes[move.name] = move.step * float((gradient.double() * along.double()).sum())
+        return slopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,22 +358,30 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
     options = plans[0].options
     with torch.no_grad(), arithmetic(options.precision):
         shared = share_evaluation(store, plans)
-        reported = to_report_on(store, plans, shared)
-        singles = [search_alone(store, plan, shared, reported) for plan in plans]
-        fresh = _fresh(singles, reported(), options)
+        reported = to_report_on(store, plans, shared)()
+        concepts = _searched_alone(store, plans, shared)
+        fresh = _fresh(concepts, reported, options)
+        path = Artifact.JOINT.path(joint_label(names))
         recorded = resume(store, Artifact.JOINT, joint_label(names), fresh).trials
-        utility = shared.utility([plan.manifest for plan in plans])
-        run = JointSearchRun(shared, utility, options, {trial.moves: trial for trial in recorded})
-        with progress.bar("joint", len(singles)) as ticker:
-            for single in singles:
-                run.join(single)
-                ticker.advance()
-        stages = tuple(_reported(run, reported(), stage) for stage in run.stages)
+
+        def write(trials: Iterable[JointTrial]) -> None:
+            store.write_record(path, replace(fresh, trials=tuple(trials)))
+
+        cost = JointCost.of(shared, concepts, options)
+        known = {trial.moves: trial for trial in recorded}
+        run = JointSearchRun(shared, concepts, options, cost, known, write)
+        chosen = run.run()
+        forgotten = run.forgets(chosen)
+        moves = _with_reserve(run, chosen) if forgotten else chosen.moves
+        manifests = [plan.manifest for plan in plans]
+        utility = reported.utility(manifests)
+        counts = growth(len(moves))
+        stages = tuple(_reported(run, reported, moves[:count], utility) for count in counts)
         record = replace(fresh, stages=stages, trials=tuple(run.trials.values()))
-        store.write_record(Artifact.JOINT.path(joint_label(names)), record)
-        _write_edits(store, run, reported(), record)
-        plots = _draw(store, run, reported(), record)
-    return JointResult(record, run.forgets(run.stages[-1]), len(recorded), plots)
+        _write_edits(store, run, reported, record)
+        store.write_record(path, record)
+        plots = _draw(store, run, reported, record)
+    return JointResult(record, forgotten, len(recorded), plots)
 
 
 def require_joint(result: JointResult) -> None:
@@ -259,23 +400,45 @@ def require_joint(result: JointResult) -> None:
     )
 
 
+def _searched_alone(
+    store: Store, plans: Sequence[SearchPlan], shared: SharedEvaluation
+) -> dict[str, Concept]:
+    """Search each concept by itself, in order; return all by the names of their sets."""
+    taken: Counter[str] = Counter()
+    with progress.bar("each alone", len(plans)) as ticker:
+        concepts = {}
+        for plan in plans:
+            concepts[plan.name] = search_alone(store, plan, shared, taken)
+            ticker.advance()
+    return concepts
+
+
+def growth(count: int) -> list[int]:
+    """Return the numbers of concepts that stages are of."""
+    if count <= MOST_MAPS:
+        return list(range(1, count + 1))
+    rounds = [first * 10**power for power in range(len(str(count))) for first in (1, 2, 5)]
+    return [*(number for number in rounds if number < count), count]
+
+
 def _fresh(
-    singles: Sequence[SingleSearch], reported: SharedEvaluation, options: SearchOptions
+    concepts: Mapping[str, Concept], reported: SharedEvaluation, options: SearchOptions
 ) -> JointSearch:
     """Return a record without trials, with what they will be made from.
 
     Figures of the original model are of the rows to report on.
     """
-    first = singles[0].plan
+    first = next(iter(concepts.values())).plan
     evals = first.manifest.measured_on()
-    records = {single.plan.name: single.run.record for single in singles}
+    records = {name: concept.record for name, concept in concepts.items()}
     for name, record in records.items():
         evals[f"{FORGET} {name}"] = record.evals[FORGET]
-    kept = reported.utility([single.plan.manifest for single in singles])
+    manifests = [concept.plan.manifest for concept in concepts.values()]
+    kept = reported.utility(manifests)
     return JointSearch(
-        names=tuple(records),
-        concepts=tuple(single.plan.manifest.concept for single in singles),
-        gradients={single.plan.name: single.plan.pointer.forget for single in singles},
+        names=tuple(concepts),
+        concepts=tuple(manifest.concept for manifest in manifests),
+        gradients={name: each.plan.pointer.forget for name, each in concepts.items()},
         retain_data={n: record.retain_data for n, record in records.items() if record.retain_data},
         model=first.pointer.model,
         model_fingerprint=first.pointer.model_fingerprint,
@@ -291,20 +454,23 @@ def _fresh(
     )
 
 
-def _reported(run: JointSearchRun, reported: SharedEvaluation, stage: JointTrial) -> JointTrial:
-    """Return a stage with the reserve, and the figures of the rows to report on."""
-    reserve = run.options.reserve if run.forgets(stage) else 1.0
-    moves = _at(stage.moves, {move.name: reserve * move.step for move in stage.moves})
+def _with_reserve(run: JointSearchRun, trial: JointTrial) -> Moves:
+    """Return the moves of a trial that forgets all, each longer by the reserve."""
+    return run.at({move.name: run.options.reserve * move.step for move in trial.moves})
+
+
+def _reported(
+    run: JointSearchRun,
+    reported: SharedEvaluation,
+    moves: Moves,
+    utility: Mapping[str, EvaluationSet],
+) -> JointTrial:
+    """Return what moves in place leave and keep of the rows to report on."""
     with moved_model(reported, run.probed(moves)) as model:
         left = {move.name: model.left(reported.forget[move.name]) for move in moves}
-        kept = model.accuracies(reported.utility(run.manifests))
-    return replace(
-        stage,
-        moves=moves,
-        forget={name: accuracy for name, (accuracy, _) in left.items()},
-        gaps={name: gap for name, (_, gap) in left.items()},
-        utility=kept,
-    )
+        kept = model.accuracies(utility)
+    forget = {name: accuracy for name, (accuracy, _) in left.items()}
+    return JointTrial(moves, forget, {name: gap for name, (_, gap) in left.items()}, kept)
 
 
 def _write_edits(
@@ -313,9 +479,20 @@ def _write_edits(
     """Write each concept's edit, with the figures of all edits in place."""
     chosen = record.stages[-1]
     joint = JointRef(record.names, digest([record.gradients, record.retain_data, chosen.moves]))
-    utility = reported.utility(run.manifests)
+    utility = reported.utility([concept.plan.manifest for concept in run.concepts.values()])
+    with moved_model(reported, run.probed(chosen.moves)) as model:
+        effects = {
+            move.name: report(
+                Evaluation(
+                    reported.model, reported.vision, reported.text, reported.forget[move.name],
+                    utility,
+                ),
+                model,
+            )
+            for move in chosen.moves
+        }  # fmt: skip
     for move in chosen.moves:
-        single = run.singles[move.name]
+        concept = run.concepts[move.name]
         trial = Trial(
             layer=move.layer,
             tower=move.tower,
@@ -326,12 +503,8 @@ def _write_edits(
             gap=chosen.gaps[move.name],
             utility=chosen.utility,
         )
-        measured = Evaluation(
-            reported.model, reported.vision, reported.text, reported.forget[move.name], utility
-        )
-        effect = report(measured, run.probed(chosen.moves))
-        probe = single.run.probes[line_of(move)]
-        edit = searched_edit(single.plan, probe, single.run.record, trial, effect, joint)
+        effect = effects[move.name]
+        edit = searched_edit(concept.plan, concept.probe, concept.record, trial, effect, joint)
         write_edit(store, edit)
 
 
@@ -339,10 +512,10 @@ def _draw(
     store: Store, run: JointSearchRun, reported: SharedEvaluation, record: JointSearch
 ) -> tuple[str, ...]:
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
-    shown = choose_shown(reported, run.manifests)
+    shown = choose_shown(reported, [each.plan.manifest for each in run.concepts.values()])
     maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
-    stages = list(enumerate(record.stages, start=1))
-    for count, stage in stages if len(stages) <= MOST_MAPS else stages[-1:]:
+    for stage in record.stages if len(record.names) <= MOST_MAPS else record.stages[-1:]:
+        count = len(stage.moves)
         with moved_model(reported, run.probed(stage.moves)) as model:
             forgotten = shown.names[:count]
             maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))

@@ -155,16 +155,15 @@ def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
     assert any("blue, green: searched jointly with red" in told for told in listener.heard)
 
 
-def test_stages_add_one_concept_after_another_and_prefer_layers_of_their_own(searched):
+def test_stages_are_the_first_moves_and_concepts_prefer_layers_of_their_own(searched):
     _, result = searched
     found = result.record
     assert [tuple(m.name for m in stage.moves) for stage in found.stages] == [
         NAMES[:1], NAMES[:2], NAMES,
     ]  # fmt: skip
-    for before, after in zip(found.stages, found.stages[1:], strict=False):
-        kept = [(move.name, move.layer) for move in before.moves]
-        assert [(move.name, move.layer) for move in after.moves[:-1]] == kept
-    assert all(stage in found.trials for stage in found.stages)
+    for count, stage in enumerate(found.stages, start=1):
+        assert stage.moves == result.chosen.moves[:count]
+    assert result.chosen.moves in [trial.moves for trial in found.trials]
     assert len({move.layer for move in result.chosen.moves}) > 1
 
 
@@ -176,6 +175,80 @@ def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     assert again.record == result.record
     assert again.reused == len(result.record.trials)
     assert world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES))) == before
+
+
+class Interrupted(Exception):
+    """Stands for a kill, after some trials."""
+
+
+def test_a_search_that_is_interrupted_goes_on_to_the_same_bytes(apart, monkeypatch):
+    world, result = apart
+    path = Artifact.JOINT.path(joint_label(NAMES))
+    before = world.store.read_bytes(path)
+    edits = [world.store.read_bytes(Artifact.EDIT.path(name)) for name in NAMES]
+    world.store.remove(path)
+    # Every trial is put on file at once.
+    monkeypatch.setattr(joint_module, "UNWRITTEN", -1.0)
+    in_place = joint_module.JointSearchRun.in_place
+    measured = []
+
+    def counted(run, moves):
+        measured.append(moves)
+        if len(measured) == 4:
+            raise Interrupted
+        return in_place(run, moves)
+
+    monkeypatch.setattr(joint_module.JointSearchRun, "in_place", counted)
+    with pytest.raises(Interrupted):
+        find(world)
+    left = world.store.read_record(path, JointSearch)
+    assert (len(left.trials), left.stages) == (3, ())
+    assert left.trials == result.record.trials[:3]
+    again = find(world)
+    assert again.reused == 3
+    assert len(set(measured)) == len(measured) - 1
+    assert world.store.read_bytes(path) == before
+    assert [world.store.read_bytes(Artifact.EDIT.path(name)) for name in NAMES] == edits
+
+
+def slopes_and_differences(world, monkeypatch, **options):
+    """Return the slopes of a joint search's first trial, and what differences of the cost say."""
+    runs = []
+    run = joint_module.JointSearchRun.run
+
+    def kept(self):
+        runs.append(self)
+        return run(self)
+
+    monkeypatch.setattr(joint_module.JointSearchRun, "run", kept)
+    first = find(world, "blue", "red", steps=3, **options).record.trials[0]
+    steps = {move.name: move.step for move in first.moves}
+
+    def cost(name, change):
+        with torch.no_grad():
+            moved = steps | {name: steps[name] * (1 + change)}
+            return runs[0]._trial(moved, slopes=True).cost
+
+    change = 1e-2
+    differences = {
+        name: (cost(name, change) - cost(name, -change)) / (2 * change) for name in steps
+    }
+    return first, differences
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        (["transformer.resblocks.1.attn.in_proj_weight"], {}),
+        (["visual.transformer.resblocks.1.mlp.c_proj.weight"], {"steer": Steer.FA5}),
+    ],
+)
+def test_slopes_are_those_of_the_cost(apart, monkeypatch, layers, options):
+    world, _ = apart
+    first, differences = slopes_and_differences(world, monkeypatch, layers=layers, **options)
+    assert any(first.slopes.values())
+    for name, slope in first.slopes.items():
+        assert slope == pytest.approx(differences[name], rel=0.05, abs=1e-3), name
 
 
 def test_five_guesses_can_be_driven_to_zero_together(apart):
@@ -233,6 +306,13 @@ def test_names_that_make_no_joint_search_are_refused(several_world):
         find(several_world, "blue")
     with pytest.raises(UsageError, match="twice"):
         find(several_world, "blue", "blue")
+
+
+def test_stages_of_many_are_few():
+    assert joint_module.growth(4) == [1, 2, 3, 4]
+    assert joint_module.growth(11) == [1, 2, 5, 10, 11]
+    assert joint_module.growth(100) == [1, 2, 5, 10, 20, 50, 100]
+    assert joint_module.growth(120) == [1, 2, 5, 10, 20, 50, 100, 120]
 
 
 def test_long_lists_have_short_labels():
