@@ -6,7 +6,7 @@ digests of what `apply blue` wrote then.
 
 import hashlib
 import tarfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest

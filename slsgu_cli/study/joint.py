@@ -93,24 +93,28 @@ def search_alone(
 ) -> Concept:
     """Search one concept by itself, and choose the line that it moves along beside others.
 
-    Of the lines that forget it, that is the one which keeps most at its shortest step; a layer
-    that is `taken` has to keep more than one that is not, the more so the more concepts move it.
+    Of the lines that forget it, that is the one which keeps most at its shortest step, with the
+    reserve; a layer that is `taken` has to keep more than one that is not, the more so the more
+    concepts move it.
     """
-    run = SetSearch(store, Artifact.TRIALS, plan, shared.of(plan.manifest))
-    for probe in plan.probes(store, shared.of(plan.manifest)):
+    evaluation = shared.of(plan.manifest)
+    run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
+    for probe in plan.probes(store, evaluation):
         run.along(probe)
-    forgetting = []
+    worth = {}
     for line, probe in run.probes.items():
         if (step := run.shortest(line)) is not None:
-            forgetting.append(run.with_utility(probe, run.trials[line, step]))
+            trial = run.with_utility(probe, run.trials[line, plan.options.reserve * step])
+            beside = WORTH_SHARING * taken[trial.layer]
+            worth[line] = kept(trial, plan.options.keep) - beside, -trial.share
+    if worth:
+        line = max(worth, key=lambda line: worth[line])
+        alone = run.trials[line, run.shortest(line) or 0.0]
+    else:
+        alone = run.choose()
     run.write()
-    by = plan.options.keep
-    chosen = max(
-        forgetting or [run.choose()],
-        key=lambda trial: (kept(trial, by) - WORTH_SHARING * taken[trial.layer], -trial.share),
-    )
-    taken[chosen.layer] += 1
-    return Concept(plan, run.record, run.probes[line_of(chosen)], chosen)
+    taken[alone.layer] += 1
+    return Concept(plan, run.record, run.probes[line_of(alone)], alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +220,13 @@ class JointSearchRun:
     _written: float = field(init=False, default_factory=monotonic)
 
     def run(self) -> JointTrial:
-        """Balance the steps of all concepts, lengthen what is left, and return the best trial."""
-        rounds = ROUNDS * self.options.steps
-        steps = BalancedSteps({name: each.alone.step for name, each in self.concepts.items()})
+        """Balance the steps of all concepts, lengthen what is left, and return the best trial.
+
+        They start from those of each alone, with the reserve. What is balanced is not made longer
+        by it again: the cost counts images like those it sees.
+        """
+        rounds, reserve = ROUNDS * self.options.steps, self.options.reserve
+        steps = BalancedSteps({n: reserve * each.alone.step for n, each in self.concepts.items()})
         balanced = []
         with progress.bar("joint", rounds + self.options.steps) as ticker:
             for _ in range(rounds):
@@ -371,17 +379,16 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
         known = {trial.moves: trial for trial in recorded}
         run = JointSearchRun(shared, concepts, options, cost, known, write)
         chosen = run.run()
-        forgotten = run.forgets(chosen)
-        moves = _with_reserve(run, chosen) if forgotten else chosen.moves
-        manifests = [plan.manifest for plan in plans]
-        utility = reported.utility(manifests)
-        counts = growth(len(moves))
-        stages = tuple(_reported(run, reported, moves[:count], utility) for count in counts)
+        utility = reported.utility([plan.manifest for plan in plans])
+        stages = tuple(
+            _reported(run, reported, chosen.moves[:count], utility)
+            for count in growth(len(chosen.moves))
+        )
         record = replace(fresh, stages=stages, trials=tuple(run.trials.values()))
         _write_edits(store, run, reported, record)
         store.write_record(path, record)
         plots = _draw(store, run, reported, record)
-    return JointResult(record, forgotten, len(recorded), plots)
+    return JointResult(record, run.forgets(chosen), len(recorded), plots)
 
 
 def require_joint(result: JointResult) -> None:
@@ -452,11 +459,6 @@ def _fresh(
         trials=(),
         version=slsgu_cli.__version__,
     )
-
-
-def _with_reserve(run: JointSearchRun, trial: JointTrial) -> Moves:
-    """Return the moves of a trial that forgets all, each longer by the reserve."""
-    return run.at({move.name: run.options.reserve * move.step for move in trial.moves})
 
 
 def _reported(
