@@ -97,7 +97,7 @@ def search_alone(
     reserve; a layer that is `taken` has to keep more than one that is not, the more so the more
     concepts move it.
     """
-    evaluation = shared.of(plan.manifest)
+    evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
     for probe in plan.probes(store, evaluation):
         run.along(probe)
@@ -114,7 +114,10 @@ def search_alone(
         alone = run.choose()
     run.write()
     taken[alone.layer] += 1
-    return Concept(plan, run.record, run.probes[line_of(alone)], alone)
+    probe = run.probes[line_of(alone)]
+    # What the search alone resumed from goes with its evaluation.
+    light = Probe(shared.of(plan.manifest), probe.score, probe.direction, probe.ridge)
+    return Concept(plan, run.record, light, alone)
 
 
 @dataclass(frozen=True, slots=True)
