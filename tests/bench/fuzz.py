@@ -1,0 +1,67 @@
+"""Fuzz the parsers of what strangers made, guided by which of their lines run.
+
+    pip install atheris
+    python tests/bench/fuzz.py pages -max_total_time=60      # or pickles, records, tensors, tars
+
+What follows the name goes to libFuzzer. A parser may return, or raise what it says it raises;
+anything else ends the run, with the input in a file beside.
+"""
+
+import sys
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["slsgu_cli"]):
+    from slsgu_cli.checkpoints.torch_archive import read_pickle
+    from slsgu_cli.checkpoints.weights import open_weights
+    from slsgu_cli.errors import SlsguError
+    from slsgu_cli.records.codec import decode, parse_json
+    from slsgu_cli.records.method import EditHeader
+    from slsgu_cli.sources.parquet import compact_integers
+    from slsgu_cli.sources.rows import Columns
+    from slsgu_cli.sources.tar import TarSource
+
+import pyarrow as pa
+
+PLACE = Path(tempfile.mkdtemp()) / "a.tar"
+
+
+def pages(data: bytes) -> None:
+    with suppress(IndexError, pa.ArrowInvalid):
+        compact_integers(data)
+
+
+def pickles(data: bytes) -> None:
+    with suppress(SlsguError):
+        read_pickle(PLACE, data)
+
+
+def records(data: bytes) -> None:
+    with suppress(SlsguError, ValueError):
+        decode(EditHeader, parse_json(data))
+
+
+def tensors(data: bytes) -> None:
+    PLACE.write_bytes(len(data).to_bytes(8, "little") + data)
+    with suppress(SlsguError):
+        file = open_weights(PLACE)
+        for name in file.names():
+            file.stored(name)
+
+
+def tars(data: bytes) -> None:
+    PLACE.write_bytes(data)
+    with suppress(SlsguError):
+        list(TarSource(str(PLACE), Columns(), {}).rows(Counter()))
+
+
+TARGETS = {each.__name__: each for each in (pages, pickles, records, tensors, tars)}
+
+if __name__ == "__main__":
+    name = sys.argv.pop(1)
+    atheris.Setup(sys.argv, TARGETS[name])
+    atheris.Fuzz()
