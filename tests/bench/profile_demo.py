@@ -13,19 +13,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 
 STARTED = time.perf_counter()
 
 from slsgu_cli.cli.app import app  # noqa: E402
-from slsgu_cli.cli.steps import demo  # noqa: E402
 
+# Stages, and the function that each is, where the demo imports it from.
 STAGES = {
-    "build-sets": "build_sets",
-    "grad": "compute_gradients",
-    "rank, with the moments of the direction": "rank_and_plot",
-    "search": "search_and_plot",
-    "apply": "apply",
-    "picture of before and after": "draw_examples",
+    "build-sets": "slsgu_cli.sets.build.build_sets",
+    "grad": "slsgu_cli.method.gradients.compute_gradients",
+    "rank, with the moments of the direction": "slsgu_cli.method.edit.rank_and_plot",
+    "search": "slsgu_cli.method.edit.search_and_plot",
+    "apply": "slsgu_cli.method.edit.apply",
+    "picture of before and after": "slsgu_cli.method.evaluate.draw_examples",
 }
 
 
@@ -49,8 +50,10 @@ def main() -> None:
     parser.add_argument("--concept", default="facebook")
     args = parser.parse_args()
     seconds: dict[str, float] = {}
-    for stage, name in STAGES.items():
-        setattr(demo, name, timed(getattr(demo, name), seconds, stage))
+    for stage, place in STAGES.items():
+        module, _, name = place.rpartition(".")
+        room = import_module(module)
+        setattr(room, name, timed(getattr(room, name), seconds, stage))
     with tempfile.TemporaryDirectory() as folder:
         command = ["demo", args.concept, "--store", f"{folder}/store", "-q"]
         app(command, standalone_mode=False)
