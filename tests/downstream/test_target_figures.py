@@ -4,11 +4,13 @@ import pytest
 from places import DEMO
 from worlds import World
 
+from slsgu_cli.records.targets import PaintOptions
 from slsgu_cli.store.store import Store
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
 FEW = 8
+FAST = PaintOptions(steps=6, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +64,14 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.target_options import GenerateRequest, SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
+    from slsgu_cli.records.targets import Budget, ReportBudget
 
     options = SteerOptions(
         target=trained_models / "sd",
-        budget=Budget(concept=6, others=10, paint=PaintOptions(steps=8, guidance=4.0)),
-        report=ReportBudget(concept=7, others=7),
+        budget=Budget(concept=5, others=6, paint=FAST),
+        report=ReportBudget(concept=5, others=6),
         top=1,
-        steps=5,
+        steps=4,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
@@ -78,8 +80,8 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
     assert found.figures.after.others.count >= found.figures.before.others.count - 1
     # And on prompts and seeds that neither the search nor the report had.
     request = GenerateRequest(
-        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 103),
-        paint=PaintOptions(steps=10, guidance=4.0), judges=(facebook.model,),
+        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 102),
+        paint=FAST, judges=(facebook.model,),
     )  # fmt: skip
     record, _ = generate(facebook.store, request)
     assert record.after.ua >= 90
