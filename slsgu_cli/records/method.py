@@ -138,9 +138,10 @@ class SquaresHeader:
 class SumsHeader:
     """Sums of a pass under way: of `done` mini-batches of `batches`, from the first on.
 
-    `gradient` is the digest of the gradient or the moments that they will make, by which they
-    are addressed. The first `added` mini-batches are in one sum, and those after them in another.
-    Those of a model that is `dealt` out to processes are one a parameter, in fp64.
+    Or what a training has come to after as many of its steps. `gradient` is the digest of the
+    gradient, the moments or the training that they are of, by which they are addressed. The
+    first `added` mini-batches are in one sum, and those after them in another. Those of a model
+    that is `dealt` out to processes are one a parameter, in fp64.
     """
 
     gradient: str

@@ -267,7 +267,7 @@ def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verd
 
 
 def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
-    return Standing.UNREFERENCED, "sums of a pass under way; the same command goes on with them"
+    return Standing.UNREFERENCED, "a pass or a training under way; the same command goes on with it"
 
 
 # What is looked at besides the digests of the table.

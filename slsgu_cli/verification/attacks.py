@@ -19,7 +19,7 @@ from slsgu_cli.clip.zeroshot import accuracies, ranks_of_truth
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.verification.model import ModelUnderTest
+from slsgu_cli.verification.model import ModelUnderTest, Training
 from slsgu_cli.verification.probes import TEMPLATES
 
 
@@ -424,11 +424,13 @@ def learn_words(
         each = [loss(mean.unsqueeze(0)) for loss, mean in zip(losses, means, strict=True)]
         return means, torch.cat(each)
 
-    optimizer = torch.optim.Adam([shifts], lr=rate)
-    for _ in range(steps):
+    training = Training.of(model, "a word", torch.optim.Adam([shifts], lr=rate), steps)
+    while training.done < steps:
         with torch.enable_grad():
             (shifts.grad,) = torch.autograd.grad(measured()[1].sum(), shifts)
-        optimizer.step()
+        training.optimizer.step()
+        training.taken()
         model.tick()
+    training.remove()
     with torch.no_grad():
         return measured()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,19 @@ from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import EMBED, CacheBudget, SplitTower
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
+from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.store import Arrays, Store
 
 Utility = dict[str, Accuracy]
+# What Adam keeps of a parameter, and what is kept beside it.
+STEP = "step"
+ADAM = (STEP, "exp_avg", "exp_avg_sq")
+FIGURES = "figures"
 T = TypeVar("T")
 
 
@@ -63,6 +69,69 @@ class Parts:
 
 
 @dataclass(slots=True)
+class Training:
+    """Parameters that a check trains by Adam, and where their state is kept meanwhile.
+
+    `figures` are what was measured on the way. Whoever goes on from what was kept ends, on a
+    CPU, with the bytes of a run that nothing stopped.
+    """
+
+    optimizer: torch.optim.Optimizer
+    steps: int
+    kept: KeptArrays | None = None
+    figures: list[Accuracy] = field(default_factory=list)
+    done: int = 0
+
+    @classmethod
+    def of(
+        cls, model: "ModelUnderTest", what: str, optimizer: torch.optim.Optimizer, steps: int
+    ) -> Self:
+        """Return a training to learn `what` for a check, as far as an earlier run came with it."""
+        kept = model.keeper(what) if model.keeper else None
+        training = cls(optimizer, steps, kept)
+        if kept is not None and (done := kept.go_on(steps, training._go_on)):
+            training.done = done
+            progress.note(f"training goes on after {done} of its {steps} steps")
+        return training
+
+    def taken(self) -> None:
+        """Count a step that was taken, and keep the state if it is time to."""
+        self.done += 1
+        if self.kept is not None and self.kept.due:
+            self.kept.write(self._arrays, self.steps, added=self.done, done=self.done)
+
+    def remove(self) -> None:
+        """Remove what was kept."""
+        if self.kept is not None:
+            self.kept.remove()
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
+
+    def _arrays(self) -> Arrays:
+        figures = [(each.top1, each.top5, each.rows, each.unseen) for each in self.figures]
+        arrays = {FIGURES: np.array(figures, dtype=np.float64).reshape(-1, 4)}
+        for index, parameter in enumerate(self._parameters):
+            arrays[f"{index}"] = parameter.detach().cpu().numpy()
+            for name, value in self.optimizer.state[parameter].items():
+                arrays[f"{index}.{name}"] = value.cpu().numpy()
+        return arrays
+
+    @torch.no_grad()
+    def _go_on(self, _header: SumsHeader, arrays: Arrays) -> None:
+        for top1, top5, rows, unseen in arrays[FIGURES].tolist():
+            self.figures.append(Accuracy(top1, top5, int(rows), bool(unseen)))
+        for index, parameter in enumerate(self._parameters):
+            parameter.copy_(torch.tensor(arrays[f"{index}"]))
+            state = {name: f"{index}.{name}" for name in ADAM if f"{index}.{name}" in arrays}
+            self.optimizer.state[parameter] = {
+                name: torch.tensor(arrays[key], device="cpu" if name == STEP else parameter.device)
+                for name, key in state.items()
+            }
+
+
+@dataclass(slots=True)
 class ModelUnderTest:
     """One model, what it is measured on, and the rows it may be trained on.
 
@@ -70,7 +139,8 @@ class ModelUnderTest:
     rows of each set only, `whole` has all of them. `templates` are those by which the set
     names the concept. `words` gives those that are one token each, by their ids. `original`
     gives the gallery of the original model; `original_text` its text tower, None where this
-    is the original.
+    is the original. `keeper` says where the state of a training is kept that a check does,
+    by what it teaches.
     """
 
     manifest: SetManifest
@@ -85,6 +155,7 @@ class ModelUnderTest:
     words: Callable[[], dict[int, str]]
     ticker: progress.Ticker | None = None
     parts: Parts = field(default_factory=lambda: Parts([]))
+    keeper: Callable[[str], KeptArrays] | None = None
     original: Callable[[], Gallery] | None = None
     original_text: Callable[[], SplitTower] | None = None
     normalize: Pixels = field(init=False)

@@ -20,7 +20,7 @@ from slsgu_cli.compare.methods import BETAS, EPSILON, LARGEST_LOGIT_SCALE
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import NEW, OWN, Attack, Curve, Point, Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.verification.model import ModelUnderTest, Utility, altered
+from slsgu_cli.verification.model import ModelUnderTest, Training, Utility, altered
 
 Rows = npt.NDArray[np.integer]
 Values = npt.NDArray[np.float64]
@@ -60,6 +60,7 @@ def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
         model,
         batches,
         settings,
+        what="",
         measure=lambda: model.figures(utility=False)[0],
         utility=True,
     )
@@ -101,6 +102,7 @@ def _taught(model: ModelUnderTest, settings: Settings, label: str, target: str) 
         model,
         _mixed(model, settings, target),
         settings,
+        what=target,
         measure=measure,
         utility=False,
     )
@@ -135,10 +137,14 @@ def trained(
     batches: Iterator[Batch],
     settings: Settings,
     *,
+    what: str,
     measure: Callable[[], Accuracy],
     utility: bool,
 ) -> tuple[tuple[Point, ...], Utility | None]:
-    """Train the model's model; return what `measure` says on the way, and utility at the end."""
+    """Train the model's model on batches that teach `what`.
+
+    Returned are what `measure` says on the way, and utility at the end.
+    """
     with altered(model.module, lambda _, values: values.clone()):
         optimizer = torch.optim.AdamW(
             [p for p in model.module.parameters() if p.requires_grad],
@@ -147,18 +153,22 @@ def trained(
             eps=EPSILON,
             weight_decay=0.0,
         )
-        points, done = [], 0
-        for step in schedule(settings.steps):
-            while done < step:
-                _update(model, next(batches), optimizer)
-                done += 1
-            points.append(Point(step, measure()))
+        training = Training.of(model, what, optimizer, settings.steps)
+        measured_at = schedule(settings.steps)
+        for _ in range(training.done):
+            next(batches)
+        for step in measured_at[len(training.figures) :]:
+            while training.done < step:
+                _update(model, next(batches), training)
+            training.figures.append(measure())
         optimizer.zero_grad()
         kept = model.figures(utility=True)[1] if utility else None
+        training.remove()
+    points = map(Point, measured_at, training.figures)
     return tuple(points), kept
 
 
-def _update(model: ModelUnderTest, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+def _update(model: ModelUnderTest, batch: Batch, training: Training) -> None:
     """Take one step down the loss of one mini-batch."""
     with torch.enable_grad():
         loss = contrastive_of(
@@ -168,11 +178,12 @@ def _update(model: ModelUnderTest, batch: Batch, optimizer: torch.optim.Optimize
             scale=model.scale,
             bias=model.bias,
         )
-        optimizer.zero_grad()
+        training.optimizer.zero_grad()
         torch.autograd.backward(loss)
-    optimizer.step()
+    training.optimizer.step()
     scale: Any = model.module.logit_scale
     scale.data.clamp_(max=LARGEST_LOGIT_SCALE)
+    training.taken()
     model.tick()
 
 

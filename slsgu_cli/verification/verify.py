@@ -26,7 +26,7 @@ from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
-from slsgu_cli.method.gradients import check_inputs
+from slsgu_cli.method.gradients import KeptArrays, check_inputs
 from slsgu_cli.method.trial import add_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
@@ -235,6 +235,7 @@ class _VerifyRun:
         for check, key in keys.items():
             label = f"{verified.label}: {check}"
             model.parts = self._parts(check, key)
+            model.keeper = partial(self._keeper, key, model.device)
             with progress.bar(label, None) as model.ticker, counted_by(label):
                 finding = _run_check(model, check, key, self.request.settings)
             verified = verified.with_finding(finding)
@@ -257,6 +258,10 @@ class _VerifyRun:
         if found:
             progress.note(f"{check} goes on after {len(found)} of its parts")
         return Parts(list(found), keep)
+
+    def _keeper(self, key: str, device: str, what: str) -> KeptArrays:
+        """Return where the state of a training is kept that the check of that key does."""
+        return KeptArrays(self.store, digest([key, what]), device, dealt=False)
 
     def _original_gallery(self, model: ModelUnderTest) -> Gallery:
         """Return the original's image features: of `model` if it is that, else loaded once."""

@@ -13,12 +13,14 @@ import pytest
 from processes import inside
 
 from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.method import gradients
 from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe, UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import sweep
 from slsgu_cli.verification import attacks, training, verify
+from slsgu_cli.verification.model import Training
 
 TIMES = {"took", "seconds", "passes", "sha256"}
 LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
@@ -134,6 +136,19 @@ def test_verify_loses_no_part_of_a_long_check(check, calls, resumed):
     owner, name = PARTS[check]
     went_on, every = resumed(
         ["verify", "blue", "--checks", check, *few], owner, name, calls, searched=True
+    )
+    assert went_on == every - calls
+
+
+@pytest.mark.parametrize(
+    ("check", "calls"), [("finetune", 2), ("relearn", 1), ("relearn", 4), ("inversion", 3)]
+)
+def test_verify_loses_no_step_of_a_training(check, calls, resumed, monkeypatch):
+    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+    few = ["--rows", "20", "--steps", "3", "--inversion-steps", "4"]
+    went_on, every = resumed(
+        ["verify", "blue", "--checks", check, *few], Training, "taken", calls, searched=True
     )
     assert went_on == every - calls
 
