@@ -403,8 +403,9 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
     if not path.is_file() and is_clip(folder):
         return _resolve_transformers(spec, folder)
     if not path.is_file():
+        lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
         raise MissingError(
-            f"{folder} is not an open_clip model folder: it has no {OPEN_CLIP}",
+            f"{folder} is not an open_clip model folder: {lacks}",
             hint="name a folder written by open_clip, a CLIPModel of transformers, "
             "or --model ARCH --pretrained FILE",
         )

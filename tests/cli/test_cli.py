@@ -322,7 +322,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["grad", "blue", "--shard"], 2, "to several processes, and one was started"),
         (["grad", "blue", "--shard", "--squares"], 2, "not computed with --shard"),
         (["grad", "blue", "--batch-size", "1"], 2, "--batch-size 1 is out of range"),
-        (["grad", "blue", "--model", "local-dir:nosuch"], 3, "is not an open_clip model folder"),
+        (["grad", "blue", "-m", "local-dir:nosuch"], 3, "model folder: there is no such folder"),
         (["grad", "blue", "--model", "ViT-B-33"], 3, "open_clip has no model ViT-B-33; near: "),
         (["grad", "blue", "--pretrained", "x"], 2, "--pretrained needs --model"),
         (["demo", "faceboo"], 2, "near: facebook"),
