@@ -334,7 +334,9 @@ class Models:
         errors = done.stderr.count("error: ")
         if done.exit_code in REFUSALS and errors == 1 and "error: unexpected" not in done.stderr:
             return "refused", about, True
-        measured = layout.reads_all and command.split()[0] in ("grad", "eval", "search", "rank")
-        if done.exit_code in RESULT_CODES and not (harm is nan and measured):
+        # What `rank` runs reads neither the logit scale nor the rows of words that no caption has.
+        measured = layout.reads_all and command.split()[0] in ("grad", "eval", "search")
+        counted = harm is nan and (measured or "NaN" in done.stdout)
+        if done.exit_code in RESULT_CODES and not counted:
             return "a result", about, True
         return "UNEXPECTED", about, False
