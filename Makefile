@@ -4,9 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FETCH := .venv-img2dataset
-# How many tests run side by side: one more than two cores, since some wait for processes
-# that they start. Each takes up to 5 GB.
-JOBS ?= 3
+# How many tests run side by side: as many as there are cores. Each takes up to 5 GB.
+JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test coverage quick check clean
