@@ -85,7 +85,7 @@ def draw(seed: int, each: int) -> dict[str, str]:
 
 @contextmanager
 def features_known() -> Iterator[None]:
-    """Let searches of text layers share the original model's image features, by set."""
+    """Let edits of text layers be measured with the original model's image features."""
     plain = ImageSide.base_pass
     known: dict[str, torch.Tensor] = {}
 
@@ -235,13 +235,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(args.store or f"{folder}/store")
         rows: list[Row] = []
-        with features_known():
-            for concept in concepts:
-                grade(store, concept, list(drawn), args.retain)
-                kind = drawn[concept]
-                for row in searched(store, concept, kind, args.towers, args.steer):
-                    rows.append(row)
-                    sys.stderr.write(f"{json.dumps(asdict(row))}\n")
+        for concept in concepts:
+            grade(store, concept, list(drawn), args.retain)
+            for row in searched(store, concept, drawn[concept], args.towers, args.steer):
+                rows.append(row)
+                sys.stderr.write(f"{json.dumps(asdict(row))}\n")
         if args.rows:
             args.rows.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
         sys.stdout.write("\n".join(summary(rows)) + "\n\n")
