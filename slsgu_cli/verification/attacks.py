@@ -429,7 +429,7 @@ def learn_words(
         with torch.enable_grad():
             (shifts.grad,) = torch.autograd.grad(measured()[1].sum(), shifts)
         training.optimizer.step()
-        training.taken()
+        training.advance()
         model.tick()
     training.remove()
     with torch.no_grad():

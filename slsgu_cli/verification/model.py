@@ -94,7 +94,7 @@ class Training:
             progress.note(f"training goes on after {done} of its {steps} steps")
         return training
 
-    def taken(self) -> None:
+    def advance(self) -> None:
         """Count a step that was taken, and keep the state if it is time to."""
         self.done += 1
         if self.kept is not None and self.kept.due:

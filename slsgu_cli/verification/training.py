@@ -183,7 +183,7 @@ def _update(model: ModelUnderTest, batch: Batch, training: Training) -> None:
     training.optimizer.step()
     scale: Any = model.module.logit_scale
     scale.data.clamp_(max=LARGEST_LOGIT_SCALE)
-    training.taken()
+    training.advance()
     model.tick()
 
 

@@ -148,7 +148,7 @@ def test_verify_loses_no_step_of_a_training(check, calls, resumed, monkeypatch):
     monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
     few = ["--rows", "20", "--steps", "3", "--inversion-steps", "4"]
     went_on, every = resumed(
-        ["verify", "blue", "--checks", check, *few], Training, "taken", calls, searched=True
+        ["verify", "blue", "--checks", check, *few], Training, "advance", calls, searched=True
     )
     assert went_on == every - calls
 
