@@ -177,8 +177,8 @@ def load(
     return module.eval().requires_grad_(True)
 
 
-def load_dealt_out(model: ResolvedModel, device: str) -> "torch.nn.Module":
-    """Build the module with its weights dealt out to the processes that a launcher started.
+def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
+    """Build the module with its weights sharded over the processes that a launcher started.
 
     Each reads one parameter after another from the file and keeps its part. Where the file
     has other names or shapes than the module, each loads the whole on the host before.
@@ -196,7 +196,7 @@ def load_dealt_out(model: ResolvedModel, device: str) -> "torch.nn.Module":
         progress.note(f"{model.spec} needs to be converted: each process loads the whole at first")
         module = load(model)
     blocks = [*vision_tower(module).blocks, *text_tower(module).blocks]
-    processes.deal_out(module.requires_grad_(True), blocks, device)
+    processes.shard(module.requires_grad_(True), blocks, device)
     if is_alike:
         with _explained(model):
             _fill(module, read, device)
@@ -250,7 +250,7 @@ def _fill(module: "torch.nn.Module", read: Callable[[str], Floats], device: str)
     from slsgu_cli.clip import processes
 
     parts = {
-        name: processes.own_part(torch.tensor(read(name)).to(value.dtype), value, device)
+        name: processes.shard_of(torch.tensor(read(name)).to(value.dtype), value, device)
         for name, value in module.state_dict().items()
     }
     module.load_state_dict(parts, assign=True)

@@ -30,7 +30,7 @@ LOOK_SECONDS = 0.2
 TOLD = "slsgu/told"
 MAIL = "slsgu/mail"
 
-# The method of a model that is dealt out in which it runs.
+# The method of a sharded model in which it runs.
 RUN = "run_gathered"
 
 
@@ -89,9 +89,9 @@ def together() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     # Objects and figures on the host go by gloo; nccl sends what is on cards.
-    cuda = torch.cuda.is_available() and _here() <= torch.cuda.device_count()
+    cuda = torch.cuda.is_available() and _local_world_size() <= torch.cuda.device_count()
     if cuda:
-        torch.cuda.set_device(_place_here())
+        torch.cuda.set_device(_local_rank())
     with _sending():
         mail, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -230,7 +230,7 @@ def dealt(items: Sequence[T]) -> list[T]:
 
 def local_share(size: int) -> int:
     """Return what each process of this machine may take of `size` bytes of its memory."""
-    return size // _here() if _group.size > 1 else size
+    return size // _local_world_size() if _group.size > 1 else size
 
 
 def card(name: str) -> str:
@@ -245,20 +245,21 @@ def card(name: str) -> str:
 
     if ":" in name:
         raise UsageError(f"--device {name} is one card for all processes", hint="--device cuda")
-    if _here() > torch.cuda.device_count():
+    cards = torch.cuda.device_count()
+    if _local_world_size() > cards:
         raise UsageError(
-            f"{_here()} processes on this machine, which has {torch.cuda.device_count()} cards",
-            hint=f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+            f"{_local_world_size()} processes on this machine, which has {cards} cards",
+            hint=f"--nproc-per-node {cards}, or --device cpu",
         )
-    return f"{name}:{_place_here()}"
+    return f"{name}:{_local_rank()}"
 
 
-def _here() -> int:
+def _local_world_size() -> int:
     """Return how many of the processes are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _place_here() -> int:
+def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -293,7 +294,7 @@ class OrderedSum:
         return self.part if count() == 1 else rows_of_all([self.part], str(self.part.device))
 
 
-def deal_out(model: "nn.Module", blocks: "Sequence[nn.Module]", device: str) -> None:
+def shard(model: "nn.Module", blocks: "Sequence[nn.Module]", device: str) -> None:
     """Deal the weights of a model to the processes, of which each keeps its part (FSDP2).
 
     Those of a block are gathered when it runs and dropped after it; all others are gathered
@@ -311,13 +312,13 @@ def deal_out(model: "nn.Module", blocks: "Sequence[nn.Module]", device: str) -> 
     mesh = init_device_mesh(device.partition(":")[0], (count(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)
     for module in (*blocks, model):
-        dealt_out = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         # A sum, not a mean over the processes.
-        dealt_out.set_gradient_divide_factor(1.0)
+        sharded.set_gradient_divide_factor(1.0)
 
 
 def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
-    """Let `module.name` call a method while the weights that were dealt out are gathered."""
+    """Let `module.name` call a method while the sharded weights are gathered."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     setattr(module, name, method)
@@ -325,41 +326,41 @@ def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
 
 
 def run(model: Any, forward: "Callable[[], Tensor]") -> "Tensor":
-    """Return what `forward` makes with a model that is dealt out; every process must run it."""
+    """Return what `forward` makes with a sharded model; every process must run it."""
     if not hasattr(model, RUN):
         gathering(model, RUN, lambda made: made())
     values: Tensor = getattr(model, RUN)(forward)
     return values
 
 
-def is_part(parameter: "Tensor") -> bool:
+def is_sharded(parameter: "Tensor") -> bool:
     """Return whether this process has a part of a parameter alone, now."""
     return hasattr(parameter, "full_tensor")
 
 
-def own_part(values: "Tensor", like: "Tensor", device: str) -> "Tensor":
+def shard_of(values: "Tensor", like: "Tensor", device: str) -> "Tensor":
     """Return of a whole parameter what this process keeps of it, on a device."""
     values = values.to(device)
-    if not is_part(like):
+    if not is_sharded(like):
         return values
     from torch.distributed.tensor import distribute_tensor
 
-    dealt: Any = like
-    return distribute_tensor(values, dealt.device_mesh, dealt.placements, src_data_rank=None)
+    sharded: Any = like
+    return distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def whole(part: "Tensor") -> "Tensor":
+def unsharded(part: "Tensor") -> "Tensor":
     """Return a parameter whose parts the processes have, whole; each of them must ask."""
-    if not is_part(part):
+    if not is_sharded(part):
         return part
-    dealt: Any = part
+    sharded: Any = part
     with _sending(part.nbytes * (1 - 1 / count())):
-        values: Tensor = dealt.full_tensor()
+        values: Tensor = sharded.full_tensor()
     return values
 
 
-class DealtSums:
-    """Gradients of a model that is dealt out, added up over mini-batches in fp64.
+class ShardedSums:
+    """Gradients of a sharded model, added up over mini-batches in fp64.
 
     Each process has its part of every parameter's. `losses` has the loss of each mini-batch
     that this one ran, and the first `added` of them are in the sums.
@@ -372,7 +373,9 @@ class DealtSums:
         self.parameters = dict(model.named_parameters())
         self.losses = torch.zeros(batches, device=next(model.parameters()).device)
         self.added = 0
-        self._totals = {name: _local(p).double().zero_() for name, p in self.parameters.items()}
+        self._totals = {
+            name: _local_shard(p).double().zero_() for name, p in self.parameters.items()
+        }
         size = sum(p.nbytes for p in self.parameters.values())
         # Weights forward and backward, and gradients of twice their width.
         self._sent = (2 * size + 2 * size) * (1 - 1 / count())
@@ -397,7 +400,7 @@ class DealtSums:
             if parameter.grad is not None and parameter.numel() == 1:
                 ones.append((self._totals[name], parameter.grad.double()))
             elif parameter.grad is not None:
-                self._totals[name].add_(_local(parameter.grad))
+                self._totals[name].add_(_local_shard(parameter.grad))
             parameter.grad = None
         if ones:
             summed = torch.stack([gradient.reshape(()) for _, gradient in ones])
@@ -427,8 +430,8 @@ class DealtSums:
         import torch
 
         for name, parameter in self.parameters.items():
-            part = own_part(torch.from_numpy(kept[name]), parameter, str(self.losses.device))
-            self._totals[name].copy_(_local(part))
+            part = shard_of(torch.from_numpy(kept[name]), parameter, str(self.losses.device))
+            self._totals[name].copy_(_local_shard(part))
         if is_first():
             self.losses.copy_(torch.from_numpy(kept["losses"]))
         self.added = added
@@ -442,28 +445,28 @@ class DealtSums:
     def _to_first(self, figure: "Callable[[Tensor], Tensor]") -> Arrays:
         arrays = {}
         for name, parameter in self.parameters.items():
-            values = whole(_part_like(parameter, figure(self._totals[name])))
+            values = unsharded(_sharded_like(parameter, figure(self._totals[name])))
             if is_first():
                 arrays[name] = values.cpu().numpy()
         return arrays
 
 
-def _local(part: "Tensor") -> "Tensor":
+def _local_shard(part: "Tensor") -> "Tensor":
     """Return what this process has of a parameter or gradient."""
-    dealt: Any = part
-    local: Tensor = dealt.to_local() if is_part(part) else part
+    sharded: Any = part
+    local: Tensor = sharded.to_local() if is_sharded(part) else part
     return local.detach()
 
 
-def _part_like(parameter: "Tensor", values: "Tensor") -> "Tensor":
+def _sharded_like(parameter: "Tensor", values: "Tensor") -> "Tensor":
     """Return values of this process as its part of what the processes have of a parameter."""
-    if not is_part(parameter):
+    if not is_sharded(parameter):
         return values
     from torch.distributed.tensor import DTensor
 
-    dealt: Any = parameter
+    sharded: Any = parameter
     return DTensor.from_local(
-        values, dealt.device_mesh, dealt.placements, run_check=False,
+        values, sharded.device_mesh, sharded.placements, run_check=False,
         shape=parameter.shape, stride=parameter.stride(),
     )  # fmt: skip
 

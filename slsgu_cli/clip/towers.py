@@ -28,8 +28,8 @@ class SplitTower(ABC):
     exact_split = True
     # The modules of the blocks, each of one stage or, in halves, of two.
     blocks: Sequence[Any] = ()
-    # Whether the processes share the weights of each block, and gather them to run it.
-    shared = False
+    # Whether each process has a shard of every block, and gathers the block to run it.
+    sharded = False
 
     @property
     def token_table(self) -> Tensor | None:
@@ -66,16 +66,16 @@ class SplitTower(ABC):
         """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
         if start == EMBED and stop > EMBED:
             x, start = _widened(self.embed(x)), 0
-        if self.shared and self.halves:
+        if self.sharded and self.halves:
             # Both halves while the block's weights are here.
             for block in self.blocks[start // 2 : stop // 2]:
                 x = block.both_halves(x, inputs)
             return x
         return self._through(x, inputs, start, min(stop, self.depth))
 
-    def share(self) -> None:
+    def shard(self) -> None:
         """Gather the weights of each block when it runs, as the processes have each a part."""
-        self.shared = True
+        self.sharded = True
         for index, block in enumerate(self.blocks if self.halves else ()):
             halves = partial(self._through, start=2 * index, stop=2 * index + 2)
             processes.gathering(block, "both_halves", halves)
@@ -333,7 +333,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """Return the name of a module's type; one that is dealt out has a type of its own."""
+    """Return the name of a module's type; one that is sharded has a type of its own."""
     return type(module).__name__.removeprefix("FSDP")
 
 

@@ -225,7 +225,7 @@ def _compute(
         "input": manifest.input,
         "layers": sorted(layers),
     }
-    kept = KeptMoments(store, digest(made_from), device, dealt=False)
+    kept = KeptMoments(store, digest(made_from), device, sharded=False)
     with torch.no_grad(), arithmetic(Precision.FP32):
         moments = input_moments(
             module, layers, block, spec=manifest.input, device=device, keeper=kept

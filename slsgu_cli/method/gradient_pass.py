@@ -197,8 +197,8 @@ class Sums:
         return losses
 
 
-# Of a model that each process has whole, and of one that is dealt out to them.
-AnySums = Sums | processes.DealtSums
+# Of a model that each process has whole, and of one that is sharded over them.
+AnySums = Sums | processes.ShardedSums
 
 
 class Keeper(Protocol):
@@ -248,8 +248,8 @@ class GradientPass:
 
         vision, text = vision_tower(model), text_tower(model)
         if options.shard:
-            vision.share()
-            text.share()
+            vision.shard()
+            text.shard()
         options = replace(options, device=str(next(model.parameters()).device))
         return cls(model, vision, text, grouped, spec, options)
 
@@ -280,7 +280,7 @@ class GradientPass:
     ) -> tuple[list[Arrays], float]:
         """Run the pass over the mini-batches that are not in the sums that were kept."""
         if self.options.shard:
-            return self._dealt_means(block, label, keeper)
+            return self._sharded_means(block, label, keeper)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         batches = -(-block.rows // self.options.batch_size)
         sums = Sums.none(parameters.values(), batches, kinds)
@@ -309,13 +309,13 @@ class GradientPass:
         ]
         return means, float(sums.all_losses().cpu().double().sum()) / batches
 
-    def _dealt_means(
+    def _sharded_means(
         self, block: DataBlock, label: str, keeper: Keeper | None
     ) -> tuple[list[Arrays], float]:
-        """Run the pass with a model that is dealt out: every process runs in every step."""
+        """Run the pass with a sharded model: every process runs in every step."""
         size = self.options.batch_size
         batches = -(-block.rows // size)
-        sums = processes.DealtSums(self.model, batches)
+        sums = processes.ShardedSums(self.model, batches)
         if keeper:
             keeper.restore(sums)
         normalize = pixel_normalizer(self.spec, self.options.device)
@@ -333,13 +333,13 @@ class GradientPass:
                     values = sums.step(losses, each.end, counts=counts)
                     if counts:
                         sums.losses[each.first : each.last] = values
-                    self._check_dealt(block, sums, each)
+                    self._check_sharded(block, sums, each)
                     if keeper and each is not rounds[-1] and processes.agreed(keeper.due):
                         keeper.keep(sums)
                     ticker.advance(stop - first)
         return [sums.means()], float(sums.all_losses().cpu().double().sum()) / batches
 
-    def _check_dealt(self, block: DataBlock, sums: processes.DealtSums, turn: "Turns") -> None:
+    def _check_sharded(self, block: DataBlock, sums: processes.ShardedSums, turn: "Turns") -> None:
         """Raise InputError in every process where the losses or sums of one are not finite."""
         lost = not sums.losses[turn.first : turn.last].isfinite().all()
         found = processes.gathered((lost, sums.finite(), turn.first, turn.last))
@@ -391,7 +391,7 @@ class GradientPass:
     def losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
         half = self.options.precision is Precision.BF16
-        # What it keeps of weights in 16 bits would be all of a model that is dealt out.
+        # What it keeps of weights in 16 bits would be all of a sharded model.
         cache = not self.options.shard
         with torch.autocast(self._kind, torch.bfloat16, enabled=half, cache_enabled=cache):
             v = self.vision.features(images, images)
@@ -471,7 +471,7 @@ class GradientPass:
 
     def _parameter_places(self) -> set[int]:
         """Return where the parameters are that this process has whole now."""
-        return {p.data_ptr() for p in self.model.parameters() if not processes.is_part(p)}
+        return {p.data_ptr() for p in self.model.parameters() if not processes.is_sharded(p)}
 
     def _shrink(self, pairs: int) -> int:
         """Return half of `pairs` after running out of memory, or turn checkpointing on."""

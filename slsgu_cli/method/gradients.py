@@ -21,7 +21,7 @@ from slsgu_cli.clip.models import (
     fingerprint,
     input_spec,
     load,
-    load_dealt_out,
+    load_sharded,
     pick_device,
     resolve,
 )
@@ -127,7 +127,7 @@ def compute_gradients(
     def job() -> _Job:
         device = pick_device(options.device)
         if options.shard:
-            module = load_dealt_out(resolved, device)
+            module = load_sharded(resolved, device)
         else:
             module = load(resolved, device, warn=progress.warn)
         return _Job(store, manifest, module, model_fingerprint, options)
@@ -270,7 +270,7 @@ class KeptArrays:
     store: Store
     digest: str
     device: str
-    dealt: bool
+    sharded: bool
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -330,7 +330,7 @@ class KeptArrays:
             added=added,
             done=done,
             version=slsgu_cli.__version__,
-            dealt=self.dealt,
+            sharded=self.sharded,
         )
 
 
@@ -381,8 +381,8 @@ class _Job:
             options=replace(self.options, batch_size=size),
         )
         label = f"{gradient.role} gradient"
-        device, dealt = run.options.device, run.options.shard
-        kept = KeptSums(self.store, gradient.digest, device, dealt, gradient.role)
+        device, sharded = run.options.device, run.options.shard
+        kept = KeptSums(self.store, gradient.digest, device, sharded, gradient.role)
         if Artifact.SQUARES in kinds:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, -(-block.rows // size))
@@ -398,7 +398,7 @@ class _Job:
 
     def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
         weights = {
-            name: ParameterNorm(tuple(p.shape), norm(processes.whole(p.detach()).cpu().numpy()))
+            name: ParameterNorm(tuple(p.shape), norm(processes.unsharded(p.detach()).cpu().numpy()))
             for name, p in self.module.named_parameters()
         }
         return GradientHeader(

@@ -141,7 +141,7 @@ class SumsHeader:
     Or what a training has come to after as many of its steps. `gradient` is the digest of the
     gradient, the moments or the training that they are of, by which they are addressed. The
     first `added` mini-batches are in one sum, and those after them in another. Those of a model
-    that is `dealt` out to processes are one a parameter, in fp64.
+    that is `sharded` over processes are one a parameter, in fp64.
     """
 
     gradient: str
@@ -150,12 +150,12 @@ class SumsHeader:
     added: int
     done: int
     version: str
-    dealt: bool = codec.added(False)
+    sharded: bool = codec.added(False)
 
     @property
     def made_from(self) -> tuple[str, str, int, bool]:
         """What must be alike for a pass to go on with them."""
-        return self.gradient, self.device, self.batches, self.dealt
+        return self.gradient, self.device, self.batches, self.sharded
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

@@ -210,7 +210,7 @@ class PassOptions:
         metavar="SIZE", read=bytes_of, without="what is free",
     )  # fmt: skip
     shard: bool = option(
-        False, "--shard", help="Deal the weights out to the processes of torchrun (FSDP).",
+        False, "--shard", help="Shard the weights over the processes of torchrun (FSDP).",
         panel=SPEED, later=True,
     )  # fmt: skip
 

@@ -254,7 +254,7 @@ def group():
 @pytest.mark.parametrize(
     ("kind", "budget"), [("clip", None), ("clip", 1), ("siglip-like", None), ("resnet", None)]
 )
-def test_a_model_that_is_dealt_out_has_the_same_gradient(kind, budget, group, spec, tmp_path):
+def test_a_sharded_model_has_the_same_gradient(kind, budget, group, spec, tmp_path):
     model, block = tower_models.make(kind, tmp_path), Rows(8)
     block.tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
     size = model.visual.image_size
@@ -263,18 +263,18 @@ def test_a_model_that_is_dealt_out_has_the_same_gradient(kind, budget, group, sp
     options = {"batch_size": 3, "memory_budget": budget}
     expected, mean_loss = run(model, "cosine", block, spec, **options)
     blocks = [*vision_tower(model).blocks, *text_tower(model).blocks]
-    processes.deal_out(model, blocks, "cpu")
+    processes.shard(model, blocks, "cpu")
     assert type(text_tower(model)) is OpenClipText and text_tower(model).halves
     found, found_loss = run(model, "cosine", block, spec, shard=True, **options)
     assert found_loss == pytest.approx(mean_loss, rel=1e-6)
     assert_equal(found, expected, relative=1e-6)
 
 
-def test_a_model_is_dealt_out_from_its_file_and_goes_on(group, folders, spec):
+def test_a_model_is_sharded_from_its_file_and_goes_on(group, folders, spec):
     loss = "sigmoid"
     resolved, block = models.resolve(tiny_spec(folders[loss])), Rows(37)
     expected, mean_loss = run(models.load(resolved), loss, block, spec)
-    model = models.load_dealt_out(resolved, "cpu")
+    model = models.load_sharded(resolved, "cpu")
     prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions(shard=True))
     whole = prepared.run(block, "test")
     keeper = Stopping(2)
