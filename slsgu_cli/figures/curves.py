@@ -105,7 +105,7 @@ def step_plot(
     tried = sorted((t for t in trials.trials if (t.layer, t.ridge) == line), key=lambda t: t.step)
     if not tried:
         raise InputError(f"the search of {trials.name} did not try the layer {layer}")
-    figure = blank(8.0, 4.8, layout="constrained")
+    figure = blank(8.0, 4.8)
     axes = figure.add_subplot()
     dress(axes)
     draw_accuracies(axes, trials, tried)
@@ -118,7 +118,11 @@ def step_plot(
     name = plain(Layer.parse(layer).short)
     title = f"{name} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
+    labels = len(axes.get_legend_handles_labels()[1])
+    figure.legend(loc="lower center", ncols=5, frameon=False, fontsize=9.5)
+    # A search draws dozens of these, and a layout that looks for margins takes as long again.
+    bottom = 0.14 + 0.06 * math.ceil(labels / 5)
+    figure.subplots_adjust(left=0.09, right=0.97, top=0.82, bottom=bottom)
     return png(figure)
 
 

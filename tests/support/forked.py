@@ -130,9 +130,11 @@ def _serve(requests):
     """Fork for each request one that looks after the command, and the command itself."""
     import slsgu_cli
 
-    for module in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli."):
-        if not module.name.endswith("__main__"):
-            import_module(module.name)
+    modules = [m.name for m in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli.")]
+    # What the package imports only where it is used.
+    for name in (*modules, "open_clip", "torch.distributed.fsdp"):
+        if not name.endswith("__main__"):
+            import_module(name)
     # Collecting garbage would have each of them copy all that was imported.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
