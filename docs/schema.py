@@ -21,11 +21,10 @@ from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.method.edit import FoundEdit
-from slsgu_cli.records.comparisons import PipelineComparison
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import JointSearch, Sweep
+from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,

@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.app import app
-from slsgu_cli.records.comparisons import ClipComparison
 from slsgu_cli.records.method import GradientPointer, Ranking, Trials
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import JointSearch
+from slsgu_cli.records.studies import ClipComparison, JointSearch
 from slsgu_cli.records.verification import Check, Verification
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store

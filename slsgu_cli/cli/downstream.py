@@ -240,7 +240,7 @@ def generate(
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
     if protocol is Protocol.UNLEARNCANVAS:
-        from slsgu_cli.downstream import image_sets
+        from slsgu_cli.downstream import judge
 
         hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
         request.refuse("for prompts of one's own", hint=hint, beside=[answer_set])
@@ -249,7 +249,7 @@ def generate(
                 "--protocol unlearncanvas makes its own prompts and needs a place for the answers",
                 hint=hint,
             )
-        canvas = image_sets.answer_set(session.store, answer_set.record())
+        canvas = judge.answer_set(session.store, answer_set.record())
         show_answer_set(session.console, canvas)
         return
     from slsgu_cli.downstream.generate import generate as run

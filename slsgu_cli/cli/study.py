@@ -11,10 +11,15 @@ from slsgu_cli.cli.app import Asked, Name, Names, Session, command
 from slsgu_cli.cli.tables import step_size
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.comparisons import CompareOptions, Method, PipelineComparison
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.studies import SweepRequest, TrajectoryOptions
+from slsgu_cli.records.studies import (
+    CompareOptions,
+    Method,
+    PipelineComparison,
+    SweepRequest,
+    TrajectoryOptions,
+)
 from slsgu_cli.records.target_options import PipelineCompareOptions
 from slsgu_cli.records.words import ROWS, Option
 

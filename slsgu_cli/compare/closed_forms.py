@@ -49,7 +49,6 @@ from slsgu_cli.method.moments import (
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import Probe, report
-from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.figures import Figures
 from slsgu_cli.records.method import (
     GradientHeader,
@@ -61,6 +60,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import RIDGE, SearchOptions
 from slsgu_cli.records.sets import InputSpec
+from slsgu_cli.records.studies import ClipOutcome, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

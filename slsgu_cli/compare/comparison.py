@@ -20,7 +20,10 @@ from slsgu_cli.compare.ours import (
     standing_edit,
 )
 from slsgu_cli.errors import NotFiniteError, UsageError
-from slsgu_cli.records.comparisons import (
+from slsgu_cli.records.figures import Accuracy, Figures
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import (
     CLIP_METHODS,
     CLOSED_FORMS,
     TRAINED,
@@ -33,9 +36,6 @@ from slsgu_cli.records.comparisons import (
     MethodSetting,
     Row,
 )
-from slsgu_cli.records.figures import Accuracy, Figures
-from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,
     evaluation_blocks,

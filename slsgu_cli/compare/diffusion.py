@@ -15,7 +15,7 @@ from slsgu_cli.clip.inputs import spans
 from slsgu_cli.compare.methods import mask_gradients, saliency_mask
 from slsgu_cli.downstream.models import quiet
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.comparisons import PipelinePlan
+from slsgu_cli.records.studies import PipelinePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,11 @@ from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.records.comparisons import TRAINED, ClipOutcome, ClipPlan, Method
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import Purpose, SetManifest
+from slsgu_cli.records.studies import TRAINED, ClipOutcome, ClipPlan, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

@@ -32,15 +32,15 @@ from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
 from slsgu_cli.method.moments import chosen_rows
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.comparisons import (
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
+from slsgu_cli.records.studies import (
     Method,
     MethodSetting,
     PipelineComparison,
     PipelineOutcome,
     PipelinePlan,
 )
-from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
 from slsgu_cli.records.target_options import PipelineCompareOptions
 from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit

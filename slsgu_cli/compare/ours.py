@@ -13,7 +13,6 @@ from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.method.edit import current_edit, ensure_edit
 from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
 from slsgu_cli.method.search import search
-from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import (
     EditHeader,
@@ -25,6 +24,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import MARGIN, PassOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.studies import ClipOutcome, Method
 from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store

@@ -1,13 +1,329 @@
-"""Studies of several concepts or of many steps: what they are asked for, what they record."""
+"""Studies: other methods beside ours, several concepts, many steps; what is asked and recorded.
 
+On CLIP a row of a comparison has accuracies, on a pipeline what a judge makes of its pictures.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from operator import attrgetter
+from typing import ClassVar, Generic, Self, TypeVar
 
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
 from slsgu_cli.records.method import Direction, Precision, Steer, Tower
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import SEARCH, option, options, percent
+from slsgu_cli.records.targets import Budget
+from slsgu_cli.records.words import (
+    DEVICE,
+    LAYERS,
+    SEARCH,
+    SPEED,
+    choices,
+    figure,
+    option,
+    options,
+    percent,
+    rates,
+)
+
+
+class Method(StrEnum):
+    """What is compared: the model as it is, other methods of unlearning, and our edit."""
+
+    ORIGINAL = "original"
+    FT = "ft"
+    GA = "ga"
+    GAFT = "gaft"
+    SALUN = "salun"
+    SSD = "ssd"
+    ROME = "rome"
+    MEMIT = "memit"
+    UCE = "uce"
+    ALPHAEDIT = "alphaedit"
+    LEACE_TEXT = "leace-text"
+    LEACE_VISION = "leace-vision"
+    CCUP_TEXT = "ccup-text"
+    CCUP_VISION = "ccup-vision"
+    OURS = "ours"
+    ESD = "esd"
+
+
+TRAINED = (Method.FT, Method.GA, Method.GAFT, Method.SALUN)
+# Those that edit a layer of choice, and those that edit the projections of either tower.
+LAYERED = (Method.ROME, Method.MEMIT, Method.UCE, Method.ALPHAEDIT)
+CLOSED_FORMS = (
+    *LAYERED,
+    Method.LEACE_TEXT,
+    Method.LEACE_VISION,
+    Method.CCUP_TEXT,
+    Method.CCUP_VISION,
+)
+# The rows of a comparison, in order: of CLIP (first the paper's Table 1), of a pipeline.
+CLIP_METHODS = (Method.ORIGINAL, *TRAINED, Method.SSD, *CLOSED_FORMS, Method.OURS)
+PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
+UNRETAINED = (Method.GA, Method.SSD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """Which methods to run and how. `rates` is None to find each method's best setting.
+
+    `layer` is what ROME, MEMIT, UCE and AlphaEdit edit.
+    """
+
+    methods: Sequence[Method] = option(
+        CLIP_METHODS, "--methods", metavar="METHODS", without="all",
+        read=choices(CLIP_METHODS, always=Method.ORIGINAL),
+        write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
+        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
+    )  # fmt: skip
+    rates: Sequence[float] | None = option(
+        (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
+        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
+        help="Learning rates, or auto.", panel=SEARCH,
+        write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
+    )  # fmt: skip
+    layer: str | None = option(
+        None, "--layer", metavar="LAYER", panel=LAYERS, completes="layer",
+        help="What rome, memit, uce and alphaedit edit.", without="the middle text mlp.c_proj",
+    )  # fmt: skip
+    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
+    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
+    retain_rows: int | None = option(
+        None, "--retain-rows", min=2, help="Train on this many retain rows at most.",
+        panel=SEARCH, without="all",
+    )  # fmt: skip
+    seed: int = option(
+        0, "--seed", help="Of the order of retain rows, or of a pipeline's pictures.",
+        panel=SEARCH, without="0; of a pipeline's pictures 1000",
+    )  # fmt: skip
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse a layer that no method edits."""
+        if self.layer is not None and not set(LAYERED) & set(self.methods):
+            raise UsageError(
+                "--layer is for " + ", ".join(LAYERED), hint=f"--methods {LAYERED[0]},..."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a method runs that has more to it than one number; `seed` is that of its draws."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan(Plan):
+    """How a baseline runs. It trains on the first `retain_rows` of the retain set, if any."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    retain_rows: int
+
+    def of(self, method: Method) -> Self:
+        """Return the plan as far as it matters to a method."""
+        return replace(self, retain_rows=0) if method in UNRETAINED else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePlan(Plan):
+    """How a method trains on a pipeline: updates, learning rate, denoising steps of samples."""
+
+    iterations: int = 1000
+    rate: float = 1e-5
+    steps: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSetting:
+    """A method at a setting and how it runs, or our edit: what is not run twice.
+
+    `setting` is the learning rate, or the one number of a method that is not trained;
+    original and ours have none. `layer` is what a closed form edits.
+    """
+
+    method: Method
+    setting: float | None = None
+    plan: Plan | None = None
+    edit: str | None = None
+    layer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(ABC):
+    """One row: a method as it was run, and the seconds it took on the device `where`.
+
+    Only what is trained, and SSD, has a `plan`; ours names its `edit`.
+    """
+
+    method: Method
+    plan: Plan | None
+    edit: str | None
+    seconds: float
+    where: str | None
+
+    methods: ClassVar[tuple[Method, ...]]
+
+    @property
+    @abstractmethod
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+
+    @property
+    @abstractmethod
+    def place(self) -> MethodSetting | str:
+        """The place in the record, which a newer row takes from an older one."""
+
+    @property
+    def order(self) -> tuple[int, float, str, str]:
+        """What rows are ordered by: the method, its setting, and how it was run otherwise."""
+        made_by = self.made_by
+        place = self.methods.index(self.method)
+        return place, made_by.setting or 0.0, made_by.layer or "", repr(made_by.plan)
+
+    @property
+    def label(self) -> str:
+        """The method and its setting, as the row and the folder of its pictures are called."""
+        setting = self.made_by.setting
+        return self.method if setting is None else f"{self.method} {setting:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipOutcome(Outcome):
+    """The accuracies after a method at one setting, and after the epoch that is reported.
+
+    `setting` is the learning rate, or the one number of a method that is not trained. A
+    closed form has the `layer` that it edits and the `step` along its change; `edit` is our
+    edit's layer and step. `chosen_by` has the figures on the rows that epochs and settings are
+    chosen by. Passes are in units of the set's forget and retain rows.
+    """
+
+    plan: ClipPlan | None
+    setting: float | None
+    epoch: int | None
+    forget: Accuracy
+    utility: dict[str, Accuracy]
+    forget_passes: float
+    retain_passes: float
+    layer: str | None = added(None)
+    step: float | None = added(None)
+    chosen_by: Figures | None = added(None)
+
+    methods: ClassVar[tuple[Method, ...]] = CLIP_METHODS
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row."""
+        return MethodSetting(self.method, self.setting, self.plan, self.edit, self.layer)
+
+    @property
+    def place(self) -> MethodSetting:
+        """The method as it was run, whatever our edit: a newer one takes the older one's."""
+        return replace(self.made_by, edit=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineOutcome(Outcome):
+    """What a judge makes of the pictures by a pipeline that a method was run on.
+
+    `edit` is the digest of our edit. `distance` is between the features of its pictures of
+    other classes and of the original's.
+    """
+
+    plan: PipelinePlan | None
+    effect: Effect
+    distance: float
+
+    methods: ClassVar[tuple[Method, ...]] = PIPELINE_METHODS
+
+    @property
+    def made_by(self) -> MethodSetting:
+        """The method as it was run for this row; its setting is the plan's learning rate."""
+        rate = None if self.plan is None else self.plan.rate
+        return MethodSetting(self.method, rate, self.plan, self.edit)
+
+    @property
+    def place(self) -> str:
+        """Where the pictures lie, whatever the rest of the plan."""
+        return self.label
+
+
+Row = TypeVar("Row", bound=Outcome)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(ABC, Generic[Row]):
+    """Every row for one concept, with what all of them were made from."""
+
+    name: str
+    forget: str
+    evals: dict[str, str]
+    outcomes: tuple[Row, ...]
+    version: str
+
+    def row_made_by(self, setting: MethodSetting) -> Row | None:
+        """Return the newest row of a method run so, None where there is none."""
+        return next((row for row in reversed(self.outcomes) if row.made_by == setting), None)
+
+    def with_row(self, row: Row) -> Self:
+        """Return the record with a row in the place of an older one.
+
+        Rows stand in one order, whichever was run first.
+        """
+        others = [other for other in self.outcomes if other.place != row.place]
+        return replace(self, outcomes=tuple(sorted([*others, row], key=attrgetter("order"))))
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipComparison(Comparison[ClipOutcome]):
+    """The comparison on the CLIP of a set.
+
+    `passes` has the times of the passes whose results are stored: by the digest of the
+    gradient, or `squares DIGEST`.
+    """
+
+    outcomes: tuple[ClipOutcome, ...]
+    model_fingerprint: str
+    retain: str
+    passes: dict[str, PassTime]
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        methods = ", ".join(dict.fromkeys(outcome.method for outcome in self.outcomes))
+        return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineComparison(Comparison[PipelineOutcome]):
+    """The comparison on one pipeline.
+
+    `asked` is as in TargetTrials; no layer or step is chosen by it.
+    """
+
+    outcomes: tuple[PipelineOutcome, ...]
+    concept: str
+    target: str
+    target_fingerprint: str
+    forget_data: str
+    retain_data: str
+    judge: str
+    budget: Budget
+    asked: str = added("")
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        labels = ", ".join(outcome.label for outcome in self.outcomes)
+        return {"set": self.name, "target": self.target, "outcomes": labels}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.comparisons import PIPELINE_METHODS, Method
 from slsgu_cli.records.method import Direction, Qkv
 from slsgu_cli.records.options import (
     ENCODER,
@@ -20,6 +19,7 @@ from slsgu_cli.records.options import (
     reserve_option,
 )
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import PIPELINE_METHODS, Method
 from slsgu_cli.records.targets import Budget, GradientOf, PaintOptions, ReportBudget
 from slsgu_cli.records.words import (
     DEVICE,

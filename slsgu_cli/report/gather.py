@@ -18,7 +18,6 @@ from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
 from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
-from slsgu_cli.records.comparisons import ClipComparison
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
@@ -31,7 +30,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import MARGIN, RIDGE, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import JointSearch, Sweep
+from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest

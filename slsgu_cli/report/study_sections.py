@@ -26,10 +26,9 @@ from slsgu_cli.figures.html import (
     share,
     table,
 )
-from slsgu_cli.records.comparisons import ClipComparison, Method
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader, Trials
-from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow
+from slsgu_cli.records.studies import ClipComparison, JointSearch, Method, Sweep, SweepRow
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section

@@ -182,7 +182,7 @@ TABLE: dict[Artifact, Row] = {
         options=("concept",), rows=("subjects", "under_way"), measured="findings",
     ),
     Artifact.COMPARISON: Row(
-        "comparisons", "comparisons.ClipComparison", "comparison", "compare {}", digests=MEASURED,
+        "comparisons", "studies.ClipComparison", "comparison", "compare {}", digests=MEASURED,
         needs=Artifact.POINTER,
         options=("retain",), rows=("passes", "outcomes"), measured="outcomes",
     ),
@@ -193,7 +193,7 @@ TABLE: dict[Artifact, Row] = {
         rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(
-        "target-comparisons", "comparisons.PipelineComparison", has_folder=True, digests=TARGET,
+        "target-comparisons", "studies.PipelineComparison", has_folder=True, digests=TARGET,
         needs=Artifact.POINTER,
         options=TARGET_OPTIONS, rows=("outcomes",), measured="outcomes",
     ),

@@ -32,8 +32,8 @@ from slsgu_cli.cli.demo import DATA
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
-from slsgu_cli.records.comparisons import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store

@@ -26,8 +26,8 @@ from slsgu_cli.cli.study import show_pipeline_comparison
 from slsgu_cli.downstream.search import SteerResult
 from slsgu_cli.method.search import search
 from slsgu_cli.records.codec import by_name, document
-from slsgu_cli.records.comparisons import PipelineComparison
 from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.studies import PipelineComparison
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation
 
 

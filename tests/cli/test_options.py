@@ -17,11 +17,10 @@ from slsgu_cli.cli.app import COMMANDS, _Command
 from slsgu_cli.cli.usage import known
 from slsgu_cli.errors import UsageError, near
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.comparisons import CompareOptions, Method
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import TrajectoryOptions
+from slsgu_cli.records.studies import CompareOptions, Method, TrajectoryOptions
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.records.words import PANELS, build, command_line, places
 from slsgu_cli.store.store import Store

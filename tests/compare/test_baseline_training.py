@@ -11,7 +11,7 @@ from baselines import PLAN, loss, open_bench
 
 from slsgu_cli.compare import methods
 from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
-from slsgu_cli.records.comparisons import TRAINED, Method
+from slsgu_cli.records.studies import TRAINED, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 

@@ -23,7 +23,7 @@ from slsgu_cli.compare.closed_forms import (
 )
 from slsgu_cli.errors import UsageError
 from slsgu_cli.method.moments import RetainMetric
-from slsgu_cli.records.comparisons import CLOSED_FORMS, Method
+from slsgu_cli.records.studies import CLOSED_FORMS, Method
 from slsgu_cli.store.blocks import DataBlock
 
 OUTPUTS, INPUTS, RIDGE = 6, 9, 0.01

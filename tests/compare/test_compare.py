@@ -13,9 +13,9 @@ from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.comparison import better, compare, mean_rows
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.records.comparisons import CLIP_METHODS, ClipComparison, CompareOptions, Method
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import Trials
+from slsgu_cli.records.studies import CLIP_METHODS, ClipComparison, CompareOptions, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store

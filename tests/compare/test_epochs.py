@@ -8,8 +8,8 @@ from baselines import open_bench
 from plain import Plain
 
 from slsgu_cli.compare import methods as methods_module
-from slsgu_cli.records.comparisons import Method
 from slsgu_cli.records.figures import Accuracy, Figures
+from slsgu_cli.records.studies import Method
 
 
 @dataclass

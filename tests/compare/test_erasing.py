@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slsgu_cli.clip.zeroshot import frechet_distance
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records.comparisons import PipelinePlan
+from slsgu_cli.records.studies import PipelinePlan
 from slsgu_cli.store.store import Store
 
 WIDTH, TOKENS = 16, 3

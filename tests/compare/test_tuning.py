@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from slsgu_cli.compare.comparison import PARAMETERS, best, trade_off, tune
-from slsgu_cli.records.comparisons import ClipOutcome, Method
 from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.studies import ClipOutcome, Method
 
 OUTCOME = ClipOutcome(
     method=Method.GA,

@@ -278,7 +278,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 def test_a_generated_forget_set_goes_on_where_it_stopped(
     loaded, demo_world, tmp_path, trained_models
 ):
-    from slsgu_cli.downstream.image_sets import forgetting_generated
+    from slsgu_cli.downstream.judge import forgetting_generated
     from slsgu_cli.records.options import BuildRequest
     from slsgu_cli.records.target_options import SourceRequest
     from slsgu_cli.records.targets import PaintOptions
@@ -314,7 +314,7 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
-    from slsgu_cli.downstream.image_sets import answer_set
+    from slsgu_cli.downstream.judge import answer_set
     from slsgu_cli.records.target_options import CanvasRequest
     from slsgu_cli.records.targets import PaintOptions
 

@@ -20,11 +20,11 @@ from slsgu_cli.downstream.judge import Judge
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method import trial
 from slsgu_cli.method.search import search
-from slsgu_cli.records.comparisons import Method
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import EditHeader, GradientHeader
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.studies import Method
 from slsgu_cli.store.artifacts import Artifact
 
 WEIGHTS = "open_clip_model.safetensors"

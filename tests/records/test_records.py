@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records import comparisons, method, sets, studies
+from slsgu_cli.records import method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
@@ -35,8 +35,8 @@ KINDS = sorted(
             *(ModelSpec, sets.InputSpec, sets.DataRef, sets.SetManifest),
             *(studies.JointMove, studies.JointTrial, studies.JointSearch),
             *(studies.SweepRow, studies.Sweep),
-            *(comparisons.ClipComparison, comparisons.ClipOutcome),
-            *(comparisons.PipelineComparison, comparisons.PipelineOutcome),
+            *(studies.ClipComparison, studies.ClipOutcome),
+            *(studies.PipelineComparison, studies.PipelineOutcome),
         )
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
@@ -260,7 +260,7 @@ def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
         "outcomes": [trained, ours],
         "version": "0.1.0",
     }
-    record = decode(comparisons.PipelineComparison, written)
+    record = decode(studies.PipelineComparison, written)
     assert through_json(record) == written | {"asked": ""}
     first, second = record.outcomes
     assert (first.label, second.label) == ("esd 1e-05", "ours")

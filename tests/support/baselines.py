@@ -6,7 +6,7 @@ from open_clip.loss import ClipLoss
 
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.compare.ours import PassTimes
-from slsgu_cli.records.comparisons import ClipPlan
+from slsgu_cli.records.studies import ClipPlan
 from slsgu_cli.store.blocks import DataBlock
 
 PLAN = ClipPlan(epochs=2, batch_size=16, retain_rows=40)

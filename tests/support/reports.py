@@ -8,7 +8,6 @@ from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.figures.pictures import Example
 from slsgu_cli.method.evaluate import BeforeAfter
-from slsgu_cli.records.comparisons import ClipComparison, ClipOutcome, Method
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
@@ -26,7 +25,16 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial, Sweep, SweepRow
+from slsgu_cli.records.studies import (
+    ClipComparison,
+    ClipOutcome,
+    JointMove,
+    JointSearch,
+    JointTrial,
+    Method,
+    Sweep,
+    SweepRow,
+)
 from slsgu_cli.records.verification import (
     NEW,
     Attack,
