@@ -389,7 +389,7 @@ def _unexpected(error: BaseException) -> SlsguError:
         return SlsguError(
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
-            "grad runs a model that is larger than a card by torchrun and --shard",
+            "grad and rank take a model that is larger than a card by torchrun and --shard",
         )
     if isinstance(error, OSError):
         # Files and folders that vanish under a command, or may not be read, come from anywhere.

@@ -9,7 +9,7 @@ Without a launcher there is one process, and nothing is sent.
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,12 +69,12 @@ def refuse(what: str) -> None:
         )
 
 
-def require_several(what: str) -> None:
-    """Raise UsageError where one process is to do what takes several."""
+def require_several(command: str) -> None:
+    """Raise UsageError where one process is to hold a sharded model for a command."""
     if launched() == 1:
         raise UsageError(
-            f"{what} deals a model out to several processes, and one was started",
-            hint="torchrun --nproc-per-node N -m slsgu_cli grad NAME --shard",
+            "--shard deals a model out to several processes, and one was started",
+            hint=f"torchrun --nproc-per-node N -m slsgu_cli {command} NAME --shard",
         )
 
 
@@ -223,6 +223,41 @@ def add_up(values: "Tensor") -> None:
             dist.all_reduce(values)
 
 
+def add_up_at(values: "Tensor", holder: int) -> None:
+    """Let one process have the sum of what all have, in place; the others lose what they had."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        with _sending(values.nbytes if rank() != holder else 0):
+            dist.reduce(values, holder)
+
+
+def on_first(tensors: "Mapping[str, Tensor]") -> Arrays:
+    """Return to the first process, on the host, tensors that go by names of one process each."""
+    if count() == 1:
+        return {name: values.cpu().numpy() for name, values in tensors.items()}
+    import torch
+    import torch.distributed as dist
+
+    abouts = gathered({name: (tuple(v.shape), v.dtype) for name, v in tensors.items()})
+    holders = {name: holder for holder, about in enumerate(abouts) for name in about}
+    arrays = {}
+    for name, holder in sorted(holders.items()):
+        # By way of the host, where it goes to.
+        values = tensors[name].cpu().contiguous() if holder == rank() else None
+        if holder and values is not None:
+            with _sending(values.nbytes):
+                dist.send(values, 0)
+        elif holder and is_first():
+            shape, dtype = abouts[holder][name]
+            values = torch.empty(shape, dtype=dtype)
+            with _sending():
+                dist.recv(values, holder)
+        if is_first() and values is not None:
+            arrays[name] = values.numpy()
+    return arrays
+
+
 def dealt(items: Sequence[T]) -> list[T]:
     """Return which of the items are this process's: every so many-th."""
     return list(items[rank() :: count()])
@@ -325,17 +360,29 @@ def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
     register_fsdp_forward_method(module, name)
 
 
-def run(model: Any, forward: "Callable[[], Tensor]") -> "Tensor":
-    """Return what `forward` makes with a sharded model; every process must run it."""
+def run(
+    model: Any, forward: "Callable[[], Tensor]", blocks: "Sequence[nn.Module]" = ()
+) -> "Tensor":
+    """Return what `forward` makes with a sharded model; every process must run it.
+
+    `blocks` are those whose weights are gathered, as far as the caller does not count them.
+    """
     if not hasattr(model, RUN):
         gathering(model, RUN, lambda made: made())
-    values: Tensor = getattr(model, RUN)(forward)
+    size = sum(parameter.nbytes for block in blocks for parameter in block.parameters())
+    with _sending(size * (1 - 1 / count())):
+        values: Tensor = getattr(model, RUN)(forward)
     return values
 
 
 def is_sharded(parameter: "Tensor") -> bool:
     """Return whether this process has a part of a parameter alone, now."""
     return hasattr(parameter, "full_tensor")
+
+
+def has_shards(model: "nn.Module") -> bool:
+    """Return whether the weights of a model are dealt to the processes."""
+    return any(map(is_sharded, model.parameters()))
 
 
 def shard_of(values: "Tensor", like: "Tensor", device: str) -> "Tensor":

@@ -2,7 +2,8 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
+from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import (
     Classes,
     Judge,
@@ -25,6 +28,7 @@ from slsgu_cli.downstream.judge import (
     png_bytes,
 )
 from slsgu_cli.downstream.models import (
+    BATCH,
     ImageJob,
     Llava,
     Pipeline,
@@ -43,8 +47,10 @@ from slsgu_cli.figures.pictures import (
     sheet_html,
     sheet_png,
 )
+from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
+from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import Purpose
 from slsgu_cli.records.target_options import AskRequest, GenerateRequest
 from slsgu_cli.records.targets import Answer, Answers, Generation, PaintOptions, PromptResult
@@ -52,7 +58,7 @@ from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sources.classes import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Store
+from slsgu_cli.store.store import Arrays, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +376,10 @@ def _notes(record: Generation) -> list[str]:
     return notes
 
 
+# What is kept of answers under way: JSON, in their order.
+SAID = "said"
+
+
 @dataclass(frozen=True, slots=True)
 class AskedImage:
     """An image to ask about, what it is called, and whether it shows the concept."""
@@ -392,14 +402,10 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     llava = Llava.load(request.target, device=request.device)
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
     (values,) = new_values((llava.encoder,), edits)
-    said: list[list[str]] = []
-    with progress.bar("asking", 2 * len(questions)) as ticker:
-        for new in ({}, values):
-            said.append([])
-            with llava.encoder.edited(new):
-                for answer in llava.answers(questions):
-                    said[-1].append(answer)
-                    ticker.advance()
+    made_from = [edit_digests(edits), folder_fingerprint(request.target)]
+    asked = [[each.text, png_bytes(each.image).hex()] for each in questions]
+    kept = KeptArrays(store, digest([*made_from, asked]), llava.device, sharded=False)
+    said = _answers(llava, questions, values, kept)
     names = [picture.name for picture in pictures for _ in request.questions]
     record = Answers(
         name=header.name,
@@ -413,7 +419,39 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
         version=slsgu_cli.__version__,
     )
     _write_answers(output, record, pictures, len(request.questions))
+    kept.remove()
     return record, output
+
+
+def _answers(
+    llava: Llava, questions: Sequence[Question], values: Mapping[str, Tensor], kept: KeptArrays
+) -> tuple[list[str], list[str]]:
+    """Return what the model says to each question, as it is and with other values of layers.
+
+    It goes on with what an earlier run kept. Questions of a batch are asked together again, for
+    an answer depends on them in its last digits.
+    """
+    said: list[str] = []
+
+    def packed() -> Arrays:
+        return {SAID: np.frombuffer(json.dumps(said).encode(), np.uint8)}
+
+    def use(_header: SumsHeader, arrays: Arrays) -> None:
+        said.extend(json.loads(arrays[SAID].tobytes()))
+
+    batches = [(new, *span) for new in ({}, values) for span in spans(len(questions), BATCH)]
+    done = kept.go_on(len(batches), use)
+    if done:
+        progress.note(f"it goes on after {len(said)} of {2 * len(questions)} answers")
+    with progress.bar("asking", 2 * len(questions) - len(said)) as ticker:
+        for number, (new, start, stop) in enumerate(batches[done:], done + 1):
+            with llava.encoder.edited(new):
+                for answer in llava.answers(questions[start:stop]):
+                    said.append(answer)
+                    ticker.advance()
+            if number < len(batches) and kept.due:
+                kept.write(packed, len(batches), added=number, done=number)
+    return said[: len(questions)], said[len(questions) :]
 
 
 def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:

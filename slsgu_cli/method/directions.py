@@ -42,14 +42,11 @@ from slsgu_cli.store.store import Arrays, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.method.moments import Moment, RetainMetric
+    from slsgu_cli.method.moments import InputMoments, RetainMetric
 
 
 # Part of every address of moments: a change in what is computed must change it.
 REVISION = 1
-
-# Behind a layer's name, in what is kept of moments: their sum; the axis of inputs, and a count.
-TOTAL, ABOUT = " total", " about"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +122,9 @@ def ensure_moments(
     layers: Sequence[str],
     *,
     device: str,
+    shard: bool = False,
 ) -> Moments:
-    """Return moments of `layers`, computing what the store lacks.
+    """Return moments of `layers`, computing what the store lacks, with `shard` of a sharded model.
 
     A layer whose inputs its tower does not show has none; they are told with -v.
     Raises StaleError where the model is not the one the gradients are of.
@@ -144,7 +142,7 @@ def ensure_moments(
                     f"{len(missing)} layers lack the moments of their inputs: "
                     "one forward over the retain set"
                 )
-                _compute(store, manifest, pointer, missing, device=device)
+                _compute(store, manifest, pointer, missing, device=device, shard=shard)
                 known = _found_by_first(store, pointer, device)
     unseen = sorted(known.unseen & wanted)
     if unseen:
@@ -208,15 +206,19 @@ def _compute(
     layers: Sequence[str],
     *,
     device: str,
+    shard: bool,
 ) -> None:
-    """Run the towers of `layers` over the retain set and store the moments of their inputs."""
+    """Run the towers of `layers` over the retain set and store the moments of their inputs.
+
+    Of several processes each has some of the moments, and the first gets and writes the means.
+    """
     import torch
 
     from slsgu_cli.method.gradient_pass import arithmetic
     from slsgu_cli.method.moments import chosen_rows, input_moments, mean_square_output
     from slsgu_cli.store.blocks import DataBlock
 
-    _, module = load_graded(manifest, pointer, device)
+    _, module = load_graded(manifest, pointer, device, shard=shard)
     block = DataBlock.open(store, manifest.retain)
     made_from = {
         "revision": REVISION,
@@ -225,19 +227,23 @@ def _compute(
         "input": manifest.input,
         "layers": sorted(layers),
     }
+    # Sums are alike of a whole and of a sharded model: one goes on with those of the other.
     kept = KeptMoments(store, digest(made_from), device, sharded=False)
+    about: dict[str, LayerMoment] = {}
+    means: dict[str, Tensor] = {}
     with torch.no_grad(), arithmetic(Precision.FP32):
         moments = input_moments(
             module, layers, block, spec=manifest.input, device=device, keeper=kept
         )
-        about, arrays = {}, {}
-        for layer in sorted(moments):
+        for layer in sorted(set().union(*processes.gathered(list(moments)))):
+            weight = processes.unsharded(module.get_parameter(layer))
             # The sums are fp64 and large: each goes as soon as its mean is taken.
-            moment = moments.pop(layer)
-            mean = moment.mean()
-            output = mean_square_output(module.get_parameter(layer), mean, moment.axis)
-            about[layer] = LayerMoment(moment.axis, moment.count, output)
-            arrays[layer] = mean.float().cpu().numpy()
+            if (moment := moments.pop(layer, None)) is not None:
+                mean = moment.mean()
+                output = mean_square_output(weight, mean, moment.axis)
+                about[layer] = LayerMoment(moment.axis, moment.count, output)
+                means[layer] = mean.float().cpu()
+    about = dict(sorted(item for part in processes.gathered(about) for item in part.items()))
     header = MomentHeader(
         model=pointer.model_fingerprint,
         data=pointer.retain_data,
@@ -246,6 +252,7 @@ def _compute(
         unseen=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
     )
+    arrays = processes.on_first(means)
     store.write_tensors(Artifact.MOMENTS.path(kept.digest), arrays, header, keep_first=True)
     kept.remove()
 
@@ -253,35 +260,20 @@ def _compute(
 class KeptMoments(KeptArrays):
     """The moments of a forward under way, kept for what they will make."""
 
-    def restore(self, parts: int) -> "tuple[int, dict[str, Moment]]":
-        """Return how many parts are in the moments that were kept, and these."""
-        import torch
+    def restore(self, moments: "InputMoments", parts: int) -> int:
+        """Put what was kept into moments of nothing; return how many parts are in them."""
 
-        from slsgu_cli.method.moments import Moment, exact_device
-
-        moments: dict[str, Moment] = {}
-        device = exact_device(self.device)
-
-        def use(header: SumsHeader, kept: Arrays) -> None:
-            for name in (name.removesuffix(TOTAL) for name in kept if name.endswith(TOTAL)):
-                axis, count = kept[name + ABOUT].tolist()
-                total = torch.from_numpy(kept[name + TOTAL]).to(device)
-                moments[name] = Moment(int(axis), total, count)
+        def use(_header: SumsHeader, kept: Arrays) -> None:
+            moments.go_on(kept)
 
         done = self.go_on(parts, use)
         if done:
             progress.note(f"the moments go on after {done} of their {parts} parts")
-        return done, moments
+        return done
 
-    def keep(self, moments: "dict[str, Moment]", parts: int, *, done: int) -> None:
+    def keep(self, moments: "InputMoments", parts: int, *, done: int) -> None:
         """Write the moments over the first parts that are done."""
-
-        def arrays() -> Arrays:
-            totals = {name + TOTAL: each.total.cpu().numpy() for name, each in moments.items()}
-            about = {n + ABOUT: np.array([m.axis, m.count]) for n, m in moments.items()}
-            return totals | about
-
-        self.write(arrays, parts, added=done, done=done)
+        self.write(moments.kept, parts, added=done, done=done)
 
 
 @dataclass(frozen=True, slots=True)

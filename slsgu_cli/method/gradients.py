@@ -107,7 +107,7 @@ def compute_gradients(
     if options.shard and squares:
         raise UsageError("--squares are not computed with --shard", hint="leave one of them out")
     if options.shard:
-        processes.require_several("--shard")
+        processes.require_several("grad")
     manifest = read_manifest(store, name)
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
@@ -201,12 +201,15 @@ def _stands(store: Store, kind: Artifact, gradient: Gradient) -> bool:
 
 
 def load_graded(
-    manifest: SetManifest, pointer: GradientPointer, device: str
+    manifest: SetManifest, pointer: GradientPointer, device: str, *, shard: bool = False
 ) -> "tuple[ResolvedModel, nn.Module]":
-    """Load the model that the gradients of a set belong to. Raises StaleError for another."""
+    """Load the model that the gradients of a set belong to, or this process's shard of it.
+
+    Raises StaleError for another.
+    """
     model = graded_model(pointer)
     check_inputs(manifest, model)
-    return model, load(model, device)
+    return model, load_sharded(model, device) if shard else load(model, device)
 
 
 def graded_model(pointer: GradientPointer) -> ResolvedModel:

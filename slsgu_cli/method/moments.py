@@ -1,9 +1,10 @@
 """Second moments of what layers are applied to, and the inner product they make."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +18,12 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
-from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.files import prefetch
+from slsgu_cli.store.store import Arrays
 
 # At most so many retain rows are run: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
 MOST_ROWS = 1000
@@ -31,6 +33,9 @@ ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 GRAM_BLOCK = 256
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NORMS = (F.layer_norm, F.rms_norm)
+
+# Behind a layer's name, in what is kept of moments: their sum; the axis of inputs, and a count.
+TOTAL, ABOUT = " total", " about"
 
 # The arguments of the functions that apply a weight, in their order.
 ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -60,8 +65,9 @@ class AppliedLayers(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        weights = {name: model.get_parameter(name) for name in layers}
-        self._layers = {_place(weight): (n, weight.numel()) for n, weight in weights.items()}
+        self._weights = {name: partial(model.get_parameter, name) for name in layers}
+        self.sharded = processes.has_shards(model)
+        self._places = self._layer_at()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -88,19 +94,41 @@ class AppliedLayers(TorchFunctionMode):
         raise NotImplementedError
 
     def _tell(self, weight: Any, inputs: Callable[[], Tensor], outputs: Any, *, axis: int) -> None:
-        if isinstance(weight, Tensor) and _place(weight) in self._layers:
-            name, size = self._layers[_place(weight)]
+        if not isinstance(weight, Tensor):
+            return
+        # Where weights are gathered changes from block to block.
+        places = self._layer_at() if self.sharded else self._places
+        if _place(weight) in places:
+            name, size = places[_place(weight)]
             self.applied(name, weight.numel() / size, inputs(), outputs, axis=axis)
+
+    def _layer_at(self) -> dict[int, tuple[str, int]]:
+        """Return by its place each layer that this process has whole now, and its entries."""
+        weights = {name: weight() for name, weight in self._weights.items()}
+        return {
+            _place(weight): (name, weight.numel())
+            for name, weight in weights.items()
+            if not processes.is_sharded(weight)
+        }
 
 
 class InputMoments(AppliedLayers):
-    """While active, adds up the second moments of the inputs of some layers of a model."""
+    """While active, adds up the second moments of the inputs of some layers of a model.
+
+    Of several processes each has what it ran, of all layers, until `gather` leaves each layer
+    to one of them. A sharded model is run by all of them at once: what they ran of a layer is
+    added up in each call, and one process has it.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
         self.moments: dict[str, Moment] = {}
+        # Whether what this process runs counts.
+        self.counts = True
         self._valid: Tensor | None = None
         self._norms = {name for name in layers if model.get_parameter(name).ndim == 1}
+        self._holders = _holders({name: model.get_parameter(name).shape for name in layers})
+        self._device = exact_device(str(next(model.parameters()).device))
 
     @contextmanager
     def only(self, valid: Tensor) -> Iterator[None]:
@@ -111,6 +139,37 @@ class InputMoments(AppliedLayers):
         finally:
             self._valid = None
 
+    def kept(self) -> Arrays:
+        """Return to the first process what a later run goes on with."""
+        self.gather()
+        totals = {name + TOTAL: each.total for name, each in self.moments.items()}
+        about = {
+            name + ABOUT: torch.tensor([each.axis, each.count], dtype=torch.float64)
+            for name, each in self.moments.items()
+        }
+        return processes.on_first(totals | about)
+
+    def go_on(self, kept: Arrays) -> None:
+        """Go on with what an earlier run kept, in any number of processes."""
+        for name in (name.removesuffix(TOTAL) for name in kept if name.endswith(TOTAL)):
+            if self._holders[name] == processes.rank():
+                axis, count = kept[name + ABOUT].tolist()
+                total = torch.from_numpy(kept[name + TOTAL]).to(self._device)
+                self.moments[name] = Moment(int(axis), total, count)
+
+    def gather(self) -> None:
+        """Let one process have each moment, over the inputs that all ran, by sums in fp64."""
+        if processes.count() == 1 or self.sharded:
+            return
+        about: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for part in processes.gathered(
+            {name: (m.axis, tuple(m.total.shape)) for name, m in self.moments.items()}
+        ):
+            about |= part
+        for name, (axis, shape) in sorted(about.items()):
+            moment = self.moments.pop(name, None) or self._none(axis, shape)
+            self._add_up(name, moment)
+
     def applied(
         self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
     ) -> None:
@@ -120,27 +179,54 @@ class InputMoments(AppliedLayers):
             x = x[self._valid]
         x = x.reshape(-1, x.shape[-1])
         total = x.square().sum(dim=0) if name in self._norms else gram(x)
-        if name not in self.moments:
-            zeros = torch.zeros(
-                total.shape, dtype=torch.float64, device=exact_device(total.device.type)
-            )
-            self.moments[name] = Moment(axis, zeros)
-        moment = self.moments[name]
-        moment.total.add_(total.to(moment.total.device), alpha=share)
-        moment.count += share * x.shape[0]
+        moment = None if self.sharded else self.moments.get(name)
+        if moment is None:
+            moment = self._none(axis, total.shape)
+        if self.counts:
+            moment.total.add_(total.to(self._device), alpha=share)
+            moment.count += share * x.shape[0]
+        if self.sharded:
+            self._add_up(name, moment)
+        else:
+            self.moments[name] = moment
+
+    def _none(self, axis: int, shape: Sequence[int]) -> Moment:
+        return Moment(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
+
+    def _add_up(self, name: str, moment: Moment) -> None:
+        """Add a layer's moments of all processes to what the one that holds it has."""
+        holder = self._holders[name]
+        count = torch.tensor([moment.count], dtype=torch.float64)
+        processes.add_up_at(moment.total, holder)
+        processes.add_up_at(count, holder)
+        if holder == processes.rank():
+            so_far = self.moments.setdefault(name, Moment(moment.axis, moment.total))
+            if so_far.total is not moment.total:
+                so_far.total.add_(moment.total)
+            so_far.count += float(count)
+
+
+def _holders(shapes: dict[str, Sequence[int]]) -> dict[str, int]:
+    """Return which process has the moment of each layer: those of a shape are dealt evenly."""
+    seen: Counter[Sequence[int]] = Counter()
+    holders = {}
+    for name, shape in sorted(shapes.items()):
+        holders[name] = seen[shape] % processes.count()
+        seen[shape] += 1
+    return holders
 
 
 class Keeper(Protocol):
     """Keeps moments under way where a later run finds them."""
 
-    def restore(self, parts: int) -> tuple[int, dict[str, Moment]]:
-        """Return what was kept, and of how many of the parts it is."""
+    def restore(self, moments: InputMoments, parts: int) -> int:
+        """Put what was kept into moments of nothing; return of how many of the parts it is."""
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep them."""
 
-    def keep(self, moments: dict[str, Moment], parts: int, *, done: int) -> None:
+    def keep(self, moments: InputMoments, parts: int, *, done: int) -> None:
         """Keep the moments over the first parts that are done."""
 
 
@@ -157,71 +243,108 @@ def input_moments(
     """Return the moments of `layers` over pairs of a block, by one forward of their towers.
 
     Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
-    map of its tower is seen to apply is left out. With a `keeper`, a process that is alone
-    goes on with what an earlier run kept, and keeps its own.
+    map of its tower is seen to apply is left out. With a `keeper`, it goes on with what an
+    earlier run kept, and keeps its own. Of several processes each has some of the moments.
     """
-    rows = chosen_rows(block.rows)
-    inputs = InputMoments(model, layers)
-    size = ROWS_PER_FORWARD[device.partition(":")[0]]
-    towers = {Layer.parse(layer).tower for layer in layers}
-    texts: list[Any] = []
-    if Tower.TEXT in towers:
-        tokens = to_tokens(block.tokens[rows], "cpu")
-        texts = processes.dealt(by_length(text_tower(model), tokens, size))
-    images: list[Any] = []
-    if Tower.VISION in towers:
-        images = processes.dealt([rows[start:stop] for start, stop in spans(len(rows), size)])
-    parts, done = len(texts) + len(images), 0
-    if keeper is not None and processes.count() > 1:
-        keeper = None
-    if keeper is not None:
-        done, inputs.moments = keeper.restore(parts)
-    with progress.bar("retain inputs", parts - done) as ticker:
-        run = chain(
-            _run_texts(model, inputs, (tokens[part] for part in texts[done:]), device),
-            _run_images(model, inputs, block, images[max(0, done - len(texts)) :], spec, device),
-        )
-        for number, _ in enumerate(run, done + 1):
-            if keeper is not None and number < parts and keeper.due:
-                keeper.keep(inputs.moments, parts, done=number)
+    run = _Parts(model, layers, block, spec, device)
+    inputs = run.inputs
+    done = keeper.restore(inputs, run.count) if keeper is not None else 0
+    rounds = run.rounds(done)
+    with progress.bar("retain inputs", len(rounds)) as ticker:
+        for each, _ in zip(rounds, run.run(rounds), strict=True):
+            if keeper is not None and each is not rounds[-1] and processes.agreed(keeper.due):
+                keeper.keep(inputs, run.count, done=each.stop)
             ticker.advance()
-    return _over_all(inputs.moments, exact_device(device))
+    inputs.gather()
+    return inputs.moments
 
 
-def _run_images(
-    model: nn.Module,
-    inputs: InputMoments,
-    block: DataBlock,
-    parts: Sequence[Any],
-    spec: InputSpec,
-    device: str,
-) -> Iterator[None]:
-    """Run the vision tower over parts of a block's rows; yield after each."""
-    if not parts:
-        return
-    tower, normalize = vision_tower(model), pixel_normalizer(spec, device)
-    for images in prefetch(lambda part: staged(block.take(part), device), parts, threads=2):
-        pixels = normalize(images)
-        with inputs:
-            tower.features(pixels, pixels)
-        yield
+@dataclass(slots=True)
+class _Parts:
+    """The parts in which moments are taken of a block's pairs: of its texts, then its images.
 
+    `texts` are token ids, of alike lengths in a part, and `images` rows of the block.
+    """
 
-def _over_all(moments: dict[str, Moment], device: str) -> dict[str, Moment]:
-    """Return the moments over the inputs that every process ran, by sums in fp64."""
-    if processes.count() == 1:
-        return moments
-    whole: dict[str, Moment] = {}
-    about = {name: (m.axis, m.total.shape, m.count) for name, m in moments.items()}
-    for part in processes.gathered(about):
-        for name, (axis, shape, rows) in part.items():
-            if name not in whole:
-                zeros = torch.zeros(shape, dtype=torch.float64, device=device)
-                whole[name] = Moment(axis, moments[name].total if name in moments else zeros)
-            whole[name].count += rows
-    for name in sorted(whole):
-        processes.add_up(whole[name].total)
-    return whole
+    model: nn.Module
+    layers: Sequence[str]
+    block: DataBlock
+    spec: InputSpec
+    device: str
+    inputs: InputMoments = field(init=False)
+    texts: list[Tensor] = field(init=False, default_factory=list)
+    images: list[npt.NDArray[np.int64]] = field(init=False, default_factory=list)
+    _text: SplitTower = field(init=False)
+    _vision: SplitTower = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inputs = InputMoments(self.model, self.layers)
+        self._text, self._vision = text_tower(self.model), vision_tower(self.model)
+        if self.inputs.sharded:
+            self._text.shard()
+            self._vision.shard()
+        rows = chosen_rows(self.block.rows)
+        size = ROWS_PER_FORWARD[self.device.partition(":")[0]]
+        towers = {Layer.parse(layer).tower for layer in self.layers}
+        if Tower.TEXT in towers:
+            tokens = to_tokens(self.block.tokens[rows], "cpu")
+            self.texts = [tokens[part] for part in by_length(self._text, tokens, size)]
+        if Tower.VISION in towers:
+            self.images = [rows[start:stop] for start, stop in spans(len(rows), size)]
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return len(self.texts) + len(self.images)
+
+    def rounds(self, done: int) -> list[range]:
+        """Return the parts after the first that are `done`, in turns: one for each process.
+
+        All of a round are of one tower; in the last of a tower some processes may have none.
+        """
+        texts = len(self.texts)
+        bounds = ((done, texts), (max(done, texts), self.count))
+        return [
+            range(first + a, first + b)
+            for first, last in bounds
+            for a, b in spans(max(0, last - first), processes.count())
+        ]
+
+    def run(self, rounds: Sequence[range]) -> Iterator[None]:
+        """Run this process's part of each round, if it has one, and yield after it.
+
+        A sharded model all have to run: the first part once more, which does not count.
+        """
+        rank, first_image = processes.rank(), len(self.texts)
+        turns = [(each[rank], True) if rank < len(each) else (each[0], False) for each in rounds]
+        heard = [part for part, counts in turns if counts or self.inputs.sharded]
+        chosen = [self.images[part - first_image] for part in heard if part >= first_image]
+        normalize = pixel_normalizer(self.spec, self.device)
+        pixels = prefetch(
+            lambda rows: staged(self.block.take(rows), self.device), chosen, threads=2
+        )
+        for part, counts in turns:
+            self.inputs.counts = counts
+            if counts or self.inputs.sharded:
+                if part < first_image:
+                    self._run_texts(self.texts[part])
+                else:
+                    self._run(self._vision, normalize(next(pixels)))
+            yield
+
+    def _run_texts(self, tokens: Tensor) -> None:
+        short = self._text.trim(tokens)
+        valid = torch.arange(short.shape[1]) < self._text.lengths(short).unsqueeze(1)
+        with self.inputs.only(valid.to(self.device)):
+            self._run(self._text, short.to(self.device))
+
+    def _run(self, tower: SplitTower, values: Tensor) -> None:
+        with self.inputs:
+            if self.inputs.sharded:
+                run = partial(tower.features, values, values)
+                processes.run(self.model, run, blocks=tower.blocks)
+            else:
+                tower.features(values, values)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -246,20 +369,6 @@ def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
 def spread(rows: int, most: int) -> npt.NDArray[np.int64]:
     """Return at most so many of `rows` rows, at equal distances."""
     return np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64)
-
-
-def _run_texts(
-    model: nn.Module, inputs: InputMoments, parts: Iterable[Tensor], device: str
-) -> Iterator[None]:
-    """Run the text tower over parts of some texts; yield after each."""
-    tower = text_tower(model)
-    for tokens in parts:
-        short = tower.trim(tokens)
-        valid = torch.arange(short.shape[1]) < tower.lengths(short).unsqueeze(1)
-        short = short.to(device)
-        with inputs, inputs.only(valid.to(device)):
-            tower.features(short, short)
-        yield
 
 
 def _place(tensor: Tensor) -> int:
@@ -342,7 +451,7 @@ class RetainMetric:
 
 def exact_device(device: str) -> str:
     """Return where fp64 is to be had for tensors on `device`: Apple's GPUs have none."""
-    return "cpu" if device == "mps" else device
+    return "cpu" if device.partition(":")[0] == "mps" else device
 
 
 def whitened_importance(forget: Tensor, direction: Tensor, weight_norm: float) -> float:

@@ -45,6 +45,8 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
 
     Raises MissingError, StaleError, and InputError where no layer is left to rank.
     """
+    if options.shard:
+        processes.require_several("rank")
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
@@ -59,7 +61,9 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     layers = [layer for layer in candidates if layer not in unreached]
     moments = None
     if options.direction.whitens and layers:
-        moments = ensure_moments(store, manifest, pointer, layers, device=options.device)
+        moments = ensure_moments(
+            store, manifest, pointer, layers, device=options.device, shard=options.shard
+        )
     split = any(Layer.parse(layer).third is not None for layer in layers)
     model = graded_model(pointer) if split else None
     weights = _Weights(header, model)

@@ -138,8 +138,9 @@ class SquaresHeader:
 class SumsHeader:
     """Sums of a pass under way: of `done` mini-batches of `batches`, from the first on.
 
-    Or what a training has come to after as many of its steps. `gradient` is the digest of the
-    gradient, the moments or the training that they are of, by which they are addressed. The
+    Or what a training has come to after as many of its steps, or the answers of as many batches
+    of questions. `gradient` is the digest of the gradient, the moments, the training or the
+    answers that they are of, by which they are addressed. The
     first `added` mini-batches are in one sum, and those after them in another. Those of a model
     that is `sharded` over processes are one a parameter, in fp64.
     """

@@ -50,6 +50,10 @@ ENCODER = partial(
     option, None, "--encoder", help="Which encoder of the target: text_encoder_2, for SDXL.",
     panel=TARGET, without="the one that fits",
 )  # fmt: skip
+SHARD = partial(
+    option, False, "--shard", help="Shard the weights over the processes of torchrun (FSDP).",
+    panel=SPEED, later=True,
+)  # fmt: skip
 RIDGE_OPTION = partial(
     option, None, "--ridge", min=1e-6, help="Of whitening: a share of the mean moment.",
     panel=LAYERS, once=True,
@@ -209,10 +213,7 @@ class PassOptions:
         None, "--memory-budget", help="Limit for activations, such as 8G.", panel=SPEED,
         metavar="SIZE", read=bytes_of, without="what is free",
     )  # fmt: skip
-    shard: bool = option(
-        False, "--shard", help="Shard the weights over the processes of torchrun (FSDP).",
-        panel=SPEED, later=True,
-    )  # fmt: skip
+    shard: bool = SHARD()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +221,8 @@ class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
     `ridge` is of the whitened direction alone (None: RIDGE), as is `device`, where moments
-    are computed. With `qkv` split, query, key and value compete as layers of their own.
+    are computed, and `shard`, which lets processes hold one model together meanwhile.
+    With `qkv` split, query, key and value compete as layers of their own.
     With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
 
@@ -247,10 +249,17 @@ class RankOptions:
     )  # fmt: skip
     encoder: str | None = ENCODER()
     device: str = DEVICE()
+    shard: bool = SHARD()
 
     def __post_init__(self) -> None:
-        """Refuse a ridge of the gradient."""
+        """Refuse what is of the whitened direction alone for the gradient."""
         check_ridge(self.direction, self.ridge)
+        if self.shard and not self.direction.whitens:
+            raise UsageError(
+                "--shard is for the moments of the whitened direction: "
+                "the gradient's takes no model",
+                hint="leave --shard out",
+            )
 
     @property
     def damping(self) -> float:
@@ -412,7 +421,7 @@ class DemoOptions:
     )  # fmt: skip
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
     )
     search: SearchOptions = options(
         SearchOptions(),

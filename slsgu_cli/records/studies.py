@@ -410,7 +410,7 @@ class SweepRequest:
     gradients: PassOptions = options(PassOptions(), omit=("shard",))
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
     )
     search: SearchOptions = options(
         SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full", "after")

@@ -29,6 +29,8 @@ UNDER_WAY = "a write under way"
 
 # After so long, nobody goes on with the sums of a pass.
 FORGOTTEN_SECONDS = 7 * 86400.0
+# What sums become, and what is said of them when it is there.
+MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.MOMENTS: "its moments are"}
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
 
 # Whether a model is there, with the weights of this fingerprint; None for any weights.
@@ -314,9 +316,9 @@ class _Check:
         if entry.path != Artifact.SUMS.place(entry.name):
             return found
         old = _last_change(self.store, entry.path) < time.time() - FORGOTTEN_SECONDS
-        done = self.store.exists(Artifact.GRADIENT.place(entry.name))
-        if done or old or entry.state is Standing.DAMAGED:
-            why = "its gradient is complete" if done else "nobody went on with it"
+        made = [kind for kind in MADE_OF_SUMS if self.store.exists(kind.place(entry.name))]
+        if made or old or entry.state is Standing.DAMAGED:
+            why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "nobody went on with it"
             reason = entry.reason if entry.state is Standing.DAMAGED else why
             return replace(found, reason=reason or "", mend="slsgu check --repair", removable=True)
         return found

@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from forked import Forked
+from forked import KEEP_ALWAYS, ROWS_AT_ONCE, Forked
 from processes import environment, inside
 
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import UsageError
+from slsgu_cli.method import moments
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
@@ -45,18 +46,22 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(count, words):
+def run(count, words, *, env=None, killed=None):
     """Run a command in processes with the variables of a launcher; return how they ended.
 
     That is a code, what was printed and what was told of each. Half of them hash strings
-    otherwise than the others do.
+    otherwise than the others do. The last one is killed at a call of a function, if `killed`
+    has its name and the number of the call.
     """
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | (env or {})
     group |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    ranks = [
-        Forked(words, environment(variables(group, RANK=rank, LOCAL_RANK=rank)), server=rank % 2)
-        for rank in range(count)
-    ]
+    ranks = []
+    for rank in range(count):
+        held = dict(zip(("at", "call"), killed, strict=True)) if killed and rank else {}
+        variables_of = environment(variables(group, RANK=rank, LOCAL_RANK=rank))
+        ranks.append(Forked(words, variables_of, server=rank % 2, **held))
+    if killed:
+        ranks[-1].kill()
     outputs = [process.communicate(timeout=300) for process in ranks]
     return [(process.returncode, *each) for process, each in zip(ranks, outputs, strict=True)]
 
@@ -157,6 +162,38 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
         assert_alike(*records, f"{kind} {name}", digits=1e-5)
     others = [entry.state for entry in entries(world.store) if entry.state is not Standing.OK]
     assert others == 2 * [Standing.UNREFERENCED]  # the gradients of the other --batch-size
+
+
+# The tower that a process runs over a part of the retain rows.
+RUN_PART = "slsgu_cli.method.moments:_Parts._run"
+SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
+
+
+@pytest.mark.parametrize("words", [[], ["--shard"]])
+def test_moments_of_processes_that_died_go_on(words, world, tmp_path, monkeypatch):
+    """Two processes have run 4 of 4 parts of the texts and 2 of 4 of the images."""
+    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 16)
+    whole = world.copied(tmp_path / "whole")
+    rank = ["rank", "blue", "--direction", "whitened"]
+    assert inside(*rank, store=whole.store.root).exit_code == 0
+    in_store = ["--store", world.store.root]
+    first, second = run(2, [*rank, *words, *in_store], env=SMALL_PARTS, killed=(RUN_PART, 4))
+    assert (first[0], second) == (1, (-9, "", "")), first
+    assert len(ours(first[2])) == 1
+    assert len(Artifact.SUMS.names(world.store)) == 1
+    # Sharded or not, one process or two.
+    again, *others = run(2 if words else 1, [*rank, *words, *in_store], env=SMALL_PARTS)
+    assert again[0] == 0, again
+    assert "the moments go on after 6 of their 8 parts" in again[2]
+    assert all(other == (0, "", "") for other in others)
+    assert Artifact.SUMS.names(world.store) == []
+    (name,) = Artifact.MOMENTS.names(whole.store)
+    assert_near(world.store, whole.store, Artifact.MOMENTS.path(name))
+    rankings = [
+        json.loads(store.read_bytes(Artifact.RANKING.path("blue")))
+        for store in (world.store, whole.store)
+    ]
+    assert_alike(*rankings, digits=1e-6)
 
 
 SLOW = """

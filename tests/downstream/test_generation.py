@@ -1,6 +1,7 @@
 """Generation and answers on the small trained models, where SLSGU_TEST_MODELS names them."""
 
 import io
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import RankOptions
-from slsgu_cli.store.artifacts import read_manifest
+from slsgu_cli.store.artifacts import Artifact, read_manifest
 
 TEXT = "transformer.resblocks.6.mlp.c_proj.weight"
 VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
@@ -215,6 +216,70 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
     assert Path(output.where("answers.png")).is_file()
     with pytest.raises(UsageError, match="no set vision"):
         ask(edits, replace(request, images=[]))
+
+
+class Talker:
+    """A LLaVA that says what it is asked, in what company, and whether it is edited.
+
+    It is stopped at the answer whose number is `stop`.
+    """
+
+    device = "cpu"
+
+    def __init__(self):
+        self.encoder, self.new, self.asked, self.stop = self, {}, 0, None
+
+    @contextmanager
+    def edited(self, new):
+        self.new = new
+        yield
+
+    def answers(self, questions):
+        for question in questions:
+            self.asked += 1
+            if self.asked == self.stop:
+                raise KeyboardInterrupt
+            beside = [each.text for each in questions]
+            yield f"{question.text} {question.image.getpixel((0, 0))} {beside} {len(self.new)}"
+
+
+@pytest.mark.parametrize(("stop", "said"), [(2, 0), (3, 2), (6, 5), (9, 7)])
+def test_ask_goes_on_with_the_answers_that_it_kept(
+    stop, said, edits, demo_world, tmp_path, monkeypatch, listener
+):
+    from slsgu_cli.downstream import generate
+    from slsgu_cli.method import gradients
+    from slsgu_cli.records.target_options import AskRequest
+
+    talker = Talker()
+    monkeypatch.setattr(generate.Llava, "load", lambda *_, **__: talker)
+    monkeypatch.setattr(generate, "new_values", lambda *_: ({"layer": 1},))
+    monkeypatch.setattr(generate, "BATCH", 2)
+    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+    image, target = tmp_path / "red.png", tmp_path / "llava"
+    Image.new("RGB", (8, 8), "red").save(image)
+    target.mkdir()
+    questions = ["What?", "Where?", "Which?", "Who?", "Why?"]
+    request = AskRequest(names=["vision"], target=target, images=[image], questions=questions)
+    generate.ask(edits, replace(request, out=tmp_path / "through"))
+    talker.stop = talker.asked + stop
+    again = replace(request, out=tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        generate.ask(edits, again)
+    talker.stop = None
+    before = talker.asked
+    record, _ = generate.ask(edits, again)
+    assert talker.asked - before == 10 - said
+    assert any(f"goes on after {said} of 10" in text for text in listener.heard) == bool(said)
+    assert Artifact.SUMS.names(edits) == []
+    assert [answer.after[-1] for answer in record.answers] == ["1"] * 5
+    for name in ("answers.json", "answers.png", "answers.html"):
+        expected = (tmp_path / "through" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == expected
+    # Of other questions nothing is taken over.
+    other = replace(again, questions=[*questions[:-1], "How?"])
+    assert generate.ask(edits, other)[0].answers[-1].before.startswith("How?")
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):

@@ -7,7 +7,6 @@ import open_clip
 import pytest
 import tiny_clip
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tower_models
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -240,14 +239,6 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bytes(stop, folders, spec):
     for mine, other in zip(found[:2], expected[:2], strict=True):
         for name, value in other.items():
             np.testing.assert_array_equal(mine[name], value, err_msg=name)
-
-
-@pytest.fixture
-def group():
-    """A group of processes of which this one is all."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # In halves, and in whole blocks; in one piece; once with activations that are recomputed.

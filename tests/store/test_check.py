@@ -265,7 +265,9 @@ def test_leases_and_sums_go_with_what_they_were_for(world):
     for name, holder in (("living", living), ("dead", dead)):
         text = json.dumps(dataclasses.asdict(holder)).encode()
         store.write_bytes(f"leases/gradients-{name}.json", text)
-    for name in (pointer.forget, "another"):
+    of_moments = MomentHeader(pointer.model_fingerprint, pointer.retain_data, 9, {}, (), "0.1.0")
+    store.write_tensors("moments/m.safetensors", {"a": np.eye(3)}, of_moments)
+    for name in (pointer.forget, "m", "another"):
         header = SumsHeader(name, "cpu", 9, 0, 3, "0.1.0")
         store.write_tensors(f"sums/{name}.safetensors", {"total": np.zeros(2)}, header)
     assert garbage(store) == []
@@ -274,6 +276,7 @@ def test_leases_and_sums_go_with_what_they_were_for(world):
         "gradients-living.json": False,
         "gradients-dead.json": True,
         pointer.forget: True,
+        "m": True,
         "another": False,
     }
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 # A variable that lets a gradient pass keep its sums after every mini-batch.
 KEEP_ALWAYS = "KEEP_ALWAYS"
+# A variable that lets so many rows be run at once for moments.
+ROWS_AT_ONCE = "ROWS_AT_ONCE"
 
 
 class Forked:
@@ -169,7 +171,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command as a process that was started with its words, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.method import gradients
+    from slsgu_cli.method import gradients, moments
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)
@@ -181,6 +183,8 @@ def _become(request, fds):
     os.chdir(request["cwd"])
     if KEEP_ALWAYS in os.environ:
         gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
+    if ROWS_AT_ONCE in os.environ:
+        moments.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
     if request["at"]:
         hold(request["at"], request["call"], fds[3])
     else:
