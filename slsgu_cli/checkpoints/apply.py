@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from slsgu_cli import progress
@@ -126,7 +128,7 @@ class WrittenFile:
 class AppliedResult:
     """What apply wrote, or with `dry_run` would write.
 
-    `model` names the result for `--model` where open_clip can load it by itself.
+    `model` names the result for `--model` where it was checked that open_clip loads it.
     """
 
     out: str
@@ -159,6 +161,8 @@ class CopyPlan:
 
 # Gets the number formats of edited tensors, and returns a remark on the model they are in.
 Compare = Callable[[Collection[str]], str | None]
+# Gets a folder with open_clip's configuration, and returns why open_clip may not load it.
+Check = Callable[[Path], str | None]
 
 
 def apply_edits(
@@ -168,15 +172,19 @@ def apply_edits(
     *,
     options: ApplyOptions,
     config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Path] | None = None,
     earlier: Sequence[Edit] = (),
     compare: Compare | None = None,
+    check: Check | None = None,
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
     They stand on `earlier` ones, which must be in place and stay as they are.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
-    the content of its configuration, a single file becomes a folder that open_clip loads.
+    the content of its configuration, a single file becomes a folder in open_clip's layout,
+    which holds the files of `beside` as well.
     `compare` runs while files are copied, and what it remarks is told before they are in place.
+    `check` looks at a folder in open_clip's layout before it is in place.
     What stands at `out` is replaced in one step, the model itself included.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
@@ -185,11 +193,11 @@ def apply_edits(
     scaled = [strength_of(edit, options) for edit in edits]
     plans = plan_target(scaled, target, options, earlier)
     if target.path.is_file():
-        copy = _file_copy(target.path, out, plans[target.path], config)
-        return write_copy(copy, options, compare)
+        copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
+        return write_copy(copy, options, compare, check)
     _tell_of_others(target, plans, options)
     relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
-    return write_copy(CopyPlan(out, all_files(target.path), relative), options, compare)
+    return write_copy(CopyPlan(out, all_files(target.path), relative), options, compare, check)
 
 
 def require_distinct(edits: Sequence[Edit]) -> None:
@@ -203,7 +211,11 @@ def require_distinct(edits: Sequence[Edit]) -> None:
 
 
 def _file_copy(
-    weights: Path, out: Path, plan: FilePlan, config: Mapping[str, Any] | None
+    weights: Path,
+    out: Path,
+    plan: FilePlan,
+    config: Mapping[str, Any] | None,
+    beside: Mapping[str, Path],
 ) -> CopyPlan:
     """Return where one edited file goes: to `out` itself, or into the folder `out`."""
     container = open_weights(weights).container
@@ -220,11 +232,14 @@ def _file_copy(
         return CopyPlan(out, {weights.name: weights}, {weights.name: plan})
     name = STANDARD_NAME[container]
     text = json.dumps(config, indent=2) + "\n"
-    return CopyPlan(out, {name: weights}, {name: plan}, {OPEN_CLIP: text})
+    return CopyPlan(out, {**beside, name: weights}, {name: plan}, {OPEN_CLIP: text})
 
 
 def write_copy(
-    plan: CopyPlan, options: ApplyOptions, compare: Compare | None = None
+    plan: CopyPlan,
+    options: ApplyOptions,
+    compare: Compare | None = None,
+    check: Check | None = None,
 ) -> AppliedResult:
     """Write what a plan says, all of it or nothing; on a dry run only tell.
 
@@ -232,6 +247,8 @@ def write_copy(
     """
     require_nothing_lost(plan.out, [*plan.files, *plan.texts])
     formats = {change.dtype for file in plan.plans.values() for change in file.changes}
+    in_layout = OPEN_CLIP in plan.files or OPEN_CLIP in plan.texts
+    loads = False
     with ThreadPoolExecutor(1) as beside:
         remark = beside.submit(compare, formats) if compare else None
 
@@ -239,21 +256,30 @@ def write_copy(
             if remark and (told := remark.result()):
                 progress.note(told)
 
-        if options.dry_run:
+        def look(folder: Path) -> None:
+            nonlocal loads
+            if check and in_layout:
+                why_not = check(folder)
+                loads = why_not is None
+                if why_not:
+                    progress.warn(f"it is not certain that open_clip loads {plan.out}: {why_not}")
             tell()
+
+        if options.dry_run:
+            with _rehearsed(plan) as folder:
+                look(folder)
         else:
-            _write(plan, link=options.link, last=tell)
+            _write(plan, link=options.link, last=look)
     files = tuple(
         WrittenFile(str(plan.out / name), plan.files[name].stat().st_size, file.changes)
         for name, file in sorted(plan.plans.items())
     )
-    loadable = OPEN_CLIP in plan.files or OPEN_CLIP in plan.texts
-    model = f"local-dir:{plan.out}" if loadable else None
+    model = f"local-dir:{plan.out}" if loads else None
     return AppliedResult(str(plan.out), model, files, options.revert, options.dry_run)
 
 
-def _write(plan: CopyPlan, *, link: bool, last: Callable[[], None]) -> None:
-    """Build a copy, and put it in place after what is done `last`."""
+def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
+    """Build a copy, and put it in place after what is done with it `last`."""
     with replacing(plan.out) as partial:
         for name, origin in plan.files.items():
             place = partial / name if name else partial
@@ -264,7 +290,21 @@ def _write(plan: CopyPlan, *, link: bool, last: Callable[[], None]) -> None:
                 copy_file(origin, place)
         for name, text in plan.texts.items():
             (partial / name).write_text(text)
-        last()
+        last(partial)
+
+
+@contextmanager
+def _rehearsed(plan: CopyPlan) -> Iterator[Path]:
+    """Yield a folder of links to what a plan copies: edits leave the headers as they are."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, origin in plan.files.items():
+            if name:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(origin.absolute())
+        for name, text in plan.texts.items():
+            (folder / name).write_text(text)
+        yield folder
 
 
 def plan_target(

@@ -172,6 +172,60 @@ def names(tower: Tower, blocks: int) -> list[str]:
     ]
 
 
+# What a model_cfg says of a CLIP whose towers are plain transformers, and nothing beside.
+_PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+_PLAIN_VISION = {"image_size", "patch_size", "layers", "width"}
+_PLAIN_TEXT = {"context_length", "vocab_size", "layers", "width", "heads"}
+_SILENT = {"head_width", "mlp_ratio"}
+_TOKENIZER = {"hf_tokenizer_name", "tokenizer_kwargs"}
+
+
+def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shape of every tensor that open_clip's CLIP has for a model_cfg, by its name.
+
+    None for a configuration of any other kind than plain transformers: these are built.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    plain = (
+        config.keys() <= _PLAIN
+        and _PLAIN_VISION <= vision.keys() <= _PLAIN_VISION | _SILENT
+        and _PLAIN_TEXT <= text.keys() <= _PLAIN_TEXT | _SILENT | _TOKENIZER
+        and all(isinstance(vision[name], int) for name in _PLAIN_VISION)
+    )
+    if not plain:
+        return None
+    width, patch, embed = vision["width"], vision["patch_size"], config["embed_dim"]
+    positions = (vision["image_size"] // patch) ** 2 + 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "logit_scale": (),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (positions, width),
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.proj": (width, embed),
+        "token_embedding.weight": (text["vocab_size"], text["width"]),
+        "positional_embedding": (text["context_length"], text["width"]),
+        "text_projection": (text["width"], embed),
+    }
+    for tower, part in ((Tower.VISION, vision), (Tower.TEXT, text)):
+        for name in names(tower, part["layers"]):
+            if name not in shapes:
+                shapes[name] = _plain_shape(name, part["width"], part.get("mlp_ratio", 4.0))
+    return shapes
+
+
+def _plain_shape(name: str, width: int, mlp_ratio: float) -> tuple[int, ...]:
+    """Return the shape of a parameter of a block, or of a norm outside of them."""
+    rows = columns = width
+    if "in_proj" in name:
+        rows = 3 * width
+    elif "c_fc" in name:
+        rows = int(width * mlp_ratio)
+    elif "c_proj" in name:
+        columns = int(width * mlp_ratio)
+    is_matrix = name.endswith("weight") and "ln_" not in name
+    return (rows, columns) if is_matrix else (rows,)
+
+
 def _in_block(prefix: str, name: str) -> tuple[TensorPlace, ...]:
     if fused := _FUSED.fullmatch(name):
         keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in LETTERS)

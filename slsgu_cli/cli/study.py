@@ -18,6 +18,7 @@ from slsgu_cli.records.studies import (
     Method,
     PipelineComparison,
     SweepRequest,
+    Trajectory,
     TrajectoryOptions,
 )
 from slsgu_cli.records.target_options import PipelineCompareOptions
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from slsgu_cli.compare.comparison import TableRow
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
-    from slsgu_cli.study.sweep import SweepResult
-    from slsgu_cli.study.trajectory import Trajectory
+    from slsgu_cli.study.series import SweepResult
 
 
 def show_trajectory(
@@ -260,7 +260,7 @@ def search_jointly(session: Session, names: Sequence[str], options: SearchOption
 @command("trajectory")
 def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None:
     """Example: slsgu trajectory facebook --points 40"""
-    from slsgu_cli.study.trajectory import trajectory_and_plots
+    from slsgu_cli.study.series import trajectory_and_plots
 
     steps, plots = trajectory_and_plots(session.store, name, options=options)
     show_trajectory(session.console, session.store, steps, plots)
@@ -281,8 +281,8 @@ def sweep(
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
     from slsgu_cli.sets.evaluation_sets import read_classes
-    from slsgu_cli.study.sweep import require_swept
-    from slsgu_cli.study.sweep import sweep as run
+    from slsgu_cli.study.series import require_swept
+    from slsgu_cli.study.series import sweep as run
 
     listed = read_classes(str(classes))
     result = run(session.store, replace(request, classes=listed.names if listed else ()))

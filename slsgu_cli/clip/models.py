@@ -139,6 +139,24 @@ def tokenizer(model: ResolvedModel) -> Tokenize:
     return encode
 
 
+def probe_tokens(model: ResolvedModel) -> list[list[int]]:
+    """Return the ids of a few texts by a model's tokenizer, read anew from its files."""
+    ids: list[list[int]] = _fresh_tokenizer(model)(list(PROBE)).tolist()
+    return ids
+
+
+def save_tokenizer(model: ResolvedModel, folder: Path) -> None:
+    """Write the files of a model's Hugging Face tokenizer into a folder."""
+    _fresh_tokenizer(model).save_pretrained(str(folder))
+
+
+def _fresh_tokenizer(model: ResolvedModel) -> Any:
+    import open_clip
+
+    with _quiet(), _explained(model):
+        return open_clip.get_tokenizer(model.identifier)
+
+
 def token_words(model: ResolvedModel) -> dict[int, str]:
     """Return the words of letters that are one token each and come back from it, by their id.
 
@@ -228,6 +246,14 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
         )
     finally:
         kind.register_parameter = register
+
+
+def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a model's configuration builds, by its name."""
+    with _quiet(), _explained(model):
+        check_size(model.config, model.weights.stat().st_size)
+        module = _without_weights(model)
+        return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _contents(

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, Raw, narrow, rounded, widen
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
+from slsgu_cli.clip.written import tokenizer_files, why_not_loaded
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
 from slsgu_cli.method.ranking import rank
@@ -270,10 +272,24 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     compare = None
     if model is not None and not request.force:
         compare = partial(_other_layers, model, [*edits, *earlier])
-    return apply_edits(
-        edits, target, request.out, options=request, config=config, earlier=earlier,
-        compare=compare,
-    )  # fmt: skip
+    with TemporaryDirectory() as scratch:
+        beside = _beside(model, Path(scratch)) if config else {}
+        return apply_edits(
+            edits, target, request.out, options=request, config=config, beside=beside,
+            earlier=earlier, compare=compare,
+            check=lambda folder: why_not_loaded(folder, model),
+        )  # fmt: skip
+
+
+def _beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
+    """Return the files of the tokenizer that go beside a model's weights, where they are had."""
+    if model is None or model.folder is not None:
+        return {}
+    try:
+        return tokenizer_files(model, scratch)
+    except SlsguError as error:
+        progress.warn(f"the tokenizer of {model.spec} cannot be written: {error.message}")
+        return {}
 
 
 def _whole_clip(target: Target) -> ResolvedModel | None:

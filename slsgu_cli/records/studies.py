@@ -13,7 +13,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
-from slsgu_cli.records.method import Direction, Precision, Steer, Tower
+from slsgu_cli.records.method import Direction, Precision, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget
@@ -500,3 +500,55 @@ class TrajectoryOptions:
         help="Move a layer this far, in % of its norm.", without="until it forgets",
         write=lambda share: f"{100 * share:.15g}",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """The largest rise of a figure along the steps, in points: 0 where it never rises.
+
+    `share` is the step it rises up to, as a share of the layer's norm.
+    """
+
+    points: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The steps of each line in order, and how many of them were measured now."""
+
+    trials: Trials
+    measured: int
+
+    def lines(self) -> list[tuple[str, float | None]]:
+        """Return the layers and ridges in the order they were followed in."""
+        return list(dict.fromkeys((trial.layer, trial.ridge) for trial in self.trials.trials))
+
+    def of(self, line: tuple[str, float | None]) -> list[Trial]:
+        """Return the steps along one line, the shortest first."""
+        return [trial for trial in self.trials.trials if (trial.layer, trial.ridge) == line]
+
+    def figures(self, trial: Trial | None = None) -> dict[str, float]:
+        """Return the accuracies at a step by their names in tables; of the original for none."""
+        trials = self.trials
+        forget = trial.forget if trial else trials.baseline_forget
+        utility = (trial.utility or {}) if trial else trials.baseline_utility
+        forgotten = {"FA@1": forget.top1, "FA@5": forget.top5}
+        return forgotten | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
+
+    def rises(self, line: tuple[str, float | None]) -> dict[str, Rise]:
+        """Return the largest rise of each figure, from the original model on."""
+        steps = self.of(line)
+        path = [self.figures(), *map(self.figures, steps)]
+        shares = [0.0, *(trial.share for trial in steps)]
+        return {name: largest_rise([each[name] for each in path], shares) for name in path[0]}
+
+
+def largest_rise(values: Sequence[float], shares: Sequence[float]) -> Rise:
+    """Return by how much a later value lies above the least one before it, at most."""
+    least, rise = values[0], Rise(0.0, 0.0)
+    for value, share in zip(values, shares, strict=True):
+        least = min(least, value)
+        if value - least > rise.points:
+            rise = Rise(value - least, share)
+    return rise

@@ -28,11 +28,17 @@ from slsgu_cli.figures.html import (
 )
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader, Trials
-from slsgu_cli.records.studies import ClipComparison, JointSearch, Method, Sweep, SweepRow
+from slsgu_cli.records.studies import (
+    ClipComparison,
+    JointSearch,
+    Method,
+    Sweep,
+    SweepRow,
+    Trajectory,
+)
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section
-from slsgu_cli.study.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from slsgu_cli.verification.probes import LossRow

@@ -17,7 +17,7 @@ from slsgu_cli.records.studies import Sweep, SweepRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
-from slsgu_cli.study.sweep import require_swept, sweep
+from slsgu_cli.study.series import require_swept, sweep
 
 CLASSES = ("blue", "red", "green")
 

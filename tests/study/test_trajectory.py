@@ -17,16 +17,10 @@ from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Precision, Steer, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
-from slsgu_cli.records.studies import TrajectoryOptions
+from slsgu_cli.records.studies import Rise, TrajectoryOptions, largest_rise
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
-from slsgu_cli.study.trajectory import (
-    FARTHEST,
-    Rise,
-    largest_rise,
-    trajectory,
-    trajectory_and_plots,
-)
+from slsgu_cli.study.series import FARTHEST, trajectory, trajectory_and_plots
 
 SOME = ("visual.proj", "transformer.resblocks.1.ln_1.weight")
 

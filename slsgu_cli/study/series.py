@@ -1,15 +1,21 @@
-"""What `slsgu sweep` does: the whole job for each class of a list (the paper's Table 2).
+"""Series of searches: what `slsgu sweep` does, and what `slsgu trajectory` does.
 
-Every class is kept out of the retain set, so that all of them share one retain gradient; or
-classes are dealt into folds, and each fold has a retain set without its own classes. All are
-searched on one base pass. What a class came to is recorded as soon as it is
-done: a sweep that was interrupted goes on with the first class that is missing. Several
-processes make what the classes share together, and then each its share of the classes.
+A sweep is the whole job for each class of a list (the paper's Table 2). Every class is kept
+out of the retain set, so that all of them share one retain gradient; or classes are dealt into
+folds, and each fold has a retain set without its own classes. All are searched on one base
+pass. What a class came to is recorded as soon as it is done: a sweep that was interrupted goes
+on with the first class that is missing. Several processes make what the classes share together,
+and then each its share of the classes.
+
+A trajectory is the accuracies over a fine grid of steps, layer by layer. The steps of a layer
+share what the base pass kept. It is recorded as trials, so that steps which were measured
+before are not measured again.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
+from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli import progress
@@ -18,11 +24,19 @@ from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import SearchResult, search_each
+from slsgu_cli.method.search import SearchResult, SetSearch, bisection, search_each
+from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.sets import check_name
-from slsgu_cli.records.studies import CLASS, Sweep, SweepRequest, SweepRow
+from slsgu_cli.records.sets import Purpose, check_name
+from slsgu_cli.records.studies import (
+    CLASS,
+    Sweep,
+    SweepRequest,
+    SweepRow,
+    Trajectory,
+    TrajectoryOptions,
+)
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import file_recipe
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
@@ -33,11 +47,15 @@ from slsgu_cli.store.artifacts import (
     Artifact,
     changed,
     digests_of,
+    plot_path,
     read_manifest,
     read_pointer,
     resume,
 )
 from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from slsgu_cli.method.trial import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +230,62 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
         utility=result.report.after.utility,
         forgotten=result.forgotten,
     )
+
+
+# A layer is followed up to this share of its norm where no step on the way forgets.
+FARTHEST = 6.4
+
+
+def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajectory:
+    """Follow the front layers of set `name` along their steps and record the trials.
+
+    Raises MissingError, StaleError, InputError and UsageError.
+    """
+    import torch
+
+    from slsgu_cli.method.gradient_pass import arithmetic
+
+    plan = read_plan(store, name, options=options.search)
+    followed = []
+    with torch.no_grad(), arithmetic(plan.options.precision):
+        shared = share_evaluation(store, [plan], Purpose.REPORT)
+        evaluation = plan.measured(shared, resumed=True)
+        run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
+        for probe in plan.probes(store, evaluation):
+            with progress.bar(probe.score.layer, options.points) as ticker:
+                for step in _grid(probe, run, options):
+                    followed.append(run.with_utility(probe, run.trial(probe, step)))
+                    ticker.advance()
+            run.write()
+    trials = replace(run.record, trials=tuple(followed))
+    return Trajectory(trials, len(run.trials) - run.reused)
+
+
+def trajectory_and_plots(
+    store: Store, name: str, *, options: TrajectoryOptions
+) -> tuple[Trajectory, list[str]]:
+    """Follow a set's layers and draw each, and all of them side by side."""
+    from slsgu_cli.figures.curves import step_plot, trajectories_plot
+
+    result = trajectory(store, name, options=options)
+    drawn = {"trajectories": trajectories_plot(result.trials, result.lines())}
+    for layer, ridge in result.lines():
+        kind = f"trajectory-{layer}" + ("" if ridge is None else f"-{ridge:g}")
+        drawn[kind] = step_plot(result.trials, layer=layer, ridge=ridge)
+    for kind, picture in drawn.items():
+        store.write_bytes(plot_path(name, kind), picture)
+    return result, [store.where(plot_path(name, kind)) for kind in drawn]
+
+
+def _grid(probe: "Probe", run: SetSearch, options: TrajectoryOptions) -> list[float]:
+    """Return evenly spaced steps, the last one at the end of the trajectory."""
+    until = options.until
+    end = _forgetting(probe, run) if until is None else until / 0.1 * probe.first
+    return [end * (index + 1) / options.points for index in range(options.points)]
+
+
+def _forgetting(probe: "Probe", run: SetSearch) -> float:
+    """Return the first step that forgets when doubling steps, or where to give up."""
+    trials = bisection(probe.measure, run.left, probe.first)
+    enough = (t.step for t in trials if run.left(t) == 0 or 2 * t.share > FARTHEST * 1.001)
+    return next(enough)

@@ -1,0 +1,169 @@
+"""What a written folder holds, and when it is said that open_clip loads it."""
+
+import json
+
+import open_clip
+import pytest
+import tiny_clip
+import tiny_targets
+from edit_headers import edit
+from processes import inside
+from transformers import PreTrainedTokenizerFast
+
+from slsgu_cli.checkpoints.edits import write_edit
+from slsgu_cli.checkpoints.layouts import clip_shapes
+from slsgu_cli.checkpoints.weights import read_layer
+from slsgu_cli.clip import models
+from slsgu_cli.clip.models import PROBE, resolve
+from slsgu_cli.clip.written import tokenizer_files
+from slsgu_cli.method.edit import apply
+from slsgu_cli.records.options import ApplyRequest
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.store.store import Store
+
+LAYER = "visual.proj"
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+OPEN_CLIP = ["open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def write_tokenizer(folder):
+    """Write a tokenizer of whole words as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", *sorted({word for text in PROBE for word in text.split()})]
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def ids(model):
+    return open_clip.get_tokenizer(str(model))(list(PROBE)).tolist()
+
+
+def write_architecture(folder, tokenizer=None, **changes):
+    """Write an architecture and a file of weights, apart; return the model they name."""
+    folder.mkdir(exist_ok=True)
+    models._tokenizer.cache_clear()
+    config = json.loads(json.dumps(tiny_clip.CONFIG | changes))
+    if tokenizer is not None:
+        config["text_cfg"]["hf_tokenizer_name"] = str(tokenizer)
+    (folder / "words.json").write_text(json.dumps(config))
+    weights = tiny_targets.save(tiny_clip.fresh_model().state_dict(), folder / "w.safetensors")
+    return ModelSpec(str(folder / "words.json"), str(weights))
+
+
+def applied(tmp_path, model, weights, **options):
+    store = Store(str(tmp_path / "store"))
+    before = read_layer(weights, LAYER)
+    write_edit(store, edit(LAYER, 0 * before + 0.1, before))
+    request = {"names": ["facebook"], "model": model, "out": tmp_path / "out"} | options
+    return apply(store, ApplyRequest(**request))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_ratio": 2.5}])
+def test_shapes_of_a_plain_configuration_are_those_that_open_clip_builds(changes):
+    towers = {name: tiny_clip.CONFIG[name] | changes for name in ("vision_cfg", "text_cfg")}
+    config = tiny_clip.CONFIG | towers
+    built = tiny_clip.fresh_model(config).state_dict()
+    assert clip_shapes(config) == {name: tuple(value.shape) for name, value in built.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"custom_text": True}, {"init_logit_bias": -10}, {"vision_cfg": {"timm_model_name": "x"}}],
+)
+def test_shapes_of_other_configurations_are_left_to_open_clip(changes):
+    assert clip_shapes(tiny_clip.CONFIG | changes) is None
+
+
+@pytest.mark.parametrize("told", ["with its class", "without its class"])
+def test_a_model_named_by_its_architecture_is_written_with_its_tokenizer(tmp_path, told):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    if told == "without its class":
+        # As the oldest repositories of the hub have it: their config.json says which it is.
+        said = json.loads((tokenizer / "tokenizer_config.json").read_text())
+        del said["tokenizer_class"]
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps(said))
+        (tokenizer / "config.json").write_text('{"model_type": "bert"}')
+    model = write_architecture(tmp_path / "model", tokenizer)
+    result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    assert result.model == f"local-dir:{tmp_path / 'out'}"
+    assert names(tmp_path / "out") == sorted([*OPEN_CLIP, *TOKENIZER])
+    assert ids(result.model) == ids(resolve(model).identifier)
+    assert ids(result.model) != ids("ViT-B-32")
+    open_clip.create_model(result.model)
+    again = applied(tmp_path, model, tmp_path / "model/w.safetensors", overwrite=True)
+    assert again.model == result.model
+
+
+def test_a_model_of_the_hub_is_written_with_the_tokenizer_of_its_snapshot(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place = tmp_path / "cache" / "models--org--words"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    snapshot = write_tokenizer(place / "snapshots" / ("0" * 40))
+    spec = write_architecture(tmp_path / "model", "org/words")
+    files = tokenizer_files(resolve(spec), tmp_path / "scratch")
+    assert files == {name: snapshot / name for name in TOKENIZER}
+
+
+def test_clips_own_tokenizer_needs_no_files(tmp_path):
+    model = write_architecture(tmp_path / "model")
+    result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    assert names(tmp_path / "out") == OPEN_CLIP
+    assert result.model == f"local-dir:{tmp_path / 'out'}"
+
+
+def test_a_folder_whose_tokenizer_is_not_to_be_had_is_not_said_to_load(tmp_path, listener):
+    model = write_architecture(tmp_path / "model", tmp_path / "no-tokenizer")
+    result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    assert result.model is None
+    assert names(tmp_path / "out") == OPEN_CLIP
+    assert any("no-tokenizer" in text and "cannot be written" in text for text in listener.heard)
+    assert any("not certain that open_clip loads" in text for text in listener.heard)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"embed_dim": 20}, "another shape for text_projection and 1 more"),
+        ({"text_cfg": tiny_clip.CONFIG["text_cfg"] | {"layers": 2}}, "has no place for transfor"),
+        ({"vision_cfg": tiny_clip.CONFIG["vision_cfg"] | {"layers": 4}}, "its weights lack visual"),
+        ({"custom_text": True, "init_logit_bias": -10.0, "embed_dim": 20}, "another shape for"),
+    ],
+)
+def test_a_configuration_of_another_model_is_told_and_nothing_promised(
+    tmp_path, changes, reason, listener
+):
+    model = write_architecture(tmp_path / "model", **changes)
+    result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    assert result.model is None
+    assert any(reason in text for text in listener.heard)
+
+
+def test_weights_without_the_names_of_a_text_tower_of_its_own_are_known_to_load(tmp_path):
+    model = write_architecture(tmp_path / "model", custom_text=True, init_logit_bias=-10.0)
+    result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    assert result.model == f"local-dir:{tmp_path / 'out'}"
+    open_clip.create_model(result.model)
+
+
+def test_the_line_on_loading_is_printed_of_what_was_checked_only(tmp_path):
+    good = write_architecture(tmp_path / "good")
+    bad = write_architecture(tmp_path / "bad", embed_dim=20)
+    for model, loads in ((good, True), (bad, False)):
+        out = tmp_path / f"out-{loads}"
+        applied(tmp_path, model, tmp_path / "good/w.safetensors", out=tmp_path / f"api-{loads}")
+        words = ["apply", "facebook", "-m", model.name, "-p", model.pretrained, "--out", str(out)]
+        done = inside(*words, store=tmp_path / "store")
+        assert (f"open_clip loads it as local-dir:{out}" in done.stderr) is loads
+        assert done.exit_code == 0
