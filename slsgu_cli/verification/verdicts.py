@@ -334,6 +334,7 @@ def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> C
     strongest = max(back, key=lambda row: row.gain, default=None)
     sentences = (
         _of_names(concept, tried, strongest),
+        _of_search(tried, strongest),
         _of_looks(pairs_of(original, other)),
         _of_index(retrievals(original, other)),
         _of_others(losses(original, other)),
@@ -389,9 +390,26 @@ def _of_names(concept: str, tried: list[VerdictRow], strongest: VerdictRow | Non
         return f"None of {attempts} brings {concept} back: {hits}."
     lead = f"None of {attempts} brings {concept} back beyond chance; the most is {_effort(most)}"
     if most.control is not None:
-        seen_most = f"{most.after.top1:.0f}%{_against(most)}"
-        return f"{lead}, {seen_most}: the name adds nothing to it."
+        return f"{lead}, {most.after.top1:.0f}%{_against(most)}: {_added(most)}."
     return f"{lead}, {hits}."
+
+
+def _added(row: VerdictRow) -> str:
+    """Return what the name adds to an attempt that does no better than chance without it."""
+    if row.added is None or row.added.points <= 0:
+        return "the name adds nothing to it"
+    return f"the name adds {row.added}, which may be chance"
+
+
+def _of_search(tried: list[VerdictRow], strongest: VerdictRow | None) -> str | None:
+    """Return what a search for words before the name finds, where another attempt finds more."""
+    row = next((row for row in tried if row.check is Check.PREFIX), None)
+    if row is None or strongest in (None, row) or row.after.top1 < READABLE:
+        return None
+    return (
+        f"Whoever can search words with the weights in hand finds it too: {row.probe}, "
+        f"{row.after.top1:.0f}%{_against(row)}; what the name adds is {row.added}."
+    )
 
 
 def _of_looks(pairs: list[tuple[Told, Told]]) -> str | None:

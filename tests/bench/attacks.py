@@ -9,8 +9,9 @@ defaults, `paper` by the paper's choice; the others are tuned on the first conce
 tunes them, on the images to choose by. `ours+leace` is our edit in the model that LEACE leaves
 of the image projection. What a method leaves is written as a checkpoint and verified as
 `slsgu verify --model` does it. All figures are of images that chose nothing; a mean over
-concepts stands in each cell, behind the slash that of its control. A run that is repeated on
-a store goes on where the last one ended.
+concepts stands in each cell, behind the slash that of its control, in brackets by how much it
+exceeds it, with the 95% interval of a bootstrap over concepts. A run that is repeated on a store
+goes on where the last one ended.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import unseen
 from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.cli.demo import DATA
+from slsgu_cli.cli.demo import DATA, demo_request
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
@@ -46,6 +48,8 @@ OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Met
 CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
           Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
 MODEL = DATA / "clip"
+# Of a bootstrap.
+DRAWS = 20_000
 
 
 def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSpec:
@@ -133,7 +137,7 @@ def main() -> None:
     cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for name in concepts:
         store = Store(str(folder / "store"))
-        unseen.prepared(store, name)
+        unseen.prepared(store, demo_request(name))
         for method in ("original", *options.methods):
             model, edits = None, ()
             if method in (*OURS, "original"):
@@ -165,8 +169,23 @@ def show(cells: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
         for method in cells:
             values = cells[method].get(column, [])
             means = [sum(each) / len(values) for each in zip(*values, strict=True)]
-            words.append(" / ".join(f"{mean:.1f}" for mean in means if mean == mean) or "-")
+            shown = " / ".join(f"{mean:.1f}" for mean in means if mean == mean) or "-"
+            words.append(f"{shown} {added(values)}".strip())
         print("\t".join(words))
+
+
+def added(values: list[tuple[float, float]]) -> str:
+    """Return by how much figures exceed their controls on average, with a 95% interval.
+
+    Concepts are drawn with repetition, each with its control: what one concept's images leave
+    to chance is in how concepts differ.
+    """
+    points = np.array([figure - control for figure, control in values])
+    if not len(points) or np.isnan(points).any():
+        return ""
+    drawn = np.random.default_rng(0).integers(0, len(points), (DRAWS, len(points)))
+    low, high = np.percentile(points[drawn].mean(axis=1), [2.5, 97.5])
+    return f"({points.mean():+.1f}, {low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

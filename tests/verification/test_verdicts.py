@@ -255,9 +255,25 @@ def test_what_a_control_gets_as_well_brings_nothing_back():
     assert found.strongest is None
     assert found.text == (
         "None of 2 attempts brings facebook back beyond chance; the most is training on its "
-        "images (8 steps, 8 shots), 62%, against 60% for a made-up name: the name adds nothing "
-        "to it."
+        "images (8 steps, 8 shots), 62%, against 60% for a made-up name: the name adds +2.0 points "
+        "(95% interval -12.1 to +16.0), which may be chance."
     )
+
+
+def test_words_that_are_searched_are_told_of_where_more_comes_back_without():
+    attacked = attempts(90, 70), attempts(78, 65)
+    words = (
+        "Whoever can search words with the weights in hand finds it too: 5 words before it, 78%, "
+        "against 65% for another word in its place; what the name adds is +13.0 points (95% "
+        "interval -0.2 to +25.7)."
+    )
+    assert words in concluded(attacked, probed(Check.AUGMENT, flip=(90, 30))).text
+    found = concluded(attacked)
+    assert found.strongest is None
+    assert "searching words (5 words before it), 78%, against 65%" in found.text
+    assert "the name adds +13.0 points (95% interval -0.2 to +25.7), which may be" in found.text
+    assert "Whoever" not in found.text
+    assert "Whoever" not in concluded((attempts(90, 0), attempts(90, 0))).text
 
 
 def test_a_single_image_is_no_return():
