@@ -1,6 +1,8 @@
-"""Write the JSON schema of what `slsgu COMMAND --json` prints: artifacts/documents.schema.json.
+"""Write the JSON schemas of what `slsgu COMMAND --json` prints, and of recipes.
 
     python docs/schema.py
+
+They are artifacts/documents.schema.json and artifacts/recipe.schema.json.
 
 Records are described by their types. Tables are listed here, each with its columns; a test
 holds the output of every command to the schema, and the file to what is written here. A
@@ -23,6 +25,7 @@ from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.method.edit import FoundEdit
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
+from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
 from slsgu_cli.records.targets import (
@@ -32,11 +35,14 @@ from slsgu_cli.records.targets import (
     TargetTrial,
     TargetTrials,
 )
+from slsgu_cli.records.words import Place
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
 from slsgu_cli.verification.verdicts import Conclusion
 
 FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"
+RECIPE = FILE.with_name("recipe.schema.json")
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
 CELL: Schema = {"type": ["string", "number", "boolean", "null"]}
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "string"}
@@ -156,6 +162,18 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             "files": PATHS,
         }],
         "sweep": [{"sweep": Sweep, "files": PATHS}],
+        "init": [{"files": PATHS}],
+        "run": [
+            {"plan": table("stage", "requests", "for", "state", "seconds", "why")},
+            {"figures": table("figure", "original", "now", "change"),
+             "bounds?": table("request", "bound", "figure", "result"),
+             "requests": [LedgerRow], "files": PATHS},
+        ],
+        "requests": [{"requests": [LedgerRow]}],
+        "env": [{
+            "versions": table("package", "version"), "devices": table("device", "what"),
+            "extras": table("extra", "package", "version", "for"),
+        }],
         "ls": [{"store": [Entry]}],
         "check": [{"check": [Finding]}, {"edits": [FoundEdit]}],
         "gc": [{"unused": [Finding]}],
@@ -239,17 +257,68 @@ def schema() -> Schema:
     failed = an_object({**head, "command": {"enum": names}, "error": error})
     failed["properties"] |= dict.fromkeys(sorted(known - set(failed["properties"])), True)
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": DRAFT,
         "title": "What `slsgu COMMAND --json` prints",
         "anyOf": [*commands, failed],
         "$defs": dict(sorted(DEFINITIONS.items())),
     }
 
 
-def text() -> str:
-    """Return the file as it should be."""
-    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+def recipe_schema() -> Schema:
+    """Return the schema of a recipe: what editors check and complete its keys by."""
+    whole = _recipe_table(TOP)
+    for key, table in TABLES.items():
+        each = _recipe_table(table)
+        if key == "request":
+            each = {"type": "array", "items": each, "description": table.about}
+        elif table.many:
+            about = {"description": table.about}
+            each = {"type": "object", "additionalProperties": each, **about}
+        whole["properties"][key] = each
+    whole["required"] += ["evaluation"]
+    return {"$schema": DRAFT, "title": "A recipe of slsgu", **whole}
+
+
+def _recipe_table(table: Table) -> Schema:
+    places = table.places()
+    return {
+        "type": "object",
+        "description": table.about,
+        "properties": {key: _recipe_value(place) for key, place in places.items()},
+        "required": [key for key, place in places.items() if place.required],
+        "additionalProperties": False,
+    }
+
+
+def _recipe_value(place: Place) -> Schema:
+    """Return the schema of a key: what its option takes, in the types of TOML."""
+    said, kind = place.option, place.metavar
+    (item,) = typing.get_args(place.kind)[:1] or (place.kind,)
+    one: Schema = {"type": "string"}
+    if place.is_flag:
+        one = {"type": "boolean"}
+    elif isinstance(item, type) and issubclass(item, StrEnum):
+        one = {"enum": [str(each) for each in item]}
+    elif said.read is not None and not place.repeatable:
+        one = {"type": ["string", "integer"]}
+    elif item in (int, float):
+        limits = {"minimum": said.min, "maximum": said.max}
+        one = {"type": PLAIN[item], **{k: v for k, v in limits.items() if v is not None}}
+    about = f"{said.help} [{kind}]" if said.metavar else said.help
+    without = place.default_words()
+    if without is not None:
+        about += f" Without it: {without}."
+    return {**(a_list(one) if place.repeatable else one), "description": about}
+
+
+def texts() -> dict[Path, str]:
+    """Return the files as they should be."""
+    whole = {FILE: schema(), RECIPE: recipe_schema()}
+    return {
+        path: json.dumps(each, indent=1, ensure_ascii=False) + "\n" for path, each in whole.items()
+    }
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
+    for path, text in texts().items():
+        path.write_text(text, encoding="utf-8")

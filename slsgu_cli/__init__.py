@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from slsgu_cli.method.search import search as search
     from slsgu_cli.progress import Sink as Sink
     from slsgu_cli.progress import set_sink as set_sink
+    from slsgu_cli.recipes import forget as forget
+    from slsgu_cli.recipes import run as run
     from slsgu_cli.records.method import Direction as Direction
     from slsgu_cli.records.method import Precision as Precision
     from slsgu_cli.records.method import Steer as Steer
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from slsgu_cli.records.options import PassOptions as PassOptions
     from slsgu_cli.records.options import RankOptions as RankOptions
     from slsgu_cli.records.options import SearchOptions as SearchOptions
+    from slsgu_cli.records.recipe import Outputs as Outputs
+    from slsgu_cli.records.recipe import Recipe as Recipe
+    from slsgu_cli.records.recipe import RemovalRequest as RemovalRequest
     from slsgu_cli.records.sets import ModelSpec as ModelSpec
     from slsgu_cli.records.verification import VerifyRequest as VerifyRequest
     from slsgu_cli.sets.build import build_sets as build_sets
@@ -60,6 +65,8 @@ _FACE = {
         "RankOptions",
         "SearchOptions",
     ),
+    "recipes": ("forget", "run"),
+    "records.recipe": ("Outputs", "Recipe", "RemovalRequest"),
     "records.sets": ("ModelSpec",),
     "records.verification": ("VerifyRequest",),
     "sets.build": ("build_sets",),

@@ -36,8 +36,8 @@ def test_every_name_is_there_and_documented(name):
 
 
 def test_no_other_name_is_there():
-    with pytest.raises(AttributeError, match="no attribute 'forget'"):
-        _ = slsgu_cli.forget
+    with pytest.raises(AttributeError, match="no attribute 'remember'"):
+        _ = slsgu_cli.remember
 
 
 def test_importing_it_imports_nothing_else():

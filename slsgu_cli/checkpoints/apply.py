@@ -200,6 +200,27 @@ def apply_edits(
     return write_copy(CopyPlan(out, all_files(target.path), relative), options, compare, check)
 
 
+def copy_model(
+    target: Target,
+    out: Path,
+    *,
+    options: ApplyOptions,
+    config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Path] | None = None,
+    check: Check | None = None,
+) -> AppliedResult:
+    """Write a copy of a model at `out`, laid out as `apply_edits` does it, without any edit.
+
+    Raises UsageError or InputError, with nothing written.
+    """
+    require_place(target.path, out, overwrite=options.overwrite)
+    if target.path.is_file():
+        copy = _file_copy(target.path, out, FilePlan([], ()), config, beside or {})
+    else:
+        copy = CopyPlan(out, all_files(target.path), {})
+    return write_copy(copy, options, check=check)
+
+
 def require_distinct(edits: Sequence[Edit]) -> None:
     """Refuse to apply no edit, or one edit twice. Raises UsageError."""
     if not edits:

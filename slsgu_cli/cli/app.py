@@ -57,11 +57,17 @@ GROUPS = {
         "trajectory": ("study", "Follow accuracies over a fine grid of steps, layer by layer."),
         "sweep": ("study", "Forget each class of a list, one at a time."),
     },
+    "A whole job, from request to proof": {
+        "init": ("recipe", "Write a recipe to begin from."),
+        "run": ("recipe", "Do what is not done yet of a recipe: forget, write, measure, gate."),
+        "requests": ("recipe", "List the removal requests of a recipe and what became of them."),
+    },
     "The store, and a demonstration": {
         "ls": ("steps", "List what the store holds and what each thing was made from."),
         "check": ("steps", "Read a store and say what is damaged; tell if an edit is in a model."),
         "gc": ("steps", "List what nothing in the store refers to, and remove it."),
-        "demo": ("steps", "Make the embedded CLIP forget a brand, command by command."),
+        "env": ("recipe", "Say what slsgu runs on: versions, devices, extras."),
+        "demo": ("recipe", "Make the embedded CLIP forget a brand, command by command."),
     },
 }
 # The commands that a launcher may start in several processes.

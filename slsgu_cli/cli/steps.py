@@ -14,7 +14,6 @@ from slsgu_cli.records.figures import Assertion, read_assertions, require_known
 from slsgu_cli.records.options import (
     ApplyRequest,
     BuildRequest,
-    DemoOptions,
     MetadataSource,
     PassOptions,
     RankOptions,
@@ -363,14 +362,6 @@ def gc(
     _require_store(session.store)
     found = garbage(session.store)
     tables.unused(session.console, remove(session.store, found) if yes else found)
-
-
-@command("demo")
-def demo(session: Session, options: DemoOptions) -> None:
-    """Example: slsgu demo castle --steer fa5"""
-    from slsgu_cli.cli.demo import demonstrate
-
-    demonstrate(session, options)
 
 
 CAPTIONS_SHOWN = 12

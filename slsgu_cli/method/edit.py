@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from slsgu_cli.checkpoints.apply import (
     AppliedResult,
     apply_edits,
     copies_of,
+    copy_model,
     require_distinct,
 )
 from slsgu_cli.checkpoints.edits import (
@@ -51,7 +53,13 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
 )
-from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions, StrengthOptions
+from slsgu_cli.records.options import (
+    ApplyOptions,
+    ApplyRequest,
+    RankOptions,
+    SearchOptions,
+    StrengthOptions,
+)
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import (
     Artifact,
@@ -267,8 +275,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
         model = _whole_clip(target) if target.family is Family.CLIP else None
     else:
         model = resolve(_shared_model(edits, request.model))
-        target = read_target(model.folder or model.weights)
-        config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
+        target, config = _files_of(model)
     compare = None
     if model is not None and not request.force:
         compare = partial(_other_layers, model, [*edits, *earlier])
@@ -290,6 +297,24 @@ def _beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
     except SlsguError as error:
         progress.warn(f"the tokenizer of {model.spec} cannot be written: {error.message}")
         return {}
+
+
+def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:
+    """Write a copy of a model where a checkpoint with edits would go: without any."""
+    require_regular(out)
+    model = resolve(spec)
+    target, config = _files_of(model)
+    with TemporaryDirectory() as scratch:
+        return copy_model(
+            target, out, options=options, config=config, beside=_beside(model, Path(scratch)),
+            check=lambda folder: why_not_loaded(folder, model),
+        )  # fmt: skip
+
+
+def _files_of(model: ResolvedModel) -> tuple[Target, dict[str, Any]]:
+    """Return a model's files, and the configuration that open_clip loads them by."""
+    config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
+    return read_target(model.folder or model.weights), config
 
 
 def _whole_clip(target: Target) -> ResolvedModel | None:

@@ -180,11 +180,17 @@ def read_assertions(name: str, texts: Sequence[str]) -> tuple[Assertion, ...]:
 
 
 def require_known(
-    assertions: Iterable[Assertion], names: Sequence[str], sets: Iterable[str], *, compared: bool
+    assertions: Iterable[Assertion],
+    names: Sequence[str],
+    sets: Iterable[str],
+    *,
+    compared: bool,
+    said: str = "--assert",
 ) -> None:
     """Raise UsageError for an assertion on a figure that `eval` of these sets does not have.
 
     `sets` are the evaluation sets; what is lost on them is known where models are `compared`.
+    Messages call an assertion what it is `said` by.
     """
     concepts = [""] if len(names) == 1 else [f".{name}" for name in names]
     known = [f"fa{k}{behind}" for behind in concepts for k in (1, 5)]
@@ -193,8 +199,8 @@ def require_known(
     for each in assertions:
         if each.figure not in known:
             raise UsageError(
-                f"--assert {each} is about none of the figures there are: {', '.join(known)}",
-                hint=near(each.figure, known) or f"--assert '{known[0]}<=0'",
+                f"{said} {each} is about none of the figures there are: {', '.join(known)}",
+                hint=near(each.figure, known) or f"{said} '{known[0]}<=0'",
             )
 
 

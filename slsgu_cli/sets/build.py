@@ -11,7 +11,7 @@ from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError
-from slsgu_cli.records.codec import decode, encode
+from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import (
     CollectRequest,
@@ -24,8 +24,14 @@ from slsgu_cli.records.sets import (
 )
 from slsgu_cli.records.words import command_line
 from slsgu_cli.sets.collection import FORGET, RETAIN, Collected, collect
-from slsgu_cli.sets.context import BuildContext, counted, screen_for
-from slsgu_cli.sets.evaluation_sets import EvalPlan, build_eval, plan_eval
+from slsgu_cli.sets.context import BuildContext, counted, file_recipe, screen_for
+from slsgu_cli.sets.evaluation_sets import (
+    EvalPlan,
+    build_eval,
+    plan_eval,
+    read_classes,
+    read_templates,
+)
 from slsgu_cli.sets.inspect import drop
 from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
 from slsgu_cli.sources.captions import matcher
@@ -236,6 +242,40 @@ def _tell(request: BuildRequest, refs: dict[str, DataRef]) -> None:
             f"the retain set has {refs['retain'].rows} rows, {short} fewer than asked for: "
             "no more qualify"
         )
+
+
+def preview(store: Store, request: BuildRequest) -> None:
+    """Read captions and labels, and raise what building a set would end with.
+
+    No image is read. Raises UsageError, MissingError or InputError.
+    """
+    check(request)
+    resolved = models.resolve(request.model)
+    spec = models.input_spec(resolved)
+    context = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), None)
+    _, _, plans = _first_passes(context, request, {})
+    for plan in [*plans, *_plan_reports(context, request, plans)]:
+        if plan.block is None and not plan.rows:
+            raise InputError(
+                f"no row is left for the evaluation set {plan.name}: {counted(plan.refused)}",
+                hint="name its classes as its labels do",
+            )
+    _forget_eval(request, plans)
+
+
+def made_from(request: BuildRequest) -> str:
+    """Return a digest of the files that a set is built from, and of its classes and prompts.
+
+    Raises MissingError or InputError where they cannot be read.
+    """
+    columns = Columns(
+        image=request.image_column, caption=request.caption_column, label=request.label_column
+    )
+    named = {*request.sources, *request.retain_sources}
+    named |= {*request.evals.values(), *request.reports.values()}
+    classes = {name: encode(read_classes(text)) for name, text in request.classes.items()}
+    prompts = {name: list(read_templates(text)) for name, text in request.templates.items()}
+    return digest([file_recipe(open_sources(sorted(named), columns)), classes, prompts])
 
 
 def build_sets(store: Store, request: BuildRequest) -> SetManifest:

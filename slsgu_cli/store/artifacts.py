@@ -54,6 +54,7 @@ class Artifact(StrEnum):
     GENERATED = "generated source"
     GENERATION = "generation"
     ANSWERS = "answers"
+    LEDGER = "ledger"
     UNFINISHED = "unfinished"
 
     def path(self, name: str) -> str:
@@ -199,6 +200,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.GENERATED: Row("generated", "targets.GeneratedSource", has_folder=True),
     Artifact.GENERATION: Row("generations", "targets.Generation", has_folder=True, digests=SHOWN),
+    Artifact.LEDGER: Row("ledgers", "recipe.Ledger", "ledger", "run {}.toml"),
     Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.cli.demo import DATA, demo_request
+from slsgu_cli.cli.recipe import DATA, demo_request
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune

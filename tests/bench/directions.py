@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 
 from slsgu_cli.checkpoints.edits import Edit, load_edit
-from slsgu_cli.cli.demo import DATA, RETAIN_SAMPLES, demo_request
+from slsgu_cli.cli.recipe import DATA, RETAIN_SAMPLES, demo_request
 from slsgu_cli.clip.evaluation import EvaluationSet, prepare
 from slsgu_cli.clip.models import tokenizer
 from slsgu_cli.clip.towers import CacheBudget

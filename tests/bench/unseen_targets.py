@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unseen import enough_images
 
-from slsgu_cli.cli.demo import demo_request
+from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.downstream.search import SteerResult, search_target
 from slsgu_cli.errors import SlsguError

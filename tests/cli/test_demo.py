@@ -20,7 +20,7 @@ from processes import inside, slsgu
 from safetensors.numpy import load_file
 
 from slsgu_cli.cli import demo
-from slsgu_cli.cli.demo import DATA
+from slsgu_cli.cli.recipe import DATA
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "open_clip_model.safetensors"

@@ -1,0 +1,695 @@
+"""What `slsgu run` does: the stages of a recipe that are not done yet, their outputs, a ledger.
+
+A stage is done where the ledger has it as it is asked for now, and what it made still stands
+in the store. It is looked at again just before it would be run, so what a stage before it made
+to the same bytes is not made of anew.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.models import LOCAL, device_name, fingerprint, load, pick_device, resolve
+from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, SlsguError
+from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
+from slsgu_cli.method.evaluate import EvalResult, evaluate
+from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.method.search import search_each
+from slsgu_cli.records.codec import decode, digest, encode
+from slsgu_cli.records.figures import PassTime
+from slsgu_cli.records.options import ApplyOptions, ApplyRequest, BuildRequest, ReportRequest
+from slsgu_cli.records.recipe import (
+    FIELDS_OF_ROW,
+    BoundCheck,
+    Ledger,
+    LedgerRow,
+    Outputs,
+    Recipe,
+    RemovalRequest,
+    RequestEvent,
+    RequestState,
+    Stage,
+    StageRecord,
+    Together,
+    read_recipe,
+)
+from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.report.page import write_report
+from slsgu_cli.sets.build import build_sets, made_from, preview
+from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
+from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.store.files import replacing
+from slsgu_cli.store.sharing import held
+from slsgu_cli.store.store import Store
+from slsgu_cli.study.joint import joint_search
+
+# What a stage of requests leaves in the store.
+KINDS = {
+    Stage.SET: Artifact.SET,
+    Stage.GRADIENTS: Artifact.POINTER,
+    Stage.RANKING: Artifact.RANKING,
+    Stage.SEARCH: Artifact.EDIT,
+}
+# Options that change nothing of what is made.
+SPEED = ("device", "memory_budget", "cache_budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage for one request, for several, or of one output."""
+
+    stage: Stage
+    names: tuple[str, ...]
+    place: Path | None = None
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], str | None]:
+        """What the ledger finds it by."""
+        if self.place is None:
+            return self.stage, self.names, None
+        return self.stage, (), str(self.place)
+
+    @property
+    def about(self) -> str:
+        """What it is for, in a few words."""
+        if self.place is not None:
+            return str(self.place)
+        return self.names[0] if len(self.names) == 1 else f"{len(self.names)} requests"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A step, why it is to be done (None where it is done), and why it cannot be.
+
+    `seconds` is what such steps took in this store, by their median.
+    """
+
+    step: Step
+    why: str | None
+    trouble: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something that a run tells a program: a step that begins or ends, or the end."""
+
+    event: str
+    stage: str | None
+    requests: tuple[str, ...]
+    place: str | None = None
+    why: str | None = None
+    seconds: float | None = None
+    left: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a recipe has come to: its ledger, and the steps that this run did."""
+
+    recipe: Recipe
+    ledger: Ledger
+    done: tuple[Step, ...]
+
+    @property
+    def rows(self) -> list[LedgerRow]:
+        """The ledger's rows of requests that are not withdrawn."""
+        return [row for row in self.ledger.rows if row.state is not RequestState.WITHDRAWN]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of the last evaluation by name, as `fa1.NAME` and `loss.SET`."""
+        return self.ledger.figures
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the model without the requests is."""
+        return self.recipe.outputs.checkpoint
+
+
+def forget(
+    *,
+    model: str | ModelSpec,
+    concept: str,
+    source: str | Sequence[str],
+    evaluation: dict[str, str],
+    out: str | Path,
+    store: Store | str = "slsgu-store",
+    **options: Any,
+) -> RunResult:
+    """Make a model forget a concept, from its rows to the checkpoint at `out`.
+
+    `evaluation` has sources of labelled images by name; `options` are fields of `BuildRequest`,
+    such as `templates`. Figures and the path are in the result. Raises what the commands
+    raise, and NotForgottenError.
+    """
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    recipe = Recipe(
+        name=concept,
+        model=ModelSpec(model) if isinstance(model, str) else model,
+        sets=BuildRequest(sources=sources, evals=evaluation, **options),
+        requests=(RemovalRequest(name=concept),),
+        outputs=Outputs(checkpoint=Path(out)),
+    )
+    result = run(recipe, store=store)
+    require_met(result)
+    return result
+
+
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    store: Store | str = "slsgu-store",
+    tell: Callable[[RunEvent], None] = lambda event: None,
+) -> RunResult:
+    """Do what is not done yet of a recipe, or of that in a file, and keep its ledger.
+
+    What it is at goes to `tell`. Raises InputError before the first step where one cannot
+    succeed, and what the commands raise.
+    """
+    job = Job.of(recipe, store)
+    with held(job.store, job.path, what=f"the run of {job.recipe.name}"):
+        job.ledger = job.read_ledger()
+        return job.run(tell)
+
+
+def plan(recipe: Recipe | str | Path, *, store: Store | str = "slsgu-store") -> list[PlannedStep]:
+    """Return the steps of a recipe: which are done, which are to be done and why."""
+    return Job.of(recipe, store).plan()
+
+
+def requests_of(
+    recipe: Recipe | str | Path, *, store: Store | str = "slsgu-store"
+) -> list[LedgerRow]:
+    """Return the requests of a recipe's ledger; those whose steps do not stand are open."""
+    return Job.of(recipe, store).rows()
+
+
+def require_met(result: RunResult) -> None:
+    """Raise AssertionsError or NotForgottenError unless every request is within its bounds."""
+    failed = [
+        f"{check.bound} of {row.name} is {check.figure:.4g}"
+        for row in result.rows
+        for check in row.checks
+        if not check.holds
+    ]
+    if failed:
+        raise AssertionsError(f"{len(failed)} bounds are not met: {'; '.join(failed)}")
+    left = [row.name for row in result.rows if row.state is not RequestState.FORGOTTEN]
+    if left:
+        raise NotForgottenError(
+            f"no step forgets {', '.join(left)}", hint="give [search] more steps, or other layers"
+        )
+
+
+@dataclass(slots=True)
+class Lacking(Exception):
+    """What a step is made from is not there yet."""
+
+    what: str
+
+
+class Job:
+    """A recipe with its store and its ledger, while it is planned or run."""
+
+    def __init__(self, store: Store, recipe: Recipe) -> None:
+        self.store, self.recipe = store, recipe
+        self.path = Artifact.LEDGER.path(recipe.name)
+        self.ledger = self.read_ledger()
+        self.catalog = Catalog(store)
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path, store: Store | str) -> "Job":
+        """Return the job of a recipe, or of that in a file. Raises InputError, UsageError."""
+        read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+        return cls(Store(store) if isinstance(store, str) else store, read)
+
+    @cached_property
+    def weights(self) -> str:
+        """The fingerprint of the original model. Raises InputError, MissingError."""
+        return fingerprint(resolve(self.recipe.model))
+
+    @cached_property
+    def device(self) -> str:
+        """What searches run on."""
+        return device_name(pick_device(self.recipe.search.device))
+
+    def read_ledger(self) -> Ledger:
+        """Return the ledger as it is in the store, or an empty one."""
+        if self.store.exists(self.path):
+            return self.store.read_record(self.path, Ledger)
+        return Ledger(self.recipe.name, self.recipe.model, (), (), slsgu_cli.__version__)
+
+    def steps(self) -> list[Step]:
+        """Return everything that the recipe asks for, in order."""
+        recipe, names, out = self.recipe, self.recipe.names, self.recipe.outputs
+        steps = [Step(Stage.SET, (name,)) for name in names]
+        for name in names:
+            steps += [Step(Stage.GRADIENTS, (name,)), Step(Stage.RANKING, (name,))]
+        joint = recipe.together is Together.JOINT
+        steps += [Step(Stage.SEARCH, each) for each in ([names] if joint else zip(names)) if each]
+        if out.checkpoint:
+            steps.append(Step(Stage.CHECKPOINT, names, out.checkpoint))
+        for target in sorted({path for request in recipe.requests for path in request.targets}):
+            wanted = tuple(r.name for r in recipe.requests if target in r.targets)
+            place = (out.targets or Path()) / target.resolve().name
+            steps.append(Step(Stage.TARGET, wanted, place))
+        if out.edits:
+            steps.append(Step(Stage.EDITS, names, out.edits))
+        if names:
+            steps.append(Step(Stage.FIGURES, names))
+        if out.report and names:
+            steps.append(Step(Stage.REPORT, names, out.report))
+        return steps
+
+    def asked(self, step: Step) -> dict[str, str]:
+        """Return digests of a step's options and of what it is made from. Raises Lacking."""
+        recipe, get = self.recipe, self._record
+        sets = [get(Artifact.SET, name) for name in step.names] if step.stage != Stage.SET else []
+        if step.stage is Stage.SET:
+            request = recipe.set_of(recipe.request(step.names[0]))
+            return {"rows or classes": made_from(request), "weights": self.weights}
+        if step.stage is Stage.GRADIENTS:
+            rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
+            options = _options(recipe.grad)
+            return {"options": options, "rows": digest(rows), "weights": self.weights}
+        if step.stage is Stage.RANKING:
+            pointer = get(Artifact.POINTER, step.names[0])
+            gradients = digest([pointer.forget, pointer.retain, pointer.retain_data])
+            return {"options": _options(recipe.rank), "gradients": gradients}
+        if step.stage is Stage.SEARCH:
+            rankings = [digest(get(Artifact.RANKING, name)) for name in step.names]
+            measured = [evaluation_blocks(manifest) for manifest in sets]
+            return {
+                "requests": digest(step.names),
+                "options": digest([recipe.together, _options(recipe.search)]),
+                "ranking": digest(rankings),
+                "evaluation rows": digest(measured),
+                "earlier edits": self._edits(self._before(step)),
+            }
+        asked = {"edits": self._edits(step.names), "weights": self.weights}
+        if step.stage is Stage.TARGET:
+            asked["target"] = _stamps(self._target(step))
+        if step.stage in (Stage.FIGURES, Stage.REPORT):
+            asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
+            asked["checkpoint"] = self._made_of(Stage.CHECKPOINT)
+        if step.stage is Stage.REPORT:
+            checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
+            asked["verifications"] = digest([each and digest(each) for each in checks])
+        return asked
+
+    def made(self, step: Step) -> str:
+        """Return a digest of what a step made, as it is there now. Raises Lacking."""
+        if step.stage is Stage.FIGURES:
+            return digest(self.ledger.figures)
+        if step.place is None:
+            return digest([digest(self._record(KINDS[step.stage], name)) for name in step.names])
+        if step.stage is Stage.EDITS:
+            files = {name: step.place / f"{name}.safetensors" for name in step.names}
+        else:
+            files = all_files(step.place) if step.place.is_dir() else {"": step.place}
+        return digest({name: _sha256(path) for name, path in files.items()})
+
+    def why(self, step: Step) -> str | None:
+        """Return why a step is to be done; None where it is done and stands."""
+        record = self.ledger.stage(step.key)
+        try:
+            asked = self.asked(step)
+            if record is None or not record.made:
+                return "not done yet"
+            others = [what for what, now in asked.items() if record.asked.get(what) != now]
+            if others:
+                return f"other {', '.join(others)} than before"
+            if trouble := self._fallen(step):
+                return trouble
+            if step.stage is not Stage.SET and self.made(step) != record.made:
+                return "what it made was made otherwise since"
+        except Lacking as lacking:
+            return f"there is no {lacking.what} yet" if record is None else f"no {lacking.what}"
+        except OSError as error:
+            return f"what it made cannot be read: {error.strerror or error}"
+        return None
+
+    def _fallen(self, step: Step) -> str | None:
+        """Return why what a step left in the store cannot be used; None where it can."""
+        if step.stage not in KINDS:
+            return None
+        kind = KINDS[step.stage]
+        for name in step.names:
+            record = self._record(kind, name)
+            state, reason = self.catalog.standing(kind, name, record)
+            if state is not Standing.OK:
+                return reason
+            if isinstance(record, SetManifest) and not self._is_as_asked(record):
+                return "the set was built otherwise since"
+        return None
+
+    def _is_as_asked(self, manifest: SetManifest) -> bool:
+        """Return whether a set was built as the recipe says, rows dropped by hand aside."""
+        wanted = self.recipe.set_of(self.recipe.request(manifest.name))
+        built = decode(BuildRequest, manifest.request) if manifest.request else None
+        return built is not None and encode(replace(built, dropped={})) == encode(wanted)
+
+    def _record(self, kind: Artifact, name: str) -> Any:
+        record = self.catalog.get(kind, name)
+        if record is None:
+            raise Lacking(f"{kind} of {name}")
+        return record
+
+    def _edits(self, names: Sequence[str]) -> str:
+        return digest({name: digest(self._record(Artifact.EDIT, name)) for name in names})
+
+    def _before(self, step: Step) -> tuple[str, ...]:
+        """Return the requests whose edits a search stands on."""
+        names = self.recipe.names
+        if self.recipe.together is not Together.AFTER:
+            return ()
+        return names[: names.index(step.names[0])]
+
+    def _target(self, step: Step) -> Path:
+        paths = {path for request in self.recipe.requests for path in request.targets}
+        return next(p for p in sorted(paths) if step.place and p.resolve().name == step.place.name)
+
+    def _made_of(self, stage: Stage) -> str:
+        return next((each.made for each in self.ledger.stages if each.stage == stage), "")
+
+    def plan(self) -> list[PlannedStep]:
+        """Return every step with what it lacks, what stands in its way, and how long it takes."""
+        typical = self._typical_seconds()
+        planned = []
+        behind: dict[str, str] = {}
+        for step in self.steps():
+            why = self.why(step)
+            trouble = self._trouble(step) if why else None
+            earlier = [f"after {behind[name]} of {name}" for name in step.names if name in behind]
+            why = why or next(iter(earlier), None)
+            if why and step.place is None:
+                behind |= {name: step.stage for name in step.names if name not in behind}
+            seconds = typical.get(step.stage)
+            if step.stage is Stage.SEARCH and seconds is not None:
+                seconds *= len(step.names)
+            planned.append(PlannedStep(step, why, trouble, seconds if why else 0.0))
+        return planned
+
+    def _typical_seconds(self) -> dict[Stage, float]:
+        """Return the median seconds of each stage in this store, a search by request."""
+        took: dict[Stage, list[float]] = {}
+        for ledger in self.catalog.readable(Artifact.LEDGER).values():
+            for each in ledger.stages:
+                if each.made and each.took.where == self.device:
+                    share = len(each.names) if each.stage is Stage.SEARCH else 1
+                    took.setdefault(each.stage, []).append(each.took.seconds / share)
+        if Stage.SEARCH not in took:
+            trials = self.catalog.readable(Artifact.TRIALS).values()
+            searches = [each.took.seconds for each in trials if each.took]
+            if searches:
+                took[Stage.SEARCH] = searches
+        return {stage: median(seconds) for stage, seconds in took.items()}
+
+    @cached_property
+    def _model_trouble(self) -> str | None:
+        try:
+            _ = self.weights
+            load(resolve(self.recipe.model), "cpu")
+        except SlsguError as error:
+            return error.message
+        return None
+
+    def _trouble(self, step: Step) -> str | None:
+        """Return why a step that is to be done cannot succeed; None where nothing is known."""
+        try:
+            if step.stage is Stage.SET:
+                if self._model_trouble:
+                    return self._model_trouble
+                with progress.silent():
+                    preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
+            elif step.stage is Stage.TARGET:
+                read_target(self._target(step))
+            if step.place is not None and not self.ledger.stage(step.key):
+                others = step.place.exists() and step.stage is not Stage.EDITS
+                if others and (step.place.is_file() or any(step.place.iterdir())):
+                    return f"{step.place} is there already, and not of this recipe"
+        except SlsguError as error:
+            return error.message
+        return None
+
+    def run(self, tell: Callable[[RunEvent], None]) -> RunResult:
+        """Do every step that is to be done, and keep the ledger."""
+        planned = self.plan()
+        self._refuse_troubles(planned)
+        self._withdraw()
+        left = sum(each.seconds or 0.0 for each in planned)
+        done: list[Step] = []
+        pending = [each for each in planned if each.why]
+        for number, each in enumerate(pending, 1):
+            self.catalog = Catalog(self.store)
+            if each.step in done or (why := self.why(each.step)) is None:
+                left -= each.seconds or 0.0
+                continue
+            step = each.step
+            known = f" (about {_duration(left)} left)" if left > 0 else ""
+            progress.note(f"[{number}/{len(pending)}] {step.stage} {step.about}{known}")
+            tell(_event("begin", step, why=why, left=left or None))
+            for finished, seconds in self._do(step, [p.step for p in pending]):
+                done.append(finished)
+                tell(_event("end", finished, seconds=seconds))
+            left -= each.seconds or 0.0
+        self._settle()
+        tell(RunEvent("finished", None, self.recipe.names))
+        return RunResult(self.recipe, self.ledger, tuple(done))
+
+    def _refuse_troubles(self, planned: Sequence[PlannedStep]) -> None:
+        troubles = [each for each in planned if each.trouble]
+        if troubles:
+            told = dict.fromkeys(f"{t.step.stage} {t.step.about}: {t.trouble}" for t in troubles)
+            raise InputError(
+                f"nothing was begun, for it cannot end: {'; '.join(told)}",
+                hint=f"correct the recipe {self.recipe.name}; --plan shows all of it",
+            )
+
+    def _do(self, step: Step, pending: Sequence[Step]) -> Iterator[tuple[Step, float]]:
+        """Do a step, and further searches where they share its model; record and yield each."""
+        started = perf_counter()
+        if step.stage is Stage.SEARCH and self.recipe.together is Together.SUM:
+            searches = [p for p in pending if p.stage is Stage.SEARCH and self.why(p)]
+            names = [p.names[0] for p in searches]
+            results = search_each(self.store, names, options=self.recipe.search)
+            for each, result in zip(searches, results, strict=True):
+                draw_steps(self.store, result)
+                yield each, self._recorded(each, started)
+                started = perf_counter()
+            return
+        if step.place is not None:
+            # What is there from now on is this recipe's, and may be replaced by a later run.
+            self._keep(step, {}, "", 0.0)
+        _DO[step.stage](self, step)
+        yield step, self._recorded(step, started)
+
+    def _recorded(self, step: Step, started: float) -> float:
+        seconds = perf_counter() - started
+        self.catalog = Catalog(self.store)
+        self._keep(step, self.asked(step), self.made(step), seconds)
+        return seconds
+
+    def _keep(self, step: Step, asked: dict[str, str], made: str, seconds: float) -> None:
+        took = PassTime(seconds, self.device)
+        place = str(step.place) if step.place else None
+        record = StageRecord(step.stage, step.names, place, asked, made, took)
+        self.ledger = self.ledger.with_stage(record)
+        self._write()
+
+    def _write(self) -> None:
+        self.store.write_record(self.path, replace(self.ledger, version=slsgu_cli.__version__))
+
+    def _build(self, step: Step) -> None:
+        request = self.recipe.set_of(self.recipe.request(step.names[0]))
+        manifest = self.catalog.get(Artifact.SET, request.name)
+        if manifest is not None and manifest.concept == request.concept and manifest.request:
+            # Rows that a person took out stay out.
+            dropped = decode(BuildRequest, manifest.request).dropped
+            request = replace(request, dropped=dropped)
+        build_sets(self.store, request)
+
+    def _grade(self, step: Step) -> None:
+        compute_gradients(self.store, step.names[0], options=self.recipe.grad)
+
+    def _rank(self, step: Step) -> None:
+        rank_and_plot(self.store, step.names[0], options=self.recipe.rank)
+
+    def _search(self, step: Step) -> None:
+        options = self.recipe.search
+        if len(step.names) > 1:
+            joint_search(self.store, step.names, options=options)
+            return
+        options = replace(options, after=self._before(step))
+        for result in search_each(self.store, step.names, options=options):
+            draw_steps(self.store, result)
+
+    def _apply(self, step: Step) -> None:
+        target = self._target(step) if step.stage is Stage.TARGET else None
+        out = step.place or Path()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not step.names:
+            copy_original(self.recipe.model, out, options=ApplyOptions(overwrite=True))
+            return
+        request = ApplyRequest(names=step.names, out=out, target=target, overwrite=True)
+        apply(self.store, request)
+
+    def _copy_edits(self, step: Step) -> None:
+        folder = step.place or Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in step.names:
+            with replacing(folder / f"{name}.safetensors") as partial:
+                partial.write_bytes(self.store.read_bytes(Artifact.EDIT.path(name)))
+        for row in self.ledger.rows:
+            if row.state is RequestState.WITHDRAWN and row.name not in step.names:
+                with suppress(FileNotFoundError):
+                    (folder / f"{row.name}.safetensors").unlink()
+
+    def _measure(self, step: Step) -> None:
+        out, model = self.recipe.outputs.checkpoint, self.recipe.model
+        spec = None
+        if out is not None:
+            single = out.is_file()
+            spec = ModelSpec(model.name, str(out)) if single else ModelSpec(f"{LOCAL}{out}")
+        result = evaluate(self.store, step.names, model=spec, device=self.recipe.search.device)
+        before, after = result.models[0].forget, result.models[-1].forget
+        figures = result.figures()
+        rows = {row.name: row for row in self.ledger.rows}
+        for name in step.names:
+            measured = replace(
+                self._row(name),
+                before=before[name],
+                after=after[name],
+                layer=self._record(Artifact.EDIT, name).layer,
+            )
+            rows[name] = measured
+        original = EvalResult(result.names, result.models[:1], None).figures()
+        self.ledger = replace(
+            self.ledger, figures=figures, original=original, rows=tuple(rows.values())
+        )
+
+    def _report(self, step: Step) -> None:
+        out = step.place or Path()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        device = self.recipe.search.device
+        request = ReportRequest(names=step.names, out=out, overwrite=True, device=device)
+        write_report(self.store, request)
+
+    def _row(self, name: str) -> LedgerRow:
+        """Return the ledger's row of a request as the recipe describes it now."""
+        request = self.recipe.request(name)
+        said = {key: getattr(request, key) for key in FIELDS_OF_ROW}
+        known = next((row for row in self.ledger.rows if row.name == name), None)
+        if known is not None:
+            return replace(known, **said)
+        return LedgerRow(**said, state=RequestState.OPEN, events=())
+
+    def rows(self) -> list[LedgerRow]:
+        """Return the ledger's rows with the states that they have now."""
+        undone = [step for step in self.steps() if self.why(step)]
+        rows = {row.name: row for row in self.ledger.rows}
+        for name in rows.keys() - set(self.recipe.names):
+            rows[name] = replace(rows[name], state=RequestState.WITHDRAWN)
+        for name in self.recipe.names:
+            is_open = any(name in step.names for step in undone)
+            row = self._row(name)
+            rows[name] = replace(row, state=RequestState.OPEN) if is_open else row
+        return [rows[name] for name in sorted(rows)]
+
+    def _withdraw(self) -> None:
+        """Enter requests that are new as open, and those that are gone as withdrawn."""
+        rows = {row.name: row for row in self.ledger.rows}
+        for name in self.recipe.names:
+            row = self._row(name)
+            is_new = not row.events or row.state is RequestState.WITHDRAWN
+            rows[name] = _entered(row, RequestState.OPEN, {}) if is_new else row
+        for name in rows.keys() - set(self.recipe.names):
+            if rows[name].state is not RequestState.WITHDRAWN:
+                rows[name] = _entered(rows[name], RequestState.WITHDRAWN, {})
+        self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
+        self._write()
+
+    def _settle(self) -> None:
+        """Enter what became of each request, with digests of its edit and of the outputs."""
+        current = {step.key for step in self.steps()}
+        stages = (s for s in self.ledger.stages if s.key in current or len(s.names) == 1)
+        self.ledger = replace(self.ledger, stages=tuple(stages))
+        outputs = {s.place: s.made for s in self.ledger.stages if s.place and s.made}
+        rows = {row.name: row for row in self.ledger.rows}
+        for request in self.recipe.requests:
+            row = self._row(request.name)
+            header = self._record(Artifact.EDIT, row.name)
+            checks = tuple(self._checks(request))
+            met = all(check.holds for check in checks) if checks else bool(header.forgotten)
+            state = RequestState.FORGOTTEN if met else RequestState.OUT_OF_BOUNDS
+            digests = {"edit": digest(header), **outputs}
+            rows[row.name] = _entered(replace(row, checks=checks), state, digests)
+        self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
+        self._write()
+
+    def _checks(self, request: RemovalRequest) -> Iterator[BoundCheck]:
+        figures = self.ledger.figures
+        for bound in self.recipe.bounds_of(request):
+            own = f"{bound.figure}.{request.name}" if bound.figure in ("fa1", "fa5") else ""
+            value = figures.get(own or bound.figure, float("nan"))
+            yield BoundCheck(str(bound), value, bound.holds(value))
+
+
+_DO: dict[Stage, Callable[[Job, Step], None]] = {
+    Stage.SET: Job._build,
+    Stage.GRADIENTS: Job._grade,
+    Stage.RANKING: Job._rank,
+    Stage.SEARCH: Job._search,
+    Stage.CHECKPOINT: Job._apply,
+    Stage.TARGET: Job._apply,
+    Stage.EDITS: Job._copy_edits,
+    Stage.FIGURES: Job._measure,
+    Stage.REPORT: Job._report,
+}
+
+
+def _entered(row: LedgerRow, state: RequestState, digests: dict[str, str]) -> LedgerRow:
+    """Return a row with an event of today, unless its last one says the same."""
+    last = row.events[-1] if row.events else None
+    if last is not None and (last.state, last.digests) == (state, digests):
+        return replace(row, state=state)
+    event = RequestEvent(datetime.now(UTC).date().isoformat(), state, digests)
+    return replace(row, state=state, events=(*row.events, event))
+
+
+def _event(event: str, step: Step, **more: Any) -> RunEvent:
+    place = str(step.place) if step.place else None
+    return RunEvent(event, step.stage, step.names, place, **more)
+
+
+def _options(record: Any) -> str:
+    said = {key: value for key, value in encode(record).items() if key not in SPEED}
+    return digest(said)
+
+
+def _stamps(folder: Path) -> str:
+    """Return a digest of the names, sizes and times of a model's files."""
+    files = all_files(folder) if folder.is_dir() else {"": folder}
+    states = {name: path.stat() for name, path in files.items()}
+    return digest({name: [s.st_size, s.st_mtime_ns] for name, s in states.items()})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

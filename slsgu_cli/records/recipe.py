@@ -1,0 +1,514 @@
+"""A recipe: models, rows, options, removal requests and outputs of one job; and its ledger.
+
+A recipe is TOML. Its tables are read into the records that commands are asked with, by the
+names of their fields; what a table holds that no field takes is refused with its line.
+"""
+
+import re
+import tomllib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slsgu_cli.errors import InputError, MissingError, UsageError, near
+from slsgu_cli.records.codec import added
+from slsgu_cli.records.figures import Accuracy, Assertion, PassTime, read_assertions, require_known
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.sets import ModelSpec, check_name
+from slsgu_cli.records.studies import CLASS
+from slsgu_cli.records.words import EVALUATION, OUTPUT, ROWS, Place, build, option, places
+
+
+class Together(StrEnum):
+    """How the edits of several requests come into one checkpoint.
+
+    Searched jointly; each by itself, and their sum; or each on top of those before it.
+    """
+
+    JOINT = "joint"
+    SUM = "sum"
+    AFTER = "after"
+
+
+def _day(name: str, text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise UsageError(f"{name} {text} is no date", hint=f"{name} = 2026-11-01") from None
+
+
+BOUNDS: dict[str, Any] = {"metavar": "BOUND", "read": read_assertions, "panel": EVALUATION}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovalRequest:
+    """What somebody asked to be removed, and when that is done.
+
+    `concept` is the class's name, the request's own by default. `reference` is whatever the
+    requester knows it by. With `sources`, its forget rows come from there.
+    """
+
+    name: str = option(..., help="Name of the request, and of its set and edit.")
+    concept: str = option("", help="What to forget.", without="the name")
+    aliases: Sequence[str] = option((), help="Other words that captions name it by.")
+    exclusions: Sequence[str] = option((), help="Captions with these words are of something else.")
+    sources: Sequence[str] = option((), help="Its own sources.", without="those of [sets]")
+    id: str | None = option(None, help="Its number in another system.")
+    received: str | None = option(None, help="Day it was received.", read=_day, metavar="DATE")
+    reference: str | None = option(None, help="What the requester knows it by.")
+    note: str | None = option(None, help="Anything to remember.")
+    targets: Sequence[Path] = option((), help="Models built on CLIP to take it out of, too.")
+    bounds: tuple[Assertion, ...] = option(
+        (), help="What figures must be, as `fa1 <= 0` or `loss.SET <= 0.5`.", **BOUNDS
+    )
+
+    def __post_init__(self) -> None:
+        """Take the name for the concept where there is no other. Raises UsageError."""
+        check_name(self.name)
+        if not self.concept:
+            object.__setattr__(self, "concept", self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRows:
+    """One evaluation set: where its rows are, and what they are compared with."""
+
+    source: str = option(..., help="Labelled images to measure on.", panel=EVALUATION)
+    classes: str | None = option(None, help="Class names: a file, or `imagenet`.", panel=EVALUATION)
+    templates: str | None = option(None, help="Prompts: a file or a built-in.", panel=EVALUATION)
+    report: str | None = option(
+        None, help="Other rows for the figures.", panel=EVALUATION, without="a share of the source"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What a run writes beside its store: nothing, as long as nothing is named."""
+
+    checkpoint: Path | None = option(None, help="The model without all of them.", panel=OUTPUT)
+    targets: Path | None = option(
+        None, help="Folder of the models of `targets`, each by its name.", panel=OUTPUT
+    )
+    edits: Path | None = option(None, help="Folder of their edits.", panel=OUTPUT)
+    report: Path | None = option(None, help="HTML page of what was done.", panel=OUTPUT)
+
+
+# Fields of the records of commands that a recipe says elsewhere, or has no use for.
+_OF_REQUEST = ("name", "concept", "model", "match", "not_match", "collect", "dropped")
+_OF_EVALUATION = ("evals", "classes", "templates", "reports", "forget_eval")
+OMITTED: dict[str, Collection[str]] = {
+    "sets": (*_OF_REQUEST, *_OF_EVALUATION), "grad": ("shard",), "search": ("after",)
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A job of removals. `sets` is of no concept: its sources may hold `{}` for one.
+
+    With `shared_retain`, the rows to retain are about none of the requests, and all share them:
+    one gradient, which is computed anew for every request that comes or goes. `bounds` are of
+    every request beside its own.
+    """
+
+    name: str
+    model: ModelSpec
+    sets: BuildRequest
+    grad: PassOptions = PassOptions()
+    rank: RankOptions = RankOptions()
+    search: SearchOptions = SearchOptions()
+    together: Together = Together.JOINT
+    shared_retain: bool = False
+    bounds: tuple[Assertion, ...] = ()
+    requests: tuple[RemovalRequest, ...] = ()
+    outputs: Outputs = Outputs()
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself. Raises UsageError."""
+        check_name(self.name)
+        names = self.names
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"the request {name} is there twice", hint="give it once")
+        if not self.sets.evals:
+            raise UsageError("there is no evaluation set", hint="add a table [evaluation.NAME]")
+        for request in self.requests:
+            if not (request.sources or self.sets.sources):
+                raise UsageError(
+                    f"the request {request.name} has no sources", hint="[sets] sources"
+                )
+            if request.targets and self.outputs.targets is None:
+                raise UsageError(
+                    f"the request {request.name} has targets, and nothing says where they go",
+                    hint='[outputs] targets = "FOLDER"',
+                )
+            require_known(
+                self.bounds_of(request), [request.name], self.sets.evals, compared=True,
+                said=f"the bound of {request.name}",
+            )  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the requests, in their order."""
+        return tuple(request.name for request in self.requests)
+
+    def request(self, name: str) -> RemovalRequest:
+        """Return the request of a name. Raises UsageError."""
+        for request in self.requests:
+            if request.name == name:
+                return request
+        raise UsageError(
+            f"the recipe {self.name} has no request {name}",
+            hint=near(name, self.names) or f"it has {', '.join(self.names) or 'none'}",
+        )
+
+    def bounds_of(self, request: RemovalRequest) -> tuple[Assertion, ...]:
+        """Return what figures must be for a request."""
+        return (*self.bounds, *request.bounds)
+
+    def set_of(self, request: RemovalRequest) -> BuildRequest:
+        """Return the set to build for a request."""
+        from urllib.parse import quote
+
+        sources = [*(request.sources or self.sets.sources)]
+        excluded = [*self.sets.retain_exclude]
+        if self.shared_retain:
+            excluded += [word for each in self.requests for word in (each.concept, *each.aliases)]
+        return replace(
+            self.sets,
+            name=request.name,
+            concept=request.concept,
+            model=self.model,
+            match=(request.concept, *request.aliases) if request.aliases else (),
+            not_match=tuple(request.exclusions),
+            sources=tuple(text.replace(CLASS, quote(request.concept)) for text in sources),
+            retain_exclude=tuple(dict.fromkeys(excluded)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of a recipe: the record it is read into, what it is for, and fields it has not.
+
+    There may be `many`, in a row or by a name of their own.
+    """
+
+    kind: type
+    about: str
+    omit: Collection[str] = ()
+    many: bool = False
+
+    def places(self) -> dict[str, Place]:
+        """Return the options of the table by their keys."""
+        listed = places(self.kind)
+        return {p.path[-1]: _keyed(p) for p in listed if p.path[0] not in self.omit}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Top:
+    """The keys of a recipe before its first table."""
+
+    name: str = option("", help="Name of the recipe.", without="that of the file")
+    model: str = option(..., help="The model, as for --model.")
+    pretrained: str | None = option(None, help="Weights of a model name, as for --pretrained.")
+    bounds: tuple[Assertion, ...] = option((), help="Bounds of every request.", **BOUNDS)
+    together: Together = option(
+        Together.JOINT, help="Search requests jointly, each alone (sum), or each after the others."
+    )
+    shared_retain: bool = option(
+        False, help="One retain set for all requests, about none of them.", panel=ROWS
+    )
+
+
+TOP = Table(_Top, "A removal job: model, rows, options, requests, outputs.")
+TABLES = {
+    "sets": Table(BuildRequest, "Where rows come from.", OMITTED["sets"]),
+    "evaluation": Table(EvaluationRows, "What to measure on, by name.", many=True),
+    "grad": Table(PassOptions, "How gradients are computed.", OMITTED["grad"]),
+    "rank": Table(RankOptions, "How layers are ranked."),
+    "search": Table(SearchOptions, "How edits are searched.", OMITTED["search"]),
+    "request": Table(RemovalRequest, "Something to remove.", many=True),
+    "outputs": Table(Outputs, "What is written."),
+}
+
+
+def _keyed(place: Place) -> Place:
+    """Return an option as a recipe has it: called by its key, once."""
+    said = replace(place.option, flags=(place.path[-1],), once=False)
+    return replace(place, option=said)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a TOML file. Raises MissingError, InputError."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no recipe {path}", hint=f"slsgu init {path}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, path: str) -> Recipe:
+    """Return the recipe that a text is, which lies at `path`. Raises InputError."""
+    try:
+        content = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    return _Reading(text, path).recipe(content)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A recipe's text while it is read, so that what is wrong with it is told with its line."""
+
+    text: str
+    path: str
+
+    def recipe(self, content: dict[str, Any]) -> Recipe:
+        """Return the recipe. Raises InputError."""
+        above = {key: value for key, value in content.items() if key not in TABLES}
+        top: _Top = self._record(TOP, above, "", known=[*TOP.places(), *TABLES])
+        by_name: dict[str, Any] = self._tables(content, "evaluation", dict)
+        requests: list[Any] = self._tables(content, "request", list)
+        read = {
+            key: self._record(table, content.get(key, {}), key)
+            for key, table in TABLES.items()
+            if not table.many
+        }
+        evaluation = {
+            name: self._record(TABLES["evaluation"], value, f"evaluation.{name}")
+            for name, value in by_name.items()
+        }
+        listed = tuple(
+            self._record(TABLES["request"], value, "request", number)
+            for number, value in enumerate(requests)
+        )
+        with_evaluation = replace(
+            read["sets"],
+            evals={name: each.source for name, each in evaluation.items()},
+            classes={n: each.classes for n, each in evaluation.items() if each.classes},
+            templates={n: each.templates for n, each in evaluation.items() if each.templates},
+            reports={n: each.report for n, each in evaluation.items() if each.report},
+        )
+        try:
+            return Recipe(
+                name=top.name or Path(self.path).stem,
+                model=ModelSpec(top.model, top.pretrained),
+                sets=with_evaluation,
+                grad=read["grad"],
+                rank=read["rank"],
+                search=read["search"],
+                together=top.together,
+                shared_retain=top.shared_retain,
+                bounds=top.bounds,
+                requests=listed,
+                outputs=read["outputs"],
+            )
+        except UsageError as error:
+            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def _tables(self, content: dict[str, Any], key: str, kind: type) -> Any:
+        value = content.get(key, kind())
+        inner = value.values() if isinstance(value, dict) else value
+        fits = isinstance(value, kind) and all(isinstance(each, dict) for each in inner)
+        if not fits:
+            header = f"[[{key}]]" if kind is list else f"[{key}.NAME]"
+            self._refuse(f"{key} is no table", "", key, hint=f"begin each with {header}")
+        return value
+
+    def _record(
+        self,
+        table: Table,
+        given: Any,
+        at: str,
+        number: int = 0,
+        known: Sequence[str] | None = None,
+    ) -> Any:
+        """Return the record that a table is. Raises InputError."""
+        if not isinstance(given, dict):
+            self._refuse(f"{at} is no table", "", at, hint=f"[{at}]")
+        listed = table.places()
+        values = {}
+        for key, value in given.items():
+            if key not in listed:
+                about = f"[{at}] has no key" if at else "a recipe has no key or table"
+                names = known or sorted(listed)
+                hint = near(key, names) or f"it takes {', '.join(names)}"
+                self._refuse(f"{about} {key}", at, key, number, hint=hint)
+            values[listed[key].path] = self._value(listed[key], value, at, number)
+        for key, place in listed.items():
+            if place.required and key not in given:
+                self._refuse(f"{f'[{at}]' if at else 'it'} has no {key}", at, key, number,
+                             hint=f"{key}: {place.option.help.rstrip('.')}")  # fmt: skip
+        try:
+            return build(table.kind, values)
+        except UsageError as error:
+            self._refuse(error.message, at, "name", number, hint=error.hint)
+
+    def _value(self, place: Place, value: Any, at: str, number: int) -> Any:
+        """Return the value of a key. Raises InputError where it is of another kind."""
+        key = place.path[-1]
+        if place.is_flag:
+            if not isinstance(value, bool):
+                self._refuse(f"{key} is neither true nor false", at, key, number)
+            return value
+        try:
+            if not place.repeatable:
+                return place.value(_word(place, value))
+            if not isinstance(value, list):
+                raise UsageError(f"{key} is no list", hint=f'{key} = ["..."]')
+            return place.value([_word(place, each) for each in value])
+        except UsageError as error:
+            self._refuse(error.message, at, key, number, hint=error.hint)
+
+    def _refuse(
+        self, message: str, at: str, key: str, number: int = 0, *, hint: str | None = None
+    ) -> NoReturn:
+        raise InputError(f"{self.path}, line {self._line(at, key, number)}: {message}", hint=hint)
+
+    def _line(self, at: str, key: str, number: int) -> int:
+        """Return the line of a key of the `number`th table `at`, or else where that begins."""
+        begun, inside, found = -1, not at, 1
+        said = re.compile(rf"\s*([\"']?){re.escape(key)}\1\s*[.=]")
+        for place, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[\[?([^\]]+)\]", line):
+                name = ".".join(part.strip().strip("\"'") for part in header[1].split("."))
+                begun += name == at
+                inside = name == at and begun == number
+                if inside or (not at and key in (name, name.partition(".")[0])):
+                    found = place
+                    if not at:
+                        return found
+            elif inside and said.match(line):
+                return place
+        return found
+
+
+def _word(place: Place, value: Any) -> str:
+    """Return a value of TOML as a word of the command line. Raises UsageError."""
+    key, kind = place.path[-1], place.metavar
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{key} is not of one value each", hint=f"{key}: {place.option.help}")
+    numeric = kind in ("N", "NUMBER")
+    if isinstance(value, str) == numeric and place.option.read is None:
+        raise UsageError(f"{key} {value!r} is {'no number' if numeric else 'no text'}")
+    return value if isinstance(value, str) else repr(value)
+
+
+class Stage(StrEnum):
+    """What a run does, in its order."""
+
+    SET = "build-sets"
+    GRADIENTS = "grad"
+    RANKING = "rank"
+    SEARCH = "search"
+    CHECKPOINT = "apply"
+    TARGET = "apply --target"
+    EDITS = "edits"
+    FIGURES = "eval"
+    REPORT = "report"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A stage that was done: for which requests, from what, and a digest of what it made.
+
+    `asked` has digests of its options and of what it was made from. `place` is where an output
+    was written.
+    """
+
+    stage: Stage
+    names: tuple[str, ...]
+    place: str | None
+    asked: dict[str, str]
+    made: str
+    took: PassTime
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], str | None]:
+        """What tells it from other stages; outputs are of whatever requests there are."""
+        return self.stage, () if self.place else self.names, self.place
+
+
+class RequestState(StrEnum):
+    """Where a removal request stands."""
+
+    OPEN = "open"
+    FORGOTTEN = "forgotten within bounds"
+    OUT_OF_BOUNDS = "out of bounds"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """What became of a request on a day; `digests` of its edit and of the outputs by then."""
+
+    day: str
+    state: RequestState
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundCheck:
+    """A bound, the figure it is about, and whether it holds."""
+
+    bound: str
+    figure: float
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """A request as the ledger keeps it, whether the recipe still has it or not."""
+
+    name: str
+    concept: str
+    id: str | None
+    received: str | None
+    reference: str | None
+    note: str | None
+    state: RequestState
+    events: tuple[RequestEvent, ...]
+    layer: str | None = None
+    before: Accuracy | None = None
+    after: Accuracy | None = None
+    checks: tuple[BoundCheck, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What a recipe's runs have done so far: stages, and what became of each request.
+
+    `original` and `figures` are the last ones measured, by the names that bounds have.
+    """
+
+    name: str
+    model: ModelSpec
+    stages: tuple[StageRecord, ...]
+    rows: tuple[LedgerRow, ...]
+    version: str
+    original: dict[str, float] = added(factory=dict)
+    figures: dict[str, float] = added(factory=dict)
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it is of."""
+        counts = {state: sum(row.state is state for row in self.rows) for state in RequestState}
+        told = {state.value: str(count) for state, count in counts.items() if count}
+        return {"model": str(self.model), **told}
+
+    def stage(self, key: tuple[str, tuple[str, ...], str | None]) -> StageRecord | None:
+        """Return the record of a stage; None where it was not done."""
+        return next((each for each in self.stages if each.key == key), None)
+
+    def with_stage(self, record: StageRecord) -> "Ledger":
+        """Return the ledger with a stage that was done."""
+        others = tuple(each for each in self.stages if each.key != record.key)
+        return replace(self, stages=(*others, record))
+
+
+FIELDS_OF_ROW = ("name", "concept", "id", "received", "reference", "note")

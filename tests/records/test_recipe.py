@@ -1,0 +1,170 @@
+"""Recipes as they are read: what is refused, with its line; what a request's set is built of."""
+
+import json
+import tomllib
+
+import jsonschema
+import pytest
+from places import ROOT
+
+from slsgu_cli.cli.recipe import begun
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records.figures import Assertion
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.recipe import (
+    Outputs,
+    Recipe,
+    RemovalRequest,
+    Together,
+    parse_recipe,
+    read_recipe,
+)
+from slsgu_cli.records.sets import ModelSpec
+
+WHOLE = """\
+model = "local-dir:clip"
+bounds = ["loss.brands <= 1"]
+
+[sets]
+sources = ["pairs.parquet?concept={}"]
+retain_samples = 64
+min_similarity = 0.2
+
+[evaluation.brands]
+source = "test.parquet"
+templates = "templates.txt"
+
+[rank]
+ridge = 0.1
+[search]
+steer = "fa1"
+layers = ["visual.proj"]
+
+[outputs]
+checkpoint = "out"
+targets = "copies"
+
+[[request]]
+name = "acme"
+
+[[request]]
+name = "b b"
+concept = "big bang"
+aliases = ["bang"]
+exclusions = ["theory"]
+id = "R-2"
+received = 2026-01-31
+targets = ["sd"]
+bounds = ["fa1 <= 0"]
+"""
+
+
+def read(text):
+    return parse_recipe(text, "r.toml")
+
+
+def test_every_table_becomes_the_record_of_its_command():
+    recipe = read(WHOLE)
+    first, second = recipe.requests
+    assert (recipe.name, recipe.model, recipe.together) == (
+        "r", ModelSpec("local-dir:clip"), Together.JOINT,
+    )  # fmt: skip
+    assert (recipe.rank.ridge, recipe.search.layers) == (0.1, ("visual.proj",))
+    assert (second.received, second.id, first.received) == ("2026-01-31", "R-2", None)
+    assert recipe.bounds_of(second) == (
+        Assertion("loss.brands", "<=", 1.0), Assertion("fa1", "<=", 0.0),
+    )  # fmt: skip
+    built = recipe.set_of(second)
+    assert (built.name, built.concept, built.model) == ("b b", "big bang", recipe.model)
+    assert built.sources == ("pairs.parquet?concept=big%20bang",)
+    assert (built.match, built.not_match) == (("big bang", "bang"), ("theory",))
+    assert (built.evals, built.templates) == (
+        {"brands": "test.parquet"}, {"brands": "templates.txt"},
+    )  # fmt: skip
+    assert built.screening.min_similarity == 0.2
+    assert recipe.set_of(first).match == ()
+
+
+def test_a_shared_retain_set_is_about_none_of_the_requests():
+    recipe = read("shared_retain = true\n" + WHOLE)
+    excluded = {tuple(recipe.set_of(request).retain_exclude) for request in recipe.requests}
+    assert excluded == {("acme", "big bang", "bang")}
+    assert read(WHOLE).set_of(recipe.requests[0]).retain_exclude == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said", "hint"),
+    [
+        ("[rank]", "[ranks]", 13, "no key or table ranks", "near: rank"),
+        ("model =", "modle =", 1, "no key or table modle", "near: model"),
+        ("steer", "stear", 16, "[search] has no key stear", "near: steer"),
+        ("aliases", "alias", 29, "[request] has no key alias", "near: aliases"),
+        ("templates", "template", 11, "[evaluation.brands] has no key template", "near: templates"),
+        ("= 64", "= 0", 6, "retain_samples 0 is out of range", "retain_samples 1"),
+        ("= 64", '= "64"', 6, "retain_samples '64' is no number", None),
+        ("= 64", "= true", 6, "retain_samples is not of one value", None),
+        ('"fa1"', '"fa3"', 16, "steer fa3 is none of fa1, fa5, margin", None),
+        ('["visual.proj"]', '"visual.proj"', 17, "layers is no list", 'layers = ["..."]'),
+        ("2026-01-31", '"soon"', 32, "received soon is no date", "received = 2026-11-01"),
+        ('["fa1 <= 0"]', '["fa1"]', 34, "bounds 'fa1' compares no figure", "bounds 'fa1<=0'"),
+        ('name = "b b"', "", 26, "[request] has no name", "name: Name of the request"),
+        ('name = "acme"', 'name = "/"', 24, "'/' cannot name a set", None),
+        ("[[request]]", "[[request.x]]", 23, "request is no table", "[[request]]"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_told_with_its_line(old, new, line, said, hint):
+    with pytest.raises(InputError) as refused:
+        read(WHOLE.replace(old, new))
+    assert refused.value.message.startswith(f"r.toml, line {line}: ")
+    assert said in refused.value.message
+    assert hint is None or hint in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "b b"', 'name = "acme"', "the request acme is there twice"),
+        ("loss.brands", "loss.objects", "the bound of acme loss.objects<=1 is about none"),
+        ('targets = "copies"', "", "b b has targets, and nothing says where they go"),
+        ('sources = ["pairs.parquet?concept={}"]', "", "the request acme has no sources"),
+        ("[rank]", "[rank", "is not TOML"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(old, new, said):
+    with pytest.raises(InputError, match=said):
+        read(WHOLE.replace(old, new))
+
+
+def test_a_recipe_of_a_program_is_held_to_the_same():
+    with pytest.raises(UsageError, match="there is no evaluation set"):
+        Recipe(name="x", model=ModelSpec("m"), sets=BuildRequest())
+    with pytest.raises(UsageError, match="near: acme"):
+        try:
+            read(WHOLE).request("acmee")
+        except UsageError as error:
+            raise UsageError(str(error.hint)) from error
+    assert RemovalRequest(name="x").concept == "x"
+    assert Outputs() == read(WHOLE.partition("[outputs]")[0]).outputs
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(MissingError, match="there is no recipe"):
+        read_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("demo", [True, False])
+def test_what_init_writes_reads_and_fits_the_schema(tmp_path, demo):
+    path = tmp_path / "begin.toml"
+    path.write_text(begun(path, demo=demo))
+    recipe = read_recipe(path)
+    assert len(recipe.requests) == (3 if demo else 1)
+    assert recipe.name == "begin"
+    schema = json.loads((ROOT / "docs" / "artifacts" / "recipe.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for text in (path.read_text(), WHOLE):
+        # JSON has no dates: editors take them for texts.
+        content = json.loads(json.dumps(tomllib.loads(text), default=str))
+        jsonschema.validate(content, schema)
+        for wrong in ({"sets": {"source": []}}, {"together": "both"}):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(content | wrong, schema)
