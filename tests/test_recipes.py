@@ -357,6 +357,33 @@ def test_the_command_is_a_gate_and_the_ledger_is_listed(written, tmp_path):
     assert refused.exit_code == 2
 
 
+def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_path, monkeypatch):
+    options = "--recipe", written(101)
+    store = tmp_path / "store"
+    for command in ("build-sets", "grad", "rank", "search"):
+        done = inside(command, "blue", *options, store=store)
+        assert done.exit_code == 0, done.stderr
+    catalog = recipes.Catalog(Store(str(store)))
+    recipe = recipes.read_recipe(written(101))
+    manifest = catalog.get(Artifact.SET, "blue")
+    assert recipes.decode(BuildRequest, manifest.request) == recipe.set_of(recipe.requests[0])
+    assert catalog.get(Artifact.RANKING, "blue").direction is Direction.GRADIENT
+    assert {trial.layer for trial in catalog.get(Artifact.TRIALS, "blue").trials} == {"visual.proj"}
+    # The command line wins, also over what the recipe has.
+    ranked = inside("rank", "blue", *options, "--direction", "whitened", "--json", store=store)
+    assert json.loads(ranked.stdout)["ranking"]["direction"] == "whitened"
+    gate = inside("eval", "blue", *options, "--json", store=store)
+    assert gate.exit_code == 5
+    told = {each["assertion"]: each["result"] for each in json.loads(gate.stdout)["assertions"]}
+    assert told == {"fa1<=0": "holds", "ta1.first>=101": "fails"}
+    monkeypatch.setenv("SLSGU_RECIPE", str(written()))
+    assert inside("apply", "blue", store=store).exit_code == 0
+    assert (tmp_path / "clip" / "open_clip_config.json").is_file()
+    assert inside("report", "blue", "--no-examples", store=store).exit_code == 0
+    wrong = inside("build-sets", "blu", store=store)
+    assert (wrong.exit_code, "near: blue" in wrong.stderr) == (2, True)
+
+
 def test_init_writes_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inside("init", "--json").exit_code == 0

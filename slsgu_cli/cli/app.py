@@ -72,6 +72,8 @@ GROUPS = {
 }
 # The commands that a launcher may start in several processes.
 IN_SEVERAL = {"grad", "rank", "search", "sweep"}
+# The commands that take their options from a recipe where one is named.
+IN_RECIPE = {"build-sets", "grad", "rank", "search", "trajectory", "apply", "eval", "report"}
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # The functions of the commands whose rooms are loaded.
@@ -241,6 +243,18 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 
 
+_RECIPE = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="Take the options that are not given from this recipe.  [default: none]",
+        show_default=False,
+        rich_help_panel=COMMON,
+        metavar="FILE",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """The store and the console of one command, and the options of its own that were typed."""
@@ -380,6 +394,8 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         from slsgu_cli.clip import processes
 
         common = {key: values.pop(key) for key in _COMMON}
+        if name in IN_RECIPE:
+            values.pop("recipe")
         environment: usage.FromEnvironment = ctx.obj
         words = Words(values, environment.variables)
         verbosity = -1 if common["quiet"] else int(common["verbose"])
@@ -406,7 +422,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
             heard.flush()
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [context, *_signature(spread)]
+    parameters = [context, *_signature(spread, recipe=name in IN_RECIPE)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
@@ -433,8 +449,11 @@ def _heard(console: "Console") -> "tuple[Console, TextIO]":
     return Console.writing_to(nowhere), nowhere
 
 
-def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:
-    """Return a parameter for each option; records that have the same option share it."""
+def _signature(spread: Mapping[str, _Parameter], *, recipe: bool) -> list[inspect.Parameter]:
+    """Return a parameter for each option; records that have the same option share it.
+
+    With `recipe`, a recipe can be named.
+    """
     options: dict[str, inspect.Parameter] = {}
     for each in spread.values():
         for place in each.places:
@@ -447,6 +466,9 @@ def _signature(spread: Mapping[str, _Parameter]) -> list[inspect.Parameter]:
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
         for key, (kind, default) in _COMMON.items()
     ]
+    if recipe:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        common.insert(0, inspect.Parameter("recipe", kind, default=None, annotation=_RECIPE))
     return [*options.values(), *common]
 
 

@@ -369,7 +369,8 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
         for row in rows
     ]  # fmt: skip
     columns = (
-        "request", "id", "received", "reference", "state", "since",
+        "request", "id", "received", "reference",
+        Column("state", shown=lambda state: state.partition(" within")[0]), "since",
         Column("layer", shown=known_as),
         Column("FA@1 before", shown=percent, label="FA@1\nbefore"),
         Column("FA@1 after", shown=percent, label="FA@1\nafter"),

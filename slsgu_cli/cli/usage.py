@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -79,14 +80,14 @@ WORDS_OF_FLAGS = {"1": True, "true": True, "yes": True, "on": True} | {
 
 @dataclass(frozen=True, slots=True)
 class FromEnvironment:
-    """Options that variables set: the words that give them, and each option's variable."""
+    """Options that variables or a recipe set: the words that give them, and what says so."""
 
     words: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, ctx: Any, words: Sequence[str]) -> "FromEnvironment":
-        """Return what variables add to the words of a command line, which wins over them.
+        """Return what variables and a recipe add to the words of a command line, which wins.
 
         `SLSGU_MAX_LOSS=2` is `--max-loss 2`. A flag takes yes or no, a repeatable option several
         values, quoted as in a shell; an empty variable says nothing. Raises UsageError.
@@ -104,7 +105,32 @@ class FromEnvironment:
                     found += _words_of(param, variable, value)
                     variables[param.name] = variable
                     break
-        return cls(tuple(found), variables)
+        return cls(tuple(found), variables)._with_recipe(ctx, words)
+
+    def _with_recipe(self, ctx: Any, words: Sequence[str]) -> "FromEnvironment":
+        """Add the options of the recipe that is named, if one is. Raises UsageError, InputError."""
+        flags = _flags(ctx, ctx.command)
+        parser = ctx.command.make_parser(ctx)
+        values, _, given = parser.parse_args(args=[*self.words, *words])
+        if "--recipe" not in flags or not values.get("recipe"):
+            return self
+        from slsgu_cli.records.recipe import read_recipe
+
+        recipe = read_recipe(Path(values["recipe"]))
+        named = values.get("names", values.get("name")) or ()
+        names = [named] if isinstance(named, str) else list(named)
+        found = list(self.words)
+        variables = dict(self.variables)
+        said = iter(recipe.words(ctx.info_name, names))
+        for word in said:
+            flag, tied, _ = word.partition("=")
+            param = flags.get(flag)
+            takes = param is None or _takes_value(param)
+            unit = [word] if tied or not takes else [word, next(said)]
+            if param is not None and param not in given:
+                found += unit
+                variables[param.name] = f"the recipe {recipe.name}"
+        return FromEnvironment(tuple(found), variables)
 
     def explain(self, error: UsageError, names: Mapping[str, str]) -> UsageError:
         """Return the error with the variables of the options that it names.

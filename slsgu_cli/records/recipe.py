@@ -7,7 +7,7 @@ names of their fields; what a table holds that no field takes is refused with it
 import re
 import tomllib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,16 @@ from slsgu_cli.records.figures import Accuracy, Assertion, PassTime, read_assert
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
-from slsgu_cli.records.words import EVALUATION, OUTPUT, ROWS, Place, build, option, places
+from slsgu_cli.records.words import (
+    EVALUATION,
+    OUTPUT,
+    ROWS,
+    Place,
+    build,
+    command_line,
+    option,
+    places,
+)
 
 
 class Together(StrEnum):
@@ -164,6 +173,26 @@ class Recipe:
             hint=near(name, self.names) or f"it has {', '.join(self.names) or 'none'}",
         )
 
+    def words(self, command: str, names: Sequence[str]) -> list[str]:
+        """Return the options that a command is given for some requests. Raises UsageError."""
+        if command == "build-sets":
+            asked = self.set_of(self.request(names[0] if names else ""))
+            own = [each.name for each in fields(asked) if each.name != "name"]
+            return command_line(asked, fields=own)
+        if command == "eval":
+            requests = [self.request(name) for name in names]
+            bounds = {
+                _of_several(bound, request.name) if len(names) > 1 else str(bound)
+                for request in requests
+                for bound in self.bounds_of(request)
+            }
+            return [word for bound in sorted(bounds) for word in ("--assert", bound)]
+        places = {"apply": self.outputs.checkpoint, "report": self.outputs.report}
+        if command in places:
+            return ["--out", str(places[command])] if places[command] else []
+        options = {"grad": self.grad, "rank": self.rank}
+        return command_line(options.get(command, self.search))
+
     def bounds_of(self, request: RemovalRequest) -> tuple[Assertion, ...]:
         """Return what figures must be for a request."""
         return (*self.bounds, *request.bounds)
@@ -232,6 +261,12 @@ TABLES = {
     "request": Table(RemovalRequest, "Something to remove.", many=True),
     "outputs": Table(Outputs, "What is written."),
 }
+
+
+def _of_several(bound: Assertion, name: str) -> str:
+    """Return a bound of a request where figures of several are named."""
+    own = bound.figure in ("fa1", "fa5")
+    return str(replace(bound, figure=f"{bound.figure}.{name}") if own else bound)
 
 
 def _keyed(place: Place) -> Place:

@@ -33,7 +33,7 @@ def test_every_option_of_every_command_has_a_variable(command, monkeypatch):
     for param in GROUP.get_command(None, command).params:
         if param.param_type_name == "argument":
             arguments.append("x")
-        elif not param.hidden and not param.is_eager:
+        elif not (param.hidden or param.is_eager or param.name == "recipe"):
             (variable, *_) = usage.variables_of(param.opts)
             known[param.name] = param
             monkeypatch.setenv(variable, "1")
