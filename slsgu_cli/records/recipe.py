@@ -109,8 +109,11 @@ class Outputs:
 _OF_REQUEST = ("name", "concept", "model", "match", "not_match", "collect", "dropped")
 _OF_EVALUATION = ("evals", "classes", "templates", "reports", "forget_eval")
 OMITTED: dict[str, Collection[str]] = {
-    "sets": (*_OF_REQUEST, *_OF_EVALUATION), "grad": ("shard",), "search": ("after",)
-}  # fmt: skip
+    "sets": (*_OF_REQUEST, *_OF_EVALUATION),
+    "grad": ("shard",),
+    "rank": ("shard",),
+    "search": ("after",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +259,7 @@ TABLES = {
     "sets": Table(BuildRequest, "Where rows come from.", OMITTED["sets"]),
     "evaluation": Table(EvaluationRows, "What to measure on, by name.", many=True),
     "grad": Table(PassOptions, "How gradients are computed.", OMITTED["grad"]),
-    "rank": Table(RankOptions, "How layers are ranked."),
+    "rank": Table(RankOptions, "How layers are ranked.", OMITTED["rank"]),
     "search": Table(SearchOptions, "How edits are searched.", OMITTED["search"]),
     "request": Table(RemovalRequest, "Something to remove.", many=True),
     "outputs": Table(Outputs, "What is written."),
