@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
-from slsgu_cli.errors import Ended, SlsguError, UsageError
+from slsgu_cli.errors import Ended, MissingError, SlsguError, UsageError
 from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
 
 if TYPE_CHECKING:
@@ -401,6 +401,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         verbosity = -1 if common["quiet"] else int(common["verbose"])
         console = Console(name, verbosity=verbosity, as_json=common["as_json"])
         with Ending(console, debug=common["debug"]):
+            _require_folder()
             if name not in IN_SEVERAL:
                 processes.refuse(name)
             # Results go through the console alone; what a library prints is no result.
@@ -426,6 +427,16 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def _require_folder() -> None:
+    """Raise MissingError where the folder that this runs in is gone: MKL would end the process."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise MissingError(
+            "the folder that this runs in is gone", hint="cd to a folder that is there"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -370,6 +370,9 @@ class Ending:
 # What numpy and PyTorch raise, neither of which is imported to tell.
 SINGULAR = ("LinAlgError", "_LinAlgError")
 
+# What libraries raise that speak to servers: httpx, requests, aiohttp and botocore.
+OF_THE_NETWORK = ("HTTPError", "RequestException", "ClientError", "BotoCoreError")
+
 
 def _hint(error: OSError) -> str:
     """Return what mends what the system refuses."""
@@ -390,6 +393,11 @@ def _unexpected(error: BaseException) -> SlsguError:
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
             "grad and rank take a model that is larger than a card by torchrun and --shard",
+        )
+    if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
+        return InputError(
+            f"a server cannot be reached, or refuses: {first_lines(error)}",
+            hint="check the address, the connection and the leave to use it",
         )
     if isinstance(error, OSError):
         # Files and folders that vanish under a command, or may not be read, come from anywhere.

@@ -51,6 +51,32 @@ def test_a_collection_record_that_names_shards_elsewhere_is_refused(world):
         _shards(world.store, Collected(record, "collections/a/parts"), counts, "forget")
 
 
+class HTTPError(Exception):
+    """As httpx calls what all errors of its requests are."""
+
+
+class ConnectError(HTTPError):
+    pass
+
+
+def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    told = refused("rank", world.name, "--store", world.store.root)
+    assert "a server cannot be reached, or refuses: [Errno -2] Name or service" in told
+
+
+def test_a_folder_that_is_gone_is_told_before_anything_is_done(world, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    told = refused("ls", "--store", world.store.root)
+    assert "the folder that this runs in is gone" in told
+
+
 def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/pairs")
