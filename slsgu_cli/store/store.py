@@ -68,7 +68,7 @@ class Store:
     def _require_folder(self) -> None:
         """Refuse what is no folder, or one that may not be read: it would pass for empty."""
         if not Path(self.root).is_dir():
-            raise InputError(f"the store {self.url} is a file, not a folder", hint="--store FOLDER")
+            raise InputError(f"{self.url} is a file, not a folder", hint="name a folder")
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise InputError(
                 f"the store {self.url} may not be read by this user",

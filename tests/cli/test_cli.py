@@ -382,7 +382,7 @@ def test_a_store_that_is_missing_or_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     taken = slsgu("ls", "--store", "file", cwd=tmp_path)
     assert taken.returncode == 3
-    assert "the store file is a file, not a folder" in taken.stderr
+    assert "file is a file, not a folder" in taken.stderr
 
 
 def test_no_cuda_is_told(store):
