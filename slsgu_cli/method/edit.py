@@ -34,10 +34,20 @@ from slsgu_cli.checkpoints.edits import (
     tell_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
-from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet
+from slsgu_cli.checkpoints.layouts import Spelling, TensorPlace, WeightSet
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
-from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, Raw, narrow, rounded, widen
-from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
+from slsgu_cli.checkpoints.tensor_file import (
+    FLOATS,
+    Floats,
+    Raw,
+    canonical_name,
+    narrow,
+    rounded,
+    widen,
+)
+from slsgu_cli.checkpoints.transformers_clip import HUB
+from slsgu_cli.checkpoints.weights import open_weights
+from slsgu_cli.clip.models import LOCAL, ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.clip.written import tokenizer_files, why_not_loaded
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
@@ -70,6 +80,9 @@ from slsgu_cli.store.artifacts import (
 )
 from slsgu_cli.store.files import require_regular
 from slsgu_cli.store.store import Store
+
+# A tensor that a whole CLIP has, and none of its towers.
+LOGIT_SCALE = "logit_scale"
 
 # The cosine with an edit from which on weights were moved along it, and by it alone.
 ALONG = 0.999
@@ -272,7 +285,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     config = None
     if request.target is not None:
         target = read_target(request.target)
-        model = _whole_clip(target) if target.family is Family.CLIP else None
+        model = _whole_clip(target, edits) if target.family is Family.CLIP else None
     else:
         model = resolve(_shared_model(edits, request.model))
         target, config = _files_of(model)
@@ -317,12 +330,25 @@ def _files_of(model: ResolvedModel) -> tuple[Target, dict[str, Any]]:
     return read_target(model.folder or model.weights), config
 
 
-def _whole_clip(target: Target) -> ResolvedModel | None:
-    """Return a target that is a folder of a whole CLIP as a model; None of another."""
+def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
+    """Return a target that is a whole CLIP as a model; None of another.
+
+    A file of weights has the configuration of the model that edits were made for, if that is
+    to be had without a hub.
+    """
+    known, here = edits[0].header.model, ModelSpec(str(target.path))
     try:
-        return resolve(ModelSpec(str(target.path))) if target.path.is_dir() else None
+        if target.path.is_dir():
+            return resolve(here)
+        held = set(map(canonical_name, open_weights(target.path).names()))
+        moved = {Layer.parse(edit.header.layer).parameter for edit in edits}
+        if known.name.startswith(HUB) or not {LOGIT_SCALE, *moved} <= held:
+            return None
+        named = not known.name.startswith(LOCAL)
+        like = resolve(replace(known, pretrained=str(target.path)) if named else known)
     except SlsguError:
         return None
+    return replace(like, spec=here, weights=target.path, folder=None, spelling=Spelling.OPEN_CLIP)
 
 
 def _other_layers(

@@ -170,7 +170,7 @@ class Store:
         try:
             self.create_bytes(probe, bytes(ROOM))
         finally:
-            with suppress(SlsguError):
+            with suppress(SlsguError, OSError):
                 self.remove(probe)
 
     def write_picture(self, path: str, data: bytes) -> str | None:

@@ -73,8 +73,8 @@ def test_a_folder_that_is_gone_is_told_before_anything_is_done(world, tmp_path, 
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    told = refused("ls", "--store", world.store.root)
-    assert "the folder that this runs in is gone" in told
+    for words in ((), ("--store", world.store.root)):
+        assert "the folder that this runs in is gone" in refused("ls", *words)
 
 
 def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):
@@ -112,14 +112,6 @@ def test_a_store_or_source_that_may_not_be_read_does_not_pass_for_an_empty_one(
     monkeypatch.setattr("os.access", lambda *_: False)
     told = refused("ls", "--store", world.store.root)
     assert "may not be read by this user" in told
-
-
-def test_a_folder_that_goes_away_below_a_command_is_told_of(tmp_path, monkeypatch):
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert "No such file or directory" in refused("ls")
 
 
 def test_a_file_system_that_cannot_be_reached_is_told_of(world, monkeypatch):

@@ -56,13 +56,17 @@ def test_the_first_of_two_gradients_stays(world, tmp_path):
 
 @pytest.fixture
 def refusing(monkeypatch):
-    """`refusing(number)` lets every write to a store fail with an error of the system."""
+    """`refusing(number)` lets every write to a store fail with an error of the system.
+
+    What can only be read lets nothing be renamed or removed either, be it there or not.
+    """
 
     def refuse(number):
-        def write_bytes(self, data):
+        def refused(self, *_, **__):
             raise OSError(number, os.strerror(number), str(self))
 
-        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        for name in ("write_bytes", *(("replace", "unlink") if number == errno.EROFS else ())):
+            monkeypatch.setattr(Path, name, refused)
 
     return refuse
 

@@ -88,6 +88,7 @@ def test_weights_that_differ_in_other_layers_are_told_when_they_are_edited(
     for name, where in (
         ("one", {"model": ModelSpec(f"local-dir:{folder}")}),
         ("two", {"target": folder}),
+        ("three.safetensors", {"target": weights}),
     ):
         listener.heard.clear()
         out = tmp_path / name
