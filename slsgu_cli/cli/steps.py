@@ -164,11 +164,17 @@ def grad(
     squares: Annotated[
         bool, Option(("--squares",), "Mean squared mini-batch gradients as well (slower).", MODEL)
     ] = False,
+    adversarial: Annotated[
+        bool, Option(("--adversarial",), "Prefixes that `verify` found, and random ones.", ROWS)
+    ] = False,
 ) -> None:
     """Example: slsgu grad facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.gradients import compute_gradients
+    from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
 
+    if adversarial:
+        found = adversarial_prefixes(session.store, name)
+        options = replace(options, prefixes=(*options.prefixes, *found))
     result = compute_gradients(session.store, name, model=model, options=options, squares=squares)
     tables.gradients(session.console, result)
 

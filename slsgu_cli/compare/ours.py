@@ -8,10 +8,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.clip.models import device_name, pick_device
+from slsgu_cli.clip.models import device_name, pick_device, resolve
 from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.method.edit import current_edit, ensure_edit
-from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded
+from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded, open_pairs
 from slsgu_cli.method.search import search
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import (
@@ -66,7 +66,12 @@ class PassTimes:
         options = PassOptions(device=self.device_option)
         if pointer is not None:
             precision = Precision(pointer.precision)
-            options = replace(options, batch_size=pointer.batch_size, precision=precision)
+            options = replace(
+                options,
+                batch_size=pointer.batch_size,
+                precision=precision,
+                prefixes=pointer.prefixes,
+            )
         result: GradResult = compute_gradients(
             self.store,
             self.manifest.name,
@@ -112,11 +117,12 @@ class PassTimes:
         self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
     ) -> PassTime:
         from slsgu_cli.method.gradient_pass import GradientPass
-        from slsgu_cli.store.blocks import DataBlock
 
         path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = self.store.read_header(path, GradientHeader)
-        block = DataBlock.open(self.store, getattr(self.manifest, role))
+        graded = resolve(pointer.model)
+        prefixes = pointer.prefixes if role == "forget" else ()
+        block = open_pairs(self.store, self.manifest, role, prefixes, graded)
         options = PassOptions(
             batch_size=min(header.batch_size, block.rows),
             precision=Precision(header.precision),

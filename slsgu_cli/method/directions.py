@@ -7,7 +7,7 @@ computed in one forward over the retain set, for all layers that are asked for a
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from slsgu_cli.checkpoints.weights import layer_digests
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
-from slsgu_cli.method.gradients import KeptArrays, load_graded
+from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
@@ -133,7 +133,8 @@ def ensure_moments(
     known = _found_by_first(store, pointer, device)
     wanted = {Layer.parse(layer).parameter for layer in layers}
     if known.lack(wanted):
-        place = Artifact.MOMENTS.path(digest([pointer.model_fingerprint, pointer.retain_data]))
+        of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
+        place = Artifact.MOMENTS.path(digest(of))
         with held(store, place, what=f"moments of the retain set of {manifest.name}"):
             # Another process may have computed some meanwhile.
             known = _found_by_first(store, pointer, device)
@@ -216,17 +217,18 @@ def _compute(
 
     from slsgu_cli.method.gradient_pass import arithmetic
     from slsgu_cli.method.moments import chosen_rows, input_moments, mean_square_output
-    from slsgu_cli.store.blocks import DataBlock
 
-    _, module = load_graded(manifest, pointer, device, shard=shard)
-    block = DataBlock.open(store, manifest.retain)
-    made_from = {
+    model, module = load_graded(manifest, pointer, device, shard=shard)
+    block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)
+    made_from: dict[str, Any] = {
         "revision": REVISION,
         "model": pointer.model_fingerprint,
         "data": pointer.retain_data,
         "input": manifest.input,
         "layers": sorted(layers),
     }
+    if pointer.prefixes:
+        made_from |= {"prefixes": list(pointer.prefixes)}
     # Sums are alike of a whole and of a sharded model: one goes on with those of the other.
     kept = KeptMoments(store, digest(made_from), device, sharded=False)
     about: dict[str, LayerMoment] = {}
@@ -251,6 +253,7 @@ def _compute(
         layers=about,
         unseen=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
+        prefixes=pointer.prefixes,
     )
     arrays = processes.on_first(means)
     store.write_tensors(Artifact.MOMENTS.path(kept.digest), arrays, header, keep_first=True)

@@ -6,12 +6,14 @@ under way are kept every half minute, and the same call goes on with them.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import slsgu_cli
 from slsgu_cli import progress
@@ -24,6 +26,8 @@ from slsgu_cli.clip.models import (
     load_sharded,
     pick_device,
     resolve,
+    token_words,
+    tokenizer,
 )
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.method.scoring import norm
@@ -45,10 +49,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slsgu_cli.method.gradient_pass import AnySums
+    from slsgu_cli.store.blocks import DataBlock
 
 
 # Part of every gradient's address: a change in what is computed must change it.
 REVISION = 1
+
+# How many times more the forget set is gone through where its captions have prefixes.
+AGAIN = 3
 
 # What one pass can leave in the store: the mean gradient, the mean of its squares.
 HEADERS: dict[Artifact, Any] = {
@@ -130,7 +138,7 @@ def compute_gradients(
             module = load_sharded(resolved, device)
         else:
             module = load(resolved, device, warn=progress.warn)
-        return _Job(store, manifest, module, model_fingerprint, options)
+        return _Job(store, manifest, resolved, module, model_fingerprint, options)
 
     seconds = {}
     for gradient in wanted:
@@ -185,6 +193,7 @@ def _pointer(
         batch_size=options.batch_size,
         precision=options.precision,
         version=slsgu_cli.__version__,
+        prefixes=tuple(options.prefixes),
     )
 
 
@@ -245,7 +254,7 @@ def _wanted(
     retain_loss = "sigmoid" if model.config.get("init_logit_bias") is not None else "contrastive"
 
     def address(role: str, loss: str, data: DataRef) -> Gradient:
-        made_from = {
+        made_from: dict[str, Any] = {
             "revision": REVISION,
             "model": model_fingerprint,
             "data": data.fingerprint,
@@ -254,12 +263,67 @@ def _wanted(
             "batch_size": options.batch_size,
             "precision": options.precision,
         }
+        if role == "forget" and options.prefixes:
+            made_from |= {"prefixes": list(options.prefixes), "again": AGAIN}
         return Gradient(role, loss, data, digest(made_from))
 
     return (
         address("forget", "cosine", manifest.forget),
         address("retain", retain_loss, manifest.retain),
     )
+
+
+def adversarial_prefixes(store: Store, name: str) -> tuple[str, ...]:
+    """Return the words that `verify` tried before the name in edits of set `name`.
+
+    After two of them comes a random prefix of as many words, drawn by the set's seed from those
+    that are one token. Raises MissingError where nothing was searched for.
+    """
+    from slsgu_cli.records.verification import Verification
+
+    manifest = read_manifest(store, name)
+    path = Artifact.VERIFICATION.path(name)
+    tried = store.read_record(path, Verification).prefixes if store.exists(path) else ()
+    if not tried:
+        raise MissingError(
+            f"no words were searched for that bring {manifest.concept} back in an edit of {name}",
+            hint=f"run `slsgu verify {quote(name)} --checks prefix`",
+        )
+    words = [*token_words(resolve(manifest.model)).values()]
+    generator = np.random.default_rng(manifest.seed)
+    prefixes: list[str] = []
+    for place in range(0, len(tried), 2):
+        drawn = generator.choice(words, len(tried[place].split()))
+        prefixes += [*tried[place : place + 2], " ".join(drawn)]
+    return tuple(prefixes)
+
+
+def open_pairs(
+    store: Store,
+    manifest: SetManifest,
+    role: str,
+    prefixes: Sequence[str],
+    model: ResolvedModel,
+    *,
+    again: int = AGAIN,
+) -> "DataBlock":
+    """Open the pairs of a role; with prefixes, all come `again` times more behind one of them.
+
+    Those of the forget set make its gradient, as random prefixes do in ROME (arXiv 2202.05262),
+    and those of the retain set moments, so that it is not the prefixes that are moved.
+    """
+    from slsgu_cli.sources.captions import before_names
+    from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
+
+    block = DataBlock.open(store, getattr(manifest, role))
+    if not prefixes:
+        return block
+    captions = [
+        caption
+        for time in range(again)
+        for caption in before_names(block.captions, manifest.patterns, prefixes, shift=time)
+    ]
+    return RepeatedBlock.of(block, tokenizer(model)(captions))
 
 
 @dataclass(slots=True)
@@ -366,6 +430,7 @@ class _Job:
 
     store: Store
     manifest: SetManifest
+    model: ResolvedModel
     module: "nn.Module"
     model_fingerprint: str
     options: PassOptions
@@ -373,9 +438,9 @@ class _Job:
     def compute(self, gradient: Gradient, kinds: Collection[Artifact]) -> None:
         """Compute and store a gradient, its squares, or both in one pass."""
         from slsgu_cli.method.gradient_pass import GradientPass
-        from slsgu_cli.store.blocks import DataBlock
 
-        block = DataBlock.open(self.store, gradient.data)
+        prefixes = self.options.prefixes if gradient.role == "forget" else ()
+        block = open_pairs(self.store, self.manifest, gradient.role, prefixes, self.model)
         size = min(self.options.batch_size, block.rows)
         run = GradientPass.prepare(
             self.module,
@@ -388,18 +453,18 @@ class _Job:
         kept = KeptSums(self.store, gradient.digest, device, sharded, gradient.role)
         if Artifact.SQUARES in kinds:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
-            about = self._about_squares(gradient, -(-block.rows // size))
+            about = self._about_squares(gradient, block.rows)
             path = Artifact.SQUARES.path(gradient.digest)
             self.store.write_tensors(path, squared, about, keep_first=True)
         else:
             arrays, mean_loss = run.run(block, label, kept)
         if Artifact.GRADIENT in kinds:
-            header = self._header(gradient, -(-block.rows // size), mean_loss)
+            header = self._header(gradient, block.rows, mean_loss)
             path = Artifact.GRADIENT.path(gradient.digest)
             self.store.write_tensors(path, arrays, header, keep_first=True)
         kept.remove()
 
-    def _header(self, gradient: Gradient, batches: int, mean_loss: float) -> GradientHeader:
+    def _header(self, gradient: Gradient, rows: int, mean_loss: float) -> GradientHeader:
         weights = {
             name: ParameterNorm(tuple(p.shape), norm(processes.unsharded(p.detach()).cpu().numpy()))
             for name, p in self.module.named_parameters()
@@ -408,9 +473,9 @@ class _Job:
             loss=gradient.loss,
             sign="+grad",
             mean_loss=mean_loss,
-            batches=batches,
+            batches=-(-rows // self.options.batch_size),
             batch_size=self.options.batch_size,
-            rows=gradient.data.rows,
+            rows=rows,
             precision=self.options.precision,
             model=self.model_fingerprint,
             data=gradient.data.fingerprint,
@@ -418,13 +483,13 @@ class _Job:
             version=slsgu_cli.__version__,
         )
 
-    def _about_squares(self, gradient: Gradient, batches: int) -> SquaresHeader:
+    def _about_squares(self, gradient: Gradient, rows: int) -> SquaresHeader:
         return SquaresHeader(
             gradient=gradient.digest,
             loss=gradient.loss,
-            batches=batches,
+            batches=-(-rows // self.options.batch_size),
             batch_size=self.options.batch_size,
-            rows=gradient.data.rows,
+            rows=rows,
             precision=self.options.precision,
             version=slsgu_cli.__version__,
         )

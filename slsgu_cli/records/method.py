@@ -165,7 +165,10 @@ class SumsHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
-    """Which gradient files belong to a set, and the model and data they came from."""
+    """Which gradient files belong to a set, and the model and data they came from.
+
+    `prefixes` are words that the forget gradient's captions have before the name as well.
+    """
 
     name: str
     model: ModelSpec
@@ -177,6 +180,7 @@ class GradientPointer:
     batch_size: int
     precision: str
     version: str
+    prefixes: tuple[str, ...] = codec.added(())
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
@@ -202,6 +206,7 @@ class MomentHeader:
     """What a file of moments holds, of which model, over which retain rows.
 
     `unseen` are layers that were looked for, and whose inputs their tower does not show.
+    Captions have `prefixes` as well, where those of the forget gradient have.
     """
 
     model: str
@@ -210,14 +215,16 @@ class MomentHeader:
     layers: dict[str, LayerMoment]
     unseen: tuple[str, ...]
     version: str
+    prefixes: tuple[str, ...] = codec.added(())
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
         return {"layers": str(len(self.layers)), "rows": str(self.rows)}
 
     def is_of(self, pointer: GradientPointer) -> bool:
-        """Return whether it is of the model and the retain rows of a set's gradients."""
-        return (self.model, self.data) == (pointer.model_fingerprint, pointer.retain_data)
+        """Return whether it is of the model, retain rows and prefixes of a set's gradients."""
+        wanted = (pointer.model_fingerprint, pointer.retain_data, pointer.prefixes)
+        return (self.model, self.data, self.prefixes) == wanted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -203,7 +203,9 @@ class MetadataSource:
 class PassOptions:
     """How to run a gradient pass. `memory_budget` is in bytes, None for what is free.
 
-    With `shard`, the processes that a launcher started hold one model together.
+    With `shard`, the processes that a launcher started hold one model together. With
+    `prefixes`, the forget set is gone through with captions that have these before the name
+    as well.
     """
 
     batch_size: int = BATCH_SIZE()
@@ -214,6 +216,10 @@ class PassOptions:
         metavar="SIZE", read=bytes_of, without="what is free",
     )  # fmt: skip
     shard: bool = SHARD()
+    prefixes: Sequence[str] = option(
+        (), "--prefix", later=True, metavar="WORDS", panel=ROWS,
+        help="Forget the name behind these words too.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

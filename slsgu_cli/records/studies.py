@@ -407,7 +407,7 @@ class SweepRequest:
         flags={"classes": ("--eval-classes",)},
         omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
     )
-    gradients: PassOptions = options(PassOptions(), omit=("shard",))
+    gradients: PassOptions = options(PassOptions(), omit=("shard", "prefixes"))
     ranking: RankOptions = options(
         RankOptions(),
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),

@@ -289,12 +289,14 @@ class Attempt:
 
     `name` says what the text was made with. `loss` is what it was chosen by, on images or
     features that `forget` is not measured on. `forget` is over images of what was sought.
+    `tried` are the words that a search of words came through.
     """
 
     name: str
     text: str
     loss: float
     forget: Accuracy
+    tried: tuple[str, ...] = added(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +381,19 @@ class Verification:
         """Return the record with a model in the place of the one of its key, or as the last."""
         models = {known.key: known for known in self.subjects} | {model.key: model}
         return replace(self, subjects=tuple(models.values()))
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The words that searches tried before the name in edited models, as they came to them."""
+        tried = [
+            text
+            for subject in self.subjects
+            if subject.edit is not None and (finding := subject.finding(Check.PREFIX))
+            for attempt in finding.attempts
+            if attempt.name == OWN
+            for text in attempt.tried
+        ]
+        return tuple(dict.fromkeys(tried))
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

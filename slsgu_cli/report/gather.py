@@ -218,7 +218,11 @@ def commands(records: SetRecords) -> list[str]:
     if manifest := records.manifest.record:
         lines.append(list(manifest.command))
     if pointer := records.pointer.record:
-        passes = PassOptions(batch_size=pointer.batch_size, precision=Precision(pointer.precision))
+        passes = PassOptions(
+            batch_size=pointer.batch_size,
+            precision=Precision(pointer.precision),
+            prefixes=pointer.prefixes,
+        )
         lines.append(["slsgu", "grad", pointer.name, *command_line(passes)])
     if ranking := records.ranking.record:
         lines.append(_rank(ranking))

@@ -77,6 +77,23 @@ def whole_words(patterns: Sequence[str]) -> str:
     return "|".join(_bounded(folded(pattern).split()) for pattern in patterns)
 
 
+def before_names(
+    captions: Sequence[str], patterns: Sequence[str], prefixes: Sequence[str], *, shift: int = 0
+) -> list[str]:
+    """Return captions with one of `prefixes` before the name, each in its turn.
+
+    The name is the first whole-word match of a pattern. Where there is none, or folding cases
+    changes the length of a caption, its last word is taken for it.
+    """
+    names, prefixed = re.compile(whole_words(patterns)), []
+    for turn, caption in enumerate(captions, shift):
+        text = folded(caption)
+        match = names.search(text) if len(text) == len(caption) else None
+        place = match.start() if match else caption.rstrip().rfind(" ") + 1
+        prefixed.append(f"{caption[:place]}{prefixes[turn % len(prefixes)]} {caption[place:]}")
+    return prefixed
+
+
 def words(text: str) -> list[str]:
     """Return the words of `folded` text: what lies between whole words' bounds."""
     return _word().findall(text)

@@ -188,6 +188,47 @@ class DataBlock:
             raise ValueError("it has not as many images as rows")
 
 
+@dataclass(frozen=True)
+class RepeatedBlock(DataBlock):
+    """The rows of a block, and all of them again with other tokens as often as there are some.
+
+    `other_tokens` are int32 (times * rows, length).
+    """
+
+    other_tokens: Ints = field(repr=False)
+
+    @classmethod
+    def of(cls, block: DataBlock, other_tokens: Ints) -> "RepeatedBlock":
+        """Return the rows of a block, then again with each of these tokens."""
+        return cls(block.where, block.group, block.attributes, other_tokens)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, with those that come again."""
+        return super().rows + len(self.other_tokens)
+
+    def images(self, start: int, stop: int) -> Pixels:
+        """Return rows `start` to `stop` as uint8 (rows, height, width, 3)."""
+        once, parts = super().rows, [super().images(0, 0)]
+        while start < stop:
+            first = start % once
+            last = min(once, first + stop - start)
+            parts.append(super().images(first, last))
+            start += last - first
+        return np.concatenate(parts)
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """Token ids, int32 (rows, length)."""
+        return np.concatenate([super().tokens, self.other_tokens])
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What each row is called in its source."""
+        once = super().keys
+        return once * (self.rows // len(once))
+
+
 def _layout(group: zarr.Group) -> dict[str, list[Any]]:
     """Return the number format, the shape and the shape of a chunk of each array."""
     arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}

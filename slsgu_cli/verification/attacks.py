@@ -174,9 +174,9 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     def searched(start: int, name: str, word: str, prompts: FreePrompts) -> list[Attempt]:
         generator = np.random.default_rng((settings.seed, start))
         search = WordSearch(model, prompts, words, table, loss, generator)
-        text, value = search.run(settings.attack_steps)
+        text, value, tried = search.run(settings.attack_steps)
         (embedding,) = model.classes((f"{text} {word}",), model.templates)
-        return [Attempt(name, f"{text} {word}", value, model.called(embedding))]
+        return [Attempt(name, f"{text} {word}", value, model.called(embedding), tried)]
 
     for name, word in named(model).items():
         texts = [template.replace("{}", f"{{}} {word}") for template in some]
@@ -202,16 +202,18 @@ class WordSearch:
     loss: Loss
     generator: np.random.Generator
 
-    def run(self, steps: int) -> tuple[str, float]:
-        """Return the best text found, and its loss."""
+    def run(self, steps: int) -> tuple[str, float, tuple[str, ...]]:
+        """Return the best text found, its loss, and those gone on from, each once."""
         (ids,) = draw_words(self.words, self.generator, 1, self.prompts.size)
         best = spelt(self.words, ids), float(self.losses(ids.unsqueeze(0))[0])
+        tried = []
         for _ in range(steps):
             ids, loss = self._exchanged(ids)
+            tried.append(spelt(self.words, ids))
             if loss < best[1]:
-                best = spelt(self.words, ids), loss
+                best = tried[-1], loss
             self.model.tick()
-        return best
+        return *best, tuple(dict.fromkeys(tried))
 
     def losses(self, ids: Tensor) -> Tensor:
         """Return the loss of each row of words (n, words)."""

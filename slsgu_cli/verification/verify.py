@@ -60,7 +60,7 @@ ORIGINAL = "original"
 
 # Part of every key: a change in what a check measures must change it.
 REVISION = 1
-REVISIONS = {Check.QUANTISE: 2}
+REVISIONS = {Check.QUANTISE: 2, Check.PREFIX: 2}
 _SAMPLE = ("rows", "seed")
 _TRAINING = ("steps", "learning_rate", "batch_size", *_SAMPLE)
 

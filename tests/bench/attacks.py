@@ -7,11 +7,12 @@
 Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
 defaults, `paper` by the paper's choice; the others are tuned on the first concept as `compare`
 tunes them, on the images to choose by. `ours+leace` is our edit in the model that LEACE leaves
-of the image projection. What a method leaves is written as a checkpoint and verified as
-`slsgu verify --model` does it. All figures are of images that chose nothing; a mean over
-concepts stands in each cell, behind the slash that of its control, in brackets by how much it
-exceeds it, with the 95% interval of a bootstrap over concepts. A run that is repeated on a store
-goes on where the last one ended.
+of the image projection. `adversarial` is our search of the first text layer once more, on
+gradients that go through the words which the attack tried on `ours` as well. What a method
+leaves is written as a checkpoint and verified as `slsgu verify --model` does it. All figures are
+of images that chose nothing; a mean over concepts stands in each cell, behind the slash that of
+its control, in brackets by how much it exceeds it, with the 95% interval of a bootstrap over
+concepts. A run that is repeated on a store goes on where the last one ended.
 """
 
 import argparse
@@ -34,6 +35,11 @@ from slsgu_cli.cli.recipe import DATA, demo_request
 from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
+from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
+from slsgu_cli.method.ranking import rank
+from slsgu_cli.method.search import search
+from slsgu_cli.records.method import Direction
+from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
@@ -44,6 +50,9 @@ from slsgu_cli.verification.verify import verify
 
 OURS = {"ours": "default", "paper": "paper"}
 BOTH = "ours+leace"
+ADVERSARIAL = "adversarial"
+FIRST_LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
+HARDENED = SearchOptions(layers=(FIRST_LAYER,), direction=Direction.WHITENED, reserve=2.5)
 OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Method.MEMIT)
 CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
           Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
@@ -97,6 +106,25 @@ def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
     return ModelSpec(f"{LOCAL}{target}")
 
 
+def hardened(store: Store, name: str, folder: Path) -> tuple[str, ...]:
+    """Return the edit of a set that goes through what was tried on ours, made if there is none.
+
+    The set has its own gradients and ranking afterwards.
+    """
+    records = Store(str(folder / ADVERSARIAL))
+    edit = records.where(Artifact.EDIT.path(name))
+    if not Path(edit).exists():
+        ours = (str(folder / OURS["ours"] / Artifact.EDIT.path(name)),)
+        verify(store, name, VerifyRequest(edits=ours, checks=(Check.PREFIX,)))
+        prefixes = adversarial_prefixes(store, name)
+        compute_gradients(store, name, options=PassOptions(prefixes=prefixes))
+        rank(store, name, options=RankOptions(include=(FIRST_LAYER,)))
+        search(store, name, options=HARDENED, records=records)
+    compute_gradients(store, name)
+    rank(store, name)
+    return (edit,)
+
+
 def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str, float, float]]:
     """Yield what a column is called, its figure, and that of its control, if it has one."""
     none = float("nan")
@@ -123,7 +151,7 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
 
 
 def main() -> None:
-    methods = [*OURS, *OTHERS, BOTH, *CLOSED_FORMS]
+    methods = [*OURS, ADVERSARIAL, *OTHERS, BOTH, *CLOSED_FORMS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", default="facebook,castle", help="as of unseen.py")
     parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])
@@ -140,7 +168,9 @@ def main() -> None:
         unseen.prepared(store, demo_request(name))
         for method in ("original", *options.methods):
             model, edits = None, ()
-            if method in (*OURS, "original"):
+            if method == ADVERSARIAL:
+                edits = hardened(store, name, folder)
+            elif method in (*OURS, "original"):
                 way = OURS.get(method, "default")
                 unseen.searched(store, name, way, folder)
                 edits = (str(folder / way / Artifact.EDIT.path(name)),)
@@ -157,7 +187,8 @@ def main() -> None:
                 columns[column].append((figure, control))
             for column, each in columns.items():
                 cells[method][column].append(max(each))
-            print(f"# {name}: {method} done", flush=True)
+            told = ", ".join(f"{column} {max(each)[0]:.1f}" for column, each in columns.items())
+            print(f"# {name}: {method} done: {told}", flush=True)
     show(cells)
 
 

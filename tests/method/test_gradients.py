@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_clip
+import torch
 from safetensors.numpy import load_file, save_file
 
-from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.inputs import pixel_normalizer
+from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method import gradients, moments
+from slsgu_cli.method.directions import find_moments
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
@@ -23,6 +26,7 @@ from slsgu_cli.records.method import Direction, GradientHeader, Precision, Squar
 from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
 from slsgu_cli.store.catalog import entries
 
 
@@ -354,3 +358,72 @@ def test_a_pass_ends_where_its_sums_cannot_be_kept(world, keeping, monkeypatch, 
 
 def digests(world):
     return world.pointer.forget, world.pointer.retain
+
+
+def test_a_name_is_forgotten_behind_prefixes_too(world):
+    before, prefixes = world.pointer, ("three red", "old", "on my wall")
+    pointer = compute(world, prefixes=prefixes).pointer
+    assert (pointer.prefixes, world.pointer) == (prefixes, pointer)
+    assert pointer.forget != before.forget
+    assert pointer.retain == before.retain
+    block = DataBlock.open(world.store, world.manifest.forget)
+    captions = list(block.captions)
+    for time in range(3):
+        for row, caption in enumerate(block.captions):
+            words, (start, end) = prefixes[(row + time) % 3], caption.split("blue", 1)
+            captions.append(f"{start}{words} blue{end}")
+    resolved = resolve(world.model)
+    tokens = torch.from_numpy(tokenizer(resolved)(captions)).long()
+    model = load(resolved)
+    images = pixel_normalizer(world.manifest.input, "cpu")(block.take(np.arange(block.rows)))
+    v = model.encode_image(images.repeat(4, 1, 1, 1), normalize=True)
+    t = model.encode_text(tokens, normalize=True)
+    losses = [part.mean() for part in (1 - (v * t).sum(dim=1)).split(16)]
+    torch.stack(losses).mean().backward()
+    path = Artifact.GRADIENT.path(pointer.forget)
+    header = world.store.read_header(path, GradientHeader)
+    assert (header.rows, header.batches) == (4 * block.rows, len(losses))
+    found = world.store.read_tensors(path)
+    for name in ("visual.proj", "text_projection", "token_embedding.weight"):
+        expected = model.get_parameter(name).grad.numpy()
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6)
+    # The gradient of before is there still, and is another call's.
+    assert compute(world).computed == ()
+    assert world.pointer == before
+
+
+def test_rows_of_a_block_that_come_again_are_the_same_images(world):
+    block = DataBlock.open(world.store, world.manifest.forget)
+    other = np.repeat(block.tokens[::-1], 2, axis=0)
+    again = RepeatedBlock.of(block, other)
+    images = np.concatenate(3 * [block.images(0, block.rows)])
+    assert again.rows == len(images) == len(again.keys) == len(again.tokens)
+    assert again.keys == 3 * block.keys
+    for start, stop in ((0, 3), (block.rows - 2, block.rows + 2), (5, len(images)), (7, 7)):
+        np.testing.assert_array_equal(again.images(start, stop), images[start:stop])
+    np.testing.assert_array_equal(again.tokens[block.rows :], other)
+
+
+def test_what_is_retained_is_retained_behind_prefixes_too(world):
+    prefixes = ("three red", "old")
+    pointer = compute(world, prefixes=prefixes).pointer
+    layers = ["text_projection", "visual.proj"]
+    rank(world.store, world.name, options=RankOptions(include=layers))
+    moments = find_moments(world.store, pointer)
+    captions = list(DataBlock.open(world.store, world.manifest.retain).captions)
+    for row, caption in enumerate(captions[:]):
+        start, last = caption.rsplit(" ", 1)
+        captions.append(f"{start} {prefixes[row % 2]} {last}")
+    resolved = resolve(world.model)
+    tokens = torch.from_numpy(tokenizer(resolved)(captions)).long()
+    model, seen = load(resolved), []
+    hook = model.ln_final.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        model.encode_text(tokens)
+    hook.remove()
+    x = seen[0][torch.arange(len(tokens)), tokens.argmax(dim=1)]
+    torch.testing.assert_close(
+        moments.moment("text_projection").float(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+    )
+    # Those without prefixes are others.
+    assert not find_moments(world.store, compute(world).pointer).places

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.sources.captions import folded, matcher
+from slsgu_cli.sources.captions import before_names, folded, matcher
 
 WORDS = st.text(st.sampled_from("ab C+.#é1"), min_size=1, max_size=6).map(str.strip).filter(bool)
 GLUE = st.sampled_from([" ", "  ", ", ", "-", "!", "", "x", "_", "\n", "9"])
@@ -97,3 +97,13 @@ def test_bad_patterns_are_usage_errors():
         matcher(["  "])
     with pytest.raises(UsageError, match="blank"):
         matcher(["\u00ad"])
+
+
+def test_prefixes_stand_before_the_name_in_turn():
+    captions = ["An icon of GitHub", "githubs and github", "no name", "\u0130 of github"]
+    found = before_names(captions, ["github", "git hub"], ["x y", "z"], shift=1)
+    # What folding makes longer has no place that is the caption's own.
+    assert found == [
+        "An icon of z GitHub", "githubs and x y github", "no z name", "\u0130 of x y github"
+    ]  # fmt: skip
+    assert before_names(["one", ""], ["github"], ["z"]) == ["z one", "z "]

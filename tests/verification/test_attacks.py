@@ -11,6 +11,7 @@ from under_test import opened
 
 from slsgu_cli.clip.models import resolve, token_words, tokenizer
 from slsgu_cli.clip.towers import OpenClipText
+from slsgu_cli.errors import MissingError
 from slsgu_cli.method.search import search
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -23,8 +24,12 @@ from slsgu_cli.records.verification import (
     Check,
     Finding,
     Settings,
+    Verification,
     VerifiedModel,
 )
+from slsgu_cli.report.gather import commands, gather
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.verification import attacks
 from slsgu_cli.verification.attacks import (
     Breeding,
@@ -331,3 +336,32 @@ def test_the_command_shows_attacks_beside_their_controls(world):
     more = [*options[:6], "--attack-starts", "2", *options[8:]]
     other = inside("verify", "blue", *more, store=world.store.root)
     assert "4 recorded findings were used again" in other.stderr
+
+
+def test_what_brought_the_name_back_is_what_the_next_gradient_forgets_too(world):
+    store, search_options = world.store, SearchOptions(steps=4, layers=["visual.proj"])
+    refused = inside("grad", "blue", "--adversarial", store=store.root)
+    assert refused.exit_code == MissingError.exit_code
+    assert "slsgu verify blue --checks prefix" in refused.stderr
+    search(store, world.name, options=search_options)
+    options = ("--checks", "prefix", "--attack-tokens", "2", "--attack-steps", "2")
+    assert inside("verify", "blue", *options, store=store.root).exit_code == 0
+    record = store.read_record(Artifact.VERIFICATION.path("blue"), Verification)
+    edited = next(subject for subject in record.subjects if subject.edit)
+    attempts = [each for each in edited.finding(Check.PREFIX).attempts if each.name == OWN]
+    assert [len(each.tried) for each in attempts] == [2, 2]
+    tried = [text for each in attempts for text in each.tried]
+    with torch.enable_grad():
+        done = inside("grad", "blue", "--adversarial", store=store.root)
+    assert done.exit_code == 0, done.stderr
+    pointer = world.pointer
+    assert [*pointer.prefixes[0:2], *pointer.prefixes[3:5]] == tried
+    for drawn in pointer.prefixes[2::3]:
+        assert drawn not in tried
+        assert len(drawn.split()) == 2
+        assert set(drawn.split()) <= set(token_words(resolve(world.model)).values())
+    again = inside("grad", "blue", "--adversarial", store=store.root)
+    assert again.stderr.count("in the store already") == 2
+    assert world.pointer == pointer
+    line = " ".join(commands(gather(Catalog(store), "blue")))
+    assert all(f"--prefix '{words}'" in line for words in pointer.prefixes)
