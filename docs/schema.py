@@ -114,6 +114,10 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             steered,
         ],
         "apply": [{"applied": AppliedResult}],
+        "export": [{
+            "edits": table("edit", "layer", "rank", "of"),
+            "strengths": table("strength", "set", "FA@1", "FA@5"), "files": PATHS,
+        }],
         "eval": [{
             "accuracy": accuracy, "plots": PATHS,
             "assertions?": table("assertion", "figure", "result"),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import both_held
+from slsgu_cli.checkpoints.lora import is_lora, read_lora
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
     FLOATS,
@@ -38,12 +39,13 @@ class Edit:
     """An edit and how much of it to apply: `factor` times its delta.
 
     Its tensors are read when they are asked for, one at a time: a layer of a large
-    model takes a good part of the memory an edit may use.
+    model takes a good part of the memory an edit may use. One of a LoRA has no original values.
     """
 
     header: EditHeader
     load: Callable[[str], Floats]
     factor: float = 1.0
+    is_lora: bool = False
 
     def delta(self) -> Floats:
         """Return what the edit adds at factor 1, fp32, in the layer's shape.
@@ -128,14 +130,31 @@ def read_edit(store: Store, path: str) -> Edit:
 def load_edit(store: Store, name_or_path: str) -> Edit:
     """Return the edit of that name in the store, or else the one in that file.
 
+    Raises MissingError, InputError or StaleError, and UsageError for a LoRA of several edits.
+    """
+    edits = load_edits(store, name_or_path)
+    if len(edits) > 1:
+        raise UsageError(
+            f"{name_or_path} holds several edits: {', '.join(e.header.name for e in edits)}",
+            hint="`slsgu apply` takes them together",
+        )
+    return edits[0]
+
+
+def load_edits(store: Store, name_or_path: str) -> list[Edit]:
+    """Return the edit of that name in the store, or else those in that file: one, or a LoRA's.
+
     Raises MissingError, InputError or StaleError.
     """
     named_as_file = name_or_path.endswith(SUFFIX) or "/" in name_or_path
     if not named_as_file and store.exists(Artifact.EDIT.path(name_or_path)):
-        return read_edit(store, Artifact.EDIT.path(name_or_path))
+        return [read_edit(store, Artifact.EDIT.path(name_or_path))]
     path = Path(name_or_path)
     if path.is_file():
-        return read_edit(Store(str(path.parent)), path.name)
+        beside = Store(str(path.parent))
+        if is_lora(path):
+            return [Edit(*each, is_lora=True) for each in read_lora(beside, path.name)]
+        return [read_edit(beside, path.name)]
     if named_as_file:
         raise MissingError(f"there is no edit file {name_or_path}")
     known = Artifact.EDIT.names(store)
@@ -382,7 +401,9 @@ class _StoredLayer:
         for edit in self.edits:
             if recognised(self.current, self.dtype, edit.header.digests):
                 continue
-            if same_values(moved_values(self._before(), deltas, self.dtype)[0], self.current):
+            if not edit.is_lora and same_values(
+                moved_values(self._before(), deltas, self.dtype)[0], self.current
+            ):
                 self._refuse_applied()
             raise StaleError(
                 f"{self.layer} in {self.path} is not the layer that the edit "

@@ -49,6 +49,7 @@ GROUPS = {
         "compare": ("study", "Compare with other unlearning methods (the paper's Table 1)."),
     },
     "On a model built on CLIP": {
+        "export": ("downstream", "Write edits as a LoRA, for the clients of such models."),
         "steer": ("downstream", "Find layer and step on a model built on CLIP itself."),
         "generate": ("downstream", "Generate images before and after an edit."),
         "ask": ("downstream", "Ask a LLaVA about images before and after an edit."),

@@ -1,4 +1,4 @@
-"""`steer`, `generate` and `ask`, and their results as tables."""
+"""`export`, `steer`, `generate` and `ask`, and their results as tables."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,6 +9,7 @@ from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
+from slsgu_cli.records.options import ExportRequest
 from slsgu_cli.records.target_options import (
     AskRequest,
     CanvasRequest,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.downstream.generate import OutputFolder
     from slsgu_cli.downstream.search import SteerResult
+    from slsgu_cli.method.export import ExportResult
     from slsgu_cli.store.store import Store
 
 
@@ -100,6 +102,30 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
     title = "UA: images of the concept not taken for it. IRA: others taken for what they are"
     if rows:
         console.table("effect", columns, rows, title=title, data=data)
+
+
+def show_exported(console: "Console", result: "ExportResult") -> None:
+    """Print the ranks of the edits in a LoRA, and what it does at each strength."""
+    from slsgu_cli.cli.console import Column
+
+    edits = [(one.name, one.layer, one.rank, one.full_rank) for one in result.edits]
+    columns = ("edit", Column("layer", shown=known_as), "rank", "of")
+    console.table("edits", columns, edits, title="directions of each edit")
+    rows = [(one.strength, one.name, one.forget.top1, one.forget.top5) for one in result.figures]
+    figures = (Column("FA@1", shown=roughly), Column("FA@5", shown=roughly))
+    console.table(
+        "strengths", ("strength", "set", *figures), rows,
+        title="at each strength, on images that chose nothing",
+    )  # fmt: skip
+    console.paths("files", list(result.files))
+
+
+@command("export")
+def export(session: Session, request: ExportRequest) -> None:
+    """Example: slsgu export facebook --out facebook-lora.safetensors"""
+    from slsgu_cli.method.export import export as run
+
+    show_exported(session.console, run(session.store, request))
 
 
 def show_steered(console: "Console", store: "Store", result: "SteerResult") -> None:

@@ -26,6 +26,7 @@ from slsgu_cli.checkpoints.edits import (
     by_layer,
     earlier_edits,
     load_edit,
+    load_edits,
     moved_values,
     original_values,
     recognised,
@@ -98,8 +99,7 @@ def ensure_edit(
     StaleError where an edit that is there was made from other gradients than the set has now,
     or otherwise than `options` say.
     """
-    is_file = "/" in name or name.endswith(".safetensors")
-    if is_file or not store.exists(Artifact.SET.path(name)):
+    if _is_file(name) or not store.exists(Artifact.SET.path(name)):
         return load_edit(store, name)
     if not store.exists(Artifact.EDIT.path(name)) and store.exists(Artifact.POINTER.path(name)):
         if not store.exists(Artifact.RANKING.path(name)):
@@ -359,6 +359,9 @@ def _other_layers(
     A copy in a coarser format has another fingerprint and can be the same model: of that,
     nothing is told.
     """
+    if any(edit.is_lora for edit in edits):
+        progress.detail("a LoRA holds no original values: other layers were not compared")
+        return None
     instead: dict[str, Floats] = {}
     for name, group in by_layer(edits).items():
         layer, values = Layer.parse(name), original_values(group).astype(np.float32)
@@ -494,14 +497,28 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
     )
     if request.layer is None:
         edits = [
-            ensure_edit(store, name, options=search_options, ranking=ranking)
+            edit
             for name in request.names
+            for edit in _edits_of(store, name, options=search_options, ranking=ranking)
         ]
         return edits if request.step is None else [edit.restepped(request.step) for edit in edits]
     if request.step is None or len(request.names) != 1:
         raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
     (name,) = request.names
     return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
+
+
+def _edits_of(
+    store: Store, name: str, *, options: SearchOptions, ranking: RankOptions
+) -> list[Edit]:
+    """Return the edit of a set, made where it is missing, or all edits of a file."""
+    if _is_file(name):
+        return load_edits(store, name)
+    return [ensure_edit(store, name, options=options, ranking=ranking)]
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or name.endswith(".safetensors")
 
 
 def _shared_model(edits: Sequence[Edit], model: ModelSpec | None) -> ModelSpec:

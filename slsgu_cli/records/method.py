@@ -391,6 +391,7 @@ class EditHeader:
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
     the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `ground`
     are those of the edit's `Report`; its figures are with the edits of `ground` in place.
+    `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
     """
 
     name: str
@@ -420,6 +421,7 @@ class EditHeader:
     harmed: tuple[ClassLoss, ...] = added(())
     nearest: tuple[ClassLoss, ...] = added(())
     ground: Ground | None = added(None)
+    rank: int | None = added(None)
 
     @property
     def after(self) -> dict[str, str]:
@@ -445,6 +447,37 @@ class EditHeader:
         for name, kept in (self.utility or {}).items():
             words[f"TA@1 {name}"] = _change((self.baseline_utility or {}).get(name), kept)
         return words
+
+
+class LoraLayout(StrEnum):
+    """Whose LoRA: kohya's, for clients of diffusion models, or PEFT's, for transformers."""
+
+    LORA = "lora"
+    PEFT = "peft"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoraEdit:
+    """An edit in a LoRA: its header, its rank, and where its directions start in each module."""
+
+    edit: EditHeader
+    rank: int
+    starts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoraHeader:
+    """What a LoRA file says of itself; `prefix` is kohya's, of the text encoder it is for."""
+
+    layout: LoraLayout
+    prefix: str
+    edits: tuple[LoraEdit, ...]
+    version: str
+
+    def about(self) -> dict[str, str]:
+        """Return in words what it was made from."""
+        ranks = {one.edit.name: one.rank for one in self.edits}
+        return {"rank of " + name: str(rank) for name, rank in ranks.items()}
 
 
 def over_layers(layers: Sequence[str]) -> str:

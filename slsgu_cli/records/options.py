@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.method import Alignment, Direction, Keep, Precision, Qkv, Steer, Tower
+from slsgu_cli.records.method import (
+    Alignment,
+    Direction,
+    Keep,
+    LoraLayout,
+    Precision,
+    Qkv,
+    Steer,
+    Tower,
+)
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
 from slsgu_cli.records.words import (
     DEVICE,
@@ -415,6 +424,35 @@ class ApplyRequest(ApplyOptions):
     def __post_init__(self) -> None:
         """Refuse a ridge of the gradient."""
         check_ridge(self.direction, self.ridge)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What `export` is asked for: edits as a LoRA, in whose layout, for which text encoder.
+
+    Without `rank`, each edit has the smallest one by which its set's choosing rows stay as
+    forgotten as by the whole edit.
+    """
+
+    names: Sequence[str] = option(
+        ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit"
+    )
+    out: Path = option(..., "--out", "-o", help="File, or for peft the folder.", panel=OUTPUT)
+    layout: LoraLayout = option(
+        LoraLayout.LORA, "--format", panel=OUTPUT,
+        help="For A1111, ComfyUI and diffusers; or PEFT's, for transformers.",
+    )  # fmt: skip
+    rank: int | None = option(
+        None, "--rank", min=1, help="Directions of each edit.", panel=LAYERS,
+        without="the fewest that keep FA at 0",
+    )  # fmt: skip
+    target: str | None = option(
+        None, "--target", "-t", panel=TARGET, without="Stable Diffusion 1 or 2",
+        help="The pipeline it is for: path, sd1, sd2 or sdxl.",
+    )  # fmt: skip
+    encoder: str | None = ENCODER()
+    overwrite: bool = OVERWRITE()
+    device: str = DEVICE()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

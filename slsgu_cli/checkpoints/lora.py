@@ -1,0 +1,270 @@
+"""Edits as LoRAs: the names and shapes that clients load, written and read back.
+
+A LoRA adds `up @ down` to the weight of a linear module, times the strength that a user sets.
+Clients know query, key and value as modules of their own, so a layer of open_clip's that fuses
+them becomes three. Two layouts:
+
+- kohya's, one file, which A1111, ComfyUI and diffusers load: `lora_te_` before the module's
+  name, or `lora_te1_` and `lora_te2_` for SDXL's two text encoders.
+- PEFT's, a folder with `adapter_config.json`, for text encoders of transformers.
+
+Of an edit, the LoRA of rank r is the nearest one: the r largest singular directions of each
+module's change.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.layouts import (
+    Spelling,
+    TensorPlace,
+    TowerPlace,
+    assembled,
+    tensor_places,
+)
+from slsgu_cli.checkpoints.tensor_file import Floats, open_safetensors
+from slsgu_cli.errors import InputError
+from slsgu_cli.records.method import EditHeader, LoraEdit, LoraHeader, LoraLayout, Tower
+from slsgu_cli.store.store import Store
+
+# Where a text encoder's own names begin, in transformers.
+TEXT = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+# The linear modules of a block: all that kohya's names, diffusers and PEFT have in common.
+MODULE = re.compile(
+    r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"
+)
+IN_ATTENTION = re.compile(r"(.*\.self_attn)\.[qkv]_proj\.weight")
+DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+PEFT_DOWN, PEFT_UP = ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def modules_of(header: EditHeader) -> tuple[TensorPlace, ...]:
+    """Return the tensors of a text encoder that an edit's layer lies in.
+
+    Raises InputError for a layer that a client has no LoRA of.
+    """
+    layer = Layer.parse(header.layer)
+    places = tensor_places(header.layer, TEXT)
+    if layer.tower is Tower.TEXT and places and all(MODULE.fullmatch(p.key) for p in places):
+        return places
+    what = (
+        "is of the vision tower, of which diffusion models have none"
+        if layer.tower is Tower.VISION
+        else "is no linear module of a text encoder's block"
+    )
+    raise InputError(
+        f"no client has a LoRA of {header.layer}, which the edit {header.name} changes: it {what}",
+        hint=f"`slsgu search {header.name} --layer L` for a layer like "
+        "transformer.resblocks.N.mlp.c_proj.weight, or `slsgu apply` writes a whole checkpoint",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What a LoRA adds to one module: `up @ down`, of shapes (out, rank) and (rank, in)."""
+
+    up: Floats
+    down: Floats
+
+    @property
+    def rank(self) -> int:
+        """How many directions it has."""
+        return int(self.down.shape[0])
+
+
+class Decomposed:
+    """The singular directions of an edit's change, module by module; cut to any rank."""
+
+    def __init__(self, header: EditHeader, delta: Floats) -> None:
+        """Decompose a change of open_clip's shape. Raises InputError as `modules_of` does."""
+        self.header, self._places = header, modules_of(header)
+        self._parts = {
+            place.key: np.linalg.svd(
+                np.asarray(place.from_layer(delta), dtype=np.float64), full_matrices=False
+            )
+            for place in self._places
+        }
+
+    @property
+    def full_rank(self) -> int:
+        """The rank from which on nothing of the change is left out."""
+        return max(int(np.count_nonzero(s > s[:1] * 1e-7)) for _, s, _ in self._parts.values())
+
+    def factors(self, rank: int) -> dict[str, Factors]:
+        """Return the factors of each module at a rank, fp32, by its tensor's name."""
+        found = {}
+        for key, (u, s, v) in self._parts.items():
+            root = np.sqrt(s[:rank])
+            up, down = u[:, :rank] * root, root[:, None] * v[:rank]
+            found[key] = Factors(up.astype(np.float32), down.astype(np.float32))
+        return found
+
+    def delta(self, rank: int) -> Floats:
+        """Return the change that the factors of a rank make, in open_clip's shape."""
+        return _delta(self._places, self.factors(rank))
+
+
+def _delta(places: Sequence[TensorPlace], factors: Mapping[str, Factors]) -> Floats:
+    tensors = {key: one.up @ one.down for key, one in factors.items()}
+    whole: Floats = assembled([replace(place, within=None) for place in places], tensors)
+    return np.ascontiguousarray(whole, dtype=np.float32)
+
+
+def lora_tensors(
+    edits: Sequence[tuple[Decomposed, int]], *, layout: LoraLayout, prefix: str
+) -> tuple[dict[str, Floats], LoraHeader]:
+    """Return the tensors of a LoRA of some edits, each at a rank, and what it says of itself.
+
+    `prefix` is kohya's of the text encoder. Edits of one module are put side by side. What a
+    client multiplies by, alpha over rank, is 1.
+    """
+    together: dict[str, list[Factors]] = {}
+    listed = []
+    for decomposed, rank in edits:
+        starts = {}
+        for key, factors in decomposed.factors(rank).items():
+            before = together.setdefault(key, [])
+            starts[key] = sum(one.rank for one in before)
+            before.append(factors)
+        listed.append(LoraEdit(decomposed.header, rank, starts))
+    joined = {
+        key: Factors(
+            np.concatenate([one.up for one in parts], axis=1),
+            np.concatenate([one.down for one in parts]),
+        )
+        for key, parts in sorted(together.items())
+    }
+    name = _peft_tensors if layout is LoraLayout.PEFT else _kohya_tensors
+    header = LoraHeader(layout, prefix, tuple(listed), version=listed[0].edit.version)
+    return name(joined, prefix), header
+
+
+def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
+    """Return the factors under kohya's names, all of one rank: directions of zeros make up for it.
+
+    diffusers reads one rank and one alpha of a text encoder right, and knows its attention by
+    the output projection, which is there with zeros where the edits leave it alone.
+    """
+    rank = max(one.rank for one in factors.values())
+    whole = dict(factors)
+    for key, one in factors.items():
+        if attention := IN_ATTENTION.fullmatch(key):
+            output, width = f"{attention[1]}.out_proj.weight", one.down.shape[1]
+            zeros = np.zeros((width, 0), np.float32), np.zeros((0, width), np.float32)
+            whole.setdefault(output, Factors(*zeros))
+    tensors: dict[str, Floats] = {}
+    for key, one in sorted(whole.items()):
+        module, lacking = _kohya_module(key, prefix), rank - one.rank
+        tensors[module + DOWN] = np.pad(one.down, ((0, lacking), (0, 0)))
+        tensors[module + UP] = np.pad(one.up, ((0, 0), (0, lacking)))
+        tensors[f"{module}.alpha"] = np.array(rank, dtype=np.float32)
+    return tensors
+
+
+def _peft_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
+    """Return the factors under both names that transformers has had for a text encoder's module."""
+    tensors: dict[str, Floats] = {}
+    for key, one in factors.items():
+        for module in _peft_modules(key):
+            tensors[f"{PEFT_PREFIX}{module}{PEFT_DOWN}"] = one.down
+            tensors[f"{PEFT_PREFIX}{module}{PEFT_UP}"] = one.up
+    return tensors
+
+
+def _kohya_module(key: str, prefix: str) -> str:
+    return prefix + key.removesuffix(".weight").replace(".", "_")
+
+
+def _peft_modules(key: str) -> tuple[str, str]:
+    module = key.removesuffix(".weight")
+    return module, module.removeprefix(TEXT.prefix)
+
+
+def peft_config(header: LoraHeader, base: str) -> str:
+    """Return the `adapter_config.json` of a LoRA of the model called `base`."""
+    ranks: dict[str, int] = {}
+    for one in header.edits:
+        for key in one.starts:
+            module = _peft_modules(key)[1]
+            ranks[module] = ranks.get(module, 0) + one.rank
+    modules = "|".join(map(re.escape, sorted(ranks)))
+    most = max(ranks.values())
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        # All of the name: a vision tower has modules that end alike.
+        "target_modules": rf"(text_model\.)?({modules})",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "task_type": None,
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+def is_lora(path: Path) -> bool:
+    """Return whether a safetensors file holds the factors of a LoRA, whoever wrote it."""
+    try:
+        names = open_safetensors(path).names()
+    except InputError:
+        return False
+    return any(name.endswith((DOWN, PEFT_DOWN)) for name in names)
+
+
+def read_lora(store: Store, path: str) -> list[tuple[EditHeader, Callable[[str], Floats]]]:
+    """Return the edits in a LoRA that slsgu wrote: each header, and what reads its change.
+
+    Raises ForeignError for a LoRA of others, which does not say what weights it is for, and
+    MissingError, InputError or StaleError.
+    """
+    header = store.read_header(path, LoraHeader)
+    return [
+        (replace(one.edit, rank=one.rank), _LoraChange(store, path, header, one))
+        for one in header.edits
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _LoraChange:
+    """Reads the change of one edit from a LoRA, where it is called with its tensor's name."""
+
+    store: Store
+    path: str
+    header: LoraHeader
+    edit: LoraEdit
+
+    def __call__(self, name: str) -> Floats:
+        """Return the change. Raises InputError for the original values, which a LoRA lacks."""
+        if name != "delta":
+            raise InputError(
+                f"{self.path} is a LoRA and does not hold the original values of "
+                f"{self.edit.edit.layer}",
+                hint=f"name the edit {self.edit.edit.name} itself",
+            )
+        factors = {}
+        for key, start in self.edit.starts.items():
+            down, up = self._names(key)
+            tensors = self.store.read_tensors(self.path, [down, up])
+            span = slice(start, start + self.edit.rank)
+            factors[key] = Factors(tensors[up][:, span], tensors[down][span])
+        return _delta(modules_of(self.edit.edit), factors)
+
+    def _names(self, key: str) -> tuple[str, str]:
+        if self.header.layout is LoraLayout.PEFT:
+            module = PEFT_PREFIX + _peft_modules(key)[0]
+            return module + PEFT_DOWN, module + PEFT_UP
+        module = _kohya_module(key, self.header.prefix)
+        return module + DOWN, module + UP
