@@ -36,7 +36,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import Purpose, SetManifest
-from slsgu_cli.sources.classes import find_class
+from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 

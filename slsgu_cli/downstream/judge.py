@@ -34,7 +34,7 @@ from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.target_options import CanvasRequest, SourceRequest
 from slsgu_cli.records.targets import AnswerSet, Budget, GeneratedSource
 from slsgu_cli.sets.evaluation_sets import read_classes
-from slsgu_cli.sources.classes import find_class
+from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

@@ -18,10 +18,16 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import pick_device, tokenizer
-from slsgu_cli.downstream.directions import TargetMove, by_gain, moves_of
 from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
-from slsgu_cli.downstream.subjects import AskedSubject, PaintedSubject, Subject
+from slsgu_cli.downstream.subjects import (
+    AskedSubject,
+    PaintedSubject,
+    Subject,
+    TargetMove,
+    by_gain,
+    moves_of,
+)
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded

@@ -13,7 +13,7 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import encode
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import BuildContext, block_path, counted, file_recipe, reference
-from slsgu_cli.sources.classes import (
+from slsgu_cli.sources.captions import (
     CLASS_NAMES,
     DEFAULT_TEMPLATES,
     FROM_LABELS,

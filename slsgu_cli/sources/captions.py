@@ -1,21 +1,30 @@
-"""Which captions are about a concept, or about which of many."""
+"""Texts about images: which captions are about a concept; class names, and prompts of them.
+
+Class names and prompt templates of an evaluation set are built in, or come from a file or from
+labels. Built in are ImageNet's names and templates (those of open_clip) and CelebA's template,
+the bare name and a full stop. CelebA's release numbers its people and names none, so
+CelebA's class names are the labels or folder names of the source.
+"""
 
 import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.sets import Concept, check_name
+from slsgu_cli.sources.rows import label_words
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Matcher = Callable[[str], bool]
 
@@ -243,10 +252,12 @@ class Prefilter:
         names = sorted({folded(pattern) for pattern in patterns or ()})
         self._expressions = _expressions([name for name in names if name.isascii()])
 
-    def candidates(self, captions: pa.Array) -> npt.NDArray[np.int64]:
+    def candidates(self, captions: "pa.Array") -> npt.NDArray[np.int64]:
         """Return the places of the captions that may match, in order."""
         if self._all:
             return np.arange(len(captions))
+        import pyarrow.compute as pc
+
         may_match = ~_flags(pc.string_is_ascii(captions), True)
         for expression in self._expressions:
             matches = pc.match_substring_regex(captions, expression, ignore_case=True)
@@ -260,6 +271,171 @@ def _expressions(names: Sequence[str]) -> list[str]:
     return ["|".join([*group, ENTITY]) for group in groups]
 
 
-def _flags(values: pa.Array, missing: bool) -> Flags:
+def _flags(values: "pa.Array", missing: bool) -> Flags:
+    import pyarrow.compute as pc
+
     flags: Flags = pc.fill_null(values, missing).to_numpy(zero_copy_only=False)
     return flags
+
+
+DEFAULT_TEMPLATES = "imagenet-simple"
+TEMPLATE_NAMES = ("imagenet", "imagenet-simple", "celeba")
+FROM_LABELS = ("labels", "celeba")
+CLASS_NAMES = ("imagenet", *FROM_LABELS)
+WNID = re.compile(r"n\d{8}")
+SLOT = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassList:
+    """Class names in order, and the label that stands for each where it is not the name."""
+
+    names: tuple[str, ...]
+    labels: dict[str, int] | None
+    origin: str
+
+
+def builtin_classes(name: str) -> ClassList | None:
+    """Return a built-in list of classes; None where the labels themselves are the names."""
+    if name in FROM_LABELS:
+        return None
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return ClassList(tuple(IMAGENET_CLASSNAMES), None, name)
+
+
+def parse_classes(text: str, origin: str) -> ClassList:
+    """Read one class name a line, or `label<TAB>name`. Raises InputError naming the line."""
+    names: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    filled = [(number, line) for number, line in lines if line]
+    tabbed = sum("\t" in line for _, line in filled)
+    if not filled or tabbed not in (0, len(filled)):
+        content = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
+        raise InputError(
+            f"{origin} is not a list of classes: {content}",
+            hint="one class name a line, or label<TAB>name on every line",
+        )
+    for number, line in filled:
+        label, _, name = (part.strip() for part in line.rpartition("\t"))
+        if (label in labels) if tabbed else (name in names):
+            raise InputError(f"{origin}, line {number}: {line!r} stands there a second time")
+        labels[label] = names.setdefault(name, len(names))
+    return ClassList(tuple(names), labels if tabbed else None, origin)
+
+
+def class_indices(
+    classes: ClassList | None, labels: Collection[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the class names and the class index of every label that has one.
+
+    Without a list, the labels are the names. With one, labels are those of its file, its
+    names, or (if none is a name) indices into it; for ImageNet also the 1000 folder names.
+    Raises InputError if no label belongs to a class.
+    """
+    if classes is None:
+        names = sorted({_plain(label) for label in labels})
+        index = {name: place for place, name in enumerate(names)}
+        return tuple(names), {label: index[_plain(label)] for label in sorted(labels)}
+    known = _by_label(classes, labels) or _by_index(classes, labels) or _by_wnid(classes, labels)
+    if not known:
+        raise InputError(
+            f"no label is a class of {classes.origin}: labels are {_some(sorted(labels))}; "
+            f"classes are {_some(classes.names)}",
+            hint="give a file of label<TAB>name lines with --classes",
+        )
+    return classes.names, known
+
+
+def find_class(names: Sequence[str], concept: str) -> int | None:
+    """Return the index of the class that is the concept, whatever the case; None if none is."""
+    wanted = _same(concept)
+    return next((index for index, name in enumerate(names) if _same(name) == wanted), None)
+
+
+def builtin_templates(name: str) -> tuple[str, ...]:
+    """Return built-in templates as texts with one `{}` each."""
+    from open_clip.zero_shot_metadata import (
+        OPENAI_IMAGENET_TEMPLATES,
+        SIMPLE_IMAGENET_TEMPLATES,
+    )
+
+    if name == "celeba":
+        return ("{}.",)
+    source = OPENAI_IMAGENET_TEMPLATES if name == "imagenet" else SIMPLE_IMAGENET_TEMPLATES
+    return tuple(str(template(SLOT)) for template in source)
+
+
+def parse_templates(text: str, origin: str) -> tuple[str, ...]:
+    """Read one template a line, each with exactly one `{}`. Raises InputError naming the line."""
+    templates = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if line.count(SLOT) != 1:
+            raise InputError(
+                f"{origin}, line {number}: {line.strip()!r} has {line.count(SLOT)} times {SLOT}",
+                hint="write each template with one {} where the class name goes",
+            )
+        templates.append(line.strip())
+    if not templates:
+        raise InputError(f"{origin} holds no templates")
+    return tuple(templates)
+
+
+def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:
+    """Read other names of one thing, one a line, each with its kind. Raises InputError.
+
+    A line that begins with # says of which kind those below it are, such as `# German`.
+    """
+    kind, names = "name", []
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("#"):
+            kind = " ".join(line.lstrip("#").replace(":", " ").split()) or kind
+        elif line:
+            names.append((kind, line))
+    if not names:
+        raise InputError(f"{origin} holds no names", hint="write one a line")
+    return tuple(dict.fromkeys(names))
+
+
+def _by_label(classes: ClassList, labels: Iterable[str]) -> dict[str, int]:
+    table: dict[str, int] = {}
+    for name, index in (classes.labels or {}).items():
+        table.setdefault(_same(name), index)
+    for index, name in enumerate(classes.names):
+        # ImageNet has two names twice; the first of each stands for both.
+        table.setdefault(_same(name), index)
+    return {label: table[_same(label)] for label in labels if _same(label) in table}
+
+
+def _by_index(classes: ClassList, labels: Collection[str]) -> dict[str, int]:
+    if classes.labels is not None or not all(label.isdecimal() for label in labels):
+        return {}
+    return {label: int(label) for label in labels if int(label) < len(classes.names)}
+
+
+def _by_wnid(classes: ClassList, labels: Collection[str]) -> dict[str, int]:
+    if classes.origin != "imagenet" or not all(WNID.fullmatch(label) for label in labels):
+        return {}
+    if len(labels) != len(classes.names):
+        raise InputError(
+            f"{len(labels)} of ImageNet's {len(classes.names)} folder names are there; "
+            "their classes can only be told when all of them are",
+            hint="give a file of folder<TAB>name lines with --classes",
+        )
+    return {label: index for index, label in enumerate(sorted(labels))}
+
+
+def _plain(label: str) -> str:
+    return label_words(label) or label
+
+
+def _same(name: str) -> str:
+    return _plain(name).casefold()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(repr(name) for name in names[:4]) + more

@@ -42,7 +42,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Steer, Tower
 from slsgu_cli.records.options import NO_BOUND, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.sources.classes import find_class
+from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.downstream.directions import TargetMove
 from slsgu_cli.downstream.search import TargetSearch
+from slsgu_cli.downstream.subjects import TargetMove
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction, Tower
 from slsgu_cli.records.target_options import SteerOptions

@@ -20,8 +20,7 @@ from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.records.method import EditHeader, GradientPointer, Ranking
 from slsgu_cli.records.sets import Collection, DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.sources.captions import read_names
-from slsgu_cli.sources.classes import parse_classes, parse_names, parse_templates
+from slsgu_cli.sources.captions import parse_classes, parse_names, parse_templates, read_names
 from slsgu_cli.sources.rows import Columns
 from slsgu_cli.sources.tar import TarSource
 

@@ -2,7 +2,7 @@ import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.sources.classes import (
+from slsgu_cli.sources.captions import (
     builtin_classes,
     builtin_templates,
     class_indices,

@@ -9,7 +9,7 @@ from under_test import opened
 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
-from slsgu_cli.sources.classes import parse_names
+from slsgu_cli.sources.captions import parse_names
 from slsgu_cli.verification.probes import spelling, spellings
 
 
