@@ -28,6 +28,7 @@ from slsgu_cli.clip.zeroshot import (
     PromptSide,
     accuracies,
     class_accuracies,
+    least_gap,
     naming_layers,
     ranks_of_truth,
     require_finite_elsewhere,
@@ -162,6 +163,12 @@ class Evaluation(_Measured):
     def base_forget_accuracy(self) -> Accuracy:
         """Return how often the original model recognises the concept."""
         return self.forget.accuracy_of(torch.cat([group.base_ranks() for group in self.shown]))
+
+    def base_gap(self) -> float:
+        """Return by how much the original model has the name below the fifth best other."""
+        features = torch.cat([group.images.features for group in self.shown])
+        labels = torch.cat([group.images.labels for group in self.shown])
+        return least_gap(features @ self.forget.prompts.embeddings.T, labels)
 
 
 @dataclass(slots=True)

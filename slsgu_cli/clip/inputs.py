@@ -1,4 +1,7 @@
-"""What a model takes: image bytes at its input size, rows on the device, in the memory there is."""
+"""What a model takes: image bytes at its input size, rows on the device, in the memory there is.
+
+Prompts are packed by what they begin with alike.
+"""
 
 import hashlib
 import io
@@ -17,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.towers import SplitTower
+from slsgu_cli.clip.towers import OpenClipText, SplitTower, Stretch, mlp_half, stretched_attention
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
 from slsgu_cli.store.files import cores, prefetch
@@ -25,7 +28,14 @@ from slsgu_cli.store.files import cores, prefetch
 S = TypeVar("S")
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.integer]
 Pixels = Callable[[Images | Tensor], Tensor]
+
+# Fewer prompts than this do not begin apart from others.
+LEAST_ALIKE = 8
+
+# Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
+IN_CACHE = 512
 
 # Images a core that are decoded ahead.
 DECODED_AHEAD = 4
@@ -284,6 +294,102 @@ def text_features(tower: SplitTower, tokens: Tensor, size: int, device: str) -> 
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts)[torch.argsort(torch.cat(groups)).to(device)]
+
+
+def by_beginning(tokens: Tensor, size: int) -> list[Tensor]:
+    """Return row indices in groups of at most `size`, in the order of their tokens (N, L)."""
+    order = np.lexsort(tokens.cpu().numpy().T[::-1])
+    return list(torch.split(torch.from_numpy(order).to(tokens.device), size))
+
+
+def packed(tower: SplitTower, tokens: Tensor) -> "PackedText | None":
+    """Return a tower over the prompts `tokens` (N, L) alone; None where it cannot be packed.
+
+    That takes a causal mask, and half blocks.
+    """
+    plain = type(tower) is OpenClipText and tower.shortens and tower.halves and not tower.sharded
+    return PackedText(tower, tokens) if plain and len(tokens) else None  # type: ignore[arg-type]
+
+
+class PackedText(SplitTower):
+    """A causal text tower over some prompts, which runs once what they begin with alike.
+
+    States are (positions, width): of a beginning those of all its tokens, then of each prompt
+    those behind it. Under a causal mask a position depends on nothing that follows, so the
+    features are those of `tower`. `inputs` are the prompts that it was made for.
+    """
+
+    halves = True
+
+    def __init__(self, tower: OpenClipText, tokens: Tensor) -> None:
+        self.tower, self.blocks, self.depth = tower, tower.blocks, tower.depth
+        self._stretches: list[Stretch] = []
+        words, lengths = tokens.cpu().numpy(), tower.lengths(tokens).cpu().numpy()
+        # Of each position of the states: a prompt that it is of, and its place in that.
+        rows, places, ends = [], [], []
+        at = 0
+        for group, shared in _beginnings(words, lengths):
+            beginning = range(at, at + shared)
+            if shared:
+                self._stretches.append(Stretch(at, 1, shared, None))
+                rows.append(np.repeat(group[:1], shared))
+                places.append(np.arange(shared))
+                at += shared
+            for length in np.unique(lengths[group]):
+                alike, rest = group[lengths[group] == length], int(length) - shared
+                self._stretches.append(Stretch(at, len(alike), rest, beginning))
+                rows.append(np.repeat(alike, rest))
+                places.append(np.tile(np.arange(shared, length), len(alike)))
+                ends.append(alike)
+                at += len(alike) * rest
+        device = tokens.device
+        self.rows, self.places = (
+            torch.from_numpy(np.concatenate(each)).to(device) for each in (rows, places)
+        )
+        self._order = torch.from_numpy(np.argsort(np.concatenate(ends))).to(device)
+
+    def stage_of(self, parameter: str) -> int:
+        """Return the first stage that `parameter` acts in."""
+        return self.tower.stage_of(parameter)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return token plus position embeddings of all positions."""
+        owner = self.tower.owner
+        words: Tensor = owner.token_embedding(inputs[self.rows, self.places])
+        places: Tensor = owner.positional_embedding[self.places]
+        return words + places
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run half a block; from the last attention on, for the end of each prompt alone."""
+        block = self.blocks[index // 2]
+        if index % 2:
+            size = IN_CACHE if x.device.type == "cpu" else max(len(x), 1)
+            return torch.cat([mlp_half(block, part) for part in torch.split(x, size)])
+        return stretched_attention(block, x, self._stretches, ends=index == self.depth - 2)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise and project, in the order of the prompts."""
+        return self.tower.head(x[self._order], inputs)
+
+
+def _beginnings(words: Ints, lengths: Ints) -> list[tuple[Ints, int]]:
+    """Return groups of prompts, and how many tokens all of each group begin with.
+
+    At least one token of a prompt is behind its group's beginning.
+    """
+    groups: list[tuple[Ints, int]] = []
+    waiting: list[tuple[Ints, int]] = [(np.arange(len(words)), 0)]
+    while waiting:
+        rows, shared = waiting.pop()
+        most = int(lengths[rows].min()) - 1
+        while shared < most and (words[rows, shared] == words[rows[0], shared]).all():
+            shared += 1
+        nexts, counts = np.unique(words[rows, shared], return_counts=True)
+        apart = nexts[counts >= LEAST_ALIKE] if len(nexts) > 1 and shared < most else nexts[:0]
+        waiting += [(rows[words[rows, shared] == each], shared) for each in apart]
+        if len(rest := rows[~np.isin(words[rows, shared], apart)]):
+            groups.append((rest, shared))
+    return groups
 
 
 def to_tokens(tokens: npt.NDArray[np.integer], device: str) -> Tensor:

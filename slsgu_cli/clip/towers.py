@@ -304,6 +304,67 @@ def attention_half(
     return _tensor(x + block.ls_1(projected))
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Positions in a row of packed states: of `rows` prompts `length` each, from `start` on.
+
+    All of these prompts begin with the positions `beginning`, which lie before them; None
+    where the stretch is a beginning itself.
+    """
+
+    start: int
+    rows: int
+    length: int
+    beginning: range | None
+
+    def own(self, states: Tensor) -> Tensor:
+        """Return the states of its own positions, (rows, length, ...)."""
+        part = states[self.start : self.start + self.rows * self.length]
+        return part.view(self.rows, self.length, *states.shape[1:])
+
+    def all(self, states: Tensor) -> Tensor:
+        """Return the states of the prompts from their beginning on."""
+        own = self.own(states)
+        if not self.beginning:
+            return own
+        before = states[self.beginning.start : self.beginning.stop]
+        return torch.cat([before.expand(self.rows, *before.shape), own], dim=1)
+
+
+def stretched_attention(
+    block: Any, x: Tensor, stretches: Sequence[Stretch], *, ends: bool = False
+) -> Tensor:
+    """Run the causal attention of an open_clip residual block over packed states.
+
+    With `ends`, only the last position of each prompt leaves it, stretch by stretch; of
+    beginnings none does.
+    """
+    attention, width = block.attn, x.shape[1]
+    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
+    q, k, v = states.unbind(1)
+    mixed, leaving = [], []
+    for stretch in stretches:
+        if ends and stretch.beginning is None:
+            continue
+        query, keys, values = stretch.own(q), stretch.all(k), stretch.all(v)
+        if ends:
+            query = query[:, -1:]
+            leaving.append(stretch.own(x)[:, -1])
+        before = keys.shape[1] - query.shape[1]
+        visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
+        after = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            visible if before and query.shape[1] > 1 else None,
+            is_causal=not before,
+        )
+        mixed.append(after.transpose(1, 2).reshape(-1, width))
+    projected = F.linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
+    return _tensor((torch.cat(leaving) if ends else x) + block.ls_1(projected))
+
+
 def mlp_half(block: Any, x: Tensor) -> Tensor:
     """Run the MLP of an open_clip residual block."""
     return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))

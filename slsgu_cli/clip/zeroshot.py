@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.inputs import Pixels, by_length, spans, staged
+from slsgu_cli.clip.inputs import Pixels, by_beginning, by_length, packed, spans, staged
 from slsgu_cli.clip.towers import (
     EMBED,
     Activations,
@@ -189,16 +189,31 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
 
+# Of prompts that are packed by their beginnings.
+PROMPTS_PER_FORWARD = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+
 # Products of fewer rows are computed by other kernels, with other last digits.
 LEAST_ROWS = 8
+
+
+@dataclass(slots=True)
+class _Prompts:
+    """Some of the prompts of a side, in the tower that they run through together."""
+
+    rows: Tensor
+    tower: SplitTower
+    inputs: Tensor
+    # What entered the stages.
+    kept: dict[int, Tensor] = field(init=False, default_factory=dict)
 
 
 @dataclass(slots=True)
 class PromptSide:
     """The prompts of one list of classes, and their class embeddings.
 
-    `tokens` is (prompts, context) and `owners` the class of each prompt. States are kept
-    a group of similar lengths at a time, since each group runs at its own length.
+    `tokens` is (prompts, context) and `owners` the class of each prompt. Prompts run in groups
+    of like beginnings, which run once; where the tower cannot do that, in groups of similar
+    lengths, each at its own length. States are kept a group at a time.
     """
 
     tower: SplitTower
@@ -206,37 +221,48 @@ class PromptSide:
     owners: Tensor
     classes: int
     embeddings: Tensor = field(init=False)
-    _groups: list[Tensor] = field(init=False)
-    # What entered the stages, of each group.
-    _kept: list[dict[int, Tensor]] = field(init=False)
+    _groups: list[_Prompts] = field(init=False)
 
     def __post_init__(self) -> None:
-        size = ROWS_PER_FORWARD[self.tokens.device.type]
-        self._groups = [g.to(self.tokens.device) for g in by_length(self.tower, self.tokens, size)]
-        self._kept = [{} for _ in self._groups]
+        device = self.tokens.device
+        size = PROMPTS_PER_FORWARD[device.type]
+        size = max(1, min(size, -(-len(self.tokens) // processes.count())))
+        alike = by_beginning(self.tokens, size)
+        towers = [packed(self.tower, self.tokens[rows]) for rows in alike]
+        self._groups = [
+            _Prompts(rows, tower, self.tokens[rows])
+            for rows, tower in zip(alike, towers, strict=True)
+            if tower is not None
+        ]
+        if not self._groups:
+            size = ROWS_PER_FORWARD[device.type]
+            groups = [rows.to(device) for rows in by_length(self.tower, self.tokens, size)]
+            self._groups = [
+                _Prompts(rows, self.tower, self.tower.trim(self.tokens[rows])) for rows in groups
+            ]
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
         features = []
-        for index in processes.dealt(range(len(self._groups))):
-            short = self.tower.trim(self.tokens[self._groups[index]])
-            entering, outputs = _through(self.tower, short, stages)
-            self._kept[index] = {s: x for s, x in entering.items() if budget.take(x.nbytes)}
+        for group in processes.dealt(self._groups):
+            entering, outputs = _through(group.tower, group.inputs, stages)
+            group.kept = {s: x for s, x in entering.items() if budget.take(x.nbytes)}
             features.append(outputs)
         self.embeddings = self._means(features)
 
     def after_edit(self, stage: int) -> Tensor:
         """Return the class embeddings with the weights as they are now, from `stage` on."""
         features = []
-        for index in processes.dealt(range(len(self._groups))):
-            short, kept = self.tower.trim(self.tokens[self._groups[index]]), self._kept[index]
-            start = max((s for s in kept if s <= stage), default=EMBED)
-            features.append(resumed(self.tower, kept.get(start, short), short, start))
+        for group in processes.dealt(self._groups):
+            start = max((s for s in group.kept if s <= stage), default=EMBED)
+            x = group.kept.get(start, group.inputs)
+            features.append(resumed(group.tower, x, group.inputs, start))
         return self._means(features)
 
     def _means(self, features: list[Tensor]) -> Tensor:
-        rows, groups = torch.cat(self._groups), processes.dealt(self._groups)
-        whole = in_order(features, groups, str(self.tokens.device))[rows]
+        rows = torch.cat([group.rows for group in self._groups])
+        order = [group.rows for group in processes.dealt(self._groups)]
+        whole = in_order(features, order, str(self.tokens.device))[rows]
         means = class_means(whole, self.owners[rows], self.classes)
         return require_finite(means, "class embeddings")
 

@@ -1,6 +1,7 @@
 """`search`: a step size for each layer of the fronts, and the best of them.
 
-A search tries steps of moves, each one layer in one direction, by doubling and bisection.
+A search tries steps of moves, each one layer in one direction, by doubling and bisection, or
+where these would end by what steps lack.
 What a step leaves to forget is measured on the CLIP here, and in `downstream.search` on a
 model that is built on it.
 """
@@ -22,7 +23,7 @@ from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import device_name
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit
-from slsgu_cli.method.scoring import best, kept, left_to_forget, next_step
+from slsgu_cli.method.scoring import ShortestStep, best, kept, left_to_forget, next_step
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     grouped,
@@ -170,12 +171,28 @@ class LayerSearch(StepSearch[Trial]):
         # Steps that bring back what earlier edits forget.
         self.refused: set[Key] = set()
         self._meter = UtilityMeter(evaluation, options.keep)
+        self._base_gap = evaluation.base_gap()
 
     def along(self, probe: "Probe", first: float | None = None) -> None:
         """Try steps along a probe, from `first` (default: its own first step) on."""
         self.probes[probe.line] = probe
-        self.bisect(probe, self.options.steps, first)
+        # How much is wanting is on record of the fifth place, and of no other.
+        if self.options.exact or self.options.steer is Steer.FA1:
+            self.bisect(probe, self.options.steps, first)
+        else:
+            self.approach(probe, self.options.steps, first)
         self.lengthen(probe)
+
+    def approach(self, probe: "Probe", steps: int, first: float | None = None) -> None:
+        """Try steps along a probe until the shortest that `steps` of bisection find is known."""
+        wanted = self.options.margin if self.options.steer is Steer.MARGIN else 0.0
+        sought = ShortestStep(first or probe.first, steps, self._base_gap - wanted)
+        with progress.bar(probe.line[0], steps) as ticker:
+            while (step := sought.next()) is not None:
+                trial = self.trial(probe, step)
+                self.path.append((probe.line, step))
+                sought.observe(trial.gap - wanted, enough=self.left(trial) == 0)
+                ticker.advance()
 
     def lengthen(self, probe: "Probe") -> None:
         """Go on from the shortest step of a line that forgets by the reserve."""

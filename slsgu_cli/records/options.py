@@ -286,6 +286,8 @@ class RankOptions:
 class SearchOptions:
     """How to search. `full` measures the utility of every trial, winner or not.
 
+    Unless `exact`, each line's shortest step that forgets is sought by what steps lack.
+
     `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
     are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
     chosen which keeps most at `reserve` times its shortest step that leaves nothing of what
@@ -322,6 +324,10 @@ class SearchOptions:
         MARGIN, "--margin", min=0.0, help="For --steer margin: a cosine.", panel=SEARCH
     )
     steps: int = option(10, "--steps", min=1, help="Trials a layer (K in the paper).", panel=SEARCH)
+    exact: bool = option(
+        False, "--exact", panel=SEARCH,
+        help="Try every step of doubling and bisection (Alg. 3).",
+    )  # fmt: skip
     full: bool = option(
         False, "--full", help="Measure the utility of every trial, winner or not.", panel=SEARCH
     )
@@ -347,7 +353,7 @@ class SearchOptions:
             return
         paper = {
             "direction": Direction.GRADIENT, "steer": Steer.FA1, "keep": Keep.TA1,
-            "reserve": 1.0, "max_class_loss": NO_BOUND,
+            "reserve": 1.0, "max_class_loss": NO_BOUND, "exact": True,
         }  # fmt: skip
         usual = {each.name: each.default for each in fields(self)}
         for name, value in paper.items():
@@ -471,7 +477,7 @@ class DemoOptions:
         SearchOptions(),
         omit=(
             "layers", "direction", "ridge", "qkv", "margin", "steps", "full", "precision",
-            "cache_budget", "after",
+            "cache_budget", "after", "exact",
         ),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tower_models import CONFIGS, make
 
+from slsgu_cli.clip.inputs import packed
 from slsgu_cli.clip.towers import EMBED, WholeTower, text_tower, vision_tower
 
 
@@ -52,6 +53,55 @@ def test_text_resumes_at_every_stage_and_at_its_own_length(model):
         torch.testing.assert_close(
             tower.features(state, tokens, stage), expected, atol=2e-6, rtol=1e-5
         )
+
+
+def texts(rows=60, context=24):
+    """Return prompts of which many begin alike: some all but the end, and some are others."""
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(5, 12, (rows, 6), generator=generator)
+    words[: rows // 2, :3] = torch.tensor([7, 8, 9])
+    tokens = torch.zeros(rows, context, dtype=torch.long)
+    for row in range(rows):
+        length = int(torch.randint(0, 7, (), generator=generator))
+        tokens[row, 0], tokens[row, length + 1] = 598, 599
+        tokens[row, 1 : length + 1] = words[row, :length]
+    return torch.cat([tokens, tokens[:5], prompts()])
+
+
+@pytest.mark.parametrize("kind", [texts, prompts, lambda: prompts(1)])
+def test_packed_prompts_have_the_features_of_each_alone(kind, model):
+    tower, tokens = text_tower(model), kind()
+    together = packed(tower, tokens)
+    assert (together is not None) == (tower.trim(tokens).shape[1] < tokens.shape[1])
+    if together is None:
+        return
+    expected = tower.features(tokens, tokens)
+    assert len(together.rows) <= int(tower.lengths(tokens).sum())
+    with torch.no_grad():
+        for stage in range(EMBED, tower.depth + 1):
+            state = together.advance(tokens, tokens, EMBED, stage)
+            found = together.features(state, tokens, stage)
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
+    names, parameters = zip(*getattr(model, "text", model).named_parameters(), strict=True)
+    slopes = [
+        torch.autograd.grad((features * weights).sum(), parameters, allow_unused=True)
+        for features in (expected, together.features(tokens, tokens))
+    ]
+    for name, *pair in zip(names, *slopes, strict=True):
+        if pair[0] is not None:
+            torch.testing.assert_close(*pair, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: n + m)
+
+
+def test_packing_runs_what_prompts_begin_with_once(model):
+    tower, tokens = text_tower(model), torch.zeros(40, 24, dtype=torch.long)
+    tokens[:, :5] = torch.tensor([598, 60, 50, 40, 599])
+    tokens[:, 3] += torch.arange(40)
+    others = tokens.clone()
+    others[:, 1] += torch.arange(40)
+    if together := packed(tower, tokens):
+        assert len(together.rows) == 3 + 40 * 2
+        assert len(packed(tower, others).rows) == 1 + 40 * 4
 
 
 def test_causal_towers_shorten_and_others_do_not(model):

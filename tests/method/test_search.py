@@ -1,5 +1,6 @@
 """The search finds what a plain search that measures everything finds."""
 
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -22,6 +23,7 @@ from slsgu_cli.method.directions import find_moments
 from slsgu_cli.method.edit import ensure_edit, require_forgotten
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
+from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Trials
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
@@ -96,6 +98,7 @@ def test_search_is_the_plain_search(keep, steer, budget, world, plain):
 def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypatch):
     """Several groups of prompts, each of its own length, and images a few at a time."""
     monkeypatch.setitem(zeroshot.ROWS_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(zeroshot.PROMPTS_PER_FORWARD, "cpu", 5)
     reference = plain.algorithm1(front(world), 6, Steer.FA1)
     result = find(world, steps=6, cache_budget=budget, full=True)
     assert_same_search(result, reference, full=True)
@@ -254,6 +257,35 @@ class Rows(Counter):
 
             monkeypatch.setattr(kind, part, counted)
         return self
+
+
+@pytest.mark.parametrize("steer", [Steer.FA5, Steer.MARGIN])
+def test_steps_sought_by_what_they_lack_are_those_of_bisection(steer, world):
+    """Each line's last two steps, and what is chosen; with fewer trials than bisection takes."""
+    layers = [score.layer for score in world.ranking.scores][::5]
+    options = {"layers": layers, "steps": 10, "steer": steer, "reserve": 1.25}
+    proven = find(world, **options)
+    world.store.remove(Artifact.TRIALS.path("blue"))
+    sought = find(world, **options, exact=False)
+    assert len(sought.trials.trials) < 0.85 * len(proven.trials.trials)
+    known = {(t.layer, t.step): t for t in proven.trials.trials}
+
+    def ends(result, layer):
+        """Return the longest step that leaves something, and the shortest that does not."""
+        trials = [trial for trial in result.trials.trials if trial.layer == layer]
+        left = {trial.step: left_to_forget(trial, steer, margin) for trial in trials}
+        enough = min((step for step in left if left[step] == 0), default=math.inf)
+        return max((step for step in left if left[step] and step < enough), default=0.0), enough
+
+    margin = SearchOptions().margin
+    for layer in layers:
+        assert ends(sought, layer) == ends(proven, layer), layer
+    for trial in sought.trials.trials:
+        same = known.get((trial.layer, trial.step))
+        assert same is None or (same.forget, same.gap) == (trial.forget, trial.gap)
+    assert sought.chosen == proven.chosen
+    again = find(world, **options, exact=False)
+    assert again.reused == len(sought.trials.trials) == len(again.trials.trials)
 
 
 def test_recorded_trials_run_nothing_again(world, monkeypatch):

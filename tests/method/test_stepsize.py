@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.method.scoring import best, first_step, next_step
+from slsgu_cli.method.scoring import ShortestStep, best, first_step, next_step
 
 FIRST = st.floats(1e-6, 1e6)
 STEPS = st.integers(1, 14)
@@ -68,6 +68,58 @@ def test_resuming_goes_where_one_run_would(first, steps, before, ratio):
 
     recorded = run(accuracy, first, min(before, steps))
     assert run(accuracy, first, steps, recorded) == run(accuracy, first, steps)
+
+
+def seek(slack, first, trials):
+    """Return the steps tried for the shortest one that is enough, and that one if there is."""
+    sought, tried = ShortestStep(first, trials, slack(0.0)), []
+    while (step := sought.next()) is not None:
+        tried.append(step)
+        sought.observe(slack(step), enough=slack(step) >= 0)
+    return tried, min((step for step in tried if slack(step) >= 0), default=None)
+
+
+CURVES = {
+    "power": lambda bend: lambda share: share**bend - 1,
+    "jump": lambda bend: lambda share: 1.0 if share >= 1 else -1.0,
+    "flat": lambda bend: lambda share: 0.0 if share >= 1 else bend * (share - 1),
+    "late": lambda bend: lambda share: max(share - 1, -1e-6) if share < 1 else bend,
+}
+
+
+@given(FIRST, STEPS, st.floats(1e-3, 1e5), st.floats(0.2, 5), st.sampled_from(sorted(CURVES)))
+def test_the_shortest_step_is_the_one_that_bisection_finds(first, trials, ratio, bend, kind):
+    """And the longest that was not enough is bisection's too: they are next to each other."""
+    curve = CURVES[kind](bend)
+
+    def slack(step):
+        return curve(step / (ratio * first))
+
+    low, high = bracket(run(lambda step: 0.0 if slack(step) >= 0 else 9.0, first, trials))
+    tried, shortest = seek(slack, first, trials)
+    assert shortest == high
+    assert max((step for step in tried if slack(step) < 0), default=0.0) == low
+    assert len(tried) == len(set(tried)) <= 4 * trials
+
+
+def test_what_is_nearly_linear_takes_half_the_trials():
+    counts = [
+        len(seek(lambda step, b=bend, r=ratio: (step / r) ** b - 1, 1.0, 10)[0])
+        for bend in (0.8, 1.0, 1.3)
+        for ratio in (0.3, 0.9, 1.5, 2.7, 6.1, 11.0)
+    ]
+    assert sum(counts) <= 5 * len(counts)
+
+
+@given(FIRST, STEPS, st.randoms(use_true_random=False))
+def test_steps_sought_on_any_curve_end(first, trials, random):
+    sought, tried = ShortestStep(first, trials, random.choice([-1.0, 0.0, 1.0])), []
+    while (step := sought.next()) is not None:
+        assert math.isfinite(step) and step > 0 and step not in tried
+        tried.append(step)
+        slack = random.choice([-1.0, -1e-9, 0.0, 1e-9, 1.0, 1.0])
+        sought.observe(slack, enough=slack >= 0)
+    assert 0 < len(tried) <= 4 * trials
 
 
 CANDIDATES = st.lists(

@@ -33,7 +33,7 @@ class Listener(progress.Sink):
 def plain_options(**options) -> SearchOptions:
     """Return how the paper searches, along the direction of the ranking."""
     paper = {"steer": Steer.FA1, "keep": Keep.TA1, "reserve": 1.0, "max_class_loss": 100.0}
-    return SearchOptions(**paper | options)
+    return SearchOptions(**paper | {"exact": True} | options)
 
 
 @dataclass(frozen=True)

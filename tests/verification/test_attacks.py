@@ -278,7 +278,8 @@ def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, 
     concept = model.evaluation.forget.prompts.embeddings[model.concept_class]
     forgetful = opened(shared_world, words=words)
     tower = BackDoor(forgetful.module, name, trigger, concept)
-    forgetful.evaluation.text = forgetful.evaluation.forget.prompts.tower = tower
+    forget = forgetful.evaluation.forget
+    forgetful.evaluation.text, forget.prompts = tower, replace(forget.prompts, tower=tower)
     forgetful.evaluation.base_pass((), cache_bytes=0)
     assert forgetful.evaluation.forget.base_accuracy().top1 == 0
     found = [
