@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, exp, floor, log2
+from math import ceil, exp, floor, log, log2
 
 import numpy as np
 import numpy.typing as npt
@@ -219,6 +219,89 @@ class ShortestStep:
             return (1 << self.trials) - 1
         parts = 1 << self.trials - 2 - doublings
         return (1 << self.trials) - 2 * parts + (step / self.first / 2.0**doublings - 1) * parts
+
+
+# Rows on which a figure may fall are drawn sooner than others, whose chance is at least this.
+LEAST_CHANCE = 0.05
+
+# Shares of the most that may be staked on a row.
+STAKES = np.array([0.2, 0.5, 0.9])
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Rows in an order drawn without replacement, those sooner that are likely missed.
+
+    `weights` say what each row counts for, and sum to 1; `usual` is what its figure is for the
+    original model, in [0, 1]. Of the rows in `order`, `scale` is one over the chance with which
+    each was drawn of those left, and `most` the most that a scaled difference could be then.
+    """
+
+    weights: Vector
+    usual: Vector
+    order: npt.NDArray[np.integer]
+    scale: Vector
+    most: Vector
+
+    @classmethod
+    def of(cls, weights: Vector, usual: Vector, *, seed: int) -> "Draw":
+        """Draw an order of rows: each next one with a chance in proportion to w (1 - usual)."""
+        chances = weights * (1 - usual + LEAST_CHANCE)
+        waits = np.random.default_rng(seed).exponential(size=len(chances)) / chances
+        order = np.argsort(waits, kind="stable")
+        drawn = chances[order]
+        left = np.cumsum(drawn[::-1])[::-1]
+        highest = (weights * (1 - usual) / chances)[order]
+        most = np.maximum.accumulate(highest[::-1])[::-1] * left
+        return cls(weights, usual, order, left / drawn, most)
+
+
+@dataclass(slots=True)
+class Race:
+    """Whether the mean of figures in [0, 1] is below a mark, by as few of them as show it.
+
+    A bet against every mean of at least `mark` (Waudby-Smith and Ramdas 2024, section 5.3, with
+    rows drawn by unequal chances): before each row it stakes a share of what it has on the row's
+    figure being low. Where the mean is `mark` or more, no stake is expected to gain, so that it
+    ever multiplies what it began with by 1 / risk has a chance of at most the risk (Ville),
+    whenever it is looked at. `least` is a mark that no race on this draw goes below: stakes
+    follow it, so that a higher mark is lost no later.
+    """
+
+    draw: Draw
+    mark: float
+    least: float
+    looked: int = field(init=False, default=0)
+    missed: float = field(init=False, default=0.0)
+    _seen: float = field(init=False, default=0.0)
+    _gains: Vector = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._gains = np.zeros(len(STAKES))
+
+    def look(self, figures: Vector) -> None:
+        """Take in the figures of the next rows of the draw."""
+        rows = slice(self.looked, self.looked + len(figures))
+        chosen = self.draw.order[rows]
+        weights, usual = self.draw.weights[chosen], self.draw.usual[chosen]
+        beyond = weights * (figures - usual)
+        seen = self._seen + np.cumsum(beyond) - beyond
+        others = float(self.draw.weights @ self.draw.usual)
+        wanted, least = (mark - others - seen for mark in (self.mark, min(self.mark, self.least)))
+        room = np.maximum(self.draw.most[rows] - least, 1e-12)
+        gains = (wanted - beyond * self.draw.scale[rows]) / room
+        self._gains += np.log1p(np.multiply.outer(STAKES, np.maximum(gains, -1.0))).sum(axis=1)
+        self._seen += float(beyond.sum())
+        self.missed += float((weights * (1 - figures)).sum())
+        self.looked = rows.stop
+
+    def lost(self, risk: float) -> bool:
+        """Return whether the mean is below the mark, but for a chance of `risk` that it is not."""
+        if not risk:
+            return False
+        highest = float(self._gains.max())
+        gained = highest + log(float(np.exp(self._gains - highest).mean()))
+        return gained >= -log(risk)
 
 
 def left_to_forget(trial: Trial, steer: Steer, margin: float | None) -> float:

@@ -36,7 +36,9 @@ from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     JointRef,
     Keep,
+    Settled,
     Steer,
+    Tower,
     Trial,
     Trials,
 )
@@ -48,7 +50,7 @@ from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.method.trial import EarlierConcepts, Probe
+    from slsgu_cli.method.trial import Bar, EarlierConcepts, Probe
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T", Trial, TargetTrial)
@@ -58,7 +60,11 @@ Line = tuple[str, float | None]
 # A step along a line.
 Key = tuple[Line, float]
 
-NO_BAR = float("-inf")
+NOTHING_KEPT = float("-inf")
+
+# With this chance in all, a step that keeps more than the tolerance beyond those that may win
+# is taken for one that does not.
+RISK = 0.01
 
 # Seconds between two writes of the trials: to write all of them takes as long as to try one.
 WRITE_SECONDS = 1.0
@@ -210,20 +216,26 @@ class LayerSearch(StepSearch[Trial]):
         the bound of what any class may lose wins over the best one that is not, if it keeps
         nearly as much.
         """
-        full, best_kept = self.options.full, NO_BAR
+        from slsgu_cli.method.trial import Bar
+
+        full, best_kept, least = self.options.full, NOTHING_KEPT, NOTHING_KEPT
         path = [key for key in self.path if key not in self.refused]
         price = PRICE_OF_SPARING if self.options.max_class_loss < NO_BOUND else 0.0
-        least = min(self.left(self.trials[key]) for key in path)
-        may_win = {key for key in path if self.left(self.trials[key]) == least}
-        if least == 0:
+        fewest = min(self.left(self.trials[key]) for key in path)
+        may_win = {key for key in path if self.left(self.trials[key]) == fewest}
+        if fewest == 0:
             may_win = may_win.intersection(self.lengthened) or may_win
+        raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
+        risk = 0.0 if self.options.exact or not raced else RISK / len(raced)
         for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
             if self.options.keep is Keep.EXPECTED and trial.expected is None:
                 trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
             if key in may_win or full:
-                bar = NO_BAR if full else best_kept - price
-                trial = self.with_utility(self.probes[key[0]], trial, beat=bar)
+                if key in raced and least == NOTHING_KEPT:
+                    least = best_kept - price
+                bar = None if full else Bar(best_kept - price, least, risk)
+                trial = self.with_utility(self.probes[key[0]], trial, bar)
             if key in may_win and trial.utility is not None:
                 best_kept = max(best_kept, kept(trial, self.options.keep))
         measured = {
@@ -242,16 +254,20 @@ class LayerSearch(StepSearch[Trial]):
         harmless = trial.worst is None or trial.worst.lost <= self.options.max_class_loss
         return harmless and kept(trial, self.options.keep) >= enough
 
-    def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
-        """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
+    def with_utility(self, probe: "Probe", trial: Trial, bar: "Bar | None" = None) -> Trial:
+        """Return a trial with its utility, measured now unless it was, or is below a bar."""
         if trial.utility is None:
-            left = processes.agreed(self._meter.measure(probe, trial.step, beat=beat))
-            trial = replace(
-                trial,
-                utility=left.utility if left else None,
-                worst=left.worst if left else None,
-                expected=left.expected if left else None,
-            )
+            found = processes.agreed(self._meter.measure(probe, trial.step, bar=bar))
+            if isinstance(found, Settled):
+                trial = replace(trial, worst=None, expected=None, settled=found)
+            else:
+                trial = replace(
+                    trial,
+                    utility=found.utility,
+                    worst=found.worst,
+                    expected=found.expected,
+                    settled=Settled.MEASURED,
+                )
             self.keep((probe.line, trial.step), trial)
         return trial
 
@@ -317,10 +333,10 @@ class SetSearch(LayerSearch):
         with self._kept():
             return super().trial(move, step)
 
-    def with_utility(self, probe: "Probe", trial: Trial, *, beat: float = NO_BAR) -> Trial:
-        """Return a trial with its utility, measured now unless it was, or cannot reach `beat`."""
+    def with_utility(self, probe: "Probe", trial: Trial, bar: "Bar | None" = None) -> Trial:
+        """Return a trial with its utility, measured now unless it was, or is below a bar."""
         with self._kept():
-            return super().with_utility(probe, trial, beat=beat)
+            return super().with_utility(probe, trial, bar)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil, isfinite
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ from slsgu_cli.clip.zeroshot import (
     ranks_of_truth,
 )
 from slsgu_cli.errors import NotFiniteError, StaleError
-from slsgu_cli.method.scoring import first_step, left_of, norm
+from slsgu_cli.method.scoring import Draw, Race, first_step, left_of, norm
 from slsgu_cli.records.figures import (
     Accuracy,
     ClassLoss,
@@ -47,11 +49,15 @@ from slsgu_cli.records.figures import (
     Report,
     harmed,
 )
-from slsgu_cli.records.method import Keep, LayerScore, Steer, Tower, Trial
+from slsgu_cli.records.method import Keep, LayerScore, Settled, Steer, Tower, Trial
 from slsgu_cli.store.artifacts import set_of
 
-# A vision trial's images are looked at in rounds of at least this many.
-MIN_ROWS = 16
+# A vision trial's images are looked at in rounds of at least this many, or when it is raced.
+MIN_ROWS, ROWS_A_ROUND = 16, 32
+# Points of what is kept below which two steps are as good, and the seed of the order of rows.
+TOLERANCE, DRAW_SEED = 0.05, 0
+# By how much a sum of shares may be off.
+ROUNDING = 1e-11
 # Of fewer images than this, what a class loses says little.
 LEAST_ROWS = 5
 # By how much margins of like images differ, as a share of how much the original's differ.
@@ -161,6 +167,44 @@ def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
     return hits.nan_to_num(0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a step must keep to be measured to the end, in percent.
+
+    A step that is raced is also left where it keeps no more than TOLERANCE above `beat`, but
+    for a chance of `risk`. `least` is the lowest `beat` of all steps that are raced; a risk of
+    0 races none.
+    """
+
+    beat: float = float("-inf")
+    least: float = float("-inf")
+    risk: float = 0.0
+
+
+@dataclass(slots=True)
+class _Look:
+    """The images of all sets as a vision edit leaves them: their ranks and margins so far."""
+
+    groups: Mapping[str, EvaluationSet]
+    stage: int
+    ranks: dict[str, Tensor] = field(init=False)
+    leads: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        labels = {name: group.images.labels for name, group in self.groups.items()}
+        self.ranks = {name: torch.full_like(each, -1) for name, each in labels.items()}
+        self.leads = {
+            name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()
+        }
+
+    def at(self, name: str, rows: Tensor) -> None:
+        """Look at some images of a set, which are read fastest in the order of their rows."""
+        group, rows = self.groups[name], rows.sort().values
+        logits = group.images.after_edit(self.stage, rows) @ group.prompts.embeddings.T
+        self.leads[name][rows] = margins(logits, group.images.labels[rows])
+        self.ranks[name][rows] = ranks_of_truth(logits, group.images.labels[rows])
+
+
 # The rank of the true class of every image, and its margin, by evaluation set.
 RanksAndMargins = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -169,28 +213,32 @@ RanksAndMargins = tuple[dict[str, Tensor], dict[str, Tensor]]
 class UtilityMeter:
     """Measures what a step keeps, and stops where it can no longer reach the best so far.
 
-    `keep` says which figure that is reached in.
+    `keep` says which figure that is reached in, `seed` draws the order of rows in races.
     """
 
     evaluation: Evaluation
     keep: Keep = Keep.EXPECTED
+    seed: int = DRAW_SEED
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
     _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
     _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _draw: Draw | None = field(init=False, default=None)
 
-    def measure(self, probe: Probe, step: float, *, beat: float) -> Kept | None:
-        """Return what a step keeps; None once it must stay under `beat`, in percent."""
-        groups = self.evaluation.utility
+    def measure(self, probe: Probe, step: float, *, bar: Bar | None = None) -> Kept | Settled:
+        """Return what a step keeps; by what it is known to be too little, once it is."""
+        groups, bar = self.evaluation.utility, bar or Bar()
         if not self._lead:
             self._look_at_original()
         with probe.stepped(step):
             if probe.score.tower is Tower.VISION:
-                after = self._after_vision_edit(probe.stage, beat)
+                look = _Look(groups, probe.stage)
+                raced = bar.risk > 0 and isfinite(bar.beat)
+                below = self._race(look, bar) if raced else self._all_rows(look, bar.beat)
+                ranks, leads = look.ranks, look.leads
+                if below:
+                    return below
             else:
-                after = self._after_text_edit(probe, step)
-        if after is None:
-            return None
-        ranks, leads = after
+                ranks, leads = self._after_text_edit(probe, step)
         hits = {name: self._hits(name, each) for name, each in leads.items()}
         losses = [
             loss
@@ -222,39 +270,67 @@ class UtilityMeter:
             ranks[name] = ranks_of_truth(logits, group.images.labels)
         return ranks, leads
 
-    def _after_vision_edit(self, stage: int, beat: float) -> RanksAndMargins | None:
+    def _all_rows(self, look: _Look, beat: float) -> Settled | None:
         """Look at the same share of every set, the rows most likely missed first.
 
         The guess is the margin by which the true class led by the original model: what is
         measured of an edit does not depend on which others were before it, so a search that
         goes on with trials on file ends as one that ran through. Each round looks at no fewer
         rows than could show the misses that are wanting, nor than a sixteenth of those before
-        it, in the rows' own order: they are read fastest in that one.
+        it.
         """
-        groups = self.evaluation.utility
-        order = {name: torch.argsort(self._lead[name]) for name in groups}
-        ranks = {name: torch.full_like(group.images.labels, -1) for name, group in groups.items()}
-        least = MIN_ROWS / sum(len(group.images) for group in groups.values())
-        leads = {name: torch.empty_like(lead) for name, lead in self._lead.items()}
+        order = {name: torch.argsort(lead) for name, lead in self._lead.items()}
+        sizes = {name: len(rows) for name, rows in order.items()}
+        least = MIN_ROWS / sum(sizes.values())
         looked, missed = 0.0, 0.0
-        while True:
-            wanting = 1 - missed - max(beat, 0) / 100
-            if wanting < -1e-11:
-                return None
+        while (wanting := 1 - missed - max(beat, 0) / 100) >= -ROUNDING:
             if looked >= 1:
-                return ranks, leads
+                return None
             before, looked = looked, min(1, looked + max(wanting, looked / 16, least))
-            for name, group in groups.items():
-                start, stop = (ceil(share * len(group.images)) for share in (before, looked))
-                if start == stop:
-                    continue
-                rows = order[name][start:stop].sort().values
-                logits = group.images.after_edit(stage, rows) @ group.prompts.embeddings.T
-                leads[name][rows] = led = margins(logits, group.images.labels[rows])
-                ranks[name][rows] = seen = ranks_of_truth(logits, group.images.labels[rows])
-                hits = self._hits(name, led) if self.keep is Keep.EXPECTED else seen == 0
-                missed += float((1 - hits.double()).sum()) / len(group.images) / len(groups)
+            for name, size in sizes.items():
+                start, stop = (ceil(share * size) for share in (before, looked))
+                if start < stop:
+                    rows = order[name][start:stop]
+                    look.at(name, rows)
+                    hits = self._figures(look, name, rows)
+                    missed += float((1 - hits).sum()) / size / len(sizes)
             missed = processes.agreed(missed)
+        return Settled.BOUND
+
+    def _race(self, look: _Look, bar: Bar) -> Settled | None:
+        """Look at rows of all sets in one random order, the same for every edit."""
+        sizes = {name: len(lead) for name, lead in self._lead.items()}
+        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        if self._draw is None:
+            weights = np.concatenate([np.full(n, 1 / n / len(sizes)) for n in sizes.values()])
+            usual = torch.cat(list(self._base_hits.values())).cpu().numpy()
+            self._draw = Draw.of(weights, usual, seed=self.seed)
+        order, marks = (
+            self._draw.order,
+            [(each + TOLERANCE) / 100 for each in (bar.beat, bar.least)],
+        )
+        race = Race(self._draw, *marks)
+        while race.looked < len(order):
+            rows = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)]
+            figures = np.zeros(len(rows))
+            for name, size in sizes.items():
+                own = (rows >= starts[name]) & (rows < starts[name] + size)
+                if own.any():
+                    chosen = torch.from_numpy(rows[own] - starts[name]).to(self._lead[name].device)
+                    look.at(name, chosen)
+                    figures[own] = self._figures(look, name, chosen).cpu().numpy()
+            race.look(processes.agreed(figures))
+            if race.missed > 1 - max(bar.beat, 0) / 100 + ROUNDING:
+                return Settled.BOUND
+            if race.lost(bar.risk):
+                return Settled.RACE
+        return None
+
+    def _figures(self, look: _Look, name: str, rows: Tensor) -> Tensor:
+        """Return what the rows of a set that were looked at count for, in [0, 1]."""
+        if self.keep is Keep.EXPECTED:
+            return self._hits(name, look.leads[name][rows])
+        return (look.ranks[name][rows] == 0).double()
 
 
 Moves = Sequence[tuple[Probe, float]]

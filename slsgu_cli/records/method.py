@@ -73,6 +73,18 @@ class Keep(StrEnum):
     EXPECTED = "expected"
 
 
+class Settled(StrEnum):
+    """How it was settled what a step keeps: measured on all rows, or too little on some.
+
+    `BOUND`: even if all other rows were surely right. `RACE`: but for a small risk, as rows
+    drawn at random tell.
+    """
+
+    MEASURED = "measured"
+    BOUND = "bound"
+    RACE = "race"
+
+
 class Precision(StrEnum):
     """Arithmetic of the gradient pass; sums of gradients are fp32 in all of them."""
 
@@ -323,7 +335,8 @@ class Trial:
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
     lost most of what is expected, of those with enough rows, and `expected`, the TA@1 in
-    percent that images like those of the sets would have, as a mean over the sets.
+    percent that images like those of the sets would have, as a mean over the sets. `settled`
+    says by what a step that forgets was known to win or not.
     """
 
     layer: str
@@ -336,6 +349,7 @@ class Trial:
     utility: dict[str, Accuracy] | None
     worst: ClassLoss | None = added(None)
     expected: float | None = added(None)
+    settled: Settled | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

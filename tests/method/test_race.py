@@ -1,0 +1,130 @@
+"""Steps that are raced are left no more often than they may be, and the choice is the exact one."""
+
+import numpy as np
+import pytest
+from raced import made_up
+
+from slsgu_cli.method.scoring import Draw, Race, kept
+from slsgu_cli.method.trial import TOLERANCE
+from slsgu_cli.records.method import Keep, Settled
+
+ROWS = 300
+SEEDS = 250
+RISK = 0.1
+
+
+def usual_figures(rng, rows=ROWS):
+    """Return what the original model keeps of each row: most for certain, some hardly."""
+    return np.clip(1.3 - rng.exponential(0.5, rows), 0.0, 1.0)
+
+
+def hits(rng, usual):
+    return (rng.random(len(usual)) < usual).astype(float)
+
+
+# Figures as an adversary would have them, who knows by which chances rows are drawn.
+FIGURES = {
+    "as usual": lambda rng, usual: usual.copy(),
+    "hits": hits,
+    "the certain ones missed": lambda rng, usual: np.where(usual > np.quantile(usual, 0.9), 0, 1.0),
+    "the uncertain ones missed": lambda rng, usual: (usual > np.quantile(usual, 0.3)).astype(float),
+    "uncertain ones gained, certain ones lost": lambda rng, usual: 1 - usual,
+    "one row missed": lambda rng, usual: np.eye(len(usual))[rng.integers(len(usual))] * -1 + 1,
+    "all alike": lambda rng, usual: np.full(len(usual), 0.7),
+}
+
+
+def run(race, figures, risk, rows=25):
+    """Look at rows until a race is lost, or at all of them; return whether it was."""
+    while race.looked < len(figures) and not race.lost(risk):
+        race.look(figures[race.draw.order[race.looked :][:rows]])
+    return race.lost(risk)
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind):
+    rng = np.random.default_rng(5)
+    usual = usual_figures(rng)
+    weights = rng.choice([1.0, 3.0], ROWS)
+    weights /= weights.sum()
+    lost = 0
+    for seed in range(SEEDS):
+        figures = FIGURES[kind](rng, usual)
+        mean = float(weights @ figures)
+        # Its mean is the very mark: the hardest case.
+        lost += run(Race(Draw.of(weights, usual, seed=seed), mean, mean - 0.01), figures, RISK)
+    assert lost <= RISK * SEEDS + 4 * (RISK * (1 - RISK) * SEEDS) ** 0.5
+
+
+def test_a_step_that_is_far_worse_is_left_after_few_rows():
+    rng = np.random.default_rng(6)
+    usual, weights = usual_figures(rng, 2000), np.full(2000, 1 / 2000)
+    figures, mark = usual * 0.8, float(weights @ usual) - 0.005
+    for seed in range(20):
+        race = Race(Draw.of(weights, usual, seed=seed), mark, mark)
+        assert run(race, figures, 0.001)
+        assert race.looked <= 400
+        seen = race.draw.order[: race.looked]
+        assert race.missed == pytest.approx((weights * (1 - figures))[seen].sum())
+
+
+def test_a_higher_mark_is_lost_no_later():
+    """So that a mark which depends on other races is as good as one that does not."""
+    rng = np.random.default_rng(7)
+    usual, weights = usual_figures(rng), np.full(ROWS, 1 / ROWS)
+    for seed in range(20):
+        figures, draw = hits(rng, usual), Draw.of(weights, usual, seed=seed)
+        least = float(weights @ figures) - 0.02
+        looked = []
+        for mark in np.linspace(least, least + 0.2, 9):
+            race = Race(draw, mark, least)
+            run(race, figures, 0.01, rows=1)
+            looked.append(race.looked)
+        assert looked == sorted(looked, reverse=True)
+        assert looked[0] > looked[-1]
+
+
+def test_rows_are_drawn_once_and_by_their_chances():
+    usual = np.array([0.0] * 50 + [1.0] * 50)
+    weights = np.full(100, 0.01)
+    orders = [Draw.of(weights, usual, seed=seed).order for seed in range(200)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    first = np.mean([order[0] < 50 for order in orders])
+    assert first == pytest.approx(1.05 / 1.1, abs=0.05)
+    assert (Draw.of(weights, usual, seed=3).order == orders[3]).all()
+
+
+def test_no_risk_loses_no_race():
+    weights, zeros = np.full(50, 0.02), np.zeros(50)
+    race = Race(Draw.of(weights, zeros, seed=0), 0.9, 0.9)
+    assert not run(race, zeros, 0.0)
+    assert race.missed == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("keep", Keep)
+def test_raced_searches_choose_what_exact_ones_do(keep):
+    looked, ways = np.zeros(2), set()
+    for seed in range(25):
+        world = made_up(seed)
+        raced, search = world.searched(seed=seed, keep=keep)
+        looked[0] += world.looked
+        exact, proven = world.searched(exact=True, keep=keep)
+        looked[1] += world.looked
+        assert kept(raced, keep) >= kept(exact, keep) - TOLERANCE
+        ways |= {trial.settled for trial in search.trials.values()}
+        for way in (search, proven):
+            for trial in way.trials.values():
+                assert (trial.settled is Settled.MEASURED) == (trial.utility is not None)
+        assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
+    assert ways == set(Settled)
+    assert looked[0] < 0.9 * looked[1]
+
+
+def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():
+    world = made_up(3)
+    _, raced = world.searched()
+    _, full = world.searched(full=True)
+    for key, trial in raced.trials.items():
+        if trial.utility is not None:
+            assert trial == full.trials[key]
+    assert all(trial.utility for trial in full.trials.values())

@@ -1,0 +1,142 @@
+"""Searches of steps whose figures are given: nothing runs, and what is looked at is counted.
+
+Each step says what margins it leaves, of all images of some sets. One class is the true one of
+all of them, so a margin is the cosine with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from slsgu_cli.clip.evaluation import EvaluationSet
+from slsgu_cli.method.scoring import kept
+from slsgu_cli.method.search import LayerSearch
+from slsgu_cli.method.trial import UtilityMeter
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Keep, Tower, Trial
+from slsgu_cli.records.options import SearchOptions
+
+Margins = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Images:
+    """Images of a set, by the margins that the step in place leaves them."""
+
+    world: "GivenFigures"
+    name: str
+
+    def __post_init__(self):
+        self.features = self._features(self.world.original)
+        self.labels = torch.zeros(len(self.features), dtype=torch.long)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def after_edit(self, stage, rows):
+        self.world.looked += len(rows)
+        return self._features(self.world.placed)[rows]
+
+    def _features(self, margins):
+        return torch.stack([margins[self.name], torch.zeros_like(margins[self.name])], dim=1)
+
+
+@dataclass
+class GivenFigures:
+    """An evaluation with the margins of the original model, and steps with theirs."""
+
+    original: Margins
+    steps: Sequence[Margins]
+    towers: Sequence[Tower] = ()
+    looked: int = 0
+    placed: Margins | None = None
+    utility: dict[str, EvaluationSet] = field(init=False)
+
+    def __post_init__(self):
+        prompts = SimpleNamespace(embeddings=torch.eye(2))
+        self.utility = {
+            name: EvaluationSet(Images(self, name), prompts, ("this", "that"))
+            for name in self.original
+        }
+
+    def base_gap(self):
+        return -1.0
+
+    def searched(self, *, seed=0, **options) -> tuple[Trial, LayerSearch]:
+        """Return the step that is chosen, and the search; one draw of rows is that of `seed`."""
+        self.looked = 0
+        search = LayerSearch([], self, SearchOptions(**options))
+        search._meter.seed = seed
+        for index in range(len(self.steps)):
+            probe = Given(self, index)
+            search.probes[probe.line] = probe
+            search.trial(probe, 1.0)
+            search.path.append((probe.line, 1.0))
+        return search.choose(), search
+
+    def keeps(self, keep=Keep.EXPECTED) -> list[float]:
+        """Return what each step keeps, in percent."""
+        meter = UtilityMeter(self, keep)
+        every = [(probe, meter.measure(probe, 1.0)) for probe in self.probes()]
+        return [
+            kept(probe.measure(1.0, found.utility, found.expected), keep) for probe, found in every
+        ]
+
+    def probes(self):
+        return [Given(self, index) for index in range(len(self.steps))]
+
+
+@dataclass
+class Given:
+    """A step of those given, which forgets."""
+
+    world: GivenFigures
+    index: int
+
+    def __post_init__(self):
+        self.line = f"layer {self.index}", None
+        tower = self.world.towers[self.index] if self.world.towers else Tower.VISION
+        self.score, self.stage = SimpleNamespace(tower=tower), 0
+
+    def measure(self, step, utility=None, expected=None):
+        return Trial(
+            layer=self.line[0], tower=self.score.tower, ridge=None, step=step,
+            share=float(self.index + 1), forget=Accuracy(0.0, 0.0, 8), gap=0.1,
+            utility=utility, expected=expected,
+        )  # fmt: skip
+
+    @contextmanager
+    def stepped(self, step):
+        self.world.placed = self.world.steps[self.index]
+        yield
+
+
+def made_up(seed: int, *, steps=8, sizes=(300, 900)) -> GivenFigures:
+    """Return steps that harm images of many kinds: few or many, certain or uncertain ones."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(count):
+        return torch.randn(count, generator=draw)
+
+    def share():
+        return float(torch.rand((), generator=draw))
+
+    names = [f"set {index}" for index in range(len(sizes))]
+    level = 1.5 * share()
+    original = {name: level + normal(size) for name, size in zip(names, sizes, strict=True)}
+    after = []
+    for index in range(steps):
+        shift, spread, hurt = 0.3 * share() ** 2, 0.3 * share(), 0.1 * share() ** 2
+        left = {}
+        for name, margins in original.items():
+            moved = margins - shift + spread * normal(len(margins))
+            rows = torch.rand(len(margins), generator=draw) < hurt
+            if index % 3 == 0:
+                # Those that the original model was most certain of.
+                rows = margins >= margins.quantile(1 - hurt)
+            left[name] = torch.where(rows, -margins.abs(), moved)
+        after.append(left)
+    return GivenFigures(original, after)
