@@ -286,7 +286,8 @@ class RankOptions:
 class SearchOptions:
     """How to search. `full` measures the utility of every trial, winner or not.
 
-    Unless `exact`, each line's shortest step that forgets is sought by what steps lack.
+    Unless `exact`, each line's shortest step that forgets is sought by what steps lack, and
+    vision steps that may win are raced.
 
     `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
     are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
@@ -326,7 +327,7 @@ class SearchOptions:
     steps: int = option(10, "--steps", min=1, help="Trials a layer (K in the paper).", panel=SEARCH)
     exact: bool = option(
         False, "--exact", panel=SEARCH,
-        help="Try every step of doubling and bisection (Alg. 3).",
+        help="Double and bisect steps (Alg. 3), and prove which one keeps most.",
     )  # fmt: skip
     full: bool = option(
         False, "--full", help="Measure the utility of every trial, winner or not.", panel=SEARCH
