@@ -2,36 +2,45 @@
 
     python tests/bench/bench_search.py                       # the embedded CLIP, facebook
     python tests/bench/bench_search.py --concept castle --steer fa5
+    python tests/bench/bench_search.py --exact               # doubling, bisection and proof
+    python tests/bench/bench_search.py --wrong 0.4 --tower vision   # vision layers alone
     python tests/bench/bench_search.py --model ViT-B-32 --images 400 --wrong 0
     python tests/bench/bench_search.py --direction whitened --steer fa1 --keep ta1 --reserve 1 \
         --report-share 0                                     # one direction, no more than forgets
 
 `plain` loads the model and runs open_clip's own forward once over every evaluation image
 and every prompt at the full context. A plain search does that 1 + steps x layers times.
-With --model, the weights are random and the images made up: see synthetic.py.
+With --model, the weights are random and the images made up: see synthetic.py. `--further`
+searches with the original model's features in the store, as for a further concept. On a CPU
+seconds are those of the processor, of all threads: others on the machine do not count in them.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from synthetic import random_model, synthetic_set
 
-from slsgu_cli.cli.recipe import demo_request
+from slsgu_cli.cli.recipe import DATA, demo_request
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Keep, Precision, Steer
+from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Tower
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,
     NO_BOUND,
+    BuildRequest,
     PassOptions,
     RankOptions,
     SearchOptions,
@@ -39,15 +48,42 @@ from slsgu_cli.records.options import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.words import bytes_of
 from slsgu_cli.sets.build import build_sets
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
 BATCH = {"cpu": 64, "cuda": 512}
 
 
+def clock(device: str) -> float:
+    """Return the seconds that the processor worked so far, or of a device those that passed."""
+    return time.process_time() if device == "cpu" else time.perf_counter()
+
+
+def mislabelled(request: BuildRequest, share: float, folder: Path) -> BuildRequest:
+    """Return a request whose evaluation sets have a share of the labels wrong.
+
+    Those of the concept stay, and no other image gets its label.
+    """
+    heldout = pq.read_table(DATA / "heldout.parquet")
+    labels = np.array(heldout["concept"].to_pylist())
+    rng = np.random.default_rng(0)
+    for kind in ("brand", "object"):
+        others = (np.array(heldout["kind"].to_pylist()) == kind) & (labels != request.concept)
+        rows = rng.permutation(np.flatnonzero(others))[: int(share * others.sum())]
+        labels[rows] = labels[np.roll(rows, 1)]
+    place = heldout.schema.get_field_index("concept")
+    path = folder / "heldout.parquet"
+    pq.write_table(heldout.set_column(place, "concept", pa.array(labels.tolist())), path)
+    sources = {
+        n: s.replace(str(DATA / "heldout.parquet"), str(path)) for n, s in request.evals.items()
+    }
+    return replace(request, evals=sources)
+
+
 def plain_evaluation(store: Store, manifest: SetManifest, device: str) -> float:
     """Return the seconds that open_clip takes to classify every evaluation image once."""
-    start = time.perf_counter()
+    start = clock(device)
     resolved = resolve(manifest.model)
     model, tokenize = load(resolved, device), tokenizer(resolved)
     normalize = pixel_normalizer(manifest.input, device)
@@ -65,7 +101,7 @@ def plain_evaluation(store: Store, manifest: SetManifest, device: str) -> float:
             )
             classes = prompts.view(len(block.class_names), -1, prompts.shape[1]).mean(dim=1)
             (images @ classes.T).argmax(dim=1).sum().item()
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 def main() -> None:
@@ -76,7 +112,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--wrong", type=float, default=0.1, help="share the model has wrong")
+    parser.add_argument("--wrong", type=float, default=0.0, help="share of labels that are wrong")
+    parser.add_argument("--tower", type=Tower, help="of which layers compete")
+    parser.add_argument("--exact", action="store_true", help="as of search")
+    parser.add_argument("--further", action="store_true", help="keep the original's features")
     parser.add_argument("--steer", type=Steer, default=SearchOptions().steer)
     parser.add_argument("--direction", type=Direction, default=Direction.BOTH)
     parser.add_argument("--keep", type=Keep, default=SearchOptions().keep)
@@ -103,15 +142,21 @@ def main() -> None:
                 retain_samples=args.retain,
                 report_share=args.report_share,
             )
+            if args.wrong:
+                request = mislabelled(request, args.wrong, Path(folder))
             manifest = build_sets(store, request)
         options = PassOptions(device=args.device, precision=args.precision)
         compute_gradients(store, manifest.name, model=None, options=options)
-        ranking = rank(store, manifest.name, options=RankOptions(direction=args.direction))
+        ranking = rank(
+            store, manifest.name, options=RankOptions(direction=args.direction, tower=args.tower)
+        )
         plain, ours = [], []
         for _ in range(args.rounds):
             plain.append(plain_evaluation(store, manifest, args.device))
-            store.remove(f"trials/{manifest.name}.json")
-            start = time.perf_counter()
+            store.remove(Artifact.TRIALS.path(manifest.name))
+            for kept in () if args.further else Artifact.FEATURES.names(store):
+                store.remove(Artifact.FEATURES.path(kept))
+            start = clock(args.device)
             result = search(
                 store,
                 manifest.name,
@@ -119,13 +164,14 @@ def main() -> None:
                     steer=args.steer,
                     keep=args.keep,
                     reserve=args.reserve,
+                    exact=args.exact,
                     max_class_loss=NO_BOUND if args.reserve == 1 else MAX_CLASS_LOSS,
                     device=args.device,
                     precision=args.precision,
                     cache_budget=args.cache_budget,
                 ),
             )
-            ours.append(time.perf_counter() - start)
+            ours.append(clock(args.device) - start)
         layers = len({score.layer for score in ranking.scores if score.front})
         lines = len({(trial.layer, trial.ridge) for trial in result.trials.trials})
         figures = {
@@ -133,7 +179,7 @@ def main() -> None:
             "front layers": layers,
             "layers and directions": lines,
             "trials": len(result.trials.trials),
-            "trials with utility": sum(bool(t.utility) for t in result.trials.trials),
+            "settled": Counter(str(t.settled) for t in result.trials.trials if t.settled),
             "chosen": f"{result.chosen.layer} {result.chosen.step:.5g}",
             "plain evaluation, s": round(min(plain), 2),
             "whole search, s": round(min(ours), 2),

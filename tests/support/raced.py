@@ -30,21 +30,22 @@ class Images:
     name: str
 
     def __post_init__(self):
-        self.features = self._features(self.world.original)
-        self.labels = torch.zeros(len(self.features), dtype=torch.long)
+        self.labels = torch.zeros(len(self), dtype=torch.long)
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.world.original[self.name])
+
+    @property
+    def features(self):
+        margins = (self.world.placed or self.world.original)[self.name]
+        return torch.stack([margins, torch.zeros_like(margins)], dim=1)
 
     def after_edit(self, stage, rows):
         self.world.looked += len(rows)
-        return self._features(self.world.placed)[rows]
-
-    def _features(self, margins):
-        return torch.stack([margins[self.name], torch.zeros_like(margins[self.name])], dim=1)
+        return self.features[rows]
 
 
-@dataclass
+@dataclass(eq=False)
 class GivenFigures:
     """An evaluation with the margins of the original model, and steps with theirs."""
 
@@ -112,6 +113,10 @@ class Given:
     def stepped(self, step):
         self.world.placed = self.world.steps[self.index]
         yield
+        self.world.placed = None
+
+    def class_embeddings(self, prompts, step):
+        return prompts.embeddings
 
 
 def made_up(seed: int, *, steps=8, sizes=(300, 900)) -> GivenFigures:

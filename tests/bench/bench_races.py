@@ -1,0 +1,151 @@
+"""Race the steps of searches under many draws of rows, and compare with the exact choice.
+
+    python tests/bench/bench_races.py                              # figures that are made up
+    python tests/bench/bench_races.py --store slsgu-store --names facebook     # measured ones
+
+Figures that are made up are others in every search. Of each set in a store that was searched,
+the steps that may win are measured on all rows once, with and without the text layers; then
+the search is made many times, each with rows in another order.
+
+A row tells how often the choice was another than the exact one, and how much less it kept at
+most; in how many searches a step was left that keeps more than the tolerance above the best
+that was not (at most a hundredth, as the risk goes); and the images that were looked at, as a
+share of all steps on all images, by racing and by proving.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from slsgu_cli.clip.zeroshot import margins
+from slsgu_cli.method.scoring import kept
+from slsgu_cli.method.search import LayerSearch
+from slsgu_cli.method.search_plan import read_plan, share_evaluation
+from slsgu_cli.method.trial import TOLERANCE, Probe
+from slsgu_cli.records.method import Keep, Settled, Tower, Trials
+from slsgu_cli.records.options import NO_BOUND, SearchOptions
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.store import Store
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from raced import GivenFigures, made_up
+
+# The bound on classes is another reason to choose: here it is as if there were none.
+OPTIONS = SearchOptions(max_class_loss=NO_BOUND)
+
+
+def measured(store: Store, name: str) -> GivenFigures:
+    """Return the margins that the steps which may win leave, by a search that is on record."""
+    plan = read_plan(store, name, options=OPTIONS)
+    with torch.no_grad():
+        evaluation = plan.measured(share_evaluation(store, [plan]), resumed=True)
+        trials = store.read_record(Artifact.TRIALS.path(name), Trials).trials
+        search = LayerSearch(trials, evaluation, OPTIONS)
+        for probe in plan.probes(store, evaluation):
+            search.along(probe)
+        probes = search.probes
+        keys = sorted(
+            search.lengthened,
+            key=lambda key: (probes[key[0]].score.tower is Tower.VISION, -probes[key[0]].stage),
+        )
+        original = {
+            name: margins(group.images.features @ group.prompts.embeddings.T, group.images.labels)
+            for name, group in evaluation.utility.items()
+        }
+        after = [left(probes[line], step) for line, step in keys]
+    return GivenFigures(original, after, [probes[line].score.tower for line, _ in keys])
+
+
+def left(probe: Probe, step: float) -> Mapping[str, torch.Tensor]:
+    """Return the margins of all images after a step."""
+    found = {}
+    with probe.stepped(step):
+        for name, group in probe.evaluation.utility.items():
+            features, classes = group.images.features, group.prompts.embeddings
+            if probe.score.tower is Tower.VISION:
+                features = group.images.after_edit(probe.stage)
+            else:
+                classes = group.prompts.after_edit(probe.stage)
+            found[name] = margins(features @ classes.T, group.images.labels)
+    return found
+
+
+def vision_alone(figures: GivenFigures) -> GivenFigures:
+    """Return the steps of vision layers alone, so that no text layer sets a mark."""
+    chosen = [index for index, tower in enumerate(figures.towers) if tower is Tower.VISION]
+    return GivenFigures(figures.original, [figures.steps[index] for index in chosen])
+
+
+@dataclass
+class Exact:
+    """The exact choice of a search: what it keeps, what was looked at, what each step keeps."""
+
+    figures: GivenFigures
+    keep: Keep
+
+    def __post_init__(self) -> None:
+        choice, _ = self.figures.searched(keep=self.keep, exact=True, max_class_loss=NO_BOUND)
+        self.kept, self.looked = kept(choice, self.keep), self.figures.looked
+        self.keeps = self.figures.keeps(self.keep)
+
+    @property
+    def rows(self) -> int:
+        """Return all images, once for each vision step."""
+        towers = self.figures.towers or [Tower.VISION] * len(self.keeps)
+        return towers.count(Tower.VISION) * sum(map(len, self.figures.original.values()))
+
+
+def compared(figures_of: Callable[[int], GivenFigures], keep: Keep, seeds: int) -> str:
+    """Return a row of what searches with many seeds came to."""
+    exact_of = lru_cache(maxsize=1)(lambda figures: Exact(figures, keep))
+    losses, wrong, looked, proven, rows = [], 0, 0, 0, 0
+    for seed in range(seeds):
+        exact = exact_of(figures_of(seed))
+        choice, search = exact.figures.searched(keep=keep, seed=seed, max_class_loss=NO_BOUND)
+        best = kept(choice, keep)
+        ways = [search.trials[probe.line, 1.0].settled for probe in exact.figures.probes()]
+        wrong += any(
+            way is Settled.RACE and each > best + TOLERANCE
+            for way, each in zip(ways, exact.keeps, strict=True)
+        )
+        losses.append(exact.kept - best)
+        looked, proven = looked + exact.figures.looked, proven + exact.looked
+        rows += exact.rows
+    others = sum(loss > 0 for loss in losses)
+    return (
+        f"{len(losses)} | {others} | {max(losses):.3f} | {wrong} "
+        f"| {looked / rows:.3f} | {proven / rows:.3f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", help="where sets are that have been searched")
+    parser.add_argument("--names", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=200)
+    args = parser.parse_args()
+    print("| figures | compared by | searches | other choices | lost, points | steps wrongly left "
+          "| rows, raced | rows, proven |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    worlds: dict[str, Callable[[int], GivenFigures]] = {"made up": made_up}
+    for name in args.names:
+        figures = measured(Store(args.store), name)
+        worlds[name] = partial(always, figures)
+        worlds[f"{name}, vision alone"] = partial(always, vision_alone(figures))
+    for name, figures_of in worlds.items():
+        for keep in Keep:
+            row = compared(figures_of, keep, args.seeds)
+            print(f"| {name} | {keep} | {row}", flush=True)
+
+
+def always(figures: GivenFigures, seed: int) -> GivenFigures:
+    """Return the same figures for any seed: the rows alone come in another order."""
+    return figures
+
+
+if __name__ == "__main__":
+    main()
