@@ -216,15 +216,32 @@ class LayerSearch(StepSearch[Trial]):
         the bound of what any class may lose wins over the best one that is not, if it keeps
         nearly as much.
         """
-        from slsgu_cli.method.trial import Bar
-
-        full, best_kept, least = self.options.full, NOTHING_KEPT, NOTHING_KEPT
         path = [key for key in self.path if key not in self.refused]
         price = PRICE_OF_SPARING if self.options.max_class_loss < NO_BOUND else 0.0
         fewest = min(self.left(self.trials[key]) for key in path)
         may_win = {key for key in path if self.left(self.trials[key]) == fewest}
         if fewest == 0:
             may_win = may_win.intersection(self.lengthened) or may_win
+        best_kept = self._measure(path, may_win, price)
+        measured = {
+            key: trial
+            for key in path
+            if key in may_win and (trial := self.trials[key]).utility is not None
+        }
+        figures = [
+            (not self._spares(trial, best_kept - price), kept(trial, self.options.keep))
+            for trial in measured.values()
+        ]
+        return list(measured.values())[best(figures)]
+
+    def _measure(self, path: Sequence[Key], may_win: set[Key], price: float) -> float:
+        """Measure the utility of steps, those that may win against the best so far.
+
+        Returns the most that any of these keeps. A step stays that keeps `price` less.
+        """
+        from slsgu_cli.method.trial import Bar
+
+        full, best_kept, least = self.options.full, NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
         risk = 0.0 if self.options.exact or not raced else RISK / len(raced)
         for key in sorted(dict.fromkeys(path), key=self._cost):
@@ -238,16 +255,7 @@ class LayerSearch(StepSearch[Trial]):
                 trial = self.with_utility(self.probes[key[0]], trial, bar)
             if key in may_win and trial.utility is not None:
                 best_kept = max(best_kept, kept(trial, self.options.keep))
-        measured = {
-            key: trial
-            for key in path
-            if key in may_win and (trial := self.trials[key]).utility is not None
-        }
-        figures = [
-            (not self._spares(trial, best_kept - price), kept(trial, self.options.keep))
-            for trial in measured.values()
-        ]
-        return list(measured.values())[best(figures)]
+        return best_kept
 
     def _spares(self, trial: Trial, enough: float) -> bool:
         """Return whether no class is known to lose more than it may, and enough is kept."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import ceil, isfinite
 
 import numpy as np
@@ -300,29 +299,26 @@ class UtilityMeter:
     def _race(self, look: _Look, bar: Bar) -> Settled | None:
         """Look at rows of all sets in one random order, the same for every edit."""
         sizes = {name: len(lead) for name, lead in self._lead.items()}
-        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         if self._draw is None:
             weights = np.concatenate([np.full(n, 1 / n / len(sizes)) for n in sizes.values()])
             usual = torch.cat(list(self._base_hits.values())).cpu().numpy()
             self._draw = Draw.of(weights, usual, seed=self.seed)
-        order, marks = (
-            self._draw.order,
-            [(each + TOLERANCE) / 100 for each in (bar.beat, bar.least)],
-        )
-        race = Race(self._draw, *marks)
+        order, tolerance = self._draw.order, TOLERANCE / 100
+        race = Race(self._draw, bar.beat / 100 + tolerance, bar.least / 100 + tolerance)
         while race.looked < len(order):
-            rows = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)]
+            rows, start = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)], 0
             figures = np.zeros(len(rows))
             for name, size in sizes.items():
-                own = (rows >= starts[name]) & (rows < starts[name] + size)
-                if own.any():
-                    chosen = torch.from_numpy(rows[own] - starts[name]).to(self._lead[name].device)
+                own = (rows >= start) & (rows < start + size)
+                chosen = torch.from_numpy(rows[own] - start).to(self._lead[name].device)
+                if len(chosen):
                     look.at(name, chosen)
                     figures[own] = self._figures(look, name, chosen).cpu().numpy()
+                start += size
             race.look(processes.agreed(figures))
             if race.missed > 1 - max(bar.beat, 0) / 100 + ROUNDING:
                 return Settled.BOUND
-            if race.lost(bar.risk):
+            if race.looked < len(order) and race.lost(bar.risk):
                 return Settled.RACE
         return None
 

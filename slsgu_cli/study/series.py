@@ -199,6 +199,8 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
     }
     if request.folds > 1:
         made_from["folds"] = request.folds
+    if request.search.exact:
+        made_from["exact"] = True
     return digest(made_from)
 
 
