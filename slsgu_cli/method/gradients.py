@@ -403,9 +403,13 @@ class KeptArrays:
 
 @dataclass(slots=True)
 class KeptSums(KeptArrays):
-    """The sums of a pass under way, kept for the gradient of a role that they will make."""
+    """The sums of a pass under way, kept for the gradient of a role that they will make.
+
+    With `squares`, those of the gradients' squares are among them.
+    """
 
     role: str
+    squares: bool
 
     def restore(self, sums: "AnySums") -> None:
         """Put what was kept into sums over nothing."""
@@ -422,6 +426,9 @@ class KeptSums(KeptArrays):
     def keep(self, sums: "AnySums") -> None:
         """Write the sums."""
         self.write(sums.kept, len(sums.losses), added=sums.added, done=sums.done)
+
+    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
+        return replace(KeptArrays._about(self, batches, added, done), squares=self.squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,9 +456,16 @@ class _Job:
             options=replace(self.options, batch_size=size),
         )
         label = f"{gradient.role} gradient"
-        device, sharded = run.options.device, run.options.shard
-        kept = KeptSums(self.store, gradient.digest, device, sharded, gradient.role)
-        if Artifact.SQUARES in kinds:
+        squares = Artifact.SQUARES in kinds
+        kept = KeptSums(
+            self.store,
+            gradient.digest,
+            run.options.device,
+            run.options.shard,
+            gradient.role,
+            squares,
+        )
+        if squares:
             arrays, squared, mean_loss = run.run_squared(block, label, kept)
             about = self._about_squares(gradient, block.rows)
             path = Artifact.SQUARES.path(gradient.digest)

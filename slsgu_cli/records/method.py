@@ -154,7 +154,8 @@ class SumsHeader:
     of questions. `gradient` is the digest of the gradient, the moments, the training or the
     answers that they are of, by which they are addressed. The
     first `added` mini-batches are in one sum, and those after them in another. Those of a model
-    that is `sharded` over processes are one a parameter, in fp64.
+    that is `sharded` over processes are one a parameter, in fp64. Those of a pass for `squares`
+    have them beside the gradients.
     """
 
     gradient: str
@@ -164,6 +165,7 @@ class SumsHeader:
     done: int
     version: str
     sharded: bool = codec.added(False)
+    squares: bool = codec.added(False)
 
     @property
     def made_from(self) -> tuple[str, str, int, bool]:

@@ -317,6 +317,10 @@ class _Check:
             return found
         old = _last_change(self.store, entry.path) < time.time() - FORGOTTEN_SECONDS
         made = [kind for kind in MADE_OF_SUMS if self.store.exists(kind.place(entry.name))]
+        header = self.catalog.get(Artifact.SUMS, entry.name)
+        if header and header.squares and not self.store.exists(Artifact.SQUARES.place(entry.name)):
+            # The gradient may have been there before; its squares are what they will make.
+            made = []
         if made or old or entry.state is Standing.DAMAGED:
             why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "nobody went on with it"
             reason = entry.reason if entry.state is Standing.DAMAGED else why

@@ -28,6 +28,7 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
 from slsgu_cli.store.catalog import entries
+from slsgu_cli.store.check import check
 
 
 def compute(world, *, model=None, squares=False, **options):
@@ -341,6 +342,24 @@ def test_sums_that_cannot_be_used_are_dropped(flaw, world, keeping, monkeypatch,
     assert Artifact.SUMS.names(world.store) == []
     for digest, content in before.items():
         assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
+
+
+def test_sums_of_squares_stay_where_their_gradient_is_there_already(
+    world, keeping, monkeypatch, listener
+):
+    before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
+    path = stopped(world, monkeypatch, 1, squares=True)
+    for digest, content in before.items():
+        world.store.write_bytes(Artifact.GRADIENT.path(digest), content)
+    sums = world.store.read_bytes(path)
+    (found,) = check(world.store, repair=True).findings
+    assert (found.path, found.removed) == (path, False)
+    assert "the same command goes on with it" in found.reason
+    compute(world, squares=True)
+    assert any("goes on after 1 of its 2 mini-batches" in text for text in listener.heard)
+    world.store.write_bytes(path, sums)
+    (found,) = check(world.store, repair=True).findings
+    assert (found.path, found.removed) == (path, True)
 
 
 def test_a_pass_ends_where_its_sums_cannot_be_kept(world, keeping, monkeypatch, listener):
