@@ -5,28 +5,25 @@ in the store. It is looked at again just before it would be run, so what a stage
 to the same bytes is not made of anew.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import LOCAL, device_name, fingerprint, load, pick_device, resolve
-from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, SlsguError
+from slsgu_cli.clip.models import LOCAL
+from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.search import search_each
-from slsgu_cli.records.codec import decode, digest, encode
+from slsgu_cli.records.codec import decode, digest
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.options import ApplyOptions, ApplyRequest, BuildRequest, ReportRequest
 from slsgu_cli.records.recipe import (
@@ -42,63 +39,17 @@ from slsgu_cli.records.recipe import (
     Stage,
     StageRecord,
     Together,
-    read_recipe,
 )
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.report.page import write_report
-from slsgu_cli.sets.build import build_sets, made_from, preview
-from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
-from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.files import replacing
 from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
-
-# What a stage of requests leaves in the store.
-KINDS = {
-    Stage.SET: Artifact.SET,
-    Stage.GRADIENTS: Artifact.POINTER,
-    Stage.RANKING: Artifact.RANKING,
-    Stage.SEARCH: Artifact.EDIT,
-}
-# Options that change nothing of what is made.
-SPEED = ("device", "memory_budget", "cache_budget")
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One stage for one request, for several, or of one output."""
-
-    stage: Stage
-    names: tuple[str, ...]
-    place: Path | None = None
-
-    @property
-    def key(self) -> tuple[str, tuple[str, ...], str | None]:
-        """What the ledger finds it by."""
-        if self.place is None:
-            return self.stage, self.names, None
-        return self.stage, (), str(self.place)
-
-    @property
-    def about(self) -> str:
-        """What it is for, in a few words."""
-        if self.place is not None:
-            return str(self.place)
-        return self.names[0] if len(self.names) == 1 else f"{len(self.names)} requests"
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedStep:
-    """A step, why it is to be done (None where it is done), and why it cannot be.
-
-    `seconds` is what such steps took in this store, by their median.
-    """
-
-    step: Step
-    why: str | None
-    trouble: str | None = None
-    seconds: float | None = None
+from slsgu_cli.study.recipe import PlannedStep, RecipePlan, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,236 +164,8 @@ def require_met(result: RunResult) -> None:
         )
 
 
-@dataclass(slots=True)
-class Lacking(Exception):
-    """What a step is made from is not there yet."""
-
-    what: str
-
-
-class Job:
-    """A recipe with its store and its ledger, while it is planned or run."""
-
-    def __init__(self, store: Store, recipe: Recipe) -> None:
-        self.store, self.recipe = store, recipe
-        self.path = Artifact.LEDGER.path(recipe.name)
-        self.ledger = self.read_ledger()
-        self.catalog = Catalog(store)
-
-    @classmethod
-    def of(cls, recipe: Recipe | str | Path, store: Store | str) -> "Job":
-        """Return the job of a recipe, or of that in a file. Raises InputError, UsageError."""
-        read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
-        return cls(Store(store) if isinstance(store, str) else store, read)
-
-    @cached_property
-    def weights(self) -> str:
-        """The fingerprint of the original model. Raises InputError, MissingError."""
-        return fingerprint(resolve(self.recipe.model))
-
-    @cached_property
-    def device(self) -> str:
-        """What searches run on."""
-        return device_name(pick_device(self.recipe.search.device))
-
-    def read_ledger(self) -> Ledger:
-        """Return the ledger as it is in the store, or an empty one."""
-        if self.store.exists(self.path):
-            return self.store.read_record(self.path, Ledger)
-        return Ledger(self.recipe.name, self.recipe.model, (), (), slsgu_cli.__version__)
-
-    def steps(self) -> list[Step]:
-        """Return everything that the recipe asks for, in order."""
-        recipe, names, out = self.recipe, self.recipe.names, self.recipe.outputs
-        steps = [Step(Stage.SET, (name,)) for name in names]
-        for name in names:
-            steps += [Step(Stage.GRADIENTS, (name,)), Step(Stage.RANKING, (name,))]
-        joint = recipe.together is Together.JOINT
-        steps += [Step(Stage.SEARCH, each) for each in ([names] if joint else zip(names)) if each]
-        if out.checkpoint:
-            steps.append(Step(Stage.CHECKPOINT, names, out.checkpoint))
-        for target in sorted({path for request in recipe.requests for path in request.targets}):
-            wanted = tuple(r.name for r in recipe.requests if target in r.targets)
-            place = (out.targets or Path()) / target.resolve().name
-            steps.append(Step(Stage.TARGET, wanted, place))
-        if out.edits:
-            steps.append(Step(Stage.EDITS, names, out.edits))
-        if names:
-            steps.append(Step(Stage.FIGURES, names))
-        if out.report and names:
-            steps.append(Step(Stage.REPORT, names, out.report))
-        return steps
-
-    def asked(self, step: Step) -> dict[str, str]:
-        """Return digests of a step's options and of what it is made from. Raises Lacking."""
-        recipe, get = self.recipe, self._record
-        sets = [get(Artifact.SET, name) for name in step.names] if step.stage != Stage.SET else []
-        if step.stage is Stage.SET:
-            request = recipe.set_of(recipe.request(step.names[0]))
-            return {"rows or classes": made_from(request), "weights": self.weights}
-        if step.stage is Stage.GRADIENTS:
-            rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
-            options = _options(recipe.grad)
-            return {"options": options, "rows": digest(rows), "weights": self.weights}
-        if step.stage is Stage.RANKING:
-            pointer = get(Artifact.POINTER, step.names[0])
-            gradients = digest([pointer.forget, pointer.retain, pointer.retain_data])
-            return {"options": _options(recipe.rank), "gradients": gradients}
-        if step.stage is Stage.SEARCH:
-            rankings = [digest(get(Artifact.RANKING, name)) for name in step.names]
-            measured = [evaluation_blocks(manifest) for manifest in sets]
-            return {
-                "requests": digest(step.names),
-                "options": digest([recipe.together, _options(recipe.search)]),
-                "ranking": digest(rankings),
-                "evaluation rows": digest(measured),
-                "earlier edits": self._edits(self._before(step)),
-            }
-        asked = {"edits": self._edits(step.names), "weights": self.weights}
-        if step.stage is Stage.TARGET:
-            asked["target"] = _stamps(self._target(step))
-        if step.stage in (Stage.FIGURES, Stage.REPORT):
-            asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
-            asked["checkpoint"] = self._made_of(Stage.CHECKPOINT)
-        if step.stage is Stage.REPORT:
-            checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
-            asked["verifications"] = digest([each and digest(each) for each in checks])
-        return asked
-
-    def made(self, step: Step) -> str:
-        """Return a digest of what a step made, as it is there now. Raises Lacking."""
-        if step.stage is Stage.FIGURES:
-            return digest(self.ledger.figures)
-        if step.place is None:
-            return digest([digest(self._record(KINDS[step.stage], name)) for name in step.names])
-        if step.stage is Stage.EDITS:
-            files = {name: step.place / f"{name}.safetensors" for name in step.names}
-        else:
-            files = all_files(step.place) if step.place.is_dir() else {"": step.place}
-        return digest({name: _sha256(path) for name, path in files.items()})
-
-    def why(self, step: Step) -> str | None:
-        """Return why a step is to be done; None where it is done and stands."""
-        record = self.ledger.stage(step.key)
-        try:
-            asked = self.asked(step)
-            if record is None or not record.made:
-                return "not done yet"
-            others = [what for what, now in asked.items() if record.asked.get(what) != now]
-            if others:
-                return f"other {', '.join(others)} than before"
-            if trouble := self._fallen(step):
-                return trouble
-            if step.stage is not Stage.SET and self.made(step) != record.made:
-                return "what it made was made otherwise since"
-        except Lacking as lacking:
-            return f"there is no {lacking.what} yet" if record is None else f"no {lacking.what}"
-        except OSError as error:
-            return f"what it made cannot be read: {error.strerror or error}"
-        return None
-
-    def _fallen(self, step: Step) -> str | None:
-        """Return why what a step left in the store cannot be used; None where it can."""
-        if step.stage not in KINDS:
-            return None
-        kind = KINDS[step.stage]
-        for name in step.names:
-            record = self._record(kind, name)
-            state, reason = self.catalog.standing(kind, name, record)
-            if state is not Standing.OK:
-                return reason
-            if isinstance(record, SetManifest) and not self._is_as_asked(record):
-                return "the set was built otherwise since"
-        return None
-
-    def _is_as_asked(self, manifest: SetManifest) -> bool:
-        """Return whether a set was built as the recipe says, rows dropped by hand aside."""
-        wanted = self.recipe.set_of(self.recipe.request(manifest.name))
-        built = decode(BuildRequest, manifest.request) if manifest.request else None
-        return built is not None and encode(replace(built, dropped={})) == encode(wanted)
-
-    def _record(self, kind: Artifact, name: str) -> Any:
-        record = self.catalog.get(kind, name)
-        if record is None:
-            raise Lacking(f"{kind} of {name}")
-        return record
-
-    def _edits(self, names: Sequence[str]) -> str:
-        return digest({name: digest(self._record(Artifact.EDIT, name)) for name in names})
-
-    def _before(self, step: Step) -> tuple[str, ...]:
-        """Return the requests whose edits a search stands on."""
-        names = self.recipe.names
-        if self.recipe.together is not Together.AFTER:
-            return ()
-        return names[: names.index(step.names[0])]
-
-    def _target(self, step: Step) -> Path:
-        paths = {path for request in self.recipe.requests for path in request.targets}
-        return next(p for p in sorted(paths) if step.place and p.resolve().name == step.place.name)
-
-    def _made_of(self, stage: Stage) -> str:
-        return next((each.made for each in self.ledger.stages if each.stage == stage), "")
-
-    def plan(self) -> list[PlannedStep]:
-        """Return every step with what it lacks, what stands in its way, and how long it takes."""
-        typical = self._typical_seconds()
-        planned = []
-        behind: dict[str, str] = {}
-        for step in self.steps():
-            why = self.why(step)
-            trouble = self._trouble(step) if why else None
-            earlier = [f"after {behind[name]} of {name}" for name in step.names if name in behind]
-            why = why or next(iter(earlier), None)
-            if why and step.place is None:
-                behind |= {name: step.stage for name in step.names if name not in behind}
-            seconds = typical.get(step.stage)
-            if step.stage is Stage.SEARCH and seconds is not None:
-                seconds *= len(step.names)
-            planned.append(PlannedStep(step, why, trouble, seconds if why else 0.0))
-        return planned
-
-    def _typical_seconds(self) -> dict[Stage, float]:
-        """Return the median seconds of each stage in this store, a search by request."""
-        took: dict[Stage, list[float]] = {}
-        for ledger in self.catalog.readable(Artifact.LEDGER).values():
-            for each in ledger.stages:
-                if each.made and each.took.where == self.device:
-                    share = len(each.names) if each.stage is Stage.SEARCH else 1
-                    took.setdefault(each.stage, []).append(each.took.seconds / share)
-        if Stage.SEARCH not in took:
-            trials = self.catalog.readable(Artifact.TRIALS).values()
-            searches = [each.took.seconds for each in trials if each.took]
-            if searches:
-                took[Stage.SEARCH] = searches
-        return {stage: median(seconds) for stage, seconds in took.items()}
-
-    @cached_property
-    def _model_trouble(self) -> str | None:
-        try:
-            _ = self.weights
-            load(resolve(self.recipe.model), "cpu")
-        except SlsguError as error:
-            return error.message
-        return None
-
-    def _trouble(self, step: Step) -> str | None:
-        """Return why a step that is to be done cannot succeed; None where nothing is known."""
-        try:
-            if step.stage is Stage.SET:
-                if self._model_trouble:
-                    return self._model_trouble
-                with progress.silent():
-                    preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
-            elif step.stage is Stage.TARGET:
-                read_target(self._target(step))
-            if step.place is not None and not self.ledger.stage(step.key):
-                others = step.place.exists() and step.stage is not Stage.EDITS
-                if others and (step.place.is_file() or any(step.place.iterdir())):
-                    return f"{step.place} is there already, and not of this recipe"
-        except SlsguError as error:
-            return error.message
-        return None
+class Job(RecipePlan):
+    """A recipe while it is run: its steps are done, and its ledger kept."""
 
     def run(self, tell: Callable[[RunEvent], None]) -> RunResult:
         """Do every step that is to be done, and keep the ledger."""
@@ -505,7 +228,8 @@ class Job:
     def _keep(self, step: Step, asked: dict[str, str], made: str, seconds: float) -> None:
         took = PassTime(seconds, self.device)
         place = str(step.place) if step.place else None
-        record = StageRecord(step.stage, step.names, place, asked, made, took)
+        origin = str(self.target(step)) if step.stage is Stage.TARGET else None
+        record = StageRecord(step.stage, step.names, place, asked, made, took, origin)
         self.ledger = self.ledger.with_stage(record)
         self._write()
 
@@ -532,16 +256,20 @@ class Job:
         if len(step.names) > 1:
             joint_search(self.store, step.names, options=options)
             return
-        options = replace(options, after=self._before(step))
+        options = replace(options, after=self.before(step))
         for result in search_each(self.store, step.names, options=options):
             draw_steps(self.store, result)
 
     def _apply(self, step: Step) -> None:
-        target = self._target(step) if step.stage is Stage.TARGET else None
+        target = self.target(step) if step.stage is Stage.TARGET else None
         out = step.place or Path()
         out.parent.mkdir(parents=True, exist_ok=True)
         if not step.names:
-            copy_original(self.recipe.model, out, options=ApplyOptions(overwrite=True))
+            options = ApplyOptions(overwrite=True)
+            if target is None:
+                copy_original(self.recipe.model, out, options=options)
+            else:
+                copy_model(read_target(target), out, options=options)
             return
         request = ApplyRequest(names=step.names, out=out, target=target, overwrite=True)
         apply(self.store, request)
@@ -572,7 +300,7 @@ class Job:
                 self._row(name),
                 before=before[name],
                 after=after[name],
-                layer=self._record(Artifact.EDIT, name).layer,
+                layer=self.record(Artifact.EDIT, name).layer,
             )
             rows[name] = measured
         original = EvalResult(result.names, result.models[:1], None).figures()
@@ -624,13 +352,17 @@ class Job:
     def _settle(self) -> None:
         """Enter what became of each request, with digests of its edit and of the outputs."""
         current = {step.key for step in self.steps()}
-        stages = (s for s in self.ledger.stages if s.key in current or len(s.names) == 1)
-        self.ledger = replace(self.ledger, stages=tuple(stages))
+        kept = tuple(
+            each
+            for each in self.ledger.stages
+            if each.key in current or (each.place is None and len(each.names) == 1)
+        )
+        self.ledger = replace(self.ledger, stages=kept)
         outputs = {s.place: s.made for s in self.ledger.stages if s.place and s.made}
         rows = {row.name: row for row in self.ledger.rows}
         for request in self.recipe.requests:
             row = self._row(request.name)
-            header = self._record(Artifact.EDIT, row.name)
+            header = self.record(Artifact.EDIT, row.name)
             checks = tuple(self._checks(request))
             met = all(check.holds for check in checks) if checks else bool(header.forgotten)
             state = RequestState.FORGOTTEN if met else RequestState.OUT_OF_BOUNDS
@@ -672,23 +404,6 @@ def _entered(row: LedgerRow, state: RequestState, digests: dict[str, str]) -> Le
 def _event(event: str, step: Step, **more: Any) -> RunEvent:
     place = str(step.place) if step.place else None
     return RunEvent(event, step.stage, step.names, place, **more)
-
-
-def _options(record: Any) -> str:
-    said = {key: value for key, value in encode(record).items() if key not in SPEED}
-    return digest(said)
-
-
-def _stamps(folder: Path) -> str:
-    """Return a digest of the names, sizes and times of a model's files."""
-    files = all_files(folder) if folder.is_dir() else {"": folder}
-    states = {name: path.stat() for name, path in files.items()}
-    return digest({name: [s.st_size, s.st_mtime_ns] for name, s in states.items()})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _duration(seconds: float) -> str:

@@ -16,14 +16,25 @@ from slsgu_cli.errors import AssertionsError, InputError
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
+from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import BuildRequest, RankOptions, SearchOptions
-from slsgu_cli.records.recipe import Outputs, Recipe, RemovalRequest, RequestState, Stage, Together
+from slsgu_cli.records.recipe import (
+    Ledger,
+    Outputs,
+    Recipe,
+    RemovalRequest,
+    RequestState,
+    Stage,
+    Together,
+    read_recipe,
+)
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.sets.inspect import drop_from_set
+from slsgu_cli.sets.evaluation_sets import drop_from_set
 from slsgu_cli.store.artifacts import Artifact, read_manifest
+from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 
@@ -76,7 +87,7 @@ def job(finished, shared_world, tmp_path):
     shutil.copytree(finished, folder)
     store = Store(str(folder / "store"))
     moved = store.read_bytes("ledgers/colours.json").decode()
-    record = store.read_record("ledgers/colours.json", recipes.Ledger)
+    record = store.read_record("ledgers/colours.json", Ledger)
     assert str(finished) in moved
     stages = tuple(
         replace(each, place=each.place and each.place.replace(str(finished), str(folder)))
@@ -107,7 +118,7 @@ def test_a_run_makes_what_the_commands_make(finished, shared_world, tmp_path):
         assert made == store.read_bytes(path)
         assert made == (finished / "edits" / f"{name}.safetensors").read_bytes()
     measured = evaluate(store, ["blue", "red"], model=ModelSpec(f"local-dir:{finished / 'clip'}"))
-    ledger = Store(str(finished / "store")).read_record("ledgers/colours.json", recipes.Ledger)
+    ledger = Store(str(finished / "store")).read_record("ledgers/colours.json", Ledger)
     assert ledger.figures == measured.figures()
     assert [row.after.top1 for row in ledger.rows] == [0.0, 0.0]
     assert {row.state for row in ledger.rows} == {RequestState.FORGOTTEN}
@@ -148,6 +159,21 @@ def test_a_request_that_is_withdrawn_is_in_no_output(job, shared_world, tmp_path
     assert not list((job.folder / "edits").iterdir())
 
 
+def test_copies_of_targets_hold_the_edits_of_those_who_name_them(job, shared_world):
+    outputs = Outputs(checkpoint=job.folder / "clip", targets=job.folder / "targets")
+    red = RemovalRequest(name="red", targets=[shared_world.folder])
+    requests = (RemovalRequest(name="blue"), red)
+    done = stages(job(requests=requests, outputs=outputs))
+    assert done == [(Stage.TARGET, "red")]
+    copy = job.folder / "targets" / shared_world.folder.name
+    held = inside("check", copy, "--edit", "red", store=job.store.root)
+    assert held.exit_code == 0, held.stderr
+    done = stages(job("blue", "red", outputs=outputs))
+    assert done == [(Stage.TARGET,)]
+    assert digests(copy) == digests(shared_world.folder)
+    assert job("blue", "red", outputs=outputs).done == ()
+
+
 def test_other_options_cost_what_is_made_with_them(job):
     changed = job.plan("blue", "red", search=replace(SEARCH, steps=5))
     assert [str(each.step.stage) for each in changed if each.why] == [
@@ -171,7 +197,7 @@ def test_what_was_damaged_or_made_otherwise_since_is_made_again(job, finished):
 
 def test_rows_that_a_person_took_out_stay_out(job, tmp_path):
     manifest = read_manifest(job.store, "blue")
-    block = recipes.Catalog(job.store)
+    block = Catalog(job.store)
     assert block.get(Artifact.SET, "blue") == manifest
     key = inside("show", "blue", "--json", store=job.store.root)
     first = json.loads(key.stdout)["rows"][0]["hash"]
@@ -185,7 +211,7 @@ def test_rows_that_a_person_took_out_stay_out(job, tmp_path):
 
 def recipe_sets(job):
     manifest = read_manifest(job.store, "blue")
-    request = recipes.decode(BuildRequest, manifest.request)
+    request = decode(BuildRequest, manifest.request)
     return replace(request, name="", concept="", model=ModelSpec(""), dropped={})
 
 
@@ -233,7 +259,7 @@ def test_edits_that_are_searched_one_by_one(shared_world, tmp_path, together):
     recipe = recipe_of(shared_world, tmp_path, "blue", "red", together=together)
     store = Store(str(tmp_path / "store"))
     result = recipes.run(recipe, store=store)
-    blue, red = (recipes.Catalog(store).get(Artifact.EDIT, name) for name in ("blue", "red"))
+    blue, red = (Catalog(store).get(Artifact.EDIT, name) for name in ("blue", "red"))
     assert (blue.joint, red.joint) == (None, None)
     assert list(red.after) == (["blue"] if together is Together.AFTER else [])
     both = evaluate(store, ["blue", "red"])
@@ -363,10 +389,10 @@ def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_pa
     for command in ("build-sets", "grad", "rank", "search"):
         done = inside(command, "blue", *options, store=store)
         assert done.exit_code == 0, done.stderr
-    catalog = recipes.Catalog(Store(str(store)))
-    recipe = recipes.read_recipe(written(101))
+    catalog = Catalog(Store(str(store)))
+    recipe = read_recipe(written(101))
     manifest = catalog.get(Artifact.SET, "blue")
-    assert recipes.decode(BuildRequest, manifest.request) == recipe.set_of(recipe.requests[0])
+    assert decode(BuildRequest, manifest.request) == recipe.set_of(recipe.requests[0])
     assert catalog.get(Artifact.RANKING, "blue").direction is Direction.GRADIENT
     assert {trial.layer for trial in catalog.get(Artifact.TRIALS, "blue").trials} == {"visual.proj"}
     # The command line wins, also over what the recipe has.

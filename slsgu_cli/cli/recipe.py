@@ -15,15 +15,16 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.errors import InputError, UsageError, near
-from slsgu_cli.figures.html import percent
+from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import OUTPUT, Option, command_line
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.recipes import PlannedStep, RunEvent, RunResult
+    from slsgu_cli.recipes import RunEvent, RunResult
     from slsgu_cli.records.recipe import LedgerRow
+    from slsgu_cli.study.recipe import PlannedStep
 
 RecipeFile = Annotated[Path, Option(metavar="RECIPE", help="File of a recipe, in TOML.")]
 
@@ -350,8 +351,9 @@ def show_run(console: "Console", result: "RunResult") -> None:
     show_requests(console, ledger.rows)
     outputs = result.recipe.outputs
     places = (outputs.checkpoint, outputs.targets, outputs.edits, outputs.report)
-    console.paths("files", [str(place) for place in places if place is not None])
-    if not result.done:
+    if result.done or console.as_json:
+        console.paths("files", [str(place) for place in places if place is not None])
+    else:
         console.note("everything was done already")
 
 
@@ -372,8 +374,8 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
         "request", "id", "received", "reference",
         Column("state", shown=lambda state: state.partition(" within")[0]), "since",
         Column("layer", shown=known_as),
-        Column("FA@1 before", shown=percent, label="FA@1\nbefore"),
-        Column("FA@1 after", shown=percent, label="FA@1\nafter"),
+        Column("FA@1 before", shown=roughly, label="FA@1\nbefore"),
+        Column("FA@1 after", shown=roughly, label="FA@1\nafter"),
         Column("edit", on_terminal=False), Column("note", on_terminal=False),
     )  # fmt: skip
     console.table("requests", columns, listed, title="requests", data=list(rows))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.records.sets import Concept, Origin, SetManifest
     from slsgu_cli.sets.build import Replayed
-    from slsgu_cli.sets.inspect import Inspection, SeenRow
+    from slsgu_cli.sets.evaluation_sets import Inspection, SeenRow
     from slsgu_cli.store.store import Store
 
 
@@ -145,7 +145,7 @@ def show(
     ] = None,
 ) -> None:
     """Example: slsgu show facebook --drop 000000012"""
-    from slsgu_cli.sets.inspect import drop_from_set, inspect_set, read_keys
+    from slsgu_cli.sets.evaluation_sets import drop_from_set, inspect_set, read_keys
 
     wanted = [*drop, *(read_keys(drop_from) if drop_from else ())]
     if wanted:

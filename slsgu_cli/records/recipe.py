@@ -144,6 +144,9 @@ class Recipe:
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"the request {name} is there twice", hint="give it once")
+        places = [target.resolve().name for target in self.targets()]
+        if twice := [place for place in places if places.count(place) > 1]:
+            raise UsageError(f"two targets are called {twice[0]}", hint="copies go by their names")
         if not self.sets.evals:
             raise UsageError("there is no evaluation set", hint="add a table [evaluation.NAME]")
         for request in self.requests:
@@ -165,6 +168,10 @@ class Recipe:
     def names(self) -> tuple[str, ...]:
         """The names of the requests, in their order."""
         return tuple(request.name for request in self.requests)
+
+    def targets(self) -> list[Path]:
+        """Return the models built on CLIP that some request is to be taken out of, in order."""
+        return sorted({target for request in self.requests for target in request.targets})
 
     def request(self, name: str) -> RemovalRequest:
         """Return the request of a name. Raises UsageError."""
@@ -457,7 +464,7 @@ class StageRecord:
     """A stage that was done: for which requests, from what, and a digest of what it made.
 
     `asked` has digests of its options and of what it was made from. `place` is where an output
-    was written.
+    was written, `origin` the target that it is a copy of.
     """
 
     stage: Stage
@@ -466,6 +473,7 @@ class StageRecord:
     asked: dict[str, str]
     made: str
     took: PassTime
+    origin: str | None = added(None)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], str | None]:

@@ -28,11 +28,11 @@ from slsgu_cli.sets.context import BuildContext, counted, file_recipe, screen_fo
 from slsgu_cli.sets.evaluation_sets import (
     EvalPlan,
     build_eval,
+    drop,
     plan_eval,
     read_classes,
     read_templates,
 )
-from slsgu_cli.sets.inspect import drop
 from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
 from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import open_sources

@@ -127,6 +127,7 @@ def test_what_is_refused_is_told_with_its_line(old, new, line, said, hint):
         ("loss.brands", "loss.objects", "the bound of acme loss.objects<=1 is about none"),
         ('targets = "copies"', "", "b b has targets, and nothing says where they go"),
         ('sources = ["pairs.parquet?concept={}"]', "", "the request acme has no sources"),
+        ('["sd"]', '["a/sd", "b/sd"]', "two targets are called sd"),
         ("[rank]", "[rank", "is not TOML"),
     ],
 )

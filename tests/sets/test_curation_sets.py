@@ -13,7 +13,14 @@ from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sets.build import replay
-from slsgu_cli.sets.inspect import drop, drop_from_set, hashes, inspect_set, read_keys, top_words
+from slsgu_cli.sets.evaluation_sets import (
+    drop,
+    drop_from_set,
+    hashes,
+    inspect_set,
+    read_keys,
+    top_words,
+)
 from slsgu_cli.store.artifacts import Artifact, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Standing, entries

@@ -1,0 +1,340 @@
+"""Which steps a recipe takes, which of them are done, and which cannot be done.
+
+A step is done where the ledger has it as it is asked for now, and what it made still stands.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.models import device_name, fingerprint, load, pick_device, resolve
+from slsgu_cli.errors import SlsguError
+from slsgu_cli.records.codec import decode, digest, encode
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.recipe import Ledger, Recipe, Stage, Together, read_recipe
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.sets.build import made_from, preview
+from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
+from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.store.store import Store
+
+# What a stage of requests leaves in the store.
+KINDS = {
+    Stage.SET: Artifact.SET,
+    Stage.GRADIENTS: Artifact.POINTER,
+    Stage.RANKING: Artifact.RANKING,
+    Stage.SEARCH: Artifact.EDIT,
+}
+# Options that change nothing of what is made.
+SPEED = ("device", "memory_budget", "cache_budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage for one request, for several, or of one output."""
+
+    stage: Stage
+    names: tuple[str, ...]
+    place: Path | None = None
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], str | None]:
+        """What the ledger finds it by."""
+        if self.place is None:
+            return self.stage, self.names, None
+        return self.stage, (), str(self.place)
+
+    @property
+    def about(self) -> str:
+        """What it is for, in a few words."""
+        if self.place is not None:
+            return str(self.place)
+        return self.names[0] if len(self.names) == 1 else f"{len(self.names)} requests"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A step, why it is to be done (None where it is done), and why it cannot be.
+
+    `seconds` is what such steps took in this store, by their median.
+    """
+
+    step: Step
+    why: str | None
+    trouble: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(slots=True)
+class Lacking(Exception):
+    """What a step is made from is not there yet."""
+
+    what: str
+
+
+class RecipePlan:
+    """A recipe with its store and its ledger: the steps it takes, and how each of them stands."""
+
+    def __init__(self, store: Store, recipe: Recipe) -> None:
+        self.store, self.recipe = store, recipe
+        self.path = Artifact.LEDGER.path(recipe.name)
+        self.ledger = self.read_ledger()
+        self.catalog = Catalog(store)
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path, store: Store | str) -> Self:
+        """Return the plan of a recipe, or of that in a file. Raises InputError, UsageError."""
+        read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+        return cls(Store(store) if isinstance(store, str) else store, read)
+
+    @cached_property
+    def weights(self) -> str:
+        """The fingerprint of the original model. Raises InputError, MissingError."""
+        return fingerprint(resolve(self.recipe.model))
+
+    @cached_property
+    def device(self) -> str:
+        """What searches run on."""
+        return device_name(pick_device(self.recipe.search.device))
+
+    def read_ledger(self) -> Ledger:
+        """Return the ledger as it is in the store, or an empty one."""
+        if self.store.exists(self.path):
+            return self.store.read_record(self.path, Ledger)
+        return Ledger(self.recipe.name, self.recipe.model, (), (), slsgu_cli.__version__)
+
+    def steps(self) -> list[Step]:
+        """Return everything that the recipe asks for, in order."""
+        recipe, names, out = self.recipe, self.recipe.names, self.recipe.outputs
+        steps = [Step(Stage.SET, (name,)) for name in names]
+        for name in names:
+            steps += [Step(Stage.GRADIENTS, (name,)), Step(Stage.RANKING, (name,))]
+        searches = [names] if recipe.together is Together.JOINT else [(name,) for name in names]
+        steps += [Step(Stage.SEARCH, each) for each in searches if each]
+        if out.checkpoint:
+            steps.append(Step(Stage.CHECKPOINT, names, out.checkpoint))
+        copies = {
+            (out.targets or Path()) / target.resolve().name: tuple(
+                request.name for request in recipe.requests if target in request.targets
+            )
+            for target in recipe.targets()
+        }
+        # Of a target that no request names any more, the copy is made anew without edits.
+        left = {Path(e.place): () for e in self.ledger.stages if e.origin and e.place}
+        steps += [Step(Stage.TARGET, who, at) for at, who in sorted({**left, **copies}.items())]
+        if out.edits:
+            steps.append(Step(Stage.EDITS, names, out.edits))
+        if names:
+            steps.append(Step(Stage.FIGURES, names))
+        if out.report and names:
+            steps.append(Step(Stage.REPORT, names, out.report))
+        return steps
+
+    def asked(self, step: Step) -> dict[str, str]:
+        """Return digests of a step's options and of what it is made from. Raises Lacking."""
+        recipe, get = self.recipe, self.record
+        sets = [get(Artifact.SET, name) for name in step.names] if step.stage != Stage.SET else []
+        if step.stage is Stage.SET:
+            request = recipe.set_of(recipe.request(step.names[0]))
+            return {"rows or classes": made_from(request), "weights": self.weights}
+        if step.stage is Stage.GRADIENTS:
+            rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
+            options = _options(recipe.grad)
+            return {"options": options, "rows": digest(rows), "weights": self.weights}
+        if step.stage is Stage.RANKING:
+            pointer = get(Artifact.POINTER, step.names[0])
+            gradients = digest([pointer.forget, pointer.retain, pointer.retain_data])
+            return {"options": _options(recipe.rank), "gradients": gradients}
+        if step.stage is Stage.SEARCH:
+            rankings = [digest(get(Artifact.RANKING, name)) for name in step.names]
+            measured = [evaluation_blocks(manifest) for manifest in sets]
+            return {
+                "requests": digest(step.names),
+                "options": digest([recipe.together, _options(recipe.search)]),
+                "ranking": digest(rankings),
+                "evaluation rows": digest(measured),
+                "earlier edits": self._edits(self.before(step)),
+            }
+        asked = {"edits": self._edits(step.names), "weights": self.weights}
+        if step.stage is Stage.TARGET:
+            asked["target"] = _stamps(self.target(step))
+        if step.stage in (Stage.FIGURES, Stage.REPORT):
+            asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
+            asked["checkpoint"] = self._shipped()
+        if step.stage is Stage.REPORT:
+            checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
+            asked["verifications"] = digest([each and digest(each) for each in checks])
+        return asked
+
+    def made(self, step: Step) -> str:
+        """Return a digest of what a step made, as it is there now. Raises Lacking."""
+        if step.stage is Stage.FIGURES:
+            return digest(self.ledger.figures)
+        if step.place is None:
+            return digest([digest(self.record(KINDS[step.stage], name)) for name in step.names])
+        if step.stage is Stage.EDITS:
+            files = {name: step.place / f"{name}.safetensors" for name in step.names}
+        else:
+            files = all_files(step.place) if step.place.is_dir() else {"": step.place}
+        return digest({name: _sha256(path) for name, path in files.items()})
+
+    def why(self, step: Step) -> str | None:
+        """Return why a step is to be done; None where it is done and stands."""
+        record = self.ledger.stage(step.key)
+        try:
+            asked = self.asked(step)
+            if record is None or not record.made:
+                return "not done yet"
+            others = [what for what, now in asked.items() if record.asked.get(what) != now]
+            if others:
+                return f"other {', '.join(others)} than before"
+            if trouble := self._fallen(step):
+                return trouble
+            if step.stage is not Stage.SET and self.made(step) != record.made:
+                return "what it made was made otherwise since"
+        except Lacking as lacking:
+            return f"there is no {lacking.what} yet" if record is None else f"no {lacking.what}"
+        except SlsguError as error:
+            return error.message
+        except OSError as error:
+            return f"what it made cannot be read: {error.strerror or error}"
+        return None
+
+    def _fallen(self, step: Step) -> str | None:
+        """Return why what a step left in the store cannot be used; None where it can."""
+        if step.stage not in KINDS:
+            return None
+        kind = KINDS[step.stage]
+        for name in step.names:
+            record = self.record(kind, name)
+            state, reason = self.catalog.standing(kind, name, record)
+            if state is not Standing.OK:
+                return reason
+            if isinstance(record, SetManifest) and not self._is_as_asked(record):
+                return "the set was built otherwise since"
+        return None
+
+    def _is_as_asked(self, manifest: SetManifest) -> bool:
+        """Return whether a set was built as the recipe says, rows dropped by hand aside."""
+        wanted = self.recipe.set_of(self.recipe.request(manifest.name))
+        built = decode(BuildRequest, manifest.request) if manifest.request else None
+        return built is not None and encode(replace(built, dropped={})) == encode(wanted)
+
+    def record(self, kind: Artifact, name: str) -> Any:
+        """Return a record of the store that can be read. Raises Lacking."""
+        record = self.catalog.get(kind, name)
+        if record is None:
+            raise Lacking(f"{kind} of {name}")
+        return record
+
+    def _edits(self, names: Sequence[str]) -> str:
+        return digest({name: digest(self.record(Artifact.EDIT, name)) for name in names})
+
+    def before(self, step: Step) -> tuple[str, ...]:
+        """Return the requests whose edits a search stands on."""
+        names = self.recipe.names
+        if self.recipe.together is not Together.AFTER:
+            return ()
+        return names[: names.index(step.names[0])]
+
+    def target(self, step: Step) -> Path:
+        """Return the model that the copy at a step's place is of."""
+        for target in self.recipe.targets():
+            if target.resolve().name == (step.place or Path()).name:
+                return target
+        record = self.ledger.stage(step.key)
+        return Path(record.origin or "" if record else "")
+
+    def _shipped(self) -> str:
+        """Return the digest of the checkpoint that was written; empty where none is asked for."""
+        place = self.recipe.outputs.checkpoint
+        record = self.ledger.stage(Step(Stage.CHECKPOINT, (), place).key) if place else None
+        return record.made if record else ""
+
+    def plan(self) -> list[PlannedStep]:
+        """Return every step with what it lacks, what stands in its way, and how long it takes."""
+        typical = self._typical_seconds()
+        planned = []
+        behind: dict[str, str] = {}
+        for step in self.steps():
+            why = self.why(step)
+            trouble = self._trouble(step) if why else None
+            earlier = [f"after {behind[name]} of {name}" for name in step.names if name in behind]
+            why = why or next(iter(earlier), None)
+            if why and step.place is None:
+                behind |= {name: step.stage for name in step.names if name not in behind}
+            seconds = typical.get(step.stage)
+            if step.stage is Stage.SEARCH and seconds is not None:
+                seconds *= len(step.names)
+            planned.append(PlannedStep(step, why, trouble, seconds if why else 0.0))
+        return planned
+
+    def _typical_seconds(self) -> dict[Stage, float]:
+        """Return the median seconds of each stage in this store, a search by request."""
+        took: dict[Stage, list[float]] = {}
+        for ledger in self.catalog.readable(Artifact.LEDGER).values():
+            for each in ledger.stages:
+                if each.made and each.took.where == self.device:
+                    share = len(each.names) if each.stage is Stage.SEARCH else 1
+                    took.setdefault(each.stage, []).append(each.took.seconds / share)
+        if Stage.SEARCH not in took:
+            trials = self.catalog.readable(Artifact.TRIALS).values()
+            searches = [each.took.seconds for each in trials if each.took]
+            if searches:
+                took[Stage.SEARCH] = searches
+        return {stage: median(seconds) for stage, seconds in took.items()}
+
+    @cached_property
+    def _model_trouble(self) -> str | None:
+        try:
+            _ = self.weights
+            load(resolve(self.recipe.model), "cpu")
+        except SlsguError as error:
+            return error.message
+        return None
+
+    def _trouble(self, step: Step) -> str | None:
+        """Return why a step that is to be done cannot succeed; None where nothing is known."""
+        try:
+            if step.stage is Stage.SET:
+                if self._model_trouble:
+                    return self._model_trouble
+                with progress.silent():
+                    preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
+            elif step.stage is Stage.TARGET:
+                read_target(self.target(step))
+            if step.place is not None and not self.ledger.stage(step.key):
+                edits = [step.place / f"{name}.safetensors" for name in step.names]
+                files = edits if step.stage is Stage.EDITS else [step.place]
+                for file in files:
+                    if file.is_file() or (file.is_dir() and any(file.iterdir())):
+                        return f"{file} is there already, and not of this recipe"
+        except SlsguError as error:
+            return error.message
+        return None
+
+
+def _options(record: Any) -> str:
+    """Return a digest of options, those of speed and memory aside."""
+    said = {key: value for key, value in encode(record, sparse=True).items() if key not in SPEED}
+    return digest(said)
+
+
+def _stamps(folder: Path) -> str:
+    """Return a digest of the names, sizes and times of a model's files."""
+    files = all_files(folder) if folder.is_dir() else {"": folder}
+    states = {name: path.stat() for name, path in files.items()}
+    return digest({name: [s.st_size, s.st_mtime_ns] for name, s in states.items()})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
