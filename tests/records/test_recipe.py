@@ -1,6 +1,7 @@
 """Recipes as they are read: what is refused, with its line; what a request's set is built of."""
 
 import json
+import re
 import tomllib
 
 import jsonschema
@@ -151,6 +152,17 @@ def test_a_recipe_of_a_program_is_held_to_the_same():
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(MissingError, match="there is no recipe"):
         read_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "end"),
+    [("README.md", "```toml\n", "```"), ("docs/guide/recipes.md", "<< 'END'\n", "> END")],
+)
+def test_recipes_of_the_documents_read(page, begin, end):
+    text = (ROOT / page).read_text().partition(begin)[2].partition(end)[0]
+    recipe = read(re.sub(r"(?m)^> ?", "", text))
+    assert recipe.names == ("facebook", "google")
+    assert recipe.outputs.checkpoint
 
 
 @pytest.mark.parametrize("demo", [True, False])
