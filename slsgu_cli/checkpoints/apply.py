@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -103,7 +103,7 @@ def all_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-SAFETENSORS = ".safetensors"
+SAFETENSORS, README = ".safetensors", "README.md"
 
 # What open_clip looks for in a folder, by the kind of file.
 STANDARD_NAME = {
@@ -161,6 +161,8 @@ class CopyPlan:
 
 # Gets the number formats of edited tensors, and returns a remark on the model they are in.
 Compare = Callable[[Collection[str]], str | None]
+# Gets the model card that is there, and returns the one to write: None for none.
+Card = Callable[[str | None], str | None]
 # Gets a folder with open_clip's configuration, and returns why open_clip may not load it.
 Check = Callable[[Path], str | None]
 
@@ -176,6 +178,7 @@ def apply_edits(
     earlier: Sequence[Edit] = (),
     compare: Compare | None = None,
     check: Check | None = None,
+    card: Card | None = None,
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
@@ -184,7 +187,8 @@ def apply_edits(
     the content of its configuration, a single file becomes a folder in open_clip's layout,
     which holds the files of `beside` as well.
     `compare` runs while files are copied, and what it remarks is told before they are in place.
-    `check` looks at a folder in open_clip's layout before it is in place.
+    `check` looks at a folder in open_clip's layout before it is in place. `card` says which
+    model card a folder has.
     What stands at `out` is replaced in one step, the model itself included.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
@@ -194,10 +198,25 @@ def apply_edits(
     plans = plan_target(scaled, target, options, earlier)
     if target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
-        return write_copy(copy, options, compare, check)
+        return write_copy(_with_card(copy, card), options, compare, check)
     _tell_of_others(target, plans, options)
     relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
-    return write_copy(CopyPlan(out, all_files(target.path), relative), options, compare, check)
+    copy = CopyPlan(out, all_files(target.path), relative)
+    return write_copy(_with_card(copy, card), options, compare, check)
+
+
+def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
+    """Return a plan with the model card of a folder; of one file there is none."""
+    if card is None or "" in plan.files:
+        return plan
+    there = plan.files.get(README)
+    present = there.read_bytes().decode("utf-8", "surrogateescape") if there else None
+    text = card(present)
+    if text == present:
+        return plan
+    files = {name: path for name, path in plan.files.items() if name != README}
+    texts = plan.texts if text is None else plan.texts | {README: text}
+    return replace(plan, files=files, texts=texts)
 
 
 def copy_model(
@@ -310,7 +329,7 @@ def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
             elif not (link and link_file(origin, place)):
                 copy_file(origin, place)
         for name, text in plan.texts.items():
-            (partial / name).write_text(text)
+            (partial / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         last(partial)
 
 

@@ -1,16 +1,21 @@
-"""Folders that are written for others to load: the tokenizer in them, and whether open_clip does.
+"""Folders that are written for others: their tokenizer and card, and whether open_clip loads them.
 
-Nothing is told of a folder that was not looked at: its configuration, the names and shapes
-of its weights by their header, and its tokenizer.
+What is looked at for that: its configuration, the names and shapes of its weights by their
+header, and its tokenizer.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
-from slsgu_cli.checkpoints.targets import read_config
+from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, read_config
 from slsgu_cli.checkpoints.tensor_file import canonical_name
-from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS
+from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS, HUB
 from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.models import (
     LOCAL,
@@ -21,6 +26,9 @@ from slsgu_cli.clip.models import (
     save_tokenizer,
 )
 from slsgu_cli.errors import SlsguError, first_lines
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 
 # What transformers reads a tokenizer from, whatever its kind.
@@ -57,6 +65,17 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
         save_tokenizer(model, scratch)
         return {path.name: path for path in sorted(scratch.iterdir())}
     return {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+
+
+def tokenizer_beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
+    """Return `tokenizer_files` of a model that is no folder; warn where they cannot be had."""
+    if model is None or model.folder is not None:
+        return {}
+    try:
+        return tokenizer_files(model, scratch)
+    except SlsguError as error:
+        progress.warn(f"the tokenizer of {model.spec} cannot be written: {error.message}")
+        return {}
 
 
 def _tokenizer_folder(name: str) -> Path | None:
@@ -119,3 +138,146 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     if original is not None and original.folder is None and ids != probe_tokens(original):
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None
+
+
+# What tells a card of ours, and where in it the base model's begins.
+OURS, THEIRS = "<!-- slsgu: edited -->", "<!-- slsgu: the card of the base model -->\n"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+LICENSE = re.compile(r"^license: *([\w.-]+) *$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the card of an edited model says; `earlier` edits were in it before.
+
+    `base` is what the base model is called, `hub_id` what the hub calls it. `whole` tells
+    whether the edits are in it as they were searched for, or scaled or cut.
+    """
+
+    edits: Sequence[EditHeader]
+    earlier: Sequence[EditHeader]
+    base: str
+    hub_id: str | None
+    whole: bool
+
+    @classmethod
+    def of(
+        cls, edits: Sequence[Edit], earlier: Sequence[Edit], *,
+        base: ResolvedModel | Path, options: ApplyRequest,
+    ) -> "ModelCard":  # fmt: skip
+        """Return the card of edits in a model, or in a target at a path, applied by `options`.
+
+        Where the base model is known by its path alone, its last part is told.
+        """
+        spec = base.spec if isinstance(base, ResolvedModel) else None
+        place = (base.folder or base.weights) if isinstance(base, ResolvedModel) else base
+        known = _hub_id(spec, place)
+        name = place.resolve().name
+        if spec is not None and spec.pretrained:
+            name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
+        whole = options.scale == 1 and options.rank is None and options.step is None
+        now, before = ([edit.header for edit in each] for each in (edits, earlier))
+        return cls(now, before, known or name, known, whole)
+
+    def over(self, present: str | None) -> str:
+        """Return the card, and behind it the one that is `present` in the base model's folder."""
+        theirs = base_card(present)
+        told = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
+        front = ["---", "tags:", "- clip", "- machine-unlearning"]
+        front += [f"base_model: {self.hub_id}"] if self.hub_id else []
+        front += [f"license: {told[1]}"] if told else []
+        parts = ["\n".join([*front, "---"]), OURS, *self._sections(licensed=told is not None)]
+        text = "\n\n".join(parts) + "\n"
+        return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
+
+    def _sections(self, *, licensed: bool) -> list[str]:
+        every = [*self.edits, *self.earlier]
+        concepts = ", ".join(dict.fromkeys(_code(edit.concept) for edit in every))
+        edits = "edits" if len(every) > 1 else "edit"
+        licence = (
+            "" if licensed else " The licence of the base model holds; slsgu does not know it."
+        )
+        return [
+            f"# {_code(self.hub_id or self.base)} without {concepts}",
+            f"This is {_code(self.base)} with the {edits} below, made to forget {concepts} by "
+            f"[slsgu](https://arxiv.org/abs/2407.11867) {slsgu_cli.__version__}.{licence}",
+            "## Figures",
+            self._figures(every),
+            "## Edits",
+            _table(
+                ("edit", "layer", "moved by", "digest", "of the model"),
+                [
+                    (_code(e.name), _code(e.layer), f"{100 * e.share:.3g}%", digest(e),
+                     e.model_fingerprint)
+                    for e in every
+                ],
+            ),
+            f"`slsgu check . --edit {every[0].name}` tells whether an edit is in these weights, "
+            "and `slsgu apply --revert` takes it out.",
+        ]  # fmt: skip
+
+    def _figures(self, edits: Sequence[EditHeader]) -> str:
+        """Return what each edit forgets and keeps, by what was measured when it was made."""
+        rows = []
+        for edit in edits:
+            forget = [("FA", "", edit.baseline_forget, edit.forget)]
+            before = edit.baseline_utility or {}
+            kept = [("TA", n, before.get(n), after) for n, after in (edit.utility or {}).items()]
+            for kind, name, was, now in (*forget, *kept):
+                if was is not None and now is not None:
+                    seen = "nothing was chosen by" if now.unseen else "it was chosen by"
+                    for k, one, other in ((1, was.top1, now.top1), (5, was.top5, now.top5)):
+                        rows.append(
+                            (_code(edit.name), f"{kind}@{k} {name}".strip(), f"{one:.2f}%",
+                             f"{other:.2f}%", f"{now.rows} images that {seen}")
+                        )  # fmt: skip
+        if not rows:
+            return "Nothing was measured."
+        told = "FA is the accuracy on the concept, TA that on everything else."
+        if not self.whole:
+            told += " They are of the whole edits: these weights hold them scaled or cut."
+        elif len(edits) > 1:
+            told += " They are those of each edit as it was made."
+        return f"{_table(('edit', 'figure', 'base', 'edited', 'of'), rows)}\n\n{told}"
+
+
+def base_card(present: str | None) -> str | None:
+    """Return the base model's card of one that is present: what stands behind ours, if it is."""
+    if present is None or OURS not in present:
+        return present
+    _, found, theirs = present.partition(THEIRS)
+    return theirs if found else None
+
+
+def _hub_id(spec: ModelSpec | None, place: Path) -> str | None:
+    """Return what the Hugging Face hub calls a model, as far as its name or its files tell."""
+    if spec is not None and spec.name.startswith(HUB):
+        return spec.name.removeprefix(HUB)
+    if spec is not None and spec.pretrained:
+        return None if Path(spec.pretrained).is_file() else _of_tag(spec.name, spec.pretrained)
+    if match := SNAPSHOT.search(str(place)):
+        return f"{match[1]}/{match[2]}"
+    for config in (place / PIPELINE, place / CONFIG):
+        name = str(_said(config).get("_name_or_path", ""))
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            return name
+    return None
+
+
+def _of_tag(name: str, tag: str) -> str | None:
+    """Return the repository that open_clip fetches a pretrained tag from."""
+    import open_clip
+
+    place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub") or ""
+    return "/".join(place.split("/")[:2]) or None
+
+
+def _code(text: str) -> str:
+    """Return words of strangers as Markdown's code, which is not marked up."""
+    return f"`{' '.join(text.replace('`', ' ').replace('|', ' ').split())}`"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

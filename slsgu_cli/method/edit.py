@@ -49,7 +49,12 @@ from slsgu_cli.checkpoints.tensor_file import (
 from slsgu_cli.checkpoints.transformers_clip import HUB
 from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.models import LOCAL, ResolvedModel, fingerprint, model_layer, resolve
-from slsgu_cli.clip.written import tokenizer_files, why_not_loaded
+from slsgu_cli.clip.written import (
+    ModelCard,
+    base_card,
+    tokenizer_beside,
+    why_not_loaded,
+)
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
 from slsgu_cli.method.ranking import rank
@@ -289,27 +294,21 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     else:
         model = resolve(_shared_model(edits, request.model))
         target, config = _files_of(model)
+    card = ModelCard.of(
+        edits, earlier, options=request,
+        base=target.path if model is None or request.target is not None else model,
+    )  # fmt: skip
     compare = None
     if model is not None and not request.force:
         compare = partial(_other_layers, model, [*edits, *earlier])
     with TemporaryDirectory() as scratch:
-        beside = _beside(model, Path(scratch)) if config else {}
+        beside = tokenizer_beside(model, Path(scratch)) if config else {}
         return apply_edits(
             edits, target, request.out, options=request, config=config, beside=beside,
             earlier=earlier, compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
+            card=base_card if request.revert else card.over,
         )  # fmt: skip
-
-
-def _beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
-    """Return the files of the tokenizer that go beside a model's weights, where they are had."""
-    if model is None or model.folder is not None:
-        return {}
-    try:
-        return tokenizer_files(model, scratch)
-    except SlsguError as error:
-        progress.warn(f"the tokenizer of {model.spec} cannot be written: {error.message}")
-        return {}
 
 
 def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:
@@ -319,7 +318,8 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
     target, config = _files_of(model)
     with TemporaryDirectory() as scratch:
         return copy_model(
-            target, out, options=options, config=config, beside=_beside(model, Path(scratch)),
+            target, out, options=options, config=config,
+            beside=tokenizer_beside(model, Path(scratch)),
             check=lambda folder: why_not_loaded(folder, model),
         )  # fmt: skip
 

@@ -1,7 +1,10 @@
 """What a written folder holds, and when it is said that open_clip loads it."""
 
+import dataclasses
 import json
 
+import edit_headers
+import numpy as np
 import open_clip
 import pytest
 import tiny_clip
@@ -10,20 +13,28 @@ from edit_headers import edit
 from processes import inside
 from transformers import PreTrainedTokenizerFast
 
-from slsgu_cli.checkpoints.edits import write_edit
+from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.weights import read_layer
 from slsgu_cli.clip import models
 from slsgu_cli.clip.models import PROBE, resolve
-from slsgu_cli.clip.written import tokenizer_files
+from slsgu_cli.clip.written import ModelCard, _hub_id, base_card, tokenizer_files
 from slsgu_cli.method.edit import apply
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store
 
 LAYER = "visual.proj"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
-OPEN_CLIP = ["open_clip_config.json", "open_clip_model.safetensors"]
+OPEN_CLIP = ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
+
+
+@pytest.fixture
+def demo_clip(tmp_path):
+    """A folder of the tiny CLIP."""
+    return tiny_clip.write_folder(tmp_path / "tiny")
 
 
 def write_tokenizer(folder):
@@ -167,3 +178,58 @@ def test_the_line_on_loading_is_printed_of_what_was_checked_only(tmp_path):
         done = inside(*words, store=tmp_path / "store")
         assert (f"open_clip loads it as local-dir:{out}" in done.stderr) is loads
         assert done.exit_code == 0
+
+
+def card(folder):
+    return (folder / "README.md").read_text()
+
+
+def test_a_written_folder_has_a_card_that_says_what_is_in_it(tmp_path):
+    model = write_architecture(tmp_path / "model")
+    applied(tmp_path, model, tmp_path / "model/w.safetensors")
+    text = card(tmp_path / "out")
+    (header,) = [load_edit(Store(str(tmp_path / "store")), "facebook").header]
+    assert text.startswith("---\ntags:\n- clip\n")
+    assert "# `words (w.safetensors)` without `facebook`" in text
+    assert "Nothing was measured." in text and "base_model" not in text and "license" not in text
+    assert digest(header) in text and header.model_fingerprint in text
+    assert str(tmp_path) not in text
+
+
+def test_a_card_tells_figures_of_unseen_rows(tmp_path):
+    before, after = Accuracy(98.0, 100.0, 50, True), Accuracy(2.0, 4.0, 50, True)
+    layer = np.ones((2, 2), np.float32)
+    header = dataclasses.replace(
+        edit_headers.header(LAYER, layer, name="face|book"), baseline_forget=before, forget=after,
+        baseline_utility={"brands": before}, utility={"brands": after},
+    )  # fmt: skip
+    text = ModelCard([header], [], "clip", "org/clip", whole=False).over(None)
+    assert "base_model: org/clip" in text
+    row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 images that nothing was chosen by |"
+    assert row in text
+    assert "these weights hold them scaled or cut" in text
+
+
+def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, demo_clip):
+    theirs = "---\nlicense: mit\n---\n# Théirs\n\nlicense: gpl\n"
+    (demo_clip / "README.md").write_text(theirs)
+    base = ModelSpec(f"local-dir:{demo_clip}")
+    weights = demo_clip / "open_clip_model.safetensors"
+    applied(tmp_path, base, weights)
+    once = card(tmp_path / "out")
+    assert once.endswith(theirs) and once.partition("\n---")[0].endswith("license: mit")
+    edited = ModelSpec(f"local-dir:{tmp_path / 'out'}")
+    request = {"names": ["facebook"], "model": edited, "out": tmp_path / "back", "revert": True}
+    apply(Store(str(tmp_path / "store")), ApplyRequest(**request))
+    assert card(tmp_path / "back") == theirs
+    assert base_card(None) is None and base_card(once) == theirs
+
+
+def test_a_card_knows_its_base_by_name_tag_or_configuration(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_name_or_path": "org/diffusion"}')
+    assert _hub_id(ModelSpec("hf-hub:org/clip"), tmp_path) == "org/clip"
+    assert _hub_id(None, tmp_path) == "org/diffusion"
+    assert _hub_id(None, tmp_path / "models--org--clip/snapshots/0") == "org/clip"
+    tag = ModelSpec("ViT-B-32", "laion2b_s34b_b79k")
+    assert _hub_id(tag, tmp_path) == "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    assert _hub_id(ModelSpec("local-dir:x"), tmp_path / "x") is None
