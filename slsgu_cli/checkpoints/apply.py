@@ -71,6 +71,9 @@ def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
     if not out.is_dir():
         return
     kept = set(written)
+    card = out / README
+    if card.is_file() and OURS.encode() in card.read_bytes():
+        kept.add(README)
     present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
     for path in present:
         require_regular(path)
@@ -104,6 +107,8 @@ def all_files(folder: Path) -> dict[str, Path]:
 
 
 SAFETENSORS, README = ".safetensors", "README.md"
+# What tells a model card that was written with edits.
+OURS = "<!-- slsgu: edited -->"
 
 # What open_clip looks for in a folder, by the kind of file.
 STANDARD_NAME = {

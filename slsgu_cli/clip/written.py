@@ -11,6 +11,7 @@ from pathlib import Path
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import OURS
 from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, read_config
@@ -140,8 +141,14 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     return None
 
 
-# What tells a card of ours, and where in it the base model's begins.
-OURS, THEIRS = "<!-- slsgu: edited -->", "<!-- slsgu: the card of the base model -->\n"
+# Where the base model's card begins in one of ours.
+THEIRS = "<!-- slsgu: the card of the base model -->\n"
+EDITS = ("edit", "forgets", "layer", "moved by", "strength", "digest", "of the model")
+FIGURES = ("edit", "figure", "base", "edited", "of")
+WHOLE = "whole"
+ROW = re.compile(r"^\| `.* \|$", re.MULTILINE)
+BASE = re.compile(r"^# (`[^`\n]*`) without ", re.MULTILINE)
+BASE_ID = re.compile(r"^base_model: (\S+)$", re.MULTILINE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 LICENSE = re.compile(r"^license: *([\w.-]+) *$", re.MULTILINE)
@@ -151,15 +158,17 @@ LICENSE = re.compile(r"^license: *([\w.-]+) *$", re.MULTILINE)
 class ModelCard:
     """What the card of an edited model says; `earlier` edits were in it before.
 
-    `base` is what the base model is called, `hub_id` what the hub calls it. `whole` tells
-    whether the edits are in it as they were searched for, or scaled or cut.
+    `base` is what the base model is called, `hub_id` what the hub calls it. `strength` tells
+    whether the edits are in it as they were searched for, or scaled or cut; with `revert` they
+    are taken out.
     """
 
     edits: Sequence[EditHeader]
     earlier: Sequence[EditHeader]
     base: str
     hub_id: str | None
-    whole: bool
+    strength: str = WHOLE
+    revert: bool = False
 
     @classmethod
     def of(
@@ -176,70 +185,91 @@ class ModelCard:
         name = place.resolve().name
         if spec is not None and spec.pretrained:
             name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
-        whole = options.scale == 1 and options.rank is None and options.step is None
+        strength = "" if options.scale == 1 else f"scale {options.scale:g}"
+        strength += "" if options.rank is None else f" rank {options.rank}"
+        strength += "" if options.step is None else f" step {options.step:g}"
         now, before = ([edit.header for edit in each] for each in (edits, earlier))
-        return cls(now, before, known or name, known, whole)
+        return cls(now, before, known or name, known, strength.strip() or WHOLE, options.revert)
 
-    def over(self, present: str | None) -> str:
-        """Return the card, and behind it the one that is `present` in the base model's folder."""
+    def over(self, present: str | None) -> str | None:
+        """Return the card where one is `present`: the base model's, or ours of what it was.
+
+        What ours says of other edits stays, and the base model's card stands behind. Without
+        any edit left, it stands alone.
+        """
         theirs = base_card(present)
-        told = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
-        front = ["---", "tags:", "- clip", "- machine-unlearning"]
-        front += [f"base_model: {self.hub_id}"] if self.hub_id else []
-        front += [f"license: {told[1]}"] if told else []
-        parts = ["\n".join([*front, "---"]), OURS, *self._sections(licensed=told is not None)]
-        text = "\n\n".join(parts) + "\n"
-        return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
+        ours = "" if present is None or present == theirs else present.partition(THEIRS)[0]
+        every = [*self.edits] if self.revert else [*self.edits, *self.earlier]
+        names = {_code(edit.name) for edit in every}
+        there = [row for row in ROW.findall(ours) if row.split(" | ")[0][2:] not in names]
+        edits = [row for row in there if row.count(" | ") == len(EDITS) - 1]
+        figures = [row for row in there if row.count(" | ") == len(FIGURES) - 1]
+        if not self.revert:
+            edits += [_row(self._edit(edit)) for edit in every]
+            figures += [_row(cells) for edit in every for cells in _figures(edit)]
+        if not edits:
+            return theirs
+        base, known = BASE.search(ours), BASE_ID.search(ours)
+        return _rendered(
+            _code(self.base) if base is None else base[1],
+            (None if base is not None else self.hub_id) if known is None else known[1],
+            sorted(edits, key=_first), sorted(figures, key=_first), theirs,
+        )  # fmt: skip
 
-    def _sections(self, *, licensed: bool) -> list[str]:
-        every = [*self.edits, *self.earlier]
-        concepts = ", ".join(dict.fromkeys(_code(edit.concept) for edit in every))
-        edits = "edits" if len(every) > 1 else "edit"
-        licence = (
-            "" if licensed else " The licence of the base model holds; slsgu does not know it."
-        )
-        return [
-            f"# {_code(self.hub_id or self.base)} without {concepts}",
-            f"This is {_code(self.base)} with the {edits} below, made to forget {concepts} by "
-            f"[slsgu](https://arxiv.org/abs/2407.11867) {slsgu_cli.__version__}.{licence}",
-            "## Figures",
-            self._figures(every),
-            "## Edits",
-            _table(
-                ("edit", "layer", "moved by", "digest", "of the model"),
-                [
-                    (_code(e.name), _code(e.layer), f"{100 * e.share:.3g}%", digest(e),
-                     e.model_fingerprint)
-                    for e in every
-                ],
-            ),
-            f"`slsgu check . --edit {every[0].name}` tells whether an edit is in these weights, "
-            "and `slsgu apply --revert` takes it out.",
-        ]  # fmt: skip
+    def _edit(self, edit: EditHeader) -> tuple[str, ...]:
+        strength = self.strength if edit in self.edits else WHOLE
+        share = f"{100 * edit.share:.3g}%"
+        name, concept, layer = _code(edit.name), _code(edit.concept), _code(edit.layer)
+        return name, concept, layer, share, strength, digest(edit), edit.model_fingerprint
 
-    def _figures(self, edits: Sequence[EditHeader]) -> str:
-        """Return what each edit forgets and keeps, by what was measured when it was made."""
-        rows = []
-        for edit in edits:
-            forget = [("FA", "", edit.baseline_forget, edit.forget)]
-            before = edit.baseline_utility or {}
-            kept = [("TA", n, before.get(n), after) for n, after in (edit.utility or {}).items()]
-            for kind, name, was, now in (*forget, *kept):
-                if was is not None and now is not None:
-                    seen = "nothing was chosen by" if now.unseen else "it was chosen by"
-                    for k, one, other in ((1, was.top1, now.top1), (5, was.top5, now.top5)):
-                        rows.append(
-                            (_code(edit.name), f"{kind}@{k} {name}".strip(), f"{one:.2f}%",
-                             f"{other:.2f}%", f"{now.rows} images that {seen}")
-                        )  # fmt: skip
-        if not rows:
-            return "Nothing was measured."
-        told = "FA is the accuracy on the concept, TA that on everything else."
-        if not self.whole:
-            told += " They are of the whole edits: these weights hold them scaled or cut."
-        elif len(edits) > 1:
-            told += " They are those of each edit as it was made."
-        return f"{_table(('edit', 'figure', 'base', 'edited', 'of'), rows)}\n\n{told}"
+
+def _first(row: str) -> str:
+    return row.split(" | ")[0]
+
+
+def _figures(edit: EditHeader) -> list[tuple[str, ...]]:
+    """Return what an edit forgets and keeps, as it was measured when it was made."""
+    before = edit.baseline_utility or {}
+    kept = [("TA", n, before.get(n), now) for n, now in (edit.utility or {}).items()]
+    rows: list[tuple[str, ...]] = []
+    for kind, name, was, now in (("FA", "", edit.baseline_forget, edit.forget), *kept):
+        if was is None or now is None:
+            continue
+        seen = "nothing was chosen by" if now.unseen else "it was chosen by"
+        of = f"{now.rows} images that {seen}"
+        for k, one, other in ((1, was.top1, now.top1), (5, was.top5, now.top5)):
+            figure = f"{kind}@{k} {name}".strip()
+            rows.append((_code(edit.name), figure, f"{one:.2f}%", f"{other:.2f}%", of))
+    return rows
+
+
+def _rendered(
+    base: str, known: str | None, edits: Sequence[str], figures: Sequence[str], theirs: str | None
+) -> str:
+    """Return the card of rows of edits and of figures; `theirs` is the base model's."""
+    told = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
+    front = ["---", "tags:", "- clip", "- machine-unlearning"]
+    front += [f"base_model: {known}"] if known else []
+    front += [f"license: {told[1]}"] if told else []
+    concepts = ", ".join(dict.fromkeys(row.split(" | ")[1] for row in edits))
+    licence = "" if told else " Its licence is that of the base model, not known here."
+    parts = [
+        "\n".join([*front, "---"]),
+        OURS,
+        f"# {base} without {concepts}",
+        f"This is {base} with the edits below, made by slsgu {slsgu_cli.__version__} "
+        f"([SLUG](https://arxiv.org/abs/2407.11867)).{licence}",
+        "## Figures",
+        _table(FIGURES, figures) if figures else "Nothing was measured.",
+        "FA is the accuracy on the concept, TA that on everything else, of the base model with "
+        "each edit as it was made.",
+        "## Edits",
+        _table(EDITS, edits),
+        "`slsgu check . --edit NAME` tells whether an edit is in these weights, and "
+        "`slsgu apply --revert` takes it out.",
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
 
 
 def base_card(present: str | None) -> str | None:
@@ -278,6 +308,9 @@ def _code(text: str) -> str:
     return f"`{' '.join(text.replace('`', ' ').replace('|', ' ').split())}`"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(columns: Sequence[str], rows: Sequence[str]) -> str:
+    return "\n".join([_row(columns), _row(["---"] * len(columns)), *rows])

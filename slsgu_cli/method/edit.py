@@ -51,7 +51,6 @@ from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.models import LOCAL, ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.clip.written import (
     ModelCard,
-    base_card,
     tokenizer_beside,
     why_not_loaded,
 )
@@ -307,7 +306,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             edits, target, request.out, options=request, config=config, beside=beside,
             earlier=earlier, compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
-            card=base_card if request.revert else card.over,
+            card=card.over,
         )  # fmt: skip
 
 

@@ -259,7 +259,8 @@ def test_a_hub_model_of_transformers_is_the_folders(hub, copy, state, world, tmp
     result = applied(world, spec, tmp_path / "out")
     assert [file.path for file in result.files] == [str(tmp_path / "out" / container)]
     applied(world, ModelSpec(str(copy)), tmp_path / "local")
-    for path in (tmp_path / "local").iterdir():
+    assert "base_model: org/tiny" in (tmp_path / "out" / "README.md").read_text()
+    for path in (path for path in (tmp_path / "local").iterdir() if path.suffix != ".md"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 

@@ -203,11 +203,19 @@ def test_a_card_tells_figures_of_unseen_rows(tmp_path):
         edit_headers.header(LAYER, layer, name="face|book"), baseline_forget=before, forget=after,
         baseline_utility={"brands": before}, utility={"brands": after},
     )  # fmt: skip
-    text = ModelCard([header], [], "clip", "org/clip", whole=False).over(None)
+    text = ModelCard([header], [], "clip", "org/clip", "scale 0.5").over(None)
     assert "base_model: org/clip" in text
     row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 images that nothing was chosen by |"
     assert row in text
-    assert "these weights hold them scaled or cut" in text
+    assert "| scale 0.5 |" in text
+    other = dataclasses.replace(header, name="other", concept="other")
+    both = ModelCard([other], [], "edited", None).over(text)
+    assert both == ModelCard([header], [], "clip", "org/clip", "scale 0.5").over(
+        ModelCard([other], [], "clip", "org/clip").over(None)
+    )
+    assert "# `clip` without `face book`, `other`" in both and row in both
+    out = ModelCard([other], [], "edited", None, revert=True)
+    assert out.over(both) == text and out.over(None) is None
 
 
 def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, demo_clip):
