@@ -392,7 +392,7 @@ def _unexpected(error: BaseException) -> SlsguError:
         return SlsguError(
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
-            "grad and rank take a model that is larger than a card by torchrun and --shard",
+            "grad, rank and search take a model that is larger than a card by torchrun and --shard",
         )
     if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
         return InputError(

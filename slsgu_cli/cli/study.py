@@ -252,6 +252,8 @@ def search_jointly(session: Session, names: Sequence[str], options: SearchOption
     from slsgu_cli.study.joint import joint_search, require_joint
 
     refuse("search --joint")
+    if options.shard:
+        raise UsageError("--joint takes the whole model", hint="leave --shard out")
     result = joint_search(session.store, names, options=options)
     show_joint(session.console, session.store, result)
     require_joint(result)

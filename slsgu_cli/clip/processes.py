@@ -9,6 +9,7 @@ Without a launcher there is one process, and nothing is sent.
 import os
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ MAIL = "slsgu/mail"
 
 # The method of a sharded model in which it runs.
 RUN = "run_gathered"
+# Of a sharded model, the names of parameters that stay gathered between runs.
+OF_NO_BLOCK = "of_no_block"
 
 
 class LostError(SlsguError):
@@ -346,10 +349,13 @@ def shard(model: "nn.Module", blocks: "Sequence[nn.Module]", device: str) -> Non
             parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.partition(":")[0], (count(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()} | whole
+    others = [name for name, parameter in model.named_parameters() if parameter not in in_blocks]
     for module in (*blocks, model):
         sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         # A sum, not a mean over the processes.
         sharded.set_gradient_divide_factor(1.0)
+    setattr(model, OF_NO_BLOCK, others)
 
 
 def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
@@ -361,15 +367,19 @@ def gathering(module: Any, name: str, method: Callable[..., Any]) -> None:
 
 
 def run(
-    model: Any, forward: "Callable[[], Tensor]", blocks: "Sequence[nn.Module]" = ()
+    model: Any, forward: "Callable[[], Tensor]", blocks: "Sequence[nn.Module] | None" = None
 ) -> "Tensor":
     """Return what `forward` makes with a sharded model; every process must run it.
 
-    `blocks` are those whose weights are gathered, as far as the caller does not count them.
+    `blocks` are those whose weights are gathered, unless the caller counts what is sent.
     """
     if not hasattr(model, RUN):
         gathering(model, RUN, lambda made: made())
-    size = sum(parameter.nbytes for block in blocks for parameter in block.parameters())
+    size = 0
+    if blocks is not None:
+        size = sum(parameter.nbytes for block in blocks for parameter in block.parameters())
+        others = map(model.get_parameter, getattr(model, OF_NO_BLOCK))
+        size += sum(parameter.nbytes for parameter in others if is_sharded(parameter))
     with _sending(size * (1 - 1 / count())):
         values: Tensor = getattr(model, RUN)(forward)
     return values
@@ -382,7 +392,7 @@ def is_sharded(parameter: "Tensor") -> bool:
 
 def has_shards(model: "nn.Module") -> bool:
     """Return whether the weights of a model are dealt to the processes."""
-    return any(map(is_sharded, model.parameters()))
+    return hasattr(model, "reshard")
 
 
 def shard_of(values: "Tensor", like: "Tensor", device: str) -> "Tensor":
@@ -404,6 +414,68 @@ def unsharded(part: "Tensor") -> "Tensor":
     with _sending(part.nbytes * (1 - 1 / count())):
         values: Tensor = sharded.full_tensor()
     return values
+
+
+def whole(model: Any, name: str) -> "Tensor":
+    """Return a parameter's values, whole; of a sharded model each process must ask."""
+    _let_go(model)
+    return unsharded(model.get_parameter(name).data)
+
+
+def exchange(model: Any, name: str, change: "Callable[[Tensor], Tensor]") -> "Tensor":
+    """Give a parameter the values that `change` makes of its own; return those for `put_back`.
+
+    Of a sharded model each process must ask, and puts in its part.
+    """
+    _let_go(model)
+    parameter = model.get_parameter(name)
+    if not is_sharded(parameter):
+        before: Tensor = parameter.data
+        parameter.data = change(before)
+        return before
+    part = _local_shard(parameter)
+    values = change(unsharded(parameter.data))
+    before = part.clone()
+    part.copy_(_local_shard(shard_of(values, parameter, str(part.device))))
+    return before
+
+
+def put_back(model: Any, name: str, before: "Tensor") -> None:
+    """Give a parameter the values back that it had before an exchange."""
+    _let_go(model)
+    parameter = model.get_parameter(name)
+    if is_sharded(parameter):
+        _local_shard(parameter).copy_(before)
+    else:
+        parameter.data = before
+
+
+def _let_go(model: Any) -> None:
+    """Leave of the weights that are gathered between two runs only what this process keeps.
+
+    What they are gathered from may change then.
+    """
+    if has_shards(model):
+        model.reshard()
+
+
+def in_step(own: Sequence[tuple[int, T]]) -> list[tuple[int, T, bool]]:
+    """Return what all processes run in step: of each key as many turns as the busiest has.
+
+    `own` are the keys of this process's runs, the greatest first, each with something about it
+    that any process may be told. Whether a turn is its own comes with it.
+    """
+    have: Counter[int] = Counter(key for key, _ in own)
+    most: Counter[int] = Counter()
+    about: dict[int, T] = {}
+    for keys, facts in gathered((have, dict(own))):
+        most |= keys
+        about |= facts
+    return [
+        (key, about[key], turn < have[key])
+        for key in sorted(most, reverse=True)
+        for turn in range(most[key])
+    ]
 
 
 class ShardedSums:

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,8 +28,13 @@ class SplitTower(ABC):
     exact_split = True
     # The modules of the blocks, each of one stage or, in halves, of two.
     blocks: Sequence[Any] = ()
-    # Whether each process has a shard of every block, and gathers the block to run it.
-    sharded = False
+    # The model it is of where each process has a shard of every block, and gathers it to run it.
+    sharded_model: Any = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether all processes have to run it together."""
+        return self.sharded_model is not None
 
     @property
     def token_table(self) -> Tensor | None:
@@ -55,8 +60,11 @@ class SplitTower(ABC):
     def stage_of(self, parameter: str) -> int:
         """Return the first stage that `parameter` acts in."""
         block = block_of(parameter)
+        if block is not None and self.halves:
+            # The halves of a sharded block run together.
+            return 2 * block + bool(_MLP_HALF.search(parameter) and not self.sharded)
         if block is not None:
-            return 2 * block + bool(_MLP_HALF.search(parameter)) if self.halves else block
+            return block
         is_head = re.search(
             r"ln_post|proj$|proj\.weight$|ln_final|(^|\.)norm\.|fc_norm|head", parameter
         )
@@ -73,9 +81,19 @@ class SplitTower(ABC):
             return x
         return self._through(x, inputs, start, min(stop, self.depth))
 
-    def shard(self) -> None:
+    def run(self, forward: Callable[[], Tensor], start: int = EMBED) -> Tensor:
+        """Return what `forward` makes with the stages from `start` on.
+
+        All processes must run those of a sharded model.
+        """
+        if not self.sharded:
+            return forward()
+        first = max(start, 0) // (1 + self.halves)
+        return processes.run(self.sharded_model, forward, blocks=self.blocks[first:])
+
+    def shard(self, model: Any) -> None:
         """Gather the weights of each block when it runs, as the processes have each a part."""
-        self.sharded = True
+        self.sharded_model = model
         for index, block in enumerate(self.blocks if self.halves else ()):
             halves = partial(self._through, start=2 * index, stop=2 * index + 2)
             processes.gathering(block, "both_halves", halves)
@@ -249,7 +267,22 @@ class WholeTower(SplitTower):
 
 
 def vision_tower(model: Any) -> SplitTower:
-    """Return the vision tower of an open_clip model."""
+    """Return the vision tower of an open_clip model, which may be sharded."""
+    return _in_shards(_vision(model), model)
+
+
+def text_tower(model: Any) -> SplitTower:
+    """Return the text tower of an open_clip model, which may be sharded."""
+    return _in_shards(_text(model), model)
+
+
+def _in_shards(tower: SplitTower, model: Any) -> SplitTower:
+    if processes.has_shards(model):
+        tower.shard(model)
+    return tower
+
+
+def _vision(model: Any) -> SplitTower:
     visual = model.visual
     kind = _kind(visual)
     if kind == "VisionTransformer" and _batch_first(visual.transformer):
@@ -260,8 +293,7 @@ def vision_tower(model: Any) -> SplitTower:
     return WholeTower(model.encode_image)
 
 
-def text_tower(model: Any) -> SplitTower:
-    """Return the text tower of an open_clip model."""
+def _text(model: Any) -> SplitTower:
     if _kind(model) == "CLIP" and _batch_first(model.transformer):
         return OpenClipText(model, model.text_pool_type, model.text_eos_id)
     text: Any = getattr(model, "text", None)

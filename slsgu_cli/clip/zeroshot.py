@@ -1,8 +1,10 @@
 """Zero-shot classification with weights that may be edited, and its figures."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -75,9 +77,8 @@ def require_finite_elsewhere(model: nn.Module, tokens: Tensor | None) -> None:
     scales = [getattr(model, name, None) for name in ("logit_scale", "logit_bias")]
     for values in (tokens, *scales):
         if values is not None:
-            require_finite(
-                values.detach().reshape(len(values) if values.ndim else 1, -1), "weights"
-            )
+            whole = processes.unsharded(values.detach())
+            require_finite(whole.reshape(len(whole) if whole.ndim else 1, -1), "weights")
 
 
 @contextmanager
@@ -98,7 +99,8 @@ def naming_layers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        counts = {name: int((~torch.isfinite(p)).sum()) for name, p in model.named_parameters()}
+        weights = ((name, processes.unsharded(p)) for name, p in model.named_parameters())
+        counts = {name: int((~torch.isfinite(p)).sum()) for name, p in weights}
         words = [f"{count} in {name}" for name, count in counts.items() if count]
         found = f"; weights that are not: {_listed(words)}" if words else ""
         raise NotFiniteError(error.message + found, hint=error.hint) from error
@@ -206,6 +208,10 @@ class _Prompts:
     # What entered the stages.
     kept: dict[int, Tensor] = field(init=False, default_factory=dict)
 
+    def entering(self, stage: int) -> Tensor:
+        """Return what entered a stage that is kept, or the prompts."""
+        return self.kept.get(stage, self.inputs)
+
 
 @dataclass(slots=True)
 class PromptSide:
@@ -243,25 +249,43 @@ class PromptSide:
 
     def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
-        features = []
-        for group in processes.dealt(self._groups):
+        features, groups = [], processes.dealt(self._groups)
+        turns = in_step(self.tower, [(EMBED, ()) for _ in groups], self._run_along)
+        for _, group in zip(turns, groups, strict=True):
             entering, outputs = _through(group.tower, group.inputs, stages)
             group.kept = {s: x for s, x in entering.items() if budget.take(x.nbytes)}
             features.append(outputs)
-        self.embeddings = self._means(features)
+        self.embeddings = self._means(features, groups)
 
     def after_edit(self, stage: int) -> Tensor:
         """Return the class embeddings with the weights as they are now, from `stage` on."""
-        features = []
+        features, groups = [], []
         for group in processes.dealt(self._groups):
             start = max((s for s in group.kept if s <= stage), default=EMBED)
-            x = group.kept.get(start, group.inputs)
-            features.append(resumed(group.tower, x, group.inputs, start))
-        return self._means(features)
+            groups.append((start, group))
+        # The deepest first, as all processes take them.
+        groups.sort(key=itemgetter(0), reverse=True)
+        shapes = [(start, group.entering(start).shape[1:]) for start, group in groups]
+        turns = in_step(self.tower, shapes, self._run_along)
+        for _, (start, group) in zip(turns, groups, strict=True):
+            run = partial(resumed, group.tower, group.entering(start), group.inputs, start)
+            features.append(group.tower.run(run, start))
+        return self._means(features, [group for _, group in groups])
 
-    def _means(self, features: list[Tensor]) -> Tensor:
+    def _run_along(self, start: int, shape: Sequence[int]) -> None:
+        """Run the tower from a stage, which `shape` enters of each row, as others do."""
+        device = self.tokens.device
+        if start == EMBED:
+            x = inputs = self.tower.trim(self.tokens[:1])
+        else:
+            length = shape[0] if len(shape) > 1 else 1
+            x = torch.zeros(1, *shape, device=device)
+            inputs = torch.zeros(1, length, dtype=torch.long, device=device)
+        self.tower.run(partial(self.tower.features, x, inputs, start), start)
+
+    def _means(self, features: list[Tensor], groups: Sequence[_Prompts]) -> Tensor:
         rows = torch.cat([group.rows for group in self._groups])
-        order = [group.rows for group in processes.dealt(self._groups)]
+        order = [group.rows for group in groups]
         whole = in_order(features, order, str(self.tokens.device))[rows]
         means = class_means(whole, self.owners[rows], self.classes)
         return require_finite(means, "class embeddings")
@@ -337,7 +361,9 @@ class ImageSide:
             yield len(mine)
             return
         features: list[Tensor] = []
-        for start, pixels in self._pixels(mine):
+        chunks = spans(len(mine), ROWS_PER_FORWARD[self.labels.device.type])
+        turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
+        for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
             entering, outputs = _through(self.tower, pixels, stages)
             features.append(outputs)
             if start == 0 and classes is None:
@@ -365,6 +391,8 @@ class ImageSide:
         share: float,
     ) -> None:
         """Make room for what enters `stages` of rows, those of the least margins before others."""
+        if stages and not len(mine) and self.tower.sharded:
+            self._run_along(EMBED, ())
         if not stages or not len(mine):
             return
         for _, pixels in self._pixels(mine[:1]):
@@ -382,25 +410,47 @@ class ImageSide:
         else:
             # By way of the host: another process has another card.
             rows = processes.agreed(rows.cpu()).to(rows.device)
-        order, features = [], []
         own = self._own[rows if self._chosen is None else self._chosen[rows]]
-        waiting = own >= 0
-        for start in sorted((s for s in self._kept if s <= stage), reverse=True):
-            places = self._kept[start].places[own.clamp(min=0)]
-            there = (waiting & (places >= 0)).nonzero().squeeze(1)
-            waiting[there] = False
-            for first, last in spans(len(there), ROWS_PER_FORWARD[self.labels.device.type]):
-                some = there[first:last]
-                x = self._kept[start].values[places[some]]
-                order.append(some)
-                features.append(self._features(x, start, stage, own[some]))
-        rest = waiting.nonzero().squeeze(1)
-        for start, pixels in self._pixels(rows[rest]):
-            some = rest[start : start + len(pixels)]
-            order.append(some)
-            features.append(self._features(pixels, EMBED, stage, own[some]))
+        parts = self._parts(own, stage)
+        order, features = [some for _, some in parts], []
+        anew = [some for start, some in parts if start == EMBED]
+        pixels = self._pixels(rows[torch.cat(anew)] if anew else rows[:0])
+        shapes = [
+            (start, () if start == EMBED else self._kept[start].values.shape[1:])
+            for start, _ in parts
+        ]
+        turns = in_step(self.tower, shapes, self._run_along)
+        for _, (start, some) in zip(turns, parts, strict=True):
+            if start == EMBED:
+                _, x = next(pixels)
+            else:
+                x = self._kept[start].values[self._kept[start].places[own[some]]]
+            run = partial(self._features, x, start, stage, own[some])
+            features.append(self.tower.run(run, start))
         ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
+
+    def _parts(self, own: Tensor, stage: int) -> list[tuple[int, Tensor]]:
+        """Return from where the rows of this process are run to an edit of `stage`, in parts.
+
+        `own` is of each row its place among those of this process. Of each part come the stage
+        that it enters, the deepest first, and its rows' places in `own`.
+        """
+        size = ROWS_PER_FORWARD[self.labels.device.type]
+        parts, waiting = [], own >= 0
+        for start in sorted((s for s in self._kept if s <= stage), reverse=True):
+            there = waiting & (self._kept[start].places[own.clamp(min=0)] >= 0)
+            waiting &= ~there
+            parts += [(start, some) for some in _split(there, size)]
+        return [*parts, *((EMBED, some) for some in _split(waiting, size))]
+
+    def _run_along(self, start: int, shape: Sequence[int]) -> None:
+        """Run the tower from a stage, which `shape` enters of each row, as others do."""
+        if start == EMBED:
+            _, x = next(self._pixels(torch.zeros(1, dtype=torch.long)))
+        else:
+            x = torch.zeros(1, *shape, device=self.labels.device)
+        self.tower.run(partial(self.tower.features, x, x, start), start)
 
     def _features(self, x: Tensor, start: int, stage: int, own: Tensor) -> Tensor:
         """Return the features of what enters `start`, an edit being in place from `stage` on.
@@ -428,6 +478,12 @@ class ImageSide:
             yield start, self.normalize(images)
 
 
+def _split(chosen: Tensor, size: int) -> list[Tensor]:
+    """Return where `chosen` holds, at most `size` places together."""
+    places = chosen.nonzero().squeeze(1)
+    return list(torch.split(places, size)) if len(places) else []
+
+
 def in_order(features: list[Tensor], rows: list[Tensor], device: str) -> Tensor:
     """Return the features of rows that are dealt to processes, of all, in the order of rows."""
     places = processes.rows_of_all(rows, device)
@@ -438,11 +494,38 @@ def _through(
     tower: SplitTower, inputs: Tensor, stages: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Return what enters each of `stages` behind the embedding, and the features."""
-    x, at, entering = inputs, EMBED, {}
-    for stage in sorted(stage for stage in set(stages) if stage > EMBED):
-        entering[stage] = x = tower.advance(x, inputs, at, stage)
-        at = stage
-    return entering, tower.features(x, inputs, at)
+    entering: dict[int, Tensor] = {}
+
+    def run() -> Tensor:
+        x, at = inputs, EMBED
+        for stage in sorted(stage for stage in set(stages) if stage > EMBED):
+            entering[stage] = x = tower.advance(x, inputs, at, stage)
+            at = stage
+        return tower.features(x, inputs, at)
+
+    features = tower.run(run)
+    return entering, features
+
+
+def in_step(
+    tower: SplitTower,
+    own: Sequence[tuple[int, Sequence[int]]],
+    run_along: Callable[[int, Sequence[int]], None],
+) -> Iterator[None]:
+    """Yield when it is the turn of each run of a tower that is this process's own.
+
+    `own` are the stages that these enter, the deepest first, with the shape of what enters of a
+    row. A sharded tower all processes run as often, from the same stages: what others have more
+    of, `run_along` runs for nothing.
+    """
+    if not tower.sharded:
+        yield from (None for _ in own)
+        return
+    for start, shape, counts in processes.in_step([(s, tuple(shape)) for s, shape in own]):
+        if counts:
+            yield
+        else:
+            run_along(start, shape)
 
 
 def resumed(tower: SplitTower, x: Tensor, inputs: Tensor, start: int) -> Tensor:
@@ -460,13 +543,12 @@ def resumed(tower: SplitTower, x: Tensor, inputs: Tensor, start: int) -> Tensor:
 def edited(model: nn.Module, name: str, values: Tensor) -> Iterator[None]:
     """Give a layer other values for the length of a block; no whole parameter is copied."""
     layer = Layer.parse(name)
-    parameter = model.get_parameter(layer.parameter)
-    original = parameter.data
-    parameter.data = layer.replaced(original, values)
+    change = partial(layer.replaced, new=values)
+    original = processes.exchange(model, layer.parameter, change)
     try:
         yield
     finally:
-        parameter.data = original
+        processes.put_back(model, layer.parameter, original)
 
 
 @contextmanager
@@ -477,7 +559,7 @@ def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Itera
         layer = Layer.parse(name)
         whole = values.get(layer.parameter)
         if whole is None:
-            whole = values[layer.parameter] = model.get_parameter(layer.parameter).data.clone()
+            whole = values[layer.parameter] = processes.whole(model, layer.parameter).clone()
         layer.rows(whole).add_(change.to(whole.device), alpha=factor)
     with ExitStack() as stack:
         for name, value in values.items():

@@ -247,9 +247,6 @@ class GradientPass:
             return values
 
         vision, text = vision_tower(model), text_tower(model)
-        if options.shard:
-            vision.shard()
-            text.shard()
         options = replace(options, device=str(next(model.parameters()).device))
         return cls(model, vision, text, grouped, spec, options)
 

@@ -280,9 +280,6 @@ class _Parts:
     def __post_init__(self) -> None:
         self.inputs = InputMoments(self.model, self.layers)
         self._text, self._vision = text_tower(self.model), vision_tower(self.model)
-        if self.inputs.sharded:
-            self._text.shard()
-            self._vision.shard()
         rows = chosen_rows(self.block.rows)
         size = ROWS_PER_FORWARD[self.device.partition(":")[0]]
         towers = {Layer.parse(layer).tower for layer in self.layers}
@@ -340,11 +337,7 @@ class _Parts:
 
     def _run(self, tower: SplitTower, values: Tensor) -> None:
         with self.inputs:
-            if self.inputs.sharded:
-                run = partial(tower.features, values, values)
-                processes.run(self.model, run, blocks=tower.blocks)
-            else:
-                tower.features(values, values)
+            tower.run(partial(tower.features, values, values))
 
 
 def gram(x: Tensor) -> Tensor:

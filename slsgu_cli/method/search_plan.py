@@ -134,6 +134,8 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
             "a search in bf16 would count accuracies of a rounded model",
             hint="--precision fp32, or tf32 on a GPU that has it",
         )
+    if options.shard:
+        processes.require_several("search")
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
@@ -143,7 +145,9 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     moments = None
     if options.moves.whitens:
         names = [score.layer for score in layers]
-        moments = ensure_moments(store, manifest, pointer, names, device=options.device)
+        moments = ensure_moments(
+            store, manifest, pointer, names, device=options.device, shard=options.shard
+        )
     plan = SearchPlan(manifest, pointer, tuple(layers), options, moments)
     return _on_top(store, plan) if options.after else plan
 
@@ -283,7 +287,9 @@ def share_evaluation(
     from slsgu_cli.method.trial import add_edits
 
     first = plans[0]
-    _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    _, module = load_graded(
+        first.manifest, first.pointer, first.options.device, shard=first.options.shard
+    )
     add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, isfinite
 
 import numpy as np
@@ -81,7 +82,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         layer = Layer.parse(self.score.layer)
-        self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
+        self.weight = layer.rows(processes.whole(self.evaluation.model, layer.parameter))
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.direction.cpu().numpy())
         if not isfinite(self.norm):
@@ -447,10 +448,10 @@ def add_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
     """
     for name, values, group in fitting(model, edits):
         layer = Layer.parse(name)
-        parameter = model.get_parameter(layer.parameter)
         deltas = [(edit.factor, edit.delta()) for edit in group]
         new = torch.from_numpy(moved_values(values, deltas, "F32")[0])
-        parameter.data = layer.replaced(parameter.data, new.to(parameter.device))
+        new = new.to(model.get_parameter(layer.parameter).device)
+        processes.exchange(model, layer.parameter, partial(layer.replaced, new=new))
 
 
 def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, list[Edit]]]:
@@ -458,18 +459,19 @@ def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, 
 
     Raises StaleError where a layer is not the one that an edit was made for.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters()}
     layers = []
     for name, group in by_layer(edits).items():
         layer = Layer.parse(name)
-        parameter = parameters.get(layer.parameter)
-        values = None if parameter is None else layer.rows(parameter.detach().cpu().numpy())
+        values = None
+        if layer.parameter in parameters:
+            values = layer.rows(processes.whole(model, layer.parameter).cpu().numpy())
         others = [
             edit.header
             for edit in group
             if values is None or not recognised(values, "F32", edit.header.digests)
         ]
-        if parameter is None or values is None or others:
+        if values is None or others:
             raise StaleError(
                 f"the edit {others[0].name} was made for another {name} than this model has",
                 hint=f"use it with sets built for {others[0].model}",

@@ -295,6 +295,7 @@ class SearchOptions:
     `steer` counts, among those where no class loses more than `max_class_loss`. `keep` says
     by what that is judged: a count of few images flatters the choice that is made by it. The
     edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
+    With `shard`, the processes that a launcher started hold one model together.
     """
 
     layers: Sequence[str] = option(
@@ -342,6 +343,7 @@ class SearchOptions:
         (), "--after", help="Search on top of this edit, which stays in place.", panel=SEARCH,
         metavar="EDIT", without="the original model", completes="edit",
     )  # fmt: skip
+    shard: bool = SHARD()
 
     @property
     def moves(self) -> Direction:
@@ -478,7 +480,7 @@ class DemoOptions:
         SearchOptions(),
         omit=(
             "layers", "direction", "ridge", "qkv", "margin", "steps", "full", "precision",
-            "cache_budget", "after", "exact",
+            "cache_budget", "after", "exact", "shard",
         ),
     )  # fmt: skip
 

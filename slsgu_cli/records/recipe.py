@@ -112,7 +112,7 @@ OMITTED: dict[str, Collection[str]] = {
     "sets": (*_OF_REQUEST, *_OF_EVALUATION),
     "grad": ("shard",),
     "rank": ("shard",),
-    "search": ("after",),
+    "search": ("after", "shard"),
 }
 
 

@@ -413,7 +413,7 @@ class SweepRequest:
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
     )
     search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full", "after")
+        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full", "after", "shard")
     )
 
     def of(self, name: str) -> BuildRequest:
@@ -492,8 +492,10 @@ class TrajectoryOptions:
 
     search: SearchOptions = options(
         SearchOptions(),
-        omit=("qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper", "after"),
-    )
+        omit=(
+            "qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper", "after", "shard",
+        ),
+    )  # fmt: skip
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
     until: float | None = option(
         None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,

@@ -11,6 +11,7 @@ import torch
 from forked import KEEP_ALWAYS, ROWS_AT_ONCE, Forked
 from processes import environment, inside
 
+from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import UsageError
@@ -89,11 +90,23 @@ def jobs(world, tmp_path):
     world.store.remove(Artifact.RANKING.path("blue"))
     search = ["search", "blue", "--steps", 3, "--full", "--direction", "whitened"]
     search += ["--layer", "visual.proj", "--layer", "1.mlp.c_fc"]
+    # What enters layers is kept of some images only: processes run unlike parts of the towers.
+    sharded = ["search", "blue", "--steps", 2, "--full", "--direction", "whitened", "--shard"]
+    sharded += [
+        "--layer",
+        "text_projection",
+        "--layer",
+        "conv1",
+        "--layer",
+        "visual.transformer.resblocks.0.mlp.c_fc",
+    ]
+    sharded += ["--cache-budget", "150K"]
     return world, [
         ["grad", "blue", "--batch-size", 7, "--shard"],
         ["grad", "blue", "--batch-size", 3, "--squares"],
         ["rank", "blue"],
         search,
+        sharded,
         sweep_of(world, tmp_path),
     ]
 
@@ -160,6 +173,9 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
             json.loads(store.read_bytes(kind.path(name))) for store in (world.store, alone.store)
         ]
         assert_alike(*records, f"{kind} {name}", digits=1e-5)
+    edits = [load_edit(store, "blue") for store in (world.store, alone.store)]
+    assert len({(edit.header.layer, edit.header.step) for edit in edits}) == 1
+    assert_near(world.store, alone.store, Artifact.EDIT.path("blue"))
     others = [entry.state for entry in entries(world.store) if entry.state is not Standing.OK]
     assert others == 2 * [Standing.UNREFERENCED]  # the gradients of the other --batch-size
 
