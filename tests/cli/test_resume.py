@@ -18,7 +18,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe, UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
-from slsgu_cli.study import sweep
+from slsgu_cli.study import series
 from slsgu_cli.verification import attacks, training, verify
 from slsgu_cli.verification.model import Training
 
@@ -171,5 +171,5 @@ def test_sweep_goes_on_with_the_class_it_was_at(resumed, shared_world, tmp_path)
         "--source", sources["pairs"], "--label-column", "label", "--retain-samples", "30",
         "--eval", f"first={sources['first']}", "--steps", "2", "--direction", "gradient",
     ]  # fmt: skip
-    went_on, every = resumed(words, sweep, "compute_gradients", 1)
+    went_on, every = resumed(words, series, "compute_gradients", 1)
     assert (went_on, every) == (2, 2)
