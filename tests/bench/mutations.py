@@ -56,10 +56,10 @@ MUTATIONS = r"""
 + step = 2 * tried_step if high is None else high / 2
 - key=lambda i: (candidates[i][0], -candidates[i][1], i)
 + key=lambda i: (candidates[i][0], candidates[i][1], i)
-- max(self.too_short[name], self.steps[name])
-+ min(self.too_short[name], self.steps[name])
-- if step - self.too_short[name] > CLOSE * step
-+ if step - self.too_short[name] > CLOSE
+- self._too_short[name] = max(known, self.steps[name])
++ self._too_short[name] = min(known, self.steps[name])
+- least = (1 + CLOSE) * self._too_short.get(name, 0.0)
++ least = (1 - CLOSE) * self._too_short.get(name, 0.0)
 # whitening
 - return self.ridge * float(diagonal.double().mean())
 + return self.ridge * float(diagonal.double().sum())
@@ -67,8 +67,8 @@ MUTATIONS = r"""
 + torch.cholesky_solve(rows.T, self._factor).reshape(gradient.shape)
 - x = x[self._valid]
 + x = x[:]
-- torch.arange(short.shape[1]) < tower.lengths(short)
-+ torch.arange(short.shape[1]) <= tower.lengths(short)
+- torch.arange(short.shape[1]) < self._text.lengths(short)
++ torch.arange(short.shape[1]) <= self._text.lengths(short)
 # matching
 - return before + r"\s+".join(map(re.escape, parts)) + after
 + return before + r"\s+".join(map(re.escape, parts))
@@ -103,7 +103,7 @@ MUTATIONS = r"""
 # store
 - aside = path.with_name(partial_name(path.name))
 + aside = path
-- self._fs.rm(self._full(partial), recursive=True)
+- files.discard(partial)
 + pass
 - if max(ends, default=0) != size - base:
 + if max(ends, default=0) > size - base:
