@@ -137,6 +137,8 @@ def test_what_it_recorded_of_an_edit_is_used_again(store):
 def test_its_edit_is_applied_to_the_same_bytes(store):
     lines = Path("edited.sha256").read_text().splitlines()
     run("apply", "blue", "--out", "edited")
+    # That version wrote no model card.
+    Path("edited/README.md").unlink()
     written = sorted(str(path) for path in Path("edited").rglob("*") if path.is_file())
     assert [
         f"{hashlib.sha256(Path(path).read_bytes()).hexdigest()}  {path}" for path in written
