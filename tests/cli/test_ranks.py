@@ -72,7 +72,7 @@ def variables(*some, **more):
 
 
 def sweep_of(world, folder):
-    (folder / "classes.txt").write_text("red\ngreen\ncyan\n")
+    (folder / "classes.txt").write_text("red\ngreen\n")
     evals = [f"--eval={name}={world.sources[name]}" for name in ("first", "second")]
     templates = [f"--templates={name}={world.sources['templates']}" for name in ("first", "second")]
     return [
