@@ -71,7 +71,12 @@ def _build_from_sources(
         reported = {plan.name: build_eval(context, plan) for plan in reports}
     parts = {"forget": forget, "retain": retain, **evals}
     parts |= {report_part(name): ref for name, ref in reported.items()}
-    parts |= {part: drop(store, parts[part], rows) for part, rows in request.dropped.items()}
+    # A row that a person took out may be none of those that there are now.
+    parts |= {
+        part: drop(store, parts[part], rows, strict=False)
+        for part, rows in request.dropped.items()
+        if part in parts
+    }
     _tell(request, parts)
     manifest = SetManifest(
         name=request.name,

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -252,15 +253,18 @@ DROPPED = "dropped by hand"
 MIN_HASH = 8
 
 
-def drop(store: Store, ref: DataRef, wanted: Sequence[str]) -> DataRef:
+def drop(store: Store, ref: DataRef, wanted: Sequence[str], *, strict: bool = True) -> DataRef:
     """Return the block of `ref` without the rows that `wanted` names by key or hash.
 
     A hash (of the encoded image, or its first 8 digits or more) takes all rows that have
-    it. Raises MissingError for what names no row, UsageError for a key that several rows
-    have, InputError where nothing would be left.
+    it. Raises MissingError for what names no row if `strict`, UsageError for a key that several
+    rows have, InputError where nothing would be left.
     """
     block = DataBlock.open(store, ref)
-    going = {index for name in wanted for index in rows_named(block, name)}
+    going: set[int] = set()
+    for name in wanted:
+        with nullcontext() if strict else suppress(MissingError):
+            going.update(rows_named(block, name))
     if not going:
         return ref
     if len(going) == block.rows:

@@ -232,7 +232,7 @@ class RecipePlan:
         """Return a record of the store that can be read. Raises Lacking."""
         record = self.catalog.get(kind, name)
         if record is None:
-            raise Lacking(f"{kind} of {name}")
+            raise Lacking(kind.called(name))
         return record
 
     def _edits(self, names: Sequence[str]) -> str:

@@ -102,6 +102,7 @@ def test_rows_dropped_in_steps_are_as_if_dropped_at_once(world):
     first = drop(world.store, world.manifest.forget, block.keys[:1])
     assert drop(world.store, first, block.keys[1:2]).fingerprint == once.fingerprint
     assert drop(world.store, once, ()) == once
+    assert drop(world.store, once, [*block.keys[:2], "nothing"], strict=False) == once
 
 
 def test_what_names_no_row_or_all_rows_is_told(world, tmp_path):
