@@ -374,8 +374,8 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
         "request", "id", "received", "reference",
         Column("state", shown=lambda state: state.partition(" within")[0]), "since",
         Column("layer", shown=known_as),
-        Column("FA@1 before", shown=roughly, label="FA@1\nbefore"),
-        Column("FA@1 after", shown=roughly, label="FA@1\nafter"),
+        Column("FA@1 before", shown=roughly, on_terminal=False),
+        Column("FA@1 after", shown=roughly, label="FA@1 now"),
         Column("edit", on_terminal=False), Column("note", on_terminal=False),
     )  # fmt: skip
     console.table("requests", columns, listed, title="requests", data=list(rows))
