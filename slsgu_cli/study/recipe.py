@@ -201,7 +201,7 @@ class RecipePlan:
             if step.stage is not Stage.SET and self.made(step) != record.made:
                 return "what it made was made otherwise since"
         except Lacking as lacking:
-            return f"there is no {lacking.what} yet" if record is None else f"no {lacking.what}"
+            return f"waits for the {lacking.what}" if record is None else f"no {lacking.what}"
         except SlsguError as error:
             return error.message
         except OSError as error:
