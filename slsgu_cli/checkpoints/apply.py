@@ -333,9 +333,14 @@ def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
                 copy_spliced(origin, place, plan.plans[name].splices)
             elif not (link and link_file(origin, place)):
                 copy_file(origin, place)
-        for name, text in plan.texts.items():
-            (partial / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        _write_texts(partial, plan)
         last(partial)
+
+
+def _write_texts(folder: Path, plan: CopyPlan) -> None:
+    """Write what a plan has as text; a card of strangers may hold bytes that are no UTF-8."""
+    for name, text in plan.texts.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
@@ -347,8 +352,7 @@ def _rehearsed(plan: CopyPlan) -> Iterator[Path]:
             if name:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(origin.absolute())
-        for name, text in plan.texts.items():
-            (folder / name).write_text(text)
+        _write_texts(folder, plan)
         yield folder
 
 
