@@ -17,7 +17,6 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
@@ -40,7 +39,7 @@ from slsgu_cli.records.recipe import (
     StageRecord,
     Together,
 )
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
@@ -195,9 +194,9 @@ class Job(RecipePlan):
     def _refuse_troubles(self, planned: Sequence[PlannedStep]) -> None:
         troubles = [each for each in planned if each.trouble]
         if troubles:
-            told = dict.fromkeys(f"{t.step.stage} {t.step.about}: {t.trouble}" for t in troubles)
+            reasons = dict.fromkeys(f"{t.step.stage} {t.step.about}: {t.trouble}" for t in troubles)
             raise InputError(
-                f"nothing was begun, for it cannot end: {'; '.join(told)}",
+                f"nothing was begun, for it cannot end: {'; '.join(reasons)}",
                 hint=f"correct the recipe {self.recipe.name}; --plan shows all of it",
             )
 
@@ -374,8 +373,9 @@ class Job(RecipePlan):
     def _checks(self, request: RemovalRequest) -> Iterator[BoundCheck]:
         figures = self.ledger.figures
         for bound in self.recipe.bounds_of(request):
-            own = f"{bound.figure}.{request.name}" if bound.figure in ("fa1", "fa5") else ""
-            value = figures.get(own or bound.figure, float("nan"))
+            of_request = bound.figure in ("fa1", "fa5")
+            figure = f"{bound.figure}.{request.name}" if of_request else bound.figure
+            value = figures.get(figure, float("nan"))
             yield BoundCheck(str(bound), value, bound.holds(value))
 
 

@@ -26,6 +26,7 @@ from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_
 from slsgu_cli.checkpoints.weights import SUFFIXES, copy_spliced, open_weights
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
+from slsgu_cli.records.sets import LOCAL
 from slsgu_cli.store.files import (
     PARTIAL,
     copy_file,
@@ -319,7 +320,7 @@ def write_copy(
         WrittenFile(str(plan.out / name), plan.files[name].stat().st_size, file.changes)
         for name, file in sorted(plan.plans.items())
     )
-    model = f"local-dir:{plan.out}" if loads else None
+    model = f"{LOCAL}{plan.out}" if loads else None
     return AppliedResult(str(plan.out), model, files, options.revert, options.dry_run)
 
 

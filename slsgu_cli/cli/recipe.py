@@ -17,7 +17,7 @@ from slsgu_cli.cli.app import Session, command
 from slsgu_cli.errors import InputError, UsageError, near
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.words import OUTPUT, Option, command_line
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ LINE = 100
 @command("demo")
 def demo(session: Session, options: DemoOptions) -> None:
     """Example: slsgu demo castle --steer fa5"""
-    from slsgu_cli.clip.models import LOCAL, pick_device
+    from slsgu_cli.clip.models import pick_device
     from slsgu_cli.method.edit import apply, rank_and_plot, require_forgotten, search_and_plot
     from slsgu_cli.method.evaluate import draw_examples
     from slsgu_cli.method.gradients import compute_gradients
@@ -94,8 +94,6 @@ def demo(session: Session, options: DemoOptions) -> None:
 
 def demo_request(concept: str) -> BuildRequest:
     """Return what to build for one of the embedded classes. Raises UsageError."""
-    from slsgu_cli.clip.models import LOCAL
-
     classes: dict[str, list[str]] = json.loads((DATA / "classes.json").read_text())
     known = [name for names in classes.values() for name in names]
     if concept not in known:
@@ -120,7 +118,6 @@ def _commands(
     request: BuildRequest, store: str, options: DemoOptions, out: Path
 ) -> list[list[str]]:
     """Return the words of each command that does what the demo did."""
-    from slsgu_cli.clip.models import LOCAL
     from slsgu_cli.sets.build import build_command
 
     name = request.name
@@ -205,17 +202,15 @@ def init(
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already", hint="another FILE, or --overwrite")
     with replacing(path) as partial:
-        partial.write_text(begun(path, demo=demo), encoding="utf-8")
+        partial.write_text(recipe_text(path, demo=demo), encoding="utf-8")
     session.console.paths("files", [str(path)])
     session.console.note(f"now: slsgu run {shlex.quote(str(path))} --plan")
 
 
-def begun(path: Path, *, demo: bool) -> str:
+def recipe_text(path: Path, *, demo: bool) -> str:
     """Return the text of a recipe to begin from."""
-    from slsgu_cli.clip.models import LOCAL
-
     words = {
-        "model": "local-dir:my-clip", "source": "my-pairs/*.tar", "evaluation": "brands",
+        "model": f"{LOCAL}my-clip", "source": "my-pairs/*.tar", "evaluation": "brands",
         "rows": "my-brands.parquet", "checkpoint": "my-clip-without-them",
         "edits": "edits", "report": "report.html",
     }  # fmt: skip

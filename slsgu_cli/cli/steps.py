@@ -20,7 +20,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
     StrengthOptions,
 )
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.target_options import SourceRequest, SteerOptions
 from slsgu_cli.records.words import (
     DEVICE_OPTION,
@@ -332,7 +332,7 @@ def check(
             )
         from slsgu_cli.method.edit import find_edits
 
-        model = Path(names[0].removeprefix("local-dir:"))
+        model = Path(names[0].removeprefix(LOCAL))
         found = find_edits(session.store, edit, model, strength.record())
         tables.presence(session.console, found, model)
         return

@@ -45,13 +45,11 @@ from slsgu_cli.errors import (
     near,
 )
 from slsgu_cli.records.codec import digest, parse_json
-from slsgu_cli.records.sets import InputSpec, ModelSpec
+from slsgu_cli.records.sets import LOCAL, InputSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-
-LOCAL = "local-dir:"
 
 # The order in which open_clip itself looks for weights in a folder.
 PREFERRED = (

@@ -349,18 +349,18 @@ class Stretch:
     length: int
     beginning: range | None
 
-    def own(self, states: Tensor) -> Tensor:
-        """Return the states of its own positions, (rows, length, ...)."""
+    def of(self, states: Tensor) -> Tensor:
+        """Return the states of its positions, (rows, length, ...)."""
         part = states[self.start : self.start + self.rows * self.length]
         return part.view(self.rows, self.length, *states.shape[1:])
 
-    def all(self, states: Tensor) -> Tensor:
+    def with_beginning(self, states: Tensor) -> Tensor:
         """Return the states of the prompts from their beginning on."""
-        own = self.own(states)
+        rest = self.of(states)
         if not self.beginning:
-            return own
+            return rest
         before = states[self.beginning.start : self.beginning.stop]
-        return torch.cat([before.expand(self.rows, *before.shape), own], dim=1)
+        return torch.cat([before.expand(self.rows, *before.shape), rest], dim=1)
 
 
 def stretched_attention(
@@ -379,10 +379,10 @@ def stretched_attention(
     for stretch in stretches:
         if ends and stretch.beginning is None:
             continue
-        query, keys, values = stretch.own(q), stretch.all(k), stretch.all(v)
+        query, keys, values = stretch.of(q), stretch.with_beginning(k), stretch.with_beginning(v)
         if ends:
             query = query[:, -1:]
-            leaving.append(stretch.own(x)[:, -1])
+            leaving.append(stretch.of(x)[:, -1])
         before = keys.shape[1] - query.shape[1]
         visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
         after = F.scaled_dot_product_attention(

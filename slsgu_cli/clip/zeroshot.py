@@ -509,19 +509,19 @@ def _through(
 
 def in_step(
     tower: SplitTower,
-    own: Sequence[tuple[int, Sequence[int]]],
+    runs: Sequence[tuple[int, Sequence[int]]],
     run_along: Callable[[int, Sequence[int]], None],
 ) -> Iterator[None]:
-    """Yield when it is the turn of each run of a tower that is this process's own.
+    """Yield when it is the turn of each of this process's `runs` of a tower.
 
-    `own` are the stages that these enter, the deepest first, with the shape of what enters of a
+    They are the stages that are entered, the deepest first, with the shape of what enters of a
     row. A sharded tower all processes run as often, from the same stages: what others have more
     of, `run_along` runs for nothing.
     """
     if not tower.sharded:
-        yield from (None for _ in own)
+        yield from (None for _ in runs)
         return
-    for start, shape, counts in processes.in_step([(s, tuple(shape)) for s, shape in own]):
+    for start, shape, counts in processes.in_step([(s, tuple(shape)) for s, shape in runs]):
         if counts:
             yield
         else:

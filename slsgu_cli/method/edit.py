@@ -48,12 +48,12 @@ from slsgu_cli.checkpoints.tensor_file import (
 )
 from slsgu_cli.checkpoints.transformers_clip import HUB
 from slsgu_cli.checkpoints.weights import open_weights
-from slsgu_cli.clip.models import LOCAL, ResolvedModel, fingerprint, model_layer, resolve
-from slsgu_cli.clip.written import (
+from slsgu_cli.clip.model_folder import (
     ModelCard,
     tokenizer_beside,
     why_not_loaded,
 )
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
 from slsgu_cli.method.ranking import rank
@@ -75,7 +75,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
     StrengthOptions,
 )
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.store.artifacts import (
     Artifact,
     digests_of,

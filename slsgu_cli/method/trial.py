@@ -310,11 +310,11 @@ class UtilityMeter:
             rows, start = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)], 0
             figures = np.zeros(len(rows))
             for name, size in sizes.items():
-                own = (rows >= start) & (rows < start + size)
-                chosen = torch.from_numpy(rows[own] - start).to(self._lead[name].device)
+                of_set = (rows >= start) & (rows < start + size)
+                chosen = torch.from_numpy(rows[of_set] - start).to(self._lead[name].device)
                 if len(chosen):
                     look.at(name, chosen)
-                    figures[own] = self._figures(look, name, chosen).cpu().numpy()
+                    figures[of_set] = self._figures(look, name, chosen).cpu().numpy()
                 start += size
             race.look(processes.agreed(figures))
             if race.missed > 1 - max(bar.beat, 0) / 100 + ROUNDING:

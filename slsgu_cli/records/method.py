@@ -152,10 +152,9 @@ class SumsHeader:
 
     Or what a training has come to after as many of its steps, or the answers of as many batches
     of questions. `gradient` is the digest of the gradient, the moments, the training or the
-    answers that they are of, by which they are addressed. The
-    first `added` mini-batches are in one sum, and those after them in another. Those of a model
-    that is `sharded` over processes are one a parameter, in fp64. Those of a pass for `squares`
-    have them beside the gradients.
+    answers that they are of, by which they are addressed. The first `added` mini-batches are in
+    one sum, and those after them in another. Those of a model that is `sharded` over processes
+    are one a parameter, in fp64. Those of a pass for `squares` have them beside the gradients.
     """
 
     gradient: str

@@ -187,8 +187,8 @@ class Recipe:
         """Return the options that a command is given for some requests. Raises UsageError."""
         if command == "build-sets":
             asked = self.set_of(self.request(names[0] if names else ""))
-            own = [each.name for each in fields(asked) if each.name != "name"]
-            return command_line(asked, fields=own)
+            options = [each.name for each in fields(asked) if each.name != "name"]
+            return command_line(asked, fields=options)
         if command == "eval":
             requests = [self.request(name) for name in names]
             bounds = {
@@ -200,8 +200,8 @@ class Recipe:
         places = {"apply": self.outputs.checkpoint, "report": self.outputs.report}
         if command in places:
             return ["--out", str(places[command])] if places[command] else []
-        options = {"grad": self.grad, "rank": self.rank}
-        return command_line(options.get(command, self.search))
+        records = {"grad": self.grad, "rank": self.rank}
+        return command_line(records.get(command, self.search))
 
     def bounds_of(self, request: RemovalRequest) -> tuple[Assertion, ...]:
         """Return what figures must be for a request."""
@@ -275,8 +275,8 @@ TABLES = {
 
 def _of_several(bound: Assertion, name: str) -> str:
     """Return a bound of a request where figures of several are named."""
-    own = bound.figure in ("fa1", "fa5")
-    return str(replace(bound, figure=f"{bound.figure}.{name}") if own else bound)
+    of_request = bound.figure in ("fa1", "fa5")
+    return str(replace(bound, figure=f"{bound.figure}.{name}") if of_request else bound)
 
 
 def _keyed(place: Place) -> Place:

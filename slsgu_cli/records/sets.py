@@ -12,6 +12,9 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 
+# What the name of a model in a folder begins with.
+LOCAL = "local-dir:"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:

@@ -29,7 +29,7 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.options import MARGIN, RIDGE, PassOptions, RankOptions, SearchOptions
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.sets import LOCAL, SetManifest
 from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
@@ -233,7 +233,7 @@ def commands(records: SetRecords) -> list[str]:
         if edit.joint:
             lines.append(["slsgu", "search", *names, "--joint", "--steer", str(edit.steer)])
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
-        lines.append(["slsgu", "eval", *names, "--model", f"local-dir:without-{name}"])
+        lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
     return [shlex.join(words) for words in lines if words]
 
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from unseen import enough_images
 
 from slsgu_cli.cli.recipe import demo_request
-from slsgu_cli.clip.models import LOCAL
 from slsgu_cli.downstream.search import SteerResult, search_target
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.figures import meets
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.target_options import SteerOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact

@@ -20,7 +20,7 @@ from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
 from slsgu_cli.checkpoints.edits import Edit, write_edit
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, read_target
 from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights, read_layer
-from slsgu_cli.clip.written import why_not_loaded
+from slsgu_cli.clip.model_folder import why_not_loaded
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.store.store import Store

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from places import ROOT
 
-from slsgu_cli.cli.recipe import begun
+from slsgu_cli.cli.recipe import recipe_text
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.options import BuildRequest
@@ -168,7 +168,7 @@ def test_recipes_of_the_documents_read(page, begin, end):
 @pytest.mark.parametrize("demo", [True, False])
 def test_what_init_writes_reads_and_fits_the_schema(tmp_path, demo):
     path = tmp_path / "begin.toml"
-    path.write_text(begun(path, demo=demo))
+    path.write_text(recipe_text(path, demo=demo))
     recipe = read_recipe(path)
     assert len(recipe.requests) == (3 if demo else 1)
     assert recipe.name == "begin"

@@ -19,7 +19,6 @@ from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS, HUB
 from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.models import (
-    LOCAL,
     ResolvedModel,
     built_shapes,
     probe_tokens,
@@ -30,7 +29,7 @@ from slsgu_cli.errors import SlsguError, first_lines
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ApplyRequest
-from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec
 
 # What transformers reads a tokenizer from, whatever its kind.
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -62,7 +61,7 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
     if name is None:
         return {}
     source = _tokenizer_folder(name)
-    if source is None or "tokenizer_class" not in _said(source / TOKENIZER_CONFIG):
+    if source is None or "tokenizer_class" not in _config_of(source / TOKENIZER_CONFIG):
         save_tokenizer(model, scratch)
         return {path.name: path for path in sorted(scratch.iterdir())}
     return {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
@@ -91,7 +90,7 @@ def _tokenizer_folder(name: str) -> Path | None:
         return None
 
 
-def _said(path: Path) -> Mapping[str, object]:
+def _config_of(path: Path) -> Mapping[str, object]:
     return read_config(path) if path.is_file() else {}
 
 
@@ -247,12 +246,12 @@ def _rendered(
     base: str, known: str | None, edits: Sequence[str], figures: Sequence[str], theirs: str | None
 ) -> str:
     """Return the card of rows of edits and of figures; `theirs` is the base model's."""
-    told = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
+    licensed = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
     front = ["---", "tags:", "- clip", "- machine-unlearning"]
     front += [f"base_model: {known}"] if known else []
-    front += [f"license: {told[1]}"] if told else []
+    front += [f"license: {licensed[1]}"] if licensed else []
     concepts = ", ".join(dict.fromkeys(row.split(" | ")[1] for row in edits))
-    licence = "" if told else " Its licence is that of the base model, not known here."
+    licence = "" if licensed else " Its licence is that of the base model, not known here."
     parts = [
         "\n".join([*front, "---"]),
         OURS,
@@ -289,7 +288,7 @@ def _hub_id(spec: ModelSpec | None, place: Path) -> str | None:
     if match := SNAPSHOT.search(str(place)):
         return f"{match[1]}/{match[2]}"
     for config in (place / PIPELINE, place / CONFIG):
-        name = str(_said(config).get("_name_or_path", ""))
+        name = str(_config_of(config).get("_name_or_path", ""))
         if HUB_ID.fullmatch(name) and not Path(name).exists():
             return name
     return None

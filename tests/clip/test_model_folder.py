@@ -17,8 +17,8 @@ from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.weights import read_layer
 from slsgu_cli.clip import models
+from slsgu_cli.clip.model_folder import ModelCard, _hub_id, base_card, tokenizer_files
 from slsgu_cli.clip.models import PROBE, resolve
-from slsgu_cli.clip.written import ModelCard, _hub_id, base_card, tokenizer_files
 from slsgu_cli.method.edit import apply
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Accuracy
@@ -231,6 +231,19 @@ def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, d
     apply(Store(str(tmp_path / "store")), ApplyRequest(**request))
     assert card(tmp_path / "back") == theirs
     assert base_card(None) is None and base_card(once) == theirs
+
+
+def test_a_card_that_is_no_utf8_is_written_and_rehearsed(tmp_path, demo_clip):
+    theirs = b"# Th\xe9irs\n"
+    (demo_clip / "README.md").write_bytes(theirs)
+    base = ModelSpec(f"local-dir:{demo_clip}")
+    applied(tmp_path, base, demo_clip / "open_clip_model.safetensors")
+    assert (tmp_path / "out/README.md").read_bytes().endswith(theirs)
+    request = ApplyRequest(
+        names=["facebook"], model=base, out=tmp_path / "rehearsed", dry_run=True
+    )  # fmt: skip
+    assert apply(Store(str(tmp_path / "store")), request).model is not None
+    assert not (tmp_path / "rehearsed").exists()
 
 
 def test_a_card_knows_its_base_by_name_tag_or_configuration(tmp_path):
