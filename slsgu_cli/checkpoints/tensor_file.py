@@ -95,7 +95,8 @@ def _to_odd(values: Floats) -> npt.NDArray[np.float32]:
 
 
 CHUNK = 1 << 20
-TRAINING_PREFIX = "module."
+# What training puts before every name: of several processes, of torch.compile.
+TRAINING_PREFIXES = ("module.", "_orig_mod.")
 TEXT_PREFIX = "text."
 CONVERT_HINT = "load the model with open_clip and save its state_dict() as safetensors"
 
@@ -144,6 +145,11 @@ class TensorFile:
         self.path = path
         self._entries = {entry.name: entry for entry in entries}
 
+    @property
+    def is_script(self) -> bool:
+        """Whether it is TorchScript, which has a model's code beside its weights."""
+        return False
+
     def names(self) -> list[str]:
         """Return the file's own tensor names, in the file's order."""
         return list(self._entries)
@@ -158,7 +164,7 @@ class TensorFile:
     def resolve_name(self, name: str) -> str:
         """Return the file's own name of the parameter open_clip calls `name`.
 
-        Training checkpoints prefix every name with `module.`; models with a text tower of
+        Training checkpoints have prefixes before every name; models with a text tower of
         their own (`text.`) also load from files of models without. Raises InputError.
         """
         plain = {canonical_name(stored): stored for stored in self._entries}
@@ -238,8 +244,10 @@ class TensorFile:
 
 
 def canonical_name(name: str) -> str:
-    """Return a tensor's name without the prefix of training checkpoints."""
-    return name.removeprefix(TRAINING_PREFIX)
+    """Return a tensor's name without the prefixes of training checkpoints."""
+    while name.startswith(TRAINING_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

@@ -1,8 +1,12 @@
-"""PyTorch's zip archives, read and spliced without PyTorch; their pickle is run by nobody."""
+"""PyTorch's zip archives, read and spliced without PyTorch; their pickle is run by nobody.
+
+TorchScript, as OpenAI's own files, has the same records beside its code.
+"""
 
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -45,6 +49,9 @@ DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+
+# Tensors of OpenAI's TorchScript models that are settings, not weights.
+ATTRIBUTES = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,36 @@ class Inert:
     add = extend = append
 
 
+class Script:
+    """Stands in for a module of TorchScript, whose state has its tensors and parts by name."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Script":
+        """Make one from any arguments."""
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Begin without a state."""
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        """Take a state."""
+        self.state = state
+
+    def state_dict(self) -> dict[str, PickledTensor]:
+        """Return its tensors and those of its parts, each part once, by dotted names."""
+        found: dict[str, PickledTensor] = {}
+        seen, waiting = {id(self)}, [("", self)]
+        while waiting:
+            prefix, part = waiting.pop()
+            for name, value in part.state.items():
+                if isinstance(value, PickledTensor) and name not in ATTRIBUTES:
+                    found[f"{prefix}{name}"] = value
+                elif isinstance(value, Script) and id(value) not in seen:
+                    seen.add(id(value))
+                    waiting.append((f"{prefix}{name}.", value))
+        return found
+
+
 class _Reader(pickle._Unpickler):
     """Unpickles to stand-ins.
 
@@ -123,7 +160,7 @@ class _Reader(pickle._Unpickler):
             return PickleKind(STORAGES[name])
         if module == "torch" and name in DTYPES:
             return PickleKind(DTYPES[name])
-        return Inert
+        return Script if module.startswith("__torch__") else Inert
 
     def persistent_load(self, pid: Any) -> Storage:
         """Return the storage a persistent id describes."""
@@ -159,6 +196,8 @@ def read_pickle(path: Path, data: bytes) -> tuple[dict[str, PickledTensor], list
     reader = _Reader(data)
     try:
         content = reader.load()
+        if isinstance(content, Script):
+            content = content.state_dict()
     except Exception as error:
         # A damaged pickle may fail in any way at all.
         raise InputError(
@@ -189,6 +228,8 @@ def _is_count(value: Any) -> bool:
 LOCAL, LOCAL_SIZE, LOCAL_CRC = b"PK\x03\x04", 30, 14
 DIRECTORY, DIRECTORY_SIZE, DIRECTORY_CRC = b"PK\x01\x02", 46, 16
 STORAGE_RECORD = "data/"
+# What TorchScript has beside its tensors, which may be compressed.
+CODE = re.compile(r"^([^/]+/)?code/")
 DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08
 BAD_ARCHIVE = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, RuntimeError, EOFError)
@@ -223,10 +264,18 @@ class TorchFile(TensorFile):
         entries: list[TensorEntry],
         unnamed: list[TensorEntry],
         records: list[Record],
+        *,
+        is_script: bool,
     ) -> None:
         super().__init__(path, entries)
         self._all = [*entries, *unnamed]
         self._records = records
+        self._is_script = is_script
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it is TorchScript, which has a model's code beside its weights."""
+        return self._is_script
 
     def splices(self, patches: Mapping[str, Raw]) -> list[Splice]:
         """Return what to write into a copy, the records' checksums included."""
@@ -303,7 +352,7 @@ class TorchFile(TensorFile):
 def open_torch(path: Path) -> TorchFile:
     """Read where the tensors of a torch archive lie.
 
-    Raises InputError for damaged files, TorchScript archives and foreign zip files.
+    Raises InputError for damaged files and foreign zip files.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -328,7 +377,8 @@ def open_torch(path: Path) -> TorchFile:
         for tensor in tensors
         if id(tensor) not in known
     ]
-    return TorchFile(path, entries, unnamed, list(records.values()))
+    is_script = "constants.pkl" in located
+    return TorchFile(path, entries, unnamed, list(records.values()), is_script=is_script)
 
 
 def _folder(path: Path, archive: zipfile.ZipFile) -> str:
@@ -338,10 +388,7 @@ def _folder(path: Path, archive: zipfile.ZipFile) -> str:
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path} is a zip file, but not one that torch.save wrote")
-    root = roots[0]
-    if f"{root}constants.pkl" in names or any(name.startswith(f"{root}code/") for name in names):
-        raise InputError(f"{path} is a TorchScript archive, not a state dict", hint=CONVERT_HINT)
-    return root
+    return roots[0]
 
 
 def _records(path: Path, archive: zipfile.ZipFile) -> list[Record]:
@@ -351,7 +398,8 @@ def _records(path: Path, archive: zipfile.ZipFile) -> list[Record]:
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
+            is_code = CODE.search(info.filename) is not None
+            if info.compress_type != zipfile.ZIP_STORED and not is_code:
                 raise InputError(f"{path} is a compressed archive", hint=CONVERT_HINT)
             file.seek(info.header_offset)
             local = file.read(LOCAL_SIZE)
@@ -360,9 +408,10 @@ def _records(path: Path, archive: zipfile.ZipFile) -> list[Record]:
             if local[:4] != LOCAL or listed[:4] != DIRECTORY:
                 raise _damaged(path, f"{info.filename} is not where the archive says")
             start = info.header_offset + LOCAL_SIZE + sum(struct.unpack_from("<2H", local, 26))
-            if info.file_size != info.compress_size or start + info.file_size > total:
-                raise _damaged(path, f"{info.filename} is cut short")
-            records.append(Record(info, start, position))
+            if not is_code:
+                if info.file_size != info.compress_size or start + info.file_size > total:
+                    raise _damaged(path, f"{info.filename} is cut short")
+                records.append(Record(info, start, position))
             position += DIRECTORY_SIZE + sum(struct.unpack_from("<3H", listed, 28))
     return records
 

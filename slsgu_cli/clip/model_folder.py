@@ -1,7 +1,7 @@
-"""Folders that are written for others: their tokenizer and card, and whether open_clip loads them.
+"""Whether a model's files can be loaded, and what a folder that is written holds beside weights.
 
-What is looked at for that: its configuration, the names and shapes of its weights by their
-header, and its tokenizer.
+What is looked at: the configuration, the names and shapes of the weights by their header, and
+the tokenizer. A folder that is written has a tokenizer and a card.
 """
 
 import re
@@ -15,12 +15,13 @@ from slsgu_cli.checkpoints.apply import OURS
 from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, read_config
-from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS, HUB
-from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.models import (
     ResolvedModel,
     built_shapes,
+    contents,
+    is_read_by_open_clip,
+    load,
     probe_tokens,
     resolve,
     save_tokenizer,
@@ -101,16 +102,27 @@ def why_not_loaded(folder: Path, original: ResolvedModel | None) -> str | None:
     """
     try:
         model = resolve(ModelSpec(f"{LOCAL}{folder}"))
+        if not is_read_by_open_clip(model):
+            return f"it does not read {model.weights.name}, TorchScript or of a compiled model"
         return _other_weights(model) or _other_tokenizer(model, original)
     except SlsguError as error:
         return first_lines(error).replace(f"{folder}/", "")
 
 
+def require_weights(model: ResolvedModel) -> None:
+    """Raise InputError or MissingError unless a model's weights can be loaded.
+
+    Their header tells so of most. Where it differs from what the configuration builds, as
+    weights do that open_clip converts, they are loaded.
+    """
+    if _other_weights(model) is not None:
+        load(model)
+
+
 def _other_weights(model: ResolvedModel) -> str | None:
     """Return how the header of a model's weights differs from what its configuration builds."""
     wanted = clip_shapes(model.config) or built_shapes(model)
-    file = open_weights(model.weights)
-    held = {canonical_name(name): file.entry(name).shape for name in file.names()}
+    held, _ = contents(model)
     if "positional_embedding" in held and "positional_embedding" not in wanted:
         # A text tower of its own is loaded from the names of one without as well.
         wanted = {name.removeprefix("text."): shape for name, shape in wanted.items()}

@@ -66,6 +66,8 @@ PREFERRED = (
 # What open_clip takes where a configuration is silent, as most are on these.
 SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
 QUICK_GELU = ("quick_gelu", False)
+# What torch.compile puts before the names of a model's parameters.
+COMPILED = "_orig_mod."
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
 Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
 
@@ -171,6 +173,8 @@ def load(
 
     if model.spelling is Spelling.TRANSFORMERS:
         return _load_transformers(model, device)
+    if not is_read_by_open_clip(model):
+        return _load_ourselves(model, device, warn)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
@@ -193,6 +197,35 @@ def load(
     return module.eval().requires_grad_(True)
 
 
+def is_read_by_open_clip(model: ResolvedModel) -> bool:
+    """Return whether open_clip takes a file as it is: not TorchScript, nor compiled models'.
+
+    Of one that is damaged, that is for open_clip to tell.
+    """
+    try:
+        file = open_weights(model.weights)
+    except SlsguError:
+        return True
+    return not (file.is_script or any(COMPILED in name for name in file.names()))
+
+
+def _load_ourselves(
+    model: ResolvedModel, device: str, warn: Callable[[str], None] | None
+) -> "torch.nn.Module":
+    """Build the module and read its weights from a file that open_clip cannot read."""
+    with _quiet(), _explained(model):
+        module, read = _built(model)
+        if read is None:
+            raise ValueError("it has other weights than the architecture is built of")
+        _fill(module, read, device)
+    if warn and open_weights(model.weights).is_script and not model.config.get("quick_gelu"):
+        warn(
+            f"{model.spec} is TorchScript, as OpenAI's models are, which were trained with "
+            "QuickGELU, but is built with GELU: use the -quickgelu architecture name for those"
+        )
+    return module.to(device).eval().requires_grad_(True)
+
+
 def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
     """Build the module with its weights sharded over the processes that a launcher started.
 
@@ -203,20 +236,26 @@ def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
     from slsgu_cli.clip.towers import text_tower, vision_tower
 
     with _quiet(), _explained(model):
-        check_size(model.config, model.weights.stat().st_size)
-        module = _without_weights(model)
-        own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        shapes, read = _contents(model)
-        is_alike = all(shapes.get(name) == shape for name, shape in own.items())
-    if not is_alike:
+        module, read = _built(model)
+    if read is None:
         progress.note(f"{model.spec} needs to be converted: each process loads the whole at first")
         module = load(model)
     blocks = [*vision_tower(module).blocks, *text_tower(module).blocks]
     processes.shard(module.requires_grad_(True), blocks, device)
-    if is_alike:
+    if read is not None:
         with _explained(model):
             _fill(module, read, device)
     return module.eval()
+
+
+def _built(model: ResolvedModel) -> "tuple[torch.nn.Module, Callable[[str], Floats] | None]":
+    """Return the module without weights, and what reads them where the file has just these."""
+    check_size(model.config, model.weights.stat().st_size)
+    module = _without_weights(model)
+    shapes, read = contents(model)
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    is_alike = all(shapes.get(name) == shape for name, shape in own.items())
+    return module, read if is_alike else None
 
 
 def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
@@ -254,7 +293,7 @@ def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def _contents(
+def contents(
     model: ResolvedModel,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
     """Return the shapes of what a model's files hold by the names of open_clip, and a reader."""

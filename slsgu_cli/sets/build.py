@@ -10,6 +10,7 @@ from types import MappingProxyType
 from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import decoder
+from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest, MetadataSource
@@ -55,6 +56,7 @@ def _build_from_sources(
     """
     check(request)
     resolved = models.resolve(request.model)
+    require_weights(resolved)
     spec = models.input_spec(resolved)
     screen = screen_for(request.screening, resolved, spec)
     context = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), screen)

@@ -15,7 +15,8 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import device_name, fingerprint, load, pick_device, resolve
+from slsgu_cli.clip.model_folder import require_weights
+from slsgu_cli.clip.models import device_name, fingerprint, pick_device, resolve
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest
@@ -296,7 +297,7 @@ class RecipePlan:
     def _model_trouble(self) -> str | None:
         try:
             _ = self.weights
-            load(resolve(self.recipe.model), "cpu")
+            require_weights(resolve(self.recipe.model))
         except SlsguError as error:
             return error.message
         return None

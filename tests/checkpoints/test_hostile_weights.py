@@ -57,10 +57,6 @@ def legacy(path: Path) -> None:
     torch.save(state(), path, _use_new_zipfile_serialization=False)
 
 
-def script(path: Path) -> None:
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
-
-
 def module(path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), path)
 
@@ -88,7 +84,6 @@ def text(path: Path) -> None:
     ("make", "message"),
     [
         (legacy, "before 1.6"),
-        (script, "TorchScript"),
         (module, "no state dict"),
         (foreign_zip, "not one that torch.save wrote"),
         (compressed, "compressed"),

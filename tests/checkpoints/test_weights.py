@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state, write_patched
 
+from slsgu_cli.checkpoints.torch_archive import read_pickle
 from slsgu_cli.checkpoints.weights import (
     file_fingerprint,
     layer_digests,
@@ -151,6 +153,40 @@ def test_tensors_in_one_storage_can_change_apart_but_not_where_they_overlap(tmp_
     with pytest.raises(InputError, match="outside the state dict"):
         write_patched(tmp_path / "n.pt", tmp_path / "no.pt", {"a": np.zeros(3, np.float32)})
     assert not (tmp_path / "no.pt").exists()
+
+
+class Part(torch.nn.Module):
+    """A module with a setting beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(3, 2)
+        self.register_buffer("vocab_size", torch.tensor(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+def test_torchscript_is_read_and_patched_as_it_is(tmp_path: Path) -> None:
+    module = Part()
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(module).save(str(tmp_path / "m.pt"))
+    source = open_weights(tmp_path / "m.pt")
+    assert sorted(source.names()) == ["proj.bias", "proj.weight"]
+    weight = module.proj.weight.detach().numpy()
+    np.testing.assert_array_equal(source.read("proj.weight"), weight)
+    torch.save({"proj.weight": module.proj.weight, "proj.bias": module.proj.bias}, tmp_path / "s")
+    assert file_fingerprint(tmp_path / "m.pt") == file_fingerprint(tmp_path / "s")
+    write_patched(tmp_path / "m.pt", tmp_path / "new.pt", {"proj.weight": weight + 1})
+    with warnings.catch_warnings(action="ignore"):
+        changed = torch.jit.load(str(tmp_path / "new.pt"))
+    np.testing.assert_array_equal(changed.proj.weight.detach().numpy(), weight + 1)
+    assert torch.equal(changed.proj.bias, module.proj.bias)
+
+
+def test_a_script_that_is_part_of_itself_is_read(tmp_path: Path) -> None:
+    itself = b"\x80\x02c__torch__\nModel\n)\x81q\x00}X\x04\x00\x00\x00parth\x00sb."
+    assert read_pickle(tmp_path / "m.pt", itself) == ({}, [])
 
 
 def test_archives_without_checksums_stay_without(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,44 @@ def test_half_precision_weights_are_widened(folder):
     save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS)
     module = load(resolve(local(folder)))
     assert torch.equal(module.visual.proj.detach(), weights["visual.proj"].half().float())
+
+
+def write_script(folder, state):
+    """Write weights as TorchScript has them, with a module for each part of a name."""
+    root = torch.nn.Module()
+    for name, value in state.items():
+        *parts, last = name.split(".")
+        place = root
+        for part in parts:
+            if part not in dict(place.named_children()):
+                place.add_module(part, torch.nn.Module())
+            place = place.get_submodule(part)
+        place.register_parameter(last, torch.nn.Parameter(value))
+    root.register_buffer("vocab_size", torch.tensor(7))
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(root).save(str(folder / "weights.pt"))
+
+
+def write_compiled(folder, state):
+    """Write weights with the names of a compiled model in several processes."""
+    named = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    torch.save({"state_dict": named}, folder / "weights.pt")
+
+
+@pytest.mark.parametrize("write", [write_script, write_compiled])
+def test_files_that_open_clip_cannot_read_are_the_same_model(write, architecture, folder):
+    write(folder, load_file(folder / WEIGHTS))
+    found = resolve(ModelSpec(str(architecture), str(folder / "weights.pt")))
+    warned = []
+    module = load(found, warn=warned.append)
+    assert torch.equal(features(module), features(load(resolve(local(folder)))))
+    assert fingerprint(found) == fingerprint(resolve(local(folder)))
+    assert [("-quickgelu" in line) for line in warned] == [True] * (write is write_script)
+    state = load_file(folder / WEIGHTS)
+    write(folder, state | {"visual.proj": state["visual.proj"][:, :3]})
+    with pytest.raises(InputError, match=r"cannot load .* other weights than") as error:
+        load(found)
+    assert "belong to this architecture" in error.value.hint
 
 
 def damage_cut(folder):

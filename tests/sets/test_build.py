@@ -7,7 +7,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import tiny_clip
+import torch
 from places import DEMO
+from safetensors.torch import load_file, save_file
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 from worlds import Listener
 
@@ -494,6 +497,24 @@ def test_missing_things_are_told_before_anything_is_decoded(store, pairs, labell
         run(store, pairs, evals={"a": pairs})
     with pytest.raises(InputError, match="no column alt"):
         run(store, pairs, caption_column="alt")
+    assert not decoded
+    assert store.names("sets") == []
+
+
+def test_weights_that_grad_would_refuse_are_refused_before_anything_is_decoded(
+    store, pairs, decoded, tmp_path
+):
+    folder = tiny_clip.write_folder(tmp_path / "other")
+    weights = load_file(folder / "open_clip_model.safetensors")
+    del weights["visual.proj"]
+    save_file(weights, folder / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match="cannot load"):
+        build_sets(store, replace(request(pairs), model=ModelSpec(str(folder))))
+    torch.save({}, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "arch.json").write_text(json.dumps(tiny_clip.CONFIG))
+    old = ModelSpec(str(folder / "arch.json"), str(folder / "old.pt"))
+    with pytest.raises(InputError, match=r"before 1\.6"):
+        build_sets(store, replace(request(pairs), model=old))
     assert not decoded
     assert store.names("sets") == []
 
