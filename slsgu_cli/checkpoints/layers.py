@@ -10,10 +10,11 @@ from typing import Any
 
 from slsgu_cli.records.method import Qkv, Tower
 
-# Parts of a parameter name that rule it out: what is added, scaled or looked up by
-# position or token is not a layer in the sense of the method.
+# Parts of a parameter name that rule it out: what is added, scaled or looked up by position
+# or token, or asks in an attention pool, is not a layer in the sense of the method.
 _EXCLUDED = re.compile(
     r"bias|logit_scale|position|pos_embed|token_embedding|class_embedding|embeddings\."
+    r"|embed_tokens|(^|\.)shared\.weight$|(^|\.)(latent|query)$"
     r"|cls_token|cls_emb|reg_token|mask_token|(^|\.)ls_?\d\.gamma|(^|\.)gamma(_\d)?$"
 )
 _NEITHER = re.compile(r"^(text_decoder\.|logit_)")
@@ -115,7 +116,8 @@ def block_count(names: Iterable[str]) -> int:
 def is_candidate(name: str) -> bool:
     """Return whether the parameter `name` may be edited: matrices and norms of both towers.
 
-    Biases, scales, class, position and token embeddings are not candidates.
+    Biases, scales, class, position and token embeddings, and what attention pools ask with
+    (`attn_pool.latent`, `attn_pool.query`), are not candidates.
     """
     return Layer.parse(name).tower is not None and not _EXCLUDED.search(name)
 

@@ -8,7 +8,7 @@ the inputs K and the gradients R at the outputs.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -42,6 +42,7 @@ from slsgu_cli.method.moments import (
     ROWS_PER_FORWARD,
     AppliedLayers,
     RetainMetric,
+    Use,
     chosen_rows,
     exact_device,
     input_moments,
@@ -135,11 +136,9 @@ class Uses(AppliedLayers):
         super().__init__(model, [layer])
         self.inputs, self.outputs = torch.empty(0), torch.empty(0)
 
-    def applied(
-        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
-    ) -> None:
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Remember a call."""
-        self.inputs, self.outputs = inputs, outputs
+        (self.inputs,), self.outputs = inputs, outputs
 
 
 @dataclass(frozen=True, slots=True)

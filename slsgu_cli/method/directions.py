@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from slsgu_cli.method.moments import InputMoments, RetainMetric
 
 
-# Part of every address of moments: a change in what is computed must change it.
-REVISION = 1
+# Part of every address of moments: a change in what is computed must change it. What was not
+# seen by an earlier revision is looked for again: from 2 on, of all convolutions, of norms and
+# scales of channels, and of attention in one call.
+REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") ->
             continue
         if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
-            unseen.update(header.unseen)
+            unseen.update(header.unseen if header.revision == REVISION else ())
     return Moments(store, places, frozenset(unseen), device)
 
 
@@ -254,6 +256,7 @@ def _compute(
         unseen=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
         prefixes=pointer.prefixes,
+        revision=REVISION,
     )
     arrays = processes.on_first(means)
     store.write_tensors(Artifact.MOMENTS.path(kept.digest), arrays, header, keep_first=True)

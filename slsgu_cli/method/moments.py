@@ -1,10 +1,13 @@
 """Second moments of what layers are applied to, and the inner product they make."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
+from itertools import permutations
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.layers import LETTERS, Layer
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
@@ -29,10 +32,20 @@ from slsgu_cli.store.store import Arrays
 MOST_ROWS = 1000
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 
+# At most so many of the positions in an image that a window of a convolution goes to are counted:
+# at 1000 images, 27 windows for each of 9,216 inputs. Drawn by this seed, alike for all images.
+MOST_POSITIONS = 256
+POSITION_SEED = 0
+# Entries of windows, which overlap, that are laid out at once: 64 MiB in fp32.
+WINDOW_ENTRIES = 2**24
+
 # Columns in a block of a symmetric product on a CPU: 0.6 to 0.75 of the plain one's time.
 GRAM_BLOCK = 256
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 NORMS = (F.layer_norm, F.rms_norm)
+CHANNEL_NORMS = (F.batch_norm, F.group_norm)
+ATTENTION = F.multi_head_attention_forward
 
 # Behind a layer's name, in what is kept of moments: their sum; the axis of inputs, and a count.
 TOTAL, ABOUT = " total", " about"
@@ -40,10 +53,16 @@ TOTAL, ABOUT = " total", " about"
 # The arguments of the functions that apply a weight, in their order.
 ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
-    **dict.fromkeys(MATMULS, ("input", "other")),
+    **dict.fromkeys((*MATMULS, *PRODUCTS), ("input", "other")),
     F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.batch_norm: (
+        *("input", "running_mean", "running_var", "weight", "bias"),
+        *("training", "momentum", "eps"),
+    ),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    ATTENTION: tuple(signature(ATTENTION).parameters),
 }
 
 
@@ -56,8 +75,24 @@ class Moment:
     count: float = 0.0
 
     def mean(self) -> Tensor:
-        """Return C (inputs, inputs), or its diagonal (inputs,) for a norm; fp64."""
+        """Return C (inputs, inputs), or its diagonal (inputs,) for a norm or scale; fp64.
+
+        Of a convolution in groups, C has a block for each: (groups, inputs, inputs).
+        """
         return self.total / self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a call applies a layer: which share of its entries, and along which axis inputs lie.
+
+    Of a convolution in `groups`, each has its rows of the weight and inputs of its own.
+    """
+
+    layer: str
+    share: float
+    axis: int
+    groups: int
 
 
 class AppliedLayers(TorchFunctionMode):
@@ -66,6 +101,7 @@ class AppliedLayers(TorchFunctionMode):
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         self._weights = {name: partial(model.get_parameter, name) for name in layers}
+        self._pools: list[Any] = list(filter(_is_pool_of_resnet, model.modules()))
         self.sharded = processes.has_shards(model)
         self._places = self._layer_at()
 
@@ -75,32 +111,70 @@ class AppliedLayers(TorchFunctionMode):
         """Make a call, and tell of its inputs and outputs where it applies one of the layers."""
         kwargs = kwargs or {}
         named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
+        if func is ATTENTION:
+            return self._attend(named)
         outputs = func(*args, **kwargs)
         if func is F.linear:
-            self._tell(named.get("weight"), lambda: named["input"], outputs, axis=1)
+            self._tell(named.get("weight"), lambda: [named["input"]], outputs, axis=1)
         elif func in MATMULS:
-            self._tell(named.get("other"), lambda: named["input"], outputs, axis=0)
-        elif func is F.conv2d and _is_of_patches(**named):
-            weight = named["weight"]
-            self._tell(weight, lambda: _patches(named["input"], weight), outputs, axis=1)
-        elif func in NORMS:
-            self._tell(named.get("weight"), lambda: _normed(func, named), outputs, axis=0)
+            self._tell(named.get("other"), lambda: [named["input"]], outputs, axis=0)
+        elif func is F.conv2d:
+            groups = named.get("groups", 1)
+            self._tell(named.get("weight"), lambda: _windows(named), outputs, axis=1, groups=groups)
+        elif func in NORMS or func in CHANNEL_NORMS:
+            self._tell(named.get("weight"), lambda: [_normed(func, named)], outputs, axis=0)
+        elif func in PRODUCTS:
+            for weight, x in permutations((named.get("input"), named.get("other"))):
+                if _scales(weight, x):
+                    self._tell(weight, partial(_scaled, x, weight), outputs, axis=0)
         return outputs
 
-    def applied(
-        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
-    ) -> None:
-        """Hear of a call that applies a share of the entries of a layer to `inputs`."""
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
+        """Hear of a call that applies a layer to `inputs`.
+
+        They come in parts (..., inputs); of a convolution in groups, (rows, groups, inputs).
+        """
         raise NotImplementedError
 
-    def _tell(self, weight: Any, inputs: Callable[[], Tensor], outputs: Any, *, axis: int) -> None:
+    def _tell(
+        self,
+        weight: Any,
+        inputs: Callable[[], Iterable[Tensor]],
+        outputs: Any,
+        *,
+        axis: int,
+        groups: int = 1,
+    ) -> None:
         if not isinstance(weight, Tensor):
             return
         # Where weights are gathered changes from block to block.
         places = self._layer_at() if self.sharded else self._places
         if _place(weight) in places:
             name, size = places[_place(weight)]
-            self.applied(name, weight.numel() / size, inputs(), outputs, axis=axis)
+            use = Use(name, weight.numel() / size, axis, groups)
+            self.applied(use, inputs(), outputs)
+
+    def _attend(self, named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Make a call of attention in two: what it mixes, and the projection of that.
+
+        Of the pool of a ResNet, the first position alone leaves the tower.
+        """
+        query, key, value = (named[part] for part in ("query", "key", "value"))
+        if any(_shares(named.get("q_proj_weight"), pool.q_proj.weight) for pool in self._pools):
+            query = query[:1]
+        fused, projection = named["in_proj_weight"], named["out_proj_weight"]
+        plain = {"out_proj_weight": torch.eye(projection.shape[1]).to(projection)}
+        mixed, weights = ATTENTION(**named | {"query": query, "out_proj_bias": None} | plain)
+        outputs = F.linear(mixed, projection, named["out_proj_bias"])
+        if fused is not None and query is key is value:
+            uses = [(fused, query)]
+        else:
+            apart = [named.get(f"{letter}_proj_weight") for letter in LETTERS]
+            thirds = apart if fused is None else fused.chunk(3)
+            uses = list(zip(thirds, (query, key, value), strict=True))
+        for weight, x in (*uses, (projection, mixed)):
+            self._tell(weight, partial(_rows_first, x), outputs, axis=1)
+        return outputs, weights
 
     def _layer_at(self) -> dict[int, tuple[str, int]]:
         """Return by its place each layer that this process has whole now, and its entries."""
@@ -126,7 +200,7 @@ class InputMoments(AppliedLayers):
         # Whether what this process runs counts.
         self.counts = True
         self._valid: Tensor | None = None
-        self._norms = {name for name in layers if model.get_parameter(name).ndim == 1}
+        self._vectors = {name for name in layers if model.get_parameter(name).ndim == 1}
         self._holders = _holders({name: model.get_parameter(name).shape for name in layers})
         self._device = exact_device(str(next(model.parameters()).device))
 
@@ -170,25 +244,30 @@ class InputMoments(AppliedLayers):
             moment = self.moments.pop(name, None) or self._none(axis, shape)
             self._add_up(name, moment)
 
-    def applied(
-        self, name: str, share: float, inputs: Tensor, outputs: Tensor, *, axis: int
-    ) -> None:
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Add the inputs of a call, weighted by the share of the layer that it applies."""
-        x = inputs
+        name = use.layer
+        moment = None if self.sharded else self.moments.get(name)
+        for part in inputs:
+            x = self._counted(part, use.groups)
+            total = x.square().sum(dim=0) if name in self._vectors else gram(x)
+            if moment is None:
+                moment = self._none(use.axis, total.shape)
+            if self.counts:
+                moment.total.add_(total.to(self._device), alpha=use.share)
+                moment.count += use.share * x.shape[-2]
+        if moment is not None and self.sharded:
+            self._add_up(name, moment)
+        elif moment is not None:
+            self.moments[name] = moment
+
+    def _counted(self, x: Tensor, groups: int) -> Tensor:
+        """Return the inputs that count, (rows, inputs), or (groups, rows, inputs)."""
+        if groups > 1:
+            return x.transpose(0, 1)
         if self._valid is not None and x.shape[:-1] == self._valid.shape:
             x = x[self._valid]
-        x = x.reshape(-1, x.shape[-1])
-        total = x.square().sum(dim=0) if name in self._norms else gram(x)
-        moment = None if self.sharded else self.moments.get(name)
-        if moment is None:
-            moment = self._none(axis, total.shape)
-        if self.counts:
-            moment.total.add_(total.to(self._device), alpha=share)
-            moment.count += share * x.shape[0]
-        if self.sharded:
-            self._add_up(name, moment)
-        else:
-            self.moments[name] = moment
+        return x.reshape(-1, x.shape[-1])
 
     def _none(self, axis: int, shape: Sequence[int]) -> Moment:
         return Moment(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
@@ -341,10 +420,10 @@ class _Parts:
 
 
 def gram(x: Tensor) -> Tensor:
-    """Return x^T x (columns, columns); what mirrors another block of it is copied."""
-    size = x.shape[1]
-    if size <= GRAM_BLOCK or x.device.type != "cpu":
-        return x.T @ x
+    """Return x^T x (..., columns, columns); what mirrors another block of it is copied."""
+    size = x.shape[-1]
+    if size <= GRAM_BLOCK or x.device.type != "cpu" or x.ndim > 2:
+        return x.mT @ x
     product = x.new_empty(size, size)
     for start in range(0, size, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, size)
@@ -369,32 +448,106 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _is_of_patches(*, weight: Tensor, groups: int = 1, **settings: Any) -> bool:
-    """Return whether a convolution is a linear map of patches that do not overlap."""
-    size = tuple(weight.shape[2:])
-    strides = (size, list(size), size[0] if len(set(size)) == 1 else None)
-    unpadded = settings.get("padding", 0) in (0, (0, 0), [0, 0], "valid")
-    return groups == 1 and unpadded and settings.get("stride", 1) in strides
+def _is_pool_of_resnet(module: nn.Module) -> bool:
+    """Return whether it is open_clip's attention pool, in shards or not."""
+    return any(base.__name__ == "AttentionPool2d" for base in type(module).__mro__)
 
 
-def _patches(x: Tensor, weight: Tensor) -> Tensor:
-    """Return what a convolution applies its flattened weight to, (rows, positions, inputs)."""
-    size = weight.shape[2:]
-    return F.unfold(x, size, stride=size).transpose(1, 2)
+def _shares(weight: Any, other: Tensor) -> bool:
+    """Return whether a weight is another one, or a part of it."""
+    return isinstance(weight, Tensor) and _place(weight) == _place(other)
+
+
+def _rows_first(x: Tensor) -> list[Tensor]:
+    """Return inputs of attention, which has positions before rows, as others come."""
+    return [x.transpose(0, -2)]
+
+
+def _scales(weight: Any, x: Any) -> bool:
+    """Return whether a product is that of inputs and a vector's entry for each channel."""
+    if not (isinstance(weight, Tensor) and isinstance(x, Tensor)) or weight.ndim > x.ndim:
+        return False
+    if isinstance(weight, nn.Parameter) and weight.ndim > 1:
+        return False
+    channels = weight.numel()
+    return channels == max(weight.shape, default=0) == x.shape[_axis_of(weight)]
+
+
+def _axis_of(weight: Tensor) -> int:
+    """Return along which axis a vector lies, from the last."""
+    return int(np.argmax(weight.shape)) - weight.ndim
+
+
+def _scaled(x: Any, weight: Any) -> list[Tensor]:
+    """Return what a vector is multiplied by, channels last."""
+    return [x.movedim(_axis_of(weight), -1)]
+
+
+def _windows(named: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield what a convolution applies its flattened weight to, in parts of bounded size.
+
+    Windows that do not overlap come in one part, (rows, positions, inputs). Others are
+    (windows, inputs), in groups (windows, groups, inputs): in each image those at
+    `chosen_positions`, unfolded at once for as many images as WINDOW_ENTRIES let.
+    """
+    x, size = named["input"], tuple(named["weight"].shape[2:])
+    stride, dilation = (_pair(named.get(name, 1)) for name in ("stride", "dilation"))
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, size, strict=True))
+    padding, groups = _padding(named.get("padding", 0), reach), named.get("groups", 1)
+    if groups == 1 and stride == size and dilation == (1, 1) and not any(padding):
+        yield F.unfold(x, size, stride=size).transpose(1, 2)
+        return
+    x = F.pad(x, padding)
+    height, width = (
+        (n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)
+    )
+    positions = chosen_positions(height * width)
+    row, column = (
+        torch.from_numpy(at[:, None] * s + np.arange(k) * d).to(x.device)
+        for at, s, k, d in zip(np.divmod(positions, width), stride, size, dilation, strict=True)
+    )
+    inputs = x.shape[1] * prod(size)
+    shape = (-1, inputs) if groups == 1 else (-1, groups, inputs // groups)
+    for start, stop in spans(len(x), max(1, WINDOW_ENTRIES // (len(positions) * inputs))):
+        windows = x[start:stop, :, row[:, :, None], column[:, None, :]]
+        yield windows.transpose(1, 2).reshape(shape)
+
+
+def chosen_positions(positions: int) -> npt.NDArray[np.int64]:
+    """Return which positions in an image are counted: MOST_POSITIONS at most, by seed."""
+    if positions <= MOST_POSITIONS:
+        return np.arange(positions)
+    drawn = np.random.default_rng(POSITION_SEED).choice(positions, MOST_POSITIONS, replace=False)
+    return np.sort(drawn)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Return a setting of a convolution for both axes."""
+    return (value, value) if isinstance(value, int) else tuple(value) * (3 - len(value))
+
+
+def _padding(padding: Any, reach: Sequence[int]) -> list[int]:
+    """Return the padding as F.pad takes it: last axis first, before and behind it."""
+    if padding == "same":
+        around = [(r // 2, r - r // 2) for r in reach]
+    else:
+        around = [(p, p) for p in _pair(0 if padding == "valid" else padding)]
+    return [side for sides in reversed(around) for side in sides]
 
 
 def _normed(func: Any, named: dict[str, Any]) -> Tensor:
-    """Return what a norm multiplies by its weight."""
+    """Return what a norm multiplies by its weight, channels last."""
     plain = {name: value for name, value in named.items() if name not in ("weight", "bias")}
     normed: Tensor = func(**plain)
-    return normed
+    return normed.movedim(1, -1) if func in CHANNEL_NORMS else normed
 
 
 @dataclass(slots=True)
 class RetainMetric:
     """The inner product <., .>_P of one layer's changes; `axis` is that of its inputs.
 
-    `moment` is C (inputs, inputs), or its diagonal (inputs,). All arithmetic is fp64.
+    `moment` is C (inputs, inputs), its diagonal (inputs,), or blocks (groups, inputs, inputs)
+    of it, each of as many rows of the weight. All arithmetic is fp64.
     """
 
     moment: Tensor
@@ -409,14 +562,13 @@ class RetainMetric:
     def damped(self) -> Tensor:
         """Return P, or its diagonal: the moment, and what the ridge adds; fp64."""
         damped = self.moment.double().clone()
-        (damped if damped.ndim == 1 else damped.diagonal()).add_(self.floor)
+        _diagonal(damped).add_(self.floor)
         return damped
 
     @property
     def floor(self) -> float:
         """Return what the ridge adds to the diagonal: ridge * tr(C) / d."""
-        diagonal = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
-        return self.ridge * float(diagonal.double().mean())
+        return self.ridge * float(_diagonal(self.moment).double().mean())
 
     def whiten(self, gradient: Tensor) -> Tensor:
         """Return D = G P^-1 in the shape of `gradient`; fp64."""
@@ -425,21 +577,31 @@ class RetainMetric:
             return flat / self._factor
         if self.axis == 0:
             return torch.cholesky_solve(flat, self._factor)
-        rows = flat.reshape(flat.shape[0], -1)
-        return torch.cholesky_solve(rows.T, self._factor).T.reshape(gradient.shape)
+        rows = _rows_by_group(flat, self.moment)
+        return torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
 
     def half_whiten(self, gradient: Tensor) -> Tensor:
         """Return G L^-T, inputs first: its plain products are those of D in <., .>_P; fp64."""
         flat = gradient.double()
         if self.moment.ndim == 1:
             return flat / self._factor.sqrt()
-        inputs_first = flat if self.axis == 0 else flat.reshape(flat.shape[0], -1).T
+        inputs_first = flat if self.axis == 0 else _rows_by_group(flat, self.moment).mT
         half: Tensor = torch.linalg.solve_triangular(self._factor, inputs_first, upper=False)
         return half
 
     def weight_norm(self, weight_norm: float, output: float) -> float:
         """Return ||W||_P from the layer's own norm and its mean squared output tr(W C W^T)."""
         return float((output + self.floor * weight_norm**2) ** 0.5)
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    """Return the diagonal of a moment, or of each of its blocks, as a view."""
+    return moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
+
+
+def _rows_by_group(weight: Tensor, moment: Tensor) -> Tensor:
+    """Return a weight's rows, (rows, inputs), or (groups, rows, inputs) where C is of blocks."""
+    return weight.reshape(*moment.shape[:-2], -1, moment.shape[-1])
 
 
 def exact_device(device: str) -> str:
@@ -462,5 +624,5 @@ def mean_square_output(weight: Tensor, moment: Tensor, axis: int) -> float:
     rows = weight.double()
     if moment.ndim == 1:
         return float((rows.square() * moment.double()).sum())
-    rows = rows.reshape(rows.shape[0], -1) if axis == 1 else rows.T
+    rows = _rows_by_group(rows, moment) if axis == 1 else rows.T
     return float(((rows @ moment.double()) * rows).sum())

@@ -218,8 +218,9 @@ class LayerMoment:
 class MomentHeader:
     """What a file of moments holds, of which model, over which retain rows.
 
-    `unseen` are layers that were looked for, and whose inputs their tower does not show.
-    Captions have `prefixes` as well, where those of the forget gradient have.
+    `unseen` are layers that were looked for, and whose inputs were not seen: by what could be
+    seen in that `revision`. Captions have `prefixes` as well, where those of the forget gradient
+    have.
     """
 
     model: str
@@ -229,6 +230,7 @@ class MomentHeader:
     unseen: tuple[str, ...]
     version: str
     prefixes: tuple[str, ...] = codec.added(())
+    revision: int = codec.added(1)
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

@@ -60,6 +60,11 @@ def test_candidates_with_a_text_tower_of_its_own_are_the_same():
         "visual.transformer.resblocks.0.ls_1.gamma",
         "text.cls_emb",
         "text.transformer.embeddings.word_embeddings.weight",
+        "text.transformer.embed_tokens.weight",
+        "text.transformer.shared.weight",
+        "visual.trunk.attn_pool.latent",
+        "visual.attn_pool.query",
+        "visual.attn_pool_contrastive.query",
         "text_decoder.resblocks.0.mlp.c_fc.weight",
     ],
 )
@@ -76,6 +81,8 @@ def test_what_is_added_scaled_or_looked_up_is_no_candidate(name):
         "visual.trunk.head.weight",
         "visual.layer1.0.conv1.weight",
         "visual.attnpool.q_proj.weight",
+        "visual.trunk.attn_pool.q.weight",
+        "text.transformer.encoder.layer.0.attention.self.query.weight",
         "text.text_projection.weight",
     ],
 )

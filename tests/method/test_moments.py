@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import timm
 import tiny_clip
 import torch
 import torch.nn.functional as F
@@ -210,31 +211,213 @@ def test_a_sharded_model_has_the_same_moments(kind, block, group, tmp_path, monk
         torch.testing.assert_close(moment.total, expected[name].total, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("settings", "seen"),
-    [
-        ({"kernel_size": 2, "stride": 2}, True),
-        ({"kernel_size": 1}, True),
-        ({"kernel_size": 3, "padding": 1}, False),
-        ({"kernel_size": 2, "stride": 2, "groups": 2}, False),
-        ({"kernel_size": 3, "padding": "same"}, False),
-    ],
-)
-def test_a_convolution_of_patches_that_do_not_overlap_is_a_linear_map(settings, seen):
-    layer = torch.nn.Conv2d(4, 6, bias=False, **settings)
-    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+CONVOLUTIONS = [
+    {"kernel_size": 2, "stride": 2},
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0)},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "dilation": 2, "padding": "same"},
+    {"kernel_size": 2, "stride": 2, "dilation": 2},
+    {"kernel_size": 2, "stride": 2, "groups": 2},
+    {"kernel_size": 3, "padding": 1, "groups": 4},
+]
+
+
+def windows_of(layer, x):
+    """Return all that a convolution is applied to, (groups, windows, inputs), fp64: unit kernels.
+
+    Of a convolution whose kernel is 1 at one entry and 0 elsewhere, that entry comes out.
+    """
+    inputs = layer.weight[0].numel()
+    units = torch.eye(inputs, dtype=torch.float64).view(-1, *layer.weight.shape[1:])
+    plain = torch.nn.Conv2d(
+        layer.in_channels, layer.groups * inputs, layer.kernel_size, layer.stride, layer.padding,
+        layer.dilation, layer.groups, False, layer.padding_mode, dtype=torch.float64,
+    )  # fmt: skip
+    plain.weight.data = units.repeat(layer.groups, 1, 1, 1)
+    return (
+        plain(x.double()).unflatten(1, (layer.groups, inputs)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+    )
+
+
+def run_convolution(settings):
+    """Return a convolution, what it is run on, and what was seen of its inputs."""
+    layer = torch.nn.Conv2d(4, 8, bias=False, **settings)
+    x = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0))
     inputs = InputMoments(layer, ["weight"])
     with torch.no_grad():
         with inputs:
-            found = layer(x)
-        torch.testing.assert_close(found, layer(x))
-    assert set(inputs.moments) == ({"weight"} if seen else set())
-    if seen:
-        # The mean square of the outputs is what the moment says of them.
-        rows = layer.weight.detach().reshape(6, -1).double()
-        told = torch.einsum("oi,ij,oj->o", rows, inputs.moments["weight"].mean(), rows)
-        torch.testing.assert_close(told, found.double().square().mean((0, 2, 3)), rtol=1e-4,
-                                   atol=1e-6)  # fmt: skip
+            outputs = layer(x)
+        torch.testing.assert_close(outputs, layer(x))
+        return layer, windows_of(layer, x), inputs.moments["weight"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("entries", [1, 2**24])
+@pytest.mark.parametrize("settings", CONVOLUTIONS)
+def test_a_convolution_has_the_moment_of_its_windows(settings, entries, monkeypatch):
+    monkeypatch.setattr(moments, "WINDOW_ENTRIES", entries)
+    layer, windows, moment = run_convolution(settings)
+    expected = windows.mT @ windows / windows.shape[1]
+    expected = expected if layer.groups > 1 else expected[0]
+    assert moment.axis == 1
+    assert moment.count == windows.shape[1]
+    torch.testing.assert_close(moment.mean(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_of_many_windows_in_an_image_some_are_counted(groups, monkeypatch):
+    monkeypatch.setattr(moments, "MOST_POSITIONS", 20)
+    _, windows, moment = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
+    chosen = moments.chosen_positions(72)
+    assert len(set(chosen.tolist())) == 20
+    assert (chosen == moments.chosen_positions(72)).all()
+    some = windows.unflatten(1, (3, 72))[:, :, chosen].flatten(1, 2)
+    expected = (some.mT @ some / 60).squeeze(0)
+    assert moment.count == 60
+    torch.testing.assert_close(moment.mean(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Scale(torch.nn.Module):
+    """A layer of which each entry scales a channel, channels first or last."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6))
+        self.shape = shape
+
+    def forward(self, x):
+        return self.weight.view(self.shape) * x
+
+
+@pytest.mark.parametrize(
+    ("layer", "axis"),
+    [
+        (torch.nn.BatchNorm2d(6), 1),
+        (torch.nn.GroupNorm(3, 6), 1),
+        (Scale((6, 1, 1)), 1),
+        (Scale((1, 6, 1, 1)), 1),
+        (Scale((6,)), 3),
+    ],
+)
+def test_what_scales_channels_has_the_mean_squares_of_what_it_scales(layer, axis):
+    layer.eval()
+    generator = torch.Generator().manual_seed(0)
+    for values in (layer.weight, *layer.buffers()):
+        if values.is_floating_point():
+            values.data = 0.5 + torch.rand(6, generator=generator)
+    x = torch.randn(3, 6, 4, 5, generator=generator).movedim(1, axis)
+    inputs = InputMoments(layer, ["weight"])
+    with torch.no_grad(), inputs:
+        # The bias of a fresh norm is zero.
+        outputs = layer(x).movedim(axis, 0).flatten(1).double()
+    moment = inputs.moments["weight"]
+    assert (moment.axis, moment.count) == (0, 60)
+    found = moment.mean() * layer.weight.detach().double() ** 2
+    torch.testing.assert_close(found, outputs.square().mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("itself", "context"), [(True, 8), (False, 8), (False, 12)])
+def test_attention_in_one_call_shows_what_it_is_applied_to(itself, context):
+    """Of a model in evaluation mode PyTorch computes it by one kernel where it can."""
+    attention = torch.nn.MultiheadAttention(8, 2, kdim=context, vdim=context, batch_first=True)
+    attention = attention.eval()
+    generator = torch.Generator().manual_seed(0)
+    query, around = (torch.randn(3, n, d, generator=generator) for n, d in ((5, 8), (7, context)))
+    around = query if itself else around
+    layers = [name for name, _ in attention.named_parameters() if "weight" in name]
+    inputs = InputMoments(attention, layers)
+    with torch.no_grad():
+        with inputs:
+            outputs = attention(query, around, around, need_weights=False)[0]
+        plain = attention(query, around, around, need_weights=False)[0]
+    torch.testing.assert_close(outputs, plain)
+    q, k = (x.flatten(0, 1).double() for x in (query, around))
+    expected = {"q": (q.T @ q, len(q)), "k": (k.T @ k, len(k)), "v": (k.T @ k, len(k))}
+    if context == 8:
+        total, count = (sum(each) / 3 for each in zip(*expected.values(), strict=True))
+        torch.testing.assert_close(inputs.moments["in_proj_weight"].mean(), total / count,
+                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+    else:
+        for letter, (total, count) in expected.items():
+            found = inputs.moments[f"{letter}_proj_weight"].mean()
+            torch.testing.assert_close(found, total / count, rtol=1e-5, atol=1e-6)
+    assert set(inputs.moments) == set(layers)
+    # The mean square of the outputs is what the moment says of them.
+    weight = attention.out_proj.weight.double()
+    told = torch.einsum("oi,ij,oj->o", weight, inputs.moments["out_proj.weight"].mean(), weight)
+    assert not attention.out_proj.bias.any()
+    torch.testing.assert_close(told, plain.double().square().mean((0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_of_the_pool_of_a_resnet_what_leaves_counts(tmp_path):
+    pool = make("resnet", tmp_path).visual.attnpool
+    layers = [name for name, _ in pool.named_parameters() if name.endswith("weight")]
+    x = torch.randn(3, pool.q_proj.in_features, 1, 1, generator=torch.Generator().manual_seed(0))
+    inputs = InputMoments(pool, layers)
+    with torch.no_grad():
+        with inputs:
+            outputs = pool(x)
+        torch.testing.assert_close(outputs, pool(x))
+        states = torch.stack([x.mean((2, 3)), x.flatten(2).mean(2)], 1) + pool.positional_embedding
+        heads = pool.num_heads
+        q, k, v = (
+            layer(states).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for layer in (pool.q_proj, pool.k_proj, pool.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    first, every = states[:, 0], states.flatten(0, 1)
+    applied = {"q_proj": first, "k_proj": every, "v_proj": every, "c_proj": mixed[:, 0]}
+    assert set(inputs.moments) == set(layers)
+    for name, rows in applied.items():
+        torch.testing.assert_close(
+            inputs.moments[f"{name}.weight"].mean(), (rows.T @ rows / len(rows)).double(),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["coca", "resnet"])
+def test_every_layer_that_competes_is_whitened(kind, block, tmp_path):
+    model = make(kind, tmp_path)
+    tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
+    layers = layers_of(model)
+    assert set(found_by(model, Block(ROWS, tokens, block.pixels))) == set(layers)
+
+
+@pytest.mark.parametrize("kind", ["fastvit_t8", "test_convnext"])
+def test_every_layer_of_convolutions_is_whitened(kind):
+    """The towers of MobileCLIP and ConvNeXt: in groups, strided, padded, with BatchNorm."""
+    trunk = timm.create_model(kind, num_classes=0).eval()
+    layers = layers_of(trunk)
+    inputs = InputMoments(trunk, layers)
+    with torch.no_grad(), inputs:
+        trunk(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert set(inputs.moments) == set(layers)
+    assert any(moment.total.ndim == 3 for moment in inputs.moments.values())
+
+
+def test_norms_of_t5_scale_what_they_normalised():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
+    encoder = transformers.T5EncoderModel(config).eval()
+    layers = [name for name in layers_of(encoder) if "embed" not in name]
+    inputs = InputMoments(encoder, layers)
+    entering = []
+    norm = encoder.encoder.final_layer_norm
+    norm.register_forward_pre_hook(lambda _, args: entering.append(args[0].double()))
+    ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), inputs:
+        encoder(ids)
+    assert set(inputs.moments) == set(layers)
+    x = entering[0] * torch.rsqrt(entering[0].square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(
+        inputs.moments["encoder.final_layer_norm.weight"].mean(), x.square().mean((0, 1)),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 300])

@@ -7,7 +7,14 @@ from safetensors.numpy import load_file
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Alignment, Direction, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.records.method import (
+    Alignment,
+    Direction,
+    GradientHeader,
+    MomentHeader,
+    ParameterNorm,
+    Tower,
+)
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_ranking
 
@@ -142,3 +149,23 @@ def test_gradients_that_are_not_there_are_told(world):
     with pytest.raises(MissingError, match="gradients of blue") as error:
         ranked(world)
     assert "slsgu grad blue" in error.value.hint
+
+
+def moments_that_lack(world, layer, revision):
+    """Let the store have no moment of a layer: an earlier revision, or this, did not see it."""
+    ranked(world, Direction.WHITENED)
+    names = world.store.names("moments", ".safetensors")
+    for path in map(Artifact.MOMENTS.path, names):
+        header = world.store.read_header(path, MomentHeader)
+        arrays = {name: array for name, array in world.store.read_tensors(path).items()
+                  if name != layer}  # fmt: skip
+        layers = {name: about for name, about in header.layers.items() if name != layer}
+        header = replace(header, layers=layers, unseen=(layer,), revision=revision)
+        world.store.write_tensors(path, arrays, header)
+
+
+def test_what_an_earlier_revision_did_not_see_is_looked_for_again(world):
+    layer = "visual.conv1.weight"
+    expected = ranked(world, Direction.WHITENED)
+    moments_that_lack(world, layer, revision=1)
+    assert ranked(world, Direction.WHITENED) == expected

@@ -82,6 +82,68 @@ def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
     assert all(gain(other) < best for other in others)
 
 
+def test_a_convolution_in_groups_has_a_metric_for_each():
+    blocks = [random_layer((3, 2, 2, 1), 4, 1, seed=group) for group in range(2)]
+    gradient = torch.cat([block[0] for block in blocks])
+    moment = torch.stack([block[2] for block in blocks])
+    dense = torch.block_diag(*moment)
+    floor = RIDGE * dense.trace() / 8
+    found = RetainMetric(moment, 1, RIDGE).whiten(gradient)
+    for group, (own, _, block) in enumerate(blocks):
+        expected = own.reshape(3, 4) @ torch.linalg.inv(block + floor * torch.eye(4))
+        torch.testing.assert_close(found[3 * group : 3 * group + 3], expected.view(3, 2, 2, 1))
+    half = RetainMetric(moment, 1, RIDGE).half_whiten(gradient)
+    torch.testing.assert_close(half.square().sum(), (found * gradient).sum())
+    plain = sum(
+        float((own.view(3, 4) @ block @ own.view(3, 4).T).trace()) for own, _, block in blocks
+    )
+    assert mean_square_output(gradient, moment, 1) == pytest.approx(plain)
+
+
+CHANNELS = [
+    torch.nn.Conv2d(4, 6, 3, padding=1),
+    torch.nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2),
+    torch.nn.Conv2d(4, 4, 3, dilation=2, groups=4),
+    torch.nn.BatchNorm2d(4),
+]
+
+
+@pytest.mark.parametrize("layer", CHANNELS, ids=str)
+def test_no_other_change_of_channels_gains_more_for_what_it_disturbs(layer):
+    layer = layer.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    retained, forgotten = (
+        torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64)
+        * torch.linspace(*scales, 4, dtype=torch.float64).view(4, 1, 1)
+        for scales in ((0.1, 3), (1, 1))
+    )
+    (gradient,) = torch.autograd.grad(layer(forgotten).relu().square().sum(), layer.weight)
+    inputs = InputMoments(layer, ["weight"])
+    with torch.no_grad(), inputs:
+        before = layer(retained)
+    moment = inputs.moments["weight"]
+    metric = RetainMetric(moment.mean(), moment.axis, 0.01)
+    weight = layer.weight.detach().clone()
+
+    @torch.no_grad()
+    def gain(change):
+        """Return what a change gains for how far it moves the outputs on retained inputs."""
+        layer.weight.data = weight + change
+        disturbance = (layer(retained) - before).square().sum(1).mean()
+        layer.weight.data = weight
+        return (gradient * change).sum() / (
+            disturbance + metric.floor * change.square().sum()
+        ).sqrt()
+
+    direction = metric.whiten(gradient)
+    best = gain(direction)
+    assert best == pytest.approx(whitened_importance(gradient, direction, 1.0))
+    size = direction.norm() / direction.numel() ** 0.5
+    noise = (torch.randn(weight.shape, generator=generator) * size for _ in range(50))
+    others = [gradient, *(direction + each for each in noise)]
+    assert all(gain(other) < best for other in others)
+
+
 class World:
     """A tiny CLIP in fp64 with pairs to forget and pairs to retain."""
 
