@@ -174,6 +174,11 @@ def documents() -> dict[str, list[dict[str, Any]]]:
              "requests": [LedgerRow], "files": PATHS},
         ],
         "requests": [{"requests": [LedgerRow]}],
+        "evidence": [{
+            "evidence": table("request", "state", "edit", "verification", "FA@1 before",
+                              "FA@1 after"),
+            "files": PATHS,
+        }],
         "env": [{
             "versions": table("package", "version"), "devices": table("device", "what"),
             "extras": table("extra", "package", "version", "for"),

@@ -28,6 +28,7 @@ from slsgu_cli.records.options import ApplyOptions, ApplyRequest, BuildRequest, 
 from slsgu_cli.records.recipe import (
     FIELDS_OF_ROW,
     BoundCheck,
+    EvidenceRequest,
     Ledger,
     LedgerRow,
     Outputs,
@@ -40,6 +41,7 @@ from slsgu_cli.records.recipe import (
     Together,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.report.evidence import write_evidence
 from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
@@ -304,7 +306,12 @@ class Job(RecipePlan):
             rows[name] = measured
         original = EvalResult(result.names, result.models[:1], None).figures()
         self.ledger = replace(
-            self.ledger, figures=figures, original=original, rows=tuple(rows.values())
+            self.ledger,
+            figures=figures,
+            original=original,
+            kept_before=result.models[0].utility,
+            kept=result.models[-1].utility,
+            rows=tuple(rows.values()),
         )
 
     def _report(self, step: Step) -> None:
@@ -313,6 +320,13 @@ class Job(RecipePlan):
         device = self.recipe.search.device
         request = ReportRequest(names=step.names, out=out, overwrite=True, device=device)
         write_report(self.store, request)
+
+    def _file_evidence(self, step: Step) -> None:
+        # It tells the state of each request, which is known now that all else is done.
+        self._settle()
+        out = step.place or Path()
+        request = EvidenceRequest(names=step.names, out=out, overwrite=True)
+        write_evidence(self.store, request, self.recipe)
 
     def _row(self, name: str) -> LedgerRow:
         """Return the ledger's row of a request as the recipe describes it now."""
@@ -345,7 +359,9 @@ class Job(RecipePlan):
         for name in rows.keys() - set(self.recipe.names):
             if rows[name].state is not RequestState.WITHDRAWN:
                 rows[name] = _entered(rows[name], RequestState.WITHDRAWN, {})
-        self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
+        ordered = tuple(rows[name] for name in sorted(rows))
+        by_reference = self.recipe.by_reference
+        self.ledger = replace(self.ledger, rows=ordered, by_reference=by_reference)
         self._write()
 
     def _settle(self) -> None:
@@ -357,7 +373,12 @@ class Job(RecipePlan):
             if each.key in current or (each.place is None and len(each.names) == 1)
         )
         self.ledger = replace(self.ledger, stages=kept)
-        outputs = {s.place: s.made for s in self.ledger.stages if s.place and s.made}
+        # Not of the evidence, which tells of this.
+        outputs = {
+            s.place: s.made
+            for s in self.ledger.stages
+            if s.place and s.made and s.stage is not Stage.EVIDENCE
+        }
         rows = {row.name: row for row in self.ledger.rows}
         for request in self.recipe.requests:
             row = self._row(request.name)
@@ -389,6 +410,7 @@ _DO: dict[Stage, Callable[[Job, Step], None]] = {
     Stage.EDITS: Job._copy_edits,
     Stage.FIGURES: Job._measure,
     Stage.REPORT: Job._report,
+    Stage.EVIDENCE: Job._file_evidence,
 }
 
 

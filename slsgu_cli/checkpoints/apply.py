@@ -20,10 +20,17 @@ from slsgu_cli.checkpoints.edits import (
     require_in_place,
     strength_of,
 )
-from slsgu_cli.checkpoints.layouts import TensorPlace, WeightSet, placed, tensor_places
+from slsgu_cli.checkpoints.layouts import (
+    SUFFIXES,
+    TensorPlace,
+    WeightSet,
+    copy_spliced,
+    open_weights,
+    placed,
+    tensor_places,
+)
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Family, Target
 from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_names
-from slsgu_cli.checkpoints.weights import SUFFIXES, copy_spliced, open_weights
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL

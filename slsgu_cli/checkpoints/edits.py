@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import both_held
+from slsgu_cli.checkpoints.layouts import layer_digest
 from slsgu_cli.checkpoints.lora import is_lora, read_lora
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
@@ -22,7 +23,6 @@ from slsgu_cli.checkpoints.tensor_file import (
     narrow,
     widen,
 )
-from slsgu_cli.checkpoints.weights import layer_digest
 from slsgu_cli.errors import InputError, MissingError, NotFiniteError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader

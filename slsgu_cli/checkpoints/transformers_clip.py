@@ -10,13 +10,15 @@ import numpy as np
 from slsgu_cli.checkpoints.layouts import (
     TensorPlace,
     WeightSet,
+    combined_fingerprint,
+    layer_digest,
     names,
     read_weight_sets,
     tensor_places,
+    values_digest,
 )
 from slsgu_cli.checkpoints.targets import CONFIG, read_config, require_inside
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
-from slsgu_cli.checkpoints.weights import combined_fingerprint, layer_digest, values_digest
 from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower

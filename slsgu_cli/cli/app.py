@@ -62,6 +62,7 @@ GROUPS = {
         "init": ("recipe", "Write a recipe to begin from."),
         "run": ("recipe", "Do what is not done yet of a recipe: forget, write, measure, gate."),
         "requests": ("recipe", "List the removal requests of a recipe and what became of them."),
+        "evidence": ("verify", "Write what is filed of a removal: page, figures, digests."),
     },
     "The store, and a demonstration": {
         "ls": ("steps", "List what the store holds and what each thing was made from."),

@@ -7,7 +7,7 @@ can repeat every step by hand.
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -345,7 +345,7 @@ def show_run(console: "Console", result: "RunResult") -> None:
         console.table("bounds", head, checks, title="bounds")
     show_requests(console, ledger.rows)
     outputs = result.recipe.outputs
-    places = (outputs.checkpoint, outputs.targets, outputs.edits, outputs.report)
+    places = [getattr(outputs, each.name) for each in fields(outputs)]
     if result.done or console.as_json:
         console.paths("files", [str(place) for place in places if place is not None])
     else:

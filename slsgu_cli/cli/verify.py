@@ -1,4 +1,4 @@
-"""`verify` and `report`, and their results as tables."""
+"""`verify`, `report` and `evidence`, and their results as tables."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.records.recipe import EvidenceRequest
 from slsgu_cli.records.verification import Attack, Check, VerifiedModel, VerifyRequest
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
+    from slsgu_cli.report.evidence import WrittenEvidence
     from slsgu_cli.verification.verdicts import VerdictRow
     from slsgu_cli.verification.verify import Verified
 
@@ -398,3 +400,49 @@ def report(session: Session, request: ReportRequest) -> None:
     columns = (Column("name"), Column("section"), Column("state"), Column("run", label="to add it"))
     session.console.table("sections", columns, rows, title=f"report: {written.out}")
     session.console.paths("files", [written.out])
+
+
+@command("evidence")
+def evidence(session: Session, request: EvidenceRequest) -> None:
+    """What the store knows of removal requests, and of the models that were written without them:
+    a page to print, the same as JSON, an in-toto statement, digests, contact sheets, edits.
+
+    Example: slsgu evidence all --recipe brands.toml --out evidence
+    """
+    from slsgu_cli.report.evidence import write_evidence
+
+    show_evidence(session.console, write_evidence(session.store, request))
+
+
+def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
+    """Print what evidence says of each request, and warn of what it lacks."""
+    from slsgu_cli.cli.console import Column
+
+    told = written.evidence
+    rows = []
+    for one in told.requests:
+        held = sorted({each.holds(one.name) or "" for each in told.models} - {""})
+        was, now = one.forget or (None, None)
+        rows.append(
+            (
+                one.name,
+                one.row.state if one.row else None,
+                ", ".join(held) or None,
+                "run" if one.pair else "not run",
+                was.top1 if was else None,
+                now.top1 if now else None,
+            )
+        )
+    columns = (
+        Column("request"),
+        Column("state", shown=lambda state: state.partition(" within")[0]),
+        Column("edit", label="its edit"),
+        Column("verification"),
+        Column("FA@1 before", shown=roughly, on_terminal=False),
+        Column("FA@1 after", shown=roughly, label="FA@1 now"),
+    )
+    console.table("evidence", columns, rows, title=f"evidence: {written.out}")
+    for model in told.models:
+        for trouble in model.troubles:
+            console.warn(trouble)
+    console.paths("files", [written.out])

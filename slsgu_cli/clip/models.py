@@ -14,7 +14,13 @@ import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.layouts import Spelling
+from slsgu_cli.checkpoints.layouts import (
+    Spelling,
+    file_fingerprint,
+    open_weights,
+    read_layer,
+    weight_files,
+)
 from slsgu_cli.checkpoints.targets import OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
@@ -29,12 +35,6 @@ from slsgu_cli.checkpoints.transformers_clip import (
     preprocess_config,
     unreachable,
     vocabulary,
-)
-from slsgu_cli.checkpoints.weights import (
-    file_fingerprint,
-    open_weights,
-    read_layer,
-    weight_files,
 )
 from slsgu_cli.errors import (
     InputError,

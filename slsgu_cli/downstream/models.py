@@ -17,14 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slsgu_cli.checkpoints.edits import Edit, by_layer
-from slsgu_cli.checkpoints.layouts import TensorPlace, TowerPlace, tensor_places, tower_places
-from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target
-from slsgu_cli.checkpoints.weights import (
+from slsgu_cli.checkpoints.layouts import (
     DIGEST_PRECISIONS,
+    TensorPlace,
+    TowerPlace,
     file_fingerprint,
     layer_digest,
+    tensor_places,
+    tower_places,
     weight_files,
 )
+from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited

@@ -35,7 +35,7 @@ from slsgu_cli.checkpoints.edits import (
     tell_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
-from slsgu_cli.checkpoints.layouts import Spelling, TensorPlace, WeightSet
+from slsgu_cli.checkpoints.layouts import Spelling, TensorPlace, WeightSet, open_weights
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
 from slsgu_cli.checkpoints.tensor_file import (
     FLOATS,
@@ -47,7 +47,6 @@ from slsgu_cli.checkpoints.tensor_file import (
     widen,
 )
 from slsgu_cli.checkpoints.transformers_clip import HUB
-from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.clip.model_folder import (
     ModelCard,
     tokenizer_beside,

@@ -16,7 +16,13 @@ from typing import Any, NoReturn
 from slsgu_cli.errors import InputError, MissingError, UsageError, near
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Assertion, PassTime, read_assertions, require_known
-from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.options import (
+    OVERWRITE,
+    BuildRequest,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+)
 from slsgu_cli.records.sets import ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
 from slsgu_cli.records.words import (
@@ -103,6 +109,35 @@ class Outputs:
     )
     edits: Path | None = option(None, help="Folder of their edits.", panel=OUTPUT)
     report: Path | None = option(None, help="HTML page of what was done.", panel=OUTPUT)
+    evidence: Path | None = option(
+        None, help="Folder of the evidence of all requests, to be filed.", panel=OUTPUT
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvidenceRequest:
+    """What `evidence` is asked for: of which requests, and which models are without them.
+
+    `by_reference` keeps names, captions and images out of what is written.
+    """
+
+    names: Sequence[str] = option(
+        ..., metavar="NAME...|all", help="Requests, or `all` there are.", completes="set"
+    )
+    out: Path = option(..., "--out", "-o", help="Folder for the evidence.", panel=OUTPUT)
+    recipe: Path | None = option(
+        None, "--recipe", metavar="FILE", help="Recipe that the requests are of.",
+        without="the one that has them",
+    )  # fmt: skip
+    models: Sequence[Path] = option(
+        (), "--model", "-m", help="A model that was written without them.", metavar="MODEL",
+        without="the recipe's outputs",
+    )  # fmt: skip
+    by_reference: bool = option(
+        False, "--by-reference", panel=OUTPUT,
+        help="Names are confidential: tell references, no captions, no images.",
+    )  # fmt: skip
+    overwrite: bool = OVERWRITE()
 
 
 # Fields of the records of commands that a recipe says elsewhere, or has no use for.
@@ -133,6 +168,7 @@ class Recipe:
     search: SearchOptions = SearchOptions()
     together: Together = Together.JOINT
     shared_retain: bool = False
+    by_reference: bool = False
     bounds: tuple[Assertion, ...] = ()
     requests: tuple[RemovalRequest, ...] = ()
     outputs: Outputs = Outputs()
@@ -153,6 +189,11 @@ class Recipe:
             if not (request.sources or self.sets.sources):
                 raise UsageError(
                     f"the request {request.name} has no sources", hint="[sets] sources"
+                )
+            if self.by_reference and not (request.reference or request.id):
+                raise UsageError(
+                    f"the request {request.name} has no reference to be told by",
+                    hint='reference = "...", or id = "..."',
                 )
             if request.targets and self.outputs.targets is None:
                 raise UsageError(
@@ -197,7 +238,8 @@ class Recipe:
                 for bound in self.bounds_of(request)
             }
             return [word for bound in sorted(bounds) for word in ("--assert", bound)]
-        places = {"apply": self.outputs.checkpoint, "report": self.outputs.report}
+        out = self.outputs
+        places = {"apply": out.checkpoint, "report": out.report, "evidence": out.evidence}
         if command in places:
             return ["--out", str(places[command])] if places[command] else []
         records = {"grad": self.grad, "rank": self.rank}
@@ -258,6 +300,9 @@ class _Top:
     )
     shared_retain: bool = option(
         False, help="One retain set for all requests, about none of them.", panel=ROWS
+    )
+    by_reference: bool = option(
+        False, help="Names are confidential: evidence tells references alone.", panel=OUTPUT
     )
 
 
@@ -348,6 +393,7 @@ class _Reading:
                 search=read["search"],
                 together=top.together,
                 shared_retain=top.shared_retain,
+                by_reference=top.by_reference,
                 bounds=top.bounds,
                 requests=listed,
                 outputs=read["outputs"],
@@ -457,6 +503,12 @@ class Stage(StrEnum):
     EDITS = "edits"
     FIGURES = "eval"
     REPORT = "report"
+    EVIDENCE = "evidence"
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether it writes a model without something."""
+        return self in (Stage.CHECKPOINT, Stage.TARGET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,7 +582,8 @@ class LedgerRow:
 class Ledger:
     """What a recipe's runs have done so far: stages, and what became of each request.
 
-    `original` and `figures` are the last ones measured, by the names that bounds have.
+    `original` and `figures` are the last ones measured, by the names that bounds have; `kept` is
+    the accuracy on each evaluation set then. Evidence names requests `by_reference` alone.
     """
 
     name: str
@@ -540,6 +593,9 @@ class Ledger:
     version: str
     original: dict[str, float] = added(factory=dict)
     figures: dict[str, float] = added(factory=dict)
+    kept_before: dict[str, Accuracy] = added(factory=dict)
+    kept: dict[str, Accuracy] = added(factory=dict)
+    by_reference: bool = added(False)
 
     def about(self) -> dict[str, str]:
         """Return in words what it is of."""

@@ -1,12 +1,14 @@
-"""The records of one name, whether each may be shown, and the commands they came from."""
+"""The records of one name, whether each may be shown, the commands they came from, its models."""
 
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
@@ -14,10 +16,13 @@ from slsgu_cli.checkpoints.edits import (
     moved_values,
     read_edit,
 )
+from slsgu_cli.checkpoints.layouts import layer_digest
 from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
-from slsgu_cli.checkpoints.weights import layer_digest
-from slsgu_cli.errors import SlsguError
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
+from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
+from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
     EditHeader,
@@ -28,13 +33,22 @@ from slsgu_cli.records.method import (
     Steer,
     Trials,
 )
-from slsgu_cli.records.options import MARGIN, RIDGE, PassOptions, RankOptions, SearchOptions
-from slsgu_cli.records.sets import LOCAL, SetManifest
+from slsgu_cli.records.options import (
+    MARGIN,
+    RIDGE,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+    StrengthOptions,
+)
+from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
 from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.store.files import file_sha256
+from slsgu_cli.store.store import Store
 
 T = TypeVar("T")
 
@@ -181,6 +195,92 @@ def edit_facts(edit: Edit, earlier: Sequence[Edit] = ()) -> EditFacts:
         after[PRECISION[dtype]] = layer_digest(widen(stored, dtype), "fp32")
     changed = int((delta != 0).sum())
     return EditFacts(edit.header.digests, after, changed, int(delta.size))
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file of a model by its name: its SHA-256 in the original, and in what was written."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenModel:
+    """A model that was written without something: its files, and which edits are in it.
+
+    `origin` is what it was made from. `troubles` say what could not be looked at, or is not as
+    it was written.
+    """
+
+    label: str
+    place: Path
+    origin: str
+    files: tuple[FileDigest, ...]
+    found: tuple[FoundEdit, ...]
+    troubles: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """The folder that the names of its files are from."""
+        return self.place.parent if self.place.is_file() else self.place
+
+    def holds(self, name: str) -> Presence | None:
+        """Return whether an edit is in every copy of its layer; None where it was not found."""
+        presences = {found.presence for found in self.found if found.name == name}
+        return max(presences, key=list(Presence).index, default=None)
+
+    def sharing(self, names: Collection[str]) -> list[str]:
+        """Return these edits and those that move the same layers, which are told together."""
+        layers = {found.layer for found in self.found if found.name in names}
+        return sorted({*names, *(found.name for found in self.found if found.layer in layers)})
+
+
+def written_model(
+    store: Store, label: str, place: Path, *,
+    origin: ModelSpec | Path, names: Sequence[str], made: str | None,
+) -> WrittenModel:  # fmt: skip
+    """Return digests of a model's files beside those of its origin, and what is in it.
+
+    `names` are the edits to look for; `made` is the digest that a run has of what it wrote.
+    """
+    troubles = []
+    before: dict[str, str] = {}
+    try:
+        before = _file_digests(_files_of(origin))
+    except (SlsguError, OSError) as error:
+        troubles.append(f"The original {origin} cannot be read: {error}.")
+    after: dict[str, str] = {}
+    found: list[FoundEdit] = []
+    try:
+        after = _file_digests(_files_of(place))
+        if made is not None and made != digest(
+            after if place.is_dir() else {"": after[place.name]}
+        ):
+            troubles.append("Its files are others than those that the run wrote.")
+        found = find_edits(store, names, place, StrengthOptions()) if names else []
+    except (SlsguError, OSError) as error:
+        troubles.append(f"{place} cannot be looked at: {error}.")
+    digests = tuple(
+        FileDigest(name, before.get(name), after.get(name)) for name in sorted({*before, *after})
+    )
+    return WrittenModel(label, place, str(origin), digests, tuple(found), tuple(troubles))
+
+
+def _files_of(model: ModelSpec | Path) -> dict[str, Path]:
+    """Return the files of a model by name. Raises MissingError, InputError."""
+    path = model
+    if isinstance(path, ModelSpec):
+        resolved = resolve(path)
+        path = resolved.folder or resolved.weights
+    if not path.exists():
+        raise MissingError(f"there is no {path}")
+    return all_files(path) if path.is_dir() else {path.name: path}
+
+
+def _file_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: file_sha256(path) for name, path in files.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What other commands recorded: verification, several concepts, comparison."""
 
+from collections.abc import Collection
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -51,25 +52,38 @@ CURVES = {
 STYLES = ("fa1", "ta0", "ta1", "ta2")
 
 
-def verification(records: SetRecords) -> Section:
-    """Show what may bring the concept back, and whether it did."""
+def verification(records: SetRecords, written: Collection[str] = ()) -> Section:
+    """Show what may bring the concept back, and whether it did.
+
+    It is that of a model that was `written`, by fingerprint, if one was verified, else of the
+    set's edit.
+    """
     evidence, edit = records.verification, records.edit.record
-    if evidence.record is not None and not _of_edit(evidence.record, edit):
+    if evidence.record is not None and not verified_pair(evidence.record, edit, written):
         return absent(TITLE, "No verification of this edit is recorded.", evidence.run)
-    return section(TITLE, evidence, lambda record: _verification(record, edit))
+    return section(
+        TITLE,
+        evidence,
+        lambda record: _verification(record, *verified_pair(record, edit, written)),
+    )
 
 
-def _of_edit(record: Verification, edit: EditHeader | None) -> list[VerifiedModel]:
-    """Return the original model and the model with the edit; nothing without both."""
+def verified_pair(
+    record: Verification, edit: EditHeader | None, written: Collection[str] = ()
+) -> list[VerifiedModel]:
+    """Return the original model and one that was `written`, or else the one with the edit.
+
+    Nothing without both.
+    """
     original = [model for model in record.subjects if model.edit is None][:1]
-    edited = [model for model in record.subjects if edit and model.edit == edit][:1]
-    return original + edited if original and edited else []
+    whole = [model for model in record.subjects if model.edit is None and model.key in written]
+    edited = whole or [model for model in record.subjects if edit and model.edit == edit]
+    return original + edited[:1] if original and edited else []
 
 
-def _verification(record: Verification, edit: EditHeader | None) -> Html:
+def _verification(record: Verification, original: VerifiedModel, edited: VerifiedModel) -> Html:
     from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
 
-    original, edited = _of_edit(record, edit)
     found = conclusion(record.concept, original, edited)
     probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [

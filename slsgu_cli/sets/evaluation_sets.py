@@ -385,11 +385,9 @@ def inspect_set(store: Store, name: str, *, part: str = FORGET, images: int = 48
         SeenRow(*row)
         for row in zip(block.keys, hashes(block), block.captions, block.origins, strict=True)
     ]
-    labels = [(row.key, row.caption or _label(block, index)) for index, row in enumerate(rows)]
     sheet = plot_path(name, f"{part}-sheet")
     title = f"{name}: {shown} of {block.rows} rows of {part}"
-    drawn = contact_sheet(block.images(0, shown), labels[:shown], title=title)
-    written = store.write_picture(sheet, drawn) is not None
+    written = store.write_picture(sheet, sheet_of(block, images, title=title)) is not None
     files = Counter(row.origin.file for row in rows if row.origin)
     return Inspection(
         manifest=manifest,
@@ -401,6 +399,18 @@ def inspect_set(store: Store, name: str, *, part: str = FORGET, images: int = 48
         sources=sorted(files.items(), key=lambda item: (-item[1], item[0])),
         sheet=sheet if written else None,
     )
+
+
+def sheet_of(block: DataBlock, images: int, *, title: str) -> bytes:
+    """Return the contact sheet of the first rows of a block, as PNG bytes."""
+    shown = min(images, block.rows)
+    labels = [
+        (key, caption or _label(block, index))
+        for index, (key, caption) in enumerate(
+            zip(block.keys[:shown], block.captions[:shown], strict=True)
+        )
+    ]
+    return contact_sheet(block.images(0, shown), labels, title=title)
 
 
 def drop_from_set(store: Store, name: str, wanted: Sequence[str], *, part: str) -> SetManifest:

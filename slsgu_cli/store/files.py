@@ -238,6 +238,12 @@ def is_content(digest: str, header: str, data: memoryview) -> bool:
     return whole.hexdigest() == digest
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as `sha256sum` tells it. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # The variables that say where copies of tensors lie, and how many bytes of them.
 CACHE, CACHE_SIZE = "SLSGU_CACHE", "SLSGU_CACHE_SIZE"
 DEFAULT_SIZE = "20G"

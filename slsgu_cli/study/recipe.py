@@ -3,9 +3,8 @@
 A step is done where the ledger has it as it is asked for now, and what it made still stands.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -20,11 +19,12 @@ from slsgu_cli.clip.models import device_name, fingerprint, pick_device, resolve
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.records.recipe import Ledger, Recipe, Stage, Together, read_recipe
+from slsgu_cli.records.recipe import Ledger, Recipe, RemovalRequest, Stage, Together, read_recipe
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.sets.build import made_from, preview
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
 from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.store.files import file_sha256
 from slsgu_cli.store.store import Store
 
 # What a stage of requests leaves in the store.
@@ -137,6 +137,8 @@ class RecipePlan:
             steps.append(Step(Stage.FIGURES, names))
         if out.report and names:
             steps.append(Step(Stage.REPORT, names, out.report))
+        if out.evidence and names:
+            steps.append(Step(Stage.EVIDENCE, names, out.evidence))
         return steps
 
     def asked(self, step: Step) -> dict[str, str]:
@@ -167,10 +169,16 @@ class RecipePlan:
         asked = {"edits": self._edits(step.names), "weights": self.weights}
         if step.stage is Stage.TARGET:
             asked["target"] = _stamps(self.target(step))
-        if step.stage in (Stage.FIGURES, Stage.REPORT):
+        told = (Stage.REPORT, Stage.EVIDENCE)
+        if step.stage in (Stage.FIGURES, *told):
             asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
             asked["checkpoint"] = self._shipped()
-        if step.stage is Stage.REPORT:
+        if step.stage is Stage.EVIDENCE:
+            rows = [recipe.request(name) for name in step.names]
+            asked["requests"] = digest([recipe.by_reference, *map(_told, rows)])
+            asked["bounds"] = digest([str(bound) for bound in recipe.bounds])
+            asked["targets"] = digest([str(path) for path in recipe.targets()])
+        if step.stage in told:
             checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
             asked["verifications"] = digest([each and digest(each) for each in checks])
         return asked
@@ -185,7 +193,7 @@ class RecipePlan:
             files = {name: step.place / f"{name}.safetensors" for name in step.names}
         else:
             files = all_files(step.place) if step.place.is_dir() else {"": step.place}
-        return digest({name: _sha256(path) for name, path in files.items()})
+        return digest({name: file_sha256(path) for name, path in files.items()})
 
     def why(self, step: Step) -> str | None:
         """Return why a step is to be done; None where it is done and stands."""
@@ -329,13 +337,13 @@ def _options(record: Any) -> str:
     return digest(said)
 
 
+def _told(request: RemovalRequest) -> dict[str, Any]:
+    """Return a request as evidence tells it, in the texts of its fields."""
+    return {field.name: str(getattr(request, field.name)) for field in fields(request)}
+
+
 def _stamps(folder: Path) -> str:
     """Return a digest of the names, sizes and times of a model's files."""
     files = all_files(folder) if folder.is_dir() else {"": folder}
     states = {name: path.stat() for name, path in files.items()}
     return digest({name: [s.st_size, s.st_mtime_ns] for name, s in states.items()})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

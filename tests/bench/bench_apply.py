@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.checkpoints.weights import read_layer
+from slsgu_cli.checkpoints.layouts import read_layer
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store

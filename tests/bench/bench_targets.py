@@ -153,7 +153,7 @@ def digests(path: Path) -> dict[tuple[Path, str], str]:
 
     The keys are the folder below `path`, and a tensor's or file's name.
     """
-    from slsgu_cli.checkpoints.weights import open_weights
+    from slsgu_cli.checkpoints.layouts import open_weights
 
     found = {}
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

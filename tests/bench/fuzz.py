@@ -16,8 +16,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["slsgu_cli"]):
+    from slsgu_cli.checkpoints.layouts import open_weights
     from slsgu_cli.checkpoints.torch_archive import read_pickle
-    from slsgu_cli.checkpoints.weights import open_weights
     from slsgu_cli.errors import SlsguError
     from slsgu_cli.records.codec import decode, parse_json
     from slsgu_cli.records.method import EditHeader

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints import torch_archive
-from slsgu_cli.checkpoints.weights import copy_spliced, open_weights
+from slsgu_cli.checkpoints.layouts import copy_spliced, open_weights
 from slsgu_cli.errors import InputError, MissingError
 
 

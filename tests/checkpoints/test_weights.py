@@ -12,13 +12,13 @@ import pytest
 import torch
 from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state, write_patched
 
-from slsgu_cli.checkpoints.torch_archive import read_pickle
-from slsgu_cli.checkpoints.weights import (
+from slsgu_cli.checkpoints.layouts import (
     file_fingerprint,
     layer_digests,
     open_weights,
     read_layer,
 )
+from slsgu_cli.checkpoints.torch_archive import read_pickle
 from slsgu_cli.errors import InputError
 
 
@@ -272,7 +272,7 @@ def test_weights_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.checkpoints.edits import ApplyOptions
-        from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights
+        from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
             file_fingerprint(path)
@@ -306,7 +306,7 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.checkpoints.edits import ApplyOptions
-        from slsgu_cli.checkpoints.weights import file_fingerprint, open_weights
+        from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}
         plan, out = FilePlan(open_weights(path).splices(patch), ()), path.with_name("o.safetensors")

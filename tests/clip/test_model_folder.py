@@ -14,8 +14,7 @@ from processes import inside
 from transformers import PreTrainedTokenizerFast
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
-from slsgu_cli.checkpoints.layouts import clip_shapes
-from slsgu_cli.checkpoints.weights import read_layer
+from slsgu_cli.checkpoints.layouts import clip_shapes, read_layer
 from slsgu_cli.clip import models
 from slsgu_cli.clip.model_folder import ModelCard, _hub_id, base_card, tokenizer_files
 from slsgu_cli.clip.models import PROBE, resolve

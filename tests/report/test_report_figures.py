@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slsgu_cli.figures.html import change, cosine, count, interval, number, percent
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Share
-from slsgu_cli.report.effect import lead
+from slsgu_cli.report.page import lead
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.checkpoints.torch_archive import read_pickle
-from slsgu_cli.checkpoints.weights import open_weights
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.records.method import EditHeader, GradientPointer, Ranking

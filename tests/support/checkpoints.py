@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
-from slsgu_cli.checkpoints.weights import open_weights
+from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.records.options import ApplyOptions
 
 DTYPES = {

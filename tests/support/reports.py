@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
-from slsgu_cli.checkpoints.weights import layer_digests
+from slsgu_cli.checkpoints.layouts import layer_digests
 from slsgu_cli.figures.pictures import Example
 from slsgu_cli.method.evaluate import BeforeAfter
 from slsgu_cli.records.figures import Accuracy
@@ -55,9 +55,8 @@ from slsgu_cli.records.verification import (
     Verification,
     VerifiedModel,
 )
-from slsgu_cli.report import effect
 from slsgu_cli.report.gather import Section, SetRecords, gather
-from slsgu_cli.report.page import all_sections, page
+from slsgu_cli.report.page import all_sections, cosines, examples, page
 from slsgu_cli.store.artifacts import joint_label
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -317,7 +316,7 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
 def sections(store: Store, name: str = NAME) -> tuple[SetRecords, list[Section]]:
     """Return what is known of a name and every section of the page on it."""
     records = gather(Catalog(store), name)
-    images = [effect.examples(guesses()), effect.cosines(guesses())]
+    images = [examples(guesses()), cosines(guesses())]
     return records, all_sections(records, images, store.url)
 
 

@@ -1,0 +1,409 @@
+"""`evidence`: a folder of what was removed, how well, what is left of it, and how to check that.
+
+A page for people, the same as JSON, an in-toto statement about the files that were written,
+their digests for `sha256sum`, contact sheets and edits.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import slsgu_cli
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.errors import InputError
+from slsgu_cli.figures.html import (
+    Child,
+    Head,
+    Html,
+    code,
+    count,
+    element,
+    figure_of,
+    image_html,
+    joined,
+    lines,
+    paragraph,
+    percent,
+    table,
+    terms,
+)
+from slsgu_cli.records.codec import by_name, document
+from slsgu_cli.records.recipe import EvidenceRequest, Recipe, RequestState
+from slsgu_cli.report import edit_sections, study_sections
+from slsgu_cli.report.gather import Section, WrittenModel
+from slsgu_cli.report.page import result, whole_page
+from slsgu_cli.report.removals import (
+    EDITS,
+    SUMS,
+    RemovalEvidence,
+    RemovedRequest,
+    content_of,
+    done_for,
+    exclusions,
+    figures_of,
+    gather_removals,
+    verified,
+)
+from slsgu_cli.store.files import file_sha256, replacing, require_regular
+from slsgu_cli.store.store import Store
+
+PAGE, FIGURES, STATEMENT, COMMANDS = (
+    "evidence.html", "evidence.json", "statement.json", "commands.sh"
+)  # fmt: skip
+SHEETS = "sheets"
+# What an earlier evidence may have left in its folder.
+OURS = re.compile(rf"({PAGE}|{FIGURES}|{STATEMENT}|{COMMANDS}|[^/]+\{SUMS}"
+                  rf"|{SHEETS}/[^/]+\.png|{EDITS}/[^/]+\.safetensors)")  # fmt: skip
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:slsgu:removal:v1"
+PACKAGES = ("torch", "open_clip_torch", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenEvidence:
+    """What was written: the folder, and what it says of each request."""
+
+    out: str
+    evidence: RemovalEvidence
+
+
+def write_evidence(
+    store: Store, request: EvidenceRequest, recipe: Recipe | None = None
+) -> WrittenEvidence:
+    """Write the evidence that `request` asks for. Raises UsageError, MissingError, InputError."""
+    _require_place(request)
+    evidence = gather_removals(store, request, recipe)
+    with replacing(request.out) as partial:
+        partial.mkdir()
+        _fill(partial, evidence)
+    return WrittenEvidence(str(request.out), evidence)
+
+
+def _require_place(request: EvidenceRequest) -> None:
+    out = request.out
+    require_regular(out)
+    if out.is_file():
+        raise InputError(f"{out} is a file", hint="--out names a folder")
+    present = [path for path in out.rglob("*") if not path.is_dir()] if out.is_dir() else []
+    if present and not request.overwrite:
+        raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
+    others = [name for p in present if not OURS.fullmatch(name := str(p.relative_to(out)))]
+    if others:
+        raise InputError(f"{out} holds {others[0]}, which would be lost", hint="another --out")
+
+
+def _fill(folder: Path, evidence: RemovalEvidence) -> None:
+    """Write every file of the evidence, the statement about them last."""
+    for one in evidence.requests:
+        if one.sheet is not None:
+            _put(folder / SHEETS / f"{one.name}.png", one.sheet)
+    for name, data in evidence.edits.items():
+        _put(folder / EDITS / f"{name}.safetensors", data)
+    for model in evidence.models:
+        sums = "".join(f"{file.after}  {file.name}\n" for file in model.files if file.after)
+        _put(folder / f"{model.label}{SUMS}", sums.encode())
+    content = [content_of(one, evidence) for one in evidence.requests]
+    _put(folder / FIGURES, _json({**_head(evidence), "requests": content}))
+    _put(folder / COMMANDS, "".join(f"{line}\n" for line in evidence.commands).encode())
+    _put(folder / PAGE, evidence_page(evidence).encode())
+    _put(folder / STATEMENT, _json(_statement(folder, evidence)))
+
+
+def _put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(document(value), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _head(evidence: RemovalEvidence) -> dict[str, Any]:
+    """Return what all of the evidence is of."""
+    return {
+        "slsgu": slsgu_cli.__version__,
+        "versions": by_name(_versions()),
+        "model": str(evidence.model),
+        "models": [
+            {"place": str(m.place), "origin": m.origin, "files": m.files, "edits": m.found,
+             "troubles": m.troubles}
+            for m in evidence.models
+        ],
+        "commands": evidence.commands,
+        "checks": evidence.checks,
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _statement(folder: Path, evidence: RemovalEvidence) -> dict[str, Any]:
+    """Return the in-toto statement: its subjects are the files after, else the edits alone."""
+    subjects = [
+        {"name": f"{model.label}/{file.name}", "digest": {"sha256": file.after}}
+        for model in evidence.models
+        for file in model.files
+        if file.after
+    ]
+    materials = [
+        {"name": file.name, "uri": model.origin, "digest": {"sha256": file.before}}
+        for model in evidence.models
+        for file in model.files
+        if file.before
+    ]
+    edits = [
+        {"name": f"{EDITS}/{one.name}.safetensors", "digest": {"sha256": one.records.edit.sha256}}
+        for one in evidence.requests
+        if one.records.edit.sha256
+    ]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": subjects or edits,
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "tool": {"name": "slsgu", "version": slsgu_cli.__version__},
+            "materials": materials,
+            "edits": edits,
+            "requests": [done_for(one, evidence) for one in evidence.requests],
+            "commands": evidence.commands,
+            "evidence": [
+                {"name": str(path.relative_to(folder)), "digest": {"sha256": file_sha256(path)}}
+                for path in files
+            ],
+        },
+    }
+
+
+def evidence_page(evidence: RemovalEvidence) -> str:
+    """Return the page: a summary, each request, then the files and how to check them."""
+    names = ", ".join(one.records.concept for one in evidence.requests)
+    parts = [(one.records.concept, _sections(one, evidence)) for one in evidence.requests]
+    return whole_page(
+        f"Removal evidence: {names}",
+        kind="Removal evidence",
+        heading=f"Removing {names}",
+        above=joined((_lead(evidence), _summary(evidence))),
+        parts=[*parts, ("Files, and how to check them", _of_files(evidence))],
+        origin="the records of its store, and from the files that it names",
+    )
+
+
+def _lead(evidence: RemovalEvidence) -> Html:
+    """Return in a few sentences what was done, and what was not."""
+    requests, places = evidence.requests, [str(model.place) for model in evidence.models]
+    states = [one.row.state for one in requests if one.row]
+    unverified = [one.name for one in requests if not one.pair]
+    sentences = [
+        f"From the model {evidence.model}, {len(requests)} "
+        f"{'request asks' if len(requests) == 1 else 'requests ask'} for something to be removed. ",
+        f"Written without it: {', '.join(places)}. "
+        if places
+        else "No model that was written without it is named here: what follows is of the edits. ",
+    ]
+    if states:
+        met = sum(state is RequestState.FORGOTTEN for state in states)
+        sentences.append(f"{met} of {len(states)} are forgotten within their bounds. ")
+    sentences.append(
+        f"Nobody tried to bring back {', '.join(unverified)}: no verification has been run. "
+        if unverified
+        else "What may bring it back was tried; section “What is left” says what did. "
+    )
+    if evidence.by_reference:
+        sentences.append(
+            "Names are confidential: each request is told by its reference, and captions, images "
+            "and edits are not in this folder. "
+        )
+    return paragraph(*sentences, class_="lead")
+
+
+def _summary(evidence: RemovalEvidence) -> Html:
+    rows: list[tuple[Child, ...]] = []
+    for number, one in enumerate(evidence.requests, start=1):
+        row, edit = one.row, one.records.edit.record
+        held = {model.holds(one.name) for model in evidence.models} - {None}
+        cells = (
+            element("a", one.records.concept, href=f"#n{number}"),
+            _whole(row.id if row else None),
+            _whole(row.received if row else None),
+            str(row.state) if row else None,
+            _whole(known_as(edit.layer) if edit else None),
+            *(percent(each.top1) for each in one.forget or ()),
+            *((None, None) if one.forget is None else ()),
+            ", ".join(sorted(each for each in held if each)) or None,
+            "run" if one.pair else "not run",
+        )
+        rows.append(cells)
+    heads = (Head("request", False), Head("id", False), Head("received", False),
+             Head("state", False), Head("layer", False), Head("recognised, original"),
+             Head("recognised now"), Head("its edit in the model", False),
+             Head("verification", False))  # fmt: skip
+    return table(heads, rows, caption="What was asked to be removed")
+
+
+def _whole(said: str | None) -> Html | None:
+    return element("span", said, class_="whole") if said else None
+
+
+def _sections(one: RemovedRequest, evidence: RemovalEvidence) -> list[Section]:
+    searched = edit_sections.request(one.records)
+    sheet = _sheet(one) if one.sheet else None
+    parts = [
+        Section("The request", _request(one)),
+        replace(searched, title="What was searched", content=joined((searched.content, sheet))),
+        replace(result(one.records), title="Figures of the edit"),
+    ]
+    if one.is_measured:
+        parts.append(Section("Figures of the model that was written", _as_written(one, evidence)))
+    return [
+        *parts,
+        replace(_verification(one), title="What was tried to bring it back"),
+        Section("What is left", _left(one)),
+        edit_sections.the_edit(one.records),
+    ]
+
+
+def _verification(one: RemovedRequest) -> Section:
+    prints = [each.key for each in one.pair[1:]]
+    return study_sections.verification(one.records, prints)
+
+
+def _request(one: RemovedRequest) -> Html:
+    row = one.row
+    if row is None:
+        return paragraph("No request is recorded: this was made without a recipe.")
+    return terms(
+        {
+            "Request": one.name,
+            "Concept": row.concept if row.concept != row.name else None,
+            "Number": row.id,
+            "Received": row.received,
+            "Reference": row.reference,
+            "Note": row.note,
+            "Captions without": lines([code(text) for text in exclusions(one)]),
+            "State": str(row.state),
+            "What became of it": lines([f"{event.day}: {event.state}" for event in row.events]),
+        }
+    )
+
+
+def _sheet(one: RemovedRequest) -> Html:
+    shown = image_html(one.sheet or b"", alt=f"images taken for {one.name}", class_="sheet")
+    return figure_of(shown, "The first images that were taken for it, in the order of their draw")
+
+
+def _as_written(one: RemovedRequest, evidence: RemovalEvidence) -> Html:
+    """Show figures of the model that was written, all requests in place, and the bounds."""
+    rows = [
+        (
+            each["figure"],
+            percent(each["before"]),
+            percent(each["after"]),
+            count(each["images"]),
+            f"{each['from']:.1f} to {each['to']:.1f}%",
+        )
+        for each in figures_of(one, evidence)
+    ]
+    heads = (Head("figure", False), Head("original"), Head("written"), Head("images"),
+             Head("95% interval, written"))  # fmt: skip
+    parts: list[Child] = [
+        table(heads, rows, caption="The model that was written, without all requests"),
+        paragraph("On images that nothing was chosen by, where the set has any.", class_="quiet"),
+    ]
+    checks = one.row.checks if one.row else ()
+    bounds = [(c.bound, percent(c.figure), "holds" if c.holds else "is not met") for c in checks]
+    if bounds:
+        of_bounds = (Head("bound", False), Head("figure"), Head("result", False))
+        parts.append(table(of_bounds, bounds, caption="Bounds of the request"))
+    return joined(parts)
+
+
+def _left(one: RemovedRequest) -> Html:
+    """Say in plain words what still finds it, and what this evidence does not tell."""
+    manifest = one.records.manifest.record
+    told: list[Child] = []
+    if one.pair:
+        found = verified(one)
+        told += found["conclusion"]
+        if one.is_measured and one.pair[1].edit is not None:
+            told.append("That was tried with this edit alone, not with all that were written.")
+        if found["not tried"]:
+            told.append(f"Not tried: {', '.join(found['not tried'])}.")
+    else:
+        unknown = (
+            "No verification has been run on it: whether other words, changed images, further "
+            "training or an attack bring it back is not known. To find out: "
+        )
+        told.append(joined((unknown, code(one.records.verification.run))))
+    told += [
+        "One layer was changed, no training image was deleted: the original model and every copy "
+        "of it know the concept as before.",
+        "Figures are of the images and prompts named here. Of others the intervals say how far "
+        "the share may lie, if they are drawn alike; they say nothing of images that are not.",
+    ]
+    if manifest is not None:
+        told.append(
+            f"{count(manifest.forget.rows)} images of it are in the store that this was made "
+            "from, and wherever they were taken from, until somebody removes them there."
+        )
+    return element("ul", *(element("li", each) for each in told))
+
+
+def _of_files(evidence: RemovalEvidence) -> list[Section]:
+    written = [_written(model, evidence) for model in evidence.models]
+    checks = [
+        paragraph(
+            "Two commands tell, from the folder that the run was in, whether the edits are in a "
+            "model, and whether its files are those below. The first needs slsgu and the edit, "
+            "the second nothing."
+            if evidence.checks
+            else "No model is named here. `slsgu check MODEL --edit EDIT` tells whether an edit is "
+            "in one.",
+        ),
+        _commands(evidence.checks) if evidence.checks else None,
+        paragraph("EDIT is a file that is kept apart; its SHA-256 is told with each request.")
+        if evidence.checks and evidence.by_reference
+        else None,
+    ]
+    versions = {"slsgu": slsgu_cli.__version__, **_versions()}
+    return [
+        Section("Check it", joined(checks)),
+        *written,
+        Section("Repeat it", joined((
+            paragraph("The same sources, model and versions give the same edits."),
+            _commands(evidence.commands),
+        ))),
+        Section("Made with", terms(dict(versions))),
+    ]  # fmt: skip
+
+
+def _commands(said: Sequence[str]) -> Html:
+    return element("pre", element("code", lines(said)))
+
+
+def _written(model: WrittenModel, evidence: RemovalEvidence) -> Section:
+    """Show the files of a model before and after, and which edits are in it."""
+    rows = [
+        (
+            code(file.name),
+            lines([code(file.before or "not there"), code(file.after or "not there")]),
+            "unchanged" if file.before == file.after else "changed" if file.before else "new",
+        )
+        for file in model.files
+    ]
+    found = ", ".join(
+        f"{one.name}: {model.holds(one.name) or 'not looked for'}" for one in evidence.requests
+    )
+    heads = (Head("file", False), Head("SHA-256 before, and after", False), Head("", False))
+    content = (
+        terms({"Place": code(str(model.place)), "Made from": code(model.origin), "Edits": found}),
+        *(paragraph(trouble, class_="notice") for trouble in model.troubles),
+        table(heads, rows, caption=f"Files of {model.label}"),
+    )
+    return Section(f"Files: {model.label}", joined(content))

@@ -1,0 +1,470 @@
+"""What became of removal requests: what is told of each, by its name or by its reference.
+
+Where names are confidential, each is replaced by the reference of its request before anything
+is made of it.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, near
+from slsgu_cli.records.codec import by_name, decode, encode
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.recipe import (
+    EvidenceRequest,
+    Ledger,
+    LedgerRow,
+    Recipe,
+    RequestState,
+    read_recipe,
+)
+from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.records.verification import CHECKS, KIND, Check, Verification, VerifiedModel
+from slsgu_cli.report.gather import (
+    Evidence,
+    SetRecords,
+    WrittenModel,
+    commands,
+    gather,
+    written_model,
+)
+from slsgu_cli.report.study_sections import verified_pair
+from slsgu_cli.sets.evaluation_sets import sheet_of
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.catalog import Catalog
+from slsgu_cli.store.store import Store
+
+T = TypeVar("T")
+
+ALL = "all"
+EDITS, SUMS = "edits", ".sha256"
+IMAGES = 48
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedRequest:
+    """One request as the evidence tells it: its ledger's row, and what the store knows of it.
+
+    `pair` are the original and the model that was verified, nothing where none was; `sheet`
+    is the contact sheet of what was taken for it.
+    """
+
+    name: str
+    records: SetRecords
+    row: LedgerRow | None
+    pair: tuple[VerifiedModel, ...]
+    sheet: bytes | None
+
+    @property
+    def forget(self) -> tuple[Accuracy, Accuracy] | None:
+        """How well the original recognises it, and what was written, or else its edit."""
+        edit, row = self.records.edit.record, self.row
+        before, after = (edit.baseline_forget, edit.forget) if edit else (None, None)
+        if row is not None and self.is_measured:
+            before, after = row.before, row.after
+        return (before, after) if before and after else None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether what was written has been measured for it."""
+        return self.row is not None and self.row.before is not None and self.row.after is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalEvidence:
+    """All that is written: requests, the models without them, what makes and checks it again.
+
+    `edits` are the files of edits, by name; none where names are confidential.
+    """
+
+    requests: tuple[RemovedRequest, ...]
+    models: tuple[WrittenModel, ...]
+    ledger: Ledger | None
+    model: ModelSpec
+    commands: tuple[str, ...]
+    checks: tuple[str, ...]
+    edits: dict[str, bytes]
+    by_reference: bool
+
+
+def gather_removals(
+    store: Store, request: EvidenceRequest, recipe: Recipe | None = None
+) -> RemovalEvidence:
+    """Return what is told of the requests that are named. Raises UsageError, MissingError."""
+    if recipe is None and request.recipe is not None:
+        recipe = read_recipe(request.recipe)
+    catalog = Catalog(store)
+    ledger = _ledger(catalog, request, recipe)
+    names = _names(catalog, request, ledger)
+    hides = any(each and each.by_reference for each in (request, ledger, recipe))
+    words = References.of(catalog, ledger, names) if hides else References({})
+    gathered = [gather(catalog, name) for name in names]
+    models = _models(store, request, ledger, gathered)
+    told = tuple(words.model(each) for each in models)
+    prints = _fingerprints(models)
+    removed = (
+        _removed(store, records, _row(ledger, records.name), words, prints) for records in gathered
+    )
+    return RemovalEvidence(
+        requests=tuple(removed),
+        models=told,
+        ledger=words.record(ledger),
+        model=words.record(_model(gathered)),
+        commands=tuple(words(each) for each in _again(store, request, recipe, ledger, gathered)),
+        checks=tuple(map(words, _checks(request, told, [*map(words, names)], hides=hides))),
+        edits={} if hides else _edits(store, models, names),
+        by_reference=hides,
+    )
+
+
+def _ledger(catalog: Catalog, request: EvidenceRequest, recipe: Recipe | None) -> Ledger | None:
+    """Return the ledger of a recipe, or else the one that has the requests, if one has."""
+    if recipe is not None:
+        ledger: Ledger | None = catalog.get(Artifact.LEDGER, recipe.name)
+        if ledger is None:
+            raise MissingError(
+                f"{catalog.store.url} has no ledger of {recipe.name}",
+                hint=f"slsgu run {request.recipe or f'{recipe.name}.toml'}",
+            )
+        return ledger
+    ledgers = [
+        each
+        for each in catalog.readable(Artifact.LEDGER).values()
+        if list(request.names) == [ALL] or {row.name for row in each.rows} & {*request.names}
+    ]
+    if len(ledgers) > 1:
+        names = ", ".join(each.name for each in ledgers)
+        raise UsageError(f"several recipes have such requests: {names}", hint="--recipe FILE")
+    return ledgers[0] if ledgers else None
+
+
+def _names(catalog: Catalog, request: EvidenceRequest, ledger: Ledger | None) -> list[str]:
+    """Return the names of the requests. Raises UsageError where one has none."""
+    names = list(request.names)
+    rows = ledger.rows if ledger else ()
+    if names == [ALL]:
+        names = [row.name for row in rows if row.state is not RequestState.WITHDRAWN]
+        if ledger is None:
+            edits = catalog.readable(Artifact.EDIT)
+            names = [name for name, header in edits.items() if header.target is None]
+        if not names:
+            raise MissingError("there is no request to tell of", hint="slsgu run RECIPE")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{twice[0]} is named twice")
+    known = [row.name for row in rows]
+    if ledger and (unknown := [name for name in names if name not in known]):
+        raise UsageError(
+            f"the recipe {ledger.name} never had a request {unknown[0]}",
+            hint=near(unknown[0], known) or f"it has {', '.join(known)}",
+        )
+    return names
+
+
+def _row(ledger: Ledger | None, name: str) -> LedgerRow | None:
+    return next((row for row in ledger.rows if row.name == name), None) if ledger else None
+
+
+def _model(gathered: Sequence[SetRecords]) -> ModelSpec:
+    manifest = next((each.manifest.record for each in gathered if each.manifest.record), None)
+    if manifest is None:
+        (first, *_) = gathered
+        raise InputError(first.manifest.trouble or "", hint=first.manifest.run)
+    return manifest.model
+
+
+def _models(
+    store: Store, request: EvidenceRequest, ledger: Ledger | None, gathered: Sequence[SetRecords]
+) -> list[WrittenModel]:
+    """Return the models that were written: those that are named, or the outputs of the ledger."""
+    names = [records.name for records in gathered]
+    model = ledger.model if ledger else _model(gathered)
+    places: list[tuple[Path, ModelSpec | Path, Sequence[str], str | None]] = [
+        (Path(str(place).removeprefix(LOCAL)), model, names, None) for place in request.models
+    ]
+    if ledger and not places:
+        places = [
+            (Path(s.place), Path(s.origin) if s.origin else model, s.names, s.made)
+            for s in ledger.stages
+            if s.place and s.made and s.stage.writes_model
+        ]
+    models: list[WrittenModel] = []
+    for place, origin, held, made in places:
+        label, taken = place.resolve().name, [each.label for each in models]
+        label = f"{label}-{len(models) + 1}" if label in taken else label
+        models.append(
+            written_model(store, label, place, origin=origin, names=held, made=made)
+        )  # fmt: skip
+    return models
+
+
+def _fingerprints(models: Sequence[WrittenModel]) -> set[str]:
+    """Return the fingerprints of those models that are a CLIP."""
+    prints = set()
+    for model in models:
+        try:
+            prints.add(fingerprint(resolve(ModelSpec(f"{LOCAL}{model.place}"))))
+        except (SlsguError, OSError):
+            continue
+    return prints
+
+
+def _removed(
+    store: Store, records: SetRecords, row: LedgerRow | None, words: "References", prints: set[str]
+) -> RemovedRequest:
+    """Return what is told of a request, in its own words or by its reference."""
+    sheet, manifest = None, records.manifest.record
+    if manifest is not None and not words.by:
+        block = DataBlock.open(store, manifest.forget)
+        shown = min(IMAGES, block.rows)
+        sheet = sheet_of(block, IMAGES, title=f"{records.name}: {shown} of {block.rows} images")
+    name, records, row = words(records.name), words.records(records), words.record(row)
+    verified, edit = records.verification.record, records.edit.record
+    pair = verified_pair(verified, edit, prints) if verified else ()
+    return RemovedRequest(name, records, row, tuple(pair), sheet)
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What stands for the words that are confidential; nothing where none are."""
+
+    by: dict[str, str]
+
+    @classmethod
+    def of(cls, catalog: Catalog, ledger: Ledger | None, names: Sequence[str]) -> "References":
+        """Return the references of all requests of a ledger. Raises UsageError without one."""
+        by: dict[str, str] = {}
+        for name in dict.fromkeys([*names, *(row.name for row in (ledger.rows if ledger else ()))]):
+            row = _row(ledger, name)
+            reference = (row.reference or row.id) if row else None
+            manifest = catalog.get(Artifact.SET, name)
+            patterns = manifest.patterns if manifest else ()
+            told = [name, *([row.concept] if row else []), *patterns]
+            if reference is None or _whole(*told).search(reference):
+                raise UsageError(
+                    f"the request {name} has no reference to be told by that leaves its name out",
+                    hint="give it a `reference` or an `id` in the recipe, and `slsgu run` that",
+                )
+            by |= {form.casefold(): reference for word in told for form in (word, quote(word))}
+        return cls(by)
+
+    def __call__(self, text: str) -> str:
+        """Return a text with references in place of words, the longest first."""
+        words = sorted(self.by, key=len, reverse=True)
+        if not words:
+            return text
+        return _whole(*words).sub(lambda found: self.by.get(found[0].casefold(), "–"), text)
+
+    def record(self, record: T) -> T:
+        """Return a record with references in all its texts and keys."""
+        if not self.by or record is None:
+            return record
+        return decode(type(record), self._value(encode(record)))
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self(key): self._value(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self._value(each) for each in value]
+        return self(value) if isinstance(value, str) and not isinstance(value, StrEnum) else value
+
+    def records(self, records: SetRecords) -> SetRecords:
+        """Return what is known of a set, without what images and near names tell of it."""
+        if not self.by:
+            return records
+        manifest, edit = self._told(records.manifest), self._told(records.edit)
+        if manifest.record:
+            plain = replace(manifest.record, patterns=(), request={}, command=())
+            manifest = replace(manifest, record=plain)
+        if edit.record:
+            edit = replace(edit, record=replace(edit.record, harmed=(), nearest=()))
+        verification = self._told(records.verification)
+        if verification.record:
+            verification = replace(verification, record=_without_words(verification.record))
+        return replace(
+            records, name=self(records.name), concept=self(records.concept), manifest=manifest,
+            pointer=self._told(records.pointer), edit=edit, trials=self._told(records.trials),
+            verification=verification,
+        )  # fmt: skip
+
+    def _told(self, evidence: Evidence[T]) -> Evidence[T]:
+        reason = self(evidence.reason) if evidence.reason else None
+        path, run = self(evidence.path), self(evidence.run)
+        record = None if evidence.record is None else self.record(evidence.record)
+        return replace(evidence, path=path, run=run, reason=reason, record=record)
+
+    def model(self, model: WrittenModel) -> WrittenModel:
+        """Return a written model with references in place of the names of its edits."""
+        return replace(
+            model,
+            label=self(model.label).replace("/", "-"),
+            place=Path(self(str(model.place))),
+            origin=self(model.origin),
+            found=tuple(map(self.record, model.found)),
+            troubles=tuple(map(self, model.troubles)),
+        )
+
+
+def _whole(*words: str) -> re.Pattern[str]:
+    """Return what finds words where no letter or digit goes on with them."""
+    any_of = "|".join(map(re.escape, words))
+    return re.compile(rf"(?<![^\W_])({any_of})(?![^\W_])", re.IGNORECASE)
+
+
+def _without_words(record: Verification) -> Verification:
+    """Return a verification without spellings, near names and texts of attacks."""
+    subjects = []
+    for subject in record.subjects:
+        findings = []
+        for finding in subject.findings:
+            probes = tuple(
+                replace(probe, name=f"{probe.name.partition(KIND)[0]} {number}")
+                if finding.check is Check.SPELLING
+                else probe
+                for number, probe in enumerate(finding.probes, 1)
+            )
+            attempts = tuple(replace(each, text="–", tried=()) for each in finding.attempts)
+            less = replace(finding, probes=probes, attempts=attempts, became=None, classes=None)
+            findings.append(less)
+        edit = subject.edit and replace(subject.edit, harmed=(), nearest=())
+        subjects.append(replace(subject, edit=edit, findings=tuple(findings)))
+    return replace(record, subjects=tuple(subjects))
+
+
+def _again(
+    store: Store, request: EvidenceRequest, recipe: Recipe | None, ledger: Ledger | None,
+    gathered: Sequence[SetRecords],
+) -> Iterator[str]:  # fmt: skip
+    """Yield the commands that do it again: those of each step, or the run of the recipe."""
+    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
+    if recipe is None and ledger is None:
+        yield from (line for records in gathered for line in commands(records))
+        return
+    name = request.recipe or f"{(recipe or ledger).name}.toml"  # type: ignore[union-attr]
+    yield f"slsgu run {shlex.quote(str(name))}"
+    for records in gathered:
+        record = records.verification.record
+        for subject in record.subjects[1:] if record else ():
+            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
+            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
+
+
+def _checks(
+    request: EvidenceRequest, models: Sequence[WrittenModel], names: Sequence[str], *, hides: bool
+) -> Iterator[str]:
+    """Yield two commands for each model: whether the edits are in it, and its files' digests."""
+    for model in models:
+        paths = [f"{request.out / EDITS / name}.safetensors" for name in model.sharing(names)]
+        edits = ["EDIT"] if hides else paths
+        words = [word for edit in edits for word in ("--edit", edit)]
+        yield shlex.join(["slsgu", "check", str(model.place), *words])
+        sums = shlex.quote(str(request.out / f"{model.label}{SUMS}"))
+        yield f"(cd {shlex.quote(str(model.root))} && sha256sum -c -) < {sums}"
+
+
+def _edits(store: Store, models: Sequence[WrittenModel], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the files of the edits that the commands look for."""
+    wanted = sorted({*names, *(name for model in models for name in model.sharing(names))})
+    paths = {name: Artifact.EDIT.path(name) for name in wanted}
+    return {name: store.read_bytes(path) for name, path in paths.items() if store.exists(path)}
+
+
+def done_for(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
+    """Return in short what was done for a request."""
+    edit, row, facts = one.records.edit.record, one.row, one.records.facts
+    return {
+        "request": one.name,
+        "id": row and row.id,
+        "received": row and row.received,
+        "reference": row and row.reference,
+        "state": row and row.state,
+        "layer": edit and edit.layer,
+        "layer before": facts and facts.before["fp32"],
+        "layer after": facts and facts.after["fp32"],
+        "figures": figures_of(one, evidence),
+        "bounds": row.checks if row else (),
+        "verified": bool(one.pair),
+    }
+
+
+def figures_of(one: RemovedRequest, evidence: RemovalEvidence) -> list[dict[str, Any]]:
+    """Return figures with exact intervals: of what was written, or else of the edit."""
+    return [
+        {
+            "figure": f"{kind}@{k} {name}".strip(),
+            "before": getattr(was, top),
+            "after": getattr(now, top),
+            "images": now.rows,
+            "unseen": now.unseen,
+            "from": round(low, 4),
+            "to": round(high, 4),
+        }
+        for kind, name, was, now in accuracies(one, evidence)
+        for k, top in ((1, "top1"), (5, "top5"))
+        for low, high in [Share.of(getattr(now, top), now.rows).interval]
+    ]
+
+
+def accuracies(
+    one: RemovedRequest, evidence: RemovalEvidence
+) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
+    """Yield FA and the TA of each set, by its name: of the original, and of what was made."""
+    ledger, edit = evidence.ledger, one.records.edit.record
+    before, after = (edit.baseline_utility or {}, edit.utility or {}) if edit else ({}, {})
+    if ledger and one.is_measured:
+        before, after = ledger.kept_before, ledger.kept
+    if one.forget:
+        yield "FA", "", *one.forget
+    for name in sorted(before.keys() & after.keys()):
+        yield "TA", name, before[name], after[name]
+
+
+def content_of(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
+    """Return all that is told of a request."""
+    manifest, row, edit = one.records.manifest.record, one.row, one.records.edit
+    told = one.pair and verified(one)
+    return {
+        **done_for(one, evidence),
+        "concept": one.records.concept,
+        "note": row and row.note,
+        "events": row.events if row else (),
+        "captions with": manifest.patterns if manifest else (),
+        "captions without": exclusions(one),
+        "rows": by_name(manifest.blocks()) if manifest else [],
+        "edit": edit.record,
+        "edit sha256": edit.sha256,
+        "measured on": "what was written" if one.is_measured else "the edit",
+        "verification": told or None,
+    }
+
+
+def exclusions(one: RemovedRequest) -> list[str]:
+    """Return the words that captions must not have to be of a request."""
+    manifest = one.records.manifest.record
+    return list(manifest.request.get("not_match") or ()) if manifest else []
+
+
+def verified(one: RemovedRequest) -> dict[str, Any]:
+    """Return what verification found, in rows and in words, and what it did not try."""
+    from slsgu_cli.verification.verdicts import conclusion, rows
+
+    original, other = one.pair
+    return {
+        "model": other.label,
+        "checks": [row for row in rows(original, other) if not row.detail],
+        "conclusion": conclusion(one.records.concept, original, other).sentences,
+        "not tried": _untried(other),
+    }
+
+
+def _untried(model: VerifiedModel) -> list[str]:
+    """Return the checks that were not run on a model, or could not be."""
+    tried = {finding.check for finding in model.findings if not finding.left_out}
+    return [check for check in CHECKS if check not in tried]
