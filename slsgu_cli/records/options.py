@@ -118,7 +118,7 @@ class BuildRequest:
     model: ModelSpec = options(ModelSpec(""), words={"name": "none; a new set needs one"})
     sources: Sequence[str] = option(
         (), "--source", "-s", metavar="SOURCE", panel=ROWS,
-        help="Tar shards, parquet, folder or glob; rows by ?column=value.",
+        help="Tar shards, parquet, table, folder or glob; rows by ?column=value.",
     )  # fmt: skip
     match: Sequence[str] = option(
         (), "--match", help="Captions to forget hold these words.", panel=ROWS,
@@ -167,11 +167,11 @@ class BuildRequest:
         metavar="NAME", without="the one with that class",
     )  # fmt: skip
     image_column: str | None = option(
-        None, "--image-column", help="Parquet column of images.", panel=ROWS, metavar="COLUMN",
+        None, "--image-column", help="Column of images or paths.", panel=ROWS, metavar="COLUMN",
         without="found by its name",
     )  # fmt: skip
     caption_column: str | None = option(
-        None, "--caption-column", "--caption-col", help="Parquet column of captions.", panel=ROWS,
+        None, "--caption-column", "--caption-col", help="Column of captions.", panel=ROWS,
         metavar="COLUMN", without="found by its name",
     )  # fmt: skip
     label_column: str | None = option(

@@ -112,6 +112,7 @@ def plan_eval(
     Where the labels are the names, `among` are the classes that they may be of.
     """
     known = read_classes(classes or FROM_LABELS[0])
+    numbers_are_names = classes in FROM_LABELS or among is not None
     if known is None and among is not None:
         known = ClassList(among, None, f"evaluation set {name}")
     prompts = read_templates(templates or DEFAULT_TEMPLATES)
@@ -131,10 +132,14 @@ def plan_eval(
         counts = Counter(block.attributes["refused"])
         seen = int(block.attributes["seen"])
         names = block.class_names
+        if known is None and not numbers_are_names:
+            _require_names(name, names)
         return EvalPlan(
             name, source, path, recipe, readers, prompts, names, {}, seen, counts, block
         )
-    names, rows, seen, refused = _labelled(context, source, readers, known)
+    names, rows, seen, refused = _labelled(source, readers, known)
+    if known is None and not numbers_are_names:
+        _require_names(name, names)
     return EvalPlan(name, source, path, recipe, readers, prompts, names, rows, seen, refused)
 
 
@@ -170,8 +175,21 @@ def _write(context: BuildContext, plan: EvalPlan, title: str) -> DataBlock:
     return DataBlock.at(context.store, plan.path)
 
 
+def _require_names(name: str, classes: Sequence[str]) -> None:
+    """Raise InputError where classes are numbers: prompts of them mean nothing to a model."""
+    if not classes or not all(label.isdecimal() for label in classes):
+        return
+    some = ", ".join(sorted(classes, key=int)[:4])
+    raise InputError(
+        f"the labels of evaluation set {name} are numbers ({some}{', ...' * (len(classes) > 4)}), "
+        "not names",
+        hint=f"give their names: --classes {name}=FILE with a name a line, for 0, 1, 2, ..., or "
+        f"label<TAB>name; --classes {name}=labels if the numbers are the names",
+    )
+
+
 def _labelled(
-    context: BuildContext, source: str, readers: Sequence[Reader], known: ClassList | None
+    source: str, readers: Sequence[Reader], known: ClassList | None
 ) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
     """Return class names, rows that have a class, how many rows were seen, and refusals."""
     refused: Counter[str] = Counter()
@@ -188,16 +206,39 @@ def _labelled(
         raise InputError(
             f"no row of {source} can be evaluated on: {seen} rows, {counted(refused) or 'none'}",
             hint="name the label column with --label-column, or give a folder of class folders; "
+            "labels in a file apart from a tar: LABELS.txt?images=TAR; "
             "check the filter behind the question mark",
         )
-    names, index = class_indices(known, {label for *_, label in labelled})
+    names, index, numbered = _classes_of(known, [(row, label) for _, row, label in labelled])
     rows = {
-        (number, row.index): LabelledRow(row, index[label])
+        (number, row.index): LabelledRow(row, index[called])
         for number, row, label in labelled
-        if label in index
+        if (called := (row.number or label) if numbered else label) in index
     }
     refused["unknown label"] += len(labelled) - len(rows)
     return names, rows, seen, refused
+
+
+def _classes_of(
+    known: ClassList | None, labels: Sequence[tuple[Row, str]]
+) -> tuple[tuple[str, ...], dict[str, int], bool]:
+    """Return class names, the index of each label, and whether labels go by their numbers.
+
+    A file may name its classes by numbers and by names, as Hugging Face's do. To a list of
+    classes they go by what more of them are known by: names of ImageNet are spelt in many ways.
+    """
+    names = {label for _, label in labels}
+    numbers = {row.number for row, _ in labels if row.number is not None}
+    if known is None or not numbers:
+        return *class_indices(known, names), False
+    by_name: dict[str, int] = {}
+    with suppress(InputError):
+        _, by_name = class_indices(known, names)
+    with suppress(InputError):
+        _, by_number = class_indices(known, numbers)
+        if len(by_number) > len(by_name):
+            return known.names, by_number, True
+    return *class_indices(known, names), False
 
 
 def _decode_into(writer: BlockWriter, context: BuildContext, plan: EvalPlan, title: str) -> None:

@@ -1,38 +1,63 @@
-"""From the words a user names a source by to readers of its rows; folders of images."""
+"""From the words a user names a source by to readers of its rows; folders, tables of text."""
 
+import csv
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import fsspec
 
-from slsgu_cli.errors import InputError, MissingError, first_lines
+from slsgu_cli.errors import InputError, MissingError, SlsguError, first_lines
+from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
+    IMAGE_FIELDS,
     IMAGE_LIMIT,
     IMAGE_SUFFIXES,
+    PATH_FIELDS,
+    SPLITS,
     TEXT_LIMIT,
     TOO_LARGE,
     Columns,
     Extent,
+    Files,
     Filters,
+    FolderFiles,
+    Header,
     Reader,
     Row,
+    TableSource,
     Wanted,
     as_text,
+    file_identity,
+    folder_of,
     no_column,
     passes,
     stamp,
+    tail,
+    usual_column,
 )
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET = (".parquet", ".pq")
-ACCEPTED = "tar shards, parquet files, folders of images with .txt captions, or of class folders"
+ARROW = (".arrow",)
+TEXT = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+# The table in a folder of images, as Hugging Face's `imagefolder` has it.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# What `save_to_disk` says of a data set and of several splits of one.
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+IMAGES = "images"
+ACCEPTED = (
+    "tar shards, parquet or .arrow files, tables of paths (.csv, .tsv, .jsonl, .json, .txt), "
+    "folders of images with .txt captions or a metadata.csv, or of class folders"
+)
 FILTER = re.compile(r"[^=&?/*]+=[^&]*(?:&[^=&?/*]+=[^&]*)*")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 RowId = tuple[int, int]
@@ -163,10 +188,8 @@ def _readers(path: str, source: Source, columns: Columns) -> list[Reader]:
         from slsgu_cli.sources.tar import TarSource
 
         return [TarSource(path, columns, source.filters)]
-    if lower.endswith(PARQUET):
-        from slsgu_cli.sources.parquet import ParquetSource
-
-        return [ParquetSource(path, columns, source.filters)]
+    if lower.endswith((*PARQUET, *ARROW, *TEXT)):
+        return [_table(path, source, columns)]
     fs, inner = fsspec.core.url_to_fs(path)
     if fs.isdir(inner):
         return _folder_readers(path, source, columns)
@@ -175,21 +198,118 @@ def _readers(path: str, source: Source, columns: Columns) -> list[Reader]:
     raise InputError(f"{path} is not a source of images and captions", hint=hint)
 
 
-def _folder_readers(path: str, source: Source, columns: Columns) -> list[Reader]:
-    """Read a folder of shards as its shards, any other folder as images."""
+def _table(path: str, source: Source, columns: Columns, *, by_folder: bool = False) -> Reader:
+    """Return the reader of a file of rows with columns; `?images=` says where images lie."""
+    filters = {name: values for name, values in source.filters.items() if name != IMAGES}
+    named = source.filters.get(IMAGES)
+    files = _files(named) if named else FolderFiles(_usual_folder(path))
+    lower = path.lower()
+    kind: type[TableSource] = TextTable
+    if lower.endswith((*PARQUET, *ARROW)):
+        from slsgu_cli.sources import parquet
 
+        kind = parquet.ParquetSource if lower.endswith(PARQUET) else parquet.ArrowSource
+    return kind(path, columns, filters, files, by_folder)
+
+
+def _files(named: frozenset[str]) -> Files:
+    """Return the images in the folder or tar that `?images=` names. Raises MissingError."""
+    (place, *more) = sorted(named)
+    fs, inner = fsspec.core.url_to_fs(place)
+    if more or not fs.exists(inner):
+        raise MissingError(
+            f"?{IMAGES}= names {'several places' if more else f'{place}, which is not there'}",
+            hint="name one folder, or one tar, that the images of the table lie in",
+        )
+    if not place.lower().endswith(TAR):
+        return FolderFiles(place)
+    from slsgu_cli.sources.tar import TarFiles
+
+    return TarFiles(place)
+
+
+# Where images lie of tables that are published apart from them.
+USUAL_FOLDERS = (
+    (re.compile(r"captions_(\w+)\.json"), ("../{}", "../images/{}", "{}", "images/{}")),
+    (re.compile(r"(identity_celeba)\w*\.txt"), ("img_align_celeba", "../Img/img_align_celeba")),
+)
+
+
+def _usual_folder(path: str) -> str:
+    """Return the folder that a table's images lie in: by its name, else its own."""
+    folder = folder_of(path)
+    for name, places in USUAL_FOLDERS:
+        match = name.fullmatch(tail(path).rsplit("/", 1)[-1].lower())
+        for place in places if match else ():
+            at = f"{folder}/{place.format(match[1])}" if match else ""
+            fs, inner = fsspec.core.url_to_fs(at)
+            if fs.isdir(inner):
+                return at
+    return folder
+
+
+def _folder_readers(path: str, source: Source, columns: Columns) -> list[Reader]:
+    """Read a folder of shards as its shards, one with a table by that, any other as images."""
     fs, inner = fsspec.core.url_to_fs(path)
     names = sorted(str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True))
+    path = path.rstrip("/")
+    if SAVED_SPLITS in names:
+        splits = _said(f"{path}/{SAVED_SPLITS}").get("splits")
+        inside = [name for name in splits if name in names] if isinstance(splits, list) else []
+        return [r for name in inside for r in _folder_readers(f"{path}/{name}", source, columns)]
+    if SAVED in names:
+        return [_table(f"{path}/{name}", source, columns) for name in _saved(path, names)]
+    if tables := [name for name in METADATA if name in names and not _has(names, TAR)]:
+        if tables[1:]:
+            raise InputError(
+                f"{path} has {' and '.join(tables)}", hint="leave one of them, or name one"
+            )
+        return [_table(f"{path}/{tables[0]}", source, columns, by_folder=True)]
     # Tar shards come first: img2dataset lays a parquet of metadata beside each of them.
     for suffixes in (TAR, PARQUET):
         shards = [name for name in names if name.lower().endswith(suffixes)]
         if shards:
-            return [
-                reader
-                for name in shards
-                for reader in _readers(f"{path.rstrip('/')}/{name}", source, columns)
-            ]
+            return [r for name in shards for r in _readers(f"{path}/{name}", source, columns)]
+    splits = [name for name in names if name in SPLITS and _has_table(f"{path}/{name}")]
+    if splits:
+        return [r for name in splits for r in _folder_readers(f"{path}/{name}", source, columns)]
     return [FolderSource(path, source.filters)]
+
+
+def _has(names: Sequence[str], suffixes: tuple[str, ...]) -> bool:
+    return any(name.lower().endswith(suffixes) for name in names)
+
+
+def _has_table(folder: str) -> bool:
+    fs, inner = fsspec.core.url_to_fs(folder)
+    return any(fs.exists(f"{inner}/{name}") for name in METADATA)
+
+
+def _saved(folder: str, names: Sequence[str]) -> list[str]:
+    """Return the files of a data set saved to disk, which may have caches beside them."""
+    state = _said(f"{folder}/{SAVED}")
+    if state.get("_indices_data_files"):
+        raise InputError(
+            f"{folder} was saved with its rows chosen by an index",
+            hint="save it again: load_from_disk(...).flatten_indices().save_to_disk(...)",
+        )
+    listed = state.get("_data_files")
+    files = [str(file.get("filename")) for file in listed or () if isinstance(file, dict)]
+    missing = [name for name in files if name not in names]
+    if missing or not files:
+        what = f"no {missing[0]}" if missing else "no files of rows"
+        raise InputError(f"{folder} has {what}, as {SAVED} tells", hint="save it again")
+    return files
+
+
+def _said(path: str) -> dict[str, Any]:
+    """Return what a small JSON file says. Raises InputError."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            value = parse_json(file.read(JSON_FILE))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    return value if isinstance(value, dict) else {}
 
 
 FIELDS = ("key", "caption", "label")
@@ -216,12 +336,16 @@ class FolderSource:
         return [self.path, count, files.hexdigest()]
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters. Raises InputError for an unknown filter."""
+        """Yield the rows that pass the filters.
+
+        Raises InputError for an unknown filter, and where the folder has no images at all.
+        """
         for name in self.filters:
             if name not in FIELDS:
                 raise no_column(
                     self.path, f"column {name}", list(FIELDS), "filter a folder by its label"
                 )
+        index = None
         for index, image, caption in self._entries():
             if _size(image) > IMAGE_LIMIT or _size(caption) > TEXT_LIMIT:
                 trouble[TOO_LARGE] += 1
@@ -232,6 +356,8 @@ class FolderSource:
             key = relative.rsplit(".", 1)[0]
             if passes(self.filters, {"key": key, "caption": text, "label": label}):
                 yield Row(index, key, text, label)
+        if index is None:
+            raise _no_images(self.path)
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows."""
@@ -283,6 +409,15 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[Entry, Entry | None]]:
         folders.extend(reversed(inside))
 
 
+def _no_images(folder: str) -> InputError:
+    """Return the error for a folder without images, which tells of sources below it."""
+    fs, inner = fsspec.core.url_to_fs(folder)
+    known = (*TAR, *PARQUET, *ARROW, *TEXT)
+    below = sorted(name for name in fs.find(inner, maxdepth=3) if name.lower().endswith(known))
+    hint = f"name what is in it, such as {below[0]}" if below else ACCEPTED
+    return InputError(f"there are no images in {folder}", hint=hint)
+
+
 def _is_file(fs: Any, entry: Entry) -> bool:
     """Return whether an entry is a file, or a link to one or to nothing.
 
@@ -301,3 +436,216 @@ def _size(entry: Entry | None) -> int:
 
 def _base(entry: Entry) -> str:
     return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+# The most bytes that a line of a table may have, and a JSON file that is read whole.
+LINE, JSON_FILE = 1 << 20, 1 << 28
+# Rows of JSON lines that columns are read from.
+TELLING = 100
+RAGGED, NO_OBJECT = "not a value for each column", "not a JSON object"
+# A line of a list: an image, and behind it what it is.
+LISTED = re.compile(rf"(.+?\.(?:{'|'.join(sorted(IMAGE_SUFFIXES))}))(?:[\s,]+(.*))?", re.IGNORECASE)
+PARTITION = ("list_eval_partition.txt", "../Eval/list_eval_partition.txt")
+CELEBA_SPLITS = {"0": "train", "1": "valid", "2": "test"}
+# A row by its columns, or why it is none.
+Record = Mapping[str, Any] | str
+Listing = tuple[Sequence[str], Iterable[Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable(TableSource):
+    """A table of paths with captions or labels, as text: what its suffix and first line say."""
+
+    def header(self) -> Header:
+        """Return the columns; all may be paths."""
+        with self._listed() as (names, _):
+            return Header(names)
+
+    def records(
+        self, columns: Sequence[str], trouble: Counter[str]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield each row's number and columns; count what is no row in `trouble`."""
+        with self._listed() as (_, rows):
+            for index, row in enumerate(rows):
+                if isinstance(row, str):
+                    trouble[row] += 1
+                elif any(len(as_text(row.get(name)) or "") > TEXT_LIMIT for name in columns):
+                    trouble[TOO_LARGE] += 1
+                else:
+                    yield index, row
+
+    def identity(self) -> Any:
+        """Return the identity of the table, its images, and a file of splits beside it."""
+        beside = _beside(self.path, PARTITION) if _is_celeba(self.path) else None
+        identity = TableSource.identity(self)
+        return [*identity, file_identity(beside)] if beside else identity
+
+    @contextmanager
+    def _listed(self) -> Iterator[Listing]:
+        """Yield the columns and the rows. Raises MissingError and InputError."""
+        try:
+            with fsspec.open(
+                self.path, "r", encoding="utf-8-sig", errors="replace", newline=""
+            ) as file:
+                yield self._listing(file)
+        except FileNotFoundError as error:
+            raise MissingError(f"there is no {self.path}") from error
+        except OSError as error:
+            if isinstance(error, SlsguError):
+                raise
+            raise InputError(f"cannot read {self.path}: {error}") from error
+
+    def _listing(self, file: Any) -> Listing:
+        suffix = self.path.lower().rsplit(".", 1)[-1]
+        if suffix == "json":
+            return _json_listing(file, self.path)
+        if suffix in ("jsonl", "ndjson"):
+            return _named_by_rows(map(_object, filter(str.strip, _lines(file))))
+        lines = _lines(file)
+        first = next(lines, "")
+        lines = chain([first], lines)
+        if suffix == "txt" and usual_column(_split(first), (*IMAGE_FIELDS, *PATH_FIELDS)) is None:
+            return self._list(first, lines)
+        return _csv_listing(first, lines)
+
+    def _list(self, first: str, lines: Iterable[str]) -> Listing:
+        """Return rows of lines with an image and its label, or of labels of images in order."""
+        words = filter(None, map(str.strip, lines))
+        if not LISTED.fullmatch(first.strip()):
+            return ("image", "label"), self._in_order(words)
+        pairs = (LISTED.fullmatch(line) for line in words)
+        rows = ({"image": pair[1], "label": pair[2]} if pair else RAGGED for pair in pairs)
+        beside = _beside(self.path, PARTITION) if _is_celeba(self.path) else None
+        if beside is None:
+            return ("image", "label"), rows
+        return ("image", "label", "split"), _with_splits(rows, beside)
+
+    def _in_order(self, labels: Iterable[str]) -> Iterator[Record]:
+        """Yield a row for each label of the images, which are sorted by their names."""
+        listed = list(labels)
+        if all(label.isdecimal() for label in listed):
+            raise InputError(
+                f"{self.path} has numbers alone, and no images that they are of",
+                hint="the development kit's numbers are in an order of their own: give a file of "
+                "an ImageNet folder's name a line (n01440764), or of lines with image and label",
+            )
+        names = self._files().names()
+        if len(names) != len(listed):
+            raise InputError(
+                f"{self.path} has {len(listed)} labels for {len(names)} images",
+                hint="give a line for each image, or lines with image and label",
+            )
+        yield from ({"image": n, "label": la} for n, la in zip(names, listed, strict=True))
+
+
+def _lines(file: Any) -> Iterator[str]:
+    """Yield the lines of a file, those that are too long in pieces."""
+    while line := file.readline(LINE):
+        yield line
+
+
+def _split(line: str) -> list[str]:
+    return [name.strip().strip('"') for name in line.split(_delimiter(line))]
+
+
+def _delimiter(header: str) -> str:
+    """Return what stands between columns: open_clip's tables have tabs, whatever their suffix."""
+    return next((mark for mark in "\t,;|" if mark in header), ",")
+
+
+def _csv_listing(first: str, lines: Iterable[str]) -> Listing:
+    reader = csv.reader(iter(lines), delimiter=_delimiter(first))
+    names = [name.strip() for name in next(reader, [])]
+
+    def rows() -> Iterator[Record]:
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield TOO_LARGE if "limit" in str(error) else RAGGED
+                continue
+            if len(values) == len(names):
+                yield dict(zip(names, values, strict=True))
+            elif values:
+                yield RAGGED
+
+    return names, rows()
+
+
+def _object(line: str) -> Record:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return NO_OBJECT
+    return value if isinstance(value, dict) else NO_OBJECT
+
+
+def _named_by_rows(rows: Iterator[Record]) -> Listing:
+    """Return rows, and the columns that the first of them have."""
+    first = list(islice(rows, TELLING))
+    names = dict.fromkeys(name for row in first if not isinstance(row, str) for name in row)
+    return list(names), chain(first, rows)
+
+
+def _json_listing(file: Any, path: str) -> Listing:
+    """Return the rows of a list of records, or of COCO's captions. Raises InputError."""
+    text = file.read(JSON_FILE + 1)
+    if len(text) > JSON_FILE:
+        raise InputError(f"{path} has more than {JSON_FILE:,} letters", hint="write JSON lines")
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(value, list):
+        return _named_by_rows(row if isinstance(row, dict) else NO_OBJECT for row in value)
+    said = value if isinstance(value, dict) else {}
+    images, annotations = said.get("images"), said.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        fields = ", ".join(said) or "no fields"
+        raise InputError(
+            f"{path} is no list of records, nor COCO's captions: it has {fields}",
+            hint="COCO's captions are in annotations/captions_*.json",
+        )
+    return ("image", "caption", "key"), _coco(images, annotations)
+
+
+def _coco(images: Sequence[Any], annotations: Sequence[Any]) -> Iterator[Record]:
+    """Yield a row for each caption of COCO's, of which an image has several."""
+    try:
+        files = {image["id"]: str(image["file_name"]) for image in images}
+        for note in annotations:
+            file = files.get(note["image_id"])
+            key = f"{(file or '').rsplit('.', 1)[0]}:{note['id']}"
+            yield {"image": file, "caption": note.get("caption"), "key": key}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"an image or annotation is not as COCO has it: {error!r}",
+            hint="images have id and file_name, annotations id, image_id and caption",
+        ) from error
+
+
+def _is_celeba(path: str) -> bool:
+    return tail(path).rsplit("/", 1)[-1].lower().startswith("identity_celeba")
+
+
+def _beside(path: str, names: Sequence[str]) -> str | None:
+    """Return the first of some files that is there, by their paths from a file's folder on."""
+    for name in names:
+        place = f"{folder_of(path)}/{name}"
+        fs, inner = fsspec.core.url_to_fs(place)
+        if fs.exists(inner):
+            return place
+    return None
+
+
+def _with_splits(rows: Iterable[Record], partition: str) -> Iterator[Record]:
+    """Yield rows with the split that CelebA's partition has their image in."""
+    splits: dict[str, str | None] = {}
+    with fsspec.open(partition, "r", encoding="utf-8-sig", errors="replace") as file:
+        for line in _lines(file):
+            image, _, number = line.strip().rpartition(" ")
+            splits[image.strip()] = CELEBA_SPLITS.get(number)
+    for row in rows:
+        yield row if isinstance(row, str) else {**row, "split": splits.get(row["image"])}

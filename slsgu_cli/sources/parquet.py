@@ -1,7 +1,8 @@
-"""Read samples from a parquet file that holds the image bytes.
+"""Read samples from a parquet or an Arrow file that holds the image bytes, or their paths.
 
-Images are binary, or the {bytes, path} structs that Hugging Face data sets write. The
-first pass reads text columns only; the second skips row groups without a chosen row.
+Images are binary, the {bytes, path} structs that Hugging Face data sets write, or paths as
+text. The first pass reads text columns only; the second skips row groups without a chosen
+row. Numbers of classes have the names that Hugging Face's metadata gives them.
 
 Files come from strangers. What a footer, a page or a cell may cost is bounded, as for a tar:
 beyond that rows are counted and left out, or the file is refused.
@@ -10,7 +11,7 @@ beyond that rows are counted and left out, or the file is refused.
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,27 +22,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError
-from slsgu_cli.records.sets import Origin
+from slsgu_cli.errors import InputError, MissingError, SlsguError, first_lines
+from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
     BOMB,
-    CAPTION_FIELDS,
+    BYTES,
     IMAGE_LIMIT,
-    LABEL_FIELDS,
+    PATH,
     TEXT_LIMIT,
     TOO_LARGE,
-    Columns,
-    Filters,
-    Row,
+    Header,
+    Held,
+    TableSource,
     Unread,
     Wanted,
-    as_text,
-    file_identity,
-    no_column,
-    passes,
 )
 
-IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 TEXT_BATCH = 4096
 IMAGE_BATCH = 64
 BUFFER = 1 << 20
@@ -54,6 +50,7 @@ PAGE_ROOM, PAGE_INFLATION = 1 << 28, 32
 FOOTER_LIMIT, ROWS, LISTED = 1 << 25, 1 << 20, 1 << 24
 # Bytes in which a page's header ends, statistics and all.
 PAGE_HEADER = 1 << 16
+ARROW_START = b"ARROW1"
 
 
 class Bomb(InputError):
@@ -61,48 +58,24 @@ class Bomb(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetSource:
+class ParquetSource(TableSource):
     """Samples of one parquet file."""
 
-    path: str
-    columns: Columns
-    filters: Filters
-    labels_are_captions: bool = False
-
-    def identity(self) -> Any:
-        """Return path, size, time of change, and which column the images are in."""
-        return [*file_identity(self.path), self.columns.image]
-
-    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters; count those that cost too much in `trouble`.
-
-        Raises InputError for a missing column.
-        """
+    def header(self) -> Header:
+        """Return what the schema says."""
         with open_parquet(self.path) as file:
-            names = file.schema.names
-            self._image(file.schema)
-            caption = self._find(names, "caption", self.columns.caption, CAPTION_FIELDS)
-            label = self._find(names, "label", self.columns.label, LABEL_FIELDS)
-            key = _detect(names, ("key", "__key__", "id"))
-            url = _detect(names, ("url",))
-            for name in self.filters:
-                self._require(names, name)
-            wanted = {*self.filters, *filter(None, (caption, label, key, url))}
-            stem = self.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-            for index, fields in _records(file, sorted(wanted), trouble):
-                if passes(self.filters, fields):
-                    yield Row(
-                        index,
-                        as_text(fields.get(key)) or f"{stem}:{index}",
-                        as_text(fields.get(caption)),
-                        as_text(fields.get(label)),
-                        origin=_origin(self.path, index, fields.get(url)),
-                    )
+            return _header(file.schema)
 
-    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the encoded images of the wanted rows; row groups without any are skipped."""
+    def records(
+        self, columns: Sequence[str], trouble: Counter[str]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield each row's number and columns; count rows that cost too much in `trouble`."""
         with open_parquet(self.path) as file:
-            column = self._image(file.schema)
+            yield from _records(file, columns, trouble)
+
+    def held(self, column: str, wanted: Wanted) -> Iterator[tuple[int, Held]]:
+        """Yield the wanted images; row groups without any are skipped."""
+        with open_parquet(self.path) as file:
             start = 0
             for group, rows in enumerate(file.rows):
                 chosen = sorted(index for index in wanted if start <= index < start + rows)
@@ -112,39 +85,132 @@ class ParquetSource:
                     yield from ((index, Unread(BOMB)) for index in chosen)
                 start += rows
 
-    def _find(
-        self, names: list[str], what: str, chosen: str | None, usual: Sequence[str]
-    ) -> str | None:
-        if chosen is not None:
-            self._require(names, chosen)
-            return chosen
-        name = _detect(names, usual)
-        if name is None and what in self.columns.needs:
-            raise no_column(self.path, f"{what} column", names, f"name it with --{what}-column")
-        return name
 
-    def _image(self, schema: pa.Schema) -> str:
-        """Return the path of the column that holds image bytes."""
-        name = self.columns.image
-        if name is not None:
-            self._require(schema.names, name)
-        name = name or _detect(schema.names, IMAGE_NAMES)
-        if name is None:
-            hint = "name it with --image-column; img2dataset's own parquet files hold no images"
-            raise no_column(self.path, "image column", schema.names, hint)
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            return f"{name}.bytes"
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return str(name)
+@dataclass(frozen=True, slots=True)
+class ArrowSource(TableSource):
+    """Samples of one .arrow file, as `save_to_disk` of Hugging Face's datasets writes them."""
+
+    def header(self) -> Header:
+        """Return what the schema says."""
+        with open_arrow(self.path) as (schema, _):
+            return _header(schema)
+
+    def records(
+        self, columns: Sequence[str], trouble: Counter[str]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield each row's number and columns; count rows with cells too large in `trouble`."""
+        index = 0
+        # A choice of no columns would be one of all.
+        with open_arrow(self.path, columns or None) as (_, batches):
+            for batch in batches:
+                for start in range(0, batch.num_rows, TEXT_BATCH):
+                    part = batch.select(columns).slice(start, TEXT_BATCH)
+                    yield from _rows_of(part, index + start, trouble)
+                index += batch.num_rows
+
+    def held(self, column: str, wanted: Wanted) -> Iterator[tuple[int, Held]]:
+        """Yield the wanted images; no other is touched."""
+        start, last = 0, max(wanted)
+        with open_arrow(self.path, [column]) as (_, batches):
+            for batch in batches:
+                values = batch.column(0)
+                places = range(start, start + batch.num_rows)
+                chosen = sorted(index for index in wanted if index in places)
+                for at in range(0, len(chosen), IMAGE_BATCH):
+                    yield from _taken(values, start, chosen[at : at + IMAGE_BATCH])
+                start += batch.num_rows
+                if start > last:
+                    return
+
+
+def _header(schema: pa.Schema) -> Header:
+    """Return columns, what is in them, and names of classes in Hugging Face's metadata."""
+    return Header(schema.names, _class_names(schema), {f.name: _kind(f.type) for f in schema})
+
+
+def _kind(kind: Any) -> str:
+    """Return BYTES or PATH for what an image may be or its path, and else the type."""
+    types = pa.types
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return BYTES
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return BYTES
+    return PATH if _is_text(kind) else str(kind)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """Return the names that Hugging Face's metadata gives to the numbers of a column."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    try:
+        info = parse_json(text)["info"]["features"] if text else {}
+        features = {str(name): feature for name, feature in info.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    names: dict[str, Sequence[str]] = {}
+    for column, feature in features.items():
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]  # of lists the first value counts
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+            kind = schema.field(column).type if column in schema.names else None
+            if kind is not None and not _is_text(kind):
+                names[column] = [str(name) for name in feature["names"]]
+    return names
+
+
+def _is_text(kind: Any) -> bool:
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+@contextmanager
+def open_arrow(
+    path: str, columns: Sequence[str] | None = None
+) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Yield schema and batches of an Arrow file, a stream or not, of some columns.
+
+    A local file is mapped, so that only what is looked at is read. Raises MissingError and
+    InputError.
+    """
+    fs, inner = fsspec.core.url_to_fs(path)
+    try:
+        local = isinstance(fs, LocalFileSystem)
+        with pa.memory_map(inner) if local else fs.open(inner, "rb") as raw:
+            opened = _arrow_reader(raw, None)
+            schema = opened.schema
+            if columns is not None:
+                places = sorted(schema.get_field_index(name) for name in columns)
+                raw.seek(0)
+                opened = _arrow_reader(raw, pa.ipc.IpcReadOptions(included_fields=places))
+            yield schema, _arrow_batches(opened)
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no {path}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, SlsguError):
+            raise
         raise InputError(
-            f"column {name} of {self.path} holds {kind}, not image bytes",
-            hint="name the column of encoded images with --image-column",
-        )
+            f"{path} cannot be read as an Arrow file: {first_lines(error)}",
+            hint="the file is damaged or incomplete; save it again",
+        ) from error
 
-    def _require(self, names: list[str], name: str) -> None:
-        if name not in names:
-            raise no_column(self.path, f"column {name}", names, "correct the column's name")
+
+def _arrow_reader(raw: Any, options: Any) -> Any:
+    whole = raw.read(len(ARROW_START)) == ARROW_START
+    raw.seek(0)
+    return (pa.ipc.open_file if whole else pa.ipc.open_stream)(raw, options=options)
+
+
+def _arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
+    """Yield the batches that are left, each once it is known to hold what it says."""
+    if isinstance(opened, pa.ipc.RecordBatchFileReader):
+        batches = map(opened.get_batch, range(opened.num_record_batches))
+    else:
+        batches = iter(opened)
+    for batch in batches:
+        # What a hostile file says of where its values lie is believed by all that reads them.
+        batch.validate(full=True)
+        yield batch
 
 
 class Parquet:
@@ -370,16 +436,6 @@ def open_parquet(path: str) -> Iterator[Parquet]:
         ) from error
 
 
-def _detect(names: list[str], usual: Sequence[str]) -> str | None:
-    """Return the first column with one of the usual names, whatever its case."""
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in usual if name in lower), None)
-
-
-def _origin(path: str, index: int, url: Any) -> Origin | None:
-    return Origin(path, index, as_text(url)) if url else None
-
-
 # Stands for a value that is larger than it may be.
 OVERSIZED = object()
 
@@ -396,33 +452,52 @@ def _records(
             continue
         try:
             for batch in file.batches(group, columns, TEXT_BATCH):
-                values = [cells(column, TEXT_LIMIT) for column in batch.columns]
-                for number, row in enumerate(zip(*values, strict=True), index):
-                    if OVERSIZED in row:
-                        trouble[TOO_LARGE] += 1
-                    else:
-                        yield number, dict(zip(batch.schema.names, row, strict=True))
+                yield from _rows_of(batch, index, trouble)
                 index += batch.num_rows
         except Bomb:
             trouble[BOMB] += start - index
 
 
+def _rows_of(
+    batch: pa.RecordBatch, start: int, trouble: Counter[str]
+) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """Yield the rows of a batch whose first one has this number."""
+    if not batch.num_columns:
+        yield from ((number, {}) for number in range(start, start + batch.num_rows))
+        return
+    values = [cells(column, TEXT_LIMIT) for column in batch.columns]
+    for number, row in enumerate(zip(*values, strict=True), start):
+        if OVERSIZED in row:
+            trouble[TOO_LARGE] += 1
+        else:
+            yield number, dict(zip(batch.schema.names, row, strict=True))
+
+
 def _images(
     file: Parquet, group: int, column: str, start: int, wanted: Sequence[int]
-) -> Iterator[tuple[int, bytes | None]]:
+) -> Iterator[tuple[int, Held]]:
     """Yield the wanted images of a row group, whose first row is number `start`."""
     if not wanted:
         return
     for batch in file.batches(group, [column], IMAGE_BATCH):
         values = batch.column(0)
-        if pa.types.is_struct(values.type):
-            # `field` would drop the struct's own nulls, `flatten` carries them over.
-            values = values.flatten()[0]
         chosen = [index for index in wanted if start <= index < start + len(values)]
-        taken = values.take(pa.array([index - start for index in chosen], pa.int64()))
-        for index, image in zip(chosen, cells(taken, IMAGE_LIMIT), strict=True):
-            yield index, Unread(TOO_LARGE) if image is OVERSIZED else image
+        yield from _taken(values, start, chosen)
         start += len(values)
+
+
+def _taken(values: Any, start: int, wanted: Sequence[int]) -> Iterator[tuple[int, Held]]:
+    """Yield images of a column whose first row is number `start`: bytes, else their path."""
+    taken = values.take(pa.array([index - start for index in wanted], pa.int64()))
+    columns = [taken]
+    if pa.types.is_struct(taken.type):
+        # `field` would drop the struct's own nulls, `flatten` carries them over.
+        parts = dict(zip((field.name for field in taken.type), taken.flatten(), strict=True))
+        columns = [parts[name] for name in ("bytes", "path") if name in parts]
+    held = [cells(column, IMAGE_LIMIT) for column in columns]
+    for index, *choices in zip(wanted, *held, strict=True):
+        image = next((choice for choice in choices if choice is not None), None)
+        yield index, Unread(TOO_LARGE) if image is OVERSIZED else image
 
 
 def cells(values: Any, limit: int) -> list[Any]:

@@ -3,18 +3,25 @@
 A source is read twice. The first pass yields a `Row` for each sample and touches no
 image; the second yields the encoded images of the rows that were chosen, in the order
 they lie in. So a source of any size is read in constant memory.
+
+What has columns is a `TableSource`: a layout says how its rows are listed, and all else is
+the same for each. Its images are in the file, or are files that it names.
 """
 
+import errno
 import hashlib
 import heapq
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import fsspec
 
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import Origin
 
@@ -27,6 +34,12 @@ TOO_LARGE = "oversized file"
 BOMB = "decompression bomb"
 CAPTION_FIELDS = ("caption", "text")
 LABEL_FIELDS = ("label", "concept", "class", "cls")
+IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
+PATH_FIELDS = (
+    "filepath", "file_path", "image_path", "path", "file_name", "filename", "image_name", "file",
+)  # fmt: skip
+# The first is open_clip's name in its tables.
+TABLE_CAPTIONS = (*CAPTION_FIELDS, "title", "comment")
 Filters = dict[str, frozenset[str]]
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
@@ -56,7 +69,8 @@ class Row:
     """One sample without its image; `index` is its place in the file, filters aside.
 
     `origin` is set where the file is not where the sample was first met, or has URLs;
-    `extent` where the image lies in the file as it is.
+    `extent` where the image lies in the file as it is. `number` is what stands in the file
+    where `label` is the name that the file gives to a number.
     """
 
     index: int
@@ -66,6 +80,7 @@ class Row:
     has_image: bool = True
     origin: Origin | None = None
     extent: Extent | None = field(default=None, compare=False)
+    number: str | None = None
 
 
 class Unread(bytes):
@@ -145,15 +160,380 @@ def tokenizable(text: str) -> str:
     return _UNPRINTABLE.sub(" ", text).strip()
 
 
-def passes(filters: Filters, fields: dict[str, Any]) -> bool:
+def passes(filters: Filters, fields: Mapping[str, Any]) -> bool:
     """Return whether a sample's fields have one of the wanted values for every filter."""
     return all(as_text(fields.get(name)) in values for name, values in filters.items())
 
 
-def no_column(path: str, name: str, columns: list[str], hint: str) -> InputError:
+def no_column(path: str, name: str, columns: Sequence[str], hint: str) -> InputError:
     """Return the error for a column that a source does not have."""
     listed = ", ".join(columns) or "none"
     return InputError(f"{path} has no {name}; its columns are: {listed}", hint=hint)
+
+
+# The folders of an imagefolder that stand for splits, and not for classes.
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
+# So many rows of a table are looked at for whether what they name is there.
+LOOKED_AT = 16
+NOT_THERE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+# An image as a row has it: its bytes, or the name of its file.
+Held = bytes | str | None
+
+
+class Files(Protocol):
+    """Where the image files lie that a table names."""
+
+    def where(self, name: str) -> str:
+        """Return where an image would lie, to tell a person."""
+
+    def has(self, name: str) -> bool | None:
+        """Return whether an image is there; None where that takes reading the whole."""
+
+    def names(self) -> list[str]:
+        """Return the names of all images, sorted."""
+
+    def identity(self, names: Iterable[str]) -> Any:
+        """Return JSON that changes when these images may be others."""
+
+    def read(self, images: Iterable[tuple[int, Held]]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the bytes of images that have numbers, None for what is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """Images in a folder and below it, or anywhere where they are named by whole paths."""
+
+    root: str
+
+    def where(self, name: str) -> str:
+        """Return the path of an image."""
+        return name if name.startswith("/") else f"{self.root.rstrip('/')}/{name}"
+
+    def has(self, name: str) -> bool:
+        """Return whether an image is there."""
+        return self._info(name) is not None
+
+    def names(self) -> list[str]:
+        """Return the names of the images right in the folder. Raises InputError."""
+        fs, inner = fsspec.core.url_to_fs(self.root)
+        try:
+            names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True)]
+        except OSError as error:
+            raise InputError(f"cannot list {self.root}: {error}") from error
+        return sorted(n for n in names if n.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES)
+
+    def identity(self, names: Iterable[str]) -> Any:
+        """Return a digest over size and time of the files that have these names."""
+        files, listed = hashlib.sha256(), set[str]()
+        fs, _ = fsspec.core.url_to_fs(self.root)
+        for name in names:
+            folder = folder_of(self.where(name))
+            if "file" not in fs.protocol and folder not in listed:
+                # Once listed, a folder's files are known without asking for each of them.
+                listed.add(folder)
+                with suppress(OSError):
+                    fs.ls(folder)
+            info = self._info(name)
+            files.update(json.dumps([name, stamp(info) if info else None]).encode())
+        return [self.root, files.hexdigest()]
+
+    def read(self, images: Iterable[tuple[int, Held]]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield images in the order in which they are asked for. Raises InputError."""
+        for number, held in images:
+            yield number, self._bytes(held) if isinstance(held, str) else held
+
+    def _bytes(self, name: str) -> bytes | None:
+        info = self._info(name)
+        if info is None:
+            return None
+        if int(info.get("size") or 0) > IMAGE_LIMIT:
+            return Unread(TOO_LARGE)
+        fs, path = fsspec.core.url_to_fs(self.where(name))
+        try:
+            return bytes(fs.cat_file(path))
+        except (FileNotFoundError, PermissionError):
+            return None
+        except OSError as error:
+            raise InputError(f"cannot read {self.where(name)}: {error}") from error
+
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """Return a file's entry; None where there is none, or another thing than a file."""
+        if "://" in name:
+            return None
+        fs, path = fsspec.core.url_to_fs(self.where(name))
+        try:
+            info: dict[str, Any] = fs.info(path)
+        except NOT_THERE:
+            return None
+        except OSError as error:
+            if error.errno in NO_NAME:
+                return None
+            raise InputError(f"cannot look at {self.where(name)}: {error}") from error
+        return info if info["type"] == "file" else None
+
+
+# What a column holds that images can be had of.
+BYTES, PATH = "bytes", "path"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a table says of its columns: their names, and of some the names of their numbers.
+
+    `kinds` says what is in them: BYTES, PATH or another type. Without any, all may be paths.
+    """
+
+    names: Sequence[str]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSource:
+    """Samples of a file of rows with named columns; layouts derive from this.
+
+    A layout has `header` and `records`, and `held` where images are in the file. With
+    `by_folder`, a row without a label has that of the folder which its image lies in.
+    """
+
+    path: str
+    columns: Columns
+    filters: Filters
+    files: Files | None = None
+    by_folder: bool = False
+
+    @property
+    def labels_are_captions(self) -> bool:
+        """Whether a label stands in where a row has no caption."""
+        return self.by_folder
+
+    def header(self) -> Header:
+        """Return what the table says of its columns. Raises MissingError or InputError."""
+        raise NotImplementedError
+
+    def records(
+        self, columns: Sequence[str], trouble: Counter[str]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield each row's number and columns; count rows that cannot be read in `trouble`."""
+        raise NotImplementedError
+
+    def held(self, column: str, wanted: Wanted) -> Iterator[tuple[int, Held]]:
+        """Yield the wanted rows' images as the column has them."""
+        last = max(wanted)
+        for index, record in self.records([column], Counter()):
+            if index in wanted:
+                yield index, as_text(record.get(column))
+            if index >= last:
+                return
+
+    def identity(self) -> Any:
+        """Return the file's path, size and time, the image column; names of classes and files."""
+        header = self.header()
+        identity = [*file_identity(self.path), self.columns.image]
+        if header.classes:
+            identity.append({name: list(names) for name, names in sorted(header.classes.items())})
+        image, names_files = self._image(header)
+        if names_files:
+            records = self.records([image], Counter())
+            named = (as_text(record.get(image)) for _, record in records)
+            identity.append(self._files().identity(filter(None, named)))
+        return identity
+
+    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
+        """Yield the rows that pass the filters; count those that cannot be read in `trouble`.
+
+        Raises InputError for a missing column, or where the first rows' images are not there.
+        """
+        header = self.header()
+        read = self._roles(header)
+        for name in self.filters:
+            self._require(header, name)
+        filters = {n: _or_numbers(v, header.classes.get(n)) for n, v in self.filters.items()}
+        first = _FirstImages(self.path, self._files())
+        for index, record in self.records(sorted({*filters, *read.columns()}), trouble):
+            if passes(filters, record):
+                if read.file is not None and (file := as_text(record.get(read.file))):
+                    first.look(index, file)
+                yield self._row(index, record, read)
+        first.end()
+
+    def _row(self, index: int, record: Mapping[str, Any], read: "_Roles") -> Row:
+        file = _text_of(record, read.file)
+        label, number = _text_of(record, read.label), None
+        if label is not None and read.classes is not None:
+            label, number = _class_of(label, read.classes), label
+        if label is None and self.by_folder and file:
+            folders = file.split("/")[:-1]
+            label = next((name for name in folders if name not in SPLITS), None)
+        key = _text_of(record, read.key) or (file or "").rsplit(".", 1)[0]
+        url = _text_of(record, read.url)
+        return Row(
+            index,
+            key or f"{_stem(self.path)}:{index}",
+            _text_of(record, read.caption),
+            label,
+            has_image=read.file is None or file is not None,
+            origin=Origin(self.path, index, url) if url else None,
+            number=number if label is not None else None,
+        )
+
+    def _roles(self, header: Header) -> "_Roles":
+        """Return which columns are read for what. Raises InputError."""
+        image, names_files = self._image(header)
+        label = self._column(header, "label", LABEL_FIELDS)
+        return _Roles(
+            file=image if names_files else None,
+            caption=self._column(header, "caption", TABLE_CAPTIONS),
+            label=label,
+            key=usual_column(header.names, ("key", "__key__", "id")),
+            url=usual_column(header.names, ("url",)),
+            classes=header.classes.get(label) if label else None,
+        )
+
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the encoded images of the wanted rows; warn of files that are not there."""
+        names: dict[int, str] = {}
+
+        def held() -> Iterator[tuple[int, Held]]:
+            for index, image in self.held(self._image(self.header())[0], wanted):
+                if isinstance(image, str):
+                    names[index] = image
+                yield index, image
+
+        files, missing = self._files(), list[int]()
+        for index, data in files.read(held()):
+            if data is None and index in names:
+                missing.append(index)
+            else:
+                names.pop(index, None)
+            yield index, data
+        if missing:
+            first = min(missing)
+            more = f", nor are {len(missing) - 1} more" if missing[1:] else ""
+            progress.warn(
+                f"{self.path}, row {first + 1}: its image {files.where(names[first])} "
+                f"is not there{more}"
+            )
+
+    def _files(self) -> Files:
+        return self.files or FolderFiles(folder_of(self.path))
+
+    def _image(self, header: Header) -> tuple[str, bool]:
+        """Return which column has the images, and whether it names their files."""
+        name = self._column(header, "image", (*IMAGE_FIELDS, *PATH_FIELDS))
+        if name is None:
+            hint = "name it with --image-column; parquet of URLs is named with --metadata"
+            raise no_column(self.path, "image column", header.names, hint)
+        kind = header.kinds.get(name, PATH)
+        if kind not in (BYTES, PATH):
+            raise InputError(
+                f"column {name} of {self.path} holds {kind}, not image bytes or paths",
+                hint="name the column of encoded images, or of their paths, with --image-column",
+            )
+        return name, kind == PATH
+
+    def _column(self, header: Header, what: str, usual: Sequence[str]) -> str | None:
+        chosen: str | None = getattr(self.columns, what)
+        if chosen is not None:
+            self._require(header, chosen)
+            return chosen
+        name = usual_column(header.names, usual)
+        if name is None and what in self.columns.needs and not self.by_folder:
+            hint = f"name it with --{what}-column"
+            raise no_column(self.path, f"{what} column", header.names, hint)
+        return name
+
+    def _require(self, header: Header, name: str) -> None:
+        if name not in header.names:
+            raise no_column(self.path, f"column {name}", header.names, "correct the column's name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Roles:
+    """Which columns of a table are read for what; `file` where images are files it names."""
+
+    file: str | None
+    caption: str | None
+    label: str | None
+    key: str | None
+    url: str | None
+    classes: Sequence[str] | None
+
+    def columns(self) -> Iterator[str]:
+        """Yield the columns that are read."""
+        yield from filter(None, (self.file, self.caption, self.label, self.key, self.url))
+
+
+@dataclass(slots=True)
+class _FirstImages:
+    """Whether any of the images that the first rows of a table name is there."""
+
+    path: str
+    files: Files | None
+    _absent: list[tuple[int, str]] = field(default_factory=list)
+
+    def look(self, index: int, name: str) -> None:
+        """Look whether a row's image is there, if none was yet. Raises InputError."""
+        if self.files is None:
+            return
+        if self.files.has(name) is not False:
+            self.files = None
+            return
+        self._absent.append((index, name))
+        if len(self._absent) >= LOOKED_AT:
+            self.end()
+
+    def end(self) -> None:
+        """Raise InputError if there were images and none was there."""
+        if self.files is None or not self._absent:
+            return
+        index, name = self._absent[0]
+        where = f"{self.path}, row {index + 1}"
+        if "://" in name:
+            raise InputError(
+                f"{where}: its image is {name}, which is no path",
+                hint="images are downloaded from URLs in parquet that is named with --metadata",
+            )
+        others = f", nor are {len(self._absent) - 1} more" if self._absent[1:] else ""
+        raise InputError(
+            f"{where}: its image {self.files.where(name)} is not there{others}",
+            hint="paths are taken from the table's folder on; say where images lie by "
+            "?images=FOLDER (or TAR) behind the table's path, or name another column "
+            "with --image-column",
+        )
+
+
+def folder_of(path: str) -> str:
+    """Return the folder that a file lies in."""
+    return path.rsplit("/", 1)[0] if "/" in path else "."
+
+
+def usual_column(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    """Return the first column with one of the usual names, whatever its case."""
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in usual if name in lower), None)
+
+
+def _text_of(record: Mapping[str, Any], column: str | None) -> str | None:
+    return None if column is None else as_text(record.get(column))
+
+
+def _class_of(label: str, classes: Sequence[str]) -> str | None:
+    """Return the class that a number is of; None for one that is none of theirs, such as -1."""
+    if label.isdecimal() and int(label) < len(classes):
+        return classes[int(label)]
+    return None
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+def _or_numbers(values: frozenset[str], classes: Sequence[str] | None) -> frozenset[str]:
+    """Return the values of a filter, with the numbers of those that are names of classes."""
+    numbers = [str(at) for at, name in enumerate(classes or ()) if name.strip() in values]
+    return values.union(numbers)
 
 
 BEYOND = "beyond --max-forget"

@@ -1,7 +1,8 @@
 """Read samples from a webdataset tar shard, as img2dataset writes them.
 
 Consecutive members whose names agree up to the first dot are one sample: an image with a
-`.txt` caption, a `.json` of fields and a `.cls` label, all of them optional.
+`.txt` caption, a `.json` of fields and a `.cls` label, all of them optional. A tar within
+the tar, as in ImageNet's train set, is a folder of samples whose label is its name.
 
 Shards come from strangers. What one member, header or compressed byte may cost is bounded:
 beyond that a sample is counted and left out, or a shard ends there.
@@ -14,7 +15,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -35,6 +36,7 @@ from slsgu_cli.sources.rows import (
     Columns,
     Extent,
     Filters,
+    Held,
     Row,
     Wanted,
     as_text,
@@ -201,12 +203,14 @@ class Shard(tarfile.TarFile):
 class Group:
     """The members of one sample by suffix: their headers, and what was read of them.
 
-    `flaw` is why the sample cannot be used, if one of its members is not read.
+    `flaw` is why the sample cannot be used, if one of its members is not read. `within` is
+    the header of the tar in the tar that it is in.
     """
 
     tar: Shard
     index: int
     key: str
+    within: tarfile.TarInfo | None = None
     heads: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     members: Members = field(default_factory=dict)
     flaw: str | None = None
@@ -240,7 +244,12 @@ class Group:
         """Return where the bytes of the first image lie in the archive, if in one piece."""
         suffix = self.image()
         head = self.heads[suffix] if suffix else None
-        return (head.offset_data, head.size) if head and head.sparse is None else None
+        start = self.within.offset_data if self.within else 0
+        return (start + head.offset_data, head.size) if head and head.sparse is None else None
+
+    def folder(self) -> str | None:
+        """Return the name of the tar in the tar that the sample is in."""
+        return self.within.name.rsplit("/", 1)[-1][: -len(".tar")] if self.within else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +329,7 @@ class TarSource:
 
         A sample that cannot be used is counted in `trouble`.
         """
-        fields = None if group.flaw else self._fields(group.key, group.members)
+        fields = None if group.flaw else self._fields(group)
         if fields is None:
             trouble[group.flaw or DEEP] += 1
             return None
@@ -337,11 +346,12 @@ class TarSource:
         origin = _origin(self.path, group.index, fields)
         return Row(group.index, group.key, caption, label, bool(group.image()), origin, extent)
 
-    def _fields(self, key: str, members: Members) -> dict[str, Any] | None:
+    def _fields(self, group: Group) -> dict[str, Any] | None:
         """Return the sample's JSON fields, with its key, caption and label among them.
 
         None where they are nested too deeply to be read.
         """
+        members = group.members
         fields = _json(members.get("json"))
         if fields is None:
             return None
@@ -351,11 +361,9 @@ class TarSource:
         fallback = next((fields[name] for name in CAPTION_FIELDS if fields.get(name)), None)
         usual = next((fields[name] for name in LABEL_FIELDS if name in fields), None)
         fields["caption"] = caption or as_text(members.get("txt")) or fallback
-        fields["label"] = next(
-            (value for value in (label, as_text(members.get("cls")), usual) if value is not None),
-            None,
-        )
-        return fields | {"key": key}
+        labels = (label, as_text(members.get("cls")), usual, group.folder())
+        fields["label"] = next((value for value in labels if value is not None), None)
+        return fields | {"key": group.key}
 
     def _at(self, extents: Mapping[int, Extent]) -> Iterator[tuple[int, bytes]]:
         """Yield images by their extents, in the order of the rows."""
@@ -377,7 +385,7 @@ class TarSource:
                 mode: Any = "r|" if self._streams() else "r:"
                 with Shard.open(fileobj=content, mode=mode) as tar:
                     started = True
-                    yield from _grouped(tar, read)
+                    yield from _grouped(tar, read, trouble)
             except BROKEN as error:
                 if not started and "empty" not in str(error):
                     raise InputError(
@@ -402,26 +410,67 @@ class TarSource:
         return "file" not in fs.protocol or not self.path.endswith(".tar")
 
 
-def _grouped(tar: Shard, read: Callable[[int, str], bool]) -> Iterator[Group]:
-    group = Group(tar, -1, "")
+def _grouped(
+    tar: Shard,
+    read: Callable[[int, str], bool],
+    trouble: Counter[str],
+    *,
+    first: int = 0,
+    within: tarfile.TarInfo | None = None,
+) -> Iterator[Group]:
+    """Yield the samples of a tar, and of those in it, numbered from `first` on."""
+    group = Group(tar, first - 1, "", within)
+    for member, key, suffix in _files(tar):
+        if suffix == "tar" and within is None and member.sparse is None:
+            if group.heads:
+                yield group
+            last = group.index
+            for inner in _grouped_within(tar, member, read, trouble, first=last + 1):
+                yield inner
+                last = inner.index
+            group = Group(tar, last, "")
+            continue
+        # A key met twice in a row is two samples; none of them may swallow the other.
+        if key != group.key or suffix in group.members:
+            if group.heads:
+                yield group
+            group = Group(tar, group.index + 1, key, within)
+        if len(group.heads) <= MEMBERS:
+            group.add(suffix, member, read=read(group.index, suffix))
+    if group.heads:
+        yield group
+    if tar.broken_off:
+        raise tarfile.ReadError("it breaks off")
+
+
+def _files(tar: Shard) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Yield the files of a tar: header, name up to the first dot, and suffix."""
     while (member := tar.next()) is not None:
         # The module remembers every member it has met; a stream must not.
         tar.members.clear()  # type: ignore[attr-defined]
         match = MEMBER.match(member.name)
-        if match is None or not member.isfile():
-            continue
-        key, suffix = match[1], match[2].lower()
-        # A key met twice in a row is two samples; none of them may swallow the other.
-        if key != group.key or suffix in group.members:
-            if group.index >= 0:
-                yield group
-            group = Group(tar, group.index + 1, key)
-        if len(group.heads) <= MEMBERS:
-            group.add(suffix, member, read=read(group.index, suffix))
-    if group.index >= 0:
-        yield group
-    if tar.broken_off:
-        raise tarfile.ReadError("it breaks off")
+        if match is not None and member.isfile():
+            yield member, match[1], match[2].lower()
+
+
+def _grouped_within(
+    tar: Shard,
+    member: tarfile.TarInfo,
+    read: Callable[[int, str], bool],
+    trouble: Counter[str],
+    *,
+    first: int,
+) -> Iterator[Group]:
+    """Yield the samples of a tar in the tar; one that is broken is counted in `trouble`."""
+    streams = isinstance(tar.fileobj, tarfile._Stream)  # type: ignore[attr-defined]
+    try:
+        mode: Any = "r|" if streams else "r:"
+        with Shard.open(fileobj=tar.extractfile(member), mode=mode) as inner:
+            yield from _grouped(inner, read, trouble, first=first, within=member)
+    except BROKEN as error:
+        if isinstance(error, Bomb):
+            raise
+        trouble[TRUNCATED] += 1
 
 
 def _usual_file(header: bytes | bytearray) -> tuple[bytes, int] | None:
@@ -464,3 +513,61 @@ def _json(data: bytes | None) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class TarFiles:
+    """Images in a tar, by their names there, with a suffix or without."""
+
+    path: str
+
+    def where(self, name: str) -> str:
+        """Return the name and the tar."""
+        return f"{name} in {self.path}"
+
+    def has(self, name: str) -> None:
+        """Return None: the tar would have to be read."""
+
+    def names(self) -> list[str]:
+        """Return the names of all images without suffixes, sorted."""
+        return sorted(
+            _key(row.key)
+            for row in TarSource(self.path, Columns(), {}).rows(Counter())
+            if row.has_image
+        )
+
+    def identity(self, names: Iterable[str]) -> Any:
+        """Return the tar's path, size and time of change."""
+        return file_identity(self.path)
+
+    def read(self, images: Iterable[tuple[int, Held]]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield images as they are asked for; of a tar that streams, as they lie."""
+        held = dict(images)
+        wanted: dict[str, list[int]] = {}
+        for number, name in held.items():
+            if isinstance(name, str):
+                wanted.setdefault(_key(name), []).append(number)
+        shard = TarSource(self.path, Columns(), {})
+        rows = {
+            row.index: row
+            for row in shard.rows(Counter())
+            if row.has_image and _key(row.key) in wanted
+        }
+        numbers = {index: wanted.pop(_key(row.key), []) for index, row in rows.items()}
+        at_hand = all(row.extent is not None for row in rows.values())
+        order = sorted(rows, key=lambda index: numbers[index]) if at_hand else [*rows]
+        for part in [[index] for index in order] if at_hand else [order]:
+            for index, data in shard.images({i: rows[i].extent for i in part}) if part else ():
+                for number in numbers[index]:
+                    yield number, data
+        for number, image in held.items():
+            if not isinstance(image, str):
+                yield number, image
+            elif number in wanted.get(_key(image), ()):
+                yield number, None
+
+
+def _key(name: str) -> str:
+    """Return an image's name as tars have it for a key: up to the first dot."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    return f"{folder}{slash}{base.split('.', 1)[0]}"

@@ -1,11 +1,14 @@
 import json
 import struct
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_clip
 import torch
@@ -440,6 +443,45 @@ def test_a_forget_evaluation_without_the_concept_is_refused(store, pairs, labell
             classes={"i": "imagenet"},
             forget_eval="i",
         )
+
+
+def test_numbers_are_no_names_of_classes(store, pairs, tmp_path):
+    rows = [sample(200 + i, None, label=i % 3) for i in range(6)]
+    numbered = write_parquet(tmp_path / "numbered.parquet", rows)
+    with pytest.raises(InputError, match=r"evaluation set n are numbers \(0, 1, 2\)") as caught:
+        run(store, pairs, evals={"n": numbered})
+    assert "--classes n=FILE" in caught.value.hint
+    names = {"n": write_folder(tmp_path, {"names.txt": "cat\ndog\nbird\n"}) + "/names.txt"}
+    for classes, expected in ((names, ("cat", "dog", "bird")), ({"n": "labels"}, ("0", "1", "2"))):
+        ref = run(store, pairs, evals={"n": numbered}, classes=classes).evals["n"]
+        assert DataBlock.open(store, ref).class_names == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        # All names are in the list: it may have another order.
+        ("dog\nwolf\ncat\n", {"dog": 3, "cat": 3}),
+        # Few are: it has other names for the same numbers.
+        ("dog, tame\ncat\nsmall cat\n", {"dog, tame": 3, "cat": 3}),
+    ],
+)
+def test_a_list_of_classes_takes_names_or_numbers(store, pairs, tmp_path, listed, expected):
+    """Hugging Face's files have both, and their names of ImageNet are not open_clip's."""
+    rows = [{"image": encoded(300 + i), "label": i % 2} for i in range(6)]
+    features = {"label": {"names": ["dog", "cat, small"], "_type": "ClassLabel"}}
+    if "wolf" in listed:
+        features["label"]["names"] = ["dog", "cat"]
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(said)
+    pq.write_table(table, tmp_path / "hf.parquet")
+    write_folder(tmp_path, {"names.txt": listed})
+    manifest = run(
+        store, pairs, evals={"n": f"{tmp_path}/hf.parquet"},
+        classes={"n": f"{tmp_path}/names.txt"},
+    )  # fmt: skip
+    block = DataBlock.open(store, manifest.evals["n"])
+    assert Counter(block.class_names[label] for label in block.labels) == expected
 
 
 def _imagenet(beside):

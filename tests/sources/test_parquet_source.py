@@ -82,11 +82,11 @@ def test_only_row_groups_with_wanted_rows_are_read(tmp_path, monkeypatch):
         ({"label": "who"}, {}, "has no column who"),
         ({"needs": frozenset(["label"])}, {}, "has no label column"),
         ({}, {"kind": frozenset(["x"])}, "has no column kind"),
-        ({"image": "caption"}, {}, "holds string, not image bytes"),
+        ({"image": "size"}, {}, "holds int64, not image bytes or paths"),
     ],
 )
 def test_missing_columns_are_told_with_those_there_are(tmp_path, columns, filters, message):
-    path = write_parquet(tmp_path / "a.parquet", [sample(1, "a")])
+    path = write_parquet(tmp_path / "a.parquet", [sample(1, "a", size=3)])
     with pytest.raises(InputError, match=message):
         rows(path, filters, **columns)
 

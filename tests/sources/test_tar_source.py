@@ -2,6 +2,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tiny_images import encoded, shard, write_tar
@@ -202,3 +203,30 @@ def test_a_damaged_header_is_refused_as_the_module_refuses_it():
         wrong = bytes(damaged)
         assert read_header(ShardHeader, wrong) == read_header(tarfile.TarInfo, wrong)
     assert read_header(ShardHeader, header[:300]) == tarfile.TruncatedHeaderError
+
+
+def test_tars_within_a_tar_are_folders_of_a_class(tmp_path):
+    def tar_bytes(*members):
+        return Path(write_tar(tmp_path / "inner", members)).read_bytes()
+
+    broken = tar_bytes(("x.png", b"x"), ("y.png", b"y" * 2000))[:2000]
+    members = [
+        ("first.png", b"1"),
+        ("n01.tar", tar_bytes(("a.png", b"a"), ("b.png", b"b"), ("b.cls", b"own"))),
+        ("broken.tar", broken),
+        ("n02.tar", tar_bytes(("c.png", b"c"))),
+        ("last.png", b"2"),
+    ]
+    for name, mode in (("t.tar", "w"), ("t.tar.gz", "w:gz")):
+        source = TarSource(write_tar(tmp_path / name, members, mode), Columns(), {})
+        trouble = Counter()
+        rows = list(source.rows(trouble))
+        assert [(row.index, row.key, row.label) for row in rows] == [
+            (0, "first", None), (1, "a", "n01"), (2, "b", "own"), (3, "x", "broken"),
+            (4, "c", "n02"), (5, "last", None),
+        ]  # fmt: skip
+        assert trouble == {"truncated shard": 1}
+        images = dict(source.images({row.index: row.extent for row in rows}))
+        assert images == {0: b"1", 1: b"a", 2: b"b", 3: b"x", 4: b"c", 5: b"2"}
+        filtered = TarSource(source.path, Columns(), {"label": frozenset(["n02"])})
+        assert [row.key for row in filtered.rows(Counter())] == ["c"]
