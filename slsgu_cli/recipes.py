@@ -17,6 +17,7 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
@@ -40,9 +41,11 @@ from slsgu_cli.records.recipe import (
     StageRecord,
     Together,
 )
-from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.verification import ATTACK, ATTACKED, Verification
 from slsgu_cli.report.evidence import write_evidence
 from slsgu_cli.report.page import write_report
+from slsgu_cli.report.study_sections import verified_pair
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
@@ -51,6 +54,8 @@ from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.study.recipe import PlannedStep, RecipePlan, Step
+from slsgu_cli.verification.verdicts import rows as verdicts
+from slsgu_cli.verification.verify import verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,7 @@ def requests_of(
 def require_met(result: RunResult) -> None:
     """Raise AssertionsError or NotForgottenError unless every request is within its bounds."""
     failed = [
-        f"{check.bound} of {row.name} is {check.figure:.4g}"
+        f"{check.bound} of {row.name} is {_figure(check.figure)}"
         for row in result.rows
         for check in row.checks
         if not check.holds
@@ -287,12 +292,8 @@ class Job(RecipePlan):
                     (folder / f"{row.name}.safetensors").unlink()
 
     def _measure(self, step: Step) -> None:
-        out, model = self.recipe.outputs.checkpoint, self.recipe.model
-        spec = None
-        if out is not None:
-            single = out.is_file()
-            spec = ModelSpec(model.name, str(out)) if single else ModelSpec(f"{LOCAL}{out}")
-        result = evaluate(self.store, step.names, model=spec, device=self.recipe.search.device)
+        device = self.recipe.search.device
+        result = evaluate(self.store, step.names, model=self.written, device=device)
         before, after = result.models[0].forget, result.models[-1].forget
         figures = result.figures()
         rows = {row.name: row for row in self.ledger.rows}
@@ -313,6 +314,10 @@ class Job(RecipePlan):
             kept=result.models[-1].utility,
             rows=tuple(rows.values()),
         )
+
+    def _verify(self, step: Step) -> None:
+        (name,) = step.names
+        verify(self.store, name, self.verification_of(name))
 
     def _report(self, step: Step) -> None:
         out = step.place or Path()
@@ -393,11 +398,22 @@ class Job(RecipePlan):
 
     def _checks(self, request: RemovalRequest) -> Iterator[BoundCheck]:
         figures = self.ledger.figures
-        for bound in self.recipe.bounds_of(request):
+        bounds = self.recipe.bounds_of(request)
+        if any(bound.figure.startswith(ATTACK) for bound in bounds):
+            figures = figures | self._attacks(request.name)
+        for bound in bounds:
             of_request = bound.figure in ("fa1", "fa5")
             figure = f"{bound.figure}.{request.name}" if of_request else bound.figure
-            value = figures.get(figure, float("nan"))
-            yield BoundCheck(str(bound), value, bound.holds(value))
+            value = figures.get(figure)
+            yield BoundCheck(str(bound), value, value is not None and bound.holds(value))
+
+    def _attacks(self, name: str) -> dict[str, float]:
+        """Return by how many points of FA@1 each attack exceeds its control, as bounds name it."""
+        record: Verification = self.record(Artifact.VERIFICATION, name)
+        prints = {fingerprint(resolve(self.written))} if self.written else set()
+        pair = verified_pair(record, self.record(Artifact.EDIT, name), prints)
+        told = verdicts(*pair) if pair else []
+        return {f"{ATTACK}{row.check}": row.gain for row in told if row.check in ATTACKED}
 
 
 _DO: dict[Stage, Callable[[Job, Step], None]] = {
@@ -409,6 +425,7 @@ _DO: dict[Stage, Callable[[Job, Step], None]] = {
     Stage.TARGET: Job._apply,
     Stage.EDITS: Job._copy_edits,
     Stage.FIGURES: Job._measure,
+    Stage.VERIFICATION: Job._verify,
     Stage.REPORT: Job._report,
     Stage.EVIDENCE: Job._file_evidence,
 }
@@ -426,6 +443,10 @@ def _entered(row: LedgerRow, state: RequestState, digests: dict[str, str]) -> Le
 def _event(event: str, step: Step, **more: Any) -> RunEvent:
     place = str(step.place) if step.place else None
     return RunEvent(event, step.stage, step.names, place, **more)
+
+
+def _figure(value: float | None) -> str:
+    return "not known, for it could not be tried" if value is None else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

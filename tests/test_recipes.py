@@ -31,12 +31,16 @@ from slsgu_cli.records.recipe import (
     read_recipe,
 )
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.evaluation_sets import drop_from_set
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
+from slsgu_cli.verification import verify as verification
+from slsgu_cli.verification.attacks import LeftOut
+from slsgu_cli.verification.verdicts import rows as verdicts
 
 RANK = RankOptions(direction=Direction.GRADIENT)
 SEARCH = SearchOptions(steps=4, layers=["visual.proj"])
@@ -224,6 +228,48 @@ def test_bounds_are_a_gate(job, shared_world):
         recipes.require_met(result)
     checks = [(c.bound, c.holds) for c in result.rows[0].checks]
     assert checks == [("fa1<=0", True), ("ta1.first>=101", False)]
+
+
+def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, monkeypatch):
+    few = Settings(attack_tokens=1, attack_steps=2, attack_starts=1, rows=20)
+    asked = VerifyRequest(checks=[], settings=few)
+    changes = {"bounds": (Assertion("attack.prefix", "<=", 100.0),), "verify": asked}
+    result = job("blue", "red", **changes)
+    assert stages(result) == [(Stage.VERIFICATION, "blue"), (Stage.VERIFICATION, "red")]
+    record = Catalog(job.store).get(Artifact.VERIFICATION, "blue")
+    original, written = record.subjects
+    assert written.edit is None
+    assert written.label == f"local-dir:{job.folder / 'clip'}"
+    (row,) = (row for row in verdicts(original, written) if row.check is Check.PREFIX)
+    (check,) = result.rows[0].checks
+    assert (check.figure, check.holds) == (row.after.top1 - row.control.top1, True)
+    assert job("blue", "red", **changes).done == ()
+    failed = job("blue", "red", **changes | {"bounds": (Assertion("attack.prefix", "<", -100.0),)})
+    assert failed.done == ()
+    assert {row.state for row in failed.rows} == {RequestState.OUT_OF_BOUNDS}
+
+    def left_out(model, settings):
+        raise LeftOut("its text tower is run as a whole")
+
+    monkeypatch.setitem(verification.CHECKS, Check.PREFIX, ("attempts", left_out))
+    more = replace(asked, settings=replace(few, attack_steps=3))
+    untried = job("blue", "red", **changes | {"verify": more})
+    assert [(each.figure, each.holds) for each in untried.rows[0].checks] == [(None, False)]
+    with pytest.raises(AssertionsError, match="could not be tried"):
+        recipes.require_met(untried)
+
+
+def test_recipes_in_one_store_do_not_make_each_others_sets_anew(job, shared_world):
+    own = Outputs()
+    with pytest.raises(InputError, match="red is a request of the recipe colours") as refused:
+        job("red", name="others", outputs=own)
+    assert 'name, and concept = "red"' in refused.value.message
+    green = RemovalRequest(name="other-red", concept="red")
+    assert job(requests=(green,), name="others", outputs=own).done
+    assert job("blue", "red").done == ()
+    # What the first one does not ask for any more is anybody's.
+    job("blue")
+    assert job("red", name="third", outputs=own).done
 
 
 @pytest.mark.parametrize(("owner", "call"), [("Job._rank", 2), ("apply", 1)])

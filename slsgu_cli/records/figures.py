@@ -185,17 +185,20 @@ def require_known(
     sets: Iterable[str],
     *,
     compared: bool,
+    further: Iterable[str] = (),
     said: str = "--assert",
 ) -> None:
     """Raise UsageError for an assertion on a figure that `eval` of these sets does not have.
 
     `sets` are the evaluation sets; what is lost on them is known where models are `compared`.
+    `further` are figures that something else has.
     Messages call an assertion what it is `said` by.
     """
     concepts = [""] if len(names) == 1 else [f".{name}" for name in names]
     known = [f"fa{k}{behind}" for behind in concepts for k in (1, 5)]
     for name in sorted(sets):
         known += [f"ta1.{name}", f"ta5.{name}", *([f"loss.{name}"] if compared else [])]
+    known += further
     for each in assertions:
         if each.figure not in known:
             raise UsageError(

@@ -25,6 +25,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
+from slsgu_cli.records.verification import ATTACK, ATTACKED, Check, VerifyRequest
 from slsgu_cli.records.words import (
     EVALUATION,
     OUTPUT,
@@ -77,7 +78,9 @@ class RemovalRequest:
     note: str | None = option(None, help="Anything to remember.")
     targets: Sequence[Path] = option((), help="Models built on CLIP to take it out of, too.")
     bounds: tuple[Assertion, ...] = option(
-        (), help="What figures must be, as `fa1 <= 0` or `loss.SET <= 0.5`.", **BOUNDS
+        (),
+        help="What figures must be: `fa1 <= 0`, `loss.SET <= 0.5`, `attack.prefix <= 10`.",
+        **BOUNDS,
     )
 
     def __post_init__(self) -> None:
@@ -148,6 +151,7 @@ OMITTED: dict[str, Collection[str]] = {
     "grad": ("shard",),
     "rank": ("shard",),
     "search": ("after", "shard"),
+    "verify": ("model", "edits"),
 }
 
 
@@ -157,7 +161,8 @@ class Recipe:
 
     With `shared_retain`, the rows to retain are about none of the requests, and all share them:
     one gradient, which is computed anew for every request that comes or goes. `bounds` are of
-    every request beside its own.
+    every request beside its own. What is to be tried to bring a concept back is that of
+    `verify`, and what bounds are about.
     """
 
     name: str
@@ -166,6 +171,7 @@ class Recipe:
     grad: PassOptions = PassOptions()
     rank: RankOptions = RankOptions()
     search: SearchOptions = SearchOptions()
+    verify: VerifyRequest | None = None
     together: Together = Together.JOINT
     shared_retain: bool = False
     by_reference: bool = False
@@ -202,6 +208,7 @@ class Recipe:
                 )
             require_known(
                 self.bounds_of(request), [request.name], self.sets.evals, compared=True,
+                further=[f"{ATTACK}{check}" for check in ATTACKED],
                 said=f"the bound of {request.name}",
             )  # fmt: skip
 
@@ -236,6 +243,7 @@ class Recipe:
                 _of_several(bound, request.name) if len(names) > 1 else str(bound)
                 for request in requests
                 for bound in self.bounds_of(request)
+                if not bound.figure.startswith(ATTACK)
             }
             return [word for bound in sorted(bounds) for word in ("--assert", bound)]
         out = self.outputs
@@ -248,6 +256,13 @@ class Recipe:
     def bounds_of(self, request: RemovalRequest) -> tuple[Assertion, ...]:
         """Return what figures must be for a request."""
         return (*self.bounds, *request.bounds)
+
+    def checks_of(self, request: RemovalRequest) -> tuple[Check, ...]:
+        """Return which checks a request is put to: those of [verify] and of its bounds."""
+        figures = {bound.figure for bound in self.bounds_of(request)}
+        bounded = {check for check in ATTACKED if f"{ATTACK}{check}" in figures}
+        asked = self.verify.checks if self.verify else ()
+        return tuple(check for check in Check if check in {*asked, *bounded})
 
     def set_of(self, request: RemovalRequest) -> BuildRequest:
         """Return the set to build for a request."""
@@ -313,6 +328,7 @@ TABLES = {
     "grad": Table(PassOptions, "How gradients are computed.", OMITTED["grad"]),
     "rank": Table(RankOptions, "How layers are ranked.", OMITTED["rank"]),
     "search": Table(SearchOptions, "How edits are searched.", OMITTED["search"]),
+    "verify": Table(VerifyRequest, "What is tried to bring it back.", OMITTED["verify"]),
     "request": Table(RemovalRequest, "Something to remove.", many=True),
     "outputs": Table(Outputs, "What is written."),
 }
@@ -391,6 +407,7 @@ class _Reading:
                 grad=read["grad"],
                 rank=read["rank"],
                 search=read["search"],
+                verify=read["verify"] if "verify" in content else None,
                 together=top.together,
                 shared_retain=top.shared_retain,
                 by_reference=top.by_reference,
@@ -498,6 +515,7 @@ class Stage(StrEnum):
     GRADIENTS = "grad"
     RANKING = "rank"
     SEARCH = "search"
+    VERIFICATION = "verify"
     CHECKPOINT = "apply"
     TARGET = "apply --target"
     EDITS = "edits"
@@ -553,10 +571,13 @@ class RequestEvent:
 
 @dataclass(frozen=True, slots=True)
 class BoundCheck:
-    """A bound, the figure it is about, and whether it holds."""
+    """A bound, the figure it is about, and whether it holds.
+
+    A check that could not be made has no figure, and a bound on it does not hold.
+    """
 
     bound: str
-    figure: float
+    figure: float | None
     holds: bool
 
 

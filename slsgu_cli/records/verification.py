@@ -50,6 +50,11 @@ class Check(StrEnum):
     INVERSION = "inversion"
 
 
+# The checks that look for what finds it, each held against a control, and what they are told as.
+ATTACKED = (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)
+ATTACK = "attack."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to verify. `rows` images of each set measure utility.

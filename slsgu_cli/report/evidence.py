@@ -317,7 +317,14 @@ def _as_written(one: RemovedRequest, evidence: RemovalEvidence) -> Html:
         paragraph("On images that nothing was chosen by, where the set has any.", class_="quiet"),
     ]
     checks = one.row.checks if one.row else ()
-    bounds = [(c.bound, percent(c.figure), "holds" if c.holds else "is not met") for c in checks]
+    bounds = [
+        (
+            check.bound,
+            "not known" if check.figure is None else percent(check.figure),
+            "holds" if check.holds else "is not met",
+        )
+        for check in checks
+    ]
     if bounds:
         of_bounds = (Head("bound", False), Head("figure"), Head("result", False))
         parts.append(table(of_bounds, bounds, caption="Bounds of the request"))

@@ -19,8 +19,17 @@ from slsgu_cli.clip.models import device_name, fingerprint, pick_device, resolve
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.records.recipe import Ledger, Recipe, RemovalRequest, Stage, Together, read_recipe
-from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.recipe import (
+    Ledger,
+    Recipe,
+    RemovalRequest,
+    RequestState,
+    Stage,
+    Together,
+    read_recipe,
+)
+from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
+from slsgu_cli.records.verification import VerifyRequest
 from slsgu_cli.sets.build import made_from, preview
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
 from slsgu_cli.store.catalog import Catalog, Standing
@@ -33,6 +42,7 @@ KINDS = {
     Stage.GRADIENTS: Artifact.POINTER,
     Stage.RANKING: Artifact.RANKING,
     Stage.SEARCH: Artifact.EDIT,
+    Stage.VERIFICATION: Artifact.VERIFICATION,
 }
 # Options that change nothing of what is made.
 SPEED = ("device", "memory_budget", "cache_budget")
@@ -135,6 +145,8 @@ class RecipePlan:
             steps.append(Step(Stage.EDITS, names, out.edits))
         if names:
             steps.append(Step(Stage.FIGURES, names))
+        checked = [request.name for request in recipe.requests if recipe.checks_of(request)]
+        steps += [Step(Stage.VERIFICATION, (name,)) for name in checked]
         if out.report and names:
             steps.append(Step(Stage.REPORT, names, out.report))
         if out.evidence and names:
@@ -170,7 +182,11 @@ class RecipePlan:
         if step.stage is Stage.TARGET:
             asked["target"] = _stamps(self.target(step))
         told = (Stage.REPORT, Stage.EVIDENCE)
-        if step.stage in (Stage.FIGURES, *told):
+        if step.stage is Stage.VERIFICATION:
+            # The model that was written has the edits of all.
+            asked["edits"] = self._edits(recipe.names)
+            asked["options"] = _options(self.verification_of(step.names[0]))
+        if step.stage in (Stage.FIGURES, Stage.VERIFICATION, *told):
             asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
             asked["checkpoint"] = self._shipped()
         if step.stage is Stage.EVIDENCE:
@@ -262,6 +278,21 @@ class RecipePlan:
         record = self.ledger.stage(step.key)
         return Path(record.origin or "" if record else "")
 
+    @property
+    def written(self) -> ModelSpec | None:
+        """The model that is written without the requests, None where none is."""
+        out, model = self.recipe.outputs.checkpoint, self.recipe.model
+        if out is None:
+            return None
+        return ModelSpec(model.name, str(out)) if out.is_file() else ModelSpec(f"{LOCAL}{out}")
+
+    def verification_of(self, name: str) -> VerifyRequest:
+        """Return what is tried to bring a request back: of the written model, else of its edit."""
+        recipe = self.recipe
+        asked = recipe.verify or VerifyRequest(device=recipe.search.device)
+        checks = recipe.checks_of(recipe.request(name))
+        return replace(asked, model=self.written, checks=checks)
+
     def _shipped(self) -> str:
         """Return the digest of the checkpoint that was written; empty where none is asked for."""
         place = self.recipe.outputs.checkpoint
@@ -302,6 +333,20 @@ class RecipePlan:
         return {stage: median(seconds) for stage, seconds in took.items()}
 
     @cached_property
+    def _of_others(self) -> dict[str, str]:
+        """The requests of other recipes in the store, each with its recipe.
+
+        Two would build the sets and edits of a name in turn, each anew.
+        """
+        ledgers = self.catalog.readable(Artifact.LEDGER)
+        return {
+            row.name: recipe
+            for recipe, ledger in ledgers.items()
+            for row in ledger.rows
+            if recipe != self.recipe.name and row.state is not RequestState.WITHDRAWN
+        }
+
+    @cached_property
     def _model_trouble(self) -> str | None:
         try:
             _ = self.weights
@@ -312,6 +357,14 @@ class RecipePlan:
 
     def _trouble(self, step: Step) -> str | None:
         """Return why a step that is to be done cannot succeed; None where nothing is known."""
+        for name in step.names:
+            if name in self._of_others:
+                other, concept = self._of_others[name], self.recipe.request(name).concept
+                return (
+                    f"{name} is a request of the recipe {other} in this store: give it another "
+                    f'name, and concept = "{concept}"; or this recipe another --store, or '
+                    f'name = "{other}" if it is the same'
+                )
         try:
             if step.stage is Stage.SET:
                 if self._model_trouble:

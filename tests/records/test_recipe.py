@@ -21,6 +21,8 @@ from slsgu_cli.records.recipe import (
     read_recipe,
 )
 from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.verification import ATTACKED
+from slsgu_cli.verification.verdicts import ATTACKS
 
 WHOLE = """\
 model = "local-dir:clip"
@@ -84,6 +86,22 @@ def test_every_table_becomes_the_record_of_its_command():
     )  # fmt: skip
     assert built.screening.min_similarity == 0.2
     assert recipe.set_of(first).match == ()
+
+
+def test_checks_are_those_of_the_table_and_of_the_bounds():
+    text = WHOLE.replace("fa1 <= 0", "attack.ring-a-bell <= 10")
+    first, second = read(text).requests
+    assert (read(text).checks_of(first), read(text).checks_of(second)) == ((), ("ring-a-bell",))
+    # `eval` knows nothing of attacks.
+    assert read(text).words("eval", ["b b"]) == ["--assert", "loss.brands<=1"]
+    table = '[verify]\nchecks = "relearn,spelling"\nsteps = 4\n\n[outputs]'
+    with_table = read(text.replace("[outputs]", table))
+    assert with_table.verify.settings.steps == 4
+    assert with_table.checks_of(first) == ("spelling", "relearn")
+    assert with_table.checks_of(second) == ("spelling", "relearn", "ring-a-bell")
+    with pytest.raises(InputError, match="about none of the figures"):
+        read(WHOLE.replace("fa1 <= 0", "attack.relearn <= 10"))
+    assert set(ATTACKS) == set(ATTACKED)
 
 
 def test_a_shared_retain_set_is_about_none_of_the_requests():
