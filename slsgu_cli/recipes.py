@@ -21,11 +21,19 @@ from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
+from slsgu_cli.method.export import export
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.search import search_each
 from slsgu_cli.records.codec import decode, digest
 from slsgu_cli.records.figures import PassTime
-from slsgu_cli.records.options import ApplyOptions, ApplyRequest, BuildRequest, ReportRequest
+from slsgu_cli.records.method import LoraLayout
+from slsgu_cli.records.options import (
+    ApplyOptions,
+    ApplyRequest,
+    BuildRequest,
+    ExportRequest,
+    ReportRequest,
+)
 from slsgu_cli.records.recipe import (
     FIELDS_OF_ROW,
     BoundCheck,
@@ -49,7 +57,7 @@ from slsgu_cli.report.study_sections import verified_pair
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.store.files import replacing
+from slsgu_cli.store.files import remove, replacing
 from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
@@ -291,6 +299,18 @@ class Job(RecipePlan):
                 with suppress(FileNotFoundError):
                     (folder / f"{row.name}.safetensors").unlink()
 
+    def _export(self, step: Step) -> None:
+        out = step.place or Path()
+        if not step.names:
+            remove(out)
+            return
+        layout = LoraLayout.LORA if out.suffix == ".safetensors" else LoraLayout.PEFT
+        device = self.recipe.search.device
+        request = ExportRequest(
+            names=step.names, out=out, layout=layout, overwrite=True, device=device
+        )
+        export(self.store, request)
+
     def _measure(self, step: Step) -> None:
         device = self.recipe.search.device
         result = evaluate(self.store, step.names, model=self.written, device=device)
@@ -424,6 +444,7 @@ _DO: dict[Stage, Callable[[Job, Step], None]] = {
     Stage.CHECKPOINT: Job._apply,
     Stage.TARGET: Job._apply,
     Stage.EDITS: Job._copy_edits,
+    Stage.LORA: Job._export,
     Stage.FIGURES: Job._measure,
     Stage.VERIFICATION: Job._verify,
     Stage.REPORT: Job._report,

@@ -12,14 +12,15 @@ from worlds import World
 
 import slsgu_cli
 from slsgu_cli import recipes
-from slsgu_cli.errors import AssertionsError, InputError
+from slsgu_cli.errors import AssertionsError, InputError, UsageError
 from slsgu_cli.method.evaluate import evaluate
+from slsgu_cli.method.export import export
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.options import BuildRequest, RankOptions, SearchOptions
+from slsgu_cli.records.options import BuildRequest, ExportRequest, RankOptions, SearchOptions
 from slsgu_cli.records.recipe import (
     Ledger,
     Outputs,
@@ -176,6 +177,32 @@ def test_copies_of_targets_hold_the_edits_of_those_who_name_them(job, shared_wor
     assert done == [(Stage.TARGET,)]
     assert digests(copy) == digests(shared_world.folder)
     assert job("blue", "red", outputs=outputs).done == ()
+
+
+def test_a_lora_is_of_all_requests_and_of_text_layers(shared_world, tmp_path):
+    def run(*names, layer="transformer.resblocks.1.mlp.c_proj.weight", **changes):
+        out = Outputs(lora=tmp_path / "out" / "colours.safetensors")
+        options = replace(SEARCH, layers=[layer] if layer else [], steps=6)
+        recipe = recipe_of(shared_world, tmp_path, *names, search=options, outputs=out, **changes)
+        return recipes.run(recipe, store=str(tmp_path / "store"))
+
+    result = run("blue")
+    place, store = result.recipe.outputs.lora, Store(str(tmp_path / "store"))
+    assert (Stage.LORA, "blue") in stages(result)
+    export(store, ExportRequest(names=["blue"], out=tmp_path / "l.safetensors"))
+    assert place.read_bytes() == (tmp_path / "l.safetensors").read_bytes()
+    assert run("blue").done == ()
+    assert stages(run()) == [(Stage.LORA,)]
+    assert not place.exists()
+    assert run().done == ()
+    with pytest.raises(UsageError, match="other layers are ranked too"):
+        run("blue", layer=None)
+
+
+def test_what_no_lora_can_be_of_is_told_before_anything_is_begun(job):
+    outputs = Outputs(lora=job.folder / "l.safetensors")
+    with pytest.raises(InputError, match=r"no client has a LoRA of visual\.proj"):
+        job("blue", "red", outputs=outputs)
 
 
 def test_other_options_cost_what_is_made_with_them(job):

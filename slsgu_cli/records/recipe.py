@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from slsgu_cli.errors import InputError, MissingError, UsageError, near
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Assertion, PassTime, read_assertions, require_known
+from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import (
     OVERWRITE,
     BuildRequest,
@@ -111,6 +112,11 @@ class Outputs:
         None, help="Folder of the models of `targets`, each by its name.", panel=OUTPUT
     )
     edits: Path | None = option(None, help="Folder of their edits.", panel=OUTPUT)
+    lora: Path | None = option(
+        None, panel=OUTPUT,
+        help="One LoRA of all edits: a .safetensors file for A1111, ComfyUI and diffusers, or "
+        "PEFT's folder.",
+    )  # fmt: skip
     report: Path | None = option(None, help="HTML page of what was done.", panel=OUTPUT)
     evidence: Path | None = option(
         None, help="Folder of the evidence of all requests, to be filed.", panel=OUTPUT
@@ -191,6 +197,12 @@ class Recipe:
             raise UsageError(f"two targets are called {twice[0]}", hint="copies go by their names")
         if not self.sets.evals:
             raise UsageError("there is no evaluation set", hint="add a table [evaluation.NAME]")
+        of_text = self.rank.tower is Tower.TEXT or self.rank.target or self.search.layers
+        if self.outputs.lora and not of_text:
+            raise UsageError(
+                "a LoRA is of linear modules of the text tower, and other layers are ranked too",
+                hint='[rank] tower = "text" and include = ["resblocks"]',
+            )
         for request in self.requests:
             if not (request.sources or self.sets.sources):
                 raise UsageError(
@@ -247,7 +259,10 @@ class Recipe:
             }
             return [word for bound in sorted(bounds) for word in ("--assert", bound)]
         out = self.outputs
-        places = {"apply": out.checkpoint, "report": out.report, "evidence": out.evidence}
+        places = {
+            "apply": out.checkpoint, "export": out.lora, "report": out.report,
+            "evidence": out.evidence,
+        }  # fmt: skip
         if command in places:
             return ["--out", str(places[command])] if places[command] else []
         records = {"grad": self.grad, "rank": self.rank}
@@ -519,6 +534,7 @@ class Stage(StrEnum):
     CHECKPOINT = "apply"
     TARGET = "apply --target"
     EDITS = "edits"
+    LORA = "export"
     FIGURES = "eval"
     REPORT = "report"
     EVIDENCE = "evidence"

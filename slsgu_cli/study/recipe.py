@@ -13,6 +13,7 @@ from typing import Any, Self
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.lora import modules_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import device_name, fingerprint, pick_device, resolve
@@ -143,6 +144,8 @@ class RecipePlan:
         steps += [Step(Stage.TARGET, who, at) for at, who in sorted({**left, **copies}.items())]
         if out.edits:
             steps.append(Step(Stage.EDITS, names, out.edits))
+        if out.lora and (names or self.ledger.stage(Step(Stage.LORA, (), out.lora).key)):
+            steps.append(Step(Stage.LORA, names, out.lora))
         if names:
             steps.append(Step(Stage.FIGURES, names))
         checked = [request.name for request in recipe.requests if recipe.checks_of(request)]
@@ -207,6 +210,8 @@ class RecipePlan:
             return digest([digest(self.record(KINDS[step.stage], name)) for name in step.names])
         if step.stage is Stage.EDITS:
             files = {name: step.place / f"{name}.safetensors" for name in step.names}
+        elif step.stage is Stage.LORA and not step.names:
+            files = {}  # The LoRA of no request is none.
         else:
             files = all_files(step.place) if step.place.is_dir() else {"": step.place}
         return digest({name: file_sha256(path) for name, path in files.items()})
@@ -357,30 +362,46 @@ class RecipePlan:
 
     def _trouble(self, step: Step) -> str | None:
         """Return why a step that is to be done cannot succeed; None where nothing is known."""
+        try:
+            return self._claimed(step) or self._unusable(step) or self._occupied(step)
+        except SlsguError as error:
+            return error.message
+
+    def _claimed(self, step: Step) -> str | None:
+        """Return which other recipe a request is of, and what to do then."""
         for name in step.names:
-            if name in self._of_others:
-                other, concept = self._of_others[name], self.recipe.request(name).concept
+            if other := self._of_others.get(name):
+                concept = self.recipe.request(name).concept
                 return (
                     f"{name} is a request of the recipe {other} in this store: give it another "
                     f'name, and concept = "{concept}"; or this recipe another --store, or '
                     f'name = "{other}" if it is the same'
                 )
-        try:
-            if step.stage is Stage.SET:
-                if self._model_trouble:
-                    return self._model_trouble
-                with progress.silent():
-                    preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
-            elif step.stage is Stage.TARGET:
-                read_target(self.target(step))
-            if step.place is not None and not self.ledger.stage(step.key):
-                edits = [step.place / f"{name}.safetensors" for name in step.names]
-                files = edits if step.stage is Stage.EDITS else [step.place]
-                for file in files:
-                    if file.is_file() or (file.is_dir() and any(file.iterdir())):
-                        return f"{file} is there already, and not of this recipe"
-        except SlsguError as error:
-            return error.message
+        return None
+
+    def _unusable(self, step: Step) -> str | None:
+        """Return what is wrong with the model or the rows. Raises what opening others raises."""
+        if step.stage is Stage.SET:
+            if self._model_trouble:
+                return self._model_trouble
+            with progress.silent():
+                preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
+        elif step.stage is Stage.TARGET:
+            read_target(self.target(step))
+        elif step.stage is Stage.LORA:
+            for name in step.names:
+                if header := self.catalog.get(Artifact.EDIT, name):
+                    modules_of(header)
+        return None
+
+    def _occupied(self, step: Step) -> str | None:
+        """Return what is in an output's place that no run of the recipe wrote."""
+        if step.place is None or self.ledger.stage(step.key):
+            return None
+        edits = [step.place / f"{name}.safetensors" for name in step.names]
+        for file in edits if step.stage is Stage.EDITS else [step.place]:
+            if file.is_file() or (file.is_dir() and any(file.iterdir())):
+                return f"{file} is there already, and not of this recipe"
         return None
 
 
