@@ -101,7 +101,9 @@ def ranking(
     """Print every candidate layer, each tower's front first; or the fronts alone."""
     from slsgu_cli.cli.console import Column
 
-    columns = (
+    ranked_along = ranked.by_direction()
+    several = len(ranked_along) > 1
+    figures = (
         Column("layer", shown=known_as),
         Column("tower"),
         Column("front"),
@@ -110,12 +112,13 @@ def ranking(
         Column("forget_norm", on_terminal=False),
         Column("retain_norm", on_terminal=False),
         Column("weight_norm", on_terminal=False),
-        *([Column("direction")] if len(ranked.direction.each) > 1 else []),
     )
+    columns = (*figures, *([Column("direction")] if several else []))
     front_only = front_only or console.brief
     rows = [
-        tuple(getattr(score, column.name) for column in columns)
-        for score in ranked.scores
+        (*(getattr(score, figure.name) for figure in figures), *([direction] if several else []))
+        for direction, scores in ranked_along.items()
+        for score in scores
         if score.front or not front_only
     ]
     console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)

@@ -479,7 +479,8 @@ def moves_of(
     """Return a move for each layer that has a gradient and reaches the target, best first.
 
     The whitened direction is that of the target's own retained inputs: what its CLIP is
-    applied to when the target runs it, all positions included.
+    applied to when the target runs it, all positions included. Layers that cannot be whitened
+    come last, along their gradient.
     """
     live = subject.encoder
     reached = [
@@ -498,20 +499,20 @@ def moves_of(
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        if direction is Direction.GRADIENT:
+        # Query, key and value are applied to the same inputs: the moment of one is all's. Along
+        # the gradient there is none.
+        moment = inputs.moments.get(live.places(layer)[0].key)
+        if moment is None:
             importance = float(gradient.norm() / weight.norm())
             moves.append(TargetMove(subject, layer, weight, gradient, importance))
             continue
-        # Query, key and value are applied to the same inputs: the moment of one is all's.
-        moment = inputs.moments.get(live.places(layer)[0].key)
-        if moment is not None:
-            metric = RetainMetric(moment.mean(), _axis(moment.axis, live.places(layer)), ridge)
-            along = metric.whiten(gradient)
-            output = mean_square_output(weight, moment.mean(), metric.axis)
-            size = metric.weight_norm(float(weight.norm()), output)
-            importance = whitened_importance(gradient, along, size)
-            moves.append(TargetMove(subject, layer, weight, along.float(), importance, ridge))
-    return sorted(moves, key=_by_importance)
+        metric = RetainMetric(moment.mean(), _axis(moment.axis, live.places(layer)), ridge)
+        along = metric.whiten(gradient)
+        output = mean_square_output(weight, moment.mean(), metric.axis)
+        size = metric.weight_norm(float(weight.norm()), output)
+        importance = whitened_importance(gradient, along, size)
+        moves.append(TargetMove(subject, layer, weight, along.float(), importance, ridge))
+    return sorted(moves, key=lambda move: (move.ridge is None, *_by_importance(move)))
 
 
 def _by_importance(move: TargetMove) -> tuple[float, str]:

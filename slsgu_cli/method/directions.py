@@ -5,7 +5,7 @@ and the retain rows, so every concept that shares these shares them. What is mis
 computed in one forward over the retain set, for all layers that are asked for at once.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 # scales of channels, and of attention in one call.
 REVISION = 2
 
+# Layers that a note names, of many.
+NAMED = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -66,6 +69,10 @@ class Moments:
     def has(self, layer: str) -> bool:
         """Return whether the moments of the layer's inputs are known."""
         return Layer.parse(layer).parameter in self.places
+
+    def without(self, layers: Iterable[str]) -> list[str]:
+        """Return those layers that cannot be whitened: their inputs were not seen."""
+        return [layer for layer in layers if not self.has(layer)]
 
     def lack(self, parameters: Collection[str]) -> list[str]:
         """Return those parameters of which it is not known whether they have moments."""
@@ -128,8 +135,8 @@ def ensure_moments(
 ) -> Moments:
     """Return moments of `layers`, computing what the store lacks, with `shard` of a sharded model.
 
-    A layer whose inputs its tower does not show has none; they are told with -v.
-    Raises StaleError where the model is not the one the gradients are of.
+    A layer whose inputs its tower does not show has none. Raises StaleError where the model is not
+    the one the gradients are of.
     """
     device = pick_device(device)
     known = _found_by_first(store, pointer, device)
@@ -147,10 +154,27 @@ def ensure_moments(
                 )
                 _compute(store, manifest, pointer, missing, device=device, shard=shard)
                 known = _found_by_first(store, pointer, device)
-    unseen = sorted(known.unseen & wanted)
-    if unseen:
-        progress.detail(f"their tower does not show what they are applied to: {', '.join(unseen)}")
     return known
+
+
+def tell_of_unwhitened(moments: Moments, layers: Sequence[str], *, how: str, out: str) -> None:
+    """Tell which layers cannot be whitened, `how` they go along their gradient, and the way out."""
+    if unwhitened := moments.without(layers):
+        tell_of_layers(
+            f"{len(unwhitened)} of {len(layers)} layers cannot be whitened, since their tower does "
+            f"not show what they are applied to, and are {how} along their gradient; {out}",
+            unwhitened,
+        )
+
+
+def tell_of_layers(text: str, layers: Sequence[str]) -> None:
+    """Tell something of layers: a few are named, and with -v all."""
+    left = len(layers) - NAMED
+    progress.note(
+        f"{text}: {', '.join(layers[:NAMED])}" + (f" and {left} more" if left > 0 else "")
+    )
+    if left > 0:
+        progress.detail(", ".join(layers))
 
 
 def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Moments:

@@ -222,8 +222,9 @@ def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ran
 
     ranking = rank(store, name, options=options)
     plots = []
-    for direction, scores in ranking.by_direction().items():
-        told = "" if len(ranking.direction.each) == 1 else f", {direction}"
+    ranked_along = ranking.by_direction()
+    for direction, scores in ranked_along.items():
+        told = "" if len(ranked_along) == 1 else f", {direction}"
         for tower in Tower:
             if any(score.tower is tower for score in scores):
                 path = plot_path(name, f"front-{tower}" + told.replace(", ", "-"))

@@ -2,7 +2,8 @@
 
 Each direction has fronts of its own. For the whitened direction, importance and alignment
 are those of the step that will be taken: the same formulas,
-in the inner product that the retained inputs make of changes.
+in the inner product that the retained inputs make of changes. Layers that cannot be whitened
+are ranked along their gradient.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import slsgu_cli
-from slsgu_cli.checkpoints.layers import Layer, layers_of, selected
+from slsgu_cli.checkpoints.layers import Layer, is_candidate, layers_of, selected
 from slsgu_cli.checkpoints.targets import layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.directions import Moments, ensure_moments, layer_gradient
+from slsgu_cli.method.directions import (
+    Moments,
+    ensure_moments,
+    layer_gradient,
+    tell_of_layers,
+    tell_of_unwhitened,
+)
 from slsgu_cli.method.gradients import graded_model
 from slsgu_cli.method.scoring import Vector, alignment, importance, norm, pareto_front
 from slsgu_cli.records.method import (
@@ -64,33 +71,31 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         moments = ensure_moments(
             store, manifest, pointer, layers, device=options.device, shard=options.shard
         )
+        tell_of_unwhitened(moments, layers, how="ranked", out="--exclude leaves them out")
     split = any(Layer.parse(layer).third is not None for layer in layers)
     model = graded_model(pointer) if split else None
     weights = _Weights(header, model)
     scores = []
-    for direction in options.direction.each:
-        along = moments if direction.whitens else None
-        candidates = [layer for layer in layers if along is None or along.has(layer)]
+    for line in _lines(layers, options.direction, moments):
         # Reading compares digests: the next layer is read while one is scored.
-        mine = processes.dealt(candidates)
+        mine = processes.dealt(line.layers)
         read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
         score_of = {
-            layer: _score(pointer, weights, layer, pair, options, along)
+            layer: _score(pointer, weights, layer, pair, options, line.moments)
             for layer, pair in zip(mine, read, strict=True)
         }
         for part in processes.gathered(score_of):
             score_of |= part
-        scored = (score_of[layer] for layer in candidates)
+        scored = (score_of[layer] for layer in line.layers)
         rows = _with_fronts([score for score in scored if score is not None])
-        if options.direction is Direction.BOTH:
-            rows = [replace(row, direction=direction) for row in rows]
-        scores += rows
+        scores += [replace(row, direction=line.mark) for row in rows]
     if not scores:
         raise InputError(
-            f"no layer of {name} is left to rank",
+            f"no layer of {name} is left to rank{_never_compete(header, options)}",
             hint="check --include, --exclude, --tower and --target; "
             "`slsgu rank NAME` alone ranks all layers",
         )
+    _tell_of_unscored(weights, sorted(set(layers) - {score.layer for score in scores}))
     ranking = Ranking(
         name=name,
         forget=pointer.forget,
@@ -106,6 +111,58 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     )
     store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Layers that are ranked together, along their gradient where there are no `moments`.
+
+    `mark` is the direction that their scores name, None where it is the ranking's.
+    """
+
+    layers: Sequence[str]
+    moments: Moments | None
+    mark: Direction | None
+
+
+def _lines(layers: list[str], direction: Direction, moments: Moments | None) -> list[_Line]:
+    """Return what is ranked together: the layers along each direction.
+
+    Beside those that are whitened, the others along their gradient.
+    """
+    if moments is None:
+        return [_Line(layers, None, None)]
+    unwhitened = moments.without(layers)
+    whitened = [layer for layer in layers if layer not in unwhitened]
+    if direction is Direction.BOTH:
+        return [
+            _Line(layers, None, Direction.GRADIENT),
+            _Line(whitened, moments, Direction.WHITENED),
+        ]
+    return [_Line(whitened, moments, None), _Line(unwhitened, None, Direction.GRADIENT)]
+
+
+def _never_compete(header: GradientHeader, options: RankOptions) -> str:
+    """Return what `include` fits that never competes, as the end of a sentence."""
+    names = [
+        name
+        for name in sorted(header.weights)
+        if options.include
+        and not is_candidate(name)
+        and selected(name, include=options.include, exclude=options.exclude)
+    ]
+    return f": of {', '.join(names[:3])} none ever competes" if names else ""
+
+
+def _tell_of_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
+    """Tell which layers have no score, and why."""
+    zeros = [layer for layer in layers if not weights.norm(layer).norm]
+    unreached = [layer for layer in layers if layer not in zeros]
+    if zeros:
+        tell_of_layers(f"{len(zeros)} layers are zeros and cannot be moved by a share", zeros)
+    if unreached:
+        text = f"{len(unreached)} layers are left out: the forget loss does not reach them"
+        tell_of_layers(text, unreached)
 
 
 def _unreached(

@@ -19,16 +19,22 @@ from slsgu_cli.checkpoints.edits import (
     load_edit,
     tell_of_joint_searches,
 )
-from slsgu_cli.checkpoints.layers import both_held, find_layers
+from slsgu_cli.checkpoints.layers import both_held, find_layers, is_candidate, layers_of
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method.directions import Moments, ensure_moments, forget_direction
+from slsgu_cli.method.directions import (
+    Moments,
+    ensure_moments,
+    forget_direction,
+    tell_of_unwhitened,
+)
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
     FeatureHeader,
+    GradientHeader,
     GradientPointer,
     LayerScore,
     Precision,
@@ -105,7 +111,10 @@ class SearchPlan:
         return EarlierConcepts(shared, self.earlier)
 
     def probes(self, store: Store, evaluation: "Evaluation") -> "Iterator[Probe]":
-        """Yield a probe for every layer and each direction that it can move in."""
+        """Yield a probe for every layer and each direction that it can move in.
+
+        Where it cannot be whitened, that is its gradient.
+        """
         import torch
 
         from slsgu_cli.method.trial import Probe
@@ -114,8 +123,10 @@ class SearchPlan:
         for score in self.layers:
             for direction in self.options.moves.each:
                 moments = self.moments if direction.whitens else None
-                if both and moments is not None and not moments.has(score.layer):
-                    continue
+                if moments is not None and not moments.has(score.layer):
+                    if both:
+                        continue
+                    moments = None
                 ridge = self.options.ridge if moments else None
                 along = forget_direction(
                     store, self.pointer, score.layer, ridge=ridge or 0, moments=moments
@@ -141,13 +152,14 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     ranking = read_ranking(store, pointer)
     store.require_writable(Artifact.TRIALS.path(name))
     options = _resolved(options, ranking)
-    layers = _layers(ranking, options)
+    layers = _layers(store, ranking, options)
     moments = None
     if options.moves.whitens:
         names = [score.layer for score in layers]
         moments = ensure_moments(
             store, manifest, pointer, names, device=options.device, shard=options.shard
         )
+        tell_of_unwhitened(moments, names, how="searched", out="--layer names others")
     plan = SearchPlan(manifest, pointer, tuple(layers), options, moments)
     return _on_top(store, plan) if options.after else plan
 
@@ -229,12 +241,18 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
     return replace(options, direction=direction, ridge=ridge, device=pick_device(options.device))
 
 
-def _layers(ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
+def _layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
     """Return the front layers, or those asked for by name or by a part that fits one only.
 
-    The fronts of both directions are joined where both are searched.
+    The fronts of both directions are joined where both are searched. Beside layers that are
+    whitened stand those that cannot be, as they were ranked along their gradient.
     """
-    scores = [score for score in ranking.scores if score.direction in (None, *options.moves.each)]
+    ranked_along = ranking.by_direction()
+    scores = [score for along in options.moves.each for score in ranked_along[along]]
+    if options.moves is Direction.WHITENED:
+        whitened = {score.layer for score in scores}
+        along_gradient = ranked_along.get(Direction.GRADIENT, [])
+        scores += [score for score in along_gradient if score.layer not in whitened]
     ranked = list({score.layer: score for score in reversed(scores)}.values())[::-1]
     if not options.layers:
         fronts = {score.layer for score in scores if score.front}
@@ -244,13 +262,29 @@ def _layers(ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
         meant = find_layers(text, [score.layer for score in ranked])
         fitting = [score for score in ranked if score.layer in meant]
         if len(fitting) != 1:
-            near = ", ".join(score.layer for score in fitting[:5]) or "none"
+            near = ", ".join(score.layer for score in fitting[:5]) or _unranked(
+                store, ranking, text
+            )
             raise UsageError(
                 f"--layer {text} fits {len(fitting)} ranked layers: {near}",
                 hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
             )
         chosen += fitting
     return chosen
+
+
+def _unranked(store: Store, ranking: Ranking, text: str) -> str:
+    """Return which parameter that is not ranked `text` means, and why it is not; or none."""
+    header = store.read_header(Artifact.GRADIENT.path(ranking.forget), GradientHeader)
+    names = find_layers(text, [*layers_of(header.weights, ranking.qkv), *sorted(header.weights)])
+    if not names:
+        return "none"
+    name = names[0]
+    if not is_candidate(name):
+        return f"none, {name} never competes"
+    if name in ranking.unreached:
+        return f"none, {name} cannot influence {ranking.target}: {ranking.unreached[name]}"
+    return f"none, {name} was left out when layers were ranked"
 
 
 def evaluation_digest(manifest: SetManifest) -> str:

@@ -271,7 +271,8 @@ class FeatureHeader:
 class LayerScore:
     """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower.
 
-    `direction` is the one that it is scored for in a ranking for both.
+    `direction` is the one that it is scored for in a ranking for both, or the gradient in one
+    for the whitened direction, where the layer cannot be whitened.
     """
 
     layer: str
@@ -322,10 +323,14 @@ class Ranking:
         return about | {"layers": counted}
 
     def by_direction(self) -> "dict[Direction, list[LayerScore]]":
-        """Return the scores for each direction that layers were ranked for."""
+        """Return the scores for each direction that layers were ranked for.
+
+        In a ranking for the whitened direction, what cannot be whitened is under the gradient.
+        """
+        marked = [score.direction for score in self.scores if score.direction is not None]
         return {
-            direction: [s for s in self.scores if s.direction in (None, direction)]
-            for direction in self.direction.each
+            direction: [s for s in self.scores if (s.direction or self.direction) is direction]
+            for direction in dict.fromkeys([*self.direction.each, *marked])
         }
 
 

@@ -115,12 +115,13 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
         "A layer is on its tower's Pareto front where no other layer has both more importance and "
         "less alignment.",
     )
+    ranked_along = ranking.by_direction()
     groups = [
         (
-            f"{tower} tower, {direction}" if len(ranking.direction.each) > 1 else f"{tower} tower",
+            f"{tower} tower, {direction}" if len(ranked_along) > 1 else f"{tower} tower",
             [score for score in scores if score.tower is tower],
         )
-        for direction, scores in ranking.by_direction().items()
+        for direction, scores in ranked_along.items()
         for tower in Tower
     ]
     groups = [(title, scores) for title, scores in groups if scores]

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from worlds import lose_moment
 
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
@@ -11,7 +12,6 @@ from slsgu_cli.records.method import (
     Alignment,
     Direction,
     GradientHeader,
-    MomentHeader,
     ParameterNorm,
     Tower,
 )
@@ -151,21 +151,62 @@ def test_gradients_that_are_not_there_are_told(world):
     assert "slsgu grad blue" in error.value.hint
 
 
-def moments_that_lack(world, layer, revision):
-    """Let the store have no moment of a layer: an earlier revision, or this, did not see it."""
-    ranked(world, Direction.WHITENED)
-    names = world.store.names("moments", ".safetensors")
-    for path in map(Artifact.MOMENTS.path, names):
-        header = world.store.read_header(path, MomentHeader)
-        arrays = {name: array for name, array in world.store.read_tensors(path).items()
-                  if name != layer}  # fmt: skip
-        layers = {name: about for name, about in header.layers.items() if name != layer}
-        header = replace(header, layers=layers, unseen=(layer,), revision=revision)
-        world.store.write_tensors(path, arrays, header)
-
-
 def test_what_an_earlier_revision_did_not_see_is_looked_for_again(world):
-    layer = "visual.conv1.weight"
     expected = ranked(world, Direction.WHITENED)
-    moments_that_lack(world, layer, revision=1)
+    lose_moment(world, "visual.conv1.weight", revision=1)
     assert ranked(world, Direction.WHITENED) == expected
+
+
+def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, listener):
+    layer = "visual.conv1.weight"
+    along_gradient = {score.layer: score for score in ranked(world).scores}
+    before = ranked(world, Direction.WHITENED).scores
+    assert all(score.direction is None for score in before)
+    lose_moment(world, layer)
+    listener.heard.clear()
+    ranking = ranked(world, Direction.WHITENED)
+    others = [score for score in ranking.scores if score.layer != layer]
+    by_layer = {score.layer: replace(score, front=False) for score in before}
+    assert {score.layer: replace(score, front=False) for score in others} == {
+        name: score for name, score in by_layer.items() if name != layer
+    }
+    # It is alone along its gradient, so no other is before it.
+    alone = replace(along_gradient[layer], front=True, direction=Direction.GRADIENT)
+    assert [score for score in ranking.scores if score.layer == layer] == [alone]
+    assert ranking.by_direction() == {Direction.WHITENED: others, Direction.GRADIENT: [alone]}
+    (told,) = listener.heard
+    assert told.startswith(f"1 of {len(before)} layers cannot be whitened")
+    assert "ranked along their gradient; --exclude leaves them out: visual.conv1.weight" in told
+
+
+def test_of_both_directions_it_has_one(world, listener):
+    layer = "visual.conv1.weight"
+    before = ranked(world, Direction.BOTH).by_direction()
+    lose_moment(world, layer)
+    listener.heard.clear()
+    after = ranked(world, Direction.BOTH).by_direction()
+    assert after[Direction.GRADIENT] == before[Direction.GRADIENT]
+    whitened = {score.layer for score in after[Direction.WHITENED]}
+    assert whitened == {score.layer for score in before[Direction.WHITENED]} - {layer}
+    assert any("1 of " in told and layer in told for told in listener.heard)
+
+
+def test_what_has_no_score_is_told(world, listener):
+    def clear(arrays, header):
+        arrays["visual.proj"][...] = 0
+        shape = header.weights["ln_final.weight"].shape
+        return replace(
+            header, weights=header.weights | {"ln_final.weight": ParameterNorm(shape, 0.0)}
+        )
+
+    rewrite(world, clear)
+    ranked(world)
+    assert listener.heard == [
+        "1 layers are zeros and cannot be moved by a share: ln_final.weight",
+        "1 layers are left out: the forget loss does not reach them: visual.proj",
+    ]
+
+
+def test_of_what_never_competes_nothing_is_left(world):
+    with pytest.raises(InputError, match=r"to rank: of logit_scale none ever competes"):
+        ranked(world, include=["logit_scale"])

@@ -11,7 +11,7 @@ import tiny_clip
 from open_clip.model import convert_to_custom_text_state_dict
 from plain import Plain
 from safetensors.numpy import load_file, save_file
-from worlds import plain_options
+from worlds import lose_moment, plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import zeroshot
@@ -414,6 +414,35 @@ def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world):
     assert "slsgu rank blue" in error.value.hint
     if count:
         assert "transformer.resblocks.2.mlp.c_fc.weight" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("visual.ln_post.bias", "none, visual.ln_post.bias never competes"),
+        ("visual.proj", "none, visual.proj was left out when layers were ranked"),
+    ],
+)
+def test_why_a_layer_is_not_ranked_is_told(text, told, world):
+    rank(world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, exclude=["proj"]))
+    with pytest.raises(UsageError, match=told):
+        find(world, steps=1, layers=[text])
+
+
+@pytest.mark.parametrize("direction", [Direction.WHITENED, Direction.BOTH])
+def test_what_cannot_be_whitened_is_searched_along_its_gradient(direction, world, listener):
+    layer = "visual.conv1.weight"
+    options = RankOptions(direction=direction)
+    rank(world.store, "blue", options=options)
+    lose_moment(world, layer)
+    ranked = rank(world.store, "blue", options=options)
+    listener.heard.clear()
+    result = find(world, steps=1, layers=[layer, "visual.proj"], direction=Direction.WHITENED)
+    assert {(trial.layer, trial.ridge) for trial in result.trials.trials} == {
+        (layer, None),
+        ("visual.proj", ranked.ridge),
+    }
+    assert any("1 of 2 layers cannot be whitened" in told for told in listener.heard)
 
 
 def test_weights_that_changed_since_are_told(world, tmp_path):

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slsgu_cli import progress
+from slsgu_cli.method.directions import REVISION
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Direction, GradientPointer, Keep, Ranking, Steer
+from slsgu_cli.records.method import Direction, GradientPointer, Keep, MomentHeader, Ranking, Steer
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.store.artifacts import read_manifest, read_pointer, read_ranking
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, read_ranking
 from slsgu_cli.store.store import Store
 
 
@@ -86,3 +87,13 @@ class World:
         """Compute the gradients and rank the layers for them."""
         compute_gradients(self.store, self.name, model=None, options=PassOptions(**options))
         rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))
+
+
+def lose_moment(world, layer, revision=REVISION):
+    """Let the store say that a layer's inputs were not seen by a revision of what can be."""
+    for path in map(Artifact.MOMENTS.path, world.store.names("moments", ".safetensors")):
+        header = world.store.read_header(path, MomentHeader)
+        arrays = world.store.read_tensors(path)
+        del arrays[layer], header.layers[layer]
+        header = replace(header, unseen=(layer,), revision=revision)
+        world.store.write_tensors(path, arrays, header)
