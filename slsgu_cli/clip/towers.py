@@ -115,6 +115,11 @@ class SplitTower(ABC):
         """Return how many positions of each row can influence its features."""
         return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
 
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Return which positions of each row can influence its features, (rows, positions)."""
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        return positions < self.lengths(inputs).unsqueeze(1)
+
     def trim(self, inputs: Tensor) -> Tensor:
         """Return token ids without the positions that influence no row's features."""
         return inputs[:, : int(self.lengths(inputs).max())]
@@ -246,8 +251,13 @@ class WholeTower(SplitTower):
     depth = 0
     exact_split = False
 
-    def __init__(self, encode: Any) -> None:
+    def __init__(self, encode: Any, visible: Callable[[Tensor], Tensor] | None = None) -> None:
         self.encode = encode
+        self._visible = visible
+
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Return what is no padding, of a text tower that hides padding from attention."""
+        return super().counted(inputs) if self._visible is None else self._visible(inputs)
 
     def stage_of(self, parameter: str) -> int:
         """Return EMBED: nothing is known to be unaffected."""
@@ -300,7 +310,26 @@ def _text(model: Any) -> SplitTower:
     is_plain = _kind(text) == "TextTransformer" and _batch_first(text.transformer)
     if is_plain and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
         return OpenClipText(text, text.pool_type, text.eos_id)
-    return WholeTower(model.encode_text)
+    return WholeTower(model.encode_text, _visible_in(text))
+
+
+def _visible_in(text: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what tells which positions attention sees, where a text tower hides its padding."""
+    if _kind(text) == "HFTextEncoder":
+        return lambda tokens: tokens != text.config.pad_token_id
+    if _kind(text) != "TextTransformer" or text.cls_emb is None or text.attn_mask is None:
+        return None
+
+    def seen_by_class(tokens: Tensor) -> Tensor:
+        """Count the tokens and the class token behind them, which alone leaves the tower.
+
+        As CoCa's weights were trained, what hides the padding is one position too late.
+        """
+        seen, one = tokens != text.pad_id, torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        parts = [seen, one] if text.correct_cls_mask else [one, seen[:, :-1], one]
+        return torch.cat(parts, dim=1)
+
+    return seen_by_class
 
 
 def attention_half(

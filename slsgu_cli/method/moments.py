@@ -410,8 +410,7 @@ class _Parts:
 
     def _run_texts(self, tokens: Tensor) -> None:
         short = self._text.trim(tokens)
-        valid = torch.arange(short.shape[1]) < self._text.lengths(short).unsqueeze(1)
-        with self.inputs.only(valid.to(self.device)):
+        with self.inputs.only(self._text.counted(short).to(self.device)):
             self._run(self._text, short.to(self.device))
 
     def _run(self, tower: SplitTower, values: Tensor) -> None:

@@ -24,7 +24,6 @@ from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
-    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -368,7 +367,8 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     also = ("steer", "margin") if trials.steer is Steer.MARGIN else ("steer",)
     lines = []
     ridges = dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}
-    if trials.direction is Direction.BOTH:
+    if len(ridges) > 1:
+        # Along its gradient a layer was searched beside others.
         ridges.pop(None, None)
     for ridge in ridges:
         searched = replace(options, ridge=None if ridge == ranking.ridge else ridge)

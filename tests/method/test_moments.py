@@ -1,8 +1,11 @@
 """Moments are those of the inputs that open_clip's own modules see, position by position."""
 
+import json
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import tiny_clip
@@ -384,6 +387,56 @@ def test_every_layer_that_competes_is_whitened(kind, block, tmp_path):
     tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
     layers = layers_of(model)
     assert set(found_by(model, Block(ROWS, tokens, block.pixels))) == set(layers)
+
+
+def coca(folder, *, late):
+    """Return a CoCa and the layer that what leaves its first attention enters.
+
+    As its weights were trained, what hides the padding is one position too `late`.
+    """
+    model = make("coca", folder)
+    model.text.correct_cls_mask = not late
+    return model, "text.transformer.resblocks.0.mlp.c_fc"
+
+
+def bert(folder):
+    """Return a model with a text tower of Hugging Face's, and such a layer."""
+    pytest.importorskip("transformers")
+    config = {"model_type": "bert", "vocab_size": 600, "hidden_size": 16, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "intermediate_size": 24}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    text = {"hf_model_name": str(folder), "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
+    built = CONFIGS["clip"] | {"custom_text": True, "text_cfg": text}
+    path = folder / "test-bert.json"
+    path.write_text(json.dumps(built))
+    open_clip.add_model_config(path)
+    model = open_clip.create_model("test-bert", pretrained_hf=False).eval()
+    return model, "text.transformer.encoder.layer.0.intermediate.dense"
+
+
+@pytest.mark.parametrize(
+    "built", [partial(coca, late=True), partial(coca, late=False), bert], ids=["late", "coca", "hf"]
+)
+def test_of_texts_what_influences_features_counts(built, block, tmp_path):
+    model, layer = built(tmp_path)
+    tokens = np.where(block.tokens > 0, block.tokens % 500 + 1, 0)
+    states = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: states.append(args[0])
+    )
+    features = model.encode_text(torch.from_numpy(tokens).long())
+    hook.remove()
+    chosen = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    (slopes,) = torch.autograd.grad((features * chosen).sum(), states)
+    influences = slopes.abs().sum(-1) > 0
+    assert 0 < influences.sum() < influences.numel()
+    texts = [name for name in layers_of(model) if name.startswith("text.")]
+    found = input_moments(model, texts, Block(ROWS, tokens, block.pixels), spec=SPEC, device="cpu")
+    assert set(found) == set(texts)
+    x = states[0][influences].detach().double()
+    moment = found[f"{layer}.weight"]
+    assert moment.count == len(x)
+    torch.testing.assert_close(moment.mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fastvit_t8", "test_convnext"])

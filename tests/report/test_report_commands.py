@@ -70,6 +70,19 @@ def test_the_direction_is_told(store):
     assert lines[3:5] == [f"{search} --ridge 0.1 --steps 5", f"{search} --steps 5"]
 
 
+def test_a_search_that_took_a_gradient_too_is_told_once(store):
+    """What cannot be whitened is searched along its gradient beside what can be."""
+    change(store, Ranking, direction=Direction.WHITENED, ridge=0.01)
+    trials = store.read_record(PATHS[Trials], Trials).trials
+    whitened = [replace(t, ridge=0.01) for t in trials if t.layer != FRONT[0]]
+    beside = [t for t in trials if t.layer == FRONT[0]]
+    for searched in ([*beside, *whitened], whitened, beside):
+        change(store, Trials, direction=Direction.WHITENED, trials=tuple(searched))
+        told_of = [line for line in told(store) if line.startswith("slsgu search")]
+        assert len(told_of) == 1
+        assert "--ridge" not in told_of[0]
+
+
 def test_stale_steps_are_not_told_as_if_they_led_here(store):
     change(store, Ranking, forget="another")
     assert [line.split()[1] for line in told(store)] == ["build-sets", "grad", "apply", "eval"]
