@@ -171,9 +171,36 @@ def read_target(path: Path) -> Target:
     if (path / OPEN_CLIP).is_file():
         return _clip(path)
     config = read_config(path / CONFIG)
+    _refuse_siglip(path, config)
     if "vision_feature_layer" in config or "mm_vision_tower" in config or _is_llava(config):
         return _llava(path, config)
     return _clip(path)
+
+
+SIGLIP = "siglip"
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return what transformers calls the model of a configuration: its class and its type."""
+    classes = config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else "model"
+    return f"{named} ({config.get('model_type', 'of no type')})"
+
+
+def _refuse_siglip(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError for a model of transformers with SigLIP's towers, or a LLaVA with one."""
+    vision = config.get("vision_config")
+    inside = vision.get("model_type") if isinstance(vision, dict) else None
+    if str(config.get("model_type", "")).startswith(SIGLIP):
+        raise InputError(
+            f"{folder} is a {kind_of(config)}: SigLIP in transformers' layout cannot be edited",
+            hint="edits of a SigLIP go into the files that open_clip loads: apply without --target",
+        )
+    if str(inside or "").startswith(SIGLIP):
+        raise InputError(
+            f"{folder} is a {kind_of(config)}, whose vision tower is a SigLIP ({inside})",
+            hint="edits go into towers of CLIP's, such as those of LLaVA 1.5",
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from slsgu_cli.checkpoints.layouts import (
     tensor_places,
     values_digest,
 )
-from slsgu_cli.checkpoints.targets import CONFIG, read_config, require_inside
+from slsgu_cli.checkpoints.targets import (
+    CONFIG,
+    OPEN_CLIP,
+    SIGLIP,
+    kind_of,
+    read_config,
+    require_inside,
+)
 from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
 from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
@@ -52,6 +59,23 @@ def is_clip(folder: Path) -> bool:
     return path.is_file() and read_config(path).get("model_type") == "clip"
 
 
+def other_model(folder: Path) -> tuple[str, str] | None:
+    """Return which model of transformers a folder holds instead, and how to name what is meant.
+
+    None where it holds none, or a CLIPModel.
+    """
+    config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not config or config.get("model_type") == "clip":
+        return None
+    hint = "name a repository or a folder of open_clip's, or of a CLIPModel of transformers"
+    if str(config.get("model_type", "")).startswith(SIGLIP):
+        hint = (
+            "open_clip has SigLIP's weights in its own layout: "
+            "--model ViT-B-16-SigLIP --pretrained webli, or --model hf-hub:timm/ViT-B-16-SigLIP"
+        )
+    return f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}", hint
+
+
 def fetch_clip(repository: str, config: str) -> Path:
     """Return the folder of a CLIPModel repository of transformers, as it lies in the cache.
 
@@ -69,11 +93,9 @@ def fetch_clip(repository: str, config: str) -> Path:
     except FETCH_ERRORS as error:
         raise unreachable(f"{HUB}{repository} from the hub", error) from error
     if not is_clip(folder):
-        raise InputError(
-            f"{HUB}{repository} is no CLIP that slsgu knows: it has no {config}, "
-            "and its config.json is not that of a CLIPModel",
-            hint="name a repository of open_clip, or of a CLIPModel of transformers",
-        )
+        lacks = f"it has no {config}, and no {CONFIG} of a CLIPModel"
+        what, hint = other_model(folder) or (lacks, "name a repository of open_clip's")
+        raise InputError(f"{HUB}{repository} is no CLIP that slsgu knows: {what}", hint=hint)
     raise InputError(
         f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
         hint="save it again as safetensors, and name its folder",

@@ -32,6 +32,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
     fetch_clip,
     is_clip,
     model_config,
+    other_model,
     preprocess_config,
     unreachable,
     vocabulary,
@@ -391,12 +392,31 @@ def device_name(device: str) -> str:
 
 
 def _tokenizer_of(model: ResolvedModel) -> Any:
-    with _quiet(), _explained(model):
-        if model.spelling is not Spelling.TRANSFORMERS:
-            return _tokenizer(model.identifier)
-        tokenize = _tokenizer(model.identifier, model.config["text_cfg"]["context_length"])
+    own = model.spelling is not Spelling.TRANSFORMERS
+    length = None if own else model.config["text_cfg"]["context_length"]
+    try:
+        with _quiet():
+            tokenize = _tokenizer(model.identifier, length)
+    except Exception as error:  # transformers and its hub raise many kinds here
+        raise _no_tokenizer(model, error) from error
+    if not own:
         _check_vocabulary(model, tokenize.encoder)
-        return tokenize
+    return tokenize
+
+
+def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
+    """Return the error for a tokenizer that cannot be had, which says where it comes from."""
+    name = model.config["text_cfg"].get("hf_tokenizer_name")
+    hint = "correct what the configuration says of it in text_cfg"
+    if isinstance(error, ImportError):
+        hint = "pip install 'slsgu[targets]', which has transformers"
+    elif name and model.folder is not None:
+        hint = f"put the files of {name} beside the weights: tokenizer_config.json, tokenizer.json"
+    elif name:
+        hint = f"it is {name} of the Hugging Face hub: check the connection"
+    what = f"cannot load the tokenizer of {model.spec}: {first_lines(error)}"
+    kind = MissingError if isinstance(error, OSError | ImportError) else InputError
+    return kind(what, hint=hint)
 
 
 @functools.cache
@@ -466,12 +486,7 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
     if not path.is_file() and is_clip(folder):
         return _resolve_transformers(spec, folder)
     if not path.is_file():
-        lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
-        raise MissingError(
-            f"{folder} is not an open_clip model folder: {lacks}",
-            hint="name a folder written by open_clip, a CLIPModel of transformers, "
-            "or --model ARCH --pretrained FILE",
-        )
+        raise _no_model(folder)
     config, preprocess = _configuration(path)
     kinds = ("*.safetensors", "*.bin", "*.pth")
     files = [file for kind in kinds for file in folder.glob(kind) if file.is_file()]
@@ -480,6 +495,18 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
         raise MissingError(f"{folder} holds no weights (.safetensors, .bin or .pth)")
     weights = [*named, *sorted(files, key=lambda file: (file.suffix != ".safetensors", file))][0]
     return ResolvedModel(spec, f"{LOCAL}{folder}", config, preprocess, weights, folder)
+
+
+def _no_model(folder: Path) -> MissingError:
+    """Return the error for a folder that is no model, or one of another kind."""
+    lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
+    weights = next(iter(weight_files(folder)), "FILE") if folder.is_dir() else "FILE"
+    usual = (
+        "name a folder written by open_clip, a CLIPModel of transformers, "
+        f"or --model ARCH --pretrained {weights}"
+    )
+    what, hint = other_model(folder) or (lacks, usual)
+    return MissingError(f"{folder} is not an open_clip model folder: {what}", hint=hint)
 
 
 def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
@@ -571,11 +598,16 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         name = Path(name).stem
     with _quiet():
         config = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None and Path(name).is_dir():
+        raise _no_model(Path(name))
     if config is None and Path(name).exists():
-        what = "a folder without" if Path(name).is_dir() else "a file and not a folder with"
         raise InputError(
-            f"--model {name} is {what} {OPEN_CLIP}",
+            f"--model {name} is a file and not a folder with {OPEN_CLIP}",
             hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
+        )
+    if config is None and name.startswith("hf://"):
+        raise InputError(
+            f"open_clip has no model {name}", hint=f"--model {HUB}{name.removeprefix('hf://')}"
         )
     if config is None:
         hint = near(name, open_clip.list_models())

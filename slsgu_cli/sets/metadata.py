@@ -239,7 +239,19 @@ def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
     return caption, url
 
 
+# What tables of URLs come as besides parquet.
+TEXT_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
+
+
 def _groups(path: str) -> list[RowGroup]:
+    if path.lower().endswith(TEXT_TABLES):
+        read = "json.read_json" if "json" in path.lower() else "csv.read_csv"
+        raise InputError(
+            f"{path} is a table of text: --metadata takes parquet",
+            hint='write it as parquet: python -c "from pyarrow import csv, json, parquet; '
+            f"parquet.write_table({read}('{path}'), 'metadata.parquet')\"; "
+            "images that are here already are named with --source",
+        )
     with open_parquet(path) as file:
         schema, groups, start = tuple(file.schema.names), list[RowGroup](), 0
         for group, rows in enumerate(file.rows):

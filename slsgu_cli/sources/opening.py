@@ -139,9 +139,11 @@ def expand(source: Source) -> list[str]:
             else:
                 matches = sorted(fs.glob(inner)) if any(mark in inner for mark in "*?[") else []
         except Exception as error:  # file systems of networks raise kinds of their own
+            hint = "check the name, the connection and the leave to read it"
+            if pattern.startswith("hf://") and not pattern.startswith("hf://datasets/"):
+                hint = "data sets of the hub are named hf://datasets/OWNER/NAME/..."
             raise InputError(
-                f"cannot open source {source.text}: {first_lines(error)}",
-                hint="check the name, the connection and the leave to read it",
+                f"cannot open source {source.text}: {first_lines(error)}", hint=hint
             ) from error
         if not matches:
             _require_access(source, fs, inner)

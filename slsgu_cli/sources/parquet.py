@@ -432,7 +432,7 @@ def open_parquet(path: str) -> Iterator[Parquet]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} cannot be read as parquet: {reason}",
-            hint="the file is damaged or incomplete; fetch it again",
+            hint="the file is no parquet, damaged or incomplete; fetch it again",
         ) from error
 
 

@@ -1,0 +1,90 @@
+"""What is near to what is meant is refused with what to do: other models, tables, addresses."""
+
+import json
+import shutil
+
+import pytest
+from places import DEMO
+from tiny_images import write_folder
+
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.models import resolve, tokenizer
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
+from slsgu_cli.sets.collection import collect
+from slsgu_cli.sources.opening import expand, parse_source
+from slsgu_cli.store.store import Store
+
+SIGLIP = {"architectures": ["SiglipModel"], "model_type": "siglip"}
+ONE_VISION = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"],
+    "model_type": "llava_onevision",
+    "vision_config": {"model_type": "siglip_vision_model"},
+}
+
+
+def folder(at, config):
+    return write_folder(at / "other", {"config.json": json.dumps(config)})
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_siglip_of_transformers_is_named_in_open_clips_words(tmp_path, prefix):
+    with pytest.raises(
+        MissingError, match=r"no open_clip_config\.json, and .* SiglipModel"
+    ) as caught:
+        resolve(ModelSpec(prefix + folder(tmp_path, SIGLIP)))
+    assert "--model ViT-B-16-SigLIP --pretrained webli" in caught.value.hint
+
+
+def test_a_folder_of_no_model_is_not_taken_for_weights(tmp_path):
+    with pytest.raises(MissingError, match=r"it has no open_clip_config\.json") as caught:
+        resolve(ModelSpec(str(tmp_path)))
+    assert f"--pretrained {tmp_path}" not in caught.value.hint
+
+
+def test_an_address_of_the_hub_is_spelt_as_open_clip_does():
+    with pytest.raises(InputError) as caught:
+        resolve(ModelSpec("hf://openai/clip"))
+    assert caught.value.hint == "--model hf-hub:openai/clip"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SIGLIP, r"is a SiglipModel \(siglip\): SigLIP in transformers' layout cannot be edited"),
+        (ONE_VISION, "is a LlavaOnevision.*, whose vision tower is a SigLIP"),
+    ],
+)
+def test_targets_with_siglips_towers_are_refused(tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        read_target(tmp_path / folder(tmp_path, config))
+
+
+def test_a_tokenizer_that_cannot_be_had_is_told_apart_from_weights(tmp_path):
+    shutil.copytree(DEMO / "clip", tmp_path / "clip")
+    path = tmp_path / "clip/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "owner/tokens"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot load the tokenizer of local-dir:") as caught:
+        tokenizer(resolve(ModelSpec(f"local-dir:{tmp_path}/clip")))
+    assert "put the files of owner/tokens beside the weights" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["urls.csv", "urls.jsonl"])
+def test_metadata_as_text_is_converted(tmp_path, name):
+    path = f"{write_folder(tmp_path, {name: 'URL,TEXT'})}/{name}"
+    request = CollectRequest(concepts=(Concept("dog", ("dog",), ()),), metadata=(path,))
+    with pytest.raises(InputError, match="--metadata takes parquet") as caught:
+        collect(Store(str(tmp_path / "store")), request)
+    assert f"read_{'json' if 'json' in name else 'csv'}('{path}')" in caught.value.hint
+
+
+def test_a_data_set_of_the_hub_is_addressed_as_one(monkeypatch):
+    def unknown(path):
+        raise ValueError(f"{path}: Invalid repo id")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", unknown)
+    with pytest.raises(InputError, match="Invalid repo id") as caught:
+        expand(parse_source("hf://owner/name/*.parquet"))
+    assert "hf://datasets/OWNER/NAME" in caught.value.hint
