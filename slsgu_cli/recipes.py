@@ -209,9 +209,13 @@ class Job(RecipePlan):
     def _refuse_troubles(self, planned: Sequence[PlannedStep]) -> None:
         troubles = [each for each in planned if each.trouble]
         if troubles:
-            reasons = dict.fromkeys(f"{t.step.stage} {t.step.about}: {t.trouble}" for t in troubles)
+            # What stands in the way of several steps is told of the first.
+            reasons: dict[str | None, str] = {}
+            for each in troubles:
+                place = f"{each.step.stage} {each.step.about}"
+                reasons.setdefault(each.trouble, f"{place}: {each.trouble}")
             raise InputError(
-                f"nothing was begun, for it cannot end: {'; '.join(reasons)}",
+                f"nothing was begun, for it cannot end: {'; '.join(reasons.values())}",
                 hint=f"correct the recipe {self.recipe.name}; --plan shows all of it",
             )
 

@@ -194,8 +194,10 @@ def test_a_run_files_it_again_where_it_would_tell_other_things(job, shared_world
 
 def test_without_a_recipe_it_is_of_a_set_and_the_models_that_are_named(job):
     shutil.rmtree(job / "store" / "ledgers")
-    told = inside("evidence", "blue", "--out", "plain", store=job / "store")
+    told = inside("evidence", "blue", "--out", "plain", "--json", store=job / "store")
     assert told.exit_code == 0, told.stderr
+    (row,) = json.loads(told.stdout)["evidence"]
+    assert (row["state"], row["verification"], row["FA@1 after"]) == (None, "not run", 0)
     statement = json.loads((job / "plain" / "statement.json").read_text())
     assert [each["name"] for each in statement["subject"]] == ["edits/blue.safetensors"]
     assert "made without a recipe" in (job / "plain" / "evidence.html").read_text()
