@@ -186,7 +186,7 @@ def open_arrow(
             yield schema, _arrow_batches(opened)
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, SlsguError):
             raise
         raise InputError(
@@ -426,7 +426,7 @@ def open_parquet(path: str) -> Iterator[Parquet]:
             yield Parquet(path, raw, local=local)
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, SlsguError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,12 +11,12 @@ the same for each. Its images are in the file, or are files that it names.
 import errno
 import hashlib
 import heapq
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import fsspec
@@ -226,16 +226,16 @@ class FolderFiles:
     def identity(self, names: Iterable[str]) -> Any:
         """Return a digest over size and time of the files that have these names."""
         files, listed = hashlib.sha256(), set[str]()
-        fs, _ = fsspec.core.url_to_fs(self.root)
         for name in names:
-            folder = folder_of(self.where(name))
+            fs, path = self._at(name)
+            folder = folder_of(path)
             if "file" not in fs.protocol and folder not in listed:
                 # Once listed, a folder's files are known without asking for each of them.
                 listed.add(folder)
                 with suppress(OSError):
                     fs.ls(folder)
             info = self._info(name)
-            files.update(json.dumps([name, stamp(info) if info else None]).encode())
+            files.update(f"{name}\0{stamp(info) if info else None}\n".encode(errors="replace"))
         return [self.root, files.hexdigest()]
 
     def read(self, images: Iterable[tuple[int, Held]]) -> Iterator[tuple[int, bytes | None]]:
@@ -249,7 +249,7 @@ class FolderFiles:
             return None
         if int(info.get("size") or 0) > IMAGE_LIMIT:
             return Unread(TOO_LARGE)
-        fs, path = fsspec.core.url_to_fs(self.where(name))
+        fs, path = self._at(name)
         try:
             return bytes(fs.cat_file(path))
         except (FileNotFoundError, PermissionError):
@@ -259,9 +259,7 @@ class FolderFiles:
 
     def _info(self, name: str) -> dict[str, Any] | None:
         """Return a file's entry; None where there is none, or another thing than a file."""
-        if "://" in name:
-            return None
-        fs, path = fsspec.core.url_to_fs(self.where(name))
+        fs, path = self._at(name)
         try:
             info: dict[str, Any] = fs.info(path)
         except NOT_THERE:
@@ -271,6 +269,17 @@ class FolderFiles:
                 return None
             raise InputError(f"cannot look at {self.where(name)}: {error}") from error
         return info if info["type"] == "file" else None
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        """Return a file system and a path in it: names are paths there, whatever they look like."""
+        fs, inner = _opened("/" if name.startswith("/") else self.root)
+        return fs, name if name.startswith("/") else f"{inner}/{name}"
+
+
+@cache
+def _opened(folder: str) -> tuple[Any, str]:
+    fs, inner = fsspec.core.url_to_fs(folder)
+    return fs, str(inner).rstrip("/")
 
 
 # What a column holds that images can be had of.

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from slsgu_cli.records.codec import decode, encode, is_sealed, parse_json, seale
 from slsgu_cli.records.method import EditHeader, GradientPointer, Ranking
 from slsgu_cli.records.sets import Collection, DataRef, InputSpec, ModelSpec, SetManifest
 from slsgu_cli.sources.captions import parse_classes, parse_names, parse_templates, read_names
+from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
 from slsgu_cli.sources.tar import TarSource
 
@@ -57,6 +59,44 @@ def shard() -> bytes:
 
 
 SHARD = shard()
+
+
+def arrow() -> bytes:
+    """Return an Arrow stream of images as structs, captions, and labels that have names."""
+    said = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+    images = [{"bytes": b"x" * 50, "path": None}] * 9
+    columns = {"image": images, "text": [f"caption {n}" for n in range(9)], "label": [0, 1, 2] * 3}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(said)})
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return file.getvalue()
+
+
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png"}],
+    "annotations": [{"id": n, "image_id": 1, "caption": "x"} for n in range(4)],
+}
+TABLES = {
+    "t.arrow": arrow(),
+    "t.csv": b"path,caption\n" + b'a.png,"one"\n' * 9,
+    "t.json": json.dumps(COCO).encode(),
+    "t.jsonl": b'{"image": "a.png", "text": "x"}\n' * 9,
+    "t.txt": b"a.png 3\n" * 9,
+}
+
+
+@fuzzed
+@given(changes, cuts, st.sampled_from(sorted(TABLES)))
+def test_tables(tmp_path_factory, edits, cut, name):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(damaged(TABLES[name], edits, cut))
+    path.with_name("a.png").write_bytes(b"1")
+    (source,) = open_sources([str(path)], Columns())
+    with suppress(SlsguError):
+        source.identity()
+        rows = list(source.rows(Counter()))
+        assert len(list(source.images({row.index: None for row in rows} or {0: None}))) <= 9
 
 
 def with_checksums(data: bytes) -> bytes:

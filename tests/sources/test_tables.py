@@ -137,8 +137,8 @@ def test_identity_follows_the_images(tmp_path):
 def test_only_images_of_usual_files_are_read(tmp_path):
     path = table(tmp_path, "path,caption\na.png,one\n/dev/zero,two\n.,three\na\0b,four\n")
     with path.open("a") as file:
-        file.write(f"{'a' * 300},five\n")
-    assert read(path)[2] == {0: b"1", 1: None, 2: None, 3: None, 4: None}
+        file.write(f"{'a' * 300},five\nzip::a.png,six\nmemory://a.png,seven\n")
+    assert read(path)[2] == {0: b"1"} | dict.fromkeys(range(1, 7))
 
 
 def test_a_table_and_an_imagefolder_with_two_are_told(tmp_path):
