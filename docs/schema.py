@@ -168,7 +168,8 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "sweep": [{"sweep": Sweep, "files": PATHS}],
         "init": [{"files": PATHS}],
         "run": [
-            {"plan": table("stage", "requests", "for", "state", "seconds", "why")},
+            {"plan": table("stage", "requests", "for", "state", "seconds", "memory", "disk",
+                           "why")},
             {"figures": table("figure", "original", "now", "change"),
              "bounds?": table("request", "bound", "figure", "result"),
              "requests": [LedgerRow], "files": PATHS},

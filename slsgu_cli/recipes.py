@@ -17,7 +17,8 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.inputs import peak_memory, reset_peak
+from slsgu_cli.clip.models import fingerprint, pick_device, resolve
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
@@ -222,6 +223,7 @@ class Job(RecipePlan):
     def _do(self, step: Step, pending: Sequence[Step]) -> Iterator[tuple[Step, float]]:
         """Do a step, and further searches where they share its model; record and yield each."""
         started = perf_counter()
+        reset_peak(pick_device(self.recipe.search.device))
         if step.stage is Stage.SEARCH and self.recipe.together is Together.SUM:
             searches = [p for p in pending if p.stage is Stage.SEARCH and self.why(p)]
             names = [p.names[0] for p in searches]
@@ -247,7 +249,8 @@ class Job(RecipePlan):
         took = PassTime(seconds, self.device)
         place = str(step.place) if step.place else None
         origin = str(self.target(step)) if step.stage is Stage.TARGET else None
-        record = StageRecord(step.stage, step.names, place, asked, made, took, origin)
+        memory = peak_memory(pick_device(self.recipe.search.device)) if made else None
+        record = StageRecord(step.stage, step.names, place, asked, made, took, origin, memory)
         self.ledger = self.ledger.with_stage(record)
         self._write()
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from worlds import World
 
 import slsgu_cli
 from slsgu_cli import recipes
+from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.errors import AssertionsError, InputError, UsageError
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.export import export
@@ -20,7 +23,13 @@ from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.options import BuildRequest, ExportRequest, RankOptions, SearchOptions
+from slsgu_cli.records.options import (
+    BuildRequest,
+    ExportRequest,
+    PassOptions,
+    RankOptions,
+    SearchOptions,
+)
 from slsgu_cli.records.recipe import (
     Ledger,
     Outputs,
@@ -203,6 +212,38 @@ def test_what_no_lora_can_be_of_is_told_before_anything_is_begun(job):
     outputs = Outputs(lora=job.folder / "l.safetensors")
     with pytest.raises(InputError, match=r"no client has a LoRA of visual\.proj"):
         job("blue", "red", outputs=outputs)
+
+
+def test_a_plan_estimates_by_what_the_store_has(job, shared_world, tmp_path):
+    ledger = job.store.read_record("ledgers/colours.json", Ledger)
+    peaks = {each.stage: each.memory for each in ledger.stages}
+    options = PassOptions(memory_budget=1 << 30)
+    planned = {each.step.stage: each for each in job.plan("green", grad=options)}
+    if sys.platform == "linux":
+        # PyTorch itself takes more than this.
+        assert all(peak > 50e6 for peak in peaks.values())
+        assert planned[Stage.SEARCH].memory == peaks[Stage.SEARCH]
+    catalog = Catalog(job.store)
+    manifests = [catalog.get(Artifact.SET, name) for name in ("blue", "red")]
+    paths = [[Artifact.SET.path(m.name), m.forget.path, m.retain.path] for m in manifests]
+    sizes = [sum(bytes_in(job.folder / "store" / path) for path in each) for each in paths]
+    assert planned[Stage.SET].disk == round(statistics.median(sizes))
+    assert planned[Stage.CHECKPOINT].disk == bytes_in(shared_world.folder)
+    assert planned[Stage.FIGURES].disk is None
+    elsewhere = recipe_of(shared_world, tmp_path, "green", grad=options)
+    fresh = {each.step.stage: each for each in recipes.plan(elsewhere, store=str(tmp_path / "new"))}
+    assert {stage for stage, each in fresh.items() if each.disk} == {Stage.CHECKPOINT}
+    state = load(resolve(shared_world.model)).state_dict()
+    weights = sum(tensor.numel() for tensor in state.values())
+    assert {stage: each.memory for stage, each in fresh.items() if each.memory} == {
+        Stage.GRADIENTS: (1 << 30) + 12 * weights
+    }
+
+
+def bytes_in(path):
+    """Return the bytes of a file or of all below a folder."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.stat().st_size for each in files)
 
 
 def test_other_options_cost_what_is_made_with_them(job):

@@ -295,29 +295,46 @@ def requests(session: Session, recipe: RecipeFile) -> None:
 
 def show_plan(console: "Console", planned: "Sequence[PlannedStep]") -> None:
     """Print every step of a recipe: what is done, what is to be done and why."""
+    from rich.filesize import decimal
+
     from slsgu_cli.cli.console import Column
+
+    def shown(size: int) -> str:
+        return decimal(size) if size else ""
 
     rows = []
     for each in planned:
         state = "cannot" if each.trouble else "to do" if each.why else "done"
         why = each.trouble or each.why
         names = ",".join(each.step.names)
-        rows.append((each.step.stage, names, each.step.about, state, each.seconds, why))
+        rows.append((
+            each.step.stage, names, each.step.about, state, each.seconds, each.memory, each.disk,
+            why,
+        ))  # fmt: skip
     columns = (
         Column("stage"),
         Column("requests", on_terminal=False),
         Column("for"),
         Column("state"),
-        Column(
-            "seconds", shown=lambda seconds: f"{seconds:.0f}" if seconds else "", label="about s"
-        ),
+        Column("seconds", shown=lambda s: f"{s:.0f}" if s else "", label="~ s"),
+        Column("memory", shown=shown, label="~ memory"),
+        Column("disk", shown=shown, label="~ disk"),
         Column("why"),
     )
     left = [each for each in planned if each.why]
     title = f"{len(planned) - len(left)} of {len(planned)} steps are done"
     console.table("plan", columns, rows, title=title)
-    if known := sum(each.seconds or 0.0 for each in left):
-        console.note(f"about {known:.0f} s to go, by what such steps took in this store")
+    seconds = sum(each.seconds or 0.0 for each in left)
+    memory = max((each.memory or 0 for each in left), default=0)
+    disk = sum(each.disk or 0 for each in left)
+    told = [
+        f"{seconds:.0f} s" if seconds else "",
+        f"up to {decimal(memory)} of memory" if memory else "",
+        f"{decimal(disk)} of disk" if disk else "",
+    ]
+    if any(told):
+        known = ", ".join(filter(None, told))
+        console.note(f"estimates, by what is there: {known}; nothing is known where it says -")
 
 
 def show_run(console: "Console", result: "RunResult") -> None:

@@ -550,7 +550,8 @@ class StageRecord:
     """A stage that was done: for which requests, from what, and a digest of what it made.
 
     `asked` has digests of its options and of what it was made from. `place` is where an output
-    was written, `origin` the target that it is a copy of.
+    was written, `origin` the target that it is a copy of. `memory` is the most bytes that were in
+    use meanwhile, of the GPU where it ran on one.
     """
 
     stage: Stage
@@ -560,6 +561,7 @@ class StageRecord:
     made: str
     took: PassTime
     origin: str | None = added(None)
+    memory: int | None = added(None)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], str | None]:

@@ -8,15 +8,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import median
 from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.codec import digest, is_sealed, parse_json
 from slsgu_cli.records.method import EditHeader, FeatureHeader, GradientPointer, MomentHeader
-from slsgu_cli.records.sets import Collection, SetManifest
+from slsgu_cli.records.sets import Collection, ModelSpec, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.artifacts import (
+    ROLES,
     SWEPT,
     TABLE,
     Artifact,
@@ -388,8 +390,33 @@ def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
     return Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
 
 
+def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
+    """Return the median bytes that sets of a model take by kind; of rows, those to forget and keep.
+
+    What several sets share counts for each of them.
+    """
+    found: dict[Artifact, list[int]] = {}
+    for name, manifest in catalog.readable(Artifact.SET).items():
+        if manifest.model != model:
+            continue
+        blocks = manifest.blocks()
+        paths = {Artifact.DATA: [blocks[role].path for role in ROLES]}
+        own = (Artifact.SET, Artifact.RANKING, Artifact.TRIALS, Artifact.EDIT,
+               Artifact.VERIFICATION)  # fmt: skip
+        paths |= {kind: [kind.path(name)] for kind in own if catalog.get(kind, name)}
+        if pointer := catalog.get(Artifact.POINTER, name):
+            addresses = (pointer.forget, pointer.retain)
+            moments = catalog.readable(Artifact.MOMENTS).items()
+            seen = [address for address, header in moments if header.is_of(pointer)]
+            paths[Artifact.GRADIENT] = [Artifact.GRADIENT.path(each) for each in addresses]
+            paths[Artifact.MOMENTS] = [Artifact.MOMENTS.path(each) for each in seen]
+        for kind, places in paths.items():
+            found.setdefault(kind, []).append(sum(_size(catalog.store, at) for at in places))
+    return {kind: round(median(sizes)) for kind, sizes in found.items()}
+
+
 def _size(store: Store, path: str) -> int:
-    """Return the bytes at `path`; 0 where another process has just removed it."""
+    """Return the bytes at `path`; 0 where nothing is, or another process has just removed it."""
     try:
         return store.size(path)
     except OSError:

@@ -6,6 +6,7 @@ A step is done where the ledger has it as it is asked for now, and what it made 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -16,7 +17,7 @@ from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.lora import modules_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.model_folder import require_weights
-from slsgu_cli.clip.models import device_name, fingerprint, pick_device, resolve
+from slsgu_cli.clip.models import contents, device_name, fingerprint, pick_device, resolve
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest
@@ -33,7 +34,7 @@ from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
 from slsgu_cli.records.verification import VerifyRequest
 from slsgu_cli.sets.build import made_from, preview
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
-from slsgu_cli.store.catalog import Catalog, Standing
+from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
 from slsgu_cli.store.files import file_sha256
 from slsgu_cli.store.store import Store
 
@@ -44,6 +45,16 @@ KINDS = {
     Stage.RANKING: Artifact.RANKING,
     Stage.SEARCH: Artifact.EDIT,
     Stage.VERIFICATION: Artifact.VERIFICATION,
+}
+# What of it takes room on the disk, for each request.
+LEFT = {
+    Stage.SET: (Artifact.SET, Artifact.DATA),
+    Stage.GRADIENTS: (Artifact.GRADIENT,),
+    Stage.RANKING: (Artifact.RANKING, Artifact.MOMENTS),
+    Stage.SEARCH: (Artifact.EDIT, Artifact.TRIALS),
+    Stage.VERIFICATION: (Artifact.VERIFICATION,),
+    Stage.EDITS: (Artifact.EDIT,),
+    Stage.FIGURES: (),
 }
 # Options that change nothing of what is made.
 SPEED = ("device", "memory_budget", "cache_budget")
@@ -76,13 +87,16 @@ class Step:
 class PlannedStep:
     """A step, why it is to be done (None where it is done), and why it cannot be.
 
-    `seconds` is what such steps took in this store, by their median.
+    What it takes is known from such steps in this store: `seconds` by their median, `memory` by
+    the largest of them with this model, `disk` by what lies there. None where nothing is.
     """
 
     step: Step
     why: str | None
     trouble: str | None = None
     seconds: float | None = None
+    memory: int | None = None
+    disk: int | None = None
 
 
 @dataclass(slots=True)
@@ -306,7 +320,7 @@ class RecipePlan:
 
     def plan(self) -> list[PlannedStep]:
         """Return every step with what it lacks, what stands in its way, and how long it takes."""
-        typical = self._typical_seconds()
+        typical, most = self._typical_seconds(), self._peaks()
         planned = []
         behind: dict[str, str] = {}
         for step in self.steps():
@@ -319,7 +333,11 @@ class RecipePlan:
             seconds = typical.get(step.stage)
             if step.stage is Stage.SEARCH and seconds is not None:
                 seconds *= len(step.names)
-            planned.append(PlannedStep(step, why, trouble, seconds if why else 0.0))
+            if not why:
+                planned.append(PlannedStep(step, None, None, 0.0, 0, 0))
+                continue
+            memory = most.get(step.stage) or self._bounded_memory(step.stage)
+            planned.append(PlannedStep(step, why, trouble, seconds, memory, self._disk(step)))
         return planned
 
     def _typical_seconds(self) -> dict[Stage, float]:
@@ -336,6 +354,51 @@ class RecipePlan:
             if searches:
                 took[Stage.SEARCH] = searches
         return {stage: median(seconds) for stage, seconds in took.items()}
+
+    def _peaks(self) -> dict[Stage, int]:
+        """Return the most memory that each stage took in this store, with this model."""
+        most: dict[Stage, int] = {}
+        for ledger in self.catalog.readable(Artifact.LEDGER).values():
+            for each in ledger.stages if ledger.model == self.recipe.model else ():
+                if each.memory and each.took.where == self.device:
+                    most[each.stage] = max(each.memory, most.get(each.stage, 0))
+        return most
+
+    def _bounded_memory(self, stage: Stage) -> int | None:
+        """Return what weights, gradients and the budget that is given take, None without one.
+
+        A pass of gradients has two sums of them beside the weights, each in fp32.
+        """
+        held = {Stage.GRADIENTS: (3, self.recipe.grad.memory_budget),
+                Stage.SEARCH: (1, self.recipe.search.cache_budget)}  # fmt: skip
+        copies, budget = held.get(stage, (0, None))
+        if budget is None or self._model_trouble:
+            return None
+        shapes, _ = contents(resolve(self.recipe.model))
+        return copies * 4 * sum(map(prod, shapes.values())) + budget
+
+    def _disk(self, step: Step) -> int | None:
+        """Return about how many bytes a step leaves; None where nothing tells.
+
+        A copy is as large as its original, an output as what was written there before.
+        """
+        place = step.place
+        try:
+            if step.stage is Stage.CHECKPOINT:
+                original = resolve(self.recipe.model)
+                return _bytes(original.folder or original.weights)
+            if step.stage is Stage.TARGET:
+                return _bytes(self.target(step))
+            if place is not None and step.stage is not Stage.EDITS:
+                return _bytes(place) if self.ledger.stage(step.key) else None
+        except (SlsguError, OSError):
+            return None
+        left = [self._left_by_set[kind] for kind in LEFT[step.stage] if kind in self._left_by_set]
+        return sum(left) * len(step.names) if left else None
+
+    @cached_property
+    def _left_by_set(self) -> dict[Artifact, int]:
+        return typical_sizes(self.catalog, self.recipe.model)
 
     @cached_property
     def _of_others(self) -> dict[str, str]:
@@ -414,6 +477,12 @@ def _options(record: Any) -> str:
 def _told(request: RemovalRequest) -> dict[str, Any]:
     """Return a request as evidence tells it, in the texts of its fields."""
     return {field.name: str(getattr(request, field.name)) for field in fields(request)}
+
+
+def _bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder. Raises OSError, InputError."""
+    files = all_files(path).values() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _stamps(folder: Path) -> str:
