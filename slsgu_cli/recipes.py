@@ -187,25 +187,60 @@ class Job(RecipePlan):
         planned = self.plan()
         self._refuse_troubles(planned)
         self._withdraw()
-        left = sum(each.seconds or 0.0 for each in planned)
-        done: list[Step] = []
-        pending = [each for each in planned if each.why]
-        for number, each in enumerate(pending, 1):
-            self.catalog = Catalog(self.store)
-            if each.step in done or (why := self.why(each.step)) is None:
-                left -= each.seconds or 0.0
-                continue
-            step = each.step
-            known = f" (about {_duration(left)} left)" if left > 0 else ""
-            progress.note(f"[{number}/{len(pending)}] {step.stage} {step.about}{known}")
-            tell(_event("begin", step, why=why, left=left or None))
-            for finished, seconds in self._do(step, [p.step for p in pending]):
-                done.append(finished)
-                tell(_event("end", finished, seconds=seconds))
-            left -= each.seconds or 0.0
+        with progress.board(_progress_of(planned), len(self.recipe.requests)) as board:
+            done = self._do_all([each for each in planned if each.why], board, tell)
         self._settle()
         tell(RunEvent("finished", None, self.recipe.names))
         return RunResult(self.recipe, self.ledger, tuple(done))
+
+    def _do_all(
+        self,
+        pending: Sequence[PlannedStep],
+        board: progress.Board,
+        tell: Callable[[RunEvent], None],
+    ) -> list[Step]:
+        """Do steps in turn, those that turn out to be done aside; return them."""
+        done: list[Step] = []
+        left = sum(each.seconds or 0.0 for each in pending)
+        for number, each in enumerate(pending, 1):
+            self.catalog = Catalog(self.store)
+            step, rest = each.step, [p for p in pending[number:] if p.step not in done]
+            if step in done:
+                left -= each.seconds or 0.0
+                continue
+            if (why := self.why(step)) is None:
+                board.end(step.stage, requests=self._finished(rest))
+                left -= each.seconds or 0.0
+                continue
+            known = f" (about {_duration(left)} left)" if left > 0 else ""
+            progress.note(f"[{number}/{len(pending)}] {step.stage} {step.about}{known}")
+            tell(_event("begin", step, why=why, left=left or None))
+            seconds_left, at_least = self._seconds_left([each, *rest])
+            board.begin(step.stage, step.about, left=seconds_left, at_least=at_least)
+            for finished, seconds in self._do(step, [p.step for p in pending]):
+                done.append(finished)
+                rest = [p for p in rest if p.step != finished]
+                board.end(finished.stage, requests=self._finished(rest))
+                tell(_event("end", finished, seconds=seconds))
+            left -= each.seconds or 0.0
+        return done
+
+    def _finished(self, rest: Sequence[PlannedStep]) -> int:
+        """Return how many requests none of the rest of the steps is for."""
+        waiting = {name for each in rest for name in each.step.names}
+        return len(set(self.recipe.names) - waiting)
+
+    def _seconds_left(self, rest: Sequence[PlannedStep]) -> tuple[float, bool]:
+        """Return what steps take, by the plan or what this recipe's took, and if more is left.
+
+        More is left where nothing is known of one of them.
+        """
+        took = self.seconds_of([self.ledger])
+        known = [
+            each.seconds if each.seconds is not None else self.typical(took, each.step)
+            for each in rest
+        ]
+        return sum(filter(None, known)), None in known
 
     def _refuse_troubles(self, planned: Sequence[PlannedStep]) -> None:
         troubles = [each for each in planned if each.trouble]
@@ -466,6 +501,15 @@ def _entered(row: LedgerRow, state: RequestState, digests: dict[str, str]) -> Le
         return replace(row, state=state)
     event = RequestEvent(datetime.now(UTC).date().isoformat(), state, digests)
     return replace(row, state=state, events=(*row.events, event))
+
+
+def _progress_of(planned: Sequence[PlannedStep]) -> dict[str, tuple[int, int]]:
+    """Return of each stage, in order, how many steps are done and how many there are."""
+    counts: dict[str, tuple[int, int]] = {}
+    for each in planned:
+        done, total = counts.get(each.step.stage, (0, 0))
+        counts[each.step.stage] = done + (each.why is None), total + 1
+    return counts
 
 
 def _event(event: str, step: Step, **more: Any) -> RunEvent:

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from processes import inside, rows
 from worlds import World
 
 import slsgu_cli
-from slsgu_cli import recipes
+from slsgu_cli import progress, recipes
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.errors import AssertionsError, InputError, UsageError
 from slsgu_cli.method.evaluate import evaluate
@@ -146,8 +147,42 @@ def test_what_is_done_is_not_done_again(job):
     assert {each.why for each in job.plan("blue", "red")} == {None}
 
 
+class Told(progress.Sink):
+    """What a run tells of how far it is."""
+
+    def __init__(self):
+        self.boards, self.said = [], []
+
+    @contextmanager
+    def board(self, stages, requests):
+        self.boards.append((dict(stages), requests))
+        yield self
+
+    def begin(self, stage, about, *, left, at_least):
+        self.said.append(("begin", stage, about, left, at_least))
+
+    def end(self, stage, *, requests):
+        self.said.append(("end", stage, requests))
+
+
 def test_a_request_that_is_added_costs_only_itself(job):
-    done = stages(job("blue", "red", "green"))
+    told = Told()
+    with progress.using(told):
+        done = stages(job("blue", "red", "green"))
+    # What a terminal shows: nothing is over its total, and all of it is done at the end.
+    counts, requests = told.boards[0]
+    assert counts["build-sets"] == (2, 3)
+    assert counts["search"] == (0, 1)
+    assert requests == 3
+    begun = [said for said in told.said if said[0] == "begin"]
+    ended = [said[1:] for said in told.said if said[0] == "end"]
+    assert [stage for _, stage, *_ in begun] == [stage for stage, *_ in done]
+    assert len(ended) == sum(total - done for done, total in counts.values())
+    # The search is for all of them, so none is done before the last step is.
+    assert [requests for _, requests in ended] == [0] * (len(ended) - 1) + [3]
+    lefts = [(left, at_least) for *_, left, at_least in begun]
+    assert lefts == sorted(lefts, reverse=True)
+    assert all(left > 0 and not at_least for left, at_least in lefts)
     own = [(stage, "green") for stage in (Stage.SET, Stage.GRADIENTS, Stage.RANKING)]
     assert [each for each in done if len(each) == 2] == own
     assert (Stage.SEARCH, "blue", "red", "green") in done

@@ -263,6 +263,7 @@ def run(
     from slsgu_cli import recipes
 
     console = session.console
+    console.streams = json_lines
     if json_lines and (console.as_json or plan):
         raise UsageError(
             "--json-lines is for a run that prints nothing else", hint="leave --json or --plan out"

@@ -3,7 +3,7 @@
 A step is done where the ledger has it as it is asked for now, and what it made still stands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -320,7 +320,7 @@ class RecipePlan:
 
     def plan(self) -> list[PlannedStep]:
         """Return every step with what it lacks, what stands in its way, and how long it takes."""
-        typical, most = self._typical_seconds(), self._peaks()
+        took, most = self._took(), self._peaks()
         planned = []
         behind: dict[str, str] = {}
         for step in self.steps():
@@ -330,9 +330,7 @@ class RecipePlan:
             why = why or next(iter(earlier), None)
             if why and step.place is None:
                 behind |= {name: step.stage for name in step.names if name not in behind}
-            seconds = typical.get(step.stage)
-            if step.stage is Stage.SEARCH and seconds is not None:
-                seconds *= len(step.names)
+            seconds = self.typical(took, step)
             if not why:
                 planned.append(PlannedStep(step, None, None, 0.0, 0, 0))
                 continue
@@ -340,20 +338,29 @@ class RecipePlan:
             planned.append(PlannedStep(step, why, trouble, seconds, memory, self._disk(step)))
         return planned
 
-    def _typical_seconds(self) -> dict[Stage, float]:
-        """Return the median seconds of each stage in this store, a search by request."""
+    def typical(self, took: Mapping[Stage, Sequence[float]], step: Step) -> float | None:
+        """Return the median seconds of a stage, as `seconds_of` has them, for a step's requests."""
+        if step.stage not in took:
+            return None
+        return median(took[step.stage]) * (len(step.names) if step.stage is Stage.SEARCH else 1)
+
+    def seconds_of(self, ledgers: Iterable[Ledger]) -> dict[Stage, list[float]]:
+        """Return the seconds that each stage took on this device, a search by request."""
         took: dict[Stage, list[float]] = {}
-        for ledger in self.catalog.readable(Artifact.LEDGER).values():
-            for each in ledger.stages:
-                if each.made and each.took.where == self.device:
-                    share = len(each.names) if each.stage is Stage.SEARCH else 1
-                    took.setdefault(each.stage, []).append(each.took.seconds / share)
+        for each in (each for ledger in ledgers for each in ledger.stages):
+            if each.made and each.took.where == self.device:
+                share = len(each.names) if each.stage is Stage.SEARCH else 1
+                took.setdefault(each.stage, []).append(each.took.seconds / share)
+        return took
+
+    def _took(self) -> dict[Stage, list[float]]:
+        """Return the seconds that each stage took in this store."""
+        took = self.seconds_of(self.catalog.readable(Artifact.LEDGER).values())
         if Stage.SEARCH not in took:
             trials = self.catalog.readable(Artifact.TRIALS).values()
-            searches = [each.took.seconds for each in trials if each.took]
-            if searches:
+            if searches := [each.took.seconds for each in trials if each.took]:
                 took[Stage.SEARCH] = searches
-        return {stage: median(seconds) for stage, seconds in took.items()}
+        return took
 
     def _peaks(self) -> dict[Stage, int]:
         """Return the most memory that each stage took in this store, with this model."""
