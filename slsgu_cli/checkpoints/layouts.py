@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -162,35 +162,6 @@ def _tensor_digest(file: TensorFile, name: str) -> str:
     return values_digest(file.chunks(name), file.entry(name).dtype)
 
 
-_FUSED = re.compile(r"attn\.in_proj_(weight|bias)")
-_IN_BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_OUTSIDE = {
-    Tower.TEXT: {
-        "token_embedding.weight": "embeddings.token_embedding.weight",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "ln_final.weight": "final_layer_norm.weight",
-        "ln_final.bias": "final_layer_norm.bias",
-    },
-    Tower.VISION: {
-        "class_embedding": "embeddings.class_embedding",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "conv1.weight": "embeddings.patch_embedding.weight",
-        "ln_pre.weight": "pre_layrnorm.weight",
-        "ln_pre.bias": "pre_layrnorm.bias",
-        "ln_post.weight": "post_layernorm.weight",
-        "ln_post.bias": "post_layernorm.bias",
-    },
-}
-_PROJECTION = {
-    Tower.TEXT: ("text_projection", "text_projection.weight", "text_model."),
-    Tower.VISION: ("proj", "visual_projection.weight", "vision_model."),
-}
 _PREFIX = {Tower.TEXT: "text.", Tower.VISION: "visual."}
 
 
@@ -199,6 +170,7 @@ class Spelling(StrEnum):
 
     OPEN_CLIP = "open_clip"
     TRANSFORMERS = "transformers"
+    SIGLIP = "siglip of transformers"
 
 
 # The names that tell where a tower is, and what must not stand before it.
@@ -219,6 +191,9 @@ _ANCHORS = (
         Spelling.OPEN_CLIP,
         re.compile(r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*"),
     ),
+    # SigLIP's have what CLIP's have not.
+    (Tower.TEXT, Spelling.SIGLIP, re.compile(r"((?:.*\.|)text_model\.)head\.weight")),
+    (Tower.VISION, Spelling.SIGLIP, re.compile(r"(.*\.|)embeddings\.patch_embedding\.bias")),
     # A text tower of another family, as open_clip holds it.
     (Tower.TEXT, Spelling.OPEN_CLIP, re.compile(r"((?!.*visual\.)(?:.*\.|)text\.).*")),
     (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\..*")),
@@ -238,33 +213,203 @@ class TowerPlace:
 class TensorPlace:
     """One tensor that holds a layer, or a third of its rows: `part` of query, key, value.
 
-    With `within`, the layer is itself that third of the tensor's rows.
+    With `within`, the layer is itself that third of the tensor's rows, or so many `thirds` from
+    there on. `lead` is 1 where the layer has an axis of one before the tensor's, and -1 where
+    the tensor has one before the layer's.
     """
 
     key: str
     part: int | None = None
     within: int | None = None
+    thirds: int = 1
     transposed: bool = False
+    lead: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor's bytes are the layer's."""
+        return self == TensorPlace(self.key) or bool(self.lead)
 
     def from_layer(self, layer: Any) -> Any:
         """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
         if self.part is not None:
             layer = third_of(layer, self.part)
+        if self.lead:
+            return layer.reshape(_led(tuple(layer.shape), -self.lead))
         return layer.T if self.transposed else layer
 
     def rows(self, values: Any) -> Any:
         """Return the rows of this tensor's values that belong to the layer, as a view."""
-        return values if self.within is None else third_of(values, self.within)
+        if self.within is None:
+            return values
+        rows = values.shape[0] // len(LETTERS)
+        return values[self.within * rows : (self.within + self.thirds) * rows]
 
     def to_layer(self, values: Any) -> Any:
         """Return what `rows` does in open_clip's shape."""
+        if self.lead:
+            return values.reshape(_led(tuple(values.shape), self.lead))
         return self.rows(values).T if self.transposed else self.rows(values)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of what is held, from that of this tensor."""
         if self.within is not None:
-            whole = (whole[0] // len(LETTERS), *whole[1:])
-        return whole[::-1] if self.transposed else whole
+            whole = (whole[0] // len(LETTERS) * self.thirds, *whole[1:])
+        return _led(whole, self.lead)[::-1] if self.transposed else _led(whole, self.lead)
+
+
+def _led(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return a shape with an axis of one before it, or without the one that it has there."""
+    if axes > 0:
+        return (1, *shape)
+    return shape[1:] if axes < 0 and shape[:1] == (1,) else shape
+
+
+@dataclass(frozen=True, slots=True)
+class TowerNames:
+    """What transformers calls the tensors of a tower, by open_clip's names for them.
+
+    These begin with `start`. Tensors `outside` of blocks lie inside of the tower, those `beside`
+    where the tower lies itself, under the name of `inner`. In each of `blocks`, open_clip fuses
+    the weights and biases of query, key and value into one tensor, `fused`; all else are
+    `modules` with a weight and a bias.
+    """
+
+    start: str
+    outside: Mapping[str, TensorPlace]
+    beside: Mapping[str, TensorPlace]
+    inner: str
+    blocks: str
+    fused: str
+    modules: Mapping[str, str]
+
+    def listed(self, blocks: int) -> list[str]:
+        """Return open_clip's names of all tensors of a tower of so many blocks."""
+        modules = (self.fused, *(f"{module}.{{}}" for module in self.modules))
+        inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
+        in_blocks = [f"{self.blocks}.{block}.{name}" for block in range(blocks) for name in inside]
+        return [self.start + name for name in (*self.outside, *self.beside, *in_blocks)]
+
+    def places(self, name: str, block: int | None, prefix: str) -> tuple[TensorPlace, ...]:
+        """Return where a tensor lies that open_clip calls `name`, after `start`, in a block."""
+        if name in self.beside:
+            place, prefix = self.beside[name], prefix.removesuffix(self.inner)
+            return (replace(place, key=prefix + place.key),)
+        if name in self.outside:
+            return (replace(self.outside[name], key=prefix + self.outside[name].key),)
+        inside = name.removeprefix(f"{self.blocks}.{block}.")
+        if inside == name:
+            return ()
+        prefix += f"encoder.layers.{block}."
+        for kind in ("weight", "bias"):
+            if inside == self.fused.format(kind):
+                keys = (f"{prefix}self_attn.{letter}_proj.{kind}" for letter in LETTERS)
+                return tuple(TensorPlace(key, part) for part, key in enumerate(keys))
+        module, _, kind = inside.rpartition(".")
+        theirs = self.modules.get(module)
+        return (TensorPlace(f"{prefix}{theirs}.{kind}"),) if theirs else ()
+
+
+def _tensors(names: Mapping[str, str]) -> dict[str, TensorPlace]:
+    """Return the places of tensors that differ in name only."""
+    return {name: TensorPlace(theirs) for name, theirs in names.items()}
+
+
+def _modules(names: Mapping[str, str]) -> dict[str, TensorPlace]:
+    """Return the places of modules' weights and biases that differ in name only."""
+    kinds = ("weight", "bias")
+    return _tensors(
+        {f"{name}.{kind}": f"{theirs}.{kind}" for name, theirs in names.items() for kind in kinds}
+    )
+
+
+_OPEN_CLIPS_BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_TIMMS_BLOCK = {
+    "attn.proj": "self_attn.out_proj",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_TEXT_OUTSIDE = _tensors(
+    {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+    }
+) | _modules({"ln_final": "final_layer_norm"})
+_POOL = "head.attention.in_proj_"
+_NAMES = {
+    (Spelling.TRANSFORMERS, Tower.TEXT): TowerNames(
+        start="",
+        outside=_TEXT_OUTSIDE,
+        beside={"text_projection": TensorPlace("text_projection.weight", transposed=True)},
+        inner="text_model.",
+        blocks="transformer.resblocks",
+        fused="attn.in_proj_{}",
+        modules=_OPEN_CLIPS_BLOCK,
+    ),
+    (Spelling.TRANSFORMERS, Tower.VISION): TowerNames(
+        start="visual.",
+        outside=_tensors(
+            {
+                "class_embedding": "embeddings.class_embedding",
+                "positional_embedding": "embeddings.position_embedding.weight",
+                "conv1.weight": "embeddings.patch_embedding.weight",
+            }
+        )
+        | _modules({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
+        beside={"proj": TensorPlace("visual_projection.weight", transposed=True)},
+        inner="vision_model.",
+        blocks="transformer.resblocks",
+        fused="attn.in_proj_{}",
+        modules=_OPEN_CLIPS_BLOCK,
+    ),
+    (Spelling.SIGLIP, Tower.TEXT): TowerNames(
+        start="text.",
+        outside=_TEXT_OUTSIDE | _modules({"text_projection": "head"}),
+        beside={},
+        inner="text_model.",
+        blocks="transformer.resblocks",
+        fused="attn.in_proj_{}",
+        modules=_OPEN_CLIPS_BLOCK,
+    ),
+    (Spelling.SIGLIP, Tower.VISION): TowerNames(
+        start="visual.",
+        outside=_modules(
+            {
+                "trunk.patch_embed.proj": "embeddings.patch_embedding",
+                "trunk.norm": "post_layernorm",
+                "trunk.attn_pool.proj": "head.attention.out_proj",
+                "trunk.attn_pool.norm": "head.layernorm",
+                "trunk.attn_pool.mlp.fc1": "head.mlp.fc1",
+                "trunk.attn_pool.mlp.fc2": "head.mlp.fc2",
+            }
+        )
+        | {
+            "trunk.attn_pool.latent": TensorPlace("head.probe"),
+            "trunk.pos_embed": TensorPlace("embeddings.position_embedding.weight", lead=1),
+            "trunk.attn_pool.q.weight": TensorPlace(f"{_POOL}weight", within=0),
+            "trunk.attn_pool.q.bias": TensorPlace(f"{_POOL}bias", within=0),
+            "trunk.attn_pool.kv.weight": TensorPlace(f"{_POOL}weight", within=1, thirds=2),
+            "trunk.attn_pool.kv.bias": TensorPlace(f"{_POOL}bias", within=1, thirds=2),
+        },
+        beside={},
+        inner="vision_model.",
+        blocks="trunk.blocks",
+        fused="attn.qkv.{}",
+        modules=_TIMMS_BLOCK,
+    ),
+}
+_SCALES = {
+    Spelling.TRANSFORMERS: {"logit_scale": TensorPlace("logit_scale")},
+    Spelling.SIGLIP: {name: TensorPlace(name, lead=-1) for name in ("logit_scale", "logit_bias")},
+}
 
 
 def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
@@ -274,6 +419,12 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
         for key in keys
         for tower, spelling, anchor in _ANCHORS
         if (match := anchor.fullmatch(key))
+    }
+    # A SigLIP has what tells a CLIP as well.
+    places -= {
+        replace(place, spelling=Spelling.TRANSFORMERS)
+        for place in places
+        if place.spelling is Spelling.SIGLIP
     }
     return sorted(places, key=lambda place: (place.tower, place.prefix, place.spelling))
 
@@ -290,33 +441,27 @@ def tensor_places(name: str, tower_place: TowerPlace) -> tuple[TensorPlace, ...]
     if tower_place.spelling is Spelling.OPEN_CLIP:
         start = _PREFIX[Tower.VISION] if tower_place.tower is Tower.VISION else ""
         return (TensorPlace(f"{tower_place.prefix}{start}{name}", within=layer.third),)
-    projection, key, inner = _PROJECTION[tower_place.tower]
-    if name == projection:
-        return (TensorPlace(tower_place.prefix.removesuffix(inner) + key, transposed=True),)
-    if name in _OUTSIDE[tower_place.tower]:
-        return (TensorPlace(tower_place.prefix + _OUTSIDE[tower_place.tower][name]),)
-    inside = name.removeprefix(f"transformer.resblocks.{layer.block}.")
-    if inside == name:
-        return ()
-    places = _in_block(f"{tower_place.prefix}encoder.layers.{layer.block}.", inside)
+    spelt = _NAMES[tower_place.spelling, tower_place.tower]
+    places = spelt.places(name, layer.block, tower_place.prefix)
     if layer.third is None:
         return places
     return tuple(TensorPlace(place.key) for place in places if place.part == layer.third)
 
 
-def names(tower: Tower, blocks: int) -> list[str]:
-    """Return the names that open_clip's CLIP has for all tensors of a tower."""
-    prefix = _PREFIX[tower] if tower is Tower.VISION else ""
-    modules = ("attn.in_proj_{}", *(f"{module}.{{}}" for module in _IN_BLOCK))
-    inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
-    return [
-        *(prefix + name for name in (*_OUTSIDE[tower], _PROJECTION[tower][0])),
-        *(
-            f"{prefix}transformer.resblocks.{block}.{name}"
-            for block in range(blocks)
-            for name in inside
-        ),
-    ]
+def names(tower: Tower, blocks: int, spelling: Spelling = Spelling.TRANSFORMERS) -> list[str]:
+    """Return open_clip's names for all tensors of a tower that transformers spells so."""
+    return _NAMES[spelling, tower].listed(blocks)
+
+
+def whole_model(weights: "WeightSet") -> dict[str, tuple[TensorPlace, ...]]:
+    """Return where each tensor of a model of transformers lies, by the name of open_clip."""
+    found: dict[str, tuple[TensorPlace, ...]] = {}
+    for spelling in sorted({place.spelling for place in weights.towers}):
+        found |= {name: (place,) for name, place in _SCALES[spelling].items()}
+    for place in weights.towers:
+        for name in names(place.tower, weights.blocks(place), place.spelling):
+            found[name] = tensor_places(name, place)
+    return found
 
 
 # What a model_cfg says of a CLIP whose towers are plain transformers, and nothing beside.
@@ -371,15 +516,6 @@ def _plain_shape(name: str, width: int, mlp_ratio: float) -> tuple[int, ...]:
         columns = int(width * mlp_ratio)
     is_matrix = name.endswith("weight") and "ln_" not in name
     return (rows, columns) if is_matrix else (rows,)
-
-
-def _in_block(prefix: str, name: str) -> tuple[TensorPlace, ...]:
-    if fused := _FUSED.fullmatch(name):
-        keys = (f"{prefix}self_attn.{letter}_proj.{fused[1]}" for letter in LETTERS)
-        return tuple(TensorPlace(key, part) for part, key in enumerate(keys))
-    module, _, kind = name.rpartition(".")
-    theirs = _IN_BLOCK.get(module)
-    return (TensorPlace(f"{prefix}{theirs}.{kind}"),) if theirs else ()
 
 
 def assembled(places: Sequence[TensorPlace], tensors: Mapping[str, Raw]) -> Raw:

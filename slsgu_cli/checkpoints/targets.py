@@ -177,7 +177,11 @@ def read_target(path: Path) -> Target:
     return _clip(path)
 
 
-SIGLIP = "siglip"
+SIGLIP, NAFLEX = "siglip", "siglip2"
+NAFLEX_HINT = (
+    "NaFlex takes images as patches in their own proportions, which open_clip has no tower for; "
+    "SigLIP 2 of a fixed size is a SiglipModel, such as google/siglip2-base-patch16-224"
+)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -188,14 +192,13 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_siglip(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError for a model of transformers with SigLIP's towers, or a LLaVA with one."""
+    """Raise InputError for SigLIP 2 as NaFlex, or a LLaVA with a tower of SigLIP's."""
     vision = config.get("vision_config")
     inside = vision.get("model_type") if isinstance(vision, dict) else None
-    if str(config.get("model_type", "")).startswith(SIGLIP):
-        raise InputError(
-            f"{folder} is a {kind_of(config)}: SigLIP in transformers' layout cannot be edited",
-            hint="edits of a SigLIP go into the files that open_clip loads: apply without --target",
-        )
+    if config.get("model_type") == SIGLIP:
+        return
+    if config.get("model_type") == NAFLEX:
+        raise InputError(f"{folder} is a {kind_of(config)}, SigLIP 2 as NaFlex", hint=NAFLEX_HINT)
     if str(inside or "").startswith(SIGLIP):
         raise InputError(
             f"{folder} is a {kind_of(config)}, whose vision tower is a SigLIP ({inside})",

@@ -1,7 +1,11 @@
-"""A `CLIPModel` folder, or one from the hub, in open_clip's words: configuration and weights."""
+"""A folder of transformers, or one from the hub, in open_clip's words: configuration and weights.
+
+`CLIPModel` and those like it; what differs between them stands in `FAMILIES`.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,15 @@ from slsgu_cli.checkpoints.layouts import (
     WeightSet,
     combined_fingerprint,
     layer_digest,
-    names,
     read_weight_sets,
-    tensor_places,
     values_digest,
+    whole_model,
 )
 from slsgu_cli.checkpoints.targets import (
     CONFIG,
+    NAFLEX,
+    NAFLEX_HINT,
     OPEN_CLIP,
-    SIGLIP,
     kind_of,
     read_config,
     require_inside,
@@ -41,43 +45,33 @@ TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
-# What transformers takes where a configuration is silent.
-TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048,
-        "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}  # fmt: skip
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32,
-          "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
-
-# Configurations of before the field was right say 2 and mean the last token of a text.
-END_OF_TEXT = (2, 49407)
-
 
 def is_clip(folder: Path) -> bool:
-    """Return whether a folder holds a CLIPModel in transformers' layout."""
-    path = folder / CONFIG
-    return path.is_file() and read_config(path).get("model_type") == "clip"
+    """Return whether a folder holds a model of transformers of one of `FAMILIES`."""
+    return (folder / CONFIG).is_file() and _type(folder) in FAMILIES
+
+
+def _type(folder: Path) -> str:
+    return str(read_config(folder / CONFIG).get("model_type"))
 
 
 def other_model(folder: Path) -> tuple[str, str] | None:
     """Return which model of transformers a folder holds instead, and how to name what is meant.
 
-    None where it holds none, or a CLIPModel.
+    None where it holds none, or one that is known.
     """
     config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if not config or config.get("model_type") == "clip":
+    if not config or is_clip(folder):
         return None
-    hint = "name a repository or a folder of open_clip's, or of a CLIPModel of transformers"
-    if str(config.get("model_type", "")).startswith(SIGLIP):
-        hint = (
-            "open_clip has SigLIP's weights in its own layout: "
-            "--model ViT-B-16-SigLIP --pretrained webli, or --model hf-hub:timm/ViT-B-16-SigLIP"
-        )
-    return f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}", hint
+    what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
+    if config.get("model_type") == NAFLEX:
+        return what, NAFLEX_HINT
+    known = " or ".join(family.name for family in FAMILIES.values())
+    return what, f"name a repository or a folder of open_clip's, or of a {known} of transformers"
 
 
 def fetch_clip(repository: str, config: str) -> Path:
-    """Return the folder of a CLIPModel repository of transformers, as it lies in the cache.
+    """Return the folder of a repository of transformers, as it lies in the cache.
 
     Raises MissingError where it cannot be fetched, InputError where it is another model.
     """
@@ -194,11 +188,148 @@ def _wrong(of: object, name: str, value: Any) -> InputError:
     )
 
 
+Part = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of transformers that open_clip builds alike; `name` is transformers' class.
+
+    `text` and `vision` are what transformers takes where a configuration is silent, and
+    `preprocess` what it does to images; with `crops` it cuts out their middle. `fits` tells of
+    fields whether open_clip can have their values, and `model_cfg` gets the configuration with
+    its parts `text` and `vision` filled up.
+    """
+
+    name: str
+    text: Part
+    vision: Part
+    preprocess: Mapping[str, Any]
+    crops: bool
+    fits: Callable[[Part, Part], dict[str, bool]]
+    model_cfg: Callable[[Part, Part, Part], Part]
+
+
+def _clip_fits(text: Part, vision: Part) -> dict[str, bool]:
+    return {
+        "layer_norm_eps": (text["layer_norm_eps"], vision["layer_norm_eps"]) == (1e-5, 1e-5),
+        "hidden_act": text["hidden_act"] == vision["hidden_act"] in ("gelu", "quick_gelu"),
+        "num_channels": vision["num_channels"] == 3,
+        "vocab_size": text["vocab_size"] == CLIP_TEXT["vocab_size"],
+        "eos_token_id": text["eos_token_id"] in END_OF_TEXT,
+    }
+
+
+def _clip_config(config: Part, text: Part, vision: Part) -> Part:
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": text["hidden_act"] == "quick_gelu",
+        "vision_cfg": _vision_sizes(vision),
+        "text_cfg": _text_sizes(text),
+    }
+
+
+def _vision_sizes(vision: Part) -> Part:
+    return {
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "layers": vision["num_hidden_layers"],
+        "width": vision["hidden_size"],
+        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        "mlp_ratio": _mlp_ratio(vision),
+    }
+
+
+def _text_sizes(text: Part) -> Part:
+    return {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        "layers": text["num_hidden_layers"],
+        "width": text["hidden_size"],
+        "heads": text["num_attention_heads"],
+        "mlp_ratio": _mlp_ratio(text),
+    }
+
+
+def _mlp_ratio(part: Part) -> float:
+    """Return what open_clip multiplies a width by, and rounds down, for the size inside of MLPs."""
+    size, width = part["intermediate_size"], part["hidden_size"]
+    ratio = size / width
+    return float(ratio if int(width * ratio) == size else (size + 0.5) / width)
+
+
+def _siglip_fits(text: Part, vision: Part) -> dict[str, bool]:
+    eps = text["layer_norm_eps"]
+    return {
+        "layer_norm_eps": _is_figure(eps, True) and vision["layer_norm_eps"] == 1e-6,
+        "hidden_act": {text["hidden_act"], vision["hidden_act"]} <= GELU.keys(),
+        "num_channels": vision["num_channels"] == 3,
+        "projection_size": _embed_dim(text) == vision["hidden_size"],
+        "vision_use_head": vision["vision_use_head"] is True,
+    }
+
+
+def _siglip_config(config: Part, text: Part, vision: Part) -> Part:
+    """Return what open_clip's SigLIP says, with the sizes of the tower that timm would name."""
+    return {
+        "embed_dim": _embed_dim(text),
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            **_vision_sizes(vision),
+            "act_kwargs": GELU[vision["hidden_act"]],
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            **_text_sizes(text),
+            "act_kwargs": GELU[text["hidden_act"]],
+            "norm_kwargs": {"eps": text["layer_norm_eps"]},
+            "no_causal_mask": True,
+            "pool_type": "last",
+            "proj_bias": True,
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+        },
+    }
+
+
+def _embed_dim(text: Part) -> Any:
+    size = text["projection_size"]
+    return text["hidden_size"] if size is None else size
+
+
+# Configurations of before the field was right say 2 and mean the last token of a text.
+END_OF_TEXT = (2, 49407)
+# The keywords of PyTorch's GELU for what transformers calls it.
+GELU = {"gelu": {"approximate": "none"}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
+
+_SIZES = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048,
+             "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77,
+             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}  # fmt: skip
+CLIP_VISION = {"hidden_size": 768, **_SIZES, "num_channels": 3, "image_size": 224,
+               "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
+SIGLIP_TEXT = {"vocab_size": 32000, "hidden_size": 768, **_SIZES, "max_position_embeddings": 64,
+               "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+               "projection_size": None}  # fmt: skip
+SIGLIP_VISION = {"hidden_size": 768, **_SIZES, "num_channels": 3, "image_size": 224,
+                 "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+                 "vision_use_head": True}  # fmt: skip
+SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
+
+# By what transformers calls the type of a model.
+FAMILIES = {
+    "clip": Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True, _clip_fits, _clip_config),
+    "siglip": Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
+                     _siglip_fits, _siglip_config),
+}  # fmt: skip
+
+
 def model_config(folder: Path) -> dict[str, Any]:
-    """Return open_clip's model_cfg for a CLIPModel folder. Raises InputError."""
-    config = read_config(folder / CONFIG)
+    """Return open_clip's model_cfg for a folder of transformers. Raises InputError."""
+    config, family = read_config(folder / CONFIG), FAMILIES[_type(folder)]
     parts = []
-    for name, defaults in (("text_config", TEXT), ("vision_config", VISION)):
+    for name, defaults in (("text_config", family.text), ("vision_config", family.vision)):
         said = config.get(name) or {}, config.get(f"{name}_dict") or {}
         if not all(isinstance(part, dict) for part in said):
             raise _wrong(folder, name, said[0])
@@ -208,40 +339,14 @@ def model_config(folder: Path) -> dict[str, Any]:
                 raise _wrong(folder, field, part[field])
         parts.append(part)
     text, vision = parts
-    required = {
-        "layer_norm_eps": (text["layer_norm_eps"], vision["layer_norm_eps"]) == (1e-5, 1e-5),
-        "hidden_act": text["hidden_act"] == vision["hidden_act"] in ("gelu", "quick_gelu"),
-        "num_channels": vision["num_channels"] == 3,
-        "vocab_size": text["vocab_size"] == TEXT["vocab_size"],
-        "eos_token_id": text["eos_token_id"] in END_OF_TEXT,
-    }
-    for field, fits in required.items():
+    for field, fits in family.fits(text, vision).items():
         if not fits:
             values = [part[field] for part in (text, vision) if field in part]
             raise InputError(
                 f"{folder / CONFIG} has {field} {' and '.join(map(str, values))}, "
-                "which open_clip's CLIP cannot have"
+                f"which open_clip's {family.name.removesuffix('Model')} cannot have"
             )
-    return {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": text["hidden_act"] == "quick_gelu",
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-            "layers": vision["num_hidden_layers"],
-            "width": vision["hidden_size"],
-            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
-        },
-        "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "layers": text["num_hidden_layers"],
-            "width": text["hidden_size"],
-            "heads": text["num_attention_heads"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
-        },
-    }
+    return family.model_cfg(config, text, vision)
 
 
 def preprocess_config(folder: Path) -> dict[str, Any]:
@@ -249,6 +354,7 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
 
     Raises InputError where open_clip has no such preprocessing.
     """
+    family = FAMILIES[_type(folder)] if is_clip(folder) else FAMILIES["clip"]
     path = folder / PREPROCESSOR
     if path.is_file():
         processor = read_config(path)
@@ -256,20 +362,19 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
         path = folder / PROCESSOR
         processor = read_config(path).get("image_processor", {})
     else:
-        return {}
+        return {**family.preprocess}
     if not isinstance(processor, dict):
         raise _wrong(folder, "image_processor", processor)
-    preprocess: dict[str, Any] = {}
+    preprocess = {**family.preprocess}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
         if theirs in processor:
             preprocess[ours] = processor[theirs]
     resample = processor.get("resample", 3)
     if type(resample) is not int or resample not in INTERPOLATION:
         raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
-    size = processor.get("size") or {}
-    squash = (
-        isinstance(size, Mapping) and "height" in size and not processor.get("do_center_crop", True)
-    )
+    size = processor.get("size") or ({"shortest_edge": 0} if family.crops else {"height": 0})
+    crops = processor.get("do_center_crop", family.crops)
+    squash = isinstance(size, Mapping) and "height" in size and not crops
     return preprocess | {
         "interpolation": INTERPOLATION[resample],
         "resize_mode": "squash" if squash else "shortest",
@@ -293,19 +398,15 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
 # Where transformers itself looks first.
 PREFERRED = ("model.safetensors", "model-", "pytorch_model.bin", "pytorch_model-")
-SCALE = "logit_scale"
 
 
 class ClipWeights:
-    """Every tensor of a CLIP by open_clip's name, read from where transformers keeps it."""
+    """Every tensor of a model by open_clip's name, read from where transformers keeps it."""
 
     def __init__(self, folder: Path) -> None:
         """Find the weights that transformers would load. Raises MissingError or InputError."""
         self.weights = _preferred(folder)
-        self._places: dict[str, tuple[TensorPlace, ...]] = {SCALE: (TensorPlace(SCALE),)}
-        for place in self.weights.towers:
-            for name in names(place.tower, self.weights.blocks(place)):
-                self._places[name] = tensor_places(name, place)
+        self._places: dict[str, tuple[TensorPlace, ...]] = whole_model(self.weights)
         for places in self._places.values():
             if not self.weights.holds(places):
                 raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")
@@ -343,7 +444,7 @@ class ClipWeights:
 
     def _digest(self, name: str) -> str:
         places = self._places[name]
-        if len(places) > 1 or places[0].transposed:
+        if len(places) > 1 or not places[0].is_plain:
             stored, dtype = self.weights.layer(places)
             return values_digest([stored], dtype)
         file = self.weights.files[self.weights.owners[places[0].key]]

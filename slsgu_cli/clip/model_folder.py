@@ -17,6 +17,7 @@ from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, read_config
 from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS, HUB
 from slsgu_cli.clip.models import (
+    TOKENIZER_CONFIG,
     ResolvedModel,
     built_shapes,
     contents,
@@ -32,8 +33,7 @@ from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 
-# What transformers reads a tokenizer from, whatever its kind.
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a tokenizer of transformers consists of, whatever its kind.
 TOKENIZER_FILES = (
     TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",

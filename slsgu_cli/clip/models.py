@@ -1,12 +1,14 @@
 """From a model's name to its files, inputs and module."""
 
 import functools
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from slsgu_cli.checkpoints.layouts import (
     read_layer,
     weight_files,
 )
-from slsgu_cli.checkpoints.targets import OPEN_CLIP
+from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
     FETCH_ERRORS,
@@ -67,6 +69,10 @@ PREFERRED = (
 # What open_clip takes where a configuration is silent, as most are on these.
 SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
 QUICK_GELU = ("quick_gelu", False)
+# What transformers reads a tokenizer from, whatever its kind.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What timm calls a tower of SigLIP's, whatever its sizes.
+SIGLIP_VISION = "vit_base_patch16_siglip_224"
 # What torch.compile puts before the names of a model's parameters.
 COMPILED = "_orig_mod."
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
@@ -152,10 +158,8 @@ def save_tokenizer(model: ResolvedModel, folder: Path) -> None:
 
 
 def _fresh_tokenizer(model: ResolvedModel) -> Any:
-    import open_clip
-
     with _quiet(), _explained(model):
-        return open_clip.get_tokenizer(model.identifier)
+        return _opened_tokenizer(*_named_tokenizer(model))
 
 
 def token_words(model: ResolvedModel) -> dict[int, str]:
@@ -251,7 +255,7 @@ def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
 
 def _built(model: ResolvedModel) -> "tuple[torch.nn.Module, Callable[[str], Floats] | None]":
     """Return the module without weights, and what reads them where the file has just these."""
-    check_size(model.config, model.weights.stat().st_size)
+    check_size(model.config, _nbytes(model))
     module = _without_weights(model)
     shapes, read = contents(model)
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -278,7 +282,7 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     kind.register_parameter = without_memory
     try:
         if model.spelling is Spelling.TRANSFORMERS:
-            return open_clip.CLIP(**model.config)  # type: ignore[no-any-return]
+            return _built_by_config(model.config)
         return open_clip.create_model(  # type: ignore[no-any-return]
             model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
         )
@@ -289,7 +293,7 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
 def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a model's configuration builds, by its name."""
     with _quiet(), _explained(model):
-        check_size(model.config, model.weights.stat().st_size)
+        check_size(model.config, _nbytes(model))
         module = _without_weights(model)
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
@@ -392,24 +396,41 @@ def device_name(device: str) -> str:
 
 
 def _tokenizer_of(model: ResolvedModel) -> Any:
-    own = model.spelling is not Spelling.TRANSFORMERS
-    length = None if own else model.config["text_cfg"]["context_length"]
     try:
         with _quiet():
-            tokenize = _tokenizer(model.identifier, length)
+            tokenize = _tokenizer(*_named_tokenizer(model))
     except Exception as error:  # transformers and its hub raise many kinds here
         raise _no_tokenizer(model, error) from error
-    if not own:
+    if (
+        model.spelling is Spelling.TRANSFORMERS
+        and "tokenizer_kwargs" not in model.config["text_cfg"]
+    ):
         _check_vocabulary(model, tokenize.encoder)
     return tokenize
+
+
+def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]:
+    """Return what a tokenizer is named by, and its context length where open_clip has no name.
+
+    Then, how texts are cleaned where it lies in the model's own folder.
+    """
+    if model.spelling is not Spelling.TRANSFORMERS:
+        return model.identifier, None, None
+    text = model.config["text_cfg"]
+    cleaned = text.get("tokenizer_kwargs", {}).get("clean")
+    return model.identifier, text["context_length"], cleaned
 
 
 def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     """Return the error for a tokenizer that cannot be had, which says where it comes from."""
     name = model.config["text_cfg"].get("hf_tokenizer_name")
     hint = "correct what the configuration says of it in text_cfg"
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
+        hint = "pip install sentencepiece"
+    elif isinstance(error, ImportError):
         hint = "pip install 'slsgu[targets]', which has transformers"
+    elif model.spelling is Spelling.TRANSFORMERS:
+        hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
     elif name and model.folder is not None:
         hint = f"put the files of {name} beside the weights: tokenizer_config.json, tokenizer.json"
     elif name:
@@ -419,14 +440,23 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     return kind(what, hint=hint)
 
 
-@functools.cache
-def _tokenizer(identifier: str, context_length: int | None = None) -> Any:
-    """Return open_clip's tokenizer; reading its vocabulary takes a tenth of a second."""
+def _opened_tokenizer(identifier: str, context_length: int | None, cleaned: str | None) -> Any:
+    """Return open_clip's tokenizer of a name, or around the one that lies in a folder."""
     import open_clip
 
-    if context_length is not None:
+    if context_length is None:
+        return open_clip.get_tokenizer(identifier)
+    if cleaned is None:
         return open_clip.SimpleTokenizer(context_length=context_length)
-    return open_clip.get_tokenizer(identifier)
+    # What transformers takes for a name of the hub's would be looked for there.
+    folder = str(Path(identifier).absolute())
+    if not any(Path(folder).glob("tokenizer*")):
+        raise FileNotFoundError(f"{folder} has no {TOKENIZER_CONFIG}")
+    return open_clip.tokenizer.HFTokenizer(folder, context_length, clean=cleaned)
+
+
+# Reading a vocabulary takes a tenth of a second.
+_tokenizer = functools.cache(_opened_tokenizer)
 
 
 def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
@@ -438,17 +468,48 @@ def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
 
 
 def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
-    """Build open_clip's CLIP from a CLIPModel folder."""
-    import open_clip
+    """Build open_clip's module from a folder of transformers."""
     import torch
 
     weights = ClipWeights(model.weights.parent)
     with _quiet(), _explained(model):
-        files = weight_files(model.weights.parent)
-        check_size(model.config, sum(path.stat().st_size for path in files))
-        module: torch.nn.Module = open_clip.CLIP(**model.config)
+        check_size(model.config, _nbytes(model))
+        module = _built_by_config(model.config)
         module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
     return module.float().to(device).eval().requires_grad_(True)
+
+
+def _nbytes(model: ResolvedModel) -> int:
+    """Return how many bytes a model's weights have; of transformers', all of its files."""
+    of_transformers = model.spelling is Spelling.TRANSFORMERS
+    files = weight_files(model.weights.parent) if of_transformers else [model.weights]
+    return sum(path.stat().st_size for path in files)
+
+
+def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":
+    """Build open_clip's module for the model_cfg of a folder of transformers.
+
+    Where it pools by attention, the vision tower is timm's of the sizes that it says, which
+    none of timm's names need have.
+    """
+    import open_clip
+
+    rest = {name: value for name, value in config.items() if name != "custom_text"}
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    vision = config["vision_cfg"]
+    if vision.get("timm_pool") != "map":
+        return kind(**rest)  # type: ignore[no-any-return]
+    arguments = {
+        "img_size": vision["image_size"], "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"], "depth": vision["layers"],
+        "num_heads": vision["width"] // vision["head_width"], "mlp_ratio": vision["mlp_ratio"],
+        "act_layer": "gelu_tanh" if vision["act_kwargs"]["approximate"] == "tanh" else "gelu",
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        said = {"architecture": SIGLIP_VISION, "model_args": arguments, "pretrained_cfg": {}}
+        Path(folder, CONFIG).write_text(json.dumps(said))
+        named = vision | {"timm_model_name": f"local-dir:{folder}"}
+        return kind(**rest | {"vision_cfg": named})  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from slsgu_cli.sets.collection import collect
 from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.store import Store
 
-SIGLIP = {"architectures": ["SiglipModel"], "model_type": "siglip"}
+NAFLEX = {"architectures": ["Siglip2Model"], "model_type": "siglip2"}
+ALIGN = {"architectures": ["AlignModel"], "model_type": "align"}
 ONE_VISION = {
     "architectures": ["LlavaOnevisionForConditionalGeneration"],
     "model_type": "llava_onevision",
@@ -28,12 +29,17 @@ def folder(at, config):
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_a_siglip_of_transformers_is_named_in_open_clips_words(tmp_path, prefix):
-    with pytest.raises(
-        MissingError, match=r"no open_clip_config\.json, and .* SiglipModel"
-    ) as caught:
-        resolve(ModelSpec(prefix + folder(tmp_path, SIGLIP)))
-    assert "--model ViT-B-16-SigLIP --pretrained webli" in caught.value.hint
+@pytest.mark.parametrize(
+    ("config", "kind", "hint"),
+    [
+        (NAFLEX, "Siglip2Model", "a SiglipModel, such as google/siglip2-base-patch16-224"),
+        (ALIGN, "AlignModel", "of a CLIPModel or SiglipModel"),
+    ],
+)
+def test_other_models_of_transformers_are_named(tmp_path, prefix, config, kind, hint):
+    with pytest.raises(MissingError, match=rf"no open_clip_config\.json, and .* {kind}") as caught:
+        resolve(ModelSpec(prefix + folder(tmp_path, config)))
+    assert hint in caught.value.hint
 
 
 def test_a_folder_of_no_model_is_not_taken_for_weights(tmp_path):
@@ -51,11 +57,11 @@ def test_an_address_of_the_hub_is_spelt_as_open_clip_does():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SIGLIP, r"is a SiglipModel \(siglip\): SigLIP in transformers' layout cannot be edited"),
+        (NAFLEX, r"is a Siglip2Model \(siglip2\), SigLIP 2 as NaFlex"),
         (ONE_VISION, "is a LlavaOnevision.*, whose vision tower is a SigLIP"),
     ],
 )
-def test_targets_with_siglips_towers_are_refused(tmp_path, config, message):
+def test_targets_with_towers_of_no_known_kind_are_refused(tmp_path, config, message):
     with pytest.raises(InputError, match=message):
         read_target(tmp_path / folder(tmp_path, config))
 
