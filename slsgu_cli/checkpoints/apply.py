@@ -20,15 +20,8 @@ from slsgu_cli.checkpoints.edits import (
     require_in_place,
     strength_of,
 )
-from slsgu_cli.checkpoints.layouts import (
-    SUFFIXES,
-    TensorPlace,
-    WeightSet,
-    copy_spliced,
-    open_weights,
-    placed,
-    tensor_places,
-)
+from slsgu_cli.checkpoints.layers import TensorPlace, tensor_places
+from slsgu_cli.checkpoints.layouts import SUFFIXES, WeightSet, copy_spliced, open_weights, placed
 from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Family, Target
 from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_names
 from slsgu_cli.errors import InputError, StaleError, UsageError

@@ -21,14 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.layouts import (
-    Spelling,
-    TensorPlace,
-    TowerPlace,
-    assembled,
-    tensor_places,
-)
+from slsgu_cli.checkpoints.layers import Layer, Spelling, TensorPlace, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layouts import assembled
 from slsgu_cli.checkpoints.tensor_file import Floats, open_safetensors
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import EditHeader, LoraEdit, LoraHeader, LoraLayout, Tower

@@ -7,15 +7,8 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slsgu_cli.checkpoints.layers import Layer, block_count
-from slsgu_cli.checkpoints.layouts import (
-    Spelling,
-    TowerPlace,
-    WeightSet,
-    read_weight_set,
-    read_weight_sets,
-    tensor_places,
-)
+from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, block_count, tensor_places
+from slsgu_cli.checkpoints.layouts import WeightSet, read_weight_set, read_weight_sets
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from slsgu_cli.checkpoints.layers import TensorPlace
 from slsgu_cli.checkpoints.layouts import (
-    TensorPlace,
     WeightSet,
     combined_fingerprint,
     layer_digest,
     read_weight_sets,
     values_digest,
-    whole_model,
 )
 from slsgu_cli.checkpoints.targets import (
     CONFIG,
@@ -66,8 +65,7 @@ def other_model(folder: Path) -> tuple[str, str] | None:
     what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
     if config.get("model_type") == NAFLEX:
         return what, NAFLEX_HINT
-    known = " or ".join(family.name for family in FAMILIES.values())
-    return what, f"name a repository or a folder of open_clip's, or of a {known} of transformers"
+    return what, f"name a repository or a folder of open_clip's, or of a {KNOWN} of transformers"
 
 
 def fetch_clip(repository: str, config: str) -> Path:
@@ -87,7 +85,7 @@ def fetch_clip(repository: str, config: str) -> Path:
     except FETCH_ERRORS as error:
         raise unreachable(f"{HUB}{repository} from the hub", error) from error
     if not is_clip(folder):
-        lacks = f"it has no {config}, and no {CONFIG} of a CLIPModel"
+        lacks = f"it has no {config}, and no {CONFIG} of a {KNOWN}"
         what, hint = other_model(folder) or (lacks, "name a repository of open_clip's")
         raise InputError(f"{HUB}{repository} is no CLIP that slsgu knows: {what}", hint=hint)
     raise InputError(
@@ -323,6 +321,7 @@ FAMILIES = {
     "siglip": Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
                      _siglip_fits, _siglip_config),
 }  # fmt: skip
+KNOWN = " or ".join(family.name for family in FAMILIES.values())
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -406,7 +405,7 @@ class ClipWeights:
     def __init__(self, folder: Path) -> None:
         """Find the weights that transformers would load. Raises MissingError or InputError."""
         self.weights = _preferred(folder)
-        self._places: dict[str, tuple[TensorPlace, ...]] = whole_model(self.weights)
+        self._places: dict[str, tuple[TensorPlace, ...]] = self.weights.whole_model()
         for places in self._places.values():
             if not self.weights.holds(places):
                 raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")

@@ -15,19 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.layouts import (
-    Spelling,
-    file_fingerprint,
-    open_weights,
-    read_layer,
-    weight_files,
-)
+from slsgu_cli.checkpoints.layers import Layer, Spelling
+from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
 from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
     FETCH_ERRORS,
     HUB,
+    KNOWN,
     ClipWeights,
     check_config,
     check_size,
@@ -563,7 +558,7 @@ def _no_model(folder: Path) -> MissingError:
     lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
     weights = next(iter(weight_files(folder)), "FILE") if folder.is_dir() else "FILE"
     usual = (
-        "name a folder written by open_clip, a CLIPModel of transformers, "
+        f"name a folder written by open_clip, a {KNOWN} of transformers, "
         f"or --model ARCH --pretrained {weights}"
     )
     what, hint = other_model(folder) or (lacks, usual)
@@ -675,7 +670,7 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         raise InputError(
             f"open_clip has no model {name}" + (f"; {hint}" if hint else ""),
             hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
-            "or a CLIPModel folder of transformers",
+            f"or a {KNOWN} folder of transformers",
         )
     return name, config
 

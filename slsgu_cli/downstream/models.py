@@ -17,14 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slsgu_cli.checkpoints.edits import Edit, by_layer
+from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places, tower_places
 from slsgu_cli.checkpoints.layouts import (
     DIGEST_PRECISIONS,
-    TensorPlace,
-    TowerPlace,
     file_fingerprint,
     layer_digest,
-    tensor_places,
-    tower_places,
     weight_files,
 )
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target

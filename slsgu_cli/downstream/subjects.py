@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slsgu_cli.checkpoints.layers import Layer, is_candidate
-from slsgu_cli.checkpoints.layouts import TensorPlace
+from slsgu_cli.checkpoints.layers import Layer, TensorPlace, is_candidate
 from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in

@@ -34,8 +34,8 @@ from slsgu_cli.checkpoints.edits import (
     strength_of,
     tell_of_joint_searches,
 )
-from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
-from slsgu_cli.checkpoints.layouts import Spelling, TensorPlace, WeightSet, open_weights
+from slsgu_cli.checkpoints.layers import Layer, Spelling, TensorPlace, find_layers, layers_of
+from slsgu_cli.checkpoints.layouts import WeightSet, open_weights
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
 from slsgu_cli.checkpoints.tensor_file import (
     FLOATS,

@@ -24,7 +24,7 @@ from pathlib import Path
 import apart
 import numpy as np
 
-from slsgu_cli.checkpoints.layouts import Spelling, TowerPlace, names, tensor_places
+from slsgu_cli.checkpoints.layers import Spelling, TowerPlace, names, tensor_places
 from slsgu_cli.records.method import Tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))

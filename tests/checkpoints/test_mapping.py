@@ -8,15 +8,15 @@ import tiny_targets
 import torch
 from tower_models import CONFIGS, make
 
-from slsgu_cli.checkpoints.layers import Layer, layers_of
-from slsgu_cli.checkpoints.layouts import (
+from slsgu_cli.checkpoints.layers import (
+    Layer,
     Spelling,
     TowerPlace,
-    assembled,
-    placed,
+    layers_of,
     tensor_places,
     tower_places,
 )
+from slsgu_cli.checkpoints.layouts import assembled, placed
 from slsgu_cli.records.method import Qkv, Tower
 
 

@@ -13,7 +13,8 @@ from open_clip.loss import SigLipLoss
 from safetensors.torch import load_file
 from worlds import World
 
-from slsgu_cli.checkpoints.layouts import read_weight_set, tensor_places
+from slsgu_cli.checkpoints.layers import tensor_places
+from slsgu_cli.checkpoints.layouts import read_weight_set
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.transformers_clip import model_config, preprocess_config
 from slsgu_cli.clip.model_folder import require_weights

@@ -1,4 +1,4 @@
-"""A tiny SigLIP as transformers saves it, and the same in open_clip's words, written out plainly."""
+"""A tiny SigLIP as transformers saves it, and the same in open_clip's words, by hand."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = "a picture photo drawing of the itap".split()
+    words = ["a", "picture", "photo", "drawing", "of", "the", "itap"]
     known = ["[PAD]", "[EOS]", "[UNK]", *words, *tiny_clip.COLOURS, *tiny_clip.SHAPES]
     made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known)}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
