@@ -22,7 +22,7 @@ class ModelSpec:
 
     name: str = option(
         ..., "--model", "-m", metavar="MODEL", without="the set's",
-        help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json or folder of transformers.",
+        help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json, transformers folder.",
     )  # fmt: skip
     pretrained: str | None = option(
         None, "--pretrained", "-p", help="open_clip tag or checkpoint file, for a name.",
