@@ -355,7 +355,7 @@ class Job(RecipePlan):
 
     def _measure(self, step: Step) -> None:
         device = self.recipe.search.device
-        result = evaluate(self.store, step.names, model=self.written, device=device)
+        result = evaluate(self.store, step.names, model=self.recipe.written, device=device)
         before, after = result.models[0].forget, result.models[-1].forget
         figures = result.figures()
         rows = {row.name: row for row in self.ledger.rows}
@@ -379,7 +379,7 @@ class Job(RecipePlan):
 
     def _verify(self, step: Step) -> None:
         (name,) = step.names
-        verify(self.store, name, self.verification_of(name))
+        verify(self.store, name, self.recipe.verification_of(name))
 
     def _report(self, step: Step) -> None:
         out = step.place or Path()
@@ -472,7 +472,8 @@ class Job(RecipePlan):
     def _attacks(self, name: str) -> dict[str, float]:
         """Return by how many points of FA@1 each attack exceeds its control, as bounds name it."""
         record: Verification = self.record(Artifact.VERIFICATION, name)
-        prints = {fingerprint(resolve(self.written))} if self.written else set()
+        written = self.recipe.written
+        prints = {fingerprint(resolve(written))} if written else set()
         pair = verified_pair(record, self.record(Artifact.EDIT, name), prints)
         told = verdicts(*pair) if pair else []
         return {f"{ATTACK}{row.check}": row.gain for row in told if row.check in ATTACKED}

@@ -29,6 +29,7 @@ from slsgu_cli.records.options import (
     ExportRequest,
     PassOptions,
     RankOptions,
+    ReportRequest,
     SearchOptions,
 )
 from slsgu_cli.records.recipe import (
@@ -43,6 +44,7 @@ from slsgu_cli.records.recipe import (
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
+from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.evaluation_sets import drop_from_set
 from slsgu_cli.store.artifacts import Artifact, read_manifest
@@ -333,7 +335,7 @@ def test_bounds_are_a_gate(job, shared_world):
     assert checks == [("fa1<=0", True), ("ta1.first>=101", False)]
 
 
-def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, monkeypatch):
+def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, shared_world, monkeypatch):
     few = Settings(attack_tokens=1, attack_steps=2, attack_starts=1, rows=20)
     asked = VerifyRequest(checks=[], settings=few)
     changes = {"bounds": (Assertion("attack.prefix", "<=", 100.0),), "verify": asked}
@@ -346,6 +348,11 @@ def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, monkeypat
     (row,) = (row for row in verdicts(original, written) if row.check is Check.PREFIX)
     (check,) = result.rows[0].checks
     assert (check.figure, check.holds) == (row.after.top1 - row.control.top1, True)
+    page = job.folder / "page.html"
+    asked_for = ReportRequest(names=["blue"], out=page, examples=False)
+    write_report(job.store, asked_for)
+    told = "Tried on the model that was written, with all that was taken out of it: "
+    assert f"{told}<code>{written.label}</code>" in page.read_text()
     assert job("blue", "red", **changes).done == ()
     failed = job("blue", "red", **changes | {"bounds": (Assertion("attack.prefix", "<", -100.0),)})
     assert failed.done == ()
@@ -360,6 +367,10 @@ def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, monkeypat
     assert [(each.figure, each.holds) for each in untried.rows[0].checks] == [(None, False)]
     with pytest.raises(AssertionsError, match="could not be tried"):
         recipes.require_met(untried)
+    # What was verified is not told of a model that is another since.
+    recipes.run(recipe_of(shared_world, job.folder, "red"), store=job.store)
+    write_report(job.store, replace(asked_for, overwrite=True))
+    assert told not in page.read_text()
 
 
 def test_recipes_in_one_store_do_not_make_each_others_sets_anew(job, shared_world):
@@ -555,6 +566,9 @@ def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_pa
     assert inside("apply", "blue", store=store).exit_code == 0
     assert (tmp_path / "clip" / "open_clip_config.json").is_file()
     assert inside("report", "blue", "--no-examples", store=store).exit_code == 0
+    tried = inside("verify", "blue", "--checks", "paraphrase", "--json", store=store)
+    models = {each["model"] for each in json.loads(tried.stdout)["verification"]}
+    assert models == {f"local-dir:{tmp_path / 'clip'}"}
     wrong = inside("build-sets", "blu", store=store)
     assert (wrong.exit_code, "near: blue" in wrong.stderr) == (2, True)
 

@@ -75,7 +75,9 @@ GROUPS = {
 # The commands that a launcher may start in several processes.
 IN_SEVERAL = {"grad", "rank", "search", "sweep"}
 # The commands that take their options from a recipe where one is named.
-IN_RECIPE = {"build-sets", "grad", "rank", "search", "trajectory", "apply", "eval", "report"}
+IN_RECIPE = {
+    "build-sets", "grad", "rank", "search", "trajectory", "apply", "eval", "verify", "report"
+}  # fmt: skip
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # The functions of the commands whose rooms are loaded.

@@ -24,9 +24,9 @@ from slsgu_cli.records.options import (
     RankOptions,
     SearchOptions,
 )
-from slsgu_cli.records.sets import ModelSpec, check_name
+from slsgu_cli.records.sets import LOCAL, ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
-from slsgu_cli.records.verification import ATTACK, ATTACKED, Check, VerifyRequest
+from slsgu_cli.records.verification import ATTACK, ATTACKED, CHECKS, Check, VerifyRequest
 from slsgu_cli.records.words import (
     EVALUATION,
     OUTPUT,
@@ -265,6 +265,9 @@ class Recipe:
         }  # fmt: skip
         if command in places:
             return ["--out", str(places[command])] if places[command] else []
+        if command == "verify":
+            asked_of = self.verification_of(names[0] if names else "")
+            return command_line(asked_of if asked_of.checks else replace(asked_of, checks=CHECKS))
         records = {"grad": self.grad, "rank": self.rank}
         return command_line(records.get(command, self.search))
 
@@ -278,6 +281,17 @@ class Recipe:
         bounded = {check for check in ATTACKED if f"{ATTACK}{check}" in figures}
         asked = self.verify.checks if self.verify else ()
         return tuple(check for check in Check if check in {*asked, *bounded})
+
+    @property
+    def written(self) -> ModelSpec | None:
+        """The model that is written without the requests, None where none is."""
+        out = self.outputs.checkpoint
+        return None if out is None else written_at(self.model, out)
+
+    def verification_of(self, name: str) -> VerifyRequest:
+        """Return what is tried to bring a request back: of the written model, else of its edit."""
+        asked = self.verify or VerifyRequest(device=self.search.device)
+        return replace(asked, model=self.written, checks=self.checks_of(self.request(name)))
 
     def set_of(self, request: RemovalRequest) -> BuildRequest:
         """Return the set to build for a request."""
@@ -297,6 +311,11 @@ class Recipe:
             sources=tuple(text.replace(CLASS, quote(request.concept)) for text in sources),
             retain_exclude=tuple(dict.fromkeys(excluded)),
         )
+
+
+def written_at(model: ModelSpec, place: Path) -> ModelSpec:
+    """Return what a copy of a model is loaded by: a folder, or a file of weights."""
+    return ModelSpec(model.name, str(place)) if place.is_file() else ModelSpec(f"{LOCAL}{place}")
 
 
 @dataclass(frozen=True, slots=True)

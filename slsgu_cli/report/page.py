@@ -1,9 +1,11 @@
 """`report`: gather, look, and write one page, which begins with what the edit did."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -34,9 +36,11 @@ from slsgu_cli.figures.html import (
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.records.recipe import Stage, written_at
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report import edit_sections, study_sections
 from slsgu_cli.report.gather import Section, SetRecords, absent, gather, section
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
@@ -67,7 +71,9 @@ def write_report(store: Store, request: ReportRequest) -> Report:
     all_records = [gather(catalog, name) for name in request.names]
     image_sections = _image_sections(store, all_records, request)
     sections = {
-        records.name: all_sections(records, image_sections[records.name], store.url)
+        records.name: all_sections(
+            records, image_sections[records.name], store.url, written_without(catalog, records.name)
+        )
         for records in all_records
     }
     for records in all_records:
@@ -88,14 +94,32 @@ def _require_place(request: ReportRequest) -> None:
         raise InputError(f"{request.out} exists already", hint="another --out, or --overwrite")
 
 
-def all_sections(records: SetRecords, images: Sequence[Section], store: str) -> list[Section]:
-    """Return the sections of one name in the page's order; `images` are those of images."""
+def written_without(catalog: Catalog, name: str) -> set[str]:
+    """Return the fingerprints of checkpoints that recipes wrote without a request, as they are."""
+    from slsgu_cli.clip.models import fingerprint, resolve
+
+    prints = set()
+    for ledger in catalog.readable(Artifact.LEDGER).values():
+        for each in ledger.stages:
+            if each.stage is Stage.CHECKPOINT and each.made and each.place and name in each.names:
+                with suppress(SlsguError, OSError):
+                    prints.add(fingerprint(resolve(written_at(ledger.model, Path(each.place)))))
+    return prints
+
+
+def all_sections(
+    records: SetRecords, images: Sequence[Section], store: str, written: Collection[str] = ()
+) -> list[Section]:
+    """Return the sections of one name in the page's order; `images` are those of images.
+
+    Of models that were `written`, by fingerprint, verification is shown rather than of the edit.
+    """
     return [
         result(records),
         edit_sections.request(records),
         *images,
         *on_targets(records),
-        study_sections.verification(records),
+        study_sections.verification(records, written),
         edit_sections.front(records),
         edit_sections.search(records),
         study_sections.trajectories(records),

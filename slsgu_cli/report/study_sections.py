@@ -110,11 +110,19 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
     )
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
-        (paragraph(found.text, class_="lead"), lead, verdicts, _left_out(edited),
+        (paragraph(found.text, class_="lead"), lead, _subject(edited), verdicts, _left_out(edited),
          _curves(original, edited), _attempts(original, edited), _became(original, edited),
          _losses(original, edited), _told(original, edited), _retrieved(original, edited),
          _membership(original, edited))
     )  # fmt: skip
+
+
+def _subject(edited: VerifiedModel) -> Html | None:
+    """Say of a whole model which it is; an edit is that of the page."""
+    if edited.edit is not None:
+        return None
+    return paragraph("Tried on the model that was written, with all that was taken out of it: ",
+                     code(edited.label), ".")  # fmt: skip
 
 
 def _utility_change(sides: tuple[dict[str, Accuracy] | None, ...]) -> str | None:

@@ -30,8 +30,7 @@ from slsgu_cli.records.recipe import (
     Together,
     read_recipe,
 )
-from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
-from slsgu_cli.records.verification import VerifyRequest
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.sets.build import made_from, preview
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
 from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
@@ -202,7 +201,7 @@ class RecipePlan:
         if step.stage is Stage.VERIFICATION:
             # The model that was written has the edits of all.
             asked["edits"] = self._edits(recipe.names)
-            asked["options"] = _options(self.verification_of(step.names[0]))
+            asked["options"] = _options(recipe.verification_of(step.names[0]))
         if step.stage in (Stage.FIGURES, Stage.VERIFICATION, *told):
             asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
             asked["checkpoint"] = self._shipped()
@@ -296,21 +295,6 @@ class RecipePlan:
                 return target
         record = self.ledger.stage(step.key)
         return Path(record.origin or "" if record else "")
-
-    @property
-    def written(self) -> ModelSpec | None:
-        """The model that is written without the requests, None where none is."""
-        out, model = self.recipe.outputs.checkpoint, self.recipe.model
-        if out is None:
-            return None
-        return ModelSpec(model.name, str(out)) if out.is_file() else ModelSpec(f"{LOCAL}{out}")
-
-    def verification_of(self, name: str) -> VerifyRequest:
-        """Return what is tried to bring a request back: of the written model, else of its edit."""
-        recipe = self.recipe
-        asked = recipe.verify or VerifyRequest(device=recipe.search.device)
-        checks = recipe.checks_of(recipe.request(name))
-        return replace(asked, model=self.written, checks=checks)
 
     def _shipped(self) -> str:
         """Return the digest of the checkpoint that was written; empty where none is asked for."""

@@ -99,6 +99,13 @@ def test_checks_are_those_of_the_table_and_of_the_bounds():
     assert with_table.verify.settings.steps == 4
     assert with_table.checks_of(first) == ("spelling", "relearn")
     assert with_table.checks_of(second) == ("spelling", "relearn", "ring-a-bell")
+    # Of the command line, `verify` tries the same on the same model; all where nothing is named.
+    (written,) = (f"local-dir:{with_table.outputs.checkpoint}",)
+    said = with_table.words("verify", ["b b"])
+    assert said[:2] == ["--model", written]
+    assert said[2:4] == ["--checks", "spelling,relearn,ring-a-bell"]
+    assert said[4:] == ["--steps", "4"]
+    assert read(text).words("verify", ["acme"]) == ["--model", written]
     with pytest.raises(InputError, match="about none of the figures"):
         read(WHOLE.replace("fa1 <= 0", "attack.relearn <= 10"))
     assert set(ATTACKS) == set(ATTACKED)
