@@ -41,6 +41,7 @@ FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
 # What tells of a model, and its weights: the first of these that it has.
 TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
 
+CHINESE_CLIP = "chinese_clip"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
@@ -65,7 +66,9 @@ def other_model(folder: Path) -> tuple[str, str] | None:
     what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
     if config.get("model_type") == NAFLEX:
         return what, NAFLEX_HINT
-    return what, f"name a repository or a folder of open_clip's, or of a {KNOWN} of transformers"
+    if config.get("model_type") == CHINESE_CLIP:
+        what += ", whose text tower is a BERT, which is not read from this layout"
+    return what, f"name a repository or a folder of open_clip's, or of transformers ({KNOWN})"
 
 
 def fetch_clip(repository: str, config: str) -> Path:
@@ -85,7 +88,7 @@ def fetch_clip(repository: str, config: str) -> Path:
     except FETCH_ERRORS as error:
         raise unreachable(f"{HUB}{repository} from the hub", error) from error
     if not is_clip(folder):
-        lacks = f"it has no {config}, and no {CONFIG} of a {KNOWN}"
+        lacks = f"it has no {config}, and no {CONFIG} of a model of transformers ({KNOWN})"
         what, hint = other_model(folder) or (lacks, "name a repository of open_clip's")
         raise InputError(f"{HUB}{repository} is no CLIP that slsgu knows: {what}", hint=hint)
     raise InputError(
@@ -227,6 +230,21 @@ def _clip_config(config: Part, text: Part, vision: Part) -> Part:
     }
 
 
+def _metaclip_fits(text: Part, vision: Part) -> dict[str, bool]:
+    fits = _clip_fits(text, vision)
+    return {name: fits[name] for name in ("layer_norm_eps", "hidden_act", "num_channels")} | {
+        "eos_token_id": type(text["eos_token_id"]) is int
+    }
+
+
+def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
+    """Return what a CLIP's says, with texts that end where their tokenizer ends them."""
+    plain = _clip_config(config, text, vision)
+    ends = {"pool_type": "eos", "eos_id": text["eos_token_id"]}
+    cleaned = {"tokenizer_kwargs": {"clean": "whitespace"}}
+    return plain | {"text_cfg": plain["text_cfg"] | ends | cleaned}
+
+
 def _vision_sizes(vision: Part) -> Part:
     return {
         "image_size": vision["image_size"],
@@ -318,10 +336,12 @@ SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mo
 # By what transformers calls the type of a model.
 FAMILIES = {
     "clip": Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True, _clip_fits, _clip_config),
+    "metaclip_2": Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
+                         _metaclip_fits, _metaclip_config),
     "siglip": Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
                      _siglip_fits, _siglip_config),
 }  # fmt: skip
-KNOWN = " or ".join(family.name for family in FAMILIES.values())
+KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -420,8 +420,8 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     """Return the error for a tokenizer that cannot be had, which says where it comes from."""
     name = model.config["text_cfg"].get("hf_tokenizer_name")
     hint = "correct what the configuration says of it in text_cfg"
-    if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
-        hint = "pip install sentencepiece"
+    if isinstance(error, ImportError) and "SiglipTokenizer" in str(error):
+        hint = "pip install sentencepiece protobuf"
     elif isinstance(error, ImportError):
         hint = "pip install 'slsgu[targets]', which has transformers"
     elif model.spelling is Spelling.TRANSFORMERS:
@@ -558,7 +558,7 @@ def _no_model(folder: Path) -> MissingError:
     lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
     weights = next(iter(weight_files(folder)), "FILE") if folder.is_dir() else "FILE"
     usual = (
-        f"name a folder written by open_clip, a {KNOWN} of transformers, "
+        f"name a folder written by open_clip, or by transformers ({KNOWN}), "
         f"or --model ARCH --pretrained {weights}"
     )
     what, hint = other_model(folder) or (lacks, usual)
@@ -670,7 +670,7 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         raise InputError(
             f"open_clip has no model {name}" + (f"; {hint}" if hint else ""),
             hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
-            f"or a {KNOWN} folder of transformers",
+            f"or a folder of transformers ({KNOWN})",
         )
     return name, config
 

@@ -16,6 +16,7 @@ from slsgu_cli.sources.opening import expand, parse_source
 from slsgu_cli.store.store import Store
 
 NAFLEX = {"architectures": ["Siglip2Model"], "model_type": "siglip2"}
+CHINESE = {"architectures": ["ChineseCLIPModel"], "model_type": "chinese_clip"}
 ALIGN = {"architectures": ["AlignModel"], "model_type": "align"}
 ONE_VISION = {
     "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -33,7 +34,8 @@ def folder(at, config):
     ("config", "kind", "hint"),
     [
         (NAFLEX, "Siglip2Model", "a SiglipModel, such as google/siglip2-base-patch16-224"),
-        (ALIGN, "AlignModel", "of a CLIPModel or SiglipModel"),
+        (CHINESE, "ChineseCLIPModel .*, whose text tower is a BERT", "SiglipModel"),
+        (ALIGN, "AlignModel", "of transformers (CLIPModel, MetaClip2Model, SiglipModel)"),
     ],
 )
 def test_other_models_of_transformers_are_named(tmp_path, prefix, config, kind, hint):

@@ -253,7 +253,7 @@ def test_a_folder_without_its_tokenizer_says_where_it_belongs(copy):
     if find_spec("sentencepiece") is None:
         with pytest.raises(MissingError, match="requires the SentencePiece") as caught:
             tokenizer(resolve(ModelSpec(str(copy))))
-        assert caught.value.hint == "pip install sentencepiece"
+        assert caught.value.hint == "pip install sentencepiece protobuf"
     for path in copy.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(MissingError, match=r"has no tokenizer_config\.json") as caught:
