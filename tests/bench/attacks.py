@@ -56,6 +56,8 @@ OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Met
 CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
           Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
 MODEL = DATA / "clip"
+# That trained methods see: about as many as there are to forget.
+RETAIN_ROWS = 128
 # Of a bootstrap.
 DRAWS = 20_000
 
@@ -64,7 +66,8 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
     """Return the model that a method leaves of a set's, run if it is not there yet."""
     target = folder / "models" / f"{name}-{method}"
     if not (target / "open_clip_model.safetensors").exists():
-        run = ClipComparisonRun.open(store, name, CompareOptions(methods=(method,), rates=None))
+        options = CompareOptions(methods=(method,), rates=None, retain_rows=RETAIN_ROWS)
+        run = ClipComparisonRun.open(store, name, options)
         setting = tuned(run, method, folder)
         model = run.baselines.model
         if method in CLOSED_FORMS:

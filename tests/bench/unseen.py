@@ -2,12 +2,15 @@
 
     python tests/bench/unseen.py                       # 16 concepts drawn by seed 0
     python tests/bench/unseen.py --concepts all --folds 8 --store unseen-store
-    python tests/bench/unseen.py --ways default paper  # of default, short, long, count, paper
+    python tests/bench/unseen.py --ways default paper
+    python tests/bench/unseen.py --ways text-gradient text-whitened vision-gradient
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images,
 as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
 in several ways on the same gradients. Figures are of the half of the held-out images that
-layer and step were not chosen by, as edits record them. With `--folds`, concepts are dealt as
+layer and step were not chosen by, as edits record them. Ways are the defaults, other reserves
+(`short`, `long`), TA@1 itself in place of what is expected of it (`count`), the paper's choice,
+and the fronts of one tower along one direction. With `--folds`, concepts are dealt as
 `sweep` deals classes: those of a fold share a retain set without any of them, its gradient and
 its moments, and all share the features of the original model. A run that is repeated on a
 store goes on where the last one ended. At the end it prints what a concept took, in seconds.
@@ -32,11 +35,11 @@ from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import EditHeader, Keep
+from slsgu_cli.records.method import Direction, EditHeader, Keep, Tower
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, read_ranking
 from slsgu_cli.store.store import Store
 
 LEAST_IMAGES = 10
@@ -47,6 +50,8 @@ WAYS = {
     "count": SearchOptions(keep=Keep.TA1),
     "paper": SearchOptions(paper=True),
 }
+TOWER_WAYS = {f"{tower}-{way}": (tower, way) for tower in Tower for way in Direction.BOTH.each}
+ALL_WAYS = (*WAYS, *TOWER_WAYS)
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,12 @@ def enough_images() -> list[str]:
 
 
 def draw(wanted: str, seed: int) -> dict[str, str]:
-    """Return concepts with their kind: a number of them drawn by seed, all, or some by name."""
+    """Return concepts with their kind: some or all of them drawn by seed, or some by name."""
     held = enough_images()
     classes = json.loads((DATA / "classes.json").read_text())
     kinds = {name: kind for kind, names in sorted(classes.items()) for name in sorted(names)}
     if wanted == "all":
-        return kinds
+        return dict(random.Random(seed).sample(sorted(kinds.items()), len(kinds)))
     if not wanted.isdecimal():
         return {name: kinds[name] for name in wanted.split(",")}
     rng, drawn = random.Random(seed), {}
@@ -115,16 +120,27 @@ def prepared(store: Store, request: BuildRequest) -> float | None:
     return time.perf_counter() - start
 
 
+def asked(store: Store, name: str, way: str) -> SearchOptions:
+    """Return what to search a set by in one way."""
+    if way in WAYS:
+        return WAYS[way]
+    tower, direction = TOWER_WAYS[way]
+    ranking = read_ranking(store, read_pointer(store, read_manifest(store, name)))
+    scores = ranking.by_direction()[direction]
+    layers = [score.layer for score in scores if score.front and score.tower is tower]
+    return SearchOptions(layers=layers, direction=direction)
+
+
 def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeader, float]:
     """Return the edit of a set that was searched in one way, and the seconds it took."""
     records = Store(str(folder / way))
     done = folder / way / f"{name}.seconds"
     if not done.exists():
         trials = Store(str(folder / "default")).where(Artifact.TRIALS.path(name))
-        if way in ("short", "long", "count") and Path(trials).exists():
+        if way not in ("default", "paper") and Path(trials).exists():
             records.write_bytes(Artifact.TRIALS.path(name), Path(trials).read_bytes())
         start = time.perf_counter()
-        search(store, name, options=WAYS[way], records=records)
+        search(store, name, options=asked(store, name, way), records=records)
         done.write_text(str(time.perf_counter() - start))
     return load_edit(records, name).header, float(done.read_text())
 
@@ -132,7 +148,7 @@ def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeade
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", default="16", help="how many, `all`, or names with commas")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["default", "paper"])
+    parser.add_argument("--ways", nargs="+", choices=ALL_WAYS, default=["default", "paper"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, help="retain sets that concepts are dealt to")
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
