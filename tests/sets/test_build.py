@@ -34,14 +34,7 @@ from slsgu_cli.store.store import Store
 CLIP = ModelSpec(f"local-dir:{DEMO / 'clip'}")
 KINDS = ("dog", "cat", "bird")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_tokenizer():
-    """Load the model's vocabulary once for all builds."""
-    with pytest.MonkeyPatch.context() as patch:
-        tokenize = models.tokenizer(models.resolve(CLIP))
-        patch.setattr(models, "tokenizer", lambda model: tokenize)
-        yield
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture

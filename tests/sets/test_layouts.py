@@ -13,7 +13,6 @@ import pytest
 from places import DEMO
 from tiny_images import write_folder, write_parquet, write_tar
 
-from slsgu_cli.clip import models
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import InputSpec, ModelSpec
 from slsgu_cli.sets.build import build_sets
@@ -29,14 +28,7 @@ SPEC = InputSpec(64, 64, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest", 0, "", 3
 TABLE = {"image": "file", "text": "caption", "label": "label"}
 NAMES = ("facebook", "github", "npm")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_tokenizer():
-    """Load the model's vocabulary once for all builds."""
-    with pytest.MonkeyPatch.context() as patch:
-        tokenize = models.tokenizer(models.resolve(CLIP))
-        patch.setattr(models, "tokenizer", lambda model: tokenize)
-        yield
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture(scope="module")
