@@ -5,7 +5,7 @@ in the store. It is looked at again just before it would be run, so what a stage
 to the same bytes is not made of anew.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -49,6 +49,7 @@ from slsgu_cli.records.recipe import (
     Stage,
     StageRecord,
     Together,
+    figure_of,
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import ATTACK, ATTACKED, Verification
@@ -201,17 +202,15 @@ class Job(RecipePlan):
     ) -> list[Step]:
         """Do steps in turn, those that turn out to be done aside; return them."""
         done: list[Step] = []
-        left = sum(each.seconds or 0.0 for each in pending)
         for number, each in enumerate(pending, 1):
             self.catalog = Catalog(self.store)
             step, rest = each.step, [p for p in pending[number:] if p.step not in done]
             if step in done:
-                left -= each.seconds or 0.0
                 continue
             if (why := self.why(step)) is None:
                 board.end(step.stage, requests=self._finished(rest))
-                left -= each.seconds or 0.0
                 continue
+            left = sum(p.seconds or 0.0 for p in (each, *rest))
             known = f" (about {_duration(left)} left)" if left > 0 else ""
             progress.note(f"[{number}/{len(pending)}] {step.stage} {step.about}{known}")
             tell(_event("begin", step, why=why, left=left or None))
@@ -222,7 +221,6 @@ class Job(RecipePlan):
                 rest = [p for p in rest if p.step != finished]
                 board.end(finished.stage, requests=self._finished(rest))
                 tell(_event("end", finished, seconds=seconds))
-            left -= each.seconds or 0.0
         return done
 
     def _finished(self, rest: Sequence[PlannedStep]) -> int:
@@ -447,10 +445,11 @@ class Job(RecipePlan):
             if s.place and s.made and s.stage is not Stage.EVIDENCE
         }
         rows = {row.name: row for row in self.ledger.rows}
+        written = self._written_fingerprints()
         for request in self.recipe.requests:
             row = self._row(request.name)
             header = self.record(Artifact.EDIT, row.name)
-            checks = tuple(self._checks(request))
+            checks = tuple(self._checks(request, written))
             met = all(check.holds for check in checks) if checks else bool(header.forgotten)
             state = RequestState.FORGOTTEN if met else RequestState.OUT_OF_BOUNDS
             digests = {"edit": digest(header), **outputs}
@@ -458,25 +457,30 @@ class Job(RecipePlan):
         self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
         self._write()
 
-    def _checks(self, request: RemovalRequest) -> Iterator[BoundCheck]:
-        figures = self.ledger.figures
+    def _written_fingerprints(self) -> set[str]:
+        """Return the fingerprint of the written model, if bounds are about attacks on it."""
+        attacked = any(map(self._is_attacked, self.recipe.requests))
+        written = self.recipe.written if attacked else None
+        return {fingerprint(resolve(written))} if written else set()
+
+    def _is_attacked(self, request: RemovalRequest) -> bool:
         bounds = self.recipe.bounds_of(request)
-        if any(bound.figure.startswith(ATTACK) for bound in bounds):
-            figures = figures | self._attacks(request.name)
-        for bound in bounds:
-            of_request = bound.figure in ("fa1", "fa5")
-            figure = f"{bound.figure}.{request.name}" if of_request else bound.figure
-            value = figures.get(figure)
+        return any(bound.figure.startswith(ATTACK) for bound in bounds)
+
+    def _checks(self, request: RemovalRequest, written: Collection[str]) -> Iterator[BoundCheck]:
+        figures = self.ledger.figures
+        if self._is_attacked(request):
+            figures = figures | self._attacks(request.name, written)
+        for bound in self.recipe.bounds_of(request):
+            value = figures.get(figure_of(bound, request.name))
             yield BoundCheck(str(bound), value, value is not None and bound.holds(value))
 
-    def _attacks(self, name: str) -> dict[str, float]:
+    def _attacks(self, name: str, written: Collection[str]) -> dict[str, float]:
         """Return by how many points of FA@1 each attack exceeds its control, as bounds name it."""
         record: Verification = self.record(Artifact.VERIFICATION, name)
-        written = self.recipe.written
-        prints = {fingerprint(resolve(written))} if written else set()
-        pair = verified_pair(record, self.record(Artifact.EDIT, name), prints)
-        told = verdicts(*pair) if pair else []
-        return {f"{ATTACK}{row.check}": row.gain for row in told if row.check in ATTACKED}
+        pair = verified_pair(record, self.record(Artifact.EDIT, name), written)
+        rows = verdicts(*pair) if pair else []
+        return {f"{ATTACK}{row.check}": row.gain for row in rows if row.check in ATTACKED}
 
 
 _DO: dict[Stage, Callable[[Job, Step], None]] = {

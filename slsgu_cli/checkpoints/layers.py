@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -280,6 +280,15 @@ def _led(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return shape[1:] if axes < 0 and shape[:1] == (1,) else shape
 
 
+_OPEN_CLIPS_BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TowerNames:
     """What transformers calls the tensors of a tower, by open_clip's names for them.
@@ -291,12 +300,12 @@ class TowerNames:
     """
 
     start: str
-    outside: Mapping[str, TensorPlace]
-    beside: Mapping[str, TensorPlace]
     inner: str
-    blocks: str
-    fused: str
-    modules: Mapping[str, str]
+    outside: Mapping[str, TensorPlace]
+    beside: Mapping[str, TensorPlace] = field(default_factory=dict)
+    blocks: str = "transformer.resblocks"
+    fused: str = "attn.in_proj_{}"
+    modules: Mapping[str, str] = field(default_factory=lambda: _OPEN_CLIPS_BLOCK)
 
     def listed(self, blocks: int) -> list[str]:
         """Return open_clip's names of all tensors of a tower of so many blocks."""
@@ -338,13 +347,6 @@ def _modules(names: Mapping[str, str]) -> dict[str, TensorPlace]:
     )
 
 
-_OPEN_CLIPS_BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 _TIMMS_BLOCK = {
     "attn.proj": "self_attn.out_proj",
     "norm1": "layer_norm1",
@@ -365,9 +367,6 @@ _NAMES = {
         outside=_TEXT_OUTSIDE,
         beside={"text_projection": TensorPlace("text_projection.weight", transposed=True)},
         inner="text_model.",
-        blocks="transformer.resblocks",
-        fused="attn.in_proj_{}",
-        modules=_OPEN_CLIPS_BLOCK,
     ),
     (Spelling.TRANSFORMERS, Tower.VISION): TowerNames(
         start="visual.",
@@ -381,18 +380,11 @@ _NAMES = {
         | _modules({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
         beside={"proj": TensorPlace("visual_projection.weight", transposed=True)},
         inner="vision_model.",
-        blocks="transformer.resblocks",
-        fused="attn.in_proj_{}",
-        modules=_OPEN_CLIPS_BLOCK,
     ),
     (Spelling.SIGLIP, Tower.TEXT): TowerNames(
         start="text.",
         outside=_TEXT_OUTSIDE | _modules({"text_projection": "head"}),
-        beside={},
         inner="text_model.",
-        blocks="transformer.resblocks",
-        fused="attn.in_proj_{}",
-        modules=_OPEN_CLIPS_BLOCK,
     ),
     (Spelling.SIGLIP, Tower.VISION): TowerNames(
         start="visual.",
@@ -414,7 +406,6 @@ _NAMES = {
             "trunk.attn_pool.kv.weight": TensorPlace(f"{_POOL}weight", within=1, thirds=2),
             "trunk.attn_pool.kv.bias": TensorPlace(f"{_POOL}bias", within=1, thirds=2),
         },
-        beside={},
         inner="vision_model.",
         blocks="trunk.blocks",
         fused="attn.qkv.{}",

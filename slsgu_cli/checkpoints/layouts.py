@@ -1,7 +1,6 @@
 """Checkpoints as files: which weights they hold, whole or in shards, and layers read from them.
 
-Neither torch nor open_clip is
-imported; a checkpoint of several GB is read in pieces.
+Neither torch nor open_clip is imported; a checkpoint of several GB is read in pieces.
 """
 
 import hashlib
@@ -296,13 +295,13 @@ class WeightSet:
 
     def whole_model(self) -> dict[str, tuple[TensorPlace, ...]]:
         """Return where each tensor of a model of transformers lies, by open_clip's name for it."""
-        found: dict[str, tuple[TensorPlace, ...]] = {}
-        for spelling in sorted({place.spelling for place in self.towers}):
-            found |= {name: (place,) for name, place in SCALES[spelling].items()}
-        for place in self.towers:
-            for name in names(place.tower, self.blocks(place), place.spelling):
-                found[name] = tensor_places(name, place)
-        return found
+        places: dict[str, tuple[TensorPlace, ...]] = {}
+        for spelling in sorted({tower.spelling for tower in self.towers}):
+            places |= {name: (place,) for name, place in SCALES[spelling].items()}
+        for tower in self.towers:
+            for name in names(tower.tower, self.blocks(tower), tower.spelling):
+                places[name] = tensor_places(name, tower)
+        return places
 
     def blocks(self, tower_place: TowerPlace) -> int:
         """Return how many blocks a tower has."""

@@ -95,8 +95,9 @@ def _to_odd(values: Floats) -> npt.NDArray[np.float32]:
 
 
 CHUNK = 1 << 20
-# What training puts before every name: of several processes, of torch.compile.
-TRAINING_PREFIXES = ("module.", "_orig_mod.")
+# What torch.compile puts before every name, and training in several processes.
+COMPILED = "_orig_mod."
+TRAINING_PREFIXES = ("module.", COMPILED)
 TEXT_PREFIX = "text."
 CONVERT_HINT = "load the model with open_clip and save its state_dict() as safetensors"
 
@@ -137,18 +138,17 @@ class Splice:
 
 
 class TensorFile:
-    """Random access to the tensors of one checkpoint file."""
+    """Random access to the tensors of one checkpoint file.
+
+    `is_script` tells TorchScript, which has a model's code beside its weights.
+    """
 
     container = "safetensors"
+    is_script = False
 
     def __init__(self, path: Path, entries: list[TensorEntry]) -> None:
         self.path = path
         self._entries = {entry.name: entry for entry in entries}
-
-    @property
-    def is_script(self) -> bool:
-        """Whether it is TorchScript, which has a model's code beside its weights."""
-        return False
 
     def names(self) -> list[str]:
         """Return the file's own tensor names, in the file's order."""

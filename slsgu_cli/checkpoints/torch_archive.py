@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from slsgu_cli.checkpoints.tensor_file import (
@@ -103,16 +104,10 @@ class Inert:
     add = extend = append
 
 
-class Script:
+class Script(Inert):
     """Stands in for a module of TorchScript, whose state has its tensors and parts by name."""
 
-    def __new__(cls, *_: Any, **__: Any) -> "Script":
-        """Make one from any arguments."""
-        return object.__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Begin without a state."""
-        self.state: Any = {}
+    state: Any = MappingProxyType({})
 
     def __setstate__(self, state: Any) -> None:
         """Take a state."""
@@ -120,17 +115,17 @@ class Script:
 
     def state_dict(self) -> dict[str, PickledTensor]:
         """Return its tensors and those of its parts, each part once, by dotted names."""
-        found: dict[str, PickledTensor] = {}
+        tensors: dict[str, PickledTensor] = {}
         seen, waiting = {id(self)}, [("", self)]
         while waiting:
             prefix, part = waiting.pop()
             for name, value in part.state.items():
                 if isinstance(value, PickledTensor) and name not in ATTRIBUTES:
-                    found[f"{prefix}{name}"] = value
+                    tensors[f"{prefix}{name}"] = value
                 elif isinstance(value, Script) and id(value) not in seen:
                     seen.add(id(value))
                     waiting.append((f"{prefix}{name}.", value))
-        return found
+        return tensors
 
 
 class _Reader(pickle._Unpickler):
@@ -270,12 +265,7 @@ class TorchFile(TensorFile):
         super().__init__(path, entries)
         self._all = [*entries, *unnamed]
         self._records = records
-        self._is_script = is_script
-
-    @property
-    def is_script(self) -> bool:
-        """Whether it is TorchScript, which has a model's code beside its weights."""
-        return self._is_script
+        self.is_script = is_script
 
     def splices(self, patches: Mapping[str, Raw]) -> list[Splice]:
         """Return what to write into a copy, the records' checksums included."""

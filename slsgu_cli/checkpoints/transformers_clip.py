@@ -24,6 +24,7 @@ from slsgu_cli.checkpoints.targets import (
     NAFLEX,
     NAFLEX_HINT,
     OPEN_CLIP,
+    SIGLIP,
     kind_of,
     read_config,
     require_inside,
@@ -338,7 +339,7 @@ FAMILIES = {
     "clip": Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True, _clip_fits, _clip_config),
     "metaclip_2": Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
                          _metaclip_fits, _metaclip_config),
-    "siglip": Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
+    SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
                      _siglip_fits, _siglip_config),
 }  # fmt: skip
 KNOWN = ", ".join(family.name for family in FAMILIES.values())

@@ -377,11 +377,11 @@ class _Board(progress.Board):
             bar = ProgressBar(total=total, completed=done, width=24)
             table.add_row(stage, bar, f"{done}/{total}", Text(terminal_safe(about)))
         now, (left, at_least) = monotonic(), self._left
-        told = [f"{self.done} of {self.requests} requests done", f"{_clock(now - self._started)}"]
+        parts = [f"{self.done} of {self.requests} requests done", f"{_clock(now - self._started)}"]
         left -= now - self._begun
         if left > 0:
-            told.append(f"{'more than' if at_least else 'about'} {_clock(left)} left")
-        return Group(table, Text(", ".join(told)), self.bars)
+            parts.append(f"{'more than' if at_least else 'about'} {_clock(left)} left")
+        return Group(table, Text(", ".join(parts)), self.bars)
 
 
 def _clock(seconds: float) -> str:

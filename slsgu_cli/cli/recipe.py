@@ -328,13 +328,13 @@ def show_plan(console: "Console", planned: "Sequence[PlannedStep]") -> None:
     seconds = sum(each.seconds or 0.0 for each in left)
     memory = max((each.memory or 0 for each in left), default=0)
     disk = sum(each.disk or 0 for each in left)
-    told = [
+    estimates = [
         f"{seconds:.0f} s" if seconds else "",
         f"up to {decimal(memory)} of memory" if memory else "",
         f"{decimal(disk)} of disk" if disk else "",
     ]
-    if any(told):
-        known = ", ".join(filter(None, told))
+    if any(estimates):
+        known = ", ".join(filter(None, estimates))
         console.note(f"estimates, by what is there: {known}; nothing is known where it says -")
 
 
@@ -385,7 +385,7 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
     ]  # fmt: skip
     columns = (
         "request", "id", "received", "reference",
-        Column("state", shown=lambda state: state.partition(" within")[0]), "since",
+        Column("state", shown=tables.brief_state), "since",
         Column("layer", shown=known_as),
         Column("FA@1 before", shown=roughly, on_terminal=False),
         Column("FA@1 after", shown=roughly, label="FA@1 now"),

@@ -52,6 +52,11 @@ def step_size(value: float) -> str:
     return f"{value:.4g}"
 
 
+def brief_state(state: str) -> str:
+    """Return the state of a request as a terminal has it: without its bounds."""
+    return state.partition(" within")[0]
+
+
 def manifest(console: "Console", built: SetManifest) -> None:
     """Print a set's parts: rows kept, rows seen, rows left out by reason."""
     from slsgu_cli.cli.console import Column

@@ -416,12 +416,13 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
 
 def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
     """Print what evidence says of each request, and warn of what it lacks."""
+    from slsgu_cli.cli import tables
     from slsgu_cli.cli.console import Column
 
-    told = written.evidence
+    evidence = written.evidence
     rows = []
-    for one in told.requests:
-        held = sorted({each.holds(one.name) or "" for each in told.models} - {""})
+    for one in evidence.requests:
+        held = sorted({each.holds(one.name) or "" for each in evidence.models} - {""})
         was, now = one.forget or (None, None)
         rows.append(
             (
@@ -435,14 +436,14 @@ def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
         )
     columns = (
         Column("request"),
-        Column("state", shown=lambda state: state.partition(" within")[0]),
+        Column("state", shown=tables.brief_state),
         Column("edit", label="its edit"),
         Column("verification"),
         Column("FA@1 before", shown=roughly, on_terminal=False),
         Column("FA@1 after", shown=roughly, label="FA@1 now"),
     )
     console.table("evidence", columns, rows, title=f"evidence: {written.out}")
-    for model in told.models:
+    for model in evidence.models:
         for trouble in model.troubles:
             console.warn(trouble)
     console.paths("files", [written.out])

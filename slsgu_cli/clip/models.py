@@ -18,7 +18,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, Spelling
 from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
 from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
-from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
+from slsgu_cli.checkpoints.tensor_file import COMPILED, Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
     FETCH_ERRORS,
     HUB,
@@ -67,9 +67,7 @@ QUICK_GELU = ("quick_gelu", False)
 # What transformers reads a tokenizer from, whatever its kind.
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What timm calls a tower of SigLIP's, whatever its sizes.
-SIGLIP_VISION = "vit_base_patch16_siglip_224"
-# What torch.compile puts before the names of a model's parameters.
-COMPILED = "_orig_mod."
+TIMM_SIGLIP = "vit_base_patch16_siglip_224"
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
 Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
 
@@ -427,7 +425,7 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     elif model.spelling is Spelling.TRANSFORMERS:
         hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
     elif name and model.folder is not None:
-        hint = f"put the files of {name} beside the weights: tokenizer_config.json, tokenizer.json"
+        hint = f"put the files of {name} beside the weights: {TOKENIZER_CONFIG}, tokenizer.json"
     elif name:
         hint = f"it is {name} of the Hugging Face hub: check the connection"
     what = f"cannot load the tokenizer of {model.spec}: {first_lines(error)}"
@@ -501,10 +499,10 @@ def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":
         "act_layer": "gelu_tanh" if vision["act_kwargs"]["approximate"] == "tanh" else "gelu",
     }  # fmt: skip
     with TemporaryDirectory() as folder:
-        said = {"architecture": SIGLIP_VISION, "model_args": arguments, "pretrained_cfg": {}}
-        Path(folder, CONFIG).write_text(json.dumps(said))
-        named = vision | {"timm_model_name": f"local-dir:{folder}"}
-        return kind(**rest | {"vision_cfg": named})  # type: ignore[no-any-return]
+        tower = {"architecture": TIMM_SIGLIP, "model_args": arguments, "pretrained_cfg": {}}
+        Path(folder, CONFIG).write_text(json.dumps(tower))
+        with_tower = vision | {"timm_model_name": f"{LOCAL}{folder}"}
+        return kind(**rest | {"vision_cfg": with_tower})  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -224,11 +224,11 @@ def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ran
     plots = []
     ranked_along = ranking.by_direction()
     for direction, scores in ranked_along.items():
-        told = "" if len(ranked_along) == 1 else f", {direction}"
+        along = "" if len(ranked_along) == 1 else f", {direction}"
         for tower in Tower:
             if any(score.tower is tower for score in scores):
-                path = plot_path(name, f"front-{tower}" + told.replace(", ", "-"))
-                title = f"{name}: {tower} layers{told}"
+                path = plot_path(name, f"front-{tower}" + along.replace(", ", "-"))
+                title = f"{name}: {tower} layers{along}"
                 store.write_bytes(path, pareto_plot(scores, tower=tower, title=title))
                 plots.append(store.where(path))
     return ranking, plots

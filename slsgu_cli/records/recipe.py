@@ -252,7 +252,9 @@ class Recipe:
         if command == "eval":
             requests = [self.request(name) for name in names]
             bounds = {
-                _of_several(bound, request.name) if len(names) > 1 else str(bound)
+                str(replace(bound, figure=figure_of(bound, request.name)))
+                if len(names) > 1
+                else str(bound)
                 for request in requests
                 for bound in self.bounds_of(request)
                 if not bound.figure.startswith(ATTACK)
@@ -368,10 +370,9 @@ TABLES = {
 }
 
 
-def _of_several(bound: Assertion, name: str) -> str:
-    """Return a bound of a request where figures of several are named."""
-    of_request = bound.figure in ("fa1", "fa5")
-    return str(replace(bound, figure=f"{bound.figure}.{name}") if of_request else bound)
+def figure_of(bound: Assertion, name: str) -> str:
+    """Return the figure that a bound of a request is about where those of several are named."""
+    return f"{bound.figure}.{name}" if bound.figure in ("fa1", "fa5") else bound.figure
 
 
 def _keyed(place: Place) -> Place:

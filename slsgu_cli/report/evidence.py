@@ -130,7 +130,7 @@ def _head(evidence: RemovalEvidence) -> dict[str, Any]:
         "versions": by_name(_versions()),
         "model": str(evidence.model),
         "models": [
-            {"place": str(m.place), "origin": m.origin, "files": m.files, "edits": m.found,
+            {"place": str(m.place), "origin": m.origin, "files": m.files, "edits": m.edits,
              "troubles": m.troubles}
             for m in evidence.models
         ],
@@ -334,32 +334,32 @@ def _as_written(one: RemovedRequest, evidence: RemovalEvidence) -> Html:
 def _left(one: RemovedRequest) -> Html:
     """Say in plain words what still finds it, and what this evidence does not tell."""
     manifest = one.records.manifest.record
-    told: list[Child] = []
+    sentences: list[Child] = []
     if one.pair:
-        found = verified(one)
-        told += found["conclusion"]
+        verification = verified(one)
+        sentences += verification["conclusion"]
         if one.is_measured and one.pair[1].edit is not None:
-            told.append("That was tried with this edit alone, not with all that were written.")
-        if found["not tried"]:
-            told.append(f"Not tried: {', '.join(found['not tried'])}.")
+            sentences.append("That was tried with this edit alone, not with all that were written.")
+        if verification["not tried"]:
+            sentences.append(f"Not tried: {', '.join(verification['not tried'])}.")
     else:
         unknown = (
             "No verification has been run on it: whether other words, changed images, further "
             "training or an attack bring it back is not known. To find out: "
         )
-        told.append(joined((unknown, code(one.records.verification.run))))
-    told += [
+        sentences.append(joined((unknown, code(one.records.verification.run))))
+    sentences += [
         "One layer was changed, no training image was deleted: the original model and every copy "
         "of it know the concept as before.",
         "Figures are of the images and prompts named here. Of others the intervals say how far "
         "the share may lie, if they are drawn alike; they say nothing of images that are not.",
     ]
     if manifest is not None:
-        told.append(
+        sentences.append(
             f"{count(manifest.forget.rows)} images of it are in the store that this was made "
             "from, and wherever they were taken from, until somebody removes them there."
         )
-    return element("ul", *(element("li", each) for each in told))
+    return element("ul", *(element("li", each) for each in sentences))
 
 
 def _of_files(evidence: RemovalEvidence) -> list[Section]:

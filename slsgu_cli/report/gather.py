@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layouts import layer_digest
 from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
-from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
@@ -40,6 +40,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
     StrengthOptions,
 )
+from slsgu_cli.records.recipe import written_at
 from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
 from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
@@ -217,7 +218,7 @@ class WrittenModel:
     place: Path
     origin: str
     files: tuple[FileDigest, ...]
-    found: tuple[FoundEdit, ...]
+    edits: tuple[FoundEdit, ...]
     troubles: tuple[str, ...] = ()
 
     @property
@@ -227,13 +228,13 @@ class WrittenModel:
 
     def holds(self, name: str) -> Presence | None:
         """Return whether an edit is in every copy of its layer; None where it was not found."""
-        presences = {found.presence for found in self.found if found.name == name}
+        presences = {edit.presence for edit in self.edits if edit.name == name}
         return max(presences, key=list(Presence).index, default=None)
 
     def sharing(self, names: Collection[str]) -> list[str]:
         """Return these edits and those that move the same layers, which are told together."""
-        layers = {found.layer for found in self.found if found.name in names}
-        return sorted({*names, *(found.name for found in self.found if found.layer in layers)})
+        layers = {edit.layer for edit in self.edits if edit.name in names}
+        return sorted({*names, *(edit.name for edit in self.edits if edit.layer in layers)})
 
 
 def written_model(
@@ -251,20 +252,28 @@ def written_model(
     except (SlsguError, OSError) as error:
         troubles.append(f"The original {origin} cannot be read: {error}.")
     after: dict[str, str] = {}
-    found: list[FoundEdit] = []
+    edits: list[FoundEdit] = []
     try:
         after = _file_digests(_files_of(place))
         if made is not None and made != digest(
             after if place.is_dir() else {"": after[place.name]}
         ):
             troubles.append("Its files are others than those that the run wrote.")
-        found = find_edits(store, names, place, StrengthOptions()) if names else []
+        edits = find_edits(store, names, place, StrengthOptions()) if names else []
     except (SlsguError, OSError) as error:
         troubles.append(f"{place} cannot be looked at: {error}.")
     digests = tuple(
         FileDigest(name, before.get(name), after.get(name)) for name in sorted({*before, *after})
     )
-    return WrittenModel(label, place, str(origin), digests, tuple(found), tuple(troubles))
+    return WrittenModel(label, place, str(origin), digests, tuple(edits), tuple(troubles))
+
+
+def written_fingerprint(model: ModelSpec, place: Path) -> str | None:
+    """Return the fingerprint of a copy of a model as it is now; None where it is no CLIP."""
+    try:
+        return fingerprint(resolve(written_at(model, place)))
+    except (SlsguError, OSError):
+        return None
 
 
 def _files_of(model: ModelSpec | Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -36,10 +35,17 @@ from slsgu_cli.figures.html import (
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ReportRequest
-from slsgu_cli.records.recipe import Stage, written_at
+from slsgu_cli.records.recipe import Stage
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report import edit_sections, study_sections
-from slsgu_cli.report.gather import Section, SetRecords, absent, gather, section
+from slsgu_cli.report.gather import (
+    Section,
+    SetRecords,
+    absent,
+    gather,
+    section,
+    written_fingerprint,
+)
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.files import replacing, require_regular
@@ -70,9 +76,10 @@ def write_report(store: Store, request: ReportRequest) -> Report:
     catalog = Catalog(store)
     all_records = [gather(catalog, name) for name in request.names]
     image_sections = _image_sections(store, all_records, request)
+    written = written_without(catalog, request.names)
     sections = {
         records.name: all_sections(
-            records, image_sections[records.name], store.url, written_without(catalog, records.name)
+            records, image_sections[records.name], store.url, written[records.name]
         )
         for records in all_records
     }
@@ -94,17 +101,21 @@ def _require_place(request: ReportRequest) -> None:
         raise InputError(f"{request.out} exists already", hint="another --out, or --overwrite")
 
 
-def written_without(catalog: Catalog, name: str) -> set[str]:
-    """Return the fingerprints of checkpoints that recipes wrote without a request, as they are."""
-    from slsgu_cli.clip.models import fingerprint, resolve
+def written_without(catalog: Catalog, names: Sequence[str]) -> dict[str, set[str]]:
+    """Return for each request the fingerprints of checkpoints that recipes wrote without it.
 
-    prints = set()
+    They are those of the checkpoints as they are now.
+    """
+    written: dict[str, set[str]] = {name: set() for name in names}
     for ledger in catalog.readable(Artifact.LEDGER).values():
         for each in ledger.stages:
-            if each.stage is Stage.CHECKPOINT and each.made and each.place and name in each.names:
-                with suppress(SlsguError, OSError):
-                    prints.add(fingerprint(resolve(written_at(ledger.model, Path(each.place)))))
-    return prints
+            without = written.keys() & {*each.names}
+            if each.stage is not Stage.CHECKPOINT or not (each.made and each.place and without):
+                continue
+            if fingerprint := written_fingerprint(ledger.model, Path(each.place)):
+                for name in without:
+                    written[name].add(fingerprint)
+    return written
 
 
 def all_sections(

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from slsgu_cli.clip.models import fingerprint, resolve
-from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, near
+from slsgu_cli.errors import InputError, MissingError, UsageError, near
 from slsgu_cli.records.codec import by_name, decode, encode
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.recipe import (
@@ -33,6 +32,7 @@ from slsgu_cli.report.gather import (
     WrittenModel,
     commands,
     gather,
+    written_fingerprint,
     written_model,
 )
 from slsgu_cli.report.study_sections import verified_pair
@@ -108,18 +108,18 @@ def gather_removals(
     words = References.of(catalog, ledger, names) if hides else References({})
     gathered = [gather(catalog, name) for name in names]
     models = _models(store, request, ledger, gathered)
-    told = tuple(words.model(each) for each in models)
-    prints = _fingerprints(models)
+    shown = tuple(words.model(each) for each in models)
+    prints = _fingerprints(ledger.model if ledger else _model(gathered), models)
     removed = (
         _removed(store, records, _row(ledger, records.name), words, prints) for records in gathered
     )
     return RemovalEvidence(
         requests=tuple(removed),
-        models=told,
+        models=shown,
         ledger=words.record(ledger),
         model=words.record(_model(gathered)),
         commands=tuple(words(each) for each in _again(store, request, recipe, ledger, gathered)),
-        checks=tuple(map(words, _checks(request, told, [*map(words, names)], hides=hides))),
+        checks=tuple(map(words, _checks(request, shown, [*map(words, names)], hides=hides))),
         edits={} if hides else _edits(store, models, names),
         by_reference=hides,
     )
@@ -205,15 +205,10 @@ def _models(
     return models
 
 
-def _fingerprints(models: Sequence[WrittenModel]) -> set[str]:
+def _fingerprints(original: ModelSpec, models: Sequence[WrittenModel]) -> set[str]:
     """Return the fingerprints of those models that are a CLIP."""
-    prints = set()
-    for model in models:
-        try:
-            prints.add(fingerprint(resolve(ModelSpec(f"{LOCAL}{model.place}"))))
-        except (SlsguError, OSError):
-            continue
-    return prints
+    prints = (written_fingerprint(original, model.place) for model in models)
+    return {each for each in prints if each is not None}
 
 
 def _removed(
@@ -246,13 +241,15 @@ class References:
             reference = (row.reference or row.id) if row else None
             manifest = catalog.get(Artifact.SET, name)
             patterns = manifest.patterns if manifest else ()
-            told = [name, *([row.concept] if row else []), *patterns]
-            if reference is None or _whole(*told).search(reference):
+            confidential = [name, *([row.concept] if row else []), *patterns]
+            if reference is None or _whole(*confidential).search(reference):
                 raise UsageError(
                     f"the request {name} has no reference to be told by that leaves its name out",
                     hint="give it a `reference` or an `id` in the recipe, and `slsgu run` that",
                 )
-            by |= {form.casefold(): reference for word in told for form in (word, quote(word))}
+            by |= {
+                form.casefold(): reference for word in confidential for form in (word, quote(word))
+            }
         return cls(by)
 
     def __call__(self, text: str) -> str:
@@ -279,22 +276,22 @@ class References:
         """Return what is known of a set, without what images and near names tell of it."""
         if not self.by:
             return records
-        manifest, edit = self._told(records.manifest), self._told(records.edit)
+        manifest, edit = self._evidence(records.manifest), self._evidence(records.edit)
         if manifest.record:
             plain = replace(manifest.record, patterns=(), request={}, command=())
             manifest = replace(manifest, record=plain)
         if edit.record:
             edit = replace(edit, record=replace(edit.record, harmed=(), nearest=()))
-        verification = self._told(records.verification)
+        verification = self._evidence(records.verification)
         if verification.record:
             verification = replace(verification, record=_without_words(verification.record))
         return replace(
             records, name=self(records.name), concept=self(records.concept), manifest=manifest,
-            pointer=self._told(records.pointer), edit=edit, trials=self._told(records.trials),
-            verification=verification,
+            pointer=self._evidence(records.pointer), edit=edit,
+            trials=self._evidence(records.trials), verification=verification,
         )  # fmt: skip
 
-    def _told(self, evidence: Evidence[T]) -> Evidence[T]:
+    def _evidence(self, evidence: Evidence[T]) -> Evidence[T]:
         reason = self(evidence.reason) if evidence.reason else None
         path, run = self(evidence.path), self(evidence.run)
         record = None if evidence.record is None else self.record(evidence.record)
@@ -307,7 +304,7 @@ class References:
             label=self(model.label).replace("/", "-"),
             place=Path(self(str(model.place))),
             origin=self(model.origin),
-            found=tuple(map(self.record, model.found)),
+            edits=tuple(map(self.record, model.edits)),
             troubles=tuple(map(self, model.troubles)),
         )
 
@@ -429,7 +426,7 @@ def accuracies(
 def content_of(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
     """Return all that is told of a request."""
     manifest, row, edit = one.records.manifest.record, one.row, one.records.edit
-    told = one.pair and verified(one)
+    verification = one.pair and verified(one)
     return {
         **done_for(one, evidence),
         "concept": one.records.concept,
@@ -441,7 +438,7 @@ def content_of(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]
         "edit": edit.record,
         "edit sha256": edit.sha256,
         "measured on": "what was written" if one.is_measured else "the edit",
-        "verification": told or None,
+        "verification": verification or None,
     }
 
 

@@ -256,7 +256,7 @@ def _folder_readers(path: str, source: Source, columns: Columns) -> list[Reader]
     names = sorted(str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True))
     path = path.rstrip("/")
     if SAVED_SPLITS in names:
-        splits = _said(f"{path}/{SAVED_SPLITS}").get("splits")
+        splits = _object_in(f"{path}/{SAVED_SPLITS}").get("splits")
         inside = [name for name in splits if name in names] if isinstance(splits, list) else []
         return [r for name in inside for r in _folder_readers(f"{path}/{name}", source, columns)]
     if SAVED in names:
@@ -289,7 +289,7 @@ def _has_table(folder: str) -> bool:
 
 def _saved(folder: str, names: Sequence[str]) -> list[str]:
     """Return the files of a data set saved to disk, which may have caches beside them."""
-    state = _said(f"{folder}/{SAVED}")
+    state = _object_in(f"{folder}/{SAVED}")
     if state.get("_indices_data_files"):
         raise InputError(
             f"{folder} was saved with its rows chosen by an index",
@@ -304,7 +304,7 @@ def _saved(folder: str, names: Sequence[str]) -> list[str]:
     return files
 
 
-def _said(path: str) -> dict[str, Any]:
+def _object_in(path: str) -> dict[str, Any]:
     """Return what a small JSON file says. Raises InputError."""
     try:
         with fsspec.open(path, "rb") as file:
@@ -602,10 +602,10 @@ def _json_listing(file: Any, path: str) -> Listing:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(value, list):
         return _named_by_rows(row if isinstance(row, dict) else NO_OBJECT for row in value)
-    said = value if isinstance(value, dict) else {}
-    images, annotations = said.get("images"), said.get("annotations")
+    content = value if isinstance(value, dict) else {}
+    images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
-        fields = ", ".join(said) or "no fields"
+        fields = ", ".join(content) or "no fields"
         raise InputError(
             f"{path} is no list of records, nor COCO's captions: it has {fields}",
             hint="COCO's captions are in annotations/captions_*.json",

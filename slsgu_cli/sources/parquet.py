@@ -117,7 +117,7 @@ class ArrowSource(TableSource):
                 places = range(start, start + batch.num_rows)
                 chosen = sorted(index for index in wanted if index in places)
                 for at in range(0, len(chosen), IMAGE_BATCH):
-                    yield from _taken(values, start, chosen[at : at + IMAGE_BATCH])
+                    yield from _images_at(values, start, chosen[at : at + IMAGE_BATCH])
                 start += batch.num_rows
                 if start > last:
                     return
@@ -482,17 +482,17 @@ def _images(
     for batch in file.batches(group, [column], IMAGE_BATCH):
         values = batch.column(0)
         chosen = [index for index in wanted if start <= index < start + len(values)]
-        yield from _taken(values, start, chosen)
+        yield from _images_at(values, start, chosen)
         start += len(values)
 
 
-def _taken(values: Any, start: int, wanted: Sequence[int]) -> Iterator[tuple[int, Held]]:
+def _images_at(values: Any, start: int, wanted: Sequence[int]) -> Iterator[tuple[int, Held]]:
     """Yield images of a column whose first row is number `start`: bytes, else their path."""
-    taken = values.take(pa.array([index - start for index in wanted], pa.int64()))
-    columns = [taken]
-    if pa.types.is_struct(taken.type):
+    images = values.take(pa.array([index - start for index in wanted], pa.int64()))
+    columns = [images]
+    if pa.types.is_struct(images.type):
         # `field` would drop the struct's own nulls, `flatten` carries them over.
-        parts = dict(zip((field.name for field in taken.type), taken.flatten(), strict=True))
+        parts = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
         columns = [parts[name] for name in ("bytes", "path") if name in parts]
     held = [cells(column, IMAGE_LIMIT) for column in columns]
     for index, *choices in zip(wanted, *held, strict=True):

@@ -395,15 +395,15 @@ def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
 
     What several sets share counts for each of them.
     """
-    found: dict[Artifact, list[int]] = {}
+    sizes: dict[Artifact, list[int]] = {}
     for name, manifest in catalog.readable(Artifact.SET).items():
         if manifest.model != model:
             continue
         blocks = manifest.blocks()
         paths = {Artifact.DATA: [blocks[role].path for role in ROLES]}
-        own = (Artifact.SET, Artifact.RANKING, Artifact.TRIALS, Artifact.EDIT,
-               Artifact.VERIFICATION)  # fmt: skip
-        paths |= {kind: [kind.path(name)] for kind in own if catalog.get(kind, name)}
+        by_name = (Artifact.SET, Artifact.RANKING, Artifact.TRIALS, Artifact.EDIT,
+                   Artifact.VERIFICATION)  # fmt: skip
+        paths |= {kind: [kind.path(name)] for kind in by_name if catalog.get(kind, name)}
         if pointer := catalog.get(Artifact.POINTER, name):
             addresses = (pointer.forget, pointer.retain)
             moments = catalog.readable(Artifact.MOMENTS).items()
@@ -411,8 +411,8 @@ def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
             paths[Artifact.GRADIENT] = [Artifact.GRADIENT.path(each) for each in addresses]
             paths[Artifact.MOMENTS] = [Artifact.MOMENTS.path(each) for each in seen]
         for kind, places in paths.items():
-            found.setdefault(kind, []).append(sum(_size(catalog.store, at) for at in places))
-    return {kind: round(median(sizes)) for kind, sizes in found.items()}
+            sizes.setdefault(kind, []).append(sum(_size(catalog.store, at) for at in places))
+    return {kind: round(median(of_sets)) for kind, of_sets in sizes.items()}
 
 
 def _size(store: Store, path: str) -> int:

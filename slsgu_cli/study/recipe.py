@@ -197,20 +197,20 @@ class RecipePlan:
         asked = {"edits": self._edits(step.names), "weights": self.weights}
         if step.stage is Stage.TARGET:
             asked["target"] = _stamps(self.target(step))
-        told = (Stage.REPORT, Stage.EVIDENCE)
+        pages = (Stage.REPORT, Stage.EVIDENCE)
         if step.stage is Stage.VERIFICATION:
             # The model that was written has the edits of all.
             asked["edits"] = self._edits(recipe.names)
             asked["options"] = _options(recipe.verification_of(step.names[0]))
-        if step.stage in (Stage.FIGURES, Stage.VERIFICATION, *told):
+        if step.stage in (Stage.FIGURES, Stage.VERIFICATION, *pages):
             asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
             asked["checkpoint"] = self._shipped()
         if step.stage is Stage.EVIDENCE:
-            rows = [recipe.request(name) for name in step.names]
-            asked["requests"] = digest([recipe.by_reference, *map(_told, rows)])
+            requests = [recipe.request(name) for name in step.names]
+            asked["requests"] = digest([recipe.by_reference, *map(_texts_of, requests)])
             asked["bounds"] = digest([str(bound) for bound in recipe.bounds])
             asked["targets"] = digest([str(path) for path in recipe.targets()])
-        if step.stage in told:
+        if step.stage in pages:
             checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
             asked["verifications"] = digest([each and digest(each) for each in checks])
         return asked
@@ -465,7 +465,7 @@ def _options(record: Any) -> str:
     return digest(said)
 
 
-def _told(request: RemovalRequest) -> dict[str, Any]:
+def _texts_of(request: RemovalRequest) -> dict[str, Any]:
     """Return a request as evidence tells it, in the texts of its fields."""
     return {field.name: str(getattr(request, field.name)) for field in fields(request)}
 

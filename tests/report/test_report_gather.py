@@ -1,10 +1,13 @@
+import json
 import re
+import shutil
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_clip
 from checkpoints import DTYPES, save, state
 from edit_headers import edit
 from reports import NAME, fill, fill_comparison, fill_verification, sections
@@ -14,11 +17,13 @@ from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import layer_digest, read_layer
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.tensor_file import PRECISION
+from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
 from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.records.options import ApplyOptions
-from slsgu_cli.report.gather import edit_facts, gather
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.report.gather import edit_facts, gather, written_fingerprint
 from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store
 
@@ -131,3 +136,15 @@ def test_an_edit_that_was_steered_on_a_target_has_its_figures_by_each_judge(stor
     assert [row[0] for row in told[3:]] == ["another", "another"]
     assert "prompts or images that chose nothing" in str(one.content)
     assert "did not reach its goal" in str(one.content)
+
+
+def test_a_copy_is_known_as_a_folder_and_as_a_file_of_weights(tmp_path):
+    folder = tiny_clip.write_folder(tmp_path / "clip")
+    weights = folder / "open_clip_model.safetensors"
+    (tmp_path / "arch.json").write_text(json.dumps(tiny_clip.CONFIG))
+    copy = shutil.copy(weights, tmp_path / "copy.safetensors")
+    original = ModelSpec(str(tmp_path / "arch.json"), str(weights))
+    print_of_folder = fingerprint(resolve(ModelSpec(str(folder))))
+    assert written_fingerprint(ModelSpec(str(folder)), folder) == print_of_folder
+    assert written_fingerprint(original, copy) == fingerprint(resolve(original))
+    assert written_fingerprint(original, tmp_path / "gone") is None
