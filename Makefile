@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 FETCH := .venv-img2dataset
 # How many tests run side by side: as many as there are cores. Each takes up to 5 GB.
 JOBS ?= 2
+# Tests start many processes: compiled once, the package need not be compiled by each.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test coverage quick check clean

@@ -61,14 +61,14 @@ MUTATIONS = r"""
 - least = (1 + CLOSE) * self._too_short.get(name, 0.0)
 + least = (1 - CLOSE) * self._too_short.get(name, 0.0)
 # whitening
-- return self.ridge * float(diagonal.double().mean())
-+ return self.ridge * float(diagonal.double().sum())
-- torch.cholesky_solve(rows.T, self._factor).T.reshape(gradient.shape)
-+ torch.cholesky_solve(rows.T, self._factor).reshape(gradient.shape)
+- return self.ridge * float(_diagonal(self.moment).double().mean())
++ return self.ridge * float(_diagonal(self.moment).double().sum())
+- torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
++ torch.cholesky_solve(rows.mT, self._factor).reshape(gradient.shape)
 - x = x[self._valid]
 + x = x[:]
-- torch.arange(short.shape[1]) < self._text.lengths(short)
-+ torch.arange(short.shape[1]) <= self._text.lengths(short)
+- return positions < self.lengths(inputs).unsqueeze(1)
++ return positions <= self.lengths(inputs).unsqueeze(1)
 # matching
 - return before + r"\s+".join(map(re.escape, parts)) + after
 + return before + r"\s+".join(map(re.escape, parts))

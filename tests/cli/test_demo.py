@@ -1,4 +1,4 @@
-"""The demo from end to end, and the package away from its checkout.
+"""The demo from end to end.
 
 The demo runs twice: as users run it, for a brand; and for an object on a part of the embedded
 icons, where its printed commands are then run one by one.
@@ -6,16 +6,13 @@ icons, where its printed commands are then run one by one.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from documents import validated
 from icons import write_few
-from places import ROOT
 from processes import inside, slsgu
 from safetensors.numpy import load_file
 
@@ -155,44 +152,3 @@ def test_an_unknown_concept_is_told_with_near_ones(tmp_path):
     assert (done.exit_code, done.stdout) == (2, "")
     assert "castle" in done.stderr
     assert not (tmp_path / "store").exists()
-
-
-def test_the_package_works_away_from_its_checkout(tmp_path):
-    pytest.importorskip("setuptools", minversion="77", reason="builds a wheel")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    unwanted = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "slsgu_cli", source / "slsgu_cli", ignore=unwanted)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    alone = ["--no-deps", "--no-index"]
-    build = [*pip, "wheel", str(source), *alone, "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = [path for path in (source / "slsgu_cli").rglob("*") if path.is_file()]
-    assert {str(path.relative_to(source)) for path in wanted} <= held
-    assert {name.split("/")[0] for name in held} == {"slsgu_cli", f"{wheel.stem[:11]}.dist-info"}
-    assert any(name.endswith("licenses/LICENSE") for name in held)
-
-    site = tmp_path / "site"
-    install = [*pip, "install", str(wheel), *alone, "--target", str(site)]
-    subprocess.run(install, check=True, capture_output=True)
-    shutil.rmtree(source)
-    places = {"env": {"PYTHONPATH": str(site)}, "cwd": tmp_path}
-    where = [sys.executable, "-c", "import slsgu_cli; print(slsgu_cli.__file__)"]
-    found = subprocess.run(
-        where, cwd=tmp_path, env={**os.environ, **places["env"]}, capture_output=True, text=True
-    )
-    assert found.stdout.startswith(str(site))
-    assert slsgu("--version", **places).stdout.startswith("slsgu ")
-    assert slsgu("ls", **places).stdout.startswith("kind\t")
-    icons = f"{site}/slsgu_cli/demo"
-    built = slsgu(
-        "build-sets", "castle", "--model", f"local-dir:{icons}/clip", "--retain-samples", "20",
-        "--source", f"{icons}/train.parquet",
-        "--eval", f"all={icons}/heldout.parquet?concept=castle",
-        "--templates", f"all={icons}/templates.txt", **places,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
