@@ -457,7 +457,8 @@ class GradientPass:
             weights = self._parameter_places() if self.options.shard else of_parameters
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # A tensor that its own graph holds would never be freed.
+            return tensor.detach()
 
         images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
         ids = to_tokens(block.tokens[:rows], "cpu")

@@ -1,5 +1,7 @@
 """The gradient pass gives what a plain loop over mini-batches with open_clip gives."""
 
+import gc
+import weakref
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -203,6 +205,16 @@ def test_a_gradient_has_the_same_bytes_whatever_memory_there_is(loss, folders, s
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_of_a_pass_stays_in_memory(folders, spec):
+    model, outputs = load(folders["contrastive"]), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
+    run(model, "contrastive", Rows(20), spec)
+    gc.collect()
+    assert outputs
+    assert [output for output in outputs if output() is not None] == []
 
 
 @dataclass
