@@ -159,7 +159,7 @@ def place_of(fragment: str) -> tuple[Path, range]:
 
 def run_tests(copy: Path, arguments: list, **more) -> tuple[int | None, str]:
     """Return the exit code of pytest in the copy, None where it took too long, and its output."""
-    own = {"PYTHONPATH": str(copy), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+    own = {"PYTHONPATH": str(copy)}
     seconds = more.pop("seconds", None)
     process = subprocess.Popen(
         [*PYTEST, *arguments], cwd=copy, env=os.environ | own | more, text=True,
