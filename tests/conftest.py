@@ -157,6 +157,27 @@ def tiny_model(vocabulary, made_once):
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline(tiny_model, made_once):
+    """`tiny_pipeline(kind)` is the folder of an untrained sdxl, sd3 or flux; do not write to it.
+
+    Its first text encoder is that of the tiny model.
+    """
+    pytest.importorskip("diffusers", reason="pip install 'slsgu[targets]' brings diffusers")
+    import tiny_pipelines
+    from safetensors.torch import load_file
+
+    weights = Path(tiny_model.name.removeprefix("local-dir:")) / "open_clip_model.safetensors"
+
+    def get(kind):
+        def make(folder):
+            return tiny_pipelines.write_pipeline(folder / kind, kind, load_file(weights))
+
+        return made_once(f"pipeline-{kind}", make)
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def state():
     """The weights of an untrained tiny CLIP with a small vocabulary; do not change them."""
     import tiny_clip

@@ -16,6 +16,7 @@ from slsgu_cli.checkpoints.edits import (
     Edit,
     LayerChange,
     by_layer,
+    by_origin,
     plan_layer,
     require_in_place,
     strength_of,
@@ -370,36 +371,66 @@ def plan_target(
     place, and stays. Raises UsageError, InputError or StaleError.
     """
     new = _NewValues()
-    for layer, both in by_layer([*edits, *earlier]).items():
-        group = [edit for edit in both if edit not in earlier]
-        below = [edit for edit in both if edit in earlier]
-        if not group:
-            if not (options.force or options.revert):
+    for layer, of_layer in by_layer([*edits, *earlier]).items():
+        for part in _by_encoder(target, layer, of_layer, options):
+            group = [edit for edit in part if edit not in earlier]
+            below = [edit for edit in part if edit in earlier]
+            if group:
+                encoder, planned = _planned_in_one(target, layer, group, options, below)
+                new.add(encoder, planned)
+            elif not (options.force or options.revert):
                 _require_earlier(target, below, edits, options)
-            continue
-        planned: dict[str, list[_PlannedLayer]] = {}
-        refused: list[StaleError] = []
-        for encoder, copies in _fitting(target, layer, group, options):
-            try:
-                planned[encoder.name] = [
-                    _planned(weights, places, group, options, below) for weights, places in copies
-                ]
-            except StaleError as error:
-                refused.append(error)
-        if not planned:
-            raise refused[0]
-        if len(planned) > 1:
-            raise UsageError(
-                f"{layer} fits several encoders of {target.path}",
-                hint=f"--encoder {' or '.join(planned)}",
-            )
-        ((name, parts),) = planned.items()
-        for part in parts:
-            new.add(part)
-        new.lack(layer, target.chosen(name)[0], [part.weights for part in parts])
     for path, layers in new.lacking.items():
         progress.warn(f"{path} has no {' or '.join(layers)} and is copied without the edit")
+    if not options.revert and (told := target.prompt_note(new.encoders)):
+        progress.note(told)
     return new.plans()
+
+
+def _by_encoder(
+    target: Target, layer: str, edits: Sequence[Edit], options: ApplyOptions
+) -> list[list[Edit]]:
+    """Return edits of a layer that several encoders have, those of different ones apart."""
+    holding = [one for one in target.chosen(options.encoder) if copies_of(one, layer)]
+    if len(holding) < 2:
+        return [[*edits]]
+    if not options.force:
+        return by_origin(edits)
+    by_shape: dict[tuple[int, ...], list[Edit]] = {}
+    for edit in edits:
+        by_shape.setdefault(edit.delta().shape, []).append(edit)
+    return [*by_shape.values()]
+
+
+def _planned_in_one(
+    target: Target,
+    layer: str,
+    group: Sequence[Edit],
+    options: ApplyOptions,
+    below: Sequence[Edit],
+) -> "tuple[Encoder, list[_PlannedLayer]]":
+    """Return the encoder that edits of a layer go into, and what each copy of it will hold.
+
+    Raises UsageError where several fit, InputError or StaleError.
+    """
+    planned: dict[str, list[_PlannedLayer]] = {}
+    refused: list[StaleError] = []
+    for encoder, copies in _fitting(target, layer, group, options):
+        try:
+            planned[encoder.name] = [
+                _planned(weights, places, group, options, below) for weights, places in copies
+            ]
+        except StaleError as error:
+            refused.append(error)
+    if not planned:
+        raise refused[0]
+    if len(planned) > 1:
+        raise UsageError(
+            f"{layer} fits several encoders of {target.path}",
+            hint=f"--encoder {' or '.join(planned)}",
+        )
+    ((name, parts),) = planned.items()
+    return target.chosen(name)[0], parts
 
 
 Copies = list[tuple[WeightSet, tuple[TensorPlace, ...]]]
@@ -419,15 +450,26 @@ class _PlannedLayer:
 class _NewValues:
     """What the files of a model will hold, collected layer by layer.
 
-    `lacking` has the layers that other copies of an edited encoder do not hold.
+    `lacking` has the layers that other copies of an edited encoder do not hold, and
+    `encoders` which ones are edited.
     """
 
     weights: dict[Path, WeightSet] = field(default_factory=dict)
     patches: dict[Path, dict[str, Raw]] = field(default_factory=dict)
     changes: dict[Path, list[LayerChange]] = field(default_factory=dict)
     lacking: dict[Path, list[str]] = field(default_factory=dict)
+    encoders: set[str] = field(default_factory=set)
 
-    def add(self, layer: _PlannedLayer) -> None:
+    def add(self, encoder: Encoder, planned: Sequence[_PlannedLayer]) -> None:
+        """Add the new values of a layer in the copies of an encoder that hold it."""
+        self.encoders.add(encoder.name)
+        for layer in planned:
+            self._add(layer)
+        for weights in encoder.copies:
+            if not any(weights is one.weights for one in planned):
+                self.lacking.setdefault(weights.path, []).append(planned[0].change.layer)
+
+    def _add(self, layer: _PlannedLayer) -> None:
         """Add a layer's new values to the tensors and files that hold it."""
         weights = layer.weights
 
@@ -442,12 +484,6 @@ class _NewValues:
             self.patches.setdefault(path, {})[key] = value
         for path in {weights.owners[place.key] for place in layer.places}:
             self.changes.setdefault(path, []).append(layer.change)
-
-    def lack(self, layer: str, encoder: Encoder, holding: Sequence[WeightSet]) -> None:
-        """Note the sets of an encoder's weights that do not hold a layer."""
-        for weights in encoder.copies:
-            if not any(weights is one for one in holding):
-                self.lacking.setdefault(weights.path, []).append(layer)
 
     def plans(self) -> dict[Path, FilePlan]:
         """Return what to write into each file."""

@@ -253,6 +253,21 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
     }
 
 
+def by_origin(edits: Sequence[Edit]) -> list[list[Edit]]:
+    """Return edits of one layer by the weights they were made for, copies in any precision."""
+    groups: list[list[Edit]] = []
+    for edit in edits:
+        same, others = [edit], []
+        for group in groups:
+            known = {value for one in group for value in one.header.digests.values()}
+            if known.isdisjoint(edit.header.digests.values()):
+                others.append(group)
+            else:
+                same += group
+        groups = [*others, _in_order(same)]
+    return groups
+
+
 def _in_order(edits: Iterable[Edit]) -> list[Edit]:
     """Return edits in the order in which they are summed."""
     return sorted(edits, key=lambda e: (e.header.name, e.header.gradient, e.factor))

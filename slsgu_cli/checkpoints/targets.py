@@ -1,8 +1,8 @@
 """From a path to the CLIP encoders inside a model, and which layers it reads."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +11,7 @@ from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, block_coun
 from slsgu_cli.checkpoints.layouts import WeightSet, read_weight_set, read_weight_sets
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import parse_json
-from slsgu_cli.records.method import Tower
+from slsgu_cli.records.method import PromptReader, Tower
 
 _NORM = re.compile(r"ln_final|ln_post|attn_pool|(?:^|\.)norm\.|fc_norm")
 _PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|trunk\.head)")
@@ -24,7 +24,14 @@ class Family(StrEnum):
     SD1 = "sd1"
     SD2 = "sd2"
     SDXL = "sdxl"
+    SD3 = "sd3"
+    FLUX = "flux"
     LLAVA = "llava"
+    OTHER = "another pipeline"
+
+
+# Those that have a name on the command line.
+KINDS = tuple(family for family in Family if family is not Family.OTHER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +81,23 @@ def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
         blocks=blocks - 1,
         norm=norm,
         projection=False,
-        reads="the penultimate hidden state",
+        reads=PENULTIMATE,
     )
+
+
+PENULTIMATE = "the penultimate hidden state"
+PENULTIMATE_AND_POOLED = f"{PENULTIMATE} and the projected pooled vector"
+POOLED, EVERY_TOKEN = "the pooled vector alone", "every token"
+
+
+def whole_text(reads: str) -> ReadFrom:
+    """Return that what is read of a text encoder depends on all of it; `reads` says what."""
+    return ReadFrom(tower=Tower.TEXT, reads=reads)
+
+
+def pooled_state(blocks: int | None) -> ReadFrom:
+    """Return that a text encoder's last state is read where the text ends, not projected."""
+    return replace(last_state(blocks), reads=POOLED)
 
 
 def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
@@ -99,6 +121,52 @@ def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
     return tuple(ReadFrom(tower=tower) for tower in towers)
 
 
+# What reads the prompts of a kind of pipelines, where there are several.
+READERS = {
+    Family.SDXL: (
+        PromptReader("text_encoder", "CLIP", PENULTIMATE),
+        PromptReader("text_encoder_2", "CLIP", PENULTIMATE_AND_POOLED),
+    ),
+    Family.SD3: (
+        PromptReader("text_encoder", "CLIP", PENULTIMATE_AND_POOLED),
+        PromptReader("text_encoder_2", "CLIP", PENULTIMATE_AND_POOLED),
+        PromptReader("text_encoder_3", "T5", EVERY_TOKEN),
+    ),
+    Family.FLUX: (
+        PromptReader("text_encoder", "CLIP", POOLED),
+        PromptReader("text_encoder_2", "T5", EVERY_TOKEN),
+    ),
+}
+# The classes of pipelines of Stable Diffusion 1 and 2, which read alike.
+_STABLE_DIFFUSION = re.compile(
+    r"StableDiffusion|StableUnCLIP|LatentConsistency|AnimateDiff|TextToVideo|Marigold|^$"
+)
+
+
+def _with_edits(
+    readers: Sequence[PromptReader], names: Collection[str]
+) -> tuple[PromptReader, ...]:
+    return tuple(replace(reader, edited=reader.name in names) for reader in readers)
+
+
+def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
+    """Return what reads a target's prompts and what of that edits leave; None for one reader."""
+    if len(readers) < 2:
+        return None
+    edited = [reader.name for reader in readers if reader.edited]
+    left = [reader.name for reader in readers if not reader.edited]
+    read = [f"{reader.name} ({reader.model}: {reader.reads})" for reader in readers]
+    what = f"prompts of {target} are read by {_listed(read)}"
+    if not left:
+        return f"{what}; edits go into all of them"
+    verb = "reads" if len(left) == 1 else "read"
+    return f"{what}; edits go into {_listed(edited)}, and {_listed(left)} {verb} them as before"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"
 SHARDS = "*.index.json"
 PROJECTORS = ("multi_modal_projector.", "mm_projector.")
@@ -108,7 +176,11 @@ SINGLE_FILES = {
     "conditioner.embedders.": Family.SDXL,
     "cond_stage_model.model.": Family.SD2,
     "cond_stage_model.transformer.": Family.SD1,
+    "text_encoders.": Family.SD3,
 }
+# What files call the encoders of Stable Diffusion 3 and FLUX, and what only FLUX has.
+_IN_FILES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+_T5_IN_FILES, _OF_FLUX = "text_encoders.t5", "double_blocks."
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +208,20 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model to carry edits into. `unread` are weight files that could not be read, and why."""
+    """A model to carry edits into. `unread` are weight files that could not be read, and why.
+
+    Of a pipeline, `readers` are all of its text encoders, those that are no CLIP as well.
+    """
 
     path: Path
     family: Family
     encoders: tuple[Encoder, ...]
     unread: dict[Path, str] = field(default_factory=dict)
+    readers: tuple[PromptReader, ...] = ()
+
+    def prompt_note(self, edited: Collection[str]) -> str | None:
+        """Return what reads prompts beside the `edited` encoders; None where nothing does."""
+        return prompt_note(str(self.path), _with_edits(self.readers, edited))
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
         """Return the encoder called `name`, or with None all of them. Raises UsageError."""
@@ -287,44 +367,73 @@ def _towers(weight_sets: Sequence[WeightSet], tower: Tower) -> list[tuple[Weight
 
 def _pipeline(folder: Path) -> Target:
     index = read_config(folder / PIPELINE)
-    classes = {
-        name: value[1]
+    parts = {
+        name: str(value[1])
         for name, value in sorted(index.items())
-        if isinstance(value, list) and len(value) == 2 and str(value[1]).startswith("CLIPText")
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
+    kind = str(index.get("_class_name", ""))
+    models = {name: model for name, model in parts.items() if name.startswith("text_encoder")}
+    models |= {name: model for name, model in parts.items() if model.startswith("CLIPText")}
+    classes = {name: model for name, model in models.items() if model.startswith("CLIPText")}
     if not classes:
-        raise InputError(f"the pipeline {folder} has no CLIP text encoder")
+        reads = ", ".join(models.values()) or "nothing of CLIP's"
+        raise InputError(
+            f"the pipeline {folder} has no CLIP text encoder: it is a "
+            f"{kind or 'pipeline of no class'}, whose prompts are read by {reads}"
+        )
     for name in index:
         _require_name(folder / PIPELINE, name)
-    kind = str(index.get("_class_name", ""))
     unread: dict[Path, str] = {}
-    encoders, depths = [], []
-    for name, class_name in classes.items():
-        weight_sets, failed = read_weight_sets(folder / name)
+    sets: dict[str, list[WeightSet]] = {}
+    depths: dict[str, int] = {}
+    for name in classes:
+        sets[name], failed = read_weight_sets(folder / name)
         unread |= failed
-        _require_towers(folder / name, weight_sets, failed)
-        weights, place = _towers(weight_sets, Tower.TEXT)[0]
-        depths.append(weights.blocks(place))
-        pooled = class_name.endswith("WithProjection")
-        text = _text_read(kind, depths[-1], pooled=pooled)
-        encoders.append(Encoder(name, tuple(weight_sets), (text,)))
-    return Target(folder, _family(kind, depths), tuple(encoders), unread)
+        _require_towers(folder / name, sets[name], failed)
+        weights, place = _towers(sets[name], Tower.TEXT)[0]
+        depths[name] = weights.blocks(place)
+    family = _family(kind, next(iter(depths.values())))
+    encoders, readers = [], []
+    for name, model in sorted(models.items()):
+        if name not in classes:
+            readers.append(PromptReader(name, _short(model), EVERY_TOKEN))
+            continue
+        text = _text_read(family, depths[name], pooled=model.endswith("WithProjection"))
+        reads = f"at most {text.reads}" if family is Family.OTHER else text.reads
+        readers.append(PromptReader(name, _short(model), reads))
+        encoders.append(Encoder(name, tuple(sets[name]), (text,)))
+    return Target(folder, family, tuple(encoders), unread, tuple(readers))
 
 
-def _family(kind: str, depths: Sequence[int]) -> Family:
-    if "XL" in kind:
+def _short(model: str) -> str:
+    """Return how people call a text encoder of transformers."""
+    return next((known for known in ("CLIP", "T5") if model.startswith(known)), model)
+
+
+def _family(kind: str, blocks: int) -> Family:
+    """Return what pipelines of a class are, the first of whose CLIPs has so many blocks."""
+    if kind.startswith("StableDiffusion3"):
+        return Family.SD3
+    if kind.startswith("Flux"):
+        return Family.FLUX
+    if "DiffusionXL" in kind or "SDXL" in kind:
         return Family.SDXL
-    return Family.SD2 if depths[0] > 12 else Family.SD1
+    if not _STABLE_DIFFUSION.search(kind):
+        return Family.OTHER
+    return Family.SD2 if blocks > 12 else Family.SD1
 
 
-def _text_read(kind: str, blocks: int, *, pooled: bool) -> ReadFrom:
-    """Return what a pipeline reads of a text encoder of `blocks` blocks."""
-    if pooled:
-        # The pooled and projected embedding goes through all of the encoder.
-        return whole(Tower.TEXT)[0]
-    if "XL" in kind:
-        return penultimate(blocks, norm=False)
-    return last_state(blocks)
+def _text_read(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
+    """Return what a pipeline reads of a text encoder; a `pooled` one projects its last state."""
+    match family:
+        case Family.FLUX:
+            return pooled_state(blocks)
+        case Family.SDXL if not pooled:
+            return penultimate(blocks, norm=False)
+        case Family.SDXL | Family.SD3:
+            return whole_text(PENULTIMATE_AND_POOLED)
+    return whole(Tower.TEXT)[0] if pooled else last_state(blocks)
 
 
 def _single_file(path: Path) -> Target:
@@ -339,13 +448,21 @@ def _single_file(path: Path) -> Target:
         ),
         None,
     )
+    if family is Family.SD3 and any(_OF_FLUX in key for key in weights.owners):
+        family = Family.FLUX
     if family is not None:
-        names = ["text_encoder", *(f"text_encoder_{n}" for n in range(2, len(texts) + 1))]
         encoders = tuple(
             Encoder(name, (weights,), (_file_read(family, weights, place),), place.prefix)
-            for name, place in zip(names, texts, strict=True)
+            for name, place in _named(texts)
         )
-        return Target(path, family, encoders)
+        held = {encoder.name for encoder in encoders}
+        t5 = any(key.startswith(_T5_IN_FILES) for key in weights.owners)
+        readers = tuple(
+            reader
+            for reader in READERS.get(family, ())
+            if reader.name in held or (t5 and reader.model == "T5")
+        )
+        return Target(path, family, encoders, readers=readers)
     if any(start in key for key in weights.owners for start in PROJECTORS):
         beside = path.parent / CONFIG
         config = read_config(beside) if beside.is_file() else {}
@@ -355,13 +472,23 @@ def _single_file(path: Path) -> Target:
     return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(*towers)),))
 
 
+def _named(texts: Sequence[TowerPlace]) -> list[tuple[str, TowerPlace]]:
+    """Return the text encoders of a file in the order and by the names that pipelines have."""
+    numbered = ["text_encoder", *(f"text_encoder_{n}" for n in range(2, len(texts) + 1))]
+    names = [
+        next((name for start, name in _IN_FILES.items() if f".{start}." in place.prefix), other)
+        for place, other in zip(texts, numbered, strict=True)
+    ]
+    return sorted(zip(names, texts, strict=True), key=lambda pair: pair[0])
+
+
 def _file_read(family: Family, weights: WeightSet, place: TowerPlace) -> ReadFrom:
     blocks = weights.blocks(place)
     if family is Family.SD1:
         return last_state(blocks)
     if family is Family.SD2:
         return penultimate(blocks, norm=True)
-    return _text_read("XL", blocks, pooled=place.spelling is Spelling.OPEN_CLIP)
+    return _text_read(family, blocks, pooled=place.spelling is Spelling.OPEN_CLIP)
 
 
 def _require_towers(place: Path, weight_sets: Sequence[WeightSet], unread: dict[Path, str]) -> None:
@@ -372,16 +499,20 @@ def _require_towers(place: Path, weight_sets: Sequence[WeightSet], unread: dict[
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# SDXL's second encoder is OpenCLIP's bigG, of this width.
+# The second encoder of SDXL and of Stable Diffusion 3 is OpenCLIP's bigG, of this width.
 SECOND_WIDTH = 1280
 
 
 @dataclass(frozen=True, slots=True)
 class TargetLayers:
-    """What a ranking is for: the target in the user's words, and what it reads of a CLIP."""
+    """What a ranking is for: the target in the user's words, and what it reads of a CLIP.
+
+    `readers` are what reads its prompts, and which of them an edit of a layer would change.
+    """
 
     target: str
     read_from: tuple[ReadFrom, ...]
+    readers: tuple[PromptReader, ...] = ()
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target; None where it can."""
@@ -394,34 +525,56 @@ def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> Targe
 
     Raises MissingError, InputError, and UsageError where an encoder must be named.
     """
-    if target in list(Family) and not Path(target).exists():
-        return TargetLayers(target, _of_kind(Family(target), shapes, encoder))
+    if target in KINDS and not Path(target).exists():
+        family = Family(target)
+        name = encoder or _encoder_of_kind(family, shapes)
+        read = _with_edits(READERS.get(family, ()), [name])
+        return TargetLayers(target, _of_kind(family, shapes, name), read)
     model = read_target(Path(target))
+    one = fitting_encoder(model, shapes, encoder)
+    return TargetLayers(target, one.read_from, _with_edits(model.readers, [one.name]))
+
+
+def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encoder:
+    """Return the encoder of a model whose layers have these `shapes`, or that which is named.
+
+    Raises InputError where none has them, and UsageError where one must be named.
+    """
     fitting = [one for one in model.chosen(encoder) if _fits(one, shapes)]
     if not fitting:
         raise InputError(
-            f"the CLIP inside {target} is another than the one the gradients are of",
+            f"the CLIP inside {model.path} is another than the one the gradients are of",
             hint="compute them on the CLIP that the target was built on",
         )
     if len(fitting) > 1:
         raise UsageError(
-            f"{target} has several encoders of this shape",
+            f"{model.path} has several encoders of this shape",
             hint=f"--encoder {' or '.join(one.name for one in fitting)}",
         )
-    return TargetLayers(target, fitting[0].read_from)
+    return fitting[0]
 
 
-def _of_kind(family: Family, shapes: Shapes, encoder: str | None) -> tuple[ReadFrom, ...]:
+def _encoder_of_kind(family: Family, shapes: Shapes) -> str:
+    """Return which encoder of a kind of pipelines a CLIP of these `shapes` is, by its width."""
+    width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
+    second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
+    return "text_encoder_2" if second else "text_encoder"
+
+
+def _of_kind(family: Family, shapes: Shapes, encoder: str) -> tuple[ReadFrom, ...]:
     match family:
         case Family.SD1:
             return (last_state(None),)
         case Family.SD2:
             return (penultimate(_depth(shapes, Tower.TEXT), norm=True),)
-        case Family.SDXL:
-            width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
-            if encoder == "text_encoder_2" or (encoder is None and width == SECOND_WIDTH):
-                return whole(Tower.TEXT)
-            return (penultimate(_depth(shapes, Tower.TEXT), norm=False),)
+        case Family.SDXL | Family.SD3 | Family.FLUX:
+            clips = [one.name for one in READERS[family] if one.model == "CLIP"]
+            if encoder not in clips:
+                raise UsageError(
+                    f"{family} has no CLIP called {encoder}; it has {', '.join(clips)}"
+                )
+            pooled = encoder == "text_encoder_2"
+            return (_text_read(family, _depth(shapes, Tower.TEXT), pooled=pooled),)
         case Family.LLAVA:
             return (vision_features([-2], _depth(shapes, Tower.VISION)),)
     return whole(*Tower)

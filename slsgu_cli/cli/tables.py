@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.errors import AbsentError, AssertionsError, InputError
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Assertion, Report, Share
@@ -132,6 +133,8 @@ def ranking(
         console.note(f"{len(left_out)} layers are on no front; -v shows them too")
     for reason, count in sorted(Counter(ranked.unreached.values()).items()):
         console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
+    if told := prompt_note(str(ranked.target), ranked.readers):
+        console.note(told)
     console.paths("plots", plots)
 
 

@@ -33,8 +33,10 @@ from slsgu_cli.downstream.models import (
     Llava,
     Pipeline,
     Question,
+    edited_names,
     folder_fingerprint,
     new_values,
+    tell_of_readers,
     unfinished,
 )
 from slsgu_cli.errors import InputError, MissingError, UsageError
@@ -254,6 +256,7 @@ def before_and_after(
     made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.paint]
     output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
+    tell_of_readers(request.target, edited_names(pipe.encoders, values))
     made = {}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, names in files.items():

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer
 from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places, tower_places
 from slsgu_cli.checkpoints.layouts import (
@@ -135,8 +136,21 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
     )
 
 
+def tell_of_readers(target: Path, edited: Collection[str]) -> None:
+    """Tell what reads the prompts of a pipeline beside its `edited` encoders."""
+    if told := read_target(target).prompt_note(edited):
+        progress.note(told)
+
+
+def edited_names(live: Sequence[LiveEncoder], values: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """Return the names of the encoders of which layers have other values."""
+    return [one.encoder.name for one, new in zip(live, values, strict=True) if new]
+
+
 INSTALL = "pip install 'slsgu[targets]'"
-PIPELINES = (Family.SD1, Family.SD2, Family.SDXL)
+PIPELINES = (Family.SD1, Family.SD2, Family.SDXL, Family.SD3, Family.FLUX, Family.OTHER)
+# Made in bf16, and not finite in fp16.
+IN_BF16 = (Family.FLUX,)
 
 
 def require_family(path: Path, *, answers: bool) -> Target:
@@ -161,13 +175,14 @@ def require_family(path: Path, *, answers: bool) -> Target:
 
 
 def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, torch.dtype]:
-    """Return the target at `path`, its device, its precision there: fp16 on a GPU, else fp32.
+    """Return the target at `path`, its device, its precision there: 16 bits on a GPU, else fp32.
 
     Raises what `require_family` raises, and UsageError for a device that is not here.
     """
     target = require_family(path, answers=answers)
     device = pick_device(device)
-    return target, device, torch.float16 if device.startswith("cuda") else torch.float32
+    half = torch.bfloat16 if target.family in IN_BF16 else torch.float16
+    return target, device, half if device.startswith("cuda") else torch.float32
 
 
 def library(name: str) -> Any:
@@ -236,7 +251,7 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: Path, *, device: str = "auto") -> "Pipeline":
-        """Load the pipeline in a folder: fp16 on a GPU, fp32 elsewhere.
+        """Load the pipeline in a folder: in 16 bits on a GPU, fp32 elsewhere.
 
         Raises MissingError, InputError, and UsageError where it is no pipeline.
         """

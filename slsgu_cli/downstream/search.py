@@ -101,7 +101,9 @@ class TargetPlan:
                 hint="--gradient clip",
             )
         judges = options.judges or (pointer.model,)
-        pipeline = PaintedSubject.load(store, manifest, judges, options)
+        header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
+        shapes = {name: weight.shape for name, weight in header.weights.items()}
+        pipeline = PaintedSubject.load(store, manifest, judges, options, shapes=shapes)
         return cls(manifest, pointer, options, pipeline, judges[0], GradientOf.CLIP)
 
     def moves(self, store: Store) -> list[TargetMove]:

@@ -17,10 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import Layer, TensorPlace, is_candidate
+from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
 from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
-from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
+from slsgu_cli.downstream.models import (
+    LiveEncoder,
+    Llava,
+    Pipeline,
+    Question,
+    joined,
+    tell_of_readers,
+)
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.moments import (
     InputMoments,
@@ -190,23 +198,29 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
 
     @classmethod
     def load(
-        cls, store: Store, manifest: SetManifest, judges: Sequence[ModelSpec], options: SteerOptions
+        cls,
+        store: Store,
+        manifest: SetManifest,
+        judges: Sequence[ModelSpec],
+        options: SteerOptions,
+        *,
+        shapes: Shapes,
     ) -> "PaintedSubject":
-        """Load a pipeline and its judges. Raises UsageError where an encoder must be named."""
+        """Load a pipeline and its judges.
+
+        What moves is its CLIP that has layers of these `shapes`. Raises InputError where none
+        has, and UsageError where it must be named.
+        """
         target, device = options.target, options.device
+        name = fitting_encoder(read_target(target), shapes, options.encoder).name
+        tell_of_readers(target, [name])
         pipe = Pipeline.load(target, device=device)
-        names = [live.encoder.name for live in pipe.encoders]
-        fitting = [live for live in pipe.encoders if options.encoder in (None, live.encoder.name)]
-        if len(fitting) != 1:
-            raise UsageError(
-                f"{target} has the encoders {', '.join(names)}", hint=f"--encoder {names[0]}"
-            )
         searched = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
         )
         return cls(
             pipe=pipe,
-            encoder=fitting[0],
+            encoder=next(live for live in pipe.encoders if live.encoder.name == name),
             searched=searched,
             to_report=searched.reporting(options.report_budget),
             captions=_captions(store, manifest),

@@ -24,6 +24,7 @@ from slsgu_cli.checkpoints.apply import (
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
+    by_origin,
     earlier_edits,
     load_edit,
     load_edits,
@@ -416,9 +417,14 @@ def find_edits(
     edits += earlier_edits(store, edits)
     target = read_target(model)
     found: list[FoundEdit] = []
-    for layer, group in by_layer(edits).items():
+    parts = [
+        (layer, group, holding)
+        for layer, edits_of in by_layer(edits).items()
+        if (holding := [copies_of(one, layer) for one in target.chosen(options.encoder)])
+        for group in (by_origin(edits_of) if sum(map(bool, holding)) > 1 else [edits_of])
+    ]
+    for layer, group, holding in parts:
         shape = original_values(group).shape
-        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
         fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
         by_encoder = [
             [one for weights, places in copies for one in _found_in(weights, places, group)]

@@ -15,7 +15,7 @@ import numpy as np
 
 import slsgu_cli
 from slsgu_cli.checkpoints.layers import Layer, is_candidate, layers_of, selected
-from slsgu_cli.checkpoints.targets import layers_read_by
+from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
@@ -64,7 +64,10 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         if options.tower in (None, Layer.parse(layer).tower)
         and selected(layer, include=options.include, exclude=options.exclude)
     ]
-    unreached = _unreached(header, candidates, options)
+    aim = _aim(header, options)
+    unreached = {
+        layer: reason for layer in candidates if aim and (reason := aim.why_not(layer)) is not None
+    }
     layers = [layer for layer in candidates if layer not in unreached]
     moments = None
     if options.direction.whitens and layers:
@@ -108,6 +111,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         target=options.target,
         unreached=unreached,
         qkv=options.qkv,
+        readers=aim.readers if aim else (),
     )
     store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
@@ -165,15 +169,12 @@ def _tell_of_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
         tell_of_layers(text, unreached)
 
 
-def _unreached(
-    header: GradientHeader, layers: Sequence[str], options: RankOptions
-) -> dict[str, str]:
-    """Return the layers that cannot influence the target, with the reason."""
+def _aim(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
+    """Return what the target reads of the model; None where the ranking is for the model."""
     if options.target is None:
-        return {}
+        return None
     shapes = {name: weight.shape for name, weight in header.weights.items()}
-    reached = layers_read_by(options.target, shapes, encoder=options.encoder)
-    return {layer: reason for layer in layers if (reason := reached.why_not(layer)) is not None}
+    return layers_read_by(options.target, shapes, encoder=options.encoder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from slsgu_cli.checkpoints.edits import (
     tell_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import both_held, find_layers, is_candidate, layers_of
+from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
@@ -153,6 +154,8 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     store.require_writable(Artifact.TRIALS.path(name))
     options = _resolved(options, ranking)
     layers = _layers(store, ranking, options)
+    if told := prompt_note(str(ranking.target), ranking.readers):
+        progress.note(told)
     moments = None
     if options.moves.whitens:
         names = [score.layer for score in layers]

@@ -295,11 +295,21 @@ class LayerScore:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PromptReader:
+    """A text encoder of a pipeline: what it is, what of it is read, whether an edit changes it."""
+
+    name: str
+    model: str
+    reads: str
+    edited: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
     """Every candidate layer of a model, scored for one concept.
 
     `target` is the model it was made for, None for the CLIP itself; `unreached` are the
-    layers that cannot influence it, with the reason.
+    layers that cannot influence it, with the reason, and `readers` what reads its prompts.
     """
 
     name: str
@@ -313,6 +323,7 @@ class Ranking:
     target: str | None = None
     unreached: dict[str, str] = dataclasses.field(default_factory=dict)
     qkv: Qkv = Qkv.FUSED
+    readers: tuple[PromptReader, ...] = added(())
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
