@@ -21,10 +21,25 @@ from slsgu_cli.checkpoints.edits import (
     require_in_place,
     strength_of,
 )
-from slsgu_cli.checkpoints.layers import TensorPlace, tensor_places
-from slsgu_cli.checkpoints.layouts import SUFFIXES, WeightSet, copy_spliced, open_weights, placed
-from slsgu_cli.checkpoints.targets import OPEN_CLIP, Encoder, Family, Target
-from slsgu_cli.checkpoints.tensor_file import Raw, Splice, canonical_name, near_names
+from slsgu_cli.checkpoints.layers import Spelling, TensorPlace, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layouts import (
+    SUFFIXES,
+    Relaid,
+    WeightSet,
+    copy_spliced,
+    open_weights,
+    placed,
+)
+from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, Encoder, Family, Target
+from slsgu_cli.checkpoints.tensor_file import (
+    NewTensor,
+    Raw,
+    Splice,
+    canonical_name,
+    near_names,
+    safetensors_size,
+    write_safetensors,
+)
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL
@@ -38,16 +53,24 @@ from slsgu_cli.store.files import (
 )
 
 
-def require_place(origin: Path, out: Path, *, overwrite: bool) -> None:
+def require_place(
+    origin: Path, out: Path, *, overwrite: bool, layout: "OtherLayout | None" = None
+) -> None:
     """Refuse an `out` that is occupied or that lies across the model at `origin`.
 
-    With `overwrite` it may be occupied, by the model itself as well. Raises InputError or
-    UsageError.
+    With `overwrite` it may be occupied, by the model itself as well unless it gets another
+    layout. Raises InputError or UsageError.
     """
     require_regular(out)
-    if origin.is_dir() and out.suffix in SUFFIXES and not out.is_dir():
-        raise UsageError(f"{out} names a file, but the model is a folder", hint="--out FOLDER")
+    as_folder = origin.is_dir() if layout is None else bool(layout.file)
+    if as_folder and out.suffix in SUFFIXES and not out.is_dir():
+        what = "the model is a folder" if layout is None else f"{layout.client} loads a folder"
+        raise UsageError(f"{out} names a file, but {what}", hint="--out FOLDER")
+    if layout is not None and not as_folder and (out.suffix != SAFETENSORS or out.is_dir()):
+        raise UsageError(f"{layout.client} loads one file", hint=f"--out FILE{SAFETENSORS}")
     if same_place(origin, out):
+        if layout is not None:
+            raise InputError(f"{out} is the model itself", hint="another --out")
         if not overwrite:
             raise InputError(
                 f"{out} is the model itself",
@@ -61,7 +84,7 @@ def require_place(origin: Path, out: Path, *, overwrite: bool) -> None:
     occupied = any(out.iterdir()) if out.is_dir() else out.exists()
     if occupied and not overwrite:
         raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
-    if origin.is_dir() and occupied and not out.is_dir():
+    if as_folder and occupied and not out.is_dir():
         raise InputError(f"{out} is a file, but the model is a folder", hint="another --out")
 
 
@@ -135,7 +158,7 @@ class WrittenFile:
 class AppliedResult:
     """What apply wrote, or with `dry_run` would write.
 
-    `model` names the result for `--model` where it was checked that open_clip loads it.
+    `model` names the result for `--model` where it was checked that `client` loads it.
     """
 
     out: str
@@ -143,27 +166,62 @@ class AppliedResult:
     files: tuple[WrittenFile, ...]
     reverted: bool
     dry_run: bool
+    client: str = "open_clip"
 
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """What to write into a copy of a file, and what that changes."""
+    """What to write into a copy of a file, and what that changes; `values` are by tensor."""
 
     splices: list[Splice]
     changes: tuple[LayerChange, ...]
+    values: Mapping[str, Raw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
     """Where everything goes: `files` maps a name below `out` ("" is `out`) to its source.
 
-    Files with a plan are edited, `texts` are written anew, all others are as they were.
+    Files with a plan are edited, `texts` and files `made` of tensors are written anew, all
+    others are as they were. `client` is what loads the result.
     """
 
     out: Path
     files: dict[str, Path]
     plans: dict[str, FilePlan]
     texts: dict[str, str] = field(default_factory=dict)
+    made: dict[str, list[NewTensor]] = field(default_factory=dict)
+    client: str = "open_clip"
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the result is a folder with the configuration of a client that loads it."""
+        return OPEN_CLIP in self.files or bool({OPEN_CLIP, CONFIG} & self.texts.keys())
+
+    def nbytes(self, name: str) -> int:
+        """Return the size of a file."""
+        if name in self.made:
+            return safetensors_size(self.made[name])
+        return self.files[name].stat().st_size
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """Another layout to write a model in, for a `client`.
+
+    All weights of `towers` go into one `file`, beside other `files` and `texts`; with "" it is
+    all there is. `names` is whose names list the model's tensors, and `weights` where the copy
+    lies that is read: None for the one that is edited. A layer of `optional` may be missing.
+    """
+
+    client: str
+    file: str
+    names: Spelling
+    towers: tuple[TowerPlace, ...]
+    weights: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
 
 
 # Gets the number formats of edited tensors, and returns a remark on the model they are in.
@@ -186,6 +244,7 @@ def apply_edits(
     compare: Compare | None = None,
     check: Check | None = None,
     card: Card | None = None,
+    layout: OtherLayout | None = None,
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
@@ -195,14 +254,17 @@ def apply_edits(
     which holds the files of `beside` as well.
     `compare` runs while files are copied, and what it remarks is told before they are in place.
     `check` looks at a folder in open_clip's layout before it is in place. `card` says which
-    model card a folder has.
+    model card a folder has. With a `layout`, the copy has that one.
     What stands at `out` is replaced in one step, the model itself included.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
     require_distinct(edits)
-    require_place(target.path, out, overwrite=options.overwrite)
+    require_place(target.path, out, overwrite=options.overwrite, layout=layout)
     scaled = [strength_of(edit, options) for edit in edits]
     plans = plan_target(scaled, target, options, earlier)
+    if layout is not None:
+        copy = _relaid_copy(target, out, plans, layout, options)
+        return write_copy(_with_card(copy, card), options, compare, check)
     if target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
         return write_copy(_with_card(copy, card), options, compare, check)
@@ -214,7 +276,7 @@ def apply_edits(
 
 def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
     """Return a plan with the model card of a folder; of one file there is none."""
-    if card is None or "" in plan.files:
+    if card is None or "" in plan.plans:
         return plan
     there = plan.files.get(README)
     present = there.read_bytes().decode("utf-8", "surrogateescape") if there else None
@@ -282,6 +344,42 @@ def _file_copy(
     return CopyPlan(out, {**beside, name: weights}, {name: plan}, {OPEN_CLIP: text})
 
 
+def _relaid_copy(
+    target: Target,
+    out: Path,
+    plans: Mapping[Path, FilePlan],
+    layout: OtherLayout,
+    options: ApplyOptions,
+) -> CopyPlan:
+    """Return what a model has in another layout: its weights as they are planned, in one file."""
+    edited = {
+        encoder.name: weights
+        for encoder in target.chosen(options.encoder)
+        for weights in reversed(encoder.copies)
+        if (layout.weights in weights.files if layout.weights else plans.keys() & weights.files)
+    }
+    if len(edited) > 1:
+        hint = f"--encoder {' or '.join(edited)}"
+        raise UsageError(f"{layout.client} loads one encoder, and several are edited", hint=hint)
+    (weights,) = edited.values()
+
+    def current(key: str) -> Raw:
+        path = weights.owners[key]
+        new = plans[path].values if path in plans else {}
+        return new[key] if key in new else weights.files[path].stored(key)
+
+    relaid = Relaid(weights, layout.names, layout.towers, current, layout.optional)
+    changes = [change for path in weights.files if path in plans for change in plans[path].changes]
+    return CopyPlan(
+        out,
+        dict(layout.files),
+        {layout.file: FilePlan([], tuple(changes))},
+        dict(layout.texts),
+        {layout.file: relaid.tensors()},
+        layout.client,
+    )
+
+
 def write_copy(
     plan: CopyPlan,
     options: ApplyOptions,
@@ -292,9 +390,8 @@ def write_copy(
 
     Raises InputError where files at the plan's place would be lost.
     """
-    require_nothing_lost(plan.out, [*plan.files, *plan.texts])
+    require_nothing_lost(plan.out, [*plan.files, *plan.texts, *plan.made])
     formats = {change.dtype for file in plan.plans.values() for change in file.changes}
-    in_layout = OPEN_CLIP in plan.files or OPEN_CLIP in plan.texts
     loads = False
     with ThreadPoolExecutor(1) as beside:
         remark = beside.submit(compare, formats) if compare else None
@@ -305,11 +402,12 @@ def write_copy(
 
         def look(folder: Path) -> None:
             nonlocal loads
-            if check and in_layout:
+            if check and plan.is_model:
                 why_not = check(folder)
                 loads = why_not is None
                 if why_not:
-                    progress.warn(f"it is not certain that open_clip loads {plan.out}: {why_not}")
+                    which = f"{plan.client} loads {plan.out}"
+                    progress.warn(f"it is not certain that {which}: {why_not}")
             tell()
 
         if options.dry_run:
@@ -318,11 +416,15 @@ def write_copy(
         else:
             _write(plan, link=options.link, last=look)
     files = tuple(
-        WrittenFile(str(plan.out / name), plan.files[name].stat().st_size, file.changes)
+        WrittenFile(str(plan.out / name), plan.nbytes(name), file.changes)
         for name, file in sorted(plan.plans.items())
     )
-    model = f"{LOCAL}{plan.out}" if loads else None
-    return AppliedResult(str(plan.out), model, files, options.revert, options.dry_run)
+    model = None
+    if loads:
+        model = str(plan.out) if CONFIG in plan.texts else f"{LOCAL}{plan.out}"
+    return AppliedResult(
+        str(plan.out), model, files, options.revert, options.dry_run, plan.client
+    )  # fmt: skip
 
 
 def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
@@ -335,6 +437,10 @@ def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
                 copy_spliced(origin, place, plan.plans[name].splices)
             elif not (link and link_file(origin, place)):
                 copy_file(origin, place)
+        for name, tensors in plan.made.items():
+            place = partial / name if name else partial
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(place, tensors)
         _write_texts(partial, plan)
         last(partial)
 
@@ -354,6 +460,8 @@ def _rehearsed(plan: CopyPlan) -> Iterator[Path]:
             if name:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(origin.absolute())
+        for name, tensors in plan.made.items():
+            write_safetensors(folder / (name or "file"), tensors, holes=True)
         _write_texts(folder, plan)
         yield folder
 
@@ -489,7 +597,9 @@ class _NewValues:
         """Return what to write into each file."""
         return {
             path: FilePlan(
-                self.weights[path].files[path].splices(patches), tuple(self.changes[path])
+                self.weights[path].files[path].splices(patches),
+                tuple(self.changes[path]),
+                patches,
             )
             for path, patches in self.patches.items()
         }

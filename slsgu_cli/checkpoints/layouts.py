@@ -17,6 +17,7 @@ import numpy as np
 from slsgu_cli.checkpoints.layers import (
     SCALES,
     Layer,
+    Spelling,
     TensorPlace,
     TowerPlace,
     block_count,
@@ -29,6 +30,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     CONVERT_HINT,
     FLOATS,
     Floats,
+    NewTensor,
     Raw,
     Splice,
     TensorFile,
@@ -305,7 +307,20 @@ class WeightSet:
 
     def blocks(self, tower_place: TowerPlace) -> int:
         """Return how many blocks a tower has."""
-        return block_count(key for key in self.owners if key.startswith(tower_place.prefix))
+        keys = (key for key in self.owners if key.startswith(tower_place.prefix))
+        if tower_place.spelling is Spelling.OPEN_CLIP:
+            # Its text tower may be what is left of a model beside the vision tower.
+            visual = f"{tower_place.prefix}visual."
+            is_vision = tower_place.tower is Tower.VISION
+            keys = (key for key in keys if key.startswith(visual) is is_vision)
+        return block_count(keys)
+
+    def tower(self, tower: Tower) -> TowerPlace:
+        """Return the one place where a tower is. Raises InputError where there are others."""
+        places = [place for place in self.towers if place.tower is tower]
+        if len(places) != 1:
+            raise InputError(f"{self.path} holds {len(places)} {tower} towers, not one")
+        return places[0]
 
 
 def read_weight_set(paths: Iterable[Path]) -> WeightSet:
@@ -344,3 +359,102 @@ def read_weight_sets(folder: Path) -> tuple[list[WeightSet], dict[Path, str]]:
         if weights.towers:
             weight_sets.append(weights)
     return weight_sets, unread
+
+
+# What a file of a CLIP may hold beside its weights; every library makes it anew.
+_BUFFER = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)")
+_NOT_TEXT = re.compile(r"(.*\.)?(visual|vision_model|visual_projection|logit_scale|logit_bias)\b.*")
+
+
+@dataclass(frozen=True, slots=True)
+class Relaid:
+    """A model's weights as another layout has them, to be written into one file.
+
+    `names` is whose names list its tensors, and `towers` where each tower goes; one that has no
+    place there is left out. `current` reads a stored tensor with the edits in it. A layer of
+    `optional` may be missing.
+    """
+
+    weights: WeightSet
+    names: Spelling
+    towers: Sequence[TowerPlace]
+    current: Callable[[str], Raw]
+    optional: Sequence[str] = ()
+
+    def tensors(self) -> list[NewTensor]:
+        """Return the tensors of the file. Raises InputError where some have no place in it."""
+        pieces: dict[str, list[tuple[TensorPlace, tuple[TensorPlace, ...]]]] = {}
+        used: set[str] = set()
+        for name, (here, there) in self._both_places().items():
+            if not self.weights.holds(here):
+                if name in self.optional:
+                    continue
+                raise InputError(f"{self.weights.path} holds no {name}, which its layout must have")
+            used |= {place.key for place in here}
+            for place in there:
+                pieces.setdefault(place.key, []).append((place, here))
+        self._require_all(used)
+        return [self._tensor(key, parts) for key, parts in pieces.items()]
+
+    def _both_places(self) -> dict[str, tuple[tuple[TensorPlace, ...], tuple[TensorPlace, ...]]]:
+        """Return where each tensor lies and where it goes, by open_clip's name for it."""
+        both = {}
+        for there in self.towers:
+            here = self.weights.tower(there.tower)
+            for name in names(there.tower, self.weights.blocks(here), self.names):
+                both[name] = tensor_places(name, here), tensor_places(name, there)
+        if len(self.towers) == len(Tower):
+            keys = {canonical_name(key): key for key in self.weights.owners}
+            for name in SCALES[self.names]:
+                # A file may hold it as a number, or as a list of one.
+                here_key = keys.get(name, name)
+                known = here_key in self.weights.owners
+                axes = len(self.weights.shape((TensorPlace(here_key),))) if known else 0
+                there_place = SCALES[self.towers[0].spelling].get(name, TensorPlace(name))
+                both[name] = ((TensorPlace(here_key, lead=-axes),), (there_place,))
+        return both
+
+    def _require_all(self, used: set[str]) -> None:
+        """Raise InputError where the other layout has no place for a tensor."""
+        left = (key for key in self.weights.owners if key not in used)
+        others = sorted(key for key in left if not _BUFFER.fullmatch(key))
+        if len(self.towers) < len(Tower):
+            others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise InputError(
+                f"{self.weights.path} holds {others[0]}{more}, which the other layout has no "
+                "place for"
+            )
+
+    def _tensor(
+        self, key: str, parts: list[tuple[TensorPlace, tuple[TensorPlace, ...]]]
+    ) -> NewTensor:
+        """Return a tensor of the other layout, which may hold several of this one."""
+        ordered = sorted(parts, key=lambda part: part[0].within or 0)
+        entries = [
+            self.weights.files[self.weights.owners[place.key]].entry(place.key)
+            for _, here in ordered
+            for place in here
+        ]
+        formats = sorted({entry.dtype for entry in entries})
+        if len(formats) > 1:
+            raise InputError(
+                f"{', '.join(entry.name for entry in entries)} are of different number formats "
+                f"in {self.weights.path}",
+                hint="save the model again in one precision",
+            )
+        shapes = [
+            place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(here))).shape
+            for place, here in ordered
+        ]
+        shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+        def values() -> Raw:
+            layers = [
+                place.from_layer(assembled(here, {one.key: self.current(one.key) for one in here}))
+                for place, here in ordered
+            ]
+            return layers[0] if len(layers) == 1 else np.concatenate(layers)
+
+        return NewTensor(key, formats[0], shape, values)

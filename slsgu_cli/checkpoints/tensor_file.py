@@ -1,9 +1,10 @@
 """Tensors at known offsets of a file, their number formats, and the safetensors format."""
 
 import difflib
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,56 @@ class TensorFile:
         if len(data) != count:
             raise InputError(f"{self.path} became shorter while it was read")
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor of a file to be written: `values` reads its elements as the format stores them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: Callable[[], Raw]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that its elements take."""
+        return math.prod(self.shape) * np.dtype(STORAGE[self.dtype]).itemsize
+
+
+def write_safetensors(path: Path, tensors: Iterable[NewTensor], *, holes: bool = False) -> None:
+    """Write a new .safetensors file, one tensor after another; with `holes` its header alone.
+
+    It has the same size then.
+    """
+    header, ordered = _new_header(tensors)
+    with path.open("xb") as file:
+        file.write(header)
+        for each in [] if holes else ordered:
+            file.write(np.ascontiguousarray(each.values()).reshape(-1).data.cast("B"))
+        file.truncate(len(header) + sum(each.nbytes for each in ordered))
+
+
+def safetensors_size(tensors: Iterable[NewTensor]) -> int:
+    """Return the bytes that a .safetensors file of these tensors takes."""
+    header, ordered = _new_header(tensors)
+    return len(header) + sum(each.nbytes for each in ordered)
+
+
+def _new_header(tensors: Iterable[NewTensor]) -> tuple[bytes, list[NewTensor]]:
+    """Return how a file begins, and its tensors in order: wide elements first are aligned."""
+    ordered = sorted(tensors, key=lambda each: (-(itemsize(each.dtype) or 0), each.name))
+    # Without this, transformers does not load it.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for each in ordered:
+        start, end = end, end + each.nbytes
+        header[each.name] = {
+            "dtype": each.dtype, "shape": [*each.shape], "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH)
+    return len(text).to_bytes(LENGTH, "little") + text, ordered
 
 
 def canonical_name(name: str) -> str:

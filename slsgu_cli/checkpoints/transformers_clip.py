@@ -1,6 +1,7 @@
 """A folder of transformers, or one from the hub, in open_clip's words: configuration and weights.
 
-`CLIPModel` and those like it; what differs between them stands in `FAMILIES`.
+`CLIPModel` and those like it; what differs between them stands in `FAMILIES`, by which they are
+written as well.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import TensorPlace
+from slsgu_cli.checkpoints.layers import Spelling, TensorPlace
 from slsgu_cli.checkpoints.layouts import (
     WeightSet,
     combined_fingerprint,
@@ -42,7 +43,7 @@ FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
 # What tells of a model, and its weights: the first of these that it has.
 TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
 
-CHINESE_CLIP = "chinese_clip"
+CLIP, METACLIP, CHINESE_CLIP = "clip", "metaclip_2", "chinese_clip"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
@@ -200,7 +201,8 @@ class Family:
     `text` and `vision` are what transformers takes where a configuration is silent, and
     `preprocess` what it does to images; with `crops` it cuts out their middle. `fits` tells of
     fields whether open_clip can have their values, and `model_cfg` gets the configuration with
-    its parts `text` and `vision` filled up.
+    its parts `text` and `vision` filled up. `written` is the way back: a configuration of a
+    model_cfg. `names` says by whose names its tensors are listed.
     """
 
     name: str
@@ -210,6 +212,10 @@ class Family:
     crops: bool
     fits: Callable[[Part, Part], dict[str, bool]]
     model_cfg: Callable[[Part, Part, Part], Part]
+    written: Callable[[Part], Part]
+    names: Spelling = Spelling.TRANSFORMERS
+    image_processor: str = "CLIPImageProcessor"
+    processor: str = "CLIPProcessor"
 
 
 def _clip_fits(text: Part, vision: Part) -> dict[str, bool]:
@@ -246,26 +252,69 @@ def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
     return plain | {"text_cfg": plain["text_cfg"] | ends | cleaned}
 
 
+# What transformers calls the sizes of a tower, by open_clip's words for them.
+_VISION = {"image_size": "image_size", "patch_size": "patch_size", "layers": "num_hidden_layers",
+           "width": "hidden_size"}  # fmt: skip
+_TEXT = {"context_length": "max_position_embeddings", "vocab_size": "vocab_size",
+         "layers": "num_hidden_layers", "width": "hidden_size",
+         "heads": "num_attention_heads"}  # fmt: skip
+
+
 def _vision_sizes(vision: Part) -> Part:
-    return {
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "layers": vision["num_hidden_layers"],
-        "width": vision["hidden_size"],
-        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-        "mlp_ratio": _mlp_ratio(vision),
-    }
+    sizes = {ours: vision[theirs] for ours, theirs in _VISION.items()}
+    head_width = vision["hidden_size"] // vision["num_attention_heads"]
+    return sizes | {"head_width": head_width, "mlp_ratio": _mlp_ratio(vision)}
 
 
 def _text_sizes(text: Part) -> Part:
-    return {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "layers": text["num_hidden_layers"],
-        "width": text["hidden_size"],
-        "heads": text["num_attention_heads"],
-        "mlp_ratio": _mlp_ratio(text),
+    sizes = {ours: text[theirs] for ours, theirs in _TEXT.items()}
+    return sizes | {"mlp_ratio": _mlp_ratio(text)}
+
+
+def _written_vision(vision: Part) -> Part:
+    heads = vision["width"] // vision["head_width"]
+    sizes = {theirs: vision[ours] for ours, theirs in _VISION.items()}
+    return sizes | {"num_attention_heads": heads, "intermediate_size": _mlp_size(vision)}
+
+
+def _written_text(text: Part) -> Part:
+    sizes = {theirs: text[ours] for ours, theirs in _TEXT.items()}
+    return sizes | {"intermediate_size": _mlp_size(text)}
+
+
+def _mlp_size(part: Part) -> int:
+    return int(part["width"] * part["mlp_ratio"])
+
+
+def _written_clip(model: Part) -> Part:
+    act = {"hidden_act": "quick_gelu" if model["quick_gelu"] else "gelu"}
+    size = {"projection_dim": model["embed_dim"]}
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+    return size | {
+        "text_config": _written_text(model["text_cfg"]) | act | size | ends,
+        "vision_config": _written_vision(model["vision_cfg"]) | act | size,
     }
+
+
+def _written_metaclip(model: Part) -> Part:
+    plain = _written_clip(model)
+    ends = {"bos_token_id": 0, "eos_token_id": model["text_cfg"]["eos_id"]}
+    return plain | {"text_config": plain["text_config"] | ends}
+
+
+def _written_siglip(model: Part) -> Part:
+    text, vision = model["text_cfg"], model["vision_cfg"]
+    eps = {"layer_norm_eps": text["norm_kwargs"].get("eps", 1e-5)}
+    ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    act, size = {"hidden_act": _act(text)}, {"projection_size": model["embed_dim"]}
+    return {
+        "text_config": _written_text(text) | act | eps | size | ends,
+        "vision_config": _written_vision(vision) | {"hidden_act": _act(vision)},
+    }
+
+
+def _act(part: Part) -> str:
+    return next((name for name, kwargs in GELU.items() if kwargs == part["act_kwargs"]), "gelu")
 
 
 def _mlp_ratio(part: Part) -> float:
@@ -336,11 +385,13 @@ SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mo
 
 # By what transformers calls the type of a model.
 FAMILIES = {
-    "clip": Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True, _clip_fits, _clip_config),
-    "metaclip_2": Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
-                         _metaclip_fits, _metaclip_config),
+    CLIP: Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True,
+                 _clip_fits, _clip_config, _written_clip),
+    METACLIP: Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
+                     _metaclip_fits, _metaclip_config, _written_metaclip),
     SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
-                     _siglip_fits, _siglip_config),
+                   _siglip_fits, _siglip_config, _written_siglip,
+                   Spelling.SIGLIP, "SiglipImageProcessor", "SiglipProcessor"),
 }  # fmt: skip
 KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
@@ -369,12 +420,83 @@ def model_config(folder: Path) -> dict[str, Any]:
     return family.model_cfg(config, text, vision)
 
 
+def family_of(model: Mapping[str, Any]) -> str:
+    """Return which of `FAMILIES` a model_cfg is nearest to."""
+    if model["vision_cfg"].get("timm_pool") == "map":
+        return SIGLIP
+    return METACLIP if model["text_cfg"].get("pool_type") == "eos" else CLIP
+
+
+# What a model_cfg says of training, of the start of it, or of tokenizers, which folders hold.
+_NOT_BUILT = {
+    "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained",
+    "hf_model_pretrained", "init_logit_scale", "nonscalar_logit_scale", "pad_id",
+}  # fmt: skip
+_TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
+
+
+def written_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]:
+    """Return the configuration of transformers for a model_cfg, and what of it that lacks.
+
+    What it lacks is told by field. A tower of timm's has its sizes in place of its name.
+    """
+    kind = family_of(model)
+    family, full = FAMILIES[kind], _filled(model)
+    sizes = {f"{tower}.{name}": full[tower].get(name) for tower, name in _SIZED}
+    odd = {name: f"{size!r}" for name, size in sizes.items() if type(size) is not int or size < 1}
+    if odd:
+        return {}, odd
+    made = family.written(full)
+    text, vision = family.text | made["text_config"], family.vision | made["vision_config"]
+    fits = family.fits(text, vision)
+    wanted, there = _flat(full, kind), _flat(_filled(family.model_cfg(made, text, vision)), kind)
+    other = {
+        name: f"{wanted.get(name)!r} (a {family.name} has {there.get(name)!r})"
+        for name in sorted(wanted.keys() | there.keys())
+        if wanted.get(name) != there.get(name)
+    }
+    unfit = {name: "another than open_clip's" for name, is_fit in fits.items() if not is_fit}
+    whole = {"architectures": [family.name], "model_type": kind, "initializer_factor": 1.0}
+    return whole | made, other or unfit
+
+
+_SIZED = [("vision_cfg", name) for name in _VISION] + [("text_cfg", name) for name in _TEXT]
+
+
+def _filled(model: Mapping[str, Any]) -> Part:
+    """Return a model_cfg with what open_clip takes where it is silent."""
+    from dataclasses import asdict
+
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    full = {"quick_gelu": False, "custom_text": False, **model}
+    for name, defaults in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        full[name] = asdict(defaults) | model[name]
+        full[name]["norm_kwargs"] = full[name]["norm_kwargs"] or {}
+        full[name]["act_kwargs"] = full[name]["act_kwargs"] or GELU["gelu"]
+    return full
+
+
+def _flat(model: Part, kind: str) -> Part:
+    """Return what a filled model_cfg builds, by the fields' full names, to compare two by."""
+    flat = {name: value for name, value in model.items() if not isinstance(value, dict)}
+    flat["init_logit_bias"] = model.get("init_logit_bias") is not None
+    if kind != SIGLIP:
+        # A text tower of its own is the same tower.
+        del flat["custom_text"]
+    for tower in ("vision_cfg", "text_cfg"):
+        flat |= {f"{tower}.{name}": value for name, value in model[tower].items()}
+        flat[f"{tower}.mlp_ratio"] = _mlp_size(model[tower])
+    left_out = _NOT_BUILT if kind == CLIP else _NOT_BUILT | _TOKENIZER
+    return {name: value for name, value in flat.items() if name.split(".")[-1] not in left_out}
+
+
 def preprocess_config(folder: Path) -> dict[str, Any]:
     """Return what of open_clip's preprocess_cfg a folder's image processor says.
 
     Raises InputError where open_clip has no such preprocessing.
     """
-    family = FAMILIES[_type(folder)] if is_clip(folder) else FAMILIES["clip"]
+    family = FAMILIES[_type(folder)] if is_clip(folder) else FAMILIES[CLIP]
     path = folder / PREPROCESSOR
     if path.is_file():
         processor = read_config(path)
@@ -399,6 +521,33 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
         "interpolation": INTERPOLATION[resample],
         "resize_mode": "squash" if squash else "shortest",
     }
+
+
+def written_preprocess(
+    model: Mapping[str, Any], preprocess: Mapping[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """Return transformers' image processor for a preprocess_cfg, and what of it that lacks."""
+    family, size = FAMILIES[family_of(model)], model["vision_cfg"]["image_size"]
+    sides = {"height": size, "width": size}
+    resamples = {name: number for number, name in INTERPOLATION.items()}
+    crops = preprocess["resize_mode"] == "shortest"
+    made = {
+        "image_processor_type": family.image_processor,
+        "processor_class": family.processor,
+        "do_resize": True, "size": {"shortest_edge": size} if crops else sides,
+        "resample": resamples.get(preprocess["interpolation"], 0),
+        "do_center_crop": crops, "crop_size": sides,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": [*preprocess["mean"]],
+        "image_std": [*preprocess["std"]],
+    }  # fmt: skip
+    for name, known in (
+        ("interpolation", tuple(resamples)),
+        ("resize_mode", ("shortest", "squash") if family.crops else ("squash",)),
+    ):
+        if preprocess[name] not in known:
+            return made, f"preprocess_cfg.{name} {preprocess[name]!r} ({' and '.join(known)} work)"
+    return made, None
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

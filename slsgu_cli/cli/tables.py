@@ -301,7 +301,7 @@ def applied(console: "Console", result: "AppliedResult") -> None:
     )
     console.table("applied", columns, rows, title=title, data=result)
     if result.model and not result.dry_run:
-        console.note(f"open_clip loads it as {result.model}")
+        console.note(f"{result.client} loads it as {result.model}")
 
 
 def evaluated(console: "Console", result: "EvalResult") -> None:

@@ -1,25 +1,40 @@
 """Whether a model's files can be loaded, and what a folder that is written holds beside weights.
 
 What is looked at: the configuration, the names and shapes of the weights by their header, and
-the tokenizer. A folder that is written has a tokenizer and a card.
+the tokenizer. A folder that is written has a tokenizer and a card, and in another layout than
+the model had before it has all that its client reads.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import OURS
+from slsgu_cli.checkpoints.apply import OURS, README, STANDARD_NAME, OtherLayout
 from slsgu_cli.checkpoints.edits import Edit
-from slsgu_cli.checkpoints.layouts import clip_shapes
-from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, read_config
-from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS, HUB
+from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layouts import WeightSet, clip_shapes
+from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, PIPELINE, Target, read_config
+from slsgu_cli.checkpoints.transformers_clip import (
+    CLIP,
+    CLIP_TEXT,
+    FAMILIES,
+    FETCH_ERRORS,
+    HUB,
+    PREPROCESSOR,
+    family_of,
+    written_config,
+    written_preprocess,
+)
 from slsgu_cli.clip.models import (
     TOKENIZER_CONFIG,
     ResolvedModel,
     built_shapes,
+    built_tower,
     contents,
     is_read_by_open_clip,
     load,
@@ -27,9 +42,9 @@ from slsgu_cli.clip.models import (
     resolve,
     save_tokenizer,
 )
-from slsgu_cli.errors import SlsguError, first_lines
+from slsgu_cli.errors import InputError, SlsguError, UsageError, first_lines
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.method import EditHeader, ModelLayout, Tower
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 
@@ -54,14 +69,15 @@ def hub_tokenizer(model: ResolvedModel) -> str | None:
 def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
     """Return the files that a folder of a model needs for its tokenizer, by their names there.
 
-    They are those that the model's tokenizer was loaded from, or, where these do not say by
-    themselves which tokenizer they are of, saved anew in the empty folder `scratch`. CLIP's
-    own tokenizer is part of open_clip and needs none. Raises MissingError or InputError.
+    They are those that the model's tokenizer was loaded from, which lie in its folder if it has
+    one, or, where these do not say by themselves which tokenizer they are of, saved anew in the
+    empty folder `scratch`. CLIP's own tokenizer is part of open_clip and needs none. Raises
+    MissingError or InputError.
     """
     name = hub_tokenizer(model)
     if name is None:
         return {}
-    source = _tokenizer_folder(name)
+    source = model.folder or _tokenizer_folder(name)
     if source is None or "tokenizer_class" not in _config_of(source / TOKENIZER_CONFIG):
         save_tokenizer(model, scratch)
         return {path.name: path for path in sorted(scratch.iterdir())}
@@ -147,9 +163,249 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     if name is None and not by_name:
         return None
     ids = probe_tokens(model)
-    if original is not None and original.folder is None and ids != probe_tokens(original):
+    copied = original is not None and original.folder and original.spelling is model.spelling
+    if original is not None and not copied and ids != probe_tokens(original):
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None
+
+
+WEIGHTS = "model.safetensors"
+# What a folder keeps of the model that it was made from, whatever its layout.
+KEPT = (README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+# The text encoders that ComfyUI knows by their blocks and width, and what it runs them with.
+COMFY_TOWERS = {
+    (12, 768): ("CLIP ViT-L", "quick_gelu"),
+    (24, 1024): ("OpenCLIP ViT-H", "gelu"),
+    (32, 1280): ("OpenCLIP ViT-bigG", "gelu"),
+}
+COMFY_HEAD_WIDTH = 64
+PROJECTION = "text_projection"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def other_layout(
+    wanted: ModelLayout | None, model: ResolvedModel | None, target: Target,
+    edits: Sequence[Edit], scratch: Path,
+) -> OtherLayout | None:  # fmt: skip
+    """Return what a target is written with in the `wanted` layout; None where it has that one.
+
+    `model` is the target as a whole CLIP. Files that are not there yet are made in `scratch`.
+    Raises UsageError or InputError where that layout cannot hold it.
+    """
+    if wanted is None:
+        return None
+    if wanted is ModelLayout.COMFY:
+        return _for_comfy(model, target, edits)
+    if model is None:
+        raise UsageError(
+            f"{target.path} is no whole CLIP, and --format {wanted} is for those",
+            hint="leave --format out: it is written in the layout that it has",
+        )
+    if (wanted is ModelLayout.HF) is (model.spelling is Spelling.TRANSFORMERS):
+        return None
+    layout = _for_transformers if wanted is ModelLayout.HF else _for_open_clip
+    made = layout(model, scratch)
+    kept = [model.folder / name for name in KEPT] if model.folder else []
+    files = {path.name: path for path in kept if path.is_file()}
+    return replace(made, weights=model.weights, files={**made.files, **files})
+
+
+def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
+    """Return what transformers loads an open_clip model from."""
+    config = model.config
+    if config["vision_cfg"].get("timm_pool") == "map":
+        trunk = built_tower(model).trunk
+        rest = {k: v for k, v in config["vision_cfg"].items() if k != "timm_model_name"}
+        config = config | {"vision_cfg": rest | (trunk_sizes(trunk) or config["vision_cfg"])}
+    family = FAMILIES[family_of(config)]
+    written, lacks = written_config(config)
+    processor, other = written_preprocess(config, model.preprocess)
+    if lacks or other:
+        said = [f"{field} {value}" for field, value in lacks.items()] + ([other] if other else [])
+        said[3:] = [f"{len(said) - 3} more"] if len(said) > 3 else []
+        raise InputError(
+            f"{model.spec} cannot be written for transformers, where its {family.name} has no "
+            f"place for {'; '.join(said)}",
+            hint="without --format, it is written as open_clip loads it",
+        )
+    texts = {CONFIG: _json(written), PREPROCESSOR: _json(processor)}
+    if hub_tokenizer(model) is None:
+        texts |= clip_tokenizer(config["text_cfg"].get("context_length", 77))
+    prefixes = {Tower.TEXT: "text_model.", Tower.VISION: "vision_model."}
+    spelling = Spelling.SIGLIP if family.names is Spelling.SIGLIP else Spelling.TRANSFORMERS
+    towers = tuple(TowerPlace(tower, spelling, prefixes[tower]) for tower in Tower)
+    files = tokenizer_files(model, scratch)
+    return OtherLayout("transformers", WEIGHTS, family.names, towers, files=files, texts=texts)
+
+
+def clip_tokenizer(context_length: int) -> dict[str, str]:
+    """Return CLIP's own tokenizer, which is part of open_clip, as files that transformers reads."""
+    import open_clip
+
+    own = open_clip.SimpleTokenizer()
+    words = list(own.encoder)[: -len((START, END))]
+    tokens = {word: number for number, word in enumerate([*words, START, END])}
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in own.bpe_ranks)]
+    config = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": context_length,
+        "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
+        "do_lower_case": True,
+    }  # fmt: skip
+    return {
+        "vocab.json": json.dumps(tokens, ensure_ascii=False) + "\n",
+        "merges.txt": "\n".join(merges) + "\n",
+        TOKENIZER_CONFIG: _json(config),
+    }
+
+
+def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
+    """Return what open_clip loads a model of transformers from."""
+    config, family = model.config, FAMILIES[family_of(model.config)]
+    text, is_siglip = config["text_cfg"], family.names is Spelling.SIGLIP
+    files = {}
+    if "tokenizer_kwargs" in text and model.folder is not None:
+        # By this name it is known that there is one; in a folder, it is that of the folder.
+        named = _hub_id(model.spec, model.folder) or model.folder.resolve().name
+        config = config | {"text_cfg": text | {"hf_tokenizer_name": named}}
+        files = {n: model.folder / n for n in TOKENIZER_FILES if (model.folder / n).is_file()}
+    if is_siglip:
+        config = config | {"vision_cfg": _named_by_timm(model)}
+    content = _json({"model_cfg": config, "preprocess_cfg": model.preprocess})
+    prefixes = {Tower.TEXT: "text." if is_siglip else "", Tower.VISION: ""}
+    towers = tuple(TowerPlace(tower, Spelling.OPEN_CLIP, prefixes[tower]) for tower in Tower)
+    return OtherLayout(
+        "open_clip", STANDARD_NAME["safetensors"], family.names, towers,
+        files=files, texts={OPEN_CLIP: content},
+    )  # fmt: skip
+
+
+def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
+    """Return the vision_cfg of a SigLIP by the name that timm has for a tower of its sizes.
+
+    open_clip builds such towers by timm's names alone. Raises InputError where none has them.
+    """
+    import timm
+    import torch
+
+    vision = model.config["vision_cfg"]
+    wanted = _compared(vision)
+    like = f"*_patch{vision['patch_size']}_siglip_{vision['image_size']}"
+    for name in timm.list_models(like):
+        with torch.device("meta"):
+            trunk = timm.create_model(name, num_classes=0, global_pool="map")
+        sizes = trunk_sizes(trunk)
+        if sizes is not None and _compared(sizes) == wanted:
+            return {
+                "image_size": vision["image_size"], "timm_model_name": name,
+                "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none",
+            }  # fmt: skip
+    act = "tanh's approximation of GELU" if wanted["act_kwargs"] != EXACT else "exact GELU"
+    raise InputError(
+        f"{model.spec} cannot be written for open_clip, which builds SigLIP's vision tower by "
+        f"timm's names: none is of {wanted['layers']} blocks {wanted['width']} wide for images "
+        f"of {wanted['image_size']} in patches of {wanted['patch_size']} with {act}",
+        hint="without --format, it is written as transformers loads it",
+    )
+
+
+EXACT = {"approximate": "none"}
+_ACTS = {"GELU": EXACT, "GELUTanh": {"approximate": "tanh"}}
+
+
+def trunk_sizes(trunk: Any) -> dict[str, Any] | None:
+    """Return what a model_cfg says of a plain ViT of timm's; None of another tower."""
+    if type(trunk).__name__ != "VisionTransformer":
+        return None
+    block, patches = trunk.blocks[0], trunk.patch_embed
+    act = _ACTS.get(type(block.mlp.act).__name__)
+    if act is None or len({*patches.img_size}) > 1 or len({*patches.patch_size}) > 1:
+        return None
+    return {
+        "image_size": patches.img_size[0], "patch_size": patches.patch_size[0],
+        "layers": len(trunk.blocks), "width": trunk.embed_dim,
+        "head_width": trunk.embed_dim // block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / trunk.embed_dim, "act_kwargs": act,
+    }  # fmt: skip
+
+
+def _compared(vision: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("image_size", "patch_size", "layers", "width", "head_width", "act_kwargs")
+    inside = round(vision["width"] * vision["mlp_ratio"])
+    return {name: vision[name] for name in names} | {"inside": inside}
+
+
+def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit]) -> OtherLayout:
+    """Return how ComfyUI has a text encoder. Raises InputError for one that it does not know."""
+    others = [edit.header.layer for edit in edits if _tower_of(edit) is not Tower.TEXT]
+    if others:
+        raise InputError(f"{others[0]} is no part of a text encoder, which is what ComfyUI loads")
+    encoders = [one for one in target.encoders if any(w.towers for w in one.copies)]
+    copies = [weights for encoder in encoders for weights in encoder.copies]
+    if model is not None:
+        copies = [weights for weights in copies if model.weights in weights.files]
+    why_not = [why for weights in copies if (why := _why_not_comfy(weights, model)) is not None]
+    if len(why_not) == len(copies):
+        known = ", ".join(
+            f"{name} ({blocks} blocks, {width} wide, {act})"
+            for (blocks, width), (name, act) in COMFY_TOWERS.items()
+        )
+        raise InputError(f"ComfyUI has no place for {target.path}: {why_not[0]}; it knows {known}")
+    towers = (TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model."),)
+    return OtherLayout(
+        "ComfyUI", "", Spelling.TRANSFORMERS, towers, optional=(PROJECTION,),
+        weights=None if model is None else model.weights,
+    )  # fmt: skip
+
+
+def _tower_of(edit: Edit) -> Tower | None:
+    return Layer.parse(edit.header.layer).tower
+
+
+def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
+    """Return why ComfyUI would not run a text encoder as it is; None where it would."""
+    tower = weights.tower(Tower.TEXT)
+    if tower.spelling is Spelling.SIGLIP:
+        return "it is a SigLIP"
+
+    def shape(name: str) -> tuple[int, ...]:
+        places = tensor_places(name, tower)
+        return weights.shape(places) if weights.holds(places) else ()
+
+    sizes = weights.blocks(tower), *shape("token_embedding.weight")[1:]
+    if sizes not in COMFY_TOWERS:
+        return f"its text tower is of {' blocks, '.join(map(str, sizes))} wide"
+    name, act = COMFY_TOWERS[sizes]
+    vocabulary, width = shape("token_embedding.weight")
+    positions, projection = shape("positional_embedding")[0], shape(PROJECTION)
+    own, heads, other = _text_of(weights, model)
+    reasons = {
+        f"its MLPs have {own}, and those of {name} {act}": own != act,
+        f"it has {heads} heads": heads != width // COMFY_HEAD_WIDTH,
+        f"it has {vocabulary} tokens": vocabulary != CLIP_TEXT["vocab_size"],
+        f"it has {positions} positions": positions != CLIP_TEXT["max_position_embeddings"],
+        f"it projects to {projection[-1:]} values": projection not in ((), (width, width)),
+        f"its text tower has {', '.join(other)}": bool(other),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _text_of(weights: WeightSet, model: ResolvedModel | None) -> tuple[str, int, list[str]]:
+    """Return a text tower's activation and heads, and what else it has that CLIP's has not."""
+    if model is None:
+        beside = weights.path.parent / CONFIG
+        config: dict[str, Any] = {**CLIP_TEXT, **_config_of(beside)}
+        return str(config["hidden_act"]), int(config["num_attention_heads"]), []
+    config = model.config | {"vision_cfg": {}, "init_logit_bias": None}
+    written, lacks = written_config(config)
+    other = [f"{field} {value}" for field, value in lacks.items() if field.startswith("text_cfg")]
+    if family_of(config) != CLIP:
+        other += ["another end of text"]
+    text = written.get("text_config", CLIP_TEXT)
+    return text["hidden_act"], text["num_attention_heads"], other
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 # Where the base model's card begins in one of ours.
@@ -171,7 +427,7 @@ class ModelCard:
 
     `base` is what the base model is called, `hub_id` what the hub calls it. `strength` tells
     whether the edits are in it as they were searched for, or scaled or cut; with `revert` they
-    are taken out.
+    are taken out. `library` is what loads it.
     """
 
     edits: Sequence[EditHeader]
@@ -180,11 +436,12 @@ class ModelCard:
     hub_id: str | None
     strength: str = WHOLE
     revert: bool = False
+    library: str | None = None
 
     @classmethod
     def of(
         cls, edits: Sequence[Edit], earlier: Sequence[Edit], *,
-        base: ResolvedModel | Path, options: ApplyRequest,
+        base: ResolvedModel | Path, options: ApplyRequest, library: str | None = None,
     ) -> "ModelCard":  # fmt: skip
         """Return the card of edits in a model, or in a target at a path, applied by `options`.
 
@@ -200,7 +457,8 @@ class ModelCard:
         strength += "" if options.rank is None else f" rank {options.rank}"
         strength += "" if options.step is None else f" step {options.step:g}"
         now, before = ([edit.header for edit in each] for each in (edits, earlier))
-        return cls(now, before, known or name, known, strength.strip() or WHOLE, options.revert)
+        how = strength.strip() or WHOLE
+        return cls(now, before, known or name, known, how, options.revert, library)
 
     def over(self, present: str | None) -> str | None:
         """Return the card where one is `present`: the base model's, or ours of what it was.
@@ -224,7 +482,7 @@ class ModelCard:
         return _rendered(
             _code(self.base) if base is None else base[1],
             (None if base is not None else self.hub_id) if known is None else known[1],
-            sorted(edits, key=_first), sorted(figures, key=_first), theirs,
+            sorted(edits, key=_first), sorted(figures, key=_first), theirs, self.library,
         )  # fmt: skip
 
     def _edit(self, edit: EditHeader) -> tuple[str, ...]:
@@ -255,11 +513,13 @@ def _figures(edit: EditHeader) -> list[tuple[str, ...]]:
 
 
 def _rendered(
-    base: str, known: str | None, edits: Sequence[str], figures: Sequence[str], theirs: str | None
-) -> str:
+    base: str, known: str | None, edits: Sequence[str], figures: Sequence[str],
+    theirs: str | None, library: str | None,
+) -> str:  # fmt: skip
     """Return the card of rows of edits and of figures; `theirs` is the base model's."""
     licensed = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
     front = ["---", "tags:", "- clip", "- machine-unlearning"]
+    front += [f"library_name: {library}"] if library else []
     front += [f"base_model: {known}"] if known else []
     front += [f"license: {licensed[1]}"] if licensed else []
     concepts = ", ".join(dict.fromkeys(row.split(" | ")[1] for row in edits))

@@ -291,6 +291,13 @@ def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+def built_tower(model: ResolvedModel) -> Any:
+    """Return the vision tower that a model's configuration builds, without weights."""
+    with _quiet(), _explained(model):
+        check_size(model.config, _nbytes(model))
+        return _without_weights(model).visual
+
+
 def contents(
     model: ResolvedModel,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:

@@ -50,6 +50,7 @@ from slsgu_cli.checkpoints.tensor_file import (
 from slsgu_cli.checkpoints.transformers_clip import HUB
 from slsgu_cli.clip.model_folder import (
     ModelCard,
+    other_layout,
     tokenizer_beside,
     why_not_loaded,
 )
@@ -294,21 +295,30 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     else:
         model = resolve(_shared_model(edits, request.model))
         target, config = _files_of(model)
-    card = ModelCard.of(
-        edits, earlier, options=request,
-        base=target.path if model is None or request.target is not None else model,
-    )  # fmt: skip
     compare = None
     if model is not None and not request.force:
         compare = partial(_other_layers, model, [*edits, *earlier])
     with TemporaryDirectory() as scratch:
-        beside = tokenizer_beside(model, Path(scratch)) if config else {}
+        layout = other_layout(request.layout, model, target, edits, Path(scratch))
+        beside = tokenizer_beside(model, Path(scratch)) if config and layout is None else {}
+        card = ModelCard.of(
+            edits, earlier, options=request,
+            base=target.path if model is None or request.target is not None else model,
+            library=_library(model) if layout is None else layout.client,
+        )  # fmt: skip
         return apply_edits(
             edits, target, request.out, options=request, config=config, beside=beside,
             earlier=earlier, compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
-            card=card.over,
+            card=card.over, layout=layout,
         )  # fmt: skip
+
+
+def _library(model: ResolvedModel | None) -> str | None:
+    """Return what loads a model in the layout that it has."""
+    if model is None:
+        return None
+    return "transformers" if model.spelling is Spelling.TRANSFORMERS else "open_clip"
 
 
 def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:

@@ -482,6 +482,14 @@ class EditHeader:
         return words
 
 
+class ModelLayout(StrEnum):
+    """What loads a model that is written: transformers, open_clip, or as a text encoder ComfyUI."""
+
+    HF = "hf"
+    OPEN_CLIP = "open_clip"
+    COMFY = "comfy"
+
+
 class LoraLayout(StrEnum):
     """Whose LoRA: kohya's, for clients of diffusion models, or PEFT's, for transformers."""
 

@@ -15,6 +15,7 @@ from slsgu_cli.records.method import (
     Direction,
     Keep,
     LoraLayout,
+    ModelLayout,
     Precision,
     Qkv,
     Steer,
@@ -417,6 +418,10 @@ class ApplyRequest(ApplyOptions):
         None, "--target", "-t", help="Edit this model built on CLIP: folder or file.",
         panel=TARGET, without="the CLIP itself",
     )  # fmt: skip
+    layout: ModelLayout | None = option(
+        None, "--format", panel=OUTPUT, without="as it is",
+        help="Write it for transformers, open_clip, or ComfyUI (a text encoder).",
+    )  # fmt: skip
     layer: str | None = option(
         None, "--layer", help="Move this layer along its direction, unsearched.", panel=LAYERS,
         metavar="LAYER", without="the one searched for", completes="layer",
@@ -431,8 +436,10 @@ class ApplyRequest(ApplyOptions):
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a ridge of the gradient."""
+        """Refuse a ridge of the gradient, and links to files that another layout has not."""
         check_ridge(self.direction, self.ridge)
+        if self.layout is not None and self.link:
+            raise UsageError("--link does not go with --format", hint="leave one of them out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
