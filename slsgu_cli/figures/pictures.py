@@ -174,10 +174,15 @@ def _thumbnail(axes: Axes, image: Images, frame: str) -> None:
 
 def _beside(figure: Figure, images: Images, left: float, top: float, cell: float) -> None:
     """Put one thumbnail left of each row of a map that ends at `top`."""
+    axes = _place(figure, left, top - cell * len(images), cell, cell * len(images))
+    axes.set(xlim=(0, 1), ylim=(len(images), 0))
+    axes.set_axis_off()
+    shown: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto"}
     for row, image in enumerate(images):
-        bottom = top - (row + 1) * cell
-        axes = _place(figure, left + 0.04 * cell, bottom + 0.05 * cell, 0.88 * cell, 0.9 * cell)
-        _thumbnail(axes, image, PALE)
+        extent = (0.04, 0.92, row + 0.95, row + 0.05)
+        axes.imshow(image, extent=extent, interpolation="antialiased", **shown)
+        frame: dict[str, Any] = {"fill": False, "edgecolor": PALE, "linewidth": 1.8}
+        axes.add_patch(Rectangle((0.04, row + 0.05), 0.88, 0.9, clip_on=False, **frame))
 
 
 def _name_axes(

@@ -1,6 +1,7 @@
 """Records to and from JSON, and the digest that addresses what was made from them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -149,18 +150,25 @@ def _build(kind: Any, value: Any) -> Any:
         return {key: _build(arguments[1], item) for key, item in _checked(value, dict).items()}
     if dataclasses.is_dataclass(kind):
         _checked(value, dict)
-        hints = typing.get_type_hints(kind)
         make: Any = kind
         return make(
             **{
-                field.name: _build(hints[field.name], value[field.name])
-                for field in dataclasses.fields(kind)
-                if field.name in value or not field.metadata.get(ADDED)
+                name: _build(hint, value[name])
+                for name, hint, was_added in _fields(make)
+                if name in value or not was_added
             }
         )
     if kind is float:
         return float(_checked(value, float, int))
     return kind(_checked(value, kind)) if kind in (str, int, bool) else kind(value)
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    """Return name and type of each field of a record, and whether it was `added`."""
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    return tuple((field.name, hints[field.name], ADDED in field.metadata) for field in fields)
 
 
 def _checked(value: Any, *kinds: type) -> Any:

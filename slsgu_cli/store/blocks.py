@@ -169,7 +169,11 @@ class DataBlock:
             return np.asarray(self._array(name)[...])
 
     def _array(self, name: str) -> Any:
-        return self.group[name]
+        return self._arrays[name]
+
+    @cached_property
+    def _arrays(self) -> dict[str, Any]:
+        return _arrays_of(self.group)
 
     def _check(self) -> None:
         """Raise ValueError unless every part is there: zarr reads absent chunks as zeros.
@@ -178,10 +182,9 @@ class DataBlock:
         """
         if self.attributes.get("complete") is not True:
             raise ValueError("it is not complete")
-        if is_sealed(self.attributes) and self.attributes[LAYOUT] != _layout(self.group):
+        if is_sealed(self.attributes) and self.attributes[LAYOUT] != _layout(self._arrays):
             raise ValueError("its arrays are not laid out as its attributes say")
-        for name in ARRAYS:
-            array = self._array(name)
+        for name, array in self._arrays.items():
             if array.size and array.nchunks_initialized != array.nchunks:
                 raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
         if self._array("images").shape[0] != self.rows:
@@ -229,9 +232,12 @@ class RepeatedBlock(DataBlock):
         return once * (self.rows // len(once))
 
 
-def _layout(group: zarr.Group) -> dict[str, list[Any]]:
+def _arrays_of(group: zarr.Group) -> dict[str, Any]:
+    return {name: group[name] for name in ARRAYS}
+
+
+def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the number format, the shape and the shape of a chunk of each array."""
-    arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
     return {
         name: [str(array.dtype), list(array.shape), list(array.chunks)]
         for name, array in arrays.items()
@@ -363,7 +369,8 @@ class BlockWriter:
         _add_measured(self._content, tokens, labels, attributes)
         fingerprint = self._content.hexdigest()[:24]
         content = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
-        self._group.attrs.update(sealed(attributes | content | {LAYOUT: _layout(self._group)}))
+        content[LAYOUT] = _layout(_arrays_of(self._group))
+        self._group.attrs.update(sealed(attributes | content))
         return fingerprint
 
     def close(self) -> None:
