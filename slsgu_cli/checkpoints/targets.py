@@ -14,6 +14,7 @@ from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import PromptReader, Tower
 
 _NORM = re.compile(r"ln_final|ln_post|attn_pool|(?:^|\.)norm\.|fc_norm")
+_POOL = re.compile(r"attn_pool")
 _PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|trunk\.head)")
 
 
@@ -27,6 +28,7 @@ class Family(StrEnum):
     SD3 = "sd3"
     FLUX = "flux"
     LLAVA = "llava"
+    PALIGEMMA = "paligemma"
     OTHER = "another pipeline"
 
 
@@ -60,6 +62,8 @@ class ReadFrom:
             return before if unread else None
         if not self.norm and _NORM.search(name):
             return f"it reads {self.reads}, which lies before the final norm"
+        if not self.projection and _POOL.search(name):
+            return f"it reads {self.reads}, which is not pooled"
         if not self.projection and _PROJECTION.search(name):
             return f"it reads {self.reads}, which is not projected"
         return None
@@ -113,6 +117,15 @@ def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
         norm=False,
         projection=False,
         reads=f"vision layer {names}",
+    )
+
+
+def unpooled() -> ReadFrom:
+    """Return that a vision tower is read after its final norm, without its attention pool."""
+    return ReadFrom(
+        tower=Tower.VISION,
+        projection=False,
+        reads="the last hidden state, after the final norm",
     )
 
 
@@ -244,17 +257,19 @@ def read_target(path: Path) -> Target:
     if (path / OPEN_CLIP).is_file():
         return _clip(path)
     config = read_config(path / CONFIG)
-    _refuse_siglip(path, config)
-    if "vision_feature_layer" in config or "mm_vision_tower" in config or _is_llava(config):
+    _refuse_unknown(path, config)
+    if _is_llava(config) or config.get("model_type") == PALIGEMMA:
         return _llava(path, config)
-    return _clip(path)
+    return _clip(path, config)
 
 
-SIGLIP, NAFLEX = "siglip", "siglip2"
+SIGLIP, NAFLEX, PALIGEMMA = "siglip", "siglip2", "paligemma"
 NAFLEX_HINT = (
     "NaFlex takes images as patches in their own proportions, which open_clip has no tower for; "
     "SigLIP 2 of a fixed size is a SiglipModel, such as google/siglip2-base-patch16-224"
 )
+# The types of towers that edits go into.
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -264,18 +279,24 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return f"{named} ({config.get('model_type', 'of no type')})"
 
 
-def _refuse_siglip(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError for SigLIP 2 as NaFlex, or a LLaVA with a tower of SigLIP's."""
-    vision = config.get("vision_config")
-    inside = vision.get("model_type") if isinstance(vision, dict) else None
-    if config.get("model_type") == SIGLIP:
-        return
-    if config.get("model_type") == NAFLEX:
+def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError for SigLIP 2 as NaFlex, and for towers that are read in unknown ways."""
+    kind = str(config.get("model_type"))
+    if kind == NAFLEX:
         raise InputError(f"{folder} is a {kind_of(config)}, SigLIP 2 as NaFlex", hint=NAFLEX_HINT)
-    if str(inside or "").startswith(SIGLIP):
+    vision = config.get("vision_config")
+    tower = str(vision.get("model_type", "")) if isinstance(vision, dict) else ""
+    known = _is_llava(config) or kind == PALIGEMMA
+    if tower and known and tower not in TOWERS:
         raise InputError(
-            f"{folder} is a {kind_of(config)}, whose vision tower is a SigLIP ({inside})",
-            hint="edits go into towers of CLIP's, such as those of LLaVA 1.5",
+            f"{folder} is a {kind_of(config)}, whose vision tower is a {tower}",
+            hint="edits go into towers of CLIP's and SigLIP's of a fixed size",
+        )
+    if tower in TOWERS and not known:
+        raise InputError(
+            f"{folder} is a {kind_of(config)}: it holds a {tower}, and slsgu does not know what "
+            "it reads of that",
+            hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are known",
         )
 
 
@@ -316,13 +337,14 @@ def _require_name(path: Path, name: str) -> None:
         )
 
 
-def _is_llava(config: dict[str, Any]) -> bool:
-    return str(config.get("model_type", "")).startswith("llava")
+def _is_llava(config: Mapping[str, Any]) -> bool:
+    named = "vision_feature_layer" in config or "mm_vision_tower" in config
+    return named or str(config.get("model_type", "")).startswith("llava")
 
 
-def _clip(folder: Path) -> Target:
+def _clip(folder: Path, config: Mapping[str, Any] | None = None) -> Target:
     weight_sets, unread = read_weight_sets(folder)
-    _require_towers(folder, weight_sets, unread)
+    _require_towers(folder, weight_sets, unread, config)
     towers = sorted({place.tower for weights in weight_sets for place in weights.towers})
     encoder = Encoder("clip", tuple(weight_sets), whole(*towers))
     return Target(folder, Family.CLIP, (encoder,), unread)
@@ -338,14 +360,19 @@ def _llava(folder: Path, config: dict[str, Any]) -> Target:
             hint=f"edit that model (--target a copy of {elsewhere}) "
             f"and let mm_vision_tower in {CONFIG} point to the result",
         )
-    _require_towers(folder, towers, unread)
-    encoder = Encoder("vision_tower", tuple(towers), (_features(towers, config),))
-    return Target(folder, Family.LLAVA, (encoder,), unread)
+    _require_towers(folder, towers, unread, config)
+    if config.get("model_type") == PALIGEMMA:
+        read, family = unpooled(), Family.PALIGEMMA
+    else:
+        read, family = _features(towers, config), Family.LLAVA
+    encoder = Encoder("vision_tower", tuple(towers), (read,))
+    return Target(folder, family, (encoder,), unread)
 
 
 def _features(weight_sets: Sequence[WeightSet], config: dict[str, Any]) -> ReadFrom:
-    layers = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     weights, place = _towers(weight_sets, Tower.VISION)[0]
+    usual = -1 if config.get("model_type") == "llava_onevision" else -2
+    layers = config.get("vision_feature_layer", config.get("mm_vision_select_layer", usual))
     layers = layers if isinstance(layers, list) else [layers]
     if not layers or not all(type(layer) is int for layer in layers):
         raise InputError(
@@ -491,10 +518,16 @@ def _file_read(family: Family, weights: WeightSet, place: TowerPlace) -> ReadFro
     return _text_read(family, blocks, pooled=place.spelling is Spelling.OPEN_CLIP)
 
 
-def _require_towers(place: Path, weight_sets: Sequence[WeightSet], unread: dict[Path, str]) -> None:
+def _require_towers(
+    place: Path,
+    weight_sets: Sequence[WeightSet],
+    unread: dict[Path, str],
+    config: Mapping[str, Any] | None = None,
+) -> None:
     if not weight_sets or not all(weights.towers for weights in weight_sets):
+        what = f", as a {kind_of(config)}" if config and "architectures" in config else ""
         why = f": {next(iter(unread.values()))}" if unread else ""
-        raise InputError(f"{place} holds no weights of a CLIP{why}")
+        raise InputError(f"{place} holds no weights of a CLIP{what}{why}")
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -577,6 +610,8 @@ def _of_kind(family: Family, shapes: Shapes, encoder: str) -> tuple[ReadFrom, ..
             return (_text_read(family, _depth(shapes, Tower.TEXT), pooled=pooled),)
         case Family.LLAVA:
             return (vision_features([-2], _depth(shapes, Tower.VISION)),)
+        case Family.PALIGEMMA:
+            return (unpooled(),)
     return whole(*Tower)
 
 

@@ -150,7 +150,8 @@ def edited_names(live: Sequence[LiveEncoder], values: Sequence[Mapping[str, Tens
 INSTALL = "pip install 'slsgu[targets]'"
 PIPELINES = (Family.SD1, Family.SD2, Family.SDXL, Family.SD3, Family.FLUX, Family.OTHER)
 # Made in bf16, and not finite in fp16.
-IN_BF16 = (Family.FLUX,)
+IN_BF16 = (Family.FLUX, Family.PALIGEMMA)
+ANSWERING = (Family.LLAVA, Family.PALIGEMMA)
 
 
 def require_family(path: Path, *, answers: bool) -> Target:
@@ -159,10 +160,10 @@ def require_family(path: Path, *, answers: bool) -> Target:
     Raises MissingError, InputError, and UsageError for a model of the other kind.
     """
     target = read_target(path)
-    if answers != (target.family is Family.LLAVA):
-        wanted = "a LLaVA" if answers else "a diffusion pipeline"
+    if answers != (target.family in ANSWERING):
+        wanted = "a vision-language model" if answers else "a diffusion pipeline"
         other = "generate" if answers else "ask"
-        fits = target.family in PIPELINES or target.family is Family.LLAVA
+        fits = target.family in (*PIPELINES, *ANSWERING)
         raise UsageError(
             f"{path} is {target.family}, not {wanted}", hint=f"slsgu {other}" if fits else None
         )
@@ -338,18 +339,22 @@ def _require_words(ids: Tensor, scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Llava:
-    """A LLaVA in memory, and its vision tower."""
+    """A LLaVA or PaliGemma in memory, and its vision tower.
+
+    Questions to a `prefixed` one, PaliGemma, stand before its answers as they are.
+    """
 
     model: Any
     processor: Any
     encoder: LiveEncoder
     device: str
+    prefixed: bool = False
 
     @classmethod
     def load(cls, path: Path, *, device: str = "auto") -> "Llava":
-        """Load the model in a folder: fp16 on a GPU, fp32 elsewhere.
+        """Load the model in a folder: in 16 bits on a GPU, fp32 elsewhere.
 
-        Raises MissingError, InputError, and UsageError where it is no LLaVA.
+        Raises MissingError, InputError, and UsageError where it is no vision-language model.
         """
         target, device, precision = _placed(path, device, answers=True)
         transformers = library("transformers")
@@ -359,7 +364,8 @@ class Llava:
                 path, local_files_only=True, dtype=precision
             )
         model = model.to(device).eval()
-        return cls(model, processor, LiveEncoder.find(model, target.encoders[0]), device)
+        encoder = LiveEncoder.find(model, target.encoders[0])
+        return cls(model, processor, encoder, device, target.family is Family.PALIGEMMA)
 
     def answers(self, questions: Sequence[Question]) -> Iterator[str]:
         """Yield the answer to each question, in order, always the likeliest next word."""
@@ -383,7 +389,10 @@ class Llava:
     ) -> Any:
         """Return model inputs for questions, each with its answer where there are answers."""
         texts = [self._prompt(question.text) for question in questions]
-        if answers is not None:
+        suffixes = {}
+        if answers is not None and self.prefixed:
+            suffixes["suffix"] = list(answers)
+        elif answers is not None:
             texts = [f"{text} {answer}" for text, answer in zip(texts, answers, strict=True)]
         self.processor.tokenizer.padding_side = padding_side
         with quiet():
@@ -392,11 +401,16 @@ class Llava:
                 text=texts,
                 return_tensors="pt",
                 padding=True,
+                **suffixes,
             )
+        # What PaliGemma is to be trained on is said here another way.
+        made.pop("labels", None)
         return made.to(self.device, self.model.dtype)
 
     def _prompt(self, question: str) -> str:
         """Return the conversation as the model was trained on it."""
+        if self.prefixed:
+            return f"<image>{question}"
         if getattr(self.processor, "chat_template", None) is None:
             return f"USER: <image>\n{question} ASSISTANT:"
         content = [{"type": "image"}, {"type": "text", "text": question}]

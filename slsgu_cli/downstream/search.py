@@ -131,13 +131,22 @@ class TargetPlan:
     def _require_same_clip(self, header: GradientHeader, layers: Sequence[str]) -> None:
         """Raise StaleError unless the target is built on the CLIP that the gradients are of.
 
-        Norms tell: another precision changes them by a thousandth, another model by more.
+        Norms tell: another precision changes them by a thousandth, another model by more. Along
+        the target's own gradient, a tower of that shape may have been trained further.
         """
-        name = self.manifest.name
+        name, further = self.manifest.name, self.gradient_of is GradientOf.TARGET
         for layer in sorted({Layer.parse(layer).parameter for layer in layers}):
             value, known = self.subject.encoder.value(layer), header.weights[layer]
-            same = tuple(value.shape) == tuple(known.shape)
-            if not same or not math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01):
+            alike = tuple(value.shape) == tuple(known.shape)
+            same = math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01)
+            if alike and not same and further:
+                progress.note(
+                    f"{layer} of {self.options.target} is not that of the CLIP that the gradients "
+                    f"of {name} are of: it moves along the target's own gradient, and the edit is "
+                    "of these weights alone"
+                )
+                return
+            if not (alike and same):
                 raise StaleError(
                     f"{self.options.target} is not built on the CLIP that the gradients of {name} "
                     f"are of: its {layer} differs",

@@ -404,9 +404,13 @@ class AskedSubject(TargetSubject[Questions]):
     def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Return what the language model is given of each image."""
         model = self.llava.model
-        pixels = self.llava.processor.image_processor(list(images), return_tensors="pt")
+        made = self.llava.processor.image_processor(list(images), return_tensors="pt")
+        # Those that cut an image into tiles are told its size.
+        sizes = {"image_sizes": made["image_sizes"]} if "image_sizes" in made else {}
         features = model.get_image_features(
-            pixel_values=pixels["pixel_values"].to(model.device, model.dtype), return_dict=True
+            pixel_values=made["pixel_values"].to(model.device, model.dtype),
+            return_dict=True,
+            **sizes,
         )
         return list(features.pooler_output)
 

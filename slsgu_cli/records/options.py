@@ -261,7 +261,7 @@ class RankOptions:
     )
     target: str | None = option(
         None, "--target", "-t", panel=TARGET, without="CLIP itself",
-        help="Leave out what this does not read: path, sd1, sd2, sdxl, sd3, flux, llava, clip.",
+        help="Leave out what a path, sd1, sd2, sdxl, sd3, flux, llava, paligemma does not read.",
     )  # fmt: skip
     encoder: str | None = ENCODER()
     device: str = DEVICE()

@@ -18,11 +18,17 @@ from slsgu_cli.store.store import Store
 NAFLEX = {"architectures": ["Siglip2Model"], "model_type": "siglip2"}
 CHINESE = {"architectures": ["ChineseCLIPModel"], "model_type": "chinese_clip"}
 ALIGN = {"architectures": ["AlignModel"], "model_type": "align"}
-ONE_VISION = {
-    "architectures": ["LlavaOnevisionForConditionalGeneration"],
-    "model_type": "llava_onevision",
+GEMMA = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
     "vision_config": {"model_type": "siglip_vision_model"},
 }
+PIXTRAL = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "vision_config": {"model_type": "pixtral"},
+}
+QWEN = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}
 
 
 def folder(at, config):
@@ -60,7 +66,12 @@ def test_an_address_of_the_hub_is_spelt_as_open_clip_does():
     ("config", "message"),
     [
         (NAFLEX, r"is a Siglip2Model \(siglip2\), SigLIP 2 as NaFlex"),
-        (ONE_VISION, "is a LlavaOnevision.*, whose vision tower is a SigLIP"),
+        (
+            GEMMA,
+            r"is a Gemma3.* \(gemma3\): it holds a siglip_vision_model, and slsgu does not know",
+        ),
+        (PIXTRAL, r"is a Llava.* \(llava\), whose vision tower is a pixtral"),
+        (QWEN, r"no weights of a CLIP, as a Qwen2VLForConditionalGeneration \(qwen2_vl\)"),
     ],
 )
 def test_targets_with_towers_of_no_known_kind_are_refused(tmp_path, config, message):
