@@ -17,6 +17,8 @@ import fcntl
 import functools
 import os
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,22 @@ def pytest_collection_modifyitems(items):
     long = {item.path for item in items if item.get_closest_marker("slow")}
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (first.get(item.path.name, len(first)), item.path not in long))
+
+
+PASSED = pytest.StashKey[bool]()
+# A disk may take longer to remove the folders of a store than the test takes that made it.
+REMOVING = ThreadPoolExecutor(4)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Remove the folder of a test that passed, while others run."""
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    if report.when == "teardown" and item.stash.get(PASSED, False) and "tmp_path" in item.funcargs:
+        REMOVING.submit(shutil.rmtree, item.funcargs["tmp_path"], ignore_errors=True)
+    return report
 
 
 @pytest.fixture(scope="session")
