@@ -58,17 +58,8 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    candidates = [
-        layer
-        for layer in layers_of(header.weights, options.qkv)
-        if options.tower in (None, Layer.parse(layer).tower)
-        and selected(layer, include=options.include, exclude=options.exclude)
-    ]
     aim = _aim(header, options)
-    unreached = {
-        layer: reason for layer in candidates if aim and (reason := aim.why_not(layer)) is not None
-    }
-    layers = [layer for layer in candidates if layer not in unreached]
+    layers, unreached = _to_rank(header, aim, options)
     moments = None
     if options.direction.whitens and layers:
         moments = ensure_moments(
@@ -76,22 +67,12 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         )
         tell_of_unwhitened(moments, layers, how="ranked", out="--exclude leaves them out")
     split = any(Layer.parse(layer).third is not None for layer in layers)
-    model = graded_model(pointer) if split else None
-    weights = _Weights(header, model)
-    scores = []
-    for line in _lines(layers, options.direction, moments):
-        # Reading compares digests: the next layer is read while one is scored.
-        mine = processes.dealt(line.layers)
-        read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
-        score_of = {
-            layer: _score(pointer, weights, layer, pair, options, line.moments)
-            for layer, pair in zip(mine, read, strict=True)
-        }
-        for part in processes.gathered(score_of):
-            score_of |= part
-        scored = (score_of[layer] for layer in line.layers)
-        rows = _with_fronts([score for score in scored if score is not None])
-        scores += [replace(row, direction=line.mark) for row in rows]
+    weights = _Weights(header, graded_model(pointer) if split else None)
+    scores = [
+        replace(score, direction=line.mark)
+        for line in _lines(layers, options.direction, moments)
+        for score in _with_fronts(_scored(store, pointer, weights, line, options))
+    ]
     if not scores:
         raise InputError(
             f"no layer of {name} is left to rank{_never_compete(header, options)}",
@@ -127,6 +108,46 @@ class _Line:
     layers: Sequence[str]
     moments: Moments | None
     mark: Direction | None
+
+
+def _to_rank(
+    header: GradientHeader, aim: TargetLayers | None, options: RankOptions
+) -> tuple[list[str], dict[str, str]]:
+    """Return the layers to rank, and why a target is not reached by others that were asked for."""
+    candidates = [
+        layer
+        for layer in layers_of(header.weights, options.qkv)
+        if options.tower in (None, Layer.parse(layer).tower)
+        and selected(layer, include=options.include, exclude=options.exclude)
+    ]
+    unreached = {
+        layer: reason for layer in candidates if aim and (reason := aim.why_not(layer)) is not None
+    }
+    return [layer for layer in candidates if layer not in unreached], unreached
+
+
+def _scored(
+    store: Store,
+    pointer: GradientPointer,
+    weights: "_Weights",
+    line: _Line,
+    options: RankOptions,
+) -> list[LayerScore]:
+    """Return the scores of layers in their order; of those that have none nothing.
+
+    Processes score a share each.
+    """
+    # Reading compares digests: the next layer is read while one is scored.
+    mine = processes.dealt(line.layers)
+    read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
+    score_of = {
+        layer: _score(weights, layer, pair, options, line.moments)
+        for layer, pair in zip(mine, read, strict=True)
+    }
+    for part in processes.gathered(score_of):
+        score_of |= part
+    scores = (score_of[layer] for layer in line.layers)
+    return [score for score in scores if score is not None]
 
 
 def _lines(layers: list[str], direction: Direction, moments: Moments | None) -> list[_Line]:
@@ -216,7 +237,6 @@ def _gradients(store: Store, pointer: GradientPointer, layer: str) -> tuple[Floa
 
 
 def _score(
-    pointer: GradientPointer,
     weights: _Weights,
     layer: str,
     gradients: tuple[Floats, Floats],
