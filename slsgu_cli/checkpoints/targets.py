@@ -263,7 +263,7 @@ def read_target(path: Path) -> Target:
     return _clip(path, config)
 
 
-SIGLIP, NAFLEX, PALIGEMMA = "siglip", "siglip2", "paligemma"
+CLIP, SIGLIP, NAFLEX, PALIGEMMA = "clip", "siglip", "siglip2", "paligemma"
 NAFLEX_HINT = (
     "NaFlex takes images as patches in their own proportions, which open_clip has no tower for; "
     "SigLIP 2 of a fixed size is a SiglipModel, such as google/siglip2-base-patch16-224"
@@ -287,6 +287,8 @@ def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
     vision = config.get("vision_config")
     tower = str(vision.get("model_type", "")) if isinstance(vision, dict) else ""
     known = _is_llava(config) or kind == PALIGEMMA
+    if kind in (CLIP, SIGLIP):
+        return
     if tower and known and tower not in TOWERS:
         raise InputError(
             f"{folder} is a {kind_of(config)}, whose vision tower is a {tower}",

@@ -14,6 +14,7 @@ from torch import nn
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit
+from slsgu_cli.checkpoints.targets import Family, Target
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.zeroshot import frechet_distance
 from slsgu_cli.compare import diffusion
@@ -77,6 +78,17 @@ def compare_on_pipeline(
     pictures = {row: run.pictures(row) for row in rows}
     store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
     return replace(run.record, outcomes=tuple(rows))
+
+
+def _require_unet(target: Target, options: PipelineCompareOptions) -> None:
+    """Refuse to train what a pipeline does not have. Raises UsageError."""
+    trained = [method for method in options.methods if method in (Method.ESD, Method.SALUN)]
+    if trained and target.family in (Family.SD3, Family.FLUX):
+        raise UsageError(
+            f"{target.path} is {target.family}, which has a transformer: {' and '.join(trained)} "
+            "train a UNet",
+            hint="--methods ours",
+        )
 
 
 def sheet_path(name: str, target: Path) -> str:
@@ -184,7 +196,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         store.require_writable(cls.artifact.path(name))
-        require_family(options.target, answers=False)
+        _require_unet(require_family(options.target, answers=False), options)
         judges = options.judges or (pointer.model,)
         judged = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, purpose=Purpose.REPORT, device=options.device

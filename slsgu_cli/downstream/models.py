@@ -294,6 +294,9 @@ class Pipeline:
                     )
                 except (ValueError, TypeError) as error:
                     raise InputError(f"the pipeline refuses {some[0].prompt!r}: {error}") from error
+            if not hasattr(made, "images"):
+                kind = type(self.pipeline).__name__
+                raise InputError(f"a {kind} makes no pictures, which is what is looked at here")
             if not np.isfinite(made.images).all():
                 # As pixels they would be black, and show nothing of any concept.
                 raise NotFiniteError(

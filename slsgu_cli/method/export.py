@@ -24,7 +24,7 @@ from slsgu_cli.checkpoints.lora import (
     lora_tensors,
     peft_config,
 )
-from slsgu_cli.checkpoints.targets import SECOND_WIDTH, Encoder, Family, read_target
+from slsgu_cli.checkpoints.targets import KINDS, SECOND_WIDTH, Encoder, Family, read_target
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.models import pick_device
@@ -48,7 +48,9 @@ from slsgu_cli.store.store import Store
 
 # What a user may set a LoRA's strength to, where its figures are told.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SDXL_ENCODERS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+SEVERAL_ENCODERS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+# Pipelines whose text encoders clients know names of.
+FOR_LORA = (Family.SD1, Family.SD2, Family.SDXL, Family.FLUX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,26 +146,28 @@ def _prefix(request: ExportRequest, edits: Sequence[Edit]) -> str:
         if request.encoder is not None:
             raise UsageError("--encoder goes with --target", hint="--target sdxl")
         return "lora_te_"
-    is_kind = request.target in list(Family) and not Path(request.target).exists()
+    is_kind = request.target in KINDS and not Path(request.target).exists()
     target = None if is_kind else read_target(Path(request.target))
     family = target.family if target else Family(request.target)
-    if family not in (Family.SD1, Family.SD2, Family.SDXL):
+    if family not in FOR_LORA:
         raise UsageError(
-            f"{request.target} is {family}, which takes no LoRA of a text encoder",
-            hint="--target names a Stable Diffusion; --format peft is for transformers",
+            f"{request.target} is {family}, whose text encoders have no names in a LoRA file that "
+            "slsgu knows",
+            hint="--target names a Stable Diffusion 1, 2, XL or a FLUX; --format peft is for "
+            "transformers, and `slsgu apply` writes the edit into the files",
         )
     if target is not None:
         encoders = {_encoder_of(target.chosen(request.encoder), edit).name for edit in edits}
     else:
         encoders = {request.encoder or _by_width(edit) for edit in edits}
-    if family is not Family.SDXL:
+    if family not in (Family.SDXL, Family.FLUX):
         return "lora_te_"
-    if len(encoders) > 1 or not encoders <= SDXL_ENCODERS.keys():
+    if len(encoders) > 1 or not encoders <= SEVERAL_ENCODERS.keys():
         raise UsageError(
-            f"the edits are of {' and '.join(sorted(encoders))}, not of one encoder of SDXL",
+            f"the edits are of {' and '.join(sorted(encoders))}, not of one encoder of {family}",
             hint="export those of one encoder at a time",
         )
-    return SDXL_ENCODERS[encoders.pop()]
+    return SEVERAL_ENCODERS[encoders.pop()]
 
 
 def _by_width(edit: Edit) -> str:

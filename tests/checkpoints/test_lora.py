@@ -131,6 +131,22 @@ def test_diffusers_loads_what_apply_writes(state, tmp_path, layer):
     close(hidden(pipe.text_encoder), hidden(original))
 
 
+def test_flux_loads_its_clip_from_what_export_writes(tiny_model, tiny_pipeline, tmp_path):
+    import diffusers
+
+    pytest.importorskip("peft")
+    folder = tiny_pipeline("flux")
+    weights = load_file(f"{tiny_model.name.removeprefix('local-dir:')}/open_clip_model.safetensors")
+    one = made(weights, LAYERS["attention"])
+    path, _ = exported(tmp_path, [one], target=str(folder))
+    assert all(name.startswith("lora_te1_") for name in load_file(path))
+    pipe = diffusers.FluxPipeline.from_pretrained(folder, local_files_only=True)
+    original = hidden(pipe.text_encoder)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    close(hidden(pipe.text_encoder), hidden(text_model(edited(weights, [one]))))
+    assert not torch.allclose(hidden(pipe.text_encoder), original, atol=1e-3)
+
+
 def test_a_strength_of_diffusers_is_that_share_of_the_edit(state, tmp_path):
     pytest.importorskip("peft")
     one = made(state, LAYERS["attention"])
@@ -260,7 +276,7 @@ def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
     assert all(name.startswith("lora_te2_") for name in load_file(path))
     with pytest.raises(StaleError, match="no text encoder there holds"):
         exported(tmp_path, [one], target=str(folder), encoder="text_encoder", overwrite=True)
-    with pytest.raises(UsageError, match="takes no LoRA"):
+    with pytest.raises(UsageError, match="llava, whose text encoders have no names in a LoRA"):
         exported(tmp_path, [one], target="llava", overwrite=True)
     sd2 = tiny_targets.pipeline(
         tmp_path / "xl", "StableDiffusionXLPipeline",

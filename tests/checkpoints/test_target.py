@@ -131,3 +131,13 @@ def test_the_commands_aim_at_a_pipeline(world, tmp_path):
     assert "the vision tower is not part of it" in dead.stderr
     both = inside("apply", world.name, *common, "-m", world.model.name, *nowhere, store=root)
     assert (both.exit_code, "takes the place of --model" in both.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_whole_clip_of_transformers_is_one_whatever_its_towers_are_called(tmp_path, state, kind):
+    named = {"architectures": ["CLIPModel"], "model_type": kind}
+    tiny_targets.write_json(
+        tmp_path / "config.json", {**named, "vision_config": {"model_type": f"{kind}_vision_model"}}
+    )
+    save(tiny_targets.transformers_weights(state), tmp_path / "model.safetensors")
+    assert read_target(tmp_path).family is Family.CLIP

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slsgu_cli.clip.zeroshot import frechet_distance
 from slsgu_cli.compare.diffusion import Denoiser
-from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.studies import PipelinePlan
 from slsgu_cli.store.store import Store
 
@@ -301,6 +301,14 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     with pytest.raises(pytest.fail.Exception, match="painted again"):
         more = replace(options, iterations=2)
         on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
+
+
+def test_a_pipeline_without_a_unet_is_not_trained(steered, tiny_pipeline):
+    from slsgu_cli.compare import on_pipeline
+
+    options = on_pipeline.PipelineCompareOptions(target=tiny_pipeline("sd3"), rates=(1e-2,))
+    with pytest.raises(UsageError, match="is sd3, which has a transformer: esd and salun train"):
+        on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
 
 
 def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_models):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
 from slsgu_cli.downstream.models import ImageJob, Pipeline, edited_names, new_values
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
+from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.targets import PaintOptions
 
@@ -55,6 +57,12 @@ def test_edits_of_each_encoder_change_pictures(kind, tiny_pipeline):
     assert np.array_equal(picture(), plain)
     both = new_values(pipe.encoders, edits)
     assert edited_names(pipe.encoders, both) == [each.header.name for each in edits]
+
+
+def test_a_pipeline_that_makes_no_pictures_is_told_of():
+    loaded = Pipeline(lambda *_, **__: SimpleNamespace(frames=[]), (), "cpu")
+    with pytest.raises(InputError, match="makes no pictures"):
+        list(loaded.paint([ImageJob("a blue circle", 1)], PaintOptions(steps=1)))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
