@@ -30,7 +30,7 @@ from slsgu_cli.checkpoints.layouts import (
     open_weights,
     placed,
 )
-from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, Encoder, Family, Target
+from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, Encoder, Family, Target, prompt_note
 from slsgu_cli.checkpoints.tensor_file import (
     NewTensor,
     Raw,
@@ -41,6 +41,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     write_safetensors,
 )
 from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.method import PromptReader
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL
 from slsgu_cli.store.files import (
@@ -159,6 +160,7 @@ class AppliedResult:
     """What apply wrote, or with `dry_run` would write.
 
     `model` names the result for `--model` where it was checked that `client` loads it.
+    `readers` are what reads prompts of a pipeline, and which of them edits went into.
     """
 
     out: str
@@ -167,6 +169,7 @@ class AppliedResult:
     reverted: bool
     dry_run: bool
     client: str = "open_clip"
+    readers: tuple[PromptReader, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,17 +264,17 @@ def apply_edits(
     require_distinct(edits)
     require_place(target.path, out, overwrite=options.overwrite, layout=layout)
     scaled = [strength_of(edit, options) for edit in edits]
-    plans = plan_target(scaled, target, options, earlier)
+    plans, encoders = plan_target(scaled, target, options, earlier)
     if layout is not None:
         copy = _relaid_copy(target, out, plans, layout, options)
-        return write_copy(_with_card(copy, card), options, compare, check)
-    if target.path.is_file():
+    elif target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
-        return write_copy(_with_card(copy, card), options, compare, check)
-    _tell_of_others(target, plans, options)
-    relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
-    copy = CopyPlan(out, all_files(target.path), relative)
-    return write_copy(_with_card(copy, card), options, compare, check)
+    else:
+        _tell_of_others(target, plans, options)
+        relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
+        copy = CopyPlan(out, all_files(target.path), relative)
+    result = write_copy(_with_card(copy, card), options, compare, check)
+    return replace(result, readers=target.readers_beside(encoders))
 
 
 def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
@@ -471,8 +474,8 @@ def plan_target(
     target: Target,
     options: ApplyOptions,
     earlier: Sequence[Edit] = (),
-) -> dict[Path, FilePlan]:
-    """Check edits against a model and work out the new values of its files; write nothing.
+) -> tuple[dict[Path, FilePlan], set[str]]:
+    """Return the new values of a model's files, and its encoders that have them; write nothing.
 
     An edit goes into every copy of the encoder that holds the weights it was made for; where
     several encoders do, one must be named. What `earlier` edits made of the model must be in
@@ -490,9 +493,10 @@ def plan_target(
                 _require_earlier(target, below, edits, options)
     for path, layers in new.lacking.items():
         progress.warn(f"{path} has no {' or '.join(layers)} and is copied without the edit")
-    if not options.revert and (told := target.prompt_note(new.encoders)):
+    told = prompt_note(str(target.path), target.readers_beside(new.encoders))
+    if told and not options.revert:
         progress.note(told)
-    return new.plans()
+    return new.plans(), new.encoders
 
 
 def _by_encoder(

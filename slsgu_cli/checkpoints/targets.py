@@ -232,14 +232,17 @@ class Target:
     unread: dict[Path, str] = field(default_factory=dict)
     readers: tuple[PromptReader, ...] = ()
 
-    def prompt_note(self, edited: Collection[str]) -> str | None:
-        """Return what reads prompts beside the `edited` encoders; None where nothing does."""
-        return prompt_note(str(self.path), _with_edits(self.readers, edited))
+    def readers_beside(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
+        """Return what reads prompts, the `edited` encoders marked."""
+        return _with_edits(self.readers, edited)
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
         """Return the encoder called `name`, or with None all of them. Raises UsageError."""
         chosen = tuple(encoder for encoder in self.encoders if name in (None, encoder.name))
         if not chosen:
+            other = {reader.name: reader.model for reader in self.readers}.get(str(name))
+            if other:
+                raise UsageError(f"the {name} of {self.path} is a {other}, which is no CLIP")
             known = ", ".join(encoder.name for encoder in self.encoders)
             raise UsageError(f"{self.path} has no encoder {name}; it has {known}")
         return chosen

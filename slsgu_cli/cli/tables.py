@@ -292,8 +292,14 @@ def applied(console: "Console", result: "AppliedResult") -> None:
         for change in file.changes
     ]
     title = f"{'would write' if result.dry_run else 'written'}: {result.out}"
+    alike = len({Path(file.path).name for file in result.files}) < len(result.files)
+
+    def named(path: str) -> str:
+        # The two encoders of a pipeline lie in files of one name.
+        return str(Path(path).relative_to(result.out)) if alike else Path(path).name
+
     columns = (
-        Column("file", shown=lambda path: Path(path).name),
+        Column("file", shown=named),
         Column("layer", shown=known_as),
         "dtype",
         Column("relative change", shown=lambda share: f"{100 * share:.3g}%", label="moved by"),

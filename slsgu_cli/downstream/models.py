@@ -25,7 +25,7 @@ from slsgu_cli.checkpoints.layouts import (
     layer_digest,
     weight_files,
 )
-from slsgu_cli.checkpoints.targets import Encoder, Family, Target, read_target
+from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited
@@ -138,7 +138,7 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
 
 def tell_of_readers(target: Path, edited: Collection[str]) -> None:
     """Tell what reads the prompts of a pipeline beside its `edited` encoders."""
-    if told := read_target(target).prompt_note(edited):
+    if told := prompt_note(str(target), read_target(target).readers_beside(edited)):
         progress.note(told)
 
 

@@ -1,6 +1,7 @@
 """What reads the prompts of SDXL, Stable Diffusion 3 and FLUX, and edits of several encoders."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from worlds import Listener
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import by_origin, write_edit
 from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
-from slsgu_cli.checkpoints.targets import Family, layers_read_by, read_target
+from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
+from slsgu_cli.cli.tables import applied
 from slsgu_cli.downstream.models import LiveEncoder
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import Presence, find_edits
@@ -44,6 +46,11 @@ def states(tiny_model):
         "text_encoder": load_file(f"{folder}/open_clip_model.safetensors"),
         "text_encoder_2": tiny_pipelines.second_clip().state_dict(),
     }
+
+
+def note(target):
+    """Return what is told of a target whose first encoder is edited."""
+    return prompt_note(str(target.path), target.readers_beside(["text_encoder"]))
 
 
 def text_layers(state):
@@ -84,7 +91,7 @@ def test_what_reads_prompts_beside_an_edit_is_told(kind, tiny_pipeline, states):
         for name in (str(path), kind)
     )
     assert by_path.readers == by_kind.readers
-    told = read_target(path).prompt_note(["text_encoder"])
+    told = note(read_target(path))
     assert told == f"prompts of {path} are read by {READ[kind]}"
 
 
@@ -92,8 +99,17 @@ def test_two_encoders_are_edited_by_one_command_and_back(tiny_pipeline, states, 
     path = tiny_pipeline("sdxl")
     edits, store = both_edits(states), Store(str(tmp_path / "store"))
     listener = Listener()
-    apply_edits(edits, read_target(path), tmp_path / "out", options=ApplyOptions())
+    result = apply_edits(edits, read_target(path), tmp_path / "out", options=ApplyOptions())
+    assert [(reader.name, reader.edited) for reader in result.readers] == [
+        ("text_encoder", True), ("text_encoder_2", True),
+    ]  # fmt: skip
     assert listener.heard[-1].endswith("edits go into all of them")
+    # On a terminal, their files of one name are told apart.
+    tables = []
+    applied(SimpleNamespace(table=lambda *table, **_: tables.append(table)), result)
+    ((_, (file, *_), rows),) = tables
+    files = [f"{name}/model.safetensors" for name in states]
+    assert [file.shown(row[0]) for row in rows] == files
     for name, state in states.items():
         written, before = (
             load_file(folder / name / "model.safetensors") for folder in (tmp_path / "out", path)
@@ -145,14 +161,14 @@ def test_single_files_of_comfyui_are_read(states, tmp_path):
     double = {"model.diffusion_model.double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}
     flux = read_target(save(weights | double, tmp_path / "flux.safetensors"))
     assert flux.family is Family.FLUX
-    assert flux.prompt_note(["text_encoder"]).endswith(READ["flux"])
+    assert note(flux).endswith(READ["flux"])
     weights |= under("text_encoders.clip_g.transformer.", second)
     sd3 = read_target(save(weights, tmp_path / "sd3.safetensors"))
     assert (sd3.family, [each.name for each in sd3.encoders]) == (
         Family.SD3, ["text_encoder", "text_encoder_2"],
     )  # fmt: skip
     assert sd3.encoders[1].prefix.startswith("text_encoders.clip_g.")
-    assert sd3.prompt_note(["text_encoder"]).endswith(READ["sd3"])
+    assert note(sd3).endswith(READ["sd3"])
 
 
 def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
@@ -161,6 +177,9 @@ def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
     told = "it is a Flux2Pipeline, whose prompts are read by Mistral3ForConditionalGeneration"
     with pytest.raises(InputError, match=told):
         read_target(tmp_path)
+    flux = read_target(tiny_pipeline("flux"))
+    with pytest.raises(UsageError, match=r"the text_encoder_2 of .* is a T5, which is no CLIP"):
+        flux.chosen("text_encoder_2")
     with pytest.raises(UsageError, match="flux has no CLIP called text_encoder_2"):
         layers_read_by("flux", text_layers(states["text_encoder"]), encoder="text_encoder_2")
     other = shutil.copytree(tiny_pipeline("flux"), tmp_path / "other")
@@ -168,4 +187,4 @@ def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
     (other / "model_index.json").write_text(index.replace("FluxPipeline", "VisualClozePipeline"))
     assert read_target(other).family is Family.OTHER
     told = "CLIP: at most the last hidden state of 3 blocks"
-    assert told in read_target(other).prompt_note(["text_encoder"])
+    assert told in note(read_target(other))
