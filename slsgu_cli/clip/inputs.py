@@ -282,15 +282,19 @@ def staged(images: Images, device: str) -> Tensor:
 def pixel_normalizer(spec: InputSpec, device: str) -> Pixels:
     """Return uint8 (N, H, W, 3) to normalised fp32 (N, 3, H, W) on `device`.
 
-    The arithmetic is that of torchvision's ToTensor and Normalize, in the same order.
+    The arithmetic is that of torchvision's ToTensor and Normalize, in the same order. On a CPU
+    channels lie apart, as there: where they lie last, PyTorch 2.14 ends the process in the
+    backward of convolutions such as FastViT's.
     """
+    layout = torch.contiguous_format if device == "cpu" else torch.preserve_format
     mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
 
     def normalize(images: Images | Tensor) -> Tensor:
         raw = images if isinstance(images, Tensor) else staged(images, device)
         raw = raw.to(device, non_blocking=True)
-        return raw.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+        pixels = raw.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+        return pixels.div(255).sub(mean).div(std)
 
     return normalize
 

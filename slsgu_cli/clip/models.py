@@ -258,7 +258,6 @@ def _built(model: ResolvedModel) -> "tuple[torch.nn.Module, Callable[[str], Floa
 
 def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     """Build the module in evaluation mode with its buffers, and parameters of no memory."""
-    import open_clip
     import torch
 
     register = torch.nn.Module.register_parameter
@@ -266,21 +265,42 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     def without_memory(
         module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None
     ) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = torch.nn.Parameter(parameter.detach().to("meta"))
-        register(module, name, parameter)
+        register(module, name, _of_no_memory(parameter))
 
-    on_no_device: Any = None
     kind: Any = torch.nn.Module
     kind.register_parameter = without_memory
     try:
-        if model.spelling is Spelling.TRANSFORMERS:
-            return _built_by_config(model.config)
-        return open_clip.create_model(  # type: ignore[no-any-return]
-            model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
-        )
+        return _unfilled(model)
+    except RuntimeError:
+        # Some of timm's towers run a part of themselves to know its size.
+        kind.register_parameter = register
+        built = _unfilled(model)
+        for module in built.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                register(module, name, _of_no_memory(parameter))
+        return built
     finally:
         kind.register_parameter = register
+
+
+def _of_no_memory(parameter: "torch.nn.Parameter | None") -> "torch.nn.Parameter | None":
+    import torch
+
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().to("meta"))
+
+
+def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
+    """Build the module of a model's configuration, without its weights."""
+    import open_clip
+
+    on_no_device: Any = None
+    if model.spelling is Spelling.TRANSFORMERS:
+        return _built_by_config(model.config)
+    return open_clip.create_model(  # type: ignore[no-any-return]
+        model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
+    )
 
 
 def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.transformers_clip import check_config, check_size
 from slsgu_cli.clip import models
+from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import PREFERRED, fingerprint, input_spec, load, pick_device, resolve
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.sets import ModelSpec
@@ -508,3 +510,34 @@ def test_an_architecture_file_that_is_none_is_refused(tmp_path, source, text):
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(InputError, match=r"odd\.json is no architecture"):
         resolve(ModelSpec(str(tmp_path / "odd.json"), str(source / WEIGHTS)))
+
+
+def test_a_tower_that_runs_a_part_of_itself_when_it_is_built_is_known_by_its_header(folder):
+    from timm.layers import HybridEmbed
+    from timm.models import register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    def vit_test_hybrid(pretrained=False, **kwargs):
+        stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.BatchNorm2d(8))
+        embed = partial(HybridEmbed, backbone=stem, proj=False)
+        sizes = {
+            "img_size": 32,
+            "patch_size": 1,
+            "embed_dim": 8,
+            "depth": 1,
+            "num_heads": 1,
+            "num_classes": 0,
+        }
+        return VisionTransformer(embed_layer=embed, **sizes)
+
+    vit_test_hybrid.__module__ = "timm.models.vision_transformer"
+    register_model(vit_test_hybrid)
+    vision = {"timm_model_name": "vit_test_hybrid", "timm_proj": None, "image_size": 32}
+    reconfigure(folder, lambda content: content["model_cfg"].update(vision_cfg=vision))
+    built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in built.state_dict().items()}, folder / WEIGHTS)
+    found = resolve(local(folder))
+    shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    assert models.built_shapes(found) == shapes
+    assert all(value.is_meta for value in models._without_weights(found).parameters())
+    require_weights(found)
