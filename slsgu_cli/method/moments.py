@@ -262,7 +262,12 @@ class InputMoments(AppliedLayers):
             self.moments[name] = moment
 
     def _counted(self, x: Tensor, groups: int) -> Tensor:
-        """Return the inputs that count, (rows, inputs), or (groups, rows, inputs)."""
+        """Return the inputs that count, (rows, inputs), or (groups, rows, inputs).
+
+        Those of 16 bits come as fp32: as 16 bits, their sums are rounded, or not finite.
+        """
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
         if groups > 1:
             return x.transpose(0, 1)
         if self._valid is not None and x.shape[:-1] == self._valid.shape:

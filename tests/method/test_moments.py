@@ -480,3 +480,16 @@ def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
     product = moments.gram(x)
     assert torch.equal(product, product.T)
     torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_moments_of_a_model_in_16_bits_are_summed_in_more(kind):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).to(kind)
+    # Sums of their squares are beyond fp16's largest number.
+    x = (300 * torch.randn(64, 16)).to(kind)
+    seen = InputMoments(layers, ["1.weight"])
+    with torch.no_grad(), seen:
+        F.linear(x, layers[1].weight)
+    exact = x.double().T @ x.double() / len(x)
+    torch.testing.assert_close(seen.moments["1.weight"].mean(), exact, rtol=1e-5, atol=1e-2)
