@@ -284,23 +284,23 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError for SigLIP 2 as NaFlex, and for towers that are read in unknown ways."""
-    kind = str(config.get("model_type"))
+    kind, named = str(config.get("model_type")), kind_of(config)
     if kind == NAFLEX:
-        raise InputError(f"{folder} is a {kind_of(config)}, SigLIP 2 as NaFlex", hint=NAFLEX_HINT)
+        raise InputError(f"{folder} is a {named}, SigLIP 2 as NaFlex", hint=NAFLEX_HINT)
     vision = config.get("vision_config")
     tower = str(vision.get("model_type", "")) if isinstance(vision, dict) else ""
-    known = _is_llava(config) or kind == PALIGEMMA
-    if kind in (CLIP, SIGLIP):
+    if _is_llava(config) or kind == PALIGEMMA:
+        if tower and tower not in TOWERS:
+            raise InputError(
+                f"{folder} is a {named}, whose vision tower is a {tower}",
+                hint="edits go into towers of CLIP's and SigLIP's of a fixed size",
+            )
         return
-    if tower and known and tower not in TOWERS:
+    speaks = named.partition(" ")[0].endswith(("ForConditionalGeneration", "ForCausalLM"))
+    if speaks or (tower in TOWERS and kind not in (CLIP, SIGLIP)):
         raise InputError(
-            f"{folder} is a {kind_of(config)}, whose vision tower is a {tower}",
-            hint="edits go into towers of CLIP's and SigLIP's of a fixed size",
-        )
-    if tower in TOWERS and not known:
-        raise InputError(
-            f"{folder} is a {kind_of(config)}: it holds a {tower}, and slsgu does not know what "
-            "it reads of that",
+            f"{folder} is a {named}, and slsgu does not know what it reads of a CLIP or SigLIP, "
+            "if it has one",
             hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are known",
         )
 
@@ -399,15 +399,8 @@ def _towers(weight_sets: Sequence[WeightSet], tower: Tower) -> list[tuple[Weight
 
 def _pipeline(folder: Path) -> Target:
     index = read_config(folder / PIPELINE)
-    parts = {
-        name: str(value[1])
-        for name, value in sorted(index.items())
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None
-    }
-    kind = str(index.get("_class_name", ""))
-    models = {name: model for name, model in parts.items() if name.startswith("text_encoder")}
-    models |= {name: model for name, model in parts.items() if model.startswith("CLIPText")}
-    classes = {name: model for name, model in models.items() if model.startswith("CLIPText")}
+    kind, models = str(index.get("_class_name", "")), _text_models(index)
+    classes = [name for name, model in models.items() if model.startswith("CLIPText")]
     if not classes:
         reads = ", ".join(models.values()) or "nothing of CLIP's"
         raise InputError(
@@ -425,9 +418,9 @@ def _pipeline(folder: Path) -> Target:
         _require_towers(folder / name, sets[name], failed)
         weights, place = _towers(sets[name], Tower.TEXT)[0]
         depths[name] = weights.blocks(place)
-    family = _family(kind, next(iter(depths.values())))
+    family = _family(kind, depths[classes[0]])
     encoders, readers = [], []
-    for name, model in sorted(models.items()):
+    for name, model in models.items():
         if name not in classes:
             readers.append(PromptReader(name, _short(model), EVERY_TOKEN))
             continue
@@ -436,6 +429,20 @@ def _pipeline(folder: Path) -> Target:
         readers.append(PromptReader(name, _short(model), reads))
         encoders.append(Encoder(name, tuple(sets[name]), (text,)))
     return Target(folder, family, tuple(encoders), unread, tuple(readers))
+
+
+def _text_models(index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the classes of a pipeline's text encoders by their names, sorted."""
+    parts = {
+        name: str(value[1])
+        for name, value in sorted(index.items())
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
+    return {
+        name: model
+        for name, model in parts.items()
+        if name.startswith("text_encoder") or model.startswith("CLIPText")
+    }
 
 
 def _short(model: str) -> str:
@@ -530,7 +537,7 @@ def _require_towers(
     config: Mapping[str, Any] | None = None,
 ) -> None:
     if not weight_sets or not all(weights.towers for weights in weight_sets):
-        what = f", as a {kind_of(config)}" if config and "architectures" in config else ""
+        what = f": it is a {kind_of(config)}" if config and "architectures" in config else ""
         why = f": {next(iter(unread.values()))}" if unread else ""
         raise InputError(f"{place} holds no weights of a CLIP{what}{why}")
 
