@@ -362,8 +362,10 @@ def _relaid_copy(
         if (layout.weights in weights.files if layout.weights else plans.keys() & weights.files)
     }
     if len(edited) > 1:
-        hint = f"--encoder {' or '.join(edited)}"
-        raise UsageError(f"{layout.client} loads one encoder, and several are edited", hint=hint)
+        raise UsageError(
+            f"{layout.client} loads one encoder, and these edits are of {' and '.join(edited)}",
+            hint="write each by a command of its own, with the edits of it",
+        )
     (weights,) = edited.values()
 
     def current(key: str) -> Raw:

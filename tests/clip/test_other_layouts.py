@@ -389,6 +389,32 @@ def test_an_encoder_of_a_pipeline_is_written_for_comfyui(small, tmp_path):
     }
 
 
+def test_two_encoders_of_a_pipeline_are_two_files_for_comfyui(small, tmp_path):
+    config = json.loads((small / "open_clip_config.json").read_text())["model_cfg"]
+    states = [tiny_clip.fresh_model(config, seed).state_dict() for seed in (0, 1)]
+    encoders = {
+        name: ("CLIPTextModel", tiny_targets.tower(state, "text"))
+        for name, state in zip(("text_encoder", "text_encoder_2"), states, strict=True)
+    }
+    pipeline = tiny_targets.pipeline(tmp_path / "xl", "StableDiffusionXLPipeline", encoders)
+    told = json.dumps({"hidden_act": "quick_gelu", "num_attention_heads": 1})
+    store = Store(str(tmp_path / "store"))
+    layer = "transformer.resblocks.0.mlp.c_fc.weight"
+    for name, encoder, state in zip(("blue", "red"), encoders, states, strict=True):
+        (pipeline / encoder / "config.json").write_text(told)
+        before = state[layer].numpy()
+        write_edit(store, edit(layer, 0 * before + 0.1, before, name=name))
+    request = ApplyRequest(
+        names=["blue", "red"], target=pipeline, out=tmp_path / "te.safetensors", layout=COMFY
+    )
+    with pytest.raises(UsageError, match="these edits are of text_encoder and text_encoder_2"):
+        apply(store, request)
+    apply(store, replace(request, names=["red"]))
+    found = load_file(tmp_path / "te.safetensors")
+    key = "text_model.encoder.layers.0.mlp.fc1.weight"
+    torch.testing.assert_close(found[key], states[1][layer] + 0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
