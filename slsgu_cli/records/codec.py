@@ -168,7 +168,7 @@ def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
     """Return name and type of each field of a record, and whether it was `added`."""
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)
-    return tuple((field.name, hints[field.name], ADDED in field.metadata) for field in fields)
+    return tuple((f.name, hints[f.name], bool(f.metadata.get(ADDED))) for f in fields)
 
 
 def _checked(value: Any, *kinds: type) -> Any:
