@@ -169,9 +169,7 @@ def load(
     """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
     import open_clip
 
-    if model.spelling is Spelling.TRANSFORMERS:
-        return _load_transformers(model, device)
-    if not is_read_by_open_clip(model):
+    if model.spelling is Spelling.TRANSFORMERS or not is_read_by_open_clip(model):
         return _load_ourselves(model, device, warn)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
@@ -210,7 +208,7 @@ def is_read_by_open_clip(model: ResolvedModel) -> bool:
 def _load_ourselves(
     model: ResolvedModel, device: str, warn: Callable[[str], None] | None
 ) -> "torch.nn.Module":
-    """Build the module and read its weights from a file that open_clip cannot read."""
+    """Build the module and read its weights from files that open_clip cannot read."""
     with _quiet(), _explained(model):
         module, read = _built(model)
         if read is None:
@@ -485,18 +483,6 @@ def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
     words = {token: number for token, number in ours.items() if number < len(ours) - 2}
     if theirs is not None and any(theirs.get(word) != number for word, number in words.items()):
         raise InputError(f"{model.spec} has a tokenizer of its own, which slsgu cannot use")
-
-
-def _load_transformers(model: ResolvedModel, device: str) -> "torch.nn.Module":
-    """Build open_clip's module from a folder of transformers."""
-    import torch
-
-    weights = ClipWeights(model.weights.parent)
-    with _quiet(), _explained(model):
-        check_size(model.config, _nbytes(model))
-        module = _built_by_config(model.config)
-        module.load_state_dict({name: torch.tensor(weights.read(name)) for name in weights})
-    return module.float().to(device).eval().requires_grad_(True)
 
 
 def _nbytes(model: ResolvedModel) -> int:
