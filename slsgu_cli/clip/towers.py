@@ -245,6 +245,102 @@ class TimmVision(SplitTower):
         return _tensor(self.adapter(self.trunk.forward_head(self.trunk.norm(x))))
 
 
+class StagedVision(SplitTower):
+    """A vision tower that runs one part after another: a ResNet, or one of timm's in stages.
+
+    `parts` are the modules between `stem` and `end`, and `behind` the modules in `end`, by what
+    the names of their parameters begin with.
+    """
+
+    def __init__(
+        self,
+        stem: Callable[[Tensor], Tensor],
+        parts: Mapping[str, Any],
+        end: Callable[[Tensor], Tensor],
+        behind: Sequence[str],
+    ) -> None:
+        self.stem, self.end = stem, end
+        self.parts = list(parts.values())
+        self.depth = len(parts)
+        self._stages = {f"visual.{name}.": stage for stage, name in enumerate(parts)}
+        self._stages |= {f"visual.{name}.": self.depth for name in behind}
+
+    def stage_of(self, parameter: str) -> int:
+        """Return the first stage that `parameter` acts in."""
+        starts = (at for name, at in self._stages.items() if parameter.startswith(name))
+        return next(starts, EMBED)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return what leaves the stem."""
+        return _tensor(self.stem(inputs))
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one part."""
+        return _tensor(self.parts[index](x))
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Pool, normalise and project."""
+        return _tensor(self.end(x))
+
+
+# Of timm's towers: the parts before, in and behind the stages.
+_TIMM_STAGES = {
+    "ConvNeXt": ("stem", "stages", "norm_pre"),
+    "FastVit": ("stem", "stages", "final_conv"),
+    "SwinTransformer": ("patch_embed", "layers", "norm"),
+}
+# Of a stage, what comes before its blocks.
+_BEFORE_BLOCKS = ("downsample", "pos_emb")
+
+
+def _resnet(visual: Any) -> StagedVision:
+    parts = {
+        f"{layer}.{index}": block
+        for layer in ("layer1", "layer2", "layer3", "layer4")
+        for index, block in enumerate(getattr(visual, layer))
+    }
+    return StagedVision(visual.stem, parts, visual.attnpool, ("attnpool",))
+
+
+def _timm_stages(visual: Any) -> StagedVision:
+    trunk = visual.trunk
+    stem, stages, last = _TIMM_STAGES[_kind(trunk)]
+    parts: dict[str, Any] = {}
+    for index, stage in enumerate(getattr(trunk, stages)):
+        place = f"trunk.{stages}.{index}"
+        before = {f"{place}.{name}": getattr(stage, name, None) for name in _BEFORE_BLOCKS}
+        parts |= {name: part for name, part in before.items() if _runs(part)}
+        parts |= {f"{place}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
+
+    def end(x: Tensor) -> Tensor:
+        return _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
+
+    behind = (f"trunk.{last}", "trunk.head", "head")
+    return StagedVision(getattr(trunk, stem), parts, end, behind)
+
+
+def _relative_positions(visual: Any) -> StagedVision:
+    """Return timm's vision transformer with relative positions in each block."""
+    trunk = visual.trunk
+
+    def stem(inputs: Tensor) -> Tensor:
+        x = _tensor(trunk.patch_embed(inputs))
+        if trunk.cls_token is None:
+            return x
+        return torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
+
+    def end(x: Tensor) -> Tensor:
+        return _tensor(visual.head(trunk.forward_head(trunk.norm(x))))
+
+    parts = {f"trunk.blocks.{index}": block for index, block in enumerate(trunk.blocks)}
+    behind = ("trunk.norm", "trunk.fc_norm", "trunk.head", "head")
+    return StagedVision(stem, parts, end, behind)
+
+
+def _runs(module: Any) -> bool:
+    return module is not None and not isinstance(module, nn.Identity)
+
+
 class WholeTower(SplitTower):
     """A tower whose inside is unknown: every edit runs the whole of it again."""
 
@@ -293,14 +389,20 @@ def _in_shards(tower: SplitTower, model: Any) -> SplitTower:
 
 
 def _vision(model: Any) -> SplitTower:
-    visual = model.visual
+    visual, whole = model.visual, WholeTower(model.encode_image)
     kind = _kind(visual)
     if kind == "VisionTransformer" and _batch_first(visual.transformer):
         return OpenClipVision(visual)
-    trunk = getattr(visual, "trunk", None)
+    trunk: Any = getattr(visual, "trunk", None)
     if kind == "TimmModel" and _kind(trunk) in ("VisionTransformer", "Eva"):
         return TimmVision(visual)
-    return WholeTower(model.encode_image)
+    if kind == "ModifiedResNet":
+        return _resnet(visual)
+    if kind == "TimmModel" and _kind(trunk) in _TIMM_STAGES:
+        return _timm_stages(visual)
+    if kind == "TimmModel" and _kind(trunk) == "VisionTransformerRelPos":
+        return _relative_positions(visual) if trunk.shared_rel_pos is None else whole
+    return whole
 
 
 def _text(model: Any) -> SplitTower:

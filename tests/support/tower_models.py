@@ -1,8 +1,11 @@
 """Untrained models of every tower family that the package knows."""
 
+import functools
 import json
 
 import open_clip
+import pytest
+import timm
 import torch
 
 VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
@@ -44,10 +47,30 @@ CONFIGS = {
     },
     "resnet": {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        "vision_cfg": {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16, "patch_size": None},
         "text_cfg": TEXT,
     },
 }  # fmt: skip
+# What makes towers of timm's small that have no small ones.
+SMALL = {
+    "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)},
+    "fastvit_mci0": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "embed_dim": 16, "depths": (2, 2),
+                                     "num_heads": (2, 2), "window_size": 4},
+    "vit_relpos_small_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 2},
+}  # fmt: skip
+CONFIGS |= {
+    name.partition("_")[0] if "relpos" not in name else "relpos": {
+        "embed_dim": 16,
+        "vision_cfg": {"timm_model_name": name, "timm_model_pretrained": False, "image_size": 64},
+        "text_cfg": TEXT,
+    }
+    for name in SMALL
+}
+
+
+def _small(create, name, **arguments):
+    return create(name, **arguments, **SMALL.get(name, {}))
 
 
 def make(kind, folder):
@@ -56,8 +79,10 @@ def make(kind, folder):
     path.write_text(json.dumps(CONFIGS[kind]))
     open_clip.add_model_config(path)
     torch.manual_seed(0)
-    built = open_clip.create_model(path.stem).eval()
-    if isinstance(built.visual, open_clip.timm_model.TimmModel):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", functools.partial(_small, timm.create_model))
+        built = open_clip.create_model(path.stem).eval()
+    if isinstance(built.visual, open_clip.timm_model.TimmModel) and kind in ("siglip-like", "eva"):
         # timm's models are made for larger images, whatever the configuration says.
         built.visual.trunk.set_input_size(built.visual.image_size)
     for name, parameter in built.named_parameters():
