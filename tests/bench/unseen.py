@@ -176,9 +176,12 @@ def main() -> None:
                 continue
             rows.append(Row(name, kind, way, header, seconds))
             show(rows[-1])
-    print("\nway\tconcepts\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
+    print("\nway\tconcepts\tof\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
     for way in options.ways:
-        summarise(way, [row for row in rows if row.way == way])
+        searches = [row for row in rows if row.way == way]
+        for kind in sorted(set(concepts.values())):
+            summarise(f"{way}, {kind}", [row for row in searches if row.kind == kind])
+        summarise(way, searches)
     for stage, seconds in {
         "build-sets, grad and rank": preparing,
         **{f"search, {way}": [r.seconds for r in rows if r.way == way] for way in options.ways},
@@ -197,11 +200,11 @@ def show(row: Row) -> None:
     print("\t".join([*words, worst, f"{row.seconds:.1f}"]), flush=True)
 
 
-def summarise(way: str, rows: list[Row]) -> None:
-    """Print the mean and the worst of each figure over all concepts."""
+def summarise(label: str, rows: list[Row]) -> None:
+    """Print of how many images figures are, and the mean and the worst of each over concepts."""
     if not rows:
         return
-    words = [way, str(len(rows))]
+    words = [label, str(len(rows)), str(sum(row.header.forget.rows for row in rows))]
     for values in zip(*(row.figures for row in rows), strict=True):
         words += [f"{sum(values) / len(values):.2f}", f"{max(values):.2f}"]
     print("\t".join([*words, f"{sum(row.seconds for row in rows) / len(rows):.1f}"]))
