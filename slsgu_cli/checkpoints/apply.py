@@ -495,9 +495,9 @@ def plan_target(
                 _require_earlier(target, below, edits, options)
     for path, layers in new.lacking.items():
         progress.warn(f"{path} has no {' or '.join(layers)} and is copied without the edit")
-    told = prompt_note(str(target.path), target.readers_beside(new.encoders))
-    if told and not options.revert:
-        progress.note(told)
+    note = prompt_note(str(target.path), target.readers_beside(new.encoders))
+    if note and not options.revert:
+        progress.note(note)
     return new.plans(), new.encoders
 
 

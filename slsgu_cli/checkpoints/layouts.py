@@ -385,33 +385,33 @@ class Relaid:
         """Return the tensors of the file. Raises InputError where some have no place in it."""
         pieces: dict[str, list[tuple[TensorPlace, tuple[TensorPlace, ...]]]] = {}
         used: set[str] = set()
-        for name, (here, there) in self._both_places().items():
-            if not self.weights.holds(here):
+        for name, (sources, places) in self._both_places().items():
+            if not self.weights.holds(sources):
                 if name in self.optional:
                     continue
                 raise InputError(f"{self.weights.path} holds no {name}, which its layout must have")
-            used |= {place.key for place in here}
-            for place in there:
-                pieces.setdefault(place.key, []).append((place, here))
+            used |= {place.key for place in sources}
+            for place in places:
+                pieces.setdefault(place.key, []).append((place, sources))
         self._require_all(used)
         return [self._tensor(key, parts) for key, parts in pieces.items()]
 
     def _both_places(self) -> dict[str, tuple[tuple[TensorPlace, ...], tuple[TensorPlace, ...]]]:
         """Return where each tensor lies and where it goes, by open_clip's name for it."""
         both = {}
-        for there in self.towers:
-            here = self.weights.tower(there.tower)
-            for name in names(there.tower, self.weights.blocks(here), self.names):
-                both[name] = tensor_places(name, here), tensor_places(name, there)
+        for tower in self.towers:
+            source = self.weights.tower(tower.tower)
+            for name in names(tower.tower, self.weights.blocks(source), self.names):
+                both[name] = tensor_places(name, source), tensor_places(name, tower)
         if len(self.towers) == len(Tower):
-            keys = {canonical_name(key): key for key in self.weights.owners}
+            keys = {canonical_name(stored): stored for stored in self.weights.owners}
             for name in SCALES[self.names]:
                 # A file may hold it as a number, or as a list of one.
-                here_key = keys.get(name, name)
-                known = here_key in self.weights.owners
-                axes = len(self.weights.shape((TensorPlace(here_key),))) if known else 0
-                there_place = SCALES[self.towers[0].spelling].get(name, TensorPlace(name))
-                both[name] = ((TensorPlace(here_key, lead=-axes),), (there_place,))
+                key = keys.get(name, name)
+                known = key in self.weights.owners
+                axes = len(self.weights.shape((TensorPlace(key),))) if known else 0
+                place = SCALES[self.towers[0].spelling].get(name, TensorPlace(name))
+                both[name] = ((TensorPlace(key, lead=-axes),), (place,))
         return both
 
     def _require_all(self, used: set[str]) -> None:
@@ -434,8 +434,8 @@ class Relaid:
         ordered = sorted(parts, key=lambda part: part[0].within or 0)
         entries = [
             self.weights.files[self.weights.owners[place.key]].entry(place.key)
-            for _, here in ordered
-            for place in here
+            for _, sources in ordered
+            for place in sources
         ]
         formats = sorted({entry.dtype for entry in entries})
         if len(formats) > 1:
@@ -445,15 +445,17 @@ class Relaid:
                 hint="save the model again in one precision",
             )
         shapes = [
-            place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(here))).shape
-            for place, here in ordered
+            place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(sources))).shape
+            for place, sources in ordered
         ]
         shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if shapes[0] else ()
 
         def values() -> Raw:
             layers = [
-                place.from_layer(assembled(here, {one.key: self.current(one.key) for one in here}))
-                for place, here in ordered
+                place.from_layer(
+                    assembled(sources, {each.key: self.current(each.key) for each in sources})
+                )
+                for place, sources in ordered
             ]
             return layers[0] if len(layers) == 1 else np.concatenate(layers)
 

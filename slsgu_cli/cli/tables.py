@@ -133,8 +133,8 @@ def ranking(
         console.note(f"{len(left_out)} layers are on no front; -v shows them too")
     for reason, count in sorted(Counter(ranked.unreached.values()).items()):
         console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
-    if told := prompt_note(str(ranked.target), ranked.readers):
-        console.note(told)
+    if note := prompt_note(str(ranked.target), ranked.readers):
+        console.note(note)
     console.paths("plots", plots)
 
 

@@ -221,11 +221,12 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
     written, lacks = written_config(config)
     processor, other = written_preprocess(config, model.preprocess)
     if lacks or other:
-        said = [f"{field} {value}" for field, value in lacks.items()] + ([other] if other else [])
-        said[3:] = [f"{len(said) - 3} more"] if len(said) > 3 else []
+        reasons = [f"{field} {value}" for field, value in lacks.items()]
+        reasons += [other] if other else []
+        reasons[3:] = [f"{len(reasons) - 3} more"] if len(reasons) > 3 else []
         raise InputError(
             f"{model.spec} cannot be written for transformers, where its {family.name} has no "
-            f"place for {'; '.join(said)}",
+            f"place for {'; '.join(reasons)}",
             hint="without --format, it is written as open_clip loads it",
         )
     texts = {CONFIG: _json(written), PREPROCESSOR: _json(processor)}
@@ -242,10 +243,10 @@ def clip_tokenizer(context_length: int) -> dict[str, str]:
     """Return CLIP's own tokenizer, which is part of open_clip, as files that transformers reads."""
     import open_clip
 
-    own = open_clip.SimpleTokenizer()
-    words = list(own.encoder)[: -len((START, END))]
+    tokenizer = open_clip.SimpleTokenizer()
+    words = list(tokenizer.encoder)[: -len((START, END))]
     tokens = {word: number for number, word in enumerate([*words, START, END])}
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in own.bpe_ranks)]
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
     config = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": context_length,
         "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
@@ -377,9 +378,9 @@ def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | Non
     name, act = COMFY_TOWERS[sizes]
     vocabulary, width = shape("token_embedding.weight")
     positions, projection = shape("positional_embedding")[0], shape(PROJECTION)
-    own, heads, other = _text_of(weights, model)
+    activation, heads, other = _text_of(weights, model)
     reasons = {
-        f"its MLPs have {own}, and those of {name} {act}": own != act,
+        f"its MLPs have {activation}, and those of {name} {act}": activation != act,
         f"it has {heads} heads": heads != width // COMFY_HEAD_WIDTH,
         f"it has {vocabulary} tokens": vocabulary != CLIP_TEXT["vocab_size"],
         f"it has {positions} positions": positions != CLIP_TEXT["max_position_embeddings"],

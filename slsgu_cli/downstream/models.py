@@ -138,8 +138,8 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
 
 def tell_of_readers(target: Path, edited: Collection[str]) -> None:
     """Tell what reads the prompts of a pipeline beside its `edited` encoders."""
-    if told := prompt_note(str(target), read_target(target).readers_beside(edited)):
-        progress.note(told)
+    if note := prompt_note(str(target), read_target(target).readers_beside(edited)):
+        progress.note(note)
 
 
 def edited_names(live: Sequence[LiveEncoder], values: Sequence[Mapping[str, Tensor]]) -> list[str]:

@@ -154,8 +154,8 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     store.require_writable(Artifact.TRIALS.path(name))
     options = _resolved(options, ranking)
     layers = _layers(store, ranking, options)
-    if told := prompt_note(str(ranking.target), ranking.readers):
-        progress.note(told)
+    if note := prompt_note(str(ranking.target), ranking.readers):
+        progress.note(note)
     moments = None
     if options.moves.whitens:
         names = [score.layer for score in layers]

@@ -245,7 +245,7 @@ def resolved(folder, config):
         ("siglip-like", "init_logit_bias True"),
         ("eva", "vision_cfg.timm_model_name 'eva02_tiny"),
         ("coca", "vision_cfg.attentional_pool True"),
-        ("resnet", r"vision_cfg.layers \[1, 1, 1, 1\]"),
+        ("resnet", r"vision_cfg.layers \[1, 2, 1, 1\]"),
     ],
 )
 def test_what_transformers_cannot_hold_is_refused_by_its_name(tmp_path, siglip, kind, field):
