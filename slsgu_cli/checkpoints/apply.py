@@ -24,7 +24,7 @@ from slsgu_cli.checkpoints.edits import (
 from slsgu_cli.checkpoints.layers import Spelling, TensorPlace, TowerPlace, tensor_places
 from slsgu_cli.checkpoints.layouts import (
     SUFFIXES,
-    Relaid,
+    Conversion,
     WeightSet,
     copy_spliced,
     open_weights,
@@ -266,7 +266,7 @@ def apply_edits(
     scaled = [strength_of(edit, options) for edit in edits]
     plans, encoders = plan_target(scaled, target, options, earlier)
     if layout is not None:
-        copy = _relaid_copy(target, out, plans, layout, options)
+        copy = _converted_copy(target, out, plans, layout, options)
     elif target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
     else:
@@ -347,7 +347,7 @@ def _file_copy(
     return CopyPlan(out, {**beside, name: weights}, {name: plan}, {OPEN_CLIP: text})
 
 
-def _relaid_copy(
+def _converted_copy(
     target: Target,
     out: Path,
     plans: Mapping[Path, FilePlan],
@@ -373,14 +373,14 @@ def _relaid_copy(
         new = plans[path].values if path in plans else {}
         return new[key] if key in new else weights.files[path].stored(key)
 
-    relaid = Relaid(weights, layout.names, layout.towers, current, layout.optional)
+    conversion = Conversion(weights, layout.names, layout.towers, current, layout.optional)
     changes = [change for path in weights.files if path in plans for change in plans[path].changes]
     return CopyPlan(
         out,
         dict(layout.files),
         {layout.file: FilePlan([], tuple(changes))},
         dict(layout.texts),
-        {layout.file: relaid.tensors()},
+        {layout.file: conversion.tensors()},
         layout.client,
     )
 
@@ -485,7 +485,8 @@ def plan_target(
     """
     new = _NewValues()
     for layer, of_layer in by_layer([*edits, *earlier]).items():
-        for part in _by_encoder(target, layer, of_layer, options):
+        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
+        for part in by_encoder(of_layer, holding, force=options.force):
             group = [edit for edit in part if edit not in earlier]
             below = [edit for edit in part if edit in earlier]
             if group:
@@ -499,21 +500,6 @@ def plan_target(
     if note and not options.revert:
         progress.note(note)
     return new.plans(), new.encoders
-
-
-def _by_encoder(
-    target: Target, layer: str, edits: Sequence[Edit], options: ApplyOptions
-) -> list[list[Edit]]:
-    """Return edits of a layer that several encoders have, those of different ones apart."""
-    holding = [one for one in target.chosen(options.encoder) if copies_of(one, layer)]
-    if len(holding) < 2:
-        return [[*edits]]
-    if not options.force:
-        return by_origin(edits)
-    by_shape: dict[tuple[int, ...], list[Edit]] = {}
-    for edit in edits:
-        by_shape.setdefault(edit.delta().shape, []).append(edit)
-    return [*by_shape.values()]
 
 
 def _planned_in_one(
@@ -684,6 +670,23 @@ def copies_of(encoder: Encoder, layer: str) -> Copies:
         for tower_place in encoder.towers(weights)
         if weights.holds(places := tensor_places(layer, tower_place))
     ]
+
+
+def by_encoder(
+    edits: Sequence[Edit], holding: Sequence[Copies], *, force: bool = False
+) -> list[list[Edit]]:
+    """Return edits of a layer, those of different encoders apart where several hold it.
+
+    `holding` is where each encoder has the layer. With `force`, shapes alone tell encoders apart.
+    """
+    if sum(map(bool, holding)) < 2:
+        return [[*edits]]
+    if not force:
+        return by_origin(edits)
+    by_shape: dict[tuple[int, ...], list[Edit]] = {}
+    for edit in edits:
+        by_shape.setdefault(edit.delta().shape, []).append(edit)
+    return [*by_shape.values()]
 
 
 def _tell_of_others(target: Target, plans: Mapping[Path, FilePlan], options: ApplyOptions) -> None:

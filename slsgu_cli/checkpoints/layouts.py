@@ -367,8 +367,8 @@ _NOT_TEXT = re.compile(r"(.*\.)?(visual|vision_model|visual_projection|logit_sca
 
 
 @dataclass(frozen=True, slots=True)
-class Relaid:
-    """A model's weights as another layout has them, to be written into one file.
+class Conversion:
+    """A model's weights brought into another layout, to be written into one file.
 
     `names` is whose names list its tensors, and `towers` where each tower goes; one that has no
     place there is left out. `current` reads a stored tensor with the edits in it. A layer of

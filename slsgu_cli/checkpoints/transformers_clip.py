@@ -201,8 +201,8 @@ class Family:
     `text` and `vision` are what transformers takes where a configuration is silent, and
     `preprocess` what it does to images; with `crops` it cuts out their middle. `fits` tells of
     fields whether open_clip can have their values, and `model_cfg` gets the configuration with
-    its parts `text` and `vision` filled up. `written` is the way back: a configuration of a
-    model_cfg. `names` says by whose names its tensors are listed.
+    its parts `text` and `vision` filled up. `for_transformers` is the way back: a
+    configuration of a model_cfg. `names` says by whose names its tensors are listed.
     """
 
     name: str
@@ -212,7 +212,7 @@ class Family:
     crops: bool
     fits: Callable[[Part, Part], dict[str, bool]]
     model_cfg: Callable[[Part, Part, Part], Part]
-    written: Callable[[Part], Part]
+    for_transformers: Callable[[Part], Part]
     names: Spelling = Spelling.TRANSFORMERS
     image_processor: str = "CLIPImageProcessor"
     processor: str = "CLIPProcessor"
@@ -271,13 +271,13 @@ def _text_sizes(text: Part) -> Part:
     return sizes | {"mlp_ratio": _mlp_ratio(text)}
 
 
-def _written_vision(vision: Part) -> Part:
+def _vision_for_transformers(vision: Part) -> Part:
     heads = vision["width"] // vision["head_width"]
     sizes = {theirs: vision[ours] for ours, theirs in _VISION.items()}
     return sizes | {"num_attention_heads": heads, "intermediate_size": _mlp_size(vision)}
 
 
-def _written_text(text: Part) -> Part:
+def _text_for_transformers(text: Part) -> Part:
     sizes = {theirs: text[ours] for ours, theirs in _TEXT.items()}
     return sizes | {"intermediate_size": _mlp_size(text)}
 
@@ -286,30 +286,30 @@ def _mlp_size(part: Part) -> int:
     return int(part["width"] * part["mlp_ratio"])
 
 
-def _written_clip(model: Part) -> Part:
+def _clip_for_transformers(model: Part) -> Part:
     act = {"hidden_act": "quick_gelu" if model["quick_gelu"] else "gelu"}
     size = {"projection_dim": model["embed_dim"]}
     ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
     return size | {
-        "text_config": _written_text(model["text_cfg"]) | act | size | ends,
-        "vision_config": _written_vision(model["vision_cfg"]) | act | size,
+        "text_config": _text_for_transformers(model["text_cfg"]) | act | size | ends,
+        "vision_config": _vision_for_transformers(model["vision_cfg"]) | act | size,
     }
 
 
-def _written_metaclip(model: Part) -> Part:
-    plain = _written_clip(model)
+def _metaclip_for_transformers(model: Part) -> Part:
+    plain = _clip_for_transformers(model)
     ends = {"bos_token_id": 0, "eos_token_id": model["text_cfg"]["eos_id"]}
     return plain | {"text_config": plain["text_config"] | ends}
 
 
-def _written_siglip(model: Part) -> Part:
+def _siglip_for_transformers(model: Part) -> Part:
     text, vision = model["text_cfg"], model["vision_cfg"]
     eps = {"layer_norm_eps": text["norm_kwargs"].get("eps", 1e-5)}
     ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     act, size = {"hidden_act": _act(text)}, {"projection_size": model["embed_dim"]}
     return {
-        "text_config": _written_text(text) | act | eps | size | ends,
-        "vision_config": _written_vision(vision) | {"hidden_act": _act(vision)},
+        "text_config": _text_for_transformers(text) | act | eps | size | ends,
+        "vision_config": _vision_for_transformers(vision) | {"hidden_act": _act(vision)},
     }
 
 
@@ -386,11 +386,11 @@ SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mo
 # By what transformers calls the type of a model.
 FAMILIES = {
     CLIP: Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True,
-                 _clip_fits, _clip_config, _written_clip),
+                 _clip_fits, _clip_config, _clip_for_transformers),
     METACLIP: Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
-                     _metaclip_fits, _metaclip_config, _written_metaclip),
+                     _metaclip_fits, _metaclip_config, _metaclip_for_transformers),
     SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
-                   _siglip_fits, _siglip_config, _written_siglip,
+                   _siglip_fits, _siglip_config, _siglip_for_transformers,
                    Spelling.SIGLIP, "SiglipImageProcessor", "SiglipProcessor"),
 }  # fmt: skip
 KNOWN = ", ".join(family.name for family in FAMILIES.values())
@@ -435,7 +435,7 @@ _NOT_BUILT = {
 _TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 
 
-def written_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]:
+def transformers_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]:
     """Return the configuration of transformers for a model_cfg, and what of it that lacks.
 
     What it lacks is told by field. A tower of timm's has its sizes in place of its name.
@@ -446,14 +446,14 @@ def written_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]:
     odd = {name: f"{size!r}" for name, size in sizes.items() if type(size) is not int or size < 1}
     if odd:
         return {}, odd
-    made = family.written(full)
+    made = family.for_transformers(full)
     text, vision = family.text | made["text_config"], family.vision | made["vision_config"]
     fits = family.fits(text, vision)
-    wanted, there = _flat(full, kind), _flat(_filled(family.model_cfg(made, text, vision)), kind)
+    built, rebuilt = _flat(full, kind), _flat(_filled(family.model_cfg(made, text, vision)), kind)
     other = {
-        name: f"{wanted.get(name)!r} (a {family.name} has {there.get(name)!r})"
-        for name in sorted(wanted.keys() | there.keys())
-        if wanted.get(name) != there.get(name)
+        name: f"{built.get(name)!r} (a {family.name} has {rebuilt.get(name)!r})"
+        for name in sorted(built.keys() | rebuilt.keys())
+        if built.get(name) != rebuilt.get(name)
     }
     unfit = {name: "another than open_clip's" for name, is_fit in fits.items() if not is_fit}
     whole = {"architectures": [family.name], "model_type": kind, "initializer_factor": 1.0}
@@ -523,7 +523,7 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def written_preprocess(
+def transformers_preprocess(
     model: Mapping[str, Any], preprocess: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """Return transformers' image processor for a preprocess_cfg, and what of it that lacks."""

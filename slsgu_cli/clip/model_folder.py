@@ -24,11 +24,12 @@ from slsgu_cli.checkpoints.transformers_clip import (
     CLIP_TEXT,
     FAMILIES,
     FETCH_ERRORS,
+    GELU,
     HUB,
     PREPROCESSOR,
     family_of,
-    written_config,
-    written_preprocess,
+    transformers_config,
+    transformers_preprocess,
 )
 from slsgu_cli.clip.models import (
     TOKENIZER_CONFIG,
@@ -218,8 +219,8 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
         rest = {k: v for k, v in config["vision_cfg"].items() if k != "timm_model_name"}
         config = config | {"vision_cfg": rest | (trunk_sizes(trunk) or config["vision_cfg"])}
     family = FAMILIES[family_of(config)]
-    written, lacks = written_config(config)
-    processor, other = written_preprocess(config, model.preprocess)
+    made, lacks = transformers_config(config)
+    processor, other = transformers_preprocess(config, model.preprocess)
     if lacks or other:
         reasons = [f"{field} {value}" for field, value in lacks.items()]
         reasons += [other] if other else []
@@ -229,12 +230,11 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
             f"place for {'; '.join(reasons)}",
             hint="without --format, it is written as open_clip loads it",
         )
-    texts = {CONFIG: _json(written), PREPROCESSOR: _json(processor)}
+    texts = {CONFIG: _json(made), PREPROCESSOR: _json(processor)}
     if hub_tokenizer(model) is None:
         texts |= clip_tokenizer(config["text_cfg"].get("context_length", 77))
     prefixes = {Tower.TEXT: "text_model.", Tower.VISION: "vision_model."}
-    spelling = Spelling.SIGLIP if family.names is Spelling.SIGLIP else Spelling.TRANSFORMERS
-    towers = tuple(TowerPlace(tower, spelling, prefixes[tower]) for tower in Tower)
+    towers = tuple(TowerPlace(tower, family.names, prefixes[tower]) for tower in Tower)
     files = tokenizer_files(model, scratch)
     return OtherLayout("transformers", WEIGHTS, family.names, towers, files=files, texts=texts)
 
@@ -300,7 +300,7 @@ def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
                 "image_size": vision["image_size"], "timm_model_name": name,
                 "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none",
             }  # fmt: skip
-    act = "tanh's approximation of GELU" if wanted["act_kwargs"] != EXACT else "exact GELU"
+    act = "tanh's approximation of GELU" if wanted["act_kwargs"] != GELU["gelu"] else "exact GELU"
     raise InputError(
         f"{model.spec} cannot be written for open_clip, which builds SigLIP's vision tower by "
         f"timm's names: none is of {wanted['layers']} blocks {wanted['width']} wide for images "
@@ -309,8 +309,7 @@ def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
     )
 
 
-EXACT = {"approximate": "none"}
-_ACTS = {"GELU": EXACT, "GELUTanh": {"approximate": "tanh"}}
+_ACTS = {"GELU": GELU["gelu"], "GELUTanh": GELU["gelu_pytorch_tanh"]}
 
 
 def trunk_sizes(trunk: Any) -> dict[str, Any] | None:
@@ -397,11 +396,11 @@ def _text_of(weights: WeightSet, model: ResolvedModel | None) -> tuple[str, int,
         config: dict[str, Any] = {**CLIP_TEXT, **_config_of(beside)}
         return str(config["hidden_act"]), int(config["num_attention_heads"]), []
     config = model.config | {"vision_cfg": {}, "init_logit_bias": None}
-    written, lacks = written_config(config)
+    made, lacks = transformers_config(config)
     other = [f"{field} {value}" for field, value in lacks.items() if field.startswith("text_cfg")]
     if family_of(config) != CLIP:
         other += ["another end of text"]
-    text = written.get("text_config", CLIP_TEXT)
+    text = made.get("text_config", CLIP_TEXT)
     return text["hidden_act"], text["num_attention_heads"], other
 
 

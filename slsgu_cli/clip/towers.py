@@ -221,7 +221,7 @@ class TimmVision(SplitTower):
     def __init__(self, visual: Any) -> None:
         self.trunk = visual.trunk
         self.blocks = self.trunk.blocks
-        self.adapter = visual.head
+        self.end = _timm_end(visual, "norm")
         self.depth = len(self.blocks)
         self.rope: Tensor | None = None
 
@@ -242,7 +242,7 @@ class TimmVision(SplitTower):
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise, pool and project."""
-        return _tensor(self.adapter(self.trunk.forward_head(self.trunk.norm(x))))
+        return self.end(x)
 
 
 class StagedVision(SplitTower):
@@ -312,11 +312,8 @@ def _timm_stages(visual: Any) -> StagedVision:
         parts |= {name: part for name, part in before.items() if _runs(part)}
         parts |= {f"{place}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
 
-    def end(x: Tensor) -> Tensor:
-        return _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
-
     behind = (f"trunk.{last}", "trunk.head", "head")
-    return StagedVision(getattr(trunk, stem), parts, end, behind)
+    return StagedVision(getattr(trunk, stem), parts, _timm_end(visual, last), behind)
 
 
 def _relative_positions(visual: Any) -> StagedVision:
@@ -329,12 +326,15 @@ def _relative_positions(visual: Any) -> StagedVision:
             return x
         return torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
 
-    def end(x: Tensor) -> Tensor:
-        return _tensor(visual.head(trunk.forward_head(trunk.norm(x))))
-
     parts = {f"trunk.blocks.{index}": block for index, block in enumerate(trunk.blocks)}
     behind = ("trunk.norm", "trunk.fc_norm", "trunk.head", "head")
-    return StagedVision(stem, parts, end, behind)
+    return StagedVision(stem, parts, _timm_end(visual, "norm"), behind)
+
+
+def _timm_end(visual: Any, last: str) -> Callable[[Tensor], Tensor]:
+    """Return what pools and projects behind the `last` part of a tower of timm's."""
+    trunk = visual.trunk
+    return lambda x: _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
 
 
 def _runs(module: Any) -> bool:

@@ -33,10 +33,8 @@ from slsgu_cli.downstream.models import (
     Llava,
     Pipeline,
     Question,
-    edited_names,
     folder_fingerprint,
     new_values,
-    tell_of_readers,
     unfinished,
 )
 from slsgu_cli.errors import InputError, MissingError, UsageError
@@ -256,7 +254,7 @@ def before_and_after(
     made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.paint]
     output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
-    tell_of_readers(request.target, edited_names(pipe.encoders, values))
+    pipe.tell_of_edited(values)
     made = {}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, names in files.items():

@@ -21,11 +21,9 @@ from slsgu_cli.clip.zeroshot import PromptSide, counted_by, naming_layers, requi
 from slsgu_cli.downstream.models import (
     ImageJob,
     Pipeline,
-    edited_names,
     folder_fingerprint,
     new_values,
     require_family,
-    tell_of_readers,
     unfinished,
 )
 from slsgu_cli.errors import UsageError
@@ -418,7 +416,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     if missing:
         pipe = Pipeline.load(request.target, device=request.device)
         values = new_values(pipe.encoders, edits)
-        tell_of_readers(request.target, edited_names(pipe.encoders, values))
+        pipe.tell_of_edited(values)
         left = sum(map(len, missing))
         with progress.bar("generating", left) as ticker, pipe.edited(values):
             for rows in missing:

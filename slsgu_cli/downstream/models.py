@@ -136,15 +136,10 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
     )
 
 
-def tell_of_readers(target: Path, edited: Collection[str]) -> None:
+def tell_of_readers(target: Target, edited: Collection[str]) -> None:
     """Tell what reads the prompts of a pipeline beside its `edited` encoders."""
-    if note := prompt_note(str(target), read_target(target).readers_beside(edited)):
+    if note := prompt_note(str(target.path), target.readers_beside(edited)):
         progress.note(note)
-
-
-def edited_names(live: Sequence[LiveEncoder], values: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """Return the names of the encoders of which layers have other values."""
-    return [one.encoder.name for one, new in zip(live, values, strict=True) if new]
 
 
 INSTALL = "pip install 'slsgu[targets]'"
@@ -249,6 +244,7 @@ class Pipeline:
     pipeline: Any
     encoders: tuple[LiveEncoder, ...]
     device: str
+    target: Target
 
     @classmethod
     def load(cls, path: Path, *, device: str = "auto") -> "Pipeline":
@@ -267,7 +263,16 @@ class Pipeline:
             LiveEncoder.find(getattr(pipeline, encoder.name), encoder)
             for encoder in target.encoders
         )
-        return cls(pipeline, encoders, device)
+        return cls(pipeline, encoders, device, target)
+
+    def edited_names(self, values: Sequence[Mapping[str, Tensor]]) -> list[str]:
+        """Return the names of the encoders of which layers have other values."""
+        pairs = zip(self.encoders, values, strict=True)
+        return [live.encoder.name for live, new in pairs if new]
+
+    def tell_of_edited(self, values: Sequence[Mapping[str, Tensor]]) -> None:
+        """Tell what reads prompts beside the encoders of which layers have other values."""
+        tell_of_readers(self.target, self.edited_names(values))
 
     @contextmanager
     def edited(self, values: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:

@@ -211,10 +211,10 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
         What moves is its CLIP that has layers of these `shapes`. Raises InputError where none
         has, and UsageError where it must be named.
         """
-        target, device = options.target, options.device
-        name = fitting_encoder(read_target(target), shapes, options.encoder).name
+        target, device = read_target(options.target), options.device
+        name = fitting_encoder(target, shapes, options.encoder).name
         tell_of_readers(target, [name])
-        pipe = Pipeline.load(target, device=device)
+        pipe = Pipeline.load(options.target, device=device)
         searched = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
         )

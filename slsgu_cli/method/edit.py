@@ -16,7 +16,9 @@ import numpy as np
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import (
     AppliedResult,
+    Copies,
     apply_edits,
+    by_encoder,
     copies_of,
     copy_model,
     require_distinct,
@@ -24,7 +26,6 @@ from slsgu_cli.checkpoints.apply import (
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
-    by_origin,
     earlier_edits,
     load_edit,
     load_edits,
@@ -427,24 +428,25 @@ def find_edits(
     edits += earlier_edits(store, edits)
     target = read_target(model)
     found: list[FoundEdit] = []
-    parts = [
-        (layer, group, holding)
-        for layer, edits_of in by_layer(edits).items()
-        if (holding := [copies_of(one, layer) for one in target.chosen(options.encoder)])
-        for group in (by_origin(edits_of) if sum(map(bool, holding)) > 1 else [edits_of])
-    ]
-    for layer, group, holding in parts:
-        shape = original_values(group).shape
-        fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
-        by_encoder = [
-            [one for weights, places in copies for one in _found_in(weights, places, group)]
-            for copies in fit or holding
-        ]
-        known = [rows for rows in by_encoder if any(r.presence is not Presence.OTHER for r in rows)]
-        found += [one for rows in known or by_encoder for one in rows]
+    for layer, edits_of in by_layer(edits).items():
+        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
         if not any(holding):
             raise InputError(f"{model} holds no layer {layer}")
+        for group in by_encoder(edits_of, holding):
+            found += _found_among(holding, group)
     return found
+
+
+def _found_among(holding: Sequence[Copies], group: Sequence[Edit]) -> list[FoundEdit]:
+    """Return what encoders that hold a layer have of its edits, those of other weights left out."""
+    shape = original_values(group).shape
+    fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
+    of_encoders = [
+        [one for weights, places in copies for one in _found_in(weights, places, group)]
+        for copies in fit or holding
+    ]
+    known = [rows for rows in of_encoders if any(r.presence is not Presence.OTHER for r in rows)]
+    return [one for rows in known or of_encoders for one in rows]
 
 
 def _found_in(

@@ -81,7 +81,7 @@ class DataBlock:
     @property
     def chunk_rows(self) -> int:
         """How many images lie together; ranges that begin at multiples of it read fastest."""
-        return int(self._array("images").chunks[0])
+        return int(self._arrays["images"].chunks[0])
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -96,14 +96,14 @@ class DataBlock:
     def images(self, start: int, stop: int) -> Pixels:
         """Return rows `start` to `stop` as uint8 (rows, height, width, 3)."""
         with _undamaged(self.where):
-            return np.asarray(self._array("images")[start:stop])
+            return np.asarray(self._arrays["images"][start:stop])
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
         """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3)."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
             raise IndexError(f"rows go from 0 to {self.rows - 1}")
-        images, size = self._array("images"), self.chunk_rows
+        images, size = self._arrays["images"], self.chunk_rows
         pixels = np.empty((len(wanted), *images.shape[1:]), dtype=np.uint8)
         for chunk in np.unique(wanted // size):
             there = wanted // size == chunk
@@ -151,7 +151,7 @@ class DataBlock:
         Raises InputError where one is damaged, or the rows are not those of the fingerprint.
         """
         with _undamaged(self.where):
-            images = self._array("images")
+            images = self._arrays["images"]
             content = hashlib.sha256(repr(images.shape[1:3]).encode())
             for start in range(0, self.rows, self.chunk_rows):
                 for image in self.images(start, start + self.chunk_rows):
@@ -166,10 +166,7 @@ class DataBlock:
 
     def _read(self, name: str) -> Any:
         with _undamaged(self.where):
-            return np.asarray(self._array(name)[...])
-
-    def _array(self, name: str) -> Any:
-        return self._arrays[name]
+            return np.asarray(self._arrays[name][...])
 
     @cached_property
     def _arrays(self) -> dict[str, Any]:
@@ -187,7 +184,7 @@ class DataBlock:
         for name, array in self._arrays.items():
             if array.size and array.nchunks_initialized != array.nchunks:
                 raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
-        if self._array("images").shape[0] != self.rows:
+        if self._arrays["images"].shape[0] != self.rows:
             raise ValueError("it has not as many images as rows")
 
 

@@ -26,6 +26,7 @@ import timm
 import tiny_clip
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
+from tower_models import SIDE, WIDTH, shrinking
 from worlds import Listener, World
 
 from slsgu_cli.checkpoints.layers import layers_of
@@ -55,22 +56,6 @@ SIZES = {
 }  # fmt: skip
 SCALE = r"_(tiny|small|base|medium|xxlarge|xlarge|large2?|giantopt|giant|enormous|gigantic|so400m)"
 TIMM = re.compile(SCALE + r"|_patch\d+|_window\d+|_\d{3}$|_\d{3}(?=_)|(?<=mci)\d")
-# What makes timm's models small, by how their names begin: the first that fits.
-WIDTH, SIDE = 48, 64
-PLAIN = {"img_size": SIDE, "patch_size": 16, "embed_dim": WIDTH, "depth": 3, "num_heads": 2}
-SMALL = {
-    "vit_base_mci": {"img_size": SIDE, "depth": 2},
-    "vit_relpos": PLAIN,
-    "vitamin": {"img_size": SIDE, "depth": 2},
-    "vit": PLAIN,
-    "eva": PLAIN,
-    "convnext": {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)},
-    "fastvit_mci3": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
-    "fastvit_mci4": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
-    "fastvit": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
-    "swin": {"img_size": SIDE, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2),
-             "window_size": 4},
-}  # fmt: skip
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 3}
 WORDS, LARGEST = 64, 100.0
 # What a structure that does not work may end with: it is told in its row.
@@ -87,16 +72,6 @@ HUGGING_FACE = {
 }  # fmt: skip
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
-
-
-def shrinking(create):
-    """Return timm's `create_model`, which builds small models."""
-
-    def small(name, **arguments):
-        sizes = next(sizes for start, sizes in SMALL.items() if name.startswith(start))
-        return create(name, **arguments, **sizes)
-
-    return small
 
 
 def structure_of(config):

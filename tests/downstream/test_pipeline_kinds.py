@@ -13,7 +13,7 @@ from processes import inside
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
-from slsgu_cli.downstream.models import ImageJob, Pipeline, edited_names, new_values
+from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Direction
@@ -52,15 +52,15 @@ def test_edits_of_each_encoder_change_pictures(kind, tiny_pipeline):
     plain, edits = picture(), edits_of(pipe)
     for each in edits:
         values = new_values(pipe.encoders, [each])
-        assert edited_names(pipe.encoders, values) == [each.header.name]
+        assert pipe.edited_names(values) == [each.header.name]
         assert np.abs(picture(values) - plain).max() > 0
     assert np.array_equal(picture(), plain)
     both = new_values(pipe.encoders, edits)
-    assert edited_names(pipe.encoders, both) == [each.header.name for each in edits]
+    assert pipe.edited_names(both) == [each.header.name for each in edits]
 
 
 def test_a_pipeline_that_makes_no_pictures_is_told_of():
-    loaded = Pipeline(lambda *_, **__: SimpleNamespace(frames=[]), (), "cpu")
+    loaded = Pipeline(lambda *_, **__: SimpleNamespace(frames=[]), (), "cpu", target=None)
     with pytest.raises(InputError, match="makes no pictures"):
         list(loaded.paint([ImageJob("a blue circle", 1)], PaintOptions(steps=1)))
 

@@ -1,6 +1,5 @@
 """Untrained models of every tower family that the package knows."""
 
-import functools
 import json
 
 import open_clip
@@ -51,26 +50,47 @@ CONFIGS = {
         "text_cfg": TEXT,
     },
 }  # fmt: skip
-# What makes towers of timm's small that have no small ones.
+# What makes timm's models small, by how their names begin: the first that fits.
+WIDTH, SIDE = 48, 64
+PLAIN = {"img_size": SIDE, "patch_size": 16, "embed_dim": WIDTH, "depth": 3, "num_heads": 2}
 SMALL = {
-    "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)},
-    "fastvit_mci0": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "embed_dim": 16, "depths": (2, 2),
-                                     "num_heads": (2, 2), "window_size": 4},
-    "vit_relpos_small_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 2},
+    "vit_base_mci": {"img_size": SIDE, "depth": 2},
+    "vit_relpos": PLAIN,
+    "vitamin": {"img_size": SIDE, "depth": 2},
+    "vit": PLAIN,
+    "eva": PLAIN,
+    "convnext": {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)},
+    "fastvit_mci3": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
+    "fastvit_mci4": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
+    "fastvit": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
+    "swin": {"img_size": SIDE, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2),
+             "window_size": 4},
 }  # fmt: skip
+# Towers of timm's that have no small ones.
+LARGE = {
+    "convnext": "convnext_tiny",
+    "fastvit": "fastvit_mci0",
+    "swin": "swin_tiny_patch4_window7_224",
+    "relpos": "vit_relpos_small_patch16_224",
+}
 CONFIGS |= {
-    name.partition("_")[0] if "relpos" not in name else "relpos": {
+    kind: {
         "embed_dim": 16,
-        "vision_cfg": {"timm_model_name": name, "timm_model_pretrained": False, "image_size": 64},
+        "vision_cfg": {"timm_model_name": name, "timm_model_pretrained": False, "image_size": SIDE},
         "text_cfg": TEXT,
     }
-    for name in SMALL
+    for kind, name in LARGE.items()
 }
 
 
-def _small(create, name, **arguments):
-    return create(name, **arguments, **SMALL.get(name, {}))
+def shrinking(create):
+    """Return timm's `create_model`, which builds small models."""
+
+    def small(name, **arguments):
+        sizes = next(sizes for start, sizes in SMALL.items() if name.startswith(start))
+        return create(name, **arguments, **sizes)
+
+    return small
 
 
 def make(kind, folder):
@@ -80,9 +100,10 @@ def make(kind, folder):
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm, "create_model", functools.partial(_small, timm.create_model))
+        if kind in LARGE:
+            patch.setattr(timm, "create_model", shrinking(timm.create_model))
         built = open_clip.create_model(path.stem).eval()
-    if isinstance(built.visual, open_clip.timm_model.TimmModel) and kind in ("siglip-like", "eva"):
+    if isinstance(built.visual, open_clip.timm_model.TimmModel) and kind not in LARGE:
         # timm's models are made for larger images, whatever the configuration says.
         built.visual.trunk.set_input_size(built.visual.image_size)
     for name, parameter in built.named_parameters():
