@@ -15,6 +15,7 @@ all (`made_once`); files with long tests come first, so that none is left to the
 
 import fcntl
 import functools
+import itertools
 import os
 import pickle
 import shutil
@@ -48,17 +49,24 @@ def pytest_collection_modifyitems(items):
 
 PASSED = pytest.StashKey[bool]()
 # A disk may take longer to remove the folders of a store than the test takes that made it.
-REMOVING = ThreadPoolExecutor(4)
+REMOVAL = ThreadPoolExecutor(4)
+REMOVED = itertools.count()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Remove the folder of a test that passed, while others run."""
+    """Remove the folder of a test that passed, while others run.
+
+    It is moved away first: what a library still knows by its path (open_clip reads every
+    configuration again when one is added) must not go while it is read.
+    """
     report = yield
     if report.when == "call":
         item.stash[PASSED] = report.passed
     if report.when == "teardown" and item.stash.get(PASSED, False) and "tmp_path" in item.funcargs:
-        REMOVING.submit(shutil.rmtree, item.funcargs["tmp_path"], ignore_errors=True)
+        folder = item.funcargs["tmp_path"]
+        passed = folder.rename(folder.with_name(f"passed-{next(REMOVED)}"))
+        REMOVAL.submit(shutil.rmtree, passed, ignore_errors=True)
     return report
 
 
