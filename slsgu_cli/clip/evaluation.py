@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, to_tokens
+from slsgu_cli.clip.inputs import CacheBudget, Pixels, pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import Tokenize
-from slsgu_cli.clip.towers import CacheBudget, SplitTower, text_tower, vision_tower
+from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import (
     ImageSide,
     PromptSide,

@@ -1,11 +1,10 @@
-"""Towers that stop and resume at any stage, and the activations kept for it."""
+"""Towers that stop and resume at any stage."""
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +156,10 @@ class OpenClipVision(SplitTower):
 
 
 class OpenClipText(SplitTower):
-    """The text tower of open_clip's CLIP, or of CustomTextCLIP under `text`."""
+    """The text tower of open_clip's CLIP, or of CustomTextCLIP or CoCa under `text`.
+
+    CoCa's has a class token behind the texts, which alone leaves it, and hides padding.
+    """
 
     def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
         self.owner = owner
@@ -167,7 +169,8 @@ class OpenClipText(SplitTower):
         self.pool_type = pool_type
         self.eos_id = eos_id
         self.causal = owner.attn_mask is not None
-        self.shortens = self.causal and pool_type in ("argmax", "eos")
+        self.has_class = getattr(owner, "cls_emb", None) is not None
+        self.shortens = self.causal and pool_type in ("argmax", "eos") and not self.has_class
 
     @property
     def token_table(self) -> Tensor:
@@ -178,10 +181,30 @@ class OpenClipText(SplitTower):
         """Count up to the end of text: under a causal mask no later position reaches it."""
         return self.pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
 
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Return which positions can influence features: of CoCa's, also the class token's."""
+        seen = self.seen(inputs)
+        if seen is None:
+            return super().counted(inputs)
+        return torch.cat([seen[:, :-1], torch.ones_like(seen[:, -1:])], dim=1)
+
+    def seen(self, inputs: Tensor) -> Tensor | None:
+        """Return which positions attention sees, (rows, positions); None where it sees all.
+
+        As CoCa's weights were trained, what hides the padding is one position too late.
+        """
+        if not self.has_class:
+            return None
+        texts = inputs != self.owner.pad_id
+        parts = [texts, torch.ones_like(texts[:, :1])]
+        return torch.cat(parts if self.owner.correct_cls_mask else parts[::-1], dim=1)
+
     def embed(self, inputs: Tensor) -> Tensor:
         """Return token plus position embeddings."""
         x = self.owner.token_embedding(inputs)
-        return _tensor(x + self.owner.positional_embedding[: inputs.shape[1]])
+        if self.has_class:
+            x = torch.cat([x, self.owner.cls_emb.expand(len(x), 1, -1)], dim=1)
+        return _tensor(x + self.owner.positional_embedding[: x.shape[1]])
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
         """Run half a block, the last one for the pooled token only."""
@@ -192,7 +215,9 @@ class OpenClipText(SplitTower):
         if index % 2:
             return mlp_half(self.blocks[index // 2], x)
         keep = self.pooled_at(inputs) if index == self.depth - 2 else None
-        return attention_half(self.blocks[index // 2], x, causal=self.causal, keep=keep)
+        return attention_half(
+            self.blocks[index // 2], x, causal=self.causal, seen=self.seen(inputs), keep=keep
+        )
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise, pool and project."""
@@ -206,12 +231,14 @@ class OpenClipText(SplitTower):
 
     def pooled_at(self, inputs: Tensor) -> Tensor:
         """Return the position of each row whose state becomes its features."""
-        rows = inputs.shape[0]
+        rows, length = inputs.shape
+        if self.has_class:
+            return torch.full((rows,), length, device=inputs.device)
         if self.pool_type == "argmax":
             return inputs.argmax(dim=-1)
         if self.pool_type == "eos":
             return torch.eq(inputs, self.eos_id or 0).int().argmax(dim=-1)
-        position = inputs.shape[1] - 1 if self.pool_type == "last" else 0
+        position = length - 1 if self.pool_type == "last" else 0
         return torch.full((rows,), position, device=inputs.device)
 
 
@@ -245,12 +272,27 @@ class TimmVision(SplitTower):
         return self.end(x)
 
 
-class StagedVision(SplitTower):
-    """A vision tower that runs one part after another: a ResNet, or one of timm's in stages.
+class _Staged(SplitTower):
+    """A tower that runs one part after another.
 
-    `parts` are the modules between `stem` and `end`, and `behind` the modules in `end`, by what
-    the names of their parameters begin with.
+    `parts` are the modules of the stages, and `behind` those of the head, by what the names of
+    their parameters begin with.
     """
+
+    def __init__(self, parts: Mapping[str, Any], behind: Sequence[str]) -> None:
+        self.parts = list(parts.values())
+        self.depth = len(parts)
+        self._stages = {f"{name}.": stage for stage, name in enumerate(parts)}
+        self._stages |= {f"{name}.": self.depth for name in behind}
+
+    def stage_of(self, parameter: str) -> int:
+        """Return the first stage that `parameter` acts in."""
+        starts = (at for name, at in self._stages.items() if parameter.startswith(name))
+        return next(starts, EMBED)
+
+
+class StagedVision(_Staged):
+    """A vision tower of parts between `stem` and `end`: a ResNet, or one of timm's in stages."""
 
     def __init__(
         self,
@@ -259,16 +301,9 @@ class StagedVision(SplitTower):
         end: Callable[[Tensor], Tensor],
         behind: Sequence[str],
     ) -> None:
+        parts = {f"visual.{name}": part for name, part in parts.items()}
+        super().__init__(parts, [f"visual.{name}" for name in behind])
         self.stem, self.end = stem, end
-        self.parts = list(parts.values())
-        self.depth = len(parts)
-        self._stages = {f"visual.{name}.": stage for stage, name in enumerate(parts)}
-        self._stages |= {f"visual.{name}.": self.depth for name in behind}
-
-    def stage_of(self, parameter: str) -> int:
-        """Return the first stage that `parameter` acts in."""
-        starts = (at for name, at in self._stages.items() if parameter.startswith(name))
-        return next(starts, EMBED)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return what leaves the stem."""
@@ -281,6 +316,89 @@ class StagedVision(SplitTower):
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Pool, normalise and project."""
         return _tensor(self.end(x))
+
+
+class HuggingFaceText(_Staged):
+    """A text tower of transformers in open_clip's adapter, whose attention hides padding.
+
+    That is the encoder of a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB), which `KINDS` tells apart.
+    """
+
+    # Of each: where its blocks are, and what is behind them.
+    KINDS: ClassVar = {
+        "BertModel": ("encoder.layer", "pooler"),
+        "RobertaModel": ("encoder.layer", "pooler"),
+        "XLMRobertaModel": ("encoder.layer", "pooler"),
+        "MT5Stack": ("block", "final_layer_norm"),
+        "M2M100Encoder": ("layers", "layer_norm"),
+    }
+
+    def __init__(self, adapter: Any) -> None:
+        self.adapter, self.encoder = adapter, adapter.transformer
+        self.kind = _kind(self.encoder)
+        blocks, self.last = self.KINDS[self.kind]
+        place = f"text.transformer.{blocks}"
+        parts = {
+            f"{place}.{i}": block for i, block in enumerate(self.encoder.get_submodule(blocks))
+        }
+        super().__init__(parts, [f"text.transformer.{self.last}", "text.proj"])
+
+    @classmethod
+    def fits(cls, text: Any) -> bool:
+        """Return whether a text tower is an adapter of one of these, whose attention is known."""
+        config = getattr(getattr(text, "transformer", None), "config", None)
+        return (
+            _kind(text) == "HFTextEncoder"
+            and _kind(text.transformer) in cls.KINDS
+            and config is not None
+            and not getattr(config, "is_decoder", False)
+            and config._attn_implementation in ("eager", "sdpa")
+        )
+
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """Count up to the last token that is no padding: what follows is hidden."""
+        places = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
+        return (self.counted(inputs) * places).amax(dim=1).clamp(min=1)
+
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Return what is no padding."""
+        return _tensor(inputs != self.adapter.config.pad_token_id)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the embeddings of tokens, with what the family adds to them."""
+        encoder = self.encoder
+        if self.kind == "MT5Stack":
+            return _tensor(encoder.embed_tokens(inputs))
+        if self.kind == "M2M100Encoder":
+            x = encoder.embed_tokens(inputs)
+            return _tensor(x + encoder.embed_positions(inputs, x))
+        return _tensor(encoder.embeddings(input_ids=inputs))
+
+    def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run one block; what mT5 adds to attention by distance is the first block's."""
+        lowest = torch.finfo(x.dtype).min
+        hidden = torch.zeros(inputs.shape, dtype=x.dtype, device=x.device)
+        mask = hidden.masked_fill(~self.counted(inputs), lowest)[:, None, None, :]
+        if self.kind == "MT5Stack":
+            attention, length = self.parts[0].layer[0].SelfAttention, x.shape[1]
+            bias = attention.compute_bias(length, length, device=x.device)
+            left = self.parts[index](x, position_bias=bias + mask)
+        else:
+            left = self.parts[index](x, attention_mask=mask)
+        return _tensor(left[0] if isinstance(left, tuple) else left)
+
+    def head(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Normalise or pool as the family does, pool and project as open_clip does."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        last = getattr(self.encoder, self.last)
+        pooled = None
+        if self.last == "pooler":
+            pooled = None if last is None else last(x)
+        else:
+            x = last(x)
+        states = BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
+        return _tensor(self.adapter.proj(self.adapter.pooler(states, self.counted(inputs).long())))
 
 
 # Of timm's towers: the parts before, in and behind the stages.
@@ -347,13 +465,15 @@ class WholeTower(SplitTower):
     depth = 0
     exact_split = False
 
-    def __init__(self, encode: Any, visible: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, encode: Any, padding: int | None = None) -> None:
         self.encode = encode
-        self._visible = visible
+        self._padding = padding
 
     def counted(self, inputs: Tensor) -> Tensor:
         """Return what is no padding, of a text tower that hides padding from attention."""
-        return super().counted(inputs) if self._visible is None else self._visible(inputs)
+        if self._padding is None:
+            return super().counted(inputs)
+        return _tensor(inputs != self._padding)
 
     def stage_of(self, parameter: str) -> int:
         """Return EMBED: nothing is known to be unaffected."""
@@ -409,48 +529,47 @@ def _text(model: Any) -> SplitTower:
     if _kind(model) == "CLIP" and _batch_first(model.transformer):
         return OpenClipText(model, model.text_pool_type, model.text_eos_id)
     text: Any = getattr(model, "text", None)
-    is_plain = _kind(text) == "TextTransformer" and _batch_first(text.transformer)
-    if is_plain and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
-        return OpenClipText(text, text.pool_type, text.eos_id)
-    return WholeTower(model.encode_text, _visible_in(text))
-
-
-def _visible_in(text: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return what tells which positions attention sees, where a text tower hides its padding."""
+    if HuggingFaceText.fits(text):
+        return HuggingFaceText(text)
     if _kind(text) == "HFTextEncoder":
-        return lambda tokens: tokens != text.config.pad_token_id
-    if _kind(text) != "TextTransformer" or text.cls_emb is None or text.attn_mask is None:
-        return None
-
-    def seen_by_class(tokens: Tensor) -> Tensor:
-        """Count the tokens and the class token behind them, which alone leaves the tower.
-
-        As CoCa's weights were trained, what hides the padding is one position too late.
-        """
-        seen, one = tokens != text.pad_id, torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        parts = [seen, one] if text.correct_cls_mask else [one, seen[:, :-1], one]
-        return torch.cat(parts, dim=1)
-
-    return seen_by_class
+        return WholeTower(model.encode_text, text.config.pad_token_id)
+    is_plain = _kind(text) == "TextTransformer" and _batch_first(text.transformer)
+    if is_plain and not text.use_pad_mask and text.pool_type != "none":
+        tower = OpenClipText(text, text.pool_type, text.eos_id)
+        return tower if tower.halves or not tower.has_class else WholeTower(model.encode_text)
+    return WholeTower(model.encode_text)
 
 
 def attention_half(
-    block: Any, x: Tensor, *, causal: bool = False, keep: Tensor | None = None
+    block: Any,
+    x: Tensor,
+    *,
+    causal: bool = False,
+    seen: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Run the attention of an open_clip residual block by one fused projection and kernel.
 
-    With `keep`, the position of one token a row, only that token leaves the block, as
-    (rows, width): keys and values of all tokens, everything else of one.
+    With `seen` (rows, positions), what is not seen is hidden from all. With `keep`, the position
+    of one token a row, only that token leaves the block, as (rows, width): keys and values of
+    all tokens, everything else of one.
     """
     rows, length, width = x.shape
     attention = block.attn
     heads, size = attention.num_heads, width // attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     normed = block.ln_1(x)
+    visible = None if seen is None else seen[:, None, None, :]
     if keep is None:
         q, k, v = F.linear(normed, weight, bias).view(rows, length, 3, heads, size).unbind(2)
+        if visible is not None and causal:
+            visible = visible & visible.new_ones(length, length).tril()
         mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            visible,
+            is_causal=causal and visible is None,
         )
         mixed = mixed.transpose(1, 2).reshape(rows, length, width)
     else:
@@ -458,74 +577,15 @@ def attention_half(
         query = F.linear(normed[here], weight[:width], None if bias is None else bias[:width])
         packed = F.linear(normed, weight[width:], None if bias is None else bias[width:])
         k, v = packed.view(rows, length, 2, heads, size).unbind(2)
-        visible = _visible(keep, length) if causal else None
+        if causal:
+            before = _up_to(keep, length)
+            visible = before if visible is None else before & visible
         mixed = F.scaled_dot_product_attention(
             query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
         ).reshape(rows, width)
         x = x[here]
     projected = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
     return _tensor(x + block.ls_1(projected))
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Positions in a row of packed states: of `rows` prompts `length` each, from `start` on.
-
-    All of these prompts begin with the positions `beginning`, which lie before them; None
-    where the stretch is a beginning itself.
-    """
-
-    start: int
-    rows: int
-    length: int
-    beginning: range | None
-
-    def of(self, states: Tensor) -> Tensor:
-        """Return the states of its positions, (rows, length, ...)."""
-        part = states[self.start : self.start + self.rows * self.length]
-        return part.view(self.rows, self.length, *states.shape[1:])
-
-    def with_beginning(self, states: Tensor) -> Tensor:
-        """Return the states of the prompts from their beginning on."""
-        rest = self.of(states)
-        if not self.beginning:
-            return rest
-        before = states[self.beginning.start : self.beginning.stop]
-        return torch.cat([before.expand(self.rows, *before.shape), rest], dim=1)
-
-
-def stretched_attention(
-    block: Any, x: Tensor, stretches: Sequence[Stretch], *, ends: bool = False
-) -> Tensor:
-    """Run the causal attention of an open_clip residual block over packed states.
-
-    With `ends`, only the last position of each prompt leaves it, stretch by stretch; of
-    beginnings none does.
-    """
-    attention, width = block.attn, x.shape[1]
-    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
-    q, k, v = states.unbind(1)
-    mixed, leaving = [], []
-    for stretch in stretches:
-        if ends and stretch.beginning is None:
-            continue
-        query, keys, values = stretch.of(q), stretch.with_beginning(k), stretch.with_beginning(v)
-        if ends:
-            query = query[:, -1:]
-            leaving.append(stretch.of(x)[:, -1])
-        before = keys.shape[1] - query.shape[1]
-        visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
-        after = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            visible if before and query.shape[1] > 1 else None,
-            is_causal=not before,
-        )
-        mixed.append(after.transpose(1, 2).reshape(-1, width))
-    projected = F.linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
-    return _tensor((torch.cat(leaving) if ends else x) + block.ls_1(projected))
 
 
 def mlp_half(block: Any, x: Tensor) -> Tensor:
@@ -538,7 +598,7 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _visible(keep: Tensor, length: int) -> Tensor:
+def _up_to(keep: Tensor, length: int) -> Tensor:
     """Return which positions the kept token of each row may look at."""
     return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]
 
@@ -569,79 +629,3 @@ def _tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"a tower returned {type(value).__name__} where a tensor was expected")
     return value
-
-
-@dataclass(slots=True)
-class CacheBudget:
-    """Bytes of activations that may still be kept."""
-
-    left: int
-
-    def take(self, size: int) -> bool:
-        """Reserve `size` bytes if they are left."""
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
-
-
-class Activations:
-    """What enters one stage, of as many of `rows` rows as there is room for.
-
-    Those whose keys are least are kept. `places` tells where a row lies in `values`, -1 for
-    a row that is not kept.
-    """
-
-    def __init__(self, rows: int, room: int, like: Tensor) -> None:
-        self.values = like.new_empty(room, *like.shape[1:])
-        self.places = torch.full((rows,), -1, device=like.device)
-        self._rows = torch.full((room,), -1, device=like.device)
-        self._keys = torch.full((room,), float("inf"), device=like.device)
-
-    def offer(self, rows: Tensor, x: Tensor, keys: Tensor) -> None:
-        """Keep what enters for `rows`, in place of other rows whose keys are greater."""
-        if len(self.values) == len(self.places):
-            self.values[rows] = x
-            self.places[rows] = rows
-            return
-        chosen = torch.zeros(len(self._keys) + len(x), dtype=torch.bool, device=x.device)
-        chosen[torch.cat([self._keys, keys]).topk(len(self._keys), largest=False).indices] = True
-        old, new = torch.split(chosen, [len(self._keys), len(x)])
-        freed, entering = (~old).nonzero().squeeze(1), new.nonzero().squeeze(1)
-        left = self._rows[freed]
-        self.places[left[left >= 0]] = -1
-        self.values[freed] = x[entering]
-        self.places[rows[entering]] = freed
-        self._rows[freed], self._keys[freed] = rows[entering], keys[entering]
-
-
-def room_for_all(
-    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget
-) -> dict[int, Activations]:
-    """Make room for all of `rows` rows where it is left, at the deepest stages first.
-
-    `entering` is what enters each stage, for some rows. The deepest save the most.
-    """
-    return {
-        stage: Activations(rows, rows, entering[stage])
-        for stage in sorted(entering, reverse=True)
-        if budget.take(rows * entering[stage][0].nbytes)
-    }
-
-
-def room_for_some(
-    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget, share: float
-) -> dict[int, Activations]:
-    """Divide a share of what is left evenly among the stages, each for as many rows as fit.
-
-    What a stage needs less is left to the others.
-    """
-    kept, left = {}, int(budget.left * share)
-    stages = sorted(entering, key=lambda stage: entering[stage][0].nbytes)
-    for index, stage in enumerate(stages):
-        size = entering[stage][0].nbytes
-        room = min(rows, left // (len(stages) - index) // size)
-        left -= room * size
-        if room and budget.take(room * size):
-            kept[stage] = Activations(rows, room, entering[stage])
-    return kept

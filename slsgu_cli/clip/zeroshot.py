@@ -14,15 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.inputs import Pixels, by_beginning, by_length, packed, spans, staged
-from slsgu_cli.clip.towers import (
-    EMBED,
+from slsgu_cli.clip.inputs import (
     Activations,
     CacheBudget,
-    SplitTower,
+    Pixels,
+    by_beginning,
+    by_length,
+    packed,
     room_for_all,
     room_for_some,
+    spans,
+    staged,
 )
+from slsgu_cli.clip.towers import EMBED, SplitTower
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.files import prefetch

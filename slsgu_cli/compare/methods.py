@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.clip.evaluation import Evaluation, prepare
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.inputs import CacheBudget, pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import resolve, tokenizer
-from slsgu_cli.clip.towers import CacheBudget
 from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.errors import NotFiniteError

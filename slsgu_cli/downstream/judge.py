@@ -14,9 +14,9 @@ from torch import Tensor
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit
-from slsgu_cli.clip.inputs import decoder, pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.inputs import CacheBudget, decoder, pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
-from slsgu_cli.clip.towers import CacheBudget, text_tower, vision_tower
+from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import PromptSide, counted_by, naming_layers, require_finite
 from slsgu_cli.downstream.models import (
     ImageJob,

@@ -62,7 +62,7 @@ def token_table(model: ModelUnderTest) -> Tensor:
     """Return the embeddings of the tokens, (vocabulary, width). Raises LeftOut."""
     table = model.evaluation.text.token_table
     if table is None:
-        raise LeftOut("its text tower is run as a whole and does not show the tokens' embeddings")
+        raise LeftOut("its text tower does not show the tokens' embeddings")
     return table.detach()
 
 
@@ -415,7 +415,8 @@ def learn_words(
     tower, losses = model.evaluation.text, [recognition_loss(model, group) for group in images]
     tokens, groups = tower.trim(prompts.tokens).to(images.device), len(images)
     entering = tower.embed(tokens).detach()
-    is_open = torch.zeros(*tokens.shape, 1, device=images.device)
+    # A tower may have positions of its own behind the texts.
+    is_open = torch.zeros(*entering.shape[:2], 1, device=images.device)
     is_open[torch.arange(len(tokens)), prompts.places[:, 0]] = 1
     shifts = entering.new_zeros(groups, 1, 1, entering.shape[2], requires_grad=True)
 

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
-from slsgu_cli.clip.inputs import Pixels, pixel_normalizer, spans, text_features, to_tokens
+from slsgu_cli.clip.inputs import (
+    CacheBudget,
+    Pixels,
+    pixel_normalizer,
+    spans,
+    text_features,
+    to_tokens,
+)
 from slsgu_cli.clip.models import Tokenize
-from slsgu_cli.clip.towers import EMBED, CacheBudget, SplitTower
+from slsgu_cli.clip.towers import EMBED, SplitTower
 from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
 from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
 from slsgu_cli.method.gradients import KeptArrays

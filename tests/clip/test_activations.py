@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slsgu_cli.clip.towers import Activations, CacheBudget, room_for_all, room_for_some
+from slsgu_cli.clip.inputs import Activations, CacheBudget, room_for_all, room_for_some
 
 ROWS = 100
 

@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from tower_models import CONFIGS, make
+from tower_models import CONFIGS, HUGGING_FACE, make
 
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.inputs import packed
-from slsgu_cli.clip.towers import EMBED, CacheBudget, WholeTower, text_tower, vision_tower
+from slsgu_cli.clip.inputs import CacheBudget, packed
+from slsgu_cli.clip.towers import EMBED, HuggingFaceText, WholeTower, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import ImageSide, PromptSide, edited
 from slsgu_cli.records.method import Tower
 
@@ -59,6 +59,12 @@ def test_text_resumes_at_every_stage_and_at_its_own_length(model):
         )
 
 
+def ends_texts(model):
+    """Return whether no position behind the end of a text reaches it, by a causal mask."""
+    text = getattr(model, "text", model)
+    return getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+
+
 def texts(rows=60, context=24):
     """Return prompts of which many begin alike: some all but the end, and some are others."""
     generator = torch.Generator().manual_seed(3)
@@ -76,7 +82,7 @@ def texts(rows=60, context=24):
 def test_packed_prompts_have_the_features_of_each_alone(kind, model):
     tower, tokens = text_tower(model), kind()
     together = packed(tower, tokens)
-    assert (together is not None) == (tower.trim(tokens).shape[1] < tokens.shape[1])
+    assert (together is not None) == ends_texts(model)
     if together is None:
         return
     expected = tower.features(tokens, tokens)
@@ -108,12 +114,25 @@ def test_packing_runs_what_prompts_begin_with_once(model):
         assert len(packed(tower, others).rows) == 1 + 40 * 4
 
 
-def test_causal_towers_shorten_and_others_do_not(model):
+def test_texts_are_shortened_where_nothing_behind_them_counts(model):
     tower, full = text_tower(model), prompts()
     shortened = tower.trim(full).shape[1] < full.shape[1]
-    text = getattr(model, "text", model)
-    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    assert shortened == causal
+    assert shortened == (ends_texts(model) or isinstance(tower, HuggingFaceText))
+
+
+@pytest.mark.parametrize("kind", [*HUGGING_FACE, "coca"])
+@torch.no_grad()
+def test_a_text_tower_of_unknown_structure_runs_whole(kind, tmp_path):
+    model, tokens = make(kind, tmp_path), prompts()
+    assert text_tower(model).exact_split
+    if kind == "coca":
+        model.text.transformer.resblocks[1].attn.add_zero_attn = True
+    else:
+        model.text.transformer.config.is_decoder = True
+    tower = text_tower(model)
+    assert isinstance(tower, WholeTower)
+    expected = F.normalize(model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(tower.features(tower.trim(tokens), tokens), expected)
 
 
 def test_gradients_equal_the_models_own(model):
@@ -138,8 +157,7 @@ def test_gradients_equal_the_models_own(model):
 def test_nothing_before_a_parameters_stage_depends_on_it(model):
     towers = [(vision_tower(model), pixels(model, rows=1)), (text_tower(model), prompts(2))]
     for tower, inputs in towers:
-        if isinstance(tower, WholeTower):
-            continue
+        assert tower.exact_split
         is_vision = inputs.ndim == 4
         features = tower.features(inputs, inputs)
         before = functools.cache(functools.partial(tower.advance, inputs, inputs, EMBED))
@@ -156,7 +174,9 @@ def test_nothing_before_a_parameters_stage_depends_on_it(model):
             changed = tower.features(inputs, inputs)
             parameter.data = original
             assert torch.equal(untouched, after), name
-            if "token_embedding" not in name and "logit" not in name:
+            # Softmax takes no notice of what is added to all keys alike.
+            inert = name.endswith(("key.bias", "k_proj.bias"))
+            if "token_embedding" not in name and "logit" not in name and not inert:
                 assert not torch.equal(features, changed), f"{name} acts nowhere"
 
 
@@ -206,7 +226,7 @@ def after_each_edit(model):
 
 
 # In halves, and in whole blocks; in one piece.
-@pytest.mark.parametrize("kind", ["clip", "siglip-like", "resnet"])
+@pytest.mark.parametrize("kind", ["clip", "coca", "siglip-like", "resnet", "mt5"])
 @torch.no_grad()
 def test_a_sharded_model_is_edited_as_a_whole_one_is(kind, group, tmp_path):
     model = make(kind, tmp_path)

@@ -1,11 +1,9 @@
 """Moments are those of the inputs that open_clip's own modules see, position by position."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import tiny_clip
@@ -399,23 +397,15 @@ def coca(folder, *, late):
     return model, "text.transformer.resblocks.0.mlp.c_fc"
 
 
-def bert(folder):
+def roberta(folder):
     """Return a model with a text tower of Hugging Face's, and such a layer."""
-    pytest.importorskip("transformers")
-    config = {"model_type": "bert", "vocab_size": 600, "hidden_size": 16, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "intermediate_size": 24}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    text = {"hf_model_name": str(folder), "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
-    built = CONFIGS["clip"] | {"custom_text": True, "text_cfg": text}
-    path = folder / "test-bert.json"
-    path.write_text(json.dumps(built))
-    open_clip.add_model_config(path)
-    model = open_clip.create_model("test-bert", pretrained_hf=False).eval()
-    return model, "text.transformer.encoder.layer.0.intermediate.dense"
+    return make("roberta", folder), "text.transformer.encoder.layer.0.intermediate.dense"
 
 
 @pytest.mark.parametrize(
-    "built", [partial(coca, late=True), partial(coca, late=False), bert], ids=["late", "coca", "hf"]
+    "built",
+    [partial(coca, late=True), partial(coca, late=False), roberta],
+    ids=["late", "coca", "hf"],
 )
 def test_of_texts_what_influences_features_counts(built, block, tmp_path):
     model, layer = built(tmp_path)

@@ -50,6 +50,30 @@ CONFIGS = {
         "text_cfg": TEXT,
     },
 }  # fmt: skip
+CONFIGS["coca-corrected"] = CONFIGS["coca"]
+# Text towers of Hugging Face: what pools and projects, and their own configuration.
+_BERT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
+_MT5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2,
+        "num_decoder_layers": 1}  # fmt: skip
+_NLLB = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+         "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}  # fmt: skip
+HUGGING_FACE = {
+    "bert": ("cls_pooler", "mlp", _BERT),
+    "roberta": ("mean_pooler", "linear", _BERT),
+    "xlm-roberta": ("mean_pooler", "mlp", _BERT),
+    "mt5": ("mean_pooler", "mlp", _MT5),
+    "m2m_100": ("cls_pooler", "linear", _NLLB),
+}
+CONFIGS |= {
+    kind: {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_pooler_type": pooler, "hf_proj_type": projection},
+    }
+    for kind, (pooler, projection, _) in HUGGING_FACE.items()
+}
 # What makes timm's models small, by how their names begin: the first that fits.
 WIDTH, SIDE = 48, 64
 PLAIN = {"img_size": SIDE, "patch_size": 16, "embed_dim": WIDTH, "depth": 3, "num_heads": 2}
@@ -95,14 +119,21 @@ def shrinking(create):
 
 def make(kind, folder):
     """Return an untrained model of one of the configurations, by way of `folder`."""
-    path = folder / f"test-{kind}.json"
-    path.write_text(json.dumps(CONFIGS[kind]))
+    path, config = folder / f"test-{kind}.json", CONFIGS[kind]
+    if kind in HUGGING_FACE:
+        pytest.importorskip("transformers")
+        about = {"model_type": kind, "vocab_size": 600, "pad_token_id": 0, "eos_token_id": 599}
+        (folder / "config.json").write_text(json.dumps(about | HUGGING_FACE[kind][-1]))
+        config = config | {"text_cfg": config["text_cfg"] | {"hf_model_name": str(folder)}}
+    path.write_text(json.dumps(config))
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         if kind in LARGE:
             patch.setattr(timm, "create_model", shrinking(timm.create_model))
-        built = open_clip.create_model(path.stem).eval()
+        built = open_clip.create_model(path.stem, pretrained_text=False).eval()
+    if kind == "coca-corrected":
+        built.text.correct_cls_mask = True
     if isinstance(built.visual, open_clip.timm_model.TimmModel) and kind not in LARGE:
         # timm's models are made for larger images, whatever the configuration says.
         built.visual.trunk.set_input_size(built.visual.image_size)
