@@ -66,8 +66,9 @@ NOTHING_KEPT = float("-inf")
 # is taken for one that does not.
 RISK = 0.01
 
-# Seconds between two writes of the trials: to write all of them takes as long as to try one.
-WRITE_SECONDS = 1.0
+# Seconds between two writes of the trials, and how often as long as the last one took: to write
+# all of them takes as long as to try one.
+WRITE_SECONDS, WRITE_TIMES = 1.0, 50
 
 # Points of mean TA@1 that sparing a class may cost: its few rows say less than all of them.
 PRICE_OF_SPARING = 0.25
@@ -316,7 +317,7 @@ class SetSearch(LayerSearch):
         self.earlier = earlier
         self.reused = len(self.trials)
         self._took: PassTime | None = None
-        self._written, self._on_file = perf_counter(), True
+        self._next_write, self._on_file = perf_counter() + WRITE_SECONDS, True
 
     @property
     def record(self) -> Trials:
@@ -326,14 +327,17 @@ class SetSearch(LayerSearch):
 
     def write(self) -> None:
         """Put the trials so far on file."""
+        began = perf_counter()
         self.records.write_record(self.file, self.record)
-        self._written, self._on_file = perf_counter(), True
+        now = perf_counter()
+        self._next_write = now + max(WRITE_SECONDS, WRITE_TIMES * (now - began))
+        self._on_file = True
 
     def keep(self, key: Key, trial: Trial) -> None:
-        """Keep a trial; a killed search loses those of a second, an interrupted one none."""
+        """Keep a trial; a killed search loses those of seconds, an interrupted one none."""
         super().keep(key, trial)
         self._on_file = False
-        if perf_counter() - self._written >= WRITE_SECONDS:
+        if perf_counter() >= self._next_write:
             self.write()
 
     def trial(self, move: Move[Trial], step: float) -> Trial:
