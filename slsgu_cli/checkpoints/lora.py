@@ -5,7 +5,7 @@ Clients know query, key and value as modules of their own, so a layer of open_cl
 them becomes three. Two layouts:
 
 - kohya's, one file, which A1111, ComfyUI and diffusers load: `lora_te_` before the module's
-  name, or `lora_te1_` and `lora_te2_` for SDXL's two text encoders.
+  name, or `lora_te1_` and `lora_te2_` for SDXL's two text encoders, both in one file.
 - PEFT's, a folder with `adapter_config.json`, for text encoders of transformers.
 
 Of an edit, the LoRA of rank r is the nearest one: the r largest singular directions of each
@@ -114,32 +114,34 @@ def _delta(places: Sequence[TensorPlace], factors: Mapping[str, Factors]) -> Flo
 
 
 def lora_tensors(
-    edits: Sequence[tuple[Decomposed, int]], *, layout: LoraLayout, prefix: str
+    edits: Sequence[tuple[Decomposed, int, str]], *, layout: LoraLayout
 ) -> tuple[dict[str, Floats], LoraHeader]:
     """Return the tensors of a LoRA of some edits, each at a rank, and what it says of itself.
 
-    `prefix` is kohya's of the text encoder. Edits of one module are put side by side. What a
-    client multiplies by, alpha over rank, is 1.
+    With each comes kohya's prefix of the text encoder it is for, of which PEFT's layout has one.
+    Edits of one module are put side by side. What a client multiplies by, alpha over rank, is 1.
     """
-    together: dict[str, list[Factors]] = {}
-    listed = []
-    for decomposed, rank in edits:
+    together: dict[str, dict[str, list[Factors]]] = {}
+    listed, first = [], edits[0][2]
+    for decomposed, rank, prefix in edits:
         starts = {}
         for key, factors in decomposed.factors(rank).items():
-            before = together.setdefault(key, [])
+            before = together.setdefault(prefix, {}).setdefault(key, [])
             starts[key] = sum(one.rank for one in before)
             before.append(factors)
-        listed.append(LoraEdit(decomposed.header, rank, starts))
-    joined = {
-        key: Factors(
-            np.concatenate([one.up for one in parts], axis=1),
-            np.concatenate([one.down for one in parts]),
-        )
-        for key, parts in sorted(together.items())
-    }
+        elsewhere = None if prefix == first else prefix
+        listed.append(LoraEdit(decomposed.header, rank, starts, elsewhere))
     name = _peft_tensors if layout is LoraLayout.PEFT else _kohya_tensors
-    header = LoraHeader(layout, prefix, tuple(listed), version=listed[0].edit.version)
-    return name(joined, prefix), header
+    tensors: dict[str, Floats] = {}
+    for prefix, modules in sorted(together.items()):
+        tensors |= name({key: _beside(parts) for key, parts in sorted(modules.items())}, prefix)
+    return tensors, LoraHeader(layout, first, tuple(listed), version=listed[0].edit.version)
+
+
+def _beside(parts: Sequence[Factors]) -> Factors:
+    """Return factors that add what all of some add together."""
+    ups, downs = [one.up for one in parts], [one.down for one in parts]
+    return Factors(np.concatenate(ups, axis=1), np.concatenate(downs))
 
 
 def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
@@ -260,5 +262,5 @@ class _LoraChange:
         if self.header.layout is LoraLayout.PEFT:
             module = PEFT_PREFIX + _peft_modules(key)[0]
             return module + PEFT_DOWN, module + PEFT_UP
-        module = _kohya_module(key, self.header.prefix)
+        module = _kohya_module(key, self.edit.prefix or self.header.prefix)
         return module + DOWN, module + UP

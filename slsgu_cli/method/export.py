@@ -48,9 +48,13 @@ from slsgu_cli.store.store import Store
 
 # What a user may set a LoRA's strength to, where its figures are told.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SEVERAL_ENCODERS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# Pipelines whose text encoders clients know names of.
-FOR_LORA = (Family.SD1, Family.SD2, Family.SDXL, Family.FLUX)
+# What kohya's names of text encoders begin with, in the pipelines whose encoders clients know.
+PREFIXES = {
+    Family.SD1: {"text_encoder": "lora_te_"},
+    Family.SD2: {"text_encoder": "lora_te_"},
+    Family.SDXL: {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    Family.FLUX: {"text_encoder": "lora_te1_"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +101,11 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
         )
     tell_of_joint_searches(edits)
     _require_place(request)
-    prefix = _prefix(request, edits)
+    prefixes = _prefixes(request, edits)
     parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]
-    measured = _Measured.of(store, edits, parts, request)
-    ranks = [min(request.rank or part.full_rank, part.full_rank) for part in parts]
-    if request.rank is None and measured is not None:
-        ranks = measured.least_ranks(ranks)
+    ranks, figures = _measure(store, edits, parts, prefixes, request)
     tensors, header = lora_tensors(
-        list(zip(parts, ranks, strict=True)), layout=request.layout, prefix=prefix
+        list(zip(parts, ranks, prefixes, strict=True)), layout=request.layout
     )
     files = _write(request.out, tensors, header, str(edits[0].header.model))
     exported = (
@@ -115,8 +116,34 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
         files=tuple(map(str, files)),
         nbytes=sum(path.stat().st_size for path in files),
         edits=tuple(exported),
-        figures=measured.figures(ranks) if measured else (),
+        figures=figures,
     )
+
+
+def _measure(
+    store: Store, edits: Sequence[Edit], parts: Sequence[Decomposed], prefixes: Sequence[str],
+    request: ExportRequest,
+) -> tuple[list[int], tuple[StrengthFigures, ...]]:  # fmt: skip
+    """Return the rank of each edit, and figures where there are sets.
+
+    Edits of a text encoder are measured together, in the CLIP that they were made for.
+    """
+    ranks = [min(request.rank or part.full_rank, part.full_rank) for part in parts]
+    figures: list[StrengthFigures] = []
+    for prefix in sorted(set(prefixes)):
+        places = [place for place, each in enumerate(prefixes) if each == prefix]
+        measured = _Measured.of(
+            store, [edits[place] for place in places], [parts[place] for place in places], request
+        )
+        if measured is None:
+            continue
+        least = [ranks[place] for place in places]
+        if request.rank is None:
+            least = measured.least_ranks(least)
+        for place, rank in zip(places, least, strict=True):
+            ranks[place] = rank
+        figures += measured.figures(least)
+    return ranks, tuple(sorted(figures, key=lambda told: told.strength))
 
 
 def _require_place(request: ExportRequest) -> None:
@@ -136,38 +163,43 @@ def _require_place(request: ExportRequest) -> None:
         raise InputError(f"{out} holds {lost[0]}, which would be lost", hint="another --out")
 
 
-def _prefix(request: ExportRequest, edits: Sequence[Edit]) -> str:
-    """Return what kohya's names of a text encoder begin with, in the pipeline a LoRA is for.
+def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
+    """Return for each edit what kohya's names of its text encoder begin with.
 
     Raises InputError where the pipeline has no such encoder or does not read a layer, and
-    UsageError for what is no pipeline.
+    UsageError for what is no pipeline, or for two encoders in PEFT's layout.
     """
     if request.target is None:
         if request.encoder is not None:
             raise UsageError("--encoder goes with --target", hint="--target sdxl")
-        return "lora_te_"
+        return ["lora_te_"] * len(edits)
     is_kind = request.target in KINDS and not Path(request.target).exists()
     target = None if is_kind else read_target(Path(request.target))
     family = target.family if target else Family(request.target)
-    if family not in FOR_LORA:
+    if family not in PREFIXES:
         raise UsageError(
             f"{request.target} is {family}, whose text encoders have no names in a LoRA file that "
             "slsgu knows",
             hint="--target names a Stable Diffusion 1, 2, XL or a FLUX; --format peft is for "
             "transformers, and `slsgu apply` writes the edit into the files",
         )
+    known = PREFIXES[family]
+    only = next(iter(known)) if len(known) == 1 else None
     if target is not None:
-        encoders = {_encoder_of(target.chosen(request.encoder), edit).name for edit in edits}
+        encoders = [_encoder_of(target.chosen(request.encoder), edit).name for edit in edits]
     else:
-        encoders = {request.encoder or _by_width(edit) for edit in edits}
-    if family not in (Family.SDXL, Family.FLUX):
-        return "lora_te_"
-    if len(encoders) > 1 or not encoders <= SEVERAL_ENCODERS.keys():
+        encoders = [request.encoder or only or _by_width(edit) for edit in edits]
+    if unknown := sorted(set(encoders) - known.keys()):
         raise UsageError(
-            f"the edits are of {' and '.join(sorted(encoders))}, not of one encoder of {family}",
-            hint="export those of one encoder at a time",
+            f"{family} has no CLIP {unknown[0]}", hint=f"--encoder {' or '.join(known)}"
         )
-    return SEVERAL_ENCODERS[encoders.pop()]
+    if request.layout is LoraLayout.PEFT and len(set(encoders)) > 1:
+        raise UsageError(
+            "PEFT's layout is of one text encoder, and these edits are of "
+            + " and ".join(sorted(set(encoders))),
+            hint="--format lora, or export those of one encoder at a time",
+        )
+    return [known[encoder] for encoder in encoders]
 
 
 def _by_width(edit: Edit) -> str:

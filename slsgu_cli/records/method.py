@@ -499,16 +499,20 @@ class LoraLayout(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraEdit:
-    """An edit in a LoRA: its header, its rank, and where its directions start in each module."""
+    """An edit in a LoRA: its header, its rank, and where its directions start in each module.
+
+    `prefix` is kohya's, of its text encoder; None where that is the file's.
+    """
 
     edit: EditHeader
     rank: int
     starts: dict[str, int]
+    prefix: str | None = codec.added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraHeader:
-    """What a LoRA file says of itself; `prefix` is kohya's, of the text encoder it is for."""
+    """What a LoRA file says of itself; `prefix` is kohya's, of its first edit's text encoder."""
 
     layout: LoraLayout
     prefix: str

@@ -6,6 +6,7 @@ import hf_clip
 import numpy as np
 import pytest
 import tiny_clip
+import tiny_pipelines
 import tiny_targets
 import torch
 from edit_headers import edit
@@ -179,6 +180,57 @@ def test_sdxl_has_a_name_for_each_of_its_encoders(state, tmp_path, encoder):
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     close(hidden(getattr(pipe, encoder)), hidden(text_model(edited(state, edits))))
     assert torch.equal(hidden(getattr(pipe, other)), untouched)
+
+
+def of_both(tiny_model):
+    """Return the weights of the tiny SDXL's two CLIPs, and edits of each: ranks differ."""
+    first = load_file(f"{tiny_model.name.removeprefix('local-dir:')}/open_clip_model.safetensors")
+    second = tiny_pipelines.second_clip().state_dict()
+    of_first = [made(first, LAYERS["attention"]), made(first, LAYERS["out"], name="red", rank=1)]
+    of_second = [made(second, LAYERS["proj"], name="blue-2", rank=5, seed=1)]
+    return (first, of_first), (second, of_second)
+
+
+def test_one_file_holds_edits_of_both_encoders_of_sdxl(tiny_model, tiny_pipeline, tmp_path):
+    import diffusers
+
+    pytest.importorskip("peft")
+    folder = tiny_pipeline("sdxl")
+    of_first, of_second = (edits for _, edits in of_both(tiny_model))
+    edits = [of_second[0], *of_first]
+    path, result = exported(tmp_path, edits, target=str(folder))
+    assert [one.rank for one in result.edits] == [5, 3, 1]
+    starts = {name.partition("_text_model")[0] for name in load_file(path)}
+    assert starts == {"lora_te1", "lora_te2"}
+    # What apply makes of the edits, and of the file itself.
+    read = load_edits(Store(str(tmp_path)), str(path))
+    for names, out in ((edits, "applied"), (read, "by-lora")):
+        apply_edits(names, read_target(folder), tmp_path / out, options=ApplyOptions())
+    kind = diffusers.StableDiffusionXLPipeline
+    pipe, applied, by_lora = (
+        kind.from_pretrained(each, local_files_only=True)
+        for each in (folder, tmp_path / "applied", tmp_path / "by-lora")
+    )
+    encoders = ("text_encoder", "text_encoder_2")
+    originals = [hidden(getattr(pipe, name)) for name in encoders]
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    for name, original in zip(encoders, originals, strict=True):
+        close(hidden(getattr(pipe, name)), hidden(getattr(applied, name)))
+        close(hidden(getattr(by_lora, name)), hidden(getattr(applied, name)))
+        assert not torch.allclose(hidden(getattr(pipe, name)), original, atol=1e-3)
+    pooled = [each.text_encoder_2(IDS).text_embeds for each in (pipe, applied)]
+    close(*pooled)
+
+
+def test_two_encoders_are_not_for_every_client(tiny_model, tiny_pipeline, tmp_path):
+    folder = str(tiny_pipeline("sdxl"))
+    of_first, of_second = (edits for _, edits in of_both(tiny_model))
+    with pytest.raises(UsageError, match="PEFT's layout is of one text encoder, and these edits"):
+        exported(tmp_path, of_first + of_second, target=folder, layout=LoraLayout.PEFT)
+    with pytest.raises(StaleError, match="no text encoder there holds"):
+        exported(tmp_path, of_first + of_second, target=folder, encoder="text_encoder")
+    with pytest.raises(UsageError, match="flux has no CLIP text_encoder_2"):
+        exported(tmp_path, of_first, target="flux", encoder="text_encoder_2")
 
 
 @pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"])

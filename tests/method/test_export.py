@@ -1,10 +1,17 @@
 """`export` chooses the fewest directions that still forget, and its figures are those of `eval`."""
 
+from dataclasses import replace
+
 import pytest
+import tiny_clip
+import tiny_targets
+import torch
 from processes import inside
+from safetensors.torch import load_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.errors import StaleError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.export import export
@@ -46,6 +53,40 @@ def test_the_rank_is_the_fewest_directions_that_forget_as_the_whole_edit(edited,
         left = result.figures[-1].forget.top1
         whole = load_edit(edited.store, "blue").header.forget.top1
         assert (left <= whole) == (rank >= chosen)
+
+
+def test_edits_of_two_encoders_are_measured_each_in_its_own_clip(edited, tmp_path):
+    model = tiny_clip.fresh_model()
+    model.load_state_dict(load_file(edited.folder / "open_clip_model.safetensors"))
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.transformer.resblocks[1].mlp.c_proj.weight *= 1.01
+    other = ModelSpec(f"local-dir:{tiny_clip.write_folder(tmp_path / 'other', model)}")
+    second = replace(edited, name="blue-2", model=other)
+    second.build(concept="blue")
+    second.grade()
+    search(second.store, "blue-2", options=plain_options(layers=[LAYER], steps=6))
+    encoders = {
+        "text_encoder": ("CLIPTextModel", tiny_targets.tower(first, "text")),
+        "text_encoder_2": (
+            "CLIPTextModelWithProjection", tiny_targets.tower(model.state_dict(), "text"),
+        ),
+    }  # fmt: skip
+    target = tiny_targets.pipeline(tmp_path / "sdxl", "StableDiffusionXLPipeline", encoders)
+    alone = [
+        export(edited.store, ExportRequest(names=[name], out=tmp_path / f"{name}.safetensors"))
+        for name in ("blue-2", "blue")
+    ]
+    request = {"names": ["blue-2", "blue"], "target": str(target)}
+    both = export(edited.store, ExportRequest(**request, out=tmp_path / "l.safetensors"))
+    assert both.edits == tuple(one for each in alone for one in each.edits)
+    assert set(both.figures) == {one for each in alone for one in each.figures}
+    strengths = [one.strength for one in both.figures]
+    assert strengths == sorted(strengths) and len(strengths) == 10
+    with pytest.raises(StaleError, match="the edit blue was made for another"):
+        export(
+            edited.store, ExportRequest(names=["blue-2", "blue"], out=tmp_path / "n.safetensors")
+        )
 
 
 def test_the_command_writes_a_lora_and_refuses_what_no_client_can_name(edited, tmp_path):
