@@ -82,6 +82,24 @@ def silent() -> AbstractContextManager[None]:
     return using(Sink())
 
 
+class _Bars(Sink):
+    """Shows bars where another sink does, and nothing else."""
+
+    __slots__ = ("_shown_by",)
+
+    def __init__(self, shown_by: Sink) -> None:
+        self._shown_by = shown_by
+
+    def bar(self, label: str, total: int | None) -> AbstractContextManager[Ticker]:
+        """Show how far a loop over `total` items is; yield what advances it."""
+        return self._shown_by.bar(label, total)
+
+
+def bars_only() -> AbstractContextManager[None]:
+    """Tell only how far loops are for the length of a block."""
+    return using(_Bars(_sink))
+
+
 def note(text: str) -> None:
     """Tell what was done."""
     _sink.note(text)

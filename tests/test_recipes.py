@@ -153,7 +153,15 @@ class Told(progress.Sink):
     """What a run tells of how far it is."""
 
     def __init__(self):
-        self.boards, self.said = [], []
+        self.boards, self.bars, self.said = [], [], []
+
+    def note(self, text):
+        self.said.append(("note", text))
+
+    @contextmanager
+    def bar(self, label, total):
+        self.bars.append(label)
+        yield progress.Ticker()
 
     @contextmanager
     def board(self, stages, requests):
@@ -451,6 +459,21 @@ def test_what_cannot_end_is_not_begun(shared_world, tmp_path, changes, said):
         recipes.run(bad, store=str(tmp_path / "store"))
     assert said in refused.value.message
     assert not list(tmp_path.rglob("data/*"))
+
+
+def test_a_plan_tells_of_each_request_what_a_plan_of_it_alone_does(shared_world, tmp_path):
+    names = ("blue", "mauve", "red", "beige")
+    store, told = Store(str(tmp_path / "store")), Told()
+    with progress.using(told):
+        planned = recipes.plan(recipe_of(shared_world, tmp_path, *names), store=store)
+    sets = [each for each in planned if each.step.stage is Stage.SET]
+    alone = [
+        recipes.plan(recipe_of(shared_world, tmp_path, name), store=store)[0] for name in names
+    ]
+    assert sets == alone
+    assert [each.trouble is None for each in sets] == [True, False, True, False]
+    assert told.bars == ["looking at what is done", "reading captions", "reading labels"]
+    assert told.said == []
 
 
 def test_weights_that_cannot_be_loaded_are_told_first(shared_world, tmp_path):

@@ -2,10 +2,12 @@
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from shlex import quote
 from types import MappingProxyType
+from typing import Any
 
 from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
@@ -19,6 +21,7 @@ from slsgu_cli.records.sets import (
     Concept,
     ConceptCounts,
     DataRef,
+    ModelSpec,
     SetManifest,
     check_name,
     report_part,
@@ -34,10 +37,18 @@ from slsgu_cli.sets.evaluation_sets import (
     read_classes,
     read_templates,
 )
-from slsgu_cli.sets.pairs import TAKE, Rule, Selection, Upstream, build_pairs, first_pass
+from slsgu_cli.sets.pairs import (
+    TAKE,
+    Rule,
+    Selection,
+    Upstream,
+    build_pairs,
+    first_pass,
+    first_rows,
+)
 from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.rows import Columns, Reader
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store
 
@@ -105,54 +116,80 @@ def _first_passes(
     context: BuildContext, request: BuildRequest, upstream: Mapping[str, Upstream]
 ) -> tuple[Selection, Selection, list[EvalPlan]]:
     """Open every source and read captions and labels, so that mistakes show before the work."""
+    opened = _open(request)
+    forget, retain = opened.forget, opened.retain
+    for selection in (forget, retain):
+        if selection.role in upstream:
+            selection.follow(upstream[selection.role])
+    shared = retain.readers is forget.readers
+    first_pass(forget.readers, [forget, retain] if shared else [forget], request.seed)
+    _require_rows(forget, request)
+    if not shared:
+        first_pass(retain.readers, [retain], request.seed)
+    _require_rows(retain, request)
+    return forget, retain, _plan_evals(context, request, opened.evals)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSources:
+    """What a set is drawn from and measured on, opened; nothing is read yet."""
+
+    forget: Selection
+    retain: Selection
+    evals: Mapping[str, Sequence[Reader]]
+
+
+def _open(request: BuildRequest) -> OpenedSources:
+    """Open every source of a set. Raises UsageError, MissingError or InputError."""
     columns = Columns(
         image=request.image_column,
         caption=request.caption_column,
         needs=frozenset(["caption"]),
     )
-    labelled = Columns(
-        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
-    )
     readers = open_sources(request.sources, columns)
     retain_sources = request.retain_sources or request.sources
     shared = list(retain_sources) == list(request.sources)
     retain_readers = readers if shared else open_sources(retain_sources, columns)
-    eval_readers = {
-        name: open_sources([source], labelled) for name, source in request.evals.items()
-    }
+    labelled = _labelled(request)
+    evals = {name: open_sources([source], labelled) for name, source in request.evals.items()}
     rules = _rules(request)
-    forget = Selection("forget", rules[0], request.max_forget, request.sources, readers)
-    retain = Selection("retain", rules[1], request.retain_samples, retain_sources, retain_readers)
-    for selection in (forget, retain):
-        if selection.role in upstream:
-            selection.follow(upstream[selection.role])
-    first_pass(readers, [forget, retain] if shared else [forget], request.seed)
-    _require_rows(forget, request)
-    if not shared:
-        first_pass(retain_readers, [retain], request.seed)
-    _require_rows(retain, request)
-    plans = [
+    return OpenedSources(
+        Selection("forget", rules[0], request.max_forget, request.sources, readers),
+        Selection("retain", rules[1], request.retain_samples, retain_sources, retain_readers),
+        evals,
+    )
+
+
+def _labelled(request: BuildRequest) -> Columns:
+    """Return the columns that evaluation rows are read by."""
+    return Columns(
+        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
+    )
+
+
+def _plan_evals(
+    context: BuildContext, request: BuildRequest, readers: Mapping[str, Sequence[Reader]]
+) -> list[EvalPlan]:
+    """Read the labels of the rows that layers and steps are chosen by."""
+    return [
         plan_eval(
             context,
             name,
             source=source,
-            readers=eval_readers[name],
+            readers=readers[name],
             classes=request.classes.get(name),
             templates=request.templates.get(name),
-            columns=labelled,
+            columns=_labelled(request),
         )
         for name, source in request.evals.items()
     ]
-    return forget, retain, plans
 
 
 def _plan_reports(
     context: BuildContext, request: BuildRequest, plans: Sequence[EvalPlan]
 ) -> list[EvalPlan]:
     """Read the labels of the rows that evaluation sets are reported on, if not on their own."""
-    columns = Columns(
-        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
-    )
+    columns = _labelled(request)
     return [
         plan_eval(
             context,
@@ -251,23 +288,90 @@ def _tell(request: BuildRequest, refs: dict[str, DataRef]) -> None:
         )
 
 
-def preview(store: Store, request: BuildRequest) -> None:
-    """Read captions and labels, and raise what building a set would end with.
+class Preview:
+    """What building several sets would end with, by their captions and labels.
 
-    No image is read. Raises UsageError, MissingError or InputError.
+    No image is read. Captions of a source are read once for all the sets, and labels of an
+    evaluation set once for all that are measured on it.
     """
-    check(request)
-    resolved = models.resolve(request.model)
-    spec = models.input_spec(resolved)
-    context = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), None)
-    _, _, plans = _first_passes(context, request, {})
-    for plan in [*plans, *_plan_reports(context, request, plans)]:
-        if plan.block is None and not plan.rows:
-            raise InputError(
-                f"no row is left for the evaluation set {plan.name}: {counted(plan.refused)}",
-                hint="name its classes as its labels do",
-            )
-    _forget_eval(request, plans)
+
+    def __init__(self, store: Store, requests: Sequence[BuildRequest]) -> None:
+        self._store, self._requests = store, requests
+        self._contexts: dict[ModelSpec, BuildContext] = {}
+        self._evals: dict[Any, tuple[list[EvalPlan], list[EvalPlan]] | SlsguError] = {}
+
+    def errors(self) -> dict[str, SlsguError]:
+        """Return what stands in the way of sets, by their names, of those that cannot be built."""
+        errors: dict[str, SlsguError] = {}
+        opened: dict[str, OpenedSources] = {}
+        for request in self._requests:
+            with _kept(errors, request.name):
+                check(request)
+                self._context(request.model)
+                opened[request.name] = _open(request)
+        both = [each for sources in opened.values() for each in (sources.forget, sources.retain)]
+        found = iter(first_rows(both))
+        for request in self._requests:
+            if request.name in opened:
+                with _kept(errors, request.name):
+                    self._require(request, opened[request.name], [next(found), next(found)])
+        return errors
+
+    def _context(self, model: ModelSpec) -> BuildContext:
+        if model not in self._contexts:
+            resolved = models.resolve(model)
+            spec = models.input_spec(resolved)
+            tokenize = models.tokenizer(resolved)
+            self._contexts[model] = BuildContext(self._store, spec, decoder(spec), tokenize, None)
+        return self._contexts[model]
+
+    def _require(
+        self,
+        request: BuildRequest,
+        sources: OpenedSources,
+        found: Sequence[Selection | SlsguError],
+    ) -> None:
+        """Raise what building a set would end with. Raises UsageError, MissingError, InputError."""
+        for selection in found:
+            if isinstance(selection, SlsguError):
+                raise selection
+            _require_rows(selection, request)
+        plans, reports = self._eval_plans(request, sources.evals)
+        for plan in [*plans, *reports]:
+            if plan.block is None and not plan.rows:
+                raise InputError(
+                    f"no row is left for the evaluation set {plan.name}: {counted(plan.refused)}",
+                    hint="name its classes as its labels do",
+                )
+        _forget_eval(request, plans)
+
+    def _eval_plans(
+        self, request: BuildRequest, readers: Mapping[str, Sequence[Reader]]
+    ) -> tuple[list[EvalPlan], list[EvalPlan]]:
+        """Return evaluation sets, and the rows they are reported on. Raises InputError."""
+        named = (request.evals, request.reports, request.classes, request.templates)
+        key = (request.model, request.image_column, request.label_column,
+               *(tuple(each.items()) for each in named))  # fmt: skip
+        if key not in self._evals:
+            context = self._context(request.model)
+            try:
+                plans = _plan_evals(context, request, readers)
+                self._evals[key] = plans, _plan_reports(context, request, plans)
+            except SlsguError as error:
+                self._evals[key] = error
+        known = self._evals[key]
+        if isinstance(known, SlsguError):
+            raise known
+        return known
+
+
+@contextmanager
+def _kept(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
+    """Keep an error under a name instead of raising it."""
+    try:
+        yield
+    except SlsguError as error:
+        errors[name] = error
 
 
 def made_from(request: BuildRequest) -> str:

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.clip.inputs import Decoded, decode_in_order
-from slsgu_cli.errors import InputError
+from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import (
@@ -27,6 +27,7 @@ from slsgu_cli.sources.rows import (
     BEYOND,
     Candidate,
     Draw,
+    Filters,
     Reader,
     Row,
     caption_of,
@@ -78,16 +79,15 @@ class Selection:
         self.upstream = upstream
         self.refused.update(upstream.refused)
 
-    def consider(self, number: int, row: Row, seed: int) -> None:
-        """Count one row of file `number`, and offer it to the draw if it qualifies."""
+    def consider(self, number: int, row: Row, caption: str, *, odd: bool, seed: int) -> None:
+        """Count one row of file `number`, and offer it to the draw if it qualifies.
+
+        `caption` is its caption as it is tokenized, `odd` if that is not what stands there.
+        """
         self.seen += 1
-        reader = self.readers[number]
-        caption = caption_of(reader, row)
-        cleaned = tokenizable(caption) if caption else ""
-        if not cleaned:
+        if not caption:
             self.refused["no caption"] += 1
             return
-        caption, odd = cleaned, cleaned != caption
         self.captions += 1
         if len(self.examples) < 3:
             self.examples.append(caption)
@@ -95,6 +95,7 @@ class Selection:
         if verdict == TAKE and not row.has_image:
             verdict = "no image"
         if verdict == TAKE:
+            reader = self.readers[number]
             origin = row.origin or Origin(reader.path, row.index)
             place = priority(seed, _identity(reader, row))
             drawn = Candidate(place, number, row.index, row.key, caption, odd, origin, row.extent)
@@ -120,10 +121,84 @@ def first_pass(readers: Sequence[Reader], selections: Sequence[Selection], seed:
     trouble: Counter[str] = Counter()
     with progress.bar("reading captions", None) as ticker:
         for number, row in scan(readers, trouble, tick=ticker.advance):
+            caption, odd = _tokenized(readers[number], row)
             for selection in selections:
-                selection.consider(number, row, seed)
+                selection.consider(number, row, caption, odd=odd, seed=seed)
     for selection in selections:
         selection.refused.update(trouble)
+
+
+def _tokenized(reader: Reader, row: Row) -> tuple[str, bool]:
+    """Return a row's caption as it is tokenized, and whether that is not what stands there."""
+    caption = caption_of(reader, row)
+    cleaned = tokenizable(caption) if caption else ""
+    return cleaned, cleaned != caption
+
+
+def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
+    """Look for a row of each selection; files are read once for all selections of them.
+
+    Return each with what it counted: until its first row, or as `first_pass` does where it has
+    none; or what reading its files raises.
+    """
+    together: dict[Any, list[int]] = {}
+    for place, selection in enumerate(selections):
+        files = tuple(map(_file_of, selection.readers))
+        together.setdefault(files, []).append(place)
+    looked: dict[int, Selection | SlsguError] = {}
+    with progress.bar("reading captions", None) as ticker:
+        for places in together.values():
+            found = _found_rows([selections[place] for place in places], ticker)
+            looked |= zip(places, found, strict=True)
+    return [looked[place] for place in range(len(selections))]
+
+
+def _file_of(reader: Any) -> tuple[Any, ...]:
+    """Return what is the same for readers that can read their file together."""
+    others = (getattr(reader, each.name) for each in fields(reader) if each.name != "filters")
+    return type(reader), *others, *sorted(reader.filters)
+
+
+def _found_rows(
+    selections: Sequence[Selection], ticker: progress.Ticker
+) -> list[Selection | SlsguError]:
+    """Do what `first_rows` does for selections of the same files."""
+    looking = [replace(each, refused=Counter(each.refused), examples=[]) for each in selections]
+    trouble: Counter[str] = Counter()
+    try:
+        for number in range(len(selections[0].readers)):
+            _look(looking, number, trouble, ticker)
+    except SlsguError as error:
+        if len(selections) == 1:
+            return [error]
+        # It may be of one of them: each is told what is wrong with its own rows.
+        return [found for each in selections for found in _found_rows([each], ticker)]
+    for selection in looking:
+        selection.refused.update(trouble)
+    return [*looking]
+
+
+def _look(
+    selections: Sequence[Selection], number: int, trouble: Counter[str], ticker: progress.Ticker
+) -> None:
+    """Read file `number` of the selections for those that have no row yet."""
+    reader = selections[0].readers[number]
+    filters: dict[Any, Filters] = {}
+    waiting: dict[Any, list[Selection]] = {}
+    for selection in selections:
+        wanted = selection.readers[number].filters
+        key = frozenset(wanted.items())
+        filters[key] = wanted
+        waiting.setdefault(key, []).extend([] if selection.draw.offered else [selection])
+    by_place = [*waiting.values()]
+    for row, passed in reader.rows_passing([*filters.values()], trouble):
+        ticker.advance()
+        left = [place for place in passed if by_place[place]]
+        caption, odd = _tokenized(reader, row) if left else ("", False)
+        for place in left:
+            for selection in by_place[place]:
+                selection.consider(number, row, caption, odd=odd, seed=0)
+            by_place[place] = [each for each in by_place[place] if not each.draw.offered]
 
 
 SAME_AS_FORGET = "same image as a forget row"

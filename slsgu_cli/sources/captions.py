@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,8 +73,12 @@ def readable(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(SIGNS)).translate(SIGNS)
 
 
+@lru_cache(maxsize=1)
 def folded(text: str) -> str:
-    """Return `readable` text with cases folded: what whole words are looked for in."""
+    """Return `readable` text with cases folded: what whole words are looked for in.
+
+    Patterns of many concepts are looked for in one caption after another.
+    """
     text = readable(text)
     if text.isascii():
         return text.lower()

@@ -33,13 +33,13 @@ from slsgu_cli.sources.rows import (
     Header,
     Reader,
     Row,
+    Sieve,
     TableSource,
     Wanted,
     as_text,
     file_identity,
     folder_of,
     no_column,
-    passes,
     stamp,
     tail,
     usual_column,
@@ -342,7 +342,15 @@ class FolderSource:
 
         Raises InputError for an unknown filter, and where the folder has no images at all.
         """
-        for name in self.filters:
+        for row, _ in self.rows_passing([self.filters], trouble):
+            yield row
+
+    def rows_passing(
+        self, filters: Sequence[Filters], trouble: Counter[str]
+    ) -> Iterator[tuple[Row, Sequence[int]]]:
+        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
+        sieve = Sieve(filters)
+        for name in filters[0]:
             if name not in FIELDS:
                 raise no_column(
                     self.path, f"column {name}", list(FIELDS), "filter a folder by its label"
@@ -356,8 +364,8 @@ class FolderSource:
             label = relative.split("/")[0] if "/" in relative else None
             text = as_text(self._read(caption)) if caption else None
             key = relative.rsplit(".", 1)[0]
-            if passes(self.filters, {"key": key, "caption": text, "label": label}):
-                yield Row(index, key, text, label)
+            if places := sieve.passed({"key": key, "caption": text, "label": label}):
+                yield Row(index, key, text, label), places
         if index is None:
             raise _no_images(self.path)
 

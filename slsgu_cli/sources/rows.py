@@ -106,11 +106,24 @@ class Reader(Protocol):
     def labels_are_captions(self) -> bool:
         """Whether a label stands in where a row has no caption."""
 
+    @property
+    def filters(self) -> "Filters":
+        """The values that rows are to have in columns."""
+
     def identity(self) -> Any:
         """Return JSON that changes when the images read may be others."""
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
         """Yield the rows that pass the filters; count what cannot be read in `trouble`."""
+
+    def rows_passing(
+        self, filters: Sequence["Filters"], trouble: Counter[str]
+    ) -> Iterator[tuple[Row, Sequence[int]]]:
+        """Yield what `rows` would with any of several filters, and the places of those it passes.
+
+        All filter by the same columns. The file is read once. Raises what `rows` would with one
+        of them.
+        """
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield (index, encoded image) of the wanted rows in order; None where there is none."""
@@ -163,6 +176,28 @@ def tokenizable(text: str) -> str:
 def passes(filters: Filters, fields: Mapping[str, Any]) -> bool:
     """Return whether a sample's fields have one of the wanted values for every filter."""
     return all(as_text(fields.get(name)) in values for name, values in filters.items())
+
+
+class Sieve:
+    """Tells which of several filters a sample passes; all filter by the same columns."""
+
+    def __init__(self, filters: Sequence[Filters]) -> None:
+        self._filters = filters
+        self.columns = sorted(filters[0])
+        self._by_value: dict[str, list[int]] = {}
+        for place, each in enumerate(filters):
+            for value in each[self.columns[0]] if self.columns else ():
+                self._by_value.setdefault(value, []).append(place)
+
+    def passed(self, fields: Mapping[str, Any]) -> Sequence[int]:
+        """Return the places of the filters that a sample's fields pass, in order."""
+        if not self.columns:
+            return range(len(self._filters))
+        value = as_text(fields.get(self.columns[0]))
+        places = self._by_value.get(value, ()) if value is not None else ()
+        if len(self.columns) == 1:
+            return places
+        return [place for place in places if passes(self._filters[place], fields)]
 
 
 def no_column(path: str, name: str, columns: Sequence[str], hint: str) -> InputError:
@@ -354,18 +389,29 @@ class TableSource:
 
         Raises InputError for a missing column, or where the first rows' images are not there.
         """
+        for row, _ in self.rows_passing([self.filters], trouble):
+            yield row
+
+    def rows_passing(
+        self, filters: Sequence[Filters], trouble: Counter[str]
+    ) -> Iterator[tuple[Row, Sequence[int]]]:
+        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
         header = self.header()
         read = self._roles(header)
-        for name in self.filters:
+        for name in filters[0]:
             self._require(header, name)
-        filters = {n: _or_numbers(v, header.classes.get(n)) for n, v in self.filters.items()}
-        first = _FirstImages(self.path, self._files())
-        for index, record in self.records(sorted({*filters, *read.columns()}), trouble):
-            if passes(filters, record):
+        classes = header.classes
+        wanted = [{n: _or_numbers(v, classes.get(n)) for n, v in f.items()} for f in filters]
+        sieve = Sieve(wanted)
+        first = [_FirstImages(self.path, self._files()) for _ in filters]
+        for index, record in self.records(sorted({*sieve.columns, *read.columns()}), trouble):
+            if places := sieve.passed(record):
                 if read.file is not None and (file := as_text(record.get(read.file))):
-                    first.look(index, file)
-                yield self._row(index, record, read)
-        first.end()
+                    for place in places:
+                        first[place].look(index, file)
+                yield self._row(index, record, read), places
+        for each in first:
+            each.end()
 
     def _row(self, index: int, record: Mapping[str, Any], read: "_Roles") -> Row:
         file = _text_of(record, read.file)

@@ -15,7 +15,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -38,6 +38,7 @@ from slsgu_cli.sources.rows import (
     Filters,
     Held,
     Row,
+    Sieve,
     Wanted,
     as_text,
     file_identity,
@@ -271,14 +272,24 @@ class TarSource:
         A shard that breaks off is read as far as it goes and counted in `trouble`.
         Raises InputError if the file is no tar, or if no sample has a field to filter by.
         """
-        fields_seen: set[str] = set()
-        streams = self._streams()
+        for row, _ in self.rows_passing([self.filters], trouble):
+            yield row
+
+    def rows_passing(
+        self, filters: Sequence[Filters], trouble: Counter[str]
+    ) -> Iterator[tuple[Row, Sequence[int]]]:
+        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
+        sieve, fields_seen, streams = Sieve(filters), set[str](), self._streams()
         for group in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
-            extent = None if streams else group.extent()
-            row = self._row(group, trouble, extent, fields_seen)
-            if row is not None:
-                yield row
-        for name in self.filters:
+            fields = self._usable_fields(group, trouble)
+            if fields is None:
+                continue
+            # Names that strangers made up are many; to tell what there is, some will do.
+            few = len(fields_seen) < FIELDS
+            fields_seen.update(fields if few else filters[0].keys() & fields.keys())
+            if places := sieve.passed(fields):
+                yield self._row(group, fields, None if streams else group.extent()), places
+        for name in filters[0]:
             if fields_seen and name not in fields_seen:
                 raise no_column(
                     self.path, f"field {name}", sorted(fields_seen), "correct the filter's name"
@@ -298,8 +309,11 @@ class TarSource:
             trouble,
         )
         for group in groups:
-            row = self._row(group, trouble)
-            if row is not None and wants(row):
+            fields = self._usable_fields(group, trouble)
+            if fields is None or not passes(self.filters, fields):
+                continue
+            row = self._row(group, fields)
+            if wants(row):
                 yield row, group.image_bytes()
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
@@ -318,31 +332,20 @@ class TarSource:
             if group.index >= last:
                 return
 
-    def _row(
-        self,
-        group: Group,
-        trouble: Counter[str],
-        extent: Extent | None = None,
-        fields_seen: set[str] | None = None,
-    ) -> Row | None:
-        """Return the sample's row if it passes the filters; note the fields there are.
-
-        A sample that cannot be used is counted in `trouble`.
-        """
+    def _usable_fields(self, group: Group, trouble: Counter[str]) -> dict[str, Any] | None:
+        """Return a sample's fields; None, counted in `trouble`, where it cannot be used."""
         fields = None if group.flaw else self._fields(group)
         if fields is None:
             trouble[group.flaw or DEEP] += 1
             return None
-        if fields_seen is not None:
-            # Names that strangers made up are many; to tell what there is, some will do.
-            few = len(fields_seen) < FIELDS
-            fields_seen.update(fields if few else self.filters.keys() & fields.keys())
-        if not passes(self.filters, fields):
-            return None
-        caption, label = as_text(fields["caption"]), as_text(fields["label"])
-        if max(len(caption or ""), len(label or "")) > TEXT_LIMIT:
+        texts = (as_text(fields["caption"]), as_text(fields["label"]))
+        if max(len(text or "") for text in texts) > TEXT_LIMIT:
             trouble[TOO_LARGE] += 1
             return None
+        return fields
+
+    def _row(self, group: Group, fields: dict[str, Any], extent: Extent | None = None) -> Row:
+        caption, label = as_text(fields["caption"]), as_text(fields["label"])
         origin = _origin(self.path, group.index, fields)
         return Row(group.index, group.key, caption, label, bool(group.image()), origin, extent)
 

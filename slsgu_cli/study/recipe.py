@@ -31,7 +31,7 @@ from slsgu_cli.records.recipe import (
     read_recipe,
 )
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.sets.build import made_from, preview
+from slsgu_cli.sets.build import Preview, made_from
 from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
 from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
 from slsgu_cli.store.files import file_sha256
@@ -113,6 +113,7 @@ class RecipePlan:
         self.path = Artifact.LEDGER.path(recipe.name)
         self.ledger = self.read_ledger()
         self.catalog = Catalog(store)
+        self._set_errors: dict[str, SlsguError] = {}
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path, store: Store | str) -> Self:
@@ -307,8 +308,9 @@ class RecipePlan:
         took, most = self._took(), self._peaks()
         planned = []
         behind: dict[str, str] = {}
-        for step in self.steps():
-            why = self.why(step)
+        whys = self._whys()
+        self._foresee([step for step, why in whys.items() if why])
+        for step, why in whys.items():
             trouble = self._trouble(step) if why else None
             earlier = [f"after {behind[name]} of {name}" for name in step.names if name in behind]
             why = why or next(iter(earlier), None)
@@ -321,6 +323,24 @@ class RecipePlan:
             memory = most.get(step.stage) or self._bounded_memory(step.stage)
             planned.append(PlannedStep(step, why, trouble, seconds, memory, self._disk(step)))
         return planned
+
+    def _whys(self) -> dict[Step, str | None]:
+        """Return every step with why it is to be done, as `why` does."""
+        steps = self.steps()
+        whys: dict[Step, str | None] = {}
+        with progress.bar("looking at what is done", len(steps)) as ticker:
+            for step in steps:
+                whys[step] = self.why(step)
+                ticker.advance()
+        return whys
+
+    def _foresee(self, steps: Iterable[Step]) -> None:
+        """Find out what stands in the way of those sets that are to be built."""
+        names = [step.names[0] for step in steps if step.stage is Stage.SET]
+        if names and not self._model_trouble:
+            requests = [self.recipe.set_of(self.recipe.request(name)) for name in names]
+            with progress.bars_only():
+                self._set_errors = Preview(self.store, requests).errors()
 
     def typical(self, took: Mapping[Stage, Sequence[float]], step: Step) -> float | None:
         """Return the median seconds of a stage, as `seconds_of` has them, for a step's requests."""
@@ -438,8 +458,8 @@ class RecipePlan:
         if step.stage is Stage.SET:
             if self._model_trouble:
                 return self._model_trouble
-            with progress.silent():
-                preview(self.store, self.recipe.set_of(self.recipe.request(step.names[0])))
+            if error := self._set_errors.get(step.names[0]):
+                return error.message
         elif step.stage is Stage.TARGET:
             read_target(self.target(step))
         elif step.stage is Stage.LORA:

@@ -19,13 +19,14 @@ from worlds import Listener
 
 from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import decoder
-from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
 from slsgu_cli.sets import build
 from slsgu_cli.sets import pairs as pairs_module
-from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.build import Preview, build_sets
 from slsgu_cli.sets.context import Scratch
+from slsgu_cli.sources.parquet import ParquetSource
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
@@ -624,3 +625,69 @@ def test_block_attributes_say_how_it_was_made(store, pairs, labelled):
         assert attributes["fingerprint"] == ref.fingerprint
         assert attributes["sources"] == list(ref.sources)
         assert attributes["input"]["height"] == manifest.input.height
+
+
+def test_what_a_preview_of_many_sets_tells_is_what_building_each_ends_with(
+    store, pairs, labelled, tmp_path
+):
+    """Rows of several sources, filters, patterns and evaluation sets, some of which lack."""
+    listed = "file,caption\na.png,a dog\nb.png,a cat\nno.png,a lost dog\n"
+    files = {"a.png": encoded(1), "b.png": encoded(2), "table.csv": listed}
+    table = write_folder(tmp_path / "images", files) + "/table.csv"
+    odd = [sample(i, text) for i, text in enumerate(["a dog", "", "a\x00 cat", "a dog on a bed"])]
+    odd_source = write_parquet(tmp_path / "odd.parquet", odd)
+    evals = {"animals": labelled}
+    shards = [shard(tmp_path / f"{n}.tar", [f"a {n} dog", f"a {n} cat"]) for n in range(2)]
+    dogs = f"{pairs}?caption=a dog number 3"
+    requests = [
+        request(pairs, name="dog", evals=evals),
+        request(pairs, name="cat", concept="cat", not_match=["number 1"], evals=evals),
+        request(pairs, name="fish", concept="fish", evals=evals),
+        request(pairs, name="no-1", concept="dog", not_match=["number"], evals=evals),
+        request(pairs, name="no-2", concept="dog", retain_exclude=["cat", "bird"]),
+        request(dogs, name="own", retain_sources=[pairs], evals=evals),
+        request(dogs, name="all", evals=evals),
+        request(f"{pairs}?caption=a dog number 4", name="none", retain_sources=[pairs]),
+        request(f"{pairs}?kind=x", name="column", retain_sources=[pairs]),
+        request(table, name="table", evals={"animals": f"{labelled}?kind=none"}),
+        request(f"{table}?caption=a lost dog", name="lost", retain_sources=[pairs]),
+        request(f"{table}?caption=a dog", name="found", retain_sources=[pairs]),
+        request(odd_source, name="odd"),
+        request(odd_source, name="odd-fish", concept="fish"),
+        request([*shards, pairs], name="tars"),
+        request([pairs, *shards], name="tars-fish", concept="fish"),
+        request(f"{tmp_path}/nowhere", name="nowhere"),
+        request(pairs, name="blank", concept=" "),
+        request(pairs, name="eval", evals={"animals": f"{labelled}?label=fish"}),
+        request(pairs, name="class", evals=evals, forget_eval="animals", concept="number"),
+    ]
+    told = {name: error.message for name, error in Preview(store, requests).errors().items()}
+    alone, ends = {}, {}
+    for each in requests:
+        alone |= {n: e.message for n, e in Preview(store, [each]).errors().items()}
+        try:
+            build_sets(store, each)
+        except SlsguError as error:
+            ends[each.name] = error.message
+    assert told == alone == ends
+    names = {each.name for each in requests}
+    assert names - told.keys() == {"dog", "cat", "own", "found", "odd", "tars"}
+
+
+def test_a_preview_reads_a_file_once_for_all_sets(store, pairs, labelled, monkeypatch):
+    read = Counter()
+    records = ParquetSource.records
+
+    def counted(self, columns, trouble):
+        read[self.path] += 1
+        return records(self, columns, trouble)
+
+    monkeypatch.setattr(ParquetSource, "records", counted)
+    requests = [
+        request(f"{pairs}?key=row{n}", name=f"{n}", retain_sources=[pairs], evals={"a": labelled},
+                concept=KINDS[n % 3])
+        for n in range(12)
+    ]  # fmt: skip
+    assert Preview(store, requests).errors() == {}
+    # Once for the rows to forget, by their keys, once for those to retain, once for labels.
+    assert read == {pairs: 2, labelled: 1}

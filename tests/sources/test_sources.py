@@ -142,3 +142,41 @@ def test_a_tar_that_lacks_a_filters_field_is_told_by_its_fields(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"t")])
     with pytest.raises(InputError, match=r"no field kind; its columns are: caption, key, label"):
         rows(f"{tar}?kind=odd")
+
+
+@pytest.mark.parametrize("layout", ["tar", "parquet", "folder", "paths"])
+def test_a_file_read_for_several_filters_yields_what_each_reads_alone(tmp_path, layout):
+    captions = [f"a {kind} of {place}" for kind in ("cat", "dog") for place in ("Rome", "Oslo")]
+    images = {f"{number}.png": encoded(number) for number in range(4)}
+    texts = dict(zip((f"{number}.txt" for number in range(4)), captions, strict=True))
+    source = {
+        "tar": lambda: shard(tmp_path / "0.tar", captions),
+        "folder": lambda: write_folder(tmp_path / "images", images | texts),
+        "parquet": lambda: write_parquet(
+            tmp_path / "0.parquet", [sample(n, text) for n, text in enumerate(captions)]
+        ),
+        "paths": lambda: write_folder(
+            tmp_path / "images",
+            images | {"table.csv": "file,caption,key\n" + "".join(
+                f"{n}.png,{text},{n}\n" for n, text in enumerate(captions)
+            )},
+        ) + "/table.csv",
+    }[layout]()  # fmt: skip
+    (keyed,) = open_sources([source], ANY)
+    keys = [row.key for row in keyed.rows(Counter())]
+    by_caption = [
+        f"?caption={captions[0]}",
+        f"?caption={captions[1]}&caption={captions[3]}",
+        f"?caption={captions[1]}",
+        "?caption=a cat",
+    ]
+    by_both = [f"?key={key}&caption={captions[3]}" for key in keys[2:]]
+    for queries in (by_caption, by_both, ["", ""]):
+        readers = [open_sources([source + query], ANY)[0] for query in queries]
+        alone = [list(reader.rows(Counter())) for reader in readers]
+        assert any(alone)
+        together = [[] for _ in readers]
+        for row, places in readers[0].rows_passing([r.filters for r in readers], Counter()):
+            for place in places:
+                together[place].append(row)
+        assert together == alone
