@@ -22,7 +22,7 @@ _EXCLUDED = re.compile(
     r"|cls_token|cls_emb|reg_token|mask_token|(^|\.)ls_?\d\.gamma|(^|\.)gamma(_\d)?$"
 )
 _NEITHER = re.compile(r"^(text_decoder\.|logit_)")
-_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|encoder\.layers)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|encoder\.layers?)\.(\d+)\.")
 
 LETTERS = ("q", "k", "v")
 _FUSED = re.compile(r"attn\.(?:in_proj_weight|qkv\.weight)$")
@@ -186,6 +186,7 @@ class Spelling(StrEnum):
     OPEN_CLIP = "open_clip"
     TRANSFORMERS = "transformers"
     SIGLIP = "siglip of transformers"
+    BERT = "bert of transformers"
 
 
 # The names that tell where a tower is, and what must not stand before it.
@@ -209,6 +210,12 @@ _ANCHORS = (
     # SigLIP's have what CLIP's have not.
     (Tower.TEXT, Spelling.SIGLIP, re.compile(r"((?:.*\.|)text_model\.)head\.weight")),
     (Tower.VISION, Spelling.SIGLIP, re.compile(r"(.*\.|)embeddings\.patch_embedding\.bias")),
+    # The text tower of a Chinese CLIP.
+    (
+        Tower.TEXT,
+        Spelling.BERT,
+        re.compile(r"((?:.*\.|)text_model\.)embeddings\.word_embeddings\.weight"),
+    ),
     # A text tower of another family, as open_clip holds it.
     (Tower.TEXT, Spelling.OPEN_CLIP, re.compile(r"((?!.*visual\.)(?:.*\.|)text\.).*")),
     (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\..*")),
@@ -294,9 +301,9 @@ class TowerNames:
     """What transformers calls the tensors of a tower, by open_clip's names for them.
 
     These begin with `start`. Tensors `outside` of blocks lie inside of the tower, those `beside`
-    where the tower lies itself, under the name of `inner`. In each of `blocks`, open_clip fuses
-    the weights and biases of query, key and value into one tensor, `fused`; all else are
-    `modules` with a weight and a bias.
+    where the tower lies itself, under the name of `inner`. In each of `blocks`, which they call
+    `their_blocks`, open_clip fuses the weights and biases of query, key and value into one
+    tensor, `fused`, unless that is empty; all else are `modules` with a weight and a bias.
     """
 
     start: str
@@ -304,12 +311,14 @@ class TowerNames:
     outside: Mapping[str, TensorPlace]
     beside: Mapping[str, TensorPlace] = field(default_factory=dict)
     blocks: str = "transformer.resblocks"
+    their_blocks: str = "encoder.layers"
     fused: str = "attn.in_proj_{}"
     modules: Mapping[str, str] = field(default_factory=lambda: _OPEN_CLIPS_BLOCK)
 
     def listed(self, blocks: int) -> list[str]:
         """Return open_clip's names of all tensors of a tower of so many blocks."""
-        modules = (self.fused, *(f"{module}.{{}}" for module in self.modules))
+        fused = (self.fused,) if self.fused else ()
+        modules = (*fused, *(f"{module}.{{}}" for module in self.modules))
         inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
         in_blocks = [f"{self.blocks}.{block}.{name}" for block in range(blocks) for name in inside]
         return [self.start + name for name in (*self.outside, *self.beside, *in_blocks)]
@@ -324,7 +333,7 @@ class TowerNames:
         inside = name.removeprefix(f"{self.blocks}.{block}.")
         if inside == name:
             return ()
-        prefix += f"encoder.layers.{block}."
+        prefix += f"{self.their_blocks}.{block}."
         for kind in ("weight", "bias"):
             if inside == self.fused.format(kind):
                 keys = (f"{prefix}self_attn.{letter}_proj.{kind}" for letter in LETTERS)
@@ -361,6 +370,15 @@ _TEXT_OUTSIDE = _tensors(
     }
 ) | _modules({"ln_final": "final_layer_norm"})
 _POOL = "head.attention.in_proj_"
+_BERTS_BLOCK = (
+    "attention.self.query", "attention.self.key", "attention.self.value",
+    "attention.output.dense", "attention.output.LayerNorm",
+    "intermediate.dense", "output.dense", "output.LayerNorm",
+)  # fmt: skip
+_BERTS_EMBEDDINGS = (
+    "word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight",
+    "LayerNorm.weight", "LayerNorm.bias",
+)  # fmt: skip
 _NAMES = {
     (Spelling.TRANSFORMERS, Tower.TEXT): TowerNames(
         start="",
@@ -411,6 +429,19 @@ _NAMES = {
         fused="attn.qkv.{}",
         modules=_TIMMS_BLOCK,
     ),
+    # open_clip has the tower as transformers has it.
+    (Spelling.BERT, Tower.TEXT): TowerNames(
+        start="text.",
+        outside=_tensors(
+            {f"transformer.embeddings.{name}": f"embeddings.{name}" for name in _BERTS_EMBEDDINGS}
+        ),
+        beside=_tensors({"proj.weight": "text_projection.weight"}),
+        inner="text_model.",
+        blocks="transformer.encoder.layer",
+        their_blocks="encoder.layer",
+        fused="",
+        modules={name: name for name in _BERTS_BLOCK},
+    ),
 }
 # A folder of transformers may hold weights by open_clip's names.
 _NAMES |= {(Spelling.OPEN_CLIP, tower): _NAMES[Spelling.TRANSFORMERS, tower] for tower in Tower}
@@ -418,6 +449,7 @@ _NAMES |= {(Spelling.OPEN_CLIP, tower): _NAMES[Spelling.TRANSFORMERS, tower] for
 SCALES = {
     Spelling.OPEN_CLIP: {"logit_scale": TensorPlace("logit_scale")},
     Spelling.TRANSFORMERS: {"logit_scale": TensorPlace("logit_scale")},
+    Spelling.BERT: {"logit_scale": TensorPlace("logit_scale")},
     Spelling.SIGLIP: {name: TensorPlace(name, lead=-1) for name in ("logit_scale", "logit_bias")},
 }
 

@@ -68,8 +68,6 @@ def other_model(folder: Path) -> tuple[str, str] | None:
     what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
     if config.get("model_type") == NAFLEX:
         return what, NAFLEX_HINT
-    if config.get("model_type") == CHINESE_CLIP:
-        what += ", whose text tower is a BERT, which is not read from this layout"
     return what, f"name a repository or a folder of open_clip's, or of transformers ({KNOWN})"
 
 
@@ -110,7 +108,7 @@ def unreachable(what: str, error: BaseException) -> MissingError:
 # What a configuration gives as a size, and the most that one is.
 SIZES = ("embed_dim", "image_size", "patch_size", "layers", "width", "head_width", "heads",
          "context_length", "vocab_size")  # fmt: skip
-LARGEST = {"image_size": 1 << 13, "context_length": 1 << 16}
+LARGEST = {"image_size": 1 << 13, "context_length": 1 << 16, "type_vocab_size": 1 << 10}
 LARGEST_OTHER = 1 << 24
 # Those that may be lists: a pair of sides, the stages of a ResNet.
 LISTS = {"image_size": (2,), "patch_size": (2,), "layers": range(1, 9)}
@@ -202,7 +200,8 @@ class Family:
     `preprocess` what it does to images; with `crops` it cuts out their middle. `fits` tells of
     fields whether open_clip can have their values, and `model_cfg` gets the configuration with
     its parts `text` and `vision` filled up. `for_transformers` is the way back: a
-    configuration of a model_cfg. `names` says by whose names its tensors are listed.
+    configuration of a model_cfg; None where nothing of open_clip's goes that way. `names` says
+    by whose names its tensors are listed.
     """
 
     name: str
@@ -212,7 +211,7 @@ class Family:
     crops: bool
     fits: Callable[[Part, Part], dict[str, bool]]
     model_cfg: Callable[[Part, Part, Part], Part]
-    for_transformers: Callable[[Part], Part]
+    for_transformers: Callable[[Part], Part] | None
     names: Spelling = Spelling.TRANSFORMERS
     image_processor: str = "CLIPImageProcessor"
     processor: str = "CLIPProcessor"
@@ -252,6 +251,48 @@ def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
     return plain | {"text_cfg": plain["text_cfg"] | ends | cleaned}
 
 
+def _chinese_fits(text: Part, vision: Part) -> dict[str, bool]:
+    positions, padding = text["max_position_embeddings"], text["pad_token_id"]
+    return {
+        "layer_norm_eps": vision["layer_norm_eps"] == 1e-5
+        and _is_figure(text["layer_norm_eps"], True),
+        "hidden_act": vision["hidden_act"] in ("gelu", "quick_gelu")
+        and text["hidden_act"] in BERT_ACTS,
+        "num_channels": vision["num_channels"] == 3,
+        "max_position_embeddings": _is_size("context_length", positions),
+        "type_vocab_size": _is_size("type_vocab_size", text["type_vocab_size"]),
+        "pad_token_id": type(padding) is int and padding >= 0,
+        "position_embedding_type": text["position_embedding_type"] == "absolute",
+    }
+
+
+def _chinese_config(config: Part, text: Part, vision: Part) -> Part:
+    """Return what open_clip's adapter of a BERT says, with the BERT in place of its name.
+
+    Texts are cut where they were in training, which no file of a folder tells.
+    """
+    length = min(CHINESE_LENGTH, text["max_position_embeddings"])
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": vision["hidden_act"] == "quick_gelu",
+        "custom_text": True,
+        "vision_cfg": _vision_sizes(vision),
+        "text_cfg": {
+            **_text_sizes(text),
+            "context_length": length,
+            "hf_config": {name: text[name] for name in BERT_FIELDS},
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "hf_proj_type": "linear",
+            "tokenizer_kwargs": {"clean": AS_IT_IS},
+        },
+    }
+
+
+def bert_config(text: Mapping[str, Any]) -> Part:
+    """Return transformers' configuration of the BERT that a text_cfg with an `hf_config` says."""
+    return {"model_type": "bert", **_text_for_transformers(text), **text["hf_config"]}
+
+
 # What transformers calls the sizes of a tower, by open_clip's words for them.
 _VISION = {"image_size": "image_size", "patch_size": "patch_size", "layers": "num_hidden_layers",
            "width": "hidden_size"}  # fmt: skip
@@ -277,12 +318,12 @@ def _vision_for_transformers(vision: Part) -> Part:
     return sizes | {"num_attention_heads": heads, "intermediate_size": _mlp_size(vision)}
 
 
-def _text_for_transformers(text: Part) -> Part:
+def _text_for_transformers(text: Mapping[str, Any]) -> Part:
     sizes = {theirs: text[ours] for ours, theirs in _TEXT.items()}
     return sizes | {"intermediate_size": _mlp_size(text)}
 
 
-def _mlp_size(part: Part) -> int:
+def _mlp_size(part: Mapping[str, Any]) -> int:
     return int(part["width"] * part["mlp_ratio"])
 
 
@@ -364,6 +405,14 @@ def _embed_dim(text: Part) -> Any:
     return text["hidden_size"] if size is None else size
 
 
+# Where the authors of Chinese CLIP cut texts.
+CHINESE_LENGTH = 52
+# How texts are cleaned that are given to a tokenizer as they are, for which open_clip has no word.
+AS_IT_IS = "none"
+# What a BERT is beside its sizes, and the activations that it may have.
+BERT_FIELDS = ("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps",
+               "pad_token_id")  # fmt: skip
+BERT_ACTS = ("gelu", "gelu_new", "relu", "silu")
 # Configurations of before the field was right say 2 and mean the last token of a text.
 END_OF_TEXT = (2, 49407)
 # The keywords of PyTorch's GELU for what transformers calls it.
@@ -381,6 +430,9 @@ SIGLIP_TEXT = {"vocab_size": 32000, "hidden_size": 768, **_SIZES, "max_position_
 SIGLIP_VISION = {"hidden_size": 768, **_SIZES, "num_channels": 3, "image_size": 224,
                  "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
                  "vision_use_head": True}  # fmt: skip
+CHINESE_TEXT = {"vocab_size": 30522, "hidden_size": 768, **_SIZES, "max_position_embeddings": 512,
+                "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+                "pad_token_id": 0, "position_embedding_type": "absolute"}  # fmt: skip
 SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
 
 # By what transformers calls the type of a model.
@@ -392,6 +444,9 @@ FAMILIES = {
     SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
                    _siglip_fits, _siglip_config, _siglip_for_transformers,
                    Spelling.SIGLIP, "SiglipImageProcessor", "SiglipProcessor"),
+    CHINESE_CLIP: Family("ChineseCLIPModel", CHINESE_TEXT, CLIP_VISION, {}, True,
+                         _chinese_fits, _chinese_config, None, Spelling.BERT,
+                         "ChineseCLIPImageProcessor", "ChineseCLIPProcessor"),
 }  # fmt: skip
 KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
@@ -424,6 +479,8 @@ def family_of(model: Mapping[str, Any]) -> str:
     """Return which of `FAMILIES` a model_cfg is nearest to."""
     if model["vision_cfg"].get("timm_pool") == "map":
         return SIGLIP
+    if "hf_config" in model["text_cfg"]:
+        return CHINESE_CLIP
     return METACLIP if model["text_cfg"].get("pool_type") == "eos" else CLIP
 
 
@@ -446,6 +503,8 @@ def transformers_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]
     odd = {name: f"{size!r}" for name, size in sizes.items() if type(size) is not int or size < 1}
     if odd:
         return {}, odd
+    if family.for_transformers is None:
+        return {}, {"text_cfg.hf_config": "of open_clip's adapter"}
     made = family.for_transformers(full)
     text, vision = family.text | made["text_config"], family.vision | made["vision_config"]
     fits = family.fits(text, vision)
@@ -515,8 +574,7 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
     if type(resample) is not int or resample not in INTERPOLATION:
         raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
     size = processor.get("size") or ({"shortest_edge": 0} if family.crops else {"height": 0})
-    crops = processor.get("do_center_crop", family.crops)
-    squash = isinstance(size, Mapping) and "height" in size and not crops
+    squash = isinstance(size, Mapping) and "height" in size
     return preprocess | {
         "interpolation": INTERPOLATION[resample],
         "resize_mode": "squash" if squash else "shortest",

@@ -263,6 +263,12 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
     """Return what open_clip loads a model of transformers from."""
     config, family = model.config, FAMILIES[family_of(model.config)]
     text, is_siglip = config["text_cfg"], family.names is Spelling.SIGLIP
+    if family.names is Spelling.BERT:
+        raise InputError(
+            f"{model.spec} cannot be written for open_clip, which builds a BERT by the name of a "
+            "repository alone, and reads none that lies in a model's folder",
+            hint="without --format, it is written as transformers loads it",
+        )
     files = {}
     if "tokenizer_kwargs" in text and model.folder is not None:
         # By this name it is known that there is one; in a folder, it is that of the folder.
@@ -366,6 +372,8 @@ def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | Non
     tower = weights.tower(Tower.TEXT)
     if tower.spelling is Spelling.SIGLIP:
         return "it is a SigLIP"
+    if tower.spelling is Spelling.BERT:
+        return "its text tower is a BERT"
 
     def shape(name: str) -> tuple[int, ...]:
         places = tensor_places(name, tower)

@@ -20,10 +20,12 @@ from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_l
 from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
 from slsgu_cli.checkpoints.tensor_file import COMPILED, Floats, canonical_name
 from slsgu_cli.checkpoints.transformers_clip import (
+    AS_IT_IS,
     FETCH_ERRORS,
     HUB,
     KNOWN,
     ClipWeights,
+    bert_config,
     check_config,
     check_size,
     fetch_clip,
@@ -66,6 +68,8 @@ SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_
 QUICK_GELU = ("quick_gelu", False)
 # What transformers reads a tokenizer from, whatever its kind.
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# A BERT's may be its words alone.
+TOKENIZER = ("tokenizer*", "vocab.txt")
 # What timm calls a tower of SigLIP's, whatever its sizes.
 TIMM_SIGLIP = "vit_base_patch16_siglip_224"
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
@@ -419,11 +423,12 @@ def _tokenizer_of(model: ResolvedModel) -> Any:
             tokenize = _tokenizer(*_named_tokenizer(model))
     except Exception as error:  # transformers and its hub raise many kinds here
         raise _no_tokenizer(model, error) from error
-    if (
-        model.spelling is Spelling.TRANSFORMERS
-        and "tokenizer_kwargs" not in model.config["text_cfg"]
-    ):
-        _check_vocabulary(model, tokenize.encoder)
+    text = model.config["text_cfg"]
+    if model.spelling is Spelling.TRANSFORMERS:
+        if "tokenizer_kwargs" not in text:
+            _check_vocabulary(model, tokenize.encoder)
+        if "hf_config" in text:
+            _check_padding(model, tokenize.tokenizer.pad_token_id)
     return tokenize
 
 
@@ -468,9 +473,13 @@ def _opened_tokenizer(identifier: str, context_length: int | None, cleaned: str 
         return open_clip.SimpleTokenizer(context_length=context_length)
     # What transformers takes for a name of the hub's would be looked for there.
     folder = str(Path(identifier).absolute())
-    if not any(Path(folder).glob("tokenizer*")):
+    if not any(any(Path(folder).glob(name)) for name in TOKENIZER):
         raise FileNotFoundError(f"{folder} has no {TOKENIZER_CONFIG}")
-    return open_clip.tokenizer.HFTokenizer(folder, context_length, clean=cleaned)
+    if cleaned != AS_IT_IS:
+        return open_clip.tokenizer.HFTokenizer(folder, context_length, clean=cleaned)
+    tokenize = open_clip.tokenizer.HFTokenizer(folder, context_length)
+    tokenize.clean_fn = str
+    return tokenize
 
 
 # Reading a vocabulary takes a tenth of a second.
@@ -485,6 +494,17 @@ def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
         raise InputError(f"{model.spec} has a tokenizer of its own, which slsgu cannot use")
 
 
+def _check_padding(model: ResolvedModel, pads_with: int | None) -> None:
+    """Refuse a folder whose tokenizer pads with another token than its BERT takes for padding."""
+    padding = model.config["text_cfg"]["hf_config"]["pad_token_id"]
+    if pads_with != padding:
+        raise InputError(
+            f"the tokenizer of {model.spec} pads texts with {pads_with}, and its {CONFIG} has "
+            f"pad_token_id {padding}",
+            hint="get the model again, or correct its configuration",
+        )
+
+
 def _nbytes(model: ResolvedModel) -> int:
     """Return how many bytes a model's weights have; of transformers', all of its files."""
     of_transformers = model.spelling is Spelling.TRANSFORMERS
@@ -495,27 +515,44 @@ def _nbytes(model: ResolvedModel) -> int:
 def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":
     """Build open_clip's module for the model_cfg of a folder of transformers.
 
-    Where it pools by attention, the vision tower is timm's of the sizes that it says, which
-    none of timm's names need have.
+    A tower of timm's or of Hugging Face's, which open_clip builds by a name, is described in a
+    folder of its own, whose path open_clip takes for the name.
     """
     import open_clip
 
     rest = {name: value for name, value in config.items() if name != "custom_text"}
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    vision = config["vision_cfg"]
-    if vision.get("timm_pool") != "map":
+    with TemporaryDirectory() as folder:
+        rest["vision_cfg"] = _vision_in(Path(folder), config["vision_cfg"])
+        rest["text_cfg"] = _text_in(Path(folder), config["text_cfg"])
         return kind(**rest)  # type: ignore[no-any-return]
+
+
+def _vision_in(folder: Path, vision: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a vision_cfg with a folder for the tower of timm's that pools by attention.
+
+    It is of the sizes that the vision_cfg says, which none of timm's names need have.
+    """
+    if vision.get("timm_pool") != "map":
+        return vision
     arguments = {
         "img_size": vision["image_size"], "patch_size": vision["patch_size"],
         "embed_dim": vision["width"], "depth": vision["layers"],
         "num_heads": vision["width"] // vision["head_width"], "mlp_ratio": vision["mlp_ratio"],
         "act_layer": "gelu_tanh" if vision["act_kwargs"]["approximate"] == "tanh" else "gelu",
     }  # fmt: skip
-    with TemporaryDirectory() as folder:
-        tower = {"architecture": TIMM_SIGLIP, "model_args": arguments, "pretrained_cfg": {}}
-        Path(folder, CONFIG).write_text(json.dumps(tower))
-        with_tower = vision | {"timm_model_name": f"{LOCAL}{folder}"}
-        return kind(**rest | {"vision_cfg": with_tower})  # type: ignore[no-any-return]
+    tower = {"architecture": TIMM_SIGLIP, "model_args": arguments, "pretrained_cfg": {}}
+    (folder / CONFIG).write_text(json.dumps(tower))
+    return {**vision, "timm_model_name": f"{LOCAL}{folder}"}
+
+
+def _text_in(folder: Path, text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a text_cfg with a folder for the BERT that its `hf_config` describes."""
+    if "hf_config" not in text:
+        return text
+    (folder / CONFIG).write_text(json.dumps(bert_config(text)))
+    named = {"hf_model_name": str(folder), "hf_model_pretrained": False}
+    return {name: value for name, value in text.items() if name != "hf_config"} | named
 
 
 @functools.cache

@@ -191,6 +191,9 @@ def test_preprocessing_is_read_in_its_spellings(tmp_path):
     assert preprocess_config(tmp_path) == expected
     tiny_targets.write_json(tmp_path / "preprocessor_config.json", {"size": 32})
     assert preprocess_config(tmp_path) == {"interpolation": "bicubic", "resize_mode": "shortest"}
+    sides = {"size": {"height": 32, "width": 32}, "do_center_crop": True}
+    tiny_targets.write_json(tmp_path / "preprocessor_config.json", sides)
+    assert preprocess_config(tmp_path) == {"interpolation": "bicubic", "resize_mode": "squash"}
     tiny_targets.write_json(tmp_path / "preprocessor_config.json", {"resample": 0})
     with pytest.raises(InputError, match="resample 0"):
         preprocess_config(tmp_path)
@@ -228,19 +231,7 @@ def test_pointer_names_the_folder(folder, world):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The hub's own cache, without a connection; returns a function that puts a folder there."""
-    from huggingface_hub import constants
-
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def put(folder, name):
-        place = cache / f"models--org--{name}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs/main").write_text("0" * 40)
-        return shutil.copytree(folder, place / "snapshots" / ("0" * 40))
-
-    return put
+    return tiny_targets.cache_of_hub(monkeypatch, tmp_path / "hub")
 
 
 @pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])

@@ -21,6 +21,9 @@ IN_TEXT = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2":
 IN_VISION = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
              "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
 
+# Of captions and prompts, beside colours and shapes.
+WORDS = ["a", "picture", "photo", "drawing", "of", "the", "itap"]
+
 
 def model():
     """Return transformers' SiglipModel, untrained, with biases and norms that are not 0 and 1."""
@@ -52,8 +55,7 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["a", "picture", "photo", "drawing", "of", "the", "itap"]
-    known = ["[PAD]", "[EOS]", "[UNK]", *words, *tiny_clip.COLOURS, *tiny_clip.SHAPES]
+    known = ["[PAD]", "[EOS]", "[UNK]", *WORDS, *tiny_clip.COLOURS, *tiny_clip.SHAPES]
     made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known)}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(

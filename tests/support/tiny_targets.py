@@ -7,8 +7,11 @@ names of their own, so that the package's mapping is tested against something el
 import io
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -57,6 +60,22 @@ def transformers_weights(state: Weights) -> Weights:
                 module, kind = rest.rsplit(".", 1)
                 found[f"{prefix}{HIDDEN[module]}.{kind}"] = value
     return {name: value.clone().contiguous() for name, value in found.items()}
+
+
+def cache_of_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[[Path, str], Path]:
+    """Let the hub's own cache be `cache`, without a connection; return what puts a folder there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(folder: Path, name: str) -> Path:
+        place = cache / f"models--org--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("0" * 40)
+        return shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+
+    return put
 
 
 def tower(state: Weights, name: str, *, inner: bool = True) -> Weights:
