@@ -160,6 +160,13 @@ def _other_weights(model: ResolvedModel) -> str | None:
 def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> str | None:
     """Return in what the tokenizer of a folder is not that of the model it was made from."""
     name = hub_tokenizer(model)
+    if original is not None and model.spelling is Spelling.TRANSFORMERS and hub_tokenizer(original):
+        here, there = _cleaning(model), _cleaning(original)
+        if here != there:
+            return (
+                f"its tokenizer cleans texts by {here!r}, and that of {original.spec} by "
+                f"{there!r}, which gives other ids: clean them so before"
+            )
     by_name = original is not None and "siglip" in original.identifier.lower()
     if name is None and not by_name:
         return None
@@ -168,6 +175,11 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     if original is not None and not copied and ids != probe_tokens(original):
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None
+
+
+def _cleaning(model: ResolvedModel) -> str:
+    """Return how a Hugging Face tokenizer cleans texts, in open_clip's words."""
+    return str(model.config["text_cfg"].get("tokenizer_kwargs", {}).get("clean", "whitespace"))
 
 
 WEIGHTS = "model.safetensors"

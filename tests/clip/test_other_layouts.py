@@ -15,7 +15,7 @@ import torch
 from edit_headers import edit
 from PIL import Image
 from processes import inside
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tower_models import CONFIGS
 
 from slsgu_cli.checkpoints.edits import write_edit
@@ -226,6 +226,31 @@ def test_a_metaclip_is_written_for_open_clip_and_back(tmp_path):
     applied(tmp_path, spec(tmp_path / "oc"), "hf", layout=HF, revert=True)
     require_same_tensors((source, "model.safetensors"), (tmp_path / "hf", "model.safetensors"))
     assert (tmp_path / "hf/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
+def test_a_tokenizer_that_cleans_otherwise_in_transformers_is_told(tmp_path, listener, clean):
+    """The text settings of open_clip's worldwide models."""
+    (tmp_path / "words").mkdir()
+    hf_siglip.write_tokenizer(tmp_path / "words")
+    worldwide = open_clip.get_model_config("ViT-L-14-worldwide")["text_cfg"]
+    assert worldwide["tokenizer_kwargs"] == {"clean": "canonicalize"}
+    own = {"hf_tokenizer_name": str(tmp_path / "words"), "tokenizer_kwargs": {"clean": clean}}
+    config = tiny_clip.CONFIG | {"text_cfg": worldwide | tiny_clip.CONFIG["text_cfg"] | own}
+    model = tiny_clip.fresh_model(config)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / f"worldwide-{clean}.json").write_text(json.dumps(config))
+    named = ModelSpec(str(tmp_path / f"worldwide-{clean}.json"), str(tmp_path / "w.safetensors"))
+    result = applied(tmp_path, named, "hf", layout=HF)
+    ids = [tokenizer(resolve(each))(["A Blue Ring."]) for each in (named, spec(tmp_path / "hf"))]
+    told = [text for text in listener.heard if "cleans texts by 'whitespace'" in text]
+    if clean == "whitespace":
+        assert np.array_equal(*ids) and not told and result.model is not None
+    else:
+        assert not np.array_equal(*ids) and result.model is None
+        assert len(told) == 1 and "by 'canonicalize', which gives other ids" in told[0]
+    applied(tmp_path, named, "oc")
+    assert len([text for text in listener.heard if "cleans texts" in text]) == len(told)
 
 
 def resolved(folder, config):
