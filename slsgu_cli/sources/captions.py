@@ -86,8 +86,17 @@ def folded(text: str) -> str:
 
 
 def whole_words(patterns: Sequence[str]) -> str:
-    """Return a regular expression for any of the patterns as whole words of `folded` text."""
-    return "|".join(_bounded(folded(pattern).split()) for pattern in patterns)
+    """Return a regular expression for any of the patterns as whole words of `folded` text.
+
+    Where a word can begin is asked once at each place, not for each of many patterns.
+    """
+    words = [folded(pattern).split() for pattern in patterns]
+    inside = [parts for parts in words if _spaceless(parts[0][0])]
+    apart = [parts for parts in words if not _spaceless(parts[0][0])]
+    anywhere = [_ending(parts) for parts in inside]
+    if not apart:
+        return "|".join(anywhere)
+    return "|".join([rf"(?<!{_touching()})(?:{'|'.join(map(_ending, apart))})", *anywhere])
 
 
 def before_names(
@@ -123,11 +132,10 @@ def _touching() -> str:
     return rf"(?:[^\W{SPACELESS}]|[{_marks()}])"
 
 
-def _bounded(parts: list[str]) -> str:
-    touching = _touching()
-    before = "" if _spaceless(parts[0][0]) else rf"(?<!{touching})"
-    after = "" if _spaceless(parts[-1][-1]) else rf"(?!{touching})"
-    return before + r"\s+".join(map(re.escape, parts)) + after
+def _ending(parts: list[str]) -> str:
+    """Return an expression for words in a row, the last of which ends where a word can."""
+    after = "" if _spaceless(parts[-1][-1]) else rf"(?!{_touching()})"
+    return r"\s+".join(map(re.escape, parts)) + after
 
 
 def _spaceless(character: str) -> bool:

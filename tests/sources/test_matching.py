@@ -38,6 +38,15 @@ def test_whole_words_agree_with_a_search_by_hand(parts, tail, word):
         assert matcher([word])(squeezed)
 
 
+NAMES = st.sampled_from(["cat", "cats", "a cat", "c++", "特斯", "特斯拉", "at", "é"])
+
+
+@given(st.lists(NAMES, min_size=2, max_size=5), st.lists(st.tuples(GLUE, NAMES), max_size=4))
+def test_many_names_match_where_one_of_them_does(names, parts):
+    caption = "".join(glue + text for glue, text in parts)
+    assert matcher(names)(caption) == any(matcher([name])(caption) for name in names)
+
+
 @pytest.mark.parametrize(
     ("pattern", "yes", "no"),
     [
