@@ -215,6 +215,21 @@ def tell_of_joint_searches(edits: Sequence[Edit]) -> None:
             )
 
 
+def tell_of_other_encoders(edits: Sequence[Edit]) -> None:
+    """Warn of edits that were searched with others in place in other encoders, not among these."""
+    # That an edit was read from a LoRA makes it no other.
+    headers = [dataclasses.replace(edit.header, rank=None) for edit in edits]
+    present = {header.name: digest(header) for header in headers}
+    for edit in edits:
+        beside = edit.header.target.beside if edit.header.target else {}
+        missing = [name for name, made in sorted(beside.items()) if present.get(name) != made]
+        if missing:
+            progress.warn(
+                f"{edit.header.name}: searched with {', '.join(missing)} in place in another text "
+                "encoder, as it was then, which is not applied here; its figures hold with both"
+            )
+
+
 def strength_of(edit: Edit, options: StrengthOptions) -> Edit:
     """Return an edit of the rank and at the scale of `options`. Raises InputError."""
     limited = edit if options.rank is None else edit.of_rank(options.rank)

@@ -150,6 +150,8 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
     for by in figures.by_judge:
         judge = f"by {by.judge}, " if figures.further else ""
         console.note(f"{judge}{trials.name} is recognised in {by.after.concept.in_words(things)}")
+    if figures.beside:
+        console.note(f"all of it with {', '.join(figures.beside)} in place, the original too")
     console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")

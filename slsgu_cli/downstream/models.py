@@ -87,6 +87,12 @@ class LiveEncoder:
                     stack.enter_context(edited(self.module, place.key, new))
             yield
 
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Give layers other values for good."""
+        for layer, value in values.items():
+            for place in self.places(layer):
+                place.rows(self._parameter(place)).copy_(place.from_layer(value))
+
     def parameters(self, layer: str) -> list[nn.Parameter]:
         """Return the parameters that hold a layer, in order."""
         return [self.module.get_parameter(place.key) for place in self.places(layer)]
@@ -269,6 +275,23 @@ class Pipeline:
         """Return the names of the encoders of which layers have other values."""
         pairs = zip(self.encoders, values, strict=True)
         return [live.encoder.name for live, new in pairs if new]
+
+    def put(self, edits: Sequence[Edit], *, beside: str) -> list[str]:
+        """Put edits in place for good, of other text encoders than `beside`; return their names.
+
+        Raises UsageError for one of that, and StaleError or InputError as `new_values` does.
+        """
+        values = new_values(self.encoders, edits)
+        names = self.edited_names(values)
+        if beside in names:
+            raise UsageError(
+                f"--with takes edits of other text encoders, and one of these is of {beside}, "
+                "which is searched",
+                hint="`slsgu search NAME --after EDIT` goes on from an edit of the same CLIP",
+            )
+        for live, new in zip(self.encoders, values, strict=True):
+            live.put(new)
+        return names
 
     def tell_of_edited(self, values: Sequence[Mapping[str, Tensor]]) -> None:
         """Tell what reads prompts beside the encoders of which layers have other values."""

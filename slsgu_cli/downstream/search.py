@@ -92,6 +92,11 @@ class TargetPlan:
                     f"{options.target} answers in words, which no CLIP judges",
                     hint="leave --judge out",
                 )
+            if options.beside:
+                raise UsageError(
+                    f"{options.target} has one CLIP, and --with takes edits of other text encoders",
+                    hint="leave --with out",
+                )
             llava = AskedSubject.load(store, manifest, options)
             gradient_of = options.gradient_of or GradientOf.TARGET
             return cls(manifest, pointer, options, llava, None, gradient_of)
@@ -347,6 +352,7 @@ class TargetSearch(StepSearch[TargetTrial]):
             judge=first,
             unseen=subject.unseen,
             further=tuple(JudgeFigures(name, before[name], after[name]) for name in further),
+            beside=subject.beside,
         )
 
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
@@ -426,6 +432,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         seconds=0.0,
         version=slsgu_cli.__version__,
         asked=plan.subject.asked,
+        beside=plan.subject.beside,
     )
     edit = target_edit(manifest.name, options.target)
     record = resume(store, Artifact.TARGET_TRIALS, edit, fresh)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
 from slsgu_cli.checkpoints.layers import Layer, TensorPlace, is_candidate
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
 from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
@@ -129,7 +130,7 @@ class TargetSubject(ABC, Generic[A]):
 
     Trials are of what is `searched`, reports of what is `to_report`, by each of the `judges`;
     the first one decides. Reports are of nothing that a layer or step was chosen by where they
-    are `unseen`.
+    are `unseen`. Edits `beside`, by digest, are in place in other encoders.
     """
 
     encoder: LiveEncoder
@@ -137,6 +138,7 @@ class TargetSubject(ABC, Generic[A]):
     to_report: A
     judges: tuple[str, ...]
     unseen: bool = True
+    beside: dict[str, str] = field(default_factory=dict)
 
     @property
     def asked(self) -> str:
@@ -208,13 +210,16 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
     ) -> "PaintedSubject":
         """Load a pipeline and its judges.
 
-        What moves is its CLIP that has layers of these `shapes`. Raises InputError where none
-        has, and UsageError where it must be named.
+        What moves is its CLIP that has layers of these `shapes`; edits of others are put in
+        place. Raises InputError where none has, and UsageError where it must be named.
         """
         target, device = read_target(options.target), options.device
         name = fitting_encoder(target, shapes, options.encoder).name
-        tell_of_readers(target, [name])
+        edits = [edit for each in options.beside for edit in load_edits(store, each)]
+        edits += earlier_edits(store, edits)
         pipe = Pipeline.load(options.target, device=device)
+        others = pipe.put(edits, beside=name) if edits else []
+        tell_of_readers(target, [name, *others])
         searched = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
         )
@@ -225,6 +230,7 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
             to_report=searched.reporting(options.report_budget),
             captions=_captions(store, manifest),
             judges=tuple(map(str, judges)),
+            beside=edit_digests(edits),
         )
 
     def concept(self, goal: float | None = None) -> Share:

@@ -35,6 +35,7 @@ from slsgu_cli.checkpoints.edits import (
     same_values,
     strength_of,
     tell_of_joint_searches,
+    tell_of_other_encoders,
 )
 from slsgu_cli.checkpoints.layers import Layer, Spelling, TensorPlace, find_layers, layers_of
 from slsgu_cli.checkpoints.layouts import WeightSet, open_weights
@@ -289,6 +290,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     earlier = [] if request.force else earlier_edits(store, edits)
     if not request.revert:
         tell_of_joint_searches([*edits, *earlier])
+        tell_of_other_encoders([*edits, *earlier])
     config = None
     if request.target is not None:
         target = read_target(request.target)

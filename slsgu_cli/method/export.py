@@ -16,6 +16,7 @@ from slsgu_cli.checkpoints.edits import (
     load_edits,
     recognised,
     tell_of_joint_searches,
+    tell_of_other_encoders,
 )
 from slsgu_cli.checkpoints.lora import (
     PEFT_CONFIG,
@@ -100,6 +101,7 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
             hint=f"name them too: {named}",
         )
     tell_of_joint_searches(edits)
+    tell_of_other_encoders(edits)
     _require_place(request)
     prefixes = _prefixes(request, edits)
     parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]

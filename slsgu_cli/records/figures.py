@@ -310,7 +310,7 @@ class TargetFigures:
 
     `before` and `after` are by `judge`, by which the search was steered; `further` are by
     others, which had no part in it. No layer or step was chosen by pictures or answers that
-    are `unseen`.
+    are `unseen`. All are with the edits `beside` in place, by digest: of other text encoders.
     """
 
     target: str
@@ -320,6 +320,7 @@ class TargetFigures:
     judge: str | None = added(None)
     unseen: bool = added(False)
     further: tuple[JudgeFigures, ...] = added(())
+    beside: dict[str, str] = added(factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:

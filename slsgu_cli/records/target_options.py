@@ -104,10 +104,15 @@ class SteerOptions:
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
     is missed by that. The first of
     `judges` is searched by, the set's CLIP by default; figures are by each. `gradient_of` is
-    CLIP's loss or, of a LLaVA, its own.
+    CLIP's loss or, of a LLaVA, its own. Edits `beside` are of other text encoders than the one
+    that is searched, and in place for all of the search.
     """
 
     target: Path = TARGET_FOLDER()
+    beside: Sequence[str] = option(
+        (), "--with", help="Edit of another text encoder, which stays in place.", panel=TARGET,
+        metavar="EDIT", without="the original ones", completes="edit",
+    )  # fmt: skip
     layers: Sequence[str] = option(
         (), "--layer", help="Search this layer.", panel=LAYERS, metavar="LAYER",
         without="the --top most important", completes="layer",

@@ -204,7 +204,8 @@ class TargetTrials:
     `importance` ranks the layers that it can be reached through, for the direction taken:
     of a LLaVA's, it is their promise. `asked` is a digest of the prompts and seeds, or of the
     images and questions, that trials are measured on; `reports` are of others.
-    `seconds` is what all of it took, loading included.
+    `seconds` is what all of it took, loading included. `beside` are the edits of other text
+    encoders, by digest, that were in place.
     """
 
     name: str
@@ -227,6 +228,7 @@ class TargetTrials:
     version: str
     asked: str = added("")
     reports: tuple[TargetReport, ...] = added(())
+    beside: dict[str, str] = added(factory=dict)
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

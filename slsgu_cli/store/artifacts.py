@@ -190,7 +190,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.PLOT: Row("plots", suffix=".png"),
     Artifact.TARGET_TRIALS: Row(
         "target-trials", "targets.TargetTrials", digests=TARGET, needs=Artifact.POINTER,
-        options=(*TARGET_OPTIONS, "gradient_of", "direction", "ridge"),
+        options=(*TARGET_OPTIONS, "gradient_of", "direction", "ridge", "beside"),
         rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(

@@ -186,6 +186,7 @@ RECORDS = {
     ),
     "steer": st.builds(
         SteerOptions, target=texts.map(Path), reserve=st.floats(1.0, 9.0), layers=lists,
+        beside=lists,
         judges=st.lists(st.builds(ModelSpec, st.from_regex(r"[A-Za-z-]+|local-dir:a=b/c",
                                                            fullmatch=True)) | st.builds(
             ModelSpec, st.from_regex(r"[A-Z][a-z./-]+", fullmatch=True), texts,
