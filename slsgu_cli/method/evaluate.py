@@ -1,7 +1,7 @@
 """`eval`: figures of the original and of another model, and what both take images for."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +18,16 @@ from slsgu_cli.clip.zeroshot import cosine_matrix, counted_by, moved
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
-from slsgu_cli.method.search_plan import evaluation_digest, require_alike, require_distinct_names
+from slsgu_cli.method.search_plan import (
+    evaluation_digest,
+    known_features,
+    require_alike,
+    require_distinct_names,
+)
 from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,
     joint_label,
@@ -106,16 +111,16 @@ def evaluate(
     require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
     device = pick_device(device)
     with torch.no_grad():
-        evaluation = _run_model(store, manifests, manifests[0].model, device)
+        evaluation = _run_model(store, manifests, manifests[0].model, device, original=True)
         shown = choose_shown(evaluation, manifests)
         models = [_figures(evaluation, manifests, "original")]
         if model is not None:
             evaluation = _run_model(store, manifests, model, device)
             models.append(_figures(evaluation, manifests, str(model)))
         elif edits:
+            edited = model_with(evaluation, edits)
             with counted_by(label), with_edits(evaluation.model, edits):
-                evaluation.base_pass((), cache_bytes=0)
-                models.append(_figures(evaluation, manifests, label))
+                models.append(_figures(evaluation, manifests, label, edited))
     path = plot_path(joint_label(names) if len(names) > 1 else names[0], "cosines")
     plot = cosine_plot(
         models[0].cosines,
@@ -128,15 +133,33 @@ def evaluate(
 
 
 def _run_model(
-    store: Store, manifests: Sequence[SetManifest], spec: ModelSpec, device: str
+    store: Store,
+    manifests: Sequence[SetManifest],
+    spec: ModelSpec,
+    device: str,
+    *,
+    original: bool = False,
 ) -> SharedEvaluation:
-    """Load a model and run it over what all sets measure on."""
+    """Load a model and run it over what all sets measure on.
+
+    Of the original, image features that are in the store are taken, or kept there.
+    """
     model = resolve(spec)
     for manifest in manifests:
         check_inputs(manifest, model)
     module = load(model, device, warn=progress.warn)
     evaluation = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
-    with counted_by(str(spec)):
+    known: AbstractContextManager[None] = nullcontext()
+    if original:
+        known = known_features(
+            store,
+            manifests[0],
+            evaluation,
+            weights=fingerprint(model),
+            purpose=Purpose.REPORT,
+            device=device,
+        )
+    with counted_by(str(spec)), known:
         evaluation.base_pass((), cache_bytes=0)
     return evaluation
 
@@ -224,14 +247,17 @@ def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest])
 
 
 def _figures(
-    evaluation: SharedEvaluation, manifests: Sequence[SetManifest], label: str
+    evaluation: SharedEvaluation,
+    manifests: Sequence[SetManifest],
+    label: str,
+    model: MovedModel = UNMOVED,
 ) -> EvaluatedModel:
-    """Return the figures of a model by its last base pass."""
+    """Return the figures of the model of the last base pass, or of one with edits in place."""
     return EvaluatedModel(
         label=label,
-        forget=UNMOVED.accuracies(evaluation.forget),
-        utility=UNMOVED.accuracies(evaluation.utility(manifests)),
-        cosines=choose_shown(evaluation, manifests).cosines(),
+        forget=model.accuracies(evaluation.forget),
+        utility=model.accuracies(evaluation.utility(manifests)),
+        cosines=choose_shown(evaluation, manifests).cosines(model),
     )
 
 

@@ -4,7 +4,7 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from shlex import quote
@@ -330,41 +330,62 @@ def share_evaluation(
     add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
-    with counted_by(str(first.pointer.model)), known_features(store, first, shared, purpose):
+    with counted_by(str(first.pointer.model)), _known_to(store, first, shared, purpose):
         run_base_pass(shared, layers, first.options)
     return shared
 
 
+def _known_to(
+    store: Store, plan: SearchPlan, shared: "SharedEvaluation", purpose: Purpose
+) -> AbstractContextManager[None]:
+    """Return `known_features` of a plan's model; with earlier edits in it, nothing is known."""
+    if plan.earlier:
+        return nullcontext()
+    return known_features(
+        store,
+        plan.manifest,
+        shared,
+        weights=plan.pointer.model_fingerprint,
+        purpose=purpose,
+        device=plan.options.device,
+        precision=plan.options.precision,
+    )
+
+
 @contextmanager
 def known_features(
-    store: Store, plan: SearchPlan, shared: "SharedEvaluation", purpose: Purpose
+    store: Store,
+    manifest: SetManifest,
+    shared: "SharedEvaluation",
+    *,
+    weights: str,
+    purpose: Purpose,
+    device: str,
+    precision: Precision = Precision.FP32,
 ) -> Iterator[None]:
     """Let a base pass of the original model take image features from the store, or keep them.
 
-    With earlier edits in the model nothing is taken or kept.
+    `weights` are its fingerprint.
     """
     import torch
 
-    if plan.earlier:
-        yield
-        return
     header = FeatureHeader(
-        model=plan.pointer.model_fingerprint,
-        evals=plan.manifest.measured_on(),
+        model=weights,
+        evals=manifest.measured_on(),
         purpose=purpose,
-        precision=plan.options.precision,
-        device=plan.options.device.partition(":")[0],
+        precision=precision,
+        device=device.partition(":")[0],
         version=slsgu_cli.__version__,
     )
     made_from = [header.model, header.purpose, header.precision, header.device]
     path = Artifact.FEATURES.path(
-        digest([FEATURES_REVISION, *made_from, evaluation_digest(plan.manifest)])
+        digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
     )
     known = processes.from_first(lambda: _read_features(store, path))
     fits = {name: len(group.images) for name, group in shared.sets.items()}
     if {name: len(values) for name, values in known.items()} == fits:
         for name, values in known.items():
-            shared.sets[name].images.known = torch.from_numpy(values).to(plan.options.device)
+            shared.sets[name].images.known = torch.from_numpy(values).to(device)
         yield
         return
     yield
@@ -405,7 +426,7 @@ def to_report_on(
         reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
         with (
             counted_by(str(plans[0].pointer.model)),
-            known_features(store, plans[0], reported, Purpose.REPORT),
+            _known_to(store, plans[0], reported, Purpose.REPORT),
         ):
             reported.base_pass((), cache_bytes=0)
         return reported

@@ -16,6 +16,7 @@ from worlds import plain_options
 
 import slsgu_cli.method.evaluate
 from slsgu_cli.checkpoints.edits import write_edit
+from slsgu_cli.clip.zeroshot import ImageSide
 from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.method.edit import apply, direct_edit
 from slsgu_cli.method.evaluate import evaluate
@@ -63,6 +64,26 @@ def test_without_another_model_the_sets_edit_is_measured(world):
     assert (before.label, after.label) == ("original", "edit blue")
     assert_figures(before, result.trials.baseline_forget, result.trials.baseline_utility)
     assert_figures(after, result.chosen.forget, result.chosen.utility)
+
+
+@pytest.mark.parametrize("layer", ["visual.proj", "transformer.resblocks.1.ln_1.weight"])
+def test_image_features_that_are_known_are_not_computed(layer, world, monkeypatch):
+    """Those of the original are in the store, and an edit of the text tower leaves them."""
+    find(world, steps=4, layers=[layer])
+    pixels, read = [], ImageSide._pixels
+    monkeypatch.setattr(
+        ImageSide, "_pixels", lambda side, rows: pixels.extend(rows) or read(side, rows)
+    )
+    counts, found = [], []
+    for _ in ("fresh", "known"):
+        pixels.clear()
+        found.append(measured(world).models)
+        counts.append(len(pixels))
+    for fresh, known in zip(*found, strict=True):
+        assert (fresh.forget, fresh.utility) == (known.forget, known.utility)
+        np.testing.assert_array_equal(fresh.cosines, known.cosines)
+    assert counts[0] > counts[1]
+    assert (counts[1] > 0) == layer.startswith("visual")
 
 
 def test_an_edit_of_other_weights_is_not_measured(world):
