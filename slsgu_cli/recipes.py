@@ -25,7 +25,7 @@ from slsgu_cli.method.evaluate import EvalResult, evaluate
 from slsgu_cli.method.export import export
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.search import search_each
-from slsgu_cli.records.codec import decode, digest
+from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.method import LoraLayout
 from slsgu_cli.records.options import (
@@ -201,7 +201,7 @@ class Job(RecipePlan):
         tell: Callable[[RunEvent], None],
     ) -> list[Step]:
         """Do steps in turn, those that turn out to be done aside; return them."""
-        done: list[Step] = []
+        done: dict[Step, None] = {}
         for number, each in enumerate(pending, 1):
             self.catalog = Catalog(self.store)
             step, rest = each.step, [p for p in pending[number:] if p.step not in done]
@@ -217,11 +217,11 @@ class Job(RecipePlan):
             seconds_left, at_least = self._seconds_left([each, *rest])
             board.begin(step.stage, step.about, left=seconds_left, at_least=at_least)
             for finished, seconds in self._do(step, [p.step for p in pending]):
-                done.append(finished)
+                done[finished] = None
                 rest = [p for p in rest if p.step != finished]
                 board.end(finished.stage, requests=self._finished(rest))
                 tell(_event("end", finished, seconds=seconds))
-        return done
+        return [*done]
 
     def _finished(self, rest: Sequence[PlannedStep]) -> int:
         """Return how many requests none of the rest of the steps is for."""
@@ -404,7 +404,7 @@ class Job(RecipePlan):
 
     def rows(self) -> list[LedgerRow]:
         """Return the ledger's rows with the states that they have now."""
-        undone = [step for step in self.steps() if self.why(step)]
+        undone = [step for step, why in self.whys().items() if why]
         rows = {row.name: row for row in self.ledger.rows}
         for name in rows.keys() - set(self.recipe.names):
             rows[name] = replace(rows[name], state=RequestState.WITHDRAWN)
@@ -452,7 +452,7 @@ class Job(RecipePlan):
             checks = tuple(self._checks(request, written))
             met = all(check.holds for check in checks) if checks else bool(header.forgotten)
             state = RequestState.FORGOTTEN if met else RequestState.OUT_OF_BOUNDS
-            digests = {"edit": digest(header), **outputs}
+            digests = {"edit": self.catalog.digest(Artifact.EDIT, row.name), **outputs}
             rows[row.name] = _entered(replace(row, checks=checks), state, digests)
         self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
         self._write()

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +48,14 @@ from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.evaluation_sets import drop_from_set
+from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.rows import Columns
+from slsgu_cli.store import catalog
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
+from slsgu_cli.study.recipe import RecipePlan
 from slsgu_cli.verification import verify as verification
 from slsgu_cli.verification.attacks import LeftOut
 from slsgu_cli.verification.verdicts import rows as verdicts
@@ -147,6 +152,36 @@ def test_what_is_done_is_not_done_again(job):
     assert stages(job("blue", "red")) == []
     assert digests(job.folder) == before
     assert {each.why for each in job.plan("blue", "red")} == {None}
+
+
+def test_what_requests_share_is_looked_at_once(job, shared_world, monkeypatch):
+    looked = Counter()
+
+    def counting(owner, name):
+        plain = getattr(owner, name)
+
+        def counted(*args, **options):
+            looked[name, *map(str, args)] += 1
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    readers = open_sources([shared_world.sources[name] for name in ("pairs", "first")], Columns())
+    for kind in {type(reader) for reader in readers}:
+        counting(kind, "identity")
+    counting(catalog, "attributes")
+    sets = [read_manifest(job.store, name) for name in ("blue", "red")]
+    blocks = {ref.path for manifest in sets for ref in manifest.blocks().values()}
+    recipe = recipe_of(shared_world, job.folder, "blue", "red")
+    plan = RecipePlan(job.store, recipe)
+    counting(plan.store, "read_record")
+    assert set(plan.whys().values()) == {None}
+    assert len([key for key in looked if key[0] == "attributes"]) == len(blocks) < 6
+    assert len([key for key in looked if key[0] == "identity"]) == len(readers)
+    assert set(looked.values()) == {1}
+    # Another plan looks anew.
+    assert set(plan.whys().values()) == {None}
+    assert {looked[key] for key in looked if key[0] == "identity"} == {2}
 
 
 class Told(progress.Sink):

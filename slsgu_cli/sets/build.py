@@ -28,7 +28,7 @@ from slsgu_cli.records.sets import (
 )
 from slsgu_cli.records.words import command_line
 from slsgu_cli.sets.collection import FORGET, RETAIN, Collected, collect
-from slsgu_cli.sets.context import BuildContext, counted, file_recipe, screen_for
+from slsgu_cli.sets.context import BuildContext, counted, screen_for
 from slsgu_cli.sets.evaluation_sets import (
     EvalPlan,
     build_eval,
@@ -43,6 +43,7 @@ from slsgu_cli.sets.pairs import (
     Selection,
     Upstream,
     build_pairs,
+    file_key,
     first_pass,
     first_rows,
 )
@@ -374,10 +375,11 @@ def _kept(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
         errors[name] = error
 
 
-def made_from(request: BuildRequest) -> str:
+def made_from(request: BuildRequest, identities: dict[Any, Any]) -> str:
     """Return a digest of the files that a set is built from, and of its classes and prompts.
 
-    Raises MissingError or InputError where they cannot be read.
+    Files that are in `identities` are not looked at again; others are put there. Raises
+    MissingError or InputError where they cannot be read.
     """
     columns = Columns(
         image=request.image_column, caption=request.caption_column, label=request.label_column
@@ -386,7 +388,13 @@ def made_from(request: BuildRequest) -> str:
     named |= {*request.evals.values(), *request.reports.values()}
     classes = {name: encode(read_classes(text)) for name, text in request.classes.items()}
     prompts = {name: list(read_templates(text)) for name, text in request.templates.items()}
-    return digest([file_recipe(open_sources(sorted(named), columns)), classes, prompts])
+    files = []
+    for reader in open_sources(sorted(named), columns):
+        key = file_key(reader)
+        if key not in identities:
+            identities[key] = reader.identity()
+        files.append(identities[key])
+    return digest([digest(files), classes, prompts])
 
 
 def build_sets(store: Store, request: BuildRequest) -> SetManifest:

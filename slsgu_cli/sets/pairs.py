@@ -143,7 +143,7 @@ def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
     """
     together: dict[Any, list[int]] = {}
     for place, selection in enumerate(selections):
-        files = tuple(map(_file_of, selection.readers))
+        files = tuple(map(file_key, selection.readers))
         together.setdefault(files, []).append(place)
     looked: dict[int, Selection | SlsguError] = {}
     with progress.bar("reading captions", None) as ticker:
@@ -153,8 +153,8 @@ def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
     return [looked[place] for place in range(len(selections))]
 
 
-def _file_of(reader: Any) -> tuple[Any, ...]:
-    """Return what is the same for readers that can read their file together."""
+def file_key(reader: Any) -> tuple[Any, ...]:
+    """Return what is the same for readers of one file, but for the values they filter by."""
     others = (getattr(reader, each.name) for each in fields(reader) if each.name != "filters")
     return type(reader), *others, *sorted(reader.filters)
 

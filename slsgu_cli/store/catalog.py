@@ -49,6 +49,8 @@ class Catalog:
         self.store = store
         self._records: dict[tuple[Artifact, str], Any] = {}
         self._names: dict[Artifact, list[str]] = {}
+        self._digests: dict[tuple[Artifact, str], str] = {}
+        self._blocks: dict[str, dict[str, Any] | SlsguError] = {}
 
     def read(self, kind: Artifact, name: str) -> Any:
         """Return a record, the error that reading it raised, or None where there is none."""
@@ -67,6 +69,24 @@ class Catalog:
         """Return a record that could be read, else None."""
         record = self.read(kind, name)
         return None if isinstance(record, SlsguError) else record
+
+    def digest(self, kind: Artifact, name: str) -> str:
+        """Return the digest of a record that could be read."""
+        if (kind, name) not in self._digests:
+            self._digests[kind, name] = digest(self.get(kind, name))
+        return self._digests[kind, name]
+
+    def block(self, path: str) -> dict[str, Any]:
+        """Return what a block says of itself, as `attributes` does. Raises SlsguError."""
+        if path not in self._blocks:
+            try:
+                self._blocks[path] = attributes(self.store, path)
+            except SlsguError as error:
+                self._blocks[path] = error
+        said = self._blocks[path]
+        if isinstance(said, SlsguError):
+            raise said
+        return said
 
     def all(self, kind: Artifact) -> dict[str, Any]:
         """Return every record of a kind by its name, or the error that reading it raised."""
@@ -108,8 +128,8 @@ class Catalog:
             return {}
         if kind in (Artifact.GENERATION, Artifact.ANSWERS):
             # Edits that came from files elsewhere cannot be looked up, and need not be.
-            edits = {name: self.get(Artifact.EDIT, name) for name in record.edits}
-            return {"edits": {name: digest(edit) for name, edit in edits.items() if edit}}
+            edits = [name for name in record.edits if self.get(Artifact.EDIT, name)]
+            return {"edits": {name: self.digest(Artifact.EDIT, name) for name in edits}}
         if kind is Artifact.JOINT:
             # Of several sets, what differs is what counts.
             manifests = [self.get(Artifact.SET, name) for name in record.names]
@@ -128,8 +148,10 @@ class Catalog:
             None if kind is Artifact.POINTER else pointer,
         )
         if kind in (Artifact.EDIT, Artifact.TRIALS):
-            edits = {name: self.get(Artifact.EDIT, name) for name in record.after}
-            now["after"] = {name: edit and digest(edit) for name, edit in edits.items()}
+            now["after"] = {
+                name: self.get(Artifact.EDIT, name) and self.digest(Artifact.EDIT, name)
+                for name in record.after
+            }
         return now
 
 
@@ -206,7 +228,7 @@ def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdi
 def _other_block(catalog: Catalog, _name: str, manifest: SetManifest) -> Verdict | None:
     for role, ref in manifest.blocks().items():
         try:
-            fingerprint = attributes(catalog.store, ref.path)["fingerprint"]
+            fingerprint = catalog.block(ref.path)["fingerprint"]
         except SlsguError as error:
             return Standing.DAMAGED, f"its {role} rows cannot be read: {error.message}"
         if fingerprint != ref.fingerprint:

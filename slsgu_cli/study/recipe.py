@@ -114,6 +114,8 @@ class RecipePlan:
         self.ledger = self.read_ledger()
         self.catalog = Catalog(store)
         self._set_errors: dict[str, SlsguError] = {}
+        # Of source files, while nothing but looking at them is done.
+        self._identities: dict[Any, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path, store: Store | str) -> Self:
@@ -176,7 +178,8 @@ class RecipePlan:
         sets = [get(Artifact.SET, name) for name in step.names] if step.stage != Stage.SET else []
         if step.stage is Stage.SET:
             request = recipe.set_of(recipe.request(step.names[0]))
-            return {"rows or classes": made_from(request), "weights": self.weights}
+            known = {} if self._identities is None else self._identities
+            return {"rows or classes": made_from(request, known), "weights": self.weights}
         if step.stage is Stage.GRADIENTS:
             rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
             options = _options(recipe.grad)
@@ -186,7 +189,7 @@ class RecipePlan:
             gradients = digest([pointer.forget, pointer.retain, pointer.retain_data])
             return {"options": _options(recipe.rank), "gradients": gradients}
         if step.stage is Stage.SEARCH:
-            rankings = [digest(get(Artifact.RANKING, name)) for name in step.names]
+            rankings = [self._digest(Artifact.RANKING, name) for name in step.names]
             measured = [evaluation_blocks(manifest) for manifest in sets]
             return {
                 "requests": digest(step.names),
@@ -212,8 +215,9 @@ class RecipePlan:
             asked["bounds"] = digest([str(bound) for bound in recipe.bounds])
             asked["targets"] = digest([str(path) for path in recipe.targets()])
         if step.stage in pages:
-            checks = [self.catalog.get(Artifact.VERIFICATION, name) for name in step.names]
-            asked["verifications"] = digest([each and digest(each) for each in checks])
+            checked, kind = self.catalog.get, Artifact.VERIFICATION
+            checks = [checked(kind, n) and self._digest(kind, n) for n in step.names]
+            asked["verifications"] = digest(checks)
         return asked
 
     def made(self, step: Step) -> str:
@@ -221,7 +225,7 @@ class RecipePlan:
         if step.stage is Stage.FIGURES:
             return digest(self.ledger.figures)
         if step.place is None:
-            return digest([digest(self.record(KINDS[step.stage], name)) for name in step.names])
+            return digest([self._digest(KINDS[step.stage], name) for name in step.names])
         if step.stage is Stage.EDITS:
             files = {name: step.place / f"{name}.safetensors" for name in step.names}
         elif step.stage is Stage.LORA and not step.names:
@@ -279,8 +283,13 @@ class RecipePlan:
             raise Lacking(kind.called(name))
         return record
 
+    def _digest(self, kind: Artifact, name: str) -> str:
+        """Return the digest of a record of the store that can be read. Raises Lacking."""
+        self.record(kind, name)
+        return self.catalog.digest(kind, name)
+
     def _edits(self, names: Sequence[str]) -> str:
-        return digest({name: digest(self.record(Artifact.EDIT, name)) for name in names})
+        return digest({name: self._digest(Artifact.EDIT, name) for name in names})
 
     def before(self, step: Step) -> tuple[str, ...]:
         """Return the requests whose edits a search stands on."""
@@ -308,7 +317,7 @@ class RecipePlan:
         took, most = self._took(), self._peaks()
         planned = []
         behind: dict[str, str] = {}
-        whys = self._whys()
+        whys = self.whys()
         self._foresee([step for step, why in whys.items() if why])
         for step, why in whys.items():
             trouble = self._trouble(step) if why else None
@@ -324,14 +333,18 @@ class RecipePlan:
             planned.append(PlannedStep(step, why, trouble, seconds, memory, self._disk(step)))
         return planned
 
-    def _whys(self) -> dict[Step, str | None]:
-        """Return every step with why it is to be done, as `why` does."""
+    def whys(self) -> dict[Step, str | None]:
+        """Return every step with why it is to be done, as `why` does; files are looked at once."""
         steps = self.steps()
         whys: dict[Step, str | None] = {}
-        with progress.bar("looking at what is done", len(steps)) as ticker:
-            for step in steps:
-                whys[step] = self.why(step)
-                ticker.advance()
+        self._identities = {}
+        try:
+            with progress.bar("looking at what is done", len(steps)) as ticker:
+                for step in steps:
+                    whys[step] = self.why(step)
+                    ticker.advance()
+        finally:
+            self._identities = None
         return whys
 
     def _foresee(self, steps: Iterable[Step]) -> None:
