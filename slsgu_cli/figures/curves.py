@@ -2,13 +2,19 @@
 
 import io
 import math
+import re
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 
+from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import LayerScore, Tower, Trial, Trials
@@ -28,6 +34,13 @@ SERIES = (BLUE, "#009E73", "#CC79A7", "#56B4E9", ORANGE, "#7F5AA2", VERMILION)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 
+# Chinese, Japanese and Korean, and fonts that have them, as systems come with them.
+ASIAN = re.compile("[\u2e80-\uffef]")
+FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+         "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei",
+         "Arial Unicode MS")  # fmt: skip
+
+
 def blank(width: float, height: float, **options: Any) -> Figure:
     """Return an empty white figure of `width` x `height` inches."""
     figure = Figure(figsize=(width, height), facecolor="white", **options)
@@ -37,9 +50,27 @@ def blank(width: float, height: float, **options: Any) -> Figure:
 
 def png(figure: Figure, **options: Any) -> bytes:
     """Return the figure as PNG bytes, 160 pixels to the inch, without a software stamp."""
+    asian = [text for text in figure.findobj(Text) if ASIAN.search(text.get_text())]
+    for text in asian:
+        text.set_fontfamily(["sans-serif", *_asian_fonts()])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None}, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None}, **options)
     return buffer.getvalue()
+
+
+@cache
+def _asian_fonts() -> list[str]:
+    """Return the fonts that are there of `FONTS`; tell once where there is none."""
+    there = set(fontManager.get_font_names())
+    fonts = [name for name in FONTS if name in there]
+    if not fonts:
+        progress.warn(
+            "figures have boxes for Chinese, Japanese and Korean, which no font here has: "
+            "install Noto Sans CJK (fonts-noto-cjk)"
+        )
+    return fonts
 
 
 def plain(text: str, limit: int | None = None) -> str:

@@ -304,3 +304,19 @@ def test_drawing_leaves_pyplot_alone_and_stdout_clean():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("fonts", [[], ["SimHei"]])
+def test_names_in_chinese_are_drawn_or_the_lack_of_a_font_is_told_once(
+    fonts, listener, monkeypatch, recwarn
+):
+    monkeypatch.setattr(curves.fontManager, "get_font_names", lambda: ["DejaVu Sans", *fonts])
+    curves._asian_fonts.cache_clear()
+    for title in ("a name", "\u84dd\u8272", "\u7ea2\u8272"):
+        figure = curves.blank(2, 1)
+        text = figure.text(0.5, 0.5, title)
+        png(figure)
+        assert text.get_fontfamily() == ["sans-serif", *([] if title.isascii() else fonts)]
+    curves._asian_fonts.cache_clear()
+    assert not recwarn.list
+    assert len(listener.heard) == (not fonts)
