@@ -70,8 +70,8 @@ MUTATIONS = r"""
 - return positions < self.lengths(inputs).unsqueeze(1)
 + return positions <= self.lengths(inputs).unsqueeze(1)
 # matching
-- return before + r"\s+".join(map(re.escape, parts)) + after
-+ return before + r"\s+".join(map(re.escape, parts))
+- return r"\s+".join(map(re.escape, parts)) + after
++ return r"\s+".join(map(re.escape, parts))
 - or any(test(caption) for test in self._excluded)
 + or False
 - may_match = ~_flags(pc.string_is_ascii(captions), True)
