@@ -6,7 +6,7 @@ The subclasses also inherit the builtin a caller of the Python API would expect 
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 
@@ -100,6 +100,12 @@ class AbsentError(SlsguError):
 
 class AssertionsError(NotForgottenError):
     """A figure is not what was asserted of it."""
+
+
+def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """Return words one after another; of many the first, and how many more there are."""
+    more = len(words) - most
+    return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 # The share of letters in common, in their order, that a slip of the pen leaves.

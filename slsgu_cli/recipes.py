@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.inputs import peak_memory, reset_peak
 from slsgu_cli.clip.models import fingerprint, pick_device, resolve
-from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
+from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, listed
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
 from slsgu_cli.method.export import export
@@ -172,11 +172,11 @@ def require_met(result: RunResult) -> None:
         if not check.holds
     ]
     if failed:
-        raise AssertionsError(f"{len(failed)} bounds are not met: {'; '.join(failed)}")
+        raise AssertionsError(f"{len(failed)} bounds are not met: {listed(failed, separator='; ')}")
     left = [row.name for row in result.rows if row.state is not RequestState.FORGOTTEN]
     if left:
         raise NotForgottenError(
-            f"no step forgets {', '.join(left)}", hint="give [search] more steps, or other layers"
+            f"no step forgets {listed(left)}", hint="give [search] more steps, or other layers"
         )
 
 

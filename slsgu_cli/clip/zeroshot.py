@@ -27,7 +27,7 @@ from slsgu_cli.clip.inputs import (
     staged,
 )
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.errors import NotFiniteError, listed
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.files import prefetch
 
@@ -51,10 +51,6 @@ def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     return above.sum(dim=1)
 
 
-# Rows and layers that a message names.
-NAMED_AT_MOST = 3
-
-
 def require_finite(
     values: Tensor, what: str, rows: Ints | None = None, chosen: Tensor | None = None
 ) -> Tensor:
@@ -66,7 +62,7 @@ def require_finite(
         return values
     broken = (~torch.isfinite(values)).any(dim=1).nonzero().squeeze(1)
     places = (broken if chosen is None else chosen[broken]).cpu().numpy()
-    named = _listed([str(row) for row in (places if rows is None else rows[places])])
+    named = listed([str(row) for row in (places if rows is None else rows[places])])
     raise NotFiniteError(
         f"{len(broken)} of {len(values)} {what} are not finite (rows {named})",
         hint="use weights without NaN and infinite values",
@@ -106,13 +102,8 @@ def naming_layers(model: nn.Module) -> Iterator[None]:
         weights = ((name, processes.unsharded(p)) for name, p in model.named_parameters())
         counts = {name: int((~torch.isfinite(p)).sum()) for name, p in weights}
         words = [f"{count} in {name}" for name, count in counts.items() if count]
-        found = f"; weights that are not: {_listed(words)}" if words else ""
+        found = f"; weights that are not: {listed(words)}" if words else ""
         raise NotFiniteError(error.message + found, hint=error.hint) from error
-
-
-def _listed(words: list[str]) -> str:
-    more = len(words) - NAMED_AT_MOST
-    return ", ".join(words[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def gaps(logits: Tensor, labels: Tensor) -> Tensor:

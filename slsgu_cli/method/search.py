@@ -275,6 +275,7 @@ class LayerSearch(StepSearch[Trial]):
                     utility=found.utility,
                     worst=found.worst,
                     expected=found.expected,
+                    moved=found.moved,
                     settled=Settled.MEASURED,
                 )
             self.keep((probe.line, trial.step), trial)

@@ -58,6 +58,8 @@ MIN_ROWS, ROWS_A_ROUND = 16, 32
 TOLERANCE, DRAW_SEED = 0.05, 0
 # By how much a sum of shares may be off.
 ROUNDING = 1e-11
+# Images whose cosines with all classes are in memory at once.
+ROWS_AT_ONCE = 8192
 # Of fewer images than this, what a class loses says little.
 LEAST_ROWS = 5
 # By how much margins of like images differ, as a share of how much the original's differ.
@@ -148,13 +150,14 @@ class Probe:
 class Kept:
     """What a step keeps: the accuracy on each evaluation set, and the class that lost most.
 
-    Of classes, those with at least LEAST_ROWS count, by what like images lose. `expected` is
-    as a trial has it.
+    Of classes, those with at least LEAST_ROWS count, by what like images lose. `expected` and
+    `moved` are as a trial has them.
     """
 
     utility: dict[str, Accuracy]
     worst: ClassLoss | None
     expected: float
+    moved: float
 
 
 def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
@@ -181,32 +184,54 @@ class Bar:
     risk: float = 0.0
 
 
+def names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
+    """Return the indices of the classes of a set that none of the concepts is."""
+    forgotten = {int(c.images.labels[0]) for c in concepts if c.prompts is group.prompts}
+    names = [index for index in range(len(group.names)) if index not in forgotten]
+    return torch.tensor(names, device=group.images.labels.device)
+
+
 @dataclass(slots=True)
 class _Look:
-    """The images of all sets as a vision edit leaves them: their ranks and margins so far."""
+    """The images of all sets as an edit leaves them, as far as they were looked at.
+
+    Of each there are the rank and the margin of its class, and the mean square of how far its
+    cosines with `names` (indices of classes) moved.
+    """
 
     groups: Mapping[str, EvaluationSet]
-    stage: int
+    names: Mapping[str, Tensor]
     ranks: dict[str, Tensor] = field(init=False)
     leads: dict[str, Tensor] = field(init=False)
+    moved: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         labels = {name: group.images.labels for name, group in self.groups.items()}
         self.ranks = {name: torch.full_like(each, -1) for name, each in labels.items()}
-        self.leads = {
-            name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()
-        }
+        self.leads, self.moved = (
+            {name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()}
+            for _ in range(2)
+        )
 
-    def at(self, name: str, rows: Tensor) -> None:
+    def after_vision_edit(self, name: str, rows: Tensor, stage: int) -> None:
         """Look at some images of a set, which are read fastest in the order of their rows."""
         group, rows = self.groups[name], rows.sort().values
-        logits = group.images.after_edit(self.stage, rows) @ group.prompts.embeddings.T
-        self.leads[name][rows] = margins(logits, group.images.labels[rows])
-        self.ranks[name][rows] = ranks_of_truth(logits, group.images.labels[rows])
+        self._see(name, rows, group.images.after_edit(stage, rows), group.prompts.embeddings)
 
+    def after_text_edit(self, name: str, classes: Tensor) -> None:
+        """Look at all images of a set, whose classes are others now."""
+        images = self.groups[name].images
+        places = torch.arange(len(images), device=images.labels.device)
+        for rows in torch.split(places, ROWS_AT_ONCE):
+            self._see(name, rows, images.features[rows], classes)
 
-# The rank of the true class of every image, and its margin, by evaluation set.
-RanksAndMargins = tuple[dict[str, Tensor], dict[str, Tensor]]
+    def _see(self, name: str, rows: Tensor, features: Tensor, classes: Tensor) -> None:
+        group, kept = self.groups[name], self.names[name]
+        logits, labels = features @ classes.T, group.images.labels[rows]
+        self.leads[name][rows] = margins(logits, labels)
+        self.ranks[name][rows] = ranks_of_truth(logits, labels)
+        before = group.images.features[rows] @ group.prompts.embeddings[kept].T
+        self.moved[name][rows] = (logits[:, kept] - before).square().mean(dim=1)
 
 
 @dataclass(slots=True)
@@ -222,6 +247,7 @@ class UtilityMeter:
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
     _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
     _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _names: dict[str, Tensor] = field(init=False, default_factory=dict)
     _draw: Draw | None = field(init=False, default=None)
 
     def measure(self, probe: Probe, step: float, *, bar: Bar | None = None) -> Kept | Settled:
@@ -229,17 +255,21 @@ class UtilityMeter:
         groups, bar = self.evaluation.utility, bar or Bar()
         if not self._lead:
             self._look_at_original()
+        look = _Look(groups, self._names)
         with probe.stepped(step):
             if probe.score.tower is Tower.VISION:
-                look = _Look(groups, probe.stage)
-                raced = bar.risk > 0 and isfinite(bar.beat)
-                below = self._race(look, bar) if raced else self._all_rows(look, bar.beat)
-                ranks, leads = look.ranks, look.leads
-                if below:
+                raced, stage = bar.risk > 0 and isfinite(bar.beat), probe.stage
+                race = self._race if raced else self._all_rows
+                if below := race(look, stage, bar):
                     return below
             else:
-                ranks, leads = self._after_text_edit(probe, step)
-        hits = {name: self._hits(name, each) for name, each in leads.items()}
+                for name, group in groups.items():
+                    look.after_text_edit(name, probe.class_embeddings(group.prompts, step))
+        hits = {name: self._hits(name, each) for name, each in look.leads.items()}
+        moved = [
+            float(each.double().mean() / self._spread[name] ** 2)
+            for name, each in look.moved.items()
+        ]
         losses = [
             loss
             for name, group in groups.items()
@@ -247,9 +277,10 @@ class UtilityMeter:
             if loss.rows >= LEAST_ROWS
         ]
         return Kept(
-            {name: groups[name].accuracy_of(each) for name, each in ranks.items()},
+            {name: groups[name].accuracy_of(each) for name, each in look.ranks.items()},
             max(losses, key=lambda loss: loss.lost, default=None),
             100 * sum(float(each.mean()) for each in hits.values()) / len(hits),
+            sum(moved) / len(moved),
         )
 
     def _look_at_original(self) -> None:
@@ -258,19 +289,12 @@ class UtilityMeter:
             self._lead[name] = leads = margins(logits, group.images.labels)
             self._spread[name] = (SPREAD * leads.double().std(correction=0)).clamp(min=1e-6)
             self._base_hits[name] = self._hits(name, leads)
+            self._names[name] = names_kept(group, [self.evaluation.forget])
 
     def _hits(self, name: str, leads: Tensor) -> Tensor:
         return expected_hits(leads, self._spread[name])
 
-    def _after_text_edit(self, probe: Probe, step: float) -> RanksAndMargins:
-        ranks, leads = {}, {}
-        for name, group in self.evaluation.utility.items():
-            logits = group.images.features @ probe.class_embeddings(group.prompts, step).T
-            leads[name] = margins(logits, group.images.labels)
-            ranks[name] = ranks_of_truth(logits, group.images.labels)
-        return ranks, leads
-
-    def _all_rows(self, look: _Look, beat: float) -> Settled | None:
+    def _all_rows(self, look: _Look, stage: int, bar: Bar) -> Settled | None:
         """Look at the same share of every set, the rows most likely missed first.
 
         The guess is the margin by which the true class led by the original model: what is
@@ -283,7 +307,7 @@ class UtilityMeter:
         sizes = {name: len(rows) for name, rows in order.items()}
         least = MIN_ROWS / sum(sizes.values())
         looked, missed = 0.0, 0.0
-        while (wanting := 1 - missed - max(beat, 0) / 100) >= -ROUNDING:
+        while (wanting := 1 - missed - max(bar.beat, 0) / 100) >= -ROUNDING:
             if looked >= 1:
                 return None
             before, looked = looked, min(1, looked + max(wanting, looked / 16, least))
@@ -291,13 +315,13 @@ class UtilityMeter:
                 start, stop = (ceil(share * size) for share in (before, looked))
                 if start < stop:
                     rows = order[name][start:stop]
-                    look.at(name, rows)
+                    look.after_vision_edit(name, rows, stage)
                     hits = self._figures(look, name, rows)
                     missed += float((1 - hits).sum()) / size / len(sizes)
             missed = processes.agreed(missed)
         return Settled.BOUND
 
-    def _race(self, look: _Look, bar: Bar) -> Settled | None:
+    def _race(self, look: _Look, stage: int, bar: Bar) -> Settled | None:
         """Look at rows of all sets in one random order, the same for every edit."""
         sizes = {name: len(lead) for name, lead in self._lead.items()}
         if self._draw is None:
@@ -313,7 +337,7 @@ class UtilityMeter:
                 of_set = (rows >= start) & (rows < start + size)
                 chosen = torch.from_numpy(rows[of_set] - start).to(self._lead[name].device)
                 if len(chosen):
-                    look.at(name, chosen)
+                    look.after_vision_edit(name, chosen, stage)
                     figures[of_set] = self._figures(look, name, chosen).cpu().numpy()
                 start += size
             race.look(processes.agreed(figures))

@@ -353,9 +353,10 @@ class Trial:
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
-    lost most of what is expected, of those with enough rows, and `expected`, the TA@1 in
-    percent that images like those of the sets would have, as a mean over the sets. `settled`
-    says by what a step that forgets was known to win or not.
+    lost most of what is expected, of those with enough rows, `expected`, the TA@1 in percent
+    that images like those of the sets would have, as a mean over the sets, and `moved`, the
+    mean square of how far cosines of images with other names move, in units of what like
+    images differ by. `settled` says by what a step that forgets was known to win or not.
     """
 
     layer: str
@@ -369,6 +370,7 @@ class Trial:
     worst: ClassLoss | None = added(None)
     expected: float | None = added(None)
     settled: Settled | None = added(None)
+    moved: float | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

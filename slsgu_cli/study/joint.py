@@ -1,6 +1,5 @@
 """`search --joint`: concepts forgotten by edits that belong together, their steps balanced."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
-from slsgu_cli.errors import NotForgottenError, UsageError
+from slsgu_cli.errors import NotForgottenError, UsageError, listed
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.method.evaluate import choose_shown
@@ -39,22 +38,21 @@ from slsgu_cli.method.trial import (
     Probe,
     expected_hits,
     moved_model,
+    names_kept,
     report,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import JointRef, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import JointRef, Keep, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
 
-# Points of TA@1 that a concept's best layer must keep over another one, for each concept that
-# moves it already.
-WORTH_SHARING = 0.1
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2
-# They are balanced where the cost falls by less than this share of it in so many rounds.
-SETTLED, PATIENCE = 0.02, 3
+# They are balanced where the cost falls by less than this share of it in so many rounds, or
+# where no trial of as many others was better than one before.
+SETTLED, PATIENCE, HOPE = 0.02, 3, 6
 # What it costs that cosines of kept images move by as much as like images differ.
 PRICE_OF_MOVING = 0.1
 # Of so many images of a set it is seen what they lose, where each has to be run again.
@@ -66,6 +64,8 @@ UNWRITTEN = 5.0
 # Of more concepts the maps of the original and of all are drawn, and none of those between;
 # and stages are of 1, 2, 5, 10, 20, 50, ... concepts, and of all.
 MOST_MAPS = 10
+# A command that is advised names no more concepts.
+MOST_NAMED = 10
 Moves = tuple[JointMove, ...]
 
 
@@ -88,14 +88,12 @@ class Concept:
         return JointMove(self.plan.name, alone.layer, alone.tower, alone.ridge, step, share)
 
 
-def search_alone(
-    store: Store, plan: SearchPlan, shared: SharedEvaluation, taken: Counter[str]
-) -> Concept:
+def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Concept:
     """Search one concept by itself, and choose the line that it moves along beside others.
 
-    Of the lines that forget it, that is the one which keeps most at its shortest step, with the
-    reserve; a layer that is `taken` has to keep more than one that is not, the more so the more
-    concepts move it.
+    Of the lines that forget it, that is the one which costs least at its shortest step, with
+    the reserve. What edits lose one by one is hardly more than chance; how far they move what
+    is kept adds up.
     """
     evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
@@ -104,16 +102,17 @@ def search_alone(
     worth = {}
     for line, probe in run.probes.items():
         if (step := run.shortest(line)) is not None:
-            trial = run.with_utility(probe, run.trials[line, plan.options.reserve * step])
-            beside = WORTH_SHARING * taken[trial.layer]
-            worth[line] = kept(trial, plan.options.keep) - beside, -trial.share
+            trial = run.trials[line, plan.options.reserve * step]
+            if trial.moved is None:
+                trial = run.with_utility(probe, replace(trial, utility=None))
+            moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
+            worth[line] = kept(trial, Keep.EXPECTED) - moved, -trial.share
     if worth:
         line = max(worth, key=lambda line: worth[line])
         alone = run.trials[line, run.shortest(line) or 0.0]
     else:
         alone = run.choose()
     run.write()
-    taken[alone.layer] += 1
     probe = run.probes[line_of(alone)]
     # What the search alone resumed from goes with its evaluation.
     light = Probe(shared.of(plan.manifest), probe.score, probe.direction, probe.ridge)
@@ -168,7 +167,7 @@ class JointCost:
         spread = max(SPREAD * sum(deviations) / len(deviations), LEAST_SPREAD)
         kept = []
         for group, lead in zip(sets.values(), leads, strict=True):
-            names = _names_kept(group, evaluation.forget.values())
+            names = names_kept(group, evaluation.forget.values())
             cosines = UNMOVED.cosines(group)[0][:, names]
             kept.append(KeptImages(group, names, expected_hits(lead, spread), cosines))
         return cls(evaluation, options, spread, tuple(kept))
@@ -200,13 +199,6 @@ def _some(group: EvaluationSet) -> EvaluationSet:
     return group.some(np.unique(rows))
 
 
-def _names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
-    """Return the indices of the classes of a set that none of the concepts is."""
-    forgotten = {int(c.images.labels[0]) for c in concepts if c.prompts is group.prompts}
-    names = [index for index in range(len(group.names)) if index not in forgotten]
-    return torch.tensor(names, device=group.images.labels.device)
-
-
 @dataclass(slots=True)
 class JointSearchRun:
     """The state of a joint search: its concepts, and trials by their moves.
@@ -230,33 +222,41 @@ class JointSearchRun:
         """
         rounds, reserve = ROUNDS * self.options.steps, self.options.reserve
         steps = BalancedSteps({n: reserve * each.alone.step for n, each in self.concepts.items()})
-        balanced = []
+        tried: list[JointTrial] = []
         with progress.bar("joint", rounds + self.options.steps) as ticker:
             for _ in range(rounds):
                 trial = self._trial(steps.steps, slopes=True)
-                balanced.append(trial)
+                tried.append(trial)
                 ticker.advance()
-                if self._settled(balanced):
+                if self._settled(tried):
                     break
                 steps.observe(trial.slopes or {}, self._left(trial))
-            tried = [min(balanced, key=self._order)]
+            trial = min(tried, key=self._price)
             for _ in range(self.options.steps):
-                if self.forgets(tried[-1]):
+                if self.forgets(trial):
                     break
-                tried.append(self._trial(self._lengthened(tried[-1])))
+                trial = self._trial(self._lengthened(trial))
+                tried.append(trial)
                 ticker.advance()
-        return min(tried, key=lambda trial: sum(self._left(trial).values()))
+        return min(tried, key=self._price)
 
     def _settled(self, balanced: Sequence[JointTrial]) -> bool:
-        """Return whether all is forgotten and the cost has hardly fallen for some rounds."""
+        """Return whether balancing has ended: at the least cost, or without hope of less."""
+        best = min(range(len(balanced)), key=lambda at: self._price(balanced[at]))
+        if len(balanced) > best + HOPE:
+            return True
         if len(balanced) <= PATIENCE or not self.forgets(balanced[-1]):
             return False
         before, now = (balanced[at].cost or 0.0 for at in (-1 - PATIENCE, -1))
         return self.forgets(balanced[-1 - PATIENCE]) and before - now < SETTLED * before
 
-    def _order(self, trial: JointTrial) -> tuple[float, float]:
-        """Order trials by what they leave, ties by what they cost."""
-        return sum(self._left(trial).values()), trial.cost or 0.0
+    def _price(self, trial: JointTrial) -> float:
+        """Return the cost of a trial, and the share of the concepts that are still recognised.
+
+        So one of two may cost half of all other images, and one of a hundred a hundredth.
+        """
+        left = self._left(trial).values()
+        return (trial.cost or 0.0) + sum(each > 0 for each in left) / len(left)
 
     def forgets(self, trial: JointTrial) -> bool:
         """Return whether a trial brings the steered accuracy of all its concepts to 0."""
@@ -290,7 +290,7 @@ class JointSearchRun:
         """Return the trial of some steps, measured now as far as it was not before."""
         moves = self.at(steps)
         known = self.trials.get(moves)
-        if known is not None and (known.slopes is not None or not slopes):
+        if known is not None and known.cost is not None and (known.slopes or not slopes):
             return known
         with self.in_place(moves) as model, torch.set_grad_enabled(slopes):
             trial = self._measured(moves, model)
@@ -301,7 +301,7 @@ class JointSearchRun:
         return trial
 
     def _measured(self, moves: Moves, model: MovedModel) -> JointTrial:
-        """Return what moves in place leave; with the slopes of the cost where grad is enabled."""
+        """Return what moves in place leave and cost; with its slopes where grad is enabled."""
         forget, gap, recognised = {}, {}, []
         for move in moves:
             groups = self.evaluation.shown(move.name)
@@ -309,11 +309,9 @@ class JointSearchRun:
             recognised.append(self.cost.recognised(logits, labels))
             forget[move.name] = groups[0].accuracy_of(ranks_of_truth(logits.detach(), labels))
             gap[move.name] = least_gap(logits.detach(), labels)
-        trial = JointTrial(moves, forget, gap, None)
-        if not torch.is_grad_enabled():
-            return trial
         cost = torch.stack(recognised).mean() + self.cost.of_kept(model)
-        return replace(trial, cost=float(cost.detach()), slopes=self._slopes(moves, cost))
+        slopes = self._slopes(moves, cost) if torch.is_grad_enabled() else None
+        return JointTrial(moves, forget, gap, None, float(cost.detach()), slopes)
 
     def _slopes(self, moves: Moves, cost: Tensor) -> dict[str, float]:
         """Return the slope of the cost along the logarithm of each step.
@@ -399,14 +397,14 @@ def require_joint(result: JointResult) -> None:
     if result.forgotten:
         return
     names = result.record.names
-    left = ", ".join(
-        f"{name} FA@1 {accuracy.top1:.1f} and FA@5 {accuracy.top5:.1f}"
-        for name, accuracy in result.chosen.forget.items()
-    )
+    worst = sorted(result.chosen.forget.items(), key=lambda each: (-each[1].top1, -each[1].top5))
+    left = [f"{name} FA@1 {found.top1:.1f} and FA@5 {found.top5:.1f}" for name, found in worst]
+    again = f"`slsgu search {join(names)} --joint --steps 20`"
+    if len(names) > MOST_NAMED:
+        again = "the same with --steps 20"
     raise NotForgottenError(
-        f"no steps forget {' and '.join(names)} together; the best leave {left}",
-        hint=f"the trials and the edits are kept; try `slsgu search {join(names)} --joint "
-        "--steps 20`",
+        f"no steps forget {listed(names)} together; the best leave {listed(left)}",
+        hint=f"the trials and the edits are kept; try {again}",
     )
 
 
@@ -414,11 +412,10 @@ def _searched_alone(
     store: Store, plans: Sequence[SearchPlan], shared: SharedEvaluation
 ) -> dict[str, Concept]:
     """Search each concept by itself, in order; return all by the names of their sets."""
-    taken: Counter[str] = Counter()
     with progress.bar("each alone", len(plans)) as ticker:
         concepts = {}
         for plan in plans:
-            concepts[plan.name] = search_alone(store, plan, shared, taken)
+            concepts[plan.name] = search_alone(store, plan, shared)
             ticker.advance()
     return concepts
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -19,13 +20,14 @@ from slsgu_cli.method.edit import apply
 from slsgu_cli.method.evaluate import evaluate
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Steer
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Direction, Steer, Tower, Trials
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
-from slsgu_cli.records.studies import JointSearch
+from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.study import joint as joint_module
-from slsgu_cli.study.joint import joint_search, require_joint
+from slsgu_cli.study.joint import JointSearchRun, joint_search, require_joint
 
 NAMES = ("blue", "red", "green")
 DEMO_LAYERS = (
@@ -155,7 +157,7 @@ def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
     assert any("blue, green: searched jointly with red" in told for told in listener.heard)
 
 
-def test_stages_are_the_first_moves_and_concepts_prefer_layers_of_their_own(searched):
+def test_stages_are_the_first_moves(searched):
     _, result = searched
     found = result.record
     assert [tuple(m.name for m in stage.moves) for stage in found.stages] == [
@@ -164,7 +166,38 @@ def test_stages_are_the_first_moves_and_concepts_prefer_layers_of_their_own(sear
     for count, stage in enumerate(found.stages, start=1):
         assert stage.moves == result.chosen.moves[:count]
     assert result.chosen.moves in [trial.moves for trial in found.trials]
-    assert len({move.layer for move in result.chosen.moves}) > 1
+
+
+def test_a_concept_moves_the_layer_whose_edit_costs_least(searched):
+    """What is expected of images to keep, less a tenth of how far their cosines move."""
+    world, result = searched
+    for move in result.chosen.moves:
+        trials = world.store.read_record(Artifact.TRIALS.path(move.name), Trials).trials
+        forgets = [trial for trial in trials if trial.moved is not None]
+        assert len(forgets) > 1
+        best = max(forgets, key=lambda trial: trial.expected - 10 * trial.moved)
+        assert best.layer == move.layer
+
+
+@pytest.mark.parametrize(("concepts", "forgets"), [(2, True), (20, False)])
+def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monkeypatch):
+    """The last one of many is not worth most of what is to be kept."""
+    names = [str(number) for number in range(concepts)]
+
+    def trial(run, steps, *, slopes=False):
+        left = {name: Accuracy(0.0 if step > 2 else 50.0, 50.0, 2) for name, step in steps.items()}
+        moves = tuple(
+            JointMove(name, "a layer", Tower.TEXT, None, step, step) for name, step in steps.items()
+        )
+        gaps = dict.fromkeys(steps, 0.0)
+        return JointTrial(moves, left, gaps, None, 0.1 + 0.3 * (steps["0"] > 2), {})
+
+    monkeypatch.setattr(JointSearchRun, "_trial", trial)
+    longer = {"0": 1.0} | dict.fromkeys(names[1:], 3.0)
+    alone = {name: SimpleNamespace(alone=SimpleNamespace(step=longer[name])) for name in names}
+    options = SearchOptions(steer=Steer.FA1, reserve=1.0)
+    run = JointSearchRun(None, alone, options, None, {}, lambda trials: None)
+    assert run.forgets(run.run()) is forgets
 
 
 def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
@@ -281,7 +314,7 @@ def test_what_cannot_be_forgotten_is_told_and_kept(apart):
     world, _ = apart
     result = find(world, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
     assert not result.forgotten
-    with pytest.raises(NotForgottenError, match="no steps forget blue and red and green") as error:
+    with pytest.raises(NotForgottenError, match="no steps forget blue, red, green") as error:
         require_joint(result)
     assert error.value.exit_code == 5
     assert "--joint" in error.value.hint

@@ -1,0 +1,126 @@
+"""Carry out a recipe of many requests, and once more killed on the way: are the bytes the same?
+
+    python tests/bench/bench_recipe.py --store recipe-store
+    python tests/bench/bench_recipe.py --requests 6 --retain 100 --kill-at grad:4 search:1
+
+Classes of the embedded model are drawn by seed, and searched jointly on text layers along the
+whitened direction, steered on the first place. `whole` is the run that nothing stops. `killed` gets SIGKILL a few seconds
+into a step, such as the fourth `grad` of that run, and is begun again. Printed are the seconds
+of each stage, those a request, the figures of the checkpoint on images that nothing was chosen
+by, and whether all files that were written are the same. A run that is repeated on a store goes
+on where the last one ended; its seconds are then of what was left.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from urllib.parse import quote
+
+import unseen
+
+from slsgu_cli.cli.recipe import DATA
+
+RECIPE = f"""\
+model = "local-dir:{DATA / "clip"}"
+shared_retain = true
+outputs = {{checkpoint = "checkpoint", edits = "edits"}}
+[sets]
+retain_sources = ["{DATA / "train.parquet"}"]
+retain_samples = RETAIN
+[evaluation.brands]
+source = "{DATA / "heldout.parquet"}?kind=brand"
+templates = "{DATA / "templates.txt"}"
+[evaluation.objects]
+source = "{DATA / "heldout.parquet"}?kind=object"
+templates = "{DATA / "templates.txt"}"
+[rank]
+tower = "text"
+direction = "whitened"
+[search]
+steer = "fa1"
+"""
+# Into a step, before it is killed.
+SECONDS = 3.0
+
+
+def write_recipe(folder: Path, requests: int, retain: int, seed: int) -> None:
+    """Write a recipe of so many requests into a folder, if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.toml"
+    if not path.exists():
+        recipe = RECIPE.replace("RETAIN", str(retain))
+        for concept in list(unseen.draw("all", seed))[:requests]:
+            name = concept.replace(" ", "-")
+            recipe += f'[[request]]\nname = "{name}"\nconcept = "{concept}"\n'
+            recipe += f'sources = ["{DATA / "train.parquet"}?concept={quote(concept)}"]\n'
+        path.write_text(recipe)
+
+
+def run(folder: Path, kill_at: str | None = None) -> list[dict]:
+    """Carry out the recipe of a folder; return its events, until it is killed in a step."""
+    command = [sys.executable, "-m", "slsgu_cli", "run", "recipe.toml", "--json-lines", "-q"]
+    events, begun = [], Counter()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            event = json.loads(line)
+            events.append(event)
+            if event["event"] == "begin":
+                begun[event["stage"]] += 1
+                if f"{event['stage']}:{begun[event['stage']]}" == kill_at:
+                    time.sleep(SECONDS)
+                    process.kill()
+                    break
+    return events
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the digest of each file that a recipe wrote."""
+    files = (file for out in ("checkpoint", "edits") for file in (folder / out).rglob("*"))
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.is_file()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--retain", type=int, default=400, help="retain rows, without any request")
+    parser.add_argument(
+        "--kill-at", nargs="*", default=["rank:35", "search:1"], metavar="STAGE:N", help="in turn"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    options = parser.parse_args()
+    folder = options.store or Path(tempfile.mkdtemp())
+    for name in ("whole", "killed"):
+        write_recipe(folder / name, options.requests, options.retain, options.seed)
+    events = run(folder / "whole")
+    took: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event["event"] == "end":
+            took[event["stage"]].append(event["seconds"])
+    print("stage\tsteps\tseconds\ta request")
+    for stage, seconds in took.items():
+        whole = sum(seconds)
+        print(f"{stage}\t{len(seconds)}\t{whole:.0f}\t{whole / options.requests:.1f}")
+    print(json.dumps(events[-1], indent=1))
+    for step in options.kill_at:
+        if run(folder / "killed", step)[-1]["event"] != "begin":
+            sys.exit(f"the run ended before it could be killed in {step}")
+        print(f"killed in {step}", flush=True)
+    run(folder / "killed")
+    whole, killed = (digests(folder / name).items() for name in ("whole", "killed"))
+    differing = sorted({name for name, _ in whole ^ killed})
+    print(f"{len(whole)} files, not the same: {', '.join(differing) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
