@@ -4,11 +4,12 @@
     python tests/bench/bench_recipe.py --requests 6 --retain 100 --kill-at grad:4 search:1
 
 Classes of the embedded model are drawn by seed, and searched jointly on text layers along the
-whitened direction, steered on the first place. `whole` is the run that nothing stops. `killed` gets SIGKILL a few seconds
-into a step, such as the fourth `grad` of that run, and is begun again. Printed are the seconds
-of each stage, those a request, the figures of the checkpoint on images that nothing was chosen
-by, and whether all files that were written are the same. A run that is repeated on a store goes
-on where the last one ended; its seconds are then of what was left.
+whitened direction, steered on the first place. `whole` is the run that nothing stops. `killed`
+gets SIGKILL a few seconds into a step, such as the fourth `grad` of that run, and is begun
+again. Printed are the seconds of each stage, those a request, the figures of the checkpoint on
+images that nothing was chosen by, and whether all files that were written are the same. A run
+that is repeated on a store goes on where the last one ended; its seconds are then of what was
+left.
 """
 
 import argparse
