@@ -386,7 +386,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
             for count in growth(len(chosen.moves))
         )
         record = replace(fresh, stages=stages, trials=tuple(run.trials.values()))
-        _write_edits(store, run, reported, record)
+        _write_edits(store, run, reported, record, chosen)
         store.write_record(path, record)
         plots = _draw(store, run, reported, record)
     return JointResult(record, run.forgets(chosen), len(recorded), plots)
@@ -476,10 +476,13 @@ def _reported(
 
 
 def _write_edits(
-    store: Store, run: JointSearchRun, reported: SharedEvaluation, record: JointSearch
+    store: Store,
+    run: JointSearchRun,
+    reported: SharedEvaluation,
+    record: JointSearch,
+    chosen: JointTrial,
 ) -> None:
     """Write each concept's edit, with the figures of all edits in place."""
-    chosen = record.stages[-1]
     joint = JointRef(record.names, digest([record.gradients, record.retain_data, chosen.moves]))
     utility = reported.utility([concept.plan.manifest for concept in run.concepts.values()])
     with moved_model(reported, run.probed(chosen.moves)) as model:
@@ -503,7 +506,7 @@ def _write_edits(
             share=move.share,
             forget=chosen.forget[move.name],
             gap=chosen.gaps[move.name],
-            utility=chosen.utility,
+            utility=None,
         )
         effect = effects[move.name]
         edit = searched_edit(concept.plan, concept.probe, concept.record, trial, effect, joint)

@@ -4,12 +4,11 @@
     python tests/bench/bench_recipe.py --requests 6 --retain 100 --kill-at grad:4 search:1
 
 Classes of the embedded model are drawn by seed, and searched jointly on text layers along the
-whitened direction, steered on the first place. `whole` is the run that nothing stops. `killed`
-gets SIGKILL a few seconds into a step, such as the fourth `grad` of that run, and is begun
-again. Printed are the seconds of each stage, those a request, the figures of the checkpoint on
-images that nothing was chosen by, and whether all files that were written are the same. A run
-that is repeated on a store goes on where the last one ended; its seconds are then of what was
-left.
+whitened direction. `whole` is the run that nothing stops. `killed` gets SIGKILL a few seconds
+into a step, such as the fourth `grad` of that run, and is begun again. Printed are the seconds
+of each stage, those a request, the figures of the checkpoint on images that nothing was chosen
+by, and whether all files that were written are the same. A run that is repeated on a store goes
+on where the last one ended; its seconds are then of what was left.
 """
 
 import argparse
@@ -44,19 +43,19 @@ templates = "{DATA / "templates.txt"}"
 tower = "text"
 direction = "whitened"
 [search]
-steer = "fa1"
+steer = "STEER"
 """
 # Into a step, before it is killed.
 SECONDS = 3.0
 
 
-def write_recipe(folder: Path, requests: int, retain: int, seed: int) -> None:
+def write_recipe(folder: Path, options: argparse.Namespace) -> None:
     """Write a recipe of so many requests into a folder, if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.toml"
     if not path.exists():
-        recipe = RECIPE.replace("RETAIN", str(retain))
-        for concept in list(unseen.draw("all", seed))[:requests]:
+        recipe = RECIPE.replace("RETAIN", str(options.retain)).replace("STEER", options.steer)
+        for concept in list(unseen.draw("all", options.seed))[: options.requests]:
             name = concept.replace(" ", "-")
             recipe += f'[[request]]\nname = "{name}"\nconcept = "{concept}"\n'
             recipe += f'sources = ["{DATA / "train.parquet"}?concept={quote(concept)}"]\n'
@@ -94,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--retain", type=int, default=400, help="retain rows, without any request")
+    parser.add_argument("--steer", choices=("fa1", "fa5"), default="fa1", help="as of search")
     parser.add_argument(
         "--kill-at", nargs="*", default=["rank:35", "search:1"], metavar="STAGE:N", help="in turn"
     )
@@ -102,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     for name in ("whole", "killed"):
-        write_recipe(folder / name, options.requests, options.retain, options.seed)
+        write_recipe(folder / name, options)
     events = run(folder / "whole")
     took: dict[str, list[float]] = defaultdict(list)
     for event in events:

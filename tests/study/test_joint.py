@@ -284,6 +284,21 @@ def test_slopes_are_those_of_the_cost(apart, monkeypatch, layers, options):
         assert slope == pytest.approx(differences[name], rel=0.05, abs=1e-3), name
 
 
+def test_whether_a_concept_is_forgotten_is_told_by_the_images_to_choose_by(apart, monkeypatch):
+    """Of an image that nothing was chosen by, the figures tell."""
+    world, _ = apart
+    reported = joint_module._reported
+
+    def recognised(*asked):
+        trial = reported(*asked)
+        return replace(trial, forget=dict.fromkeys(trial.forget, Accuracy(50.0, 50.0, 2)))
+
+    monkeypatch.setattr(joint_module, "_reported", recognised)
+    result = find(world)
+    assert all(found.top1 == 50.0 for found in result.chosen.forget.values())
+    assert all(load_edit(world.store, name).header.forgotten for name in NAMES)
+
+
 def test_five_guesses_can_be_driven_to_zero_together(apart):
     world, _ = apart
     result = find(world, "blue", "red", steer=Steer.FA5)
