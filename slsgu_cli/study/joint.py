@@ -42,7 +42,7 @@ from slsgu_cli.method.trial import (
     report,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import JointRef, Keep, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import JointRef, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
@@ -50,9 +50,9 @@ from slsgu_cli.store.store import Store
 
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2
-# They are balanced where the cost falls by less than this share of it in so many rounds, or
-# where no trial of as many others was better than one before.
-SETTLED, PATIENCE, HOPE = 0.02, 3, 6
+# They are balanced where the cost falls by less than this share of it in PATIENCE rounds, or
+# where the last WORSE rounds brought nothing better.
+SETTLED, PATIENCE, WORSE = 0.02, 3, 6
 # What it costs that cosines of kept images move by as much as like images differ.
 PRICE_OF_MOVING = 0.1
 # Of so many images of a set it is seen what they lose, where each has to be run again.
@@ -106,7 +106,7 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
             if trial.moved is None:
                 trial = run.with_utility(probe, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[line] = kept(trial, Keep.EXPECTED) - moved, -trial.share
+            worth[line] = kept(trial, plan.options.keep) - moved, -trial.share
     if worth:
         line = max(worth, key=lambda line: worth[line])
         alone = run.trials[line, run.shortest(line) or 0.0]
@@ -243,7 +243,7 @@ class JointSearchRun:
     def _settled(self, balanced: Sequence[JointTrial]) -> bool:
         """Return whether balancing has ended: at the least cost, or without hope of less."""
         best = min(range(len(balanced)), key=lambda at: self._price(balanced[at]))
-        if len(balanced) > best + HOPE:
+        if len(balanced) > best + WORSE:
             return True
         if len(balanced) <= PATIENCE or not self.forgets(balanced[-1]):
             return False
