@@ -72,11 +72,9 @@ def refusing(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "begins"), [("eval", "figure\t"), ("show", "fact\t")])
-def test_results_are_printed_where_the_plot_cannot_be_written(
-    shared_world, refusing, command, begins
-):
+def test_results_are_printed_where_the_plot_cannot_be_written(world, refusing, command, begins):
     refusing(errno.EROFS)
-    done = inside(command, "blue", store=shared_world.store.root)
+    done = inside(command, "blue", store=world.store.root)
     assert done.exit_code == 0, done.stderr
     assert "warning: cannot write" in done.stderr
     assert "Read-only file system; what it shows is not kept" in done.stderr

@@ -55,6 +55,8 @@ class GivenFigures:
     looked: int = 0
     placed: Margins | None = None
     utility: dict[str, EvaluationSet] = field(init=False)
+    # The concept is none of the classes.
+    forget: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(prompts=None))
 
     def __post_init__(self):
         prompts = SimpleNamespace(embeddings=torch.eye(2))
