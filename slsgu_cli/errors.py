@@ -6,8 +6,12 @@ The subclasses also inherit the builtin a caller of the Python API would expect 
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from enum import IntEnum
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
@@ -100,6 +104,19 @@ class AbsentError(SlsguError):
 
 class AssertionsError(NotForgottenError):
     """A figure is not what was asserted of it."""
+
+
+def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
+    """Return what `ask` returned, or raise what it raised, when first asked for by a key."""
+    if key not in outcomes:
+        try:
+            outcomes[key] = ask()
+        except SlsguError as error:
+            outcomes[key] = error
+    outcome = outcomes[key]
+    if isinstance(outcome, SlsguError):
+        raise outcome
+    return outcome
 
 
 def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:

@@ -40,7 +40,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     safetensors_size,
     write_safetensors,
 )
-from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.errors import InputError, StaleError, UsageError, listed
 from slsgu_cli.records.method import PromptReader
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL
@@ -106,9 +106,8 @@ def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
     names = (str(path.relative_to(out)) for path in present)
     lost = sorted(name for name in names if name not in kept and not name.startswith(PARTIAL))
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise InputError(
-            f"{out} holds files that would be lost: {', '.join(lost[:3])}{more}",
+            f"{out} holds files that would be lost: {listed(lost)}",
             hint="another --out, or move them away",
         )
 

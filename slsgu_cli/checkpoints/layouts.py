@@ -41,7 +41,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     widen,
 )
 from slsgu_cli.checkpoints.torch_archive import open_torch
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError, MissingError, listed
 from slsgu_cli.records.method import Tower
 from slsgu_cli.store.files import copy_file, write_at
 
@@ -421,9 +421,8 @@ class Conversion:
         if len(self.towers) < len(Tower):
             others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
         if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise InputError(
-                f"{self.weights.path} holds {others[0]}{more}, which the other layout has no "
+                f"{self.weights.path} holds {listed(others, 1)}, which the other layout has no "
                 "place for"
             )
 

@@ -43,7 +43,7 @@ from slsgu_cli.clip.models import (
     resolve,
     save_tokenizer,
 )
-from slsgu_cli.errors import InputError, SlsguError, UsageError, first_lines
+from slsgu_cli.errors import InputError, SlsguError, UsageError, first_lines, listed
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader, ModelLayout, Tower
 from slsgu_cli.records.options import ApplyRequest
@@ -152,8 +152,7 @@ def _other_weights(model: ResolvedModel) -> str | None:
         (other, "its configuration has another shape for"),
     ):
         if names:
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"{what} {names[0]}{others}"
+            return f"{what} {listed(names, 1)}"
     return None
 
 

@@ -50,9 +50,9 @@ def blank(width: float, height: float, **options: Any) -> Figure:
 
 def png(figure: Figure, **options: Any) -> bytes:
     """Return the figure as PNG bytes, 160 pixels to the inch, without a software stamp."""
-    asian = [text for text in figure.findobj(Text) if ASIAN.search(text.get_text())]
-    for text in asian:
-        text.set_fontfamily(["sans-serif", *_asian_fonts()])
+    for text in figure.findobj(Text):
+        if ASIAN.search(text.get_text()):
+            text.set_fontfamily(["sans-serif", *_asian_fonts()])
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.layouts import layer_digests
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
-from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
+from slsgu_cli.errors import InputError, NotFiniteError, SlsguError, listed
 from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -169,11 +169,8 @@ def tell_of_unwhitened(moments: Moments, layers: Sequence[str], *, how: str, out
 
 def tell_of_layers(text: str, layers: Sequence[str]) -> None:
     """Tell something of layers: a few are named, and with -v all."""
-    left = len(layers) - NAMED
-    progress.note(
-        f"{text}: {', '.join(layers[:NAMED])}" + (f" and {left} more" if left > 0 else "")
-    )
-    if left > 0:
+    progress.note(f"{text}: {listed(layers, NAMED)}")
+    if len(layers) > NAMED:
         progress.detail(", ".join(layers))
 
 

@@ -330,12 +330,12 @@ def share_evaluation(
     add_edits(module, first.earlier)
     shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
-    with counted_by(str(first.pointer.model)), _known_to(store, first, shared, purpose):
+    with counted_by(str(first.pointer.model)), _plan_features(store, first, shared, purpose):
         run_base_pass(shared, layers, first.options)
     return shared
 
 
-def _known_to(
+def _plan_features(
     store: Store, plan: SearchPlan, shared: "SharedEvaluation", purpose: Purpose
 ) -> AbstractContextManager[None]:
     """Return `known_features` of a plan's model; with earlier edits in it, nothing is known."""
@@ -426,7 +426,7 @@ def to_report_on(
         reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
         with (
             counted_by(str(plans[0].pointer.model)),
-            _known_to(store, plans[0], reported, Purpose.REPORT),
+            _plan_features(store, plans[0], reported, Purpose.REPORT),
         ):
             reported.base_pass((), cache_bytes=0)
         return reported

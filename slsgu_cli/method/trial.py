@@ -208,10 +208,10 @@ class _Look:
     def __post_init__(self) -> None:
         labels = {name: group.images.labels for name, group in self.groups.items()}
         self.ranks = {name: torch.full_like(each, -1) for name, each in labels.items()}
-        self.leads, self.moved = (
-            {name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()}
-            for _ in range(2)
-        )
+        self.leads = {
+            name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()
+        }
+        self.moved = {name: each.clone() for name, each in self.leads.items()}
 
     def after_vision_edit(self, name: str, rows: Tensor, stage: int) -> None:
         """Look at some images of a set, which are read fastest in the order of their rows."""

@@ -13,7 +13,7 @@ from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.clip.model_folder import require_weights
-from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError
+from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError, once
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import (
@@ -306,7 +306,7 @@ class Preview:
         errors: dict[str, SlsguError] = {}
         opened: dict[str, OpenedSources] = {}
         for request in self._requests:
-            with _kept(errors, request.name):
+            with _collecting(errors, request.name):
                 check(request)
                 self._context(request.model)
                 opened[request.name] = _open(request)
@@ -314,7 +314,7 @@ class Preview:
         found = iter(first_rows(both))
         for request in self._requests:
             if request.name in opened:
-                with _kept(errors, request.name):
+                with _collecting(errors, request.name):
                     self._require(request, opened[request.name], [next(found), next(found)])
         return errors
 
@@ -353,21 +353,17 @@ class Preview:
         named = (request.evals, request.reports, request.classes, request.templates)
         key = (request.model, request.image_column, request.label_column,
                *(tuple(each.items()) for each in named))  # fmt: skip
-        if key not in self._evals:
+
+        def plan() -> tuple[list[EvalPlan], list[EvalPlan]]:
             context = self._context(request.model)
-            try:
-                plans = _plan_evals(context, request, readers)
-                self._evals[key] = plans, _plan_reports(context, request, plans)
-            except SlsguError as error:
-                self._evals[key] = error
-        known = self._evals[key]
-        if isinstance(known, SlsguError):
-            raise known
-        return known
+            plans = _plan_evals(context, request, readers)
+            return plans, _plan_reports(context, request, plans)
+
+        return once(self._evals, key, plan)
 
 
 @contextmanager
-def _kept(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
+def _collecting(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
     """Keep an error under a name instead of raising it."""
     try:
         yield

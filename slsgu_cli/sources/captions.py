@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.errors import InputError, UsageError, listed
 from slsgu_cli.records.sets import Concept, check_name
 from slsgu_cli.sources.rows import label_words
 
@@ -449,5 +449,4 @@ def _same(name: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(repr(name) for name in names[:4]) + more
+    return listed([repr(name) for name in names], 4)

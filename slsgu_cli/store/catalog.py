@@ -8,10 +8,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from statistics import median
 from typing import Any
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError
+from slsgu_cli.errors import InputError, MissingError, SlsguError, once
 from slsgu_cli.records.codec import digest, is_sealed, parse_json
 from slsgu_cli.records.method import EditHeader, FeatureHeader, GradientPointer, MomentHeader
 from slsgu_cli.records.sets import Collection, ModelSpec, SetManifest
@@ -78,15 +79,7 @@ class Catalog:
 
     def block(self, path: str) -> dict[str, Any]:
         """Return what a block says of itself, as `attributes` does. Raises SlsguError."""
-        if path not in self._blocks:
-            try:
-                self._blocks[path] = attributes(self.store, path)
-            except SlsguError as error:
-                self._blocks[path] = error
-        said = self._blocks[path]
-        if isinstance(said, SlsguError):
-            raise said
-        return said
+        return once(self._blocks, path, partial(attributes, self.store, path))
 
     def all(self, kind: Artifact) -> dict[str, Any]:
         """Return every record of a kind by its name, or the error that reading it raised."""

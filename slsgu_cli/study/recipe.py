@@ -113,7 +113,6 @@ class RecipePlan:
         self.path = Artifact.LEDGER.path(recipe.name)
         self.ledger = self.read_ledger()
         self.catalog = Catalog(store)
-        self._set_errors: dict[str, SlsguError] = {}
         # Of source files, while nothing but looking at them is done.
         self._identities: dict[Any, Any] | None = None
 
@@ -318,9 +317,9 @@ class RecipePlan:
         planned = []
         behind: dict[str, str] = {}
         whys = self.whys()
-        self._foresee([step for step, why in whys.items() if why])
+        errors = self._errors_of_sets([step for step, why in whys.items() if why])
         for step, why in whys.items():
-            trouble = self._trouble(step) if why else None
+            trouble = self._trouble(step, errors) if why else None
             earlier = [f"after {behind[name]} of {name}" for name in step.names if name in behind]
             why = why or next(iter(earlier), None)
             if why and step.place is None:
@@ -347,13 +346,14 @@ class RecipePlan:
             self._identities = None
         return whys
 
-    def _foresee(self, steps: Iterable[Step]) -> None:
-        """Find out what stands in the way of those sets that are to be built."""
+    def _errors_of_sets(self, steps: Iterable[Step]) -> dict[str, SlsguError]:
+        """Return by their names what stands in the way of those sets that are to be built."""
         names = [step.names[0] for step in steps if step.stage is Stage.SET]
-        if names and not self._model_trouble:
-            requests = [self.recipe.set_of(self.recipe.request(name)) for name in names]
-            with progress.bars_only():
-                self._set_errors = Preview(self.store, requests).errors()
+        if not names or self._model_trouble:
+            return {}
+        requests = [self.recipe.set_of(self.recipe.request(name)) for name in names]
+        with progress.bars_only():
+            return Preview(self.store, requests).errors()
 
     def typical(self, took: Mapping[Stage, Sequence[float]], step: Step) -> float | None:
         """Return the median seconds of a stage, as `seconds_of` has them, for a step's requests."""
@@ -447,10 +447,10 @@ class RecipePlan:
             return error.message
         return None
 
-    def _trouble(self, step: Step) -> str | None:
+    def _trouble(self, step: Step, errors: Mapping[str, SlsguError]) -> str | None:
         """Return why a step that is to be done cannot succeed; None where nothing is known."""
         try:
-            return self._claimed(step) or self._unusable(step) or self._occupied(step)
+            return self._claimed(step) or self._unusable(step, errors) or self._occupied(step)
         except SlsguError as error:
             return error.message
 
@@ -466,12 +466,12 @@ class RecipePlan:
                 )
         return None
 
-    def _unusable(self, step: Step) -> str | None:
+    def _unusable(self, step: Step, errors: Mapping[str, SlsguError]) -> str | None:
         """Return what is wrong with the model or the rows. Raises what opening others raises."""
         if step.stage is Stage.SET:
             if self._model_trouble:
                 return self._model_trouble
-            if error := self._set_errors.get(step.names[0]):
+            if error := errors.get(step.names[0]):
                 return error.message
         elif step.stage is Stage.TARGET:
             read_target(self.target(step))
