@@ -145,7 +145,7 @@ def _measure(
         for place, rank in zip(places, least, strict=True):
             ranks[place] = rank
         figures += measured.figures(least)
-    return ranks, tuple(sorted(figures, key=lambda told: told.strength))
+    return ranks, tuple(sorted(figures, key=lambda each: each.strength))
 
 
 def _require_place(request: ExportRequest) -> None:
