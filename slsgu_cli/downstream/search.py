@@ -260,9 +260,9 @@ class TargetSearch(StepSearch[TargetTrial]):
 
         A trial on file that ended early for another goal is measured again.
         """
-        known = self.trials.get((move.line, step))
-        if known is not None and self._cut_short(known):
-            del self.trials[move.line, step]
+        key = self.key(move.line, step)
+        if key in self.trials and self._cut_short(self.trials[key]):
+            del self.trials[key]
         trial = super().trial(move, step)
         return self.with_others(trial) if self.options.full else trial
 

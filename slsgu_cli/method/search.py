@@ -6,12 +6,12 @@ What a step leaves to forget is measured on the CLIP here, and in `downstream.se
 model that is built on it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from math import inf, isclose
 from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -117,10 +117,17 @@ class StepSearch(Generic[T]):
 
     def trial(self, move: Move[T], step: float) -> T:
         """Return the trial of a step: the one on file, else measured now."""
-        key = move.line, step
+        key = self.key(move.line, step)
         if key not in self.trials:
             self.keep(key, processes.agreed(move.measure(step)))
         return self.trials[key]
+
+    def key(self, line: Line, step: float) -> Key:
+        """Return what a step's trial is found by: on file it may be of another machine's digits."""
+        if (line, step) not in self.trials:
+            known = (key for key in self.trials if key[0] == line)
+            return next((key for key in known if isclose(key[1], step)), (line, step))
+        return line, step
 
     def keep(self, key: Key, trial: T) -> None:
         """Keep a trial that was measured now, in place of what was known of its step."""
@@ -152,7 +159,7 @@ class StepSearch(Generic[T]):
         """
         enough = self.shortest(line)
         if enough is None:
-            return math.inf
+            return inf
         shorter = [step for step in self._along(line, enough=False) if step < enough]
         return 1 - max(shorter, default=0.0) / enough
 
@@ -197,7 +204,7 @@ class LayerSearch(StepSearch[Trial]):
         with progress.bar(probe.line[0], steps) as ticker:
             while (step := sought.next()) is not None:
                 trial = self.trial(probe, step)
-                self.path.append((probe.line, step))
+                self.path.append((probe.line, trial.step))
                 sought.observe(trial.gap - wanted, enough=self.left(trial) == 0)
                 ticker.advance()
 
@@ -205,10 +212,9 @@ class LayerSearch(StepSearch[Trial]):
         """Go on from the shortest step of a line that forgets by the reserve."""
         enough = self.shortest(probe.line)
         if enough is not None and self.options.reserve > 1:
-            step = self.options.reserve * enough
-            self.trial(probe, step)
-            self.path.append((probe.line, step))
-            self.lengthened.append((probe.line, step))
+            key = probe.line, self.trial(probe, self.options.reserve * enough).step
+            self.path.append(key)
+            self.lengthened.append(key)
 
     def choose(self) -> Trial:
         """Measure the utility of the steps that may win, and return the best (Algorithm 1).

@@ -102,7 +102,7 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
     worth = {}
     for line, probe in run.probes.items():
         if (step := run.shortest(line)) is not None:
-            trial = run.trials[line, plan.options.reserve * step]
+            trial = run.trials[run.key(line, plan.options.reserve * step)]
             if trial.moved is None:
                 trial = run.with_utility(probe, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)

@@ -25,6 +25,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
+from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Trials
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -298,6 +299,18 @@ def test_recorded_trials_run_nothing_again(world, monkeypatch):
     # The original over the concept's images, and an image of each set to see what it takes;
     # and what the chosen edit does to all.
     assert rows == {OpenClipVision: 8 + 2 + 64 + 40, OpenClipText: prompts}
+
+
+def test_trials_of_a_machine_with_other_last_digits_are_found(world, monkeypatch):
+    options = {"layers": SOME, "steps": 4, "reserve": 1.3}
+    first = find(world, **options)
+    other = tuple(replace(trial, step=trial.step * (1 + 1e-12)) for trial in first.trials.trials)
+    assert all(one.step != two.step for one, two in zip(first.trials.trials, other, strict=True))
+    world.store.write_record(Artifact.TRIALS.path("blue"), replace(first.trials, trials=other))
+    monkeypatch.setattr(Probe, "measure", None)
+    again = find(world, **options)
+    assert again.trials.trials == other
+    assert again.chosen == replace(first.chosen, step=again.chosen.step)
 
 
 def test_recorded_forget_accuracies_are_taken_as_they_are(world):
