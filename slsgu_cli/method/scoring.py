@@ -248,11 +248,13 @@ class Draw:
     most: Vector
 
     @classmethod
-    def of(cls, weights: Vector, usual: Vector, *, seed: int) -> "Draw":
-        """Draw an order of rows: each next one with a chance in proportion to w (1 - usual)."""
+    def of(cls, weights: Vector, usual: Vector, waits: Vector) -> "Draw":
+        """Draw an order of rows: each next one with a chance in proportion to w (1 - usual).
+
+        `waits` are drawn for each row from an exponential distribution of mean 1.
+        """
         chances = weights * (1 - usual + LEAST_CHANCE)
-        waits = np.random.default_rng(seed).exponential(size=len(chances)) / chances
-        order = np.argsort(waits, kind="stable")
+        order = np.argsort(waits / chances, kind="stable")
         drawn = chances[order]
         left = np.cumsum(drawn[::-1])[::-1]
         highest = (weights * (1 - usual) / chances)[order]

@@ -235,20 +235,23 @@ class LayerSearch(StepSearch[Trial]):
             for key in path
             if key in may_win and (trial := self.trials[key]).utility is not None
         }
+        keeps = {key: kept(trial, self.options.keep) for key, trial in measured.items()}
         figures = [
-            (not self._spares(trial, best_kept - price), kept(trial, self.options.keep))
-            for trial in measured.values()
+            (not (self._spares(trial) and keeps[key] >= best_kept - price), keeps[key])
+            for key, trial in measured.items()
         ]
         return list(measured.values())[best(figures)]
 
     def _measure(self, path: Sequence[Key], may_win: set[Key], price: float) -> float:
         """Measure the utility of steps, those that may win against the best so far.
 
-        Returns the most that any of these keeps. A step stays that keeps `price` less.
+        Returns the most that any of these keeps. A step may keep `price` less and win all the
+        same, but not less than one that spares every class.
         """
         from slsgu_cli.method.trial import Bar
 
-        full, best_kept, least = self.options.full, NOTHING_KEPT, NOTHING_KEPT
+        full, best_kept = self.options.full, NOTHING_KEPT
+        sparing, least = NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
         risk = 0.0 if self.options.exact or not raced else RISK / len(raced)
         for key in sorted(dict.fromkeys(path), key=self._cost):
@@ -256,18 +259,20 @@ class LayerSearch(StepSearch[Trial]):
             if self.options.keep is Keep.EXPECTED and trial.expected is None:
                 trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
             if key in may_win or full:
+                beat = max(best_kept - price, sparing)
                 if key in raced and least == NOTHING_KEPT:
-                    least = best_kept - price
-                bar = None if full else Bar(best_kept - price, least, risk)
+                    least = beat
+                bar = None if full else Bar(beat, least, risk)
                 trial = self.with_utility(self.probes[key[0]], trial, bar)
             if key in may_win and trial.utility is not None:
-                best_kept = max(best_kept, kept(trial, self.options.keep))
+                keeps = kept(trial, self.options.keep)
+                best_kept = max(best_kept, keeps)
+                sparing = max(sparing, keeps) if self._spares(trial) else sparing
         return best_kept
 
-    def _spares(self, trial: Trial, enough: float) -> bool:
-        """Return whether no class is known to lose more than it may, and enough is kept."""
-        harmless = trial.worst is None or trial.worst.lost <= self.options.max_class_loss
-        return harmless and kept(trial, self.options.keep) >= enough
+    def _spares(self, trial: Trial) -> bool:
+        """Return whether no class is known to lose more than it may."""
+        return trial.worst is None or trial.worst.lost <= self.options.max_class_loss
 
     def with_utility(self, probe: "Probe", trial: Trial, bar: "Bar | None" = None) -> Trial:
         """Return a trial with its utility, measured now unless it was, or is below a bar."""

@@ -7,6 +7,7 @@ from functools import partial
 from math import ceil, isfinite
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -327,7 +328,7 @@ class UtilityMeter:
         if self._draw is None:
             weights = np.concatenate([np.full(n, 1 / n / len(sizes)) for n in sizes.values()])
             usual = torch.cat(list(self._base_hits.values())).cpu().numpy()
-            self._draw = Draw.of(weights, usual, seed=self.seed)
+            self._draw = Draw.of(weights, usual, self._waits())
         order, tolerance = self._draw.order, TOLERANCE / 100
         race = Race(self._draw, bar.beat / 100 + tolerance, bar.least / 100 + tolerance)
         while race.looked < len(order):
@@ -346,6 +347,18 @@ class UtilityMeter:
             if race.looked < len(order) and race.lost(bar.risk):
                 return Settled.RACE
         return None
+
+    def _waits(self) -> npt.NDArray[np.float64]:
+        """Return what is drawn for each row, alike for concepts that leave out other rows.
+
+        Of the rows that one has looked at another then finds what enters its layers.
+        """
+        waits = []
+        for number, group in enumerate(self.evaluation.utility.values()):
+            rows = group.images.rows
+            drawn = np.random.default_rng([self.seed, number]).exponential(size=rows.max() + 1)
+            waits.append(drawn[rows])
+        return np.concatenate(waits)
 
     def _figures(self, look: _Look, name: str, rows: Tensor) -> Tensor:
         """Return what the rows of a set that were looked at count for, in [0, 1]."""

@@ -34,6 +34,10 @@ FIGURES = {
 }
 
 
+def drawn(weights, usual, seed):
+    return Draw.of(weights, usual, np.random.default_rng(seed).exponential(size=len(weights)))
+
+
 def run(race, figures, risk, rows=25):
     """Look at rows until a race is lost, or at all of them; return whether it was."""
     while race.looked < len(figures) and not race.lost(risk):
@@ -52,7 +56,7 @@ def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind):
         figures = FIGURES[kind](rng, usual)
         mean = float(weights @ figures)
         # Its mean is the very mark: the hardest case.
-        lost += run(Race(Draw.of(weights, usual, seed=seed), mean, mean - 0.01), figures, RISK)
+        lost += run(Race(drawn(weights, usual, seed), mean, mean - 0.01), figures, RISK)
     assert lost <= RISK * SEEDS + 4 * (RISK * (1 - RISK) * SEEDS) ** 0.5
 
 
@@ -61,7 +65,7 @@ def test_a_step_that_is_far_worse_is_left_after_few_rows():
     usual, weights = usual_figures(rng, 2000), np.full(2000, 1 / 2000)
     figures, mark = usual * 0.8, float(weights @ usual) - 0.005
     for seed in range(20):
-        race = Race(Draw.of(weights, usual, seed=seed), mark, mark)
+        race = Race(drawn(weights, usual, seed), mark, mark)
         assert run(race, figures, 0.001)
         assert race.looked <= 400
         seen = race.draw.order[: race.looked]
@@ -73,7 +77,7 @@ def test_a_higher_mark_is_lost_no_later():
     rng = np.random.default_rng(7)
     usual, weights = usual_figures(rng), np.full(ROWS, 1 / ROWS)
     for seed in range(20):
-        figures, draw = hits(rng, usual), Draw.of(weights, usual, seed=seed)
+        figures, draw = hits(rng, usual), drawn(weights, usual, seed)
         least = float(weights @ figures) - 0.02
         looked = []
         for mark in np.linspace(least, least + 0.2, 9):
@@ -87,16 +91,16 @@ def test_a_higher_mark_is_lost_no_later():
 def test_rows_are_drawn_once_and_by_their_chances():
     usual = np.array([0.0] * 50 + [1.0] * 50)
     weights = np.full(100, 0.01)
-    orders = [Draw.of(weights, usual, seed=seed).order for seed in range(200)]
+    orders = [drawn(weights, usual, seed).order for seed in range(200)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     first = np.mean([order[0] < 50 for order in orders])
     assert first == pytest.approx(1.05 / 1.1, abs=0.05)
-    assert (Draw.of(weights, usual, seed=3).order == orders[3]).all()
+    assert (drawn(weights, usual, 3).order == orders[3]).all()
 
 
 def test_no_risk_loses_no_race():
     weights, zeros = np.full(50, 0.02), np.zeros(50)
-    race = Race(Draw.of(weights, zeros, seed=0), 0.9, 0.9)
+    race = Race(drawn(weights, zeros, 0), 0.9, 0.9)
     assert not run(race, zeros, 0.0)
     assert race.missed == pytest.approx(1.0)
 
@@ -117,7 +121,7 @@ def test_raced_searches_choose_what_exact_ones_do(keep):
                 assert (trial.settled is Settled.MEASURED) == (trial.utility is not None)
         assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
     assert ways == set(Settled)
-    assert looked[0] < 0.9 * looked[1]
+    assert looked[0] < 0.95 * looked[1]
 
 
 def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():

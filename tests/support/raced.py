@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet
@@ -31,6 +32,7 @@ class Images:
 
     def __post_init__(self):
         self.labels = torch.zeros(len(self), dtype=torch.long)
+        self.rows = np.arange(len(self))
 
     def __len__(self):
         return len(self.world.original[self.name])
