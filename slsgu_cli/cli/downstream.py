@@ -10,17 +10,15 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
-from slsgu_cli.records.target_options import (
-    AskRequest,
-    CanvasRequest,
-    GenerateRequest,
-    SteerOptions,
-)
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
+    AskRequest,
+    CanvasRequest,
+    GenerateRequest,
     Generation,
     Protocol,
+    SteerOptions,
     TargetTrial,
     TargetTrials,
 )

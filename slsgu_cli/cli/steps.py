@@ -21,7 +21,7 @@ from slsgu_cli.records.options import (
     StrengthOptions,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.target_options import SourceRequest, SteerOptions
+from slsgu_cli.records.targets import SourceRequest, SteerOptions
 from slsgu_cli.records.words import (
     DEVICE_OPTION,
     EVALUATION,

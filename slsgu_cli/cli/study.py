@@ -16,12 +16,12 @@ from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import (
     CompareOptions,
     Method,
+    PipelineCompareOptions,
     PipelineComparison,
     SweepRequest,
     Trajectory,
     TrajectoryOptions,
 )
-from slsgu_cli.records.target_options import PipelineCompareOptions
 from slsgu_cli.records.words import ROWS, Option
 
 if TYPE_CHECKING:

@@ -38,11 +38,11 @@ from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
 from slsgu_cli.records.studies import (
     Method,
     MethodSetting,
+    PipelineCompareOptions,
     PipelineComparison,
     PipelineOutcome,
     PipelinePlan,
 )
-from slsgu_cli.records.target_options import PipelineCompareOptions
 from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock

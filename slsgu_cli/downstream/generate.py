@@ -52,8 +52,15 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import Purpose
-from slsgu_cli.records.target_options import AskRequest, GenerateRequest
-from slsgu_cli.records.targets import Answer, Answers, Generation, PaintOptions, PromptResult
+from slsgu_cli.records.targets import (
+    Answer,
+    Answers,
+    AskRequest,
+    GenerateRequest,
+    Generation,
+    PaintOptions,
+    PromptResult,
+)
 from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
 from slsgu_cli.sources.captions import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of

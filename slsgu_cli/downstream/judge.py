@@ -31,8 +31,13 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
-from slsgu_cli.records.target_options import CanvasRequest, SourceRequest
-from slsgu_cli.records.targets import AnswerSet, Budget, GeneratedSource
+from slsgu_cli.records.targets import (
+    AnswerSet,
+    Budget,
+    CanvasRequest,
+    GeneratedSource,
+    SourceRequest,
+)
 from slsgu_cli.sets.evaluation_sets import read_classes
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest

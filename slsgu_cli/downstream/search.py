@@ -36,8 +36,13 @@ from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore, Trial
 from slsgu_cli.records.sets import ModelSpec, SetManifest
-from slsgu_cli.records.target_options import SteerOptions
-from slsgu_cli.records.targets import GradientOf, TargetReport, TargetTrial, TargetTrials
+from slsgu_cli.records.targets import (
+    GradientOf,
+    SteerOptions,
+    TargetReport,
+    TargetTrial,
+    TargetTrials,
+)
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.store import Store
 

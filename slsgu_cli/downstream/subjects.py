@@ -43,8 +43,7 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
-from slsgu_cli.records.target_options import SteerOptions
-from slsgu_cli.records.targets import Budget, TargetTrial
+from slsgu_cli.records.targets import Budget, SteerOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from operator import attrgetter
+from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
@@ -16,12 +17,13 @@ from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
 from slsgu_cli.records.method import Direction, Precision, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.targets import Budget
+from slsgu_cli.records.targets import Budget, judge_option
 from slsgu_cli.records.words import (
     DEVICE,
     LAYERS,
     SEARCH,
     SPEED,
+    TARGET,
     choices,
     figure,
     option,
@@ -129,6 +131,50 @@ class ClipPlan(Plan):
     def of(self, method: Method) -> Self:
         """Return the plan as far as it matters to a method."""
         return replace(self, retain_rows=0) if method in UNRETAINED else self
+
+
+def _fixed_rates(name: str, texts: Sequence[str]) -> Sequence[float]:
+    """Return the learning rates given. Raises UsageError for `auto`."""
+    values = rates(name, texts)
+    if values is None:
+        raise UsageError(f"{name} auto is for comparing without --target", hint=f"{name} 1e-5,1e-4")
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineCompareOptions:
+    """Which methods to run on which pipeline and how; the judge is the set's CLIP by default."""
+
+    target: Path = option(
+        ..., "--target", "-t", help="Folder of a diffusion pipeline to compare on.", panel=TARGET,
+        without="on CLIP itself",
+
+    )  # fmt: skip
+    methods: Sequence[Method] = option(
+        PIPELINE_METHODS, "--methods", metavar="METHODS", without="all",
+        read=choices(PIPELINE_METHODS, always=Method.ORIGINAL),
+        help="Of esd, salun, ours.", panel=SEARCH,
+    )  # fmt: skip
+    rates: Sequence[float] = option(
+        (1e-5,), "--lr", metavar="RATES", read=_fixed_rates, help="Learning rates.", panel=SEARCH
+    )
+    iterations: int = option(
+        1000, "--iterations", min=1, help="Updates of a trained method.", panel=TARGET
+    )
+    # Our search paints with the seeds from 0: these are others.
+    budget: Budget = options(
+        Budget(seed=1000),
+        omit=("questions",),
+        panel=TARGET,
+        help={"concept": "Pictures of the concept.", "others": "Pictures of other classes."},
+    )
+    judges: Sequence[ModelSpec] = judge_option("set")
+    device: str = DEVICE()
+
+    def __post_init__(self) -> None:
+        """Refuse too few pictures to tell what is kept."""
+        if self.budget.others < 2:
+            raise UsageError(f"--others {self.budget.others} is out of range: it must be 2 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from slsgu_cli.records.figures import meets
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.target_options import SteerOptions
+from slsgu_cli.records.targets import SteerOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store

@@ -21,7 +21,7 @@ from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import CompareOptions, Method, TrajectoryOptions
-from slsgu_cli.records.target_options import SteerOptions
+from slsgu_cli.records.targets import SteerOptions
 from slsgu_cli.records.words import PANELS, build, command_line, places
 from slsgu_cli.store.store import Store
 

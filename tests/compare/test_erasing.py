@@ -242,8 +242,7 @@ def test_the_distance_is_frechets():
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.target_options import SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)

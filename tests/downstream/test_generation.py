@@ -128,8 +128,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
 ):
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.models import ImageJob
-    from slsgu_cli.records.target_options import GenerateRequest
-    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.records.targets import GenerateRequest, PaintOptions
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
 
@@ -158,8 +157,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
 def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_models, monkeypatch):
     from slsgu_cli.downstream import models
     from slsgu_cli.downstream.generate import generate
-    from slsgu_cli.records.target_options import GenerateRequest
-    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.records.targets import GenerateRequest, PaintOptions
 
     request = GenerateRequest(
         names=["text"], target=trained_models / "sd", seeds=(5,),
@@ -203,7 +201,7 @@ def changed_header(store):
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
     from slsgu_cli.downstream.generate import ask, sample_pictures
-    from slsgu_cli.records.target_options import AskRequest
+    from slsgu_cli.records.targets import AskRequest
 
     image = Path(edits.where("facebook.png"))
     image.parent.mkdir(exist_ok=True)
@@ -250,7 +248,7 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
 ):
     from slsgu_cli.downstream import generate
     from slsgu_cli.method import gradients
-    from slsgu_cli.records.target_options import AskRequest
+    from slsgu_cli.records.targets import AskRequest
 
     talker = Talker()
     monkeypatch.setattr(generate.Llava, "load", lambda *_, **__: talker)
@@ -311,8 +309,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.target_options import SteerOptions
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
 
@@ -346,8 +343,7 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 ):
     from slsgu_cli.downstream.judge import forgetting_generated
     from slsgu_cli.records.options import BuildRequest
-    from slsgu_cli.records.target_options import SourceRequest
-    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.records.targets import PaintOptions, SourceRequest
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.store import Store
 
@@ -381,8 +377,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
     from slsgu_cli.downstream.judge import answer_set
-    from slsgu_cli.records.target_options import CanvasRequest
-    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.records.targets import CanvasRequest, PaintOptions
 
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
         (tmp_path / name).write_text(lines)

@@ -22,8 +22,7 @@ from slsgu_cli.method.edit import apply
 from slsgu_cli.method.export import export
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
-from slsgu_cli.records.target_options import SteerOptions
-from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget
+from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"

@@ -34,8 +34,7 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
     from slsgu_cli.downstream import subjects
     from slsgu_cli.downstream.generate import ask
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.target_options import AskRequest, SteerOptions
-    from slsgu_cli.records.targets import Budget, ReportBudget
+    from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, SteerOptions
 
     # What a few images are read as ranks the layers as more of them do.
     monkeypatch.setattr(subjects, "ROWS", FEW)
@@ -63,8 +62,7 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.target_options import GenerateRequest, SteerOptions
-    from slsgu_cli.records.targets import Budget, ReportBudget
+    from slsgu_cli.records.targets import Budget, GenerateRequest, ReportBudget, SteerOptions
 
     options = SteerOptions(
         target=trained_models / "sd",

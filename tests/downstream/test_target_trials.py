@@ -10,8 +10,7 @@ from slsgu_cli.downstream.search import TargetSearch
 from slsgu_cli.downstream.subjects import TargetMove
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction, Tower
-from slsgu_cli.records.target_options import SteerOptions
-from slsgu_cli.records.targets import Budget, GradientOf, TargetTrials
+from slsgu_cli.records.targets import Budget, GradientOf, SteerOptions, TargetTrials
 from slsgu_cli.store.store import Store
 
 LAYER = "transformer.resblocks.0.mlp.c_proj.weight"

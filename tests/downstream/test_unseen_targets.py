@@ -25,8 +25,8 @@ from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.figures import Share, TargetFigures
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import ModelSpec, Purpose
-from slsgu_cli.records.target_options import PipelineCompareOptions, SteerOptions
-from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget
+from slsgu_cli.records.studies import PipelineCompareOptions
+from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, SteerOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
