@@ -23,7 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.towers import OpenClipText, SplitTower, mlp_half
+from slsgu_cli.clip.blocks import linear, mlp_half
+from slsgu_cli.clip.towers import OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
 from slsgu_cli.store.files import cores, prefetch
@@ -516,7 +517,7 @@ def _stretched_attention(
     beginnings none does.
     """
     attention, width = block.attn, x.shape[1]
-    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    projected = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
     q, k, v = states.unbind(1)
     mixed, leaving = [], []
@@ -537,7 +538,7 @@ def _stretched_attention(
             is_causal=not before,
         )
         mixed.append(after.transpose(1, 2).reshape(-1, width))
-    projected = F.linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
+    projected = linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
     added: Tensor = block.ls_1(projected)
     return (torch.cat(leaving) if ends else x) + added
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import block_of
 from slsgu_cli.clip import processes
+from slsgu_cli.clip.blocks import FastProducts, attention_half, mlp_half
 
 EMBED = -1
 _MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
@@ -72,7 +73,8 @@ class SplitTower(ABC):
     def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
         """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
         if start == EMBED and stop > EMBED:
-            x, start = _widened(self.embed(x)), 0
+            with FastProducts():
+                x, start = _widened(self.embed(x)), 0
         if self.sharded and self.halves:
             # Both halves while the block's weights are here.
             for block in self.blocks[start // 2 : stop // 2]:
@@ -100,15 +102,21 @@ class SplitTower(ABC):
     def _through(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
         for index in range(start, stop):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.stage, index, x, inputs, use_reentrant=False)
+                x = checkpoint(self._stage, index, x, inputs, use_reentrant=False)
             else:
-                x = self.stage(index, x, inputs)
+                x = self._stage(index, x, inputs)
         return x
+
+    def _stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
+        with FastProducts():
+            return self.stage(index, x, inputs)
 
     def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
         """Return unit features from what enters stage `start`."""
         x = self.advance(x, inputs, start, self.depth)
-        return F.normalize(self.head(x, inputs).float(), dim=-1)
+        with FastProducts():
+            left = self.head(x, inputs)
+        return F.normalize(left.float(), dim=-1)
 
     def lengths(self, inputs: Tensor) -> Tensor:
         """Return how many positions of each row can influence its features."""
@@ -540,67 +548,9 @@ def _text(model: Any) -> SplitTower:
     return WholeTower(model.encode_text)
 
 
-def attention_half(
-    block: Any,
-    x: Tensor,
-    *,
-    causal: bool = False,
-    seen: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """Run the attention of an open_clip residual block by one fused projection and kernel.
-
-    With `seen` (rows, positions), what is not seen is hidden from all. With `keep`, the position
-    of one token a row, only that token leaves the block, as (rows, width): keys and values of
-    all tokens, everything else of one.
-    """
-    rows, length, width = x.shape
-    attention = block.attn
-    heads, size = attention.num_heads, width // attention.num_heads
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    normed = block.ln_1(x)
-    visible = None if seen is None else seen[:, None, None, :]
-    if keep is None:
-        q, k, v = F.linear(normed, weight, bias).view(rows, length, 3, heads, size).unbind(2)
-        if visible is not None and causal:
-            visible = visible & visible.new_ones(length, length).tril()
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            visible,
-            is_causal=causal and visible is None,
-        )
-        mixed = mixed.transpose(1, 2).reshape(rows, length, width)
-    else:
-        here = (torch.arange(rows, device=x.device), keep.long())
-        query = F.linear(normed[here], weight[:width], None if bias is None else bias[:width])
-        packed = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-        k, v = packed.view(rows, length, 2, heads, size).unbind(2)
-        if causal:
-            before = _up_to(keep, length)
-            visible = before if visible is None else before & visible
-        mixed = F.scaled_dot_product_attention(
-            query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
-        ).reshape(rows, width)
-        x = x[here]
-    projected = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
-    return _tensor(x + block.ls_1(projected))
-
-
-def mlp_half(block: Any, x: Tensor) -> Tensor:
-    """Run the MLP of an open_clip residual block."""
-    return _tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
-
-
 def _widened(x: Tensor) -> Tensor:
     """Return what blocks add to, in fp32 where a 16-bit pass would round every sum."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _up_to(keep: Tensor, length: int) -> Tensor:
-    """Return which positions the kept token of each row may look at."""
-    return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]
 
 
 def _is_plain(block: Any) -> bool:

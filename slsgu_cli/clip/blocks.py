@@ -1,0 +1,150 @@
+"""The halves of open_clip's residual blocks, and the products that towers are made of.
+
+PyTorch leaves products in fp32 on a CPU to MKL, which on processors of AMD takes more than twice
+as long as oneDNN. So the linear layers of towers are applied by oneDNN where PyTorch has it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+
+# What oneDNN takes; a weight in shards is of another type.
+PLAIN = (Tensor, nn.Parameter)
+
+
+class FastProducts(TorchFunctionMode):
+    """While active, linear layers are applied by `linear`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make a call, by `linear` where it applies such a layer."""
+        return (linear if func is F.linear else func)(*args, **kwargs or {})
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `input` W^T + b (..., outputs), as F.linear does: in fp32 on a CPU by oneDNN."""
+    given = (input, weight) if bias is None else (input, weight, bias)
+    if has_torch_function_variadic(*given):
+        outputs: Tensor = handle_torch_function(linear, given, input, weight, bias)
+    elif not HAS_ONEDNN or torch.is_autocast_enabled("cpu") or not all(map(_fits, given)):
+        outputs = F.linear(input, weight, bias)
+    elif torch.is_grad_enabled() and any(each.requires_grad for each in given):
+        outputs = _Linear.apply(input, weight, bias)
+    else:
+        outputs = product(input, weight, bias)
+    return outputs
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b (..., outputs) in fp32 by oneDNN, without a gradient."""
+    laid_out = (_laid_out(x), _laid_out(weight), bias)
+    outputs: Tensor = torch.ops.mkldnn._linear_pointwise(*laid_out, "none", [], "")
+    return outputs
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Return a tensor without gaps: oneDNN takes others a hundred times as long."""
+    if x.is_contiguous() or (x.ndim == 2 and x.T.is_contiguous()):
+        return x
+    return x.contiguous()
+
+
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _fits(given: Tensor) -> bool:
+    """Return whether oneDNN takes a tensor as it is."""
+    return (
+        type(given) in PLAIN
+        and given.dtype is torch.float32
+        and given.device.type == "cpu"
+        and given.numel() > 0
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b."""
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, W and b, where they are wanted."""
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(end_dim=-2)
+        return (
+            product(gradient, weight.T) if of_x else None,
+            product(rows.T, x.flatten(end_dim=-2).T) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+        )
+
+
+def attention_half(
+    block: Any,
+    x: Tensor,
+    *,
+    causal: bool = False,
+    seen: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Run the attention of an open_clip residual block by one fused projection and kernel.
+
+    With `seen` (rows, positions), what is not seen is hidden from all. With `keep`, the position
+    of one token a row, only that token leaves the block, as (rows, width): keys and values of
+    all tokens, everything else of one.
+    """
+    rows, length, width = x.shape
+    attention = block.attn
+    heads, size = attention.num_heads, width // attention.num_heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    normed = block.ln_1(x)
+    visible = None if seen is None else seen[:, None, None, :]
+    if keep is None:
+        q, k, v = linear(normed, weight, bias).view(rows, length, 3, heads, size).unbind(2)
+        if visible is not None and causal:
+            visible = visible & visible.new_ones(length, length).tril()
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            visible,
+            is_causal=causal and visible is None,
+        )
+        mixed = mixed.transpose(1, 2).reshape(rows, length, width)
+    else:
+        here = (torch.arange(rows, device=x.device), keep.long())
+        query = linear(normed[here], weight[:width], None if bias is None else bias[:width])
+        packed = linear(normed, weight[width:], None if bias is None else bias[width:])
+        k, v = packed.view(rows, length, 2, heads, size).unbind(2)
+        if causal:
+            before = _up_to(keep, length)
+            visible = before if visible is None else before & visible
+        mixed = F.scaled_dot_product_attention(
+            query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
+        ).reshape(rows, width)
+        x = x[here]
+    projected = linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
+    left: Tensor = x + block.ls_1(projected)
+    return left
+
+
+def mlp_half(block: Any, x: Tensor) -> Tensor:
+    """Run the MLP of an open_clip residual block."""
+    left: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return left
+
+
+def _up_to(keep: Tensor, length: int) -> Tensor:
+    """Return which positions the kept token of each row may look at."""
+    return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]
