@@ -39,7 +39,7 @@ Pixels = Callable[[Images | Tensor], Tensor]
 LEAST_ALIKE = 8
 
 # Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
-IN_CACHE = 512
+IN_CACHE = 2048
 
 # Images a core that are decoded ahead.
 DECODED_AHEAD = 4
