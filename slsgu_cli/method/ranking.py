@@ -273,12 +273,15 @@ def _score(
 
 
 def _half_whitened(metric: "RetainMetric", gradient: Vector) -> Vector:
-    """Return what stands for a gradient in Eq. 7 and 8 along the whitened direction."""
+    """Return what stands for a gradient in Eq. 7 and 8 along the whitened direction.
+
+    Its entries are in the order in which they lie in memory.
+    """
     import torch
 
     on_device = torch.tensor(gradient, device=metric.moment.device)
     half: Vector = metric.half_whiten(on_device).cpu().numpy()
-    return half
+    return half.ravel(order="K")
 
 
 def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
