@@ -132,3 +132,27 @@ def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():
         if trial.utility is not None:
             assert trial == full.trials[key]
     assert all(trial.utility for trial in full.trials.values())
+
+
+def test_nothing_that_spares_less_than_the_best_could_have_been_chosen():
+    spared = set()
+    for seed in range(40):
+        world = made_up(seed)
+        _, every = world.searched(full=True)
+        losses = sorted(trial.worst.lost for trial in every.trials.values())
+        for bound in (losses[0], losses[len(losses) // 2], losses[-1]):
+            choice, _ = world.searched(full=True, max_class_loss=bound)
+            proven, _ = world.searched(exact=True, max_class_loss=bound)
+            assert proven == choice
+            spared.add(choice.worst.lost <= bound)
+    assert spared == {True, False}
+
+
+def test_a_step_that_spares_every_class_is_a_mark_without_the_price_of_sparing():
+    world = made_up(1)
+    _, every = world.searched(full=True)
+    worst = max(trial.worst.lost for trial in every.trials.values())
+    world.searched(exact=True, max_class_loss=worst)
+    looked = world.looked
+    world.searched(exact=True, max_class_loss=0.0)
+    assert looked < world.looked
