@@ -5,6 +5,7 @@ import os
 import struct
 import zipfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -143,15 +144,20 @@ def test_flipped_bytes_never_cause_anything_but_an_input_error(
     check()
 
 
+@cache
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state(), buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return archive.read("archive/data.pkl")
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_a_corrupt_pickle_is_an_input_error(noise: bytes, place: int) -> None:
     from slsgu_cli.checkpoints.torch_archive import read_pickle
 
-    buffer = io.BytesIO()
-    torch.save(state(), buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        data = archive.read("archive/data.pkl")
+    data = pickled()
     with suppress(InputError):
         read_pickle(Path("m.pt"), data[:place] + noise + data[place + len(noise) :])
 
