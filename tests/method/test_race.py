@@ -6,7 +6,7 @@ from raced import made_up
 
 from slsgu_cli.method.scoring import Draw, Race, kept
 from slsgu_cli.method.trial import TOLERANCE
-from slsgu_cli.records.method import Keep, Settled
+from slsgu_cli.records.method import Keep, Settled, Tower
 
 ROWS = 300
 SEEDS = 250
@@ -122,6 +122,18 @@ def test_raced_searches_choose_what_exact_ones_do(keep):
         assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
     assert ways == set(Settled)
     assert looked[0] < 0.95 * looked[1]
+
+
+def test_rows_that_another_concept_leaves_out_change_little_of_what_is_looked_at():
+    world = made_up(2)
+    # A text step that loses nothing sets the mark, and looks at no image anew.
+    world.steps = [world.original, *world.steps]
+    world.towers = [Tower.TEXT] + 8 * [Tower.VISION]
+    fewer = world.without({"set 0": np.arange(0, 300, 20), "set 1": np.arange(5, 20)})
+    world.searched()
+    fewer.searched()
+    assert 0 < len(fewer.seen) < 0.8 * 1170
+    assert len(fewer.seen - world.seen) < 0.05 * len(fewer.seen)
 
 
 def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():

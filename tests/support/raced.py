@@ -32,7 +32,7 @@ class Images:
 
     def __post_init__(self):
         self.labels = torch.zeros(len(self), dtype=torch.long)
-        self.rows = np.arange(len(self))
+        self.rows = self.world.rows.get(self.name, np.arange(len(self)))
 
     def __len__(self):
         return len(self.world.original[self.name])
@@ -44,17 +44,23 @@ class Images:
 
     def after_edit(self, stage, rows):
         self.world.looked += len(rows)
+        self.world.seen.update((self.name, row) for row in self.rows[rows.numpy()].tolist())
         return self.features[rows]
 
 
 @dataclass(eq=False)
 class GivenFigures:
-    """An evaluation with the margins of the original model, and steps with theirs."""
+    """An evaluation with the margins of the original model, and steps with theirs.
+
+    `rows` are what the images of a set are called, by its name; `seen` those looked at.
+    """
 
     original: Margins
     steps: Sequence[Margins]
     towers: Sequence[Tower] = ()
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     looked: int = 0
+    seen: set[tuple[str, int]] = field(default_factory=set)
     placed: Margins | None = None
     utility: dict[str, EvaluationSet] = field(init=False)
     # The concept is none of the classes.
@@ -69,6 +75,12 @@ class GivenFigures:
 
     def base_gap(self):
         return -1.0
+
+    def without(self, left_out: Mapping[str, np.ndarray]) -> "GivenFigures":
+        """Return the same figures without some rows of each set."""
+        kept = {n: np.setdiff1d(np.arange(len(m)), left_out[n]) for n, m in self.original.items()}
+        parts = [{n: m[kept[n]] for n, m in each.items()} for each in (self.original, *self.steps)]
+        return GivenFigures(parts[0], parts[1:], self.towers, kept)
 
     def searched(self, *, seed=0, **options) -> tuple[Trial, LayerSearch]:
         """Return the step that is chosen, and the search; one draw of rows is that of `seed`."""
