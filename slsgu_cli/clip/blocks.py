@@ -31,7 +31,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = (input, weight) if bias is None else (input, weight, bias)
     if has_torch_function_variadic(*given):
         outputs: Tensor = handle_torch_function(linear, given, input, weight, bias)
-    elif not HAS_ONEDNN or torch.is_autocast_enabled("cpu") or not all(map(_fits, given)):
+    elif not (HAS_ONEDNN and input.ndim > 1 and all(map(_fits, given))):
         outputs = F.linear(input, weight, bias)
     elif torch.is_grad_enabled() and any(each.requires_grad for each in given):
         outputs = _Linear.apply(input, weight, bias)
@@ -58,12 +58,13 @@ HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _fits(given: Tensor) -> bool:
-    """Return whether oneDNN takes a tensor as it is."""
+    """Return whether oneDNN takes a tensor as it is, and autocast leaves it so."""
     return (
         type(given) in PLAIN
         and given.dtype is torch.float32
         and given.device.type == "cpu"
         and given.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -6,7 +6,8 @@
 `plain` is open_clip's own forward and backward on random data that is on the device
 already, 77-token texts, at the best of several batch sizes; `sequential` is the same at
 batch 16. `slsgu` reads its rows from the store on disk. The share of the device's matrix
-products is of what each multiplies itself: `slsgu` leaves out what is behind a text's end.
+products, PyTorch's or those of towers, whichever are faster, is of what each multiplies itself:
+`slsgu` leaves out what is behind a text's end.
 With --profile, what the pass of `slsgu` spends its time on follows. With --compile, the
 pass is timed once more with the halves of its blocks compiled, which `slsgu` does not do.
 """
@@ -16,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from synthetic import pairs_block, random_images, random_model, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsgu_cli.clip import towers
+from slsgu_cli.clip import blocks, towers
 from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
 from slsgu_cli.clip.models import input_spec, load, resolve
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
@@ -94,9 +96,15 @@ def best_plain(
 
 def flop_a_pair(work: Callable[[], object], pairs: int) -> float:
     """Return the floating-point operations of matrix products that `work` does a pair."""
-    with FlopCounterMode(display=False) as counter:
+    known = {torch.ops.mkldnn._linear_pointwise: of_linear} if blocks.HAS_ONEDNN else {}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         work()
     return counter.get_total_flops() / pairs
+
+
+def of_linear(x, weight, *_others, out_shape=None, **_options) -> int:
+    """Return the operations of a product by oneDNN from the shapes of what is multiplied."""
+    return 2 * prod(x) * weight[0]
 
 
 def profile(work: Callable[[], object], device: str) -> str:
@@ -118,20 +126,23 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_rate(device: str, precision: Precision) -> float:
-    """Return the device's measured matrix products, in FLOP/s."""
+def peak_rates(device: str, precision: Precision) -> tuple[float, float]:
+    """Return the device's measured matrix products, in FLOP/s: PyTorch's and those of towers."""
     size = 8192 if device.startswith("cuda") else 2048
     kind = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    with arithmetic(precision):
-        for _ in range(3):
-            a @ b
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        synchronize(device)
-    return 10 * 2 * size**3 / (time.perf_counter() - start)
+    rates = []
+    for multiply in (F.linear, blocks.linear):
+        with torch.no_grad(), arithmetic(precision):
+            for _ in range(3):
+                multiply(a, b)
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(10):
+                multiply(a, b)
+            synchronize(device)
+        rates.append(10 * 2 * size**3 / (time.perf_counter() - start))
+    return rates[0], rates[1]
 
 
 def main() -> None:
@@ -175,7 +186,8 @@ def main() -> None:
         }
         if args.device.startswith("cuda"):
             figures["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-        peak = peak_rate(args.device, args.precision)
+        products = peak_rates(args.device, args.precision)
+        peak = max(products)
         step = plain_step(model, spec, batch=16, options=options)
         images = pixel_normalizer(spec, args.device)(block.images(0, 64))
         ids = to_tokens(tokens[:64], "cpu")
@@ -186,7 +198,8 @@ def main() -> None:
                 max(rates),
             ),
         }
-        figures["device's products, TFLOP/s"] = round(peak / 1e12, 2)
+        for kind, rate in zip(("PyTorch's", "towers'"), products, strict=True):
+            figures[f"{kind} products, TFLOP/s"] = round(rate / 1e12, 3)
         for name, (each, rate) in flop.items():
             figures[f"{name}, GFLOP a pair"] = round(each / 1e9, 1)
             figures[f"{name}, share of the products"] = round(each * rate / peak, 3)

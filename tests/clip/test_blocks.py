@@ -82,6 +82,7 @@ def test_parts_of_tensors_are_multiplied_as_copies_are(part):
         [each.double() for each in drawn((3,), 4, 2, bias=True)],
         [each.bfloat16() for each in drawn((3,), 4, 2, bias=True)],
         [torch.zeros(0, 4), torch.ones(2, 4)],
+        [torch.ones(4), torch.ones(2, 4)],
         [torch.ones(3, 4, device="meta"), torch.ones(2, 4, device="meta")],
     ],
 )
