@@ -49,8 +49,8 @@ MUTATIONS = r"""
 + return cosine if kind is Alignment.ABS else cosine
 - points[index][1] <= least_above
 + points[index][1] < least_above
-- np.dot(a[i : i + chunk].astype(np.float64), b[i : i + chunk].astype(np.float64))
-+ np.dot(a[i : i + chunk], b[i : i + chunk])
+- np.multiply(a[i : i + chunk], b[i : i + chunk], dtype=np.float64).sum()
++ np.multiply(a[i : i + chunk], b[i : i + chunk]).sum()
 # steps
 - step = 2 * tried_step if high is None else (low + high) / 2
 + step = 2 * tried_step if high is None else high / 2
