@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # What oneDNN takes; a weight in shards is of another type.
 PLAIN = (Tensor, nn.Parameter)
 
@@ -52,9 +53,6 @@ def _laid_out(x: Tensor) -> Tensor:
     if x.is_contiguous() or (x.ndim == 2 and x.T.is_contiguous()):
         return x
     return x.contiguous()
-
-
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _fits(given: Tensor) -> bool:

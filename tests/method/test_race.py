@@ -105,8 +105,9 @@ def test_no_risk_loses_no_race():
     assert race.missed == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("keep", Keep)
-def test_raced_searches_choose_what_exact_ones_do(keep):
+# Over 200 orders of the rows a race looks at 0.76 of what a proof does, by hits alone at 0.90.
+@pytest.mark.parametrize(("keep", "most"), [(Keep.EXPECTED, 0.8), (Keep.TA1, 0.95)])
+def test_raced_searches_choose_what_exact_ones_do(keep, most):
     looked, ways = np.zeros(2), set()
     for seed in range(25):
         world = made_up(seed)
@@ -121,7 +122,7 @@ def test_raced_searches_choose_what_exact_ones_do(keep):
                 assert (trial.settled is Settled.MEASURED) == (trial.utility is not None)
         assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
     assert ways == set(Settled)
-    assert looked[0] < 0.95 * looked[1]
+    assert looked[0] < most * looked[1]
 
 
 def test_rows_that_another_concept_leaves_out_change_little_of_what_is_looked_at():
