@@ -57,7 +57,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.study.recipe import RecipePlan
 from slsgu_cli.verification import verify as verification
-from slsgu_cli.verification.attacks import LeftOut
+from slsgu_cli.verification.model import LeftOut
 from slsgu_cli.verification.verdicts import rows as verdicts
 
 RANK = RankOptions(direction=Direction.GRADIENT)

@@ -326,10 +326,8 @@ class Finding:
 
     def best(self, name: str) -> Attempt:
         """Return the attempt made with `name` that was chosen: that of the least loss."""
-        return min(
-            (attempt for attempt in self.attempts if attempt.name == name),
-            key=lambda attempt: attempt.loss,
-        )
+        made_with = [attempt for attempt in self.attempts if attempt.name == name]
+        return min(made_with, key=lambda attempt: attempt.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,10 +350,9 @@ class VerifiedModel:
 
     def with_finding(self, finding: Finding) -> "VerifiedModel":
         """Return the model with a finding in the place of the check's last one."""
-        others = [other for other in self.findings if other.check is not finding.check]
-        order = list(Check)
-        findings = sorted([*others, finding], key=lambda finding: order.index(finding.check))
-        return replace(self, findings=tuple(findings))
+        findings = {known.check: known for known in self.findings} | {finding.check: finding}
+        in_order = (findings[check] for check in Check if check in findings)
+        return replace(self, findings=tuple(in_order))
 
     def of_checks(self, checks: Collection[Check]) -> "VerifiedModel":
         """Return the model with the findings of some checks only."""
@@ -390,15 +387,10 @@ class Verification:
     @property
     def prefixes(self) -> tuple[str, ...]:
         """The words that searches tried before the name in edited models, as they came to them."""
-        tried = [
-            text
-            for subject in self.subjects
-            if subject.edit is not None and (finding := subject.finding(Check.PREFIX))
-            for attempt in finding.attempts
-            if attempt.name == OWN
-            for text in attempt.tried
-        ]
-        return tuple(dict.fromkeys(tried))
+        edited = [subject for subject in self.subjects if subject.edit is not None]
+        searches = filter(None, (subject.finding(Check.PREFIX) for subject in edited))
+        attempts = [each for search in searches for each in search.attempts if each.name == OWN]
+        return tuple(dict.fromkeys(text for attempt in attempts for text in attempt.tried))
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

@@ -4,7 +4,6 @@ A search over words also finds what they do not name, in a model that forgot not
 that did. So each is made again without the name, and what counts is what the name adds.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,51 +18,15 @@ from slsgu_cli.clip.zeroshot import accuracies, ranks_of_truth
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.verification.model import ModelUnderTest, Training
+from slsgu_cli.verification.model import LeftOut, ModelUnderTest, Training, Words
 from slsgu_cli.verification.probes import TEMPLATES
-
-
-class LeftOut(Exception):
-    """A check that cannot be made on a model; the text says why."""
-
 
 # How many of the set's templates a search uses, and images of the forget set.
 PROMPTS, SEARCHED = 8, 128
 # How many words are promising enough for each place, and exchanges tried a step.
 PROMISING, EXCHANGES = 256, 64
 NEUTRAL_WORDS = ("thing", "item", "stuff")
-SHORT = 3
-Words = Mapping[int, str]
 Loss = Callable[[Tensor], Tensor]
-
-
-def free_words(model: ModelUnderTest) -> Words:
-    """Return the words that a search may use, by token: all but what the name is made of.
-
-    A word that holds one of the name's, or is part of one, would be the name again.
-    """
-    name = model.names[model.concept_class]
-    parts = re.findall(r"\w+", name.lower())
-    tokens = set(model.tokenize([name])[0].tolist())
-
-    def tells(word: str) -> bool:
-        return any(
-            part == word or (min(len(part), len(word)) >= SHORT and (part in word or word in part))
-            for part in parts
-        )
-
-    words = {n: word for n, word in model.words().items() if n not in tokens and not tells(word)}
-    if not words:
-        raise LeftOut("its tokenizer does not tell which words are one token")
-    return words
-
-
-def token_table(model: ModelUnderTest) -> Tensor:
-    """Return the embeddings of the tokens, (vocabulary, width). Raises LeftOut."""
-    table = model.evaluation.text.token_table
-    if table is None:
-        raise LeftOut("its text tower does not show the tokens' embeddings")
-    return table.detach()
 
 
 def named(model: ModelUnderTest) -> dict[str, str]:
@@ -73,25 +36,16 @@ def named(model: ModelUnderTest) -> dict[str, str]:
     return {OWN: model.names[model.concept_class], NEUTRAL: neutral}
 
 
-def draw_words(words: Words, generator: np.random.Generator, *shape: int) -> Tensor:
-    """Return the tokens of words drawn evenly, with repetition."""
-    vocabulary = torch.tensor(list(words))
-    return vocabulary[torch.from_numpy(generator.integers(0, len(vocabulary), shape))]
-
-
-def spelt(words: Words, ids: Tensor) -> str:
-    """Return the text of some words (words,)."""
-    return " ".join(words[number] for number in ids.tolist())
-
-
 @dataclass(frozen=True, slots=True)
 class FreePrompts:
-    """Prompts in which some words, one behind the other, are left open.
+    """Prompts for a model in which some of `words`, one behind the other, are left open.
 
     `texts` have `{}` where they go, which is at `places` (prompts, words) of `tokens`
     (prompts, length).
     """
 
+    model: ModelUnderTest
+    words: Words
     texts: tuple[str, ...]
     tokens: Tensor
     places: Tensor
@@ -101,22 +55,40 @@ class FreePrompts:
         """How many words are left open."""
         return self.places.shape[1]
 
+    def drawn(self, generator: np.random.Generator, rows: int) -> Tensor:
+        """Return rows of words drawn evenly, with repetition, (rows, words)."""
+        vocabulary = torch.tensor(list(self.words))
+        drawn = generator.integers(0, len(vocabulary), (rows, self.size))
+        return vocabulary[torch.from_numpy(drawn)]
+
+    def spelt(self, ids: Tensor) -> str:
+        """Return the text of some words (words,)."""
+        return " ".join(self.words[number] for number in ids.tolist())
+
     def filled(self, ids: Tensor) -> Tensor:
         """Return the prompts with each row of `ids` (n, words): (n, prompts, length)."""
         rows = self.tokens.repeat(len(ids), 1, 1)
         wanted = ids.unsqueeze(1).expand(-1, len(self.tokens), -1)
         return rows.scatter_(2, self.places.expand(len(ids), -1, -1), wanted)
 
-    def embeddings(self, model: ModelUnderTest, ids: Tensor) -> Tensor:
+    def embeddings(self, ids: Tensor) -> Tensor:
         """Return the class embedding that each row of `ids` (n, words) gives, (n, width)."""
         rows = self.filled(ids)
-        features = model.text_features(rows.flatten(0, 1).numpy())
+        features = self.model.text_features(rows.flatten(0, 1).numpy())
         return F.normalize(features.view(*rows.shape[:2], -1).sum(dim=1), dim=-1)
 
-    def reads_back(self, model: ModelUnderTest, ids: Tensor, text: str) -> bool:
+    def reads_back(self, ids: Tensor, text: str) -> bool:
         """Return whether the prompts with `text` are the ones with `ids` (words,)."""
-        tokens = model.tokenize([prompt.replace("{}", text) for prompt in self.texts])
+        tokens = self.model.tokenize([prompt.replace("{}", text) for prompt in self.texts])
         return bool((to_tokens(tokens, "cpu") == self.filled(ids.unsqueeze(0))[0]).all())
+
+    def least(self, rows: Tensor, losses: Tensor) -> tuple[Tensor, str, float] | None:
+        """Return the words of least loss that their text is read as, the text and the loss."""
+        for index in losses.argsort(stable=True).tolist():
+            text = self.spelt(rows[index])
+            if self.reads_back(rows[index], text):
+                return rows[index], text, float(losses[index])
+        return None
 
 
 def free_prompts(
@@ -138,7 +110,7 @@ def free_prompts(
         raise LeftOut(f"no prompt of its {tokens.shape[1]} tokens has room for {size} words more")
     places = here[usable].int().argmax(dim=1, keepdim=True) + torch.arange(size)
     kept = tuple(text for text, whole in zip(texts, usable.tolist(), strict=True) if whole)
-    return FreePrompts(kept, tokens[usable], places)
+    return FreePrompts(model, words, kept, tokens[usable], places)
 
 
 def recognition_loss(model: ModelUnderTest, images: Tensor) -> Loss:
@@ -165,7 +137,7 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     The same search is made before a word that names nothing. All start from the same
     words, drawn by seed.
     """
-    words, table, block = free_words(model), token_table(model), model.forget
+    words, table, block = model.free_words(), model.token_table(), model.forget
     rows = np.random.default_rng(settings.seed).permutation(block.rows)[:SEARCHED]
     loss = recognition_loss(model, model.image_features(block.take(np.sort(rows))))
     some = model.templates[:: -(-len(model.templates) // PROMPTS)]
@@ -173,7 +145,7 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
 
     def searched(start: int, name: str, word: str, prompts: FreePrompts) -> list[Attempt]:
         generator = np.random.default_rng((settings.seed, start))
-        search = WordSearch(model, prompts, words, table, loss, generator)
+        search = WordSearch(prompts, table, loss, generator)
         text, value, tried = search.run(settings.attack_steps)
         (embedding,) = model.classes((f"{text} {word}",), model.templates)
         return [Attempt(name, f"{text} {word}", value, model.called(embedding), tried)]
@@ -195,36 +167,34 @@ class WordSearch:
     computed, and the least is gone on from, be it more than the last. The best is kept.
     """
 
-    model: ModelUnderTest
     prompts: FreePrompts
-    words: Words
     table: Tensor
     loss: Loss
     generator: np.random.Generator
 
     def run(self, steps: int) -> tuple[str, float, tuple[str, ...]]:
         """Return the best text found, its loss, and those gone on from, each once."""
-        (ids,) = draw_words(self.words, self.generator, 1, self.prompts.size)
-        best = spelt(self.words, ids), float(self.losses(ids.unsqueeze(0))[0])
+        (ids,) = self.prompts.drawn(self.generator, 1)
+        best = self.prompts.spelt(ids), float(self.losses(ids.unsqueeze(0))[0])
         tried = []
         for _ in range(steps):
-            ids, loss = self._exchanged(ids)
-            tried.append(spelt(self.words, ids))
+            ids, text, loss = self._exchanged(ids)
+            tried.append(text)
             if loss < best[1]:
-                best = tried[-1], loss
-            self.model.tick()
+                best = text, loss
+            self.prompts.model.tick()
         return *best, tuple(dict.fromkeys(tried))
 
     def losses(self, ids: Tensor) -> Tensor:
         """Return the loss of each row of words (n, words)."""
-        return self.loss(self.prompts.embeddings(self.model, ids)).cpu()
+        return self.loss(self.prompts.embeddings(ids)).cpu()
 
     def slopes(self, ids: Tensor) -> Tensor:
         """Return the slope of the loss in each open word's embedding, (words, width).
 
         By its product with a row of the token table, it is that in the word's one-hot code.
         """
-        tower = self.model.evaluation.text
+        tower = self.prompts.model.evaluation.text
         tokens = tower.trim(self.prompts.filled(ids.unsqueeze(0))[0]).to(self.table.device)
         with torch.enable_grad():
             entering = tower.embed(tokens).detach().requires_grad_()
@@ -234,21 +204,17 @@ class WordSearch:
         rows = torch.arange(len(tokens)).unsqueeze(1)
         return slope[rows, self.prompts.places].sum(dim=0)
 
-    def _exchanged(self, ids: Tensor) -> tuple[Tensor, float]:
-        """Return the best of some exchanges of one word, and its loss."""
-        vocabulary = torch.tensor(list(self.words))
+    def _exchanged(self, ids: Tensor) -> tuple[Tensor, str, float]:
+        """Return the best of some exchanges of one word, its text and its loss."""
+        vocabulary = torch.tensor(list(self.prompts.words))
         falling = -self.slopes(ids) @ self.table[vocabulary.to(self.table.device)].T
         promising = falling.topk(min(PROMISING, len(vocabulary)), dim=1).indices.cpu()
         places = torch.from_numpy(self.generator.integers(0, len(ids), EXCHANGES))
         choices = torch.from_numpy(self.generator.integers(0, promising.shape[1], EXCHANGES))
         tried = ids.repeat(EXCHANGES, 1)
         tried[torch.arange(EXCHANGES), places] = vocabulary[promising[places, choices]]
-        losses = self.losses(tried)
-        for index in losses.argsort(stable=True).tolist():
-            text = spelt(self.words, tried[index])
-            if self.prompts.reads_back(self.model, tried[index], text):
-                return tried[index], float(losses[index])
-        return ids, float("inf")
+        best = self.prompts.least(tried, self.losses(tried))
+        return best or (ids, self.prompts.spelt(ids), float("inf"))
 
 
 # Ring-A-Bell: words in a text, how far along the concept's vector, and how texts are bred.
@@ -263,14 +229,13 @@ def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     the model under test. The same is done for a word that names nothing. The nearest of the
     first texts, which are random, stands beside them.
     """
-    words = free_words(model)
     room = model.tokenize(["a"]).shape[1] - 3
-    prompts = free_prompts(model, ["{}"], min(LENGTH, room), words)
+    prompts = free_prompts(model, ["{}"], min(LENGTH, room), model.free_words())
     attempts: list[Attempt] = []
 
     def bred(name: str, target: Tensor) -> list[Attempt]:
         generator = np.random.default_rng(settings.seed)
-        breeding = Breeding(model, prompts, words, target, generator)
+        breeding = Breeding(prompts, target, generator)
         first, last = breeding.run(settings.population, settings.generations)
         nearest = _bred(model, name, *last)
         return [nearest, _bred(model, RANDOM, *first)] if name == OWN else [nearest]
@@ -308,15 +273,13 @@ class Breeding:
     text and the end of another, in which each word is another one with a probability.
     """
 
-    model: ModelUnderTest
     prompts: FreePrompts
-    words: Words
     target: Tensor
     generator: np.random.Generator
 
     def run(self, population: int, generations: int) -> tuple[tuple[str, float], ...]:
         """Return the nearest text of the first generation and of the last, each with 1 - cosine."""
-        texts = draw_words(self.words, self.generator, population, self.prompts.size)
+        texts = self.prompts.drawn(self.generator, population)
         distances = self.distances(texts)
         first = self._nearest(texts, distances)
         for _ in range(generations):
@@ -325,12 +288,12 @@ class Breeding:
             children = self._children(texts, population - len(kept))
             texts = torch.cat([texts, children])
             distances = torch.cat([distances, self.distances(children)])
-            self.model.tick()
+            self.prompts.model.tick()
         return first, self._nearest(texts, distances)
 
     def distances(self, texts: Tensor) -> Tensor:
         """Return 1 - cosine of each row of words (n, words) with the target."""
-        return 1 - (self.prompts.embeddings(self.model, texts) @ self.target).cpu()
+        return 1 - (self.prompts.embeddings(texts) @ self.target).cpu()
 
     def _children(self, parents: Tensor, count: int) -> Tensor:
         draw = self.generator
@@ -338,17 +301,16 @@ class Breeding:
         cuts = torch.from_numpy(draw.integers(0, self.prompts.size, (count, 1)))
         beginning = torch.arange(self.prompts.size) < cuts
         children = torch.where(beginning, parents[pairs[0]], parents[pairs[1]])
-        others = draw_words(self.words, draw, *children.shape)
+        others = self.prompts.drawn(draw, count)
         mutated = torch.from_numpy(draw.random(children.shape) < 1 / self.prompts.size)
         return torch.where(mutated, others, children)
 
     def _nearest(self, texts: Tensor, distances: Tensor) -> tuple[str, float]:
         """Return the nearest text that the tokenizer reads as these words, and its distance."""
-        for index in distances.argsort(stable=True).tolist():
-            text = spelt(self.words, texts[index])
-            if self.prompts.reads_back(self.model, texts[index], text):
-                return text, float(distances[index])
-        raise LeftOut("its tokenizer reads none of the texts as the words they are made of")
+        nearest = self.prompts.least(texts, distances)
+        if nearest is None:
+            raise LeftOut("its tokenizer reads none of the texts as the words they are made of")
+        return nearest[1:]
 
 
 # Inversion: classes that are made up, and the learning rate as a share of an embedding's size.
@@ -363,23 +325,17 @@ def inversion(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     are learnt alike for classes made up of retain images that have nothing in common;
     these are measured on the very images they were learnt from.
     """
-    table, words = token_table(model), free_words(model)
+    table, words = model.token_table(), model.free_words()
     prompts = free_prompts(model, model.templates, 1, words)
     generator = np.random.default_rng(settings.seed)
     shots = min(settings.shots, model.forget.rows, model.retain.rows)
     concept = _some_images(model, model.forget, 1, shots, generator)
     made_up = _some_images(model, model.retain, CLASSES, shots, generator)
     size = table[torch.tensor(list(words)).to(table.device)].square().mean().sqrt()
-    embeddings, losses = learn_words(
-        model, prompts, torch.cat([concept, made_up]),
-        steps=settings.inversion_steps, rate=RATE * float(size),
-    )  # fmt: skip
-    ranks = torch.cat(
-        [
-            _ranks(model, images, embedding)
-            for images, embedding in zip(made_up, embeddings[1:], strict=True)
-        ]
-    )
+    images, rate = torch.cat([concept, made_up]), RATE * float(size)
+    embeddings, losses = learn_words(prompts, images, steps=settings.inversion_steps, rate=rate)
+    learnt = zip(made_up, embeddings[1:], strict=True)
+    ranks = torch.cat([_ranks(model, group, embedding) for group, embedding in learnt])
     controls = Accuracy(*accuracies(ranks), len(ranks))
     return [
         Attempt(IMAGES, LEARNT, float(losses[0]), model.called(embeddings[0])),
@@ -405,13 +361,14 @@ def _ranks(model: ModelUnderTest, images: Tensor, embedding: Tensor) -> Tensor:
 
 
 def learn_words(
-    model: ModelUnderTest, prompts: FreePrompts, images: Tensor, *, steps: int, rate: float
+    prompts: FreePrompts, images: Tensor, *, steps: int, rate: float
 ) -> tuple[Tensor, Tensor]:
     """Learn the embedding of a word for each group of `images` (groups, images, E), by Adam.
 
     All start as the word that stands in the prompts. Returned are the class embeddings
     (groups, E) and the losses (groups,): the mean cross-entropy of each group's images.
     """
+    model = prompts.model
     tower, losses = model.evaluation.text, [recognition_loss(model, group) for group in images]
     tokens, groups = tower.trim(prompts.tokens).to(images.device), len(images)
     entering = tower.embed(tokens).detach()

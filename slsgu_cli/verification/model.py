@@ -1,6 +1,7 @@
 """A model under test with the set's data: measured as it is, or while its weights are others."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
@@ -33,11 +34,18 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays, Store
 
 Utility = dict[str, Accuracy]
+Words = Mapping[int, str]
+# What is shorter may stand in another word by chance.
+SHORT = 3
 # What Adam keeps of a parameter, and what is kept beside it.
 STEP = "step"
 ADAM = (STEP, "exp_avg", "exp_avg_sq")
 FIGURES = "figures"
 T = TypeVar("T")
+
+
+class LeftOut(Exception):
+    """A check that cannot be made on a model; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,7 @@ class ModelUnderTest:
     tokenize: Tokenize
     device: str
     is_original: bool
-    words: Callable[[], dict[int, str]]
+    words: Callable[[], Words]
     ticker: progress.Ticker | None = None
     parts: Parts = field(default_factory=lambda: Parts([]))
     keeper: Callable[[str], KeptArrays] | None = None
@@ -232,6 +240,35 @@ class ModelUnderTest:
         """Return the features of all evaluation images by the original model."""
         return self.original() if self.original else self.gallery()
 
+    def free_words(self) -> Words:
+        """Return the words that a search may use, by token: all but what the name is made of.
+
+        A word that holds one of the name's, or is part of one, would be the name again. Raises
+        LeftOut without any.
+        """
+        name = self.names[self.concept_class]
+        parts = re.findall(r"\w+", name.lower())
+        tokens = set(self.tokenize([name])[0].tolist())
+
+        def tells(word: str) -> bool:
+            return any(
+                part == word
+                or (min(len(part), len(word)) >= SHORT and (part in word or word in part))
+                for part in parts
+            )
+
+        words = {n: word for n, word in self.words().items() if n not in tokens and not tells(word)}
+        if not words:
+            raise LeftOut("its tokenizer does not tell which words are one token")
+        return words
+
+    def token_table(self) -> Tensor:
+        """Return the embeddings of the tokens, (vocabulary, width). Raises LeftOut."""
+        table = self.evaluation.text.token_table
+        if table is None:
+            raise LeftOut("its text tower does not show the tokens' embeddings")
+        return table.detach()
+
     def renamed(self, name: str) -> tuple[str, ...]:
         """Return the classes with another name for the concept."""
         return (*self.names[: self.concept_class], name, *self.names[self.concept_class + 1 :])
@@ -301,7 +338,7 @@ def open_model(
     settings: Settings,
     device: str,
     is_original: bool,
-    words: Callable[[], dict[int, str]],
+    words: Callable[[], Words],
 ) -> ModelUnderTest:
     """Join a model with a set's data; of each evaluation set, some rows are drawn by seed."""
     evaluation = prepare(store, manifest, module, tokenize=tokenize, device=device)

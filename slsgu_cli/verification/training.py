@@ -56,14 +56,11 @@ def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     """Train on the retain set, in which the concept does not occur."""
     rows = cycled(model.retain.rows, settings.batch_size, seed=settings.seed)
     batches = (pairs(model.retain, some) for some in rows)
-    points, utility = trained(
-        model,
-        batches,
-        settings,
-        what="",
-        measure=lambda: model.figures(utility=False)[0],
-        utility=True,
-    )
+
+    def measure() -> Accuracy:
+        return model.figures(utility=False)[0]
+
+    points, utility = trained(model, batches, settings, what="", measure=measure, utility=True)
     return [Curve(OWN, model.names[model.concept_class], points, utility)]
 
 
@@ -94,18 +91,12 @@ def new_name(name: str, *, seed: int) -> str:
 def _taught(model: ModelUnderTest, settings: Settings, label: str, target: str) -> Curve:
     """Train on the same images with `target` as what they show, and measure by that name."""
     names, features = model.renamed(target), model.evaluation.forget.images.after_edit
+    batches = _mixed(model, settings, target)
 
     def measure() -> Accuracy:
         return model.forget_accuracy(model.classes(names, model.templates), features(EMBED))
 
-    points, utility = trained(
-        model,
-        _mixed(model, settings, target),
-        settings,
-        what=target,
-        measure=measure,
-        utility=False,
-    )
+    points, utility = trained(model, batches, settings, what=target, measure=measure, utility=False)
     return Curve(label, target, points, utility)
 
 
@@ -244,33 +235,34 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     concept, they are images of other classes. A side of one pair cannot be attacked.
     """
     forget, retain = model.forget, model.retain
-    against, block, rows = _outside(model, settings)
+    name, block, rows = _outside(model, settings)
     drawn = np.random.default_rng(settings.seed).permutation(retain.rows)[: settings.rows]
-    captioned = all(block.captions[row] for row in rows)
-    sides = {
-        against: (block, rows, _words(model, block, rows, captioned)),
-        RETAINED: (retain, np.sort(drawn), retain.tokens[np.sort(drawn)]),
-    }
-    member_rows = np.arange(forget.rows)
-    attacks = []
-    for name, side in sides.items():
+    retained = np.sort(drawn)
+    captions = [block.captions[row] for row in rows]
+    if all(captions):
+        words, members_words = model.tokenize(captions), forget.tokens
+    else:
         # Other pairs without captions get prompts; then the members get theirs too, or
         # the wording alone would tell the two apart.
-        prompted = name == against and not captioned
-        words = forget.tokens
-        if prompted:
-            words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
-        size = min(PAIRS, len(member_rows), len(side[1]))
+        words = _prompts(model, [block.class_names[block.labels[row]] for row in rows])
+        members_words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
+    sides = (
+        (name, members_words, block, rows, words),
+        (RETAINED, forget.tokens, retain, retained, retain.tokens[retained]),
+    )
+    attacks = []
+    for against, members_words, block, rows, words in sides:
+        size = min(PAIRS, forget.rows, len(rows))
         if size < FEWEST:
             continue
-        members = _figures(model, forget, member_rows, words, size)
-        others = _figures(model, *side, size)
+        members = _figures(model, forget, np.arange(forget.rows), members_words, size)
+        others = _figures(model, block, rows, words, size)
         for figure, values in members.items():
             accuracies = attack(values, others[figure], seed=settings.seed)
             attacks.append(
                 Attack(
                     figure,
-                    name,
+                    against,
                     float(accuracies.mean()),
                     float(accuracies.std()),
                     len(values),
@@ -287,15 +279,6 @@ def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, DataBlock,
         return HELD_OUT, group.images.block, group.images.rows
     first = next(iter(model.evaluation.utility.values())).images
     return OTHERS, first.block, first.rows[: settings.rows]
-
-
-def _words(
-    model: ModelUnderTest, block: DataBlock, rows: Rows, captioned: bool
-) -> npt.NDArray[np.int32]:
-    """Return the captions of some evaluation rows, or prompts with their classes."""
-    if captioned:
-        return model.tokenize([block.captions[row] for row in rows])
-    return _prompts(model, [block.class_names[block.labels[row]] for row in rows])
 
 
 def _prompts(model: ModelUnderTest, names: Sequence[str]) -> npt.NDArray[np.int32]:

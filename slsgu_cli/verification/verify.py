@@ -43,9 +43,9 @@ from slsgu_cli.records.verification import (
 from slsgu_cli.sets.evaluation_sets import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.attacks import LeftOut, inversion, prefix, ring_a_bell
+from slsgu_cli.verification.attacks import inversion, prefix, ring_a_bell
 from slsgu_cli.verification.image_probes import augment, probe, retrieval
-from slsgu_cli.verification.model import Gallery, ModelUnderTest, Parts, open_model
+from slsgu_cli.verification.model import Gallery, LeftOut, ModelUnderTest, Parts, open_model
 from slsgu_cli.verification.probes import (
     nearest,
     neighbours,

@@ -35,20 +35,16 @@ from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.verification import attacks
 from slsgu_cli.verification.attacks import (
     Breeding,
-    LeftOut,
     WordSearch,
-    draw_words,
     free_prompts,
-    free_words,
     inversion,
     learn_words,
     meanings,
     prefix,
     recognition_loss,
     ring_a_bell,
-    spelt,
-    token_table,
 )
+from slsgu_cli.verification.model import LeftOut
 from slsgu_cli.verification.verdicts import rows as verdict_rows
 
 FEW = Settings(attack_tokens=2, attack_steps=3, attack_starts=2, population=8, generations=3,
@@ -84,7 +80,7 @@ def word_search(model, words, word="blue", size=2):
     prompts = free_prompts(model, texts, size, words)
     loss = recognition_loss(model, images_of(model))
     generator = np.random.default_rng(0)
-    return WordSearch(model, prompts, words, token_table(model), loss, generator)
+    return WordSearch(prompts, model.token_table(), loss, generator)
 
 
 def test_words_are_one_token_each_and_come_back_from_it(shared_world):
@@ -99,21 +95,21 @@ def test_words_are_one_token_each_and_come_back_from_it(shared_world):
 
 def test_a_search_may_not_use_what_the_name_is_made_of(model, monkeypatch):
     assert {"blue", "blues", "bluetooth"} <= set(model.words().values())
-    free = set(free_words(model).values())
+    free = set(model.free_words().values())
     assert not {word for word in free if "blue" in word or word in ("lue", "blu")}
     # Letters alone are no parts of it, or nothing would be left.
     assert {"e", "be", "lamp"} & set(model.words().values()) <= free
     monkeypatch.setattr(model, "words", dict)
     with pytest.raises(LeftOut, match="tokenizer"):
-        free_words(model)
+        model.free_words()
 
 
 def test_losses_of_a_batch_are_the_plain_cross_entropies_of_each(model, words):
     attack = word_search(model, words)
-    ids = draw_words(words, np.random.default_rng(1), 5, 2)
+    ids = attack.prompts.drawn(np.random.default_rng(1), 5)
     labels = torch.full((model.forget.rows,), model.concept_class)
     for row, loss in zip(ids, attack.losses(ids), strict=True):
-        names = model.renamed(f"{spelt(words, row)} blue")
+        names = model.renamed(f"{attack.prompts.spelt(row)} blue")
         texts = [template.format(name) for name in names for template in model.templates]
         t = model.module.encode_text(torch.from_numpy(model.tokenize(texts)).long(), normalize=True)
         means = F.normalize(t.view(len(names), len(model.templates), -1).mean(dim=1), dim=-1)
@@ -124,7 +120,7 @@ def test_losses_of_a_batch_are_the_plain_cross_entropies_of_each(model, words):
 
 def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
     attack = word_search(model, words)
-    (ids,) = draw_words(words, np.random.default_rng(2), 1, 2)
+    (ids,) = attack.prompts.drawn(np.random.default_rng(2), 1)
     tokens = attack.prompts.filled(ids.unsqueeze(0))[0]
     with torch.enable_grad():
         codes = F.one_hot(tokens, len(attack.table)).float().requires_grad_()
@@ -143,12 +139,12 @@ def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
 def test_open_words_are_where_the_text_has_them(model, words):
     texts = ["a photo of the {} blue.", "{} blue"]
     prompts = free_prompts(model, texts, 2, words)
-    ids = draw_words(words, np.random.default_rng(3), 4, 2)
+    ids = prompts.drawn(np.random.default_rng(3), 4)
     for row, filled in zip(ids, prompts.filled(ids), strict=True):
-        tokens = model.tokenize([text.replace("{}", spelt(words, row)) for text in texts])
+        tokens = model.tokenize([text.replace("{}", prompts.spelt(row)) for text in texts])
         assert filled.tolist() == tokens.tolist()
-        assert prompts.reads_back(model, row, spelt(words, row))
-        assert not prompts.reads_back(model, row, "other words")
+        assert prompts.reads_back(row, prompts.spelt(row))
+        assert not prompts.reads_back(row, "other words")
 
 
 def test_prompts_without_room_are_left_out(model, words):
@@ -159,7 +155,7 @@ def test_prompts_without_room_are_left_out(model, words):
     with pytest.raises(LeftOut, match="no prompt of its 16 tokens has room for 3 words"):
         free_prompts(model, [long], 3, words)
     with pytest.raises(LeftOut, match="too many"):
-        free_prompts(model, ["{} blue"], 16, free_words(model))
+        free_prompts(model, ["{} blue"], 16, model.free_words())
 
 
 @pytest.mark.parametrize("attack", [prefix, ring_a_bell, inversion])
@@ -213,7 +209,7 @@ def test_texts_are_bred_towards_what_the_name_adds_in_the_original(shared_world,
     other = opened(shared_world, change=lambda module: module.text_projection.data.neg_())
     torch.testing.assert_close(meanings(other, {OWN: "blue"})[OWN], target)
     prompts = free_prompts(model, ["{}"], 3, words)
-    breeding = Breeding(model, prompts, words, target, np.random.default_rng(0))
+    breeding = Breeding(prompts, target, np.random.default_rng(0))
     first, last = breeding.run(12, 8)
     assert last[1] < first[1]
     feature = model.text_features(model.tokenize([last[0]]))[0]
@@ -240,7 +236,7 @@ def test_words_learnt_together_are_those_learnt_one_by_one(changed, model, words
     model = changed(model)
     prompts = free_prompts(model, model.templates, 1, words)
     images = images_of(model)[:12].view(3, 4, -1)
-    together, losses = learn_words(model, prompts, images, steps=4, rate=0.1)
+    together, losses = learn_words(prompts, images, steps=4, rate=0.1)
     for group, embedding, loss in zip(images, together, losses, strict=True):
         plain, value = plainly_learnt(model, prompts, group, steps=4, rate=0.1)
         torch.testing.assert_close(embedding, plain, rtol=1e-3, atol=1e-4)
