@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +48,6 @@ from slsgu_cli.method.moments import (
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import Probe, report
-from slsgu_cli.records.figures import Figures
 from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
@@ -66,7 +63,7 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
-Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 def rome(value: Tensor, key: Tensor, metric: RetainMetric) -> Tensor:
@@ -145,54 +142,58 @@ class Uses(AppliedLayers):
 class KeyReader:
     """A model with a layer that is listened to while it runs over rows of a block.
 
-    Of a large block, as many rows are run as moments are taken of.
+    Of a large block, as many rows are run as moments are taken of. Gradients are off.
     """
 
     model: nn.Module
     layer: str
+    block: DataBlock
     spec: InputSpec
     device: str
 
-    @torch.no_grad()
-    def of_texts(self, block: DataBlock) -> Tensor:
-        """Return a text layer's keys (rows, inputs) over the captions of a block, in no order."""
-        return torch.cat([_at(uses.inputs, ends) for uses, _, ends, _ in self._texts(block)])
+    def of_texts(self) -> Tensor:
+        """Return a text layer's keys (rows, inputs) over the captions of the block, in no order."""
+        return torch.cat([_at(uses.inputs, ends) for uses, _, ends, _ in self._texts()])
 
-    @torch.no_grad()
-    def of_images(self, block: DataBlock) -> Tensor:
-        """Return the keys (rows, inputs) of the projection of image features over a block."""
-        return torch.cat([uses.inputs for uses, _ in self._images(block)])
+    def of_images(self) -> Tensor:
+        """Return the keys (rows, inputs) of the projection of image features over the block."""
+        return torch.cat([uses.inputs for uses, _ in self._images()])
 
-    def value_gradient(self, block: DataBlock) -> Tensor:
+    def value_gradient(self) -> Tensor:
         """Return the mean gradient of 1 - cos(v, t) at a text layer's outputs for its keys."""
-        with torch.no_grad():
-            images = torch.cat([features for _, features in self._images(block)])
+        images = torch.cat([features for _, features in self._images()])
         total = torch.zeros((), dtype=torch.float64, device=exact_device(self.device))
         with torch.enable_grad():
-            for uses, texts, ends, rows in self._texts(block):
+            for uses, texts, ends, rows in self._texts():
                 losses = 1 - (images[rows.to(images.device)] * texts).sum(dim=-1)
                 (gradient,) = torch.autograd.grad(losses.sum(), [uses.outputs])
                 total = total + _at(gradient, ends).to(total.device).double().sum(dim=0)
         return total / len(images)
 
-    def _texts(self, block: DataBlock) -> Iterator[tuple[Uses, Tensor, Tensor, Tensor]]:
+    def moment(self) -> Tensor:
+        """Return the second moment of all that the layer is applied to, fp64 (inputs, inputs)."""
+        spec, device = self.spec, self.device
+        moments = input_moments(self.model, [self.layer], self.block, spec=spec, device=device)
+        return moments[self.layer].mean()
+
+    def _texts(self) -> Iterator[tuple[Uses, Tensor, Tensor, Tensor]]:
         """Yield what was used, features, where the texts end, and which of the rows these are."""
         tower, uses = text_tower(self.model), Uses(self.model, self.layer)
         if not isinstance(tower, OpenClipText):
             raise InputError("the text tower of this model does not show where its texts end")
-        tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
+        tokens = to_tokens(self.block.tokens[chosen_rows(self.block.rows)], "cpu")
         for rows in by_length(tower, tokens, self._size):
             short = tower.trim(tokens[rows]).to(self.device)
             with uses:
                 features = tower.features(short, short)
             yield uses, features, tower.pooled_at(short), rows
 
-    def _images(self, block: DataBlock) -> Iterator[tuple[Uses, Tensor]]:
+    def _images(self) -> Iterator[tuple[Uses, Tensor]]:
         tower, uses = vision_tower(self.model), Uses(self.model, self.layer)
-        normalize, rows = pixel_normalizer(self.spec, self.device), chosen_rows(block.rows)
+        normalize, rows = pixel_normalizer(self.spec, self.device), chosen_rows(self.block.rows)
         with progress.bar("images of keys", len(rows)) as ticker:
             for start, stop in spans(len(rows), self._size):
-                pixels = normalize(block.take(rows[start:stop]))
+                pixels = normalize(self.block.take(rows[start:stop]))
                 with uses:
                     features = tower.features(pixels, pixels)
                 yield uses, features
@@ -218,15 +219,11 @@ def linear_map(layer: str, values: Tensor) -> Tensor:
 
 # What gives the output of an MLP, and what makes features of states.
 MLP_OUTPUT = re.compile(r"\.mlp\.(?:c_proj|fc2)\.weight$")
+TEXT_PROJECTION = re.compile(r"(?:text\.)?text_projection(?:\.weight)?")
+VISION_PROJECTION = re.compile(r"visual\.(?:proj|head\.proj\.weight)")
 PROJECTIONS = {
-    Tower.TEXT: re.compile(r"(?:text\.)?text_projection(?:\.weight)?"),
-    Tower.VISION: re.compile(r"visual\.(?:proj|head\.proj\.weight)"),
-}
-PROJECTING = {
-    Method.LEACE_TEXT: Tower.TEXT,
-    Method.LEACE_VISION: Tower.VISION,
-    Method.CCUP_TEXT: Tower.TEXT,
-    Method.CCUP_VISION: Tower.VISION,
+    **dict.fromkeys((Method.LEACE_TEXT, Method.CCUP_TEXT), TEXT_PROJECTION),
+    **dict.fromkeys((Method.LEACE_VISION, Method.CCUP_VISION), VISION_PROJECTION),
 }
 GRADED = (Method.ROME, Method.MEMIT, Method.ALPHAEDIT)
 
@@ -242,8 +239,8 @@ def layer_for(
     """
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     names = sorted(header.weights)
-    if method in PROJECTING:
-        fitting = [name for name in names if PROJECTIONS[PROJECTING[method]].fullmatch(name)]
+    if method in PROJECTIONS:
+        fitting = [name for name in names if PROJECTIONS[method].fullmatch(name)]
     elif wanted is not None:
         layer = named_layer(store, pointer, wanted)
         is_matrix = layer.third is None and len(header.weights[layer.name].shape) == 2
@@ -285,9 +282,9 @@ class ClosedForms:
         with torch.no_grad(), arithmetic(Precision.FP32), counted_by(label):
             choosing, reporting = self._evaluations
             probe, step, seconds = self._move(method, setting, choosing)
-            chosen_by = _figures(probe, step)
-            reported = replace(probe, evaluation=reporting)
-            figures = chosen_by if reporting is choosing else _figures(reported, step)
+            chosen_by = report(choosing, [(probe, step)]).after
+            reported = (replace(probe, evaluation=reporting), step)
+            figures = chosen_by if reporting is choosing else report(reporting, [reported]).after
         if method in (Method.MEMIT, Method.ALPHAEDIT):
             pointer, model = runner.pointer, runner.model
             seconds += runner.times.seconds(pointer, ["forget"], squares=False, model=model)
@@ -295,9 +292,6 @@ class ClosedForms:
         return ClipOutcome(
             method=method,
             setting=setting,
-            plan=None,
-            edit=None,
-            epoch=None,
             forget=figures.forget,
             utility=figures.utility,
             seconds=seconds,
@@ -316,8 +310,11 @@ class ClosedForms:
         start, self._charged = perf_counter(), 0.0
         layer, device = self.layers[method], self.baselines.times.device
         change = linear_map(layer, self.change(method, setting, layer))
-        probe = _probe(evaluation, layer, change.float().to(device))
-        step = 1.0 if method in PROJECTING else _chosen_step(probe, method)
+        weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
+        tower = Layer.parse(layer).recorded_tower
+        score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
+        probe = Probe(evaluation, score, change.float().to(device))
+        step = 1.0 if method in PROJECTIONS else _chosen_step(probe, method)
         settle(self.baselines.model)
         return probe, step, perf_counter() - start + self._charged
 
@@ -348,24 +345,23 @@ class ClosedForms:
     def _evaluations(self) -> tuple[Evaluation, Evaluation]:
         """The rows to choose by and those to report on, after the original model's pass."""
         runner = self.baselines
-        device = runner.times.device
-        opened = evaluations(runner.store, runner.manifest, runner.pointer, runner.model, device)
+        opened = evaluations(runner.times, runner.pointer, runner.model)
         for evaluation in {id(each): each for each in opened}.values():
-            evaluation.base_pass(set(self.layers.values()), cache_bytes=spare(device))
+            memory = spare(runner.times.device)
+            evaluation.base_pass(set(self.layers.values()), cache_bytes=memory)
         return opened
 
     def _gradient(self, layer: str) -> Tensor:
-        values = layer_gradient(self.baselines.store, self.baselines.pointer.forget, layer)
+        values = layer_gradient(self.baselines.times.store, self.baselines.pointer.forget, layer)
         return linear_map(layer, torch.from_numpy(values)).to(self._exact)
 
     def _metric(self, layer: str, ridge: float) -> RetainMetric:
         """Return P of a layer; its moment is computed where the store lacks it."""
-        runner = self.baselines
+        times, pointer = self.baselines.times, self.baselines.pointer
+        store, manifest, device = times.store, times.manifest, times.device
         moments = self._once(
             ("retain moment", layer),
-            lambda: ensure_moments(
-                runner.store, runner.manifest, runner.pointer, [layer], device=runner.times.device
-            ),
+            lambda: ensure_moments(store, manifest, pointer, [layer], device=device),
         )
         if not moments.has(layer):
             raise InputError(f"{layer}: its tower does not show what the layer is applied to")
@@ -373,44 +369,27 @@ class ClosedForms:
 
     def _forget_moment(self, layer: str) -> Tensor:
         """Return F, fp64 (inputs, inputs)."""
-        runner = self.baselines
-        block, device = self._block("forget"), runner.times.device
-
-        def compute() -> Tensor:
-            spec = runner.manifest.input
-            found = input_moments(runner.model, [layer], block, spec=spec, device=device)
-            return found[layer].mean()
-
-        moment: Tensor = self._once(("forget moment", layer), compute)
-        return moment
+        return self._once(("forget moment", layer), self._reader(layer, "forget").moment)
 
     def _keys(self, layer: str, role: str) -> Tensor:
         """Return fp64 the keys of a layer over the texts, or the images, of a role."""
-        block, reader = self._block(role), self._reader(layer)
-        is_text = Layer.parse(layer).tower is Tower.TEXT
-        read = reader.of_texts if is_text else reader.of_images
-        keys: Tensor = self._once(
-            ("keys", layer, role), lambda: read(block).to(self._exact).double()
-        )
-        return keys
+        reader = self._reader(layer, role)
+        read = reader.of_texts if Layer.parse(layer).tower is Tower.TEXT else reader.of_images
+        return self._once(("keys", layer, role), lambda: read().to(self._exact).double())
 
     def _value(self, layer: str) -> Tensor:
-        block, reader = self._block("forget"), self._reader(layer)
-        value: Tensor = self._once(("value", layer), lambda: reader.value_gradient(block))
-        return value
+        return self._once(("value", layer), self._reader(layer, "forget").value_gradient)
 
     def _feature(self) -> Tensor:
         """Return the mean unit feature of the forget captions."""
-        model, device = self.baselines.model, self.baselines.times.device
-        block = self._block("forget")
+        tower, times = text_tower(self.baselines.model), self.baselines.times
+        block, device = DataBlock.open(times.store, times.manifest.forget), times.device
         tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
         size = ROWS_PER_FORWARD[device.partition(":")[0]]
-        features: Tensor = self._once(
-            ("features",), lambda: text_features(text_tower(model), tokens, size, device)
-        )
+        features = self._once(("features",), lambda: text_features(tower, tokens, size, device))
         return features.to(self._exact).double().mean(dim=0)
 
-    def _once(self, name: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+    def _once(self, name: tuple[str, ...], compute: Callable[[], T]) -> T:
         """Return what `compute` gives, computed at the first call; charge its time at each."""
         start = perf_counter()
         if name not in self._parts:
@@ -421,24 +400,14 @@ class ClosedForms:
         self._charged += seconds - (perf_counter() - start)
         return value
 
-    def _block(self, role: str) -> DataBlock:
-        return DataBlock.open(self.baselines.store, getattr(self.baselines.manifest, role))
-
-    def _reader(self, layer: str) -> KeyReader:
-        runner = self.baselines
-        return KeyReader(runner.model, layer, runner.manifest.input, runner.times.device)
+    def _reader(self, layer: str, role: str) -> KeyReader:
+        times, model = self.baselines.times, self.baselines.model
+        block = DataBlock.open(times.store, getattr(times.manifest, role))
+        return KeyReader(model, layer, block, times.manifest.input, times.device)
 
     @property
     def _exact(self) -> str:
         return exact_device(self.baselines.times.device)
-
-
-def _probe(evaluation: Evaluation, layer: str, change: Tensor) -> Probe:
-    """Return a move along a change of a layer that nobody ranked."""
-    weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
-    tower = Layer.parse(layer).recorded_tower
-    score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
-    return Probe(evaluation, score, change)
 
 
 def _chosen_step(probe: Probe, method: Method) -> float:
@@ -449,8 +418,3 @@ def _chosen_step(probe: Probe, method: Method) -> float:
     search = LayerSearch((), probe.evaluation, SearchOptions())
     search.along(probe, 1.0 if method is Method.UCE else None)
     return search.choose().step
-
-
-def _figures(probe: Probe, step: float) -> Figures:
-    """Return what a step leaves and keeps, on the rows of the move."""
-    return report(probe.evaluation, [(probe, step)]).after

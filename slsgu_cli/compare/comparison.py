@@ -4,25 +4,18 @@ Nothing here loads PyTorch before a method is run: reports and tables read what 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar, Generic
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.compare.ours import (
-    OurEdit,
-    PassTimes,
-    find_our_edit,
-    original_outcome,
-    our_outcome,
-    standing_edit,
-)
+from slsgu_cli.compare.ours import OurEdit, PassTimes, original_outcome
 from slsgu_cli.errors import NotFiniteError, UsageError
+from slsgu_cli.method.scoring import mean_top1
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import (
     CLIP_METHODS,
     CLOSED_FORMS,
@@ -49,16 +42,10 @@ if TYPE_CHECKING:
     from slsgu_cli.compare.closed_forms import ClosedForms
     from slsgu_cli.compare.methods import BaselineRunner
 
-LABELS = {
+# What tables call a method: those without a name here by their acronyms.
+LABELS = {method: method.upper() for method in Method} | {
     Method.ORIGINAL: "Original",
-    Method.FT: "FT",
-    Method.GA: "GA",
-    Method.GAFT: "GAFT",
     Method.SALUN: "SalUn",
-    Method.SSD: "SSD",
-    Method.ROME: "ROME",
-    Method.MEMIT: "MEMIT",
-    Method.UCE: "UCE",
     Method.ALPHAEDIT: "AlphaEdit",
     Method.LEACE_TEXT: "LEACE text",
     Method.LEACE_VISION: "LEACE image",
@@ -91,6 +78,8 @@ PARAMETERS = {
     Method.CCUP_TEXT: _SHARE,
     Method.CCUP_VISION: _SHARE,
 }
+# The learning rates that are tried first.
+DECADES = (1e-6, 1e-5, 1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +111,10 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
         run = ClipComparisonRun.open(store, name, options)
         rows = []
         for method, given in settings.items():
-            if not run.has(method):
+            if method in CLOSED_FORMS and method not in run.layers:
                 progress.note(f"{LABELS[method]} is left out: the model has no layer for it")
             elif options.rates is not None or method in (Method.ORIGINAL, Method.OURS):
-                rows += run.rows({method: given})
+                rows += [run.row(method, setting) for setting in given]
             elif method in chosen:
                 rows.append(run.row(method, chosen[method]))
             else:
@@ -158,17 +147,13 @@ class ComparisonRun(ABC, Generic[Row]):
     def run(self, method: Method, setting: float | None) -> Row:
         """Run a method and measure what it left."""
 
-    def rows(self, settings: Mapping[Method, Sequence[float | None]]) -> list[Row]:
-        """Return each method's row at each of its settings."""
-        return [self.row(method, setting) for method, each in settings.items() for setting in each]
-
     def row(self, method: Method, setting: float | None = None) -> Row:
         """Return a method's row at a setting, as recorded or else run now."""
         known = self.record.row_made_by(self.at(method, setting))
-        return known or self._add(self.run(method, setting))
-
-    def _add(self, row: Row) -> Row:
-        """Record a row, beside those that another process may have recorded meanwhile."""
+        if known is not None:
+            return known
+        row = self.run(method, setting)
+        # Another process may have recorded rows meanwhile.
         with progress.silent():
             self.record = resume(self.store, self.artifact, self.name, self.record)
         self.record = self.with_row(row)
@@ -222,17 +207,12 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
         times.remember(run.record.passes)
         return run
 
-    @property
-    def manifest(self) -> SetManifest:
-        """The set."""
-        return self.times.manifest
-
     @cached_property
     def baselines(self) -> "BaselineRunner":
         """The loaded model and its data."""
         from slsgu_cli.compare.methods import BaselineRunner
 
-        return BaselineRunner.open(self.store, self.manifest, self.pointer, self.plan, self.times)
+        return BaselineRunner.open(self.pointer, self.plan, self.times)
 
     @cached_property
     def closed_forms(self) -> "ClosedForms":
@@ -246,20 +226,13 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
         """What each closed form edits of the model; those that find no layer are not there."""
         from slsgu_cli.compare.closed_forms import layer_for
 
-        layers = {
-            method: layer_for(method, self.store, self.pointer, self.layer)
-            for method in CLOSED_FORMS
-        }
+        layers = {m: layer_for(m, self.store, self.pointer, self.layer) for m in CLOSED_FORMS}
         return {method: layer for method, layer in layers.items() if layer is not None}
 
     @cached_property
     def our_edit(self) -> OurEdit:
         """The set's edit, searched for if there is none."""
-        return find_our_edit(self.store, self.manifest, self.pointer, self.times)
-
-    def has(self, method: Method) -> bool:
-        """Return whether the model has the layer that a method edits."""
-        return method not in CLOSED_FORMS or method in self.layers
+        return OurEdit.find(self.pointer, self.times)
 
     def at(self, method: Method, setting: float | None) -> MethodSetting:
         """Return a method's setting, with its plan or layer; of ours, the edit."""
@@ -274,21 +247,18 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
     def run(self, method: Method, setting: float | None) -> ClipOutcome:
         """Run a baseline, or tell of the original model and our edit what the search measured."""
         if method is Method.OURS:
-            return our_outcome(self.store, self.our_edit, self.pointer, self.times)
+            return self.our_edit.outcome(self.pointer, self.times)
         if method in CLOSED_FORMS:
             return self.closed_forms.run(method, setting or 0.0)
         if setting is not None:
             return self.baselines.run(method, setting)
-        edit = standing_edit(self.store, self.manifest, self.pointer, self.times)
+        edit = OurEdit.standing(self.pointer, self.times)
         return original_outcome(edit.before if edit else self.baselines.original())
 
     def with_row(self, row: ClipOutcome) -> ClipComparison:
         """Return the record with a row that was run now, and with the times measured for it."""
         passes = dict(sorted({**self.record.passes, **self.times.known}.items()))
         return replace(self.record.with_row(row), passes=passes)
-
-
-DECADES = (1e-6, 1e-5, 1e-4)
 
 
 def tune(
@@ -303,7 +273,8 @@ def tune(
         return best(tried), tried
     tried = list(_finite(DECADES, run))
     middle = best(tried).setting or 0.0
-    tried += _finite((_rounded(middle / 10**0.5), _rounded(middle * 10**0.5)), run)
+    between = (middle / 10**0.5, middle * 10**0.5)
+    tried += _finite([float(f"{rate:.0e}") for rate in between], run)
     return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
 
 
@@ -332,12 +303,7 @@ def trade_off(outcome: ClipOutcome) -> float:
     On the rows to choose by.
     """
     by = outcome.chosen_by or Figures(outcome.forget, outcome.utility)
-    kept = [figure.top1 for figure in by.utility.values()]
-    return (100 - by.forget.top1 + sum(kept) / len(kept)) / 2
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.0e}")
+    return (100 - by.forget.top1 + mean_top1(by.utility)) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +325,7 @@ class TableRow:
     @property
     def kept(self) -> float:
         """The mean TA@1 over the evaluation sets."""
-        return sum(figure.top1 for figure in self.utility.values()) / len(self.utility)
+        return mean_top1(self.utility)
 
     @property
     def words(self) -> str:
@@ -377,9 +343,7 @@ def mean_rows(
 
     Raises UsageError where the concepts have no evaluation set in common.
     """
-    by_key = [
-        {(o.method, o.setting, o.layer): o for o in outcomes} for outcomes in concepts.values()
-    ]
+    by_key = [{(o.method, o.setting, o.layer): o for o in each} for each in concepts.values()]
     sets = set.intersection(*(set(o.utility) for each in by_key for o in each.values()))
     if not sets:
         raise UsageError(

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 
 import numpy as np
@@ -24,11 +24,10 @@ from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
-from slsgu_cli.records.sets import Purpose, SetManifest
-from slsgu_cli.records.studies import TRAINED, ClipOutcome, ClipPlan, Method
+from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.studies import ClipOutcome, ClipPlan, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Store
 
 BETAS = (0.9, 0.98)
 EPSILON = 1e-6
@@ -37,6 +36,9 @@ WEIGHT_DECAY = 0.1
 # The multiplier of the cosines stays between 1 and 100.
 LARGEST_LOGIT_SCALE = math.log(100)
 _UNDECAYED = re.compile(r"bn|ln|bias|logit_scale")
+
+# The dampening constants of the first epoch and of the last.
+FIRST, LAST = 0.1, 5.0
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -66,30 +68,20 @@ def clamp_logit_scale(model: nn.Module) -> None:
         model.get_parameter("logit_scale").clamp_(0, LARGEST_LOGIT_SCALE)
 
 
+Weights = dict[str, Tensor]
 Mask = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
-    """Images and tokens in memory, where they are read in a new order every epoch."""
-
-    images: npt.NDArray[np.uint8]
-    tokens: npt.NDArray[np.integer]
-
-    @classmethod
-    def read(cls, block: DataBlock, rows: int) -> "Pairs":
-        """Return the first `rows` pairs of a block."""
-        return cls(block.images(0, rows), np.asarray(block.tokens[:rows]))
-
-    def __len__(self) -> int:
-        return len(self.images)
+Gradient = Mapping[str, npt.NDArray[np.floating]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossTerm:
-    """Pairs, the pass that gives their loss, and +1 to descend it or -1 to ascend it."""
+    """Pairs in memory, the pass that gives their loss, and +1 to descend it or -1 to ascend it.
 
-    pairs: Pairs
+    They are read in a new order every epoch if they are `shuffled`.
+    """
+
+    images: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[np.integer]
     loss: GradientPass
     sign: int
     shuffled: bool
@@ -100,7 +92,7 @@ class LossTerm:
         Shuffled rows go round to fill the last mini-batch; others keep a smaller one. No
         mini-batch has a row twice.
         """
-        rows = len(self.pairs)
+        rows = len(self.images)
         size = min(plan.batch_size, rows)
         order = np.arange(rows)
         if self.shuffled:
@@ -108,27 +100,27 @@ class LossTerm:
             order = np.resize(drawn, -(-rows // size) * size)
         return [order[start:stop] for start, stop in spans(len(order), size)]
 
+    def of(self, rows: npt.NDArray[np.intp]) -> Tensor:
+        """Return what is descended for some rows: the sum of their losses, with the sign."""
+        normalize = pixel_normalizer(self.loss.spec, self.loss.options.device)
+        ids = to_tokens(self.tokens[rows], "cpu")
+        return self.sign * self.loss.losses(normalize(self.images[rows]), ids).sum()
+
 
 def train(
-    model: nn.Module,
-    terms: list[LossTerm],
-    *,
-    rate: float,
-    plan: ClipPlan,
-    mask: Mask | None = None,
+    model: nn.Module, terms: list[LossTerm], *, rate: float, plan: ClipPlan, mask: Mask | None
 ) -> Iterator[int]:
     """Train `model` in place, every term in turn; yield the epoch that has just ended."""
     optimizer = adamw(model, rate)
-    epochs = range(1, plan.epochs + 1)
     steps = plan.epochs * sum(len(term.order(plan, 1)) for term in terms)
     step = 0
-    for epoch in epochs:
+    for epoch in range(1, plan.epochs + 1):
         for term in terms:
             for rows in term.order(plan, epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_rate(rate, step, steps)
                 optimizer.zero_grad()
-                (term.sign * _loss(term, rows)).backward()  # type: ignore[no-untyped-call]
+                term.of(rows).backward()  # type: ignore[no-untyped-call]
                 if mask is not None:
                     mask_gradients(model, mask)
                 optimizer.step()
@@ -137,16 +129,14 @@ def train(
         yield epoch
 
 
-def loss_terms(method: Method, *, forget: LossTerm, retain: LossTerm) -> list[LossTerm]:
-    """Return what a method goes through in each epoch, in order."""
-    match method:
-        case Method.FT:
-            return [retain]
-        case Method.GA:
-            return [forget]
-        case Method.GAFT | Method.SALUN:
-            return [forget, retain]
-    raise ValueError(f"{method} is not trained")
+# Whose gradients a method needs first, and whose losses an epoch goes through, in order.
+PASSES: dict[Method, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    Method.FT: ((), ("retain",)),
+    Method.GA: ((), ("forget",)),
+    Method.GAFT: ((), ROLES),
+    Method.SALUN: (("forget",), ROLES),
+    Method.SSD: (ROLES, ()),
+}
 
 
 def mask_gradients(model: nn.Module, mask: Mask) -> None:
@@ -156,7 +146,7 @@ def mask_gradients(model: nn.Module, mask: Mask) -> None:
             parameter.grad.mul_(mask[name])
 
 
-def saliency_mask(gradient: Mapping[str, npt.NDArray[np.floating]]) -> dict[str, Tensor]:
+def saliency_mask(gradient: Gradient) -> dict[str, Tensor]:
     """Return where |gradient| is in its top half over all parameters (SalUn).
 
     Exactly half of all entries, rounded down, are kept. Of entries that tie at the
@@ -169,23 +159,11 @@ def saliency_mask(gradient: Mapping[str, npt.NDArray[np.floating]]) -> dict[str,
     chosen = sizes > threshold
     ties = np.flatnonzero(sizes == threshold)
     chosen[ties[: kept - int(chosen.sum())]] = True
-    mask, start = {}, 0
-    for name in names:
-        stop = start + gradient[name].size
-        mask[name] = torch.from_numpy(chosen[start:stop].reshape(gradient[name].shape))
-        start = stop
-    return mask
-
-
-def _loss(term: LossTerm, rows: npt.NDArray[np.intp]) -> Tensor:
-    run, pairs = term.loss, term.pairs
-    normalize = pixel_normalizer(run.spec, run.options.device)
-    ids = to_tokens(pairs.tokens[rows], "cpu")
-    return run.losses(normalize(pairs.images[rows]), ids).sum()
-
-
-Importance = Callable[[str], tuple[Tensor, Tensor]]
-FIRST, LAST = 0.1, 5.0
+    parts = np.split(chosen, np.cumsum([gradient[name].size for name in names])[:-1])
+    return {
+        name: torch.from_numpy(part.reshape(gradient[name].shape))
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 def constants(epochs: int) -> list[float]:
@@ -200,37 +178,20 @@ def dampening(forget: Tensor, retain: Tensor, *, alpha: float, constant: float) 
     return torch.where(selected, ratio.clamp(max=1), torch.ones_like(forget))
 
 
-def dampen(model: nn.Module, importance: Importance, *, alpha: float, epochs: int) -> Iterator[int]:
+@torch.no_grad()
+def dampen(
+    model: nn.Module, forget: Gradient, retain: Gradient, *, alpha: float, epochs: int
+) -> Iterator[int]:
     """Dampen `model` in place once for each constant; yield the epoch that has just ended.
 
-    `importance` returns a parameter's importance to the forget and the retain set. The
+    Squared gradients are a parameter's importance to the forget and the retain set. The
     selection is of the original model; the factors pile up from epoch to epoch.
     """
     for epoch, constant in enumerate(constants(epochs), start=1):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                forget, retain = importance(name)
-                parameter.mul_(dampening(forget, retain, alpha=alpha, constant=constant))
+        for name, parameter in model.named_parameters():
+            squares = (torch.from_numpy(of[name]).to(parameter.device) for of in (forget, retain))
+            parameter.mul_(dampening(*squares, alpha=alpha, constant=constant))
         yield epoch
-
-
-def importance_of(
-    forget: Mapping[str, npt.NDArray[np.floating]],
-    retain: Mapping[str, npt.NDArray[np.floating]],
-    device: str,
-) -> Importance:
-    """Return the importances held in two files of squared gradients, a parameter at a time."""
-
-    def importance(name: str) -> tuple[Tensor, Tensor]:
-        return (
-            torch.from_numpy(forget[name]).to(device),
-            torch.from_numpy(retain[name]).to(device),
-        )
-
-    return importance
-
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,31 +209,27 @@ class Reported:
 
 def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: int) -> Reported:
     """Run epochs until one forgets or none is left; leave the model as it is reported."""
-    seconds, epoch, best = 0.0, 0, 0
-    least: Accuracy | None = None
+    seconds, epoch, best, least = 0.0, 0, 0, math.inf
     weights: Weights = {}
     with progress.bar(label, total) as ticker:
-        while True:
-            start = perf_counter()
-            ended = next(epochs, None)
-            if ended is None:
-                break
+        start = perf_counter()
+        for epoch in epochs:
             settle(evaluation.model)
             seconds += perf_counter() - start
-            epoch = ended
             ticker.advance()
             try:
-                forget = forget_accuracy(evaluation)
+                forget = forget_accuracy(evaluation).top1
             except NotFiniteError:
-                if least is None:
+                if not best:
                     raise
                 progress.warn(f"{label}: epoch {epoch} is left out, its weights are not finite")
                 break
-            if least is None or forget.top1 < least.top1:
+            if forget < least:
                 best, least, weights = epoch, forget, weights_of(evaluation.model)
-            if forget.top1 == 0:
+            if forget == 0:
                 break
-    if least is None:
+            start = perf_counter()
+    if not best:
         raise ValueError("a run has at least one epoch")
     set_weights(evaluation.model, weights)
     return Reported(best, epoch, figures_of(evaluation), seconds)
@@ -315,20 +272,15 @@ def settle(model: nn.Module) -> None:
 
 
 def evaluations(
-    store: Store,
-    manifest: SetManifest,
-    pointer: GradientPointer,
-    model: nn.Module,
-    device: str,
+    times: PassTimes, pointer: GradientPointer, model: nn.Module
 ) -> tuple[Evaluation, Evaluation]:
     """Open what a set is chosen by and what it is reported on; one and the same where it is."""
-
-    def opened(purpose: Purpose) -> Evaluation:
-        tokenize = tokenizer(resolve(pointer.model))
-        return prepare(store, manifest, model, tokenize=tokenize, device=device, purpose=purpose)
-
-    choosing = opened(Purpose.CHOOSE)
-    return choosing, opened(Purpose.REPORT) if manifest.deals else choosing
+    tokenize = tokenizer(resolve(pointer.model))
+    opened = partial(
+        prepare, times.store, times.manifest, model, tokenize=tokenize, device=times.device
+    )
+    choosing = opened(purpose=Purpose.CHOOSE)
+    return choosing, opened(purpose=Purpose.REPORT) if times.manifest.deals else choosing
 
 
 @dataclass
@@ -339,29 +291,20 @@ class BaselineRunner:
     same, where the set has no rows that nothing is chosen by.
     """
 
-    store: Store
-    manifest: SetManifest
     pointer: GradientPointer
     plan: ClipPlan
+    times: PassTimes
     model: nn.Module
     choosing: Evaluation
     reporting: Evaluation
-    times: PassTimes
     _original: Weights
 
     @classmethod
-    def open(
-        cls,
-        store: Store,
-        manifest: SetManifest,
-        pointer: GradientPointer,
-        plan: ClipPlan,
-        times: PassTimes,
-    ) -> "BaselineRunner":
+    def open(cls, pointer: GradientPointer, plan: ClipPlan, times: PassTimes) -> "BaselineRunner":
         """Load the model that the set's gradients are of. Raises StaleError and InputError."""
-        _, model = load_graded(manifest, pointer, times.device)
-        rows = evaluations(store, manifest, pointer, model, times.device)
-        return cls(store, manifest, pointer, plan, model, *rows, times, weights_of(model))
+        _, model = load_graded(times.manifest, pointer, times.device)
+        evaluated = evaluations(times, pointer, model)
+        return cls(pointer, plan, times, model, *evaluated, weights_of(model))
 
     def restore(self) -> None:
         """Make the model the original again."""
@@ -376,26 +319,20 @@ class BaselineRunner:
         """Run a baseline on the original model and measure the epoch that is reported."""
         self.restore()
         seconds = self._seconds_before(method)
-        what = "alpha" if method is Method.SSD else "lr"
-        label = f"{method} {what} {setting:g}"
-        smaller = "a smaller --lr" if method in TRAINED else None
-        with arithmetic(Precision.FP32), counted_by(label, hint=smaller):
-            reported = follow(
-                self._epochs(method, setting), self.choosing, label=label, total=self.plan.epochs
-            )
-            figures = reported.figures
-            if self.reporting is not self.choosing:
-                figures = figures_of(self.reporting)
+        number, hint = ("alpha", None) if method is Method.SSD else ("lr", "a smaller --lr")
+        label = f"{method} {number} {setting:g}"
+        with arithmetic(Precision.FP32), counted_by(label, hint=hint):
+            epochs = self._epochs(method, setting)
+            reported = follow(epochs, self.choosing, label=label, total=self.plan.epochs)
+            same = self.reporting is self.choosing
+            figures = reported.figures if same else figures_of(self.reporting)
         forget_passes, retain_passes = self._passes(method, reported.epochs)
-        progress.detail(
-            f"{label}: FA@1 {figures.forget.top1:.1f} after epoch {reported.epoch} "
-            f"of {reported.epochs}"
-        )
+        after = f"after epoch {reported.epoch} of {reported.epochs}"
+        progress.detail(f"{label}: FA@1 {figures.forget.top1:.1f} {after}")
         return ClipOutcome(
             method=method,
             setting=setting,
             plan=self.plan.of(method),
-            edit=None,
             epoch=reported.epoch,
             forget=figures.forget,
             utility=figures.utility,
@@ -408,64 +345,55 @@ class BaselineRunner:
 
     def _passes(self, method: Method, epochs: int) -> tuple[float, float]:
         """Return the passes over all forget and all retain rows that a run amounts to."""
-        if method is Method.SSD:
-            return 1.0, 1.0
-        terms = loss_terms(method, forget=self._forget, retain=self._retain)
-        share = len(self._retain.pairs) / self.manifest.retain.rows
-        of_the_mask = 1.0 if method is Method.SALUN else 0.0
+        share = self.plan.retain_rows / self.times.manifest.retain.rows
+        needed, losses = PASSES[method]
         return (
-            of_the_mask + epochs * (self._forget in terms),
-            epochs * share * (self._retain in terms),
+            float(("forget" in needed) + epochs * ("forget" in losses)),
+            float(("retain" in needed) + epochs * share * ("retain" in losses)),
         )
 
     def _seconds_before(self, method: Method) -> float:
         """Return what the gradients take that a method needs before its first epoch."""
-        if method is Method.SALUN:
-            return self._seconds(["forget"], squares=False)
-        if method is Method.SSD:
-            digests = (self.pointer.forget, self.pointer.retain)
-            if not all(self.store.exists(Artifact.SQUARES.path(digest)) for digest in digests):
-                progress.note("SSD needs squared gradients: computing them")
-                self.times.compute(self.pointer, squares=True)
-            return self._seconds(ROLES, squares=True)
-        return 0.0
-
-    def _seconds(self, roles: Iterable[str], *, squares: bool) -> float:
-        return self.times.seconds(self.pointer, roles, squares=squares, model=self.model)
+        squares = method is Method.SSD
+        if squares and not all(map(self.times.store.exists, self._squares)):
+            progress.note("SSD needs squared gradients: computing them")
+            self.times.compute(self.pointer, squares=True)
+        needed, _ = PASSES[method]
+        return self.times.seconds(self.pointer, needed, squares=squares, model=self.model)
 
     def _epochs(self, method: Method, setting: float) -> Iterator[int]:
         if method is Method.SSD:
-            forget, retain = (
-                self.store.read_tensors(Artifact.SQUARES.path(digest))
-                for digest in (self.pointer.forget, self.pointer.retain)
-            )
-            importance = importance_of(forget, retain, self.times.device)
-            return dampen(self.model, importance, alpha=setting, epochs=self.plan.epochs)
-        terms = loss_terms(method, forget=self._forget, retain=self._retain)
+            forget, retain = map(self.times.store.read_tensors, self._squares)
+            return dampen(self.model, forget, retain, alpha=setting, epochs=self.plan.epochs)
+        terms = [self._terms[role] for role in PASSES[method][1]]
         mask = self._mask if method is Method.SALUN else None
         return train(self.model, terms, rate=setting, plan=self.plan, mask=mask)
 
-    @cached_property
-    def _forget(self) -> LossTerm:
-        return self._loss_term("forget", self.manifest.forget.rows, -1)
+    @property
+    def _squares(self) -> list[str]:
+        """Where the squared gradients of the forget and of the retain set lie."""
+        digests = (self.pointer.forget, self.pointer.retain)
+        return [Artifact.SQUARES.path(digest) for digest in digests]
 
     @cached_property
-    def _retain(self) -> LossTerm:
-        return self._loss_term("retain", self.plan.retain_rows, 1)
+    def _terms(self) -> dict[str, LossTerm]:
+        """The losses of the forget set, which methods ascend, and of the retain set."""
+        store, manifest = self.times.store, self.times.manifest
+        options = PassOptions(batch_size=self.plan.batch_size, device=self.times.device)
+        rows = {"forget": manifest.forget.rows, "retain": self.plan.retain_rows}
+        terms = {}
+        for role in ROLES:
+            path = Artifact.GRADIENT.path(getattr(self.pointer, role))
+            kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
+            loss = GradientPass.prepare(self.model, kind, spec=spec, options=options)
+            block = DataBlock.open(store, getattr(manifest, role))
+            images, tokens = block.images(0, rows[role]), np.asarray(block.tokens[: rows[role]])
+            sign = -1 if role == "forget" else 1
+            terms[role] = LossTerm(images, tokens, loss, sign, shuffled=role == "retain")
+        return terms
 
     @cached_property
     def _mask(self) -> Mask:
-        mask = saliency_mask(self.store.read_tensors(Artifact.GRADIENT.path(self.pointer.forget)))
+        path = Artifact.GRADIENT.path(self.pointer.forget)
+        mask = saliency_mask(self.times.store.read_tensors(path))
         return {name: kept.to(self.times.device) for name, kept in mask.items()}
-
-    def _loss_term(self, role: str, rows: int, sign: int) -> LossTerm:
-        block = DataBlock.open(self.store, getattr(self.manifest, role))
-        path = Artifact.GRADIENT.path(getattr(self.pointer, role))
-        header = self.store.read_header(path, GradientHeader)
-        loss = GradientPass.prepare(
-            self.model,
-            header.loss,
-            spec=self.manifest.input,
-            options=PassOptions(batch_size=self.plan.batch_size, device=self.times.device),
-        )
-        return LossTerm(Pairs.read(block, rows), loss, sign, shuffled=role == "retain")

@@ -74,7 +74,7 @@ def compare_on_pipeline(
         settings[Method.OURS] = (None,)
         # A missing edit is told of before anything is trained.
         run.at(Method.OURS, None)
-    rows = run.rows(settings)
+    rows = [run.row(method, setting) for method, each in settings.items() for setting in each]
     pictures = {row: run.pictures(row) for row in rows}
     store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
     return replace(run.record, outcomes=tuple(rows))

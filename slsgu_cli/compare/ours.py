@@ -151,6 +151,56 @@ class OurEdit:
     trials: Trials
     seconds: float | None
 
+    @classmethod
+    def find(cls, pointer: GradientPointer, times: PassTimes) -> "OurEdit":
+        """Return the set's edit, searching for it if there is none.
+
+        Raises StaleError where the edit is not one of the recorded trials.
+        """
+        store, name = times.store, pointer.name
+        missing = not store.exists(Artifact.EDIT.path(name))
+        start = perf_counter()
+        if missing:
+            try:
+                ensure_edit(store, name, options=SearchOptions(device=times.device_option))
+            except NotForgottenError as error:
+                progress.warn(error.message)
+        seconds = perf_counter() - start
+        edit = cls.standing(pointer, times)
+        if edit is None:
+            raise StaleError(
+                f"the edit {name} is not among the trials of its search on the sets as they are "
+                "now",
+                hint=f"run `{Artifact.EDIT.command(name)}`",
+            )
+        return replace(edit, seconds=seconds) if missing else edit
+
+    @classmethod
+    def standing(cls, pointer: GradientPointer, times: PassTimes) -> "OurEdit | None":
+        """Return the set's edit if it is one of the trials on the sets as they are now.
+
+        Raises StaleError where it was made from other gradients.
+        """
+        store, name = times.store, times.manifest.name
+        if not all(store.exists(kind.path(name)) for kind in (Artifact.EDIT, Artifact.TRIALS)):
+            return None
+        header = current_edit(store, name).header
+        trials = store.read_record(Artifact.TRIALS.path(name), Trials)
+        if (
+            header.forget is None
+            or header.joint
+            or header.after
+            or Artifact.TRIALS.changed(trials, digests_of(times.manifest, pointer))
+        ):
+            return None
+        took = trials.took if trials.took and trials.took.where == times.where else None
+        edited = (header.layer, header.ridge, header.step)
+        for trial in trials.trials:
+            same = (trial.layer, trial.ridge, trial.step) == edited
+            if same and trial.utility is not None:
+                return cls(header, trial, trials, took.seconds if took else None)
+        return None
+
     @property
     def words(self) -> str:
         """The layer, step and ridge, by which a row names the edit."""
@@ -167,6 +217,28 @@ class OurEdit:
         """The same of the original model."""
         return _figures(self.header.baseline_forget, self.header.baseline_utility)
 
+    def outcome(self, pointer: GradientPointer, times: PassTimes) -> ClipOutcome:
+        """Return the row of the set's edit, on the rows to report on.
+
+        The seconds are those of both gradient passes and of the search. A search whose time is
+        not on record is run once more for it, into a folder that is removed.
+        """
+        seconds = self.seconds
+        if seconds is None:
+            progress.detail("the search is run once more for its time")
+            seconds = _rehearse(times.store, self.trials, times.device_option)
+        return ClipOutcome(
+            method=Method.OURS,
+            edit=self.words,
+            forget=self.figures.forget,
+            utility=self.figures.utility,
+            seconds=seconds + times.seconds(pointer, ROLES, squares=False),
+            forget_passes=1.0,
+            retain_passes=1.0,
+            where=times.where,
+            chosen_by=_figures(self.trial.forget, self.trial.utility),
+        )
+
 
 def _figures(forget: Accuracy | None, utility: dict[str, Accuracy] | None) -> Figures:
     """Return the figures of an edit that was searched for, which has them."""
@@ -175,100 +247,15 @@ def _figures(forget: Accuracy | None, utility: dict[str, Accuracy] | None) -> Fi
     return Figures(forget, utility)
 
 
-def find_our_edit(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, times: PassTimes
-) -> OurEdit:
-    """Return the set's edit, searching for it if there is none.
-
-    Raises StaleError where the edit is not one of the recorded trials.
-    """
-    name = pointer.name
-    missing = not store.exists(Artifact.EDIT.path(name))
-    start = perf_counter()
-    if missing:
-        try:
-            ensure_edit(store, name, options=SearchOptions(device=times.device_option))
-        except NotForgottenError as error:
-            progress.warn(error.message)
-    seconds = perf_counter() - start
-    edit = standing_edit(store, manifest, pointer, times)
-    if edit is None:
-        raise StaleError(
-            f"the edit {name} is not among the trials of its search on the sets as they are now",
-            hint=f"run `{Artifact.EDIT.command(name)}`",
-        )
-    return replace(edit, seconds=seconds) if missing else edit
-
-
-def standing_edit(
-    store: Store, manifest: SetManifest, pointer: GradientPointer, times: PassTimes
-) -> OurEdit | None:
-    """Return the set's edit if it is one of the trials on the sets as they are now.
-
-    Raises StaleError where it was made from other gradients.
-    """
-    name = manifest.name
-    if not store.exists(Artifact.EDIT.path(name)) or not store.exists(Artifact.TRIALS.path(name)):
-        return None
-    header = current_edit(store, name).header
-    trials = store.read_record(Artifact.TRIALS.path(name), Trials)
-    if (
-        header.forget is None
-        or header.joint
-        or header.after
-        or Artifact.TRIALS.changed(trials, digests_of(manifest, pointer))
-    ):
-        return None
-    took = trials.took if trials.took and trials.took.where == times.where else None
-    for trial in trials.trials:
-        same = (trial.layer, trial.ridge, trial.step) == (header.layer, header.ridge, header.step)
-        if same and trial.utility is not None:
-            return OurEdit(header, trial, trials, took.seconds if took else None)
-    return None
-
-
-def our_outcome(
-    store: Store, edit: OurEdit, pointer: GradientPointer, times: PassTimes
-) -> ClipOutcome:
-    """Return the row of the set's edit, on the rows to report on.
-
-    The seconds are those of both gradient passes and of the search. A search whose time is
-    not on record is run once more for it, into a folder that is removed.
-    """
-    seconds = edit.seconds
-    if seconds is None:
-        progress.detail("the search is run once more for its time")
-        seconds = _rehearse(store, edit.trials, times.device_option)
-    return ClipOutcome(
-        method=Method.OURS,
-        setting=None,
-        plan=None,
-        edit=edit.words,
-        epoch=None,
-        forget=edit.figures.forget,
-        utility=edit.figures.utility,
-        seconds=seconds + times.seconds(pointer, ROLES, squares=False),
-        forget_passes=1.0,
-        retain_passes=1.0,
-        where=times.where,
-        chosen_by=_figures(edit.trial.forget, edit.trial.utility),
-    )
-
-
 def original_outcome(figures: Figures) -> ClipOutcome:
     """Return the row of the original model."""
     return ClipOutcome(
         method=Method.ORIGINAL,
-        setting=None,
-        plan=None,
-        edit=None,
-        epoch=None,
         forget=figures.forget,
         utility=figures.utility,
         seconds=0.0,
         forget_passes=0.0,
         retain_passes=0.0,
-        where=None,
     )
 
 

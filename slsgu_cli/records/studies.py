@@ -209,10 +209,10 @@ class Outcome(ABC):
     """
 
     method: Method
-    plan: Plan | None
-    edit: str | None
+    plan: Plan | None = None
+    edit: str | None = None
     seconds: float
-    where: str | None
+    where: str | None = None
 
     methods: ClassVar[tuple[Method, ...]]
 
@@ -250,9 +250,9 @@ class ClipOutcome(Outcome):
     chosen by. Passes are in units of the set's forget and retain rows.
     """
 
-    plan: ClipPlan | None
-    setting: float | None
-    epoch: int | None
+    plan: ClipPlan | None = None
+    setting: float | None = None
+    epoch: int | None = None
     forget: Accuracy
     utility: dict[str, Accuracy]
     forget_passes: float
@@ -282,7 +282,7 @@ class PipelineOutcome(Outcome):
     other classes and of the original's.
     """
 
-    plan: PipelinePlan | None
+    plan: PipelinePlan | None = None
     effect: Effect
     distance: float
 

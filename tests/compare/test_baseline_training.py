@@ -10,7 +10,7 @@ import torch
 from baselines import PLAN, loss, open_bench
 
 from slsgu_cli.compare import methods
-from slsgu_cli.compare.methods import LossTerm, Pairs, cosine_rate, loss_terms, saliency_mask, train
+from slsgu_cli.compare.methods import PASSES, LossTerm, cosine_rate, saliency_mask, train
 from slsgu_cli.records.studies import TRAINED, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
@@ -110,26 +110,29 @@ def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
 
 
 class Unseen:
-    """Pairs that nobody may look at."""
+    """Images or captions that nobody may look at."""
 
     def __len__(self):
         return 20
 
+    def __getitem__(self, rows):
+        raise AssertionError(f"forget rows were read: {rows}")
+
     def __getattr__(self, name):
-        raise AssertionError(f"a forget row's {name} was read")
+        raise AssertionError(f"{name} of forget rows was read")
 
 
 def test_fine_tuning_never_sees_a_forget_row(bench):
-    retain = bench._retain
-    forget = LossTerm(Unseen(), bench._forget.loss, -1, shuffled=False)
+    unseen = LossTerm(Unseen(), Unseen(), bench._terms["forget"].loss, -1, shuffled=False)
+    terms = bench._terms | {"forget": unseen}
     methods.set_weights(bench.model, bench._original)
     before = methods.weights_of(bench.model)
-    lessons = loss_terms(Method.FT, forget=forget, retain=retain)
-    assert list(train(bench.model, lessons, rate=RATE, plan=PLAN)) == [1, 2]
+    lessons = [terms[role] for role in PASSES[Method.FT][1]]
+    assert list(train(bench.model, lessons, rate=RATE, plan=PLAN, mask=None)) == [1, 2]
     assert any(not torch.equal(p, before[name]) for name, p in bench.model.named_parameters())
-    lessons = loss_terms(Method.GA, forget=forget, retain=retain)
-    with pytest.raises(AssertionError, match="forget row"):
-        list(train(bench.model, lessons, rate=RATE, plan=PLAN))
+    lessons = [terms[role] for role in PASSES[Method.GA][1]]
+    with pytest.raises(AssertionError, match="forget rows"):
+        list(train(bench.model, lessons, rate=RATE, plan=PLAN, mask=None))
 
 
 def test_the_mask_is_the_top_half_of_the_forget_gradient(shared_world):
@@ -157,7 +160,7 @@ def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
     grads = {name: p.grad for name, p in bench.model.named_parameters()}
     assert all(not g[~mask[name]].any() for name, g in grads.items() if g is not None)
     assert sum(g is not None and bool(g.any()) for g in grads.values()) > 20
-    steps = PLAN.epochs * (math.ceil(bench.manifest.forget.rows / 16) + 3)
+    steps = PLAN.epochs * (math.ceil(bench.times.manifest.forget.rows / 16) + 3)
     decay = math.prod(1 - 0.1 * cosine_rate(RATE, step, steps) for step in range(steps))
     for name, p in found.named_parameters():
         factor = decay if p.ndim > 1 and "ln" not in name else 1.0
@@ -167,7 +170,7 @@ def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
 
 
 def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
-    retain = bench._retain
+    retain = bench._terms["retain"]
     first, second = (np.concatenate(retain.order(PLAN, epoch)) for epoch in (1, 2))
     assert sorted(set(first)) == list(range(40))
     assert len(first) == 48
@@ -175,12 +178,12 @@ def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
     assert [len(rows) for rows in retain.order(replace(PLAN, batch_size=64), 1)] == [40]
     other = replace(PLAN, seed=1)
     assert first.tolist() != np.concatenate(retain.order(other, 1)).tolist()
-    forget = [rows.tolist() for rows in bench._forget.order(PLAN, 2)]
-    assert [row for rows in forget for row in rows] == list(range(bench.manifest.forget.rows))
+    forget = [rows.tolist() for rows in bench._terms["forget"].order(PLAN, 2)]
+    assert [row for rows in forget for row in rows] == list(range(bench.times.manifest.forget.rows))
 
 
-def test_fewer_retain_rows_are_the_first_ones(shared_world):
+def test_fewer_retain_rows_are_the_first_ones(bench, shared_world):
     block = DataBlock.open(shared_world.store, shared_world.manifest.retain)
-    pairs = Pairs.read(block, 10)
-    assert len(pairs) == 10
+    pairs = replace(bench, plan=replace(PLAN, retain_rows=10))._terms["retain"]
+    assert len(pairs.images) == 10
     assert (pairs.tokens == block.tokens[:10]).all()

@@ -211,7 +211,7 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, mo
     outcome = rows_of(run(own))[Method.FT]
 
     def fake(self, method, setting):
-        ran.append((self.manifest.name, method, setting))
+        ran.append((self.times.manifest.name, method, setting))
         distance = abs(setting - 1e-5) * 1e6
         chosen_by, reported = (
             {name: Accuracy(kept, 0, 1) for name in outcome.utility}

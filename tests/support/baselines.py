@@ -14,7 +14,7 @@ PLAN = ClipPlan(epochs=2, batch_size=16, retain_rows=40)
 
 def open_bench(world, plan=PLAN):
     times = PassTimes(world.store, world.manifest, "cpu")
-    return BaselineRunner.open(world.store, world.manifest, world.pointer, plan, times)
+    return BaselineRunner.open(world.pointer, plan, times)
 
 
 def loss(world, model, role, rows):
