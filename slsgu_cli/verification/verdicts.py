@@ -152,32 +152,21 @@ def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
     for check in Check:
         before, after = original.finding(check), other.finding(check)
         if before and after and before.settings == after.settings:
-            lines += _of_probes(check, before, after)
-            lines += _of_spellings(check, before, after)
-            lines += _of_attack(check, before, after)
-            lines += _of_finetuning(check, before, after)
-            lines += _of_relearning(check, before, after)
+            lines += LINES.get(check, _of_probes)(before, after)
     return lines
 
 
-def _of_probes(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def _of_probes(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield a line for each probe; of single templates all but the worst are detail."""
-    if check is Check.SPELLING:
-        return
     pairs = _probes_of_both(before, after)
     alone = [pair for pair in pairs if pair[1].name.startswith(TEMPLATE)]
     worst = max(alone, key=lambda pair: pair[1].forget.top1, default=None)
     for was, now in pairs:
+        word = verdict(was.forget, now.forget)
+        detail = (was, now) in alone and (was, now) != worst
+        utilities = (was.utility, now.utility)
         yield VerdictRow(
-            check,
-            now.name,
-            was.forget,
-            now.forget,
-            verdict(was.forget, now.forget),
-            "",
-            was.utility,
-            now.utility,
-            detail=(was, now) in alone and (was, now) != worst,
+            after.check, now.name, was.forget, now.forget, word, "", *utilities, detail=detail
         )
 
 
@@ -186,13 +175,13 @@ def _probes_of_both(before: Finding, after: Finding) -> list[tuple[ProbeFigures,
     return [(known[probe.name], probe) for probe in after.probes if probe.name in known]
 
 
-def _of_spellings(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def _of_spellings(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield the mean of the spellings, and each; all but the worst are detail.
 
     Mean and worst are of those that the original model reads, where it reads any.
     """
-    pairs = _probes_of_both(before, after)
-    if check is not Check.SPELLING or not pairs:
+    check, pairs = after.check, _probes_of_both(before, after)
+    if not pairs:
         return
     read = [pair for pair in pairs if pair[0].forget.top1 >= READABLE] or pairs
     was, now = (_mean([pair[side].forget for pair in read]) for side in (0, 1))
@@ -204,30 +193,27 @@ def _of_spellings(check: Check, before: Finding, after: Finding) -> Iterator[Ver
         note = f"{any_worst[1].name} finds {now.top1:.1f}%, in the original {was.top1:.1f}%"
     for pair in pairs:
         was, now = (probe.forget for probe in pair)
-        yield VerdictRow(
-            check, pair[1].name, was, now, verdict(was, now), note if pair is worst else "",
-            detail=pair is not worst,
-        )  # fmt: skip
+        word, is_worst = verdict(was, now), pair is worst
+        said = note if is_worst else ""
+        yield VerdictRow(check, pair[1].name, was, now, word, said, detail=not is_worst)
 
 
 def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
     """Return the mean of accuracies over the same images."""
-    top1, top5 = (
-        sum(getattr(each, name) for each in accuracies) / len(accuracies)
-        for name in ("top1", "top5")
-    )
+    top1 = sum(each.top1 for each in accuracies) / len(accuracies)
+    top5 = sum(each.top5 for each in accuracies) / len(accuracies)
     return replace(accuracies[0], top1=top1, top5=top5)
 
 
-def _of_attack(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def _of_attack(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield the line of an attack beside its control."""
-    if check not in ATTACKS or not (before.attempts and after.attempts):
+    if not (before.attempts and after.attempts):
         return
-    made_with, held_against, probe, adds = ATTACKS[check]
+    made_with, held_against, probe, adds = ATTACKS[after.check]
     was, now = (finding.best(made_with).forget for finding in (before, after))
     controls = before.best(held_against).forget, after.best(held_against).forget
     yield VerdictRow(
-        check,
+        after.check,
         probe.format(**after.settings),
         was,
         now,
@@ -238,29 +224,18 @@ def _of_attack(check: Check, before: Finding, after: Finding) -> Iterator[Verdic
     )
 
 
-def _of_finetuning(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def _of_finetuning(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield the line of the step at which most had come back."""
-    if check is not Check.FINETUNE:
-        return
     was, now = before.curves[0], after.curves[0]
     place = max(range(len(now.points)), key=lambda index: now.points[index].forget.top1)
     first, second = was.points[place].forget, now.points[place].forget
-    yield VerdictRow(
-        check,
-        f"{now.points[-1].step} steps",
-        first,
-        second,
-        verdict(first, second),
-        f"most at step {now.points[place].step}",
-        was.utility,
-        now.utility,
-    )
+    probe, note = f"{now.points[-1].step} steps", f"most at step {now.points[place].step}"
+    word, utilities = verdict(first, second), (was.utility, now.utility)
+    yield VerdictRow(after.check, probe, first, second, word, note, *utilities)
 
 
-def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def _of_relearning(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield the line that holds the steps to return against the steps to learn a new name."""
-    if check is not Check.RELEARN:
-        return
     was, now = before.curves[0], after.curves[0]
     new = next(curve for curve in before.curves if curve.name == NEW)
     first, last = was.points[0].forget, now.points[-1]
@@ -272,8 +247,8 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ve
     if word in (Verdict.PARTLY_BACK, Verdict.BACK) and learnt and needed >= AS_NEW * learnt:
         word = Verdict.AS_NEW
     yield VerdictRow(
-        check,
-        f"{last.step} steps, {after.settings['shots']} shots",
+        after.check,
+        _relearning(last.step, after),
         was.points[-1].forget,
         last.forget,
         word,
@@ -284,8 +259,21 @@ def _of_relearning(check: Check, before: Finding, after: Finding) -> Iterator[Ve
     )
 
 
+def _relearning(steps: int, finding: Finding) -> str:
+    return f"{steps} steps, {finding.settings['shots']} shots"
+
+
 def _at(step: int | None) -> str:
     return "not within these steps" if step is None else f"at step {step}"
+
+
+# What makes the lines of a check that has more to it than probes.
+LINES = {
+    Check.SPELLING: _of_spellings,
+    Check.FINETUNE: _of_finetuning,
+    Check.RELEARN: _of_relearning,
+    **dict.fromkeys(ATTACKS, _of_attack),
+}
 
 
 # What it takes to try, and what stands for the concept in the control.
@@ -352,7 +340,7 @@ def _widest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> V
     learnt = {point.step: point.forget for point in new.points}
     points = [point for point in after.curves[0].points if point.step in learnt]
     best = max(points, key=lambda point: point.forget.top1 - learnt[point.step].top1)
-    probe = f"{best.step} steps, {after.settings['shots']} shots"
+    probe = _relearning(best.step, after)
     ahead = replace(row, probe=probe, after=best.forget, control=learnt[best.step])
     return ahead if ahead.brings_back else row
 
@@ -462,11 +450,11 @@ def _of_others(rows: list[LossRow]) -> str | None:
     """Return which class lost most."""
     if not rows:
         return None
-    worst = most_harmed(rows)[:1]
+    harmed = most_harmed(rows)
     among = f"of the classes with {LEAST_ROWS} images or more"
-    if not worst:
+    if not harmed:
         return f"No other class lost anything, {among}."
-    (loss,) = worst
+    loss = harmed[0]
     return (
         f"It cost {loss.name} most, {among}: {loss.before:.0f}% of its {loss.rows} images were "
         f"recognised, {loss.after:.0f}% are."
