@@ -329,7 +329,8 @@ class ClosedForms:
         match method:
             case Method.ROME:
                 key = self._keys(layer, "forget").mean(dim=0)
-                return rome(self._value(layer), key, metric)
+                reader = self._reader(layer, "forget")
+                return rome(self._once(("value", layer), reader.value_gradient), key, metric)
             case Method.MEMIT:
                 return memit(self._gradient(layer), self._forget_moment(layer), metric, setting)
             case Method.ALPHAEDIT:
@@ -376,9 +377,6 @@ class ClosedForms:
         reader = self._reader(layer, role)
         read = reader.of_texts if Layer.parse(layer).tower is Tower.TEXT else reader.of_images
         return self._once(("keys", layer, role), lambda: read().to(self._exact).double())
-
-    def _value(self, layer: str) -> Tensor:
-        return self._once(("value", layer), self._reader(layer, "forget").value_gradient)
 
     def _feature(self) -> Tensor:
         """Return the mean unit feature of the forget captions."""

@@ -365,7 +365,8 @@ class BaselineRunner:
         if method is Method.SSD:
             forget, retain = map(self.times.store.read_tensors, self._squares)
             return dampen(self.model, forget, retain, alpha=setting, epochs=self.plan.epochs)
-        terms = [self._terms[role] for role in PASSES[method][1]]
+        _, losses = PASSES[method]
+        terms = [self._terms[role] for role in losses]
         mask = self._mask if method is Method.SALUN else None
         return train(self.model, terms, rate=setting, plan=self.plan, mask=mask)
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
@@ -148,7 +149,6 @@ class PipelineCompareOptions:
     target: Path = option(
         ..., "--target", "-t", help="Folder of a diffusion pipeline to compare on.", panel=TARGET,
         without="on CLIP itself",
-
     )  # fmt: skip
     methods: Sequence[Method] = option(
         PIPELINE_METHODS, "--methods", metavar="METHODS", without="all",
@@ -594,9 +594,6 @@ class Trajectory:
 
 def largest_rise(values: Sequence[float], shares: Sequence[float]) -> Rise:
     """Return by how much a later value lies above the least one before it, at most."""
-    least, rise = values[0], Rise(0.0, 0.0)
-    for value, share in zip(values, shares, strict=True):
-        least = min(least, value)
-        if value - least > rise.points:
-            rise = Rise(value - least, share)
-    return rise
+    steps = zip(values, accumulate(values, min), shares, strict=True)
+    rises = [Rise(value - least, share) for value, least, share in steps]
+    return max(rises, key=attrgetter("points"))
