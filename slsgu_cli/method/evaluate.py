@@ -1,7 +1,7 @@
 """`eval`: figures of the original and of another model, and what both take images for."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,28 +13,23 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import ResolvedModel, fingerprint, load, pick_device, resolve, tokenizer
+from slsgu_cli.clip.models import fingerprint, load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.zeroshot import cosine_matrix, counted_by, moved
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import (
     evaluation_digest,
-    known_features,
     require_alike,
     require_distinct_names,
+    run_over,
 )
 from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
-from slsgu_cli.store.artifacts import (
-    Artifact,
-    joint_label,
-    plot_path,
-    read_manifest,
-    set_of,
-)
+from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest, set_of
 from slsgu_cli.store.store import Store
 
 # As many names as the paper's Figures 3 and 8 have.
@@ -140,28 +135,19 @@ def _run_model(
     *,
     original: bool = False,
 ) -> SharedEvaluation:
-    """Load a model and run it over what all sets measure on.
-
-    Of the original, image features that are in the store are taken, or kept there.
-    """
+    """Load a model and run it over what all sets measure on."""
     model = resolve(spec)
     for manifest in manifests:
         check_inputs(manifest, model)
-    module = load(model, device, warn=progress.warn)
-    evaluation = prepare_shared(store, manifests, module, tokenize=tokenizer(model), device=device)
-    known: AbstractContextManager[None] = nullcontext()
-    if original:
-        known = known_features(
-            store,
-            manifests[0],
-            evaluation,
-            weights=fingerprint(model),
-            purpose=Purpose.REPORT,
-            device=device,
-        )
-    with counted_by(str(spec)), known:
-        evaluation.base_pass((), cache_bytes=0)
-    return evaluation
+    return run_over(
+        store,
+        manifests,
+        load(model, device, warn=progress.warn),
+        model=model,
+        weights=fingerprint(model) if original else None,
+        purpose=Purpose.REPORT,
+        options=SearchOptions(device=device),
+    )
 
 
 @contextmanager
@@ -181,25 +167,31 @@ class ShownClasses:
     """The classes whose images and names are compared: each concept, and others of one set.
 
     `classes` has the class of each group of images and `names` what it is called, the
-    concepts' first; `thumbnails` has one image of each. Features are those of the base pass
-    before the choice.
+    concepts' first. Features are those of the base pass before the choice.
     """
 
     concepts: tuple[EvaluationSet, ...]
     others: EvaluationSet
     classes: tuple[int, ...]
     names: tuple[str, ...]
-    thumbnails: npt.NDArray[np.uint8]
 
     @property
     def other_classes(self) -> tuple[int, ...]:
         """The classes beside the concepts, that of the most images first."""
         return self.classes[len(self.concepts) :]
 
-    def rows_of_others(self, images: int) -> npt.NDArray[np.integer]:
-        """Return the first rows of `others` that show each class, a class after another."""
+    @property
+    def thumbnails(self) -> Images:
+        """One image of each class."""
+        one = self.first(1)
+        return np.concatenate([_pixels(group) for group in (*one.concepts, one.others)])
+
+    def first(self, images: int) -> "ShownClasses":
+        """Keep the first images of each class, a class after another."""
         labels = self.others.images.labels.cpu().numpy()
-        return np.concatenate([np.flatnonzero(labels == i)[:images] for i in self.other_classes])
+        rows = [np.flatnonzero(labels == index)[:images] for index in self.other_classes]
+        concepts = tuple(_first(concept, images) for concept in self.concepts)
+        return replace(self, concepts=concepts, others=self.others.some(np.concatenate(rows)))
 
     def cosines(self, model: MovedModel = UNMOVED) -> Matrix:
         """Return the mean cosine of each class's images with each name, (names, names)."""
@@ -232,17 +224,12 @@ def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest])
     room = max(NAMES_SHOWN - len(concepts), LEAST_OTHERS)
     common = [int(i) for i in np.argsort(-counts, kind="stable")[:room] if counts[i]]
     forgotten = [int(concept.images.labels[0]) for concept in concepts]
-    pictures = [concept.images.block.take(concept.images.rows[:1])[0] for concept in concepts]
-    for index in common:
-        row = group.images.rows[np.flatnonzero(labels == index)[:1]]
-        pictures.append(group.images.block.take(row)[0])
     names = [concept.names[i] for concept, i in zip(concepts, forgotten, strict=True)]
     return ShownClasses(
         concepts=tuple(concepts),
         others=group.some(np.flatnonzero(np.isin(labels, common))),
         classes=(*forgotten, *common),
         names=(*names, *(group.names[index] for index in common)),
-        thumbnails=np.stack(pictures),
     )
 
 
@@ -280,7 +267,8 @@ def draw_examples(
     guesses: list[list[Guesses]] = []
     for spec in (before, after):
         model = resolve(spec)
-        opened = _open(store, manifest, model, load(model, device), device)
+        module = load(model, device)
+        opened = prepare_shared(store, [manifest], module, tokenize=tokenizer(model), device=device)
         examples = _examples(choose_shown(opened, [manifest]), EXAMPLES_DRAWN)
         with torch.no_grad(), progress.silent(), counted_by(str(spec)):
             _run_on(opened, examples)
@@ -309,7 +297,7 @@ class GuessingModels:
 
     def __init__(self, store: Store, *, device: str) -> None:
         self.store, self.device = store, device
-        self._loaded: dict[str, tuple[str, nn.Module]] = {}
+        self._loaded: dict[ModelSpec, tuple[str, nn.Module]] = {}
 
     def before_after(self, manifest: SetManifest, header: EditHeader) -> BeforeAfter:
         """Return what the model of an edit guesses before and after it.
@@ -319,18 +307,19 @@ class GuessingModels:
         """
         model = resolve(header.model)
         check_inputs(manifest, model)
-        key = str(header.model)
-        if key not in self._loaded:
+        if header.model not in self._loaded:
             module = load(model, self.device, warn=progress.warn)
-            self._loaded[key] = fingerprint(model), module
-        weights, module = self._loaded[key]
+            self._loaded[header.model] = fingerprint(model), module
+        weights, module = self._loaded[header.model]
         if weights != header.model_fingerprint:
             raise StaleError(
                 f"{header.model} has other weights than the edit {header.name} was made for",
                 hint=f"run `{Artifact.POINTER.command(manifest.name)}`",
             )
-        opened = _open(self.store, manifest, model, module, self.device)
-        shown = _at_most(choose_shown(opened, [manifest]), IMAGES_A_NAME)
+        opened = prepare_shared(
+            self.store, [manifest], module, tokenize=tokenizer(model), device=self.device
+        )
+        shown = choose_shown(opened, [manifest]).first(IMAGES_A_NAME)
         edit = load_edit(self.store, header.name)
         edits = [edit, *earlier_edits(self.store, [edit])]
         edited = model_with(opened, edits)
@@ -369,23 +358,12 @@ def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) 
     ]
 
 
-def _open(
-    store: Store, manifest: SetManifest, model: ResolvedModel, module: nn.Module, device: str
-) -> SharedEvaluation:
-    return prepare_shared(store, [manifest], module, tokenize=tokenizer(model), device=device)
-
-
-def _at_most(shown: ShownClasses, images: int) -> ShownClasses:
-    """Keep so many images of each class, a class after another."""
-    return replace(
-        shown,
-        concepts=tuple(_first(concept, images) for concept in shown.concepts),
-        others=shown.others.some(shown.rows_of_others(images)),
-    )
-
-
 def _first(group: EvaluationSet, images: int) -> EvaluationSet:
     return group.some(np.arange(min(images, len(group.images))))
+
+
+def _pixels(group: EvaluationSet) -> Images:
+    return group.images.block.take(group.images.rows)
 
 
 def _run_on(
@@ -400,7 +378,7 @@ def _run_on(
 def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
     """Return so many images of the concept, and the first of each of so many other classes."""
     (concept,) = shown.concepts
-    return [_first(concept, count), shown.others.some(shown.rows_of_others(1)[:count])]
+    return [_first(concept, count), _first(shown.first(1).others, count)]
 
 
 def _guesses_of_each(
@@ -414,14 +392,8 @@ def _labelled(
     examples: Sequence[EvaluationSet], before: Sequence[Guesses], after: Sequence[Guesses]
 ) -> list[Example]:
     """Return the images, uint8 (H, W, 3), with their true names and what each model says."""
-    images = [
-        (image, group.names[label])
-        for group in examples
-        for image, label in zip(
-            group.images.block.take(group.images.rows), group.images.labels.tolist(), strict=True
-        )
-    ]
-    return [
-        Example(image, label, *guesses)
-        for (image, label), *guesses in zip(images, before, after, strict=True)
-    ]
+    images, names = [], []
+    for group in examples:
+        images += list(_pixels(group))
+        names += [group.names[label] for label in group.images.labels.tolist()]
+    return [Example(*each) for each in zip(images, names, before, after, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import ceil, exp, floor, fsum, log, log2
 
 import numpy as np
@@ -42,19 +43,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     alignment. O(n log n): by falling importance, a point is dominated exactly if a point
     of larger importance has a smaller alignment.
     """
-    order = sorted(range(len(points)), key=lambda index: -points[index][0])
     front = [False] * len(points)
     least_above = float("inf")
-    start = 0
-    while start < len(order):
-        level = points[order[start]][0]
-        stop = start
-        while stop < len(order) and points[order[stop]][0] == level:
-            index = order[stop]
-            front[index] = points[index][1] <= least_above
-            stop += 1
-        least_above = min(least_above, *(points[index][1] for index in order[start:stop]))
-        start = stop
+    order = sorted(range(len(points)), key=lambda index: -points[index][0])
+    for _, level in groupby(order, key=lambda index: points[index][0]):
+        alignments = {index: points[index][1] for index in level}
+        for index, value in alignments.items():
+            front[index] = value <= least_above
+        least_above = min(least_above, *alignments.values())
     return front
 
 
@@ -353,8 +349,8 @@ def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
 
     def order(trial: Trial) -> tuple[bool, float, float, float]:
         forget = left_to_forget(trial, trials.steer, trials.margin)
-        kept = [figure.top1 for figure in (trial.utility or {}).values()]
-        return trial != chosen, forget, -sum(kept) / len(kept) if kept else 1.0, trial.step
+        keeps = mean_top1(trial.utility) if trial.utility else -1.0
+        return trial != chosen, forget, -keeps, trial.step
 
     return [min(trials_of_layer, key=order) for trials_of_layer in layers.values()]
 

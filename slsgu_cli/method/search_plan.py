@@ -4,7 +4,7 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from shlex import quote
@@ -21,16 +21,16 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import both_held, find_layers, is_candidate, layers_of
 from slsgu_cli.checkpoints.targets import prompt_note
-from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import pick_device, resolve
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
+from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import (
     Moments,
     ensure_moments,
     forget_direction,
     tell_of_unwhitened,
 )
+from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
@@ -45,6 +45,7 @@ from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.store.artifacts import (
     Artifact,
+    read_features,
     read_manifest,
     read_pointer,
     read_ranking,
@@ -191,8 +192,7 @@ def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
                 f"{plan.name}",
                 hint=f"run `{Artifact.EDIT.command(header.name)}`",
             )
-        alike = {s.name: evaluation_digest(s) for s in (manifest, plan.manifest)}
-        require_alike(alike)
+        require_alike({each.name: evaluation_digest(each) for each in (manifest, plan.manifest)})
     moved = [edit.header.layer for edit in edits]
     if twice := both_held([*moved, *(score.layer for score in plan.layers)]):
         raise UsageError(
@@ -256,23 +256,21 @@ def _layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[Laye
         whitened = {score.layer for score in scores}
         along_gradient = ranked_along.get(Direction.GRADIENT, [])
         scores += [score for score in along_gradient if score.layer not in whitened]
-    ranked = list({score.layer: score for score in reversed(scores)}.values())[::-1]
+    ranked = {score.layer: score for score in reversed(scores)}
+    names = list(ranked)[::-1]
     if not options.layers:
         fronts = {score.layer for score in scores if score.front}
-        return [score for score in ranked if score.layer in fronts]
+        return [ranked[name] for name in names if name in fronts]
     chosen = []
     for text in options.layers:
-        meant = find_layers(text, [score.layer for score in ranked])
-        fitting = [score for score in ranked if score.layer in meant]
+        fitting = find_layers(text, names)
         if len(fitting) != 1:
-            near = ", ".join(score.layer for score in fitting[:5]) or _unranked(
-                store, ranking, text
-            )
+            near = ", ".join(fitting[:5]) or _unranked(store, ranking, text)
             raise UsageError(
                 f"--layer {text} fits {len(fitting)} ranked layers: {near}",
                 hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
             )
-        chosen += fitting
+        chosen.append(ranked[fitting[0]])
     return chosen
 
 
@@ -319,8 +317,6 @@ def share_evaluation(
 
     The edits that the plans stand on are in it.
     """
-    from slsgu_cli.clip.zeroshot import counted_by
-    from slsgu_cli.method.gradients import load_graded
     from slsgu_cli.method.trial import add_edits
 
     first = plans[0]
@@ -328,84 +324,8 @@ def share_evaluation(
         first.manifest, first.pointer, first.options.device, shard=first.options.shard
     )
     add_edits(module, first.earlier)
-    shared = _prepared(store, plans, module, purpose)
     layers = [score for plan in plans for score in plan.layers]
-    with counted_by(str(first.pointer.model)), _plan_features(store, first, shared, purpose):
-        run_base_pass(shared, layers, first.options)
-    return shared
-
-
-def _plan_features(
-    store: Store, plan: SearchPlan, shared: "SharedEvaluation", purpose: Purpose
-) -> AbstractContextManager[None]:
-    """Return `known_features` of a plan's model; with earlier edits in it, nothing is known."""
-    if plan.earlier:
-        return nullcontext()
-    return known_features(
-        store,
-        plan.manifest,
-        shared,
-        weights=plan.pointer.model_fingerprint,
-        purpose=purpose,
-        device=plan.options.device,
-        precision=plan.options.precision,
-    )
-
-
-@contextmanager
-def known_features(
-    store: Store,
-    manifest: SetManifest,
-    shared: "SharedEvaluation",
-    *,
-    weights: str,
-    purpose: Purpose,
-    device: str,
-    precision: Precision = Precision.FP32,
-) -> Iterator[None]:
-    """Let a base pass of the original model take image features from the store, or keep them.
-
-    `weights` are its fingerprint.
-    """
-    import torch
-
-    header = FeatureHeader(
-        model=weights,
-        evals=manifest.measured_on(),
-        purpose=purpose,
-        precision=precision,
-        device=device.partition(":")[0],
-        version=slsgu_cli.__version__,
-    )
-    made_from = [header.model, header.purpose, header.precision, header.device]
-    path = Artifact.FEATURES.path(
-        digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
-    )
-    known = processes.from_first(lambda: _read_features(store, path))
-    fits = {name: len(group.images) for name, group in shared.sets.items()}
-    if {name: len(values) for name, values in known.items()} == fits:
-        for name, values in known.items():
-            shared.sets[name].images.known = torch.from_numpy(values).to(device)
-        yield
-        return
-    yield
-    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
-    try:
-        store.write_tensors(path, arrays, header)
-    except InputError as error:
-        progress.detail(f"{error.message}; features are not kept")
-
-
-def _read_features(store: Store, path: str) -> "dict[str, Floats]":
-    """Return the features in a file by evaluation set; none where it cannot be read."""
-    try:
-        store.read_header(path, FeatureHeader)
-        return dict(store.read_tensors(path))
-    except MissingError:
-        return {}
-    except (InputError, StaleError) as error:
-        progress.note(f"features that were kept cannot be used and are made again: {error}")
-        return {}
+    return _run_over_plans(store, plans, module, purpose, layers)
 
 
 def to_report_on(
@@ -417,54 +337,115 @@ def to_report_on(
     set has rows of its own to report on, they are those of `evaluation`.
     """
 
-    from slsgu_cli.clip.zeroshot import counted_by
-
     @cache
     def opened() -> "SharedEvaluation":
         if not any(plan.manifest.deals for plan in plans):
             return evaluation
-        reported = _prepared(store, plans, evaluation.model, Purpose.REPORT)
-        with (
-            counted_by(str(plans[0].pointer.model)),
-            _plan_features(store, plans[0], reported, Purpose.REPORT),
-        ):
-            reported.base_pass((), cache_bytes=0)
-        return reported
+        return _run_over_plans(store, plans, evaluation.model, Purpose.REPORT)
 
     return opened
 
 
-def _prepared(
-    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
+def _run_over_plans(
+    store: Store,
+    plans: Sequence[SearchPlan],
+    module: "nn.Module",
+    purpose: Purpose,
+    layers: Sequence[LayerScore] = (),
 ) -> "SharedEvaluation":
-    from slsgu_cli.clip.evaluation import prepare_shared
-    from slsgu_cli.clip.models import tokenizer
-
+    first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
-    return prepare_shared(
+    return run_over(
         store,
         list({manifest.name: manifest for manifest in sets}.values()),
         module,
-        tokenize=tokenizer(resolve(plans[0].pointer.model)),
-        device=plans[0].options.device,
+        model=resolve(first.pointer.model),
+        weights=None if first.earlier else first.pointer.model_fingerprint,
         purpose=purpose,
+        options=first.options,
+        layers=layers,
     )
 
 
-def run_base_pass(
-    evaluation: "Evaluation | SharedEvaluation",
-    layers: Sequence[LayerScore],
+def run_over(
+    store: Store,
+    manifests: Sequence[SetManifest],
+    module: "nn.Module",
+    *,
+    model: ResolvedModel,
+    weights: str | None,
+    purpose: Purpose,
     options: SearchOptions,
-) -> None:
-    """Run the original model once within the cache budget; tell of towers that are not split."""
-    from slsgu_cli.clip.inputs import spare
+    layers: Sequence[LayerScore] = (),
+) -> "SharedEvaluation":
+    """Run a model once over what sets measure on, keeping what edits of `layers` resume from.
 
-    for tower in {score.tower for score in layers}:
-        if not evaluation.tower(tower).exact_split:
-            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
-    budget = options.cache_budget
-    if budget is None:
-        budget = spare(options.device)
-        if options.device == "cpu":
-            budget = min(budget, ENOUGH_TO_KEEP)
-    evaluation.base_pass((s.layer for s in layers), cache_bytes=budget)
+    `weights` are the fingerprint of an original model, whose image features are taken from the
+    store, or kept there; None of a model that is edited or another one.
+    """
+    from slsgu_cli.clip.evaluation import prepare_shared
+    from slsgu_cli.clip.inputs import spare
+    from slsgu_cli.clip.zeroshot import counted_by
+
+    shared = prepare_shared(
+        store,
+        manifests,
+        module,
+        tokenize=tokenizer(model),
+        device=options.device,
+        purpose=purpose,
+    )
+    known = _known_features(store, manifests[0], shared, weights, purpose, options)
+    with counted_by(str(model.spec)), known:
+        for tower in {score.tower for score in layers}:
+            if not shared.tower(tower).exact_split:
+                progress.detail(f"the {tower} tower is not split: every trial runs all of it")
+        budget = options.cache_budget
+        if budget is None:
+            budget = spare(options.device)
+            if options.device == "cpu":
+                budget = min(budget, ENOUGH_TO_KEEP)
+        shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+    return shared
+
+
+@contextmanager
+def _known_features(
+    store: Store,
+    manifest: SetManifest,
+    shared: "SharedEvaluation",
+    weights: str | None,
+    purpose: Purpose,
+    options: SearchOptions,
+) -> Iterator[None]:
+    """Let a base pass take the image features of `weights` from the store, or keep them there."""
+    import torch
+
+    if weights is None:
+        yield
+        return
+    header = FeatureHeader(
+        model=weights,
+        evals=manifest.measured_on(),
+        purpose=purpose,
+        precision=options.precision,
+        device=options.device.partition(":")[0],
+        version=slsgu_cli.__version__,
+    )
+    made_from = [header.model, header.purpose, header.precision, header.device]
+    path = Artifact.FEATURES.path(
+        digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
+    )
+    known = processes.from_first(lambda: read_features(store, path))
+    fits = {name: len(group.images) for name, group in shared.sets.items()}
+    if {name: len(values) for name, values in known.items()} == fits:
+        for name, values in known.items():
+            shared.sets[name].images.known = torch.from_numpy(values).to(options.device)
+        yield
+        return
+    yield
+    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+    try:
+        store.write_tensors(path, arrays, header)
+    except InputError as error:
+        progress.detail(f"{error.message}; features are not kept")

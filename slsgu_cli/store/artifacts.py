@@ -13,11 +13,11 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, StaleError, near
+from slsgu_cli.errors import InputError, MissingError, StaleError, near
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import GradientPointer, Ranking
+from slsgu_cli.records.method import FeatureHeader, GradientPointer, Ranking
 from slsgu_cli.records.sets import SetManifest, check_name
-from slsgu_cli.store.store import Store, require
+from slsgu_cli.store.store import Arrays, Store, require
 
 T = TypeVar("T")
 
@@ -311,6 +311,18 @@ def read_ranking(store: Store, pointer: GradientPointer) -> Ranking:
             hint=f"run `{run}`",
         )
     return ranking
+
+
+def read_features(store: Store, path: str) -> Arrays:
+    """Return the features in a file by evaluation set; none where it cannot be read."""
+    try:
+        store.read_header(path, FeatureHeader)
+        return dict(store.read_tensors(path))
+    except MissingError:
+        return {}
+    except (InputError, StaleError) as error:
+        progress.note(f"features that were kept cannot be used and are made again: {error}")
+        return {}
 
 
 def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:

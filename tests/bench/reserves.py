@@ -33,7 +33,7 @@ from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.zeroshot import gaps
 from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.search_plan import read_plan, run_base_pass, share_evaluation
+from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.method.trial import Probe, UtilityMeter, moved_model
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import SearchOptions
@@ -88,7 +88,6 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
     with torch.no_grad(), arithmetic(plan.options.precision):
         choosing = share_evaluation(store, [plan]).of(plan.manifest)
         shared = share_evaluation(store, [plan], Purpose.REPORT)
-        run_base_pass(shared, plan.layers, plan.options)
         reported = shared.of(plan.manifest)
         meters = UtilityMeter(choosing), UtilityMeter(reported)
         search = LayerSearch((), choosing, plan.options)
