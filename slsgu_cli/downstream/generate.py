@@ -17,7 +17,7 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
-from slsgu_cli.clip.inputs import spans
+from slsgu_cli.clip.inputs import Ints, spans
 from slsgu_cli.downstream.judge import (
     Classes,
     Judge,
@@ -229,16 +229,14 @@ def judged_classes(
     store: Store, edits: Sequence[Edit], classes: str | None, templates: str | None
 ) -> Classes:
     """Return the classes of a file, else those of the evaluation sets of the edits' sets."""
-    prompts_by_label: dict[str, Sequence[str]] = {}
     if classes is not None:
         known = read_classes(classes)
         texts = read_templates(templates or DEFAULT_TEMPLATES)
-        prompts_by_label = dict.fromkeys(known.names if known else (), texts)
-    else:
-        for edit in edits:
-            name = set_of(edit.header.name)
-            if store.exists(Artifact.SET.path(name)):
-                prompts_by_label |= measured_classes(store, read_manifest(store, name))
+        return dict.fromkeys(known.names if known else (), texts)
+    prompts_by_label: dict[str, Sequence[str]] = {}
+    for name in (set_of(edit.header.name) for edit in edits):
+        if store.exists(Artifact.SET.path(name)):
+            prompts_by_label |= measured_classes(store, read_manifest(store, name))
     return prompts_by_label
 
 
@@ -262,7 +260,7 @@ def before_and_after(
     made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.paint]
     output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
-    pipe.tell_of_edited(values)
+    pipe.tell_of_readers(pipe.edited_names(values))
     made = {}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, names in files.items():
@@ -315,7 +313,11 @@ def _record(
         said = verdicts[0][key]
         return Share(said[place * seeds : (place + 1) * seeds].count(label), seeds)
 
-    effects = [[effect(concepts, labels, by[key]) for key in (BEFORE, AFTER)] for by in verdicts]
+    by_judge = [
+        JudgeFigures(str(judge), *(effect(concepts, labels, said[key]) for key in (BEFORE, AFTER)))
+        for judge, said in zip(request.judges, verdicts, strict=True)
+    ]
+    first = by_judge[0] if by_judge else None
     return Generation(
         name=edits[0].header.name,
         concept=concepts[0],
@@ -327,14 +329,11 @@ def _record(
             PromptResult(prompt.text, prompt.label, share(BEFORE, place), share(AFTER, place))
             for place, prompt in enumerate(prompts)
         ),
-        judge=str(request.judges[0]) if request.judges else None,
-        before=effects[0][0] if effects else None,
-        after=effects[0][1] if effects else None,
+        judge=first.judge if first else None,
+        before=first.before if first else None,
+        after=first.after if first else None,
         version=slsgu_cli.__version__,
-        further=tuple(
-            JudgeFigures(str(judge), before, after)
-            for judge, (before, after) in zip(request.judges[1:], effects[1:], strict=True)
-        ),
+        further=tuple(by_judge[1:]),
     )
 
 
@@ -346,28 +345,21 @@ def _write_sheets(
 ) -> None:
     """Write both sheets of the images, and last the record that says they are complete."""
     seeds = len(record.seeds)
-    strips = [
-        Strip(
-            prompt.prompt,
-            prompt.label == record.concept,
-            {
-                key: _tiles(made, verdicts.get(key), place * seeds, seeds)
-                for key, made in images.items()
-            },
-        )
-        for place, prompt in enumerate(record.prompts)
-    ]
+    tiles = {key: _tiles(made, verdicts.get(key)) for key, made in images.items()}
+    strips = []
+    for place, prompt in enumerate(record.prompts):
+        its = slice(place * seeds, (place + 1) * seeds)
+        shown = {key: each[its] for key, each in tiles.items()}
+        strips.append(Strip(prompt.prompt, prompt.label == record.concept, shown))
     title = f"Forgetting {record.concept}: {Path(record.target).name}"
     output.write("sheet.png", sheet_png(title, strips))
     output.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
     output.finish(record)
 
 
-def _tiles(
-    images: Sequence[bytes], verdicts: Sequence[str] | None, start: int, count: int
-) -> list[Tile]:
+def _tiles(images: Sequence[bytes], verdicts: Sequence[str] | None) -> list[Tile]:
     said = [None] * len(images) if verdicts is None else verdicts
-    return [Tile(images[place], said[place]) for place in range(start, start + count)]
+    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
 
 
 def _notes(record: Generation) -> list[str]:
@@ -487,14 +479,7 @@ def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
     return pictures
 
 
-def _pictures(
-    block: DataBlock,
-    rows: "np.ndarray[tuple[int], np.dtype[np.integer]]",
-    *,
-    forgotten: bool = False,
-) -> list[AskedImage]:
-    if not rows.size:
-        return []
+def _pictures(block: DataBlock, rows: Ints, *, forgotten: bool = False) -> list[AskedImage]:
     return [
         AskedImage(block.keys[row], Image.fromarray(pixels), forgotten)
         for row, pixels in zip(rows.tolist(), block.take(rows), strict=True)

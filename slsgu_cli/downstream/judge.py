@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,8 +148,12 @@ def _words(name: str) -> str:
 
 def png_bytes(image: Image.Image) -> bytes:
     """Return an image as PNG, the same bytes for the same pixels."""
+    return _encoded(image, format="PNG")
+
+
+def _encoded(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
+    image.convert("RGB").save(buffer, **options)
     return buffer.getvalue()
 
 
@@ -273,15 +278,17 @@ class JudgedPrompts:
         prompts = prompts_for(self.purpose, self.templates)
         first = self.budget.seed + (0 if self.purpose is Purpose.REPORT else SEARCHED_FROM)
         return [
-            JudgedPrompt(name, ImageJob(prompt.replace("{}", name), first + number))
-            for (number, name), prompt in zip(
-                enumerate(names), itertools.cycle(prompts), strict=False
-            )
+            JudgedPrompt(name, ImageJob(_in_turn(prompts, number, name), first + number))
+            for number, name in enumerate(names)
         ]
 
     def prompt(self, name: str, number: int) -> str:
         """Return a prompt for a class, by the set's template whose turn it is."""
-        return self.templates[number % len(self.templates)].replace("{}", name)
+        return _in_turn(self.templates, number, name)
+
+
+def _in_turn(prompts: Sequence[str], number: int, name: str) -> str:
+    return prompts[number % len(prompts)].replace("{}", name)
 
 
 # Names the CLIP that the edit was made for, as it was.
@@ -410,39 +417,38 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
         raise UsageError(f"{concept!r} is {what}", hint="--themes FILE, --objects FILE")
     place = Store(str(request.out))
     cells = [_Cell(*cell) for cell in itertools.product(themes, objects, request.seeds)]
-    made_from = {
-        "edits": edit_digests(edits),
-        "target": str(request.target),
-        "paint": request.paint,
-    }
-    _begin(place, digest(made_from))
+    target = str(request.target)
+    _begin(place, digest({"edits": edit_digests(edits), "target": target, "paint": request.paint}))
     missing = unfinished(
         len(cells), request.paint.batch, lambda number: place.exists(cells[number].file)
     )
     if missing:
         pipe = Pipeline.load(request.target, device=request.device)
         values = new_values(pipe.encoders, edits)
-        pipe.tell_of_edited(values)
+        pipe.tell_of_readers(pipe.edited_names(values))
         left = sum(map(len, missing))
         with progress.bar("generating", left) as ticker, pipe.edited(values):
             for rows in missing:
                 images = pipe.paint([cells[number].job for number in rows], request.paint)
                 for number, image in zip(rows, images, strict=True):
-                    place.write_bytes(cells[number].file, _jpeg(image))
+                    place.write_bytes(
+                        cells[number].file, _encoded(image, format="JPEG", quality=95)
+                    )
                     ticker.advance()
-    figures: tuple[Share | None, Share | None, Share | None] = (None, None, None)
+    figures: Sequence[Share | None] = (None, None, None)
     if request.judges:
         prompted = themes[of_theme] if of_theme is not None else objects[of_object or 0]
         figures = _judged(place, request, cells, (themes, objects), prompted)
+    ua, ira, cra = figures
     record = AnswerSet(
         name=edits[0].header.name,
         concept=concept,
         domain="theme" if of_theme is not None else "object",
         images=len(cells),
         judge=str(request.judges[0]) if request.judges else None,
-        ua=figures[0],
-        ira=figures[1],
-        cra=figures[2],
+        ua=ua,
+        ira=ira,
+        cra=cra,
         version=slsgu_cli.__version__,
     )
     place.write_record(RECORD, record)
@@ -471,27 +477,20 @@ def _judged(
     cells: Sequence[_Cell],
     domains: tuple[Sequence[str], Sequence[str]],
     forgotten: str,
-) -> tuple[Share, Share, Share]:
+) -> list[Share]:
     """Return UA, IRA and CRA."""
     (spec,) = request.judges
     images = [place.read_bytes(cell.file) for cell in cells]
+    asked = [(cell.theme, cell.object) for cell in cells]
     hits = []
-    for names, templates, attribute in zip(
-        domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), ("theme", "object"), strict=True
+    for names, templates, truth in zip(
+        domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), zip(*asked, strict=True), strict=True
     ):
         judge = Judge.load(spec, dict.fromkeys(names, templates), device=request.device)
-        verdicts = judge.verdicts(images)
-        truth = [getattr(cell, attribute) for cell in cells]
-        hits.append([a == b for a, b in zip(verdicts, truth, strict=True)])
+        hits.append([a == b for a, b in zip(judge.verdicts(images), truth, strict=True)])
     in_domain, cross = hits if forgotten in domains[0] else hits[::-1]
-    shows = [forgotten in (cell.theme, cell.object) for cell in cells]
+    shows = [forgotten in pair for pair in asked]
     gone = [not hit for hit, shown in zip(in_domain, shows, strict=True) if shown]
     kept = [hit for hit, shown in zip(in_domain, shows, strict=True) if not shown]
     across = [hit for hit, shown in zip(cross, shows, strict=True) if not shown]
-    return tuple(Share(sum(part), len(part)) for part in (gone, kept, across))  # type: ignore[return-value]
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
+    return [Share(sum(part), len(part)) for part in (gone, kept, across)]

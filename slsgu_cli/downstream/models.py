@@ -1,12 +1,12 @@
 """Models built on CLIP as their libraries load them: a pipeline, a LLaVA, their live layers."""
 
-import contextlib
 import importlib
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer
 from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places, tower_places
-from slsgu_cli.checkpoints.layouts import (
-    DIGEST_PRECISIONS,
-    file_fingerprint,
-    layer_digest,
-    weight_files,
-)
+from slsgu_cli.checkpoints.layouts import file_fingerprint, layer_digests, weight_files
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
@@ -115,11 +110,9 @@ def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[
     changes a whole parameter and another a third of it.
     """
     values: list[dict[str, Tensor]] = [{} for _ in live]
-    for edit in (edit for group in by_layer(edits).values() for edit in group):
-        layer = edit.header.layer
-        place = _encoder_of(live, edit)
-        now = values[place].get(layer)
-        now = live[place].value(layer).float() if now is None else now
+    for edit in chain(*by_layer(edits).values()):
+        layer, place = edit.header.layer, _encoder_of(live, edit)
+        now = values[place].setdefault(layer, live[place].value(layer).float())
         delta = torch.from_numpy(edit.delta()).to(now.device)
         values[place][layer] = now + edit.factor * delta
     return values
@@ -132,20 +125,13 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
         live[0].places(header.layer)
     for number in reached:
         values = live[number].value(header.layer).float().cpu().numpy()
-        known = set(header.digests.values())
-        if any(layer_digest(values, precision) in known for precision in DIGEST_PRECISIONS):
+        if not set(header.digests.values()).isdisjoint(layer_digests(values).values()):
             return number
     raise StaleError(
         f"the target's {header.layer} is not the layer that the edit {header.name} was made for "
         f"({header.model})",
         hint=f"a target built on the model that `slsgu search {quote(header.name)}` edited",
     )
-
-
-def tell_of_readers(target: Target, edited: Collection[str]) -> None:
-    """Tell what reads the prompts of a pipeline beside its `edited` encoders."""
-    if note := prompt_note(str(target.path), target.readers_beside(edited)):
-        progress.note(note)
 
 
 INSTALL = "pip install 'slsgu[targets]'"
@@ -209,7 +195,7 @@ def folder_fingerprint(folder: Path) -> str:
     return digest({str(path.relative_to(folder)): file_fingerprint(path) for path in files})
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keep what the libraries log and warn of while loading off the terminal."""
     before = logging.root.manager.disable
@@ -222,7 +208,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn a library's failure to load the model at `path` into one message."""
     try:
@@ -233,6 +219,14 @@ def explained(path: Path) -> Iterator[None]:
         raise InputError(
             f"cannot load {path}: {first_lines(error)}", hint="check that it is complete"
         ) from error
+
+
+def _not_finite(what: str, model: str) -> NotFiniteError:
+    return NotFiniteError(
+        f"{what} is not finite: the {model}, or what was changed in it, holds NaN or infinite "
+        "values",
+        hint="check its weights; in fp16 on a GPU, try --device cpu",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,9 +287,10 @@ class Pipeline:
             live.put(new)
         return names
 
-    def tell_of_edited(self, values: Sequence[Mapping[str, Tensor]]) -> None:
-        """Tell what reads prompts beside the encoders of which layers have other values."""
-        tell_of_readers(self.target, self.edited_names(values))
+    def tell_of_readers(self, edited: Collection[str]) -> None:
+        """Tell what reads prompts beside the `edited` encoders."""
+        if note := prompt_note(str(self.target.path), self.target.readers_beside(edited)):
+            progress.note(note)
 
     @contextmanager
     def edited(self, values: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
@@ -327,11 +322,7 @@ class Pipeline:
                 raise InputError(f"a {kind} makes no pictures, which is what is looked at here")
             if not np.isfinite(made.images).all():
                 # As pixels they would be black, and show nothing of any concept.
-                raise NotFiniteError(
-                    f"an image of {some[0].prompt!r} is not finite: the pipeline, or what was "
-                    "changed in it, holds NaN or infinite values",
-                    hint="check its weights; in fp16 on a GPU, try --device cpu",
-                )
+                raise _not_finite(f"an image of {some[0].prompt!r}", "pipeline")
             yield from self.pipeline.numpy_to_pil(made.images)
 
 
@@ -360,11 +351,7 @@ class Question:
 def _require_words(ids: Tensor, scores: Tensor) -> Tensor:
     """Return the scores of next words as they are. Raises NotFiniteError, for they say nothing."""
     if bool((scores.isnan() | (scores == torch.inf)).any()):
-        raise NotFiniteError(
-            "an answer is not finite: the model, or what was changed in it, holds NaN or "
-            "infinite values",
-            hint="check its weights; in fp16 on a GPU, try --device cpu",
-        )
+        raise _not_finite("an answer", "model")
     return scores
 
 

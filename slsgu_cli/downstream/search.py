@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from shlex import quote
 from time import perf_counter
@@ -34,8 +35,8 @@ from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.search import Key, Move, StepSearch, bisection
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
-from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore, Trial
-from slsgu_cli.records.sets import ModelSpec, SetManifest
+from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import (
     GradientOf,
     SteerOptions,
@@ -82,7 +83,6 @@ class TargetPlan:
     pointer: GradientPointer
     options: SteerOptions
     subject: Subject
-    judge: ModelSpec | None
     gradient_of: GradientOf
 
     @classmethod
@@ -104,7 +104,7 @@ class TargetPlan:
                 )
             llava = AskedSubject.load(store, manifest, options)
             gradient_of = options.gradient_of or GradientOf.TARGET
-            return cls(manifest, pointer, options, llava, None, gradient_of)
+            return cls(manifest, pointer, options, llava, gradient_of)
         if options.gradient_of is GradientOf.TARGET:
             raise UsageError(
                 "a diffusion pipeline moves along CLIP's own forget gradient",
@@ -114,7 +114,7 @@ class TargetPlan:
         header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
         shapes = {name: weight.shape for name, weight in header.weights.items()}
         pipeline = PaintedSubject.load(store, manifest, judges, options, shapes=shapes)
-        return cls(manifest, pointer, options, pipeline, judges[0], GradientOf.CLIP)
+        return cls(manifest, pointer, options, pipeline, GradientOf.CLIP)
 
     def moves(self, store: Store) -> list[TargetMove]:
         """Return a move for each layer that reaches the target, best first.
@@ -126,12 +126,12 @@ class TargetPlan:
         reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
         layers = _chosen_layers(layers_of(reached, options.qkv), options)
         self._require_same_clip(header, layers)
-        if self.gradient_of is GradientOf.CLIP:
+        if self.gradient_of is GradientOf.TARGET and isinstance(subject, AskedSubject):
+            gradients = subject.forget_gradient(layers)
+        else:
             gradients = {
                 layer: torch.from_numpy(layer_gradient(store, address, layer)) for layer in layers
             }
-        else:
-            gradients = subject.forget_gradient(layers)
         moves = moves_of(subject, gradients, direction=options.direction, ridge=options.damping)
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
@@ -171,23 +171,16 @@ class TargetPlan:
         whole = prepare(store, self.manifest, module, tokenize=tokenizer(resolved), device=device)
         few = Evaluation(whole.model, whole.vision, whole.text, whole.forget, {})
         few.base_pass((move.layer for move in moves), cache_bytes=spare(device))
-        starts = {}
+        starts, top1 = {}, attrgetter("forget.top1")
         for move in moves:
-            probe = Probe(few, _score(move), move.direction.to(device))
-            trials = islice(bisection(probe.measure, _top1, move.first), CLIP_STEPS)
+            tower, norm = Layer.parse(move.layer).recorded_tower, float(move.weight.norm())
+            score = LayerScore.unranked(move.layer, tower, tuple(move.weight.shape), norm)
+            probe = Probe(few, score, move.direction.to(device))
+            trials = islice(bisection(probe.measure, top1, move.first), CLIP_STEPS)
             enough = [trial.step for trial in trials if trial.forget.top1 == 0]
             if enough:
                 starts[move.layer] = min(enough)
         return starts
-
-
-def _top1(trial: Trial) -> float:
-    return trial.forget.top1
-
-
-def _score(move: TargetMove) -> LayerScore:
-    tower, weight = Layer.parse(move.layer).recorded_tower, move.weight
-    return LayerScore.unranked(move.layer, tower, tuple(weight.shape), float(weight.norm()))
 
 
 def _chosen_layers(candidates: list[str], options: SteerOptions) -> list[str]:
@@ -225,8 +218,8 @@ class TargetSearch(StepSearch[TargetTrial]):
         self.store, self.file, self.options = store, file, options
         self.moves = {move.layer: move for move in moves}
         self.lengthened: list[tuple[Key, float]] = []
-        self._began = perf_counter() if began is None else began
-        self._spent = record.seconds
+        # As if what was spent before had been spent just now.
+        self._began = (perf_counter() if began is None else began) - record.seconds
         self._header = record
 
     @property
@@ -279,8 +272,7 @@ class TargetSearch(StepSearch[TargetTrial]):
     def keep(self, key: Key, trial: TargetTrial) -> None:
         """Put a trial on file at once: each takes minutes on a large target."""
         super().keep(key, trial)
-        spent = self._spent + perf_counter() - self._began
-        self._header = replace(self._header, seconds=spent)
+        self._header = replace(self._header, seconds=perf_counter() - self._began)
         self.store.write_record(self.file, self.record)
 
     def lengthen(self, move: TargetMove) -> bool:
@@ -293,12 +285,10 @@ class TargetSearch(StepSearch[TargetTrial]):
         if enough is None:
             return False
         beyond = (self.options.reserve - 1) * enough
-        for part in PARTS if beyond else (1.0,):
+        for part in (*PARTS, 0.0) if beyond else (1.0, 0.0):
             trial = self.with_others(self.trial(move, enough + part * beyond))
             if self.reaches(trial) and self.lost(trial) <= self.options.max_loss:
                 break
-        else:
-            part, trial = 0.0, self.with_others(self.trial(move, enough))
         if self.lost(trial) > self.options.max_loss:
             part, trial = NO_ROOM, self.shorten(move, enough)
         self.path.append((move.line, trial.step))
@@ -362,7 +352,7 @@ class TargetSearch(StepSearch[TargetTrial]):
 
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
         """Return the report of a step, or of the original, measured if none is on file."""
-        place, judges = (layer, step, subject.reported), set(subject.judges)
+        place, judges = (layer, step, subject.to_report.digest), set(subject.judges)
         for known in self._header.reports:
             if (known.layer, known.step, known.asked) == place and judges <= set(known.effects):
                 return known.effects
@@ -428,7 +418,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         evals=manifest.measured_on(),
         direction=options.direction,
         ridge=options.damping if options.direction is Direction.WHITENED else None,
-        judge=None if plan.judge is None else str(plan.judge),
+        judge=plan.subject.judges[0] if isinstance(plan.subject, PaintedSubject) else None,
         budget=options.budget,
         goal=options.goal,
         importance={move.layer: move.importance for move in moves},
@@ -436,7 +426,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         trials=(),
         seconds=0.0,
         version=slsgu_cli.__version__,
-        asked=plan.subject.asked,
+        asked=plan.subject.searched.digest,
         beside=plan.subject.beside,
     )
     edit = target_edit(manifest.name, options.target)

@@ -5,11 +5,10 @@ most.
 """
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
-from slsgu_cli.checkpoints.layers import Layer, TensorPlace, is_candidate
+from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
 from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
-from slsgu_cli.downstream.models import (
-    LiveEncoder,
-    Llava,
-    Pipeline,
-    Question,
-    joined,
-    tell_of_readers,
-)
-from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
+from slsgu_cli.errors import InputError
 from slsgu_cli.method.moments import (
     InputMoments,
     RetainMetric,
@@ -112,72 +104,22 @@ def _of_name(llava: Llava, tokens: Tensor, name: str) -> Tensor:
 ROWS = 32
 
 
-class Asked(Protocol):
-    """Prompts with seeds, or questions about images, known by their digest."""
-
-    @property
-    def digest(self) -> str:
-        """A digest of all of them."""
-
-
-A = TypeVar("A", bound=Asked)
-
-
 @dataclass(slots=True, kw_only=True)
-class TargetSubject(ABC, Generic[A]):
+class TargetSubject:
     """What a search needs of a target. All of it is of the weights as they are at the time.
 
     Trials are of what is `searched`, reports of what is `to_report`, by each of the `judges`;
     the first one decides. Reports are of nothing that a layer or step was chosen by where they
     are `unseen`. Edits `beside`, by digest, are in place in other encoders.
+
+    A trial counts how much of the budget shows the `concept`, with a goal in percent of a part
+    of it where that is enough to miss the goal, and how much shows the `others` it should.
     """
 
     encoder: LiveEncoder
-    searched: A
-    to_report: A
     judges: tuple[str, ...]
     unseen: bool = True
     beside: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def asked(self) -> str:
-        """A digest of what trials are measured on."""
-        return self.searched.digest
-
-    @property
-    def reported(self) -> str:
-        """A digest of what reports are measured on."""
-        return self.to_report.digest
-
-    @abstractmethod
-    def concept(self, goal: float | None = None) -> Share:
-        """Return how much of the concept's budget still shows it.
-
-        With a `goal` in percent, of a part of it, where that is enough to miss the goal.
-        """
-
-    @abstractmethod
-    def others(self) -> Share:
-        """Return how much of the others' budget shows what it should."""
-
-    @abstractmethod
-    def report(self) -> dict[str, Effect]:
-        """Return what each judge makes of what nothing was chosen by."""
-
-    @abstractmethod
-    def run_retained(self) -> None:
-        """Run the CLIP tower over the retain set exactly as the target does."""
-
-    @abstractmethod
-    def read(self) -> Tensor | None:
-        """Return what the target reads of its CLIP on a few retained inputs, flattened.
-
-        None where layers are to be ranked by what they do to their own outputs.
-        """
-
-    @abstractmethod
-    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradient of the target's own forget loss, to be ascended, by layer."""
 
 
 def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
@@ -191,11 +133,13 @@ def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = Non
 
 
 @dataclass(slots=True, kw_only=True)
-class PaintedSubject(TargetSubject[JudgedPrompts]):
+class PaintedSubject(TargetSubject):
     """A diffusion pipeline: judges say what its images show."""
 
     pipe: Pipeline
     captions: Sequence[str]
+    searched: JudgedPrompts
+    to_report: JudgedPrompts
 
     @classmethod
     def load(
@@ -212,22 +156,21 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
         What moves is its CLIP that has layers of these `shapes`; edits of others are put in
         place. Raises InputError where none has, and UsageError where it must be named.
         """
-        target, device = read_target(options.target), options.device
-        name = fitting_encoder(target, shapes, options.encoder).name
+        name = fitting_encoder(read_target(options.target), shapes, options.encoder).name
         edits = [edit for each in options.beside for edit in load_edits(store, each)]
         edits += earlier_edits(store, edits)
-        pipe = Pipeline.load(options.target, device=device)
-        others = pipe.put(edits, beside=name) if edits else []
-        tell_of_readers(target, [name, *others])
+        pipe = Pipeline.load(options.target, device=options.device)
+        pipe.tell_of_readers([name, *pipe.put(edits, beside=name)])
         searched = JudgedPrompts.of_set(
-            store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=device
+            store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=options.device
         )
+        retain = DataBlock.open(store, manifest.retain)
         return cls(
             pipe=pipe,
             encoder=next(live for live in pipe.encoders if live.encoder.name == name),
             searched=searched,
             to_report=searched.reporting(options.report_budget),
-            captions=_captions(store, manifest),
+            captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
             beside=edit_digests(edits),
         )
@@ -263,12 +206,6 @@ class PaintedSubject(TargetSubject[JudgedPrompts]):
 
     def read(self) -> None:
         """Return None: a pipeline's layers are ranked by what they do to their own outputs."""
-
-    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Raise UsageError: a pipeline is steered along CLIP's own gradient."""
-        raise UsageError(
-            "a diffusion pipeline is moved along CLIP's own forget gradient", hint="--gradient clip"
-        )
 
 
 # What an image shows, and a question about it.
@@ -334,13 +271,15 @@ ANSWERS = "its answers"
 
 
 @dataclass(slots=True, kw_only=True)
-class AskedSubject(TargetSubject[Questions]):
+class AskedSubject(TargetSubject):
     """A vision-language model: its answers name what an image shows, or they do not."""
 
     llava: Llava
     name: str
     forget: Sequence[Question]
     retained: Sequence[Image.Image]
+    searched: Questions
+    to_report: Questions
     judges: tuple[str, ...] = (ANSWERS,)
 
     @classmethod
@@ -433,11 +372,6 @@ def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in block.take(rows)]
 
 
-def _captions(store: Store, manifest: SetManifest) -> list[str]:
-    block = DataBlock.open(store, manifest.retain)
-    return [block.captions[row] for row in chosen_rows(block.rows)]
-
-
 @dataclass(frozen=True, slots=True)
 class TargetMove:
     """A layer of a target, its original values, the direction it moves in, and the promise of it.
@@ -528,9 +462,11 @@ def moves_of(
             importance = float(gradient.norm() / weight.norm())
             moves.append(TargetMove(subject, layer, weight, gradient, importance))
             continue
-        metric = RetainMetric(moment.mean(), _axis(moment.axis, live.places(layer)), ridge)
+        # The axis of inputs of a layer in open_clip's shape.
+        axis = 1 - moment.axis if live.places(layer)[0].transposed else moment.axis
+        metric = RetainMetric(moment.mean(), axis, ridge)
         along = metric.whiten(gradient)
-        output = mean_square_output(weight, moment.mean(), metric.axis)
+        output = mean_square_output(weight, moment.mean(), axis)
         size = metric.weight_norm(float(weight.norm()), output)
         importance = whitened_importance(gradient, along, size)
         moves.append(TargetMove(subject, layer, weight, along.float(), importance, ridge))
@@ -541,16 +477,8 @@ def _by_importance(move: TargetMove) -> tuple[float, str]:
     return -move.importance, move.layer
 
 
-def _axis(axis: int, places: Sequence[TensorPlace]) -> int:
-    """Return the axis of inputs of a layer in open_clip's shape."""
-    return 1 - axis if places[0].transposed else axis
-
-
 # The change of what is read at which a move is measured: above fp16's noise, and still small.
 CHANGE = 0.03
-
-# The share of a layer's norm that it is moved by first, to see which step makes that change.
-FIRST = 0.1
 
 
 def by_gain(
@@ -572,7 +500,7 @@ def by_gain(
 
         gradient = gradients[move.layer].to(move.direction.device)
         slope = float((gradient.double() * move.direction.double()).sum())
-        return replace(move, importance=gain_per_change(slope, change, FIRST / move.share(1.0)))
+        return replace(move, importance=gain_per_change(slope, change, move.first))
 
     return sorted(map(promised, moves), key=_by_importance)
 

@@ -141,7 +141,7 @@ def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, fol
 
     def check(gradient_of):
         plan = TargetPlan(
-            SimpleNamespace(name="blue"), None, SimpleNamespace(target="vlm"), subject, None,
+            SimpleNamespace(name="blue"), None, SimpleNamespace(target="vlm"), subject,
             gradient_of,
         )  # fmt: skip
         plan._require_same_clip(header, [layer])

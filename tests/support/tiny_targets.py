@@ -185,6 +185,14 @@ class Painter(Moving):
         self.encoders, self.names, self.lasts = (self.encoder,), sorted(names), lasts
         self.jobs = []
 
+    def put(self, edits, *, beside):
+        """Have one encoder, which is searched, and no edits of others."""
+        assert not edits
+        return []
+
+    def tell_of_readers(self, edited):
+        """Tell nothing where one encoder reads prompts."""
+
     def paint(self, jobs, options):
         """Draw in red what is seen, and in green what a strict judge sees."""
         for job in jobs:
