@@ -5,7 +5,6 @@ Within that, what enters stages of towers is kept. Prompts are packed by what th
 
 import hashlib
 import io
-import itertools
 import os
 import struct
 import zlib
@@ -29,7 +28,6 @@ from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
 from slsgu_cli.store.files import cores, prefetch
 
-S = TypeVar("S")
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.integer]
@@ -159,19 +157,9 @@ def peak_memory(device: str) -> int | None:
 
 # What PIL's format readers raise on data that is not what it says it is.
 DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+    EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
 
 # What is kept though it is odd, and counted: each is read as open_clip reads it.
 ROTATED = "rotated by EXIF, taken as stored"
@@ -179,10 +167,7 @@ ANIMATED = "animated, first frame taken"
 TRANSPARENT = "alpha dropped"
 CMYK = "CMYK converted"
 ORIENTATION = 0x0112
-RESAMPLE = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +227,11 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
         interpolation=spec.interpolation,
         fill_color=spec.fill_color,
     )
-    stages = list(
-        itertools.takewhile(
-            lambda stage: not isinstance(stage, MaybeToTensor), transform.transforms
-        )
-    )
 
     def by_stages(image: Any) -> Any:
-        for stage in stages:
+        for stage in transform.transforms:
+            if isinstance(stage, MaybeToTensor):
+                break
             image = stage(image)
         return image
 

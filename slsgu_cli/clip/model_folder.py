@@ -82,7 +82,12 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
     if source is None or "tokenizer_class" not in _config_of(source / TOKENIZER_CONFIG):
         save_tokenizer(model, scratch)
         return {path.name: path for path in sorted(scratch.iterdir())}
-    return {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    return _present(source, TOKENIZER_FILES)
+
+
+def _present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return the files of a folder that are there, of some names."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def tokenizer_beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
@@ -217,9 +222,8 @@ def other_layout(
         return None
     layout = _for_transformers if wanted is ModelLayout.HF else _for_open_clip
     made = layout(model, scratch)
-    kept = [model.folder / name for name in KEPT] if model.folder else []
-    files = {path.name: path for path in kept if path.is_file()}
-    return replace(made, weights=model.weights, files={**made.files, **files})
+    kept = _present(model.folder, KEPT) if model.folder else {}
+    return replace(made, weights=model.weights, files={**made.files, **kept})
 
 
 def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
@@ -285,7 +289,7 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
         # By this name it is known that there is one; in a folder, it is that of the folder.
         named = _hub_id(model.spec, model.folder) or model.folder.resolve().name
         config = config | {"text_cfg": text | {"hf_tokenizer_name": named}}
-        files = {n: model.folder / n for n in TOKENIZER_FILES if (model.folder / n).is_file()}
+        files = _present(model.folder, TOKENIZER_FILES)
     if is_siglip:
         config = config | {"vision_cfg": _named_by_timm(model)}
     content = _json({"model_cfg": config, "preprocess_cfg": model.preprocess})
@@ -353,8 +357,8 @@ def _compared(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit]) -> OtherLayout:
     """Return how ComfyUI has a text encoder. Raises InputError for one that it does not know."""
-    others = [edit.header.layer for edit in edits if _tower_of(edit) is not Tower.TEXT]
-    if others:
+    layers = [edit.header.layer for edit in edits]
+    if others := [layer for layer in layers if Layer.parse(layer).tower is not Tower.TEXT]:
         raise InputError(f"{others[0]} is no part of a text encoder, which is what ComfyUI loads")
     encoders = [one for one in target.encoders if any(w.towers for w in one.copies)]
     copies = [weights for encoder in encoders for weights in encoder.copies]
@@ -372,10 +376,6 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
         "ComfyUI", "", Spelling.TRANSFORMERS, towers, optional=(PROJECTION,),
         weights=None if model is None else model.weights,
     )  # fmt: skip
-
-
-def _tower_of(edit: Edit) -> Tower | None:
-    return Layer.parse(edit.header.layer).tower
 
 
 def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
@@ -472,11 +472,11 @@ class ModelCard:
         name = place.resolve().name
         if spec is not None and spec.pretrained:
             name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
-        strength = "" if options.scale == 1 else f"scale {options.scale:g}"
-        strength += "" if options.rank is None else f" rank {options.rank}"
-        strength += "" if options.step is None else f" step {options.step:g}"
+        strength = [] if options.scale == 1 else [f"scale {options.scale:g}"]
+        strength += [] if options.rank is None else [f"rank {options.rank}"]
+        strength += [] if options.step is None else [f"step {options.step:g}"]
         now, before = ([edit.header for edit in each] for each in (edits, earlier))
-        how = strength.strip() or WHOLE
+        how = " ".join(strength) or WHOLE
         return cls(now, before, known or name, known, how, options.revert, library)
 
     def over(self, present: str | None) -> str | None:

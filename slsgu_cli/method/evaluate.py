@@ -19,10 +19,10 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
 from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.method.search_plan import (
+    BasePass,
     evaluation_digest,
     require_alike,
     require_distinct_names,
-    run_over,
 )
 from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
@@ -139,15 +139,16 @@ def _run_model(
     model = resolve(spec)
     for manifest in manifests:
         check_inputs(manifest, model)
-    return run_over(
-        store,
-        manifests,
-        load(model, device, warn=progress.warn),
+    base_pass = BasePass(
+        store=store,
+        manifests=tuple(manifests),
+        module=load(model, device, warn=progress.warn),
         model=model,
         weights=fingerprint(model) if original else None,
         purpose=Purpose.REPORT,
         options=SearchOptions(device=device),
     )
+    return base_pass.run()
 
 
 @contextmanager

@@ -46,11 +46,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     front = [False] * len(points)
     least_above = float("inf")
     order = sorted(range(len(points)), key=lambda index: -points[index][0])
-    for _, level in groupby(order, key=lambda index: points[index][0]):
-        alignments = {index: points[index][1] for index in level}
-        for index, value in alignments.items():
-            front[index] = value <= least_above
-        least_above = min(least_above, *alignments.values())
+    for _, group in groupby(order, key=lambda index: points[index][0]):
+        level = list(group)
+        for index in level:
+            front[index] = points[index][1] <= least_above
+        least_above = min(least_above, *(points[index][1] for index in level))
     return front
 
 

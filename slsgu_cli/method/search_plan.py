@@ -4,7 +4,7 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from shlex import quote
@@ -325,7 +325,7 @@ def share_evaluation(
     )
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
-    return _run_over_plans(store, plans, module, purpose, layers)
+    return _base_pass(store, plans, module, purpose).run(layers)
 
 
 def to_report_on(
@@ -341,111 +341,95 @@ def to_report_on(
     def opened() -> "SharedEvaluation":
         if not any(plan.manifest.deals for plan in plans):
             return evaluation
-        return _run_over_plans(store, plans, evaluation.model, Purpose.REPORT)
+        return _base_pass(store, plans, evaluation.model, Purpose.REPORT).run()
 
     return opened
 
 
-def _run_over_plans(
-    store: Store,
-    plans: Sequence[SearchPlan],
-    module: "nn.Module",
-    purpose: Purpose,
-    layers: Sequence[LayerScore] = (),
-) -> "SharedEvaluation":
+def _base_pass(
+    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
+) -> "BasePass":
     first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
-    return run_over(
-        store,
-        list({manifest.name: manifest for manifest in sets}.values()),
-        module,
+    return BasePass(
+        store=store,
+        manifests=tuple({manifest.name: manifest for manifest in sets}.values()),
+        module=module,
         model=resolve(first.pointer.model),
         weights=None if first.earlier else first.pointer.model_fingerprint,
         purpose=purpose,
         options=first.options,
-        layers=layers,
     )
 
 
-def run_over(
-    store: Store,
-    manifests: Sequence[SetManifest],
-    module: "nn.Module",
-    *,
-    model: ResolvedModel,
-    weights: str | None,
-    purpose: Purpose,
-    options: SearchOptions,
-    layers: Sequence[LayerScore] = (),
-) -> "SharedEvaluation":
-    """Run a model once over what sets measure on, keeping what edits of `layers` resume from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasePass:
+    """A model to run once over what sets measure on.
 
     `weights` are the fingerprint of an original model, whose image features are taken from the
     store, or kept there; None of a model that is edited or another one.
     """
-    from slsgu_cli.clip.evaluation import prepare_shared
-    from slsgu_cli.clip.inputs import spare
-    from slsgu_cli.clip.zeroshot import counted_by
 
-    shared = prepare_shared(
-        store,
-        manifests,
-        module,
-        tokenize=tokenizer(model),
-        device=options.device,
-        purpose=purpose,
-    )
-    known = _known_features(store, manifests[0], shared, weights, purpose, options)
-    with counted_by(str(model.spec)), known:
-        for tower in {score.tower for score in layers}:
-            if not shared.tower(tower).exact_split:
-                progress.detail(f"the {tower} tower is not split: every trial runs all of it")
-        budget = options.cache_budget
-        if budget is None:
-            budget = spare(options.device)
-            if options.device == "cpu":
-                budget = min(budget, ENOUGH_TO_KEEP)
-        shared.base_pass((score.layer for score in layers), cache_bytes=budget)
-    return shared
+    store: Store
+    manifests: tuple[SetManifest, ...]
+    module: "nn.Module"
+    model: ResolvedModel
+    weights: str | None
+    purpose: Purpose
+    options: SearchOptions
 
+    def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
+        """Run the model within the cache budget, keeping what edits of `layers` resume from.
 
-@contextmanager
-def _known_features(
-    store: Store,
-    manifest: SetManifest,
-    shared: "SharedEvaluation",
-    weights: str | None,
-    purpose: Purpose,
-    options: SearchOptions,
-) -> Iterator[None]:
-    """Let a base pass take the image features of `weights` from the store, or keep them there."""
-    import torch
+        Tells of towers that are not split.
+        """
+        from slsgu_cli.clip.evaluation import prepare_shared
+        from slsgu_cli.clip.inputs import spare
+        from slsgu_cli.clip.zeroshot import counted_by
 
-    if weights is None:
+        device, budget = self.options.device, self.options.cache_budget
+        tokenize = tokenizer(self.model)
+        shared = prepare_shared(
+            self.store, self.manifests, self.module,
+            tokenize=tokenize, device=device, purpose=self.purpose,
+        )  # fmt: skip
+        known = nullcontext() if self.weights is None else self._features(shared, self.weights)
+        with counted_by(str(self.model.spec)), known:
+            for tower in {score.tower for score in layers}:
+                if not shared.tower(tower).exact_split:
+                    progress.detail(f"the {tower} tower is not split: every trial runs all of it")
+            if budget is None:
+                budget = min(spare(device), ENOUGH_TO_KEEP) if device == "cpu" else spare(device)
+            shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+        return shared
+
+    @contextmanager
+    def _features(self, shared: "SharedEvaluation", weights: str) -> Iterator[None]:
+        """Let a base pass take image features from the store, or keep them there."""
+        import torch
+
+        first, device = self.manifests[0], self.options.device
+        header = FeatureHeader(
+            model=weights,
+            evals=first.measured_on(),
+            purpose=self.purpose,
+            precision=self.options.precision,
+            device=device.partition(":")[0],
+            version=slsgu_cli.__version__,
+        )
+        made_from = [header.model, header.purpose, header.precision, header.device]
+        address = digest([FEATURES_REVISION, *made_from, evaluation_digest(first)])
+        path = Artifact.FEATURES.path(address)
+        known = processes.from_first(lambda: read_features(self.store, path))
+        fits = {name: len(group.images) for name, group in shared.sets.items()}
+        if {name: len(values) for name, values in known.items()} == fits:
+            for name, values in known.items():
+                shared.sets[name].images.known = torch.from_numpy(values).to(device)
+            yield
+            return
         yield
-        return
-    header = FeatureHeader(
-        model=weights,
-        evals=manifest.measured_on(),
-        purpose=purpose,
-        precision=options.precision,
-        device=options.device.partition(":")[0],
-        version=slsgu_cli.__version__,
-    )
-    made_from = [header.model, header.purpose, header.precision, header.device]
-    path = Artifact.FEATURES.path(
-        digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
-    )
-    known = processes.from_first(lambda: read_features(store, path))
-    fits = {name: len(group.images) for name, group in shared.sets.items()}
-    if {name: len(values) for name, values in known.items()} == fits:
-        for name, values in known.items():
-            shared.sets[name].images.known = torch.from_numpy(values).to(options.device)
-        yield
-        return
-    yield
-    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
-    try:
-        store.write_tensors(path, arrays, header)
-    except InputError as error:
-        progress.detail(f"{error.message}; features are not kept")
+        arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+        try:
+            self.store.write_tensors(path, arrays, header)
+        except InputError as error:
+            progress.detail(f"{error.message}; features are not kept")
