@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TextIO, TypeVar
@@ -23,7 +23,8 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
 from slsgu_cli.errors import Ended, MissingError, SlsguError, UsageError
-from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places, without_none
+from slsgu_cli.records.codec import without_none
+from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -213,50 +214,35 @@ def main(
     """Hold the options that stand before any command."""
 
 
-_COMMON: dict[str, tuple[Any, Any]] = {
-    "store": (
-        Annotated[
-            str,
-            typer.Option(
-                "--store",
-                # Where a shell completes, variables are not read as the options of a command.
-                envvar="SLSGU_STORE",
-                show_envvar=False,
-                help="Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
-                "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
-                rich_help_panel=COMMON,
-                metavar="STORE",
-            ),
-        ],
-        "./slsgu-store",
-    ),
-    **{
-        key: (Annotated[bool, typer.Option(*flags, help=help, rich_help_panel=COMMON)], False)
-        for key, flags, help in (
-            (
-                "no_wait",
-                ("--no-wait",),
-                "Compute what another process is computing for the store, too.",
-            ),
-            ("as_json", ("--json",), "Print one JSON document."),
-            ("quiet", ("--quiet", "-q"), "Results only."),
-            ("verbose", ("--verbose", "-v"), "Say how it is done."),
-            ("debug", ("--debug",), "Show tracebacks."),
-        )
-    },
-}
-
-
-_RECIPE = Annotated[
-    Path | None,
-    typer.Option(
-        "--recipe",
-        help="Take the options that are not given from this recipe.  [default: none]",
-        show_default=False,
-        rich_help_panel=COMMON,
-        metavar="FILE",
-    ),
-]
+_STORE = inspect.Parameter(
+    "store",
+    inspect.Parameter.KEYWORD_ONLY,
+    default="./slsgu-store",
+    annotation=Annotated[
+        str,
+        typer.Option(
+            "--store",
+            # Where a shell completes, variables are not read as the options of a command.
+            envvar="SLSGU_STORE",
+            show_envvar=False,
+            help="Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
+            "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
+            rich_help_panel=COMMON,
+            metavar="STORE",
+        ),
+    ],
+)
+_FLAGS = (
+    Option(("--no-wait",), "Compute what another process is computing for the store, too.", COMMON),
+    Option(("--json",), "Print one JSON document.", COMMON),
+    Option(("--quiet", "-q"), "Results only.", COMMON),
+    Option(("--verbose", "-v"), "Say how it is done.", COMMON),
+    Option(("--debug",), "Show tracebacks.", COMMON),
+)
+_RECIPE = Option(
+    ("--recipe",), "Take the options that are not given from this recipe.", COMMON,
+    metavar="FILE", without="none",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,18 +269,15 @@ class Asked(Generic[R]):
         """Return whether an option of this field was given."""
         return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
 
-    def option_names(self, *, beside: "Sequence[Asked[Any]]" = ()) -> list[str]:
-        """Return which of its options were typed, without those that are others' too."""
-        shared = {place.option.key for other in beside for place in places(other.kind)}
-        options = [place.option for place in places(self.kind)]
-        return [each.name for each in options if each.key in self.words.typed - shared]
-
     def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
         """Raise UsageError if any of its options was typed, those of others aside.
 
         What a variable sets is for the commands and modes that it fits.
         """
-        if names := self.option_names(beside=beside):
+        shared = {place.option.key for other in beside for place in places(other.kind)}
+        options = [place.option for place in places(self.kind)]
+        names = [each.name for each in options if each.key in self.words.typed - shared]
+        if names:
             verb = "is" if len(names) == 1 else "are"
             raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
 
@@ -397,14 +380,11 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         from slsgu_cli.cli.console import Console, Ending
         from slsgu_cli.clip import processes
 
-        common = {key: values.pop(key) for key in _COMMON}
-        if name in IN_RECIPE:
-            values.pop("recipe")
         environment: usage.FromEnvironment = ctx.obj
         words = Words(values, environment.variables)
-        verbosity = -1 if common["quiet"] else int(common["verbose"])
-        console = Console(name, verbosity=verbosity, as_json=common["as_json"])
-        with Ending(console, debug=common["debug"]):
+        verbosity = -1 if words["quiet"] else int(words["verbose"])
+        console = Console(name, verbosity=verbosity, as_json=words["json"])
+        with Ending(console, debug=words["debug"]):
             _require_folder()
             if name not in IN_SEVERAL:
                 processes.refuse(name)
@@ -415,10 +395,10 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
                 contextlib.redirect_stderr(others),
                 progress.using(heard),
                 processes.together(),
-                _explained(environment, options),
+                environment.naming_variables(options),
             ):
                 made = {key: each.make(words) for key, each in spread.items()}
-                store = processes.SharedStore(common["store"], waits=not common["no_wait"])
+                store = processes.SharedStore(words["store"], waits=not words["no_wait"])
                 if not store.is_lasting:
                     progress.warn(f"{store.url} keeps nothing when this command has ended")
                 typed = [each.name for each in options if each.flags and each.key in words.typed]
@@ -443,16 +423,6 @@ def _require_folder() -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _explained(environment: usage.FromEnvironment, options: Sequence[Option]) -> Iterator[None]:
-    """Name the variables of the options that an error is about."""
-    try:
-        yield
-    except UsageError as error:
-        names = {option.key: option.name for option in options}
-        raise environment.explain(error, names) from error
-
-
 def _heard(console: "Console") -> "tuple[Console, TextIO]":
     """Return what a command tells, and where others print; nobody hears but the first process."""
     from slsgu_cli.cli.console import Console
@@ -472,22 +442,15 @@ def _signature(spread: Mapping[str, _Parameter], *, recipe: bool) -> list[inspec
     options: dict[str, inspect.Parameter] = {}
     for each in spread.values():
         for place in each.places:
-            key = place.option.key
-            if key not in options:
-                options[key] = _parameter(
-                    place, required=place.required and not each.optional, hidden=each.hidden
-                )
-    common = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for key, (kind, default) in _COMMON.items()
-    ]
-    if recipe:
-        kind = inspect.Parameter.KEYWORD_ONLY
-        common.insert(0, inspect.Parameter("recipe", kind, default=None, annotation=_RECIPE))
-    return [*options.values(), *common]
+            required = place.required and not each.optional
+            parameter = _parameter(place, required=required, hidden=each.hidden)
+            options.setdefault(place.option.key, parameter)
+    named = [_parameter(Place((), _RECIPE, Path, None))] if recipe else []
+    flags = [_parameter(Place((), each, bool, False)).replace(default=False) for each in _FLAGS]
+    return [*options.values(), *named, _STORE, *flags]
 
 
-def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Parameter:
+def _parameter(place: Place, *, required: bool = False, hidden: bool = False) -> inspect.Parameter:
     option = place.option
     settings: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
     if option.completes is not None:
@@ -496,7 +459,7 @@ def _parameter(place: Place, *, required: bool, hidden: bool) -> inspect.Paramet
         settings["metavar"] = place.metavar
     if option.flags:
         settings |= {"rich_help_panel": option.panel, "hidden": hidden}
-    kind: Any = bool if place.is_flag else Path if place.of_paths else str
+    kind: Any = bool if place.is_flag else Path if place.item is Path else str
     kind = list[kind] if place.repeatable or option.once else kind
     what = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return inspect.Parameter(

@@ -19,6 +19,7 @@ from typing import Any
 import typer
 
 from slsgu_cli.errors import UsageError, near
+from slsgu_cli.records.words import Option
 
 # What the parser raises, wherever the installed typer has it from: its own click, or click's.
 ParserError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -132,19 +133,21 @@ class FromEnvironment:
                 variables[param.name] = f"the recipe {recipe.name}"
         return FromEnvironment(tuple(found), variables)
 
-    def explain(self, error: UsageError, names: Mapping[str, str]) -> UsageError:
-        """Return the error with the variables of the options that it names.
-
-        `names` has the flag of each option by its key.
-        """
-        words = re.findall(r"--[\w-]+", error.message)
-        told = [
-            f"{variable} sets {names[key]}"
-            for key, variable in self.variables.items()
-            if names.get(key) in words
-        ]
-        message = f"{error.message} ({', '.join(told)})" if told else error.message
-        return UsageError(message, hint=error.hint)
+    @contextmanager
+    def naming_variables(self, options: Sequence[Option]) -> Iterator[None]:
+        """Name the variables of the options that an error is about."""
+        names = {option.key: option.name for option in options}
+        try:
+            yield
+        except UsageError as error:
+            words = re.findall(r"--[\w-]+", error.message)
+            told = [
+                f"{variable} sets {names[key]}"
+                for key, variable in self.variables.items()
+                if names.get(key) in words
+            ]
+            message = f"{error.message} ({', '.join(told)})" if told else error.message
+            raise UsageError(message, hint=error.hint) from error
 
 
 def variables_of(flags: Sequence[str]) -> list[str]:

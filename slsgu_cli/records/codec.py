@@ -114,10 +114,21 @@ def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a field came later and says what records without it mean."""
     if not field.metadata.get(ADDED):
         return False
-    usual = field.default
+    return bool(getattr(record, field.name) == usual_value(field))
+
+
+def usual_value(field: "dataclasses.Field[Any]") -> Any:
+    """Return what a field is where nothing is said of it; MISSING where that must be said."""
     if field.default_factory is not dataclasses.MISSING:
-        usual = field.default_factory()
-    return bool(getattr(record, field.name) == usual)
+        return field.default_factory()
+    return field.default
+
+
+def without_none(kind: Any) -> Any:
+    """Return the type of what is there, for a value that may be None."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind
 
 
 def decode(kind: type[T], value: Any) -> T:
@@ -140,8 +151,7 @@ def _build(kind: Any, value: Any) -> Any:
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        inner = next(argument for argument in arguments if argument is not type(None))
-        return None if value is None else _build(inner, value)
+        return None if value is None else _build(without_none(kind), value)
     if kind is Any:
         return value
     if origin in (tuple, Sequence):

@@ -10,7 +10,6 @@ import functools
 import keyword
 import math
 import re
-import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import UsageError, near
-from slsgu_cli.records.codec import ADDED
+from slsgu_cli.records.codec import ADDED, usual_value, without_none
 
 R = TypeVar("R")
 
@@ -99,9 +98,7 @@ def option(
     metadata = {"option": Option(flags, **said), ADDED: later}
     if factory is not MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
-    if default is ...:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=MISSING if default is ... else default, metadata=metadata)
 
 
 def options(default: Any, **nested: Any) -> Any:
@@ -136,16 +133,20 @@ class Place:
         return typing.get_origin(self.kind) in (tuple, list, dict, Sequence)
 
     @property
+    def item(self) -> Any:
+        """The type of its value, or of each where it is repeatable."""
+        return typing.get_args(self.kind)[0] if typing.get_origin(self.kind) else self.kind
+
+    @property
     def metavar(self) -> str:
         """What stands for its value in the help."""
         if self.option.metavar:
             return self.option.metavar
         if typing.get_origin(self.kind) is dict:
             return "NAME=VALUE"
-        kind = _item(self.kind)
-        if issubclass(kind, StrEnum):
-            return "|".join(kind)
-        return {int: "N", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+        if issubclass(self.item, StrEnum):
+            return "|".join(self.item)
+        return {int: "N", float: "NUMBER", Path: "PATH"}.get(self.item, "TEXT")
 
     def default_words(self) -> str | None:
         """Return what happens without it, as the help says it; None where there is no need."""
@@ -154,11 +155,6 @@ class Place:
         if self.default is None or self.default in ("", (), {}):
             return None
         return self.text(self.default)
-
-    @property
-    def of_paths(self) -> bool:
-        """Whether its values are paths."""
-        return _item(self.kind) is Path
 
     def help(self, *, required: bool) -> str:
         """Return what the help says of it: what it is, whether once, and what without it."""
@@ -189,7 +185,7 @@ class Place:
         return words if self.is_flag else self._one(words)
 
     def _one(self, text: str) -> Any:
-        name, kind, said = self.option.name, _item(self.kind), self.option
+        name, kind, said = self.option.name, self.item, self.option
         if issubclass(kind, StrEnum):
             return _chosen(name, text, kind)
         if kind not in (int, float):
@@ -216,18 +212,17 @@ class Place:
         return record
 
     def text(self, value: Any) -> str:
-        """Return a value as a word of the command line."""
-        if self.option.write is not None:
-            return ", ".join(self._written(value))
-        if isinstance(value, float):
-            return figure(value)
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        """Return a value as one word of the command line."""
+        return ", ".join(self._texts(value))
 
-    def _written(self, value: Any) -> list[str]:
-        if self.option.write is None:
-            return [self.text(value)]
-        words = self.option.write(value)
-        return [words] if isinstance(words, str) else words
+    def _texts(self, value: Any) -> list[str]:
+        if self.option.write is not None:
+            written = self.option.write(value)
+            return [written] if isinstance(written, str) else written
+        if isinstance(value, Mapping):
+            return [f"{key}={item}" for key, item in value.items()]
+        items = value if self.repeatable else [value]
+        return [figure(item) if isinstance(item, float) else str(item) for item in items]
 
     def words(self, value: Any) -> Iterator[str]:
         """Yield the words that give it this value."""
@@ -236,17 +231,7 @@ class Place:
             yes, _, no = flags[0].partition("/")
             yield yes if value else no
             return
-        if isinstance(value, Mapping):
-            texts = [f"{key}={item}" for key, item in value.items()]
-        elif self.repeatable and self.option.write is None:
-            texts = [self.text(item) for item in value]
-        elif self.option.write is not None and isinstance(
-            several := self.option.write(value), list
-        ):
-            texts = several
-        else:
-            texts = [self.text(value)]
-        for text in texts:
+        for text in self._texts(value):
             # A value that could be an option is tied to its own.
             if not flags:
                 yield text
@@ -264,13 +249,12 @@ def places(kind: type, default: Any = None) -> list[Place]:
     hints = typing.get_type_hints(kind)
     listed = []
     for field in dataclasses.fields(kind):
-        usual = getattr(default, field.name) if default is not None else _default(field)
+        usual = getattr(default, field.name) if default is not None else usual_value(field)
         bare = without_none(hints[field.name])
         if said := field.metadata.get("option"):
             listed.append(Place((field.name,), said, bare, usual))
         elif nested := field.metadata.get("options"):
-            inner = places(bare, None if usual is MISSING else usual)
-            for place in inner:
+            for place in places(bare, None if usual is MISSING else usual):
                 if usual is None and place.required:
                     # Without it, there is no such record.
                     place = dataclasses.replace(place, default=None)
@@ -297,35 +281,26 @@ def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:
     Raises UsageError where one that is required is not there.
     """
     known = {place.path: place for place in places(kind)}
-    return typing.cast(R, _built(kind, values, MISSING, (), known))
 
+    def made(kind: Any, usual: Any, at: tuple[str, ...]) -> Any:
+        """Return the record at `at`: `usual`, or a new one, with the values that are below it."""
+        hints = typing.get_type_hints(kind)
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(kind):
+            path = (*at, field.name)
+            default = getattr(usual, field.name, usual_value(field))
+            if path in values:
+                fields[field.name] = values[path]
+            elif any(each[: len(path)] == path for each in values):
+                fields[field.name] = made(without_none(hints[field.name]), default, path)
+            elif default is MISSING and path in known:
+                below = [known[each].option.name for each in values if each[: len(at)] == at]
+                name = known[path].option.name
+                what = f"{below[0]} needs {name}" if below else f"{name} is missing"
+                raise UsageError(what, hint=f"{name} {known[path].metavar}")
+        return kind(**fields) if usual in (None, MISSING) else dataclasses.replace(usual, **fields)
 
-def _built(
-    kind: Any,
-    values: Mapping[tuple[str, ...], Any],
-    usual: Any,
-    at: tuple[str, ...],
-    known: Mapping[tuple[str, ...], Place],
-) -> Any:
-    """Return the record at `at`: `usual`, or a new one, with the values that are below it."""
-    hints = typing.get_type_hints(kind)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        path = (*at, field.name)
-        default = getattr(usual, field.name, _default(field))
-        if path in values:
-            fields[field.name] = values[path]
-        elif any(each[: len(path)] == path for each in values):
-            fields[field.name] = _built(
-                without_none(hints[field.name]), values, default, path, known
-            )
-        elif default is MISSING and path in known:
-            missing = known[path]
-            below = [known[each].option.name for each in values if each[: len(at)] == at]
-            name = missing.option.name
-            what = f"{below[0]} needs {name}" if below else f"{name} is missing"
-            raise UsageError(what, hint=f"{name} {missing.metavar}")
-    return kind(**fields) if usual in (None, MISSING) else dataclasses.replace(usual, **fields)
+    return typing.cast(R, made(kind, MISSING, ()))
 
 
 def command_line(
@@ -340,32 +315,13 @@ def command_line(
         listed = [place for name in fields for place in listed if place.path[0] == name]
     words: list[str] = []
     for place in listed:
-        value, usual = place.of(record), place.default
+        value = place.of(record)
         if isinstance(value, list):
             value = tuple(value)
-        if (value == usual and place.path[0] not in also) or (
-            value is None and place.option.write is None
-        ):
-            continue
-        words += place.words(value)
+        said = value is not None or place.option.write is not None
+        if said and (value != place.default or place.path[0] in also):
+            words += place.words(value)
     return words
-
-
-def _default(field: Any) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def without_none(kind: Any) -> Any:
-    """Return the type of what is there, for a value that may be None."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(each for each in typing.get_args(kind) if each is not type(None))
-    return kind
-
-
-def _item(kind: Any) -> Any:
-    return typing.get_args(kind)[0] if typing.get_origin(kind) else kind
 
 
 def figure(value: float) -> str:
