@@ -2,22 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.figures.html import roughly
-from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.recipe import EvidenceRequest
-from slsgu_cli.records.verification import Attack, Check, VerifiedModel, VerifyRequest
+from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.report.evidence import WrittenEvidence
     from slsgu_cli.verification.verdicts import VerdictRow
     from slsgu_cli.verification.verify import Verified
-
 
 Cells = list[tuple[Any, ...]]
 
@@ -45,18 +44,14 @@ def show_verified(console: "Console", result: "Verified") -> None:
         counts = Counter(row.verdict for row in of_model if not row.detail)
         words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict])
         _sentence(console, "verdicts", subject, f"{subject.label}: {words}")
-        for row in of_model:
-            if row.note:
-                _sentence(console, "notes", subject, f"{row.check}: {row.note}", row.check)
-        for finding in subject.findings:
-            if finding.left_out:
-                text = f"{finding.check}: left out; {finding.left_out}"
-                _sentence(console, "notes", subject, text, finding.check)
+        notes = [(row.check, row.note) for row in of_model if row.note]
+        notes += [(f.check, f"left out; {f.left_out}") for f in subject.findings if f.left_out]
+        for check, note in notes:
+            _sentence(console, "notes", subject, f"{check}: {note}", check)
     for subject in others:
         found = conclusion(result.record.concept, original, subject)
         text = f"{subject.label}: {found.text}"
-        wrapped = "\n" + fill(text, WIDTH)
-        console.row("conclusions", text, data=found, shown=wrapped)
+        console.row("conclusions", text, data=found, shown="\n" + fill(text, WIDTH))
     console.paths("files", result.files)
     if result.reused:
         console.note(f"{result.reused} recorded findings were used again")
@@ -88,48 +83,32 @@ def _verdicts(
         *(
             Column(f"{side}TA@1 {name}", on_terminal=False, of=("utility", name, f"{side}TA@1"))
             for name in sets
-            for side in _SIDES
+            for side in ("original ", "")
         ),
         Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
         Column("verdict"),
-        *(Column(name, on_terminal=False) for name in _ADDED),
-        Column("note", on_terminal=False),
+        *(
+            Column(name, on_terminal=False)
+            for name in ("original control", "added", "added from", "added to", "note")
+        ),
     ]
     cells: Cells = [
-        (
-            row.check,
-            row.probe,
-            subject.label,
-            row.before.top1,
-            row.after.top1,
-            row.before.top5,
-            row.after.top5,
-            row.control.top1 if row.control else None,
-            *(_top1(side, name) for name in sets for side in row.utilities),
-            _utility_change(row),
-            row.verdict,
-            *_added(row),
-            row.note,
-        )
+        (row.check, row.probe, subject.label, row.before.top1, row.after.top1, row.before.top5,
+         row.after.top5, row.control.top1 if row.control else None,
+         *(side[name].top1 if side and name in side else None
+           for name in sets for side in row.utilities),
+         _utility_change(row), row.verdict, *_added(row), row.note)
         for subject, row in shown
-    ]
+    ]  # fmt: skip
     title = "does it stay forgotten? FA on the concept, TA on everything else"
     console.table("verification", columns, cells, title=title)
-
-
-_SIDES = ("original ", "")
-_ADDED = ("original control", "added", "added from", "added to")
 
 
 def _added(row: "VerdictRow") -> tuple[float | None, ...]:
     """Return the control of the original, and by how much FA@1 exceeds the control now."""
     if row.original_control is None or row.added is None:
-        return (None,) * len(_ADDED)
+        return None, None, None, None
     return row.original_control.top1, row.added.points, row.added.low, row.added.high
-
-
-def _top1(side: dict[str, Accuracy] | None, name: str) -> float | None:
-    return side[name].top1 if side and name in side else None
 
 
 def _utility_change(row: "VerdictRow") -> float | None:
@@ -149,30 +128,27 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
         for subject in subjects
         if (finding := subject.finding(Check.NEIGHBOURS)) and finding.became
     ]
-    if not known:
-        return
-    columns = [Column("what"), *(Column(subject.label) for subject, _ in known)]
-    cells: Cells = []
-    kinds = {
-        "nearest name": [[f"{n.name} {n.cosine:.2f}" for n in b.nearest] for _, b in known],
+    lists = {
+        "nearest name": [[(near.name, near.cosine) for near in b.nearest] for _, b in known],
         "taken for": [
-            [f"{t.name} {100 * t.rows / b.rows:.0f}%" for t in b.taken_for] for _, b in known
+            [(taken.name, 100 * taken.rows / b.rows) for taken in b.taken_for] for _, b in known
         ],
     }
-    for what, lists in kinds.items():
-        for place in range(max(map(len, lists))):
-            each = (names[place] if place < len(names) else None for names in lists)
-            cells.append((f"{what} {place + 1}", *each))
+    shown = {"nearest name": "{} {:.2f}", "taken for": "{} {:.0f}%"}
+    cells: Cells = [
+        (f"{what} {place}", *(shown[what].format(*each) if each else None for each in row))
+        for what, of_models in lists.items()
+        for place, row in enumerate(zip_longest(*of_models), start=1)
+    ]
     data = [
         {"model": subject.label, "what": what, "place": place, "name": name, "figure": figure}
-        for subject, became in known
-        for what, listed in (
-            ("nearest name", [(n.name, n.cosine) for n in became.nearest]),
-            ("taken for", [(t.name, 100 * t.rows / became.rows) for t in became.taken_for]),
-        )
-        for place, (name, figure) in enumerate(listed, start=1)
+        for index, (subject, _) in enumerate(known)
+        for what, of_models in lists.items()
+        for place, (name, figure) in enumerate(of_models[index], start=1)
     ]
-    console.table("became", columns, cells, title="what the concept became", data=data)
+    columns = [Column("what"), *(Column(subject.label) for subject, _ in known)]
+    if known:
+        console.table("became", columns, cells, title="what the concept became", data=data)
 
 
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
@@ -290,15 +266,18 @@ def _membership(
     console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
 ) -> None:
     from slsgu_cli.cli.console import Column
+    from slsgu_cli.verification.training import exposure
 
     before = original.finding(Check.MEMBERSHIP)
     if before is None:
         return
-    cells: Cells = []
-    for subject in others:
-        finding = subject.finding(Check.MEMBERSHIP)
-        for was, now in zip(before.attacks, finding.attacks if finding else (), strict=True):
-            cells.append(_attack(subject, was, now))
+    findings = [(subject, subject.finding(Check.MEMBERSHIP)) for subject in others]
+    cells: Cells = [
+        (now.figure, now.against, subject.label, was.mean, was.deviation, now.mean, now.deviation,
+         now.members, now.others, exposure(was, now))
+        for subject, after in findings
+        for was, now in zip(before.attacks, after.attacks if after else (), strict=True)
+    ]  # fmt: skip
     columns = [
         Column("figure"),
         Column("against"),
@@ -315,23 +294,6 @@ def _membership(
     console.table("membership", columns, cells, title=title)
 
 
-def _attack(subject: VerifiedModel, was: Attack, now: Attack) -> tuple[Any, ...]:
-    from slsgu_cli.verification.training import exposure
-
-    return (
-        now.figure,
-        now.against,
-        subject.label,
-        was.mean,
-        was.deviation,
-        now.mean,
-        now.deviation,
-        now.members,
-        now.others,
-        exposure(was, now),
-    )
-
-
 def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     """Print what attacks found or learnt; of several starts the best alone, where it is brief."""
     from slsgu_cli.cli.console import Column
@@ -344,15 +306,10 @@ def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
         for attempt in finding.attempts
         if not console.brief or attempt == finding.best(attempt.name)
     ]  # fmt: skip
-    columns = [
-        Column("check"),
-        Column("model"),
-        Column("made with"),
-        Column("text"),
-        Column("loss", on_terminal=False),
-        Column("FA@1", shown=roughly),
-        Column("FA@5", shown=roughly),
-    ]
+    columns = (
+        "check", "model", "made with", "text", Column("loss", on_terminal=False),
+        Column("FA@1", shown=roughly), Column("FA@5", shown=roughly),
+    )  # fmt: skip
     if cells:
         title = "what was found in place of the name, and what it finds"
         console.table("attempts", columns, cells, title=title)
@@ -397,7 +354,7 @@ def report(session: Session, request: ReportRequest) -> None:
         for name, sections in written.sections.items()
         for section in sections
     ]
-    columns = (Column("name"), Column("section"), Column("state"), Column("run", label="to add it"))
+    columns = ("name", "section", "state", Column("run", label="to add it"))
     session.console.table("sections", columns, rows, title=f"report: {written.out}")
     session.console.paths("files", [written.out])
 
@@ -423,22 +380,16 @@ def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
     rows = []
     for one in evidence.requests:
         held = sorted({each.holds(one.name) or "" for each in evidence.models} - {""})
-        was, now = one.forget or (None, None)
-        rows.append(
-            (
-                one.name,
-                one.row.state if one.row else None,
-                ", ".join(held) or None,
-                "run" if one.pair else "not run",
-                was.top1 if was else None,
-                now.top1 if now else None,
-            )
-        )
+        was, now = (each.top1 for each in one.forget) if one.forget else (None, None)
+        rows.append((
+            one.name, one.row.state if one.row else None, ", ".join(held) or None,
+            "run" if one.pair else "not run", was, now,
+        ))  # fmt: skip
     columns = (
-        Column("request"),
+        "request",
         Column("state", shown=tables.brief_state),
         Column("edit", label="its edit"),
-        Column("verification"),
+        "verification",
         Column("FA@1 before", shown=roughly, on_terminal=False),
         Column("FA@1 after", shown=roughly, label="FA@1 now"),
     )
