@@ -4,7 +4,7 @@ Nothing heavy is imported here: every command imports what it needs when it runs
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
     StrengthOptions,
 )
-from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions
 from slsgu_cli.records.targets import SourceRequest, SteerOptions
 from slsgu_cli.records.words import (
     DEVICE_OPTION,
@@ -35,7 +35,7 @@ from slsgu_cli.records.words import (
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.records.sets import Concept, Origin, SetManifest
+    from slsgu_cli.records.sets import Concept, SetManifest
     from slsgu_cli.sets.build import Replayed
     from slsgu_cli.sets.evaluation_sets import Inspection, SeenRow
     from slsgu_cli.store.store import Store
@@ -117,41 +117,16 @@ def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "li
 
 
 @command("show")
-def show(
-    session: Session,
-    name: Name,
-    part: Annotated[
-        str,
-        Option(
-            ("--part",), "forget, retain or the name of an evaluation set.", ROWS, metavar="PART"
-        ),
-    ] = "forget",
-    images: Annotated[
-        int, Option(("--images",), "Images on the contact sheet.", ROWS, min=1, max=400)
-    ] = 48,
-    drop: Annotated[
-        Sequence[str],
-        Option(("--drop",), "Take this row out: key or hash.", ROWS, metavar="KEY"),
-    ] = (),
-    drop_from: Annotated[
-        str | None,
-        Option(
-            ("--drop-from",),
-            "File of keys or hashes, one a line.",
-            ROWS,
-            metavar="FILE",
-            without="none",
-        ),
-    ] = None,
-) -> None:
+def show(session: Session, name: Name, options: ShowOptions) -> None:
     """Example: slsgu show facebook --drop 000000012"""
     from slsgu_cli.sets.evaluation_sets import drop_from_set, inspect_set, read_keys
 
-    wanted = [*drop, *(read_keys(drop_from) if drop_from else ())]
+    part = options.part
+    wanted = [*options.drop, *(read_keys(options.drop_from) if options.drop_from else ())]
     if wanted:
         drop_from_set(session.store, name, wanted, part=part)
         session.console.note(f"{part} of {name} has other rows now; what was made of it is stale")
-    seen = inspect_set(session.store, name, part=part, images=images)
+    seen = inspect_set(session.store, name, part=part, images=options.images)
     show_inspection(session.console, session.store, seen)
 
 
@@ -210,7 +185,6 @@ def search(
         from slsgu_cli.clip.processes import refuse
 
         refuse("search --steer-target")
-
         if not (steer_target and "target" in on_target):
             raise UsageError(
                 "--target and --steer-target go together",
@@ -412,19 +386,16 @@ def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
         Column("key"),
         Column("hash", shown=lambda digest: digest[:12]),
         Column("caption"),
-        Column("file", on_terminal=False),
-        Column("row", on_terminal=False),
-        Column("url", on_terminal=False),
+        *(Column(name, on_terminal=False) for name in ("file", "row", "url")),
     )
     brief = shown[:CAPTIONS_SHOWN] if console.brief else shown
-    cells = [(row.key, row.hash, row.caption, *_place(row.origin)) for row in brief]
+    cells = [
+        (row.key, row.hash, row.caption, *(astuple(row.origin) if row.origin else [None] * 3))
+        for row in brief
+    ]
     console.table("rows", columns, cells, title="rows")
     if len(brief) < len(shown):
         console.note(f"{len(shown) - len(brief)} more rows; -v shows them too")
-
-
-def _place(origin: "Origin | None") -> tuple[str | None, int | None, str | None]:
-    return (origin.file, origin.row, origin.url) if origin else (None, None, None)
 
 
 def show_manifests(console: "Console", built: Sequence["SetManifest"]) -> None:

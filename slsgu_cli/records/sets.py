@@ -208,6 +208,26 @@ class Screening:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShowOptions:
+    """Which part of a set to look at, and which of its rows to take out."""
+
+    part: str = option(
+        "forget", "--part", metavar="PART", panel=ROWS,
+        help="forget, retain or the name of an evaluation set.",
+    )  # fmt: skip
+    images: int = option(
+        48, "--images", min=1, max=400, help="Images on the contact sheet.", panel=ROWS
+    )
+    drop: Sequence[str] = option(
+        (), "--drop", help="Take this row out: key or hash.", panel=ROWS, metavar="KEY"
+    )
+    drop_from: str | None = option(
+        None, "--drop-from", help="File of keys or hashes, one a line.", panel=ROWS,
+        metavar="FILE", without="none",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadOptions:
     """How img2dataset is run. None of this changes which rows are asked for."""
 
