@@ -1,4 +1,4 @@
-"""`export`, `steer`, `generate` and `ask`, and their results as tables."""
+"""`export`, `steer`, `generate`, `ask`, and comparing on a pipeline; their results as tables."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +10,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
+from slsgu_cli.records.studies import PipelineCompareOptions, PipelineComparison
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
@@ -292,3 +293,47 @@ def ask(session: Session, request: AskRequest) -> None:
 
     record, output = run(session.store, request)
     show_answers(session.console, record, output)
+
+
+def show_pipeline_comparison(
+    console: "Console", comparison: PipelineComparison, sheet: str
+) -> None:
+    """Print a row for each method and learning rate."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.compare.comparison import LABELS
+
+    columns: list[str | Column] = [
+        Column("method", shown=lambda method: LABELS[method]),
+        Column("lr", shown=lambda rate: f"{rate:g}"),
+        Column("iterations", on_terminal=False),
+        Column("UA", shown=roughly),
+        Column("IRA", shown=roughly),
+        Column("distance", shown=lambda value: f"{value:.3f}"),
+        Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
+    ]
+    rows = [
+        (row.method, row.plan.rate if row.plan else None,
+         row.plan.iterations if row.plan else None, row.effect.ua, row.effect.ira, row.distance,
+         row.seconds)
+        for row in comparison.outcomes
+    ]  # fmt: skip
+    title = (
+        f"forgetting {comparison.concept} on {comparison.target}: "
+        f"{comparison.budget.concept} pictures of it, {comparison.budget.others} of other classes"
+    )
+    console.table("comparison", columns, rows, title=title, data=comparison)
+    console.paths("sheets", [sheet])
+
+
+def compare_on_pipeline(
+    session: Session, names: Sequence[str], options: PipelineCompareOptions
+) -> None:
+    """Compare on one set by a pipeline's pictures, and print. Raises UsageError for several."""
+    from slsgu_cli.compare.on_pipeline import compare_on_pipeline as run
+    from slsgu_cli.compare.on_pipeline import sheet_path
+
+    if len(names) > 1:
+        raise UsageError("a pipeline is compared on one set at a time", hint="name one set")
+    compared = run(session.store, names[0], options=options)
+    sheet = session.store.where(sheet_path(names[0], options.target))
+    show_pipeline_comparison(session.console, compared, sheet)

@@ -17,7 +17,6 @@ from slsgu_cli.records.studies import (
     CompareOptions,
     Method,
     PipelineCompareOptions,
-    PipelineComparison,
     SweepRequest,
     Trajectory,
     TrajectoryOptions,
@@ -196,16 +195,11 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
         *(Column(figure, shown=roughly) for figure in trajectory.figures()),
     ]
     rows = [
-        [
-            trial.layer,
-            trial.ridge,
-            trial.step,
-            100 * trial.share,
-            *trajectory.figures(trial).values(),
-        ]
+        [trial.layer, trial.ridge, trial.step, 100 * trial.share,
+         *trajectory.figures(trial).values()]
         for line in trajectory.lines()
         for trial in trajectory.of(line)
-    ]
+    ]  # fmt: skip
     title = f"accuracies of {trajectory.trials.name} by layer and step"
     console.table("trajectory", columns, rows, title=title, data=trajectory.trials)
 
@@ -321,24 +315,14 @@ def show_comparison(
         Column("chosen", on_terminal=False),
     ]
     table = [
-        (
-            row.method,
-            row.words + "*" * (row.chosen and len(names) == 1),
-            None if row.method in PARAMETERS else row.setting,
-            row.setting if row.method in PARAMETERS else None,
-            row.layer,
-            row.epoch,
-            row.forget.top1,
-            row.forget.top5,
-            *(row.utility[name].top1 for name in sets),
-            *(row.utility[name].top5 for name in sets),
-            row.seconds,
-            row.forget_passes,
-            row.retain_passes,
-            row.chosen,
-        )
+        (row.method, row.words + "*" * (row.chosen and len(names) == 1),
+         None if row.method in PARAMETERS else row.setting,
+         row.setting if row.method in PARAMETERS else None,
+         row.layer, row.epoch, row.forget.top1, row.forget.top5,
+         *(row.utility[name].top1 for name in sets), *(row.utility[name].top5 for name in sets),
+         row.seconds, row.forget_passes, row.retain_passes, row.chosen)
         for row in rows
-    ]
+    ]  # fmt: skip
     several = f", mean of {len(names)} concepts" if len(names) > 1 else ""
     title = f"forgetting {', '.join(names)}{several}"
     console.table("comparison", columns, table, title=title)
@@ -397,42 +381,6 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
     )
 
 
-def show_pipeline_comparison(
-    console: "Console", comparison: PipelineComparison, sheet: str
-) -> None:
-    """Print a row for each method and learning rate."""
-    from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.comparison import LABELS
-
-    columns: list[str | Column] = [
-        Column("method", shown=lambda method: LABELS[method]),
-        Column("lr", shown=lambda rate: f"{rate:g}"),
-        Column("iterations", on_terminal=False),
-        Column("UA", shown=roughly),
-        Column("IRA", shown=roughly),
-        Column("distance", shown=lambda value: f"{value:.3f}"),
-        Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
-    ]
-    rows = [
-        (
-            row.method,
-            row.plan.rate if row.plan else None,
-            row.plan.iterations if row.plan else None,
-            row.effect.ua,
-            row.effect.ira,
-            row.distance,
-            row.seconds,
-        )
-        for row in comparison.outcomes
-    ]
-    title = (
-        f"forgetting {comparison.concept} on {comparison.target}: "
-        f"{comparison.budget.concept} pictures of it, {comparison.budget.others} of other classes"
-    )
-    console.table("comparison", columns, rows, title=title, data=comparison)
-    console.paths("sheets", [sheet])
-
-
 @command("compare")
 def compare(
     session: Session,
@@ -450,7 +398,9 @@ def compare(
         options.refuse(
             "for comparing without --target", hint="--iterations N", beside=[on_pipeline]
         )
-        _compare_on_pipeline(session, names, on_pipeline.record())
+        from slsgu_cli.cli.downstream import compare_on_pipeline
+
+        compare_on_pipeline(session, names, on_pipeline.record())
         return
     on_pipeline.refuse("for a diffusion pipeline", hint="--target FOLDER", beside=[options])
     from slsgu_cli.compare import comparison
@@ -462,16 +412,3 @@ def compare(
     title = f"forgetting {', '.join(names)}"
     session.store.write_bytes(path, comparison_plot(rows, title=title))
     show_comparison(session.console, rows, names, session.store.where(path))
-
-
-def _compare_on_pipeline(
-    session: Session, names: Sequence[str], options: PipelineCompareOptions
-) -> None:
-    """Compare on one set by a pipeline's pictures, and print. Raises UsageError for several."""
-    from slsgu_cli.compare.on_pipeline import compare_on_pipeline, sheet_path
-
-    if len(names) > 1:
-        raise UsageError("a pipeline is compared on one set at a time", hint="name one set")
-    compared = compare_on_pipeline(session.store, names[0], options=options)
-    sheet = session.store.where(sheet_path(names[0], options.target))
-    show_pipeline_comparison(session.console, compared, sheet)

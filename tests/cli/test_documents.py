@@ -20,9 +20,9 @@ from slsgu_cli.cli.downstream import (
     show_answer_set,
     show_answers,
     show_generation,
+    show_pipeline_comparison,
     show_steered,
 )
-from slsgu_cli.cli.study import show_pipeline_comparison
 from slsgu_cli.downstream.search import SteerResult
 from slsgu_cli.method.search import search
 from slsgu_cli.records.codec import by_name, document
