@@ -7,7 +7,7 @@ can repeat every step by hand.
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,10 +77,8 @@ def demo(session: Session, options: DemoOptions) -> None:
 
     after = ModelSpec(f"{LOCAL}{out}")
     picture = plot_path(name, "before-after")
-    store.write_bytes(
-        picture,
-        draw_examples(store, manifest, before=manifest.model, after=after, device=device),
-    )
+    drawn = draw_examples(store, manifest, before=manifest.model, after=after, device=device)
+    store.write_bytes(picture, drawn)
     tables.before_after(console, tables.chosen_figures(result))
     console.paths("pictures", [store.where(picture)])
     commands = _commands(request, store.url, options, out)
@@ -159,7 +157,7 @@ bounds = ["fa1 <= 0"{bounds}]  # of every request; exit code 5 where one is not 
 [sets]
 sources = [{source}]  # {{}} stands for the concept
 {retain}
-[evaluation.{evaluation}]  # labelled images to measure on; half of each class chooses nothing
+[evaluation.brands]  # labelled images to measure on; half of each class chooses nothing
 source = {rows}
 {templates}
 [search]
@@ -178,7 +176,7 @@ name = {name}
 # id = "R-17"
 received = 2026-11-01
 # reference = "what the requester knows it by"
-# bounds = ["loss.{evaluation} <= 1"]
+# bounds = ["loss.brands <= 1"]
 """
 
 
@@ -210,14 +208,13 @@ def init(
 def recipe_text(path: Path, *, demo: bool) -> str:
     """Return the text of a recipe to begin from."""
     words = {
-        "model": f"{LOCAL}my-clip", "source": "my-pairs/*.tar", "evaluation": "brands",
-        "rows": "my-brands.parquet", "checkpoint": "my-clip-without-them",
-        "edits": "edits", "report": "report.html",
+        "model": f"{LOCAL}my-clip", "source": "my-pairs/*.tar", "rows": "my-brands.parquet",
+        "checkpoint": "my-clip-without-them", "edits": "edits", "report": "report.html",
     }  # fmt: skip
     names, retain, templates, bounds = ["facebook"], "# retain_samples = 8000\n", "", ""
     if demo:
         names = ["facebook", "spotify", "github"]
-        words |= {
+        words = {
             "model": f"{LOCAL}{DATA / 'clip'}",
             "source": f"{DATA / 'train.parquet'}?concept={{}}",
             "rows": f"{DATA / 'heldout.parquet'}?kind=brand",
@@ -229,18 +226,9 @@ def recipe_text(path: Path, *, demo: bool) -> str:
         retain = f"retain_sources = [{train}]\nretain_samples = {RETAIN_SAMPLES}\n"
         templates = f"templates = {json.dumps(str(DATA / 'templates.txt'))}\n"
         bounds = ', "loss.brands <= 2"'
-    evaluation = words.pop("evaluation")
     quoted = {key: json.dumps(text) for key, text in words.items()}
-    text = BEGIN.format(
-        file=path,
-        evaluation=evaluation,
-        retain=retain,
-        templates=templates,
-        bounds=bounds,
-        **quoted,
-    )
-    each = (REQUEST.format(name=json.dumps(name), evaluation=evaluation) for name in names)
-    return text + "".join(each)
+    text = BEGIN.format(file=path, retain=retain, templates=templates, bounds=bounds, **quoted)
+    return text + "".join(REQUEST.format(name=json.dumps(name)) for name in names)
 
 
 @command("run")
@@ -362,8 +350,7 @@ def show_run(console: "Console", result: "RunResult") -> None:
         head = ("request", "bound", Column("figure", shown=percent), "result")
         console.table("bounds", head, checks, title="bounds")
     show_requests(console, ledger.rows)
-    outputs = result.recipe.outputs
-    places = [getattr(outputs, each.name) for each in fields(outputs)]
+    places = astuple(result.recipe.outputs)
     if result.done or console.as_json:
         console.paths("files", [str(place) for place in places if place is not None])
     else:
@@ -400,8 +387,8 @@ EXTRAS = {
     "s3": (("s3fs",), "stores and sources on S3"),
     "download": (("img2dataset",), "build-sets --metadata"),
 }
-PACKAGES = ("slsgu", "torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr",
-            "safetensors", "pillow", "fsspec", "matplotlib", "typer", "rich")  # fmt: skip
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "safetensors",
+            "pillow", "fsspec", "matplotlib", "typer", "rich")  # fmt: skip
 
 
 @command("env")
@@ -412,9 +399,11 @@ def env(session: Session) -> None:
 
     import torch
 
+    import slsgu_cli
     from slsgu_cli.clip.models import device_name
 
     versions = [("python", platform.python_version()), ("system", platform.platform())]
+    versions.append(("slsgu", slsgu_cli.__version__))
     versions += [(name, _version(name) or "missing") for name in PACKAGES]
     session.console.table("versions", ("package", "version"), versions, title="versions")
     devices = [("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
@@ -435,10 +424,6 @@ def _version(package: str) -> str | None:
     """Return the version of a package that is installed; None of one that is not."""
     from importlib.metadata import PackageNotFoundError, version
 
-    import slsgu_cli
-
-    if package == "slsgu":
-        return slsgu_cli.__version__
     try:
         return version(package)
     except PackageNotFoundError:
