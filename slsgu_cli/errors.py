@@ -5,6 +5,7 @@ The subclasses also inherit the builtin a caller of the Python API would expect 
 """
 
 import difflib
+import errno
 import re
 from collections.abc import Callable, Collection, Hashable, Sequence
 from enum import IntEnum
@@ -151,3 +152,51 @@ def first_lines(error: BaseException) -> str:
         return "it is damaged or no plain state dict; what else it holds could run code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:_LONGEST] or type(error).__name__
+
+
+# What numpy and PyTorch raise, neither of which is imported to tell.
+SINGULAR = ("LinAlgError", "_LinAlgError")
+
+# What libraries raise that speak to servers: httpx, requests, aiohttp and botocore.
+OF_THE_NETWORK = ("HTTPError", "RequestException", "ClientError", "BotoCoreError")
+
+
+def _hint(error: OSError) -> str:
+    """Return what mends what the system refuses."""
+    if isinstance(error, FileNotFoundError):
+        return "it went away meanwhile; look for it, and for the folder that this runs in"
+    if isinstance(error, PermissionError):
+        return "have this user be allowed to use it, or name another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return "check the connection and try again"
+    return "look at the file or folder, and at the disk it lies on"
+
+
+def unexpected(error: BaseException) -> SlsguError:
+    """Return as an error of ours what the system, PyTorch or another library raised."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return SlsguError(
+            f"out of memory: {error}",
+            hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
+            "grad, rank and search take a model that is larger than a card by torchrun and --shard",
+        )
+    if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
+        return InputError(
+            f"a server cannot be reached, or refuses: {first_lines(error)}",
+            hint="check the address, the connection and the leave to use it",
+        )
+    if isinstance(error, OSError):
+        # Files and folders that vanish under a command, or may not be read, come from anywhere.
+        what = " ".join(str(name) for name in (error.filename, error.filename2) if name)
+        reason = error.strerror or first_lines(error)
+        message = f"cannot use {what}: {reason}" if what else f"the system refuses: {reason}"
+        return InputError(message, hint=_hint(error))
+    if type(error).__name__ in SINGULAR:
+        return InputError(
+            f"figures that cannot be solved for, as damaged ones are: {first_lines(error)}",
+            hint="`slsgu check` says what is damaged; remove it, and run the command that made it",
+        )
+    text = f"unexpected {type(error).__name__}: {first_lines(error)}"
+    return SlsguError(text, hint="add --debug to see where, and report it")

@@ -1,6 +1,5 @@
 """What the user sees: results on stdout, everything else on stderr."""
 
-import errno
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from rich.text import Text
 
 from slsgu_cli import progress
 from slsgu_cli.clip import processes
-from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, first_lines
+from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, unexpected
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import document
 
@@ -409,12 +408,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@dataclass(frozen=True, slots=True)
 class Ending:
     """Ends a command: an exit code for what was raised, and a message for the user."""
 
-    def __init__(self, console: Console, *, debug: bool) -> None:
-        self.console = console
-        self.debug = debug
+    console: Console
+    debug: bool
 
     def __enter__(self) -> None:
         return None
@@ -436,7 +435,7 @@ class Ending:
             return self._flushed(ended)
         if self.debug:
             traceback.print_exception(error)
-        shown = error if isinstance(error, SlsguError) else _unexpected(error)
+        shown = error if isinstance(error, SlsguError) else unexpected(error)
         if processes.may_tell():
             self.console.error(shown)
         return self._flushed(shown)
@@ -447,50 +446,3 @@ class Ending:
             with suppress(OSError, SlsguError):
                 self.console.flush(error)
         return error.exit_code
-
-
-# What numpy and PyTorch raise, neither of which is imported to tell.
-SINGULAR = ("LinAlgError", "_LinAlgError")
-
-# What libraries raise that speak to servers: httpx, requests, aiohttp and botocore.
-OF_THE_NETWORK = ("HTTPError", "RequestException", "ClientError", "BotoCoreError")
-
-
-def _hint(error: OSError) -> str:
-    """Return what mends what the system refuses."""
-    if isinstance(error, FileNotFoundError):
-        return "it went away meanwhile; look for it, and for the folder that this runs in"
-    if isinstance(error, PermissionError):
-        return "have this user be allowed to use it, or name another place"
-    if error.errno == errno.ENAMETOOLONG:
-        return "choose a shorter name"
-    if isinstance(error, ConnectionError | TimeoutError):
-        return "check the connection and try again"
-    return "look at the file or folder, and at the disk it lies on"
-
-
-def _unexpected(error: BaseException) -> SlsguError:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return SlsguError(
-            f"out of memory: {error}",
-            hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
-            "grad, rank and search take a model that is larger than a card by torchrun and --shard",
-        )
-    if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
-        return InputError(
-            f"a server cannot be reached, or refuses: {first_lines(error)}",
-            hint="check the address, the connection and the leave to use it",
-        )
-    if isinstance(error, OSError):
-        # Files and folders that vanish under a command, or may not be read, come from anywhere.
-        what = " ".join(str(name) for name in (error.filename, error.filename2) if name)
-        reason = error.strerror or first_lines(error)
-        message = f"cannot use {what}: {reason}" if what else f"the system refuses: {reason}"
-        return InputError(message, hint=_hint(error))
-    if type(error).__name__ in SINGULAR:
-        return InputError(
-            f"figures that cannot be solved for, as damaged ones are: {first_lines(error)}",
-            hint="`slsgu check` says what is damaged; remove it, and run the command that made it",
-        )
-    text = f"unexpected {type(error).__name__}: {first_lines(error)}"
-    return SlsguError(text, hint="add --debug to see where, and report it")
