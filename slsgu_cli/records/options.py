@@ -68,6 +68,9 @@ RIDGE_OPTION = partial(
     option, None, "--ridge", min=1e-6, help="Of whitening: a share of the mean moment.",
     panel=LAYERS, once=True,
 )  # fmt: skip
+BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="what is free")
+COLUMN = partial(option, None, panel=ROWS, metavar="COLUMN", without="found by its name")
+NAMES = partial(option, ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit")
 OVERWRITE = partial(option, False, "--overwrite", help="Replace what is at --out.", panel=OUTPUT)
 
 
@@ -167,18 +170,13 @@ class BuildRequest:
         None, "--forget-eval", help="Evaluation set that shows the concept.", panel=EVALUATION,
         metavar="NAME", without="the one with that class",
     )  # fmt: skip
-    image_column: str | None = option(
-        None, "--image-column", help="Column of images or paths.", panel=ROWS, metavar="COLUMN",
-        without="found by its name",
-    )  # fmt: skip
-    caption_column: str | None = option(
-        None, "--caption-column", "--caption-col", help="Column of captions.", panel=ROWS,
-        metavar="COLUMN", without="found by its name",
-    )  # fmt: skip
-    label_column: str | None = option(
-        None, "--label-column", help="Column of evaluation labels.", panel=EVALUATION,
-        metavar="COLUMN", without="found by its name",
-    )  # fmt: skip
+    image_column: str | None = COLUMN("--image-column", help="Column of images or paths.")
+    caption_column: str | None = COLUMN(
+        "--caption-column", "--caption-col", help="Column of captions."
+    )
+    label_column: str | None = COLUMN(
+        "--label-column", help="Column of evaluation labels.", panel=EVALUATION
+    )
     seed: int = option(0, "--seed", help="Seed of the draws.", panel=ROWS)
     screening: Screening = options(Screening())
     collect: CollectRequest | None = None
@@ -221,10 +219,7 @@ class PassOptions:
     batch_size: int = BATCH_SIZE()
     precision: Precision = PRECISION()
     device: str = DEVICE()
-    memory_budget: int | None = option(
-        None, "--memory-budget", help="Limit for activations, such as 8G.", panel=SPEED,
-        metavar="SIZE", read=bytes_of, without="what is free",
-    )  # fmt: skip
+    memory_budget: int | None = BUDGET("--memory-budget", help="Limit for activations, such as 8G.")
     shard: bool = SHARD()
     prefixes: Sequence[str] = option(
         (), "--prefix", later=True, metavar="WORDS", panel=ROWS,
@@ -336,10 +331,9 @@ class SearchOptions:
     )
     device: str = DEVICE()
     precision: Precision = PRECISION()
-    cache_budget: int | None = option(
-        None, "--cache-budget", help="Limit for kept activations, such as 8G.", panel=SPEED,
-        metavar="SIZE", read=bytes_of, without="what is free",
-    )  # fmt: skip
+    cache_budget: int | None = BUDGET(
+        "--cache-budget", help="Limit for kept activations, such as 8G."
+    )
     after: Sequence[str] = option(
         (), "--after", help="Search on top of this edit, which stays in place.", panel=SEARCH,
         metavar="EDIT", without="the original model", completes="edit",
@@ -407,9 +401,7 @@ class ApplyRequest(ApplyOptions):
     edit that is there already must be of that direction, and of a layer of that kind.
     """
 
-    names: Sequence[str] = option(
-        ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit"
-    )
+    names: Sequence[str] = NAMES()
     out: Path = option(..., "--out", "-o", help="Where the new checkpoint goes.", panel=OUTPUT)
     model: ModelSpec | None = options(
         None, help={"name": "Edit this model."}, words={"name": "the edit's"}
@@ -450,9 +442,7 @@ class ExportRequest:
     forgotten as by the whole edit.
     """
 
-    names: Sequence[str] = option(
-        ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit"
-    )
+    names: Sequence[str] = NAMES()
     out: Path = option(..., "--out", "-o", help="File, or for peft the folder.", panel=OUTPUT)
     layout: LoraLayout = option(
         LoraLayout.LORA, "--format", panel=OUTPUT,

@@ -14,6 +14,7 @@ from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import Direction, Qkv, Tower, over_layers
 from slsgu_cli.records.options import (
     ENCODER,
+    NAMES,
     RIDGE,
     RIDGE_OPTION,
     check_ridge,
@@ -161,6 +162,9 @@ class GeneratedSource:
         return {"pipeline": self.pipeline, "prompts": prompts, "images": str(self.count)}
 
 
+QUESTIONS = partial(option, ("What is shown in this image?",), "--question", panel=GENERATION)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What one trial on a target may take: images or questions of the concept and of others.
@@ -175,10 +179,7 @@ class Budget:
         100, "--others", min=1, help="Images of other classes a trial.", panel=GENERATION
     )
     seed: int = option(0, "--seed", help="Seed of the images.", panel=GENERATION)
-    questions: tuple[str, ...] = option(
-        ("What is shown in this image?",), "--question", help="What a LLaVA is asked.",
-        panel=GENERATION,
-    )  # fmt: skip
+    questions: tuple[str, ...] = QUESTIONS(help="What a LLaVA is asked.")
     paint: PaintOptions = options(PaintOptions(steps=20))
 
 
@@ -282,7 +283,6 @@ class AnswerSet:
     version: str
 
 
-NAMES = partial(option, ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit")
 TARGET_FOLDER = partial(
     option, ..., "--target", "-t", help="Folder of the model that is built on CLIP.",
     panel=TARGET,
@@ -460,6 +460,9 @@ class GenerateRequest:
     device: str = DEVICE()
 
 
+CANVAS_FILE = partial(option, ..., panel=ROWS, metavar="FILE", without="none")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanvasRequest:
     """Which answer set to make, where, and by which CLIP to judge it."""
@@ -467,22 +470,8 @@ class CanvasRequest:
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
     out: Path = option(..., "--out", "-o", help="Folder for the results.", panel=OUTPUT)
-    themes: str = option(
-        ...,
-        "--themes",
-        help="File of themes, for unlearncanvas.",
-        panel=ROWS,
-        metavar="FILE",
-        without="none",
-    )
-    objects: str = option(
-        ...,
-        "--objects",
-        help="File of objects, for unlearncanvas.",
-        panel=ROWS,
-        metavar="FILE",
-        without="none",
-    )
+    themes: str = CANVAS_FILE("--themes", help="File of themes, for unlearncanvas.")
+    objects: str = CANVAS_FILE("--objects", help="File of objects, for unlearncanvas.")
     judges: Sequence[ModelSpec] = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
     paint: PaintOptions = options(PaintOptions(steps=100, guidance=9.0), flags=STEPS_FLAGS)
@@ -501,13 +490,10 @@ class AskRequest:
     target: Path = TARGET_FOLDER()
     images: Sequence[Path] = option(
         (), "--image", help="Image to ask about.", panel=GENERATION, without="from the set",
-
     )  # fmt: skip
     samples: int = option(
         3, "--samples", min=1, help="Images of the concept, without --image.", panel=GENERATION
     )
-    questions: Sequence[str] = option(
-        ("What is shown in this image?",), "--question", help="What to ask.", panel=GENERATION
-    )
+    questions: Sequence[str] = QUESTIONS(help="What to ask.")
     out: Path | None = OUT()
     device: str = DEVICE()
