@@ -241,13 +241,13 @@ class Job(RecipePlan):
         return sum(filter(None, known)), None in known
 
     def _refuse_troubles(self, planned: Sequence[PlannedStep]) -> None:
-        troubles = [each for each in planned if each.trouble]
-        if troubles:
-            # What stands in the way of several steps is told of the first.
-            reasons: dict[str | None, str] = {}
-            for each in troubles:
+        # What stands in the way of several steps is told of the first.
+        reasons: dict[str, str] = {}
+        for each in planned:
+            if each.trouble:
                 place = f"{each.step.stage} {each.step.about}"
                 reasons.setdefault(each.trouble, f"{place}: {each.trouble}")
+        if reasons:
             raise InputError(
                 f"nothing was begun, for it cannot end: {'; '.join(reasons.values())}",
                 hint=f"correct the recipe {self.recipe.name}; --plan shows all of it",
@@ -356,23 +356,22 @@ class Job(RecipePlan):
         result = evaluate(self.store, step.names, model=self.recipe.written, device=device)
         before, after = result.models[0].forget, result.models[-1].forget
         figures = result.figures()
-        rows = {row.name: row for row in self.ledger.rows}
-        for name in step.names:
-            measured = replace(
+        measured = [
+            replace(
                 self._row(name),
                 before=before[name],
                 after=after[name],
                 layer=self.record(Artifact.EDIT, name).layer,
             )
-            rows[name] = measured
+            for name in step.names
+        ]
         original = EvalResult(result.names, result.models[:1], None).figures()
         self.ledger = replace(
-            self.ledger,
+            self.ledger.with_rows(measured),
             figures=figures,
             original=original,
             kept_before=result.models[0].utility,
             kept=result.models[-1].utility,
-            rows=tuple(rows.values()),
         )
 
     def _verify(self, step: Step) -> None:
@@ -404,29 +403,28 @@ class Job(RecipePlan):
 
     def rows(self) -> list[LedgerRow]:
         """Return the ledger's rows with the states that they have now."""
-        undone = [step for step, why in self.whys().items() if why]
-        rows = {row.name: row for row in self.ledger.rows}
-        for name in rows.keys() - set(self.recipe.names):
-            rows[name] = replace(rows[name], state=RequestState.WITHDRAWN)
+        undone = {name for step, why in self.whys().items() if why for name in step.names}
+        rows = [replace(row, state=RequestState.WITHDRAWN) for row in self._rows_without_request()]
         for name in self.recipe.names:
-            is_open = any(name in step.names for step in undone)
             row = self._row(name)
-            rows[name] = replace(row, state=RequestState.OPEN) if is_open else row
-        return [rows[name] for name in sorted(rows)]
+            rows.append(replace(row, state=RequestState.OPEN) if name in undone else row)
+        return [*self.ledger.with_rows(rows).rows]
+
+    def _rows_without_request(self) -> list[LedgerRow]:
+        return [row for row in self.ledger.rows if row.name not in self.recipe.names]
 
     def _withdraw(self) -> None:
         """Enter requests that are new as open, and those that are gone as withdrawn."""
-        rows = {row.name: row for row in self.ledger.rows}
+        rows = []
         for name in self.recipe.names:
             row = self._row(name)
             is_new = not row.events or row.state is RequestState.WITHDRAWN
-            rows[name] = _entered(row, RequestState.OPEN, {}) if is_new else row
-        for name in rows.keys() - set(self.recipe.names):
-            if rows[name].state is not RequestState.WITHDRAWN:
-                rows[name] = _entered(rows[name], RequestState.WITHDRAWN, {})
-        ordered = tuple(rows[name] for name in sorted(rows))
+            rows.append(_entered(row, RequestState.OPEN, {}) if is_new else row)
+        for row in self._rows_without_request():
+            if row.state is not RequestState.WITHDRAWN:
+                rows.append(_entered(row, RequestState.WITHDRAWN, {}))
         by_reference = self.recipe.by_reference
-        self.ledger = replace(self.ledger, rows=ordered, by_reference=by_reference)
+        self.ledger = replace(self.ledger.with_rows(rows), by_reference=by_reference)
         self._write()
 
     def _settle(self) -> None:
@@ -444,7 +442,7 @@ class Job(RecipePlan):
             for s in self.ledger.stages
             if s.place and s.made and s.stage is not Stage.EVIDENCE
         }
-        rows = {row.name: row for row in self.ledger.rows}
+        rows = []
         written = self._written_fingerprints()
         for request in self.recipe.requests:
             row = self._row(request.name)
@@ -453,8 +451,8 @@ class Job(RecipePlan):
             met = all(check.holds for check in checks) if checks else bool(header.forgotten)
             state = RequestState.FORGOTTEN if met else RequestState.OUT_OF_BOUNDS
             digests = {"edit": self.catalog.digest(Artifact.EDIT, row.name), **outputs}
-            rows[row.name] = _entered(replace(row, checks=checks), state, digests)
-        self.ledger = replace(self.ledger, rows=tuple(rows[name] for name in sorted(rows)))
+            rows.append(_entered(replace(row, checks=checks), state, digests))
+        self.ledger = self.ledger.with_rows(rows)
         self._write()
 
     def _written_fingerprints(self) -> set[str]:

@@ -6,7 +6,7 @@ names of their fields; what a table holds that no field takes is refused with it
 
 import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from enum import StrEnum
@@ -149,18 +149,6 @@ class EvidenceRequest:
     overwrite: bool = OVERWRITE()
 
 
-# Fields of the records of commands that a recipe says elsewhere, or has no use for.
-_OF_REQUEST = ("name", "concept", "model", "match", "not_match", "collect", "dropped")
-_OF_EVALUATION = ("evals", "classes", "templates", "reports", "forget_eval")
-OMITTED: dict[str, Collection[str]] = {
-    "sets": (*_OF_REQUEST, *_OF_EVALUATION),
-    "grad": ("shard",),
-    "rank": ("shard",),
-    "search": ("after", "shard"),
-    "verify": ("model", "edits"),
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A job of removals. `sets` is of no concept: its sources may hold `{}` for one.
@@ -261,10 +249,7 @@ class Recipe:
             }
             return [word for bound in sorted(bounds) for word in ("--assert", bound)]
         out = self.outputs
-        places = {
-            "apply": out.checkpoint, "export": out.lora, "report": out.report,
-            "evidence": out.evidence,
-        }  # fmt: skip
+        places = {"apply": out.checkpoint, "report": out.report, "evidence": out.evidence}
         if command in places:
             return ["--out", str(places[command])] if places[command] else []
         if command == "verify":
@@ -333,9 +318,12 @@ class Table:
     many: bool = False
 
     def places(self) -> dict[str, Place]:
-        """Return the options of the table by their keys."""
-        listed = places(self.kind)
-        return {p.path[-1]: _keyed(p) for p in listed if p.path[0] not in self.omit}
+        """Return the options of the table by their keys, each called by its key, once."""
+        keyed = {each.path[-1]: each for each in places(self.kind) if each.path[0] not in self.omit}
+        return {
+            key: replace(each, option=replace(each.option, flags=(key,), once=False))
+            for key, each in keyed.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,13 +346,16 @@ class _Top:
 
 
 TOP = Table(_Top, "A removal job: model, rows, options, requests, outputs.")
+# Without the fields that a recipe says elsewhere, or has no use for.
+OF_REQUEST = ("name", "concept", "model", "match", "not_match", "collect", "dropped")
+OF_EVALUATION = ("evals", "classes", "templates", "reports", "forget_eval")
 TABLES = {
-    "sets": Table(BuildRequest, "Where rows come from.", OMITTED["sets"]),
+    "sets": Table(BuildRequest, "Where rows come from.", (*OF_REQUEST, *OF_EVALUATION)),
     "evaluation": Table(EvaluationRows, "What to measure on, by name.", many=True),
-    "grad": Table(PassOptions, "How gradients are computed.", OMITTED["grad"]),
-    "rank": Table(RankOptions, "How layers are ranked.", OMITTED["rank"]),
-    "search": Table(SearchOptions, "How edits are searched.", OMITTED["search"]),
-    "verify": Table(VerifyRequest, "What is tried to bring it back.", OMITTED["verify"]),
+    "grad": Table(PassOptions, "How gradients are computed.", ("shard",)),
+    "rank": Table(RankOptions, "How layers are ranked.", ("shard",)),
+    "search": Table(SearchOptions, "How edits are searched.", ("after", "shard")),
+    "verify": Table(VerifyRequest, "What is tried to bring it back.", ("model", "edits")),
     "request": Table(RemovalRequest, "Something to remove.", many=True),
     "outputs": Table(Outputs, "What is written."),
 }
@@ -373,12 +364,6 @@ TABLES = {
 def figure_of(bound: Assertion, name: str) -> str:
     """Return the figure that a bound of a request is about where those of several are named."""
     return f"{bound.figure}.{name}" if bound.figure in ("fa1", "fa5") else bound.figure
-
-
-def _keyed(place: Place) -> Place:
-    """Return an option as a recipe has it: called by its key, once."""
-    said = replace(place.option, flags=(place.path[-1],), once=False)
-    return replace(place, option=said)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -411,7 +396,7 @@ class _Reading:
     def recipe(self, content: dict[str, Any]) -> Recipe:
         """Return the recipe. Raises InputError."""
         above = {key: value for key, value in content.items() if key not in TABLES}
-        top: _Top = self._record(TOP, above, "", known=[*TOP.places(), *TABLES])
+        top: _Top = self._record(TOP, above, "")
         by_name: dict[str, Any] = self._tables(content, "evaluation", dict)
         requests: list[Any] = self._tables(content, "request", list)
         read = {
@@ -427,28 +412,25 @@ class _Reading:
             self._record(TABLES["request"], value, "request", number)
             for number, value in enumerate(requests)
         )
-        with_evaluation = replace(
+        read["sets"] = replace(
             read["sets"],
             evals={name: each.source for name, each in evaluation.items()},
             classes={n: each.classes for n, each in evaluation.items() if each.classes},
             templates={n: each.templates for n, each in evaluation.items() if each.templates},
             reports={n: each.report for n, each in evaluation.items() if each.report},
         )
+        if "verify" not in content:
+            read["verify"] = None
         try:
             return Recipe(
                 name=top.name or Path(self.path).stem,
                 model=ModelSpec(top.model, top.pretrained),
-                sets=with_evaluation,
-                grad=read["grad"],
-                rank=read["rank"],
-                search=read["search"],
-                verify=read["verify"] if "verify" in content else None,
                 together=top.together,
                 shared_retain=top.shared_retain,
                 by_reference=top.by_reference,
                 bounds=top.bounds,
                 requests=listed,
-                outputs=read["outputs"],
+                **read,
             )
         except UsageError as error:
             raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
@@ -462,14 +444,7 @@ class _Reading:
             self._refuse(f"{key} is no table", "", key, hint=f"begin each with {header}")
         return value
 
-    def _record(
-        self,
-        table: Table,
-        given: Any,
-        at: str,
-        number: int = 0,
-        known: Sequence[str] | None = None,
-    ) -> Any:
+    def _record(self, table: Table, given: Any, at: str, number: int = 0) -> Any:
         """Return the record that a table is. Raises InputError."""
         if not isinstance(given, dict):
             self._refuse(f"{at} is no table", "", at, hint=f"[{at}]")
@@ -478,7 +453,7 @@ class _Reading:
         for key, value in given.items():
             if key not in listed:
                 about = f"[{at}] has no key" if at else "a recipe has no key or table"
-                names = known or sorted(listed)
+                names = sorted(listed) if at else [*listed, *TABLES]
                 hint = near(key, names) or f"it takes {', '.join(names)}"
                 self._refuse(f"{about} {key}", at, key, number, hint=hint)
             values[listed[key].path] = self._value(listed[key], value, at, number)
@@ -670,6 +645,11 @@ class Ledger:
         """Return the ledger with a stage that was done."""
         others = tuple(each for each in self.stages if each.key != record.key)
         return replace(self, stages=(*others, record))
+
+    def with_rows(self, rows: Iterable[LedgerRow]) -> "Ledger":
+        """Return the ledger with these rows in the place of those of their names, in order."""
+        by_name = {row.name: row for row in (*self.rows, *rows)}
+        return replace(self, rows=tuple(by_name[name] for name in sorted(by_name)))
 
 
 FIELDS_OF_ROW = ("name", "concept", "id", "received", "reference", "note")
