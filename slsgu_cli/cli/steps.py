@@ -35,8 +35,7 @@ from slsgu_cli.records.words import (
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.records.sets import Concept, SetManifest
-    from slsgu_cli.sets.build import Replayed
+    from slsgu_cli.records.sets import Concept
     from slsgu_cli.sets.evaluation_sets import Inspection, SeenRow
     from slsgu_cli.store.store import Store
 
@@ -68,7 +67,7 @@ def build_sets(
 
     store, console = session.store, session.console
     if replay:
-        show_replayed(console, build.replay(store, _replayed(session, request)))
+        tables.replayed(console, build.replay(store, _replayed(session, request)))
         return
     if "prompts" not in images:
         images.refuse("for --generate", hint="--generate PROMPT", beside=[request])
@@ -84,7 +83,7 @@ def build_sets(
         tables.manifest(console, build.build_sets(store, wanted))
         return
     built, failed = build.build_many(store, wanted, concepts)
-    show_manifests(console, built)
+    tables.manifests(console, built)
     build.require_all(failed)
 
 
@@ -396,22 +395,3 @@ def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
     console.table("rows", columns, cells, title="rows")
     if len(brief) < len(shown):
         console.note(f"{len(shown) - len(brief)} more rows; -v shows them too")
-
-
-def show_manifests(console: "Console", built: Sequence["SetManifest"]) -> None:
-    """Print the sets that were built for many names."""
-    from slsgu_cli.sets.context import counted
-
-    cells = [(m.name, m.forget.rows, m.retain.rows, counted(m.forget.refused)) for m in built]
-    columns = ("set", "forget", "retain", "left out of forget")
-    console.table("sets", columns, cells, title="sets", data=list(built))
-
-
-def show_replayed(console: "Console", result: "Replayed") -> None:
-    """Print whether a set that was built again is what it was."""
-    cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
-    title = f"set {result.manifest.name}, built again"
-    console.table("replayed", ("part", "rows"), cells, title=title)
-    for part, same in result.same.items():
-        if not same:
-            console.warn(f"the {part} rows are not those they were: a source has changed")

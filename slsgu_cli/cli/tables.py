@@ -12,7 +12,7 @@ from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.errors import AbsentError, AssertionsError, InputError
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Assertion, Report, Share
-from slsgu_cli.records.method import GradientHeader, Ranking, Trial
+from slsgu_cli.records.method import GradientHeader, Ranking
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slsgu_cli.method.evaluate import EvalResult
     from slsgu_cli.method.gradients import GradResult
     from slsgu_cli.method.search import SearchResult
+    from slsgu_cli.sets.build import Replayed
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding
     from slsgu_cli.store.store import Store
@@ -65,17 +66,31 @@ def manifest(console: "Console", built: SetManifest) -> None:
     parts = {"forget": built.forget, "retain": built.retain}
     parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
     rows = [
-        (
-            part,
-            ref.rows,
-            ref.seen,
-            ", ".join(f"{count} {reason}" for reason, count in ref.refused.items() if count),
-            ref.path,
-        )
+        (part, ref.rows, ref.seen,
+         ", ".join(f"{count} {reason}" for reason, count in ref.refused.items() if count), ref.path)
         for part, ref in parts.items()
-    ]
+    ]  # fmt: skip
     columns = ("part", "rows", "seen", "left out", Column("path", on_terminal=False))
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
+
+
+def manifests(console: "Console", built: Sequence[SetManifest]) -> None:
+    """Print the sets that were built for many names."""
+    from slsgu_cli.sets.context import counted
+
+    cells = [(m.name, m.forget.rows, m.retain.rows, counted(m.forget.refused)) for m in built]
+    columns = ("set", "forget", "retain", "left out of forget")
+    console.table("sets", columns, cells, title="sets", data=list(built))
+
+
+def replayed(console: "Console", result: "Replayed") -> None:
+    """Print whether a set that was built again is what it was."""
+    cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
+    title = f"set {result.manifest.name}, built again"
+    console.table("replayed", ("part", "rows"), cells, title=title)
+    for part, same in result.same.items():
+        if not same:
+            console.warn(f"the {part} rows are not those they were: a source has changed")
 
 
 def gradients(console: "Console", result: "GradResult") -> None:
@@ -174,43 +189,35 @@ def search(
         *utility,
         Column("chosen"),
     )
+    order = sorted(
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+    )
     rows = [
-        (
-            trial.layer,
-            trial.ridge,
-            trial.step,
-            100 * trial.share,
-            trial.forget.top1,
-            trial.forget.top5,
-            *(trial.utility[name].top1 if trial.utility else None for name in sets),
-            trial == chosen,
-        )
-        for trial in sorted(
-            trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
-        )
-    ]
+        (trial.layer, trial.ridge, trial.step, 100 * trial.share, trial.forget.top1,
+         trial.forget.top5,
+         *(trial.utility[name].top1 if trial.utility else None for name in sets),
+         trial == chosen)
+        for trial in order
+    ]  # fmt: skip
     title = f"trials for {trials.name}, on the images to choose by"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
+    ridge = chosen.ridge
+    along = "gradient" if ridge is None else f"whitened gradient (ridge {ridge:g})"
     console.value(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
         f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
-        f"along its {_along(chosen)}",
+        f"along its {along}",
     )
     if not brief:
         before_after(console, chosen_figures(result))
         earlier(console, result.report)
         harm(console, result.report)
-    console.paths(
-        "files",
-        [
-            store.where(Artifact.EDIT.path(trials.name)),
-            store.where(Artifact.TRIALS.path(trials.name)),
-        ],
-    )
+    files = (Artifact.EDIT, Artifact.TRIALS)
+    console.paths("files", [store.where(kind.path(trials.name)) for kind in files])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
     before, after, ground = result.report.before, result.report.after, result.report.ground
@@ -274,12 +281,6 @@ def harm(console: "Console", report: Report) -> None:
             Column("change", shown=_change),
         )
         console.table(key, columns, rows, title=f"{title}, TA@1", data=list(losses))
-
-
-def _along(trial: Trial) -> str:
-    if trial.ridge is None:
-        return "gradient"
-    return f"whitened gradient (ridge {trial.ridge:g})"
 
 
 def applied(console: "Console", result: "AppliedResult") -> None:
@@ -354,15 +355,14 @@ def before_after(console: "Console", models: Figures) -> None:
         for label, (forget, _) in models.items()
     }
     for name in forgets[labels[0]]:
-        for k, attribute in ((1, "top1"), (5, "top5")):
-            figures = (getattr(forgets[label][name], attribute) for label in labels)
+        for k in (1, 5):
+            figures = (getattr(forgets[label][name], f"top{k}") for label in labels)
             rows.append((f"FA@{k}{name}", *figures))
     for name in sets:
-        for k, attribute in ((1, "top1"), (5, "top5")):
-            figures = (models[label][1].get(name) for label in labels)
-            rows.append(
-                (f"TA@{k} {name}", *(getattr(f, attribute) if f else None for f in figures))
-            )
+        known = [models[label][1].get(name) for label in labels]
+        for k in (1, 5):
+            figures = (getattr(each, f"top{k}") if each else None for each in known)
+            rows.append((f"TA@{k} {name}", *figures))
     columns = [Column("figure"), *(Column(label, shown=percent) for label in labels)]
     for name, first, *others in rows:
         before, edited = others[0] if others[1:] else None, others[-1] if others else None
