@@ -150,11 +150,11 @@ class Place:
 
     def default_words(self) -> str | None:
         """Return what happens without it, as the help says it; None where there is no need."""
-        if self.option.without is not None or self.required or self.is_flag:
+        if self.option.without is not None:
             return self.option.without
-        if self.default is None or self.default in ("", (), {}):
+        if self.is_flag or self.default in (MISSING, None, "", (), {}):
             return None
-        return self.text(self.default)
+        return ", ".join(self._texts(self.default))
 
     def help(self, *, required: bool) -> str:
         """Return what the help says of it: what it is, whether once, and what without it."""
@@ -211,11 +211,8 @@ class Place:
             record = None if record is None else getattr(record, name)
         return record
 
-    def text(self, value: Any) -> str:
-        """Return a value as one word of the command line."""
-        return ", ".join(self._texts(value))
-
     def _texts(self, value: Any) -> list[str]:
+        """Return a value as words of the command line, one unless it is repeatable."""
         if self.option.write is not None:
             written = self.option.write(value)
             return [written] if isinstance(written, str) else written
