@@ -20,7 +20,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
     StrengthOptions,
 )
-from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions
+from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions, read_names
 from slsgu_cli.records.targets import SourceRequest, SteerOptions
 from slsgu_cli.records.words import (
     DEVICE_OPTION,
@@ -102,8 +102,6 @@ def _replayed(session: Session, request: Asked[BuildRequest]) -> str:
 
 def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "list[Concept]"]:
     """Return the request with the first of a file of names, and all of these."""
-    from slsgu_cli.sources.captions import read_names
-
     if bool(request.name) == (names is not None):
         raise UsageError("build-sets needs either NAME or --names FILE")
     if not request.model.name:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 
@@ -185,6 +187,46 @@ class Concept:
     name: str
     patterns: Sequence[str]
     excluded: Sequence[str] = ()
+
+
+# What an exclusion begins with, in a file of names.
+OUT = "!"
+
+
+def read_names(path: str) -> list[Concept]:
+    """Return the concepts of a file: NAME, aliases and !exclusions, a tab between them.
+
+    Each name is looked for itself as well. Empty lines and lines that begin with # are
+    passed over. Raises InputError.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the names in {path}: {error}") from error
+    concepts = [
+        _concept(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.startswith("#")
+    ]
+    if not concepts:
+        raise InputError(f"{path} has no names", hint="one a line: NAME<tab>alias<tab>!exclusion")
+    twice = [name for name, count in Counter(c.name for c in concepts).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has {twice[0]} twice", hint="give its aliases on one line")
+    return concepts
+
+
+def _concept(line: str, where: str) -> Concept:
+    name, *others = (part.strip() for part in line.split("\t"))
+    try:
+        check_name(name)
+    except UsageError as error:
+        raise InputError(f"{where}: {error.message}", hint=error.hint) from error
+    aliases = [other for other in others if other and not other.startswith(OUT)]
+    excluded = [other[1:].strip() for other in others if other.startswith(OUT)]
+    if not all(excluded):
+        raise InputError(f"{where}: an exclusion is blank")
+    return Concept(name, (name, *aliases), tuple(excluded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

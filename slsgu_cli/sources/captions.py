@@ -9,18 +9,16 @@ CelebA's class names are the labels or folder names of the source.
 import html
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.errors import InputError, UsageError, listed
-from slsgu_cli.records.sets import Concept, check_name
+from slsgu_cli.records.sets import Concept
 from slsgu_cli.sources.rows import label_words
 
 if TYPE_CHECKING:
@@ -128,8 +126,14 @@ def _word() -> re.Pattern[str]:
 
 @cache
 def _touching() -> str:
-    """Return an expression for one character of a word, whose neighbour begins no other."""
-    return rf"(?:[^\W{SPACELESS}]|[{_marks()}])"
+    """Return an expression for one character of a word, whose neighbour begins no other.
+
+    Combining marks belong to the word, which `\\w` denies.
+    """
+    codes = range(0x300, 0x1E00)
+    marks = [chr(code) for code in codes if unicodedata.category(chr(code)).startswith("M")]
+    inside = "".join(mark for mark in marks if not _spaceless(mark))
+    return rf"(?:[^\W{SPACELESS}]|[{inside}])"
 
 
 def _ending(parts: list[str]) -> str:
@@ -142,17 +146,6 @@ def _spaceless(character: str) -> bool:
     return re.fullmatch(f"[{SPACELESS}]", character) is not None
 
 
-@cache
-def _marks() -> str:
-    """Return the combining marks as a class: they belong to the word, which `\\w` denies."""
-    marks = [
-        chr(code)
-        for code in range(0x300, 0x1E00)
-        if unicodedata.category(chr(code)).startswith("M") and not _spaceless(chr(code))
-    ]
-    return "".join(marks)
-
-
 def _expression(source: str) -> re.Pattern[str]:
     try:
         return re.compile(source, re.IGNORECASE)
@@ -163,26 +156,17 @@ def _expression(source: str) -> re.Pattern[str]:
         ) from error
 
 
-OUT = "!"
-
-
-@dataclass(slots=True)
 class ConceptIndex:
     """Finds the concepts of a caption; `regex` makes all their patterns expressions."""
 
-    concepts: Sequence[Concept]
-    regex: bool = False
-    _about: list[Matcher] = field(init=False)
-    _excluded: list[Matcher] = field(init=False)
-    _by_word: dict[str, list[int]] = field(init=False)
-    _always: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._about = [matcher(c.patterns, regex=self.regex) for c in self.concepts]
-        self._excluded = [matcher(c.excluded, regex=self.regex) for c in self.concepts]
-        self._by_word, self._always = {}, []
-        for number, concept in enumerate(self.concepts):
-            anchors = {self._anchor(pattern) for pattern in concept.patterns}
+    def __init__(self, concepts: Sequence[Concept], regex: bool = False) -> None:
+        self.concepts = concepts
+        self._about = [matcher(concept.patterns, regex=regex) for concept in concepts]
+        self._excluded = [matcher(concept.excluded, regex=regex) for concept in concepts]
+        self._by_word: dict[str, list[int]] = {}
+        self._always: list[int] = []
+        for number, concept in enumerate(concepts):
+            anchors = {None if regex else _anchor(pattern) for pattern in concept.patterns}
             if None in anchors:
                 self._always.append(number)
                 continue
@@ -205,45 +189,10 @@ class ConceptIndex:
         """Return whether the caption is about any concept, or ruled out for any."""
         return bool(self.about(caption)) or any(test(caption) for test in self._excluded)
 
-    def _anchor(self, pattern: str) -> str | None:
-        parts = [] if self.regex else words(folded(pattern))
-        return max(parts, key=lambda word: (len(word), word), default=None)
 
-
-def read_names(path: str) -> list[Concept]:
-    """Return the concepts of a file: NAME, aliases and !exclusions, a tab between them.
-
-    Each name is looked for itself as well. Empty lines and lines that begin with # are
-    passed over. Raises InputError.
-    """
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the names in {path}: {error}") from error
-    concepts = [
-        _concept(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip() and not line.startswith("#")
-    ]
-    if not concepts:
-        raise InputError(f"{path} has no names", hint="one a line: NAME<tab>alias<tab>!exclusion")
-    twice = [name for name, count in Counter(c.name for c in concepts).items() if count > 1]
-    if twice:
-        raise InputError(f"{path} has {twice[0]} twice", hint="give its aliases on one line")
-    return concepts
-
-
-def _concept(line: str, where: str) -> Concept:
-    name, *others = (part.strip() for part in line.split("\t"))
-    try:
-        check_name(name)
-    except UsageError as error:
-        raise InputError(f"{where}: {error.message}", hint=error.hint) from error
-    aliases = [other for other in others if other and not other.startswith(OUT)]
-    excluded = [other[1:].strip() for other in others if other.startswith(OUT)]
-    if not all(map(str.strip, excluded)) or not re.search(r"\S", name):
-        raise InputError(f"{where}: an exclusion is blank")
-    return Concept(name, (name, *aliases), tuple(excluded))
+def _anchor(pattern: str) -> str | None:
+    """Return the longest word of a pattern, without which no caption matches it."""
+    return max(words(folded(pattern)), key=lambda word: (len(word), word), default=None)
 
 
 # An expression with more names than this outgrows the memory that RE2 is given.
@@ -320,8 +269,7 @@ def parse_classes(text: str, origin: str) -> ClassList:
     """Read one class name a line, or `label<TAB>name`. Raises InputError naming the line."""
     names: dict[str, int] = {}
     labels: dict[str, int] = {}
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    filled = [(number, line) for number, line in lines if line]
+    filled = _filled_lines(text)
     tabbed = sum("\t" in line for _, line in filled)
     if not filled or tabbed not in (0, len(filled)):
         content = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
@@ -368,10 +316,7 @@ def find_class(names: Sequence[str], concept: str) -> int | None:
 
 def builtin_templates(name: str) -> tuple[str, ...]:
     """Return built-in templates as texts with one `{}` each."""
-    from open_clip.zero_shot_metadata import (
-        OPENAI_IMAGENET_TEMPLATES,
-        SIMPLE_IMAGENET_TEMPLATES,
-    )
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     if name == "celeba":
         return ("{}.",)
@@ -381,19 +326,22 @@ def builtin_templates(name: str) -> tuple[str, ...]:
 
 def parse_templates(text: str, origin: str) -> tuple[str, ...]:
     """Read one template a line, each with exactly one `{}`. Raises InputError naming the line."""
-    templates = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    templates = _filled_lines(text)
+    for number, line in templates:
         if line.count(SLOT) != 1:
             raise InputError(
-                f"{origin}, line {number}: {line.strip()!r} has {line.count(SLOT)} times {SLOT}",
+                f"{origin}, line {number}: {line!r} has {line.count(SLOT)} times {SLOT}",
                 hint="write each template with one {} where the class name goes",
             )
-        templates.append(line.strip())
     if not templates:
         raise InputError(f"{origin} holds no templates")
-    return tuple(templates)
+    return tuple(line for _, line in templates)
+
+
+def _filled_lines(text: str) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, stripped, with their numbers from 1."""
+    lines = enumerate(map(str.strip, text.splitlines()), 1)
+    return [(number, line) for number, line in lines if line]
 
 
 def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.sets import Concept
-from slsgu_cli.sources.captions import ConceptIndex, matcher, read_names
+from slsgu_cli.records.sets import Concept, read_names
+from slsgu_cli.sources.captions import ConceptIndex, matcher
 
 TEXT = st.text(st.sampled_from("abé ß'-+.特 Σσς&;\u200b™"), min_size=1, max_size=8)
 PATTERN = TEXT.filter(lambda text: text.strip("\u200b ™"))

@@ -20,8 +20,15 @@ from slsgu_cli.checkpoints.torch_archive import read_pickle
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, encode, is_sealed, parse_json, sealed
 from slsgu_cli.records.method import EditHeader, GradientPointer, Ranking
-from slsgu_cli.records.sets import Collection, DataRef, InputSpec, ModelSpec, SetManifest
-from slsgu_cli.sources.captions import parse_classes, parse_names, parse_templates, read_names
+from slsgu_cli.records.sets import (
+    Collection,
+    DataRef,
+    InputSpec,
+    ModelSpec,
+    SetManifest,
+    read_names,
+)
+from slsgu_cli.sources.captions import parse_classes, parse_names, parse_templates
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns
 from slsgu_cli.sources.tar import TarSource
