@@ -15,32 +15,24 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import (
     Edit,
     LayerChange,
+    StoredLayer,
     by_layer,
     by_origin,
-    plan_layer,
-    require_in_place,
     strength_of,
 )
-from slsgu_cli.checkpoints.layers import Spelling, TensorPlace, TowerPlace, tensor_places
-from slsgu_cli.checkpoints.layouts import (
-    SUFFIXES,
-    Conversion,
-    WeightSet,
-    copy_spliced,
-    open_weights,
-    placed,
-)
+from slsgu_cli.checkpoints.layers import Places, Spelling, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layouts import SUFFIXES, Conversion, WeightSet, open_weights, placed
 from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, Encoder, Family, Target, prompt_note
 from slsgu_cli.checkpoints.tensor_file import (
     NewTensor,
     Raw,
     Splice,
     canonical_name,
-    near_names,
+    copy_spliced,
     safetensors_size,
     write_safetensors,
 )
-from slsgu_cli.errors import InputError, StaleError, UsageError, listed
+from slsgu_cli.errors import InputError, StaleError, UsageError, listed, near_names
 from slsgu_cli.records.method import PromptReader
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL
@@ -70,14 +62,10 @@ def require_place(
     if layout is not None and not as_folder and (out.suffix != SAFETENSORS or out.is_dir()):
         raise UsageError(f"{layout.client} loads one file", hint=f"--out FILE{SAFETENSORS}")
     if same_place(origin, out):
-        if layout is not None:
-            raise InputError(f"{out} is the model itself", hint="another --out")
-        if not overwrite:
-            raise InputError(
-                f"{out} is the model itself",
-                hint="another --out, or --overwrite to edit it in place",
-            )
-        return
+        if layout is None and overwrite:
+            return
+        in_place = ", or --overwrite to edit it in place" if layout is None else ""
+        raise InputError(f"{out} is the model itself", hint=f"another --out{in_place}")
     if out.resolve().is_relative_to(origin.resolve()):
         raise InputError(f"{out} lies inside the model {origin}", hint="another --out")
     if origin.resolve().is_relative_to(out.resolve()) and overwrite:
@@ -367,11 +355,7 @@ def _converted_copy(
         )
     (weights,) = edited.values()
 
-    def current(key: str) -> Raw:
-        path = weights.owners[key]
-        new = plans[path].values if path in plans else {}
-        return new[key] if key in new else weights.files[path].stored(key)
-
+    current = _patched(weights, {path: plan.values for path, plan in plans.items()})
     conversion = Conversion(weights, layout.names, layout.towers, current, layout.optional)
     changes = [change for path in weights.files if path in plans for change in plans[path].changes]
     return CopyPlan(
@@ -400,10 +384,6 @@ def write_copy(
     with ThreadPoolExecutor(1) as beside:
         remark = beside.submit(compare, formats) if compare else None
 
-        def tell() -> None:
-            if remark and (told := remark.result()):
-                progress.note(told)
-
         def look(folder: Path) -> None:
             nonlocal loads
             if check and plan.is_model:
@@ -412,7 +392,8 @@ def write_copy(
                 if why_not:
                     which = f"{plan.client} loads {plan.out}"
                     progress.warn(f"it is not certain that {which}: {why_not}")
-            tell()
+            if remark and (told := remark.result()):
+                progress.note(told)
 
         if options.dry_run:
             with _rehearsed(plan) as folder:
@@ -423,26 +404,25 @@ def write_copy(
         WrittenFile(str(plan.out / name), plan.nbytes(name), file.changes)
         for name, file in sorted(plan.plans.items())
     )
-    model = None
-    if loads:
-        model = str(plan.out) if CONFIG in plan.texts else f"{LOCAL}{plan.out}"
+    out = str(plan.out)
+    model = out if CONFIG in plan.texts else f"{LOCAL}{out}"
     return AppliedResult(
-        str(plan.out), model, files, options.revert, options.dry_run, plan.client
-    )  # fmt: skip
+        out, model if loads else None, files, options.revert, options.dry_run, plan.client
+    )
 
 
 def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
     """Build a copy, and put it in place after what is done with it `last`."""
     with replacing(plan.out) as partial:
         for name, origin in plan.files.items():
-            place = partial / name if name else partial
+            place = partial / name
             place.parent.mkdir(parents=True, exist_ok=True)
             if name in plan.plans:
                 copy_spliced(origin, place, plan.plans[name].splices)
             elif not (link and link_file(origin, place)):
                 copy_file(origin, place)
         for name, tensors in plan.made.items():
-            place = partial / name if name else partial
+            place = partial / name
             place.parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(place, tensors)
         _write_texts(partial, plan)
@@ -512,13 +492,15 @@ def _planned_in_one(
 
     Raises UsageError where several fit, InputError or StaleError.
     """
-    planned: dict[str, list[_PlannedLayer]] = {}
+    planned: list[tuple[Encoder, list[_PlannedLayer]]] = []
     refused: list[StaleError] = []
     for encoder, copies in _fitting(target, layer, group, options):
         try:
-            planned[encoder.name] = [
-                _planned(weights, places, group, options, below) for weights, places in copies
-            ]
+            layers = []
+            for weights, places in copies:
+                stored = StoredLayer.read(weights, places, group, below)
+                layers.append(_PlannedLayer(weights, places, *stored.planned(options)))
+            planned.append((encoder, layers))
         except StaleError as error:
             refused.append(error)
     if not planned:
@@ -526,13 +508,12 @@ def _planned_in_one(
     if len(planned) > 1:
         raise UsageError(
             f"{layer} fits several encoders of {target.path}",
-            hint=f"--encoder {' or '.join(planned)}",
+            hint=f"--encoder {' or '.join(encoder.name for encoder, _ in planned)}",
         )
-    ((name, parts),) = planned.items()
-    return target.chosen(name)[0], parts
+    return planned[0]
 
 
-Copies = list[tuple[WeightSet, tuple[TensorPlace, ...]]]
+Copies = list[tuple[WeightSet, Places]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,7 +521,7 @@ class _PlannedLayer:
     """The new values of a layer in one set of weights, and the tensors that hold it."""
 
     weights: WeightSet
-    places: tuple[TensorPlace, ...]
+    places: Places
     values: Raw
     change: LayerChange
 
@@ -571,12 +552,7 @@ class _NewValues:
     def _add(self, layer: _PlannedLayer) -> None:
         """Add a layer's new values to the tensors and files that hold it."""
         weights = layer.weights
-
-        def current(key: str) -> Raw:
-            path = weights.owners[key]
-            patched = self.patches.get(path, {})
-            return patched[key] if key in patched else weights.files[path].stored(key)
-
+        current = _patched(weights, self.patches)
         for key, value in placed(layer.places, layer.values, current).items():
             path = weights.owners[key]
             self.weights[path] = weights
@@ -596,17 +572,14 @@ class _NewValues:
         }
 
 
-def _planned(
-    weights: WeightSet,
-    places: tuple[TensorPlace, ...],
-    edits: Sequence[Edit],
-    options: ApplyOptions,
-    earlier: Sequence[Edit],
-) -> _PlannedLayer:
-    current, dtype = weights.layer(places)
-    path = weights.owners[places[0].key]
-    values, change = plan_layer(path, current, dtype, edits, options, earlier)
-    return _PlannedLayer(weights, places, values, change)
+def _patched(weights: WeightSet, patches: Mapping[Path, Mapping[str, Raw]]) -> Callable[[str], Raw]:
+    """Return what tells a tensor's values as they will be, by the new ones of each file."""
+
+    def current(key: str) -> Raw:
+        new = patches.get(weights.owners[key], {})
+        return new[key] if key in new else weights.stored(key)
+
+    return current
 
 
 def _require_earlier(
@@ -622,8 +595,7 @@ def _require_earlier(
         copies = copies_of(encoder, layer)
         try:
             for weights, places in copies:
-                current, dtype = weights.layer(places)
-                require_in_place(weights.owners[places[0].key], current, dtype, earlier, later)
+                StoredLayer.read(weights, places, earlier).require_in_place(later)
         except StaleError as error:
             refused.append(error)
             continue

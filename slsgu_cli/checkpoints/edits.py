@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import both_held
-from slsgu_cli.checkpoints.layouts import layer_digest
+from slsgu_cli.checkpoints.layers import Places, both_held
+from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.lora import is_lora, read_lora
 from slsgu_cli.checkpoints.tensor_file import (
     CHUNK,
@@ -20,6 +20,7 @@ from slsgu_cli.checkpoints.tensor_file import (
     PRECISION,
     Floats,
     Raw,
+    layer_digest,
     narrow,
     widen,
 )
@@ -296,41 +297,13 @@ def original_values(edits: Sequence[Edit]) -> Floats:
     return max((edit.before() for edit in edits), key=lambda values: values.itemsize)
 
 
-def plan_layer(
-    path: Path,
-    current: Raw,
-    dtype: str,
-    edits: Sequence[Edit],
-    options: ApplyOptions,
-    earlier: Sequence[Edit] = (),
-) -> tuple[Raw, LayerChange]:
-    """Return the stored values that edits of one layer lead to, and what that changes.
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """A layer as one file holds it, and the edits of it; `earlier` ones are in place already.
 
     `current` are the values stored now, in the layer's shape, of the number format `dtype`;
-    `path` is where they lie, for messages. Edits are summed, whatever their order; those of
-    `earlier` are in place already, and stay. To be undone, edits must be what made the layer
-    what it is; it goes back to what it was. Raises InputError or StaleError.
+    `path` is where they lie, for messages.
     """
-    layer = edits[0].header.layer
-    if dtype not in FLOATS:
-        raise InputError(f"{layer} in {path} is {dtype}, not floating point")
-    stored = _StoredLayer(path, layer, current, dtype, edits, earlier)
-    new, share = stored.reverted(options) if options.revert else stored.moved(options)
-    names = tuple(edit.header.name for edit in edits)
-    return new, LayerChange(layer, dtype, current.shape, new.nbytes, share, names)
-
-
-def require_in_place(
-    path: Path, current: Raw, dtype: str, edits: Sequence[Edit], later: Sequence[Edit]
-) -> None:
-    """Raise StaleError unless a layer is what its edits made of it, on which `later` ones stand."""
-    layer = edits[0].header.layer
-    _StoredLayer(path, layer, current, dtype, edits).require_in_place(later)
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredLayer:
-    """A layer as one file holds it, and the edits of it; `earlier` ones are in place already."""
 
     path: Path
     layer: str
@@ -339,7 +312,30 @@ class _StoredLayer:
     edits: Sequence[Edit]
     earlier: Sequence[Edit] = ()
 
-    def moved(self, options: ApplyOptions) -> tuple[Raw, float]:
+    @classmethod
+    def read(
+        cls, weights: WeightSet, places: Places, edits: Sequence[Edit], earlier: Sequence[Edit] = ()
+    ) -> "StoredLayer":
+        """Return the layer that some tensors of a model hold, and which these edits are of."""
+        path, layer = weights.owners[places[0].key], edits[0].header.layer
+        current, dtype = weights.layer(places)
+        return cls(path, layer, current, dtype, edits, earlier)
+
+    def planned(self, options: ApplyOptions) -> tuple[Raw, LayerChange]:
+        """Return the stored values that the edits lead to, and what that changes.
+
+        Edits are summed, whatever their order; earlier ones stay. To be undone, edits must be
+        what made the layer what it is; it goes back to what it was. Raises InputError or
+        StaleError.
+        """
+        if self.dtype not in FLOATS:
+            raise InputError(f"{self.layer} in {self.path} is {self.dtype}, not floating point")
+        new, share = self._reverted(options) if options.revert else self._moved(options)
+        names = tuple(edit.header.name for edit in self.edits)
+        shape = self.current.shape
+        return new, LayerChange(self.layer, self.dtype, shape, new.nbytes, share, names)
+
+    def _moved(self, options: ApplyOptions) -> tuple[Raw, float]:
         """Return the stored values with the edits applied to the current ones, and the share.
 
         On top of earlier ones, they are those that all of them make of the original at once:
@@ -352,7 +348,9 @@ class _StoredLayer:
             if same_values(self._after(self.earlier), self.current):
                 new = all_in_place
             elif not options.force:
-                self._refuse_others(all_in_place)
+                if same_values(all_in_place, self.current):
+                    self._refuse_applied()
+                self._refuse_lacking(self.earlier, self.edits)
         elif not options.force:
             self._require_original(deltas)
         if not math.isfinite(share):
@@ -362,7 +360,7 @@ class _StoredLayer:
             )
         return new, share
 
-    def reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
+    def _reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
         """Return the stored values that stood there before the edits, and the share."""
         before = self._after(self.earlier)
         edited = self._after([*self.earlier, *self.edits])
@@ -387,17 +385,8 @@ class _StoredLayer:
         deltas = self._deltas(_in_order(edits))
         return moved_values(self._before(), deltas, self.dtype)[0] if edits else self._before()
 
-    def _refuse_others(self, all_in_place: Raw) -> None:
-        """Raise StaleError: the layer is not what the earlier edits made of it."""
-        if same_values(all_in_place, self.current):
-            self._refuse_applied()
-        self._refuse_lacking(self.earlier, self.edits)
-
     def _refuse_applied(self) -> None:
-        raise StaleError(
-            f"{self.path} already holds {_names(self.edits)}",
-            hint="--revert to undo",
-        )
+        raise StaleError(f"{self.path} already holds {_names(self.edits)}", hint="--revert to undo")
 
     def _refuse_lacking(self, earlier: Sequence[Edit], later: Sequence[Edit]) -> None:
         lacks = same_values(self._before(), self.current)

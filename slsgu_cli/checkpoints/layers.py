@@ -44,6 +44,7 @@ class Layer:
     third: int | None
 
     @staticmethod
+    @functools.cache
     def parse(name: str) -> "Layer":
         """Return the layer of a name, as records and files spell it.
 
@@ -51,7 +52,15 @@ class Layer:
         >>> layer.parameter, layer.block, layer.third
         ('visual.transformer.resblocks.7.attn.in_proj_weight', 7, 1)
         """
-        return _parsed(name)
+        third = _THIRD.fullmatch(name)
+        tower = Tower.VISION if name.startswith("visual.") else Tower.TEXT
+        return Layer(
+            name,
+            parameter=third[1] if third else name,
+            tower=None if _NEITHER.match(name) else tower,
+            block=block_of(name),
+            third=LETTERS.index(third[2]) if third else None,
+        )
 
     @property
     def short(self) -> str:
@@ -85,19 +94,6 @@ class Layer:
         whole = deepcopy(values)
         self.rows(whole)[...] = new
         return whole
-
-
-@functools.cache
-def _parsed(name: str) -> Layer:
-    third = _THIRD.fullmatch(name)
-    tower = Tower.VISION if name.startswith("visual.") else Tower.TEXT
-    return Layer(
-        name,
-        parameter=third[1] if third else name,
-        tower=None if _NEITHER.match(name) else tower,
-        block=block_of(name),
-        third=LETTERS.index(third[2]) if third else None,
-    )
 
 
 def third_of(values: Any, third: int) -> Any:
@@ -190,36 +186,23 @@ class Spelling(StrEnum):
 
 
 # The names that tell where a tower is, and what must not stand before it.
-_ANCHORS = (
-    (Tower.TEXT, Spelling.TRANSFORMERS, re.compile(r"(.*\.|)embeddings\.token_embedding\.weight")),
-    (
-        Tower.VISION,
-        Spelling.TRANSFORMERS,
-        re.compile(r"(.*\.|)embeddings\.patch_embedding\.weight"),
-    ),
-    (
-        Tower.TEXT,
-        Spelling.OPEN_CLIP,
-        re.compile(r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
-    ),
-    (
-        Tower.TEXT,
-        Spelling.OPEN_CLIP,
-        re.compile(r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*"),
-    ),
-    # SigLIP's have what CLIP's have not.
-    (Tower.TEXT, Spelling.SIGLIP, re.compile(r"((?:.*\.|)text_model\.)head\.weight")),
-    (Tower.VISION, Spelling.SIGLIP, re.compile(r"(.*\.|)embeddings\.patch_embedding\.bias")),
-    # The text tower of a Chinese CLIP.
-    (
-        Tower.TEXT,
-        Spelling.BERT,
-        re.compile(r"((?:.*\.|)text_model\.)embeddings\.word_embeddings\.weight"),
-    ),
-    # A text tower of another family, as open_clip holds it.
-    (Tower.TEXT, Spelling.OPEN_CLIP, re.compile(r"((?!.*visual\.)(?:.*\.|)text\.).*")),
-    (Tower.VISION, Spelling.OPEN_CLIP, re.compile(r"(.*\.|)visual\..*")),
-)
+_ANCHORS = [
+    (tower, spelling, re.compile(anchor))
+    for tower, spelling, anchor in (
+        (Tower.TEXT, Spelling.TRANSFORMERS, r"(.*\.|)embeddings\.token_embedding\.weight"),
+        (Tower.VISION, Spelling.TRANSFORMERS, r"(.*\.|)embeddings\.patch_embedding\.weight"),
+        (Tower.TEXT, Spelling.OPEN_CLIP, r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
+        (Tower.TEXT, Spelling.OPEN_CLIP, r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*"),
+        # SigLIP's have what CLIP's have not.
+        (Tower.TEXT, Spelling.SIGLIP, r"((?:.*\.|)text_model\.)head\.weight"),
+        (Tower.VISION, Spelling.SIGLIP, r"(.*\.|)embeddings\.patch_embedding\.bias"),
+        # The text tower of a Chinese CLIP.
+        (Tower.TEXT, Spelling.BERT, r"((?:.*\.|)text_model\.)embeddings\.word_embeddings\.weight"),
+        # A text tower of another family, as open_clip holds it.
+        (Tower.TEXT, Spelling.OPEN_CLIP, r"((?!.*visual\.)(?:.*\.|)text\.).*"),
+        (Tower.VISION, Spelling.OPEN_CLIP, r"(.*\.|)visual\..*"),
+    )
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +263,9 @@ class TensorPlace:
         return _led(whole, self.lead)[::-1] if self.transposed else _led(whole, self.lead)
 
 
+Places = tuple[TensorPlace, ...]
+
+
 def _led(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
     """Return a shape with an axis of one before it, or without the one that it has there."""
     if axes > 0:
@@ -323,7 +309,7 @@ class TowerNames:
         in_blocks = [f"{self.blocks}.{block}.{name}" for block in range(blocks) for name in inside]
         return [self.start + name for name in (*self.outside, *self.beside, *in_blocks)]
 
-    def places(self, name: str, block: int | None, prefix: str) -> tuple[TensorPlace, ...]:
+    def places(self, name: str, block: int | None, prefix: str) -> Places:
         """Return where a tensor lies that open_clip calls `name`, after `start`, in a block."""
         if name in self.beside:
             place, prefix = self.beside[name], prefix.removesuffix(self.inner)
@@ -471,7 +457,7 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
     return sorted(places, key=lambda place: (place.tower, place.prefix, place.spelling))
 
 
-def tensor_places(name: str, tower_place: TowerPlace) -> tuple[TensorPlace, ...]:
+def tensor_places(name: str, tower_place: TowerPlace) -> Places:
     """Return the tensors of a tower that hold the layer open_clip calls `name`, in order.
 
     Empty where the layer is of the other tower, or has no counterpart in this spelling.

@@ -17,6 +17,7 @@ import numpy as np
 from slsgu_cli.checkpoints.layers import (
     SCALES,
     Layer,
+    Places,
     Spelling,
     TensorPlace,
     TowerPlace,
@@ -26,28 +27,23 @@ from slsgu_cli.checkpoints.layers import (
     tower_places,
 )
 from slsgu_cli.checkpoints.tensor_file import (
-    CHUNK,
     CONVERT_HINT,
-    FLOATS,
     Floats,
     NewTensor,
     Raw,
-    Splice,
+    TensorEntry,
     TensorFile,
     canonical_name,
+    layer_digest,
     looks_like_safetensors,
     open_safetensors,
-    rounded,
-    widen,
+    values_digest,
 )
-from slsgu_cli.checkpoints.torch_archive import open_torch
+from slsgu_cli.checkpoints.torch_archive import ZIP_START, open_torch
 from slsgu_cli.errors import InputError, MissingError, listed
 from slsgu_cli.records.method import Tower
-from slsgu_cli.store.files import copy_file, write_at
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-DIGEST_PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 THREADS = 8
 
@@ -89,86 +85,47 @@ def read_layer(path: Path, name: str) -> Floats:
     return values
 
 
-def layer_digests(values: Floats) -> dict[str, str]:
-    """Return digests of a layer's values as they are in fp32, rounded to fp16, to bf16.
-
-    Equal digests under `fp32` and `fp16` mean that the values are all fp16 numbers.
-    """
-    return {precision: layer_digest(values, precision) for precision in DIGEST_PRECISIONS}
-
-
-def layer_digest(values: Floats, precision: str) -> str:
-    """Return the digest of values rounded to `precision`: fp32, fp16 or bf16."""
-    flat = values.reshape(-1)
-    whole = hashlib.sha256()
-    for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK].astype(np.float32, copy=False)
-        wide = rounded(part, DIGEST_PRECISIONS[precision])
-        whole.update(np.ascontiguousarray(wide, "<f4").data)
-    return whole.hexdigest()
-
-
 def file_fingerprint(path: Path, instead: Mapping[str, Floats] | None = None) -> str:
     """Return 64 hexadecimal digits that name the weights a file holds.
 
-    Parameters of `instead` count with these values in place of their own.
-
-    The same weights have one fingerprint in every container and after upcasting, for the
-    values are hashed as fp32 under open_clip's names; what a checkpoint keeps beside its
-    weights does not count.
+    Parameters of `instead` count with these values in place of their own. The same weights have
+    one fingerprint in every container and after upcasting, for the values are hashed as fp32
+    under open_clip's names; what a checkpoint keeps beside its weights does not count.
     """
     file = open_weights(path)
-    names = {canonical_name(name): name for name in file.names()}
+    entries = {canonical_name(name): file.entry(name) for name in file.names()}
     other = {
         canonical_name(file.resolve_name(name)): values for name, values in (instead or {}).items()
     }
 
     def digest(name: str) -> str:
-        if name in other:
-            return layer_digest(other[name], "fp32")
-        return _tensor_digest(file, names[name])
+        return values_digest(file.chunks(entries[name].name), entries[name].dtype)
 
-    shapes = {name: file.entry(stored).shape for name, stored in names.items()}
-    return combined_fingerprint(shapes, digest)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return combined_fingerprint(shapes, digest, other)
 
 
 def combined_fingerprint(
-    shapes: Mapping[str, tuple[int, ...]], digest: Callable[[str], str]
+    shapes: Mapping[str, tuple[int, ...]],
+    digest: Callable[[str], str],
+    instead: Mapping[str, Floats],
 ) -> str:
-    """Return the fingerprint of weights from their shapes and `digest`, which hashes one."""
+    """Return the fingerprint of weights of some shapes: `digest` hashes what `instead` lacks."""
+
+    def digest_of(name: str) -> str:
+        return layer_digest(instead[name], "fp32") if name in instead else digest(name)
+
     names = sorted(shapes)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(digest, names))
-    whole = hashlib.sha256()
-    for name, value in zip(names, digests, strict=True):
-        whole.update(f"{name} {list(shapes[name])} {value}\n".encode())
-    return whole.hexdigest()
-
-
-def values_digest(chunks: Iterable[Raw], dtype: str) -> str:
-    """Return the digest of stored elements that stand in the number format `dtype`."""
-    value = hashlib.sha256()
-    if dtype not in FLOATS:
-        value.update(f"{dtype} ".encode())
-    for chunk in chunks:
-        wide = widen(chunk, dtype).astype("<f4", copy=False) if dtype in FLOATS else chunk
-        value.update(np.ascontiguousarray(wide).data)
-    return value.hexdigest()
-
-
-def copy_spliced(source: Path, target: Path, splices: Iterable[Splice]) -> None:
-    """Copy a file to a new place and overwrite the spliced bytes in the copy."""
-    copy_file(source, target)
-    write_at(target, ((splice.offset, splice.data) for splice in splices))
+        digests = list(pool.map(digest_of, names))
+    pairs = zip(names, digests, strict=True)
+    lines = (f"{name} {list(shapes[name])} {value}\n" for name, value in pairs)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are named like checkpoints, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-
-
-def _tensor_digest(file: TensorFile, name: str) -> str:
-    return values_digest(file.chunks(name), file.entry(name).dtype)
 
 
 # What a model_cfg says of a CLIP whose towers are plain transformers, and nothing beside.
@@ -185,13 +142,12 @@ def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
     None for a configuration of any other kind than plain transformers: these are built.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
-    plain = (
+    if not (
         config.keys() <= _PLAIN
         and _PLAIN_VISION <= vision.keys() <= _PLAIN_VISION | _SILENT
         and _PLAIN_TEXT <= text.keys() <= _PLAIN_TEXT | _SILENT | _TOKENIZER
         and all(isinstance(vision[name], int) for name in _PLAIN_VISION)
-    )
-    if not plain:
+    ):
         return None
     width, patch, embed = vision["width"], vision["patch_size"], config["embed_dim"]
     positions = (vision["image_size"] // patch) ** 2 + 1
@@ -207,8 +163,8 @@ def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
     }
     for tower, part in ((Tower.VISION, vision), (Tower.TEXT, text)):
         for name in names(tower, part["layers"]):
-            if name not in shapes:
-                shapes[name] = _plain_shape(name, part["width"], part.get("mlp_ratio", 4.0))
+            shape = _plain_shape(name, part["width"], part.get("mlp_ratio", 4.0))
+            shapes.setdefault(name, shape)
     return shapes
 
 
@@ -221,14 +177,20 @@ def _plain_shape(name: str, width: int, mlp_ratio: float) -> tuple[int, ...]:
         rows = int(width * mlp_ratio)
     elif "c_proj" in name:
         columns = int(width * mlp_ratio)
-    is_matrix = name.endswith("weight") and "ln_" not in name
-    return (rows, columns) if is_matrix else (rows,)
+    return (rows, columns) if name.endswith("weight") and "ln_" not in name else (rows,)
 
 
-def assembled(places: Sequence[TensorPlace], tensors: Mapping[str, Raw]) -> Raw:
-    """Return a layer in open_clip's shape from the tensors that hold it, by their names."""
-    parts = [place.to_layer(tensors[place.key]) for place in places]
+def assembled(places: Sequence[TensorPlace], tensors: Callable[[str], Raw]) -> Raw:
+    """Return a layer in open_clip's shape from what `tensors` says of those that hold it."""
+    return _joined([place.to_layer(tensors(place.key)) for place in places])
+
+
+def _joined(parts: Sequence[Raw]) -> Raw:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
 
 def placed(
@@ -268,6 +230,14 @@ class WeightSet:
         """Return the file, or the first of the shards, to name this set by."""
         return next(iter(self.files))
 
+    def entry(self, key: str) -> TensorEntry:
+        """Return where a tensor lies in its file."""
+        return self.files[self.owners[key]].entry(key)
+
+    def stored(self, key: str) -> Raw:
+        """Return a tensor's elements as they are stored, in its shape."""
+        return self.files[self.owners[key]].stored(key)
+
     def holds(self, places: Sequence[TensorPlace]) -> bool:
         """Return whether every one of some tensors is there. Raises InputError for a part."""
         missing = [place.key for place in places if place.key not in self.owners]
@@ -280,30 +250,22 @@ class WeightSet:
 
     def shape(self, places: Sequence[TensorPlace]) -> tuple[int, ...]:
         """Return a layer's shape as open_clip has it."""
-        entries = [self.files[self.owners[place.key]].entry(place.key) for place in places]
-        shapes = [place.shape(entry.shape) for place, entry in zip(places, entries, strict=True)]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+        return _joined_shape([place.shape(self.entry(place.key).shape) for place in places])
+
+    def number_format(self, places: Iterable[TensorPlace]) -> str:
+        """Return the number format of some tensors. Raises InputError where they have several."""
+        formats = {place.key: self.entry(place.key).dtype for place in places}
+        if len({*formats.values()}) > 1:
+            raise InputError(
+                f"{', '.join(formats)} are of different number formats in {self.path}",
+                hint="save the model again in one precision",
+            )
+        return next(iter(formats.values()))
 
     def layer(self, places: Sequence[TensorPlace]) -> tuple[Raw, str]:
         """Return a layer's stored values in open_clip's shape, and their number format."""
-        files = {place.key: self.files[self.owners[place.key]] for place in places}
-        formats = {file.entry(key).dtype for key, file in files.items()}
-        if len(formats) > 1:
-            raise InputError(
-                f"{', '.join(files)} are of different number formats in {self.path}",
-                hint="save the model again in one precision",
-            )
-        return assembled(places, {key: f.stored(key) for key, f in files.items()}), formats.pop()
-
-    def whole_model(self) -> dict[str, tuple[TensorPlace, ...]]:
-        """Return where each tensor of a model of transformers lies, by open_clip's name for it."""
-        places: dict[str, tuple[TensorPlace, ...]] = {}
-        for spelling in sorted({tower.spelling for tower in self.towers}):
-            places |= {name: (place,) for name, place in SCALES[spelling].items()}
-        for tower in self.towers:
-            for name in names(tower.tower, self.blocks(tower), tower.spelling):
-                places[name] = tensor_places(name, tower)
-        return places
+        dtype = self.number_format(places)
+        return assembled(places, self.stored), dtype
 
     def blocks(self, tower_place: TowerPlace) -> int:
         """Return how many blocks a tower has."""
@@ -352,13 +314,10 @@ def read_weight_sets(folder: Path) -> tuple[list[WeightSet], dict[Path, str]]:
         try:
             if len(name) > 1 and len(paths) != int(name[1]):
                 raise InputError(f"only {len(paths)} of its {int(name[1])} shards are there")
-            weights = read_weight_set(paths)
+            weight_sets.append(read_weight_set(paths))
         except InputError as error:
             unread |= dict.fromkeys(paths, error.message)
-            continue
-        if weights.towers:
-            weight_sets.append(weights)
-    return weight_sets, unread
+    return [weights for weights in weight_sets if weights.towers], unread
 
 
 # What a file of a CLIP may hold beside its weights; every library makes it anew.
@@ -383,7 +342,7 @@ class Conversion:
 
     def tensors(self) -> list[NewTensor]:
         """Return the tensors of the file. Raises InputError where some have no place in it."""
-        pieces: dict[str, list[tuple[TensorPlace, tuple[TensorPlace, ...]]]] = {}
+        pieces: dict[str, list[tuple[TensorPlace, Places]]] = {}
         used: set[str] = set()
         for name, (sources, places) in self._both_places().items():
             if not self.weights.holds(sources):
@@ -396,7 +355,7 @@ class Conversion:
         self._require_all(used)
         return [self._tensor(key, parts) for key, parts in pieces.items()]
 
-    def _both_places(self) -> dict[str, tuple[tuple[TensorPlace, ...], tuple[TensorPlace, ...]]]:
+    def _both_places(self) -> dict[str, tuple[Places, Places]]:
         """Return where each tensor lies and where it goes, by open_clip's name for it."""
         both = {}
         for tower in self.towers:
@@ -408,15 +367,14 @@ class Conversion:
             for name in SCALES[self.names]:
                 # A file may hold it as a number, or as a list of one.
                 key = keys.get(name, name)
-                known = key in self.weights.owners
-                axes = len(self.weights.shape((TensorPlace(key),))) if known else 0
+                axes = len(self.weights.entry(key).shape) if key in self.weights.owners else 0
                 place = SCALES[self.towers[0].spelling].get(name, TensorPlace(name))
                 both[name] = ((TensorPlace(key, lead=-axes),), (place,))
         return both
 
     def _require_all(self, used: set[str]) -> None:
         """Raise InputError where the other layout has no place for a tensor."""
-        left = (key for key in self.weights.owners if key not in used)
+        left = self.weights.owners.keys() - used
         others = sorted(key for key in left if not _BUFFER.fullmatch(key))
         if len(self.towers) < len(Tower):
             others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
@@ -426,36 +384,17 @@ class Conversion:
                 "place for"
             )
 
-    def _tensor(
-        self, key: str, parts: list[tuple[TensorPlace, tuple[TensorPlace, ...]]]
-    ) -> NewTensor:
+    def _tensor(self, key: str, parts: list[tuple[TensorPlace, Places]]) -> NewTensor:
         """Return a tensor of the other layout, which may hold several of this one."""
         ordered = sorted(parts, key=lambda part: part[0].within or 0)
-        entries = [
-            self.weights.files[self.weights.owners[place.key]].entry(place.key)
-            for _, sources in ordered
-            for place in sources
-        ]
-        formats = sorted({entry.dtype for entry in entries})
-        if len(formats) > 1:
-            raise InputError(
-                f"{', '.join(entry.name for entry in entries)} are of different number formats "
-                f"in {self.weights.path}",
-                hint="save the model again in one precision",
-            )
         shapes = [
             place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(sources))).shape
             for place, sources in ordered
         ]
-        shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if shapes[0] else ()
 
         def values() -> Raw:
-            layers = [
-                place.from_layer(
-                    assembled(sources, {each.key: self.current(each.key) for each in sources})
-                )
-                for place, sources in ordered
-            ]
-            return layers[0] if len(layers) == 1 else np.concatenate(layers)
+            layers = ((place, assembled(sources, self.current)) for place, sources in ordered)
+            return _joined([place.from_layer(layer) for place, layer in layers])
 
-        return NewTensor(key, formats[0], shape, values)
+        dtype = self.weights.number_format(each for _, sources in ordered for each in sources)
+        return NewTensor(key, dtype, _joined_shape(shapes), values)

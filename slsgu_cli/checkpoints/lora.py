@@ -109,7 +109,8 @@ class Decomposed:
 
 def _delta(places: Sequence[TensorPlace], factors: Mapping[str, Factors]) -> Floats:
     tensors = {key: one.up @ one.down for key, one in factors.items()}
-    whole: Floats = assembled([replace(place, within=None) for place in places], tensors)
+    alone = [replace(place, within=None) for place in places]
+    whole: Floats = assembled(alone, tensors.__getitem__)
     return np.ascontiguousarray(whole, dtype=np.float32)
 
 

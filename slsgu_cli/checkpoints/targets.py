@@ -81,27 +81,13 @@ def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
     With `norm`, the final norm is applied to it.
     """
     return ReadFrom(
-        tower=Tower.TEXT,
-        blocks=blocks - 1,
-        norm=norm,
-        projection=False,
-        reads=PENULTIMATE,
+        tower=Tower.TEXT, blocks=blocks - 1, norm=norm, projection=False, reads=PENULTIMATE
     )
 
 
 PENULTIMATE = "the penultimate hidden state"
 PENULTIMATE_AND_POOLED = f"{PENULTIMATE} and the projected pooled vector"
 POOLED, EVERY_TOKEN = "the pooled vector alone", "every token"
-
-
-def whole_text(reads: str) -> ReadFrom:
-    """Return that what is read of a text encoder depends on all of it; `reads` says what."""
-    return ReadFrom(tower=Tower.TEXT, reads=reads)
-
-
-def pooled_state(blocks: int | None) -> ReadFrom:
-    """Return that a text encoder's last state is read where the text ends, not projected."""
-    return replace(last_state(blocks), reads=POOLED)
 
 
 def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
@@ -111,27 +97,27 @@ def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
     """
     states = [state if state >= 0 else blocks + 1 + state for state in layers]
     names = ", ".join(str(state) for state in layers)
+    reads = f"vision layer {names}"
     return ReadFrom(
-        tower=Tower.VISION,
-        blocks=max(states),
-        norm=False,
-        projection=False,
-        reads=f"vision layer {names}",
+        tower=Tower.VISION, blocks=max(states), norm=False, projection=False, reads=reads
     )
 
 
 def unpooled() -> ReadFrom:
     """Return that a vision tower is read after its final norm, without its attention pool."""
-    return ReadFrom(
-        tower=Tower.VISION,
-        projection=False,
-        reads="the last hidden state, after the final norm",
-    )
+    reads = "the last hidden state, after the final norm"
+    return ReadFrom(tower=Tower.VISION, projection=False, reads=reads)
 
 
 def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
     """Return that all of CLIP's towers are read."""
     return tuple(ReadFrom(tower=tower) for tower in towers)
+
+
+def _why_not(read_from: Sequence[ReadFrom], layer: str) -> str | None:
+    """Return why a layer cannot influence anything that is read; None where it can."""
+    reasons = [read.why_not(layer) for read in read_from]
+    return None if None in reasons else reasons[-1]
 
 
 # What reads the prompts of a kind of pipelines, where there are several.
@@ -211,8 +197,7 @@ class Encoder:
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target through this encoder, if so."""
-        reasons = [read_from.why_not(layer) for read_from in self.read_from]
-        return None if None in reasons else reasons[-1]
+        return _why_not(self.read_from, layer)
 
     def towers(self, weights: WeightSet) -> list[TowerPlace]:
         """Return the encoder's towers in one of its sets of weights."""
@@ -320,6 +305,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object")
     return content
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """Return what `read_config` does, and an empty object where there is no such file."""
+    return read_config(path) if path.is_file() else {}
 
 
 def require_inside(folder: Path) -> None:
@@ -467,11 +457,11 @@ def _text_read(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
     """Return what a pipeline reads of a text encoder; a `pooled` one projects its last state."""
     match family:
         case Family.FLUX:
-            return pooled_state(blocks)
+            return replace(last_state(blocks), reads=POOLED)
         case Family.SDXL if not pooled:
             return penultimate(blocks, norm=False)
         case Family.SDXL | Family.SD3:
-            return whole_text(PENULTIMATE_AND_POOLED)
+            return ReadFrom(tower=Tower.TEXT, reads=PENULTIMATE_AND_POOLED)
     return whole(Tower.TEXT)[0] if pooled else last_state(blocks)
 
 
@@ -479,14 +469,9 @@ def _single_file(path: Path) -> Target:
     weights = read_weight_set([path])
     _require_towers(path, [weights], {})
     texts = [place for _, place in _towers([weights], Tower.TEXT)]
-    family = next(
-        (
-            family
-            for start, family in SINGLE_FILES.items()
-            if any(place.prefix.startswith(start) for place in texts)
-        ),
-        None,
-    )
+    prefixes = [place.prefix for place in texts]
+    starts = [start for start in SINGLE_FILES if any(p.startswith(start) for p in prefixes)]
+    family = SINGLE_FILES[starts[0]] if starts else None
     if family is Family.SD3 and any(_OF_FLUX in key for key in weights.owners):
         family = Family.FLUX
     if family is not None:
@@ -504,8 +489,7 @@ def _single_file(path: Path) -> Target:
         return Target(path, family, encoders, readers=readers)
     if any(start in key for key in weights.owners for start in PROJECTORS):
         beside = path.parent / CONFIG
-        config = read_config(beside) if beside.is_file() else {}
-        encoder = Encoder("vision_tower", (weights,), (_features([weights], config),))
+        encoder = Encoder("vision_tower", (weights,), (_features([weights], config_of(beside)),))
         return Target(path, Family.LLAVA, (encoder,))
     towers = sorted({place.tower for place in weights.towers})
     return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(*towers)),))
@@ -561,8 +545,7 @@ class TargetLayers:
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target; None where it can."""
-        reasons = [read_from.why_not(layer) for read_from in self.read_from]
-        return None if None in reasons else reasons[-1]
+        return _why_not(self.read_from, layer)
 
 
 def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> TargetLayers:

@@ -1,6 +1,6 @@
-"""Tensors at known offsets of a file, their number formats, and the safetensors format."""
+"""Tensors at known offsets of a file, their number formats and digests; the safetensors format."""
 
-import difflib
+import hashlib
 import json
 import math
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.errors import InputError
-from slsgu_cli.store.files import LENGTH, safetensors_header
+from slsgu_cli.errors import InputError, near_names
+from slsgu_cli.store.files import LENGTH, copy_file, safetensors_header, write_at
 
 Floats = npt.NDArray[np.floating[Any]]
 Raw = npt.NDArray[Any]
@@ -38,6 +38,8 @@ STORAGE: dict[str, str] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 PRECISION = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+DIGEST_PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+CHUNK = 1 << 20
 BFLOAT16_QUIET = np.uint32(0x0040_0000)
 
 
@@ -95,7 +97,33 @@ def _to_odd(values: Floats) -> npt.NDArray[np.float32]:
     return odd
 
 
-CHUNK = 1 << 20
+def layer_digests(values: Floats) -> dict[str, str]:
+    """Return digests of a layer's values as they are in fp32, rounded to fp16, to bf16.
+
+    Equal digests under `fp32` and `fp16` mean that the values are all fp16 numbers.
+    """
+    return {precision: layer_digest(values, precision) for precision in DIGEST_PRECISIONS}
+
+
+def layer_digest(values: Floats, precision: str) -> str:
+    """Return the digest of values rounded to `precision`: fp32, fp16 or bf16."""
+    flat, dtype = values.reshape(-1), DIGEST_PRECISIONS[precision]
+    parts = (flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK))
+    singles = (part.astype(np.float32, copy=False) for part in parts)
+    return values_digest((narrow(single, dtype) for single in singles), dtype)
+
+
+def values_digest(chunks: Iterable[Raw], dtype: str) -> str:
+    """Return the digest of stored elements that stand in the number format `dtype`."""
+    value = hashlib.sha256()
+    if dtype not in FLOATS:
+        value.update(f"{dtype} ".encode())
+    for chunk in chunks:
+        wide = widen(chunk, dtype).astype("<f4", copy=False) if dtype in FLOATS else chunk
+        value.update(np.ascontiguousarray(wide).data)
+    return value.hexdigest()
+
+
 # What torch.compile puts before every name, and training in several processes.
 COMPILED = "_orig_mod."
 TRAINING_PREFIXES = ("module.", COMPILED)
@@ -118,11 +146,6 @@ class TensorEntry:
     nbytes: int
     strides: tuple[int, ...] | None = None
 
-    @property
-    def size(self) -> int:
-        """Return the number of elements."""
-        return math.prod(self.shape)
-
     def overlaps(self, other: "TensorEntry") -> bool:
         """Return whether the two share bytes."""
         return (
@@ -136,6 +159,12 @@ class Splice:
 
     offset: int
     data: bytes | memoryview
+
+
+def copy_spliced(source: Path, target: Path, splices: Iterable[Splice]) -> None:
+    """Copy a file to a new place and overwrite the spliced bytes in the copy."""
+    copy_file(source, target)
+    write_at(target, ((splice.offset, splice.data) for splice in splices))
 
 
 class TensorFile:
@@ -158,7 +187,7 @@ class TensorFile:
     def entry(self, name: str) -> TensorEntry:
         """Return where the tensor the file calls `name` lies. Raises InputError."""
         if name not in self._entries:
-            near = near_names(name, map(canonical_name, self._entries))
+            near = near_names(name, [*map(canonical_name, self._entries)])
             raise InputError(f"{self.path} holds no {name}{near}")
         return self._entries[name]
 
@@ -205,8 +234,8 @@ class TensorFile:
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
             for start in range(0, entry.nbytes, step):
-                data = file.read(min(step, entry.nbytes - start))
-                yield np.frombuffer(self._whole(data, min(step, entry.nbytes - start)), kind)
+                count = min(step, entry.nbytes - start)
+                yield np.frombuffer(self._whole(file.read(count), count), kind)
 
     def splices(self, patches: Mapping[str, Raw]) -> list[Splice]:
         """Return what to write into a copy of this file to give tensors new values.
@@ -301,12 +330,6 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def near_names(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message that names what may have been meant; empty without any."""
-    near = difflib.get_close_matches(name, list(names), n=3)
-    return f"; near names: {', '.join(near)}" if near else ""
-
-
 def strided(flat: Any, entry: TensorEntry) -> Raw:
     """Return the span `flat` of a tensor's elements in its shape."""
     if entry.strides is None:
@@ -335,7 +358,7 @@ def open_safetensors(path: Path) -> TensorFile:
         try:
             header, base = safetensors_header(part, total)
         except ValueError as error:
-            raise _damaged(path, str(error)) from error
+            raise damaged(path, str(error)) from error
     header.pop("__metadata__", None)
     entries = [_entry(path, name, value, base) for name, value in header.items()]
     _check_layout(path, entries, base, total)
@@ -346,15 +369,15 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the header's entry of {name} is malformed") from error
+        raise damaged(path, f"the header's entry of {name} is malformed") from error
     if not isinstance(dtype, str) or not isinstance(shape, list):
-        raise _damaged(path, f"the header's entry of {name} is malformed")
+        raise damaged(path, f"the header's entry of {name} is malformed")
     if not all(type(count) is int and count >= 0 for count in [*shape, begin, end]):
-        raise _damaged(path, f"the header's entry of {name} has odd figures")
+        raise damaged(path, f"the header's entry of {name} has odd figures")
     width = itemsize(dtype)
     nbytes = end - begin
     if nbytes < 0 or (width is not None and math.prod(shape) * width != nbytes):
-        raise _damaged(path, f"{name} ({dtype}, shape {shape}) cannot take {nbytes} bytes")
+        raise damaged(path, f"{name} ({dtype}, shape {shape}) cannot take {nbytes} bytes")
     return TensorEntry(name, dtype, tuple(shape), base + begin, nbytes)
 
 
@@ -363,11 +386,12 @@ def _check_layout(path: Path, entries: list[TensorEntry], base: int, total: int)
     position = base
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
-            raise _damaged(path, f"{entry.name} does not begin where the tensor before it ends")
+            raise damaged(path, f"{entry.name} does not begin where the tensor before it ends")
         position += entry.nbytes
     if position != total:
-        raise _damaged(path, f"its header tells of {position} bytes, the file has {total}")
+        raise damaged(path, f"its header tells of {position} bytes, the file has {total}")
 
 
-def _damaged(path: Path, why: str) -> InputError:
+def damaged(path: Path, why: str) -> InputError:
+    """Return the error of a file that is not whole."""
     return InputError(f"{path} is damaged: {why}", hint="fetch or copy the checkpoint again")

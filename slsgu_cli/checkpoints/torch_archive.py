@@ -4,7 +4,6 @@ TorchScript, as OpenAI's own files, has the same records beside its code.
 """
 
 import io
-import os
 import pickle
 import re
 import struct
@@ -24,32 +23,20 @@ from slsgu_cli.checkpoints.tensor_file import (
     Splice,
     TensorEntry,
     TensorFile,
+    damaged,
     itemsize,
 )
 from slsgu_cli.errors import InputError
 
-STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-    "ComplexDoubleStorage": "C128",
-    "UntypedStorage": "U8",
-}
-DTYPES = {
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
+# What storage classes, and number formats that have none, are called in a tensor's entry.
+FORMATS = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "UntypedStorage": "U8", "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 # Tensors of OpenAI's TorchScript models that are settings, not weights.
 ATTRIBUTES = ("attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -85,23 +72,16 @@ class PickledTensor:
 class Inert:
     """Stands in for an object that is not a tensor; keeps nothing, does nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> "Inert":
-        """Make one from any arguments."""
-        return object.__new__(cls)
-
     def __init__(self, *_: Any, **__: Any) -> None:
         """Take and forget any arguments."""
 
     def __setstate__(self, state: Any) -> None:
         """Forget a state."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def append(self, *_: Any) -> None:
         """Forget an item."""
 
-    def append(self, _: Any) -> None:
-        """Forget an item."""
-
-    add = extend = append
+    add = extend = __setitem__ = append
 
 
 class Script(Inert):
@@ -151,10 +131,8 @@ class _Reader(pickle._Unpickler):
                 "_rebuild_parameter_with_state": _parameter,
             }
             return known.get(name, Inert)
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return PickleKind(STORAGES[name])
-        if module == "torch" and name in DTYPES:
-            return PickleKind(DTYPES[name])
+        if module in ("torch", "torch.storage") and name in FORMATS:
+            return PickleKind(FORMATS[name])
         return Script if module.startswith("__torch__") else Inert
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -183,7 +161,7 @@ class _Reader(pickle._Unpickler):
 
 
 def read_pickle(path: Path, data: bytes) -> tuple[dict[str, PickledTensor], list[PickledTensor]]:
-    """Return the tensors of the state dict by name, and every tensor of the pickle.
+    """Return the tensors of the state dict by name, and the others of the pickle.
 
     Raises InputError where the pickle is broken or its tensors are not a state dict;
     a pickle of no tensors at all (training arguments, say) has none to offer.
@@ -195,21 +173,17 @@ def read_pickle(path: Path, data: bytes) -> tuple[dict[str, PickledTensor], list
             content = content.state_dict()
     except Exception as error:
         # A damaged pickle may fail in any way at all.
-        raise InputError(
-            f"{path} is damaged: its pickle cannot be read ({type(error).__name__}: {error})",
-            hint="fetch or copy the checkpoint again",
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    named = (
-        {key: value for key, value in state.items() if isinstance(value, PickledTensor)}
-        if isinstance(state, dict)
-        else {}
-    )
+        why = f"its pickle cannot be read ({type(error).__name__}: {error})"
+        raise damaged(path, why) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    items = state.items() if isinstance(state, dict) else ()
+    named = {key: value for key, value in items if isinstance(value, PickledTensor)}
     if not reader.tensors:
         return {}, []
     if not named or not all(isinstance(key, str) for key in named):
         raise InputError(f"{path} holds no state dict of named tensors", hint=CONVERT_HINT)
-    return named, reader.tensors
+    known = {id(tensor) for tensor in named.values()}
+    return named, [tensor for tensor in reader.tensors if id(tensor) not in known]
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -220,7 +194,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-LOCAL, LOCAL_SIZE, LOCAL_CRC = b"PK\x03\x04", 30, 14
+# A zip file begins with the header of its first record.
+ZIP_START, LOCAL_SIZE, LOCAL_CRC = b"PK\x03\x04", 30, 14
 DIRECTORY, DIRECTORY_SIZE, DIRECTORY_CRC = b"PK\x01\x02", 46, 16
 STORAGE_RECORD = "data/"
 # What TorchScript has beside its tensors, which may be compressed.
@@ -272,10 +247,8 @@ class TorchFile(TensorFile):
         for name in patches:
             self._refuse_shared(self.entry(name))
         changed = super().splices(patches)
-        return [
-            *changed,
-            *(fix for record in self._records for fix in self._fixes(record, changed)),
-        ]
+        fixes = [fix for record in self._records for fix in self._fixes(record, changed)]
+        return changed + fixes
 
     def _refuse_shared(self, entry: TensorEntry) -> None:
         for other in self._all:
@@ -298,14 +271,10 @@ class TorchFile(TensorFile):
         if not inside:
             return []
         before, after = self._checksums(record, inside)
-        stated = record.info.CRC
-        if before != stated:
-            if stated == 0:
+        if before != record.info.CRC:
+            if record.info.CRC == 0:
                 return []  # written with torch's checksums switched off: they stay off
-            raise InputError(
-                f"{self.path} is damaged: the checksum of {record.info.filename} is wrong",
-                hint="fetch or copy the checkpoint again",
-            )
+            raise damaged(self.path, f"the checksum of {record.info.filename} is wrong")
         data = struct.pack("<I", after)
         return [Splice(offset, data) for offset in self._checksum_offsets(record)]
 
@@ -320,9 +289,8 @@ class TorchFile(TensorFile):
                 low = max(splice.offset, start)
                 high = min(splice.offset + len(splice.data), start + len(data))
                 if low < high:
-                    new[low - start : high - start] = splice.data[
-                        low - splice.offset : high - splice.offset
-                    ]
+                    part = splice.data[low - splice.offset : high - splice.offset]
+                    new[low - start : high - start] = part
             after = zlib.crc32(new, after)
         return before, after
 
@@ -351,30 +319,21 @@ def open_torch(path: Path) -> TorchFile:
     except InputError:
         raise
     except BAD_ARCHIVE as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     if "byteorder" in located and _content(path, located["byteorder"]) != b"little":
         raise InputError(f"{path} is in big-endian byte order", hint=CONVERT_HINT)
-    named, tensors = read_pickle(path, _content(path, located["data.pkl"]))
-    records = {
-        name.removeprefix(STORAGE_RECORD): record
-        for name, record in located.items()
-        if name.startswith(STORAGE_RECORD)
-    }
-    entries = [_entry(path, name, tensor, records) for name, tensor in named.items()]
-    known = {id(tensor) for tensor in named.values()}
-    unnamed = [
-        _entry(path, "a tensor outside the state dict", tensor, records)
-        for tensor in tensors
-        if id(tensor) not in known
-    ]
-    is_script = "constants.pkl" in located
-    return TorchFile(path, entries, unnamed, list(records.values()), is_script=is_script)
+    named, others = read_pickle(path, _content(path, located["data.pkl"]))
+    entries = [_entry(path, name, tensor, located) for name, tensor in named.items()]
+    outside = "a tensor outside the state dict"
+    unnamed = [_entry(path, outside, tensor, located) for tensor in others]
+    records = list(located.values())
+    return TorchFile(path, entries, unnamed, records, is_script="constants.pkl" in located)
 
 
 def _folder(path: Path, archive: zipfile.ZipFile) -> str:
     names = archive.namelist()
     if len(set(names)) != len(names):
-        raise _damaged(path, "two records have the same name")
+        raise damaged(path, "two records have the same name")
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path} is a zip file, but not one that torch.save wrote")
@@ -384,9 +343,8 @@ def _folder(path: Path, archive: zipfile.ZipFile) -> str:
 def _records(path: Path, archive: zipfile.ZipFile) -> list[Record]:
     """Locate every record's bytes and its place in the central directory."""
     records = []
-    position = archive.start_dir
+    position, total = archive.start_dir, path.stat().st_size
     with path.open("rb") as file:
-        total = os.fstat(file.fileno()).st_size
         for info in archive.infolist():
             is_code = CODE.search(info.filename) is not None
             if info.compress_type != zipfile.ZIP_STORED and not is_code:
@@ -395,12 +353,12 @@ def _records(path: Path, archive: zipfile.ZipFile) -> list[Record]:
             local = file.read(LOCAL_SIZE)
             file.seek(position)
             listed = file.read(DIRECTORY_SIZE)
-            if local[:4] != LOCAL or listed[:4] != DIRECTORY:
-                raise _damaged(path, f"{info.filename} is not where the archive says")
+            if local[:4] != ZIP_START or listed[:4] != DIRECTORY:
+                raise damaged(path, f"{info.filename} is not where the archive says")
             start = info.header_offset + LOCAL_SIZE + sum(struct.unpack_from("<2H", local, 26))
             if not is_code:
                 if info.file_size != info.compress_size or start + info.file_size > total:
-                    raise _damaged(path, f"{info.filename} is cut short")
+                    raise damaged(path, f"{info.filename} is cut short")
                 records.append(Record(info, start, position))
             position += DIRECTORY_SIZE + sum(struct.unpack_from("<3H", listed, 28))
     return records
@@ -412,24 +370,23 @@ def _content(path: Path, record: Record) -> bytes:
         file.seek(record.start)
         data = file.read(record.info.file_size)
     if record.info.CRC and zlib.crc32(data) != record.info.CRC:
-        raise _damaged(path, f"the checksum of {record.info.filename} is wrong")
+        raise damaged(path, f"the checksum of {record.info.filename} is wrong")
     return data
 
 
 def _entry(
     path: Path, name: str, tensor: PickledTensor, records: Mapping[str, Record]
 ) -> TensorEntry:
-    storage = tensor.storage
-    record = records.get(storage.key)
+    record = records.get(f"{STORAGE_RECORD}{tensor.storage.key}")
     if record is None:
-        raise _damaged(path, f"the bytes of {name} are missing")
+        raise damaged(path, f"the bytes of {name} are missing")
     width = itemsize(tensor.dtype) or 1
     empty = 0 in tensor.shape
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     nbytes = 0 if empty else (last + 1) * width
     offset = tensor.start * width
-    if max(offset + nbytes, storage.nbytes) > record.info.file_size and not empty:
-        raise _damaged(path, f"{name} reaches beyond its bytes")
+    if max(offset + nbytes, tensor.storage.nbytes) > record.info.file_size and not empty:
+        raise damaged(path, f"{name} reaches beyond its bytes")
     strides = None if empty or _in_order(tensor) else tensor.strides
     return TensorEntry(name, tensor.dtype, tensor.shape, record.start + offset, nbytes, strides)
 
@@ -441,7 +398,3 @@ def _in_order(tensor: PickledTensor) -> bool:
             return False
         expected *= count
     return True
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is damaged: {why}", hint="fetch or copy the checkpoint again")

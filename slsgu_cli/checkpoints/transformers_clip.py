@@ -12,25 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import Spelling, TensorPlace
-from slsgu_cli.checkpoints.layouts import (
-    WeightSet,
-    combined_fingerprint,
-    layer_digest,
-    read_weight_sets,
-    values_digest,
-)
+from slsgu_cli.checkpoints.layers import SCALES, Places, Spelling, names, tensor_places
+from slsgu_cli.checkpoints.layouts import WeightSet, combined_fingerprint, read_weight_sets
 from slsgu_cli.checkpoints.targets import (
     CONFIG,
     NAFLEX,
     NAFLEX_HINT,
     OPEN_CLIP,
     SIGLIP,
+    config_of,
     kind_of,
     read_config,
     require_inside,
 )
-from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, widen
+from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, values_digest, widen
 from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import Tower
@@ -50,11 +45,11 @@ INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 def is_clip(folder: Path) -> bool:
     """Return whether a folder holds a model of transformers of one of `FAMILIES`."""
-    return (folder / CONFIG).is_file() and _type(folder) in FAMILIES
+    return _type(folder) in FAMILIES
 
 
 def _type(folder: Path) -> str:
-    return str(read_config(folder / CONFIG).get("model_type"))
+    return str(config_of(folder / CONFIG).get("model_type"))
 
 
 def other_model(folder: Path) -> tuple[str, str] | None:
@@ -62,7 +57,7 @@ def other_model(folder: Path) -> tuple[str, str] | None:
 
     None where it holds none, or one that is known.
     """
-    config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = config_of(folder / CONFIG)
     if not config or is_clip(folder):
         return None
     what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
@@ -170,9 +165,8 @@ def check_size(model: Mapping[str, Any], nbytes: int) -> None:
 
 
 def _is_size(name: str, value: Any) -> bool:
-    sizes = (
-        value if isinstance(value, list | tuple) and len(value) in LISTS.get(name, ()) else [value]
-    )
+    is_list = isinstance(value, list | tuple) and len(value) in LISTS.get(name, ())
+    sizes = value if is_list else [value]
     most = LARGEST.get(name, LARGEST_OTHER)
     return all(type(size) is int and 0 < size <= most for size in sizes)
 
@@ -201,7 +195,8 @@ class Family:
     fields whether open_clip can have their values, and `model_cfg` gets the configuration with
     its parts `text` and `vision` filled up. `for_transformers` is the way back: a
     configuration of a model_cfg; None where nothing of open_clip's goes that way. `names` says
-    by whose names its tensors are listed.
+    by whose names its tensors are listed, and `processor` how the names of transformers' classes
+    begin that prepare inputs.
     """
 
     name: str
@@ -213,8 +208,7 @@ class Family:
     model_cfg: Callable[[Part, Part, Part], Part]
     for_transformers: Callable[[Part], Part] | None
     names: Spelling = Spelling.TRANSFORMERS
-    image_processor: str = "CLIPImageProcessor"
-    processor: str = "CLIPProcessor"
+    processor: str = "CLIP"
 
 
 def _clip_fits(text: Part, vision: Part) -> dict[str, bool]:
@@ -443,10 +437,9 @@ FAMILIES = {
                      _metaclip_fits, _metaclip_config, _metaclip_for_transformers),
     SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
                    _siglip_fits, _siglip_config, _siglip_for_transformers,
-                   Spelling.SIGLIP, "SiglipImageProcessor", "SiglipProcessor"),
+                   Spelling.SIGLIP, "Siglip"),
     CHINESE_CLIP: Family("ChineseCLIPModel", CHINESE_TEXT, CLIP_VISION, {}, True,
-                         _chinese_fits, _chinese_config, None, Spelling.BERT,
-                         "ChineseCLIPImageProcessor", "ChineseCLIPProcessor"),
+                         _chinese_fits, _chinese_config, None, Spelling.BERT, "ChineseCLIP"),
 }  # fmt: skip
 KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
@@ -555,7 +548,8 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
 
     Raises InputError where open_clip has no such preprocessing.
     """
-    family = FAMILIES[_type(folder)] if is_clip(folder) else FAMILIES[CLIP]
+    family = FAMILIES.get(_type(folder), FAMILIES[CLIP])
+    preprocess = {**family.preprocess}
     path = folder / PREPROCESSOR
     if path.is_file():
         processor = read_config(path)
@@ -563,10 +557,9 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
         path = folder / PROCESSOR
         processor = read_config(path).get("image_processor", {})
     else:
-        return {**family.preprocess}
+        return preprocess
     if not isinstance(processor, dict):
         raise _wrong(folder, "image_processor", processor)
-    preprocess = {**family.preprocess}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
         if theirs in processor:
             preprocess[ours] = processor[theirs]
@@ -590,8 +583,8 @@ def transformers_preprocess(
     resamples = {name: number for number, name in INTERPOLATION.items()}
     crops = preprocess["resize_mode"] == "shortest"
     made = {
-        "image_processor_type": family.image_processor,
-        "processor_class": family.processor,
+        "image_processor_type": f"{family.processor}ImageProcessor",
+        "processor_class": f"{family.processor}Processor",
         "do_resize": True, "size": {"shortest_edge": size} if crops else sides,
         "resample": resamples.get(preprocess["interpolation"], 0),
         "do_center_crop": crops, "crop_size": sides,
@@ -633,7 +626,7 @@ class ClipWeights:
     def __init__(self, folder: Path) -> None:
         """Find the weights that transformers would load. Raises MissingError or InputError."""
         self.weights = _preferred(folder)
-        self._places: dict[str, tuple[TensorPlace, ...]] = self.weights.whole_model()
+        self._places = _places(self.weights)
         for places in self._places.values():
             if not self.weights.holds(places):
                 raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")
@@ -663,33 +656,35 @@ class ClipWeights:
 
         Parameters of `instead` count with these values in place of their own.
         """
-        other = instead or {}
-        return combined_fingerprint(
-            self.shapes(),
-            lambda name: layer_digest(other[name], "fp32") if name in other else self._digest(name),
-        )
+        return combined_fingerprint(self.shapes(), self._digest, instead or {})
 
     def _digest(self, name: str) -> str:
         places = self._places[name]
         if len(places) > 1 or not places[0].is_plain:
             stored, dtype = self.weights.layer(places)
             return values_digest([stored], dtype)
-        file = self.weights.files[self.weights.owners[places[0].key]]
-        return values_digest(file.chunks(places[0].key), file.entry(places[0].key).dtype)
+        key = places[0].key
+        file = self.weights.files[self.weights.owners[key]]
+        return values_digest(file.chunks(key), file.entry(key).dtype)
+
+
+def _places(weights: WeightSet) -> dict[str, Places]:
+    """Return where each tensor of a model lies, by open_clip's name for it."""
+    places: dict[str, Places] = {}
+    for spelling in sorted({tower.spelling for tower in weights.towers}):
+        places |= {name: (place,) for name, place in SCALES[spelling].items()}
+    for tower in weights.towers:
+        for name in names(tower.tower, weights.blocks(tower), tower.spelling):
+            places[name] = tensor_places(name, tower)
+    return places
 
 
 def _preferred(folder: Path) -> WeightSet:
     require_inside(folder)
     weight_sets, unread = read_weight_sets(folder)
-    towers = {Tower.TEXT, Tower.VISION}
-    whole = [
-        weights for weights in weight_sets if {place.tower for place in weights.towers} == towers
-    ]
-    for start in PREFERRED:
-        for weights in whole:
-            if weights.path.name.startswith(start):
-                return weights
+    whole = [each for each in weight_sets if {place.tower for place in each.towers} == {*Tower}]
+    first = [each for start in PREFERRED for each in whole if each.path.name.startswith(start)]
     if whole:
-        return whole[0]
+        return (first or whole)[0]
     why = f": {next(iter(unread.values()))}" if unread else ""
     raise MissingError(f"{folder} holds no weights of a whole CLIP{why}")

@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.apply import OURS, README, STANDARD_NAME, OtherLayout
 from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, tensor_places
 from slsgu_cli.checkpoints.layouts import WeightSet, clip_shapes
-from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, PIPELINE, Target, read_config
+from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, PIPELINE, Target, config_of
 from slsgu_cli.checkpoints.transformers_clip import (
     CLIP,
     CLIP_TEXT,
@@ -79,7 +79,7 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
     if name is None:
         return {}
     source = model.folder or _tokenizer_folder(name)
-    if source is None or "tokenizer_class" not in _config_of(source / TOKENIZER_CONFIG):
+    if source is None or "tokenizer_class" not in config_of(source / TOKENIZER_CONFIG):
         save_tokenizer(model, scratch)
         return {path.name: path for path in sorted(scratch.iterdir())}
     return _present(source, TOKENIZER_FILES)
@@ -111,10 +111,6 @@ def _tokenizer_folder(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except FETCH_ERRORS:
         return None
-
-
-def _config_of(path: Path) -> Mapping[str, object]:
-    return read_config(path) if path.is_file() else {}
 
 
 def why_not_loaded(folder: Path, original: ResolvedModel | None) -> str | None:
@@ -412,7 +408,7 @@ def _text_of(weights: WeightSet, model: ResolvedModel | None) -> tuple[str, int,
     """Return a text tower's activation and heads, and what else it has that CLIP's has not."""
     if model is None:
         beside = weights.path.parent / CONFIG
-        config: dict[str, Any] = {**CLIP_TEXT, **_config_of(beside)}
+        config: dict[str, Any] = {**CLIP_TEXT, **config_of(beside)}
         return str(config["hidden_act"]), int(config["num_attention_heads"]), []
     config = model.config | {"vision_cfg": {}, "init_logit_bias": None}
     made, lacks = transformers_config(config)
@@ -579,7 +575,7 @@ def _hub_id(spec: ModelSpec | None, place: Path) -> str | None:
     if match := SNAPSHOT.search(str(place)):
         return f"{match[1]}/{match[2]}"
     for config in (place / PIPELINE, place / CONFIG):
-        name = str(_config_of(config).get("_name_or_path", ""))
+        name = str(config_of(config).get("_name_or_path", ""))
         if HUB_ID.fullmatch(name) and not Path(name).exists():
             return name
     return None

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer
 from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places, tower_places
-from slsgu_cli.checkpoints.layouts import file_fingerprint, layer_digests, weight_files
+from slsgu_cli.checkpoints.layouts import file_fingerprint, weight_files
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
+from slsgu_cli.checkpoints.tensor_file import layer_digests
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.clip.zeroshot import edited

@@ -15,8 +15,7 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.layouts import layer_digests
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.tensor_file import Floats, layer_digests
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
 from slsgu_cli.errors import InputError, NotFiniteError, SlsguError, listed

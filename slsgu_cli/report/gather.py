@@ -16,8 +16,7 @@ from slsgu_cli.checkpoints.edits import (
     moved_values,
     read_edit,
 )
-from slsgu_cli.checkpoints.layouts import layer_digest
-from slsgu_cli.checkpoints.tensor_file import PRECISION, narrow, widen
+from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph

@@ -92,8 +92,8 @@ MUTATIONS = r"""
 # archive
 - if count > 1 and stride <= reach:
 + if count > 1 and stride < reach:
-- if max(offset + nbytes, storage.nbytes) > record.info.file_size and not empty:
-+ if storage.nbytes > record.info.file_size and not empty:
+- if max(offset + nbytes, tensor.storage.nbytes) > record.info.file_size and not empty:
++ if tensor.storage.nbytes > record.info.file_size and not empty:
 - places.append(record.end + (4 if signed else 0))
 + places.append(record.end + 4)
 - after = zlib.crc32(new, after)

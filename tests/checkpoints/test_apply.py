@@ -469,7 +469,7 @@ def test_a_failure_half_way_leaves_all_as_it_was(
         copy(source, target)
 
     monkeypatch.setattr("slsgu_cli.checkpoints.apply.copy_file", fail_at_the_third)
-    monkeypatch.setattr("slsgu_cli.checkpoints.layouts.copy_file", fail_at_the_third)
+    monkeypatch.setattr("slsgu_cli.checkpoints.tensor_file.copy_file", fail_at_the_third)
     with pytest.raises((InputError, KeyboardInterrupt)):
         run([made.scaled(2)], main_weights(folder), out, overwrite=there)
     assert tree(tmp_path) == original
@@ -485,7 +485,7 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
     code = f"""
         import signal
         from pathlib import Path
-        import slsgu_cli.checkpoints.layouts as weights
+        import slsgu_cli.checkpoints.tensor_file as weights
         from slsgu_cli.checkpoints.apply import apply_edits
         from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
         from slsgu_cli.checkpoints.targets import read_target

@@ -74,7 +74,7 @@ def test_a_failure_leaves_the_old_target_and_no_partials(
             Path(str(other)).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(f"slsgu_cli.checkpoints.layouts.{stage}", fail)
+    monkeypatch.setattr(f"slsgu_cli.checkpoints.tensor_file.{stage}", fail)
     with pytest.raises((InputError, KeyboardInterrupt)) as caught:
         write_patched(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
     if isinstance(caught.value, SlsguError):

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints import torch_archive
-from slsgu_cli.checkpoints.layouts import copy_spliced, open_weights
+from slsgu_cli.checkpoints.layouts import open_weights
+from slsgu_cli.checkpoints.tensor_file import copy_spliced
 from slsgu_cli.errors import InputError, MissingError
 
 

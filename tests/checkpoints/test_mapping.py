@@ -63,7 +63,7 @@ def test_a_layer_comes_back_from_its_parts(state):
         for name, value in state.items():
             places = tensor_places(name, place)
             if places:
-                again = assembled(places, placed(places, value.numpy(), {}.get))
+                again = assembled(places, placed(places, value.numpy(), {}.get).get)
                 assert np.array_equal(again, value.numpy()), name
 
 

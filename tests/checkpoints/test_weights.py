@@ -12,7 +12,8 @@ import pytest
 import torch
 from checkpoints import CONTAINERS, DTYPES, differing, header, load, save, state, write_patched
 
-from slsgu_cli.checkpoints.layouts import file_fingerprint, layer_digests, open_weights, read_layer
+from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer
+from slsgu_cli.checkpoints.tensor_file import layer_digests
 from slsgu_cli.checkpoints.torch_archive import read_pickle
 from slsgu_cli.errors import InputError
 

@@ -174,7 +174,7 @@ def test_killed_gradient_pass(store):
 def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
     words = ["apply", "blue", "--store", world.store.root, "--layer", "visual.conv1"]
     words += ["--step", "0.001", "--out", tmp_path / "out"]
-    process = start_held(*words, at="slsgu_cli.checkpoints.layouts:write_at")
+    process = start_held(*words, at="slsgu_cli.checkpoints.tensor_file:write_at")
     (half,) = tmp_path.glob(".partial*/out/*.safetensors")
     kill(process)
     assert half.exists()
