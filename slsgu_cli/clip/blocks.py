@@ -4,6 +4,8 @@ PyTorch leaves products in fp32 on a CPU to MKL, which on processors of AMD take
 as long as oneDNN. So the linear layers of towers are applied by oneDNN where PyTorch has it.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,9 +140,73 @@ def attention_half(
     return left
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Positions in a row of packed states: of `rows` prompts `length` each, from `start` on.
+
+    All of these prompts begin with the positions `beginning`, which lie before them; None
+    where the stretch is a beginning itself.
+    """
+
+    start: int
+    rows: int
+    length: int
+    beginning: range | None
+
+    def of(self, states: Tensor) -> Tensor:
+        """Return the states of its positions, (rows, length, ...)."""
+        part = states[self.start : self.start + self.rows * self.length]
+        return part.view(self.rows, self.length, *states.shape[1:])
+
+    def with_beginning(self, states: Tensor) -> Tensor:
+        """Return the states of the prompts from their beginning on."""
+        rest = self.of(states)
+        if not self.beginning:
+            return rest
+        before = states[self.beginning.start : self.beginning.stop]
+        return torch.cat([before.expand(self.rows, *before.shape), rest], dim=1)
+
+
+def stretched_attention(
+    block: Any, x: Tensor, stretches: Sequence[Stretch], *, ends: bool = False
+) -> Tensor:
+    """Run the causal attention of an open_clip residual block over packed states.
+
+    With `ends`, only the last position of each prompt leaves it, stretch by stretch; of
+    beginnings none does.
+    """
+    attention, width = block.attn, x.shape[1]
+    projected = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
+    q, k, v = states.unbind(1)
+    mixed, leaving = [], []
+    for stretch in stretches:
+        if ends and stretch.beginning is None:
+            continue
+        query, keys, values = stretch.of(q), stretch.with_beginning(k), stretch.with_beginning(v)
+        if ends:
+            query = query[:, -1:]
+            leaving.append(stretch.of(x)[:, -1])
+        before = keys.shape[1] - query.shape[1]
+        visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
+        after = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            visible if before and query.shape[1] > 1 else None,
+            is_causal=not before,
+        )
+        mixed.append(after.transpose(1, 2).reshape(-1, width))
+    projected = linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
+    added: Tensor = block.ls_1(projected)
+    return (torch.cat(leaving) if ends else x) + added
+
+
 def mlp_half(block: Any, x: Tensor) -> Tensor:
     """Run the MLP of an open_clip residual block."""
-    left: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    mlp = block.mlp
+    hidden = mlp.gelu(linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
+    left: Tensor = x + block.ls_2(linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias))
     return left
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from slsgu_cli.clip import processes
-from slsgu_cli.clip.blocks import linear, mlp_half
+from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
 from slsgu_cli.clip.towers import OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
@@ -414,7 +413,7 @@ class PackedText(SplitTower):
 
     def __init__(self, tower: OpenClipText, tokens: Tensor) -> None:
         self.tower, self.blocks, self.depth = tower, tower.blocks, tower.depth
-        self._stretches: list[_Stretch] = []
+        self._stretches: list[Stretch] = []
         words, lengths = tokens.cpu().numpy(), tower.lengths(tokens).cpu().numpy()
         # Of each position of the states: a prompt that it is of, and its place in that.
         rows, places, ends = [], [], []
@@ -422,13 +421,13 @@ class PackedText(SplitTower):
         for group, shared in _beginnings(words, lengths):
             beginning = range(at, at + shared)
             if shared:
-                self._stretches.append(_Stretch(at, 1, shared, None))
+                self._stretches.append(Stretch(at, 1, shared, None))
                 rows.append(np.repeat(group[:1], shared))
                 places.append(np.arange(shared))
                 at += shared
             for length in np.unique(lengths[group]):
                 alike, rest = group[lengths[group] == length], int(length) - shared
-                self._stretches.append(_Stretch(at, len(alike), rest, beginning))
+                self._stretches.append(Stretch(at, len(alike), rest, beginning))
                 rows.append(np.repeat(alike, rest))
                 places.append(np.tile(np.arange(shared, length), len(alike)))
                 ends.append(alike)
@@ -456,73 +455,11 @@ class PackedText(SplitTower):
         if index % 2:
             size = IN_CACHE if x.device.type == "cpu" else max(len(x), 1)
             return torch.cat([mlp_half(block, part) for part in torch.split(x, size)])
-        return _stretched_attention(block, x, self._stretches, ends=index == self.depth - 2)
+        return stretched_attention(block, x, self._stretches, ends=index == self.depth - 2)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise and project, in the order of the prompts."""
         return self.tower.head(x[self._order], inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Positions in a row of packed states: of `rows` prompts `length` each, from `start` on.
-
-    All of these prompts begin with the positions `beginning`, which lie before them; None
-    where the stretch is a beginning itself.
-    """
-
-    start: int
-    rows: int
-    length: int
-    beginning: range | None
-
-    def of(self, states: Tensor) -> Tensor:
-        """Return the states of its positions, (rows, length, ...)."""
-        part = states[self.start : self.start + self.rows * self.length]
-        return part.view(self.rows, self.length, *states.shape[1:])
-
-    def with_beginning(self, states: Tensor) -> Tensor:
-        """Return the states of the prompts from their beginning on."""
-        rest = self.of(states)
-        if not self.beginning:
-            return rest
-        before = states[self.beginning.start : self.beginning.stop]
-        return torch.cat([before.expand(self.rows, *before.shape), rest], dim=1)
-
-
-def _stretched_attention(
-    block: Any, x: Tensor, stretches: Sequence[_Stretch], *, ends: bool = False
-) -> Tensor:
-    """Run the causal attention of an open_clip residual block over packed states.
-
-    With `ends`, only the last position of each prompt leaves it, stretch by stretch; of
-    beginnings none does.
-    """
-    attention, width = block.attn, x.shape[1]
-    projected = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
-    q, k, v = states.unbind(1)
-    mixed, leaving = [], []
-    for stretch in stretches:
-        if ends and stretch.beginning is None:
-            continue
-        query, keys, values = stretch.of(q), stretch.with_beginning(k), stretch.with_beginning(v)
-        if ends:
-            query = query[:, -1:]
-            leaving.append(stretch.of(x)[:, -1])
-        before = keys.shape[1] - query.shape[1]
-        visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
-        after = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            visible if before and query.shape[1] > 1 else None,
-            is_causal=not before,
-        )
-        mixed.append(after.transpose(1, 2).reshape(-1, width))
-    projected = linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
-    added: Tensor = block.ls_1(projected)
-    return (torch.cat(leaving) if ends else x) + added
 
 
 def _beginnings(words: Ints, lengths: Ints) -> list[tuple[Ints, int]]:

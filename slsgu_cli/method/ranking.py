@@ -9,17 +9,18 @@ are ranked along their gradient.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import slsgu_cli
-from slsgu_cli.checkpoints.layers import Layer, is_candidate, layers_of, selected
+from slsgu_cli.checkpoints.layers import Layer, find_layers, is_candidate, layers_of, selected
 from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
-from slsgu_cli.errors import InputError
+from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions import (
     Moments,
     ensure_moments,
@@ -38,7 +39,7 @@ from slsgu_cli.records.method import (
     Ranking,
     Tower,
 )
-from slsgu_cli.records.options import RankOptions
+from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
@@ -293,3 +294,48 @@ def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
         rows = [replace(score, front=on) for score, on in zip(in_tower, front, strict=True)]
         marked += sorted(rows, key=lambda row: (not row.front, -row.importance, row.layer))
     return marked
+
+
+def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
+    """Return the front layers to search, or those asked for by a part of a name that fits one only.
+
+    The fronts of both directions are joined where both are searched. Beside layers that are
+    whitened stand those that cannot be, as they were ranked along their gradient. Raises
+    UsageError.
+    """
+    ranked_along = ranking.by_direction()
+    scores = [score for along in options.moves.each for score in ranked_along[along]]
+    if options.moves is Direction.WHITENED:
+        whitened = {score.layer for score in scores}
+        along_gradient = ranked_along.get(Direction.GRADIENT, [])
+        scores += [score for score in along_gradient if score.layer not in whitened]
+    ranked = {score.layer: score for score in reversed(scores)}
+    names = list(ranked)[::-1]
+    if not options.layers:
+        fronts = {score.layer for score in scores if score.front}
+        return [ranked[name] for name in names if name in fronts]
+    chosen = []
+    for text in options.layers:
+        fitting = find_layers(text, names)
+        if len(fitting) != 1:
+            near = ", ".join(fitting[:5]) or _unranked(store, ranking, text)
+            raise UsageError(
+                f"--layer {text} fits {len(fitting)} ranked layers: {near}",
+                hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
+            )
+        chosen.append(ranked[fitting[0]])
+    return chosen
+
+
+def _unranked(store: Store, ranking: Ranking, text: str) -> str:
+    """Return which parameter that is not ranked `text` means, and why it is not; or none."""
+    header = store.read_header(Artifact.GRADIENT.path(ranking.forget), GradientHeader)
+    names = find_layers(text, [*layers_of(header.weights, ranking.qkv), *sorted(header.weights)])
+    if not names:
+        return "none"
+    name = names[0]
+    if not is_candidate(name):
+        return f"none, {name} never competes"
+    if name in ranking.unreached:
+        return f"none, {name} cannot influence {ranking.target}: {ranking.unreached[name]}"
+    return f"none, {name} was left out when layers were ranked"

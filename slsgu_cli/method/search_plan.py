@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.edits import (
     load_edit,
     tell_of_joint_searches,
 )
-from slsgu_cli.checkpoints.layers import both_held, find_layers, is_candidate, layers_of
+from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
@@ -31,11 +31,11 @@ from slsgu_cli.method.directions import (
     tell_of_unwhitened,
 )
 from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.method.ranking import ranked_layers
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     Direction,
     FeatureHeader,
-    GradientHeader,
     GradientPointer,
     LayerScore,
     Precision,
@@ -154,7 +154,7 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     ranking = read_ranking(store, pointer)
     store.require_writable(Artifact.TRIALS.path(name))
     options = _resolved(options, ranking)
-    layers = _layers(store, ranking, options)
+    layers = ranked_layers(store, ranking, options)
     if note := prompt_note(str(ranking.target), ranking.readers):
         progress.note(note)
     moments = None
@@ -242,50 +242,6 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
         )
     ridge = ranking.ridge if options.ridge is None else options.ridge
     return replace(options, direction=direction, ridge=ridge, device=pick_device(options.device))
-
-
-def _layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
-    """Return the front layers, or those asked for by name or by a part that fits one only.
-
-    The fronts of both directions are joined where both are searched. Beside layers that are
-    whitened stand those that cannot be, as they were ranked along their gradient.
-    """
-    ranked_along = ranking.by_direction()
-    scores = [score for along in options.moves.each for score in ranked_along[along]]
-    if options.moves is Direction.WHITENED:
-        whitened = {score.layer for score in scores}
-        along_gradient = ranked_along.get(Direction.GRADIENT, [])
-        scores += [score for score in along_gradient if score.layer not in whitened]
-    ranked = {score.layer: score for score in reversed(scores)}
-    names = list(ranked)[::-1]
-    if not options.layers:
-        fronts = {score.layer for score in scores if score.front}
-        return [ranked[name] for name in names if name in fronts]
-    chosen = []
-    for text in options.layers:
-        fitting = find_layers(text, names)
-        if len(fitting) != 1:
-            near = ", ".join(fitting[:5]) or _unranked(store, ranking, text)
-            raise UsageError(
-                f"--layer {text} fits {len(fitting)} ranked layers: {near}",
-                hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
-            )
-        chosen.append(ranked[fitting[0]])
-    return chosen
-
-
-def _unranked(store: Store, ranking: Ranking, text: str) -> str:
-    """Return which parameter that is not ranked `text` means, and why it is not; or none."""
-    header = store.read_header(Artifact.GRADIENT.path(ranking.forget), GradientHeader)
-    names = find_layers(text, [*layers_of(header.weights, ranking.qkv), *sorted(header.weights)])
-    if not names:
-        return "none"
-    name = names[0]
-    if not is_candidate(name):
-        return f"none, {name} never competes"
-    if name in ranking.unreached:
-        return f"none, {name} cannot influence {ranking.target}: {ranking.unreached[name]}"
-    return f"none, {name} was left out when layers were ranked"
 
 
 def evaluation_digest(manifest: SetManifest) -> str:
