@@ -73,12 +73,17 @@ def _asian_fonts() -> list[str]:
     return fonts
 
 
+def fitted(text: str, limit: int | None = None) -> str:
+    """Return a text on one line, cut to `limit` characters."""
+    text = " ".join(text.split())
+    if limit is None or len(text) <= limit:
+        return text
+    return text[: limit - 1].rstrip() + "…"
+
+
 def plain(text: str, limit: int | None = None) -> str:
     """Return `text` so that it is drawn literally, on one line, cut to `limit` characters."""
-    text = " ".join(text.split())
-    if limit is not None and len(text) > limit:
-        text = text[: limit - 1].rstrip() + "…"
-    return text.replace("$", r"\$")
+    return fitted(text, limit).replace("$", r"\$")
 
 
 def dress(axes: Axes) -> None:

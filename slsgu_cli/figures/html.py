@@ -103,16 +103,19 @@ def interval(share: Share) -> str:
     return f"{low:.1f} to {high:.1f}%"
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The head of a column; figures stand right-aligned."""
+class _Numeric(str):
+    """The head of a column of figures, which stand right-aligned."""
 
-    label: str
-    figures: bool = True
+    __slots__ = ()
+
+
+def numeric(*labels: str) -> list[str]:
+    """Return the heads of columns of figures; other heads are plain text."""
+    return [_Numeric(label) for label in labels]
 
 
 def table(
-    heads: Sequence[Head],
+    heads: Sequence[str],
     rows: Sequence[Sequence[Child]],
     *,
     caption: str,
@@ -122,29 +125,19 @@ def table(
 
     It scrolls sideways by itself where the page is too narrow for it.
     """
-    top = element(
-        "tr",
-        *(element("th", h.label, scope="col", class_="fig" * h.figures or None) for h in heads),
-    )
-    body = [
-        element(
-            "tr",
-            element("th", row[0], scope="row", class_="fig" * heads[0].figures or None),
-            *(
-                element("td", cell or "–", class_="fig" * head.figures or None)
-                for head, cell in zip(heads[1:], row[1:], strict=True)
-            ),
-            class_="marked" if index in marked else None,
-        )
-        for index, row in enumerate(rows)
-    ]
-    whole = element(
-        "table",
-        element("caption", caption),
-        element("thead", top),
-        element("tbody", *body),
-    )
-    return scrolled(whole, caption)
+    aligned = ["fig" if isinstance(head, _Numeric) else None for head in heads]
+    columns = zip(heads, aligned, strict=True)
+    top = element("tr", *(element("th", head, scope="col", class_=fig) for head, fig in columns))
+    body = []
+    for index, (name, *figures) in enumerate(rows):
+        cells = [
+            element("td", cell or "–", class_=fig)
+            for cell, fig in zip(figures, aligned[1:], strict=True)
+        ]
+        first = element("th", name, scope="row", class_=aligned[0])
+        body.append(element("tr", first, *cells, class_="marked" if index in marked else None))
+    parts = element("caption", caption), element("thead", top), element("tbody", *body)
+    return scrolled(element("table", *parts), caption)
 
 
 def scrolled(content: Html, label: str) -> Html:
@@ -325,12 +318,11 @@ def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
     at = {"cx": coordinate(x), "cy": coordinate(y)}
     name = known_as(score.layer)
     figures = f"importance {score.importance:.3g}, alignment {score.alignment:.3g}"
-    inner = element("circle", **at, r=10 if number else 4)
+    dot = element("circle", **at, r=10 if number else 4)
+    inside = None
     if number:
-        inner = Html(
-            inner
-            + element("text", str(number), x=at["cx"], y=at["cy"], dy="0.35em", class_="number")
-        )
+        place = {"x": at["cx"], "y": at["cy"], "dy": "0.35em"}
+        inside = element("text", str(number), **place, class_="number")
     # The label stands beside the point, on the side that has room for it.
     ends = x > WIDTH / 2
     label = element(
@@ -343,33 +335,27 @@ def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
         class_="hint",
     )
     title = element("title", f"{name}: {figures}")
-    return element("g", title, inner, label, class_="point front" if number else "point")
+    return element("g", title, dot, inside, label, class_="point front" if number else "point")
 
 
 def step_series(trials: Trials, layer: str, ridge: float | None) -> list[Series]:
-    """Return the accuracies of a layer's trials with a ridge, from the original model on."""
+    """Return the accuracies of a layer's trials with a ridge, from the original model on.
+
+    They are by the size of the step in percent of the layer's norm.
+    """
     of_layer = [t for t in trials.trials if (t.layer, t.ridge) == (layer, ridge)]
     steps = sorted(of_layer, key=lambda trial: trial.step)
     series = []
     for k, attribute, style in ((1, "top1", "fa1"), (5, "top5", "fa5")):
         start = (0.0, getattr(trials.baseline_forget, attribute))
-        rest = ((trial.share, getattr(trial.forget, attribute)) for trial in steps)
+        rest = ((100 * trial.share, getattr(trial.forget, attribute)) for trial in steps)
         series.append(Series(f"FA@{k}", (start, *rest), style))
     for index, (name, base) in enumerate(sorted(trials.baseline_utility.items())):
-        points = [(t.share, t.utility[name].top1) for t in steps if t.utility and name in t.utility]
-        style = f"ta{index % 3}"
-        series.append(Series(f"TA@1 {name}", ((0.0, base.top1), *points), style))
+        points = [
+            (100 * t.share, t.utility[name].top1) for t in steps if t.utility and name in t.utility
+        ]
+        series.append(Series(f"TA@1 {name}", ((0.0, base.top1), *points), f"ta{index % 3}"))
     return series
-
-
-def step_chart(series: Sequence[Series], *, chosen: float | None, description: str) -> Html:
-    """Draw accuracies against the size of the step in percent of the layer's norm."""
-    scaled = [
-        Series(one.label, tuple((100 * share, value) for share, value in one.points), one.style)
-        for one in series
-    ]
-    mark = None if chosen is None else 100 * chosen
-    return line_chart(scaled, "step, % of the layer's norm", chosen=mark, description=description)
 
 
 def line_chart(

@@ -18,7 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from slsgu_cli.figures.curves import BLUE, FAINT, INK, MUTED, PALE, VERMILION, blank, plain, png
+from slsgu_cli.figures.curves import (
+    BLUE,
+    FAINT,
+    INK,
+    MUTED,
+    PALE,
+    VERMILION,
+    blank,
+    fitted,
+    plain,
+    png,
+)
 from slsgu_cli.figures.html import Html, element, image_html, paragraph
 from slsgu_cli.records.targets import Answer
 
@@ -76,7 +87,7 @@ def cosine_maps(
 
     Up to two stand in a row, more of them three in a row.
     """
-    across = len(maps) if len(maps) < 3 else 3
+    across = min(len(maps), 3)
     low, high = min(m.values.min() for m in maps), max(m.values.max() for m in maps)
     count = len(names)
     cell = 0.56 if count <= 16 else max(0.12, 9 / count)
@@ -112,24 +123,20 @@ def before_after_plot(examples: Sequence[Example], *, concept: str) -> bytes:
     figure = blank(width, height)
     style: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": INK}
     figure.text(0.25 / width, 1 - 0.36 / height, f"Forgetting {plain(concept, 60)}", **style)
-    for attribute, left in (("before", 1.55), ("after", 5.7)):
-        figure.text(
-            (left + 1.35) / width, 1 - 0.82 / height, attribute, **{**style, "fontsize": 11}
-        )
+    for attribute, left in (("before", 2.9), ("after", 7.05)):
+        figure.text(left / width, 1 - 0.82 / height, attribute, **style | {"fontsize": 11})
         for index, example in enumerate(examples):
             bottom = height - top - row * (index + 1) + 0.2
-            axes = _place(figure, left + 1.35, bottom, 2.1, row - 0.32)
+            axes = _place(figure, left, bottom, 2.1, row - 0.32)
             colour = VERMILION if example.label == concept else BLUE
             _bars(axes, getattr(example, attribute), example.label, colour)
     for index, example in enumerate(examples):
         bottom = height - top - row * (index + 1)
-        forgotten = example.label == concept
-        axes = _place(figure, 0.25, bottom + 0.44, 0.95, 0.95)
-        _thumbnail(axes, example.image, VERMILION if forgotten else PALE)
+        frame, ink = (VERMILION, VERMILION) if example.label == concept else (PALE, INK)
+        _thumbnail(_place(figure, 0.25, bottom + 0.44, 0.95, 0.95), example.image, frame)
         place = ((0.25 + 0.475) / width, (bottom + 0.18) / height)
-        colour = VERMILION if forgotten else INK
         text = plain(example.label, 17)
-        figure.text(*place, text, ha="center", color=colour, fontsize=10, fontweight="bold")
+        figure.text(*place, text, ha="center", color=ink, fontsize=10, fontweight="bold")
         if index:
             edge = 1 - (top + row * index - 0.02) / height
             line = Rectangle((0.25 / width, edge), 1 - 0.5 / width, 0.012 / height, color=FAINT)
@@ -143,17 +150,10 @@ def _place(figure: Figure, left: float, bottom: float, width: float, height: flo
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-
-
 def _bars(axes: Axes, guesses: Guesses, label: str, colour: str) -> None:
     """Draw a bar a guess on a pale track, the true label in colour."""
-    _bare(axes)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(4.6, -0.6)
+    axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(4.6, -0.6))
+    axes.spines[:].set_visible(False)
     for place, (name, probability) in enumerate(guesses[:5]):
         true = name == label
         weight = "bold" if true else "normal"
@@ -165,10 +165,15 @@ def _bars(axes: Axes, guesses: Guesses, label: str, colour: str) -> None:
         axes.text(1.03, place, f"{100 * probability:.1f}%", color=ink, **style)
 
 
+FRAME: dict[str, Any] = {"fill": False, "clip_on": False}
+# An image is shown as it is, one without colours in greys.
+SHOWN: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto",
+                         "interpolation": "antialiased"}  # fmt: skip
+
+
 def _thumbnail(axes: Axes, image: Images, frame: str) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="auto", interpolation="antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.imshow(image, **SHOWN)
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set(color=frame, linewidth=1.8)
 
 
@@ -177,12 +182,11 @@ def _beside(figure: Figure, images: Images, left: float, top: float, cell: float
     axes = _place(figure, left, top - cell * len(images), cell, cell * len(images))
     axes.set(xlim=(0, 1), ylim=(len(images), 0))
     axes.set_axis_off()
-    shown: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto"}
     for row, image in enumerate(images):
         extent = (0.04, 0.92, row + 0.95, row + 0.05)
-        axes.imshow(image, extent=extent, interpolation="antialiased", **shown)
-        frame: dict[str, Any] = {"fill": False, "edgecolor": PALE, "linewidth": 1.8}
-        axes.add_patch(Rectangle((0.04, row + 0.05), 0.88, 0.9, clip_on=False, **frame))
+        axes.imshow(image, extent=extent, **SHOWN)
+        corner = (0.04, row + 0.05)
+        axes.add_patch(Rectangle(corner, 0.88, 0.9, edgecolor=PALE, linewidth=1.8, **FRAME))
 
 
 def _name_axes(
@@ -195,11 +199,10 @@ def _name_axes(
     axes.set_yticks(places, texts if rows else [""] * len(names), fontsize=size)
     axes.tick_params(length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
-    for label, name in zip(
-        [*axes.get_xticklabels(), *axes.get_yticklabels()], [*names, *names], strict=True
-    ):
-        if name in forgotten:
-            label.set(color=VERMILION, fontweight="bold")
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for label, name in zip(labels, names, strict=True):
+            if name in forgotten:
+                label.set(color=VERMILION, fontweight="bold")
 
 
 def _mark(axes: Axes, values: Matrix, places: Sequence[int]) -> None:
@@ -207,9 +210,7 @@ def _mark(axes: Axes, values: Matrix, places: Sequence[int]) -> None:
     thick = 2.6 if len(values) <= 16 else 1.4
     for place in places:
         corner = (place - 0.5, place - 0.5)
-        axes.add_patch(
-            Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILION, linewidth=thick, clip_on=False)
-        )
+        axes.add_patch(Rectangle(corner, 1, 1, edgecolor=VERMILION, linewidth=thick, **FRAME))
 
 
 def _annotate(axes: Axes, values: Matrix, middle: float) -> None:
@@ -280,8 +281,12 @@ def sheet_html(title: str, notes: Sequence[str], strips: Sequence[Strip]) -> str
     for strip in strips:
         parts.append(element("h2", strip.title, class_="forgotten" if strip.forgotten else None))
         for label, tiles in strip.rows.items():
-            images = [_tile_html(tile, f"{strip.title}, {label}") for tile in tiles]
-            parts.append(element("div", element("b", label), *images, class_="row"))
+            row = [element("b", label)]
+            for tile in tiles:
+                image = image_html(tile.image, alt=f"{strip.title}, {label}")
+                caption = element("figcaption", tile.verdict) if tile.verdict else None
+                row.append(element("figure", image, caption))
+            parts.append(element("div", *row, class_="row"))
     return _page(title, parts)
 
 
@@ -296,8 +301,8 @@ class AnsweredImage:
 
 def answers_png(title: str, groups: Sequence[AnsweredImage]) -> bytes:
     """Return a picture of answers: an image, and beside it each question and both answers."""
-    line, least = 22, SIDE + 2 * GAP
-    heights = [max(least, 3 * line * len(group.answers) + GAP) for group in groups]
+    line = 22
+    heights = [max(SIDE + 2 * GAP, 3 * line * len(group.answers) + GAP) for group in groups]
     sheet = Image.new("RGB", (760, 2 * EDGE + 30 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((EDGE, EDGE), title, fill=INK, font=_font(19))
@@ -308,13 +313,10 @@ def answers_png(title: str, groups: Sequence[AnsweredImage]) -> bytes:
             y, left = top + number * 3 * line, EDGE + SIDE + 3 * GAP
             draw.text((left, y), fitted(answer.question, 80), fill=MUTED, font=_font(13))
             colour = VERMILION if group.forgotten else INK
-            for place, (label, text) in enumerate(
-                (("original", answer.before), ("unlearned", answer.after)), start=1
-            ):
-                draw.text((left, y + place * line), label, fill=MUTED, font=_font(13))
-                draw.text(
-                    (left + 84, y + place * line), fitted(text, 64), fill=colour, font=_font(13)
-                )
+            for label, text in {"original": answer.before, "unlearned": answer.after}.items():
+                y += line
+                draw.text((left, y), label, fill=MUTED, font=_font(13))
+                draw.text((left + 84, y), fitted(text, 64), fill=colour, font=_font(13))
         top += height
     return _png(sheet)
 
@@ -322,21 +324,13 @@ def answers_png(title: str, groups: Sequence[AnsweredImage]) -> bytes:
 def answers_html(title: str, groups: Sequence[AnsweredImage]) -> str:
     """Return the same as one HTML page, a row for each question."""
     heads = ("image", "question", "original", "unlearned")
-    rows = [
-        element("tr", *(element("td", cell) for cell in cells))
-        for group in groups
-        for answer in group.answers
-        for cells in [
-            (
-                image_html(group.image, alt=answer.image),
-                answer.question,
-                answer.before,
-                answer.after,
-            )
-        ]
-    ]
-    head = element("tr", *(element("th", text) for text in heads))
-    return _page(title, [element("table", head, *rows)])
+    rows = [element("tr", *(element("th", text) for text in heads))]
+    for group in groups:
+        for answer in group.answers:
+            image = image_html(group.image, alt=answer.image)
+            cells = image, answer.question, answer.before, answer.after
+            rows.append(element("tr", *(element("td", cell) for cell in cells)))
+    return _page(title, [element("table", *rows)])
 
 
 def _page(title: str, parts: Sequence[Html]) -> str:
@@ -350,11 +344,6 @@ def _page(title: str, parts: Sequence[Html]) -> str:
     )
     body = element("body", element("h1", title), *parts)
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _tile_html(tile: Tile, about: str) -> Html:
-    caption = element("figcaption", tile.verdict) if tile.verdict else None
-    return element("figure", image_html(tile.image, alt=about), caption)
 
 
 # Of the sheet of a set's rows: images a row, their side, and the height of two lines under them.
@@ -385,12 +374,6 @@ def _square(image: Images) -> Image.Image:
     small = Image.fromarray(image)
     small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return small.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.NEAREST)
-
-
-def fitted(text: str, limit: int) -> str:
-    """Return a text on one line, cut to `limit` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
 def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:

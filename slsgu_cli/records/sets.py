@@ -134,6 +134,11 @@ class SetManifest:
         """Whether figures are of other rows than layer and step are chosen by."""
         return bool(self.report_share or self.reports)
 
+    @property
+    def exclusions(self) -> list[str]:
+        """The words that captions of the concept must not have."""
+        return list(self.request.get("not_match") or ())
+
     def measured_on(self) -> dict[str, str]:
         """Return by evaluation set what tells its rows, and how they are dealt, from others."""
         dealt = f" {self.report_share:g} {self.seed}" if self.report_share else ""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.html import (
     Child,
-    Head,
     Html,
     code,
     count,
@@ -15,12 +14,13 @@ from slsgu_cli.figures.html import (
     front_chart,
     joined,
     legend,
+    line_chart,
     lines,
     number,
+    numeric,
     paragraph,
     percent,
     share,
-    step_chart,
     step_series,
     table,
     terms,
@@ -74,10 +74,9 @@ def _request(manifest: SetManifest) -> Html:
         )
         for role, ref in parts
     ]
-    heads = (Head("rows for", False), Head("kept"), Head("seen"), Head("left out", False),
-             Head("from", False))  # fmt: skip
+    heads = ("rows for", *numeric("kept", "seen"), "left out", "from")
     digests = table(
-        (Head("rows for", False), Head("fingerprint of the rows", False)),
+        ("rows for", "fingerprint of the rows"),
         [(role, code(ref.fingerprint)) for role, ref in parts],
         caption="Fingerprints of the rows: pixels, tokens, labels, names and prompts",
     )
@@ -136,7 +135,7 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
             if edit is not None and score.layer == edit.layer:
                 marked.append(len(rows))
             rows.append((title.replace(" tower", ""), str(place), *_figures(score)))
-    heads = (Head("tower", False), Head("no."), *_HEADS)
+    heads = ("tower", *numeric("no."), *_HEADS)
     table_of_front = table(heads, rows, caption="Layers on the Pareto fronts", marked=marked)
     rest = [score for score in ranking.scores if not score.front]
     others = table(_HEADS, [_figures(score) for score in rest], caption="Layers on no front")
@@ -145,7 +144,7 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
     return joined((intro, grid, table_of_front, more if rest else None))
 
 
-_HEADS = (Head("layer", False), Head("importance"), Head("alignment"), Head("shape"))
+_HEADS = ("layer", *numeric("importance", "alignment", "shape"))
 
 
 def _figures(score: LayerScore) -> tuple[Child, ...]:
@@ -202,10 +201,13 @@ def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | N
             " (chosen)" if chosen else None,
         )
     )
-    share_chosen = edit.share if edit is not None and chosen else None
-    series = step_series(trials, layer, ridge)
-    chart = step_chart(series, chosen=share_chosen, description=description)
-    return figure_of(chart, caption)
+    drawn = line_chart(
+        step_series(trials, layer, ridge),
+        "step, % of the layer's norm",
+        chosen=100 * edit.share if edit is not None and chosen else None,
+        description=description,
+    )
+    return figure_of(drawn, caption)
 
 
 def _best(trials: Trials, edit: EditHeader | None) -> Html:
@@ -231,9 +233,9 @@ def _trials(
     trials: Trials, shown: Sequence[Trial], edit: EditHeader | None, *, caption: str
 ) -> Html:
     sets = sorted(trials.baseline_utility)
-    whitened = [Head("ridge")] * any(trial.ridge is not None for trial in shown)
-    heads = (Head("layer", False), *whitened, Head("step"), Head("of its norm"), Head("FA@1"),
-             Head("FA@5"), *(Head(f"TA@1 {name}") for name in sets))  # fmt: skip
+    whitened = ["ridge"] * any(trial.ridge is not None for trial in shown)
+    of_sets = [f"TA@1 {name}" for name in sets]
+    heads = ("layer", *numeric(*whitened, "step", "of its norm", "FA@1", "FA@5", *of_sets))
     rows: list[tuple[Child, ...]] = [
         (
             code(known_as(trial.layer)),
@@ -283,8 +285,8 @@ def _gradients(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> 
         )
         for role, header in headers.items()
     ]
-    heads = (Head("gradient of", False), Head("loss", False), Head("mean loss"), Head("pairs"),
-             Head("mini-batches"), Head("name in the store", False))  # fmt: skip
+    figures = numeric("mean loss", "pairs", "mini-batches")
+    heads = ("gradient of", "loss", *figures, "name in the store")
     note = element(
         "p",
         "The fingerprint covers every weight and the architecture; the same weights in another "
@@ -322,7 +324,7 @@ def _edit(edit: EditHeader, records: SetRecords) -> Html:
         (precision, code(before), code(facts.after[precision]))
         for precision, before in facts.before.items()
     ]
-    heads = (Head("precision", False), Head("original", False), Head("edited", False))
+    heads = ("precision", "original", "edited")
     caption = f"SHA-256 of {known_as(edit.layer)} before and after, by the checkpoint's precision"
     note = paragraph(
         "The digest is of the layer's values as fp32 numbers, little-endian, in order. With it, "
@@ -349,14 +351,16 @@ def _extent(facts: EditFacts, header: GradientHeader | None) -> str:
 
 def repeat(records: SetRecords, store: str) -> Section:
     """Tell the commands that do it again."""
-    again = commands(records)
-    export = element("span", f"export SLSGU_STORE={store}", class_="line")
+    again = command_lines([f"export SLSGU_STORE={store}", *commands(records)])
     intro = paragraph(
         "Written from the records. The same sources, model and version give the same edit."
     )
-    return Section(
-        "To repeat it", joined((intro, element("pre", element("code", export, lines(again)))))
-    )
+    return Section("To repeat it", joined((intro, again)))
+
+
+def command_lines(again: Sequence[str]) -> Html:
+    """Return command lines as they are to be typed."""
+    return element("pre", element("code", lines(again)))
 
 
 def provenance(records: SetRecords) -> Section:
@@ -370,8 +374,7 @@ def provenance(records: SetRecords) -> Section:
         )
         for evidence in records.evidence()
     ]
-    heads = (Head("record", False), Head("path in the store", False), Head("state", False),
-             Head("SHA-256", False))  # fmt: skip
+    heads = ("record", "path in the store", "state", "SHA-256")
     return Section(
         "Records behind this page", table(heads, rows, caption="Records and their state")
     )

@@ -7,7 +7,6 @@ their digests for `sha256sum`, contact sheets and edits.
 import json
 import platform
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.errors import InputError
 from slsgu_cli.figures.html import (
     Child,
-    Head,
     Html,
     code,
     count,
@@ -27,6 +25,7 @@ from slsgu_cli.figures.html import (
     image_html,
     joined,
     lines,
+    numeric,
     paragraph,
     percent,
     table,
@@ -44,7 +43,6 @@ from slsgu_cli.report.removals import (
     RemovedRequest,
     content_of,
     done_for,
-    exclusions,
     figures_of,
     gather_removals,
     verified,
@@ -52,9 +50,8 @@ from slsgu_cli.report.removals import (
 from slsgu_cli.store.files import file_sha256, replacing, require_regular
 from slsgu_cli.store.store import Store
 
-PAGE, FIGURES, STATEMENT, COMMANDS = (
-    "evidence.html", "evidence.json", "statement.json", "commands.sh"
-)  # fmt: skip
+PAGE, FIGURES = "evidence.html", "evidence.json"
+STATEMENT, COMMANDS = "statement.json", "commands.sh"
 SHEETS = "sheets"
 # What an earlier evidence may have left in its folder.
 OURS = re.compile(rf"({PAGE}|{FIGURES}|{STATEMENT}|{COMMANDS}|[^/]+\{SUMS}"
@@ -107,7 +104,7 @@ def _fill(folder: Path, evidence: RemovalEvidence) -> None:
     for model in evidence.models:
         sums = "".join(f"{file.after}  {file.name}\n" for file in model.files if file.after)
         _put(folder / f"{model.label}{SUMS}", sums.encode())
-    content = [content_of(one, evidence) for one in evidence.requests]
+    content = [content_of(one) for one in evidence.requests]
     _put(folder / FIGURES, _json({**_head(evidence), "requests": content}))
     _put(folder / COMMANDS, "".join(f"{line}\n" for line in evidence.commands).encode())
     _put(folder / PAGE, evidence_page(evidence).encode())
@@ -145,20 +142,14 @@ def _versions() -> dict[str, str]:
 
 def _statement(folder: Path, evidence: RemovalEvidence) -> dict[str, Any]:
     """Return the in-toto statement: its subjects are the files after, else the edits alone."""
+    written = [(model, file) for model in evidence.models for file in model.files]
     subjects = [
-        {"name": f"{model.label}/{file.name}", "digest": {"sha256": file.after}}
-        for model in evidence.models
-        for file in model.files
+        _descriptor(f"{model.label}/{file.name}", file.after)
+        for model, file in written
         if file.after
     ]
-    materials = [
-        {"name": file.name, "uri": model.origin, "digest": {"sha256": file.before}}
-        for model in evidence.models
-        for file in model.files
-        if file.before
-    ]
     edits = [
-        {"name": f"{EDITS}/{one.name}.safetensors", "digest": {"sha256": one.records.edit.sha256}}
+        _descriptor(f"{EDITS}/{one.name}.safetensors", one.records.edit.sha256)
         for one in evidence.requests
         if one.records.edit.sha256
     ]
@@ -169,22 +160,30 @@ def _statement(folder: Path, evidence: RemovalEvidence) -> dict[str, Any]:
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "tool": {"name": "slsgu", "version": slsgu_cli.__version__},
-            "materials": materials,
+            "materials": [
+                _descriptor(file.name, file.before, uri=model.origin)
+                for model, file in written
+                if file.before
+            ],
             "edits": edits,
-            "requests": [done_for(one, evidence) for one in evidence.requests],
+            "requests": [done_for(one) for one in evidence.requests],
             "commands": evidence.commands,
             "evidence": [
-                {"name": str(path.relative_to(folder)), "digest": {"sha256": file_sha256(path)}}
-                for path in files
+                _descriptor(str(path.relative_to(folder)), file_sha256(path)) for path in files
             ],
         },
     }
 
 
+def _descriptor(name: str, sha256: str, **more: str) -> dict[str, Any]:
+    """Return what in-toto has of a file."""
+    return {"name": name, **more, "digest": {"sha256": sha256}}
+
+
 def evidence_page(evidence: RemovalEvidence) -> str:
     """Return the page: a summary, each request, then the files and how to check them."""
     names = ", ".join(one.records.concept for one in evidence.requests)
-    parts = [(one.records.concept, _sections(one, evidence)) for one in evidence.requests]
+    parts = [(one.records.concept, _sections(one)) for one in evidence.requests]
     return whole_page(
         f"Removal evidence: {names}",
         kind="Removal evidence",
@@ -228,22 +227,21 @@ def _summary(evidence: RemovalEvidence) -> Html:
     for number, one in enumerate(evidence.requests, start=1):
         row, edit = one.row, one.records.edit.record
         held = {model.holds(one.name) for model in evidence.models} - {None}
+        recognised = [percent(each.top1) for each in one.forget] if one.forget else [None, None]
         cells = (
             element("a", one.records.concept, href=f"#n{number}"),
             _whole(row.id if row else None),
             _whole(row.received if row else None),
             str(row.state) if row else None,
             _whole(known_as(edit.layer) if edit else None),
-            *(percent(each.top1) for each in one.forget or ()),
-            *((None, None) if one.forget is None else ()),
+            *recognised,
             ", ".join(sorted(each for each in held if each)) or None,
             "run" if one.pair else "not run",
         )
         rows.append(cells)
-    heads = (Head("request", False), Head("id", False), Head("received", False),
-             Head("state", False), Head("layer", False), Head("recognised, original"),
-             Head("recognised now"), Head("its edit in the model", False),
-             Head("verification", False))  # fmt: skip
+    figures = numeric("recognised, original", "recognised now")
+    heads = ("request", "id", "received", "state", "layer", *figures, "its edit in the model",
+             "verification")  # fmt: skip
     return table(heads, rows, caption="What was asked to be removed")
 
 
@@ -251,33 +249,34 @@ def _whole(said: str | None) -> Html | None:
     return element("span", said, class_="whole") if said else None
 
 
-def _sections(one: RemovedRequest, evidence: RemovalEvidence) -> list[Section]:
+def _sections(one: RemovedRequest) -> list[Section]:
     searched = edit_sections.request(one.records)
-    sheet = _sheet(one) if one.sheet else None
+    sheet = None
+    if one.sheet:
+        images = image_html(one.sheet, alt=f"images taken for {one.name}", class_="sheet")
+        order = "The first images that were taken for it, in the order of their draw"
+        sheet = figure_of(images, order)
     parts = [
         Section("The request", _request(one)),
         replace(searched, title="What was searched", content=joined((searched.content, sheet))),
         replace(result(one.records), title="Figures of the edit"),
     ]
     if one.is_measured:
-        parts.append(Section("Figures of the model that was written", _as_written(one, evidence)))
+        parts.append(Section("Figures of the model that was written", _as_written(one)))
+    tried = study_sections.verification(one.records, [each.key for each in one.pair[1:]])
     return [
         *parts,
-        replace(_verification(one), title="What was tried to bring it back"),
+        replace(tried, title="What was tried to bring it back"),
         Section("What is left", _left(one)),
         edit_sections.the_edit(one.records),
     ]
 
 
-def _verification(one: RemovedRequest) -> Section:
-    prints = [each.key for each in one.pair[1:]]
-    return study_sections.verification(one.records, prints)
-
-
 def _request(one: RemovedRequest) -> Html:
-    row = one.row
+    row, manifest = one.row, one.records.manifest.record
     if row is None:
         return paragraph("No request is recorded: this was made without a recipe.")
+    excluded = manifest.exclusions if manifest else []
     return terms(
         {
             "Request": one.name,
@@ -286,47 +285,35 @@ def _request(one: RemovedRequest) -> Html:
             "Received": row.received,
             "Reference": row.reference,
             "Note": row.note,
-            "Captions without": lines([code(text) for text in exclusions(one)]),
+            "Captions without": lines([code(text) for text in excluded]),
             "State": str(row.state),
             "What became of it": lines([f"{event.day}: {event.state}" for event in row.events]),
         }
     )
 
 
-def _sheet(one: RemovedRequest) -> Html:
-    shown = image_html(one.sheet or b"", alt=f"images taken for {one.name}", class_="sheet")
-    return figure_of(shown, "The first images that were taken for it, in the order of their draw")
-
-
-def _as_written(one: RemovedRequest, evidence: RemovalEvidence) -> Html:
+def _as_written(one: RemovedRequest) -> Html:
     """Show figures of the model that was written, all requests in place, and the bounds."""
     rows = [
-        (
-            each["figure"],
-            percent(each["before"]),
-            percent(each["after"]),
-            count(each["images"]),
-            f"{each['from']:.1f} to {each['to']:.1f}%",
-        )
-        for each in figures_of(one, evidence)
-    ]
-    heads = (Head("figure", False), Head("original"), Head("written"), Head("images"),
-             Head("95% interval, written"))  # fmt: skip
+        (each["figure"], percent(each["before"]), percent(each["after"]),
+         count(each["images"]), f"{each['from']:.1f} to {each['to']:.1f}%")
+        for each in figures_of(one)
+    ]  # fmt: skip
+    heads = ("figure", *numeric("original", "written", "images", "95% interval, written"))
     parts: list[Child] = [
         table(heads, rows, caption="The model that was written, without all requests"),
         paragraph("On images that nothing was chosen by, where the set has any.", class_="quiet"),
     ]
-    checks = one.row.checks if one.row else ()
     bounds = [
         (
             check.bound,
             "not known" if check.figure is None else percent(check.figure),
             "holds" if check.holds else "is not met",
         )
-        for check in checks
+        for check in (one.row.checks if one.row else ())
     ]
     if bounds:
-        of_bounds = (Head("bound", False), Head("figure"), Head("result", False))
+        of_bounds = ("bound", *numeric("figure"), "result")
         parts.append(table(of_bounds, bounds, caption="Bounds of the request"))
     return joined(parts)
 
@@ -363,35 +350,28 @@ def _left(one: RemovedRequest) -> Html:
 
 
 def _of_files(evidence: RemovalEvidence) -> list[Section]:
-    written = [_written(model, evidence) for model in evidence.models]
     checks = [
         paragraph(
             "Two commands tell, from the folder that the run was in, whether the edits are in a "
             "model, and whether its files are those below. The first needs slsgu and the edit, "
             "the second nothing."
-            if evidence.checks
-            else "No model is named here. `slsgu check MODEL --edit EDIT` tells whether an edit is "
-            "in one.",
         ),
-        _commands(evidence.checks) if evidence.checks else None,
-        paragraph("EDIT is a file that is kept apart; its SHA-256 is told with each request.")
-        if evidence.checks and evidence.by_reference
-        else None,
+        edit_sections.command_lines(evidence.checks),
     ]
-    versions = {"slsgu": slsgu_cli.__version__, **_versions()}
+    if evidence.by_reference:
+        apart = "EDIT is a file that is kept apart; its SHA-256 is told with each request."
+        checks.append(paragraph(apart))
+    if not evidence.checks:
+        alone = "No model is named here. `slsgu check MODEL --edit EDIT` tells whether an edit is "
+        checks = [paragraph(alone, "in one.")]
+    same = paragraph("The same sources, model and versions give the same edits.")
+    again = edit_sections.command_lines(evidence.commands)
     return [
         Section("Check it", joined(checks)),
-        *written,
-        Section("Repeat it", joined((
-            paragraph("The same sources, model and versions give the same edits."),
-            _commands(evidence.commands),
-        ))),
-        Section("Made with", terms(dict(versions))),
-    ]  # fmt: skip
-
-
-def _commands(said: Sequence[str]) -> Html:
-    return element("pre", element("code", lines(said)))
+        *(_written(model, evidence) for model in evidence.models),
+        Section("Repeat it", joined((same, again))),
+        Section("Made with", terms({"slsgu": slsgu_cli.__version__, **_versions()})),
+    ]
 
 
 def _written(model: WrittenModel, evidence: RemovalEvidence) -> Section:
@@ -407,7 +387,7 @@ def _written(model: WrittenModel, evidence: RemovalEvidence) -> Section:
     found = ", ".join(
         f"{one.name}: {model.holds(one.name) or 'not looked for'}" for one in evidence.requests
     )
-    heads = (Head("file", False), Head("SHA-256 before, and after", False), Head("", False))
+    heads = ("file", "SHA-256 before, and after", "")
     content = (
         terms({"Place": code(str(model.place)), "Made from": code(model.origin), "Edits": found}),
         *(paragraph(trouble, class_="notice") for trouble in model.troubles),

@@ -17,7 +17,6 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.errors import InputError, SlsguError, UsageError
 from slsgu_cli.figures.html import (
     Child,
-    Head,
     Html,
     change,
     code,
@@ -27,6 +26,7 @@ from slsgu_cli.figures.html import (
     image_html,
     interval,
     joined,
+    numeric,
     paragraph,
     percent,
     scrolled,
@@ -260,22 +260,12 @@ def _summary(all_records: Sequence[SetRecords]) -> Html:
         if edit is None or edit.forget is None or edit.baseline_forget is None:
             rows.append((link, None, None, None, None))
             continue
-        losses = [
-            now.top1 - was.top1
-            for name, was in (edit.baseline_utility or {}).items()
-            if (now := (edit.utility or {}).get(name)) is not None
-        ]
-        rows.append(
-            (
-                link,
-                code(known_as(edit.layer)),
-                percent(edit.baseline_forget.top1),
-                percent(edit.forget.top1),
-                change(min(losses)) if losses else None,
-            )
-        )
-    heads = (Head("concept", False), Head("edited layer", False), Head("FA@1, original"),
-             Head("FA@1, edited"), Head("TA@1, largest loss in points"))  # fmt: skip
+        losses = [now.top1 - was.top1 for _, was, now in _on_sets(edit) if now]
+        loss = change(min(losses)) if losses else None
+        forget = percent(edit.baseline_forget.top1), percent(edit.forget.top1)
+        rows.append((link, code(known_as(edit.layer)), *forget, loss))
+    figures = numeric("FA@1, original", "FA@1, edited", "TA@1, largest loss in points")
+    heads = ("concept", "edited layer", *figures)
     return table(heads, rows, caption="What this page reports, edit by edit")
 
 
@@ -340,8 +330,7 @@ def lead(edit: EditHeader) -> Html:
         f". The name was among its first five guesses for {percent(before.top5)} and is for "
         f"{percent(after.top5)}. ",
     ]
-    for name, was in sorted((edit.baseline_utility or {}).items()):
-        now = (edit.utility or {}).get(name)
+    for name, was, now in _on_sets(edit):
         if now is not None:
             sentences.append(
                 f"Accuracy on {name} ({count(now.rows)} other images) went from "
@@ -356,17 +345,21 @@ def lead(edit: EditHeader) -> Html:
     return paragraph(*sentences, class_="lead")
 
 
+def _on_sets(edit: EditHeader) -> list[tuple[str, Accuracy, Accuracy | None]]:
+    """Return each evaluation set with the accuracy on it before the edit and after."""
+    after = edit.utility or {}
+    before = sorted((edit.baseline_utility or {}).items())
+    return [(name, accuracy, after.get(name)) for name, accuracy in before]
+
+
 def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
-    accuracies = {"": (edit.baseline_forget, edit.forget)}
-    for name, was in sorted((edit.baseline_utility or {}).items()):
-        accuracies[name] = was, (edit.utility or {}).get(name)
     rows = [
         _row(f"TA@{k} {name}" if name else f"FA@{k}", was, now, attribute)
-        for name, (was, now) in accuracies.items()
+        for name, was, now in [("", edit.baseline_forget, edit.forget), *_on_sets(edit)]
         for k, attribute in ((1, "top1"), (5, "top5"))
     ]
-    heads = (Head("figure", False), Head("original"), Head("edited"), Head("change, points"),
-             Head("images"), Head("95% interval, edited"))  # fmt: skip
+    heads = ("figure", *numeric("original", "edited", "change, points", "images",
+                                "95% interval, edited"))  # fmt: skip
     held_out = (
         ""
         if manifest is None or manifest.forget_eval
@@ -393,27 +386,18 @@ def _harm(edit: EditHeader) -> Html | None:
     """Show the classes that lost most, and those with the nearest names."""
     if not (edit.harmed or edit.nearest):
         return None
-    heads = (Head("class", False), Head("images"), Head("original"), Head("edited"), Head("change"))
-    tables = [
-        table(
-            heads,
-            [
-                (
-                    loss.name,
-                    count(loss.rows),
-                    percent(loss.before),
-                    percent(loss.after),
-                    change(-loss.lost),
-                )
-                for loss in losses
-            ],
-            caption=caption,
-        )
-        for losses, caption in (
-            (edit.harmed, "Classes that lost most, TA@1"),
-            (edit.nearest, "Classes with the nearest names, TA@1"),
-        )
-    ]
+    heads = ("class", *numeric("images", "original", "edited", "change"))
+    tables = []
+    for losses, caption in (
+        (edit.harmed, "Classes that lost most, TA@1"),
+        (edit.nearest, "Classes with the nearest names, TA@1"),
+    ):
+        rows = [
+            (loss.name, count(loss.rows), percent(loss.before), percent(loss.after),
+             change(-loss.lost))
+            for loss in losses
+        ]  # fmt: skip
+        tables.append(table(heads, rows, caption=caption))
     return element("details", element("summary", "What single classes lost"), *tables)
 
 
@@ -438,8 +422,8 @@ def _on_target(edit: EditHeader) -> Html:
             before, after = was.percent or 0.0, now.percent or 0.0
             cells = percent(before), percent(after), change(after - before)
             rows.append((by.judge, figure, *cells, count(now.total), interval(now)))
-    heads = (Head("judged by", False), Head("figure", False), Head("original"), Head("edited"),
-             Head("change, points"), Head("of"), Head("95% interval, edited"))  # fmt: skip
+    heads = ("judged by", "figure", *numeric("original", "edited", "change, points", "of",
+                                             "95% interval, edited"))  # fmt: skip
     unseen = "that chose nothing" if figures.unseen else "which the edit was chosen by"
     caption = f"What {figures.target} shows, on prompts or images {unseen}"
     meaning = paragraph(

@@ -6,15 +6,14 @@ is made of it.
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from slsgu_cli.errors import InputError, MissingError, UsageError, near
-from slsgu_cli.records.codec import by_name, decode, encode
+from slsgu_cli.records.codec import by_name, with_texts
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.recipe import (
     EvidenceRequest,
@@ -27,7 +26,6 @@ from slsgu_cli.records.recipe import (
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.verification import CHECKS, KIND, Check, Verification, VerifiedModel
 from slsgu_cli.report.gather import (
-    Evidence,
     SetRecords,
     WrittenModel,
     commands,
@@ -59,6 +57,7 @@ class RemovedRequest:
 
     name: str
     records: SetRecords
+    ledger: Ledger | None
     row: LedgerRow | None
     pair: tuple[VerifiedModel, ...]
     sheet: bytes | None
@@ -87,7 +86,6 @@ class RemovalEvidence:
 
     requests: tuple[RemovedRequest, ...]
     models: tuple[WrittenModel, ...]
-    ledger: Ledger | None
     model: ModelSpec
     commands: tuple[str, ...]
     checks: tuple[str, ...]
@@ -104,20 +102,27 @@ def gather_removals(
     catalog = Catalog(store)
     ledger = _ledger(catalog, request, recipe)
     names = _names(catalog, request, ledger)
+    rows = {row.name: row for row in ledger.rows} if ledger else {}
     hides = any(each and each.by_reference for each in (request, ledger, recipe))
-    words = References.of(catalog, ledger, names) if hides else References({})
+    words = References.of(catalog, rows, names) if hides else References({})
     gathered = [gather(catalog, name) for name in names]
-    models = _models(store, request, ledger, gathered)
+    model = _model(gathered)
+    original = ledger.model if ledger else model
+    models = _models(store, request, ledger, names=names, original=original)
     shown = tuple(words.model(each) for each in models)
-    prints = _fingerprints(ledger.model if ledger else _model(gathered), models)
-    removed = (
-        _removed(store, records, _row(ledger, records.name), words, prints) for records in gathered
-    )
+    prints = [key for each in models if (key := written_fingerprint(original, each.place))]
+    shown_ledger = words.record(ledger)
+    requests = []
+    for records in gathered:
+        sheet = None if hides else _sheet(store, records)
+        told, row = words.records(records), words.record(rows.get(records.name))
+        verified = told.verification.record
+        pair = verified_pair(verified, told.edit.record, prints) if verified else ()
+        requests.append(RemovedRequest(told.name, told, shown_ledger, row, tuple(pair), sheet))
     return RemovalEvidence(
-        requests=tuple(removed),
+        requests=tuple(requests),
         models=shown,
-        ledger=words.record(ledger),
-        model=words.record(_model(gathered)),
+        model=words.record(model),
         commands=tuple(words(each) for each in _again(store, request, recipe, ledger, gathered)),
         checks=tuple(map(words, _checks(request, shown, [*map(words, names)], hides=hides))),
         edits={} if hides else _edits(store, models, names),
@@ -168,30 +173,29 @@ def _names(catalog: Catalog, request: EvidenceRequest, ledger: Ledger | None) ->
     return names
 
 
-def _row(ledger: Ledger | None, name: str) -> LedgerRow | None:
-    return next((row for row in ledger.rows if row.name == name), None) if ledger else None
-
-
 def _model(gathered: Sequence[SetRecords]) -> ModelSpec:
     manifest = next((each.manifest.record for each in gathered if each.manifest.record), None)
     if manifest is None:
-        (first, *_) = gathered
-        raise InputError(first.manifest.trouble or "", hint=first.manifest.run)
+        lacking = gathered[0].manifest
+        raise InputError(lacking.trouble or "", hint=lacking.run)
     return manifest.model
 
 
 def _models(
-    store: Store, request: EvidenceRequest, ledger: Ledger | None, gathered: Sequence[SetRecords]
+    store: Store,
+    request: EvidenceRequest,
+    ledger: Ledger | None,
+    *,
+    names: Sequence[str],
+    original: ModelSpec,
 ) -> list[WrittenModel]:
     """Return the models that were written: those that are named, or the outputs of the ledger."""
-    names = [records.name for records in gathered]
-    model = ledger.model if ledger else _model(gathered)
     places: list[tuple[Path, ModelSpec | Path, Sequence[str], str | None]] = [
-        (Path(str(place).removeprefix(LOCAL)), model, names, None) for place in request.models
+        (Path(str(place).removeprefix(LOCAL)), original, names, None) for place in request.models
     ]
     if ledger and not places:
         places = [
-            (Path(s.place), Path(s.origin) if s.origin else model, s.names, s.made)
+            (Path(s.place), Path(s.origin) if s.origin else original, s.names, s.made)
             for s in ledger.stages
             if s.place and s.made and s.stage.writes_model
         ]
@@ -199,31 +203,18 @@ def _models(
     for place, origin, held, made in places:
         label, taken = place.resolve().name, [each.label for each in models]
         label = f"{label}-{len(models) + 1}" if label in taken else label
-        models.append(
-            written_model(store, label, place, origin=origin, names=held, made=made)
-        )  # fmt: skip
+        models.append(written_model(store, label, place, origin=origin, names=held, made=made))
     return models
 
 
-def _fingerprints(original: ModelSpec, models: Sequence[WrittenModel]) -> set[str]:
-    """Return the fingerprints of those models that are a CLIP."""
-    prints = (written_fingerprint(original, model.place) for model in models)
-    return {each for each in prints if each is not None}
-
-
-def _removed(
-    store: Store, records: SetRecords, row: LedgerRow | None, words: "References", prints: set[str]
-) -> RemovedRequest:
-    """Return what is told of a request, in its own words or by its reference."""
-    sheet, manifest = None, records.manifest.record
-    if manifest is not None and not words.by:
-        block = DataBlock.open(store, manifest.forget)
-        shown = min(IMAGES, block.rows)
-        sheet = sheet_of(block, IMAGES, title=f"{records.name}: {shown} of {block.rows} images")
-    name, records, row = words(records.name), words.records(records), words.record(row)
-    verified, edit = records.verification.record, records.edit.record
-    pair = verified_pair(verified, edit, prints) if verified else ()
-    return RemovedRequest(name, records, row, tuple(pair), sheet)
+def _sheet(store: Store, records: SetRecords) -> bytes | None:
+    """Return the contact sheet of what was taken for a request, if its set can be read."""
+    manifest = records.manifest.record
+    if manifest is None:
+        return None
+    block = DataBlock.open(store, manifest.forget)
+    shown = min(IMAGES, block.rows)
+    return sheet_of(block, IMAGES, title=f"{records.name}: {shown} of {block.rows} images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +224,13 @@ class References:
     by: dict[str, str]
 
     @classmethod
-    def of(cls, catalog: Catalog, ledger: Ledger | None, names: Sequence[str]) -> "References":
+    def of(
+        cls, catalog: Catalog, rows: Mapping[str, LedgerRow], names: Sequence[str]
+    ) -> "References":
         """Return the references of all requests of a ledger. Raises UsageError without one."""
         by: dict[str, str] = {}
-        for name in dict.fromkeys([*names, *(row.name for row in (ledger.rows if ledger else ()))]):
-            row = _row(ledger, name)
+        for name in dict.fromkeys([*names, *rows]):
+            row = rows.get(name)
             reference = (row.reference or row.id) if row else None
             manifest = catalog.get(Artifact.SET, name)
             patterns = manifest.patterns if manifest else ()
@@ -260,53 +253,31 @@ class References:
         return _whole(*words).sub(lambda found: self.by.get(found[0].casefold(), "–"), text)
 
     def record(self, record: T) -> T:
-        """Return a record with references in all its texts and keys."""
-        if not self.by or record is None:
-            return record
-        return decode(type(record), self._value(encode(record)))
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {self(key): self._value(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [self._value(each) for each in value]
-        return self(value) if isinstance(value, str) and not isinstance(value, StrEnum) else value
+        """Return a record with references in all its texts, keys and paths."""
+        return with_texts(record, self) if self.by else record
 
     def records(self, records: SetRecords) -> SetRecords:
         """Return what is known of a set, without what images and near names tell of it."""
         if not self.by:
             return records
-        manifest, edit = self._evidence(records.manifest), self._evidence(records.edit)
+        shown = self.record(records)
+        manifest, edit, verification = shown.manifest, shown.edit, shown.verification
         if manifest.record:
             plain = replace(manifest.record, patterns=(), request={}, command=())
             manifest = replace(manifest, record=plain)
         if edit.record:
             edit = replace(edit, record=replace(edit.record, harmed=(), nearest=()))
-        verification = self._evidence(records.verification)
         if verification.record:
             verification = replace(verification, record=_without_words(verification.record))
         return replace(
-            records, name=self(records.name), concept=self(records.concept), manifest=manifest,
-            pointer=self._evidence(records.pointer), edit=edit,
-            trials=self._evidence(records.trials), verification=verification,
+            shown, manifest=manifest, edit=edit, verification=verification,
+            gradients=records.gradients, facts=records.facts,
         )  # fmt: skip
 
-    def _evidence(self, evidence: Evidence[T]) -> Evidence[T]:
-        reason = self(evidence.reason) if evidence.reason else None
-        path, run = self(evidence.path), self(evidence.run)
-        record = None if evidence.record is None else self.record(evidence.record)
-        return replace(evidence, path=path, run=run, reason=reason, record=record)
-
     def model(self, model: WrittenModel) -> WrittenModel:
-        """Return a written model with references in place of the names of its edits."""
-        return replace(
-            model,
-            label=self(model.label).replace("/", "-"),
-            place=Path(self(str(model.place))),
-            origin=self(model.origin),
-            edits=tuple(map(self.record, model.edits)),
-            troubles=tuple(map(self, model.troubles)),
-        )
+        """Return a written model with references, its files under the names that they have."""
+        shown = self.record(model)
+        return replace(shown, label=shown.label.replace("/", "-"), files=model.files)
 
 
 def _whole(*words: str) -> re.Pattern[str]:
@@ -341,11 +312,11 @@ def _again(
 ) -> Iterator[str]:  # fmt: skip
     """Yield the commands that do it again: those of each step, or the run of the recipe."""
     yield f"export SLSGU_STORE={shlex.quote(store.url)}"
-    if recipe is None and ledger is None:
+    known = recipe or ledger
+    if known is None:
         yield from (line for records in gathered for line in commands(records))
         return
-    name = request.recipe or f"{(recipe or ledger).name}.toml"  # type: ignore[union-attr]
-    yield f"slsgu run {shlex.quote(str(name))}"
+    yield f"slsgu run {shlex.quote(str(request.recipe or f'{known.name}.toml'))}"
     for records in gathered:
         record = records.verification.record
         for subject in record.subjects[1:] if record else ():
@@ -373,7 +344,7 @@ def _edits(store: Store, models: Sequence[WrittenModel], names: Sequence[str]) -
     return {name: store.read_bytes(path) for name, path in paths.items() if store.exists(path)}
 
 
-def done_for(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
+def done_for(one: RemovedRequest) -> dict[str, Any]:
     """Return in short what was done for a request."""
     edit, row, facts = one.records.edit.record, one.row, one.records.facts
     return {
@@ -385,13 +356,13 @@ def done_for(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
         "layer": edit and edit.layer,
         "layer before": facts and facts.before["fp32"],
         "layer after": facts and facts.after["fp32"],
-        "figures": figures_of(one, evidence),
+        "figures": figures_of(one),
         "bounds": row.checks if row else (),
         "verified": bool(one.pair),
     }
 
 
-def figures_of(one: RemovedRequest, evidence: RemovalEvidence) -> list[dict[str, Any]]:
+def figures_of(one: RemovedRequest) -> list[dict[str, Any]]:
     """Return figures with exact intervals: of what was written, or else of the edit."""
     return [
         {
@@ -403,17 +374,15 @@ def figures_of(one: RemovedRequest, evidence: RemovalEvidence) -> list[dict[str,
             "from": round(low, 4),
             "to": round(high, 4),
         }
-        for kind, name, was, now in accuracies(one, evidence)
+        for kind, name, was, now in accuracies(one)
         for k, top in ((1, "top1"), (5, "top5"))
         for low, high in [Share.of(getattr(now, top), now.rows).interval]
     ]
 
 
-def accuracies(
-    one: RemovedRequest, evidence: RemovalEvidence
-) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
+def accuracies(one: RemovedRequest) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
     """Yield FA and the TA of each set, by its name: of the original, and of what was made."""
-    ledger, edit = evidence.ledger, one.records.edit.record
+    ledger, edit = one.ledger, one.records.edit.record
     before, after = (edit.baseline_utility or {}, edit.utility or {}) if edit else ({}, {})
     if ledger and one.is_measured:
         before, after = ledger.kept_before, ledger.kept
@@ -423,29 +392,22 @@ def accuracies(
         yield "TA", name, before[name], after[name]
 
 
-def content_of(one: RemovedRequest, evidence: RemovalEvidence) -> dict[str, Any]:
+def content_of(one: RemovedRequest) -> dict[str, Any]:
     """Return all that is told of a request."""
     manifest, row, edit = one.records.manifest.record, one.row, one.records.edit
-    verification = one.pair and verified(one)
     return {
-        **done_for(one, evidence),
+        **done_for(one),
         "concept": one.records.concept,
         "note": row and row.note,
         "events": row.events if row else (),
         "captions with": manifest.patterns if manifest else (),
-        "captions without": exclusions(one),
+        "captions without": manifest.exclusions if manifest else [],
         "rows": by_name(manifest.blocks()) if manifest else [],
         "edit": edit.record,
         "edit sha256": edit.sha256,
         "measured on": "what was written" if one.is_measured else "the edit",
-        "verification": verification or None,
+        "verification": verified(one) if one.pair else None,
     }
-
-
-def exclusions(one: RemovedRequest) -> list[str]:
-    """Return the words that captions must not have to be of a request."""
-    manifest = one.records.manifest.record
-    return list(manifest.request.get("not_match") or ()) if manifest else []
 
 
 def verified(one: RemovedRequest) -> dict[str, Any]:
@@ -453,15 +415,10 @@ def verified(one: RemovedRequest) -> dict[str, Any]:
     from slsgu_cli.verification.verdicts import conclusion, rows
 
     original, other = one.pair
+    tried = {finding.check for finding in other.findings if not finding.left_out}
     return {
         "model": other.label,
         "checks": [row for row in rows(original, other) if not row.detail],
         "conclusion": conclusion(one.records.concept, original, other).sentences,
-        "not tried": _untried(other),
+        "not tried": [check for check in CHECKS if check not in tried],
     }
-
-
-def _untried(model: VerifiedModel) -> list[str]:
-    """Return the checks that were not run on a model, or could not be."""
-    tried = {finding.check for finding in model.findings if not finding.left_out}
-    return [check for check in CHECKS if check not in tried]

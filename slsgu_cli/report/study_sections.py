@@ -2,13 +2,11 @@
 
 from collections.abc import Collection
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.compare.comparison import LABELS, TableRow, better, mean_rows
 from slsgu_cli.figures.html import (
     Child,
-    Head,
     Html,
     Series,
     change,
@@ -22,6 +20,7 @@ from slsgu_cli.figures.html import (
     legend,
     line_chart,
     number,
+    numeric,
     paragraph,
     percent,
     share,
@@ -41,9 +40,6 @@ from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import Section, SetRecords, absent, section
 
-if TYPE_CHECKING:
-    from slsgu_cli.verification.probes import LossRow
-
 TITLE = "Does it stay forgotten"
 CURVES = {
     Check.FINETUNE: "Trained on the retain set, without the concept",
@@ -58,14 +54,11 @@ def verification(records: SetRecords, written: Collection[str] = ()) -> Section:
     It is that of a model that was `written`, by fingerprint, if one was verified, else of the
     set's edit.
     """
-    evidence, edit = records.verification, records.edit.record
-    if evidence.record is not None and not verified_pair(evidence.record, edit, written):
+    evidence, record = records.verification, records.verification.record
+    pair = verified_pair(record, records.edit.record, written) if record else []
+    if record is not None and not pair:
         return absent(TITLE, "No verification of this edit is recorded.", evidence.run)
-    return section(
-        TITLE,
-        evidence,
-        lambda record: _verification(record, *verified_pair(record, edit, written)),
-    )
+    return section(TITLE, evidence, lambda record: _verification(record, *pair))
 
 
 def verified_pair(
@@ -87,42 +80,30 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
     found = conclusion(record.concept, original, edited)
     probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
-        (
-            row.probe,
-            str(row.check),
-            percent(row.before.top1),
-            percent(row.after.top1),
-            percent(row.control.top1) if row.control else None,
-            _utility_change(row.utilities),
-            str(row.verdict),
-            row.note,
-        )
+        (row.probe, str(row.check), percent(row.before.top1), percent(row.after.top1),
+         percent(row.control.top1) if row.control else None, _utility_change(row.utilities),
+         str(row.verdict), row.note)
         for row in probes
-    ]
-    heads = (Head("probe", False), Head("kind", False), Head("FA@1, original"),
-             Head("FA@1, edited"), Head("FA@1, control"), Head("TA@1, change in points"),
-             Head("verdict", False), Head("note", False))  # fmt: skip
+    ]  # fmt: skip
+    figures = numeric("FA@1, original", "FA@1, edited", "FA@1, control", "TA@1, change in points")
+    heads = ("probe", "kind", *figures, "verdict", "note")
     counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
     verdict_counts = ", ".join(f"{word} {count}" for word, count in counts if count)
     lead = paragraph(
         f"{len(probes)} probes: {verdict_counts}. A verdict compares the edited model with the "
         "original under the same probe; a control is the same effort without the concept."
     )
+    whole = None
+    if edited.edit is None:
+        words = "Tried on the model that was written, with all that was taken out of it: "
+        whole = paragraph(words, code(edited.label), ".")
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
-        (paragraph(found.text, class_="lead"), lead, _subject(edited), verdicts, _left_out(edited),
+        (paragraph(found.text, class_="lead"), lead, whole, verdicts, _left_out(edited),
          _curves(original, edited), _attempts(original, edited), _became(original, edited),
          _losses(original, edited), _told(original, edited), _retrieved(original, edited),
          _membership(original, edited))
     )  # fmt: skip
-
-
-def _subject(edited: VerifiedModel) -> Html | None:
-    """Say of a whole model which it is; an edit is that of the page."""
-    if edited.edit is not None:
-        return None
-    return paragraph("Tried on the model that was written, with all that was taken out of it: ",
-                     code(edited.label), ".")  # fmt: skip
 
 
 def _utility_change(sides: tuple[dict[str, Accuracy] | None, ...]) -> str | None:
@@ -169,30 +150,25 @@ def _attempts(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
         for attempt in finding.attempts
         if attempt == finding.best(attempt.name)
     ]
-    heads = (Head("attack", False), Head("model", False), Head("made with", False),
-             Head("text", False), Head("FA@1"))  # fmt: skip
+    heads = ("attack", "model", "made with", "text", *numeric("FA@1"))
     caption = "What was found in place of the name, and what it finds"
     return table(heads, cells, caption=caption) if cells else None
 
 
 def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell the names next to the forgotten one, and what its images are taken for."""
-    before, after = (
-        finding.became if (finding := model.finding(Check.NEIGHBOURS)) else None
-        for model in (original, edited)
-    )
-    if before is None or after is None:
+    findings = (model.finding(Check.NEIGHBOURS) for model in (original, edited))
+    sides = [finding.became for finding in findings if finding and finding.became]
+    if len(sides) < 2:
         return None
-    columns = [
-        [f"{near.name} {cosine(near.cosine)}" for near in before.nearest],
-        [f"{near.name} {cosine(near.cosine)}" for near in after.nearest],
-        [f"{guess.name} {100 * guess.rows / before.rows:.0f}%" for guess in before.taken_for],
-        [f"{guess.name} {100 * guess.rows / after.rows:.0f}%" for guess in after.taken_for],
+    columns = [[f"{near.name} {cosine(near.cosine)}" for near in side.nearest] for side in sides]
+    columns += [
+        [f"{guess.name} {100 * guess.rows / side.rows:.0f}%" for guess in side.taken_for]
+        for side in sides
     ]
     cells = [(str(n), *row) for n, row in enumerate(zip_longest(*columns), start=1)]
-    heads = (Head("no."), Head("nearest name, original", False),
-             Head("nearest name, edited", False), Head("images taken for, original", False),
-             Head("images taken for, edited", False))  # fmt: skip
+    heads = (*numeric("no."), "nearest name, original", "nearest name, edited",
+             "images taken for, original", "images taken for, edited")  # fmt: skip
     return table(heads, cells, caption="What the concept became")
 
 
@@ -207,21 +183,18 @@ def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
         for name, classes in nearest_names(known).items()
     }
     captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = most_harmed(known)
-    heads = (Head("class", False), Head("cosine of names"), Head("images"),
-             Head("TA@1, original"), Head("TA@1, edited"), Head("change, points"),
-             Head("95% interval, edited"))  # fmt: skip
-    tables = [
-        table(heads, [_loss_cells(row) for row in classes], caption=caption)
-        for caption, classes in captions.items()
-        if classes
-    ]
+    heads = ("class", *numeric("cosine of names", "images", "TA@1, original", "TA@1, edited",
+                               "change, points", "95% interval, edited"))  # fmt: skip
+    tables = []
+    for caption, classes in captions.items():
+        cells = [
+            (row.name, cosine(row.cosine), count(row.rows), percent(row.before),
+             percent(row.after), change(-row.lost), interval(Share.of(row.after, row.rows)))
+            for row in classes
+        ]  # fmt: skip
+        if cells:
+            tables.append(table(heads, cells, caption=caption))
     return joined(tables) if tables else None
-
-
-def _loss_cells(row: "LossRow") -> tuple[Child, ...]:
-    return (row.name, cosine(row.cosine), count(row.rows), percent(row.before),
-            percent(row.after), change(-row.lost),
-            interval(Share.of(row.after, row.rows)))  # fmt: skip
 
 
 def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -233,14 +206,13 @@ def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
          percent(now.accuracy), percent(was.recall), percent(now.recall))
         for was, now in pairs_of(original, edited)
     ]  # fmt: skip
-    heads = (Head("told by, and what", False), Head("learnt from images"),
-             Head("accuracy, original"), Head("accuracy, edited"), Head("recall, original"),
-             Head("recall, edited"))  # fmt: skip
+    figures = numeric("learnt from images", "accuracy, original", "accuracy, edited",
+                      "recall, original", "recall, edited")  # fmt: skip
     caption = (
         "What image features tell: accuracy, of which 50% is chance, and images found with 1% "
         "false positives"
     )
-    return table(heads, cells, caption=caption) if cells else None
+    return table(("told by, and what", *figures), cells, caption=caption) if cells else None
 
 
 def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -260,17 +232,14 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
          percent(100 * side.far / side.rows), number(side.mean), number(side.largest))
         for side in found[1].moved
     ]  # fmt: skip
-    heads = (Head("looked for by", False), Head("mAP, original"), Head("mAP, edited"),
-             Head("recall@1, original"), Head("recall@1, edited"),
-             Head("recall@10, edited"))  # fmt: skip
-    index = (Head("features of", False), Head("images"), Head("same to the bit"),
-             Head("moved by more than 0.01"), Head("mean move"), Head("largest move"))  # fmt: skip
-    return joined(
-        (
-            table(heads, queries, caption="Finding the concept's images among all others"),
-            table(index, moved, caption="What became of an index; a move is 1 - cosine"),
-        )
-    )
+    figures = numeric("mAP, original", "mAP, edited", "recall@1, original", "recall@1, edited",
+                      "recall@10, edited")  # fmt: skip
+    moves = numeric("images", "same to the bit", "moved by more than 0.01", "mean move",
+                    "largest move")  # fmt: skip
+    caption = "Finding the concept's images among all others"
+    by_query = table(("looked for by", *figures), queries, caption=caption)
+    caption = "What became of an index; a move is 1 - cosine"
+    return joined((by_query, table(("features of", *moves), moved, caption=caption)))
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -280,26 +249,19 @@ def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     if before is None or after is None:
         return None
     cells = [
-        (
-            f"{was.figure}, against {was.against}",
-            f"{was.mean:.1f} ± {was.deviation:.1f}%",
-            f"{now.mean:.1f} ± {now.deviation:.1f}%",
-            str(exposure(was, now)),
-        )
+        (f"{was.figure}, against {was.against}", f"{was.mean:.1f} ± {was.deviation:.1f}%",
+         f"{now.mean:.1f} ± {now.deviation:.1f}%", str(exposure(was, now)))
         for was, now in zip(before.attacks, after.attacks, strict=True)
-    ]
-    heads = (Head("told by", False), Head("original"), Head("edited"), Head("verdict", False))
+    ]  # fmt: skip
+    heads = ("told by", *numeric("original", "edited"), "verdict")
     caption = "Membership inference: how often forget pairs are told from others; 50% is chance"
     return table(heads, cells, caption=caption)
 
 
 def trajectories(records: SetRecords) -> Section:
     """Show accuracies over a fine grid of steps."""
-    return section(
-        "Trajectories",
-        records.trajectory,
-        lambda record: _trajectories(record, records.edit.record),
-    )
+    edit = records.edit.record
+    return section("Trajectories", records.trajectory, lambda record: _trajectories(record, edit))
 
 
 def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
@@ -312,11 +274,9 @@ def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
             f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures
         )
         layer, ridge = line
-        cells.append(
-            (code(known_as(layer)), _ridge(ridge), count(len(trajectory.of(line))), *largest_rises)
-        )
-    heads = (Head("layer", False), Head("ridge"), Head("steps"),
-             *(Head(f"{name}, rise") for name in figures))  # fmt: skip
+        steps = count(len(trajectory.of(line)))
+        cells.append((code(known_as(layer)), _ridge(ridge), steps, *largest_rises))
+    heads = ("layer", *numeric("ridge", "steps", *(f"{name}, rise" for name in figures)))
     intro = paragraph(
         "Accuracies at many steps in a row. The table has the largest rise of each figure along "
         "the way, in points: 0 where it never rises."
@@ -346,14 +306,16 @@ def _joint_search(record: JointSearch) -> Html:
             _ridge(move.ridge),
             number(move.step),
             share(move.share),
-            *_pair(record.baseline_forget[move.name], last.forget[move.name], "top1"),
-            *_pair(record.baseline_forget[move.name], last.forget[move.name], "top5"),
+            *(
+                percent(getattr(figures[move.name], attribute))
+                for attribute in ("top1", "top5")
+                for figures in (record.baseline_forget, last.forget)
+            ),
         )
         for concept, move in zip(record.concepts, last.moves, strict=True)
     ]
-    heads = (Head("concept", False), Head("layer", False), Head("ridge"), Head("step"),
-             Head("of its norm"), Head("FA@1, original"), Head("FA@1, edited"),
-             Head("FA@5, original"), Head("FA@5, edited"))  # fmt: skip
+    accuracies = ("FA@1, original", "FA@1, edited", "FA@5, original", "FA@5, edited")
+    heads = ("concept", "layer", *numeric("ridge", "step", "of its norm", *accuracies))
     sets = sorted(record.baseline_utility)
     original = ("0", "none", None, *(percent(record.baseline_utility[n].top1) for n in sets))
     stages: list[tuple[Child, ...]] = [original] + [
@@ -365,14 +327,11 @@ def _joint_search(record: JointSearch) -> Html:
         )
         for stage in record.stages
     ]
-    columns = (Head("concepts"), Head("added", False), Head("FA@1, at most"),
-               *(Head(f"TA@1 {name}") for name in sets))  # fmt: skip
-    return joined(
-        (
-            table(heads, moves, caption="All edits in place, each concept on its own images"),
-            table(columns, stages, caption="What is kept, on images of none of the concepts"),
-        )
-    )
+    of_sets = [f"TA@1 {name}" for name in sets]
+    columns = (*numeric("concepts"), "added", *numeric("FA@1, at most", *of_sets))
+    forgotten = table(heads, moves, caption="All edits in place, each concept on its own images")
+    kept = table(columns, stages, caption="What is kept, on images of none of the concepts")
+    return joined((forgotten, kept))
 
 
 def sweeps(records: SetRecords) -> list[Section]:
@@ -385,30 +344,25 @@ def sweeps(records: SetRecords) -> list[Section]:
 
 def _sweep(record: Sweep, name: str) -> Html:
     sets = sorted(record.rows[0].baseline_utility)
-    rows = [_sweep_row(row, sets) for row in record.rows]
-    columns = zip(*(_top1s(row, sets) for row in record.rows), strict=True)
-    means = [sum(column) / len(record.rows) for column in columns]
+    top1s = [_top1s(row, sets) for row in record.rows]
+    means = [sum(column) / len(top1s) for column in zip(*top1s, strict=True)]
+    rows: list[tuple[Child, ...]] = [
+        (row.name, code(known_as(row.layer)), *map(percent, figures))
+        for row, figures in zip(record.rows, top1s, strict=True)
+    ]
     rows.append(("mean", None, *map(percent, means)))
-    heads = [Head("class", False), Head("layer", False)]
+    heads = ["class", "layer"]
     for figure in ("FA@1", *(f"TA@1 {name}" for name in sets)):
-        heads += [Head(f"{figure}, original"), Head(f"{figure}, edited")]
+        heads += numeric(f"{figure}, original", f"{figure}, edited")
     marked = [index for index, row in enumerate(record.rows) if row.name == name]
     return table(heads, rows, caption=f"{count(len(record.rows))} classes, each forgotten alone",
                  marked=marked)  # fmt: skip
-
-
-def _sweep_row(row: SweepRow, sets: list[str]) -> tuple[Child, ...]:
-    return (row.name, code(known_as(row.layer)), *map(percent, _top1s(row, sets)))
 
 
 def _top1s(row: SweepRow, sets: list[str]) -> list[float]:
     pairs = [(row.baseline_forget, row.forget)]
     pairs += [(row.baseline_utility[name], row.utility[name]) for name in sets]
     return [figure.top1 for pair in pairs for figure in pair]
-
-
-def _pair(before: Accuracy, after: Accuracy, attribute: str) -> tuple[str, str]:
-    return percent(getattr(before, attribute)), percent(getattr(after, attribute))
 
 
 def comparison(records: SetRecords) -> Section:
@@ -420,24 +374,17 @@ def _comparison(record: ClipComparison) -> Html:
     rows = mean_rows({record.name: record.outcomes}, None)
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Child, ...]] = [
-        (
-            LABELS[row.method],
-            row.words,
-            percent(row.forget.top1),
-            percent(row.forget.top5),
-            *(percent(row.utility[name].top1) for name in sets),
-            f"{row.seconds:.0f}",
-            f"{row.forget_passes:g}",
-            f"{row.retain_passes:g}",
-        )
+        (LABELS[row.method], row.words, percent(row.forget.top1), percent(row.forget.top5),
+         *(percent(row.utility[name].top1) for name in sets),
+         f"{row.seconds:.0f}", f"{row.forget_passes:g}", f"{row.retain_passes:g}")
         for row in rows
-    ]
-    heads = (Head("method", False), Head("setting", False), Head("FA@1"), Head("FA@5"),
-             *(Head(f"TA@1 {name}") for name in sets), Head("seconds"), Head("forget passes"),
-             Head("retain passes"))  # fmt: skip
+    ]  # fmt: skip
+    of_sets = [f"TA@1 {name}" for name in sets]
+    figures = numeric("FA@1", "FA@5", *of_sets, "seconds", "forget passes", "retain passes")
     ours = [index for index, row in enumerate(rows) if row.method is Method.OURS]
-    marked = table(heads, cells, caption="Methods on the same model and rows", marked=ours)
-    return joined((_verdict(rows), marked))
+    caption = "Methods on the same model and rows"
+    methods = table(("method", "setting", *figures), cells, caption=caption, marked=ours)
+    return joined((_verdict(rows), methods))
 
 
 def _verdict(rows: list[TableRow]) -> Html:

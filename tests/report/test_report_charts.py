@@ -13,9 +13,9 @@ from slsgu_cli.figures.html import (
     WIDTH,
     front_chart,
     legend,
+    line_chart,
     linear,
     logarithmic,
-    step_chart,
     step_series,
 )
 from slsgu_cli.records.figures import Accuracy
@@ -78,7 +78,7 @@ def test_steps_are_drawn_from_the_original_model_on(trials):
     fa = series[0]
     assert fa.points[0] == (0.0, trials.baseline_forget.top1)
     assert [share for share, _ in fa.points] == sorted(share for share, _ in fa.points)
-    svg = step_chart(series, chosen=0.15, description="told")
+    svg = line_chart(series, "step", chosen=15.0, description="told")
     assert len(circles(svg)) == sum(len(one.points) for one in series)
     ElementTree.fromstring(svg)
     assert "TA@1 objects &lt;b&gt;" in legend(series)
@@ -91,7 +91,7 @@ def test_a_search_that_only_doubled_is_drawn_on_a_logarithmic_axis(trials):
         for n in range(10)
     ]
     series = step_series(replace(trials, trials=tuple(doubled)), FRONT[0], None)
-    places = sorted({x for x, _ in circles(step_chart(series, chosen=None, description=""))})
+    places = sorted({x for x, _ in circles(line_chart(series, "step", description=""))})
     gaps = [b - a for a, b in pairwise(places[1:])]
     assert max(gaps) < 1.05 * min(gaps)
 
@@ -99,7 +99,7 @@ def test_a_search_that_only_doubled_is_drawn_on_a_logarithmic_axis(trials):
 def test_charts_hold_colours_of_the_page_alone(trials):
     for svg in (
         front_chart(SCORES, Tower.TEXT),
-        step_chart(step_series(trials, CHOSEN, None), chosen=None, description=""),
+        line_chart(step_series(trials, CHOSEN, None), "step", description=""),
     ):
         assert not re.search(r"#[0-9a-f]{3,6}|rgb|style=", svg)
         assert HOSTILE not in svg

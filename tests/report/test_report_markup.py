@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.figures.html import Head, Html, element, joined, lines, table, terms, text
+from slsgu_cli.figures.html import Html, element, joined, lines, numeric, table, terms, text
 
 
 class Seen(HTMLParser):
@@ -54,7 +54,7 @@ def test_attributes_are_named_as_html_has_them_and_may_be_left_out():
 
 def test_a_table_has_a_caption_heads_with_scope_and_figures_on_the_right():
     rows = [("<b>", "1"), ("c", None)]
-    markup = table((Head("name", False), Head("count")), rows, caption="what", marked=[1])
+    markup = table(("name", *numeric("count")), rows, caption="what", marked=[1])
     assert "<caption>what</caption>" in markup
     assert markup.count('scope="col"') == 2
     assert markup.count('scope="row"') == 2
@@ -66,7 +66,7 @@ def test_a_table_has_a_caption_heads_with_scope_and_figures_on_the_right():
 
 def test_a_row_of_another_length_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        table((Head("a"), Head("b")), [("1", "2", "3")], caption="")
+        table(numeric("a", "b"), [("1", "2", "3")], caption="")
 
 
 def test_terms_without_a_value_are_left_out():
