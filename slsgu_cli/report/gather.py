@@ -3,19 +3,13 @@
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from slsgu_cli.checkpoints.apply import all_files
-from slsgu_cli.checkpoints.edits import (
-    Edit,
-    by_layer,
-    earlier_edits,
-    moved_values,
-    read_edit,
-)
+from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
 from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import MissingError, SlsguError
@@ -109,15 +103,11 @@ class SetRecords:
 
     def evidence(self) -> list[Evidence[Any]]:
         """Return every record in the order in which one is made from another."""
-        records: list[Evidence[Any]] = [self.manifest, self.pointer, self.ranking, self.trials]
-        records += [
-            self.edit,
-            *self.on_targets.values(),
-            self.trajectory,
-            *self.joint.values(),
-            *self.sweeps.values(),
-        ]
-        return [*records, self.verification, self.comparison]
+        return [
+            self.manifest, self.pointer, self.ranking, self.trials, self.edit,
+            *self.on_targets.values(), self.trajectory, *self.joint.values(),
+            *self.sweeps.values(), self.verification, self.comparison,
+        ]  # fmt: skip
 
 
 def gather(catalog: Catalog, name: str) -> SetRecords:
@@ -342,6 +332,22 @@ def commands(records: SetRecords) -> list[str]:
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
         lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
     return [shlex.join(words) for words in lines if words]
+
+
+def commands_again(
+    store: Store, gathered: Sequence[SetRecords], *, recipe: Path | str | None
+) -> Iterator[str]:
+    """Yield the commands that do it all again: the run of a recipe, or else each step."""
+    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
+    if recipe is None:
+        yield from (line for records in gathered for line in commands(records))
+        return
+    yield f"slsgu run {shlex.quote(str(recipe))}"
+    for records in gathered:
+        verified = records.verification.record
+        for subject in verified.subjects[1:] if verified else ():
+            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
+            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
 
 
 def _rank(ranking: Ranking) -> list[str]:

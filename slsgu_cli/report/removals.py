@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 from slsgu_cli.errors import InputError, MissingError, UsageError, near
@@ -28,7 +28,7 @@ from slsgu_cli.records.verification import CHECKS, KIND, Check, Verification, Ve
 from slsgu_cli.report.gather import (
     SetRecords,
     WrittenModel,
-    commands,
+    commands_again,
     gather,
     written_fingerprint,
     written_model,
@@ -40,8 +40,6 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
-T = TypeVar("T")
-
 ALL = "all"
 EDITS, SUMS = "edits", ".sha256"
 IMAGES = 48
@@ -49,7 +47,7 @@ IMAGES = 48
 
 @dataclass(frozen=True, slots=True)
 class RemovedRequest:
-    """One request as the evidence tells it: its ledger's row, and what the store knows of it.
+    """One request as the evidence tells it: its row in the ledger, and what the store knows.
 
     `pair` are the original and the model that was verified, nothing where none was; `sheet`
     is the contact sheet of what was taken for it.
@@ -111,19 +109,22 @@ def gather_removals(
     models = _models(store, request, ledger, names=names, original=original)
     shown = tuple(words.model(each) for each in models)
     prints = [key for each in models if (key := written_fingerprint(original, each.place))]
-    shown_ledger = words.record(ledger)
+    made_by = recipe or ledger
+    file = request.recipe or (f"{made_by.name}.toml" if made_by else None)
+    told_ledger = with_texts(ledger, words)
     requests = []
     for records in gathered:
         sheet = None if hides else _sheet(store, records)
-        told, row = words.records(records), words.record(rows.get(records.name))
+        told = words.records(records) if hides else records
+        row = with_texts(rows.get(records.name), words)
         verified = told.verification.record
         pair = verified_pair(verified, told.edit.record, prints) if verified else ()
-        requests.append(RemovedRequest(told.name, told, shown_ledger, row, tuple(pair), sheet))
+        requests.append(RemovedRequest(told.name, told, told_ledger, row, tuple(pair), sheet))
     return RemovalEvidence(
         requests=tuple(requests),
         models=shown,
-        model=words.record(model),
-        commands=tuple(words(each) for each in _again(store, request, recipe, ledger, gathered)),
+        model=with_texts(model, words),
+        commands=tuple(map(words, commands_again(store, gathered, recipe=file))),
         checks=tuple(map(words, _checks(request, shown, [*map(words, names)], hides=hides))),
         edits={} if hides else _edits(store, models, names),
         by_reference=hides,
@@ -224,9 +225,7 @@ class References:
     by: dict[str, str]
 
     @classmethod
-    def of(
-        cls, catalog: Catalog, rows: Mapping[str, LedgerRow], names: Sequence[str]
-    ) -> "References":
+    def of(cls, catalog: Catalog, rows: Mapping[str, LedgerRow], names: Sequence[str]) -> Self:
         """Return the references of all requests of a ledger. Raises UsageError without one."""
         by: dict[str, str] = {}
         for name in dict.fromkeys([*names, *rows]):
@@ -252,15 +251,9 @@ class References:
             return text
         return _whole(*words).sub(lambda found: self.by.get(found[0].casefold(), "–"), text)
 
-    def record(self, record: T) -> T:
-        """Return a record with references in all its texts, keys and paths."""
-        return with_texts(record, self) if self.by else record
-
     def records(self, records: SetRecords) -> SetRecords:
         """Return what is known of a set, without what images and near names tell of it."""
-        if not self.by:
-            return records
-        shown = self.record(records)
+        shown = with_texts(records, self)
         manifest, edit, verification = shown.manifest, shown.edit, shown.verification
         if manifest.record:
             plain = replace(manifest.record, patterns=(), request={}, command=())
@@ -276,7 +269,7 @@ class References:
 
     def model(self, model: WrittenModel) -> WrittenModel:
         """Return a written model with references, its files under the names that they have."""
-        shown = self.record(model)
+        shown = with_texts(model, self)
         return replace(shown, label=shown.label.replace("/", "-"), files=model.files)
 
 
@@ -304,24 +297,6 @@ def _without_words(record: Verification) -> Verification:
         edit = subject.edit and replace(subject.edit, harmed=(), nearest=())
         subjects.append(replace(subject, edit=edit, findings=tuple(findings)))
     return replace(record, subjects=tuple(subjects))
-
-
-def _again(
-    store: Store, request: EvidenceRequest, recipe: Recipe | None, ledger: Ledger | None,
-    gathered: Sequence[SetRecords],
-) -> Iterator[str]:  # fmt: skip
-    """Yield the commands that do it again: those of each step, or the run of the recipe."""
-    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
-    known = recipe or ledger
-    if known is None:
-        yield from (line for records in gathered for line in commands(records))
-        return
-    yield f"slsgu run {shlex.quote(str(request.recipe or f'{known.name}.toml'))}"
-    for records in gathered:
-        record = records.verification.record
-        for subject in record.subjects[1:] if record else ():
-            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
-            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
 
 
 def _checks(
