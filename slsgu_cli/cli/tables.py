@@ -241,18 +241,14 @@ def earlier(console: "Console", report: Report) -> None:
 
     if report.ground is None:
         return
+    figures = [(k, when) for k in (1, 5) for when in ("original", "before", "after")]
     rows = [
-        (name, *(getattr(when, f"top{k}") for k in (1, 5)
-                 for when in (edit.original, edit.before, edit.after)))
+        (name, *(getattr(getattr(edit, when), f"top{k}") for k, when in figures))
         for name, edit in report.ground.edits.items()
-    ]  # fmt: skip
+    ]
     columns = (
         Column("edit"),
-        *(
-            Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}")
-            for k in (1, 5)
-            for when in ("original", "before", "after")
-        ),
+        *(Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}") for k, when in figures),
     )
     title = "concepts of the edits that came before"
     console.table("earlier", columns, rows, title=title, data=report.ground)
@@ -264,22 +260,21 @@ def harm(console: "Console", report: Report) -> None:
     """Print the classes that an edit harms most, and those of the nearest names."""
     from slsgu_cli.cli.console import Column
 
+    columns = (
+        Column("class"),
+        Column("images"),
+        Column("original", shown=percent),
+        Column("edited", shown=percent),
+        Column("change", shown=_change),
+    )
     for key, losses, title in (
         ("harmed", report.harmed, "most harmed classes"),
         ("nearest", report.nearest, "classes with the nearest names"),
     ):
-        brief = losses[:HARM_SHOWN] if console.brief else losses
         rows = [
             (loss.name, loss.rows, loss.before, loss.after, loss.after - loss.before)
-            for loss in brief
+            for loss in (losses[:HARM_SHOWN] if console.brief else losses)
         ]
-        columns = (
-            Column("class"),
-            Column("images"),
-            Column("original", shown=percent),
-            Column("edited", shown=percent),
-            Column("change", shown=_change),
-        )
         console.table(key, columns, rows, title=f"{title}, TA@1", data=list(losses))
 
 

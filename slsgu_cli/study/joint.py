@@ -262,10 +262,6 @@ class JointSearchRun:
         """Return whether a trial brings the steered accuracy of all its concepts to 0."""
         return not any(self._left(trial).values())
 
-    def at(self, steps: Mapping[str, float]) -> Moves:
-        """Return the moves of some concepts at some steps."""
-        return tuple(self.concepts[name].move(step) for name, step in steps.items())
-
     def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
         """Put moves into the model for the length of a block."""
         return moved_model(self.evaluation, self.probed(moves))
@@ -288,7 +284,7 @@ class JointSearchRun:
 
     def _trial(self, steps: Mapping[str, float], *, slopes: bool = False) -> JointTrial:
         """Return the trial of some steps, measured now as far as it was not before."""
-        moves = self.at(steps)
+        moves = tuple(self.concepts[name].move(step) for name, step in steps.items())
         known = self.trials.get(moves)
         if known is not None and known.cost is not None and (known.slopes or not slopes):
             return known

@@ -70,9 +70,8 @@ class Step:
     @property
     def key(self) -> tuple[str, tuple[str, ...], str | None]:
         """What the ledger finds it by."""
-        if self.place is None:
-            return self.stage, self.names, None
-        return self.stage, (), str(self.place)
+        place = None if self.place is None else str(self.place)
+        return self.stage, self.names if place is None else (), place
 
     @property
     def about(self) -> str:
@@ -165,10 +164,9 @@ class RecipePlan:
             steps.append(Step(Stage.FIGURES, names))
         checked = [request.name for request in recipe.requests if recipe.checks_of(request)]
         steps += [Step(Stage.VERIFICATION, (name,)) for name in checked]
-        if out.report and names:
-            steps.append(Step(Stage.REPORT, names, out.report))
-        if out.evidence and names:
-            steps.append(Step(Stage.EVIDENCE, names, out.evidence))
+        for stage, place in ((Stage.REPORT, out.report), (Stage.EVIDENCE, out.evidence)):
+            if place and names:
+                steps.append(Step(stage, names, place))
         return steps
 
     def asked(self, step: Step) -> dict[str, str]:
@@ -181,8 +179,7 @@ class RecipePlan:
             return {"rows or classes": made_from(request, known), "weights": self.weights}
         if step.stage is Stage.GRADIENTS:
             rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
-            options = _options(recipe.grad)
-            return {"options": options, "rows": digest(rows), "weights": self.weights}
+            return {"options": _options(recipe.grad), "rows": digest(rows), "weights": self.weights}
         if step.stage is Stage.RANKING:
             pointer = get(Artifact.POINTER, step.names[0])
             gradients = digest([pointer.forget, pointer.retain, pointer.retain_data])
@@ -230,7 +227,7 @@ class RecipePlan:
         elif step.stage is Stage.LORA and not step.names:
             files = {}  # The LoRA of no request is none.
         else:
-            files = all_files(step.place) if step.place.is_dir() else {"": step.place}
+            files = _files(step.place)
         return digest({name: file_sha256(path) for name, path in files.items()})
 
     def why(self, step: Step) -> str | None:
@@ -324,10 +321,10 @@ class RecipePlan:
             why = why or next(iter(earlier), None)
             if why and step.place is None:
                 behind |= {name: step.stage for name in step.names if name not in behind}
-            seconds = self.typical(took, step)
             if not why:
                 planned.append(PlannedStep(step, None, None, 0.0, 0, 0))
                 continue
+            seconds = self.typical(took, step)
             memory = most.get(step.stage) or self._bounded_memory(step.stage)
             planned.append(PlannedStep(step, why, trouble, seconds, memory, self._disk(step)))
         return planned
@@ -503,14 +500,17 @@ def _texts_of(request: RemovalRequest) -> dict[str, Any]:
     return {field.name: str(getattr(request, field.name)) for field in fields(request)}
 
 
-def _bytes(path: Path) -> int:
+def _files(place: Path) -> dict[str, Path]:
+    """Return the files in a folder by name, or a file as the only one. Raises InputError."""
+    return all_files(place) if place.is_dir() else {"": place}
+
+
+def _bytes(place: Path) -> int:
     """Return the bytes of a file, or of all files in a folder. Raises OSError, InputError."""
-    files = all_files(path).values() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in _files(place).values())
 
 
-def _stamps(folder: Path) -> str:
+def _stamps(model: Path) -> str:
     """Return a digest of the names, sizes and times of a model's files."""
-    files = all_files(folder) if folder.is_dir() else {"": folder}
-    states = {name: path.stat() for name, path in files.items()}
+    states = {name: path.stat() for name, path in _files(model).items()}
     return digest({name: [s.st_size, s.st_mtime_ns] for name, s in states.items()})
