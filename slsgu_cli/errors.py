@@ -120,6 +120,11 @@ def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
     return outcome
 
 
+def reason_of(error: Exception) -> str:
+    """Return what is wrong with a content that could not be read; a KeyError says what it lacks."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:
     """Return words one after another; of many the first, and how many more there are."""
     more = len(words) - most

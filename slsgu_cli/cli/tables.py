@@ -409,7 +409,7 @@ def checked(console: "Console", result: "Checked") -> None:
     read = f"read {result.artifacts} artifacts, {_size(result.size)}"
     removed = sum(found.removed for found in result.findings)
     console.note(f"{read}: {summary}" + (f"; {removed} removed" if removed else ""))
-    damaged = result.left(State.DAMAGED)
+    damaged = [one for one in result.findings if one.state is State.DAMAGED and not one.removed]
     if not damaged:
         return
     again = any(found.removable for found in damaged)

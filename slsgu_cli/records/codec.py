@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slsgu_cli.errors import StaleError
+from slsgu_cli.errors import StaleError, reason_of
 
 T = TypeVar("T")
 
@@ -162,9 +162,9 @@ def decode(kind: type[T], value: Any) -> T:
     try:
         return typing.cast(T, _build(kind, value))
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise StaleError(
-            f"this {kind.__name__} record was not written by this version of slsgu: {reason}",
+            f"this {kind.__name__} record was not written by this version of slsgu: "
+            + reason_of(error),
             hint="make the artifact again with the command that wrote it",
         ) from error
 

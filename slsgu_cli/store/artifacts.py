@@ -4,6 +4,7 @@ Everything that names a place in the store, says which command to run first, jud
 a record still stands or goes on from an earlier run reads this table.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,7 +17,7 @@ from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, StaleError, near
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import FeatureHeader, GradientPointer, Ranking
-from slsgu_cli.records.sets import SetManifest, check_name
+from slsgu_cli.records.sets import Collection, SetManifest, check_name
 from slsgu_cli.store.store import Arrays, Store, require
 
 T = TypeVar("T")
@@ -77,6 +78,14 @@ class Artifact(StrEnum):
         """Return the command line that makes the artifact `name`."""
         return f"slsgu {TABLE[self].command.format(quote(name))}"
 
+    def command_again(self, name: str) -> str | None:
+        """Return the command line that makes the artifact `name` as it was, if there is one."""
+        if self is Artifact.SET:
+            return f"slsgu build-sets {quote(name)} --replay"
+        if self is Artifact.EDIT and set_of(name) != name:
+            return f"slsgu steer {quote(set_of(name))} --target ..."
+        return self.command(name) if TABLE[self].command else None
+
     def changed(self, record: Any, now: Mapping[str, Any]) -> "Change | None":
         """Return the first digest of what a record was made from that is another `now`."""
         return changed(TABLE[self].digests, record, now)
@@ -93,10 +102,11 @@ class Row:
 
     The record is said by module and name, so that a command loads no others. An artifact lies
     in `folder` under its name and `suffix`; beside its record is a folder of its name where it
-    `has_folder`. `noun` is what it is called, `command` makes it. `digests` maps the fields of
-    the record that tell what it was made from to the reason it is stale once the store has
-    others. It `needs` another artifact of the same set. A later run goes on with `rows`,
-    called `measured`, where `digests` and `options` are as they were.
+    `has_folder`. `noun` is what it is called, `command` makes it; what is called by a digest is
+    `made_with` another artifact of a set. `digests` maps the fields of the record that tell what
+    it was made from to the reason it is stale once the store has others. It `needs` another
+    artifact of the same set. A later run goes on with `rows`, called `measured`, where `digests`
+    and `options` are as they were.
     """
 
     folder: str
@@ -105,6 +115,7 @@ class Row:
     command: str = ""
     suffix: str = ".json"
     has_folder: bool = False
+    made_with: Artifact | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     needs: Artifact | None = None
     options: tuple[str, ...] = ()
@@ -147,15 +158,23 @@ _TRIALS = Row(
 TABLE: dict[Artifact, Row] = {
     Artifact.COLLECTION: Row("collections", "sets.Collection", has_folder=True),
     Artifact.SET: Row("sets", "sets.SetManifest", "set", "build-sets {} --source ..."),
-    Artifact.DATA: Row("data", suffix=".zarr"),
+    Artifact.DATA: Row("data", suffix=".zarr", made_with=Artifact.SET),
     Artifact.POINTER: Row(
         "gradients", "method.GradientPointer", "gradients", "grad {}",
         digests=ROWS, needs=Artifact.SET,
     ),
-    Artifact.GRADIENT: Row("gradients", "method.GradientHeader", suffix=TENSORS),
-    Artifact.MOMENTS: Row("moments", "method.MomentHeader", suffix=TENSORS),
-    Artifact.FEATURES: Row("features", "method.FeatureHeader", suffix=TENSORS),
-    Artifact.SQUARES: Row("squares", "method.SquaresHeader", suffix=TENSORS),
+    Artifact.GRADIENT: Row(
+        "gradients", "method.GradientHeader", suffix=TENSORS, made_with=Artifact.POINTER
+    ),
+    Artifact.MOMENTS: Row(
+        "moments", "method.MomentHeader", suffix=TENSORS, made_with=Artifact.RANKING
+    ),
+    Artifact.FEATURES: Row(
+        "features", "method.FeatureHeader", suffix=TENSORS, made_with=Artifact.TRIALS
+    ),
+    Artifact.SQUARES: Row(
+        "squares", "method.SquaresHeader", suffix=TENSORS, made_with=Artifact.POINTER
+    ),
     Artifact.SUMS: Row("sums", "method.SumsHeader", suffix=TENSORS),
     Artifact.RANKING: Row(
         "rankings", "method.Ranking", "ranking", "rank {}",
@@ -203,6 +222,8 @@ TABLE: dict[Artifact, Row] = {
     Artifact.LEDGER: Row("ledgers", "recipe.Ledger", "ledger", "run {}.toml"),
     Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
 }  # fmt: skip
+
+FOLDERS = sorted({row.folder for row in TABLE.values()})
 
 
 def joint_label(names: Sequence[str]) -> str:
@@ -345,3 +366,43 @@ def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:
         return fresh
     kept: dict[str, Any] = {name: getattr(record, name) for name in row.rows}
     return replace(fresh, **kept)  # type: ignore[type-var]
+
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+
+
+def contents(store: Store, kind: Artifact, path: str) -> bool:
+    """Read all of an artifact; return whether it carries a digest.
+
+    Raises MissingError, and InputError where it is damaged.
+    """
+    if kind is Artifact.DATA:
+        from slsgu_cli.store.blocks import DataBlock
+
+        return DataBlock.at(store, path).verify()
+    if kind is Artifact.COLLECTION:
+        collection = store.read_record(path, Collection)
+        for shard, known in sorted(collection.digests.items()):
+            store.require_digest(f"{path.removesuffix('.json')}/parts/{shard}", known)
+        return store.verify(path) and set(collection.digests) == set(collection.shards())
+    if kind is not Artifact.PLOT:
+        return store.verify(path)
+    picture = store.read_bytes(path)
+    try:
+        _require_picture(picture)
+    except ValueError as error:
+        raise InputError(f"{store.where(path)} is damaged: {error}") from error
+    return True
+
+
+def _require_picture(data: bytes) -> None:
+    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
+    if not data.startswith(PNG_START):
+        raise ValueError("it is no PNG")
+    at, kind = len(PNG_START), b""
+    while kind != PNG_END:
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
+        if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
+            raise ValueError("a part of it is not what its checksum was made of")
+        at = end + 4

@@ -4,28 +4,19 @@ Only records and headers are read: no tensor, no image, and nothing of the model
 artifact that cannot be read is listed with the reason.
 """
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from statistics import median
 from typing import Any
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError, once
+from slsgu_cli.errors import InputError, MissingError, SlsguError, once, reason_of
 from slsgu_cli.records.codec import digest, is_sealed, parse_json
-from slsgu_cli.records.method import EditHeader, FeatureHeader, GradientPointer, MomentHeader
+from slsgu_cli.records.method import EditHeader, GradientPointer
 from slsgu_cli.records.sets import Collection, ModelSpec, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
-from slsgu_cli.store.artifacts import (
-    ROLES,
-    SWEPT,
-    TABLE,
-    Artifact,
-    changed,
-    digests_of,
-)
+from slsgu_cli.store.artifacts import FOLDERS, SWEPT, TABLE, Artifact, changed, digests_of
 from slsgu_cli.store.store import Store
 
 
@@ -41,6 +32,7 @@ class Standing(StrEnum):
 # An artifact's standing, and the reason where it is not ok.
 Verdict = tuple[Standing, str | None]
 GOOD: Verdict = (Standing.OK, None)
+LEFT = "a write under way, or what a killed process left"
 
 
 class Catalog:
@@ -78,8 +70,21 @@ class Catalog:
         return self._digests[kind, name]
 
     def block(self, path: str) -> dict[str, Any]:
-        """Return what a block says of itself, as `attributes` does. Raises SlsguError."""
-        return once(self._blocks, path, partial(attributes, self.store, path))
+        """Return what a block says of itself, read without zarr. Raises SlsguError."""
+
+        def attributes() -> dict[str, Any]:
+            content = self.store.read_bytes(f"{path}/zarr.json")
+            try:
+                said = parse_json(content)["attributes"]
+                if said.get("complete") is not True:
+                    raise ValueError("it is not complete")
+                is_sealed(said)
+                return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                where = self.store.where(path)
+                raise InputError(f"{where} is damaged: {reason_of(error)}") from error
+
+        return once(self._blocks, path, attributes)
 
     def all(self, kind: Artifact) -> dict[str, Any]:
         """Return every record of a kind by its name, or the error that reading it raised."""
@@ -96,17 +101,57 @@ class Catalog:
         """Return whether every record of a kind could be read."""
         return len(self.readable(kind)) == len(self.all(kind))
 
+    def is_of(self, kind: Artifact, name: str, owner: str) -> bool:
+        """Return whether rows, gradients, moments or features are of the set `owner`.
+
+        A file whose header cannot be read may be of every set that has gradients.
+        """
+        manifest, pointer = self.get(Artifact.SET, owner), self.get(Artifact.POINTER, owner)
+        match kind:
+            case Artifact.DATA:
+                blocks = manifest.blocks() if manifest else {}
+                return kind.place(name) in {ref.path for ref in blocks.values()}
+            case Artifact.GRADIENT | Artifact.SQUARES:
+                return pointer is not None and name in (pointer.forget, pointer.retain)
+            case Artifact.MOMENTS | Artifact.FEATURES:
+                header = self.get(kind, name)
+                if pointer is None or header is None:
+                    return pointer is not None
+                if kind is Artifact.MOMENTS:
+                    return bool(header.is_of(pointer))
+                return bool(manifest and header.is_of(pointer, manifest))
+        return False
+
+    def users(self, kind: Artifact, name: str) -> list[str]:
+        """Return the sets that rows, gradients, moments or features are of."""
+        owners = self.readable(Artifact.SET if kind is Artifact.DATA else Artifact.POINTER)
+        return [owner for owner in owners if self.is_of(kind, name, owner)]
+
+    def maker(self, kind: Artifact, name: str) -> str | None:
+        """Return the command that makes an artifact, as far as it is known which."""
+        made_with = TABLE[kind].made_with
+        if made_with is not None:
+            users = self.users(kind, name)
+            squares = " --squares" if kind is Artifact.SQUARES else ""
+            return f"{made_with.command_again(users[0])}{squares}" if users else None
+        if kind is Artifact.SET and self.get(kind, name) is None:
+            return kind.command(name)
+        return kind.command_again(name)
+
     def standing(self, kind: Artifact, name: str, record: Any) -> Verdict:
         """Return whether a record that could be read can be used, and else the reason."""
         needs = TABLE[kind].needs
         if kind in BESIDES and (flaw := BESIDES[kind](self, name, record)) is not None:
             return flaw
+        if kind in UNUSED and not self.users(kind, name):
+            measured = kind is Artifact.FEATURES
+            if self.complete(Artifact.POINTER) and (not measured or self.complete(Artifact.SET)):
+                return Standing.UNREFERENCED, UNUSED[kind]
         needed = needs and self.get(needs, record.name)
         if needs and needed is None:
             verb = "is" if needs is Artifact.SET else "are"
-            return _stale(
-                f"the {needs.called(record.name)} {verb} not in the store or cannot be read"
-            )
+            lacks = f"the {needs.called(record.name)} {verb} not in the store or cannot be read"
+            return _stale(lacks)
         if change := kind.changed(record, self._now(kind, record)):
             return _stale(change.reason)
         if needs is Artifact.POINTER:
@@ -134,12 +179,10 @@ class Catalog:
                 "model_fingerprint": min(models - {record.model_fingerprint}, default=None),
                 "evals": {name: rows for name, rows in evals if rows != record.evals.get(name)},
             }
-        manifest, pointer = (self.get(k, record.name) for k in (Artifact.SET, Artifact.POINTER))
         # An edit carries all it needs; without gradients of its name it is not out of date.
-        now = digests_of(
-            None if kind is Artifact.EDIT else manifest,
-            None if kind is Artifact.POINTER else pointer,
-        )
+        manifest = None if kind is Artifact.EDIT else self.get(Artifact.SET, record.name)
+        pointer = None if kind is Artifact.POINTER else self.get(Artifact.POINTER, record.name)
+        now = digests_of(manifest, pointer)
         if kind in (Artifact.EDIT, Artifact.TRIALS):
             now["after"] = {
                 name: self.get(Artifact.EDIT, name) and self.digest(Artifact.EDIT, name)
@@ -148,74 +191,14 @@ class Catalog:
         return now
 
 
-def attributes(store: Store, path: str) -> dict[str, Any]:
-    """Return what a block says of itself, read without zarr. Raises SlsguError."""
-    try:
-        said = parse_json(store.read_bytes(f"{path}/zarr.json"))["attributes"]
-        if said.get("complete") is not True:
-            raise ValueError("it is not complete")
-        is_sealed(said)
-        return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
-    except SlsguError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{store.where(path)} is damaged: {reason}") from error
-
-
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
-
-
-def contents(store: Store, kind: Artifact, path: str) -> bool:
-    """Read all of an artifact; return whether it carries a digest.
-
-    Raises MissingError, and InputError where it is damaged.
-    """
-    if kind is Artifact.DATA:
-        from slsgu_cli.store.blocks import DataBlock
-
-        return DataBlock.at(store, path).verify()
-    if kind is Artifact.COLLECTION:
-        collection = store.read_record(path, Collection)
-        for shard, known in sorted(collection.digests.items()):
-            store.require_digest(f"{path.removesuffix('.json')}/parts/{shard}", known)
-        return store.verify(path) and set(collection.digests) == set(collection.shards())
-    if kind is not Artifact.PLOT:
-        return store.verify(path)
-    try:
-        _require_picture(store.read_bytes(path))
-    except ValueError as error:
-        raise (
-            error
-            if isinstance(error, SlsguError)
-            else InputError(f"{store.where(path)} is damaged: {error}")
-        ) from error
-    return True
-
-
-def _require_picture(data: bytes) -> None:
-    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
-    if not data.startswith(PNG_START):
-        raise ValueError("it is no PNG")
-    at, kind = len(PNG_START), b""
-    while kind != PNG_END:
-        end = at + 8 + int.from_bytes(data[at : at + 4])
-        kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
-        if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
-            raise ValueError("a part of it is not what its checksum was made of")
-        at = end + 4
-
-
 def _stale(reason: str) -> Verdict:
     return Standing.STALE, reason
 
 
 def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdict | None:
     parts = set(catalog.store.names(f"{Artifact.COLLECTION.beside(name)}/parts"))
-    for shard in collection.shards():
-        if shard not in parts:
-            return Standing.DAMAGED, f"its shard {shard} is missing"
-    return None
+    missing = [shard for shard in collection.shards() if shard not in parts]
+    return (Standing.DAMAGED, f"its shard {missing[0]} is missing") if missing else None
 
 
 def _other_block(catalog: Catalog, _name: str, manifest: SetManifest) -> Verdict | None:
@@ -236,19 +219,6 @@ def _missing_gradient(catalog: Catalog, _name: str, pointer: GradientPointer) ->
     return None
 
 
-def _without_set(catalog: Catalog, name: str, header: Any) -> Verdict | None:
-    pointers = catalog.readable(Artifact.POINTER).values()
-    if isinstance(header, MomentHeader):
-        used = any(header.is_of(pointer) for pointer in pointers)
-        reason = "no set's gradients are of this model and these retain rows"
-    else:
-        used = any(name in (p.forget, p.retain) for p in pointers)
-        reason = "no set's gradients are these"
-    if used or not catalog.complete(Artifact.POINTER):
-        return None
-    return Standing.UNREFERENCED, reason
-
-
 def _foreign_layer(catalog: Catalog, _name: str, edit: EditHeader) -> Verdict | None:
     """Tell of an edit whose layer the model of its gradient has not."""
     gradient = catalog.get(Artifact.GRADIENT, edit.gradient)
@@ -257,16 +227,6 @@ def _foreign_layer(catalog: Catalog, _name: str, edit: EditHeader) -> Verdict | 
     if not names or edit.layer in names or edit.layer.rpartition(".")[0] in names:
         return None
     return Standing.DAMAGED, f"it names {edit.layer}, and {edit.model} has no such layer"
-
-
-def _without_rows(catalog: Catalog, _name: str, header: FeatureHeader) -> Verdict | None:
-    pointers = catalog.readable(Artifact.POINTER)
-    manifests = ((p, catalog.get(Artifact.SET, name)) for name, p in pointers.items())
-    used = any(manifest and header.is_of(pointer, manifest) for pointer, manifest in manifests)
-    complete = catalog.complete(Artifact.POINTER) and catalog.complete(Artifact.SET)
-    if used or not complete:
-        return None
-    return Standing.UNREFERENCED, "no set of this model's gradients is measured on these rows"
 
 
 def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | None:
@@ -292,14 +252,18 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.COLLECTION: _missing_shard,
     Artifact.SET: _other_block,
     Artifact.POINTER: _missing_gradient,
-    Artifact.GRADIENT: _without_set,
-    Artifact.MOMENTS: _without_set,
-    Artifact.FEATURES: _without_rows,
-    Artifact.SQUARES: _without_set,
     Artifact.SUMS: _under_way,
     Artifact.EDIT: _foreign_layer,
     Artifact.SWEEP: _other_gradient,
     Artifact.VERIFICATION: _other_edit,
+}
+
+# What is said of what is called by a digest, where no set is left that it is of.
+UNUSED = {
+    Artifact.GRADIENT: "no set's gradients are these",
+    Artifact.SQUARES: "no set's gradients are these",
+    Artifact.MOMENTS: "no set's gradients are of this model and these retain rows",
+    Artifact.FEATURES: "no set of this model's gradients is measured on these rows",
 }
 
 
@@ -329,7 +293,9 @@ def entries(store: Store, catalog: Catalog | None = None) -> list[Entry]:
     Records are read through `catalog`, if there is one already.
     """
     catalog = catalog or Catalog(store)
-    listed = [*_records(catalog), *_data(catalog), *_plots(store), *_unfinished(store)]
+    plots = {name: Artifact.PLOT.place(name) for name in Artifact.PLOT.names(store)}
+    listed = [*_records(catalog), *_data(catalog), *_unfinished(store)]
+    listed += [Entry(Artifact.PLOT, n, path, _size(store, path), {}) for n, path in plots.items()]
     order = list(Artifact)
     return sorted(listed, key=lambda entry: (order.index(entry.kind), entry.name))
 
@@ -346,11 +312,8 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
             if isinstance(record, SlsguError):
                 yield Entry(called, name, path, size, {}, Standing.DAMAGED, record.message)
                 continue
-            state, reason = catalog.standing(kind, name, record)
-            yield Entry(called, name, path, size, record.about(), state, reason)
-
-
-LEFT = "a write under way, or what a killed process left"
+            verdict = catalog.standing(kind, name, record)
+            yield Entry(called, name, path, size, record.about(), *verdict)
 
 
 def _data(catalog: Catalog) -> Iterator[Entry]:
@@ -363,41 +326,28 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
     for name in kind.names(store):
         path = kind.place(name)
         made_from = {"for": ", ".join(users[path])} if path in users else {}
-        state, reason = GOOD
+        unused = path not in users and catalog.complete(Artifact.SET)
+        verdict = (Standing.UNREFERENCED, "no set refers to it") if unused else GOOD
         try:
-            made_from = {"rows": str(attributes(store, path)["rows"]), **made_from}
+            made_from = {"rows": str(catalog.block(path)["rows"]), **made_from}
         except SlsguError as error:
             if isinstance(error, MissingError) and not store.is_local:
                 # Elsewhere a block arrives file by file, and the one that is missing last.
                 yield _unfinished_entry(store, path, LEFT)
                 continue
-            state, reason = Standing.DAMAGED, error.message
-        if state is Standing.OK and path not in users and catalog.complete(Artifact.SET):
-            state, reason = Standing.UNREFERENCED, "no set refers to it"
-        yield Entry(kind, name, path, _size(store, path), made_from, state, reason)
-
-
-def _plots(store: Store) -> Iterator[Entry]:
-    kind = Artifact.PLOT
-    for name in kind.names(store):
-        path = kind.place(name)
-        yield Entry(kind, name, path, _size(store, path), {})
+            verdict = Standing.DAMAGED, error.message
+        yield Entry(kind, name, path, _size(store, path), made_from, *verdict)
 
 
 def _unfinished(store: Store) -> Iterator[Entry]:
-    reasons = {
-        f"{folder}/{name}": LEFT
-        for folder in sorted({row.folder for row in TABLE.values()})
-        for name in store.unfinished(folder)
-    }
-    folder = TABLE[Artifact.COLLECTION].folder
-    complete = Artifact.COLLECTION.names(store)
+    for folder in FOLDERS:
+        for name in store.unfinished(folder):
+            yield _unfinished_entry(store, f"{folder}/{name}", LEFT)
+    folder, complete = TABLE[Artifact.COLLECTION].folder, Artifact.COLLECTION.names(store)
     for name in store.names(folder):
         if not name.endswith(".json") and name not in complete:
             going_on = "a collection under way; the same build-sets goes on with it"
-            reasons[f"{folder}/{name}"] = going_on
-    for path, reason in reasons.items():
-        yield _unfinished_entry(store, path, reason)
+            yield _unfinished_entry(store, f"{folder}/{name}", going_on)
 
 
 def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
@@ -414,8 +364,7 @@ def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
     for name, manifest in catalog.readable(Artifact.SET).items():
         if manifest.model != model:
             continue
-        blocks = manifest.blocks()
-        paths = {Artifact.DATA: [blocks[role].path for role in ROLES]}
+        paths = {Artifact.DATA: [manifest.forget.path, manifest.retain.path]}
         by_name = (Artifact.SET, Artifact.RANKING, Artifact.TRIALS, Artifact.EDIT,
                    Artifact.VERIFICATION)  # fmt: skip
         paths |= {kind: [kind.path(name)] for kind in by_name if catalog.get(kind, name)}

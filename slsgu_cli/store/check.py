@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cache
 from pathlib import Path
-from shlex import quote
 
 from slsgu_cli import progress
 from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError, near
-from slsgu_cli.records.method import FeatureHeader, GradientPointer
+from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sources.opening import expand, parse_source
-from slsgu_cli.store.artifacts import TABLE, TENSORS, Artifact, set_of
-from slsgu_cli.store.catalog import Catalog, Entry, Standing, contents, entries
+from slsgu_cli.store.artifacts import FOLDERS, TABLE, TENSORS, Artifact, contents, set_of
+from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries
 from slsgu_cli.store.files import UNFINISHED, writer_lives
 from slsgu_cli.store.sharing import FOLDER, read_holder
 from slsgu_cli.store.store import Store
@@ -31,6 +30,7 @@ UNDER_WAY = "a write under way"
 FORGOTTEN_SECONDS = 7 * 86400.0
 # What sums become, and what is said of them when it is there.
 MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.MOMENTS: "its moments are"}
+REPAIR = "slsgu check --repair"
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
 
 # Whether a model is there, with the weights of this fingerprint; None for any weights.
@@ -73,10 +73,6 @@ class Checked:
     artifacts: int
     size: int
     findings: tuple[Finding, ...]
-
-    def left(self, state: State) -> list[Finding]:
-        """Return what is in a state and still there."""
-        return [found for found in self.findings if found.state is state and not found.removed]
 
 
 def check(
@@ -145,11 +141,13 @@ class _Check:
     """One reading of a store: its records, and what is damaged of it as far as it was read."""
 
     def __init__(self, store: Store, has_model: HasModel) -> None:
-        self.store, self._has_model = store, has_model
+        self.store = store
         self.catalog = Catalog(store)
         self.entries = entries(store, self.catalog)
+        self._sets: dict[str, SetManifest] = self.catalog.readable(Artifact.SET)
+        self._pointers: dict[str, GradientPointer] = self.catalog.readable(Artifact.POINTER)
         self._damaged: set[str] = set()
-        self._models: dict[tuple[ModelSpec, str | None], bool] = {}
+        self._has_model = cache(has_model)
 
     def chosen(self, names: Sequence[str]) -> tuple[list[Entry], list[Path]]:
         """Return the entries that belong to names, by default all, and files outside the store."""
@@ -176,33 +174,21 @@ class _Check:
             return True
         if name in (entry.name, set_of(entry.name)) or name in entry.name.split("+"):
             return True
-        match entry.kind:
-            case Artifact.PLOT:
-                return entry.name.startswith(f"{name}-")
-            case Artifact.DATA:
-                return name in self._users(entry.path)
-            case Artifact.GRADIENT | Artifact.SQUARES:
-                return name in self._pointers_to(entry.name)
-            case Artifact.MOMENTS:
-                pointer, header = (
-                    self.catalog.get(kind, each)
-                    for kind, each in ((Artifact.POINTER, name), (Artifact.MOMENTS, entry.name))
-                )
-                return bool(pointer and header and header.is_of(pointer))
-            case Artifact.FEATURES:
-                return name in self._measured_by(self.catalog.get(entry.kind, entry.name))
-        return False
+        if entry.kind is Artifact.PLOT:
+            return entry.name.startswith(f"{name}-")
+        if entry.kind is Artifact.MOMENTS and self._unreadable(entry):
+            return False
+        return self.catalog.is_of(entry.kind, entry.name, name)
 
     def of_entry(self, entry: Entry) -> Iterator[Finding]:
         """Read all of an entry, and yield what is wrong with it."""
         error = self._unreadable(entry)
         if isinstance(error, ForeignError | StaleError):
-            yield self._finding(entry, State.FOREIGN, error.message)
+            yield _finding(entry, State.FOREIGN, error.message)
             return
         if entry.kind is Artifact.UNFINISHED:
             yield self._of_unfinished(entry)
             return
-        has_digest = True
         try:
             if error is not None:
                 raise error
@@ -210,30 +196,28 @@ class _Check:
             self._read_folder(entry)
         except SlsguError as damage:
             self._damaged.add(entry.path)
-            made_again = self._is_made_again(entry.kind, entry.name)
-            found = self._finding(entry, State.DAMAGED, _why(damage))
-            yield replace(found, mend=self._maker(entry), removable=made_again)
+            again = self._is_made_again(entry)
+            maker = self.catalog.maker(entry.kind, entry.name)
+            yield _finding(entry, State.DAMAGED, _why(damage), maker, removable=again)
             return
         if entry.state is not Standing.OK:
-            mend = "slsgu gc" if entry.state is Standing.UNREFERENCED else self._maker(entry)
-            yield replace(self._finding(entry, State(entry.state), entry.reason or ""), mend=mend)
+            is_unused = entry.state is Standing.UNREFERENCED
+            mend = "slsgu gc" if is_unused else self.catalog.maker(entry.kind, entry.name)
+            yield _finding(entry, State(entry.state), entry.reason, mend)
         if not has_digest:
-            yield self._finding(entry, State.NO_DIGEST, "it was written before there were digests")
+            yield _finding(entry, State.NO_DIGEST, "it was written before there were digests")
 
     def unused(self, entry: Entry) -> Iterator[Finding]:
         """Yield an entry if nothing refers to it, damaged or not; nothing of it is read."""
         if entry.kind is Artifact.UNFINISHED:
             yield self._of_unfinished(entry)
             return
-        users = {
-            Artifact.DATA: lambda: self._users(entry.path),
-            Artifact.GRADIENT: lambda: self._pointers_to(entry.name),
-            Artifact.SQUARES: lambda: self._pointers_to(entry.name),
-        }.get(entry.kind)
-        damaged = entry.state is Standing.DAMAGED and users is not None and not users()
-        if damaged or entry.state is Standing.UNREFERENCED:
-            found = self._finding(entry, State.UNREFERENCED, entry.reason or "")
-            yield replace(found, removable=True)
+        kinds = (Artifact.DATA, Artifact.GRADIENT, Artifact.SQUARES)
+        is_unused = entry.state is Standing.UNREFERENCED
+        if entry.state is Standing.DAMAGED and entry.kind in kinds:
+            is_unused = not self.catalog.users(entry.kind, entry.name)
+        if is_unused:
+            yield _finding(entry, State.UNREFERENCED, entry.reason, removable=True)
 
     def repaired(self, finding: Finding, *, irreplaceable: bool) -> Finding:
         """Return a finding, removed if it may be."""
@@ -245,9 +229,8 @@ class _Check:
     def foreign(self) -> Iterator[Finding]:
         """Yield what lies in the folders of artifacts and is none; hidden files are passed over."""
         known = {entry.path for entry in self.entries}
-        for folder in sorted({row.folder for row in TABLE.values()}):
-            kinds = [kind for kind, row in TABLE.items() if row.folder == folder]
-            works = [kind for kind in kinds if TABLE[kind].has_folder]
+        for folder in FOLDERS:
+            works = [kind for kind, row in TABLE.items() if row.folder == folder and row.has_folder]
             known |= {kind.beside(name) for kind in works for name in kind.names(self.store)}
             for name in self.store.names(folder):
                 path = f"{folder}/{name}"
@@ -270,11 +253,8 @@ class _Check:
             dead = holder.is_dead or silent
             by = f"process {holder.pid} on {holder.host}, since {holder.since}"
             reason = f"a lease of a dead {by}" if dead else f"{UNDER_WAY}: {by}"
-            mend = "slsgu check --repair" if dead else None
+            mend = REPAIR if dead else None
             yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, dead)
-
-    def _finding(self, entry: Entry, state: State, reason: str) -> Finding:
-        return Finding(state, entry.kind, entry.name, entry.path, entry.size, reason)
 
     def _unreadable(self, entry: Entry) -> SlsguError | None:
         """Return what kept the catalog from reading an entry."""
@@ -306,13 +286,13 @@ class _Check:
         if lives is None:
             lives = _last_change(self.store, entry.path) > time.time() - ABANDONED_SECONDS
         if lives:
-            return self._finding(entry, State.UNFINISHED, UNDER_WAY)
-        found = self._finding(entry, State.UNFINISHED, "the process that wrote it is gone")
-        return replace(found, mend="slsgu check --repair", removable=True)
+            return _finding(entry, State.UNFINISHED, UNDER_WAY)
+        gone = "the process that wrote it is gone"
+        return _finding(entry, State.UNFINISHED, gone, REPAIR, removable=True)
 
     def _of_sums(self, entry: Entry) -> Finding:
         """Return work that the same command goes on with, unless nothing is left of it to do."""
-        found = self._finding(entry, State.UNFINISHED, entry.reason or "")
+        found = _finding(entry, State.UNFINISHED, entry.reason)
         if entry.path != Artifact.SUMS.place(entry.name):
             return found
         old = _last_change(self.store, entry.path) < time.time() - FORGOTTEN_SECONDS
@@ -321,85 +301,35 @@ class _Check:
         if header and header.squares and not self.store.exists(Artifact.SQUARES.place(entry.name)):
             # The gradient may have been there before; its squares are what they will make.
             made = []
-        if made or old or entry.state is Standing.DAMAGED:
-            why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "nobody went on with it"
-            reason = entry.reason if entry.state is Standing.DAMAGED else why
-            return replace(found, reason=reason or "", mend="slsgu check --repair", removable=True)
-        return found
+        if entry.state is Standing.DAMAGED:
+            return replace(found, mend=REPAIR, removable=True)
+        if not (made or old):
+            return found
+        why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "nobody went on with it"
+        return replace(found, reason=why, mend=REPAIR, removable=True)
 
-    @cached_property
-    def _sets(self) -> dict[str, SetManifest]:
-        return self.catalog.readable(Artifact.SET)
-
-    @cached_property
-    def _pointers(self) -> dict[str, GradientPointer]:
-        return self.catalog.readable(Artifact.POINTER)
-
-    def _users(self, path: str) -> list[str]:
-        """Return the sets that a block is part of."""
-        return [
-            name
-            for name, manifest in self._sets.items()
-            if path in {ref.path for ref in manifest.blocks().values()}
-        ]
-
-    def _pointers_to(self, address: str) -> list[str]:
-        """Return the sets whose gradients are those of an address."""
-        return [n for n, p in self._pointers.items() if address in (p.forget, p.retain)]
-
-    def _measured_by(self, header: FeatureHeader | None) -> list[str]:
-        """Return the sets that are measured on the rows of a file of features; all for none."""
-        known = {name: self._sets.get(name) for name in self._pointers}
-        return [
-            name
-            for name, manifest in known.items()
-            if header is None or (manifest and header.is_of(self._pointers[name], manifest))
-        ]
-
-    def _maker(self, entry: Entry) -> str | None:
-        """Return the command that makes an artifact, as far as it is known which."""
-        match entry.kind:
-            case Artifact.DATA:
-                return next((_replay(name) for name in self._users(entry.path)), None)
-            case Artifact.GRADIENT | Artifact.SQUARES:
-                squares = " --squares" if entry.kind is Artifact.SQUARES else ""
-                users = self._pointers_to(entry.name)
-                return f"{Artifact.POINTER.command(users[0])}{squares}" if users else None
-            case Artifact.MOMENTS:
-                header = self.catalog.get(entry.kind, entry.name)
-                users = [n for n, p in self._pointers.items() if header is None or header.is_of(p)]
-                return Artifact.RANKING.command(users[0]) if users else None
-            case Artifact.FEATURES:
-                users = self._measured_by(self.catalog.get(entry.kind, entry.name))
-                return Artifact.TRIALS.command(users[0]) if users else None
-            case Artifact.SET if self._unreadable(entry) is None:
-                return _replay(entry.name)
-            case Artifact.EDIT if (name := set_of(entry.name)) != entry.name:
-                return f"slsgu steer {quote(name)} --target ..."
-        return entry.kind.command(entry.name) if TABLE[entry.kind].command else None
-
-    def _is_made_again(self, kind: Artifact, name: str) -> bool:
+    def _is_made_again(self, entry: Entry) -> bool:
         """Return whether a command makes an artifact anew from what is still there.
 
         What a user chose (sets, edits), what many commands made (sweeps) or what lies far
         (shards, other models) is not: removing that is never right unasked.
         """
+        kind, name = entry.kind, entry.name
         match kind:
             case Artifact.DATA:
-                users = self._users(kind.place(name))
+                users = self.catalog.users(kind, name)
                 return any(self._has_sources(self._sets[user]) for user in users)
             case Artifact.GRADIENT | Artifact.SQUARES:
-                return any(self._is_graded_again(user) for user in self._pointers_to(name))
+                return any(map(self._is_graded_again, self.catalog.users(kind, name)))
             case Artifact.MOMENTS | Artifact.FEATURES:
                 return bool(self._pointers) and all(map(self._is_graded_again, self._pointers))
             case Artifact.POINTER:
                 manifest = self._sets.get(name)
-                return manifest is not None and self._has_model_of(manifest.model, None)
+                return manifest is not None and self._has_model(manifest.model, None)
             case Artifact.RANKING | Artifact.TRIALS | Artifact.TRAJECTORY | Artifact.COMPARISON:
                 return self._is_graded_again(name)
             case Artifact.VERIFICATION:
-                has_edit = self.catalog.get(Artifact.EDIT, name) is not None
-                return has_edit and self._is_graded_again(name)
+                return bool(self.catalog.get(Artifact.EDIT, name)) and self._is_graded_again(name)
             case Artifact.JOINT:
                 return all(map(self._is_graded_again, name.split("+")))
         return kind is Artifact.PLOT
@@ -411,14 +341,8 @@ class _Check:
             return False
         blocks = (manifest.forget.path, manifest.retain.path)
         lost = [p for p in blocks if p in self._damaged or not self.store.exists(p)]
-        return (not lost or self._has_sources(manifest)) and self._has_model_of(
-            pointer.model, pointer.model_fingerprint
-        )
-
-    def _has_model_of(self, model: ModelSpec, fingerprint: str | None) -> bool:
-        if (model, fingerprint) not in self._models:
-            self._models[model, fingerprint] = self._has_model(model, fingerprint)
-        return self._models[model, fingerprint]
+        has_rows = not lost or self._has_sources(manifest)
+        return has_rows and self._has_model(pointer.model, pointer.model_fingerprint)
 
     def _has_sources(self, manifest: SetManifest) -> bool:
         """Return whether every source that a set was built from is still there."""
@@ -427,6 +351,13 @@ class _Check:
             return bool(manifest.request) and all(expand(parse_source(each)) for each in texts)
         except SlsguError:
             return False
+
+
+def _finding(
+    entry: Entry, state: State, reason: str | None, mend: str | None = None, removable: bool = False
+) -> Finding:
+    place = (entry.kind, entry.name, entry.path, entry.size)
+    return Finding(state, *place, reason or "", mend, removable)
 
 
 def _of_file(path: Path) -> Finding | None:
@@ -450,10 +381,6 @@ def _why(damage: SlsguError) -> str:
 
 def _file_size(path: Path) -> int:
     return Store(str(path.parent)).size(path.name)
-
-
-def _replay(name: str) -> str:
-    return f"slsgu build-sets {quote(name)} --replay"
 
 
 def _last_change(store: Store, path: str) -> float:
