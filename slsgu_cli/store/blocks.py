@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,23 +15,23 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.errors import InputError, MissingError, StaleError, reason_of
 from slsgu_cli.records.codec import is_sealed, parse_json, sealed
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.store.store import Store
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
-Digests = npt.NDArray[np.uint8]
 BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
+ARRAYS = ("images", *BY_ROW)
 LAYOUT = "layout"
-ARRAYS = ("images", "tokens", "labels", "keys", "captions", "source_digests", "origins")
 
 # The file of a group that holds its attributes.
 ROOT = "zarr.json"
 
 # What zarr and its codecs raise on a group that is cut short, altered or no group.
 DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
+BUILD_AGAIN = "run `slsgu build-sets` again for this set"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class DataBlock:
         """
         block = cls.at(store, ref.path)
         if block.attributes["fingerprint"] != ref.fingerprint:
-            raise StaleError(
-                f"{block.where} was built anew since and holds other rows",
-                hint="run `slsgu build-sets` again for this set",
-            )
+            anew = f"{block.where} was built anew since and holds other rows"
+            raise StaleError(anew, hint=BUILD_AGAIN)
         return block
 
     @classmethod
@@ -63,9 +61,7 @@ class DataBlock:
         where = store.where(path)
         # Elsewhere a block arrives file by file, and this one last.
         if not store.exists(path if store.is_local else f"{path}/{ROOT}"):
-            raise MissingError(
-                f"there is no {where}", hint="run `slsgu build-sets` again for this set"
-            )
+            raise MissingError(f"there is no {where}", hint=BUILD_AGAIN)
         with _undamaged(where):
             location = _location(store, path)
             group = zarr.open_group(location, mode="r", zarr_format=3)
@@ -114,36 +110,33 @@ class DataBlock:
     @cached_property
     def tokens(self) -> Ints:
         """Token ids, int32 (rows, length); length 0 for evaluation sets."""
-        values: Ints = self._read("tokens")
-        return values
+        return self._read("tokens")
 
     @cached_property
     def labels(self) -> Ints:
         """Class index of each row, int32 (rows,); -1 where it has none."""
-        values: Ints = self._read("labels")
-        return values
+        return self._read("labels")
 
     @cached_property
     def keys(self) -> list[str]:
         """What each row is called in its source."""
-        return [str(key) for key in _unpack(self._read("keys"))]
+        return [str(key) for key in self._read_list("keys")]
 
     @cached_property
     def captions(self) -> list[str]:
         """The caption of each row; empty where it has none."""
-        return [str(caption) for caption in _unpack(self._read("captions"))]
+        return [str(caption) for caption in self._read_list("captions")]
 
     @cached_property
     def origins(self) -> list[Origin | None]:
         """Where each row was first met; None where nothing but the key is known of it."""
-        origins = _unpack(self._read("origins"))
+        origins = self._read_list("origins")
         return [None if origin is None else Origin(*origin) for origin in origins]
 
     @cached_property
-    def source_digests(self) -> Digests:
+    def source_digests(self) -> npt.NDArray[np.uint8]:
         """A digest of each row's encoded image, uint8 (rows, 16)."""
-        values: Digests = self._read("source_digests")
-        return values
+        return self._read("source_digests")
 
     def verify(self) -> bool:
         """Read every row; return whether the attributes carry a digest.
@@ -151,26 +144,28 @@ class DataBlock:
         Raises InputError where one is damaged, or the rows are not those of the fingerprint.
         """
         with _undamaged(self.where):
-            images = self._arrays["images"]
-            content = hashlib.sha256(repr(images.shape[1:3]).encode())
+            pixels: list[bytes] = []
             for start in range(0, self.rows, self.chunk_rows):
-                for image in self.images(start, start + self.chunk_rows):
-                    content.update(_pixel_digest(image))
+                pixels += _pixel_digests(self.images(start, start + self.chunk_rows))
             counted = {name: len(getattr(self, name)) for name in BY_ROW}
             if others := [name for name, count in counted.items() if count != self.rows]:
                 raise ValueError(f"it has not as many {others[0]} as rows")
-            _add_measured(content, self.tokens, self.labels, self.attributes)
-            if content.hexdigest()[:24] != self.attributes["fingerprint"]:
+            size = self._arrays["images"].shape[1:3]
+            fingerprint = _fingerprint(size, pixels, self.tokens, self.labels, self.attributes)
+            if fingerprint != self.attributes["fingerprint"]:
                 raise ValueError("its rows are not those of its fingerprint")
             return is_sealed(self.attributes)
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> npt.NDArray[Any]:
         with _undamaged(self.where):
             return np.asarray(self._arrays[name][...])
 
+    def _read_list(self, name: str) -> list[Any]:
+        return list(parse_json(self._read(name).tobytes()))
+
     @cached_property
     def _arrays(self) -> dict[str, Any]:
-        return _arrays_of(self.group)
+        return {name: self.group[name] for name in ARRAYS}
 
     def _check(self) -> None:
         """Raise ValueError unless every part is there: zarr reads absent chunks as zeros.
@@ -229,10 +224,6 @@ class RepeatedBlock(DataBlock):
         return once * (self.rows // len(once))
 
 
-def _arrays_of(group: zarr.Group) -> dict[str, Any]:
-    return {name: group[name] for name in ARRAYS}
-
-
 def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the number format, the shape and the shape of a chunk of each array."""
     return {
@@ -256,30 +247,30 @@ def _undamaged(where: str) -> Iterator[None]:
     except (InputError, MissingError):
         raise
     except DAMAGE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{where} is damaged: {reason}",
+            f"{where} is damaged: {reason_of(error)}",
             hint="`slsgu check --repair` removes it, if its sources are there; "
             "then `slsgu build-sets NAME --replay`",
         ) from error
 
 
-def _pixel_digest(image: Pixels) -> bytes:
-    return hashlib.sha256(image.data).digest()
+def _pixel_digests(images: Pixels) -> list[bytes]:
+    return [hashlib.sha256(image.data).digest() for image in images]
 
 
-def _add_measured(
-    content: "hashlib._Hash", tokens: Ints, labels: Ints, attributes: Mapping[str, Any]
-) -> None:
-    """Add to the digest of a block's images what makes it the fingerprint of all that counts."""
+def _fingerprint(
+    size: Sequence[int], pixels: list[bytes], tokens: Ints, labels: Ints, attributes: dict[str, Any]
+) -> str:
+    """Return what names a block's rows by all that counts of them.
+
+    Of the images, that is their `size` (height, width) and what names their `pixels`.
+    """
+    content = hashlib.sha256(repr(tuple(size)).encode() + b"".join(pixels))
     content.update(tokens.astype("<i4").tobytes())
     content.update(labels.astype("<i4").tobytes())
     measured = [list(attributes.get(name, [])) for name in ("class_names", "templates")]
     content.update(json.dumps(measured).encode())
-
-
-def _unpack(data: npt.NDArray[np.uint8]) -> list[Any]:
-    return list(parse_json(data.tobytes()))
+    return content.hexdigest()[:24]
 
 
 CHUNK_BYTES = 16 << 20
@@ -297,21 +288,18 @@ class BlockWriter:
         self.rows = 0
         self.path: str | None = None
         self._group = group
-        row_bytes = height * width * 3
-        self._chunk = np.empty(
-            (max(MIN_CHUNK_ROWS, CHUNK_BYTES // row_bytes), height, width, 3), dtype=np.uint8
-        )
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (height * width * 3))
+        self._chunk = np.empty((chunk_rows, height, width, 3), dtype=np.uint8)
         # The number of rows is known in the end; `rows` is the most there can be.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
-        self._spare: list[Pixels] = []
+        self._writing: list[Future[list[bytes]]] = []
+        self._pixels: list[bytes] = []
         self.keys: list[str] = []
         self._captions: list[str] = []
         self._labels: list[int] = []
         self._digests: list[bytes] = []
         self._origins: list[Origin | None] = []
-        self._content = hashlib.sha256(repr((height, width)).encode())
 
     def add(
         self,
@@ -349,24 +337,26 @@ class BlockWriter:
         self._images.resize((self.rows, *self._images.shape[1:]))
         tokens = np.zeros((self.rows, 0), dtype=np.int32) if tokens is None else tokens
         labels = np.asarray(self._labels, dtype=np.int32)
-        self._put("tokens", tokens)
-        self._put("labels", labels)
-        self._put(
-            "source_digests",
-            np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        )
-        origins = [None if o is None else [o.file, o.row, o.url] for o in self._origins]
-        lists: dict[str, Sequence[Any]] = {
-            "keys": self.keys,
-            "captions": self._captions,
-            "origins": origins,
+        digests = np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "tokens": tokens,
+            "labels": labels,
+            "keys": _packed(self.keys),
+            "captions": _packed(self._captions),
+            "source_digests": digests,
+            "origins": _packed([origin and astuple(origin) for origin in self._origins]),
         }
-        for name, values in lists.items():
-            self._put(name, np.frombuffer(_pack(values), dtype=np.uint8))
-        _add_measured(self._content, tokens, labels, attributes)
-        fingerprint = self._content.hexdigest()[:24]
+        arrays = {"images": self._images}
+        for name, values in columns.items():
+            # A chunk has at least one element in zarr, an array may have none.
+            chunks = tuple(max(size, 1) for size in values.shape)
+            arrays[name] = _create(self._group, name, values.shape, chunks, str(values.dtype))
+            if values.size:
+                arrays[name][:] = values
+        size = self._images.shape[1:3]
+        fingerprint = _fingerprint(size, self._pixels, tokens, labels, attributes)
         content = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
-        content[LAYOUT] = _layout(_arrays_of(self._group))
+        content[LAYOUT] = _layout(arrays)
         self._group.attrs.update(sealed(attributes | content))
         return fingerprint
 
@@ -378,38 +368,23 @@ class BlockWriter:
         """Have the last `rows` rows written, and go on with a chunk of their own."""
         self._await(WRITERS - 1)
         written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
-        self._writing.append((written, self._chunk))
-        self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
+        self._writing.append(written)
+        self._chunk = np.empty_like(self._chunk)
 
     def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
         """Write rows from `start` on; return what names each one by its pixels."""
         self._images[start : start + len(chunk)] = chunk
-        return [_pixel_digest(image) for image in chunk]
+        return _pixel_digests(chunk)
 
     def _await(self, most: int) -> None:
         """Return when at most `most` chunks are being written. Raises what a write raised."""
         while len(self._writing) > most:
-            written, chunk = self._writing.pop(0)
-            for digest in written.result():
-                self._content.update(digest)
-            self._spare.append(chunk)
-
-    def _put(self, name: str, values: npt.NDArray[Any]) -> None:
-        # A chunk has at least one element in zarr, an array may have none.
-        chunks = tuple(max(size, 1) for size in values.shape)
-        array = _create(self._group, name, values.shape, chunks, dtype=str(values.dtype))
-        if values.size:
-            array[:] = values
+            self._pixels += self._writing.pop(0).result()
 
 
 @contextmanager
 def block_writer(
-    store: Store,
-    path: str,
-    *,
-    height: int,
-    width: int,
-    rows: int,
+    store: Store, path: str, *, height: int, width: int, rows: int
 ) -> Iterator[BlockWriter]:
     """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
 
@@ -418,11 +393,10 @@ def block_writer(
     """
 
     def whole(place: str) -> bool:
-        try:
+        with suppress(InputError, MissingError):
             DataBlock.at(store, place)
-        except (InputError, MissingError):
-            return False
-        return True
+            return True
+        return False
 
     with store.writing(path, lambda: writer.path or path, whole=whole) as partial:
         group = zarr.open_group(LocalStore(partial), mode="w", zarr_format=3)
@@ -439,19 +413,17 @@ def _create(
     group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str = "u1"
 ) -> Any:
     size = np.dtype(dtype).itemsize
+    blosc = BloscCodec(typesize=size, cname="lz4", clevel=1, shuffle="noshuffle")
     return group.create_array(
         name,
         shape=shape,
         chunks=chunks,
         dtype=dtype,
-        compressors=[
-            BloscCodec(typesize=size, cname="lz4", clevel=1, shuffle="noshuffle"),
-            Crc32cCodec(),
-        ],
+        compressors=[blosc, Crc32cCodec()],
         # An image may be all black: zarr would leave it out, and a lost chunk reads the same.
         config={"write_empty_chunks": True},
     )
 
 
-def _pack(values: Sequence[Any]) -> bytes:
-    return json.dumps(values).encode()
+def _packed(values: Sequence[Any]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)

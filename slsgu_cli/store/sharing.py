@@ -31,19 +31,15 @@ from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, f
 from slsgu_cli.store.files import cached, machine, partial_name, process_lives
 
 # Object stores: a file appears whole or not at all, and a folder is no more than a name.
-OBJECT_STORES = frozenset(
-    ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"]
-)
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
 
 # Seconds until a server that does not answer is given up, once; tries; seconds to the second.
 CONNECT, READ = 5, 8
 TRIES, PAUSE = 5, 0.5
 
 # Answers that may be others the next time.
-PASSING = frozenset([429, 500, 502, 503, 504])
-PASSING_CODES = frozenset(
-    ["InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling"]
-)
+PASSING = {429, 500, 502, 503, 504}
+PASSING_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling"}
 
 
 @dataclass(slots=True)
@@ -74,11 +70,6 @@ class Remote:
         protocol = self.fs.protocol
         return protocol if isinstance(protocol, tuple) else (protocol,)
 
-    @property
-    def keeps_objects(self) -> bool:
-        """Whether it is an object store."""
-        return not OBJECT_STORES.isdisjoint(self.protocols)
-
     def asynchronous(self) -> Any:
         """Return the same file system for a loop of somebody else, as zarr has one."""
         if not self.fs.async_impl:
@@ -101,9 +92,8 @@ class Remote:
         rest = [path for path in below if path.parent != built]
         there = set(self.fs.find(target)) if self.fs.exists(target) else set()
         root = self.fs._strip_protocol(target)
-        for path in top:
-            if f"{root}/{names[path]}" in there:
-                self.fs.rm_file(f"{root}/{names[path]}")
+        for old in sorted(there & {f"{root}/{names[path]}" for path in top}):
+            self.fs.rm_file(old)
         if rest:
             self.fs.put([str(path) for path in rest], [f"{target}/{names[path]}" for path in rest])
         for stale in sorted(there - {f"{root}/{name}" for name in names.values()}):
@@ -112,7 +102,7 @@ class Remote:
             self._put_file(path, f"{target}/{names[path]}")
 
     def _put_file(self, built: Path, target: str) -> None:
-        if self.keeps_objects:
+        if not OBJECT_STORES.isdisjoint(self.protocols):
             self.fs.put_file(str(built), target)
             return
         folder, _, name = target.rpartition("/")
@@ -144,7 +134,7 @@ class Remote:
 class _Answers:
     """What a server of objects answers, and whether it ever did.
 
-    A server that has not answered at all is given up at once: its address may be wrong.
+    A server that has neither answered nor hung up is given up at once: its address may be wrong.
     """
 
     url: str
@@ -166,11 +156,8 @@ class _Answers:
         # botocore tries nothing again by itself: it would say nothing of it.
         retries = {"mode": "standard", "total_max_attempts": 1}
         ours = {"connect_timeout": CONNECT, "read_timeout": READ, "retries": retries}
-        return {
-            "session": session,
-            "use_listings_cache": False,
-            "config_kwargs": {**ours, **set_by_user.get("config_kwargs", {})},
-        }
+        config = {**ours, **set_by_user.get("config_kwargs", {})}
+        return {"session": session, "use_listings_cache": False, "config_kwargs": config}
 
     def pause(
         self, response: Any, attempts: int, caught_exception: Exception | None, **_: Any
@@ -179,20 +166,21 @@ class _Answers:
 
         Raises InputError after the last try.
         """
+        from botocore.exceptions import ConnectionClosedError
+
         reason = self._passing(response, caught_exception)
         if reason is None:
             self.some = True
             return None
-        silent = caught_exception is not None and not self.some
-        if attempts >= TRIES or (silent and not _was_closed(caught_exception)):
+        answered = self.some or isinstance(caught_exception, ConnectionClosedError)
+        if attempts >= TRIES or (caught_exception is not None and not answered):
             raise InputError(
                 f"{self.url} does not answer: {reason}",
                 hint="see whether the network and AWS_ENDPOINT_URL are right, and run this again",
             )
         seconds: float = PAUSE * 2 ** (attempts - 1)
-        progress.note(
-            f"{self.url}: {reason}; trying again in {seconds:g} s ({attempts} of {TRIES - 1})"
-        )
+        again = f"trying again in {seconds:g} s ({attempts} of {TRIES - 1})"
+        progress.note(f"{self.url}: {reason}; {again}")
         return seconds
 
     def _passing(self, response: Any, error: Exception | None) -> str | None:
@@ -219,13 +207,6 @@ def _send_at_once(params: dict[str, Any], **_: Any) -> None:
     params["headers"].pop("Expect", None)
 
 
-def _was_closed(error: Exception | None) -> bool:
-    """Return whether somebody was there and hung up."""
-    from botocore.exceptions import ConnectionClosedError
-
-    return isinstance(error, ConnectionClosedError)
-
-
 def _look_into(url: str, fs: Any, root: str) -> None:
     """See that a bucket is there and may be read. Raises InputError and MissingError."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
@@ -233,8 +214,6 @@ def _look_into(url: str, fs: Any, root: str) -> None:
     bucket, key, _ = fs.split_path(root)
     try:
         fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
-    except SlsguError:
-        raise
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise InputError(
             f"there are no credentials for the store {url}",
@@ -281,13 +260,20 @@ class Holder:
     @classmethod
     def here(cls) -> "Holder":
         """Return this process as a holder from now on. Raises UsageError for a term of no sense."""
+        text = os.environ.get(VARIABLE, "")
+        try:
+            seconds = float(text or TERM)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds <= 10 * TERM:
+            raise UsageError(f"{VARIABLE} is {text}; a lease lasts 0.1 to {10 * TERM:g} seconds")
         return cls(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=machine(),
             since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-            seconds=_term(),
+            seconds=seconds,
         )
 
     @property
@@ -296,28 +282,21 @@ class Holder:
         return process_lives(self.machine, self.pid) is False
 
 
-class Leasing(Protocol):
-    """What leases take of a store; `waits` says whether others are waited for."""
+class _LeasingStore(Protocol):
+    """What leases take of a `Store`; `waits` says whether others are waited for."""
 
     url: str
     waits: bool
     is_lasting: bool
 
-    def create_bytes(self, path: str, data: bytes) -> bool | None:
-        """Write where nothing is; return whether it was so, None where that cannot be said."""
-
-    def read_bytes(self, path: str) -> bytes:
-        """Return what is there. Raises MissingError."""
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write in place of what is there."""
-
-    def remove(self, path: str) -> None:
-        """Remove what is there."""
+    def create_bytes(self, path: str, data: bytes) -> bool | None: ...
+    def read_bytes(self, path: str) -> bytes: ...
+    def write_bytes(self, path: str, data: bytes) -> None: ...
+    def remove(self, path: str) -> None: ...
 
 
 @contextmanager
-def held(store: Leasing, path: str, *, what: str) -> Iterator[None]:
+def held(store: _LeasingStore, path: str, *, what: str) -> Iterator[None]:
     """Hold the lease of `what` will stand at `path` for the length of a block.
 
     While another process holds it, this one waits, and says for whom. What is to be made may
@@ -348,7 +327,7 @@ def held(store: Leasing, path: str, *, what: str) -> Iterator[None]:
 class _Lease:
     """The lease at a path of a store, and this process as its holder."""
 
-    store: Leasing
+    store: _LeasingStore
     path: str
     holder: Holder
 
@@ -399,14 +378,12 @@ class _Lease:
                 self.store.remove(self.path)
 
     def _is_own(self) -> bool:
-        present = self._present()
-        return present is not None and read_holder(present).token == self.holder.token
+        return read_holder(self._present() or b"").token == self.holder.token
 
     def _present(self) -> bytes | None:
-        try:
+        with suppress(MissingError):
             return self.store.read_bytes(self.path)
-        except MissingError:
-            return None
+        return None
 
 
 def _written(holder: Holder) -> bytes:
@@ -415,22 +392,9 @@ def _written(holder: Holder) -> bytes:
 
 def read_holder(data: bytes) -> Holder:
     """Return who holds a lease; of one that says nothing, somebody."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         content = json.loads(data)
         holder = Holder(**{field.name: content[field.name] for field in fields(Holder)})
-        if not (isinstance(holder.pid, int) and 0 < holder.seconds <= 10 * TERM):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return Holder("?", "an unknown host", 0, "", "an unknown time", TERM)
-    return holder
-
-
-def _term() -> float:
-    text = os.environ.get(VARIABLE, "")
-    try:
-        seconds = float(text or TERM)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 10 * TERM:
-        raise UsageError(f"{VARIABLE} is {text}; a lease lasts 0.1 to {10 * TERM:g} seconds")
-    return seconds
+        if isinstance(holder.pid, int) and 0 < holder.seconds <= 10 * TERM:
+            return holder
+    return Holder("?", "an unknown host", 0, "", "an unknown time", TERM)

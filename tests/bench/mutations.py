@@ -107,8 +107,8 @@ MUTATIONS = r"""
 + pass
 - if max(ends, default=0) != size - base:
 + if max(ends, default=0) > size - base:
-- self._content.update(digest)
-+ pass
+- self._pixels += self._writing.pop(0).result()
++ self._writing.pop(0).result()
 - if array.size and array.nchunks_initialized != array.nchunks:
 + if array.size and array.nchunks_initialized > array.nchunks:
 # metrics
