@@ -1,7 +1,7 @@
 """The table of artifacts: where each kind lies, what makes it, what it was made from.
 
 Everything that names a place in the store, says which command to run first, judges whether
-a record still stands or goes on from an earlier run reads this table.
+a record still stands or goes on from an earlier run reads this table. `contents` reads one whole.
 """
 
 import zlib

@@ -26,9 +26,6 @@ BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
 ARRAYS = ("images", *BY_ROW)
 LAYOUT = "layout"
 
-# The file of a group that holds its attributes.
-ROOT = "zarr.json"
-
 # What zarr and its codecs raise on a group that is cut short, altered or no group.
 DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 BUILD_AGAIN = "run `slsgu build-sets` again for this set"
@@ -59,8 +56,8 @@ class DataBlock:
     def at(cls, store: Store, path: str) -> "DataBlock":
         """Open whatever complete block stands at `path`. Raises MissingError or InputError."""
         where = store.where(path)
-        # Elsewhere a block arrives file by file, and this one last.
-        if not store.exists(path if store.is_local else f"{path}/{ROOT}"):
+        # Elsewhere a block arrives file by file, and the one with its attributes last.
+        if not store.exists(path if store.is_local else f"{path}/zarr.json"):
             raise MissingError(f"there is no {where}", hint=BUILD_AGAIN)
         with _undamaged(where):
             location = _location(store, path)
@@ -226,10 +223,7 @@ class RepeatedBlock(DataBlock):
 
 def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the number format, the shape and the shape of a chunk of each array."""
-    return {
-        name: [str(array.dtype), list(array.shape), list(array.chunks)]
-        for name, array in arrays.items()
-    }
+    return {n: [str(a.dtype), list(a.shape), list(a.chunks)] for n, a in arrays.items()}
 
 
 def _location(store: Store, path: str) -> LocalStore | FsspecStore:

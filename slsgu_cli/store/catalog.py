@@ -7,6 +7,7 @@ artifact that cannot be read is listed with the reason.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -70,21 +71,8 @@ class Catalog:
         return self._digests[kind, name]
 
     def block(self, path: str) -> dict[str, Any]:
-        """Return what a block says of itself, read without zarr. Raises SlsguError."""
-
-        def attributes() -> dict[str, Any]:
-            content = self.store.read_bytes(f"{path}/zarr.json")
-            try:
-                said = parse_json(content)["attributes"]
-                if said.get("complete") is not True:
-                    raise ValueError("it is not complete")
-                is_sealed(said)
-                return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                where = self.store.where(path)
-                raise InputError(f"{where} is damaged: {reason_of(error)}") from error
-
-        return once(self._blocks, path, attributes)
+        """Return what a block says of itself, as `attributes` does. Raises SlsguError."""
+        return once(self._blocks, path, partial(attributes, self.store, path))
 
     def all(self, kind: Artifact) -> dict[str, Any]:
         """Return every record of a kind by its name, or the error that reading it raised."""
@@ -189,6 +177,19 @@ class Catalog:
                 for name in record.after
             }
         return now
+
+
+def attributes(store: Store, path: str) -> dict[str, Any]:
+    """Return what a block says of itself, read without zarr. Raises SlsguError."""
+    content = store.read_bytes(f"{path}/zarr.json")
+    try:
+        said = parse_json(content)["attributes"]
+        if said.get("complete") is not True:
+            raise ValueError("it is not complete")
+        is_sealed(said)
+        return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{store.where(path)} is damaged: {reason_of(error)}") from error
 
 
 def _stale(reason: str) -> Verdict:

@@ -178,7 +178,8 @@ class _Check:
             return entry.name.startswith(f"{name}-")
         if entry.kind is Artifact.MOMENTS and self._unreadable(entry):
             return False
-        return self.catalog.is_of(entry.kind, entry.name, name)
+        is_known = name in self._sets or name in self._pointers
+        return is_known and self.catalog.is_of(entry.kind, entry.name, name)
 
     def of_entry(self, entry: Entry) -> Iterator[Finding]:
         """Read all of an entry, and yield what is wrong with it."""

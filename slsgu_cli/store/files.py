@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, copies as fast as `cp`, kept copies, reading ahead."""
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -15,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ PARTIAL = ".partial-"
 
 # safetensors writes under a temporary name of its own; a killed process leaves that one.
 UNFINISHED = (PARTIAL, ".tmp")
-
 
 # What mends a write that failed, by the error; `{}` is what else can be done.
 REMEDIES = {
@@ -84,10 +82,8 @@ def process_lives(where: str, process: int) -> bool | None:
         return None
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -252,7 +248,7 @@ DEFAULT_SIZE = "20G"
 RECENT = 60.0
 
 
-@contextlib.contextmanager
+@contextmanager
 def cached(identity: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
     """Yield a copy of what is elsewhere, fetched unless it was before.
 
@@ -314,7 +310,7 @@ ABANDONED_SECONDS = 60.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a path to build a file or folder at; put it in `target`'s place on success.
 

@@ -285,11 +285,10 @@ class Store:
 
     def stands(self, path: str, kind: type[Any]) -> bool:
         """Return whether a whole safetensors file with such a header is at `path`."""
-        try:
+        with suppress(InputError, StaleError, MissingError):
             self.read_header(path, kind)
-        except (InputError, StaleError, MissingError):
-            return False
-        return True
+            return True
+        return False
 
     def read_header(self, path: str, kind: type[T]) -> T:
         """Return the header of the safetensors file at `path`; no tensor is read.
@@ -420,10 +419,7 @@ class Store:
             raise StaleError(f"{self.where(path)}: {error.message}", hint=error.hint) from error
 
     def _damaged(self, path: str, reason: Exception) -> InputError:
-        return InputError(
-            f"{self.where(path)} is damaged: {reason}",
-            hint=REMEDY,
-        )
+        return InputError(f"{self.where(path)} is damaged: {reason}", hint=REMEDY)
 
     def _listed(self, folder: str) -> list[str]:
         full = self._full(folder)
@@ -474,9 +470,8 @@ def require(store: Store, path: str, *, what: str, run: str, near: str | None = 
     if store.exists(path):
         return
     if store.exists(""):
-        raise MissingError(
-            f"{store.url} has no {what}", hint=f"{near}; or run `{run}`" if near else f"run `{run}`"
-        )
+        hint = f"{near}; or run `{run}`" if near else f"run `{run}`"
+        raise MissingError(f"{store.url} has no {what}", hint=hint)
     raise MissingError(
         f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
         hint=f"run `{run}`, or name the store with --store or SLSGU_STORE",
