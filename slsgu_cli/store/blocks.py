@@ -287,7 +287,9 @@ class BlockWriter:
         # The number of rows is known in the end; `rows` is the most there can be.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self._writing: list[Future[list[bytes]]] = []
+        self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
+        # Buffers are used again: fresh memory has to be cleared first.
+        self._spare: list[Pixels] = []
         self._pixels: list[bytes] = []
         self.keys: list[str] = []
         self._captions: list[str] = []
@@ -362,8 +364,8 @@ class BlockWriter:
         """Have the last `rows` rows written, and go on with a chunk of their own."""
         self._await(WRITERS - 1)
         written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
-        self._writing.append(written)
-        self._chunk = np.empty_like(self._chunk)
+        self._writing.append((written, self._chunk))
+        self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
 
     def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
         """Write rows from `start` on; return what names each one by its pixels."""
@@ -373,7 +375,9 @@ class BlockWriter:
     def _await(self, most: int) -> None:
         """Return when at most `most` chunks are being written. Raises what a write raised."""
         while len(self._writing) > most:
-            self._pixels += self._writing.pop(0).result()
+            written, chunk = self._writing.pop(0)
+            self._pixels += written.result()
+            self._spare.append(chunk)
 
 
 @contextmanager
