@@ -2,11 +2,11 @@
 
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from shlex import quote
-from types import MappingProxyType
 from typing import Any
 
 from slsgu_cli import __version__, progress
@@ -33,32 +33,29 @@ from slsgu_cli.sets.evaluation_sets import (
     EvalPlan,
     build_eval,
     drop,
+    label_columns,
     plan_eval,
     read_classes,
     read_templates,
 )
+from slsgu_cli.sets.metadata import EXCLUDED
 from slsgu_cli.sets.pairs import (
-    TAKE,
-    Rule,
+    MATCHES_CONCEPT,
     Selection,
     Upstream,
     build_pairs,
-    file_key,
     first_pass,
-    first_rows,
+    rules,
+    tokenized,
 )
-from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.rows import Columns, Reader
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store
 
-MATCHES_CONCEPT = "about the concept"
-EXCLUDED = "excluded"
-
 
 def _build_from_sources(
-    store: Store, request: BuildRequest, *, upstream: Mapping[str, Upstream] = MappingProxyType({})
+    store: Store, request: BuildRequest, upstream: Mapping[str, Upstream]
 ) -> SetManifest:
     """Build the set that `request` describes and return its manifest.
 
@@ -75,16 +72,16 @@ def _build_from_sources(
     with warnings.catch_warnings():
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        forget_selection, retain_selection, plans = _first_passes(context, request, upstream)
-        reports = _plan_reports(context, request, plans)
+        opened = _open(request)
+        _first_passes(opened, request, upstream)
+        plans, reports = _plans(context, request, opened.evals)
         forget_eval = _forget_eval(request, plans)
-        forget, block = build_pairs(context, forget_selection, seed=request.seed)
+        forget, block = build_pairs(context, opened.forget, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
-        retain, _ = build_pairs(context, retain_selection, seed=request.seed, avoid=avoid)
-        evals = {plan.name: build_eval(context, plan) for plan in plans}
-        reported = {plan.name: build_eval(context, plan) for plan in reports}
-    parts = {"forget": forget, "retain": retain, **evals}
-    parts |= {report_part(name): ref for name, ref in reported.items()}
+        retain, _ = build_pairs(context, opened.retain, seed=request.seed, avoid=avoid)
+        parts = {"forget": forget, "retain": retain}
+        parts |= {plan.name: build_eval(context, plan) for plan in plans}
+        parts |= {report_part(plan.name): build_eval(context, plan) for plan in reports}
     # A row that a person took out may be none of those that there are now.
     parts |= {
         part: drop(store, parts[part], rows, strict=False)
@@ -100,35 +97,17 @@ def _build_from_sources(
         input=spec,
         forget=parts["forget"],
         retain=parts["retain"],
-        evals={name: parts[name] for name in evals},
+        evals={plan.name: parts[plan.name] for plan in plans},
         forget_eval=forget_eval,
         seed=request.seed,
         command=tuple(build_command(request)),
         version=__version__,
         request=encode(request),
         report_share=request.report_share,
-        reports={name: parts[report_part(name)] for name in reported},
+        reports={plan.name: parts[report_part(plan.name)] for plan in reports},
     )
     store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest
-
-
-def _first_passes(
-    context: BuildContext, request: BuildRequest, upstream: Mapping[str, Upstream]
-) -> tuple[Selection, Selection, list[EvalPlan]]:
-    """Open every source and read captions and labels, so that mistakes show before the work."""
-    opened = _open(request)
-    forget, retain = opened.forget, opened.retain
-    for selection in (forget, retain):
-        if selection.role in upstream:
-            selection.follow(upstream[selection.role])
-    shared = retain.readers is forget.readers
-    first_pass(forget.readers, [forget, retain] if shared else [forget], request.seed)
-    _require_rows(forget, request)
-    if not shared:
-        first_pass(retain.readers, [retain], request.seed)
-    _require_rows(retain, request)
-    return forget, retain, _plan_evals(context, request, opened.evals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,90 +119,61 @@ class OpenedSources:
     evals: Mapping[str, Sequence[Reader]]
 
 
+def _first_passes(
+    opened: OpenedSources, request: BuildRequest, upstream: Mapping[str, Upstream]
+) -> None:
+    """Read the captions of the sources, so that mistakes show before the work."""
+    forget, retain = opened.forget, opened.retain
+    for selection in (forget, retain):
+        if selection.role in upstream:
+            selection.follow(upstream[selection.role])
+    shared = retain.readers is forget.readers
+    first_pass(forget.readers, [forget, retain] if shared else [forget], request.seed)
+    _require_rows(forget, request)
+    if not shared:
+        first_pass(retain.readers, [retain], request.seed)
+    _require_rows(retain, request)
+
+
 def _open(request: BuildRequest) -> OpenedSources:
     """Open every source of a set. Raises UsageError, MissingError or InputError."""
     columns = Columns(
-        image=request.image_column,
-        caption=request.caption_column,
-        needs=frozenset(["caption"]),
+        image=request.image_column, caption=request.caption_column, needs=frozenset(["caption"])
     )
     readers = open_sources(request.sources, columns)
     retain_sources = request.retain_sources or request.sources
     shared = list(retain_sources) == list(request.sources)
     retain_readers = readers if shared else open_sources(retain_sources, columns)
-    labelled = _labelled(request)
+    labelled = label_columns(request)
     evals = {name: open_sources([source], labelled) for name, source in request.evals.items()}
-    rules = _rules(request)
+    forget, retain = rules(request)
     return OpenedSources(
-        Selection("forget", rules[0], request.max_forget, request.sources, readers),
-        Selection("retain", rules[1], request.retain_samples, retain_sources, retain_readers),
+        Selection("forget", forget, request.max_forget, request.sources, readers),
+        Selection("retain", retain, request.retain_samples, retain_sources, retain_readers),
         evals,
     )
 
 
-def _labelled(request: BuildRequest) -> Columns:
-    """Return the columns that evaluation rows are read by."""
-    return Columns(
-        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
-    )
-
-
-def _plan_evals(
+def _plans(
     context: BuildContext, request: BuildRequest, readers: Mapping[str, Sequence[Reader]]
-) -> list[EvalPlan]:
-    """Read the labels of the rows that layers and steps are chosen by."""
-    return [
-        plan_eval(
-            context,
-            name,
-            source=source,
-            readers=readers[name],
-            classes=request.classes.get(name),
-            templates=request.templates.get(name),
-            columns=_labelled(request),
-        )
+) -> tuple[list[EvalPlan], list[EvalPlan]]:
+    """Read the labels of the rows that layers and steps are chosen by, and reported on if others.
+
+    Raises UsageError, MissingError or InputError.
+    """
+    plans = [
+        plan_eval(context, request, name, source=source, readers=readers[name])
         for name, source in request.evals.items()
     ]
-
-
-def _plan_reports(
-    context: BuildContext, request: BuildRequest, plans: Sequence[EvalPlan]
-) -> list[EvalPlan]:
-    """Read the labels of the rows that evaluation sets are reported on, if not on their own."""
-    columns = _labelled(request)
-    return [
-        plan_eval(
-            context,
-            plan.name,
-            source=request.reports[plan.name],
-            readers=open_sources([request.reports[plan.name]], columns),
-            classes=request.classes.get(plan.name),
-            templates=request.templates.get(plan.name),
-            columns=columns,
-            among=plan.class_names,
-        )
-        for plan in plans
-        if plan.name in request.reports
-    ]
-
-
-def _rules(request: BuildRequest) -> tuple[Rule, Rule]:
-    """Return which captions the forget set and the retain set take."""
-    about = matcher(request.patterns, regex=request.regex and bool(request.match))
-    excluded = matcher(request.not_match, regex=request.regex)
-    not_retained = matcher(request.retain_exclude, regex=request.regex)
-
-    def forget(caption: str) -> str | None:
-        if not about(caption):
-            return None
-        return EXCLUDED if excluded(caption) else TAKE
-
-    def retain(caption: str) -> str | None:
-        if about(caption):
-            return MATCHES_CONCEPT
-        return EXCLUDED if excluded(caption) or not_retained(caption) else TAKE
-
-    return forget, retain
+    reports = []
+    for plan in plans:
+        if plan.name in request.reports:
+            source, among = request.reports[plan.name], plan.class_names
+            others = open_sources([source], label_columns(request))
+            reports.append(
+                plan_eval(context, request, plan.name, source=source, readers=others, among=among)
+            )
+    return plans, reports
 
 
 def _require_rows(selection: Selection, request: BuildRequest) -> None:
@@ -323,21 +273,22 @@ class Preview:
             resolved = models.resolve(model)
             spec = models.input_spec(resolved)
             tokenize = models.tokenizer(resolved)
-            self._contexts[model] = BuildContext(self._store, spec, decoder(spec), tokenize, None)
+            self._contexts[model] = BuildContext(self._store, spec, decoder(spec), tokenize)
         return self._contexts[model]
 
     def _require(
-        self,
-        request: BuildRequest,
-        sources: OpenedSources,
-        found: Sequence[Selection | SlsguError],
+        self, request: BuildRequest, sources: OpenedSources, found: Sequence[Selection | SlsguError]
     ) -> None:
         """Raise what building a set would end with. Raises UsageError, MissingError, InputError."""
         for selection in found:
             if isinstance(selection, SlsguError):
                 raise selection
             _require_rows(selection, request)
-        plans, reports = self._eval_plans(request, sources.evals)
+        named = (request.evals, request.reports, request.classes, request.templates)
+        key = (request.model, request.image_column, request.label_column,
+               *(tuple(each.items()) for each in named))  # fmt: skip
+        context = self._context(request.model)
+        plans, reports = once(self._evals, key, lambda: _plans(context, request, sources.evals))
         for plan in [*plans, *reports]:
             if plan.block is None and not plan.rows:
                 raise InputError(
@@ -345,21 +296,6 @@ class Preview:
                     hint="name its classes as its labels do",
                 )
         _forget_eval(request, plans)
-
-    def _eval_plans(
-        self, request: BuildRequest, readers: Mapping[str, Sequence[Reader]]
-    ) -> tuple[list[EvalPlan], list[EvalPlan]]:
-        """Return evaluation sets, and the rows they are reported on. Raises InputError."""
-        named = (request.evals, request.reports, request.classes, request.templates)
-        key = (request.model, request.image_column, request.label_column,
-               *(tuple(each.items()) for each in named))  # fmt: skip
-
-        def plan() -> tuple[list[EvalPlan], list[EvalPlan]]:
-            context = self._context(request.model)
-            plans = _plan_evals(context, request, readers)
-            return plans, _plan_reports(context, request, plans)
-
-        return once(self._evals, key, plan)
 
 
 @contextmanager
@@ -369,6 +305,69 @@ def _collecting(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
         yield
     except SlsguError as error:
         errors[name] = error
+
+
+def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
+    """Look for a row of each selection; files are read once for all selections of them.
+
+    Return each with what it counted: until its first row, or as `first_pass` does where it has
+    none; or what reading its files raises.
+    """
+    together: dict[Any, list[int]] = {}
+    for place, selection in enumerate(selections):
+        files = tuple(map(file_key, selection.readers))
+        together.setdefault(files, []).append(place)
+    looked: dict[int, Selection | SlsguError] = {}
+    with progress.bar("reading captions", None) as ticker:
+        for places in together.values():
+            found = _found_rows([selections[place] for place in places], ticker)
+            looked |= zip(places, found, strict=True)
+    return [looked[place] for place in range(len(selections))]
+
+
+def file_key(reader: Any) -> tuple[Any, ...]:
+    """Return what is the same for readers of one file, but for the values they filter by."""
+    others = (getattr(reader, each.name) for each in fields(reader) if each.name != "filters")
+    return type(reader), *others, *sorted(reader.filters)
+
+
+def _found_rows(
+    selections: Sequence[Selection], ticker: progress.Ticker
+) -> list[Selection | SlsguError]:
+    """Do what `first_rows` does for selections of the same files."""
+    looking = [replace(each, refused=Counter(each.refused), examples=[]) for each in selections]
+    trouble: Counter[str] = Counter()
+    try:
+        for number in range(len(selections[0].readers)):
+            _look(looking, number, trouble, ticker)
+    except SlsguError as error:
+        if len(selections) == 1:
+            return [error]
+        # It may be of one of them: each is told what is wrong with its own rows.
+        return [found for each in selections for found in _found_rows([each], ticker)]
+    for selection in looking:
+        selection.refused.update(trouble)
+    return [*looking]
+
+
+def _look(
+    selections: Sequence[Selection], number: int, trouble: Counter[str], ticker: progress.Ticker
+) -> None:
+    """Read file `number` of the selections for those that have no row yet."""
+    reader = selections[0].readers[number]
+    waiting: dict[Any, list[Selection]] = {}
+    for selection in selections:
+        filters = tuple(selection.readers[number].filters.items())
+        waiting.setdefault(filters, []).extend([] if selection.draw.offered else [selection])
+    by_place = [*waiting.values()]
+    for row, passed in reader.rows_passing([dict(filters) for filters in waiting], trouble):
+        ticker.advance()
+        left = [place for place in passed if by_place[place]]
+        caption, odd = tokenized(reader, row) if left else ("", False)
+        for place in left:
+            for selection in by_place[place]:
+                selection.consider(number, row, caption, odd=odd, seed=0)
+            by_place[place] = [each for each in by_place[place] if not each.draw.offered]
 
 
 def made_from(request: BuildRequest, identities: dict[Any, Any]) -> str:
@@ -396,7 +395,7 @@ def made_from(request: BuildRequest, identities: dict[Any, Any]) -> str:
 def build_sets(store: Store, request: BuildRequest) -> SetManifest:
     """Build the set, from a collection if the request asks for one."""
     if request.collect is None:
-        return _build_from_sources(store, request)
+        return _build_from_sources(store, request, {})
     collected = collect(store, request.collect)
     record = collected.record
     counts = record.concepts[request.name]
@@ -413,7 +412,7 @@ def build_sets(store: Store, request: BuildRequest) -> SetManifest:
         retained = _shards(store, collected, record.retain, RETAIN)
         of_collection = replace(of_collection, retain_sources=retained)
         upstream["retain"] = Upstream(record.seen, {**record.refused, **record.retain.refused})
-    return _build_from_sources(store, of_collection, upstream=upstream)
+    return _build_from_sources(store, of_collection, upstream)
 
 
 def build_many(

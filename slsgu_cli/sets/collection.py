@@ -14,7 +14,7 @@ import json
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -28,11 +28,11 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.sets import Collection, CollectRequest, ConceptCounts, Origin
 from slsgu_cli.sets.metadata import (
+    BEYOND,
     EXCLUDED,
     Hit,
     Refused,
     Scan,
-    UrlList,
     download,
     finished,
     reason,
@@ -42,7 +42,6 @@ from slsgu_cli.sets.metadata import (
 from slsgu_cli.sources.captions import ConceptIndex, matcher
 from slsgu_cli.sources.opening import expand, open_sources, parse_source
 from slsgu_cli.sources.rows import (
-    BEYOND,
     Columns,
     Reader,
     Row,
@@ -54,13 +53,12 @@ from slsgu_cli.sources.rows import (
     priority,
     tokenizable,
 )
-from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW, TarSource
+from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.files import cores
 from slsgu_cli.store.store import Store
 
 FORMAT = 1
-COLUMNS = ("role", ORIGIN_FILE, ORIGIN_ROW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +78,27 @@ def collect(store: Store, request: CollectRequest) -> Collected:
     if bool(request.metadata) == bool(request.sources):
         raise UsageError("a collection is made from --metadata or from --source, not from both")
     files = [path for text in request.metadata for path in expand(parse_source(text))]
-    readers = open_shards(request)
+    columns = Columns(
+        image=request.image_column, caption=request.caption_column, needs=frozenset(["caption"])
+    )
+    readers = open_sources(request.sources, columns)
     identities = [file_identity(path) for path in files] + [r.identity() for r in readers]
     recipe = encode(request)
     del recipe["download"]
     address = digest({"format": FORMAT, "files": identities, **recipe})
     folder, record = Artifact.COLLECTION.beside(address), Artifact.COLLECTION.path(address)
+    parts = f"{folder}/parts"
     if store.exists(record):
         progress.note(f"the samples of {len(identities)} files were collected before: {folder}")
-        return Collected(store.read_record(record, Collection), f"{folder}/parts")
+        return Collected(store.read_record(record, Collection), parts)
     if request.metadata:
         collection = _from_metadata(store, folder, request, files)
     else:
         collection = _from_shards(store, folder, request, readers)
-    parts = f"{folder}/parts"
     digests = {shard: store.file_digest(f"{parts}/{shard}") for shard in collection.shards()}
     collection = replace(collection, digests=digests)
     store.write_record(record, collection)
-    return Collected(collection, f"{folder}/parts")
+    return Collected(collection, parts)
 
 
 def _from_metadata(
@@ -112,9 +113,9 @@ def _from_metadata(
     progress.note(f"{len(hits)} of {scan.seen} captions match; {len(retain)} more rows are drawn")
     fetched, retained = [Fetched() for _ in request.concepts], Fetched()
     if hits:
-        urls = _write_urls(store, folder, [*hits, *retain])
-        parts = f"{folder}/parts"
-        download(store, urls, parts, options=request.download)
+        rows, parts = [*hits, *retain], f"{folder}/parts"
+        urls = _write_urls(store, folder, rows)
+        download(store, parts, urls=urls, rows=len(rows), options=request.download)
         by_origin = {(hit.file, hit.row): [fetched[n] for n in hit.concepts] for hit in hits}
         by_origin |= {(hit.file, hit.row): [retained] for hit in retain}
         _count_fetched(store, parts, by_origin)
@@ -124,18 +125,10 @@ def _from_metadata(
         seen=scan.seen,
         refused={"no caption": scan.no_caption} if scan.no_caption else {},
         concepts={
-            concept.name: ConceptCounts(
-                matches[number],
-                _reasons(refused, number) | dict(sorted(fetched[number].refused.items())),
-                tuple(sorted(fetched[number].shards)),
-            )
+            concept.name: fetched[number].counts(matches[number], _reasons(refused, number))
             for number, concept in enumerate(request.concepts)
         },
-        retain=ConceptCounts(
-            len(retain),
-            dict(sorted(retained.refused.items())),
-            tuple(sorted(retained.shards)),
-        ),
+        retain=retained.counts(len(retain), {}),
         examples=tuple(scan.examples),
         version=__version__,
     )
@@ -145,29 +138,29 @@ def _from_shards(
     store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
 ) -> Collection:
     shards = collect_shards(store, folder, request, readers)
-    refused = sum((Counter(counts.refused) for _, counts in shards), Counter[str]())
+    refused = sum((Counter(counts.refused) for counts in shards), Counter[str]())
     concepts = {}
     for concept in request.concepts:
-        excluded = sum(counts.excluded.get(concept.name, 0) for _, counts in shards)
-        concepts[concept.name] = ConceptCounts(
-            sum(counts.found.get(concept.name, 0) for _, counts in shards),
-            {EXCLUDED: excluded} if excluded else {},
-            tuple(f"{name}.tar" for name, counts in shards if counts.found.get(concept.name)),
-        )
+        found = [counts.found.get(concept.name, 0) for counts in shards]
+        excluded = sum(counts.excluded.get(concept.name, 0) for counts in shards)
+        left_out = {EXCLUDED: excluded} if excluded else {}
+        concepts[concept.name] = ConceptCounts(sum(found), left_out, _tars(found))
+    retain = [counts.retain for counts in shards]
     return Collection(
         sources=request.sources,
         files=len(readers),
-        seen=sum(counts.seen for _, counts in shards),
+        seen=sum(counts.seen for counts in shards),
         refused=dict(sorted(refused.items())),
         concepts=concepts,
-        retain=ConceptCounts(
-            sum(counts.retain for _, counts in shards),
-            {},
-            tuple(f"{name}.tar" for name, counts in shards if counts.retain),
-        ),
-        examples=tuple(text for _, counts in shards for text in counts.examples)[:3],
+        retain=ConceptCounts(sum(retain), {}, _tars(retain)),
+        examples=tuple(text for counts in shards for text in counts.examples)[:3],
         version=__version__,
     )
+
+
+def _tars(counts: Sequence[int]) -> tuple[str, ...]:
+    """Return the tars of those files that rows were wanted of."""
+    return tuple(f"{number:05}.tar" for number, count in enumerate(counts) if count)
 
 
 @dataclass(slots=True)
@@ -177,19 +170,20 @@ class Fetched:
     shards: set[str] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)
 
+    def counts(self, found: int, refused: dict[str, int]) -> ConceptCounts:
+        """Return the counts of `found` rows, of which some were refused before the download."""
+        all_refused = refused | dict(sorted(self.refused.items()))
+        return ConceptCounts(found, all_refused, tuple(sorted(self.shards)))
+
 
 def _once(scan: Scan) -> tuple[list[Hit], Refused]:
     """Return each URL with its caption once, and what was left out, by concept."""
     refused = Counter(scan.refused)
-    pairs: set[tuple[str, str]] = set()
-    hits = []
+    first: dict[tuple[str, str], Hit] = {}
     for hit in scan.hits:
-        if (hit.url, hit.caption) in pairs:
+        if first.setdefault((hit.url, hit.caption), hit) is not hit:
             refused.update((number, "duplicate") for number in hit.concepts)
-            continue
-        pairs.add((hit.url, hit.caption))
-        hits.append(hit)
-    return hits, refused
+    return list(first.values()), refused
 
 
 def _limited(hits: Sequence[Hit], request: CollectRequest, refused: Refused) -> list[Hit]:
@@ -209,13 +203,13 @@ def _limited(hits: Sequence[Hit], request: CollectRequest, refused: Refused) -> 
     return [hit for hit in hits if (hit.file, hit.row) in kept]
 
 
-def _write_urls(store: Store, folder: str, hits: Sequence[Hit]) -> UrlList:
-    roles = [FORGET if hit.concepts else RETAIN for hit in hits]
+def _write_urls(store: Store, folder: str, hits: Sequence[Hit]) -> str:
+    """Write what is to be downloaded; return the file's whole path."""
     table = pa.table(
         {
             "url": [hit.url for hit in hits],
             "caption": [hit.caption for hit in hits],
-            "role": roles,
+            "role": [FORGET if hit.concepts else RETAIN for hit in hits],
             ORIGIN_FILE: [hit.file for hit in hits],
             ORIGIN_ROW: [hit.row for hit in hits],
         }
@@ -223,7 +217,7 @@ def _write_urls(store: Store, folder: str, hits: Sequence[Hit]) -> UrlList:
     path = f"{folder}/urls.parquet"
     with store.writing(path) as partial, fsspec.open(partial, "wb") as file:
         pq.write_table(table, file)
-    return UrlList(store.where(path), len(hits), COLUMNS)
+    return store.where(path)
 
 
 def _count_fetched(
@@ -284,56 +278,33 @@ class _Task:
     retain: bool
 
 
-def open_shards(request: CollectRequest) -> list[Reader]:
-    """Return the readers of all files of the request's sources."""
-    columns = Columns(
-        image=request.image_column, caption=request.caption_column, needs=frozenset(["caption"])
-    )
-    return open_sources(request.sources, columns)
-
-
 def collect_shards(
     store: Store, folder: str, request: CollectRequest, readers: Sequence[Reader]
-) -> list[tuple[str, ShardCounts]]:
-    """Return for every file of the sources the tar of its samples, and its counts.
+) -> list[ShardCounts]:
+    """Take the samples of every file of the sources into a tar, and return the files' counts.
 
     Rows to retain are all of the first files in a seeded order that suffice, as the paper
     takes them from one shard.
     """
-    order = sorted(
-        range(len(readers)),
-        key=lambda number: priority(request.seed, f"{readers[number].path}\0{number}"),
-    )
+
+    def task(number: int, *, retain: bool) -> _Task:
+        tar, record = f"{folder}/parts/{number:05}.tar", f"{folder}/met/{number:05}.json"
+        return _Task(store.url, tar, record, readers[number], request, retain)
+
+    numbers = range(len(readers))
+    left = sorted(numbers, key=lambda n: priority(request.seed, f"{readers[n].path}\0{n}"))
     counts: dict[int, ShardCounts] = {}
-    left = list(order)
     with progress.bar("reading shards", len(readers)) as ticker:
         while left and sum(c.retain for c in counts.values()) < retain_wanted(request):
             number = left.pop(0)
-            counts[number] = _collect(_task(store, folder, readers, request, number, retain=True))
+            counts[number] = _collect(task(number, retain=True))
             ticker.advance()
-        tasks = [_task(store, folder, readers, request, n, retain=False) for n in sorted(left)]
-        for number, result in zip(sorted(left), _spread(tasks), strict=True):
+        left.sort()
+        tasks = [task(number, retain=False) for number in left]
+        for number, result in zip(left, _spread(tasks), strict=True):
             counts[number] = result
             ticker.advance()
-    return [(_name(number), counts[number]) for number in sorted(counts)]
-
-
-def _name(number: int) -> str:
-    return f"{number:05}"
-
-
-def _task(
-    store: Store,
-    folder: str,
-    readers: Sequence[Reader],
-    request: CollectRequest,
-    number: int,
-    *,
-    retain: bool,
-) -> _Task:
-    name = _name(number)
-    tar, record = f"{folder}/parts/{name}.tar", f"{folder}/met/{name}.json"
-    return _Task(store.url, tar, record, readers[number], request, retain)
+    return [counts[number] for number in numbers]
 
 
 def _spread(tasks: Sequence[_Task]) -> Iterator[ShardCounts]:
@@ -342,69 +313,53 @@ def _spread(tasks: Sequence[_Task]) -> Iterator[ShardCounts]:
     if workers < 2:
         yield from map(_collect, tasks)
         return
-    # Forking would copy threads' locks in whatever state they are.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupts)
+    # Forking would copy threads' locks in whatever state they are. Ctrl-C is left to this process.
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         yield from pool.map(_collect, tasks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the process that waits for this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _collect(task: _Task) -> ShardCounts:
     store = Store(task.store)
     if store.exists(task.record):
         return store.read_record(task.record, ShardCounts)
-    sorter = _Sorter(ConceptIndex(task.request.concepts, task.request.regex), task)
-    trouble: Counter[str] = Counter()
+    sorter = _Sorter(task)
     with (
         store.writing(task.tar) as partial,
         fsspec.open(partial, "wb") as raw,
         tarfile.open(fileobj=raw, mode="w") as tar,
     ):
-        for row, image in select(task.reader, sorter.wants, trouble):
+        for row, image in task.reader.select(sorter.wants, sorter.refused):
             _write(tar, task.reader, row, image, sorter.roles[row.index])
-    counts = sorter.counts(trouble)
+    counts = sorter.counts()
     store.write_record(task.record, counts)
     return counts
-
-
-def select(
-    reader: Reader, wants: Callable[[Row], bool], trouble: Counter[str]
-) -> Iterator[tuple[Row, bytes | None]]:
-    """Yield the wanted rows with their encoded images; a tar shard is read only once."""
-    if isinstance(reader, TarSource):
-        yield from reader.select(wants, trouble)
-        return
-    rows = {row.index: row for row in reader.rows(trouble) if wants(row)}
-    for index, data in reader.images(dict.fromkeys(rows)) if rows else ():
-        yield rows[index], data
 
 
 class _Sorter:
     """Decides which rows of one file are wanted, and counts."""
 
-    def __init__(self, index: ConceptIndex, task: _Task) -> None:
+    def __init__(self, task: _Task) -> None:
         self.roles: dict[int, str] = {}
-        self._index = index
+        self.refused: Counter[str] = Counter()
+        self._index = ConceptIndex(task.request.concepts, task.request.regex)
         self._task = task
         self._left_out = matcher(task.request.retain_exclude, regex=task.request.regex)
         self._samples: Counter[str] = Counter()
         self._excluded: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
         self._examples: list[str] = []
-        self._seen = self._retain = 0
+        self._seen = 0
 
     def wants(self, row: Row) -> bool:
         """Return whether the row is about a concept, or to be retained."""
         self._seen += 1
         caption = tokenizable(caption_of(self._task.reader, row) or "")
         if not caption:
-            self._refused["no caption"] += 1
+            self.refused["no caption"] += 1
             return False
         if len(self._examples) < 3:
             self._examples.append(caption)
@@ -417,17 +372,16 @@ class _Sorter:
             self.roles[row.index] = FORGET
         elif self._task.retain and not self._index.touched(caption) | self._left_out(caption):
             self.roles[row.index] = RETAIN
-            self._retain += 1
         return row.index in self.roles
 
-    def counts(self, trouble: Counter[str]) -> ShardCounts:
+    def counts(self) -> ShardCounts:
         """Return the counts of the whole file."""
         return ShardCounts(
             self._seen,
             dict(sorted(self._samples.items())),
             dict(sorted(self._excluded.items())),
-            self._retain,
-            dict(sorted((self._refused + trouble).items())),
+            sum(role == RETAIN for role in self.roles.values()),
+            dict(sorted(self.refused.items())),
             self._examples,
         )
 
@@ -438,9 +392,8 @@ def _write(tar: tarfile.TarFile, reader: Reader, row: Row, image: bytes | None, 
     caption = row.caption or label_words(row.label or "")
     fields: dict[str, object] = {"caption": caption, "role": role, "source_key": row.key}
     fields |= {ORIGIN_FILE: origin.file, ORIGIN_ROW: origin.row, "url": origin.url}
-    members = {"json": json.dumps(fields).encode()}
-    if image is not None:
-        members = {IMAGE: image, **members}
+    members = {} if image is None else {IMAGE: image}
+    members["json"] = json.dumps(fields).encode()
     for suffix, data in members.items():
         member = tarfile.TarInfo(f"{row.index:09}.{suffix}")
         member.size = len(data)

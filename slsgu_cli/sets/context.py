@@ -1,4 +1,4 @@
-"""What building a block takes: the model's inputs, blocks made before, images until their turn.
+"""What building a block takes: a draw of rows, the model's inputs, images until their turn.
 
 And which of the matching pairs are kept: those the model itself sees, and each image once.
 `min_similarity` is the filter that LAION was made with: the cosine of a pair's own image
@@ -8,6 +8,7 @@ and encodings of one picture differ in few bits.
 """
 
 import hashlib
+import heapq
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from slsgu_cli.clip import models
 from slsgu_cli.clip.inputs import Picture, spare
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.sets import DataRef, InputSpec, Screening
-from slsgu_cli.sources.rows import Reader
+from slsgu_cli.records.sets import DataRef, InputSpec, Origin, Screening
+from slsgu_cli.sources.rows import Extent, Reader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock, Ints, Pixels
 from slsgu_cli.store.files import remedy
@@ -36,6 +37,59 @@ from slsgu_cli.store.store import ELSEWHERE, Store
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A row that was drawn; candidates sort by their place in the seeded order.
+
+    `cleaned` says that the caption had control characters in it.
+    """
+
+    priority: int
+    file: int
+    index: int
+    key: str
+    caption: str
+    cleaned: bool = False
+    origin: Origin | None = None
+    extent: Extent | None = field(default=None, compare=False)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of the file, and the row in it."""
+        return self.file, self.index
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other one, for a digest over the draw."""
+        return f"{self.file}:{self.index}:{self.key}:{self.caption}"
+
+
+class Draw:
+    """Keeps the first `size` candidates of a stream in seeded order; all of them if None.
+
+    Memory is proportional to `size`, not to the stream.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+        self.offered = 0
+        # Turned around, so that the root is the candidate to give up first.
+        self._heap: list[tuple[int, int, int, Candidate]] = []
+
+    def offer(self, candidate: Candidate) -> None:
+        """Take a candidate into account."""
+        self.offered += 1
+        turned = (-candidate.priority, -candidate.file, -candidate.index, candidate)
+        if self.size is None or len(self._heap) < self.size:
+            heapq.heappush(self._heap, turned)
+        else:
+            heapq.heappushpop(self._heap, turned)
+
+    def ranked(self) -> list[Candidate]:
+        """Return the candidates kept, in seeded order."""
+        return sorted(candidate for *_, candidate in self._heap)
 
 
 AT_ONCE = 512
@@ -238,10 +292,6 @@ class Screen:
     options: Screening
     cosines: Cosines | None
     recipe: list[Any]
-
-    def start(self) -> "ScreenedSet":
-        """Return the tests for one set, which has no rows yet."""
-        return ScreenedSet(self)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from slsgu_cli.clip.inputs import decode_in_order
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.codec import encode
+from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import DataRef, Origin, SetManifest, report_part
 from slsgu_cli.sets.context import BuildContext, block_path, counted, file_recipe, reference
 from slsgu_cli.sources.captions import (
@@ -98,49 +99,50 @@ def read_names(path: str) -> tuple[tuple[str, str], ...]:
 
 def plan_eval(
     context: BuildContext,
+    request: BuildRequest,
     name: str,
     *,
     source: str,
     readers: Sequence[Reader],
-    classes: str | None,
-    templates: str | None,
-    columns: Columns,
     among: tuple[str, ...] | None = None,
 ) -> EvalPlan:
     """Read the labels of an evaluation set, or find the set made. Raises InputError.
 
     Where the labels are the names, `among` are the classes that they may be of.
     """
+    classes = request.classes.get(name)
     known = read_classes(classes or FROM_LABELS[0])
     numbers_are_names = classes in FROM_LABELS or among is not None
     if known is None and among is not None:
         known = ClassList(among, None, f"evaluation set {name}")
-    prompts = read_templates(templates or DEFAULT_TEMPLATES)
+    prompts = read_templates(request.templates.get(name) or DEFAULT_TEMPLATES)
     filters = parse_source(source).filters
     recipe = {
         "role": "eval",
         "files": file_recipe(readers),
         "filters": {column: sorted(values) for column, values in filters.items()},
-        "label": columns.label,
+        "label": request.label_column,
         "pixels": context.pixel_recipe(),
         "classes": encode([known.names, known.labels]) if known else None,
         "templates": list(prompts),
     }
     path = block_path(recipe)
     block = context.standing(path)
-    if block is not None:
-        counts = Counter(block.attributes["refused"])
-        seen = int(block.attributes["seen"])
-        names = block.class_names
-        if known is None and not numbers_are_names:
-            _require_names(name, names)
-        return EvalPlan(
-            name, source, path, recipe, readers, prompts, names, {}, seen, counts, block
-        )
-    names, rows, seen, refused = _labelled(source, readers, known)
+    if block is None:
+        names, rows, seen, refused = _labelled(source, readers, known)
+    else:
+        names, rows, seen = block.class_names, {}, int(block.attributes["seen"])
+        refused = Counter(block.attributes["refused"])
     if known is None and not numbers_are_names:
         _require_names(name, names)
-    return EvalPlan(name, source, path, recipe, readers, prompts, names, rows, seen, refused)
+    return EvalPlan(name, source, path, recipe, readers, prompts, names, rows, seen, refused, block)
+
+
+def label_columns(request: BuildRequest) -> Columns:
+    """Return the columns that evaluation rows are read by."""
+    return Columns(
+        image=request.image_column, label=request.label_column, needs=frozenset(["label"])
+    )
 
 
 def build_eval(context: BuildContext, plan: EvalPlan) -> DataRef:
@@ -196,7 +198,8 @@ def _labelled(
     labelled: list[tuple[int, Row, str]] = []
     seen = 0
     with progress.bar("reading labels", None) as ticker:
-        for number, row in scan(readers, refused, tick=ticker.advance):
+        for number, row in scan(readers, refused):
+            ticker.advance()
             seen += 1
             if row.label is None or not row.has_image:
                 refused["no label" if row.label is None else "no image"] += 1
@@ -310,11 +313,7 @@ def drop(store: Store, ref: DataRef, wanted: Sequence[str], *, strict: bool = Tr
         return ref
     if len(going) == block.rows:
         raise InputError(f"all {block.rows} rows would be dropped", hint="drop fewer")
-    recipe: dict[str, Any] = {
-        "from": ref.path,
-        "fingerprint": ref.fingerprint,
-        "dropped": sorted(going),
-    }
+    recipe = {"from": ref.path, "fingerprint": ref.fingerprint, "dropped": sorted(going)}
     path = block_path(recipe)
     if not store.exists(path):
         _copy(store, block, path, going, recipe)
@@ -353,7 +352,7 @@ def rows_named(block: DataBlock, name: str) -> list[int]:
 
 
 def _copy(
-    store: Store, block: DataBlock, path: str, going: set[int], recipe: dict[str, Any]
+    store: Store, block: DataBlock, path: str, going: set[int], recipe: Mapping[str, Any]
 ) -> None:
     kept = [index for index in range(block.rows) if index not in going]
     height, width = block.images(0, 1).shape[1:3]

@@ -11,6 +11,7 @@ were served.
 """
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,8 +22,8 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -30,31 +31,30 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
-from slsgu_cli.sources.parquet import OVERSIZED, PAGE_ROOM, cells, open_parquet
+from slsgu_cli.sources.opening import TEXT
+from slsgu_cli.sources.parquet import open_parquet, text_batches
 from slsgu_cli.sources.rows import (
     CAPTION_FIELDS,
-    TEXT_LIMIT,
     line_for,
     no_column,
     priority,
     tail,
     tokenizable,
+    usual_column,
 )
+from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
 from slsgu_cli.store.files import cores, prefetch
 from slsgu_cli.store.store import Store
 
-BATCH = 1 << 16
-
 # Rows to retain come from row groups that hold this many times as many, or from all.
 POOL = 1000
-EXCLUDED, NO_URL = "excluded", "no URL"
+EXCLUDED, NO_URL, BEYOND = "excluded", "no URL", "beyond --max-forget"
 
 # Counts by concept and reason.
 Refused = Counter[tuple[int, str]]
@@ -112,13 +112,11 @@ def scan_metadata(paths: Sequence[str], request: CollectRequest, index: ConceptI
     threads = cores()
     files = prefetch(_groups, paths, threads=threads)
     groups = [group for groups_of_file in files for group in groups_of_file]
-    total = sum(group.rows for group in groups)
-    pool, limit = _pool(groups, request)
     patterns = [pattern for concept in index.concepts for pattern in concept.patterns]
     prefilter = Prefilter(None if request.regex else patterns)
-    work = _Work(request, index, prefilter, pool, limit)
+    work = _Work(request, index, prefilter, *_pool(groups, request))
     result = Scan()
-    with progress.bar("filtering captions", total) as ticker:
+    with progress.bar("filtering captions", sum(group.rows for group in groups)) as ticker:
         for scan in prefetch(work.scan, groups, threads=threads):
             result.add(scan)
             ticker.advance(scan.seen)
@@ -134,7 +132,7 @@ class _Work:
     request: CollectRequest
     index: ConceptIndex
     prefilter: Prefilter
-    pool: frozenset[tuple[str, int]]
+    pool: frozenset[RowGroup]
     limit: int
 
     def scan(self, group: RowGroup) -> Scan:
@@ -142,53 +140,48 @@ class _Work:
         result, wanted = Scan(), dict[int, Hit]()
         caption, url = _columns(group, self.request)
         start = group.start
-        for captions in _batches(group, caption):
-            self._search(group, captions, start, wanted, result)
+        for captions in text_batches(group.path, group.group, caption):
+            wanted |= {hit.row: hit for hit in self._hits(group, captions, start, result)}
             start += len(captions)
         start, rows = group.start, sorted(wanted)
         # The column of URLs is read only where something is wanted.
-        for urls in _batches(group, url) if wanted else ():
+        for urls in text_batches(group.path, group.group, url) if wanted else ():
             stop = start + len(urls)
             for row in rows[bisect_left(rows, start) : bisect_left(rows, stop)]:
                 self._keep(wanted[row], urls[row - start].as_py(), result)
             start = stop
         return result
 
-    def _search(
-        self, group: RowGroup, captions: pa.Array, start: int, wanted: dict[int, Hit], result: Scan
-    ) -> None:
+    def _hits(self, group: RowGroup, captions: pa.Array, start: int, result: Scan) -> Iterator[Hit]:
+        """Yield the rows of a batch that are wanted, without URLs; count matches that are not."""
         result.seen += len(captions)
         result.no_caption += captions.null_count
         if not result.examples:
             result.examples += [text for text in captions[:3].to_pylist() if text]
         for place in self.prefilter.candidates(captions):
             text = tokenizable(captions[int(place)].as_py() or "")
-            row = start + int(place)
             about = self.index.about(text)
             concepts = tuple(number for number in about if not self.index.excluded(number, text))
             result.refused.update((number, EXCLUDED) for number in about if number not in concepts)
             if concepts:
-                wanted[row] = Hit(group.path, row, "", text, concepts)
-        if (group.path, group.group) in self.pool:
-            self._draw(group, captions, start, wanted)
+                yield Hit(group.path, start + int(place), "", text, concepts)
+        if group in self.pool:
+            yield from self._drawn(group, captions, start)
 
-    def _draw(
-        self, group: RowGroup, captions: pa.Array, start: int, wanted: dict[int, Hit]
-    ) -> None:
+    def _drawn(self, group: RowGroup, captions: pa.Array, start: int) -> Iterator[Hit]:
+        """Yield the rows of a batch to retain: none that a concept's patterns touch."""
         places = priorities(self.request.seed, group.path, start, len(captions))
         left_out = matcher(self.request.retain_exclude, regex=self.request.regex)
         for offset in np.flatnonzero(places <= np.uint64(self.limit)):
             text = tokenizable(captions[int(offset)].as_py() or "")
-            row = start + int(offset)
-            if text and row not in wanted and not self.index.touched(text) and not left_out(text):
-                wanted[row] = Hit(group.path, row, "", text, (), int(places[offset]))
+            if text and not self.index.touched(text) and not left_out(text):
+                yield Hit(group.path, start + int(offset), "", text, (), int(places[offset]))
 
     def _keep(self, hit: Hit, url: str | None, result: Scan) -> None:
-        if not url or not url.strip():
+        if url and url.strip():
+            (result.hits if hit.concepts else result.retain).append(replace(hit, url=url.strip()))
+        else:
             result.refused.update((number, NO_URL) for number in hit.concepts)
-            return
-        whole = Hit(hit.file, hit.row, url.strip(), hit.caption, hit.concepts, hit.place)
-        (result.hits if hit.concepts else result.retain).append(whole)
 
 
 def priorities(seed: int, path: str, start: int, count: int) -> npt.NDArray[np.uint64]:
@@ -206,9 +199,7 @@ def retain_wanted(request: CollectRequest) -> int:
     return line_for(request.retain_samples) if request.retain_samples else 0
 
 
-def _pool(
-    groups: Sequence[RowGroup], request: CollectRequest
-) -> tuple[frozenset[tuple[str, int]], int]:
+def _pool(groups: Sequence[RowGroup], request: CollectRequest) -> tuple[frozenset[RowGroup], int]:
     """Return the row groups to draw from, and the last place in the order that is drawn."""
     wanted = retain_wanted(request)
     if not wanted:
@@ -222,14 +213,13 @@ def _pool(
         rows += group.rows
     # Twice as many as wanted, for those about a concept or without a caption.
     share = min(1.0, 2 * (wanted + 100) / max(rows, 1))
-    return frozenset((g.path, g.group) for g in chosen), min(int(share * 2**64), 2**64 - 1)
+    return frozenset(chosen), min(int(share * 2**64), 2**64 - 1)
 
 
 def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
-    lower = {name.lower(): name for name in reversed(group.schema)}
-    usual = next((lower[name] for name in CAPTION_FIELDS if name in lower), None)
-    caption, url = request.caption_column or usual, lower.get(request.url_column.lower())
-    columns = list(group.schema)
+    columns = group.schema
+    caption = request.caption_column or usual_column(columns, CAPTION_FIELDS)
+    url = usual_column(columns, [request.url_column.lower()])
     if caption is None or caption not in columns:
         name = f"column {caption}" if caption else "caption column"
         raise no_column(group.path, name, columns, "name it with --caption-col")
@@ -239,12 +229,8 @@ def _columns(group: RowGroup, request: CollectRequest) -> tuple[str, str]:
     return caption, url
 
 
-# What tables of URLs come as besides parquet.
-TEXT_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
-
-
 def _groups(path: str) -> list[RowGroup]:
-    if path.lower().endswith(TEXT_TABLES):
+    if path.lower().endswith(TEXT):
         read = "json.read_json" if "json" in path.lower() else "csv.read_csv"
         raise InputError(
             f"{path} is a table of text: --metadata takes parquet",
@@ -260,43 +246,6 @@ def _groups(path: str) -> list[RowGroup]:
         return groups
 
 
-def _batches(group: RowGroup, column: str) -> Iterator[pa.Array]:
-    """Yield a column of a row group as arrays of text."""
-    with open_parquet(group.path) as file:
-        for batch in file.batches(group.group, [column], BATCH):
-            values = batch.column(0)
-            size = BATCH
-            if pa.types.is_dictionary(values.type):
-                values = pa.DictionaryArray.from_arrays(
-                    values.indices, _without_long(values.dictionary)
-                )
-                longest = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
-                size = max(1, PAGE_ROOM // max(1, longest))
-            for start in range(0, len(values), size):
-                yield _text(values.slice(start, size), f"{group.path}: column {column}")
-
-
-def _without_long(values: pa.Array) -> pa.Array:
-    """Return texts, with none in the place of one that is longer than it may be."""
-    listed = cells(values, TEXT_LIMIT)
-    if OVERSIZED not in listed:
-        return values
-    return pa.array([None if value is OVERSIZED else value for value in listed], values.type)
-
-
-def _text(values: pa.Array, what: str) -> pa.Array:
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return values
-    if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
-        texts = [v if v is None else v.decode(errors="replace") for v in values.to_pylist()]
-        return pa.array(texts, pa.string())
-    if pa.types.is_null(values.type):
-        return pc.cast(values, pa.string())
-    raise InputError(f"{what} holds {values.type}, not text")
-
-
 VARIABLE = "SLSGU_IMG2DATASET"
 STATS = "_stats.json"
 TRIES = 3
@@ -304,37 +253,27 @@ POLL_SECONDS = 0.5
 GRACE_SECONDS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class UrlList:
-    """A parquet file of `rows` URLs and captions, with columns to hand on to every sample."""
-
-    path: str
-    rows: int
-    columns: tuple[str, ...]
-
-
-def download(store: Store, urls: UrlList, folder: str, *, options: DownloadOptions) -> list[str]:
-    """Fetch the images of a URL list as tar shards into `folder`; return the shards' names.
+def download(store: Store, folder: str, *, urls: str, rows: int, options: DownloadOptions) -> None:
+    """Fetch the images of `rows` URLs in a parquet file as tar shards into `folder`.
 
     Shards that are done are not fetched again. Raises MissingError where img2dataset is
     not to be found, InputError where shards could not be fetched.
     """
-    wanted = -(-urls.rows // options.shard_rows)
+    wanted = -(-rows // options.shard_rows)
     command = [*find_command(options.command), *_arguments(store, urls, folder, options)]
+    before, done = -1, len(finished(store, folder))
     for _ in range(TRIES):
-        done = finished(store, folder)
-        if len(done) >= wanted:
-            return done
-        with progress.bar("downloading", urls.rows) as ticker:
-            tail = _run(store, command, folder, ticker)
-        if len(finished(store, folder)) == len(done):
+        if not before < done < wanted:
             break
-    done = finished(store, folder)
-    if len(done) >= wanted:
-        return done
-    last_words = f"; it said: {tail}" if tail else ""
+        before = done
+        with progress.bar("downloading", rows) as ticker:
+            last_line = _run(store, command, folder, ticker)
+        done = len(finished(store, folder))
+    if done >= wanted:
+        return
+    last_words = f"; it said: {last_line}" if last_line else ""
     raise InputError(
-        f"img2dataset finished {len(done)} of {wanted} shards in {store.where(folder)}{last_words}",
+        f"img2dataset finished {done} of {wanted} shards in {store.where(folder)}{last_words}",
         hint="run the same command again: it goes on where it stopped",
     )
 
@@ -371,25 +310,23 @@ def reason(message: str | None) -> str:
     known = {
         "http error": f"dead link (HTTP {''.join(filter(str.isdigit, text))[:3]})",
         "timed out": "timed out",
-        "name or service": "no such host",
-        "no address": "no such host",
-        "name resolution": "no such host",
+        "name or service|no address|name resolution": "no such host",
         "x-robots-tag": "disallowed by X-Robots-Tag",
         "certificate": "bad certificate",
-        "connection": "connection failed",
-        "incompleteread": "connection failed",
+        "connection|incompleteread": "connection failed",
         "unknown url type": "not a URL",
     }
-    return next((words for mark, words in known.items() if mark in text), "download failed")
+    reasons = (words for marks, words in known.items() if re.search(marks, text))
+    return next(reasons, "download failed")
 
 
-def _arguments(store: Store, urls: UrlList, folder: str, options: DownloadOptions) -> list[str]:
+def _arguments(store: Store, urls: str, folder: str, options: DownloadOptions) -> list[str]:
     settings: Mapping[str, Any] = {
-        "url_list": urls.path,
+        "url_list": urls,
         "input_format": "parquet",
         "url_col": "url",
         "caption_col": "caption",
-        "save_additional_columns": list(urls.columns),
+        "save_additional_columns": ["role", ORIGIN_FILE, ORIGIN_ROW],
         "output_folder": store.where(folder),
         "output_format": "webdataset",
         # The bytes as they were served: what is odd or broken has its fate here, not there.
@@ -433,17 +370,13 @@ def _run(store: Store, command: list[str], folder: str, ticker: progress.Ticker)
     return lines[-1] if lines else ""
 
 
-@contextmanager
-def _log(store: Store, folder: str) -> Iterator[IO[bytes]]:
-    """Yield the file that img2dataset's output goes to, beside its shards where it can be."""
+def _log(store: Store, folder: str) -> IO[bytes]:
+    """Open the file that img2dataset's output goes to, beside its shards where it can be."""
     if not store.is_local:
-        with tempfile.TemporaryFile() as file:
-            yield file
-        return
+        return tempfile.TemporaryFile()
     path = Path(store.where(folder)).with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w+b") as file:
-        yield file
+    return path.open("w+b")
 
 
 def _advance(store: Store, folder: str, counted: Counter[str], ticker: progress.Ticker) -> None:
@@ -463,7 +396,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is not None:
             return
         os.killpg(process.pid, sign)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue

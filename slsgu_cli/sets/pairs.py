@@ -2,16 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.clip.inputs import Decoded, decode_in_order
-from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import digest, encode
+from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import (
     BuildContext,
+    Candidate,
+    Draw,
     Scratch,
     ScreenedSet,
     block_path,
@@ -22,17 +25,14 @@ from slsgu_cli.sets.context import (
     text_digest,
     tokenizing,
 )
+from slsgu_cli.sets.metadata import BEYOND, EXCLUDED
+from slsgu_cli.sources.captions import matcher
 from slsgu_cli.sources.opening import RowId, fetch, scan
 from slsgu_cli.sources.rows import (
-    BEYOND,
-    Candidate,
-    Draw,
-    Filters,
     Reader,
     Row,
     caption_of,
     first_met,
-    identities,
     line_for,
     priority,
     tail,
@@ -42,9 +42,29 @@ from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
 from slsgu_cli.store.sharing import held
 
 TAKE = ""
+MATCHES_CONCEPT = "about the concept"
 
 # What a caption is refused for; TAKE if it qualifies, None if it is of no concern.
 Rule = Callable[[str], str | None]
+
+
+def rules(request: BuildRequest) -> tuple[Rule, Rule]:
+    """Return which captions the forget set and the retain set take."""
+    about = matcher(request.patterns, regex=request.regex and bool(request.match))
+    excluded = matcher(request.not_match, regex=request.regex)
+    not_retained = matcher(request.retain_exclude, regex=request.regex)
+
+    def forget(caption: str) -> str | None:
+        if not about(caption):
+            return None
+        return EXCLUDED if excluded(caption) else TAKE
+
+    def retain(caption: str) -> str | None:
+        if about(caption):
+            return MATCHES_CONCEPT
+        return EXCLUDED if excluded(caption) or not_retained(caption) else TAKE
+
+    return forget, retain
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,85 +140,20 @@ def first_pass(readers: Sequence[Reader], selections: Sequence[Selection], seed:
     """Read every caption of a source once, for all the sets drawn from it."""
     trouble: Counter[str] = Counter()
     with progress.bar("reading captions", None) as ticker:
-        for number, row in scan(readers, trouble, tick=ticker.advance):
-            caption, odd = _tokenized(readers[number], row)
+        for number, row in scan(readers, trouble):
+            ticker.advance()
+            caption, odd = tokenized(readers[number], row)
             for selection in selections:
                 selection.consider(number, row, caption, odd=odd, seed=seed)
     for selection in selections:
         selection.refused.update(trouble)
 
 
-def _tokenized(reader: Reader, row: Row) -> tuple[str, bool]:
+def tokenized(reader: Reader, row: Row) -> tuple[str, bool]:
     """Return a row's caption as it is tokenized, and whether that is not what stands there."""
     caption = caption_of(reader, row)
     cleaned = tokenizable(caption) if caption else ""
     return cleaned, cleaned != caption
-
-
-def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
-    """Look for a row of each selection; files are read once for all selections of them.
-
-    Return each with what it counted: until its first row, or as `first_pass` does where it has
-    none; or what reading its files raises.
-    """
-    together: dict[Any, list[int]] = {}
-    for place, selection in enumerate(selections):
-        files = tuple(map(file_key, selection.readers))
-        together.setdefault(files, []).append(place)
-    looked: dict[int, Selection | SlsguError] = {}
-    with progress.bar("reading captions", None) as ticker:
-        for places in together.values():
-            found = _found_rows([selections[place] for place in places], ticker)
-            looked |= zip(places, found, strict=True)
-    return [looked[place] for place in range(len(selections))]
-
-
-def file_key(reader: Any) -> tuple[Any, ...]:
-    """Return what is the same for readers of one file, but for the values they filter by."""
-    others = (getattr(reader, each.name) for each in fields(reader) if each.name != "filters")
-    return type(reader), *others, *sorted(reader.filters)
-
-
-def _found_rows(
-    selections: Sequence[Selection], ticker: progress.Ticker
-) -> list[Selection | SlsguError]:
-    """Do what `first_rows` does for selections of the same files."""
-    looking = [replace(each, refused=Counter(each.refused), examples=[]) for each in selections]
-    trouble: Counter[str] = Counter()
-    try:
-        for number in range(len(selections[0].readers)):
-            _look(looking, number, trouble, ticker)
-    except SlsguError as error:
-        if len(selections) == 1:
-            return [error]
-        # It may be of one of them: each is told what is wrong with its own rows.
-        return [found for each in selections for found in _found_rows([each], ticker)]
-    for selection in looking:
-        selection.refused.update(trouble)
-    return [*looking]
-
-
-def _look(
-    selections: Sequence[Selection], number: int, trouble: Counter[str], ticker: progress.Ticker
-) -> None:
-    """Read file `number` of the selections for those that have no row yet."""
-    reader = selections[0].readers[number]
-    filters: dict[Any, Filters] = {}
-    waiting: dict[Any, list[Selection]] = {}
-    for selection in selections:
-        wanted = selection.readers[number].filters
-        key = frozenset(wanted.items())
-        filters[key] = wanted
-        waiting.setdefault(key, []).extend([] if selection.draw.offered else [selection])
-    by_place = [*waiting.values()]
-    for row, passed in reader.rows_passing([*filters.values()], trouble):
-        ticker.advance()
-        left = [place for place in passed if by_place[place]]
-        caption, odd = _tokenized(reader, row) if left else ("", False)
-        for place in left:
-            for selection in by_place[place]:
-                selection.consider(number, row, caption, odd=odd, seed=0)
-            by_place[place] = [each for each in by_place[place] if not each.draw.offered]
 
 
 SAME_AS_FORGET = "same image as a forget row"
@@ -241,7 +196,7 @@ class DecodedRows:
     _screened: ScreenedSet | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._screened = self.context.screen.start() if self.context.screen else None
+        self._screened = ScreenedSet(self.context.screen) if self.context.screen else None
 
     @property
     def wanted(self) -> int:
@@ -334,25 +289,6 @@ CLEANED = "control characters in the caption"
 SAME_KEY = "key of another row too"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPlace:
-    """Where a set's block lies, by its recipe.
-
-    `plain` is for a set in which nothing had to be avoided: it is the same for every concept,
-    and so its path. `avoiding` is for one whose rows depend on what was avoided.
-    """
-
-    recipe: dict[str, Any]
-    plain: str
-    avoiding: str
-
-    @classmethod
-    def of(cls, recipe: dict[str, Any], avoid: frozenset[bytes]) -> "BlockPlace":
-        """Return the places of what is made by a recipe, and with images to be avoided."""
-        avoided = digest(sorted(image.hex() for image in avoid))
-        return cls(recipe, block_path(recipe), block_path(recipe | {"avoid": avoided}))
-
-
 def build_pairs(
     context: BuildContext,
     selection: Selection,
@@ -365,14 +301,19 @@ def build_pairs(
     Images whose encoded bytes are in `avoid` are left out.
     """
     role, candidates = selection.role, selection.draw.ranked()
-    place = BlockPlace.of(_recipe(context, selection, candidates, seed), avoid)
-    standing = _standing_block(context, place, avoid)
+    recipe = _recipe(context, selection, candidates, seed)
+    avoided = digest(sorted(image.hex() for image in avoid))
+    # A set in which nothing had to be avoided is the same for every concept, and so its path.
+    plain, avoiding = block_path(recipe), block_path(recipe | {"avoid": avoided})
+    paths = (avoiding, plain) if avoid else (plain,)
+    standing = _standing_block(context, paths, avoid)
     if standing is None:
-        with held(context.store, place.plain, what=f"{role} rows"):
+        with held(context.store, plain, what=f"{role} rows"):
             # Another process may have made it meanwhile.
-            standing = _standing_block(context, place, avoid, again=True)
+            standing = _standing_block(context, paths, avoid, again=True)
             if standing is None:
-                path = _write(DecodedRows(context, selection, candidates, avoid), place)
+                rows = DecodedRows(context, selection, candidates, avoid)
+                path = _write(rows, recipe, plain=plain, avoiding=avoiding)
                 block = DataBlock.at(context.store, path)
     if standing is not None:
         path, block = standing
@@ -397,31 +338,32 @@ def _recipe(
         "wanted": selection.wanted,
         "screen": context.screen.recipe if context.screen else None,
         # The rows in line stand for the patterns: patterns that choose alike make one set.
-        "rows": text_digest(identities(candidates)),
+        "rows": text_digest(candidate.identity for candidate in candidates),
     }
 
 
 def _standing_block(
-    context: BuildContext, place: BlockPlace, avoid: frozenset[bytes], *, again: bool = False
+    context: BuildContext, paths: Sequence[str], avoid: frozenset[bytes], *, again: bool = False
 ) -> tuple[str, DataBlock] | None:
     """Return the path and block made before, if one has nothing that is to be avoided."""
-    for path in (place.avoiding, place.plain) if avoid else (place.plain,):
+    for path in paths:
         block = context.standing(path, again=again)
         if block and avoid.isdisjoint(row.tobytes() for row in block.source_digests):
             return path, block
     return None
 
 
-def _write(rows: DecodedRows, place: BlockPlace) -> str:
-    """Write the block of the rows that are kept; return its path."""
+def _write(rows: DecodedRows, recipe: dict[str, Any], *, plain: str, avoiding: str) -> str:
+    """Write the block of the rows that are kept; return its path.
+
+    It is `avoiding` where rows depend on what was avoided, and else `plain`.
+    """
     context, selection = rows.context, rows.selection
     height, width = context.spec.height, context.spec.width
     noted: Counter[str] = Counter()
     with (
         tokenizing(context.tokenize) as captions,
-        block_writer(
-            context.store, place.plain, height=height, width=width, rows=rows.wanted
-        ) as writer,
+        block_writer(context.store, plain, height=height, width=width, rows=rows.wanted) as writer,
     ):
         for row, pixels in rows.kept():
             captions.add(row.candidate.caption)
@@ -448,8 +390,8 @@ def _write(rows: DecodedRows, place: BlockPlace) -> str:
             "refused": dict(rows.refused),
             "noted": {what: count for what, count in sorted(noted.items()) if count},
             "input": encode(context.spec),
-            "recipe": place.recipe,
+            "recipe": recipe,
         }
-        path = place.avoiding if rows.refused[SAME_AS_FORGET] else place.plain
+        path = avoiding if rows.refused[SAME_AS_FORGET] else plain
         writer.finish(captions.tokens(), attributes, path=path)
     return path

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError, first_lines
+from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
     IMAGE_FIELDS,
@@ -31,17 +31,21 @@ from slsgu_cli.sources.rows import (
     Filters,
     FolderFiles,
     Header,
+    Passing,
     Reader,
+    Records,
     Row,
     Sieve,
     TableSource,
     Wanted,
     as_text,
+    base_name,
+    file_bytes,
     file_identity,
     folder_of,
     no_column,
+    opened,
     stamp,
-    tail,
     usual_column,
 )
 
@@ -86,30 +90,22 @@ def parse_source(text: str) -> Source:
     return Source(text, path, {name: frozenset(values) for name, values in filters.items()})
 
 
-def open_source(source: Source, columns: Columns) -> list[Reader]:
-    """Return the readers of every file that `source` names, sorted by path.
+def open_sources(texts: Sequence[str], columns: Columns) -> list[Reader]:
+    """Return the readers of all sources in the order they were named, of each sorted by path.
 
     Raises MissingError where nothing is there, InputError where it is no known source.
     """
     readers: list[Reader] = []
-    for path in expand(source):
-        readers.extend(_readers(path, source, columns))
+    for source in map(parse_source, texts):
+        for path in expand(source):
+            readers.extend(_readers(path, source, columns))
     return readers
 
 
-def open_sources(texts: Sequence[str], columns: Columns) -> list[Reader]:
-    """Return the readers of all sources, in the order they were named."""
-    return [reader for text in texts for reader in open_source(parse_source(text), columns)]
-
-
-def scan(
-    readers: Sequence[Reader], trouble: Counter[str], *, tick: Callable[[int], None] | None = None
-) -> Iterator[tuple[int, Row]]:
+def scan(readers: Sequence[Reader], trouble: Counter[str]) -> Iterator[tuple[int, Row]]:
     """Yield (file number, row) of every row, without images: the first pass."""
     for number, reader in enumerate(readers):
         for row in reader.rows(trouble):
-            if tick:
-                tick(1)
             yield number, row
 
 
@@ -241,7 +237,7 @@ def _usual_folder(path: str) -> str:
     """Return the folder that a table's images lie in: by its name, else its own."""
     folder = folder_of(path)
     for name, places in USUAL_FOLDERS:
-        match = name.fullmatch(tail(path).rsplit("/", 1)[-1].lower())
+        match = name.fullmatch(base_name(path).lower())
         for place in places if match else ():
             at = f"{folder}/{place.format(match[1])}" if match else ""
             fs, inner = fsspec.core.url_to_fs(at)
@@ -253,7 +249,7 @@ def _usual_folder(path: str) -> str:
 def _folder_readers(path: str, source: Source, columns: Columns) -> list[Reader]:
     """Read a folder of shards as its shards, one with a table by that, any other as images."""
     fs, inner = fsspec.core.url_to_fs(path)
-    names = sorted(str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True))
+    names = sorted(base_name(entry["name"]) for entry in fs.ls(inner, detail=True))
     path = path.rstrip("/")
     if SAVED_SPLITS in names:
         splits = _object_in(f"{path}/{SAVED_SPLITS}").get("splits")
@@ -319,36 +315,31 @@ Entry = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class FolderSource:
+class FolderSource(Reader):
     """Images of one folder and the folders below it, in the order of their names."""
 
     path: str
     filters: Filters
-    # An image without a caption of its own is described by the name of its class folder.
-    labels_are_captions: bool = True
+
+    @property
+    def labels_are_captions(self) -> bool:
+        """Whether the name of its class folder describes an image without a caption: it does."""
+        return True
 
     def identity(self) -> Any:
         """Return the path and a digest over every image's and caption's size and time."""
-        files = hashlib.sha256()
-        count = 0
-        for _, image, caption in self._entries():
+        files, count = hashlib.sha256(), 0
+        for _, (image, caption) in self._entries():
             count += 1
             stamps = [image["name"], stamp(image), stamp(caption) if caption else None]
             files.update(json.dumps(stamps).encode())
         return [self.path, count, files.hexdigest()]
 
-    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters.
+    def rows_passing(self, filters: Sequence[Filters], trouble: Counter[str]) -> Passing:
+        """Yield the rows that pass any of the filters, and which they pass.
 
         Raises InputError for an unknown filter, and where the folder has no images at all.
         """
-        for row, _ in self.rows_passing([self.filters], trouble):
-            yield row
-
-    def rows_passing(
-        self, filters: Sequence[Filters], trouble: Counter[str]
-    ) -> Iterator[tuple[Row, Sequence[int]]]:
-        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
         sieve = Sieve(filters)
         for name in filters[0]:
             if name not in FIELDS:
@@ -356,7 +347,7 @@ class FolderSource:
                     self.path, f"column {name}", list(FIELDS), "filter a folder by its label"
                 )
         index = None
-        for index, image, caption in self._entries():
+        for index, (image, caption) in self._entries():
             if _size(image) > IMAGE_LIMIT or _size(caption) > TEXT_LIMIT:
                 trouble[TOO_LARGE] += 1
                 continue
@@ -371,7 +362,7 @@ class FolderSource:
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield the encoded images of the wanted rows."""
-        for index, image, _ in self._entries():
+        for index, (image, _) in self._entries():
             if index in wanted:
                 yield index, self._read(image)
 
@@ -381,20 +372,13 @@ class FolderSource:
 
     def _read(self, entry: Entry) -> bytes | None:
         fs, _ = fsspec.core.url_to_fs(self.path)
-        try:
-            return bytes(fs.cat_file(entry["name"]))
-        except (FileNotFoundError, PermissionError):
-            # One file that may not be read is one row less, not the end of the run.
-            return None
-        except OSError as error:
-            raise InputError(f"cannot read {entry['name']}: {error}") from error
+        return file_bytes(fs, entry["name"], entry["name"])
 
-    def _entries(self) -> Iterator[tuple[int, Entry, Entry | None]]:
-        """Yield (index, image, caption file) for every image."""
+    def _entries(self) -> Iterator[tuple[int, tuple[Entry, Entry | None]]]:
+        """Yield the number of every image, and it with its caption file."""
         fs, inner = fsspec.core.url_to_fs(self.path)
         try:
-            for index, (image, caption) in enumerate(_walk(fs, str(inner))):
-                yield index, image, caption
+            yield from enumerate(_walk(fs, str(inner)))
         except OSError as error:
             raise InputError(f"cannot list {self.path}: {error}") from error
 
@@ -439,13 +423,13 @@ def _is_file(fs: Any, entry: Entry) -> bool:
     )
 
 
+def _base(entry: Entry) -> str:
+    return base_name(str(entry["name"]).rstrip("/"))
+
+
 def _size(entry: Entry | None) -> int:
     """Return a file's size in bytes, 0 where it is not told."""
     return int((entry or {}).get("size") or 0)
-
-
-def _base(entry: Entry) -> str:
-    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 # The most bytes that a line of a table may have, and a JSON file that is read whole.
@@ -471,9 +455,7 @@ class TextTable(TableSource):
         with self._listed() as (names, _):
             return Header(names)
 
-    def records(
-        self, columns: Sequence[str], trouble: Counter[str]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, columns: Sequence[str], trouble: Counter[str]) -> Records:
         """Yield each row's number and columns; count what is no row in `trouble`."""
         with self._listed() as (_, rows):
             for index, row in enumerate(rows):
@@ -486,24 +468,15 @@ class TextTable(TableSource):
 
     def identity(self) -> Any:
         """Return the identity of the table, its images, and a file of splits beside it."""
-        beside = _beside(self.path, PARTITION) if _is_celeba(self.path) else None
+        beside = _partition(self.path)
         identity = TableSource.identity(self)
         return [*identity, file_identity(beside)] if beside else identity
 
     @contextmanager
     def _listed(self) -> Iterator[Listing]:
         """Yield the columns and the rows. Raises MissingError and InputError."""
-        try:
-            with fsspec.open(
-                self.path, "r", encoding="utf-8-sig", errors="replace", newline=""
-            ) as file:
-                yield self._listing(file)
-        except FileNotFoundError as error:
-            raise MissingError(f"there is no {self.path}") from error
-        except OSError as error:
-            if isinstance(error, SlsguError):
-                raise
-            raise InputError(f"cannot read {self.path}: {error}") from error
+        with opened(self.path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
+            yield self._listing(file)
 
     def _listing(self, file: Any) -> Listing:
         suffix = self.path.lower().rsplit(".", 1)[-1]
@@ -525,7 +498,7 @@ class TextTable(TableSource):
             return ("image", "label"), self._in_order(words)
         pairs = (LISTED.fullmatch(line) for line in words)
         rows = ({"image": pair[1], "label": pair[2]} if pair else RAGGED for pair in pairs)
-        beside = _beside(self.path, PARTITION) if _is_celeba(self.path) else None
+        beside = _partition(self.path)
         if beside is None:
             return ("image", "label"), rows
         return ("image", "label", "split"), _with_splits(rows, beside)
@@ -636,13 +609,10 @@ def _coco(images: Sequence[Any], annotations: Sequence[Any]) -> Iterator[Record]
         ) from error
 
 
-def _is_celeba(path: str) -> bool:
-    return tail(path).rsplit("/", 1)[-1].lower().startswith("identity_celeba")
-
-
-def _beside(path: str, names: Sequence[str]) -> str | None:
-    """Return the first of some files that is there, by their paths from a file's folder on."""
-    for name in names:
+def _partition(path: str) -> str | None:
+    """Return the file of splits beside a table of CelebA's; None for another, or without one."""
+    celeba = base_name(path).lower().startswith("identity_celeba")
+    for name in PARTITION if celeba else ():
         place = f"{folder_of(path)}/{name}"
         fs, inner = fsspec.core.url_to_fs(place)
         if fs.exists(inner):

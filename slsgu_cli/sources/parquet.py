@@ -11,9 +11,10 @@ beyond that rows are counted and left out, or the file is refused.
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import fsspec
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError, first_lines
+from slsgu_cli.errors import InputError, MissingError, first_lines
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
     BOMB,
@@ -33,14 +34,16 @@ from slsgu_cli.sources.rows import (
     TOO_LARGE,
     Header,
     Held,
+    Records,
     TableSource,
     Unread,
     Wanted,
 )
 
-TEXT_BATCH = 4096
-IMAGE_BATCH = 64
+# Rows that are read together: of fields, of images, of one column of text.
+TEXT_BATCH, IMAGE_BATCH, COLUMN_BATCH = 4096, 64, 1 << 16
 BUFFER = 1 << 20
+TEXTS, BINARIES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
 
 # What a page may unpack to, and the pages of rows that are read together: so much, or so many
 # times what a page is packed to.
@@ -66,9 +69,7 @@ class ParquetSource(TableSource):
         with open_parquet(self.path) as file:
             return _header(file.schema)
 
-    def records(
-        self, columns: Sequence[str], trouble: Counter[str]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, columns: Sequence[str], trouble: Counter[str]) -> Records:
         """Yield each row's number and columns; count rows that cost too much in `trouble`."""
         with open_parquet(self.path) as file:
             yield from _records(file, columns, trouble)
@@ -80,7 +81,7 @@ class ParquetSource(TableSource):
             for group, rows in enumerate(file.rows):
                 chosen = sorted(index for index in wanted if start <= index < start + rows)
                 try:
-                    yield from _images(file, group, column, start, chosen)
+                    yield from _images(file, group, column, start, chosen) if chosen else ()
                 except Bomb:
                     yield from ((index, Unread(BOMB)) for index in chosen)
                 start += rows
@@ -95,9 +96,7 @@ class ArrowSource(TableSource):
         with open_arrow(self.path) as (schema, _):
             return _header(schema)
 
-    def records(
-        self, columns: Sequence[str], trouble: Counter[str]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, columns: Sequence[str], trouble: Counter[str]) -> Records:
         """Yield each row's number and columns; count rows with cells too large in `trouble`."""
         index = 0
         # A choice of no columns would be one of all.
@@ -130,10 +129,7 @@ def _header(schema: pa.Schema) -> Header:
 
 def _kind(kind: Any) -> str:
     """Return BYTES or PATH for what an image may be or its path, and else the type."""
-    types = pa.types
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return BYTES
-    if types.is_binary(kind) or types.is_large_binary(kind):
+    if kind in BINARIES or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
         return BYTES
     return PATH if _is_text(kind) else str(kind)
 
@@ -143,25 +139,22 @@ def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
     text = (schema.metadata or {}).get(b"huggingface")
     try:
         info = parse_json(text)["info"]["features"] if text else {}
-        features = {str(name): feature for name, feature in info.items()}
+        features = {column.name: info.get(column.name) for column in schema}
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}
     names: dict[str, Sequence[str]] = {}
-    for column, feature in features.items():
+    for column in schema:
+        feature = features[column.name]
         if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
             feature = feature["feature"]  # of lists the first value counts
-        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
-            kind = schema.field(column).type if column in schema.names else None
-            if kind is not None and not _is_text(kind):
-                names[column] = [str(name) for name in feature["names"]]
+        listed = feature.get("names") if isinstance(feature, dict) else None
+        if isinstance(listed, list) and not _is_text(column.type):
+            names[column.name] = [str(name) for name in listed]
     return names
 
 
 def _is_text(kind: Any) -> bool:
-    types = pa.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXTS
 
 
 @contextmanager
@@ -187,8 +180,6 @@ def open_arrow(
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, SlsguError):
-            raise
         raise InputError(
             f"{path} cannot be read as an Arrow file: {first_lines(error)}",
             hint="the file is damaged or incomplete; save it again",
@@ -241,15 +232,11 @@ class Parquet:
 
         Texts and bytes come as dictionaries. Raises Bomb.
         """
-        leaves = [number for number, leaf in enumerate(self._leaves) if _is_in(leaf.path, columns)]
+        inside = tuple(f"{name}." for name in columns)
+        leaves = [n for n, leaf in enumerate(self._leaves) if f"{leaf.path}.".startswith(inside)]
         chunks = [self._metadata.row_group(group).column(number) for number in leaves]
         with self._at_hand(chunks) as raw:
-            rows = [
-                self._rows_at_once(
-                    raw, chunk, lists=bool(self._leaves[number].max_repetition_level)
-                )
-                for number, chunk in zip(leaves, chunks, strict=True)
-            ]
+            rows = [self._rows_at_once(raw, group, number) for number in leaves]
             file = pq.ParquetFile(
                 raw,
                 metadata=self._metadata,
@@ -297,8 +284,9 @@ class Parquet:
             copy.flush()
             yield copy
 
-    def _rows_at_once(self, raw: Any, chunk: Any, *, lists: bool) -> int:
+    def _rows_at_once(self, raw: Any, group: int, leaf: int) -> int:
         """Return how many rows of a column to read together, by its pages. Raises Bomb."""
+        chunk = self._metadata.row_group(group).column(leaf)
         at, widest, seen = _begin(chunk), 1.0, 0
         end = at + chunk.total_compressed_size
         while at < end and seen < chunk.num_values:
@@ -310,13 +298,9 @@ class Parquet:
                 seen += page.values
             if not page.is_dictionary or not _stays_shared(chunk):
                 widest = max(widest, page.unpacked / max(page.values, 1))
-        if lists and seen > LISTED:
+        if self._leaves[leaf].max_repetition_level and seen > LISTED:
             raise Bomb(f"{self._path} has lists of more than {LISTED:,} values")
         return max(1, int(PAGE_ROOM / widest))
-
-
-def _is_in(leaf: str, columns: Sequence[str]) -> bool:
-    return any(leaf == name or leaf.startswith(f"{name}.") for name in columns)
 
 
 def _stays_shared(chunk: Any) -> bool:
@@ -382,14 +366,11 @@ def compact_integers(data: bytes) -> tuple[dict[tuple[int, ...], int], int]:
             if not place:
                 return found, at
             continue
-        number = place[-1] + step
+        place[-1] += step
         if not step:
-            number, at = _varint(data, at)
-            number = _signed(number)
-        place[-1] = number
+            place[-1], at = _integer(data, at)
         if kind in INTEGERS:
-            value, at = _varint(data, at)
-            found[tuple(place)] = _signed(value)
+            found[tuple(place)], at = _integer(data, at)
         elif kind == BINARY:
             length, at = _varint(data, at)
             at += length
@@ -410,9 +391,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise pa.ArrowInvalid(NOT_RIGHT)
 
 
-def _signed(number: int) -> int:
-    """Return a number whose last bit is its sign."""
-    return (number >> 1) ^ -(number & 1)
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    """Return a number whose last bit is its sign, and where it ends."""
+    number, at = _varint(data, at)
+    return (number >> 1) ^ -(number & 1), at
 
 
 @contextmanager
@@ -427,8 +409,6 @@ def open_parquet(path: str) -> Iterator[Parquet]:
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, SlsguError):
-            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} cannot be read as parquet: {reason}",
@@ -436,13 +416,44 @@ def open_parquet(path: str) -> Iterator[Parquet]:
         ) from error
 
 
+def text_batches(path: str, group: int, column: str) -> Iterator[pa.Array]:
+    """Yield a column of a row group as arrays of text. Raises MissingError and InputError."""
+    with open_parquet(path) as file:
+        for batch in file.batches(group, [column], COLUMN_BATCH):
+            values, size = batch.column(0), COLUMN_BATCH
+            if pa.types.is_dictionary(values.type):
+                shared = _without_long(values.dictionary)
+                values = pa.DictionaryArray.from_arrays(values.indices, shared)
+                longest = pc.max(pc.binary_length(shared)).as_py() or 1
+                size = max(1, PAGE_ROOM // longest)
+            for start in range(0, len(values), size):
+                yield _text(values.slice(start, size), f"{path}: column {column}")
+
+
+def _without_long(values: pa.Array) -> pa.Array:
+    """Return texts, with none in the place of one that is longer than it may be."""
+    listed = cells(values, TEXT_LIMIT)
+    if OVERSIZED not in listed:
+        return values
+    return pa.array([None if value is OVERSIZED else value for value in listed], values.type)
+
+
+def _text(values: pa.Array, what: str) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if values.type in TEXTS:
+        return values
+    if values.type in BINARIES or pa.types.is_null(values.type):
+        texts = [v if v is None else v.decode(errors="replace") for v in values.to_pylist()]
+        return pa.array(texts, pa.string())
+    raise InputError(f"{what} holds {values.type}, not text")
+
+
 # Stands for a value that is larger than it may be.
 OVERSIZED = object()
 
 
-def _records(
-    file: Parquet, columns: Sequence[str], trouble: Counter[str]
-) -> Iterator[tuple[int, dict[Any, Any]]]:
+def _records(file: Parquet, columns: Sequence[str], trouble: Counter[str]) -> Records:
     """Yield each row's number and fields; rows that cost too much are counted and left out."""
     start = 0
     for group, rows in enumerate(file.rows):
@@ -458,15 +469,11 @@ def _records(
             trouble[BOMB] += start - index
 
 
-def _rows_of(
-    batch: pa.RecordBatch, start: int, trouble: Counter[str]
-) -> Iterator[tuple[int, dict[Any, Any]]]:
+def _rows_of(batch: pa.RecordBatch, start: int, trouble: Counter[str]) -> Records:
     """Yield the rows of a batch whose first one has this number."""
-    if not batch.num_columns:
-        yield from ((number, {}) for number in range(start, start + batch.num_rows))
-        return
     values = [cells(column, TEXT_LIMIT) for column in batch.columns]
-    for number, row in enumerate(zip(*values, strict=True), start):
+    rows = zip(*values, strict=True) if values else repeat((), batch.num_rows)
+    for number, row in enumerate(rows, start):
         if OVERSIZED in row:
             trouble[TOO_LARGE] += 1
         else:
@@ -477,8 +484,6 @@ def _images(
     file: Parquet, group: int, column: str, start: int, wanted: Sequence[int]
 ) -> Iterator[tuple[int, Held]]:
     """Yield the wanted images of a row group, whose first row is number `start`."""
-    if not wanted:
-        return
     for batch in file.batches(group, [column], IMAGE_BATCH):
         values = batch.column(0)
         chosen = [index for index in wanted if start <= index < start + len(values)]
@@ -511,7 +516,7 @@ def cells(values: Any, limit: int) -> list[Any]:
     if pa.types.is_dictionary(kind):
         shared = cells(values.dictionary, limit)
         return [None if place is None else shared[place] for place in values.indices.to_pylist()]
-    if _has_lengths(kind):
+    if kind in (*TEXTS, *BINARIES):
         too_long = pc.greater(pc.binary_length(values), limit)
         if pc.any(too_long).as_py():
             short = pc.if_else(too_long, None, values).to_pylist()
@@ -519,10 +524,3 @@ def cells(values: Any, limit: int) -> list[Any]:
             return [OVERSIZED if flag else v for flag, v in zip(flags, short, strict=True)]
     listed: list[Any] = values.to_pylist()
     return listed
-
-
-def _has_lengths(kind: Any) -> bool:
-    """Return whether values are texts or bytes of any length."""
-    types = pa.types
-    small = types.is_string(kind) or types.is_binary(kind)
-    return bool(small or types.is_large_string(kind) or types.is_large_binary(kind))

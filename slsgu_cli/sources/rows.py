@@ -10,11 +10,10 @@ the same for each. Its images are in the file, or are files that it names.
 
 import errno
 import hashlib
-import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import fsspec
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError
+from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import Origin
 
 IMAGE_SUFFIXES = frozenset(
@@ -63,6 +62,9 @@ Extent = tuple[int, int]
 # The rows whose images are wanted, with their extents where the first pass told them.
 Wanted = Mapping[int, Extent | None]
 
+# Each row's number and columns.
+Records = Iterator[tuple[int, Mapping[str, Any]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -95,38 +97,79 @@ class Unread(bytes):
         return made
 
 
-class Reader(Protocol):
-    """One file or folder of samples."""
+# Rows with their encoded images.
+Selected = Iterator[tuple[Row, bytes | None]]
 
-    @property
-    def path(self) -> str:
-        """The file or folder."""
+# The rows that pass any of several filters, each with the places of those it passes.
+Passing = Iterator[tuple[Row, Sequence[int]]]
+
+
+class Reader:
+    """One file or folder of samples, of which those are meant that pass the filters."""
+
+    __slots__ = ()
+    path: str
+    filters: Filters
 
     @property
     def labels_are_captions(self) -> bool:
         """Whether a label stands in where a row has no caption."""
-
-    @property
-    def filters(self) -> "Filters":
-        """The values that rows are to have in columns."""
+        return False
 
     def identity(self) -> Any:
         """Return JSON that changes when the images read may be others."""
+        raise NotImplementedError
 
     def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters; count what cannot be read in `trouble`."""
+        """Yield the rows that pass the filters; count what cannot be read in `trouble`.
 
-    def rows_passing(
-        self, filters: Sequence["Filters"], trouble: Counter[str]
-    ) -> Iterator[tuple[Row, Sequence[int]]]:
+        Raises InputError where the source does not have what they filter by.
+        """
+        for row, _ in self.rows_passing([self.filters], trouble):
+            yield row
+
+    def rows_passing(self, filters: Sequence[Filters], trouble: Counter[str]) -> Passing:
         """Yield what `rows` would with any of several filters, and the places of those it passes.
 
         All filter by the same columns. The file is read once. Raises what `rows` would with one
         of them.
         """
+        raise NotImplementedError
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
         """Yield (index, encoded image) of the wanted rows in order; None where there is none."""
+        raise NotImplementedError
+
+    def select(self, wants: Callable[[Row], bool], trouble: Counter[str]) -> Selected:
+        """Yield the wanted rows with their encoded images."""
+        rows = {row.index: row for row in self.rows(trouble) if wants(row)}
+        for index, data in self.images(dict.fromkeys(rows)) if rows else ():
+            yield rows[index], data
+
+
+@contextmanager
+def opened(path: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
+    """Yield an open file of any file system. Raises MissingError and InputError."""
+    try:
+        with fsspec.open(path, mode, **options) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def file_bytes(fs: Any, path: str, where: str) -> bytes | None:
+    """Return what a small file holds, None where there is none or it may not be read.
+
+    That is one row less, not the end of the run. Raises InputError for all else.
+    """
+    try:
+        return bytes(fs.cat_file(path))
+    except (FileNotFoundError, PermissionError):
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {where}: {error}") from error
 
 
 def file_identity(path: str) -> list[Any]:
@@ -253,7 +296,7 @@ class FolderFiles:
         """Return the names of the images right in the folder. Raises InputError."""
         fs, inner = fsspec.core.url_to_fs(self.root)
         try:
-            names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True)]
+            names = [base_name(entry["name"]) for entry in fs.ls(inner, detail=True)]
         except OSError as error:
             raise InputError(f"cannot list {self.root}: {error}") from error
         return sorted(n for n in names if n.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES)
@@ -285,12 +328,7 @@ class FolderFiles:
         if int(info.get("size") or 0) > IMAGE_LIMIT:
             return Unread(TOO_LARGE)
         fs, path = self._at(name)
-        try:
-            return bytes(fs.cat_file(path))
-        except (FileNotFoundError, PermissionError):
-            return None
-        except OSError as error:
-            raise InputError(f"cannot read {self.where(name)}: {error}") from error
+        return file_bytes(fs, path, self.where(name))
 
     def _info(self, name: str) -> dict[str, Any] | None:
         """Return a file's entry; None where there is none, or another thing than a file."""
@@ -334,7 +372,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class TableSource:
+class TableSource(Reader):
     """Samples of a file of rows with named columns; layouts derive from this.
 
     A layout has `header` and `records`, and `held` where images are in the file. With
@@ -356,9 +394,7 @@ class TableSource:
         """Return what the table says of its columns. Raises MissingError or InputError."""
         raise NotImplementedError
 
-    def records(
-        self, columns: Sequence[str], trouble: Counter[str]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, columns: Sequence[str], trouble: Counter[str]) -> Records:
         """Yield each row's number and columns; count rows that cannot be read in `trouble`."""
         raise NotImplementedError
 
@@ -384,18 +420,11 @@ class TableSource:
             identity.append(self._files().identity(filter(None, named)))
         return identity
 
-    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters; count those that cannot be read in `trouble`.
+    def rows_passing(self, filters: Sequence[Filters], trouble: Counter[str]) -> Passing:
+        """Yield the rows that pass any of the filters, and which they pass.
 
         Raises InputError for a missing column, or where the first rows' images are not there.
         """
-        for row, _ in self.rows_passing([self.filters], trouble):
-            yield row
-
-    def rows_passing(
-        self, filters: Sequence[Filters], trouble: Counter[str]
-    ) -> Iterator[tuple[Row, Sequence[int]]]:
-        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
         header = self.header()
         read = self._roles(header)
         for name in filters[0]:
@@ -425,7 +454,7 @@ class TableSource:
         url = _text_of(record, read.url)
         return Row(
             index,
-            key or f"{_stem(self.path)}:{index}",
+            key or f"{base_name(self.path).rsplit('.', 1)[0]}:{index}",
             _text_of(record, read.caption),
             label,
             has_image=read.file is None or file is not None,
@@ -559,6 +588,11 @@ class _FirstImages:
         )
 
 
+def base_name(path: str) -> str:
+    """Return a file's name without its folder."""
+    return path.rsplit("/", 1)[-1]
+
+
 def folder_of(path: str) -> str:
     """Return the folder that a file lies in."""
     return path.rsplit("/", 1)[0] if "/" in path else "."
@@ -581,39 +615,10 @@ def _class_of(label: str, classes: Sequence[str]) -> str | None:
     return None
 
 
-def _stem(path: str) -> str:
-    return path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-
-
 def _or_numbers(values: frozenset[str], classes: Sequence[str] | None) -> frozenset[str]:
     """Return the values of a filter, with the numbers of those that are names of classes."""
     numbers = [str(at) for at, name in enumerate(classes or ()) if name.strip() in values]
     return values.union(numbers)
-
-
-BEYOND = "beyond --max-forget"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Candidate:
-    """A row that was drawn; candidates sort by their place in the seeded order.
-
-    `cleaned` says that the caption had control characters in it.
-    """
-
-    priority: int
-    file: int
-    index: int
-    key: str
-    caption: str
-    cleaned: bool = False
-    origin: Origin | None = None
-    extent: Extent | None = field(default=None, compare=False)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """The number of the file, and the row in it."""
-        return self.file, self.index
 
 
 def priority(seed: int, identity: str) -> int:
@@ -636,43 +641,3 @@ def line_for(wanted: int) -> int:
 def tail(path: str) -> str:
     """Return a file's name and its folder's: what is left of a path when a source moves."""
     return "/".join(path.rsplit("/", 2)[-2:])
-
-
-class Draw:
-    """Keeps the first `size` candidates of a stream in seeded order; all of them if None.
-
-    Memory is proportional to `size`, not to the stream.
-    """
-
-    def __init__(self, size: int | None) -> None:
-        self.size = size
-        self.offered = 0
-        self._heap: list[_Worst] = []
-
-    def offer(self, candidate: Candidate) -> None:
-        """Take a candidate into account."""
-        self.offered += 1
-        if self.size is None or len(self._heap) < self.size:
-            heapq.heappush(self._heap, _Worst(candidate))
-        elif candidate < self._heap[0].candidate:
-            heapq.heapreplace(self._heap, _Worst(candidate))
-
-    def ranked(self) -> list[Candidate]:
-        """Return the candidates kept, in seeded order."""
-        return sorted(worst.candidate for worst in self._heap)
-
-
-@dataclass(frozen=True, slots=True)
-class _Worst:
-    """Turns the order around, so that the heap's root is the candidate to give up first."""
-
-    candidate: Candidate
-
-    def __lt__(self, other: "_Worst") -> bool:
-        return other.candidate < self.candidate
-
-
-def identities(candidates: Iterable[Candidate]) -> Iterator[str]:
-    """Yield what tells each candidate from every other one, for a digest over the draw."""
-    for candidate in candidates:
-        yield f"{candidate.file}:{candidate.index}:{candidate.key}:{candidate.caption}"

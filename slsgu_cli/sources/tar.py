@@ -16,13 +16,12 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import fsspec
 
-from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import TooDeepError, parse_json
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.rows import (
@@ -37,12 +36,16 @@ from slsgu_cli.sources.rows import (
     Extent,
     Filters,
     Held,
+    Passing,
+    Reader,
     Row,
+    Selected,
     Sieve,
     Wanted,
     as_text,
     file_identity,
     no_column,
+    opened,
     passes,
 )
 
@@ -91,8 +94,8 @@ class Unpacked:
         self._file = file
         self._start = file.read(10)
         self._consumed, self._unpacked = 0, 0
-        opened = self._opened(self._start)
-        self._read = self.packed if opened is None else opened.read1
+        unpacker = self._opened(self._start)
+        self._read = self.packed if unpacker is None else unpacker.read1
 
     def _opened(self, start: bytes) -> Any:
         """Return what unpacks a file that begins so; None where it is not compressed."""
@@ -254,31 +257,23 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class TarSource:
+class TarSource(Reader):
     """Samples of one tar shard, compressed or not."""
 
     path: str
     columns: Columns
     filters: Filters
-    labels_are_captions: bool = False
 
     def identity(self) -> Any:
         """Return path, size and time of change."""
         return file_identity(self.path)
 
-    def rows(self, trouble: Counter[str]) -> Iterator[Row]:
-        """Yield the rows that pass the filters.
+    def rows_passing(self, filters: Sequence[Filters], trouble: Counter[str]) -> Passing:
+        """Yield the rows that pass any of the filters, and which they pass.
 
         A shard that breaks off is read as far as it goes and counted in `trouble`.
         Raises InputError if the file is no tar, or if no sample has a field to filter by.
         """
-        for row, _ in self.rows_passing([self.filters], trouble):
-            yield row
-
-    def rows_passing(
-        self, filters: Sequence[Filters], trouble: Counter[str]
-    ) -> Iterator[tuple[Row, Sequence[int]]]:
-        """Yield the rows that pass any of the filters, as `rows` does, and which they pass."""
         sieve, fields_seen, streams = Sieve(filters), set[str](), self._streams()
         for group in self._groups(lambda index, suffix: suffix in TEXT_SUFFIXES, trouble):
             fields = self._usable_fields(group, trouble)
@@ -295,9 +290,7 @@ class TarSource:
                     self.path, f"field {name}", sorted(fields_seen), "correct the filter's name"
                 )
 
-    def select(
-        self, wants: Callable[[Row], bool], trouble: Counter[str]
-    ) -> Iterator[tuple[Row, bytes | None]]:
+    def select(self, wants: Callable[[Row], bool], trouble: Counter[str]) -> Selected:
         """Yield the wanted rows with their encoded images, the shard being read once.
 
         An image mostly comes before its caption. A local shard is gone back in for it; of
@@ -370,7 +363,7 @@ class TarSource:
 
     def _at(self, extents: Mapping[int, Extent]) -> Iterator[tuple[int, bytes]]:
         """Yield images by their extents, in the order of the rows."""
-        with self._file() as file:
+        with opened(self.path) as file:
             for index, (start, size) in sorted(extents.items()):
                 file.seek(start)
                 data = file.read(size)
@@ -382,7 +375,7 @@ class TarSource:
     def _groups(self, read: Callable[[int, str], bool], trouble: Counter[str]) -> Iterator[Group]:
         """Yield the shard's samples; `read` says which members to read."""
         started = False
-        with self._file() as file:
+        with opened(self.path) as file:
             try:
                 content: Any = Unpacked(file) if self._streams() else file
                 mode: Any = "r|" if self._streams() else "r:"
@@ -396,16 +389,6 @@ class TarSource:
                         hint="the file is damaged or no tar; fetch it again",
                     ) from error
                 trouble[BOMB if isinstance(error, Bomb) else TRUNCATED] += 1
-
-    @contextmanager
-    def _file(self) -> Iterator[Any]:
-        try:
-            with fsspec.open(self.path, "rb") as file:
-                yield file
-        except FileNotFoundError as error:
-            raise MissingError(f"there is no {self.path}") from error
-        except OSError as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
 
     def _streams(self) -> bool:
         """Return whether image bytes cannot be skipped: only those of a plain local file can."""

@@ -96,7 +96,7 @@ def test_a_process_that_reads_shards_does_not_load_torch():
 
 
 def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkeypatch):
-    real, read = collection.select, []
+    real, read = TarSource.select, []
 
     def breaking(reader, wants, trouble):
         read.append(reader.path)
@@ -104,7 +104,7 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkey
             raise KeyboardInterrupt
         return real(reader, wants, trouble)
 
-    monkeypatch.setattr(collection, "select", breaking)
+    monkeypatch.setattr(TarSource, "select", breaking)
     with pytest.raises(KeyboardInterrupt):
         collect(store, ask(tars))
     assert store.names("collections", ".json") == []

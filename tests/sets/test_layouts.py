@@ -270,11 +270,11 @@ def captioned(source, **columns):
 
 def labelled(at, source, classes=None, **columns):
     """Return every row's image and class, as an evaluation set has them."""
-    named = Columns(needs=frozenset(["label"]), **columns)
-    readers = open_sources([source], named)
+    readers = open_sources([source], Columns(needs=frozenset(["label"]), **columns))
     context = BuildContext(Store(str(at / "store")), SPEC, len, len)
-    plan = plan_eval(context, "e", source=source, readers=readers, classes=classes,
-                     templates=None, columns=named)  # fmt: skip
+    request = BuildRequest(name="e", classes={"e": classes} if classes else {},
+                           label_column=columns.get("label"))  # fmt: skip
+    plan = plan_eval(context, request, "e", source=source, readers=readers)
     images = fetch(readers, dict.fromkeys(plan.rows))
     return [(data, plan.class_names[plan.rows[place].label]) for place, data in images]
 

@@ -118,13 +118,13 @@ def test_a_footer_that_claims_much_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_table_of_urls_is_bounded_too(tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(metadata, "PAGE_ROOM", 8 * MIB)
+    monkeypatch.setattr(parquet, "PAGE_ROOM", 8 * MIB)
     columns = {"caption": shared("x" * 4 * MIB, "y" * 60_000), "url": shared("http://a")}
     path = write(tmp_path / "a.parquet", columns)
     pa.set_memory_pool(pool)
     (group,) = metadata._groups(str(path))
     rows = nulls = 0
-    for captions in metadata._batches(group, "caption"):
+    for captions in parquet.text_batches(group.path, group.group, "caption"):
         rows, nulls = rows + len(captions), nulls + captions.null_count
     assert (rows, nulls) == (ROWS, ROWS // 2)
     assert pool.max_memory() < MEMORY

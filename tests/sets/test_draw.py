@@ -3,7 +3,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.sources.rows import Candidate, Draw, first_met, priority
+from slsgu_cli.sets.context import Candidate, Draw
+from slsgu_cli.sources.rows import first_met, priority
 
 
 def candidate(seed: int, index: int) -> Candidate:
