@@ -29,13 +29,7 @@ from slsgu_cli.records.studies import (
     MethodSetting,
     Row,
 )
-from slsgu_cli.store.artifacts import (
-    Artifact,
-    evaluation_blocks,
-    read_manifest,
-    read_pointer,
-    resume,
-)
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -198,7 +192,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
             model_fingerprint=pointer.model_fingerprint,
             forget=pointer.forget,
             retain=pointer.retain,
-            evals=evaluation_blocks(manifest),
+            evals=manifest.evaluation_blocks(),
             passes={},
             outcomes=(),
             version=slsgu_cli.__version__,

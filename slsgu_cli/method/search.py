@@ -45,7 +45,7 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial
-from slsgu_cli.store.artifacts import Artifact, evaluation_blocks, resume
+from slsgu_cli.store.artifacts import Artifact, resume
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -511,7 +511,7 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         direction=options.moves,
         retain_data=pointer.retain_data if options.moves.whitens else None,
         model_fingerprint=pointer.model_fingerprint,
-        evals=evaluation_blocks(manifest),
+        evals=manifest.evaluation_blocks(),
         precision=options.precision,
         steer=options.steer,
         margin=options.margin if options.steer is Steer.MARGIN else None,

@@ -17,6 +17,9 @@ from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 # What the name of a model in a folder begins with.
 LOCAL = "local-dir:"
 
+# The key under which the images of the concept itself stand among evaluation sets.
+FORGET = "(forget)"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -148,6 +151,11 @@ class SetManifest:
             else ref.fingerprint + dealt
             for name, ref in sorted(self.evals.items())
         }
+
+    def evaluation_blocks(self) -> dict[str, str]:
+        """Return the fingerprints of what its accuracies are measured on, the concept's too."""
+        shown = f"{self.forget_eval or self.forget.fingerprint}:{self.concept}"
+        return self.measured_on() | {FORGET: shown}
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

@@ -17,16 +17,13 @@ from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, StaleError, near
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import FeatureHeader, GradientPointer, Ranking
-from slsgu_cli.records.sets import Collection, SetManifest, check_name
+from slsgu_cli.records.sets import FORGET, Collection, SetManifest, check_name
 from slsgu_cli.store.store import Arrays, Store, require
 
 T = TypeVar("T")
 
 # File systems end names at 255 bytes; plots add the name of a layer.
 LONGEST_LABEL = 100
-
-# The key under which the images of the concept itself stand among evaluation sets.
-FORGET = "(forget)"
 
 
 class Artifact(StrEnum):
@@ -279,18 +276,12 @@ def digests_of(manifest: SetManifest | None, pointer: GradientPointer | None) ->
     now: dict[str, Any] = {}
     if manifest is not None:
         rows = {role: ref.fingerprint for role, ref in manifest.blocks().items()}
-        now = {"data": rows, "evals": evaluation_blocks(manifest)}
+        now = {"data": rows, "evals": manifest.evaluation_blocks()}
         now |= {f"{role}_data": rows[role] for role in ROLES}
     if pointer is not None:
         fields = ("forget", "retain", "retain_data", "model_fingerprint")
         now |= {name: getattr(pointer, name) for name in fields} | {"gradient": pointer.forget}
     return now
-
-
-def evaluation_blocks(manifest: SetManifest) -> dict[str, str]:
-    """Return the fingerprints of what the accuracies of a set are measured on."""
-    shown = f"{manifest.forget_eval or manifest.forget.fingerprint}:{manifest.concept}"
-    return manifest.measured_on() | {FORGET: shown}
 
 
 def read_manifest(store: Store, name: str) -> SetManifest:

@@ -44,8 +44,9 @@ from slsgu_cli.method.trial import (
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import JointRef, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
-from slsgu_cli.store.artifacts import FORGET, Artifact, joint_label, plot_path, resume
+from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
 
 # Rounds in which steps are balanced, for each of `--steps`.
@@ -432,10 +433,8 @@ def _fresh(
     Figures of the original model are of the rows to report on.
     """
     first = next(iter(concepts.values())).plan
-    evals = first.manifest.measured_on()
     records = {name: concept.record for name, concept in concepts.items()}
-    for name, record in records.items():
-        evals[f"{FORGET} {name}"] = record.evals[FORGET]
+    shown = {f"{FORGET} {name}": record.evals[FORGET] for name, record in records.items()}
     manifests = [concept.plan.manifest for concept in concepts.values()]
     kept = reported.utility(manifests)
     return JointSearch(
@@ -445,7 +444,7 @@ def _fresh(
         retain_data={n: record.retain_data for n, record in records.items() if record.retain_data},
         model=first.pointer.model,
         model_fingerprint=first.pointer.model_fingerprint,
-        evals=evals,
+        evals=first.manifest.measured_on() | shown,
         precision=options.precision,
         steer=options.steer,
         margin=records[first.name].margin,

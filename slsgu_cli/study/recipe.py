@@ -32,7 +32,7 @@ from slsgu_cli.records.recipe import (
 )
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.sets.build import Preview, made_from
-from slsgu_cli.store.artifacts import Artifact, evaluation_blocks
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
 from slsgu_cli.store.files import file_sha256
 from slsgu_cli.store.store import Store
@@ -186,7 +186,7 @@ class RecipePlan:
             return {"options": _options(recipe.rank), "gradients": gradients}
         if step.stage is Stage.SEARCH:
             rankings = [self._digest(Artifact.RANKING, name) for name in step.names]
-            measured = [evaluation_blocks(manifest) for manifest in sets]
+            measured = [manifest.evaluation_blocks() for manifest in sets]
             return {
                 "requests": digest(step.names),
                 "options": digest([recipe.together, _options(recipe.search)]),
@@ -203,7 +203,7 @@ class RecipePlan:
             asked["edits"] = self._edits(recipe.names)
             asked["options"] = _options(recipe.verification_of(step.names[0]))
         if step.stage in (Stage.FIGURES, Stage.VERIFICATION, *pages):
-            asked["evaluation rows"] = digest([evaluation_blocks(each) for each in sets])
+            asked["evaluation rows"] = digest([each.evaluation_blocks() for each in sets])
             asked["checkpoint"] = self._shipped()
         if step.stage is Stage.EVIDENCE:
             requests = [recipe.request(name) for name in step.names]
