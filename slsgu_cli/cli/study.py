@@ -26,7 +26,7 @@ from slsgu_cli.records.words import ROWS, Option
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from slsgu_cli.cli.console import Column, Console
+    from slsgu_cli.cli.console import Console
     from slsgu_cli.compare.comparison import TableRow
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
@@ -52,9 +52,8 @@ def show_trajectory(
     for figure in trajectory.figures():
         at = f"{figure} rise at % of norm"
         label = figure.replace("TA@1 ", "TA@1\n")
-        rise = ("figures", figure, "rise")
         columns += [
-            Column(f"{figure} rise", shown=_rise, label=label, of=rise),
+            Column(f"{figure} rise", shown=_rise, label=label, of=("figures", figure, "rise")),
             Column(at, on_terminal=False, of=("figures", figure, "rise at % of norm")),
         ]
     rows = []
@@ -96,6 +95,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     title = "all edits in place, each concept on its own images"
     console.table("edits", concepts, rows, title=title, data=record)
     sets = sorted(record.baseline_utility)
+    hundredths = "{:.2f}".format
     columns = (
         Column("concepts"),
         Column("added"),
@@ -103,29 +103,22 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         Column("FA@1 at most", shown=roughly, label="FA@1\nat most"),
         *(
             Column(
-                f"TA@{k} {name}",
-                shown=_figure,
-                label=f"TA@{k}\n{name}",
-                of=("utility", name, f"TA@{k}"),
+                f"{ta} {name}", shown=hundredths, label=f"{ta}\n{name}", of=("utility", name, ta)
             )
             for name in sets
-            for k in (1, 5)
+            for ta in ("TA@1", "TA@5")
         ),
     )
-    stages: list[tuple[object, ...]] = []
-    for stage in (None, *record.stages):
-        utility = (stage.utility if stage else None) or record.baseline_utility
-        figures = [figure for name in sets for figure in (utility[name].top1, utility[name].top5)]
-        added = stage.moves[-1] if stage else None
-        worst = max(each.top1 for each in stage.forget.values()) if stage else None
-        count = len(stage.moves) if stage else 0
-        stages.append((count, added and added.name, added and added.layer, worst, *figures))
+    original = _figures(record.baseline_utility, sets)
+    stages: list[tuple[object, ...]] = [(0, None, None, None, *original)]
+    for stage in record.stages:
+        added = stage.moves[-1]
+        worst = max(each.top1 for each in stage.forget.values())
+        figures = _figures(stage.utility or record.baseline_utility, sets)
+        stages.append((len(stage.moves), added.name, added.layer, worst, *figures))
     title = "what is kept as concepts are added, on images of none of them"
     console.table("stages", columns, stages, title=title)
-    files = [
-        *(Artifact.EDIT.path(name) for name in record.names),
-        Artifact.JOINT.path(joint_label(record.names)),
-    ]
+    files = [*map(Artifact.EDIT.path, record.names), Artifact.JOINT.path(joint_label(record.names))]
     console.paths("files", [*map(store.where, files), *result.plots])
     if result.reused:
         console.note(f"{result.reused} recorded joint trials were used again")
@@ -139,8 +132,8 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     record = result.sweep
     sets = sorted(record.rows[0].baseline_utility)
     figures = [f"FA@{k}" for k in (1, 5)] + [f"TA@{k} {name}" for name in sets for k in (1, 5)]
-    before = [_sweep_figures(r.baseline_forget, r.baseline_utility, sets) for r in record.rows]
-    after = [_sweep_figures(r.forget, r.utility, sets) for r in record.rows]
+    before = [_figures(r.baseline_utility, sets, r.baseline_forget) for r in record.rows]
+    after = [_figures(r.utility, sets, r.forget) for r in record.rows]
     rows: list[list[object]] = [
         [row.name, row.layer, row.ridge, row.step, 100 * row.share, *_paired(console, one, other)]
         for row, one, other in zip(record.rows, before, after, strict=True)
@@ -169,10 +162,9 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
         console.note(f"{result.reused} classes were done before")
 
 
-def _sweep_figures(
-    forget: Accuracy, utility: dict[str, Accuracy], sets: Sequence[str]
-) -> list[float]:
-    accuracies = [forget, *(utility[name] for name in sets)]
+def _figures(utility: dict[str, Accuracy], sets: Sequence[str], *forget: Accuracy) -> list[float]:
+    """Return top-1 and top-5 accuracy of the concept, where it is given, and of each set."""
+    accuracies = [*forget, *(utility[name] for name in sets)]
     return [figure for accuracy in accuracies for figure in (accuracy.top1, accuracy.top5)]
 
 
@@ -206,10 +198,6 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
 
 def _rise(points: float) -> str:
     return f"+{points:.2f}" if points else "falls"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.2f}"
 
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
@@ -294,10 +282,7 @@ def show_comparison(
     from slsgu_cli.compare.comparison import LABELS, PARAMETERS, better
 
     sets = sorted(rows[0].utility)
-
-    def figure(name: str, label: str, of: tuple[str, str, str] | None = None) -> "Column":
-        return Column(name, shown=lambda value: f"{value:.1f}", label=label, of=of)
-
+    tenths = "{:.1f}".format
     columns: list[str | Column] = [
         Column("method", shown=lambda method: LABELS[method]),
         "setting",
@@ -305,13 +290,16 @@ def show_comparison(
         Column("value", on_terminal=False),
         Column("layer", on_terminal=False),
         Column("epoch", on_terminal=False),
-        figure("FA@1", "FA@1"),
-        figure("FA@5", "FA@5"),
-        *(figure(f"TA@1 {name}", f"TA@1\n{name}", ("utility", name, "TA@1")) for name in sets),
-        *(Column(f"TA@5 {name}", on_terminal=False, of=("utility", name, "TA@5")) for name in sets),
+        Column("FA@1", shown=tenths),
+        Column("FA@5", shown=tenths),
+        *(
+            Column(f"TA@1 {n}", shown=tenths, label=f"TA@1\n{n}", of=("utility", n, "TA@1"))
+            for n in sets
+        ),
+        *(Column(f"TA@5 {n}", on_terminal=False, of=("utility", n, "TA@5")) for n in sets),
         Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
-        figure("forget passes", "passes\nforget"),
-        figure("retain passes", "passes\nretain"),
+        Column("forget passes", shown=tenths, label="passes\nforget"),
+        Column("retain passes", shown=tenths, label="passes\nretain"),
         Column("chosen", on_terminal=False),
     ]
     table = [
@@ -348,7 +336,6 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
     dress(axes)
     for row in rows:
         _mark(axes, row)
-    for row in rows:
         if row.method is Method.ORIGINAL:
             axes.axhline(row.kept, color=MUTED, linewidth=0.9, linestyle=":")
     axes.set_xlim(-3, 103)
@@ -366,7 +353,6 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
 
     index = list(Method).index(row.method)
     ours = row.method is Method.OURS
-    setting = f" {row.words}" if row.words else ""
     axes.scatter(
         100 - row.forget.top1,
         row.kept,
@@ -377,7 +363,7 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
         linewidths=0.9,
         zorder=4 if ours else 3,
         clip_on=False,
-        label=f"{LABELS[row.method]}{setting}",
+        label=f"{LABELS[row.method]} {row.words}".rstrip(),
     )
 
 
