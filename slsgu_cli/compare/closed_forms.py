@@ -107,7 +107,7 @@ def uce(
     k, w = keys.double(), weight.double()
     second = k.T @ k / len(k)
     wanted = torch.outer(w @ guide.double(), k.mean(dim=0)) - w @ second
-    return RetainMetric(second + preserve * metric.damped(), 1, 0.0).whiten(wanted)
+    return memit(wanted, second, metric, preserve)
 
 
 def leace(weight: Tensor, apart: Tensor, metric: RetainMetric) -> Tensor:
@@ -151,12 +151,13 @@ class KeyReader:
     spec: InputSpec
     device: str
 
-    def of_texts(self) -> Tensor:
-        """Return a text layer's keys (rows, inputs) over the captions of the block, in no order."""
-        return torch.cat([_at(uses.inputs, ends) for uses, _, ends, _ in self._texts()])
+    def keys(self) -> Tensor:
+        """Return the layer's keys (rows, inputs) over the block, those of texts in no order.
 
-    def of_images(self) -> Tensor:
-        """Return the keys (rows, inputs) of the projection of image features over the block."""
+        In the vision tower, the layer is the projection of image features.
+        """
+        if Layer.parse(self.layer).tower is Tower.TEXT:
+            return torch.cat([_at(uses.inputs, ends) for uses, _, ends, _ in self._texts()])
         return torch.cat([uses.inputs for uses, _ in self._images()])
 
     def value_gradient(self) -> Tensor:
@@ -240,22 +241,20 @@ def layer_for(
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     names = sorted(header.weights)
     if method in PROJECTIONS:
-        fitting = [name for name in names if PROJECTIONS[method].fullmatch(name)]
-    elif wanted is not None:
-        layer = named_layer(store, pointer, wanted)
-        is_matrix = layer.third is None and len(header.weights[layer.name].shape) == 2
-        if layer.tower is not Tower.TEXT or not is_matrix or not layer.is_of(Qkv.SPLIT):
-            raise UsageError(
-                f"--layer {wanted} is no linear map of texts that is applied as a whole",
-                hint="--layer with an mlp.c_proj, mlp.c_fc, attn.out_proj or text_projection",
-            )
-        fitting = [layer.name]
-    else:
+        return next(filter(PROJECTIONS[method].fullmatch, names), None)
+    if wanted is None:
         texts = [layer for layer in map(Layer.parse, names) if layer.tower is Tower.TEXT]
         middle = block_count(layer.name for layer in texts) // 2
-        outputs = [layer for layer in texts if MLP_OUTPUT.search(layer.name)]
-        fitting = [layer.name for layer in outputs if layer.block == middle]
-    return fitting[0] if fitting else None
+        of_middle = (layer.name for layer in texts if layer.block == middle)
+        return next(filter(MLP_OUTPUT.search, of_middle), None)
+    layer = named_layer(store, pointer, wanted)
+    is_matrix = layer.third is None and len(header.weights[layer.name].shape) == 2
+    if layer.tower is not Tower.TEXT or not is_matrix or not layer.is_of(Qkv.SPLIT):
+        raise UsageError(
+            f"--layer {wanted} is no linear map of texts that is applied as a whole",
+            hint="--layer with an mlp.c_proj, mlp.c_fc, attn.out_proj or text_projection",
+        )
+    return layer.name
 
 
 @dataclass
@@ -326,21 +325,20 @@ class ClosedForms:
             return ccup(weight, self._feature(), setting)
         ridged = method in (Method.ROME, Method.LEACE_TEXT, Method.LEACE_VISION)
         metric = self._metric(layer, setting if ridged else RIDGE)
-        match method:
-            case Method.ROME:
-                key = self._keys(layer, "forget").mean(dim=0)
-                reader = self._reader(layer, "forget")
-                return rome(self._once(("value", layer), reader.value_gradient), key, metric)
-            case Method.MEMIT:
-                return memit(self._gradient(layer), self._forget_moment(layer), metric, setting)
-            case Method.ALPHAEDIT:
-                forget = self._forget_moment(layer)
-                return alphaedit(self._gradient(layer), forget, metric.moment, setting)
-            case Method.UCE:
-                guide = self._keys(layer, "retain").mean(dim=0)
-                return uce(weight, self._keys(layer, "forget"), guide, metric, setting)
-        forget, retain = (self._keys(layer, role).mean(dim=0) for role in ("forget", "retain"))
-        return leace(weight, forget - retain, metric)
+        reader = self._reader(layer, "forget")
+        if method in (Method.MEMIT, Method.ALPHAEDIT):
+            forget = self._once(("forget moment", layer), reader.moment)
+            if method is Method.MEMIT:
+                return memit(self._gradient(layer), forget, metric, setting)
+            return alphaedit(self._gradient(layer), forget, metric.moment, setting)
+        keys = self._keys(layer, "forget")
+        if method is Method.ROME:
+            value = self._once(("value", layer), reader.value_gradient)
+            return rome(value, keys.mean(dim=0), metric)
+        guide = self._keys(layer, "retain").mean(dim=0)
+        if method is Method.UCE:
+            return uce(weight, keys, guide, metric, setting)
+        return leace(weight, keys.mean(dim=0) - guide, metric)
 
     @cached_property
     def _evaluations(self) -> tuple[Evaluation, Evaluation]:
@@ -348,8 +346,7 @@ class ClosedForms:
         runner = self.baselines
         opened = evaluations(runner.times, runner.pointer, runner.model)
         for evaluation in {id(each): each for each in opened}.values():
-            memory = spare(runner.times.device)
-            evaluation.base_pass(set(self.layers.values()), cache_bytes=memory)
+            evaluation.base_pass(self.layers.values(), cache_bytes=spare(runner.times.device))
         return opened
 
     def _gradient(self, layer: str) -> Tensor:
@@ -368,15 +365,10 @@ class ClosedForms:
             raise InputError(f"{layer}: its tower does not show what the layer is applied to")
         return RetainMetric(moments.moment(layer), 1, ridge)
 
-    def _forget_moment(self, layer: str) -> Tensor:
-        """Return F, fp64 (inputs, inputs)."""
-        return self._once(("forget moment", layer), self._reader(layer, "forget").moment)
-
     def _keys(self, layer: str, role: str) -> Tensor:
         """Return fp64 the keys of a layer over the texts, or the images, of a role."""
         reader = self._reader(layer, role)
-        read = reader.of_texts if Layer.parse(layer).tower is Tower.TEXT else reader.of_images
-        return self._once(("keys", layer, role), lambda: read().to(self._exact).double())
+        return self._once(("keys", layer, role), lambda: reader.keys().to(self._exact).double())
 
     def _feature(self) -> Tensor:
         """Return the mean unit feature of the forget captions."""
