@@ -119,7 +119,7 @@ class BuildRequest:
 
     name: str = option("", metavar="NAME", help="Name of the set; none with --names.")
     concept: str = option("", "--concept", help="What to forget.", panel=ROWS, without="NAME")
-    model: ModelSpec = options(ModelSpec(""), words={"name": "none; a new set needs one"})
+    model: ModelSpec = options(ModelSpec(""), name={"without": "none; a new set needs one"})
     sources: Sequence[str] = option(
         (), "--source", "-s", metavar="SOURCE", panel=ROWS,
         help="Tar shards, parquet, table, folder or glob; rows by ?column=value.",
@@ -147,15 +147,15 @@ class BuildRequest:
         (), "--retain-exclude", help="Captions kept out of the retain set.", panel=ROWS
     )
     evals: dict[str, str] = option(
-        (), "--eval", factory=dict, metavar="NAME=SOURCE", panel=EVALUATION,
+        {}, "--eval", metavar="NAME=SOURCE", panel=EVALUATION,
         help="What to measure on, with labels.",
     )  # fmt: skip
     classes: dict[str, str] = option(
-        (), "--classes", factory=dict, metavar="NAME=FILE", panel=EVALUATION,
+        {}, "--classes", metavar="NAME=FILE", panel=EVALUATION,
         help="Class names, a file or `imagenet`.", without="the labels",
     )  # fmt: skip
     templates: dict[str, str] = option(
-        (), "--templates", factory=dict, metavar="NAME=FILE", panel=EVALUATION,
+        {}, "--templates", metavar="NAME=FILE", panel=EVALUATION,
         help="Prompts: a file, or imagenet, imagenet-simple, celeba.", without="imagenet-simple",
     )  # fmt: skip
     report_share: float = option(
@@ -163,7 +163,7 @@ class BuildRequest:
         help="Of each class: images for figures, which nothing is chosen by.",
     )  # fmt: skip
     reports: dict[str, str] = option(
-        (), "--report", later=True, factory=dict, metavar="NAME=SOURCE", panel=EVALUATION,
+        {}, "--report", later=True, metavar="NAME=SOURCE", panel=EVALUATION,
         help="Other rows for the figures of an evaluation set.", without="a share of --eval",
     )  # fmt: skip
     forget_eval: str | None = option(
@@ -404,7 +404,7 @@ class ApplyRequest(ApplyOptions):
     names: Sequence[str] = NAMES()
     out: Path = option(..., "--out", "-o", help="Where the new checkpoint goes.", panel=OUTPUT)
     model: ModelSpec | None = options(
-        None, help={"name": "Edit this model."}, words={"name": "the edit's"}
+        None, name={"help": "Edit this model.", "without": "the edit's"}
     )
     target: Path | None = option(
         None, "--target", "-t", help="Edit this model built on CLIP: folder or file.",

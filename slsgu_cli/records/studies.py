@@ -80,7 +80,7 @@ class CompareOptions:
 
     methods: Sequence[Method] = option(
         CLIP_METHODS, "--methods", metavar="METHODS", without="all",
-        read=choices(CLIP_METHODS, always=Method.ORIGINAL),
+        read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
         write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
         help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
     )  # fmt: skip
@@ -152,7 +152,7 @@ class PipelineCompareOptions:
     )  # fmt: skip
     methods: Sequence[Method] = option(
         PIPELINE_METHODS, "--methods", metavar="METHODS", without="all",
-        read=choices(PIPELINE_METHODS, always=Method.ORIGINAL),
+        read=choices(PIPELINE_METHODS, always=[Method.ORIGINAL]),
         help="Of esd, salun, ours.", panel=SEARCH,
     )  # fmt: skip
     rates: Sequence[float] = option(
@@ -163,11 +163,10 @@ class PipelineCompareOptions:
     )
     # Our search paints with the seeds from 0: these are others.
     budget: Budget = options(
-        Budget(seed=1000),
-        omit=("questions",),
-        panel=TARGET,
-        help={"concept": "Pictures of the concept.", "others": "Pictures of other classes."},
-    )
+        Budget(seed=1000), omit=("questions",), panel=TARGET,
+        concept={"help": "Pictures of the concept."},
+        others={"help": "Pictures of other classes."},
+    )  # fmt: skip
     judges: Sequence[ModelSpec] = judge_option("set")
     device: str = DEVICE()
 
@@ -450,7 +449,7 @@ class SweepRequest:
     )  # fmt: skip
     build: BuildRequest = options(
         BuildRequest(),
-        flags={"classes": ("--eval-classes",)},
+        classes={"flags": ("--eval-classes",)},
         omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
     )
     gradients: PassOptions = options(PassOptions(), omit=("shard", "prefixes"))

@@ -428,7 +428,7 @@ SEEDS_OPTION = partial(
     option, help="Seeds of the noise: 0-3, or 188,288.", panel=GENERATION, metavar="SEEDS",
     read=numbers, repeatable=False, write=lambda seeds: ",".join(map(str, seeds)),
 )  # fmt: skip
-STEPS_FLAGS = {"steps": ("--steps", "--denoise")}
+STEPS = {"flags": ("--steps", "--denoise")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,7 +446,7 @@ class GenerateRequest:
         panel=GENERATION, without="none",
     )  # fmt: skip
     seeds: Sequence[int] = SEEDS_OPTION(SEEDS, "--seeds", without="0-3")
-    paint: PaintOptions = options(PaintOptions(), flags=STEPS_FLAGS)
+    paint: PaintOptions = options(PaintOptions(), steps=STEPS)
     judges: Sequence[ModelSpec] = judge_option("none")
     classes: str | None = option(
         None, "--classes", help="File of class names.", panel=EVALUATION, metavar="FILE",
@@ -474,7 +474,7 @@ class CanvasRequest:
     objects: str = CANVAS_FILE("--objects", help="File of objects, for unlearncanvas.")
     judges: Sequence[ModelSpec] = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
-    paint: PaintOptions = options(PaintOptions(steps=100, guidance=9.0), flags=STEPS_FLAGS)
+    paint: PaintOptions = options(PaintOptions(steps=100, guidance=9.0), steps=STEPS)
     device: str = DEVICE()
 
 

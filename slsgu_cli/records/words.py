@@ -42,10 +42,10 @@ PANELS = (
 class Option:
     """What a field is on the command line; without flags, an argument.
 
-    `without` says what happens where it is not given. `read` makes a value of the
-    word given (of all words, where it is repeatable), `write` the word or words of a value.
-    With `once` it is refused where it is repeated, and else the last one counts.
-    `completes` says what a shell may put there: a set, an edit, a layer.
+    `without` says what happens where it is not given. `read` makes a value of the word given (of
+    all words, where it is repeatable), `write` the word or words of a value. With `once` it is
+    refused where it is repeated, and else the last one counts. One word gives all of a sequence
+    that is not `repeatable`. `completes` says what a shell may put there: a set, an edit, a layer.
     """
 
     flags: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Option:
     without: str | None = None
     read: Callable[[str, Any], Any] | None = None
     write: Callable[[Any], str | list[str]] | None = None
-    repeatable: bool | None = None
+    repeatable: bool = True
     once: bool = False
     completes: str | None = None
 
@@ -75,35 +75,32 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """A field that is a record with options of its own.
+    """A field that is a record with options of its own, those of the fields `omit` left out.
 
-    `flags`, `help` and `words` (of what happens without it) go by that record's fields and
-    replace what these say; those of `omit` are no options here.
+    `said` replaces, by field, what these options say.
     """
 
-    flags: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    said: Mapping[str, Mapping[str, Any]]
     omit: Collection[str] = ()
     panel: str | None = None
-    help: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def option(
-    default: Any, *flags: str, factory: Any = MISSING, later: bool = False, **said: Any
-) -> Any:
+def option(default: Any, *flags: str, later: bool = False, **said: Any) -> Any:
     """Return a field that is an option on the command line (see Option), `...` if required.
 
     Records of before an option that came `later` have its default.
     """
     metadata = {"option": Option(flags, **said), ADDED: later}
-    if factory is not MISSING:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=MISSING if default is ... else default, metadata=metadata)
 
 
-def options(default: Any, **nested: Any) -> Any:
+def options(
+    default: Any, *, omit: Collection[str] = (), panel: str | None = None, **said: Mapping[str, Any]
+) -> Any:
     """Return a field whose record has options of its own (see Nested)."""
-    return dataclasses.field(default=default, metadata={"options": Nested(**nested)})
+    return dataclasses.field(default=default, metadata={"options": Nested(said, omit, panel)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +125,8 @@ class Place:
     @property
     def repeatable(self) -> bool:
         """Whether it may be given more than once."""
-        if self.option.repeatable is not None:
-            return self.option.repeatable
-        return typing.get_origin(self.kind) in (tuple, list, dict, Sequence)
+        several = typing.get_origin(self.kind) in (tuple, list, dict, Sequence)
+        return several and self.option.repeatable
 
     @property
     def item(self) -> Any:
@@ -142,8 +138,6 @@ class Place:
         """What stands for its value in the help."""
         if self.option.metavar:
             return self.option.metavar
-        if typing.get_origin(self.kind) is dict:
-            return "NAME=VALUE"
         if issubclass(self.item, StrEnum):
             return "|".join(self.item)
         return {int: "N", float: "NUMBER", Path: "PATH"}.get(self.item, "TEXT")
@@ -261,14 +255,8 @@ def places(kind: type, default: Any = None) -> list[Place]:
 
 
 def _within(name: str, place: Place, nested: Nested) -> Place:
-    first, said = place.path[0], place.option
-    said = dataclasses.replace(
-        said,
-        flags=nested.flags.get(first, said.flags),
-        panel=nested.panel or said.panel,
-        help=nested.help.get(first, said.help),
-        without=nested.words.get(first, said.without),
-    )
+    panel = nested.panel or place.option.panel
+    said = dataclasses.replace(place.option, panel=panel, **nested.said.get(place.path[0], {}))
     return dataclasses.replace(place, path=(name, *place.path), option=said)
 
 
@@ -367,10 +355,8 @@ def percent(name: str, text: str) -> float:
 
 
 def device(name: str, text: str) -> str:
-    """Return the name of a device. Raises UsageError.
-
-    Checked here as well as where torch knows the devices: a command may not come to that.
-    """
+    """Return the name of a device. Raises UsageError."""
+    # Checked here as well as where torch knows the devices: a command may not come to that.
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         known = "auto, cpu, cuda, cuda:N and mps"
         raise UsageError(f"{name} {text!r} is none of {known}", hint=f"{name} auto")
@@ -385,16 +371,15 @@ def _chosen(name: str, text: str, kinds: Iterable[StrEnum]) -> StrEnum:
 
 
 def choices(
-    kinds: Sequence[StrEnum] | type[StrEnum], *, always: StrEnum | None = None
+    kinds: Sequence[StrEnum], *, always: Sequence[StrEnum] = ()
 ) -> Callable[[str, Any], tuple[StrEnum, ...]]:
-    """Return what reads names of `kinds`, also with commas between; `always` comes first."""
+    """Return what reads names of `kinds`, also with commas between; `always` come first."""
 
     def read(name: str, texts: str | Sequence[str]) -> tuple[StrEnum, ...]:
         wanted = _listed(texts)
         if not wanted:
             raise UsageError(f"{name} names none of {', '.join(kinds)}")
-        first = () if always is None else (always,)
-        return (*first, *(_chosen(name, text, kinds) for text in wanted))
+        return (*always, *(_chosen(name, text, kinds) for text in wanted))
 
     return read
 
