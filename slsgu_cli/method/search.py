@@ -253,7 +253,7 @@ class LayerSearch(StepSearch[Trial]):
         full, best_kept = self.options.full, NOTHING_KEPT
         sparing, least = NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
-        risk = 0.0 if self.options.exact or not raced else RISK / len(raced)
+        earlier, rival = 0, None
         for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
             if self.options.keep is Keep.EXPECTED and trial.expected is None:
@@ -262,11 +262,18 @@ class LayerSearch(StepSearch[Trial]):
                 beat = max(best_kept - price, sparing)
                 if key in raced and least == NOTHING_KEPT:
                     least = beat
-                bar = None if full else Bar(beat, least, risk)
+                risk = 0.0
+                if key in raced and not self.options.exact:
+                    # One half for races beside no rival, one for all that could be a rival.
+                    risk = RISK / 2 / len(raced) / (earlier if rival else 1)
+                    earlier += 1
+                bar = None if full else Bar(beat, least, risk, rival)
                 trial = self.with_utility(self.probes[key[0]], trial, bar)
             if key in may_win and trial.utility is not None:
                 keeps = kept(trial, self.options.keep)
-                best_kept = max(best_kept, keeps)
+                if keeps > best_kept:
+                    best_kept = keeps
+                    rival = (self.probes[key[0]], trial.step) if key in raced else None
                 sparing = max(sparing, keeps) if self._spares(trial) else sparing
         return best_kept
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, isfinite
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ from slsgu_cli.clip.zeroshot import (
     ranks_of_truth,
 )
 from slsgu_cli.errors import NotFiniteError, StaleError
-from slsgu_cli.method.scoring import Draw, Race, first_step, left_of, norm
+from slsgu_cli.method.scoring import Draw, Race, Vector, first_step, left_of, norm
 from slsgu_cli.records.figures import (
     Accuracy,
     ClassLoss,
@@ -177,12 +178,14 @@ class Bar:
 
     A step that is raced is also left where it keeps no more than TOLERANCE above `beat`, but
     for a chance of `risk`. `least` is the lowest `beat` of all steps that are raced; a risk of
-    0 races none.
+    0 races none. Rows are compared with what the original model makes of them, and with what
+    the step of a `rival` does.
     """
 
     beat: float = float("-inf")
     least: float = float("-inf")
     risk: float = 0.0
+    rival: tuple[Probe, float] | None = None
 
 
 def names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
@@ -249,20 +252,24 @@ class UtilityMeter:
     _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
     _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
     _names: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _draw: Draw | None = field(init=False, default=None)
+    # What steps that were measured to the end left of each row, and the draws beside them.
+    _left: dict[Any, Vector] = field(init=False, default_factory=dict)
+    _draws: dict[Any, Draw] = field(init=False, default_factory=dict)
 
     def measure(self, probe: Probe, step: float, *, bar: Bar | None = None) -> Kept | Settled:
         """Return what a step keeps; by what it is known to be too little, once it is."""
         groups, bar = self.evaluation.utility, bar or Bar()
         if not self._lead:
             self._look_at_original()
-        look = _Look(groups, self._names)
+        look, by_rows = _Look(groups, self._names), self._all_rows
+        if bar.risk > 0 and isfinite(bar.beat):
+            by_rows = partial(self._race, draw=self._drawn_beside(bar.rival))
         with probe.stepped(step):
             if probe.score.tower is Tower.VISION:
-                raced, stage = bar.risk > 0 and isfinite(bar.beat), probe.stage
-                race = self._race if raced else self._all_rows
-                if below := race(look, stage, bar):
+                if below := by_rows(look, probe.stage, bar):
                     return below
+                left = torch.cat([self._figures(look, name, slice(None)) for name in groups])
+                self._left[probe.line, step] = processes.agreed(left.cpu().numpy())
             else:
                 for name, group in groups.items():
                     look.after_text_edit(name, probe.class_embeddings(group.prompts, step))
@@ -322,15 +329,11 @@ class UtilityMeter:
             missed = processes.agreed(missed)
         return Settled.BOUND
 
-    def _race(self, look: _Look, stage: int, bar: Bar) -> Settled | None:
-        """Look at rows of all sets in one random order, the same for every edit."""
+    def _race(self, look: _Look, stage: int, bar: Bar, *, draw: Draw) -> Settled | None:
+        """Look at rows of all sets in one random order, the same for every edit beside a rival."""
         sizes = {name: len(lead) for name, lead in self._lead.items()}
-        if self._draw is None:
-            weights = np.concatenate([np.full(n, 1 / n / len(sizes)) for n in sizes.values()])
-            usual = torch.cat(list(self._base_hits.values())).cpu().numpy()
-            self._draw = Draw.of(weights, usual, self._waits())
-        order, tolerance = self._draw.order, TOLERANCE / 100
-        race = Race(self._draw, bar.beat / 100 + tolerance, bar.least / 100 + tolerance)
+        order, tolerance = draw.order, TOLERANCE / 100
+        race = Race(draw, bar.beat / 100 + tolerance, bar.least / 100 + tolerance)
         while race.looked < len(order):
             rows, start = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)], 0
             figures = np.zeros(len(rows))
@@ -348,6 +351,20 @@ class UtilityMeter:
                 return Settled.RACE
         return None
 
+    def _drawn_beside(self, rival: tuple[Probe, float] | None) -> Draw:
+        """Return the draw of rows beside a rival, whose figures are measured if they were not."""
+        key = (rival[0].line, rival[1]) if rival else None
+        if key not in self._draws:
+            known = [torch.cat(list(self._base_hits.values())).cpu().numpy()]
+            if rival:
+                if key not in self._left:
+                    self.measure(*rival)
+                known.append(self._left[key])
+            sizes = [len(lead) for lead in self._lead.values()]
+            weights = np.concatenate([np.full(size, 1 / size / len(sizes)) for size in sizes])
+            self._draws[key] = Draw.of(weights, np.stack(known), self._waits())
+        return self._draws[key]
+
     def _waits(self) -> npt.NDArray[np.float64]:
         """Return what is drawn for each row, alike for concepts that leave out other rows.
 
@@ -360,7 +377,7 @@ class UtilityMeter:
             waits.append(drawn[rows])
         return np.concatenate(waits)
 
-    def _figures(self, look: _Look, name: str, rows: Tensor) -> Tensor:
+    def _figures(self, look: _Look, name: str, rows: Tensor | slice) -> Tensor:
         """Return what the rows of a set that were looked at count for, in [0, 1]."""
         if self.keep is Keep.EXPECTED:
             return self._hits(name, look.leads[name][rows])

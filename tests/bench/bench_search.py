@@ -135,6 +135,7 @@ def main() -> None:
                 store, "made-up", random_model(Path(folder) / "model", args.model),
                 forget=args.pairs, retain=args.pairs,
                 evals={"first": (args.images, args.classes)}, device=args.device, wrong=args.wrong,
+                report_share=args.report_share,
             )  # fmt: skip
         else:
             request = replace(

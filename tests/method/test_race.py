@@ -34,8 +34,9 @@ FIGURES = {
 }
 
 
-def drawn(weights, usual, seed):
-    return Draw.of(weights, usual, np.random.default_rng(seed).exponential(size=len(weights)))
+def drawn(weights, *known, seed):
+    waits = np.random.default_rng(seed).exponential(size=len(weights))
+    return Draw.of(weights, np.stack(known), waits)
 
 
 def run(race, figures, risk, rows=25):
@@ -45,18 +46,20 @@ def run(race, figures, risk, rows=25):
     return race.lost(risk)
 
 
+@pytest.mark.parametrize("rival", [None, *FIGURES])
 @pytest.mark.parametrize("kind", FIGURES)
-def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind):
+def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind, rival):
     rng = np.random.default_rng(5)
     usual = usual_figures(rng)
     weights = rng.choice([1.0, 3.0], ROWS)
     weights /= weights.sum()
+    known = [usual, FIGURES[rival](rng, usual)] if rival else [usual]
     lost = 0
     for seed in range(SEEDS):
         figures = FIGURES[kind](rng, usual)
         mean = float(weights @ figures)
         # Its mean is the very mark: the hardest case.
-        lost += run(Race(drawn(weights, usual, seed), mean, mean - 0.01), figures, RISK)
+        lost += run(Race(drawn(weights, *known, seed=seed), mean, mean - 0.01), figures, RISK)
     assert lost <= RISK * SEEDS + 4 * (RISK * (1 - RISK) * SEEDS) ** 0.5
 
 
@@ -65,11 +68,25 @@ def test_a_step_that_is_far_worse_is_left_after_few_rows():
     usual, weights = usual_figures(rng, 2000), np.full(2000, 1 / 2000)
     figures, mark = usual * 0.8, float(weights @ usual) - 0.005
     for seed in range(20):
-        race = Race(drawn(weights, usual, seed), mark, mark)
+        race = Race(drawn(weights, usual, seed=seed), mark, mark)
         assert run(race, figures, 0.001)
         assert race.looked <= 400
         seen = race.draw.order[: race.looked]
         assert race.missed == pytest.approx((weights * (1 - figures))[seen].sum())
+
+
+def test_a_step_that_misses_what_its_rival_does_and_more_is_left_sooner_beside_it():
+    rng = np.random.default_rng(8)
+    usual, weights = np.full(ROWS * 4, 0.9), np.full(ROWS * 4, 1 / ROWS / 4)
+    rival = (rng.random(ROWS * 4) < 0.6).astype(float)
+    figures = np.where(rng.random(ROWS * 4) < 0.05, 0.0, rival)
+    mark = float(weights @ rival)
+    for seed in range(20):
+        alone = Race(drawn(weights, usual, seed=seed), mark, mark)
+        beside = Race(drawn(weights, usual, rival, seed=seed), mark, mark)
+        run(alone, figures, 0.001)
+        assert run(beside, figures, 0.0005)
+        assert beside.looked < 0.8 * alone.looked
 
 
 def test_a_higher_mark_is_lost_no_later():
@@ -77,7 +94,7 @@ def test_a_higher_mark_is_lost_no_later():
     rng = np.random.default_rng(7)
     usual, weights = usual_figures(rng), np.full(ROWS, 1 / ROWS)
     for seed in range(20):
-        figures, draw = hits(rng, usual), drawn(weights, usual, seed)
+        figures, draw = hits(rng, usual), drawn(weights, usual, seed=seed)
         least = float(weights @ figures) - 0.02
         looked = []
         for mark in np.linspace(least, least + 0.2, 9):
@@ -91,16 +108,16 @@ def test_a_higher_mark_is_lost_no_later():
 def test_rows_are_drawn_once_and_by_their_chances():
     usual = np.array([0.0] * 50 + [1.0] * 50)
     weights = np.full(100, 0.01)
-    orders = [drawn(weights, usual, seed).order for seed in range(200)]
+    orders = [drawn(weights, usual, seed=seed).order for seed in range(200)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     first = np.mean([order[0] < 50 for order in orders])
     assert first == pytest.approx(1.05 / 1.1, abs=0.05)
-    assert (drawn(weights, usual, 3).order == orders[3]).all()
+    assert (drawn(weights, usual, seed=3).order == orders[3]).all()
 
 
 def test_no_risk_loses_no_race():
     weights, zeros = np.full(50, 0.02), np.zeros(50)
-    race = Race(drawn(weights, zeros, 0), 0.9, 0.9)
+    race = Race(drawn(weights, zeros, seed=0), 0.9, 0.9)
     assert not run(race, zeros, 0.0)
     assert race.missed == pytest.approx(1.0)
 
@@ -145,6 +162,17 @@ def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():
         if trial.utility is not None:
             assert trial == full.trials[key]
     assert all(trial.utility for trial in full.trials.values())
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_search_that_goes_on_ends_as_one_that_ran_through(count):
+    world = made_up(3)
+    chosen, through = world.searched()
+    every = list(through.trials.values())
+    assert {trial.settled for trial in every} >= {Settled.MEASURED, Settled.RACE}
+    again, search = world.searched(trials=every[:count])
+    assert again == chosen
+    assert list(search.trials.values()) == every
 
 
 def test_nothing_that_spares_less_than_the_best_could_have_been_chosen():

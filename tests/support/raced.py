@@ -82,10 +82,13 @@ class GivenFigures:
         parts = [{n: m[kept[n]] for n, m in each.items()} for each in (self.original, *self.steps)]
         return GivenFigures(parts[0], parts[1:], self.towers, kept)
 
-    def searched(self, *, seed=0, **options) -> tuple[Trial, LayerSearch]:
-        """Return the step that is chosen, and the search; one draw of rows is that of `seed`."""
+    def searched(self, *, seed=0, trials=(), **options) -> tuple[Trial, LayerSearch]:
+        """Return the step that is chosen, and the search, which goes on with `trials` on file.
+
+        One draw of rows is that of `seed`.
+        """
         self.looked = 0
-        search = LayerSearch([], self, SearchOptions(**options))
+        search = LayerSearch(trials, self, SearchOptions(**options))
         search._meter.seed = seed
         for index in range(len(self.steps)):
             probe = Given(self, index)
