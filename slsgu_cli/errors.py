@@ -131,6 +131,11 @@ def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:
     return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def enumerated(words: Sequence[str]) -> str:
+    """Return words one after another, with `and` before the last."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 # The share of letters in common, in their order, that a slip of the pen leaves.
 CLOSE = 0.8
 
@@ -211,3 +216,12 @@ def unexpected(error: BaseException) -> SlsguError:
         )
     text = f"unexpected {type(error).__name__}: {first_lines(error)}"
     return SlsguError(text, hint="add --debug to see where, and report it")
+
+
+def ended_by(error: BaseException) -> SlsguError:
+    """Return the error that a command ends with, by what was raised, and its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        ended = SlsguError("interrupted; what was complete is kept")
+        ended.exit_code = Ended.code(error)
+        return ended
+    return error if isinstance(error, SlsguError) else unexpected(error)

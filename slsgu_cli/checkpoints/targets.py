@@ -9,7 +9,7 @@ from typing import Any
 
 from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, block_count, tensor_places
 from slsgu_cli.checkpoints.layouts import WeightSet, read_weight_set, read_weight_sets
-from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.errors import InputError, MissingError, UsageError, enumerated
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.method import PromptReader, Tower
 
@@ -155,15 +155,13 @@ def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
     edited = [reader.name for reader in readers if reader.edited]
     left = [reader.name for reader in readers if not reader.edited]
     read = [f"{reader.name} ({reader.model}: {reader.reads})" for reader in readers]
-    what = f"prompts of {target} are read by {_listed(read)}"
+    what = f"prompts of {target} are read by {enumerated(read)}"
     if not left:
         return f"{what}; edits go into all of them"
     verb = "reads" if len(left) == 1 else "read"
-    return f"{what}; edits go into {_listed(edited)}, and {_listed(left)} {verb} them as before"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return (
+        f"{what}; edits go into {enumerated(edited)}, and {enumerated(left)} {verb} them as before"
+    )
 
 
 CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"

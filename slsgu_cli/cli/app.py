@@ -10,27 +10,27 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
-from slsgu_cli.errors import Ended, MissingError, SlsguError, UsageError
+from slsgu_cli.cli.usage import Asked, Words
+from slsgu_cli.errors import Ended, ExitCode, MissingError, SlsguError, ended_by
 from slsgu_cli.records.codec import without_none
-from slsgu_cli.records.words import COMMON, PANELS, Option, Place, build, places
+from slsgu_cli.records.words import COMMON, Option, Place, places
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
-
-R = TypeVar("R")
 
 # The commands as the help lists them, in the order of use: in which room of `slsgu_cli.cli`
 # each is, and what it does. A room is loaded when one of its commands is wanted.
@@ -88,18 +88,13 @@ _FUNCTIONS: dict[str, Callable[..., None]] = {}
 class _Group(TyperGroup):
     """The commands in groups; each is spread into its options when it is wanted."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        commands: dict[str, Any] = dict.fromkeys(COMMANDS)
-        self.commands = commands
-
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command with its options; None where there is none of that name."""
-        if cmd_name in COMMANDS and self.commands.get(cmd_name) is None:
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
             from typer.models import CommandInfo
 
             room, summary = COMMANDS[cmd_name]
@@ -107,7 +102,7 @@ class _Group(TyperGroup):
             function = _FUNCTIONS[cmd_name]
             about = f"{summary}\n\n{inspect.getdoc(function)}"
             run = _runner(cmd_name, function)
-            info = CommandInfo(cmd_name, cls=_Command, callback=run, help=about)
+            info = CommandInfo(cmd_name, cls=usage.Command, callback=run, help=about)
             self.commands[cmd_name] = typer.main.get_command_from_info(
                 info, pretty_exceptions_short=False, rich_markup_mode=None
             )
@@ -154,39 +149,6 @@ class _Group(TyperGroup):
                 formatter.write_dl([(name, does) for name, (_, does) in commands.items()])
 
 
-class _Command(TyperCommand):
-    """A command that says in our words what it refuses; its help has the options in panels."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the words of a command. Raises UsageError."""
-        with usage.explained(ctx):
-            usage.check_words(ctx, args)
-            ctx.obj = environment = usage.FromEnvironment.read(ctx, args)
-            return super().parse_args(ctx, [*environment.words, *args])
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return what follows the command's name: arguments by what stands for them."""
-        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
-        names = [(str(each.metavar), each.required) for each in arguments]
-        return ["[OPTIONS]", *(name if needed else f"[{name}]" for name, needed in names)]
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options panel by panel."""
-        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
-        panels |= {panel: [] for panel in PANELS}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                if param.param_type_name == "argument":
-                    panels["Arguments"].append((str(param.metavar), record[1]))
-                else:
-                    panels[getattr(param, "rich_help_panel", None) or COMMON].append(record)
-        for panel, rows in panels.items():
-            if rows:
-                with formatter.section(panel):
-                    formatter.write_dl(rows)
-
-
 app = typer.Typer(
     name="slsgu",
     cls=_Group,
@@ -214,24 +176,11 @@ def main(
     """Hold the options that stand before any command."""
 
 
-_STORE = inspect.Parameter(
-    "store",
-    inspect.Parameter.KEYWORD_ONLY,
-    default="./slsgu-store",
-    annotation=Annotated[
-        str,
-        typer.Option(
-            "--store",
-            # Where a shell completes, variables are not read as the options of a command.
-            envvar="SLSGU_STORE",
-            show_envvar=False,
-            help="Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
-            "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
-            rich_help_panel=COMMON,
-            metavar="STORE",
-        ),
-    ],
-)
+_STORE = Option(
+    ("--store",), "Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
+    "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.", COMMON,
+    metavar="STORE", without=usage.STORE,
+)  # fmt: skip
 _FLAGS = (
     Option(("--no-wait",), "Compute what another process is computing for the store, too.", COMMON),
     Option(("--json",), "Print one JSON document.", COMMON),
@@ -252,44 +201,6 @@ class Session:
     store: "Store"
     console: "Console"
     options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Asked(Generic[R]):
-    """A record that a command may not need: its options that were given, and the record."""
-
-    kind: type[R]
-    words: "Words"
-
-    def record(self) -> R:
-        """Return the record. Raises UsageError where an option it needs was not given."""
-        return _record(self.kind, self.words)
-
-    def __contains__(self, field: str) -> bool:
-        """Return whether an option of this field was given."""
-        return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
-
-    def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
-        """Raise UsageError if any of its options was typed, those of others aside.
-
-        What a variable sets is for the commands and modes that it fits.
-        """
-        shared = {place.option.key for other in beside for place in places(other.kind)}
-        options = [place.option for place in places(self.kind)]
-        names = [each.name for each in options if each.key in self.words.typed - shared]
-        if names:
-            verb = "is" if len(names) == 1 else "are"
-            raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
-
-
-class Words(dict[str, Any]):
-    """What was given to each option, by its key; `typed` are those that no variable set."""
-
-    def __init__(self, values: Mapping[str, Any], variables: Collection[str]) -> None:
-        super().__init__(
-            (key, value) for key, value in values.items() if value not in (None, [], ())
-        )
-        self.typed = set(self) - set(variables)
 
 
 # Marks a parameter whose options are taken and not shown.
@@ -329,7 +240,7 @@ class _Parameter:
             keys = {place.option.key for place in listed}
             needed = {place.option.key for place in listed if place.required}
             wanted = keys & words.typed or (keys & set(words) and needed <= set(words))
-            return _record(record, words) if wanted or not optional else None
+            return words.record(record) if wanted or not optional else None
 
         return cls(listed, made, optional=optional)
 
@@ -342,17 +253,6 @@ class _Parameter:
             return place.value(words[option.key]) if option.key in words else default
 
         return cls([place], made, optional=not required, hidden=hidden)
-
-
-def _record(kind: type[R], words: Mapping[str, Any]) -> R:
-    """Return the record of the words given to its options. Raises UsageError."""
-    listed = places(kind)
-    values = {
-        place.path: place.value(words[place.option.key])
-        for place in listed
-        if place.option.key in words
-    }
-    return build(kind, values)
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -377,14 +277,14 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(ctx: typer.Context, **values: Any) -> None:
         # Not for `--help`, which takes a third of the time without them.
-        from slsgu_cli.cli.console import Console, Ending
+        from slsgu_cli.cli.console import Console
         from slsgu_cli.clip import processes
 
         environment: usage.FromEnvironment = ctx.obj
         words = Words(values, environment.variables)
         verbosity = -1 if words["quiet"] else int(words["verbose"])
         console = Console(name, verbosity=verbosity, as_json=words["json"])
-        with Ending(console, debug=words["debug"]):
+        with _ending(console, debug=words["debug"]):
             _require_folder()
             if name not in IN_SEVERAL:
                 processes.refuse(name)
@@ -397,6 +297,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
                 processes.together(),
                 environment.naming_variables(options),
             ):
+                words.setdefault("store", usage.STORE)
                 made = {key: each.make(words) for key, each in spread.items()}
                 store = processes.SharedStore(words["store"], waits=not words["no_wait"])
                 if not store.is_lasting:
@@ -413,6 +314,35 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@contextlib.contextmanager
+def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
+    """End a command: exit with the code for what was raised, and a message for the user."""
+    from slsgu_cli.clip import processes
+
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except BrokenPipeError:
+        # The reader of the pipe has gone, as `head` does: there is nothing to tell.
+        raise typer.Exit(ExitCode.UNREAD) from None
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the user is told
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if debug and not interrupted:
+            traceback.print_exception(error)
+        ended = ended_by(error)
+        if processes.may_tell():
+            if interrupted:
+                console.warn(ended.message)
+            else:
+                console.error(ended)
+        if processes.is_to_be_heard():
+            # Results that were ready are in the document, beside the error.
+            with contextlib.suppress(OSError, SlsguError):
+                console.flush(ended)
+        raise typer.Exit(ended.exit_code) from None
+
+
 def _require_folder() -> None:
     """Raise MissingError where the folder that this runs in is gone: MKL would end the process."""
     try:
@@ -425,13 +355,12 @@ def _require_folder() -> None:
 
 def _heard(console: "Console") -> "tuple[Console, TextIO]":
     """Return what a command tells, and where others print; nobody hears but the first process."""
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.clip import processes
 
     if processes.is_to_be_heard():
         return console, sys.stderr
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
-    return Console.writing_to(nowhere), nowhere
+    return console.writing_to(nowhere), nowhere
 
 
 def _signature(spread: Mapping[str, _Parameter], *, recipe: bool) -> list[inspect.Parameter]:
@@ -446,8 +375,9 @@ def _signature(spread: Mapping[str, _Parameter], *, recipe: bool) -> list[inspec
             parameter = _parameter(place, required=required, hidden=each.hidden)
             options.setdefault(place.option.key, parameter)
     named = [_parameter(Place((), _RECIPE, Path, None))] if recipe else []
+    store = _parameter(Place((), _STORE, str, None))
     flags = [_parameter(Place((), each, bool, False)).replace(default=False) for each in _FLAGS]
-    return [*options.values(), *named, _STORE, *flags]
+    return [*options.values(), *named, store, *flags]
 
 
 def _parameter(place: Place, *, required: bool = False, hidden: bool = False) -> inspect.Parameter:

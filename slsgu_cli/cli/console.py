@@ -1,10 +1,8 @@
 """What the user sees: results on stdout, everything else on stderr."""
 
 import json
-import math
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from io import StringIO
 from time import monotonic
 from typing import Any, Literal, TextIO
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -31,10 +28,9 @@ from rich.table import Table
 from rich.text import Text
 
 from slsgu_cli import progress
-from slsgu_cli.clip import processes
-from slsgu_cli.errors import Ended, ExitCode, InputError, SlsguError, unexpected
+from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.progress import terminal_safe
-from slsgu_cli.records.codec import document
+from slsgu_cli.records.codec import document, finite
 
 # Of the JSON documents: counted up where a key goes, or means something else.
 SCHEMA = 1
@@ -232,7 +228,7 @@ class Console(progress.Sink):
                     "hint": error.hint,
                     "exit_code": int(error.exit_code),
                 }
-            self._write(json.dumps(_finite(whole), indent=1, allow_nan=False) + "\n")
+            self._write(json.dumps(finite(whole), indent=1, allow_nan=False) + "\n")
 
     def note(self, text: str) -> None:
         """Tell what was done, unless quiet."""
@@ -397,52 +393,3 @@ class _Ticker(progress.Ticker):
     def advance(self, count: int = 1) -> None:
         """Count `count` more items as done."""
         self._bar.advance(self._task, count)
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """Ends a command: an exit code for what was raised, and a message for the user."""
-
-    console: Console
-    debug: bool
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, typer.Exit | SystemExit):
-            raise typer.Exit(self._code(error)) from None
-
-    def _code(self, error: BaseException) -> int:
-        """Tell the user what was raised and return the exit code for it."""
-        if isinstance(error, BrokenPipeError):
-            # The reader of the pipe has gone, as `head` does: there is nothing to tell.
-            return ExitCode.UNREAD
-        if isinstance(error, KeyboardInterrupt):
-            ended = SlsguError("interrupted; what was complete is kept")
-            ended.exit_code = Ended.code(error)
-            if processes.may_tell():
-                self.console.warn(ended.message)
-            return self._flushed(ended)
-        if self.debug:
-            traceback.print_exception(error)
-        shown = error if isinstance(error, SlsguError) else unexpected(error)
-        if processes.may_tell():
-            self.console.error(shown)
-        return self._flushed(shown)
-
-    def _flushed(self, error: SlsguError) -> int:
-        """Write the JSON document with the error; results that were ready are in it still."""
-        if processes.is_to_be_heard():
-            with suppress(OSError, SlsguError):
-                self.console.flush(error)
-        return error.exit_code

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli.app import NEEDED, Asked, Names, Session, command
+from slsgu_cli.cli.app import NEEDED, Names, Session, command
+from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.html import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets

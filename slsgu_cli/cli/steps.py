@@ -8,7 +8,8 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from slsgu_cli.cli.app import HIDDEN, Asked, Name, Names, Session, command
+from slsgu_cli.cli.app import HIDDEN, Name, Names, Session, command
+from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.records.figures import Assertion, read_assertions, require_known
 from slsgu_cli.records.options import (

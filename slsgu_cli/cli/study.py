@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
-from slsgu_cli.cli.app import Asked, Name, Names, Session, command
-from slsgu_cli.cli.tables import step_size
+from slsgu_cli.cli.app import Name, Names, Session, command
+from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.figures import Accuracy
@@ -79,7 +79,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         Column("set"),
         Column("layer", shown=known_as),
         Column("ridge", on_terminal=False),
-        Column("step", shown=step_size),
+        Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(
             Column(f"FA@{k} {when}", shown=roughly, label=f"FA@{k}\n{when}")
@@ -147,7 +147,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
         Column("class"),
         Column("layer", shown=known_as),
         Column("ridge", on_terminal=False),
-        Column("step", shown=step_size, on_terminal=False),
+        Column("step", shown=tables.step_size, on_terminal=False),
         Column("% of norm", shown=roughly, on_terminal=False),
     ]
     for figure in figures:
@@ -182,7 +182,7 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
     columns = [
         Column("layer", shown=known_as),
         Column("ridge"),
-        Column("step", shown=step_size),
+        Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(Column(figure, shown=roughly) for figure in trajectory.figures()),
     ]

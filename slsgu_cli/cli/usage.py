@@ -1,26 +1,31 @@
-"""What is wrong with a command line, said as every other error is: what, where, what mends it.
+"""The words of a command line: what is given, what a command takes, and what is wrong with it.
 
-The parser under typer only sees that a word does not fit. What was meant, and where the word
-belongs, is looked up here in the commands and their options; so is what variables and a
-shell that completes know of them.
+That is said as every other error is: what, where, what mends it. The parser under typer only
+sees that a word does not fit. What was meant, and where the word belongs, is looked up here in
+the commands and their options; so is what variables and a shell that completes know of them.
 """
 
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
-from slsgu_cli.errors import UsageError, near
-from slsgu_cli.records.words import Option
+from slsgu_cli.errors import UsageError, enumerated, near
+from slsgu_cli.records.words import COMMON, PANELS, Option, build, places
 
+R = TypeVar("R")
+
+# Where artifacts are kept where nothing says it.
+STORE = "./slsgu-store"
 # What the parser raises, wherever the installed typer has it from: its own click, or click's.
 ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -197,7 +202,7 @@ def _unknown_option(ctx: Any, name: str) -> UsageError:
         )
     if owners:
         verb = "has" if len(owners) == 1 else "have"
-        return UsageError(f"{what}; {_listed(owners)} {verb} it", hint=_help(ctx))
+        return UsageError(f"{what}; {enumerated(owners)} {verb} it", hint=_help(ctx))
     return UsageError(what, hint=near(name, _shown(ctx, ctx.command)) or _help(ctx))
 
 
@@ -277,9 +282,84 @@ def _help(ctx: Any) -> str:
     return f"`{ctx.command_path} --help` lists {what}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+class Words(dict[str, Any]):
+    """What was given to each option, by its key; `typed` are those that no variable set."""
+
+    def __init__(self, values: Mapping[str, Any], variables: Collection[str]) -> None:
+        super().__init__(
+            (key, value) for key, value in values.items() if value not in (None, [], ())
+        )
+        self.typed = set(self) - set(variables)
+
+    def record(self, kind: type[R]) -> R:
+        """Return a record of what was given to its options. Raises UsageError."""
+        values = {
+            place.path: place.value(self[place.option.key])
+            for place in places(kind)
+            if place.option.key in self
+        }
+        return build(kind, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[R]):
+    """A record that a command may not need: its options that were given, and the record."""
+
+    kind: type[R]
+    words: Words
+
+    def record(self) -> R:
+        """Return the record. Raises UsageError where an option it needs was not given."""
+        return self.words.record(self.kind)
+
+    def __contains__(self, field: str) -> bool:
+        """Return whether an option of this field was given."""
+        return any(p.path[0] == field and p.option.key in self.words for p in places(self.kind))
+
+    def refuse(self, reason: str, *, hint: str, beside: "Sequence[Asked[Any]]" = ()) -> None:
+        """Raise UsageError if any of its options was typed, those of others aside.
+
+        What a variable sets is for the commands and modes that it fits.
+        """
+        shared = {place.option.key for other in beside for place in places(other.kind)}
+        options = [place.option for place in places(self.kind)]
+        names = [each.name for each in options if each.key in self.words.typed - shared]
+        if names:
+            verb = "is" if len(names) == 1 else "are"
+            raise UsageError(f"{', '.join(names)} {verb} {reason}", hint=hint)
+
+
+class Command(TyperCommand):
+    """A command that says in our words what it refuses; its help has the options in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the words of a command. Raises UsageError."""
+        with explained(ctx):
+            check_words(ctx, args)
+            ctx.obj = environment = FromEnvironment.read(ctx, args)
+            return super().parse_args(ctx, [*environment.words, *args])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the command's name: arguments by what stands for them."""
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        names = [(str(each.metavar), each.required) for each in arguments]
+        return ["[OPTIONS]", *(name if needed else f"[{name}]" for name, needed in names)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options panel by panel."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        panels |= {panel: [] for panel in PANELS}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                if param.param_type_name == "argument":
+                    panels["Arguments"].append((str(param.metavar), record[1]))
+                else:
+                    panels[getattr(param, "rich_help_panel", None) or COMMON].append(record)
+        for panel, rows in panels.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
 
 
 def completion(what: str) -> Callable[..., list[str]]:
@@ -301,7 +381,8 @@ def known(what: str, params: Mapping[str, Any], rest: Sequence[str] = ()) -> lis
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.store import Store
 
-    store = Store(params.get("store") or "./slsgu-store")
+    # Where a shell completes, variables are not read as the options of a command.
+    store = Store(params.get("store") or os.environ.get("SLSGU_STORE") or STORE)
     if what == "layer":
         from slsgu_cli.checkpoints.layers import known_as
         from slsgu_cli.records.method import Ranking

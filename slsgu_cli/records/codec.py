@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -225,6 +226,15 @@ def digest(value: Any) -> str:
     They stay the same when a field is `added` to the record.
     """
     return hashlib.sha256(canonical_json(value, sparse=True).encode()).hexdigest()[:24]
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # The key under which a JSON object carries the digest of the rest of it.

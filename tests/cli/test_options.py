@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from slsgu_cli.cli import app
-from slsgu_cli.cli.app import COMMANDS, _Command
-from slsgu_cli.cli.usage import known
+from slsgu_cli.cli.app import COMMANDS
+from slsgu_cli.cli.usage import Command, known
 from slsgu_cli.errors import UsageError, near
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
@@ -58,7 +58,7 @@ def test_commands_are_listed_in_groups_in_the_order_of_use():
 @pytest.mark.parametrize("name", LISTED)
 def test_every_option_says_what_it_is_in_80_columns(name):
     command = GROUP.get_command(None, name)
-    assert isinstance(command, _Command)
+    assert isinstance(command, Command)
     for param in command.params:
         if param.param_type_name == "argument" or param.hidden:
             continue
