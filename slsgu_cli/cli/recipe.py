@@ -207,26 +207,23 @@ def init(
 
 def recipe_text(path: Path, *, demo: bool) -> str:
     """Return the text of a recipe to begin from."""
-    words = {
-        "model": f"{LOCAL}my-clip", "source": "my-pairs/*.tar", "rows": "my-brands.parquet",
-        "checkpoint": "my-clip-without-them", "edits": "edits", "report": "report.html",
-    }  # fmt: skip
+    # Each as a user will have it, and as the demonstration does.
+    places = {
+        "model": (f"{LOCAL}my-clip", f"{LOCAL}{DATA / 'clip'}"),
+        "source": ("my-pairs/*.tar", f"{DATA / 'train.parquet'}?concept={{}}"),
+        "rows": ("my-brands.parquet", f"{DATA / 'heldout.parquet'}?kind=brand"),
+        "checkpoint": ("my-clip-without-them", f"{path.stem}/checkpoint"),
+        "edits": ("edits", f"{path.stem}/edits"),
+        "report": ("report.html", f"{path.stem}/report.html"),
+    }
+    quoted = {key: json.dumps(ours if demo else own) for key, (own, ours) in places.items()}
     names, retain, templates, bounds = ["facebook"], "# retain_samples = 8000\n", "", ""
     if demo:
         names = ["facebook", "spotify", "github"]
-        words = {
-            "model": f"{LOCAL}{DATA / 'clip'}",
-            "source": f"{DATA / 'train.parquet'}?concept={{}}",
-            "rows": f"{DATA / 'heldout.parquet'}?kind=brand",
-            "checkpoint": f"{path.stem}/checkpoint",
-            "edits": f"{path.stem}/edits",
-            "report": f"{path.stem}/report.html",
-        }
         train = json.dumps(str(DATA / "train.parquet"))
         retain = f"retain_sources = [{train}]\nretain_samples = {RETAIN_SAMPLES}\n"
         templates = f"templates = {json.dumps(str(DATA / 'templates.txt'))}\n"
         bounds = ', "loss.brands <= 2"'
-    quoted = {key: json.dumps(text) for key, text in words.items()}
     text = BEGIN.format(file=path, retain=retain, templates=templates, bounds=bounds, **quoted)
     return text + "".join(REQUEST.format(name=json.dumps(name)) for name in names)
 
@@ -291,25 +288,22 @@ def show_plan(console: "Console", planned: "Sequence[PlannedStep]") -> None:
     def shown(size: int) -> str:
         return decimal(size) if size else ""
 
-    rows = []
-    for each in planned:
-        state = "cannot" if each.trouble else "to do" if each.why else "done"
-        why = each.trouble or each.why
-        names = ",".join(each.step.names)
-        rows.append((
-            each.step.stage, names, each.step.about, state, each.seconds, each.memory, each.disk,
-            why,
-        ))  # fmt: skip
+    def state(each: "PlannedStep") -> str:
+        if each.trouble:
+            return "cannot"
+        return "to do" if each.why else "done"
+
+    rows = [
+        (each.step.stage, ",".join(each.step.names), each.step.about, state(each), each.seconds,
+         each.memory, each.disk, each.trouble or each.why)
+        for each in planned
+    ]  # fmt: skip
     columns = (
-        Column("stage"),
-        Column("requests", on_terminal=False),
-        Column("for"),
-        Column("state"),
+        "stage", Column("requests", on_terminal=False), "for", "state",
         Column("seconds", shown=lambda s: f"{s:.0f}" if s else "", label="~ s"),
         Column("memory", shown=shown, label="~ memory"),
-        Column("disk", shown=shown, label="~ disk"),
-        Column("why"),
-    )
+        Column("disk", shown=shown, label="~ disk"), "why",
+    )  # fmt: skip
     left = [each for each in planned if each.why]
     title = f"{len(planned) - len(left)} of {len(planned)} steps are done"
     console.table("plan", columns, rows, title=title)
@@ -321,8 +315,7 @@ def show_plan(console: "Console", planned: "Sequence[PlannedStep]") -> None:
         f"up to {decimal(memory)} of memory" if memory else "",
         f"{decimal(disk)} of disk" if disk else "",
     ]
-    if any(estimates):
-        known = ", ".join(filter(None, estimates))
+    if known := ", ".join(filter(None, estimates)):
         console.note(f"estimates, by what is there: {known}; nothing is known where it says -")
 
 

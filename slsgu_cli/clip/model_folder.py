@@ -37,11 +37,11 @@ from slsgu_cli.clip.models import (
     built_shapes,
     built_tower,
     contents,
+    fresh_tokenizer,
     is_read_by_open_clip,
     load,
     probe_tokens,
     resolve,
-    save_tokenizer,
 )
 from slsgu_cli.errors import InputError, SlsguError, UsageError, first_lines, listed
 from slsgu_cli.records.codec import digest
@@ -80,7 +80,7 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
         return {}
     source = model.folder or _tokenizer_folder(name)
     if source is None or "tokenizer_class" not in config_of(source / TOKENIZER_CONFIG):
-        save_tokenizer(model, scratch)
+        fresh_tokenizer(model).save_pretrained(str(scratch))
         return {path.name: path for path in sorted(scratch.iterdir())}
     return _present(source, TOKENIZER_FILES)
 

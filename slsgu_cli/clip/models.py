@@ -36,14 +36,7 @@ from slsgu_cli.checkpoints.transformers_clip import (
     unreachable,
     vocabulary,
 )
-from slsgu_cli.errors import (
-    InputError,
-    MissingError,
-    SlsguError,
-    UsageError,
-    first_lines,
-    near,
-)
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, first_lines, near
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, InputSpec, ModelSpec
 
@@ -145,16 +138,12 @@ def tokenizer(model: ResolvedModel) -> Tokenize:
 
 def probe_tokens(model: ResolvedModel) -> list[list[int]]:
     """Return the ids of a few texts by a model's tokenizer, read anew from its files."""
-    ids: list[list[int]] = _fresh_tokenizer(model)(list(PROBE)).tolist()
+    ids: list[list[int]] = fresh_tokenizer(model)(list(PROBE)).tolist()
     return ids
 
 
-def save_tokenizer(model: ResolvedModel, folder: Path) -> None:
-    """Write the files of a model's Hugging Face tokenizer into a folder."""
-    _fresh_tokenizer(model).save_pretrained(str(folder))
-
-
-def _fresh_tokenizer(model: ResolvedModel) -> Any:
+def fresh_tokenizer(model: ResolvedModel) -> Any:
+    """Return open_clip's tokenizer of a model, read anew from its files."""
     with _quiet(), _explained(model):
         return _opened_tokenizer(*_named_tokenizer(model))
 
@@ -213,8 +202,8 @@ def _load_ourselves(
     model: ResolvedModel, device: str, warn: Callable[[str], None] | None
 ) -> "torch.nn.Module":
     """Build the module and read its weights from files that open_clip cannot read."""
-    with _quiet(), _explained(model):
-        module, read = _built(model)
+    module, read = _built(model)
+    with _explained(model):
         if read is None:
             raise ValueError("it has other weights than the architecture is built of")
         _fill(module, read, device)
@@ -235,8 +224,7 @@ def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
     from slsgu_cli.clip import processes
     from slsgu_cli.clip.towers import text_tower, vision_tower
 
-    with _quiet(), _explained(model):
-        module, read = _built(model)
+    module, read = _built(model)
     if read is None:
         progress.note(f"{model.spec} needs to be converted: each process loads the whole at first")
         module = load(model)
@@ -250,17 +238,18 @@ def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
 
 def _built(model: ResolvedModel) -> "tuple[torch.nn.Module, Callable[[str], Floats] | None]":
     """Return the module without weights, and what reads them where the file has just these."""
-    check_size(model.config, _nbytes(model))
-    module = _without_weights(model)
-    shapes, read = contents(model)
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    is_alike = all(shapes.get(name) == shape for name, shape in own.items())
+    with _quiet(), _explained(model):
+        module = _without_weights(model)
+        shapes, read = contents(model)
+    is_alike = all(shapes.get(name) == shape for name, shape in _shapes(module).items())
     return module, read if is_alike else None
 
 
 def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     """Build the module in evaluation mode with its buffers, and parameters of no memory."""
     import torch
+
+    check_size(model.config, _nbytes(model))
 
     register = torch.nn.Module.register_parameter
 
@@ -308,15 +297,16 @@ def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
 def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a model's configuration builds, by its name."""
     with _quiet(), _explained(model):
-        check_size(model.config, _nbytes(model))
-        module = _without_weights(model)
-        return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        return _shapes(_without_weights(model))
+
+
+def _shapes(module: "torch.nn.Module") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def built_tower(model: ResolvedModel) -> Any:
     """Return the vision tower that a model's configuration builds, without weights."""
     with _quiet(), _explained(model):
-        check_size(model.config, _nbytes(model))
         return _without_weights(model).visual
 
 
@@ -622,7 +612,7 @@ def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     repository = spec.name.removeprefix(HUB)
-    paths = _fetch_open_clip(repository, OPEN_CLIP)
+    paths = _fetch_open_clip(repository)
     if paths is None:
         return _resolve_transformers(spec, fetch_clip(repository, OPEN_CLIP))
     path, weights = paths
@@ -630,15 +620,15 @@ def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(spec, spec.name, config, preprocess, weights, None)
 
 
-def _fetch_open_clip(repository: str, config: str) -> tuple[Path, Path] | None:
-    """Return an open_clip repository's configuration and weights; None where it has no `config`.
+def _fetch_open_clip(repository: str) -> tuple[Path, Path] | None:
+    """Return an open_clip repository's configuration and weights; None where it is of another kind.
 
     Raises MissingError where the weights cannot be fetched.
     """
     from open_clip.pretrained import download_pretrained_from_hf
 
     try:
-        path = Path(download_pretrained_from_hf(repository, filename=config))
+        path = Path(download_pretrained_from_hf(repository, filename=OPEN_CLIP))
     except FETCH_ERRORS:
         return None
     try:
@@ -702,25 +692,25 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         name = Path(name).stem
     with _quiet():
         config = open_clip.get_model_config(name.replace("/", "-"))
-    if config is None and Path(name).is_dir():
+    if config is not None:
+        return name, config
+    if Path(name).is_dir():
         raise _no_model(Path(name))
-    if config is None and Path(name).exists():
+    if Path(name).exists():
         raise InputError(
             f"--model {name} is a file and not a folder with {OPEN_CLIP}",
             hint=f"name the architecture too: --model ViT-B-32 --pretrained {name}",
         )
-    if config is None and name.startswith("hf://"):
+    if name.startswith("hf://"):
         raise InputError(
             f"open_clip has no model {name}", hint=f"--model {HUB}{name.removeprefix('hf://')}"
         )
-    if config is None:
-        hint = near(name, open_clip.list_models())
-        raise InputError(
-            f"open_clip has no model {name}" + (f"; {hint}" if hint else ""),
-            hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
-            f"or a folder of transformers ({KNOWN})",
-        )
-    return name, config
+    close = near(name, open_clip.list_models())
+    raise InputError(
+        f"open_clip has no model {name}" + (f"; {close}" if close else ""),
+        hint="an open_clip name, local-dir:PATH, hf-hub:ID, an architecture .json, "
+        f"or a folder of transformers ({KNOWN})",
+    )
 
 
 def _require_towers(config: Any) -> None:
@@ -741,16 +731,19 @@ def _defaults() -> dict[str, Any]:
 
 
 def _check_activation(model: ResolvedModel, warn: Callable[[str], None]) -> None:
+    """Warn of a tag of open_clip's that was trained with another activation than is built."""
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(model.identifier, model.spec.pretrained) or {}
-    trained = bool(tag.get("quick_gelu", False))
-    if tag and trained != bool(model.config.get("quick_gelu", False)):
-        used = "GELU" if trained else "QuickGELU"
+    quick = bool(tag.get("quick_gelu", False))
+    if tag and quick != bool(model.config.get("quick_gelu", False)):
+        trained, used, name = (
+            ("QuickGELU", "GELU", "-quickgelu") if quick else ("GELU", "QuickGELU", "plain")
+        )
         warn(
-            f"{model.spec} was trained with {'QuickGELU' if trained else 'GELU'} but is built "
-            f"with {used}; its accuracy suffers. Use the {'-quickgelu' if trained else 'plain'} "
-            "architecture name unless you reproduce a result that was made this way"
+            f"{model.spec} was trained with {trained} but is built with {used}; its accuracy "
+            f"suffers. Use the {name} architecture name unless you reproduce a result that was "
+            "made this way"
         )
 
 
