@@ -5,6 +5,7 @@ sink, which is silent until a program sets another one; the command line sets it
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -123,6 +124,21 @@ def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
 def board(stages: Mapping[str, tuple[int, int]], requests: int) -> AbstractContextManager[Board]:
     """Show a run's stages, each with how many steps are done and how many there are."""
     return _sink.board(stages, requests)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libraries log and warn of off the terminal for the length of a block."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Names, Session, command
 from slsgu_cli.cli.usage import Asked
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.html import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
@@ -234,7 +234,7 @@ def search_on_target(session: Session, names: Sequence[str], options: SteerOptio
 
     Raises NotForgottenError, after all of them, for the first that misses its goal.
     """
-    from slsgu_cli.downstream.search import require_reached, search_target
+    from slsgu_cli.downstream.search import search_target
 
     results = []
     for name in names:
@@ -243,6 +243,20 @@ def search_on_target(session: Session, names: Sequence[str], options: SteerOptio
             show_steered(session.console, session.store, results[-1])
     for result in results:
         require_reached(result)
+
+
+def require_reached(result: "SteerResult") -> None:
+    """Raise NotForgottenError where no step reached the goal."""
+    if result.forgotten:
+        return
+    left = result.chosen.concept
+    raise NotForgottenError(
+        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target} and costs "
+        f"others at most {result.max_loss:g} points: the best leaves the concept recognised in "
+        f"{left.count} of the {left.total} searched by",
+        hint="the trials and this edit are kept; try more --steps, --top, another --layer or a "
+        "larger --max-loss",
+    )
 
 
 @command("steer")

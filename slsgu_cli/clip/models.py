@@ -621,7 +621,7 @@ def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
 
 
 def _fetch_open_clip(repository: str) -> tuple[Path, Path] | None:
-    """Return an open_clip repository's configuration and weights; None where it is of another kind.
+    """Return the configuration and weights of an open_clip repository; None where it is none.
 
     Raises MissingError where the weights cannot be fetched.
     """

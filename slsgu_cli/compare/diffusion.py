@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.compare.methods import mask_gradients, saliency_mask
-from slsgu_cli.downstream.models import quiet
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.studies import PipelinePlan
 
@@ -55,7 +54,7 @@ class Denoiser:
 
     def conditions(self, prompts: Sequence[str]) -> tuple[Condition, Condition]:
         """Return the conditions of prompts, and as many of the empty prompt."""
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), progress.quiet():
             encoded = self.pipeline.encode_prompt(
                 prompt=list(prompts),
                 device=self.device,

@@ -26,7 +26,6 @@ from slsgu_cli.downstream.models import (
     Pipeline,
     folder_fingerprint,
     new_values,
-    quiet,
     require_family,
 )
 from slsgu_cli.errors import MissingError, StaleError, UsageError
@@ -172,7 +171,7 @@ class TrainedPipeline:
 
 def _cast(*parts: tuple[nn.Module, torch.dtype]) -> None:
     """Give parts of the pipeline a precision; diffusers warns of any."""
-    with quiet():
+    with progress.quiet():
         for module, kind in parts:
             module.to(kind)
 

@@ -1,8 +1,6 @@
 """Models built on CLIP as their libraries load them: a pipeline, a LLaVA, their live layers."""
 
 import importlib
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -70,7 +68,7 @@ class LiveEncoder:
 
     def value(self, layer: str) -> Tensor:
         """Return the layer's values now, in open_clip's shape."""
-        return joined(self.places(layer), [self._parameter(place) for place in self.places(layer)])
+        return joined(self.places(layer), [one.data for one in self.parameters(layer)])
 
     @contextmanager
     def edited(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -78,7 +76,7 @@ class LiveEncoder:
         with ExitStack() as stack:
             for layer, value in values.items():
                 for place in self.places(layer):
-                    new = self._parameter(place).clone()
+                    new = self.module.get_parameter(place.key).data.clone()
                     place.rows(new).copy_(place.from_layer(value))
                     stack.enter_context(edited(self.module, place.key, new))
             yield
@@ -87,14 +85,12 @@ class LiveEncoder:
         """Give layers other values for good."""
         for layer, value in values.items():
             for place in self.places(layer):
-                place.rows(self._parameter(place)).copy_(place.from_layer(value))
+                parameter = self.module.get_parameter(place.key)
+                place.rows(parameter.data).copy_(place.from_layer(value))
 
     def parameters(self, layer: str) -> list[nn.Parameter]:
         """Return the parameters that hold a layer, in order."""
         return [self.module.get_parameter(place.key) for place in self.places(layer)]
-
-    def _parameter(self, place: TensorPlace) -> Tensor:
-        return self.module.get_parameter(place.key).data
 
 
 def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
@@ -177,7 +173,7 @@ def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, tor
 def library(name: str) -> Any:
     """Import a library that is not needed elsewhere. Raises MissingError naming its extra."""
     try:
-        with quiet():
+        with progress.quiet():
             module = importlib.import_module(name)
             # Both libraries draw bars of their own while they load.
             importlib.import_module("transformers").utils.logging.disable_progress_bar()
@@ -194,19 +190,6 @@ def folder_fingerprint(folder: Path) -> str:
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     files = [path for inner in folders for path in weight_files(inner)]
     return digest({str(path.relative_to(folder)): file_fingerprint(path) for path in files})
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what the libraries log and warn of while loading off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 @contextmanager
@@ -255,7 +238,7 @@ class Pipeline:
         """
         target, device, precision = _placed(path, device, answers=False)
         diffusers = library("diffusers")
-        with quiet(), explained(path):
+        with progress.quiet(), explained(path):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 path, local_files_only=True, torch_dtype=precision
             ).to(device)
@@ -307,7 +290,7 @@ class Pipeline:
         for start, stop in spans(len(jobs), options.batch):
             some = jobs[start:stop]
             noise = [torch.Generator("cpu").manual_seed(job.seed) for job in some]
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), progress.quiet():
                 try:
                     made = self.pipeline(
                         [job.prompt for job in some],
@@ -377,7 +360,7 @@ class Llava:
         """
         target, device, precision = _placed(path, device, answers=True)
         transformers = library("transformers")
-        with quiet(), explained(path):
+        with progress.quiet(), explained(path):
             processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
             model = transformers.AutoModelForImageTextToText.from_pretrained(
                 path, local_files_only=True, dtype=precision
@@ -391,7 +374,7 @@ class Llava:
         tokens = self.processor.tokenizer
         for start, stop in spans(len(questions), BATCH):
             inputs = self.inputs(questions[start:stop], padding_side="left")
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), progress.quiet():
                 said = self.model.generate(
                     **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, use_cache=True,
                     logits_processor=[_require_words],
@@ -414,7 +397,7 @@ class Llava:
         elif answers is not None:
             texts = [f"{text} {answer}" for text, answer in zip(texts, answers, strict=True)]
         self.processor.tokenizer.padding_side = padding_side
-        with quiet():
+        with progress.quiet():
             made = self.processor(
                 images=[question.image.convert("RGB") for question in questions],
                 text=texts,

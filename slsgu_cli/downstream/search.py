@@ -5,16 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
-from pathlib import Path
 from shlex import quote
 from time import perf_counter
+from typing import Any
 
 import torch
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
+from slsgu_cli.checkpoints.layers import Layer, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
@@ -29,9 +29,10 @@ from slsgu_cli.downstream.subjects import (
     by_gain,
     moves_of,
 )
-from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
+from slsgu_cli.method.ranking import named_layers
 from slsgu_cli.method.search import Key, Move, StepSearch, bisection
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
@@ -124,7 +125,9 @@ class TargetPlan:
         options, subject, address = self.options, self.subject, self.pointer.forget
         header = store.read_header(Artifact.GRADIENT.path(address), GradientHeader)
         reached = [n for n in header.weights if subject.encoder.encoder.why_not(n) is None]
-        layers = _chosen_layers(layers_of(reached, options.qkv), options)
+        candidates = layers_of(reached, options.qkv)
+        among = f"layers that reach {options.target}"
+        layers = named_layers(options.layers, candidates, among=among) or candidates
         self._require_same_clip(header, layers)
         if self.gradient_of is GradientOf.TARGET and isinstance(subject, AskedSubject):
             gradients = subject.forget_gradient(layers)
@@ -183,22 +186,8 @@ class TargetPlan:
         return starts
 
 
-def _chosen_layers(candidates: list[str], options: SteerOptions) -> list[str]:
-    """Return the layers named in the options, or all that reach the target. Raises UsageError."""
-    chosen = []
-    for text in options.layers:
-        fitting = find_layers(text, candidates)
-        if len(fitting) != 1:
-            near = ", ".join(fitting[:5]) or "none"
-            raise UsageError(
-                f"--layer {text} fits {len(fitting)} layers that reach {options.target}: {near}"
-            )
-        chosen += fitting
-    return chosen or candidates
-
-
 class TargetSearch(StepSearch[TargetTrial]):
-    """The search on one target, with its record in a file of a store.
+    """The search on one target, with its record in a store and the name of the `edit` it makes.
 
     `began` is when the search did, by the performance counter, if that was earlier.
     """
@@ -206,7 +195,6 @@ class TargetSearch(StepSearch[TargetTrial]):
     def __init__(
         self,
         store: Store,
-        file: str,
         record: TargetTrials,
         moves: Sequence[TargetMove],
         options: SteerOptions,
@@ -215,7 +203,8 @@ class TargetSearch(StepSearch[TargetTrial]):
     ) -> None:
         trials = {((trial.layer, record.ridge), trial.step): trial for trial in record.trials}
         super().__init__(trials, self.left_to_forget)
-        self.store, self.file, self.options = store, file, options
+        self.store, self.options = store, options
+        self.edit = target_edit(record.name, options.target)
         self.moves = {move.layer: move for move in moves}
         self.lengthened: list[tuple[Key, float]] = []
         # As if what was spent before had been spent just now.
@@ -272,8 +261,12 @@ class TargetSearch(StepSearch[TargetTrial]):
     def keep(self, key: Key, trial: TargetTrial) -> None:
         """Put a trial on file at once: each takes minutes on a large target."""
         super().keep(key, trial)
-        self._header = replace(self._header, seconds=perf_counter() - self._began)
-        self.store.write_record(self.file, self.record)
+        self._write(seconds=perf_counter() - self._began)
+
+    def _write(self, **changed: Any) -> None:
+        """Change what the record says beside its trials, and write it."""
+        self._header = replace(self._header, **changed)
+        self.store.write_record(Artifact.TARGET_TRIALS.path(self.edit), self.record)
 
     def lengthen(self, move: TargetMove) -> bool:
         """Go on from the shortest sufficient step by as much of the reserve as others allow.
@@ -350,6 +343,22 @@ class TargetSearch(StepSearch[TargetTrial]):
             beside=subject.beside,
         )
 
+    def write_edit(self, plan: TargetPlan, chosen: TargetTrial, figures: TargetFigures) -> None:
+        """Write the edit that a chosen trial amounts to, with its figures."""
+        record, move = self.record, self.moves[chosen.layer]
+        step = LayerStep.of(
+            chosen, ridge=record.ridge, direction=move.direction, weight=move.weight
+        )
+        edit = unmeasured_edit(plan.manifest, plan.pointer, step)
+        measured = replace(
+            edit.header,
+            name=self.edit,
+            retain_data=record.retain_data,
+            forgotten=self.reaches(chosen),
+            target=figures,
+        )
+        write_edit(self.store, replace(edit, header=measured))
+
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
         """Return the report of a step, or of the original, measured if none is on file."""
         place, judges = (layer, step, subject.to_report.digest), set(subject.judges)
@@ -359,8 +368,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         report = TargetReport(
             *place, subject.report() if layer is None else self.moves[layer].report(step)
         )
-        self._header = replace(self._header, reports=(*self._header.reports, report))
-        self.store.write_record(self.file, self.record)
+        self._write(reports=(*self._header.reports, report))
         return report.effects
 
 
@@ -380,27 +388,12 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
         starts = {}
         if plan.gradient_of is GradientOf.CLIP:
             starts = plan.clip_starts(store, moves)
-        file = Artifact.TARGET_TRIALS.path(target_edit(name, options.target))
-        run = TargetSearch(store, file, record, moves, options, began=began)
+        run = TargetSearch(store, record, moves, options, began=began)
         best = run.run(moves, starts)
         figures = run.figures(best, plan.subject)
-        edit = _write_edit(store, plan, run, best, figures)
+        run.write_edit(plan, best, figures)
     return SteerResult(
-        run.record, best, run.reaches(best), len(record.trials), edit, figures, options.max_loss
-    )
-
-
-def require_reached(result: SteerResult) -> None:
-    """Raise NotForgottenError where no step reached the goal."""
-    if result.forgotten:
-        return
-    left = result.chosen.concept
-    raise NotForgottenError(
-        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target} and costs "
-        f"others at most {result.max_loss:g} points: the best leaves the concept recognised in "
-        f"{left.count} of the {left.total} searched by",
-        hint="the trials and this edit are kept; try more --steps, --top, another --layer or a "
-        "larger --max-loss",
+        run.record, best, run.reaches(best), len(record.trials), run.edit, figures, options.max_loss
     )
 
 
@@ -434,25 +427,3 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
     if record.before is None:
         return replace(record, before=Effect(plan.subject.concept(), plan.subject.others()))
     return record
-
-
-def _write_edit(
-    store: Store,
-    plan: TargetPlan,
-    run: TargetSearch,
-    chosen: TargetTrial,
-    figures: TargetFigures,
-) -> str:
-    """Write the edit that a chosen trial amounts to, with its figures; return its name."""
-    record, move = run.record, run.moves[chosen.layer]
-    step = LayerStep.of(chosen, ridge=record.ridge, direction=move.direction, weight=move.weight)
-    edit = unmeasured_edit(plan.manifest, plan.pointer, step)
-    measured = replace(
-        edit.header,
-        name=target_edit(plan.manifest.name, Path(record.target)),
-        retain_data=record.retain_data,
-        forgotten=run.reaches(chosen),
-        target=figures,
-    )
-    write_edit(store, replace(edit, header=measured))
-    return measured.name

@@ -6,7 +6,7 @@ in the inner product that the retained inputs make of changes. Layers that canno
 are ranked along their gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
@@ -314,16 +314,34 @@ def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> lis
     if not options.layers:
         fronts = {score.layer for score in scores if score.front}
         return [ranked[name] for name in names if name in fronts]
+    chosen = named_layers(
+        options.layers, names, among="ranked layers",
+        none=lambda text: _unranked(store, ranking, text),
+        hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
+    )  # fmt: skip
+    return [ranked[name] for name in chosen]
+
+
+def named_layers(
+    wanted: Sequence[str],
+    names: Sequence[str],
+    *,
+    among: str,
+    none: Callable[[str], str] = lambda text: "none",
+    hint: str | None = None,
+) -> list[str]:
+    """Return the layers asked for by a part of a name that fits one of `names` only.
+
+    `among` says what these are, and `none` what there is in place of any that fits. Raises
+    UsageError.
+    """
     chosen = []
-    for text in options.layers:
+    for text in wanted:
         fitting = find_layers(text, names)
         if len(fitting) != 1:
-            near = ", ".join(fitting[:5]) or _unranked(store, ranking, text)
-            raise UsageError(
-                f"--layer {text} fits {len(fitting)} ranked layers: {near}",
-                hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
-            )
-        chosen.append(ranked[fitting[0]])
+            near = ", ".join(fitting[:5]) or none(text)
+            raise UsageError(f"--layer {text} fits {len(fitting)} {among}: {near}", hint=hint)
+        chosen += fitting
     return chosen
 
 

@@ -60,7 +60,7 @@ def make(target, move, tmp_path):
 
     def made(**options):
         options = SteerOptions(target=tmp_path, goal=100.0, reserve=1.0, max_loss=100, **options)
-        return TargetSearch(Store(str(tmp_path)), "trials.json", trials, [move], options)
+        return TargetSearch(Store(str(tmp_path)), trials, [move], options)
 
     return made
 

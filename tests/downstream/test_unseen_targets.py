@@ -13,12 +13,12 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.downstream import show_steered
+from slsgu_cli.cli.downstream import require_reached, show_steered
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.downstream.models import Llava, Pipeline
-from slsgu_cli.downstream.search import PARTS, require_reached, search_target
+from slsgu_cli.downstream.search import PARTS, search_target
 from slsgu_cli.downstream.subjects import AskedSubject, Questions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
