@@ -238,13 +238,10 @@ class Recipe:
             options = [each.name for each in fields(asked) if each.name != "name"]
             return command_line(asked, fields=options)
         if command == "eval":
-            requests = [self.request(name) for name in names]
             bounds = {
-                str(replace(bound, figure=figure_of(bound, request.name)))
-                if len(names) > 1
-                else str(bound)
-                for request in requests
-                for bound in self.bounds_of(request)
+                str(replace(bound, figure=figure_of(bound, name)) if len(names) > 1 else bound)
+                for name in names
+                for bound in self.bounds_of(self.request(name))
                 if not bound.figure.startswith(ATTACK)
             }
             return [word for bound in sorted(bounds) for word in ("--assert", bound)]
