@@ -190,9 +190,14 @@ def _hint(error: OSError) -> str:
     return "look at the file or folder, and at the disk it lies on"
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the machine or of a device."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def unexpected(error: BaseException) -> SlsguError:
     """Return as an error of ours what the system, PyTorch or another library raised."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if lacks_memory(error):
         return SlsguError(
             f"out of memory: {error}",
             hint="a smaller --memory-budget or --cache-budget, or --device cpu; "

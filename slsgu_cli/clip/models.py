@@ -36,7 +36,15 @@ from slsgu_cli.checkpoints.transformers_clip import (
     unreachable,
     vocabulary,
 )
-from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, first_lines, near
+from slsgu_cli.errors import (
+    InputError,
+    MissingError,
+    SlsguError,
+    UsageError,
+    first_lines,
+    lacks_memory,
+    near,
+)
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, InputSpec, ModelSpec
 
@@ -771,7 +779,7 @@ def _explained(model: ResolvedModel) -> Iterator[None]:
             f"{model.spec} needs a package that is not installed: {error}"
         ) from error
     except Exception as error:  # torch, safetensors and open_clip raise many kinds here
-        if type(error).__name__ == "OutOfMemoryError":
+        if lacks_memory(error):
             raise
         raise InputError(
             f"cannot load {model.spec} from {model.weights}: {first_lines(error)}",

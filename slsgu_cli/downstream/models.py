@@ -30,6 +30,7 @@ from slsgu_cli.errors import (
     StaleError,
     UsageError,
     first_lines,
+    lacks_memory,
 )
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import PaintOptions
@@ -200,6 +201,8 @@ def explained(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise MissingError(f"{path} needs a package: {error}", hint=INSTALL) from error
     except Exception as error:  # each library raises kinds of its own here
+        if lacks_memory(error):
+            raise
         raise InputError(
             f"cannot load {path}: {first_lines(error)}", hint="check that it is complete"
         ) from error

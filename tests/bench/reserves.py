@@ -79,7 +79,7 @@ def concept_gaps(evaluation: Evaluation, probe: Probe, step: float) -> Tensor:
 
 def expected(meter: UtilityMeter, probe: Probe, step: float) -> float:
     """Return the TA@1 expected after a step, in percent, a mean over the sets."""
-    return meter.measure(probe, step, beat=float("-inf")).expected
+    return meter.measure(probe, step).expected
 
 
 def lines(store: Store, name: str) -> Iterator[list[Length]]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from worlds import Listener
 
+from slsgu_cli.downstream.models import explained
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.figures import Effect, Share
@@ -400,3 +401,12 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     assert (tmp_path / "out" / names[0]).read_bytes() == first
     with pytest.raises(UsageError, match="another edit or other options"):
         answer_set(edits, replace(request, paint=PaintOptions(steps=3)))
+
+
+@pytest.mark.parametrize("lack", [MemoryError(), torch.OutOfMemoryError("8 GiB are missing")])
+def test_a_lack_of_memory_is_not_told_as_a_damaged_model(lack):
+    with pytest.raises(type(lack)), explained(Path("pipeline")):
+        raise lack
+    told = pytest.raises(InputError, match="cannot load pipeline: no weights")
+    with told, explained(Path("pipeline")):
+        raise RuntimeError("no weights")
