@@ -107,8 +107,8 @@ MUTATIONS = r"""
 + pass
 - if max(ends, default=0) != size - base:
 + if max(ends, default=0) > size - base:
-- self._pixels += self._writing.pop(0).result()
-+ self._writing.pop(0).result()
+- self._pixels += written.result()
++ written.result()
 - if array.size and array.nchunks_initialized != array.nchunks:
 + if array.size and array.nchunks_initialized > array.nchunks:
 # metrics
