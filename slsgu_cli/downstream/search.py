@@ -33,10 +33,10 @@ from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.method.ranking import named_layers
-from slsgu_cli.method.search import Key, Move, StepSearch, bisection
+from slsgu_cli.method.search import Move, StepSearch, bisection
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
-from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, LayerScore
+from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Key, LayerScore
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import (
     GradientOf,

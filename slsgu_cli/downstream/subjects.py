@@ -33,7 +33,7 @@ from slsgu_cli.method.moments import (
 )
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share, meets
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.method import Direction, Line
 from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
 from slsgu_cli.records.targets import Budget, SteerOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
@@ -389,7 +389,7 @@ class TargetMove:
     goal: float | None = None
 
     @property
-    def line(self) -> tuple[str, float | None]:
+    def line(self) -> Line:
         """The layer and the ridge, which tell its trials from those of other moves."""
         return self.layer, self.ridge
 

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.method import LayerScore, Tower, Trial, Trials
+from slsgu_cli.records.method import LayerScore, Line, Tower, Trial, Trials
 from slsgu_cli.records.studies import JointSearch
 from slsgu_cli.records.verification import NEW, Check, VerifiedModel
 
@@ -262,7 +262,7 @@ def _scaled(axes: Axes, which: str, values: Sequence[float]) -> list[float]:
 ACROSS = 3
 
 
-def trajectories_plot(trials: Trials, lines: Sequence[tuple[str, float | None]]) -> bytes:
+def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
     """Draw a small panel for each layer and ridge: accuracies against the step (Figure 14)."""
     across = min(ACROSS, len(lines))
     down = -(-len(lines) // across)

@@ -36,6 +36,8 @@ from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     JointRef,
     Keep,
+    Key,
+    Line,
     Settled,
     Steer,
     Tower,
@@ -54,11 +56,6 @@ if TYPE_CHECKING:
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T", Trial, TargetTrial)
-
-# A layer, and the ridge that whitened its direction; None for the gradient.
-Line = tuple[str, float | None]
-# A step along a line.
-Key = tuple[Line, float]
 
 NOTHING_KEPT = float("-inf")
 

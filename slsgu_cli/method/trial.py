@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, isfinite
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +50,7 @@ from slsgu_cli.records.figures import (
     Report,
     harmed,
 )
-from slsgu_cli.records.method import Keep, LayerScore, Settled, Steer, Tower, Trial
+from slsgu_cli.records.method import Keep, Key, LayerScore, Line, Settled, Steer, Tower, Trial
 from slsgu_cli.store.artifacts import set_of
 
 # A vision trial's images are looked at in rounds of at least this many, or when it is raced.
@@ -97,7 +96,7 @@ class Probe:
             )
 
     @property
-    def line(self) -> tuple[str, float | None]:
+    def line(self) -> Line:
         """The layer and the ridge, which tell its trials from those of other moves."""
         return self.score.layer, self.ridge
 
@@ -253,8 +252,8 @@ class UtilityMeter:
     _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
     _names: dict[str, Tensor] = field(init=False, default_factory=dict)
     # What steps that were measured to the end left of each row, and the draws beside them.
-    _left: dict[Any, Vector] = field(init=False, default_factory=dict)
-    _draws: dict[Any, Draw] = field(init=False, default_factory=dict)
+    _left: dict[Key, Vector] = field(init=False, default_factory=dict)
+    _draws: dict[Key | None, Draw] = field(init=False, default_factory=dict)
 
     def measure(self, probe: Probe, step: float, *, bar: Bar | None = None) -> Kept | Settled:
         """Return what a step keeps; by what it is known to be too little, once it is."""
@@ -356,8 +355,8 @@ class UtilityMeter:
         key = (rival[0].line, rival[1]) if rival else None
         if key not in self._draws:
             known = [torch.cat(list(self._base_hits.values())).cpu().numpy()]
-            if rival:
-                if key not in self._left:
+            if rival and key:
+                if key not in self._left:  # It is on file, by an earlier search.
                     self.measure(*rival)
                 known.append(self._left[key])
             sizes = [len(lead) for lead in self._lead.values()]

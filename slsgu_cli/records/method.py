@@ -345,6 +345,12 @@ class Ranking:
         }
 
 
+# A layer, and the ridge that whitened its direction; None for the gradient.
+Line = tuple[str, float | None]
+# A step along a line.
+Key = tuple[Line, float]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
     """One (layer, ridge, step): forget accuracy, and utility where it was measured.

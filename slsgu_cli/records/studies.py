@@ -15,7 +15,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
-from slsgu_cli.records.method import Direction, Precision, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import Direction, Line, Precision, Steer, Tower, Trial, Trials
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget, judge_option
@@ -567,11 +567,11 @@ class Trajectory:
     trials: Trials
     measured: int
 
-    def lines(self) -> list[tuple[str, float | None]]:
+    def lines(self) -> list[Line]:
         """Return the layers and ridges in the order they were followed in."""
         return list(dict.fromkeys((trial.layer, trial.ridge) for trial in self.trials.trials))
 
-    def of(self, line: tuple[str, float | None]) -> list[Trial]:
+    def of(self, line: Line) -> list[Trial]:
         """Return the steps along one line, the shortest first."""
         return [trial for trial in self.trials.trials if (trial.layer, trial.ridge) == line]
 
@@ -583,7 +583,7 @@ class Trajectory:
         forgotten = {"FA@1": forget.top1, "FA@5": forget.top5}
         return forgotten | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
 
-    def rises(self, line: tuple[str, float | None]) -> dict[str, Rise]:
+    def rises(self, line: Line) -> dict[str, Rise]:
         """Return the largest rise of each figure, from the original model on."""
         steps = self.of(line)
         path = [self.figures(), *map(self.figures, steps)]
