@@ -1,4 +1,4 @@
-"""The halves of open_clip's residual blocks, and the products that towers are made of.
+"""open_clip's residual blocks by halves, over packed texts too, and the products of all towers.
 
 PyTorch leaves products in fp32 on a CPU to MKL, which on processors of AMD takes more than twice
 as long as oneDNN. So the linear layers of towers are applied by oneDNN where PyTorch has it.
