@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from time import perf_counter
 
@@ -18,7 +18,7 @@ from slsgu_cli.clip.inputs import CacheBudget, pixel_normalizer, spans, to_token
 from slsgu_cli.clip.models import resolve, tokenizer
 from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.errors import NotFiniteError, SlsguError, once
 from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.figures import Accuracy, Figures
@@ -298,6 +298,7 @@ class BaselineRunner:
     choosing: Evaluation
     reporting: Evaluation
     _original: Weights
+    _terms: dict[str, LossTerm | SlsguError] = field(init=False, default_factory=dict)
 
     @classmethod
     def open(cls, pointer: GradientPointer, plan: ClipPlan, times: PassTimes) -> "BaselineRunner":
@@ -366,7 +367,7 @@ class BaselineRunner:
             forget, retain = map(self.times.store.read_tensors, self._squares)
             return dampen(self.model, forget, retain, alpha=setting, epochs=self.plan.epochs)
         _, losses = PASSES[method]
-        terms = [self._terms[role] for role in losses]
+        terms = [once(self._terms, role, partial(self._term, role)) for role in losses]
         mask = self._mask if method is Method.SALUN else None
         return train(self.model, terms, rate=setting, plan=self.plan, mask=mask)
 
@@ -376,22 +377,18 @@ class BaselineRunner:
         digests = (self.pointer.forget, self.pointer.retain)
         return [Artifact.SQUARES.path(digest) for digest in digests]
 
-    @cached_property
-    def _terms(self) -> dict[str, LossTerm]:
-        """The losses of the forget set, which methods ascend, and of the retain set."""
+    def _term(self, role: str) -> LossTerm:
+        """Return the loss of the forget set, which methods ascend, or of the retain set."""
         store, manifest = self.times.store, self.times.manifest
         options = PassOptions(batch_size=self.plan.batch_size, device=self.times.device)
-        rows = {"forget": manifest.forget.rows, "retain": self.plan.retain_rows}
-        terms = {}
-        for role in ROLES:
-            path = Artifact.GRADIENT.path(getattr(self.pointer, role))
-            kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
-            loss = GradientPass.prepare(self.model, kind, spec=spec, options=options)
-            block = DataBlock.open(store, getattr(manifest, role))
-            images, tokens = block.images(0, rows[role]), np.asarray(block.tokens[: rows[role]])
-            sign = -1 if role == "forget" else 1
-            terms[role] = LossTerm(images, tokens, loss, sign, shuffled=role == "retain")
-        return terms
+        rows = manifest.forget.rows if role == "forget" else self.plan.retain_rows
+        path = Artifact.GRADIENT.path(getattr(self.pointer, role))
+        kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
+        loss = GradientPass.prepare(self.model, kind, spec=spec, options=options)
+        block = DataBlock.open(store, getattr(manifest, role))
+        images, tokens = block.images(0, rows), np.asarray(block.tokens[:rows])
+        sign = -1 if role == "forget" else 1
+        return LossTerm(images, tokens, loss, sign, shuffled=role == "retain")
 
     @cached_property
     def _mask(self) -> Mask:

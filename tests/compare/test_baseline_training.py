@@ -123,8 +123,8 @@ class Unseen:
 
 
 def test_fine_tuning_never_sees_a_forget_row(bench):
-    unseen = LossTerm(Unseen(), Unseen(), bench._terms["forget"].loss, -1, shuffled=False)
-    terms = bench._terms | {"forget": unseen}
+    unseen = LossTerm(Unseen(), Unseen(), bench._term("forget").loss, -1, shuffled=False)
+    terms = {"forget": unseen, "retain": bench._term("retain")}
     methods.set_weights(bench.model, bench._original)
     before = methods.weights_of(bench.model)
     lessons = [terms[role] for role in PASSES[Method.FT][1]]
@@ -170,7 +170,7 @@ def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
 
 
 def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
-    retain = bench._terms["retain"]
+    retain = bench._term("retain")
     first, second = (np.concatenate(retain.order(PLAN, epoch)) for epoch in (1, 2))
     assert sorted(set(first)) == list(range(40))
     assert len(first) == 48
@@ -178,12 +178,12 @@ def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
     assert [len(rows) for rows in retain.order(replace(PLAN, batch_size=64), 1)] == [40]
     other = replace(PLAN, seed=1)
     assert first.tolist() != np.concatenate(retain.order(other, 1)).tolist()
-    forget = [rows.tolist() for rows in bench._terms["forget"].order(PLAN, 2)]
+    forget = [rows.tolist() for rows in bench._term("forget").order(PLAN, 2)]
     assert [row for rows in forget for row in rows] == list(range(bench.times.manifest.forget.rows))
 
 
 def test_fewer_retain_rows_are_the_first_ones(bench, shared_world):
     block = DataBlock.open(shared_world.store, shared_world.manifest.retain)
-    pairs = replace(bench, plan=replace(PLAN, retain_rows=10))._terms["retain"]
+    pairs = replace(bench, plan=replace(PLAN, retain_rows=10))._term("retain")
     assert len(pairs.images) == 10
     assert (pairs.tokens == block.tokens[:10]).all()
