@@ -44,6 +44,7 @@ from slsgu_cli.errors import (
     first_lines,
     lacks_memory,
     near,
+    reason_of,
 )
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, InputSpec, ModelSpec
@@ -654,8 +655,8 @@ def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             config[tower] = {**config[tower]}
         return config, _defaults() | {**content.get("preprocess_cfg", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path} is not a valid open_clip configuration: {reason}") from error
+        what = f"{path} is not a valid open_clip configuration"
+        raise InputError(f"{what}: {reason_of(error)}") from error
 
 
 def _resolve_name(spec: ModelSpec) -> ResolvedModel:
