@@ -6,6 +6,7 @@ as long as oneDNN. So the linear layers of towers are applied by oneDNN where Py
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -178,28 +179,33 @@ def stretched_attention(
     attention, width = block.attn, x.shape[1]
     projected = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
-    q, k, v = states.unbind(1)
     mixed, leaving = [], []
     for stretch in stretches:
         if ends and stretch.beginning is None:
             continue
-        query, keys, values = stretch.of(q), stretch.with_beginning(k), stretch.with_beginning(v)
+        query = stretch.of(states[:, 0])
+        keys, values = stretch.with_beginning(states[:, 1:]).unbind(2)
         if ends:
             query = query[:, -1:]
             leaving.append(stretch.of(x)[:, -1])
         before = keys.shape[1] - query.shape[1]
-        visible = x.new_ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(before)
         after = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            visible if before and query.shape[1] > 1 else None,
+            _behind(before, query.shape[1], x.device) if before and query.shape[1] > 1 else None,
             is_causal=not before,
         )
         mixed.append(after.transpose(1, 2).reshape(-1, width))
     projected = linear(torch.cat(mixed), attention.out_proj.weight, attention.out_proj.bias)
     added: Tensor = block.ls_1(projected)
     return (torch.cat(leaving) if ends else x) + added
+
+
+@lru_cache(maxsize=256)
+def _behind(before: int, length: int, device: torch.device) -> Tensor:
+    """Return what each of `length` positions may look at, `before` ones lying before them."""
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
 def mlp_half(block: Any, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Layers and steps are chosen by some rows, and figures are reported of the others
 `rows_for`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -38,7 +39,7 @@ from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import Purpose, SetManifest
 from slsgu_cli.sources.captions import find_class
-from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.store.store import Store
 
 Ints = npt.NDArray[np.integer]
@@ -130,10 +131,10 @@ class _Measured:
                     ticker.advance(count)
             require_finite_elsewhere(self.model, self.text.token_table)
 
-    def stages(self, layers: Iterable[str], tower: Tower) -> list[int]:
-        """Return the stages that those of some layers act in first which are in a tower."""
-        of_tower = {name for name in layers if Layer.parse(name).tower is tower}
-        return sorted({self.tower(tower).stage_of(name) for name in of_tower})
+    def stages(self, layers: Iterable[str], tower: Tower) -> Counter[int]:
+        """Return the stages that layers of a tower act in first, and how many of them do."""
+        of_tower = (name for name in layers if Layer.parse(name).tower is tower)
+        return Counter(self.tower(tower).stage_of(name) for name in of_tower)
 
     def tower(self, tower: Tower) -> SplitTower:
         """Return the split form of a tower."""
@@ -142,33 +143,19 @@ class _Measured:
 
 @dataclass(slots=True)
 class Evaluation(_Measured):
-    """Everything the search measures on. `forget` holds the images of the concept.
-
-    `training` are images of the forget set, beside few others to choose by.
-    """
+    """Everything the search measures on. `forget` holds the images of the concept."""
 
     forget: EvaluationSet
     utility: dict[str, EvaluationSet]
-    training: EvaluationSet | None = None
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
         """Return the concept's images, and all others."""
-        return self.shown, list(self.utility.values())
-
-    @property
-    def shown(self) -> list[EvaluationSet]:
-        """The images of the concept, with the same classes and prompts."""
-        return [self.forget, *([self.training] if self.training else [])]
-
-    def base_forget_accuracy(self) -> Accuracy:
-        """Return how often the original model recognises the concept."""
-        return self.forget.accuracy_of(torch.cat([group.base_ranks() for group in self.shown]))
+        return [self.forget], list(self.utility.values())
 
     def base_gap(self) -> float:
         """Return by how much the original model has the name below the fifth best other."""
-        features = torch.cat([group.images.features for group in self.shown])
-        labels = torch.cat([group.images.labels for group in self.shown])
-        return least_gap(features @ self.forget.prompts.embeddings.T, labels)
+        images = self.forget.images
+        return least_gap(images.features @ self.forget.prompts.embeddings.T, images.labels)
 
 
 @dataclass(slots=True)
@@ -176,15 +163,14 @@ class SharedEvaluation(_Measured):
     """A model and the evaluation sets that several concepts are measured on.
 
     `sets` have all their rows. `forget` has the images of each concept, by the name of its
-    set: part of one of `sets`, or the forget set's own where no evaluation set knows it.
-    `training` has images of the forget set, for concepts of few others to choose by.
+    set: part of one of `sets`, or the forget set's own where no evaluation set knows it. Of
+    the forget set are some as well where there are few others to choose by.
     """
 
     sets: dict[str, EvaluationSet]
     forget: dict[str, EvaluationSet]
-    training: dict[str, EvaluationSet]
     # The stages that edits of a concept resume from, and the bytes for its images.
-    _resumed: tuple[Sequence[int], int] = field(init=False, default=((), 0))
+    _resumed: tuple[Mapping[int, int], int] = field(init=False, default_factory=lambda: ({}, 0))
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
         """Return no concept's images, which each search runs over again, and all images."""
@@ -195,7 +181,7 @@ class SharedEvaluation(_Measured):
         names, concepts = list(layers), cache_bytes // OF_CONCEPT
         _Measured.base_pass(self, names, cache_bytes=cache_bytes - concepts)
         self._resumed = self.stages(names, Tower.VISION), concepts
-        groups = [*self.forget.values(), *self.training.values()]
+        groups = list(self.forget.values())
         of_sets = {id(group.prompts) for group in self.sets.values()}
         others = {id(g.prompts): g.prompts for g in groups if id(g.prompts) not in of_sets}
         with torch.no_grad(), naming_layers(self.model):
@@ -207,12 +193,8 @@ class SharedEvaluation(_Measured):
                 if part is not None:
                     group.images = part
                     continue
-                for _ in group.images.base_pass((), CacheBudget(0)):
+                for _ in group.images.base_pass({}, CacheBudget(0)):
                     pass
-
-    def shown(self, name: str) -> list[EvaluationSet]:
-        """Return the images of the concept of a set."""
-        return [self.forget[name], *([self.training[name]] if name in self.training else [])]
 
     def of(
         self, manifest: SetManifest, *, beside: Sequence[SetManifest] = (), resumed: bool = False
@@ -223,16 +205,13 @@ class SharedEvaluation(_Measured):
         for as long as these are in use. Raises InputError.
         """
         forget, utility = self.forget[manifest.name], self.utility([manifest, *beside])
-        training = self.training.get(manifest.name)
-        (stages, size), shown = self._resumed, [forget, *([training] if training else [])]
+        stages, size = self._resumed
         if resumed and stages and size:
-            budget = CacheBudget(size)
-            shown = [replace(group, images=replace(group.images)) for group in shown]
+            forget = replace(forget, images=replace(forget.images))
             with torch.no_grad():
-                for group in shown:
-                    for _ in group.images.base_pass(stages, budget):
-                        pass
-        return Evaluation(self.model, self.vision, self.text, shown[0], utility, *shown[1:])
+                for _ in forget.images.base_pass(stages, CacheBudget(size)):
+                    pass
+        return Evaluation(self.model, self.vision, self.text, forget, utility)
 
     def utility(self, manifests: Sequence[SetManifest]) -> dict[str, EvaluationSet]:
         """Return the sets without the images that show any of the concepts. Raises InputError."""
@@ -324,14 +303,7 @@ def prepare_shared(
     opening = _Opening(store, first, model, tokenize, device, purpose)
     sets = {name: opening.evaluation_set(name) for name in sorted(first.evals)}
     forget = {manifest.name: opening.concept(manifest, sets) for manifest in manifests}
-    training = {
-        manifest.name: opening.training(manifest, forget[manifest.name])
-        for manifest in manifests
-        if purpose is Purpose.CHOOSE
-        and concept_is_dealt(store, manifest)
-        and len(forget[manifest.name].images) < ENOUGH_TO_CHOOSE
-    }
-    return SharedEvaluation(model, opening.vision, opening.text, sets, forget, training)
+    return SharedEvaluation(model, opening.vision, opening.text, sets, forget)
 
 
 @dataclass(slots=True)
@@ -364,7 +336,8 @@ class _Opening:
         """Return the images of a concept that serve the purpose.
 
         Where there are too few to deal, all of them are chosen by and reported on; where no
-        evaluation set knows the concept, the forget set's own images are.
+        evaluation set knows the concept, the forget set's own images are. Where there are few
+        to choose by, images of the forget set, drawn by seed, make them enough.
         """
         shown = concept_rows(self.store, manifest, self.purpose)
         if shown is None or manifest.forget_eval is None:
@@ -375,20 +348,18 @@ class _Opening:
             images = self.images(block, np.arange(block.rows), labels)
             return EvaluationSet(images, self.prompts(prompted, names), names)
         block, rows, unseen = shown
-        group = sets[manifest.forget_eval]
-        images = self.images(block, rows, block.labels[rows])
+        group, labels = sets[manifest.forget_eval], block.labels[rows]
+        images = self.images(block, rows, labels)
+        few = self.purpose is Purpose.CHOOSE and len(rows) < ENOUGH_TO_CHOOSE
+        if few and concept_is_dealt(self.store, manifest):
+            own = DataBlock.open(self.store, manifest.forget)
+            order = np.random.default_rng(manifest.seed).permutation(own.rows)
+            drawn = np.sort(order[: ENOUGH_TO_CHOOSE - len(rows)])
+            joined = JoinedRows(((block, rows), (own, drawn)))
+            images = self.images(joined, np.arange(joined.rows), np.resize(labels, joined.rows))
         return EvaluationSet(images, group.prompts, group.names, unseen)
 
-    def training(self, manifest: SetManifest, concept: EvaluationSet) -> EvaluationSet:
-        """Return images of the forget set, drawn by seed, that make enough to choose by."""
-        block = DataBlock.open(self.store, manifest.forget)
-        wanted = ENOUGH_TO_CHOOSE - len(concept.images)
-        order = np.random.default_rng(manifest.seed).permutation(block.rows)
-        rows = np.sort(order[:wanted])
-        labels = np.full(len(rows), int(concept.images.labels[0]))
-        return EvaluationSet(self.images(block, rows, labels), concept.prompts, concept.names)
-
-    def images(self, block: DataBlock, rows: Ints, labels: Ints) -> ImageSide:
+    def images(self, block: DataBlock | JoinedRows, rows: Ints, labels: Ints) -> ImageSide:
         """Return some rows of a block as images with labels."""
         labelled = to_tokens(labels, self.device)
         return ImageSide(self.vision, block, rows, labelled, self.normalize)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
-from slsgu_cli.clip.towers import OpenClipText, SplitTower
+from slsgu_cli.clip.towers import EMBED, OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
 from slsgu_cli.store.files import cores, prefetch
@@ -97,36 +97,39 @@ class Activations:
         self._rows[freed], self._keys[freed] = rows[entering], keys[entering]
 
 
-def room_for_all(
-    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget
+def room(
+    entering: Mapping[int, Tensor],
+    rows: int,
+    budget: CacheBudget,
+    resumed: Mapping[int, int],
+    share: float = 1.0,
 ) -> dict[int, Activations]:
-    """Make room for all of `rows` rows where it is left, at the deepest stages first.
+    """Make room at stages for as many of `rows` rows as fit into a share of what is left.
 
-    `entering` is what enters each stage, for some rows. The deepest save the most.
+    `entering` is what enters each stage, for some rows, and `resumed` says how many edits resume
+    there. Stages that save the most for their bytes come first, each for all rows: a row that is
+    kept nowhere runs from the start, one that is kept a few stages before an edit only from there.
     """
-    return {
-        stage: Activations(rows, rows, entering[stage])
-        for stage in sorted(entering, reverse=True)
-        if budget.take(rows * entering[stage][0].nbytes)
-    }
-
-
-def room_for_some(
-    entering: Mapping[int, Tensor], rows: int, budget: CacheBudget, share: float
-) -> dict[int, Activations]:
-    """Divide a share of what is left evenly among the stages, each for as many rows as fit.
-
-    What a stage needs less is left to the others.
-    """
-    kept, left = {}, int(budget.left * share)
-    stages = sorted(entering, key=lambda stage: entering[stage][0].nbytes)
-    for index, stage in enumerate(stages):
-        size = entering[stage][0].nbytes
-        room = min(rows, left // (len(stages) - index) // size)
-        left -= room * size
-        if room and budget.take(room * size):
-            kept[stage] = Activations(rows, room, entering[stage])
+    kept: dict[int, Activations] = {}
+    left, waiting = int(budget.left * share), {stage: x[0].nbytes for stage, x in entering.items()}
+    while waiting:
+        saved = {stage: _saved(stage, kept, resumed) / size for stage, size in waiting.items()}
+        stage = max(waiting, key=lambda each: (saved[each], each))
+        size = waiting.pop(stage)
+        count = min(rows, left // size)
+        if count and budget.take(count * size):
+            left -= count * size
+            kept[stage] = Activations(rows, count, entering[stage])
     return kept
+
+
+def _saved(stage: int, kept: Iterable[int], resumed: Mapping[int, int]) -> int:
+    """Return how many stages of a row edits run less where what enters `stage` is kept, too."""
+    return sum(
+        count * max(0, stage - max((each for each in kept if each <= at), default=EMBED))
+        for at, count in resumed.items()
+        if at >= stage
+    )
 
 
 def reset_peak(device: str) -> None:

@@ -1,6 +1,6 @@
 """Zero-shot classification with weights that may be edited, and its figures."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,14 +21,13 @@ from slsgu_cli.clip.inputs import (
     by_beginning,
     by_length,
     packed,
-    room_for_all,
-    room_for_some,
+    room,
     spans,
     staged,
 )
 from slsgu_cli.clip.towers import EMBED, SplitTower
 from slsgu_cli.errors import NotFiniteError, listed
-from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.store.files import prefetch
 
 Ints = npt.NDArray[np.integer]
@@ -242,7 +241,7 @@ class PromptSide:
                 _Prompts(rows, self.tower, self.tower.trim(self.tokens[rows])) for rows in groups
             ]
 
-    def base_pass(self, stages: Sequence[int], budget: CacheBudget) -> None:
+    def base_pass(self, stages: Collection[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
         features, groups = [], processes.dealt(self._groups)
         turns = in_step(self.tower, [(EMBED, ()) for _ in groups], self._run_along)
@@ -288,14 +287,14 @@ class PromptSide:
 
 @dataclass(slots=True)
 class ImageSide:
-    """Some labelled rows of a data block, and their image features.
+    """Some labelled rows of data blocks, and their image features.
 
     Features of the original model may be `known` before it runs. Nothing runs then, and what
     enters stages is kept of rows as they are looked at.
     """
 
     tower: SplitTower
-    block: DataBlock
+    block: DataBlock | JoinedRows
     rows: Ints
     labels: Tensor
     normalize: Pixels
@@ -338,15 +337,16 @@ class ImageSide:
 
     def base_pass(
         self,
-        stages: Sequence[int],
+        stages: Mapping[int, int],
         budget: CacheBudget,
         classes: Tensor | None = None,
         share: float = 1.0,
     ) -> Iterator[int]:
         """Compute the features, keeping what enters `stages`; yield rows as they are done.
 
-        Of a stage, all rows are kept or none. With class embeddings, those are kept that
-        the model is least certain of, as many as fit into a share of the budget.
+        How many edits will resume at each stage says which are worth their bytes, of a share
+        of the budget. Where not all rows fit, those are kept that a model with these class
+        embeddings is least certain of.
         """
         mine = (self._own >= 0).nonzero().squeeze(1)
         self._kept, self._leads = {}, None
@@ -361,10 +361,8 @@ class ImageSide:
         for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
             entering, outputs = _through(self.tower, pixels, stages)
             features.append(outputs)
-            if start == 0 and classes is None:
-                self._kept = room_for_all(entering, len(mine), budget)
-            elif start == 0:
-                self._kept = room_for_some(entering, len(mine), budget, share)
+            if start == 0:
+                self._kept = room(entering, len(mine), budget, stages, share)
             if self._kept:
                 labels = self.labels[mine[start : start + len(pixels)]]
                 lead = torch.zeros_like(labels, dtype=torch.float)
@@ -380,7 +378,7 @@ class ImageSide:
     def _make_room(
         self,
         mine: Tensor,
-        stages: Sequence[int],
+        stages: Mapping[int, int],
         budget: CacheBudget,
         classes: Tensor,
         share: float,
@@ -392,7 +390,7 @@ class ImageSide:
             return
         for _, pixels in self._pixels(mine[:1]):
             entering, _ = _through(self.tower, pixels, stages)
-            self._kept = room_for_some(entering, len(mine), budget, share)
+            self._kept = room(entering, len(mine), budget, stages, share)
         self._leads = margins(self.features[mine] @ classes.T, self.labels[mine])
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
@@ -486,7 +484,7 @@ def in_order(features: list[Tensor], rows: list[Tensor], device: str) -> Tensor:
 
 
 def _through(
-    tower: SplitTower, inputs: Tensor, stages: Sequence[int]
+    tower: SplitTower, inputs: Tensor, stages: Iterable[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Return what enters each of `stages` behind the embedding, and the features."""
     entering: dict[int, Tensor] = {}

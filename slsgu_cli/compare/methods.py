@@ -239,10 +239,9 @@ def forget_accuracy(evaluation: Evaluation) -> Accuracy:
     """Return how often the concept is recognised by the model as it is now."""
     with torch.no_grad():
         evaluation.forget.prompts.base_pass((), CacheBudget(0))
-        for group in evaluation.shown:
-            for _ in group.images.base_pass((), CacheBudget(0)):
-                pass
-        return evaluation.base_forget_accuracy()
+        for _ in evaluation.forget.images.base_pass({}, CacheBudget(0)):
+            pass
+        return evaluation.forget.base_accuracy()
 
 
 def figures_of(evaluation: Evaluation) -> Figures:
@@ -250,7 +249,7 @@ def figures_of(evaluation: Evaluation) -> Figures:
     with progress.silent():
         evaluation.base_pass((), cache_bytes=0)
     kept = {name: group.base_accuracy() for name, group in evaluation.utility.items()}
-    return Figures(evaluation.base_forget_accuracy(), kept)
+    return Figures(evaluation.forget.base_accuracy(), kept)
 
 
 def weights_of(model: nn.Module) -> Weights:

@@ -306,7 +306,7 @@ class _Measured:
         for strength in STRENGTHS:
             with self._in_place(reported, ranks, strength) as model:
                 figures += [
-                    StrengthFigures(strength, plan.name, model.left(*reported.shown(plan.name))[0])
+                    StrengthFigures(strength, plan.name, model.left(reported.forget[plan.name])[0])
                     for plan in self.plans
                 ]
         return tuple(figures)
@@ -316,7 +316,7 @@ class _Measured:
         left = {}
         with self._in_place(self.shared, ranks, 1.0) as model:
             for header in (edit.header for edit in self.edits):
-                accuracy, gap = model.left(*self.shared.shown(set_of(header.name)))
+                accuracy, gap = model.left(self.shared.forget[set_of(header.name)])
                 steer = header.steer or Steer.FA1
                 left[header.name] = left_of(accuracy, gap, steer, header.margin)
         return left

@@ -519,7 +519,7 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         precision=options.precision,
         steer=options.steer,
         margin=options.margin if options.steer is Steer.MARGIN else None,
-        baseline_forget=evaluation.base_forget_accuracy(),
+        baseline_forget=evaluation.forget.base_accuracy(),
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
         version=slsgu_cli.__version__,

@@ -117,28 +117,27 @@ class Probe:
 
     def measure(self, step: float) -> Trial:
         """Return how well the concept is still recognised after a step; utility is left out."""
-        logits = self._forget_logits(step)
-        labels = torch.cat([group.images.labels for group in self.evaluation.shown])
+        forget, logits = self.evaluation.forget, self._forget_logits(step)
+        labels = forget.images.labels
         return Trial(
             layer=self.score.layer,
             tower=self.score.tower,
             ridge=self.ridge,
             step=step,
             share=step * self.norm / self.score.weight_norm,
-            forget=self.evaluation.forget.accuracy_of(ranks_of_truth(logits, labels)),
+            forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
             gap=least_gap(logits, labels),
             utility=None,
         )
 
     def _forget_logits(self, step: float) -> Tensor:
         """Return the cosines of the forget images with all names after a step."""
-        groups, prompts = self.evaluation.shown, self.evaluation.forget.prompts
+        images, prompts = self.evaluation.forget.images, self.evaluation.forget.prompts
         with self.stepped(step):
             if self.score.tower is Tower.VISION:
-                features = torch.cat([group.images.after_edit(self.stage) for group in groups])
-                return features @ prompts.embeddings.T
+                return images.after_edit(self.stage) @ prompts.embeddings.T
             embeddings = self._embeddings[step] = prompts.after_edit(self.stage)
-        return torch.cat([group.images.features for group in groups]) @ embeddings.T
+        return images.features @ embeddings.T
 
     def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
         """Return the classes after a step of a text layer, which must be in place."""
@@ -404,16 +403,14 @@ class MovedModel:
             for name, group in groups.items()
         }
 
-    def left(self, *groups: EvaluationSet) -> tuple[Accuracy, float]:
+    def left(self, group: EvaluationSet) -> tuple[Accuracy, float]:
         """Return the accuracy on the images of a concept, and the concept's gap."""
-        logits, labels = self.cosines(*groups)
-        return groups[0].accuracy_of(ranks_of_truth(logits, labels)), least_gap(logits, labels)
+        logits, labels = self.cosines(group)
+        return group.accuracy_of(ranks_of_truth(logits, labels)), least_gap(logits, labels)
 
-    def cosines(self, *groups: EvaluationSet) -> tuple[Tensor, Tensor]:
-        """Return the cosines of a concept's images with all names, and its label for each."""
-        features = torch.cat([self.features(group.images) for group in groups])
-        labels = torch.cat([group.images.labels for group in groups])
-        return features @ self.classes(groups[0].prompts).T, labels
+    def cosines(self, group: EvaluationSet) -> tuple[Tensor, Tensor]:
+        """Return the cosines of images with all names, and the label of each."""
+        return self.features(group.images) @ self.classes(group.prompts).T, group.images.labels
 
     def features(self, images: ImageSide) -> Tensor:
         """Return the features of images."""
@@ -461,7 +458,7 @@ class EarlierConcepts:
     def _left(self, model: MovedModel) -> dict[str, float]:
         left = {}
         for header in (edit.header for edit in self.edits):
-            accuracy, gap = model.left(*self.evaluation.shown(set_of(header.name)))
+            accuracy, gap = model.left(self.evaluation.forget[set_of(header.name)])
             steer = header.steer or Steer.FA1
             left[header.name] = left_of(accuracy, gap, steer, header.margin or 0.0)
         return left

@@ -234,6 +234,39 @@ def _location(store: Store, path: str) -> LocalStore | FsspecStore:
     return FsspecStore(fs, read_only=True, path=full)
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Some rows of several blocks, whose images are of one size, one block behind another."""
+
+    parts: tuple[tuple[DataBlock, npt.NDArray[np.integer[Any]]], ...]
+
+    @property
+    def where(self) -> str:
+        """Where the blocks lie."""
+        return " and ".join(block.where for block, _ in self.parts)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(len(rows) for _, rows in self.parts)
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each row; empty where it has none."""
+        return [block.captions[row] for block, rows in self.parts for row in rows]
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
+        """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3)."""
+        wanted, taken, start = np.asarray(indices, dtype=np.int64), [], 0
+        order = np.argsort(wanted, kind="stable")
+        for block, rows in self.parts:
+            there = wanted[order] - start
+            taken.append(block.take(rows[there[(there >= 0) & (there < len(rows))]]))
+            start += len(rows)
+        pixels: Pixels = np.concatenate(taken)[np.argsort(order)]
+        return pixels
+
+
 @contextmanager
 def _undamaged(where: str) -> Iterator[None]:
     try:

@@ -301,10 +301,10 @@ class JointSearchRun:
         """Return what moves in place leave and cost; with its slopes where grad is enabled."""
         forget, gap, recognised = {}, {}, []
         for move in moves:
-            groups = self.evaluation.shown(move.name)
-            logits, labels = model.cosines(*groups)
+            group = self.evaluation.forget[move.name]
+            logits, labels = model.cosines(group)
             recognised.append(self.cost.recognised(logits, labels))
-            forget[move.name] = groups[0].accuracy_of(ranks_of_truth(logits.detach(), labels))
+            forget[move.name] = group.accuracy_of(ranks_of_truth(logits.detach(), labels))
             gap[move.name] = least_gap(logits.detach(), labels)
         cost = torch.stack(recognised).mean() + self.cost.of_kept(model)
         slopes = self._slopes(moves, cost) if torch.is_grad_enabled() else None

@@ -218,7 +218,7 @@ class ModelUnderTest:
         """
         for group in self.whole.values():
             if not hasattr(group.images, "features"):
-                for _ in group.images.base_pass((), CacheBudget(0)):
+                for _ in group.images.base_pass({}, CacheBudget(0)):
                     pass
         return self.whole
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slsgu_cli.clip.evaluation import EvaluationSet
 from slsgu_cli.clip.towers import EMBED
 from slsgu_cli.compare.methods import BETAS, EPSILON, LARGEST_LOGIT_SCALE
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import NEW, OWN, Attack, Curve, Point, Settings
-from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.verification.model import ModelUnderTest, Training, Utility, altered
 
 Rows = npt.NDArray[np.integer]
@@ -235,7 +236,8 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     concept, they are images of other classes. A side of one pair cannot be attacked.
     """
     forget, retain = model.forget, model.retain
-    name, block, rows = _outside(model, settings)
+    name, group, count = _outside(model, settings)
+    block, rows = group.images.block, group.images.rows[:count]
     drawn = np.random.default_rng(settings.seed).permutation(retain.rows)[: settings.rows]
     retained = np.sort(drawn)
     captions = [block.captions[row] for row in rows]
@@ -244,7 +246,7 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     else:
         # Other pairs without captions get prompts; then the members get theirs too, or
         # the wording alone would tell the two apart.
-        words = _prompts(model, [block.class_names[block.labels[row]] for row in rows])
+        words = _prompts(model, [group.names[label] for label in group.images.labels[:count]])
         members_words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
     sides = (
         (name, members_words, block, rows, words),
@@ -272,13 +274,11 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     return attacks
 
 
-def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, DataBlock, Rows]:
-    """Return what stands for data outside the forget set, and its rows."""
-    group = model.evaluation.forget
+def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, EvaluationSet, int | None]:
+    """Return what stands for data outside the forget set, and how many of its images if not all."""
     if model.manifest.forget_eval is not None:
-        return HELD_OUT, group.images.block, group.images.rows
-    first = next(iter(model.evaluation.utility.values())).images
-    return OTHERS, first.block, first.rows[: settings.rows]
+        return HELD_OUT, model.evaluation.forget, None
+    return OTHERS, next(iter(model.evaluation.utility.values())), settings.rows
 
 
 def _prompts(model: ModelUnderTest, names: Sequence[str]) -> npt.NDArray[np.int32]:
@@ -286,7 +286,11 @@ def _prompts(model: ModelUnderTest, names: Sequence[str]) -> npt.NDArray[np.int3
 
 
 def _figures(
-    model: ModelUnderTest, block: DataBlock, rows: Rows, tokens: npt.NDArray[np.integer], size: int
+    model: ModelUnderTest,
+    block: DataBlock | JoinedRows,
+    rows: Rows,
+    tokens: npt.NDArray[np.integer],
+    size: int,
 ) -> dict[str, Values]:
     """Return the cosine and the contrastive loss of each pair, in mini-batches of `size`.
 

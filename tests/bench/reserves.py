@@ -70,11 +70,7 @@ class Length:
 def concept_gaps(evaluation: Evaluation, probe: Probe, step: float) -> Tensor:
     """Return by how much the name is below the fifth best other, for each concept image."""
     with moved_model(evaluation, [(probe, step)]) as model:
-        logits = [
-            model.features(group.images) @ model.classes(group.prompts).T
-            for group in evaluation.shown
-        ]
-    return gaps(torch.cat(logits), torch.cat([group.images.labels for group in evaluation.shown]))
+        return gaps(*model.cosines(evaluation.forget))
 
 
 def expected(meter: UtilityMeter, probe: Probe, step: float) -> float:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from slsgu_cli.clip.inputs import Activations, CacheBudget, room_for_all, room_for_some
+from slsgu_cli.clip.inputs import Activations, CacheBudget, room
 
 ROWS = 100
 
@@ -40,26 +42,52 @@ def test_rows_without_a_key_are_left_out_and_harm_none():
 POOLED, WHOLE = 8 * 4 * ROWS, 50 * 8 * 4 * ROWS
 
 
-def rooms(make_room, size, *share):
+# Of edits many resume at the head, some before stage 9, and few at stage 2.
+RESUMED = {2: 1, 9: 2, 12: 4}
+
+
+def rooms(size, share=1.0, resumed=RESUMED):
     entering = {2: torch.zeros(7, 50, 8), 9: torch.zeros(7, 50, 8), 12: torch.zeros(7, 8)}
+    entering = {stage: entering[stage] for stage in resumed}
     budget = CacheBudget(size)
-    kept = make_room(entering, ROWS, budget, *share)
+    kept = room(entering, ROWS, budget, resumed, share)
     assert budget.left == size - sum(one.values.nbytes for one in kept.values())
     return {stage: len(one.values) for stage, one in kept.items()}
 
 
-def test_a_budget_is_divided_among_stages():
-    assert rooms(room_for_some, POOLED + 2 * WHOLE, 1.0) == {2: ROWS, 9: ROWS, 12: ROWS}
-    # What enters the head is small and kept of all rows; the rest is shared evenly.
-    half = {2: ROWS // 2, 9: ROWS // 2, 12: ROWS}
-    assert rooms(room_for_some, POOLED + WHOLE, 1.0) == half
-    assert rooms(room_for_some, 2 * (POOLED + WHOLE), 0.5) == half
-    assert rooms(room_for_some, 3 * 8 * 4 - 1, 1.0) == {}
-    assert rooms(room_for_some, 0, 1.0) == {}
+def test_stages_that_save_the_most_are_kept_of_all_rows():
+    assert rooms(POOLED + 2 * WHOLE) == {2: ROWS, 9: ROWS, 12: ROWS}
+    assert rooms(POOLED + WHOLE) == {9: ROWS, 12: ROWS}
+    assert rooms(2 * (POOLED + WHOLE), 0.5) == {9: ROWS, 12: ROWS}
+    # With so many edits at stage 2, what enters it saves more: 9 of theirs run from there, too.
+    assert rooms(POOLED + WHOLE, resumed={2: 40, 9: 2, 12: 4}) == {2: ROWS, 12: ROWS}
 
 
-def test_all_rows_are_kept_at_the_deepest_stages_that_fit():
-    assert rooms(room_for_all, POOLED + 2 * WHOLE) == {2: ROWS, 9: ROWS, 12: ROWS}
-    assert rooms(room_for_all, 2 * WHOLE - 1) == {9: ROWS, 12: ROWS}
-    assert rooms(room_for_all, WHOLE) == {12: ROWS}
-    assert rooms(room_for_all, POOLED - 1) == {}
+def test_of_the_last_stage_that_fits_some_rows_are_kept():
+    assert rooms(POOLED + WHOLE + WHOLE // 2) == {2: ROWS // 2, 9: ROWS, 12: ROWS}
+    assert rooms(POOLED + WHOLE // 4) == {9: ROWS // 4, 12: ROWS}
+    assert rooms(POOLED // 2) == {12: ROWS // 2}
+    assert rooms(8 * 4 - 1) == {}
+    assert rooms(0) == {}
+
+
+def plain_saving(kept, resumed):
+    """Return how many stages all edits run of a row, each from the deepest kept one before it."""
+    return -sum(
+        count * (at - max([stage for stage in kept if stage <= at], default=-1))
+        for at, count in resumed.items()
+    )
+
+
+@given(
+    st.dictionaries(st.integers(0, 20), st.integers(1, 9), min_size=1, max_size=9),
+    st.integers(1, 9),
+)
+def test_no_other_stage_would_save_more_than_the_next_one(resumed, fit):
+    entering = {stage: torch.zeros(2, 3) for stage in resumed}
+    kept = list(room(entering, ROWS, CacheBudget(fit * ROWS * 12), resumed))
+    assert len(kept) == min(fit, len(resumed))
+    for place, stage in enumerate(kept):
+        before = kept[:place]
+        savings = {s: plain_saving([*before, s], resumed) for s in set(resumed) - set(before)}
+        assert savings[stage] == max(savings.values())

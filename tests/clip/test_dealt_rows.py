@@ -12,7 +12,7 @@ from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Purpose
-from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.blocks import DataBlock, JoinedRows
 
 LAYERS = ["visual.proj", "transformer.resblocks.1.attn.out_proj.weight"]
 
@@ -26,7 +26,9 @@ def opened(world, purpose):
 
 
 def keys(group):
-    return {group.images.block.keys[row] for row in group.images.rows}
+    block, rows = group.images.block, group.images.rows
+    parts = block.parts if isinstance(block, JoinedRows) else [(block, rows)]
+    return {block.keys[row] for block, rows in parts for row in rows}
 
 
 @given(
@@ -56,14 +58,27 @@ def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
         assert not keys(one) & keys(other)
         assert (one.unseen, other.unseen) == (False, True)
     whole = DataBlock.open(world.store, world.manifest.evals["first"])
-    seen = keys(choose.forget) | keys(report.forget)
+    (block, dealt), _ = choose.forget.images.block.parts
+    assert block.where == whole.where
+    seen = {whole.keys[row] for row in dealt} | keys(report.forget)
     seen |= keys(choose.utility["first"]) | keys(report.utility["first"])
     assert seen == set(whole.keys)
-    assert report.training is None
+
+
+def test_few_images_to_choose_by_are_joined_by_some_of_the_forget_set(world):
+    world.build(report_share=0.5)
+    images = opened(world, Purpose.CHOOSE).forget.images
+    (block, dealt), (own, drawn) = images.block.parts
     forget = DataBlock.open(world.store, world.manifest.forget)
-    assert keys(choose.training) <= set(forget.keys)
-    shown = sum(len(group.images) for group in choose.shown)
-    assert shown == min(ENOUGH_TO_CHOOSE, len(choose.forget.images) + forget.rows)
+    assert own.where == forget.where
+    assert len(set(drawn.tolist())) == len(drawn)
+    assert len(images) == min(ENOUGH_TO_CHOOSE, len(dealt) + forget.rows)
+    whole = np.concatenate([block.take(dealt), own.take(drawn)])
+    for rows in (images.rows, images.rows[::-1], images.rows[[0, -1, 0]], images.rows[:0]):
+        np.testing.assert_array_equal(images.block.take(rows), whole[rows])
+    with pytest.raises(IndexError):
+        images.block.take([len(images)])
+    assert not isinstance(opened(world, Purpose.REPORT).forget.images.block, JoinedRows)
 
 
 def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
