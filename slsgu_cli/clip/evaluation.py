@@ -49,7 +49,7 @@ Ints = npt.NDArray[np.integer]
 ENOUGH_TO_CHOOSE = 12
 
 # Of what may be kept, this part is for the images of the concept that is searched.
-OF_CONCEPT = 4
+OF_CONCEPT = 8
 
 
 @dataclass(slots=True)

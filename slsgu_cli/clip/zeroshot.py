@@ -466,7 +466,11 @@ class ImageSide:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""
         wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
         ranges = spans(len(wanted), ROWS_PER_FORWARD[self.labels.device.type])
-        read = prefetch(lambda span: staged(self.block.take(wanted[slice(*span)]), device), ranges)
+
+        def take(span: tuple[int, int]) -> Tensor:
+            return staged(self.block.take(wanted[slice(*span)]), device)
+
+        read = prefetch(take, ranges) if len(ranges) > 1 else map(take, ranges)
         for (start, _), images in zip(ranges, read, strict=True):
             yield start, self.normalize(images)
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 FEATURES_REVISION = 1
 
 # Bytes of activations on a CPU beyond which little is saved, for one search or a hundred.
-ENOUGH_TO_KEEP = 1 << 30
+ENOUGH_TO_KEEP = 3 << 28
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,9 +234,9 @@ def _location(store: Store, path: str) -> LocalStore | FsspecStore:
     return FsspecStore(fs, read_only=True, path=full)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JoinedRows:
-    """Some rows of several blocks, whose images are of one size, one block behind another."""
+    """A few rows of several blocks, one block behind another; their images stay in memory."""
 
     parts: tuple[tuple[DataBlock, npt.NDArray[np.integer[Any]]], ...]
 
@@ -257,14 +257,11 @@ class JoinedRows:
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
         """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3)."""
-        wanted, taken, start = np.asarray(indices, dtype=np.int64), [], 0
-        order = np.argsort(wanted, kind="stable")
-        for block, rows in self.parts:
-            there = wanted[order] - start
-            taken.append(block.take(rows[there[(there >= 0) & (there < len(rows))]]))
-            start += len(rows)
-        pixels: Pixels = np.concatenate(taken)[np.argsort(order)]
-        return pixels
+        return self._images[np.asarray(indices, dtype=np.int64)]
+
+    @cached_property
+    def _images(self) -> Pixels:
+        return np.concatenate([block.take(rows) for block, rows in self.parts])
 
 
 @contextmanager
