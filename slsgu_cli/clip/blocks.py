@@ -4,6 +4,7 @@ PyTorch leaves products in fp32 on a CPU to MKL, which on processors of AMD take
 as long as oneDNN. So the linear layers of towers are applied by oneDNN where PyTorch has it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+# oneDNN keeps what it makes for a product of every number of rows, up to 0.4 MB each: of the last
+# 1,024 unless told otherwise before the first one, and gradients of many concepts have as many.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # What oneDNN takes; a weight in shards is of another type.
 PLAIN = (Tensor, nn.Parameter)

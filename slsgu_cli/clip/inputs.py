@@ -3,6 +3,7 @@
 Within that, what enters stages of towers is kept. Prompts are packed by what they begin with alike.
 """
 
+import ctypes
 import hashlib
 import io
 import os
@@ -34,6 +35,9 @@ Pixels = Callable[[Images | Tensor], Tensor]
 
 # Fewer prompts than this do not begin apart from others.
 LEAST_ALIKE = 8
+
+# What enters a stage is kept where it saves this share of what edits run up to theirs.
+LEAST_SAVED = 0.02
 
 # Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
 IN_CACHE = 2048
@@ -109,15 +113,17 @@ def room(
     `entering` is what enters each stage, for some rows, and `resumed` says how many edits resume
     there. Stages that save the most for their bytes come first, each for all rows: a row that is
     kept nowhere runs from the start, one that is kept a few stages before an edit only from there.
+    What saves next to nothing beside those is not kept.
     """
     kept: dict[int, Activations] = {}
     left, waiting = int(budget.left * share), {stage: x[0].nbytes for stage, x in entering.items()}
+    from_start = sum(count * (stage - EMBED) for stage, count in resumed.items())
     while waiting:
-        saved = {stage: _saved(stage, kept, resumed) / size for stage, size in waiting.items()}
-        stage = max(waiting, key=lambda each: (saved[each], each))
+        saved = {stage: _saved(stage, kept, resumed) for stage in waiting}
+        stage = max(waiting, key=lambda each: (saved[each] / waiting[each], each))
         size = waiting.pop(stage)
         count = min(rows, left // size)
-        if count and budget.take(count * size):
+        if count and saved[stage] >= LEAST_SAVED * from_start and budget.take(count * size):
             left -= count * size
             kept[stage] = Activations(rows, count, entering[stage])
     return kept
@@ -130,6 +136,12 @@ def _saved(stage: int, kept: Iterable[int], resumed: Mapping[int, int]) -> int:
         for at, count in resumed.items()
         if at >= stage
     )
+
+
+def return_memory() -> None:
+    """Return to the system what is free and what the C library would keep, as glibc does."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: str) -> None:

@@ -359,7 +359,7 @@ class ImageSide:
         chunks = spans(len(mine), ROWS_PER_FORWARD[self.labels.device.type])
         turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
         for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
-            entering, outputs = _through(self.tower, pixels, stages)
+            entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
             features.append(outputs)
             if start == 0:
                 self._kept = room(entering, len(mine), budget, stages, share)

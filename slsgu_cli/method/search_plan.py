@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 FEATURES_REVISION = 1
 
 # Bytes of activations on a CPU beyond which little is saved, for one search or a hundred.
-ENOUGH_TO_KEEP = 3 << 28
+ENOUGH_TO_KEEP = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +273,11 @@ def share_evaluation(
 
     The edits that the plans stand on are in it.
     """
+    from slsgu_cli.clip.inputs import return_memory
     from slsgu_cli.method.trial import add_edits
 
     first = plans[0]
+    return_memory()
     _, module = load_graded(
         first.manifest, first.pointer, first.options.device, shard=first.options.shard
     )
