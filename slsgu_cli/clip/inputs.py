@@ -36,9 +36,6 @@ Pixels = Callable[[Images | Tensor], Tensor]
 # Fewer prompts than this do not begin apart from others.
 LEAST_ALIKE = 8
 
-# What enters a stage is kept where it saves this share of what edits run up to theirs.
-LEAST_SAVED = 0.02
-
 # Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
 IN_CACHE = 2048
 
@@ -107,13 +104,14 @@ def room(
     budget: CacheBudget,
     resumed: Mapping[int, int],
     share: float = 1.0,
+    least: float = 0.0,
 ) -> dict[int, Activations]:
     """Make room at stages for as many of `rows` rows as fit into a share of what is left.
 
     `entering` is what enters each stage, for some rows, and `resumed` says how many edits resume
     there. Stages that save the most for their bytes come first, each for all rows: a row that is
     kept nowhere runs from the start, one that is kept a few stages before an edit only from there.
-    What saves next to nothing beside those is not kept.
+    Each must save `least` of the stages that edits run before theirs.
     """
     kept: dict[int, Activations] = {}
     left, waiting = int(budget.left * share), {stage: x[0].nbytes for stage, x in entering.items()}
@@ -123,7 +121,7 @@ def room(
         stage = max(waiting, key=lambda each: (saved[each] / waiting[each], each))
         size = waiting.pop(stage)
         count = min(rows, left // size)
-        if count and saved[stage] >= LEAST_SAVED * from_start and budget.take(count * size):
+        if count and saved[stage] >= least * from_start and budget.take(count * size):
             left -= count * size
             kept[stage] = Activations(rows, count, entering[stage])
     return kept

@@ -192,6 +192,10 @@ PROMPTS_PER_FORWARD = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 LEAST_ROWS = 8
 
 
+# Of images that few edits look at, what enters a stage is kept where it saves this share.
+LEAST_SAVED = 0.02
+
+
 @dataclass(slots=True)
 class _Prompts:
     """Some of the prompts of a side, in the tower that they run through together."""
@@ -345,8 +349,8 @@ class ImageSide:
         """Compute the features, keeping what enters `stages`; yield rows as they are done.
 
         How many edits will resume at each stage says which are worth their bytes, of a share
-        of the budget. Where not all rows fit, those are kept that a model with these class
-        embeddings is least certain of.
+        of the budget. With class embeddings, of rows that few edits look at, what saves little
+        is not kept, and where not all rows fit, those are that the model is least certain of.
         """
         mine = (self._own >= 0).nonzero().squeeze(1)
         self._kept, self._leads = {}, None
@@ -362,7 +366,8 @@ class ImageSide:
             entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
             features.append(outputs)
             if start == 0:
-                self._kept = room(entering, len(mine), budget, stages, share)
+                least = 0.0 if classes is None else LEAST_SAVED
+                self._kept = room(entering, len(mine), budget, stages, share, least)
             if self._kept:
                 labels = self.labels[mine[start : start + len(pixels)]]
                 lead = torch.zeros_like(labels, dtype=torch.float)
@@ -390,7 +395,7 @@ class ImageSide:
             return
         for _, pixels in self._pixels(mine[:1]):
             entering, _ = _through(self.tower, pixels, stages)
-            self._kept = room(entering, len(mine), budget, stages, share)
+            self._kept = room(entering, len(mine), budget, stages, share, LEAST_SAVED)
         self._leads = margins(self.features[mine] @ classes.T, self.labels[mine])
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
