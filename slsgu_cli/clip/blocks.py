@@ -192,12 +192,13 @@ def stretched_attention(
         if ends:
             query = query[:, -1:]
             leaving.append(stretch.of(x)[:, -1])
-        before = keys.shape[1] - query.shape[1]
+        length = query.shape[1]
+        before = keys.shape[1] - length
         after = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            _behind(before, query.shape[1], x.device) if before and query.shape[1] > 1 else None,
+            _causal_mask(before, length, x.device) if before and length > 1 else None,
             is_causal=not before,
         )
         mixed.append(after.transpose(1, 2).reshape(-1, width))
@@ -207,7 +208,7 @@ def stretched_attention(
 
 
 @lru_cache(maxsize=256)
-def _behind(before: int, length: int, device: torch.device) -> Tensor:
+def _causal_mask(before: int, length: int, device: torch.device) -> Tensor:
     """Return what each of `length` positions may look at, `before` ones lying before them."""
     return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 

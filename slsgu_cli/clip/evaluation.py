@@ -349,14 +349,16 @@ class _Opening:
             return EvaluationSet(images, self.prompts(prompted, names), names)
         block, rows, unseen = shown
         group, labels = sets[manifest.forget_eval], block.labels[rows]
-        images = self.images(block, rows, labels)
         few = self.purpose is Purpose.CHOOSE and len(rows) < ENOUGH_TO_CHOOSE
         if few and concept_is_dealt(self.store, manifest):
             own = DataBlock.open(self.store, manifest.forget)
             order = np.random.default_rng(manifest.seed).permutation(own.rows)
             drawn = np.sort(order[: ENOUGH_TO_CHOOSE - len(rows)])
             joined = JoinedRows(((block, rows), (own, drawn)))
-            images = self.images(joined, np.arange(joined.rows), np.resize(labels, joined.rows))
+            labels = np.full(joined.rows, labels[0])
+            images = self.images(joined, np.arange(joined.rows), labels)
+        else:
+            images = self.images(block, rows, labels)
         return EvaluationSet(images, group.prompts, group.names, unseen)
 
     def images(self, block: DataBlock | JoinedRows, rows: Ints, labels: Ints) -> ImageSide:

@@ -137,7 +137,7 @@ def _saved(stage: int, kept: Iterable[int], resumed: Mapping[int, int]) -> int:
 
 
 def return_memory() -> None:
-    """Return to the system what is free and what the C library would keep, as glibc does."""
+    """Return memory to the system that is freed and that the C library keeps, as glibc does."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -236,8 +236,8 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     concept, they are images of other classes. A side of one pair cannot be attacked.
     """
     forget, retain = model.forget, model.retain
-    name, group, count = _outside(model, settings)
-    block, rows = group.images.block, group.images.rows[:count]
+    name, group = _outside(model, settings)
+    block, rows = group.images.block, group.images.rows
     drawn = np.random.default_rng(settings.seed).permutation(retain.rows)[: settings.rows]
     retained = np.sort(drawn)
     captions = [block.captions[row] for row in rows]
@@ -246,7 +246,7 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     else:
         # Other pairs without captions get prompts; then the members get theirs too, or
         # the wording alone would tell the two apart.
-        words = _prompts(model, [group.names[label] for label in group.images.labels[:count]])
+        words = _prompts(model, [group.names[label] for label in group.images.labels])
         members_words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
     sides = (
         (name, members_words, block, rows, words),
@@ -274,11 +274,12 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[Attack]:
     return attacks
 
 
-def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, EvaluationSet, int | None]:
-    """Return what stands for data outside the forget set, and how many of its images if not all."""
+def _outside(model: ModelUnderTest, settings: Settings) -> tuple[str, EvaluationSet]:
+    """Return what stands for data outside the forget set."""
     if model.manifest.forget_eval is not None:
-        return HELD_OUT, model.evaluation.forget, None
-    return OTHERS, next(iter(model.evaluation.utility.values())), settings.rows
+        return HELD_OUT, model.evaluation.forget
+    first = next(iter(model.evaluation.utility.values()))
+    return OTHERS, first.some(np.arange(len(first.images))[: settings.rows])
 
 
 def _prompts(model: ModelUnderTest, names: Sequence[str]) -> npt.NDArray[np.int32]:
