@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 # oneDNN keeps what it makes for a product of every number of rows, up to 0.4 MB each: of the last
 # 1,024 unless told otherwise before the first one, and gradients of many concepts have as many.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # What oneDNN takes; a weight in shards is of another type.
 PLAIN = (Tensor, nn.Parameter)

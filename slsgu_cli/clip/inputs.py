@@ -8,10 +8,12 @@ import hashlib
 import io
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,11 @@ T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.integer]
 Pixels = Callable[[Images | Tensor], Tensor]
+
+# Images and texts that run together. Of more images on a CPU, what is in between is so large that
+# the system hands it out anew for every product, page by page.
+IMAGES_PER_FORWARD = {"cpu": 16, "cuda": 1024, "mps": 256}
+TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
 
 # Fewer prompts than this do not begin apart from others.
 LEAST_ALIKE = 8
@@ -137,7 +144,9 @@ def _saved(stage: int, kept: Iterable[int], resumed: Mapping[int, int]) -> int:
 
 
 def return_memory() -> None:
-    """Return memory to the system that is freed and that the C library keeps, as glibc does."""
+    """Return memory to the system that is freed and that glibc and pyarrow keep."""
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -376,6 +385,12 @@ def spans(rows: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def even_spans(rows: int, size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of the fewest consecutive runs of at most `size` rows, alike in size."""
+    parts = -(-rows // size)
+    return list(pairwise(rows * part // parts for part in range(parts + 1))) if parts else []
+
+
 def by_length(tower: SplitTower, tokens: Tensor, size: int) -> list[Tensor]:
     """Return row indices in groups of about `size`, rows of similar length together."""
     if tokens.shape[0] <= size:
@@ -384,12 +399,12 @@ def by_length(tower: SplitTower, tokens: Tensor, size: int) -> list[Tensor]:
     return list(torch.split(order, size))
 
 
-def text_features(tower: SplitTower, tokens: Tensor, size: int, device: str) -> Tensor:
+def text_features(tower: SplitTower, tokens: Tensor, device: str) -> Tensor:
     """Return unit text features of `tokens` (N, L), each group at its own length.
 
     `tokens` are on the host, where lengths are known without waiting for the device.
     """
-    groups = by_length(tower, tokens, size)
+    groups = by_length(tower, tokens, TEXTS_PER_FORWARD[torch.device(device).type])
     parts = []
     for rows in groups:
         short = tower.trim(tokens[rows]).to(device, non_blocking=True)

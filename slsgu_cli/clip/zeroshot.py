@@ -15,14 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import (
+    IMAGES_PER_FORWARD,
+    TEXTS_PER_FORWARD,
     Activations,
     CacheBudget,
     Pixels,
     by_beginning,
     by_length,
+    even_spans,
     packed,
     room,
-    spans,
     staged,
 )
 from slsgu_cli.clip.towers import EMBED, SplitTower
@@ -183,7 +185,8 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return truth - others.amax(dim=1)
 
 
-ROWS_PER_FORWARD = {"cpu": 64, "cuda": 1024, "mps": 256}
+# Images that are read together.
+ROWS_PER_READ = 64
 
 # Of prompts that are packed by their beginnings.
 PROMPTS_PER_FORWARD = {"cpu": 1024, "cuda": 8192, "mps": 2048}
@@ -239,7 +242,7 @@ class PromptSide:
             if tower is not None
         ]
         if not self._groups:
-            size = ROWS_PER_FORWARD[device.type]
+            size = TEXTS_PER_FORWARD[device.type]
             groups = [rows.to(device) for rows in by_length(self.tower, self.tokens, size)]
             self._groups = [
                 _Prompts(rows, self.tower, self.tower.trim(self.tokens[rows])) for rows in groups
@@ -269,6 +272,11 @@ class PromptSide:
             run = partial(resumed, group.tower, group.entering(start), group.inputs, start)
             features.append(group.tower.run(run, start))
         return self._means(features, [group for _, group in groups])
+
+    def let_go(self) -> None:
+        """Let go of what entered stages."""
+        for group in self._groups:
+            group.kept.clear()
 
     def _run_along(self, start: int, shape: Sequence[int]) -> None:
         """Run the tower from a stage, which `shape` enters of each row, as others do."""
@@ -314,7 +322,7 @@ class ImageSide:
 
     def __post_init__(self) -> None:
         count, rows = processes.count(), np.arange(len(self.rows))
-        size = max(1, min(ROWS_PER_FORWARD[self.labels.device.type], -(-len(rows) // count)))
+        size = max(1, min(ROWS_PER_READ, -(-len(rows) // count)))
         mine = rows // size % count == processes.rank()
         self._own = torch.from_numpy(np.where(mine, np.cumsum(mine) - 1, -1)).to(self.labels.device)
 
@@ -360,7 +368,7 @@ class ImageSide:
             yield len(mine)
             return
         features: list[Tensor] = []
-        chunks = spans(len(mine), ROWS_PER_FORWARD[self.labels.device.type])
+        chunks = even_spans(len(mine), IMAGES_PER_FORWARD[self.labels.device.type])
         turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
         for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
             entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
@@ -428,13 +436,17 @@ class ImageSide:
         ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
 
+    def let_go(self) -> None:
+        """Let go of what entered stages, of all parts of these rows."""
+        self._kept.clear()
+
     def _parts(self, own: Tensor, stage: int) -> list[tuple[int, Tensor]]:
         """Return from where the rows of this process are run to an edit of `stage`, in parts.
 
         `own` is of each row its place among those of this process. Of each part come the stage
         that it enters, the deepest first, and its rows' places in `own`.
         """
-        size = ROWS_PER_FORWARD[self.labels.device.type]
+        size = IMAGES_PER_FORWARD[self.labels.device.type]
         parts, waiting = [], own >= 0
         for start in sorted((s for s in self._kept if s <= stage), reverse=True):
             there = waiting & (self._kept[start].places[own.clamp(min=0)] >= 0)
@@ -470,20 +482,25 @@ class ImageSide:
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""
         wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
-        ranges = spans(len(wanted), ROWS_PER_FORWARD[self.labels.device.type])
+        size = IMAGES_PER_FORWARD[self.labels.device.type]
+        parts = even_spans(len(wanted), size)
+        together = max(1, ROWS_PER_READ // size)
+        reads = [parts[at : at + together] for at in range(0, len(parts), together)]
 
-        def take(span: tuple[int, int]) -> Tensor:
-            return staged(self.block.take(wanted[slice(*span)]), device)
+        def take(read: list[tuple[int, int]]) -> Tensor:
+            return staged(self.block.take(wanted[read[0][0] : read[-1][1]]), device)
 
-        read = prefetch(take, ranges) if len(ranges) > 1 else map(take, ranges)
-        for (start, _), images in zip(ranges, read, strict=True):
-            yield start, self.normalize(images)
+        images = prefetch(take, reads) if len(reads) > 1 else map(take, reads)
+        for read, pixels in zip(reads, images, strict=True):
+            first = read[0][0]
+            for start, stop in read:
+                yield start, self.normalize(pixels[start - first : stop - first])
 
 
 def _split(chosen: Tensor, size: int) -> list[Tensor]:
-    """Return where `chosen` holds, at most `size` places together."""
+    """Return where `chosen` holds, at most `size` places together, as many each as can be."""
     places = chosen.nonzero().squeeze(1)
-    return list(torch.split(places, size)) if len(places) else []
+    return [places[start:stop] for start, stop in even_spans(len(places), size)]
 
 
 def in_order(features: list[Tensor], rows: list[Tensor], device: str) -> Tensor:

@@ -22,6 +22,8 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, block_count
 from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.inputs import (
+    IMAGES_PER_FORWARD,
+    TEXTS_PER_FORWARD,
     by_length,
     pixel_normalizer,
     spans,
@@ -37,7 +39,6 @@ from slsgu_cli.method.directions import ensure_moments, layer_gradient
 from slsgu_cli.method.edit import named_layer
 from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.moments import (
-    ROWS_PER_FORWARD,
     AppliedLayers,
     RetainMetric,
     Use,
@@ -183,7 +184,7 @@ class KeyReader:
         if not isinstance(tower, OpenClipText):
             raise InputError("the text tower of this model does not show where its texts end")
         tokens = to_tokens(self.block.tokens[chosen_rows(self.block.rows)], "cpu")
-        for rows in by_length(tower, tokens, self._size):
+        for rows in by_length(tower, tokens, TEXTS_PER_FORWARD[torch.device(self.device).type]):
             short = tower.trim(tokens[rows]).to(self.device)
             with uses:
                 features = tower.features(short, short)
@@ -193,16 +194,13 @@ class KeyReader:
         tower, uses = vision_tower(self.model), Uses(self.model, self.layer)
         normalize, rows = pixel_normalizer(self.spec, self.device), chosen_rows(self.block.rows)
         with progress.bar("images of keys", len(rows)) as ticker:
-            for start, stop in spans(len(rows), self._size):
+            size = IMAGES_PER_FORWARD[torch.device(self.device).type]
+            for start, stop in spans(len(rows), size):
                 pixels = normalize(self.block.take(rows[start:stop]))
                 with uses:
                     features = tower.features(pixels, pixels)
                 yield uses, features
                 ticker.advance(stop - start)
-
-    @property
-    def _size(self) -> int:
-        return ROWS_PER_FORWARD[self.device.partition(":")[0]]
 
 
 def _at(states: Tensor, ends: Tensor) -> Tensor:
@@ -375,8 +373,7 @@ class ClosedForms:
         tower, times = text_tower(self.baselines.model), self.baselines.times
         block, device = DataBlock.open(times.store, times.manifest.forget), times.device
         tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
-        size = ROWS_PER_FORWARD[device.partition(":")[0]]
-        features = self._once(("features",), lambda: text_features(tower, tokens, size, device))
+        features = self._once(("features",), lambda: text_features(tower, tokens, device))
         return features.to(self._exact).double().mean(dim=0)
 
     def _once(self, name: tuple[str, ...], compute: Callable[[], T]) -> T:

@@ -35,9 +35,9 @@ from slsgu_cli.method.scoring import left_of
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     evaluation_digest,
+    report_evaluation,
     require_alike,
     share_evaluation,
-    to_report_on,
 )
 from slsgu_cli.method.trial import MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
@@ -301,7 +301,7 @@ class _Measured:
     def figures(self, ranks: Sequence[int]) -> tuple[StrengthFigures, ...]:
         """Return how well each concept is recognised at each strength, on rows to report on."""
         with torch.no_grad():
-            reported = to_report_on(self.store, self.plans, self.shared)()
+            reported = report_evaluation(self.store, self.plans, self.shared)
         figures = []
         for strength in STRENGTHS:
             with self._in_place(reported, ranks, strength) as model:

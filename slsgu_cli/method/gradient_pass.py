@@ -101,7 +101,6 @@ def _per_batch(values: Tensor, batch_size: int) -> Tensor:
 
 # Pairs per forward beyond which a device gains nothing more, measured: at least a mini-batch.
 BEST_PAIRS = {"cpu": 1, "cuda": 1024, "mps": 256}
-TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512, "mps": 128}
 
 NOT_FINITE = (
     "look at these images and captions, and whether the weights hold NaN; "
@@ -392,7 +391,7 @@ class GradientPass:
         cache = not self.options.shard
         with torch.autocast(self._kind, torch.bfloat16, enabled=half, cache_enabled=cache):
             v = self.vision.features(images, images)
-            t = text_features(self.text, ids, TEXTS_PER_FORWARD[self._kind], self.options.device)
+            t = text_features(self.text, ids, self.options.device)
         return self.loss(v, t, self.options.batch_size)
 
     def _group(self, images: Tensor, ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ model that is built on it.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from math import inf, isclose
 from shlex import quote
@@ -29,14 +29,15 @@ from slsgu_cli.method.search_plan import (
     grouped,
     read_plan,
     read_plans,
+    report_evaluation,
     share_evaluation,
-    to_report_on,
 )
 from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     JointRef,
     Keep,
     Key,
+    LayerScore,
     Line,
     Settled,
     Steer,
@@ -406,13 +407,14 @@ class SetSearch(LayerSearch):
     def run(
         self,
         probes: "Iterable[Probe]",
-        reported: "Callable[[], SharedEvaluation]",
+        reported: "Callable[[LayerScore], SharedEvaluation]",
         started: float | None = None,
     ) -> SearchResult:
         """Search along every probe; write the trials, and the best one as an edit.
 
-        `reported` opens the rows that the edit is reported on, once it is chosen. `started` is
-        when the search began, by `perf_counter`, if all that it took is to be on record.
+        `reported` opens the rows that an edit of a layer is reported on, once it is chosen.
+        `started` is when the search began, by `perf_counter`, if all that it took is to be on
+        record.
         """
         with self._kept():
             return self._run(probes, reported, started)
@@ -420,7 +422,7 @@ class SetSearch(LayerSearch):
     def _run(
         self,
         probes: "Iterable[Probe]",
-        reported: "Callable[[], SharedEvaluation]",
+        reported: "Callable[[LayerScore], SharedEvaluation]",
         started: float | None,
     ) -> SearchResult:
         from slsgu_cli.method.trial import report
@@ -431,7 +433,7 @@ class SetSearch(LayerSearch):
         if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
             tell_of_harm(chosen, self.options.max_class_loss)
         probe = self.probes[line_of(chosen)]
-        opened = reported()
+        opened = reported(probe.score)
         earlier = self.plan.guard(opened) if self.plan.earlier else None
         effect = report(self.plan.measured(opened), [(probe, chosen.step)], earlier)
         write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
@@ -475,11 +477,8 @@ def search(
     plan = read_plan(store, name, options=options)
     with no_grad(), arithmetic(plan.options.precision):
         shared = share_evaluation(store, [plan])
-        evaluation = plan.measured(shared, resumed=True)
-        earlier = plan.guard(shared) if plan.earlier else None
-        run = SetSearch(records or store, Artifact.TRIALS, plan, evaluation, earlier)
-        reported = to_report_on(store, [plan], shared)
-        return run.run(plan.probes(store, evaluation), reported, started)
+        reported = _reporting(store, [plan], shared)
+        return _searched(store, records or store, plan, shared, reported, started)
 
 
 def search_each(
@@ -488,6 +487,7 @@ def search_each(
     """Search the sets one after another, those that can on one model and one base pass."""
     from torch import no_grad
 
+    from slsgu_cli.clip.inputs import return_memory
     from slsgu_cli.method.gradient_pass import arithmetic
 
     for group in grouped(read_plans(store, names, options=options)):
@@ -495,15 +495,38 @@ def search_each(
         with no_grad(), arithmetic(options.precision):
             shared = share_evaluation(store, group)
         loading = perf_counter() - began
-        reported = to_report_on(store, group, shared)
+        reported = _reporting(store, group, shared)
         for plan in group:
             started = perf_counter() - loading
             with no_grad(), arithmetic(options.precision):
-                evaluation = plan.measured(shared, resumed=True)
-                earlier = plan.guard(shared) if plan.earlier else None
-                run = SetSearch(store, Artifact.TRIALS, plan, evaluation, earlier)
-                result = run.run(plan.probes(store, evaluation), reported, started)
+                result = _searched(store, store, plan, shared, reported, started)
+            return_memory()
             yield result
+
+
+def _reporting(
+    store: Store, plans: Sequence[SearchPlan], shared: "SharedEvaluation"
+) -> "Callable[[LayerScore], SharedEvaluation]":
+    """Return what opens the rows to report the edit of a layer on: once, of several plans."""
+    if len(plans) == 1:
+        return lambda score: report_evaluation(store, plans, shared, [score])
+    opened = cache(partial(report_evaluation, store, plans, shared))
+    return lambda _: opened()
+
+
+def _searched(
+    store: Store,
+    records: Store,
+    plan: SearchPlan,
+    shared: "SharedEvaluation",
+    reported: "Callable[[LayerScore], SharedEvaluation]",
+    started: float,
+) -> SearchResult:
+    """Search one plan on a base pass that others may share."""
+    evaluation = plan.measured(shared, resumed=True)
+    earlier = plan.guard(shared) if plan.earlier else None
+    run = SetSearch(records, Artifact.TRIALS, plan, evaluation, earlier)
+    return run.run(plan.probes(store, evaluation), reported, started)
 
 
 def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:

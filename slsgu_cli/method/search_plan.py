@@ -3,10 +3,9 @@
 Sets that are measured on the same rows share one base pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -62,9 +61,6 @@ if TYPE_CHECKING:
 
 # Part of every address of features: a change in what is computed must change it.
 FEATURES_REVISION = 1
-
-# Bytes of activations on a CPU beyond which little is saved, for one search or a hundred.
-ENOUGH_TO_KEEP = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,25 +279,27 @@ def share_evaluation(
     )
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
-    return _base_pass(store, plans, module, purpose).run(layers)
+    shared = _base_pass(store, plans, module, purpose).run(layers)
+    return_memory()
+    return shared
 
 
-def to_report_on(
-    store: Store, plans: Sequence[SearchPlan], evaluation: "SharedEvaluation"
-) -> "Callable[[], SharedEvaluation]":
-    """Return what opens the rows that sets are reported on, for the model of an evaluation.
+def report_evaluation(
+    store: Store,
+    plans: Sequence[SearchPlan],
+    evaluation: "SharedEvaluation",
+    layers: Sequence[LayerScore] = (),
+) -> "SharedEvaluation":
+    """Run the model of an evaluation over the rows that sets are reported on.
 
-    They are opened, and its model run over them as it is, when it is first called. Where no
-    set has rows of its own to report on, they are those of `evaluation`.
+    Where no set has rows of its own to report on, they are those of the evaluation. Edits of
+    `layers` resume there: what was kept to choose them by makes room.
     """
-
-    @cache
-    def opened() -> "SharedEvaluation":
-        if not any(plan.manifest.deals for plan in plans):
-            return evaluation
-        return _base_pass(store, plans, evaluation.model, Purpose.REPORT).run()
-
-    return opened
+    if not any(plan.manifest.deals for plan in plans):
+        return evaluation
+    if layers:
+        evaluation.let_go()
+    return _base_pass(store, plans, evaluation.model, Purpose.REPORT).run(layers)
 
 
 def _base_pass(
@@ -357,7 +355,7 @@ class BasePass:
                 if not shared.tower(tower).exact_split:
                     progress.detail(f"the {tower} tower is not split: every trial runs all of it")
             if budget is None:
-                budget = min(spare(device), ENOUGH_TO_KEEP) if device == "cpu" else spare(device)
+                budget = spare(device)
             shared.base_pass((score.layer for score in layers), cache_bytes=budget)
         return shared
 

@@ -27,9 +27,9 @@ from slsgu_cli.method.search import SetSearch, line_of, searched_edit
 from slsgu_cli.method.search_plan import (
     SearchPlan,
     read_plans,
+    report_evaluation,
     require_alike,
     share_evaluation,
-    to_report_on,
 )
 from slsgu_cli.method.trial import (
     SPREAD,
@@ -364,7 +364,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
     options = plans[0].options
     with torch.no_grad(), arithmetic(options.precision):
         shared = share_evaluation(store, plans)
-        reported = to_report_on(store, plans, shared)()
+        reported = report_evaluation(store, plans, shared)
         concepts = _searched_alone(store, plans, shared)
         fresh = _fresh(concepts, reported, options)
         path = Artifact.JOINT.path(joint_label(names))

@@ -109,6 +109,8 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
 
 def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
     """Do the job for each class that is left; yield what it came to, to the first process."""
+    from slsgu_cli.clip.inputs import return_memory
+
     mine = processes.dealt(pending)
     others = [name for name in pending if name not in mine]
     if pending and processes.count() > 1:
@@ -124,6 +126,7 @@ def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterat
             build_sets(store, request.of(name))
             compute_gradients(store, name, model=None, options=request.gradients)
             rank(store, name, options=request.ranking)
+            return_memory()
         for result in search_each(store, mine, options=request.search):
             row = _row(store, result)
             if not leads:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slsgu_cli import progress
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.inputs import (
+    IMAGES_PER_FORWARD,
     CacheBudget,
     Pixels,
     pixel_normalizer,
@@ -23,8 +24,6 @@ from slsgu_cli.clip.inputs import (
 )
 from slsgu_cli.clip.models import Tokenize
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.clip.zeroshot import ROWS_PER_FORWARD
-from slsgu_cli.method.gradient_pass import TEXTS_PER_FORWARD
 from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import SumsHeader
@@ -315,7 +314,7 @@ class ModelUnderTest:
         """Return unit features of uint8 (N, H, W, 3) by the weights as they are now."""
         tower = self.evaluation.vision
         parts = []
-        for start, stop in spans(len(images), ROWS_PER_FORWARD[self.device.partition(":")[0]]):
+        for start, stop in spans(len(images), IMAGES_PER_FORWARD[torch.device(self.device).type]):
             pixels = self.normalize(images[start:stop])
             parts.append(tower.features(pixels, pixels))
         return torch.cat(parts)
@@ -324,9 +323,8 @@ class ModelUnderTest:
         self, tokens: npt.NDArray[np.integer], tower: SplitTower | None = None
     ) -> Tensor:
         """Return unit features of token ids (N, L), by default by the weights as they are now."""
-        size = TEXTS_PER_FORWARD[self.device.partition(":")[0]]
         tower = self.evaluation.text if tower is None else tower
-        return text_features(tower, to_tokens(tokens, "cpu"), size, self.device)
+        return text_features(tower, to_tokens(tokens, "cpu"), self.device)
 
 
 def open_model(

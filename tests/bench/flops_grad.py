@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsgu_cli.checkpoints.layers import is_candidate
-from slsgu_cli.clip.inputs import by_length, text_features
+from slsgu_cli.clip.inputs import TEXTS_PER_FORWARD, by_length
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method.gradient_pass import BEST_PAIRS, TEXTS_PER_FORWARD
+from slsgu_cli.method.gradient_pass import BEST_PAIRS
 from slsgu_cli.records.options import PassOptions
 
 MODELS = ["ViT-B-32", "ViT-L-14", "ViT-SO400M-14-SigLIP", "EVA01-g-14"]
@@ -76,10 +76,8 @@ def figures(name: str, device: str, pairs: int) -> dict[str, float]:
     # attention, so that those at three lengths tell them at all others.
     known = lengths.unique()
     known = known[[0, len(known) // 2, -1]].unique().tolist()
-    counted = [
-        counts(model, partial(text_features, text, tokens[lengths == each][:1], 1, "meta"))
-        for each in known
-    ]
+    alone = [text.trim(tokens[lengths == each][:1]).to("meta") for each in known]
+    counted = [counts(model, partial(text.features, short, short)) for short in alone]
     powers = np.linalg.solve(np.vander(known, increasing=True), counted)
 
     def of_length(length: int) -> np.ndarray:

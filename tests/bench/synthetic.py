@@ -146,7 +146,7 @@ def own_labels(
     found = []
     with torch.no_grad():
         tokens = to_tokens(tokenizer(resolved)(texts), "cpu")
-        classes = class_means(text_features(text, tokens, 256, device), owners, len(names))
+        classes = class_means(text_features(text, tokens, device), owners, len(names))
         for start in range(0, rows, 512):
             images = normalize(random_images(min(512, rows - start), spec.height, seed + start))
             features = vision.features(images, images)

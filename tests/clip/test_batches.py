@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from slsgu_cli.clip import inputs, models
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, text_features, to_tokens
+from slsgu_cli.clip.inputs import even_spans, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.store.files import AHEAD, prefetch
 
@@ -91,14 +91,22 @@ def test_spans_cover_every_row_once():
         assert all(0 < stop - start <= 4 for start, stop in spans(rows, 4))
 
 
+def test_even_spans_cover_every_row_once_and_are_alike_and_few():
+    for rows in range(40):
+        sizes = [stop - start for start, stop in even_spans(rows, 4)]
+        covered = [row for start, stop in even_spans(rows, 4) for row in range(start, stop)]
+        assert covered == list(range(rows))
+        assert len(sizes) == len(spans(rows, 4))
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
 @pytest.mark.parametrize("size", [1, 3, 20, 64])
 @torch.no_grad()
-def test_text_features_come_in_the_prompts_order(size, tower):
+def test_text_features_come_in_the_prompts_order(size, tower, monkeypatch):
+    monkeypatch.setitem(inputs.TEXTS_PER_FORWARD, "cpu", size)
     tokens = prompts()
     expected = tower.owner.encode_text(tokens, normalize=True)
-    torch.testing.assert_close(
-        text_features(tower, tokens, size, "cpu"), expected, atol=2e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(text_features(tower, tokens, "cpu"), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_groups_of_like_lengths_cover_every_prompt_once(tower):

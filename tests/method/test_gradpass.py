@@ -14,7 +14,7 @@ import tower_models
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
-from slsgu_cli.clip import models, processes
+from slsgu_cli.clip import inputs, models, processes
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision, text_tower, vision_tower
 from slsgu_cli.errors import InputError
 from slsgu_cli.method import gradient_pass
@@ -314,7 +314,7 @@ def test_any_last_mini_batch(rows, size, folders, spec):
 
 
 def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, monkeypatch):
-    monkeypatch.setitem(gradient_pass.TEXTS_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(inputs.TEXTS_PER_FORWARD, "cpu", 7)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
 
