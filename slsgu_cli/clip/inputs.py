@@ -28,7 +28,7 @@ from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
 from slsgu_cli.clip.towers import EMBED, OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
-from slsgu_cli.store.files import cores, prefetch
+from slsgu_cli.store.files import cores, free_memory, prefetch
 
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
@@ -46,6 +46,9 @@ LEAST_ALIKE = 8
 # Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
 IN_CACHE = 2048
 
+# Bytes that are taken for free where the system does not tell.
+UNKNOWN = 8 << 30
+
 # Images a core that are decoded ahead.
 DECODED_AHEAD = 4
 
@@ -54,11 +57,8 @@ def spare(device: str) -> int:
     """Return the bytes that activations may take: most of a GPU, a quarter of free memory."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0] * 0.7)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        free = 8 << 30
-    return processes.local_share(free // 4)
+    free = free_memory()
+    return processes.local_share((UNKNOWN if free is None else free) // 4)
 
 
 @dataclass(slots=True)

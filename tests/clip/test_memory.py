@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.words import bytes_of
+from slsgu_cli.store.files import free_memory
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,58 @@ def test_bytes_are_taken_as_they_are(size):
 
 def test_spare_memory_of_a_cpu_is_a_part_of_it():
     assert 0 < spare("cpu") < 1 << 50
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine of 16 GB that are free, told as Linux does; it lays further files."""
+
+    def lay(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return tmp_path
+
+    lay({"proc/meminfo": f"MemTotal: 1 kB\nMemFree: 2 kB\nMemAvailable: {16 << 20} kB\n"})
+    return lay
+
+
+def test_free_memory_is_what_could_be_had_files_included(machine):
+    assert free_memory(machine({})) == 16 << 30
+
+
+def test_nothing_is_known_of_another_system(tmp_path):
+    assert free_memory(tmp_path) is None
+
+
+def test_a_container_has_its_own_limit_less_what_it_holds_but_files(machine):
+    root = machine({
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{4 << 30}\n",
+        "sys/fs/cgroup/memory.current": f"{3 << 30}\n",
+        "sys/fs/cgroup/memory.stat": f"anon 1\ninactive_anon 5\ninactive_file {1 << 30}\n",
+    })  # fmt: skip
+    assert free_memory(root) == 2 << 30
+
+
+def test_the_least_of_all_groups_around_counts(machine):
+    group = "sys/fs/cgroup/memory/jobs"
+    root = machine({
+        "proc/self/cgroup": "9:cpu,cpuacct:/\n4:memory:/jobs/mine\n0::/\n",
+        f"{group}/mine/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n",
+        f"{group}/mine/memory.usage_in_bytes": "4096\n",
+        f"{group}/memory.limit_in_bytes": f"{2 << 30}\n",
+        f"{group}/memory.usage_in_bytes": f"{3 << 30}\n",
+        f"{group}/memory.stat": f"inactive_file 7\ntotal_inactive_file {(1 << 30) + 5}\n",
+    })  # fmt: skip
+    assert free_memory(root) == 5
+
+
+@pytest.mark.parametrize("limit", ["max\n", ""])
+def test_a_group_without_a_limit_has_what_the_machine_has(limit, machine):
+    root = machine({
+        "proc/self/cgroup": "0::/user.slice\n",
+        "sys/fs/cgroup/user.slice/memory.max": limit,
+        "sys/fs/cgroup/user.slice/memory.current": "4096\n",
+    })  # fmt: skip
+    assert free_memory(root) == 16 << 30
