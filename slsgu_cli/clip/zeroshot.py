@@ -322,7 +322,8 @@ class ImageSide:
 
     def __post_init__(self) -> None:
         count, rows = processes.count(), np.arange(len(self.rows))
-        size = max(1, min(ROWS_PER_READ, -(-len(rows) // count)))
+        size = max(ROWS_PER_READ, IMAGES_PER_FORWARD[self.labels.device.type])
+        size = max(1, min(size, -(-len(rows) // count)))
         mine = rows // size % count == processes.rank()
         self._own = torch.from_numpy(np.where(mine, np.cumsum(mine) - 1, -1)).to(self.labels.device)
 

@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip import models
+from slsgu_cli.clip import models, zeroshot
 from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, dealt_to_report, prepare
+from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import UsageError
+from slsgu_cli.method import search as searches
 from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.options import SearchOptions
@@ -125,6 +127,30 @@ def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
     assert after.utility == {n: g.base_accuracy() for n, g in report.utility.items()}
     assert (edit.header.forget, edit.header.utility) == (after.forget, after.utility)
     assert after.forget.unseen
+
+
+@pytest.mark.parametrize(("budget", "times"), [(None, 1), (0, 2)])
+def test_an_edited_vision_layer_is_reported_from_where_it_begins(budget, times, world, monkeypatch):
+    """Images to report on run from their pixels for the original alone, if there is memory."""
+    monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
+    world.build(report_share=0.5)
+    embedded, embed, report = [], OpenClipVision.embed, searches.report_evaluation
+
+    def counted(tower, x):
+        embedded.append(len(x))
+        return embed(tower, x)
+
+    def reported(*given):
+        embedded.clear()
+        return report(*given)
+
+    monkeypatch.setattr(OpenClipVision, "embed", counted)
+    monkeypatch.setattr(searches, "report_evaluation", reported)
+    layer = "visual.transformer.resblocks.1.mlp.c_proj.weight"
+    options = SearchOptions(layers=[layer], steps=4, cache_budget=budget)
+    result = search(world.store, world.name, options=options)
+    rows = [group.rows for group in result.report.after.utility.values()]
+    assert sum(embedded) == times * (sum(rows) + result.report.after.forget.rows)
 
 
 def test_the_step_goes_beyond_the_shortest_by_the_reserve(world):
