@@ -196,11 +196,11 @@ class SharedEvaluation(_Measured):
                 for _ in group.images.base_pass({}, CacheBudget(0)):
                     pass
 
-    def let_go(self) -> None:
-        """Let go of what edits resume from, of all evaluation sets: they run from the beginning."""
+    def release(self) -> None:
+        """Release what edits resume from, of all evaluation sets: they run from the beginning."""
         for group in self.sets.values():
-            group.images.let_go()
-            group.prompts.let_go()
+            group.images.release()
+            group.prompts.release()
 
     def of(
         self, manifest: SetManifest, *, beside: Sequence[SetManifest] = (), resumed: bool = False

@@ -46,8 +46,8 @@ LEAST_ALIKE = 8
 # Positions whose MLP runs at a time on a CPU: what is in between stays in its cache.
 IN_CACHE = 2048
 
-# Bytes that are taken for free where the system does not tell.
-UNKNOWN = 8 << 30
+# Bytes of memory that are taken for free where the system does not tell.
+ASSUMED_FREE = 8 << 30
 
 # Images a core that are decoded ahead.
 DECODED_AHEAD = 4
@@ -58,7 +58,7 @@ def spare(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0] * 0.7)
     free = free_memory()
-    return processes.local_share((UNKNOWN if free is None else free) // 4)
+    return processes.local_share((ASSUMED_FREE if free is None else free) // 4)
 
 
 @dataclass(slots=True)

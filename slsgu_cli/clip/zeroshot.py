@@ -273,8 +273,8 @@ class PromptSide:
             features.append(group.tower.run(run, start))
         return self._means(features, [group for _, group in groups])
 
-    def let_go(self) -> None:
-        """Let go of what entered stages."""
+    def release(self) -> None:
+        """Release what entered stages."""
         for group in self._groups:
             group.kept.clear()
 
@@ -437,8 +437,8 @@ class ImageSide:
         ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
 
-    def let_go(self) -> None:
-        """Let go of what entered stages, of all parts of these rows."""
+    def release(self) -> None:
+        """Release what entered stages, of all parts of these rows."""
         self._kept.clear()
 
     def _parts(self, own: Tensor, stage: int) -> list[tuple[int, Tensor]]:

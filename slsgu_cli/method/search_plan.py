@@ -267,7 +267,7 @@ def share_evaluation(
 ) -> "SharedEvaluation":
     """Load the model of some plans and run it once over what all of them measure on.
 
-    The edits that the plans stand on are in it.
+    The edits that the plans stand on are in it. Tells of towers that are not split.
     """
     from slsgu_cli.clip.inputs import return_memory
     from slsgu_cli.method.trial import add_edits
@@ -280,6 +280,9 @@ def share_evaluation(
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
     shared = _base_pass(store, plans, module, purpose).run(layers)
+    for tower in {score.tower for score in layers}:
+        if not shared.tower(tower).exact_split:
+            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
     return_memory()
     return shared
 
@@ -298,7 +301,7 @@ def report_evaluation(
     if not any(plan.manifest.deals for plan in plans):
         return evaluation
     if layers:
-        evaluation.let_go()
+        evaluation.release()
     return _base_pass(store, plans, evaluation.model, Purpose.REPORT).run(layers)
 
 
@@ -335,10 +338,7 @@ class BasePass:
     options: SearchOptions
 
     def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
-        """Run the model within the cache budget, keeping what edits of `layers` resume from.
-
-        Tells of towers that are not split.
-        """
+        """Run the model within the cache budget, keeping what edits of `layers` resume from."""
         from slsgu_cli.clip.evaluation import prepare_shared
         from slsgu_cli.clip.inputs import spare
         from slsgu_cli.clip.zeroshot import counted_by
@@ -351,9 +351,6 @@ class BasePass:
         )  # fmt: skip
         known = nullcontext() if self.weights is None else self._features(shared, self.weights)
         with counted_by(str(self.model.spec)), known:
-            for tower in {score.tower for score in layers}:
-                if not shared.tower(tower).exact_split:
-                    progress.detail(f"the {tower} tower is not split: every trial runs all of it")
             if budget is None:
                 budget = spare(device)
             shared.base_pass((score.layer for score in layers), cache_bytes=budget)
