@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-# oneDNN keeps what it makes for a product of every number of rows, up to 0.4 MB each: of the last
-# 1,024 unless told otherwise before the first one, and gradients of many concepts have as many.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+# What is made for a product of every number of rows, up to 0.4 MB each, is kept by oneDNN and by
+# PyTorch beside it: of the last 1,024 unless told otherwise before the first one, and gradients of
+# many concepts have as many.
+for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(capacity, "128")
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # What oneDNN takes; a weight in shards is of another type.
 PLAIN = (Tensor, nn.Parameter)

@@ -1,5 +1,9 @@
 """Products by oneDNN are what PyTorch computes, with their gradients."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +126,28 @@ def test_who_listens_to_linear_layers_hears_them_once():
     with Listening(), FastProducts():
         F.linear(x, weight)
     assert heard == [linear]
+
+
+# How much memory a process has more of, in MB, after products of many numbers of rows.
+GROWTH = """
+import torch
+from slsgu_cli.clip.blocks import product
+
+def held():
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1000
+
+weights = [torch.ones(576, 192), torch.ones(192, 192), torch.ones(768, 192), torch.ones(192, 768)]
+before = held()
+for rows in range(64, 364):
+    for weight in weights:
+        product(torch.ones(rows, weight.shape[1]), weight)
+print(held() - before)
+"""
+
+
+@ONEDNN
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not told of its memory")
+def test_little_is_kept_of_products_of_many_numbers_of_rows():
+    told = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 250
