@@ -244,34 +244,35 @@ class LayerSearch(StepSearch[Trial]):
         """Measure the utility of steps, those that may win against the best so far.
 
         Returns the most that any of these keeps. A step may keep `price` less and win all the
-        same, but not less than one that spares every class.
+        same, but not less than one that spares every class. A step that keeps clearly more than
+        the rival is always measured, but for the risk, and is the next one: rivals do not depend
+        on which others were left.
         """
-        from slsgu_cli.method.trial import Bar
+        from slsgu_cli.method.trial import TOLERANCE, Bar
 
         full, best_kept = self.options.full, NOTHING_KEPT
         sparing, least = NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
-        earlier, rival = 0, None
+        risk = 0.0 if self.options.exact else RISK / max(len(raced), 1)
+        rival, rival_keeps = None, NOTHING_KEPT
         for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
             if self.options.keep is Keep.EXPECTED and trial.expected is None:
                 trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
             if key in may_win or full:
                 beat = max(best_kept - price, sparing)
+                if risk:
+                    beat = min(beat, rival_keeps)
                 if key in raced and least == NOTHING_KEPT:
                     least = beat
-                risk = 0.0
-                if key in raced and not self.options.exact:
-                    # One half for races beside no rival, one for all that could be a rival.
-                    risk = RISK / 2 / len(raced) / (earlier if rival else 1)
-                    earlier += 1
-                bar = None if full else Bar(beat, least, risk, rival)
-                trial = self.with_utility(self.probes[key[0]], trial, bar)
+                bar = Bar(beat, least, risk if key in raced else 0.0, rival)
+                trial = self.with_utility(self.probes[key[0]], trial, None if full else bar)
             if key in may_win and trial.utility is not None:
                 keeps = kept(trial, self.options.keep)
-                if keeps > best_kept:
-                    best_kept = keeps
+                best_kept = max(best_kept, keeps)
+                if keeps > rival_keeps + TOLERANCE:
                     rival = (self.probes[key[0]], trial.step) if key in raced else None
+                    rival_keeps = keeps
                 sparing = max(sparing, keeps) if self._spares(trial) else sparing
         return best_kept
 
