@@ -97,7 +97,7 @@ def _verdicts(
          row.after.top5, row.control.top1 if row.control else None,
          *(side[name].top1 if side and name in side else None
            for name in sets for side in row.utilities),
-         _utility_change(row), row.verdict, *_added(row), row.note)
+         row.utility_change, row.verdict, *_added(row), row.note)
         for subject, row in shown
     ]  # fmt: skip
     title = "does it stay forgotten? FA on the concept, TA on everything else"
@@ -109,14 +109,6 @@ def _added(row: "VerdictRow") -> tuple[float | None, ...]:
     if row.original_control is None or row.added is None:
         return None, None, None, None
     return row.original_control.top1, row.added.points, row.added.low, row.added.high
-
-
-def _utility_change(row: "VerdictRow") -> float | None:
-    """Return the change of TA@1 against the original under the same probe, mean over sets."""
-    if not row.utility_before or not row.utility_after:
-        return None
-    changes = [now.top1 - row.utility_before[name].top1 for name, now in row.utility_after.items()]
-    return sum(changes) / len(changes)
 
 
 def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:

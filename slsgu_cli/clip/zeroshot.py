@@ -322,13 +322,18 @@ class ImageSide:
 
     def __post_init__(self) -> None:
         count, rows = processes.count(), np.arange(len(self.rows))
-        size = max(ROWS_PER_READ, IMAGES_PER_FORWARD[self.labels.device.type])
+        size = max(ROWS_PER_READ, self._together)
         size = max(1, min(size, -(-len(rows) // count)))
         mine = rows // size % count == processes.rank()
         self._own = torch.from_numpy(np.where(mine, np.cumsum(mine) - 1, -1)).to(self.labels.device)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def _together(self) -> int:
+        """How many images run together at most."""
+        return IMAGES_PER_FORWARD[self.labels.device.type]
 
     def some(self, chosen: Ints) -> "ImageSide":
         """Return some of the rows, with what the base pass kept of them if it has run."""
@@ -369,7 +374,7 @@ class ImageSide:
             yield len(mine)
             return
         features: list[Tensor] = []
-        chunks = even_spans(len(mine), IMAGES_PER_FORWARD[self.labels.device.type])
+        chunks = even_spans(len(mine), self._together)
         turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
         for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
             entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
@@ -447,13 +452,12 @@ class ImageSide:
         `own` is of each row its place among those of this process. Of each part come the stage
         that it enters, the deepest first, and its rows' places in `own`.
         """
-        size = IMAGES_PER_FORWARD[self.labels.device.type]
         parts, waiting = [], own >= 0
         for start in sorted((s for s in self._kept if s <= stage), reverse=True):
             there = waiting & (self._kept[start].places[own.clamp(min=0)] >= 0)
             waiting &= ~there
-            parts += [(start, some) for some in _split(there, size)]
-        return [*parts, *((EMBED, some) for some in _split(waiting, size))]
+            parts += [(start, some) for some in _split(there, self._together)]
+        return [*parts, *((EMBED, some) for some in _split(waiting, self._together))]
 
     def _run_along(self, start: int, shape: Sequence[int]) -> None:
         """Run the tower from a stage, which `shape` enters of each row, as others do."""
@@ -483,10 +487,9 @@ class ImageSide:
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""
         wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
-        size = IMAGES_PER_FORWARD[self.labels.device.type]
-        parts = even_spans(len(wanted), size)
-        together = max(1, ROWS_PER_READ // size)
-        reads = [parts[at : at + together] for at in range(0, len(parts), together)]
+        parts = even_spans(len(wanted), self._together)
+        of_a_read = max(1, ROWS_PER_READ // self._together)
+        reads = [parts[at : at + of_a_read] for at in range(0, len(parts), of_a_read)]
 
         def take(read: list[tuple[int, int]]) -> Tensor:
             return staged(self.block.take(wanted[read[0][0] : read[-1][1]]), device)

@@ -59,7 +59,7 @@ from slsgu_cli.clip.model_folder import (
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
-from slsgu_cli.method.ranking import rank
+from slsgu_cli.method.ranking import named_layers, rank
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import SearchResult, search
 from slsgu_cli.records.method import (
@@ -210,14 +210,10 @@ def direct_edit(
 def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
     """Return the one layer of the gradients that `text` means. Raises UsageError."""
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    whole, split = (find_layers(text, layers_of(header.weights, qkv)) for qkv in Qkv)
-    fitting = whole or split
-    if len(fitting) != 1:
-        raise UsageError(
-            f"--layer {text} fits {len(fitting)} layers: {', '.join(fitting[:5]) or 'none'}",
-            hint=f"run `slsgu rank {quote(pointer.name)}` for their names",
-        )
-    return Layer.parse(fitting[0])
+    whole, thirds = (layers_of(header.weights, qkv) for qkv in (Qkv.FUSED, Qkv.SPLIT))
+    names = whole if find_layers(text, whole) else thirds
+    hint = f"run `slsgu rank {quote(pointer.name)}` for their names"
+    return Layer.parse(named_layers([text], names, among="layers", hint=hint)[0])
 
 
 def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:

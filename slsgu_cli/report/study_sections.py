@@ -26,7 +26,7 @@ from slsgu_cli.figures.html import (
     share,
     table,
 )
-from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.figures import Share
 from slsgu_cli.records.method import EditHeader, Trials
 from slsgu_cli.records.studies import (
     ClipComparison,
@@ -81,7 +81,8 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
     probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
         (row.probe, str(row.check), percent(row.before.top1), percent(row.after.top1),
-         percent(row.control.top1) if row.control else None, _utility_change(row.utilities),
+         percent(row.control.top1) if row.control else None,
+         None if row.utility_change is None else change(row.utility_change),
          str(row.verdict), row.note)
         for row in probes
     ]  # fmt: skip
@@ -104,14 +105,6 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
          _losses(original, edited), _told(original, edited), _retrieved(original, edited),
          _membership(original, edited))
     )  # fmt: skip
-
-
-def _utility_change(sides: tuple[dict[str, Accuracy] | None, ...]) -> str | None:
-    before, after = sides
-    if not before or not after:
-        return None
-    changes = [now.top1 - before[name].top1 for name, now in after.items() if name in before]
-    return change(sum(changes) / len(changes)) if changes else None
 
 
 def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:

@@ -176,8 +176,6 @@ class _Check:
             return True
         if entry.kind is Artifact.PLOT:
             return entry.name.startswith(f"{name}-")
-        if entry.kind is Artifact.MOMENTS and self._unreadable(entry):
-            return False
         is_known = name in self._sets or name in self._pointers
         return is_known and self.catalog.is_of(entry.kind, entry.name, name)
 

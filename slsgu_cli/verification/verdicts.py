@@ -113,6 +113,13 @@ class VerdictRow:
         """The original's utility and the other model's."""
         return self.utility_before, self.utility_after
 
+    @property
+    def utility_change(self) -> float | None:
+        """Points of TA@1 against the original under the same probe, the mean over the sets."""
+        before, after = (side or {} for side in self.utilities)
+        changes = [now.top1 - before[name].top1 for name, now in after.items() if name in before]
+        return sum(changes) / len(changes) if changes else None
+
 
 def verdict(before: Accuracy, after: Accuracy) -> Verdict:
     """Return what a probe says, from the original's accuracy under it and the other model's."""

@@ -5,8 +5,9 @@ import pytest
 from raced import made_up
 
 from slsgu_cli.method.scoring import Draw, Race, kept
-from slsgu_cli.method.trial import TOLERANCE
+from slsgu_cli.method.trial import TOLERANCE, UtilityMeter
 from slsgu_cli.records.method import Keep, Settled, Tower
+from slsgu_cli.records.options import NO_BOUND
 
 ROWS = 300
 SEEDS = 250
@@ -140,6 +141,49 @@ def test_raced_searches_choose_what_exact_ones_do(keep, most):
         assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
     assert ways == set(Settled)
     assert looked[0] < most * looked[1]
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """What each step must keep, in the order in which steps are measured."""
+    noted, measure = [], UtilityMeter.measure
+
+    def measured(self, probe, step, *, bar=None):
+        if bar:
+            noted.append(bar)
+        return measure(self, probe, step, bar=bar)
+
+    monkeypatch.setattr(UtilityMeter, "measure", measured)
+    return noted
+
+
+def rivals(bars):
+    return [bar.rival and bar.rival[0].index for bar in bars]
+
+
+def test_a_rival_gives_way_only_to_a_step_that_keeps_clearly_more(bars):
+    world = made_up(1)
+    world.steps = [
+        {name: margins - shift for name, margins in world.original.items()}
+        for shift in (0.3, 0.2999, 0.1, 0.2)
+    ]
+    world.searched(max_class_loss=NO_BOUND)
+    first, slightly_more, more, _ = world.keeps()
+    assert first < slightly_more < first + TOLERANCE < more
+    assert rivals(bars) == [None, 0, 0, 2]
+    assert [bar.beat for bar in bars[1:]] == pytest.approx([first, first, more])
+    assert [bar.risk for bar in bars] == [0.0025] * 4
+
+
+def test_rivals_are_the_same_in_every_order_of_rows(bars):
+    """So each race has one, and the whole of its share of the risk."""
+    found = set()
+    for seed in range(30):
+        bars.clear()
+        made_up(4).searched(seed=seed)
+        found.add(tuple(rivals(bars)))
+    assert len(found) == 1
+    assert len(set(*found)) > 2
 
 
 def test_rows_that_another_concept_leaves_out_change_little_of_what_is_looked_at():

@@ -164,6 +164,13 @@ def test_names_and_files_choose_what_is_read(several_world, tmp_path):
     assert "green" in caught.value.hint
 
 
+def test_moments_that_do_not_say_whose_they_are_are_told_of_each_set(world):
+    world.store.write_bytes("moments/m.safetensors", b"no header")
+    (found,) = check(world.store, ["blue"]).findings
+    assert (found.state, found.path) == (State.DAMAGED, "moments/m.safetensors")
+    assert check(world.store, ["rankings/blue.json"]).findings == ()
+
+
 def test_partials_of_dead_processes_go_and_those_of_others_stay(world):
     store = world.store
     own = partial_name("a.zarr")
