@@ -254,6 +254,7 @@ class LayerSearch(StepSearch[Trial]):
         sparing, least = NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
         risk = 0.0 if self.options.exact else RISK / max(len(raced), 1)
+        # Before there is a rival, it is a step of a text layer that keeps so much.
         rival, rival_keeps = None, NOTHING_KEPT
         for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
