@@ -322,7 +322,7 @@ class ImageSide:
 
     def __post_init__(self) -> None:
         count, rows = processes.count(), np.arange(len(self.rows))
-        size = max(ROWS_PER_READ, self._together)
+        size = max(ROWS_PER_READ, self._per_forward)
         size = max(1, min(size, -(-len(rows) // count)))
         mine = rows // size % count == processes.rank()
         self._own = torch.from_numpy(np.where(mine, np.cumsum(mine) - 1, -1)).to(self.labels.device)
@@ -331,7 +331,7 @@ class ImageSide:
         return len(self.rows)
 
     @property
-    def _together(self) -> int:
+    def _per_forward(self) -> int:
         """How many images run together at most."""
         return IMAGES_PER_FORWARD[self.labels.device.type]
 
@@ -374,7 +374,7 @@ class ImageSide:
             yield len(mine)
             return
         features: list[Tensor] = []
-        chunks = even_spans(len(mine), self._together)
+        chunks = even_spans(len(mine), self._per_forward)
         turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
         for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
             entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
@@ -456,8 +456,8 @@ class ImageSide:
         for start in sorted((s for s in self._kept if s <= stage), reverse=True):
             there = waiting & (self._kept[start].places[own.clamp(min=0)] >= 0)
             waiting &= ~there
-            parts += [(start, some) for some in _split(there, self._together)]
-        return [*parts, *((EMBED, some) for some in _split(waiting, self._together))]
+            parts += [(start, some) for some in _split(there, self._per_forward)]
+        return [*parts, *((EMBED, some) for some in _split(waiting, self._per_forward))]
 
     def _run_along(self, start: int, shape: Sequence[int]) -> None:
         """Run the tower from a stage, which `shape` enters of each row, as others do."""
@@ -487,9 +487,9 @@ class ImageSide:
     def _pixels(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the pixels of `rows` a few at a time, each with how many came before."""
         wanted, device = self.rows[rows.cpu().numpy()], str(self.labels.device)
-        parts = even_spans(len(wanted), self._together)
-        of_a_read = max(1, ROWS_PER_READ // self._together)
-        reads = [parts[at : at + of_a_read] for at in range(0, len(parts), of_a_read)]
+        parts = even_spans(len(wanted), self._per_forward)
+        per_read = max(1, ROWS_PER_READ // self._per_forward)
+        reads = [parts[at : at + per_read] for at in range(0, len(parts), per_read)]
 
         def take(read: list[tuple[int, int]]) -> Tensor:
             return staged(self.block.take(wanted[read[0][0] : read[-1][1]]), device)

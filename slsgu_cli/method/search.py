@@ -253,7 +253,7 @@ class LayerSearch(StepSearch[Trial]):
         full, best_kept = self.options.full, NOTHING_KEPT
         sparing, least = NOTHING_KEPT, NOTHING_KEPT
         raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
-        risk = 0.0 if self.options.exact else RISK / max(len(raced), 1)
+        risk = RISK / len(raced) if raced and not self.options.exact else 0.0
         # Before there is a rival, it is a step of a text layer that keeps so much.
         rival, rival_keeps = None, NOTHING_KEPT
         for key in sorted(dict.fromkeys(path), key=self._cost):
