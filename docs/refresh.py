@@ -102,8 +102,12 @@ def missing(page: Path) -> list[str]:
 def declared(page: Path, key: str) -> list[str]:
     """Return the words that a comment before the page's heading gives to `key`."""
     before_heading = page.read_text().partition("# ")[0]
-    return [word for kind, words in HEAD.findall(before_heading) if kind == key
-            for word in words.split()]  # fmt: skip
+    return [
+        word
+        for kind, words in HEAD.findall(before_heading)
+        if kind == key
+        for word in words.split()
+    ]
 
 
 def _is_there(need: str) -> bool:

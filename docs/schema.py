@@ -80,119 +80,255 @@ def documents() -> dict[str, list[dict[str, Any]]]:
     effect = table("figure", "judge", "original", "unlearned", "change", "of", "95% interval")
     gradients = table("role", "loss", "mean loss", "rows", "batches", "gradient", "made", "squares")
     searched = {
-        "trials": Trials, "chosen": Trial, "accuracy": accuracy, "earlier?": Ground,
-        "harmed": [ClassLoss], "nearest": [ClassLoss], "files": PATHS,
-    }  # fmt: skip
+        "trials": Trials,
+        "chosen": Trial,
+        "accuracy": accuracy,
+        "earlier?": Ground,
+        "harmed": [ClassLoss],
+        "nearest": [ClassLoss],
+        "files": PATHS,
+    }
     steering = an_object(
-        {"trials": record(TargetTrials), "chosen": record(TargetTrial), "forgotten": CELL,
-         "edit": CELL, "figures": record(TargetFigures)}
-    )  # fmt: skip
+        {
+            "trials": record(TargetTrials),
+            "chosen": record(TargetTrial),
+            "forgotten": CELL,
+            "edit": CELL,
+            "figures": record(TargetFigures),
+        }
+    )
     steered = {"search": steering, "chosen": TargetTrial, "effect?": effect, "edit": PATHS}
     sentences = table("model", "check", "text")
     return {
         "build-sets": [
-            {"set": SetManifest}, {"sets": [SetManifest]}, {"replayed": table("part", "rows")}
+            {"set": SetManifest},
+            {"sets": [SetManifest]},
+            {"replayed": table("part", "rows")},
         ],
-        "show": [{
-            "set": an_object({
-                **dict.fromkeys(("name", "part", "concept", "patterns", "model", "rows",
-                                 "captions", "seen", "fingerprint"), CELL),
-                "left out": table("name", "value"), "noted": table("name", "value"),
-            }),
-            "sources": table("source", "rows"), "words": table("word", "captions"),
-            "rows": table("key", "hash", "caption", "file", "row", "url"), "sheets": PATHS,
-        }],
+        "show": [
+            {
+                "set": an_object(
+                    {
+                        **dict.fromkeys(
+                            (
+                                "name",
+                                "part",
+                                "concept",
+                                "patterns",
+                                "model",
+                                "rows",
+                                "captions",
+                                "seen",
+                                "fingerprint",
+                            ),
+                            CELL,
+                        ),
+                        "left out": table("name", "value"),
+                        "noted": table("name", "value"),
+                    }
+                ),
+                "sources": table("source", "rows"),
+                "words": table("word", "captions"),
+                "rows": table("key", "hash", "caption", "file", "row", "url"),
+                "sheets": PATHS,
+            }
+        ],
         "grad": [{"gradients": gradients}],
         "rank": [{"ranking": Ranking, "plots": PATHS}],
         "search": [
             searched,
             {"sets": a_list(an_object({"set": CELL, **_schemas(searched)}))},
-            {"edits": JointSearch,
-             "stages": table("concepts", "added", "layer", "FA@1 at most",
-                             utility=("TA@1", "TA@5")),
-             "files": PATHS},
+            {
+                "edits": JointSearch,
+                "stages": table(
+                    "concepts", "added", "layer", "FA@1 at most", utility=("TA@1", "TA@5")
+                ),
+                "files": PATHS,
+            },
             steered,
+            {"sets": a_list(an_object({"set": CELL, **_schemas(steered)}))},
         ],
         "apply": [{"applied": AppliedResult}],
-        "export": [{
-            "edits": table("edit", "layer", "rank", "of"),
-            "strengths": table("strength", "set", "FA@1", "FA@5"), "files": PATHS,
-        }],
-        "eval": [{
-            "accuracy": accuracy, "plots": PATHS,
-            "assertions?": table("assertion", "figure", "result"),
-        }],
-        "verify": [{
-            "verification": table(
-                "check", "probe", "model", "original FA@1", "FA@1", "original FA@5", "FA@5",
-                "control FA@1", "TA change", "verdict", "original control", "added",
-                "added from", "added to", "note", utility=("original TA@1", "TA@1"),
-            ),
-            "became?": table("model", "what", "place", "name", "figure"),
-            "classes?": table("what", "set", "class", "model", "cosine", "rows",
-                              "original TA@1", "TA@1", "change"),
-            "told?": table("classifier", "tells", "model", "images", "original accuracy",
-                           "accuracy", "original recall", "recall", "rows", "others"),
-            "retrieval?": table("query", "index", "model", "original mAP", "mAP",
-                                "original recall@1", "recall@1", "recall@5", "recall@10",
-                                "queries", "gallery"),
-            "index?": table("features of", "model", "rows", "identical", "moved", "mean",
-                            "largest"),
-            "membership?": table("figure", "against", "model", "original mean", "original sd",
-                                 "mean", "sd", "members", "others", "verdict"),
-            "attempts?": table("check", "model", "made with", "text", "loss", "FA@1", "FA@5"),
-            "curves?": table("check", "model", "trained name", "step", "FA@1", "FA@5"),
-            "verdicts": sentences, "notes?": sentences, "conclusions": [Conclusion],
-            "files": PATHS,
-        }],
+        "export": [
+            {
+                "edits": table("edit", "layer", "rank", "of"),
+                "strengths": table("strength", "set", "FA@1", "FA@5"),
+                "files": PATHS,
+            }
+        ],
+        "eval": [
+            {
+                "accuracy": accuracy,
+                "plots": PATHS,
+                "assertions?": table("assertion", "figure", "result"),
+            }
+        ],
+        "verify": [
+            {
+                "verification": table(
+                    "check",
+                    "probe",
+                    "model",
+                    "original FA@1",
+                    "FA@1",
+                    "original FA@5",
+                    "FA@5",
+                    "control FA@1",
+                    "TA change",
+                    "verdict",
+                    "original control",
+                    "added",
+                    "added from",
+                    "added to",
+                    "note",
+                    utility=("original TA@1", "TA@1"),
+                ),
+                "became?": table("model", "what", "place", "name", "figure"),
+                "classes?": table(
+                    "what",
+                    "set",
+                    "class",
+                    "model",
+                    "cosine",
+                    "rows",
+                    "original TA@1",
+                    "TA@1",
+                    "change",
+                ),
+                "told?": table(
+                    "classifier",
+                    "tells",
+                    "model",
+                    "images",
+                    "original accuracy",
+                    "accuracy",
+                    "original recall",
+                    "recall",
+                    "rows",
+                    "others",
+                ),
+                "retrieval?": table(
+                    "query",
+                    "index",
+                    "model",
+                    "original mAP",
+                    "mAP",
+                    "original recall@1",
+                    "recall@1",
+                    "recall@5",
+                    "recall@10",
+                    "queries",
+                    "gallery",
+                ),
+                "index?": table(
+                    "features of", "model", "rows", "identical", "moved", "mean", "largest"
+                ),
+                "membership?": table(
+                    "figure",
+                    "against",
+                    "model",
+                    "original mean",
+                    "original sd",
+                    "mean",
+                    "sd",
+                    "members",
+                    "others",
+                    "verdict",
+                ),
+                "attempts?": table("check", "model", "made with", "text", "loss", "FA@1", "FA@5"),
+                "curves?": table("check", "model", "trained name", "step", "FA@1", "FA@5"),
+                "verdicts": sentences,
+                "notes?": sentences,
+                "conclusions": [Conclusion],
+                "files": PATHS,
+            }
+        ],
         "report": [{"sections": table("name", "section", "state", "run"), "files": PATHS}],
         "compare": [
-            {"comparison": table(
-                "method", "setting", "lr", "value", "layer", "epoch", "FA@1", "FA@5", "seconds",
-                "forget passes", "retain passes", "chosen", utility=("TA@1", "TA@5"),
-             ), "plots": PATHS},
+            {
+                "comparison": table(
+                    "method",
+                    "setting",
+                    "lr",
+                    "value",
+                    "layer",
+                    "epoch",
+                    "FA@1",
+                    "FA@5",
+                    "seconds",
+                    "forget passes",
+                    "retain passes",
+                    "chosen",
+                    utility=("TA@1", "TA@5"),
+                ),
+                "plots": PATHS,
+            },
             {"comparison": PipelineComparison, "sheets": PATHS},
         ],
-        "steer": [steered, {"sets": a_list(an_object(_schemas(steered)))}],
         "generate": [
             {"generation": Generation, "effect?": effect, "sheets": PATHS},
             {"answer set": AnswerSet},
         ],
         "ask": [{"answers": Answers, "pictures": PATHS}],
-        "trajectory": [{
-            "trajectory": Trials,
-            "rises": table("layer", "ridge", "steps", "% of norm",
-                           figures=("rise", "rise at % of norm")),
-            "files": PATHS,
-        }],
+        "trajectory": [
+            {
+                "trajectory": Trials,
+                "rises": table(
+                    "layer", "damping", "steps", "% of norm", figures=("rise", "rise at % of norm")
+                ),
+                "files": PATHS,
+            }
+        ],
         "sweep": [{"sweep": Sweep, "files": PATHS}],
         "init": [{"files": PATHS}],
         "run": [
-            {"plan": table("stage", "requests", "for", "state", "seconds", "memory", "disk",
-                           "why")},
-            {"figures": table("figure", "original", "now", "change"),
-             "bounds?": table("request", "bound", "figure", "result"),
-             "requests": [LedgerRow], "files": PATHS},
+            {
+                "plan": table(
+                    "stage", "requests", "for", "state", "seconds", "memory", "disk", "why"
+                )
+            },
+            {
+                "figures": table("figure", "original", "now", "change"),
+                "bounds?": table("request", "bound", "figure", "result"),
+                "requests": [LedgerRow],
+                "files": PATHS,
+            },
         ],
         "requests": [{"requests": [LedgerRow]}],
-        "evidence": [{
-            "evidence": table("request", "state", "edit", "verification", "FA@1 before",
-                              "FA@1 after"),
-            "files": PATHS,
-        }],
-        "env": [{
-            "versions": table("package", "version"), "devices": table("device", "what"),
-            "extras": table("extra", "package", "version", "for"),
-        }],
+        "evidence": [
+            {
+                "evidence": table(
+                    "request", "state", "edit", "verification", "FA@1 before", "FA@1 after"
+                ),
+                "files": PATHS,
+            }
+        ],
+        "env": [
+            {
+                "versions": table("package", "version"),
+                "devices": table("device", "what"),
+                "extras": table("extra", "package", "version", "for"),
+            }
+        ],
         "ls": [{"store": [Entry]}],
         "check": [{"check": [Finding]}, {"edits": [FoundEdit]}],
         "gc": [{"unused": [Finding]}],
-        "demo": [{
-            "set": SetManifest, "gradients": gradients, "ranking": Ranking, "plots": PATHS,
-            "trials": Trials, "chosen": Trial, "files": PATHS, "applied": AppliedResult,
-            "accuracy": accuracy, "pictures": PATHS, "commands": PATHS,
-        }],
-    }  # fmt: skip
+        "demo": [
+            {
+                "set": SetManifest,
+                "gradients": gradients,
+                "ranking": Ranking,
+                "plots": PATHS,
+                "trials": Trials,
+                "chosen": Trial,
+                "files": PATHS,
+                "applied": AppliedResult,
+                "accuracy": accuracy,
+                "pictures": PATHS,
+                "commands": PATHS,
+            }
+        ],
+    }
 
 
 def _schemas(keys: Mapping[str, Any]) -> dict[str, Schema]:
@@ -253,9 +389,12 @@ def _map_of(kind: Any) -> Schema:
 def schema() -> Schema:
     """Return the whole schema: of every command what it prints, with or without an error."""
     error = an_object(
-        {"message": {"type": "string"}, "hint": {"type": ["string", "null"]},
-         "exit_code": {"type": "integer"}}
-    )  # fmt: skip
+        {
+            "message": {"type": "string"},
+            "hint": {"type": ["string", "null"]},
+            "exit_code": {"type": "integer"},
+        }
+    )
     head = {"schema": {"const": SCHEMA}}
     commands = []
     for name, each in documents().items():

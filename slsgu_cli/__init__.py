@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from slsgu_cli.progress import set_sink as set_sink
     from slsgu_cli.recipes import forget as forget
     from slsgu_cli.recipes import run as run
+    from slsgu_cli.records.method import Criterion as Criterion
     from slsgu_cli.records.method import Direction as Direction
     from slsgu_cli.records.method import Precision as Precision
-    from slsgu_cli.records.method import Steer as Steer
     from slsgu_cli.records.method import Tower as Tower
     from slsgu_cli.records.options import ApplyRequest as ApplyRequest
     from slsgu_cli.records.options import BuildRequest as BuildRequest
@@ -57,7 +57,7 @@ _FACE = {
     "method.ranking": ("rank",),
     "method.search": ("search",),
     "progress": ("Sink", "set_sink"),
-    "records.method": ("Direction", "Precision", "Steer", "Tower"),
+    "records.method": ("Direction", "Precision", "Criterion", "Tower"),
     "records.options": (
         "ApplyRequest",
         "BuildRequest",

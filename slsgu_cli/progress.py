@@ -148,7 +148,7 @@ _REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def terminal_safe(text: str) -> str:
-    """Return `text` without what would steer a terminal: a caption or a key may hold anything.
+    """Return `text` without what would criterion a terminal: a caption or a key may hold anything.
 
     Controls become spaces. Those that reorder text leave a mark: without any, two names that
     differ would look the same.

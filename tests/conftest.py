@@ -34,10 +34,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 # The longest files, by what they take: one that comes late leaves the other processes idle.
-LONGEST = ("test_target_figures.py", "test_demo.py", "test_search.py", "test_cli.py",
-           "test_erasing.py", "test_generation.py", "test_ranks.py", "test_joint.py",
-           "test_interrupts.py", "test_installed.py", "test_sweep.py",
-           "test_remote.py")  # fmt: skip
+LONGEST = (
+    "test_target_figures.py",
+    "test_demo.py",
+    "test_search.py",
+    "test_cli.py",
+    "test_erasing.py",
+    "test_generation.py",
+    "test_ranks.py",
+    "test_joint.py",
+    "test_interrupts.py",
+    "test_installed.py",
+    "test_sweep.py",
+    "test_remote.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -13,10 +13,13 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 FOLDERS = [path.parent for path in PAGES if path.name == "README.md" and path.parent != ROOT]
 IMPORTS = sorted(
-    {(module, name.strip())
-     for text in DOCUMENTS.values() for module, names in IMPORT.findall(text)
-     for name in names.split(",")}
-)  # fmt: skip
+    {
+        (module, name.strip())
+        for text in DOCUMENTS.values()
+        for module, names in IMPORT.findall(text)
+        for name in names.split(",")
+    }
+)
 
 
 @pytest.mark.parametrize(("module", "name"), IMPORTS)

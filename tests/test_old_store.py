@@ -66,9 +66,19 @@ def studies_of(store):
 def test_every_artifact_is_listed_as_good(store):
     listed = entries(store)
     assert {entry.kind.value for entry in listed} == {
-        "set", "data", "pointer", "gradient", "moments", "ranking", "trials", "trajectory",
-        "joint", "edit", "verification", "comparison",
-    }  # fmt: skip
+        "set",
+        "data",
+        "pointer",
+        "gradient",
+        "covariances",
+        "ranking",
+        "trials",
+        "trajectory",
+        "joint",
+        "edit",
+        "verification",
+        "comparison",
+    }
     assert [(entry.path, entry.reason) for entry in listed if entry.state != "ok"] == []
     stdout, _ = run("ls")
     assert [line.split("\t")[3] for line in stdout.splitlines()[1:]] == ["ok"] * len(listed)
@@ -107,11 +117,21 @@ def test_a_joint_search_goes_on_from_the_trials_of_each(store, monkeypatch):
         raise AssertionError("a trial on record was measured again")
 
     monkeypatch.setattr(Probe, "measure", measured)
-    before = content(store, "moments", "gradients")
+    before = content(store, "covariances", "gradients")
     known = joint_of(store).trials
-    words = ("--joint", "--steps", "4", "--steer", "fa1", "--keep", "ta1", "--reserve", "1")
+    words = (
+        "--joint",
+        "--steps",
+        "4",
+        "--criterion",
+        "fa1",
+        "--utility",
+        "ta1",
+        "--overshoot",
+        "1",
+    )
     run("search", "red", "blue", *words)
-    assert content(store, "moments", "gradients") == before
+    assert content(store, "covariances", "gradients") == before
     # What it knows of several steps together is kept, though it has no slopes to go on by.
     assert [trial.moves for trial in joint_of(store).trials[: len(known)]] == [
         trial.moves for trial in known
@@ -125,7 +145,7 @@ def test_what_it_recorded_of_an_edit_is_used_again(store):
     _, stderr = run("verify", "blue", "--checks", "paraphrase")
     assert "2 recorded findings were used again" in stderr
     run("compare", "blue", "--methods", "ft", "--epochs", "1")
-    run("trajectory", "blue", "--points", "3", "--steer", "fa1")
+    run("trajectory", "blue", "--points", "3", "--criterion", "fa1")
     after = studies_of(store)
     assert after[1:] == before[1:]
     for old, new in zip(before[0].subjects, after[0].subjects, strict=True):
@@ -160,4 +180,4 @@ def test_its_sets_are_built_again_of_the_same_rows(store):
     after = store.read_record("sets/blue.json", SetManifest)
     assert blocks(after) == blocks(before)
     assert before.request.items() <= after.request.items()
-    assert after.report_share == 0
+    assert after.test_fraction == 0

@@ -67,14 +67,22 @@ SEARCH = SearchOptions(steps=4, layers=["visual.proj"])
 def recipe_of(world, folder, *names, **changes):
     """Return a recipe of colours to forget on the tiny model."""
     sets = BuildRequest(
-        sources=[world.sources["pairs"]], retain_samples=60, report_share=0, label_column="label",
+        sources=[world.sources["pairs"]],
+        retain_samples=60,
+        test_fraction=0,
+        label_column="label",
         evals={"first": world.sources["first"]},
-    )  # fmt: skip
+    )
     outputs = Outputs(checkpoint=folder / "clip", edits=folder / "edits")
     usual = Recipe(
-        name="colours", model=world.model, sets=sets, rank=RANK, search=SEARCH, outputs=outputs,
+        name="colours",
+        model=world.model,
+        sets=sets,
+        rank=RANK,
+        search=SEARCH,
+        outputs=outputs,
         requests=tuple(RemovalRequest(name=name) for name in names),
-    )  # fmt: skip
+    )
     return replace(usual, **changes)
 
 
@@ -244,8 +252,9 @@ def test_a_request_that_is_withdrawn_is_in_no_output(job, shared_world, tmp_path
     blue, red = result.ledger.rows
     assert (blue.state, red.state) == (RequestState.FORGOTTEN, RequestState.WITHDRAWN)
     assert [event.state for event in red.events][-2:] == [
-        RequestState.FORGOTTEN, RequestState.WITHDRAWN,
-    ]  # fmt: skip
+        RequestState.FORGOTTEN,
+        RequestState.WITHDRAWN,
+    ]
     job()
     weights = "open_clip_model.safetensors"
     original = (shared_world.folder / weights).read_bytes()
@@ -329,8 +338,11 @@ def bytes_in(path):
 def test_other_options_cost_what_is_made_with_them(job):
     changed = job.plan("blue", "red", search=replace(SEARCH, steps=5))
     assert [str(each.step.stage) for each in changed if each.why] == [
-        "search", "apply", "edits", "eval",
-    ]  # fmt: skip
+        "search",
+        "apply",
+        "edits",
+        "eval",
+    ]
     assert "options" in next(each.why for each in changed if each.why)
     ranked = job.plan("blue", "red", rank=replace(RANK, exclude=["text"]))
     assert {str(each.step.stage) for each in ranked if not each.why} == {"build-sets", "grad"}
@@ -650,10 +662,15 @@ def test_env_tells_what_bug_reports_need():
 
 def test_forget_is_the_whole_job(shared_world, tmp_path):
     result = slsgu_cli.forget(
-        model=shared_world.model, concept="blue", source=shared_world.sources["pairs"],
-        evaluation={"first": shared_world.sources["first"]}, out=tmp_path / "clip",
-        store=str(tmp_path / "store"), retain_samples=60, label_column="label",
-    )  # fmt: skip
+        model=shared_world.model,
+        concept="blue",
+        source=shared_world.sources["pairs"],
+        evaluation={"first": shared_world.sources["first"]},
+        out=tmp_path / "clip",
+        store=str(tmp_path / "store"),
+        retain_samples=60,
+        label_column="label",
+    )
     assert result.figures["fa1"] == 0
     assert result.checkpoint == tmp_path / "clip"
     assert (tmp_path / "clip" / "open_clip_config.json").is_file()

@@ -357,14 +357,22 @@ _TEXT_OUTSIDE = _tensors(
 ) | _modules({"ln_final": "final_layer_norm"})
 _POOL = "head.attention.in_proj_"
 _BERTS_BLOCK = (
-    "attention.self.query", "attention.self.key", "attention.self.value",
-    "attention.output.dense", "attention.output.LayerNorm",
-    "intermediate.dense", "output.dense", "output.LayerNorm",
-)  # fmt: skip
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "output.dense",
+    "output.LayerNorm",
+)
 _BERTS_EMBEDDINGS = (
-    "word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight",
-    "LayerNorm.weight", "LayerNorm.bias",
-)  # fmt: skip
+    "word_embeddings.weight",
+    "position_embeddings.weight",
+    "token_type_embeddings.weight",
+    "LayerNorm.weight",
+    "LayerNorm.bias",
+)
 _NAMES = {
     (Spelling.TRANSFORMERS, Tower.TEXT): TowerNames(
         start="",

@@ -316,8 +316,10 @@ def _new_header(tensors: Iterable[NewTensor]) -> tuple[bytes, list[NewTensor]]:
     for each in ordered:
         start, end = end, end + each.nbytes
         header[each.name] = {
-            "dtype": each.dtype, "shape": [*each.shape], "data_offsets": [start, end],
-        }  # fmt: skip
+            "dtype": each.dtype,
+            "shape": [*each.shape],
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH)
     return len(text).to_bytes(LENGTH, "little") + text, ordered

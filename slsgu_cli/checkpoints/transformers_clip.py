@@ -101,8 +101,17 @@ def unreachable(what: str, error: BaseException) -> MissingError:
 
 
 # What a configuration gives as a size, and the most that one is.
-SIZES = ("embed_dim", "image_size", "patch_size", "layers", "width", "head_width", "heads",
-         "context_length", "vocab_size")  # fmt: skip
+SIZES = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "layers",
+    "width",
+    "head_width",
+    "heads",
+    "context_length",
+    "vocab_size",
+)
 LARGEST = {"image_size": 1 << 13, "context_length": 1 << 16, "type_vocab_size": 1 << 10}
 LARGEST_OTHER = 1 << 24
 # Those that may be lists: a pair of sides, the stages of a ResNet.
@@ -288,11 +297,19 @@ def bert_config(text: Mapping[str, Any]) -> Part:
 
 
 # What transformers calls the sizes of a tower, by open_clip's words for them.
-_VISION = {"image_size": "image_size", "patch_size": "patch_size", "layers": "num_hidden_layers",
-           "width": "hidden_size"}  # fmt: skip
-_TEXT = {"context_length": "max_position_embeddings", "vocab_size": "vocab_size",
-         "layers": "num_hidden_layers", "width": "hidden_size",
-         "heads": "num_attention_heads"}  # fmt: skip
+_VISION = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+}
+_TEXT = {
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+}
 
 
 def _vision_sizes(vision: Part) -> Part:
@@ -404,8 +421,13 @@ CHINESE_LENGTH = 52
 # How texts are cleaned that are given to a tokenizer as they are, for which open_clip has no word.
 AS_IT_IS = "none"
 # What a BERT is beside its sizes, and the activations that it may have.
-BERT_FIELDS = ("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps",
-               "pad_token_id")  # fmt: skip
+BERT_FIELDS = (
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "pad_token_id",
+)
 BERT_ACTS = ("gelu", "gelu_new", "relu", "silu")
 # Configurations of before the field was right say 2 and mean the last token of a text.
 END_OF_TEXT = (2, 49407)
@@ -413,34 +435,105 @@ END_OF_TEXT = (2, 49407)
 GELU = {"gelu": {"approximate": "none"}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
 
 _SIZES = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048,
-             "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77,
-             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}  # fmt: skip
-CLIP_VISION = {"hidden_size": 768, **_SIZES, "num_channels": 3, "image_size": 224,
-               "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
-SIGLIP_TEXT = {"vocab_size": 32000, "hidden_size": 768, **_SIZES, "max_position_embeddings": 64,
-               "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-               "projection_size": None}  # fmt: skip
-SIGLIP_VISION = {"hidden_size": 768, **_SIZES, "num_channels": 3, "image_size": 224,
-                 "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-                 "vision_use_head": True}  # fmt: skip
-CHINESE_TEXT = {"vocab_size": 30522, "hidden_size": 768, **_SIZES, "max_position_embeddings": 512,
-                "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-                "pad_token_id": 0, "position_embedding_type": "absolute"}  # fmt: skip
+CLIP_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+CLIP_VISION = {
+    "hidden_size": 768,
+    **_SIZES,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+SIGLIP_TEXT = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    **_SIZES,
+    "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "projection_size": None,
+}
+SIGLIP_VISION = {
+    "hidden_size": 768,
+    **_SIZES,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+CHINESE_TEXT = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    **_SIZES,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "position_embedding_type": "absolute",
+}
 SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
 
 # By what transformers calls the type of a model.
 FAMILIES = {
-    CLIP: Family("CLIPModel", CLIP_TEXT, CLIP_VISION, {}, True,
-                 _clip_fits, _clip_config, _clip_for_transformers),
-    METACLIP: Family("MetaClip2Model", CLIP_TEXT, CLIP_VISION, {}, True,
-                     _metaclip_fits, _metaclip_config, _metaclip_for_transformers),
-    SIGLIP: Family("SiglipModel", SIGLIP_TEXT, SIGLIP_VISION, SIGLIP_PREPROCESS, False,
-                   _siglip_fits, _siglip_config, _siglip_for_transformers,
-                   Spelling.SIGLIP, "Siglip"),
-    CHINESE_CLIP: Family("ChineseCLIPModel", CHINESE_TEXT, CLIP_VISION, {}, True,
-                         _chinese_fits, _chinese_config, None, Spelling.BERT, "ChineseCLIP"),
-}  # fmt: skip
+    CLIP: Family(
+        "CLIPModel",
+        CLIP_TEXT,
+        CLIP_VISION,
+        {},
+        True,
+        _clip_fits,
+        _clip_config,
+        _clip_for_transformers,
+    ),
+    METACLIP: Family(
+        "MetaClip2Model",
+        CLIP_TEXT,
+        CLIP_VISION,
+        {},
+        True,
+        _metaclip_fits,
+        _metaclip_config,
+        _metaclip_for_transformers,
+    ),
+    SIGLIP: Family(
+        "SiglipModel",
+        SIGLIP_TEXT,
+        SIGLIP_VISION,
+        SIGLIP_PREPROCESS,
+        False,
+        _siglip_fits,
+        _siglip_config,
+        _siglip_for_transformers,
+        Spelling.SIGLIP,
+        "Siglip",
+    ),
+    CHINESE_CLIP: Family(
+        "ChineseCLIPModel",
+        CHINESE_TEXT,
+        CLIP_VISION,
+        {},
+        True,
+        _chinese_fits,
+        _chinese_config,
+        None,
+        Spelling.BERT,
+        "ChineseCLIP",
+    ),
+}
 KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
 
@@ -479,9 +572,15 @@ def family_of(model: Mapping[str, Any]) -> str:
 
 # What a model_cfg says of training, of the start of it, or of tokenizers, which folders hold.
 _NOT_BUILT = {
-    "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained",
-    "hf_model_pretrained", "init_logit_scale", "nonscalar_logit_scale", "pad_id",
-}  # fmt: skip
+    "patch_dropout",
+    "timm_drop",
+    "timm_drop_path",
+    "timm_model_pretrained",
+    "hf_model_pretrained",
+    "init_logit_scale",
+    "nonscalar_logit_scale",
+    "pad_id",
+}
 _TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 
 
@@ -585,13 +684,18 @@ def transformers_preprocess(
     made = {
         "image_processor_type": f"{family.processor}ImageProcessor",
         "processor_class": f"{family.processor}Processor",
-        "do_resize": True, "size": {"shortest_edge": size} if crops else sides,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if crops else sides,
         "resample": resamples.get(preprocess["interpolation"], 0),
-        "do_center_crop": crops, "crop_size": sides,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
-        "do_normalize": True, "image_mean": [*preprocess["mean"]],
+        "do_center_crop": crops,
+        "crop_size": sides,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "image_mean": [*preprocess["mean"]],
         "image_std": [*preprocess["std"]],
-    }  # fmt: skip
+    }
     for name, known in (
         ("interpolation", tuple(resamples)),
         ("resize_mode", ("shortest", "squash") if family.crops else ("squash",)),

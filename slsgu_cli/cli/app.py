@@ -51,7 +51,6 @@ GROUPS = {
     },
     "On a model built on CLIP": {
         "export": ("downstream", "Write edits as a LoRA, for the clients of such models."),
-        "steer": ("downstream", "Find layer and step on a model built on CLIP itself."),
         "generate": ("downstream", "Generate images before and after an edit."),
         "ask": ("downstream", "Ask a LLaVA about images before and after an edit."),
     },
@@ -77,8 +76,16 @@ GROUPS = {
 IN_SEVERAL = {"grad", "rank", "search", "sweep"}
 # The commands that take their options from a recipe where one is named.
 IN_RECIPE = {
-    "build-sets", "grad", "rank", "search", "trajectory", "apply", "eval", "verify", "report"
-}  # fmt: skip
+    "build-sets",
+    "grad",
+    "rank",
+    "search",
+    "trajectory",
+    "apply",
+    "eval",
+    "verify",
+    "report",
+}
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # The functions of the commands whose rooms are loaded.
@@ -177,10 +184,13 @@ def main(
 
 
 _STORE = Option(
-    ("--store",), "Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
-    "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.", COMMON,
-    metavar="STORE", without=usage.STORE,
-)  # fmt: skip
+    ("--store",),
+    "Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
+    "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
+    COMMON,
+    metavar="STORE",
+    without=usage.STORE,
+)
 _FLAGS = (
     Option(("--no-wait",), "Compute what another process is computing for the store, too.", COMMON),
     Option(("--json",), "Print one JSON document.", COMMON),
@@ -189,9 +199,12 @@ _FLAGS = (
     Option(("--debug",), "Show tracebacks.", COMMON),
 )
 _RECIPE = Option(
-    ("--recipe",), "Take the options that are not given from this recipe.", COMMON,
-    metavar="FILE", without="none",
-)  # fmt: skip
+    ("--recipe",),
+    "Take the options that are not given from this recipe.",
+    COMMON,
+    metavar="FILE",
+    without="none",
+)
 
 
 @dataclass(frozen=True, slots=True)

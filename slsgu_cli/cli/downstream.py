@@ -1,11 +1,11 @@
-"""`export`, `steer`, `generate`, `ask`, and comparing on a pipeline; their results as tables."""
+"""`export`, `generate`, `ask`, search and comparison on a target; their results as tables."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli.app import NEEDED, Names, Session, command
+from slsgu_cli.cli.app import NEEDED, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.html import interval, roughly
@@ -20,7 +20,7 @@ from slsgu_cli.records.targets import (
     GenerateRequest,
     Generation,
     Protocol,
-    SteerOptions,
+    TargetSearchOptions,
     TargetTrial,
     TargetTrials,
 )
@@ -29,7 +29,7 @@ from slsgu_cli.records.words import GENERATION, Option
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.downstream.generate import OutputFolder
-    from slsgu_cli.downstream.search import SteerResult
+    from slsgu_cli.downstream.search import TargetSearchResult
     from slsgu_cli.method.export import ExportResult
     from slsgu_cli.store.store import Store
 
@@ -114,9 +114,11 @@ def show_exported(console: "Console", result: "ExportResult") -> None:
     rows = [(one.strength, one.name, one.forget.top1, one.forget.top5) for one in result.figures]
     figures = (Column("FA@1", shown=roughly), Column("FA@5", shown=roughly))
     console.table(
-        "strengths", ("strength", "set", *figures), rows,
+        "strengths",
+        ("strength", "set", *figures),
+        rows,
         title="at each strength, on images that chose nothing",
-    )  # fmt: skip
+    )
     console.paths("files", list(result.files))
 
 
@@ -128,7 +130,7 @@ def export(session: Session, request: ExportRequest) -> None:
     show_exported(session.console, run(session.store, request))
 
 
-def show_steered(console: "Console", store: "Store", result: "SteerResult") -> None:
+def show_target_search(console: "Console", store: "Store", result: "TargetSearchResult") -> None:
     """Print what was chosen, and its figures on what nothing was chosen by.
 
     Trials are shown as well where they are not for a person to read, or with -v.
@@ -157,7 +159,7 @@ def show_steered(console: "Console", store: "Store", result: "SteerResult") -> N
         console.note(f"{result.reused} recorded trials were used again")
 
 
-def _show_trials(console: "Console", result: "SteerResult") -> None:
+def _show_trials(console: "Console", result: "TargetSearchResult") -> None:
     """Print each layer's best trial, or where all were measured in full every trial."""
     from slsgu_cli.cli.console import Column
 
@@ -229,7 +231,7 @@ def show_answers(console: "Console", record: Answers, output: "OutputFolder") ->
     console.paths("pictures", [output.where("answers.png"), output.where("answers.html")])
 
 
-def search_on_target(session: Session, names: Sequence[str], options: SteerOptions) -> None:
+def search_on_target(session: Session, names: Sequence[str], options: TargetSearchOptions) -> None:
     """Search each set on the target and print what is found.
 
     Raises NotForgottenError, after all of them, for the first that misses its goal.
@@ -240,12 +242,12 @@ def search_on_target(session: Session, names: Sequence[str], options: SteerOptio
     for name in names:
         results.append(search_target(session.store, name, options=options))
         with session.console.part("sets") if len(names) > 1 else nullcontext():
-            show_steered(session.console, session.store, results[-1])
+            show_target_search(session.console, session.store, results[-1])
     for result in results:
         require_reached(result)
 
 
-def require_reached(result: "SteerResult") -> None:
+def require_reached(result: "TargetSearchResult") -> None:
     """Raise NotForgottenError where no step reached the goal."""
     if result.forgotten:
         return
@@ -257,15 +259,6 @@ def require_reached(result: "SteerResult") -> None:
         hint="the trials and this edit are kept; try more --steps, --top, another --layer or a "
         "larger --max-loss",
     )
-
-
-@command("steer")
-def steer(session: Session, names: Names, options: SteerOptions) -> None:
-    """The search is steered on what the target generates or answers, not on CLIP's accuracy.
-
-    Example: slsgu steer facebook --target stable-diffusion --goal 95
-    """
-    search_on_target(session, names, options)
 
 
 @command("generate")
@@ -327,11 +320,17 @@ def show_pipeline_comparison(
         Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
     ]
     rows = [
-        (row.method, row.plan.rate if row.plan else None,
-         row.plan.iterations if row.plan else None, row.effect.ua, row.effect.ira, row.distance,
-         row.seconds)
+        (
+            row.method,
+            row.plan.rate if row.plan else None,
+            row.plan.iterations if row.plan else None,
+            row.effect.ua,
+            row.effect.ira,
+            row.distance,
+            row.seconds,
+        )
         for row in comparison.outcomes
-    ]  # fmt: skip
+    ]
     title = (
         f"forgetting {comparison.concept} on {comparison.target}: "
         f"{comparison.budget.concept} pictures of it, {comparison.budget.others} of other classes"

@@ -35,7 +35,7 @@ LINE = 100
 
 @command("demo")
 def demo(session: Session, options: DemoOptions) -> None:
-    """Example: slsgu demo castle --steer fa5"""
+    """Example: slsgu demo castle --criterion fa5"""
     from slsgu_cli.clip.models import pick_device
     from slsgu_cli.method.edit import apply, rank_and_plot, require_forgotten, search_and_plot
     from slsgu_cli.method.evaluate import draw_examples
@@ -119,14 +119,14 @@ def _commands(
     from slsgu_cli.sets.build import build_command
 
     name = request.name
-    direction = command_line(options.ranking, fields=("direction", "ridge"))
-    steer = command_line(options.search, fields=("steer",), also=("steer",))
+    direction = command_line(options.ranking, fields=("direction", "damping"))
+    criterion = command_line(options.search, fields=("criterion",), also=("criterion",))
     return [
         ["export", f"SLSGU_STORE={store}"],
         build_command(request),
         ["slsgu", "grad", name],
         ["slsgu", "rank", name, *direction],
-        ["slsgu", "search", name, *steer],
+        ["slsgu", "search", name, *criterion],
         ["slsgu", "apply", name, "--out", f"{out}-again"],
         ["slsgu", "eval", name, "--model", f"{LOCAL}{out}"],
     ]
@@ -161,7 +161,7 @@ sources = [{source}]  # {{}} stands for the concept
 source = {rows}
 {templates}
 [search]
-steer = "fa5"  # or "fa1"
+criterion = "fa5"  # or "fa1"
 
 [outputs]
 checkpoint = {checkpoint}
@@ -294,16 +294,28 @@ def show_plan(console: "Console", planned: "Sequence[PlannedStep]") -> None:
         return "to do" if each.why else "done"
 
     rows = [
-        (each.step.stage, ",".join(each.step.names), each.step.about, state(each), each.seconds,
-         each.memory, each.disk, each.trouble or each.why)
+        (
+            each.step.stage,
+            ",".join(each.step.names),
+            each.step.about,
+            state(each),
+            each.seconds,
+            each.memory,
+            each.disk,
+            each.trouble or each.why,
+        )
         for each in planned
-    ]  # fmt: skip
+    ]
     columns = (
-        "stage", Column("requests", on_terminal=False), "for", "state",
+        "stage",
+        Column("requests", on_terminal=False),
+        "for",
+        "state",
         Column("seconds", shown=lambda s: f"{s:.0f}" if s else "", label="~ s"),
         Column("memory", shown=shown, label="~ memory"),
-        Column("disk", shown=shown, label="~ disk"), "why",
-    )  # fmt: skip
+        Column("disk", shown=shown, label="~ disk"),
+        "why",
+    )
     left = [each for each in planned if each.why]
     title = f"{len(planned) - len(left)} of {len(planned)} steps are done"
     console.table("plan", columns, rows, title=title)
@@ -356,32 +368,56 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
 
     listed = [
         (
-            row.name, row.id, row.received, row.reference, row.state,
-            row.events[-1].day if row.events else None, row.layer,
-            row.before.top1 if row.before else None, row.after.top1 if row.after else None,
-            row.events[-1].digests.get("edit") if row.events else None, row.note,
+            row.name,
+            row.id,
+            row.received,
+            row.reference,
+            row.state,
+            row.events[-1].day if row.events else None,
+            row.layer,
+            row.before.top1 if row.before else None,
+            row.after.top1 if row.after else None,
+            row.events[-1].digests.get("edit") if row.events else None,
+            row.note,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = (
-        "request", "id", "received", "reference",
-        Column("state", shown=tables.brief_state), "since",
+        "request",
+        "id",
+        "received",
+        "reference",
+        Column("state", shown=tables.brief_state),
+        "since",
         Column("layer", shown=known_as),
         Column("FA@1 before", shown=roughly, on_terminal=False),
         Column("FA@1 after", shown=roughly, label="FA@1 now"),
-        Column("edit", on_terminal=False), Column("note", on_terminal=False),
-    )  # fmt: skip
+        Column("edit", on_terminal=False),
+        Column("note", on_terminal=False),
+    )
     console.table("requests", columns, listed, title="requests", data=list(rows))
 
 
 # What may be installed beside slsgu: the packages of each extra, and what they are for.
 EXTRAS = {
-    "targets": (("diffusers", "transformers"), "pipelines and LLaVA: steer, generate, ask"),
+    "targets": (("diffusers", "transformers"), "pipelines and LLaVA: criterion, generate, ask"),
     "s3": (("s3fs",), "stores and sources on S3"),
     "download": (("img2dataset",), "build-sets --metadata"),
 }
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "safetensors",
-            "pillow", "fsspec", "matplotlib", "typer", "rich")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "numpy",
+    "pyarrow",
+    "zarr",
+    "safetensors",
+    "pillow",
+    "fsspec",
+    "matplotlib",
+    "typer",
+    "rich",
+)
 
 
 @command("env")
@@ -405,8 +441,8 @@ def env(session: Session) -> None:
         devices.append(("mps", device_name("mps")))
     session.console.table("devices", ("device", "what"), devices, title="devices")
     extras = [
-        (extra, name, _version(name) or "not installed", purpose)
-        for extra, (names, purpose) in EXTRAS.items()
+        (extra, name, _version(name) or "not installed", split)
+        for extra, (names, split) in EXTRAS.items()
         for name in names
     ]
     columns = ("extra", "package", "version", "for")

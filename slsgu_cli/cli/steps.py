@@ -22,7 +22,7 @@ from slsgu_cli.records.options import (
     StrengthOptions,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions, read_names
-from slsgu_cli.records.targets import SourceRequest, SteerOptions
+from slsgu_cli.records.targets import SourceRequest, TargetSearchOptions
 from slsgu_cli.records.words import (
     DEVICE_OPTION,
     EVALUATION,
@@ -30,7 +30,6 @@ from slsgu_cli.records.words import (
     OUTPUT,
     ROWS,
     SEARCH,
-    TARGET,
     Option,
 )
 
@@ -44,10 +43,13 @@ if TYPE_CHECKING:
 NamesFile = Annotated[
     str | None,
     Option(
-        ("--names",), "File of many names: NAME<tab>alias<tab>!exclusion a line.", ROWS,
-        metavar="FILE", without="NAME alone",
+        ("--names",),
+        "File of many names: NAME<tab>alias<tab>!exclusion a line.",
+        ROWS,
+        metavar="FILE",
+        without="NAME alone",
     ),
-]  # fmt: skip
+]
 Replay = Annotated[
     bool, Option(("--replay",), "Build NAME again as it was built, dropped rows too.", ROWS)
 ]
@@ -167,38 +169,33 @@ def search(
     session: Session,
     names: Names,
     options: Asked[SearchOptions],
-    on_target: Annotated[Asked[SteerOptions], HIDDEN],
+    on_target: Annotated[Asked[TargetSearchOptions], HIDDEN],
     joint: Annotated[
         bool, Option(("--joint",), "Search edits that forget all of them together.", SEARCH)
     ] = False,
-    steer_target: Annotated[bool, Option(("--steer-target",), panel=TARGET), HIDDEN] = False,
 ) -> None:
     """Several sets are searched one after another; with --joint, for edits that forget all
-    their concepts together. `slsgu steer` finds layer and step on a model built on CLIP.
+    their concepts together. With --target, on what a model built on CLIP generates or answers.
 
-    Example: slsgu search facebook --steer fa5
+    Example: slsgu search facebook --criterion fa5
     """
-    if steer_target or "target" in on_target:
+    if "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
         from slsgu_cli.clip.processes import refuse
 
-        refuse("search --steer-target")
-        if not (steer_target and "target" in on_target):
-            raise UsageError(
-                "--target and --steer-target go together",
-                hint="`slsgu rank NAME --target` first, and no --target here, steers on CLIP",
-            )
+        refuse("search --target")
         if joint:
-            raise UsageError("--joint is for a search on CLIP", hint="leave --steer-target out")
-        options.refuse("for a search on CLIP", hint="leave --steer-target out", beside=[on_target])
+            raise UsageError("--joint is for a search on CLIP", hint="leave --target out")
+        options.refuse("for a search on CLIP", hint="leave --target out", beside=[on_target])
         search_on_target(session, names, on_target.record())
         return
     from slsgu_cli.cli.study import search_jointly, search_sets
 
     on_target.refuse(
-        "for a search on a model built on CLIP", hint="slsgu steer NAME --target FOLDER",
+        "for a search on a model built on CLIP",
+        hint="slsgu search NAME --target FOLDER",
         beside=[options],
-    )  # fmt: skip
+    )
     run = search_jointly if joint else search_sets
     run(session, names, options.record())
 

@@ -45,7 +45,7 @@ def show_trajectory(
         _steps(console, trajectory)
     columns = [
         Column("layer", shown=known_as),
-        Column("ridge"),
+        Column("damping"),
         Column("steps"),
         Column("% of norm", shown=roughly, label="move\nup to"),
     ]
@@ -78,7 +78,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     concepts = (
         Column("set"),
         Column("layer", shown=known_as),
-        Column("ridge", on_terminal=False),
+        Column("damping", on_terminal=False),
         Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(
@@ -91,7 +91,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     for move in chosen.moves:
         before, after = record.baseline_forget[move.name], chosen.forget[move.name]
         fall = (before.top1, after.top1, before.top5, after.top5)
-        rows.append((move.name, move.layer, move.ridge, move.step, 100 * move.share, *fall))
+        rows.append((move.name, move.layer, move.damping, move.step, 100 * move.share, *fall))
     title = "all edits in place, each concept on its own images"
     console.table("edits", concepts, rows, title=title, data=record)
     sets = sorted(record.baseline_utility)
@@ -135,7 +135,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     before = [_figures(r.baseline_utility, sets, r.baseline_forget) for r in record.rows]
     after = [_figures(r.utility, sets, r.forget) for r in record.rows]
     rows: list[list[object]] = [
-        [row.name, row.layer, row.ridge, row.step, 100 * row.share, *_paired(console, one, other)]
+        [row.name, row.layer, row.damping, row.step, 100 * row.share, *_paired(console, one, other)]
         for row, one, other in zip(record.rows, before, after, strict=True)
     ]
     means = [
@@ -146,7 +146,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     columns = [
         Column("class"),
         Column("layer", shown=known_as),
-        Column("ridge", on_terminal=False),
+        Column("damping", on_terminal=False),
         Column("step", shown=tables.step_size, on_terminal=False),
         Column("% of norm", shown=roughly, on_terminal=False),
     ]
@@ -181,17 +181,22 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
 
     columns = [
         Column("layer", shown=known_as),
-        Column("ridge"),
+        Column("damping"),
         Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(Column(figure, shown=roughly) for figure in trajectory.figures()),
     ]
     rows = [
-        [trial.layer, trial.ridge, trial.step, 100 * trial.share,
-         *trajectory.figures(trial).values()]
+        [
+            trial.layer,
+            trial.damping,
+            trial.step,
+            100 * trial.share,
+            *trajectory.figures(trial).values(),
+        ]
         for line in trajectory.lines()
         for trial in trajectory.of(line)
-    ]  # fmt: skip
+    ]
     title = f"accuracies of {trajectory.trials.name} by layer and step"
     console.table("trajectory", columns, rows, title=title, data=trajectory.trials)
 
@@ -303,14 +308,24 @@ def show_comparison(
         Column("chosen", on_terminal=False),
     ]
     table = [
-        (row.method, row.words + "*" * (row.chosen and len(names) == 1),
-         None if row.method in PARAMETERS else row.setting,
-         row.setting if row.method in PARAMETERS else None,
-         row.layer, row.epoch, row.forget.top1, row.forget.top5,
-         *(row.utility[name].top1 for name in sets), *(row.utility[name].top5 for name in sets),
-         row.seconds, row.forget_passes, row.retain_passes, row.chosen)
+        (
+            row.method,
+            row.words + "*" * (row.chosen and len(names) == 1),
+            None if row.method in PARAMETERS else row.setting,
+            row.setting if row.method in PARAMETERS else None,
+            row.layer,
+            row.epoch,
+            row.forget.top1,
+            row.forget.top5,
+            *(row.utility[name].top1 for name in sets),
+            *(row.utility[name].top5 for name in sets),
+            row.seconds,
+            row.forget_passes,
+            row.retain_passes,
+            row.chosen,
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     several = f", mean of {len(names)} concepts" if len(names) > 1 else ""
     title = f"forgetting {', '.join(names)}{several}"
     console.table("comparison", columns, table, title=title)

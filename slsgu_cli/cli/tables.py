@@ -66,10 +66,15 @@ def manifest(console: "Console", built: SetManifest) -> None:
     parts = {"forget": built.forget, "retain": built.retain}
     parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
     rows = [
-        (part, ref.rows, ref.seen,
-         ", ".join(f"{count} {reason}" for reason, count in ref.refused.items() if count), ref.path)
+        (
+            part,
+            ref.rows,
+            ref.seen,
+            ", ".join(f"{count} {reason}" for reason, count in ref.refused.items() if count),
+            ref.path,
+        )
         for part, ref in parts.items()
-    ]  # fmt: skip
+    ]
     columns = ("part", "rows", "seen", "left out", Column("path", on_terminal=False))
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
 
@@ -181,7 +186,7 @@ def search(
     utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
-        Column("ridge", on_terminal=len({trial.ridge for trial in trials.trials}) > 1),
+        Column("damping", on_terminal=len({trial.damping for trial in trials.trials}) > 1),
         Column("step", shown=step_size),
         Column("% of norm", shown=roughly, label="move"),
         Column("FA@1", shown=roughly),
@@ -190,20 +195,26 @@ def search(
         Column("chosen"),
     )
     order = sorted(
-        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.damping or 0), t.step)
     )
     rows = [
-        (trial.layer, trial.ridge, trial.step, 100 * trial.share, trial.forget.top1,
-         trial.forget.top5,
-         *(trial.utility[name].top1 if trial.utility else None for name in sets),
-         trial == chosen)
+        (
+            trial.layer,
+            trial.damping,
+            trial.step,
+            100 * trial.share,
+            trial.forget.top1,
+            trial.forget.top5,
+            *(trial.utility[name].top1 if trial.utility else None for name in sets),
+            trial == chosen,
+        )
         for trial in order
-    ]  # fmt: skip
+    ]
     title = f"trials for {trials.name}, on the images to choose by"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
-    ridge = chosen.ridge
-    along = "gradient" if ridge is None else f"whitened gradient (ridge {ridge:g})"
+    damping = chosen.damping
+    along = "gradient" if damping is None else f"whitened gradient (damping {damping:g})"
     console.value(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
@@ -231,7 +242,7 @@ def search(
         if lost > COSTLY:
             console.warn(
                 f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
-                "look at other layers, or steer on fa1"
+                "look at other layers, or criterion on fa1"
             )
 
 

@@ -80,8 +80,11 @@ def check_words(ctx: Any, words: Sequence[str]) -> None:
 
 # What a variable says of a flag.
 WORDS_OF_FLAGS = {"1": True, "true": True, "yes": True, "on": True} | {
-    "0": False, "false": False, "no": False, "off": False
-}  # fmt: skip
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 
 
 @dataclass(frozen=True, slots=True)

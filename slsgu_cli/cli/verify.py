@@ -93,13 +93,27 @@ def _verdicts(
         ),
     ]
     cells: Cells = [
-        (row.check, row.probe, subject.label, row.before.top1, row.after.top1, row.before.top5,
-         row.after.top5, row.control.top1 if row.control else None,
-         *(side[name].top1 if side and name in side else None
-           for name in sets for side in row.utilities),
-         row.utility_change, row.verdict, *_added(row), row.note)
+        (
+            row.check,
+            row.probe,
+            subject.label,
+            row.before.top1,
+            row.after.top1,
+            row.before.top5,
+            row.after.top5,
+            row.control.top1 if row.control else None,
+            *(
+                side[name].top1 if side and name in side else None
+                for name in sets
+                for side in row.utilities
+            ),
+            row.utility_change,
+            row.verdict,
+            *_added(row),
+            row.note,
+        )
         for subject, row in shown
-    ]  # fmt: skip
+    ]
     title = "does it stay forgotten? FA on the concept, TA on everything else"
     console.table("verification", columns, cells, title=title)
 
@@ -156,11 +170,20 @@ def _losses(console: "Console", original: VerifiedModel, others: Sequence[Verifi
         kinds = [("nearest name", rows[:most]) for rows in nearest_names(known).values()]
         kinds.append(("lost most", most_harmed(known)[:most]))
         cells += [
-            (what, row.evaluation, row.name, subject.label, row.cosine, row.rows,
-             row.before, row.after, row.after - row.before)
+            (
+                what,
+                row.evaluation,
+                row.name,
+                subject.label,
+                row.cosine,
+                row.rows,
+                row.before,
+                row.after,
+                row.after - row.before,
+            )
             for what, rows in kinds
             for row in rows
-        ]  # fmt: skip
+        ]
     columns = [
         Column("what"),
         Column("set"),
@@ -183,11 +206,21 @@ def _told(console: "Console", original: VerifiedModel, others: Sequence[Verified
     from slsgu_cli.verification.image_probes import pairs_of
 
     cells: Cells = [
-        (now.classifier, now.subject, subject.label, now.images, was.accuracy, now.accuracy,
-         was.recall, now.recall, now.rows, now.others)
+        (
+            now.classifier,
+            now.subject,
+            subject.label,
+            now.images,
+            was.accuracy,
+            now.accuracy,
+            was.recall,
+            now.recall,
+            now.rows,
+            now.others,
+        )
         for subject in others
         for was, now in pairs_of(original, subject)
-    ]  # fmt: skip
+    ]
     columns = [
         Column("classifier"),
         Column("tells"),
@@ -217,11 +250,22 @@ def _retrieved(
         return
     several = len(others) > 1
     cells: Cells = [
-        (now.query, now.index, subject.label, was.precision, now.precision, was.recall1,
-         now.recall1, now.recall5, now.recall10, now.queries, now.gallery)
+        (
+            now.query,
+            now.index,
+            subject.label,
+            was.precision,
+            now.precision,
+            was.recall1,
+            now.recall1,
+            now.recall5,
+            now.recall10,
+            now.queries,
+            now.gallery,
+        )
         for subject, (before, after) in pairs
         for was, now in zip(before.queries, after.queries, strict=True)
-    ]  # fmt: skip
+    ]
     columns = [
         Column("query"),
         Column("index"),
@@ -237,11 +281,18 @@ def _retrieved(
     ]
     console.table("retrieval", columns, cells, title="finding its images among all others")
     moved: Cells = [
-        (side.images, subject.label, side.rows, 100 * side.identical / side.rows,
-         100 * side.far / side.rows, side.mean, side.largest)
+        (
+            side.images,
+            subject.label,
+            side.rows,
+            100 * side.identical / side.rows,
+            100 * side.far / side.rows,
+            side.mean,
+            side.largest,
+        )
         for subject, (_, after) in pairs
         for side in after.moved
-    ]  # fmt: skip
+    ]
     columns = [
         Column("features of"),
         Column("model", on_terminal=several),
@@ -265,11 +316,21 @@ def _membership(
         return
     findings = [(subject, subject.finding(Check.MEMBERSHIP)) for subject in others]
     cells: Cells = [
-        (now.figure, now.against, subject.label, was.mean, was.deviation, now.mean, now.deviation,
-         now.members, now.others, exposure(was, now))
+        (
+            now.figure,
+            now.against,
+            subject.label,
+            was.mean,
+            was.deviation,
+            now.mean,
+            now.deviation,
+            now.members,
+            now.others,
+            exposure(was, now),
+        )
         for subject, after in findings
         for was, now in zip(before.attacks, after.attacks if after else (), strict=True)
-    ]  # fmt: skip
+    ]
     columns = [
         Column("figure"),
         Column("against"),
@@ -291,17 +352,29 @@ def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     from slsgu_cli.cli.console import Column
 
     cells: Cells = [
-        (finding.check, subject.label, attempt.name, attempt.text, attempt.loss,
-         attempt.forget.top1, attempt.forget.top5)
+        (
+            finding.check,
+            subject.label,
+            attempt.name,
+            attempt.text,
+            attempt.loss,
+            attempt.forget.top1,
+            attempt.forget.top5,
+        )
         for subject in subjects
         for finding in subject.findings
         for attempt in finding.attempts
         if not console.brief or attempt == finding.best(attempt.name)
-    ]  # fmt: skip
+    ]
     columns = (
-        "check", "model", "made with", "text", Column("loss", on_terminal=False),
-        Column("FA@1", shown=roughly), Column("FA@5", shown=roughly),
-    )  # fmt: skip
+        "check",
+        "model",
+        "made with",
+        "text",
+        Column("loss", on_terminal=False),
+        Column("FA@1", shown=roughly),
+        Column("FA@5", shown=roughly),
+    )
     if cells:
         title = "what was found in place of the name, and what it finds"
         console.table("attempts", columns, cells, title=title)
@@ -373,10 +446,16 @@ def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
     for one in evidence.requests:
         held = sorted({each.holds(one.name) or "" for each in evidence.models} - {""})
         was, now = (each.top1 for each in one.forget) if one.forget else (None, None)
-        rows.append((
-            one.name, one.row.state if one.row else None, ", ".join(held) or None,
-            "run" if one.pair else "not run", was, now,
-        ))  # fmt: skip
+        rows.append(
+            (
+                one.name,
+                one.row.state if one.row else None,
+                ", ".join(held) or None,
+                "run" if one.pair else "not run",
+                was,
+                now,
+            )
+        )
     columns = (
         "request",
         Column("state", shown=tables.brief_state),

@@ -37,7 +37,7 @@ from slsgu_cli.clip.zeroshot import (
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
-from slsgu_cli.records.sets import Purpose, SetManifest
+from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.store.store import Store
@@ -278,12 +278,10 @@ def prepare(
     *,
     tokenize: Tokenize,
     device: str,
-    purpose: Purpose = Purpose.REPORT,
+    split: Split = Split.TEST,
 ) -> Evaluation:
     """Open the evaluation sets of `manifest` for `model`. Raises InputError without any."""
-    shared = prepare_shared(
-        store, [manifest], model, tokenize=tokenize, device=device, purpose=purpose
-    )
+    shared = prepare_shared(store, [manifest], model, tokenize=tokenize, device=device, split=split)
     return shared.of(manifest)
 
 
@@ -294,7 +292,7 @@ def prepare_shared(
     *,
     tokenize: Tokenize,
     device: str,
-    purpose: Purpose = Purpose.REPORT,
+    split: Split = Split.TEST,
 ) -> SharedEvaluation:
     """Open the evaluation sets that all of `manifests` have. Raises InputError without any.
 
@@ -306,7 +304,7 @@ def prepare_shared(
             f"set {first.name} has nothing to measure on",
             hint=f"run `slsgu build-sets {quote(first.name)} ... --eval NAME=SOURCE`",
         )
-    opening = _Opening(store, first, model, tokenize, device, purpose)
+    opening = _Opening(store, first, model, tokenize, device, split)
     sets = {name: opening.evaluation_set(name) for name in sorted(first.evals)}
     forget = {manifest.name: opening.concept(manifest, sets) for manifest in manifests}
     return SharedEvaluation(model, opening.vision, opening.text, sets, forget)
@@ -314,14 +312,14 @@ def prepare_shared(
 
 @dataclass(slots=True)
 class _Opening:
-    """What it takes to open evaluation sets for a model, for one purpose."""
+    """What it takes to open evaluation sets for a model, for one split."""
 
     store: Store
     manifest: SetManifest
     model: nn.Module
     tokenize: Tokenize
     device: str
-    purpose: Purpose
+    split: Split
     vision: SplitTower = field(init=False)
     text: SplitTower = field(init=False)
     normalize: Pixels = field(init=False)
@@ -331,21 +329,21 @@ class _Opening:
         self.normalize = pixel_normalizer(self.manifest.input, self.device)
 
     def evaluation_set(self, name: str) -> EvaluationSet:
-        """Return an evaluation set with the rows that serve the purpose."""
+        """Return an evaluation set with the rows that serve the split."""
         named = DataBlock.open(self.store, self.manifest.evals[name])
         prompts = self.prompts(named, named.class_names)
-        block, rows, unseen = serving_rows(self.store, self.manifest, name, self.purpose)
+        block, rows, unseen = serving_rows(self.store, self.manifest, name, self.split)
         images = self.images(block, rows, block.labels[rows])
         return EvaluationSet(images, prompts, named.class_names, unseen)
 
     def concept(self, manifest: SetManifest, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
-        """Return the images of a concept that serve the purpose.
+        """Return the images of a concept that serve the split.
 
         Where there are too few to deal, all of them are chosen by and reported on; where no
         evaluation set knows the concept, the forget set's own images are. Where there are few
         to choose by, images of the forget set, drawn by seed, make them enough.
         """
-        shown = concept_rows(self.store, manifest, self.purpose)
+        shown = concept_rows(self.store, manifest, self.split)
         if shown is None or manifest.forget_eval is None:
             prompted = DataBlock.open(self.store, self.manifest.evals[min(sets)])
             names = (*prompted.class_names, manifest.concept)
@@ -355,8 +353,8 @@ class _Opening:
             return EvaluationSet(images, self.prompts(prompted, names), names)
         block, rows, unseen = shown
         group, labels = sets[manifest.forget_eval], block.labels[rows]
-        few = self.purpose is Purpose.CHOOSE and len(rows) < ENOUGH_TO_CHOOSE
-        if few and concept_is_dealt(self.store, manifest):
+        few = self.split is Split.VALIDATION and len(rows) < ENOUGH_TO_CHOOSE
+        if few and concept_is_split(self.store, manifest):
             own = DataBlock.open(self.store, manifest.forget)
             order = np.random.default_rng(manifest.seed).permutation(own.rows)
             drawn = np.sort(order[: ENOUGH_TO_CHOOSE - len(rows)])
@@ -379,39 +377,39 @@ class _Opening:
         )
 
 
-def rows_for(purpose: Purpose, manifest: SetManifest, name: str, labels: Ints) -> tuple[Ints, bool]:
-    """Return which rows of evaluation set `name` serve a purpose, and whether they are unseen.
+def rows_for(split: Split, manifest: SetManifest, name: str, labels: Ints) -> tuple[Ints, bool]:
+    """Return which rows of evaluation set `name` serve a split, and whether they are unseen.
 
     `labels` are of the set's rows, or of those it is reported on where these are others.
     Of each class a share is reported on, drawn by seed, and the rest is chosen by: at least
     one row each, of a class of two rows or more. Rows that no share is taken from serve both.
     """
     every = np.arange(len(labels))
-    if name in manifest.reports:
-        return every, purpose is Purpose.REPORT
-    reported = dealt_to_report(labels, manifest.report_share, manifest.seed)
+    if name in manifest.tests:
+        return every, split is Split.TEST
+    reported = in_test_split(labels, manifest.test_fraction, manifest.seed)
     if not reported.any() or reported.all():
         return every, False
-    serving = reported if purpose is Purpose.REPORT else ~reported
-    return np.flatnonzero(serving), purpose is Purpose.REPORT
+    serving = reported if split is Split.TEST else ~reported
+    return np.flatnonzero(serving), split is Split.TEST
 
 
 def serving_rows(
-    store: Store, manifest: SetManifest, name: str, purpose: Purpose
+    store: Store, manifest: SetManifest, name: str, split: Split
 ) -> tuple[DataBlock, Ints, bool]:
-    """Return the block of evaluation set `name` that serves a purpose, and which of its rows.
+    """Return the block of evaluation set `name` that serves a split, and which of its rows.
 
     With them comes whether they are unseen.
     """
     ref = manifest.evals[name]
-    if purpose is Purpose.REPORT:
-        ref = manifest.reports.get(name, ref)
+    if split is Split.TEST:
+        ref = manifest.tests.get(name, ref)
     block = DataBlock.open(store, ref)
-    return block, *rows_for(purpose, manifest, name, block.labels)
+    return block, *rows_for(split, manifest, name, block.labels)
 
 
 def concept_rows(
-    store: Store, manifest: SetManifest, purpose: Purpose
+    store: Store, manifest: SetManifest, split: Split
 ) -> tuple[DataBlock, Ints, bool] | None:
     """Return the evaluation images of the concept that serve a purpose; None without any.
 
@@ -425,12 +423,12 @@ def concept_rows(
     label = find_class(block.class_names, manifest.concept)
     rows: Ints = np.arange(block.rows)
     unseen = False
-    if concept_is_dealt(store, manifest):
-        block, rows, unseen = serving_rows(store, manifest, name, purpose)
+    if concept_is_split(store, manifest):
+        block, rows, unseen = serving_rows(store, manifest, name, split)
     return block, rows[block.labels[rows] == label], unseen
 
 
-def dealt_to_report(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
+def in_test_split(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """Return which rows are reported on: `share` of each class, drawn by seed."""
     reported = np.zeros(len(labels), bool)
     if not share:
@@ -445,16 +443,16 @@ def dealt_to_report(labels: Ints, share: float, seed: int) -> npt.NDArray[np.boo
     return reported
 
 
-def concept_is_dealt(store: Store, manifest: SetManifest) -> bool:
+def concept_is_split(store: Store, manifest: SetManifest) -> bool:
     """Return whether there are images of the concept to choose by, and others to report on."""
     name = manifest.forget_eval
     if name is None:
         return False
     block = DataBlock.open(store, manifest.evals[name])
     label = find_class(block.class_names, manifest.concept)
-    if name in manifest.reports:
-        return bool((DataBlock.open(store, manifest.reports[name]).labels == label).any())
-    reported = dealt_to_report(block.labels, manifest.report_share, manifest.seed)
+    if name in manifest.tests:
+        return bool((DataBlock.open(store, manifest.tests[name]).labels == label).any())
+    reported = in_test_split(block.labels, manifest.test_fraction, manifest.seed)
     shown = block.labels == label
     return bool((shown & reported).any() and (shown & ~reported).any())
 

@@ -178,9 +178,19 @@ def peak_memory(device: str) -> int | None:
 
 # What PIL's format readers raise on data that is not what it says it is.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
-    EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 # What is kept though it is odd, and counted: each is read as open_clip reads it.
 ROTATED = "rotated by EXIF, taken as stored"

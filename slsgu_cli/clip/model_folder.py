@@ -51,10 +51,17 @@ from slsgu_cli.records.sets import LOCAL, ModelSpec
 
 # What a tokenizer of transformers consists of, whatever its kind.
 TOKENIZER_FILES = (
-    TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "tokenizer.model",
-)  # fmt: skip
+)
 # A buffer of older checkpoints, which open_clip leaves out.
 POSITIONS = "position_ids"
 # What open_clip adds to a checkpoint that has none.
@@ -197,9 +204,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def other_layout(
-    wanted: ModelLayout | None, model: ResolvedModel | None, target: Target,
-    edits: Sequence[Edit], scratch: Path,
-) -> OtherLayout | None:  # fmt: skip
+    wanted: ModelLayout | None,
+    model: ResolvedModel | None,
+    target: Target,
+    edits: Sequence[Edit],
+    scratch: Path,
+) -> OtherLayout | None:
     """Return what a target is written with in the `wanted` layout; None where it has that one.
 
     `model` is the target as a whole CLIP. Files that are not there yet are made in `scratch`.
@@ -259,10 +269,14 @@ def clip_tokenizer(context_length: int) -> dict[str, str]:
     tokens = {word: number for number, word in enumerate([*words, START, END])}
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
     config = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": context_length,
-        "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": context_length,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
         "do_lower_case": True,
-    }  # fmt: skip
+    }
     return {
         "vocab.json": json.dumps(tokens, ensure_ascii=False) + "\n",
         "merges.txt": "\n".join(merges) + "\n",
@@ -292,9 +306,13 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
     prefixes = {Tower.TEXT: "text." if is_siglip else "", Tower.VISION: ""}
     towers = tuple(TowerPlace(tower, Spelling.OPEN_CLIP, prefixes[tower]) for tower in Tower)
     return OtherLayout(
-        "open_clip", STANDARD_NAME["safetensors"], family.names, towers,
-        files=files, texts={OPEN_CLIP: content},
-    )  # fmt: skip
+        "open_clip",
+        STANDARD_NAME["safetensors"],
+        family.names,
+        towers,
+        files=files,
+        texts={OPEN_CLIP: content},
+    )
 
 
 def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
@@ -314,9 +332,12 @@ def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
         sizes = trunk_sizes(trunk)
         if sizes is not None and _compared(sizes) == wanted:
             return {
-                "image_size": vision["image_size"], "timm_model_name": name,
-                "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none",
-            }  # fmt: skip
+                "image_size": vision["image_size"],
+                "timm_model_name": name,
+                "timm_model_pretrained": False,
+                "timm_pool": "map",
+                "timm_proj": "none",
+            }
     act = "tanh's approximation of GELU" if wanted["act_kwargs"] != GELU["gelu"] else "exact GELU"
     raise InputError(
         f"{model.spec} cannot be written for open_clip, which builds SigLIP's vision tower by "
@@ -338,11 +359,14 @@ def trunk_sizes(trunk: Any) -> dict[str, Any] | None:
     if act is None or len({*patches.img_size}) > 1 or len({*patches.patch_size}) > 1:
         return None
     return {
-        "image_size": patches.img_size[0], "patch_size": patches.patch_size[0],
-        "layers": len(trunk.blocks), "width": trunk.embed_dim,
+        "image_size": patches.img_size[0],
+        "patch_size": patches.patch_size[0],
+        "layers": len(trunk.blocks),
+        "width": trunk.embed_dim,
         "head_width": trunk.embed_dim // block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / trunk.embed_dim, "act_kwargs": act,
-    }  # fmt: skip
+        "mlp_ratio": block.mlp.fc1.out_features / trunk.embed_dim,
+        "act_kwargs": act,
+    }
 
 
 def _compared(vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,9 +393,13 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
         raise InputError(f"ComfyUI has no place for {target.path}: {why_not[0]}; it knows {known}")
     towers = (TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model."),)
     return OtherLayout(
-        "ComfyUI", "", Spelling.TRANSFORMERS, towers, optional=(PROJECTION,),
+        "ComfyUI",
+        "",
+        Spelling.TRANSFORMERS,
+        towers,
+        optional=(PROJECTION,),
         weights=None if model is None else model.weights,
-    )  # fmt: skip
+    )
 
 
 def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
@@ -455,9 +483,14 @@ class ModelCard:
 
     @classmethod
     def of(
-        cls, edits: Sequence[Edit], earlier: Sequence[Edit], *,
-        base: ResolvedModel | Path, options: ApplyRequest, library: str | None = None,
-    ) -> "ModelCard":  # fmt: skip
+        cls,
+        edits: Sequence[Edit],
+        earlier: Sequence[Edit],
+        *,
+        base: ResolvedModel | Path,
+        options: ApplyRequest,
+        library: str | None = None,
+    ) -> "ModelCard":
         """Return the card of edits in a model, or in a target at a path, applied by `options`.
 
         Where the base model is known by its path alone, its last part is told.
@@ -497,8 +530,11 @@ class ModelCard:
         return _rendered(
             _code(self.base) if base is None else base[1],
             (None if base is not None else self.hub_id) if known is None else known[1],
-            sorted(edits, key=_first), sorted(figures, key=_first), theirs, self.library,
-        )  # fmt: skip
+            sorted(edits, key=_first),
+            sorted(figures, key=_first),
+            theirs,
+            self.library,
+        )
 
     def _edit(self, edit: EditHeader) -> tuple[str, ...]:
         strength = self.strength if edit in self.edits else WHOLE
@@ -528,9 +564,13 @@ def _figures(edit: EditHeader) -> list[tuple[str, ...]]:
 
 
 def _rendered(
-    base: str, known: str | None, edits: Sequence[str], figures: Sequence[str],
-    theirs: str | None, library: str | None,
-) -> str:  # fmt: skip
+    base: str,
+    known: str | None,
+    edits: Sequence[str],
+    figures: Sequence[str],
+    theirs: str | None,
+    library: str | None,
+) -> str:
     """Return the card of rows of edits and of figures; `theirs` is the base model's."""
     licensed = LICENSE.search(theirs.partition("\n---")[0]) if theirs else None
     front = ["---", "tags:", "- clip", "- machine-unlearning"]

@@ -535,11 +535,14 @@ def _vision_in(folder: Path, vision: Mapping[str, Any]) -> Mapping[str, Any]:
     if vision.get("timm_pool") != "map":
         return vision
     arguments = {
-        "img_size": vision["image_size"], "patch_size": vision["patch_size"],
-        "embed_dim": vision["width"], "depth": vision["layers"],
-        "num_heads": vision["width"] // vision["head_width"], "mlp_ratio": vision["mlp_ratio"],
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": vision["width"] // vision["head_width"],
+        "mlp_ratio": vision["mlp_ratio"],
         "act_layer": "gelu_tanh" if vision["act_kwargs"]["approximate"] == "tanh" else "gelu",
-    }  # fmt: skip
+    }
     tower = {"architecture": TIMM_SIGLIP, "model_args": arguments, "pretrained_cfg": {}}
     (folder / CONFIG).write_text(json.dumps(tower))
     return {**vision, "timm_model_name": f"{LOCAL}{folder}"}

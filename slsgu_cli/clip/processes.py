@@ -585,9 +585,13 @@ def _sharded_like(parameter: "Tensor", values: "Tensor") -> "Tensor":
 
     sharded: Any = parameter
     return DTensor.from_local(
-        values, sharded.device_mesh, sharded.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+        values,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def post(name: str, value: Any) -> None:

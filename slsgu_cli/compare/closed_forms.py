@@ -3,7 +3,7 @@
 A layer is a linear map y = W x. A *key* is what it is applied to where a text becomes its
 features (the end of the text), or an image does. C = E[x x^T] is the second moment of the
 layer's inputs over retained rows, F that over all tokens of the forget captions, and
-P = C + ridge tr(C)/d I. G is the forget gradient of W; summed over tokens, G = R K^T with
+P = C + damping tr(C)/d I. G is the forget gradient of W; summed over tokens, G = R K^T with
 the inputs K and the gradients R at the outputs.
 """
 
@@ -35,17 +35,17 @@ from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.directions import ensure_moments, layer_gradient
-from slsgu_cli.method.edit import named_layer
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.moments import (
+from slsgu_cli.method.covariance import (
     AppliedLayers,
     RetainMetric,
     Use,
     chosen_rows,
     exact_device,
-    input_moments,
+    input_covariances,
 )
+from slsgu_cli.method.directions import ensure_covariances, layer_gradient
+from slsgu_cli.method.edit import named_layer
+from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import Probe, report
@@ -57,7 +57,7 @@ from slsgu_cli.records.method import (
     Qkv,
     Tower,
 )
-from slsgu_cli.records.options import RIDGE, SearchOptions
+from slsgu_cli.records.options import DAMPING, SearchOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.records.studies import ClipOutcome, Method
 from slsgu_cli.store.artifacts import Artifact
@@ -82,13 +82,13 @@ def memit(gradient: Tensor, forget: Tensor, metric: RetainMetric, weight: float)
     return RetainMetric(weight * metric.damped() + forget, 1, 0.0).whiten(gradient)
 
 
-def alphaedit(gradient: Tensor, forget: Tensor, moment: Tensor, share: float) -> Tensor:
+def alphaedit(gradient: Tensor, forget: Tensor, covariance: Tensor, share: float) -> Tensor:
     """Return R K^T Q (F Q + l I)^-1: AlphaEdit (arXiv 2410.02355), with R K^T = G.
 
     Q projects on the eigenvectors of C whose eigenvalues are below `share` of their mean, at
     least on that of the least one. l is the mean eigenvalue of F.
     """
-    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = torch.linalg.eigh(covariance.double())
     quiet = vectors[:, : max(1, int((values < share * values.mean()).sum()))]
     projector = quiet @ quiet.T
     damped = forget.double() @ projector
@@ -143,7 +143,7 @@ class Uses(AppliedLayers):
 class KeyReader:
     """A model with a layer that is listened to while it runs over rows of a block.
 
-    Of a large block, as many rows are run as moments are taken of. Gradients are off.
+    Of a large block, as many rows are run as covariances are taken of. Gradients are off.
     """
 
     model: nn.Module
@@ -172,11 +172,13 @@ class KeyReader:
                 total = total + _at(gradient, ends).to(total.device).double().sum(dim=0)
         return total / len(images)
 
-    def moment(self) -> Tensor:
+    def covariance(self) -> Tensor:
         """Return the second moment of all that the layer is applied to, fp64 (inputs, inputs)."""
         spec, device = self.spec, self.device
-        moments = input_moments(self.model, [self.layer], self.block, spec=spec, device=device)
-        return moments[self.layer].mean()
+        covariances = input_covariances(
+            self.model, [self.layer], self.block, spec=spec, device=device
+        )
+        return covariances[self.layer].mean()
 
     def _texts(self) -> Iterator[tuple[Uses, Tensor, Tensor, Tensor]]:
         """Yield what was used, features, where the texts end, and which of the rows these are."""
@@ -321,14 +323,14 @@ class ClosedForms:
         weight = linear_map(layer, self.baselines.model.get_parameter(layer).data).to(self._exact)
         if method in (Method.CCUP_TEXT, Method.CCUP_VISION):
             return ccup(weight, self._feature(), setting)
-        ridged = method in (Method.ROME, Method.LEACE_TEXT, Method.LEACE_VISION)
-        metric = self._metric(layer, setting if ridged else RIDGE)
+        damped = method in (Method.ROME, Method.LEACE_TEXT, Method.LEACE_VISION)
+        metric = self._metric(layer, setting if damped else DAMPING)
         reader = self._reader(layer, "forget")
         if method in (Method.MEMIT, Method.ALPHAEDIT):
-            forget = self._once(("forget moment", layer), reader.moment)
+            forget = self._once(("forget covariance", layer), reader.covariance)
             if method is Method.MEMIT:
                 return memit(self._gradient(layer), forget, metric, setting)
-            return alphaedit(self._gradient(layer), forget, metric.moment, setting)
+            return alphaedit(self._gradient(layer), forget, metric.covariance, setting)
         keys = self._keys(layer, "forget")
         if method is Method.ROME:
             value = self._once(("value", layer), reader.value_gradient)
@@ -351,17 +353,17 @@ class ClosedForms:
         values = layer_gradient(self.baselines.times.store, self.baselines.pointer.forget, layer)
         return linear_map(layer, torch.from_numpy(values)).to(self._exact)
 
-    def _metric(self, layer: str, ridge: float) -> RetainMetric:
-        """Return P of a layer; its moment is computed where the store lacks it."""
+    def _metric(self, layer: str, damping: float) -> RetainMetric:
+        """Return P of a layer; its covariance is computed where the store lacks it."""
         times, pointer = self.baselines.times, self.baselines.pointer
         store, manifest, device = times.store, times.manifest, times.device
-        moments = self._once(
-            ("retain moment", layer),
-            lambda: ensure_moments(store, manifest, pointer, [layer], device=device),
+        covariances = self._once(
+            ("retain covariance", layer),
+            lambda: ensure_covariances(store, manifest, pointer, [layer], device=device),
         )
-        if not moments.has(layer):
+        if not covariances.has(layer):
             raise InputError(f"{layer}: its tower does not show what the layer is applied to")
-        return RetainMetric(moments.moment(layer), 1, ridge)
+        return RetainMetric(covariances.covariance(layer), 1, damping)
 
     def _keys(self, layer: str, role: str) -> Tensor:
         """Return fp64 the keys of a layer over the texts, or the images, of a role."""

@@ -59,7 +59,7 @@ class Parameter:
     tried: tuple[float, ...]
 
 
-_RIDGE = Parameter("ridge", 0.01, (0.001, 0.01, 0.1, 1.0))
+_RIDGE = Parameter("damping", 0.01, (0.001, 0.01, 0.1, 1.0))
 _SHARE = Parameter("alpha", 1.0, (0.5, 0.9, 1.0))
 PARAMETERS = {
     Method.SSD: Parameter("alpha", 10.0, (1.0, 10.0, 100.0, 1000.0)),

@@ -215,9 +215,10 @@ def negated(
 def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the layers that read the prompt. Raises InputError without any."""
     layers = [
-        name for name, module in unet.named_modules()
+        name
+        for name, module in unet.named_modules()
         if getattr(module, "is_cross_attention", False)
-    ]  # fmt: skip
+    ]
     parameters = {
         name: parameter
         for name, parameter in unet.named_parameters()

@@ -24,7 +24,7 @@ from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
-from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.sets import Split
 from slsgu_cli.records.studies import ClipOutcome, ClipPlan, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
@@ -63,7 +63,7 @@ def cosine_rate(rate: float, step: int, steps: int) -> float:
 
 
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep logit_scale between 0 and ln 100."""
+    """UtilityMetric logit_scale between 0 and ln 100."""
     with torch.no_grad():
         model.get_parameter("logit_scale").clamp_(0, LARGEST_LOGIT_SCALE)
 
@@ -278,8 +278,8 @@ def evaluations(
     opened = partial(
         prepare, times.store, times.manifest, model, tokenize=tokenize, device=times.device
     )
-    choosing = opened(purpose=Purpose.CHOOSE)
-    return choosing, opened(purpose=Purpose.REPORT) if times.manifest.deals else choosing
+    choosing = opened(split=Split.VALIDATION)
+    return choosing, opened(split=Split.TEST) if times.manifest.is_split else choosing
 
 
 @dataclass

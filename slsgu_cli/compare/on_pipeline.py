@@ -30,10 +30,10 @@ from slsgu_cli.downstream.models import (
 )
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
-from slsgu_cli.method.moments import chosen_rows
+from slsgu_cli.method.covariance import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import DataRef, Purpose, SetManifest
+from slsgu_cli.records.sets import DataRef, SetManifest, Split
 from slsgu_cli.records.studies import (
     Method,
     MethodSetting,
@@ -160,7 +160,7 @@ class TrainedPipeline:
         diffusion.unlearn(denoiser, data, plan)
 
     def _latents(self, denoiser: Denoiser, ref: DataRef) -> tuple[torch.Tensor, Sequence[str]]:
-        """Return the latents and captions of a block, of at most as many rows as moments take."""
+        """Return latents and captions of a block, as many rows as covariances take at most."""
         block = DataBlock.open(self.store, ref)
         rows = chosen_rows(block.rows)
         parts = [
@@ -198,7 +198,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         _require_unet(require_family(options.target, answers=False), options)
         judges = options.judges or (pointer.model,)
         judged = JudgedPrompts.of_set(
-            store, manifest, judges, options.budget, purpose=Purpose.REPORT, device=options.device
+            store, manifest, judges, options.budget, split=Split.TEST, device=options.device
         )
         fresh = PipelineComparison(
             name=name,
@@ -256,8 +256,13 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
             return self._judged(method, edit=digest(edit.header), seconds=seconds)
 
     def _judged(
-        self, method: Method, *, plan: PipelinePlan | None = None, edit: str | None = None,
-        seconds: float = 0.0) -> PipelineOutcome:  # fmt: skip
+        self,
+        method: Method,
+        *,
+        plan: PipelinePlan | None = None,
+        edit: str | None = None,
+        seconds: float = 0.0,
+    ) -> PipelineOutcome:
         """Paint by the pipeline as it is now, judge, and keep the pictures."""
         judged = self.judged
         images = self.pipeline.painted(LABELS[method])
@@ -296,7 +301,7 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
     Raises MissingError without an edit, StaleError where it is of no recorded trial.
     """
     name = target_edit(pointer.name, target)
-    hint = f"run `slsgu search {quote(pointer.name)} --target {quote(str(target))} --steer-target`"
+    hint = f"run `slsgu search {quote(pointer.name)} --target {quote(str(target))}`"
     if not store.exists(Artifact.EDIT.path(name)):
         raise MissingError(f"{store.url} has no edit {name} to compare", hint=hint)
     edit = load_edit(store, name)
@@ -316,12 +321,16 @@ def sheet(
     """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
     split = len(judged.of_concept)
     strips = [
-        _strip(judged, prompts[:SHOWN], {
-            _title(row): images[start : start + SHOWN][: len(prompts)]
-            for row, images in pictures.items()
-        })
+        _strip(
+            judged,
+            prompts[:SHOWN],
+            {
+                _title(row): images[start : start + SHOWN][: len(prompts)]
+                for row, images in pictures.items()
+            },
+        )
         for prompts, start in ((judged.of_concept, 0), (judged.of_others, split))
-    ]  # fmt: skip
+    ]
     return sheet_png(f"Forgetting {judged.name}: {target.name}", strips)
 
 

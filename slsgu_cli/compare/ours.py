@@ -194,18 +194,18 @@ class OurEdit:
         ):
             return None
         took = trials.took if trials.took and trials.took.where == times.where else None
-        edited = (header.layer, header.ridge, header.step)
+        edited = (header.layer, header.damping, header.step)
         for trial in trials.trials:
-            same = (trial.layer, trial.ridge, trial.step) == edited
+            same = (trial.layer, trial.damping, trial.step) == edited
             if same and trial.utility is not None:
                 return cls(header, trial, trials, took.seconds if took else None)
         return None
 
     @property
     def words(self) -> str:
-        """The layer, step and ridge, by which a row names the edit."""
-        ridge = "" if self.trial.ridge is None else f", ridge {self.trial.ridge:g}"
-        return f"{self.trial.layer} at {self.trial.step:.10g}{ridge}"
+        """The layer, step and damping, by which a row names the edit."""
+        damping = "" if self.trial.damping is None else f", damping {self.trial.damping:g}"
+        return f"{self.trial.layer} at {self.trial.step:.10g}{damping}"
 
     @property
     def figures(self) -> Figures:
@@ -264,7 +264,7 @@ def _rehearse(store: Store, trials: Trials, device: str) -> float:
     options = SearchOptions(
         device=device,
         direction=trials.direction,
-        steer=trials.steer,
+        criterion=trials.criterion,
         margin=MARGIN if trials.margin is None else trials.margin,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,7 @@ from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import SumsHeader
-from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.sets import Split
 from slsgu_cli.records.targets import (
     Answer,
     Answers,
@@ -463,10 +463,10 @@ def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
     if not store.exists(Artifact.SET.path(name)):
         raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
     manifest = read_manifest(store, name)
-    shown = concept_rows(store, manifest, Purpose.REPORT)
+    shown = concept_rows(store, manifest, Split.TEST)
     pictures = _pictures(shown[0], shown[1][:count], forgotten=True) if shown else []
     for known in sorted(manifest.evals):
-        block, rows, _ = serving_rows(store, manifest, known, Purpose.REPORT)
+        block, rows, _ = serving_rows(store, manifest, known, Split.TEST)
         concept = find_class(block.class_names, manifest.concept)
         rows = rows[block.labels[rows] >= 0]
         common = np.argsort(-np.bincount(block.labels[rows]), kind="stable")

@@ -31,7 +31,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.records.targets import (
     AnswerSet,
     Budget,
@@ -182,9 +182,9 @@ REPORTED = (
 SEARCHED_FROM = 1_000_000
 
 
-def prompts_for(purpose: Purpose, templates: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts of a purpose, of a set with `templates`: none serves both."""
-    if purpose is Purpose.REPORT:
+def prompts_for(split: Split, templates: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts of a split, of a set with `templates`: none serves both."""
+    if split is Split.TEST:
         return REPORTED
     seen = {_plain(prompt) for prompt in REPORTED}
     searched = []
@@ -201,7 +201,7 @@ def _plain(prompt: str) -> str:
 
 @dataclass(slots=True)
 class JudgedPrompts:
-    """Pictures of the concept `name` and of the judges' other classes, for one purpose.
+    """Pictures of the concept `name` and of the judges' other classes, for one split.
 
     The prompts of the purpose are taken in turn, with seeds from the budget's on.
     `of_others` goes through the other classes in an order drawn by that seed. `templates` are
@@ -212,7 +212,7 @@ class JudgedPrompts:
     name: str
     budget: Budget
     templates: Sequence[str]
-    purpose: Purpose
+    split: Split
     of_concept: list[JudgedPrompt] = field(init=False)
     of_others: list[JudgedPrompt] = field(init=False)
 
@@ -226,18 +226,24 @@ class JudgedPrompts:
 
     @classmethod
     def of_set(
-        cls, store: Store, manifest: SetManifest, judges: Sequence[ModelSpec], budget: Budget,
-        *, purpose: Purpose, device: str,
-    ) -> "JudgedPrompts":  # fmt: skip
+        cls,
+        store: Store,
+        manifest: SetManifest,
+        judges: Sequence[ModelSpec],
+        budget: Budget,
+        *,
+        split: Split,
+        device: str,
+    ) -> "JudgedPrompts":
         """Return the prompts of a set's concept and the classes of its evaluation sets."""
         classes = measured_classes(store, manifest)
         name = called(manifest.concept, tuple(classes))
         loaded = [Judge.load(judge, classes, device=device) for judge in judges]
-        return cls(loaded, name, budget, tuple(classes[name]), purpose)
+        return cls(loaded, name, budget, tuple(classes[name]), split)
 
     def reporting(self, budget: Budget) -> "JudgedPrompts":
         """Return the pictures to report on, with the same judges."""
-        return replace(self, budget=budget, purpose=Purpose.REPORT)
+        return replace(self, budget=budget, split=Split.TEST)
 
     @property
     def judge(self) -> Judge:
@@ -275,8 +281,8 @@ class JudgedPrompts:
         }
 
     def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:
-        prompts = prompts_for(self.purpose, self.templates)
-        first = self.budget.seed + (0 if self.purpose is Purpose.REPORT else SEARCHED_FROM)
+        prompts = prompts_for(self.split, self.templates)
+        first = self.budget.seed + (0 if self.split is Split.TEST else SEARCHED_FROM)
         return [
             JudgedPrompt(name, ImageJob(_in_turn(prompts, number, name), first + number))
             for number, name in enumerate(names)

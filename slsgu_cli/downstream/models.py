@@ -379,9 +379,12 @@ class Llava:
             inputs = self.inputs(questions[start:stop], padding_side="left")
             with torch.no_grad(), progress.quiet():
                 said = self.model.generate(
-                    **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, use_cache=True,
+                    **inputs,
+                    max_new_tokens=MAX_TOKENS,
+                    do_sample=False,
+                    use_cache=True,
                     logits_processor=[_require_words],
-                )  # fmt: skip
+                )
             new = said[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in tokens.batch_decode(new, skip_special_tokens=True))
 

@@ -40,8 +40,8 @@ from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer,
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import (
     GradientOf,
-    SteerOptions,
     TargetReport,
+    TargetSearchOptions,
     TargetTrial,
     TargetTrials,
 )
@@ -50,9 +50,9 @@ from slsgu_cli.store.store import Store
 
 # Trials a layer, on CLIP, for the step to begin with on the target.
 CLIP_STEPS = 7
-# The share of the shortest sufficient step to which it is found: the reserve is longer.
+# The share of the shortest sufficient step to which it is found: the overshoot is longer.
 CLOSE = 0.1
-# The parts of the reserve that are tried one after another, while others lose too much.
+# The parts of the overshoot that are tried one after another, while others lose too much.
 PARTS = (1.0, 0.5, 0.25)
 # In place of a part, where the shortest sufficient step costs others too much already.
 NO_ROOM = -1.0
@@ -61,7 +61,7 @@ SHORTENINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class SteerResult:
+class TargetSearchResult:
     """Every trial, the chosen one, whether it reaches the goal, and the edit's name.
 
     `figures` are of what nothing was chosen by.
@@ -82,12 +82,12 @@ class TargetPlan:
 
     manifest: SetManifest
     pointer: GradientPointer
-    options: SteerOptions
+    options: TargetSearchOptions
     subject: Subject
     gradient_of: GradientOf
 
     @classmethod
-    def load(cls, store: Store, name: str, options: SteerOptions) -> "TargetPlan":
+    def load(cls, store: Store, name: str, options: TargetSearchOptions) -> "TargetPlan":
         """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
@@ -135,7 +135,9 @@ class TargetPlan:
             gradients = {
                 layer: torch.from_numpy(layer_gradient(store, address, layer)) for layer in layers
             }
-        moves = moves_of(subject, gradients, direction=options.direction, ridge=options.damping)
+        moves = moves_of(
+            subject, gradients, direction=options.direction, damping=options.whitening_damping
+        )
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
         goal = None if options.full else options.goal
@@ -197,11 +199,11 @@ class TargetSearch(StepSearch[TargetTrial]):
         store: Store,
         record: TargetTrials,
         moves: Sequence[TargetMove],
-        options: SteerOptions,
+        options: TargetSearchOptions,
         *,
         began: float | None = None,
     ) -> None:
-        trials = {((trial.layer, record.ridge), trial.step): trial for trial in record.trials}
+        trials = {((trial.layer, record.damping), trial.step): trial for trial in record.trials}
         super().__init__(trials, self.left_to_forget)
         self.store, self.options = store, options
         self.edit = target_edit(record.name, options.target)
@@ -234,7 +236,7 @@ class TargetSearch(StepSearch[TargetTrial]):
     def run(self, moves: Iterable[TargetMove], starts: Mapping[str, float]) -> TargetTrial:
         """Search along moves, best first, and return the trial that is chosen.
 
-        Those behind one that loses nothing with all of the reserve could not be chosen.
+        Those behind one that loses nothing with all of the overshoot could not be chosen.
         """
         for move in moves:
             self.bisect(move, self.options.steps, starts.get(move.layer), close=CLOSE)
@@ -269,15 +271,15 @@ class TargetSearch(StepSearch[TargetTrial]):
         self.store.write_record(Artifact.TARGET_TRIALS.path(self.edit), self.record)
 
     def lengthen(self, move: TargetMove) -> bool:
-        """Go on from the shortest sufficient step by as much of the reserve as others allow.
+        """Go on from the shortest sufficient step by as much of the overshoot as others allow.
 
         Where that step itself costs them too much, go back to one that does not. Returns
-        whether it is all of the reserve, and others lose nothing.
+        whether it is all of the overshoot, and others lose nothing.
         """
         enough = self.shortest(move.line)
         if enough is None:
             return False
-        beyond = (self.options.reserve - 1) * enough
+        beyond = (self.options.overshoot - 1) * enough
         for part in (*PARTS, 0.0) if beyond else (1.0, 0.0):
             trial = self.with_others(self.trial(move, enough + part * beyond))
             if self.reaches(trial) and self.lost(trial) <= self.options.max_loss:
@@ -304,7 +306,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         return longest or trial
 
     def choose(self) -> TargetTrial:
-        """Return the lengthened step by which others lose least, of those with all of the reserve.
+        """Return the lengthened step by which others lose least, with all of the overshoot.
 
         Where no layer has that, it is of those with most of it; where others can bear no step
         that reaches the goal, or none does, the one that leaves least of the concept. Of
@@ -347,7 +349,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         """Write the edit that a chosen trial amounts to, with its figures."""
         record, move = self.record, self.moves[chosen.layer]
         step = LayerStep.of(
-            chosen, ridge=record.ridge, direction=move.direction, weight=move.weight
+            chosen, damping=record.damping, direction=move.direction, weight=move.weight
         )
         edit = unmeasured_edit(plan.manifest, plan.pointer, step)
         measured = replace(
@@ -372,7 +374,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         return report.effects
 
 
-def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerResult:
+def search_target(store: Store, name: str, *, options: TargetSearchOptions) -> TargetSearchResult:
     """Search for the layer and step at which a target forgets, and write the edit.
 
     Raises MissingError, InputError, StaleError and UsageError.
@@ -392,7 +394,7 @@ def search_target(store: Store, name: str, *, options: SteerOptions) -> SteerRes
         best = run.run(moves, starts)
         figures = run.figures(best, plan.subject)
         run.write_edit(plan, best, figures)
-    return SteerResult(
+    return TargetSearchResult(
         run.record, best, run.reaches(best), len(record.trials), run.edit, figures, options.max_loss
     )
 
@@ -410,7 +412,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         retain_data=pointer.retain_data,
         evals=manifest.measured_on(),
         direction=options.direction,
-        ridge=options.damping if options.direction is Direction.WHITENED else None,
+        damping=options.whitening_damping if options.direction is Direction.WHITENED else None,
         judge=plan.subject.judges[0] if isinstance(plan.subject, PaintedSubject) else None,
         budget=options.budget,
         goal=options.goal,

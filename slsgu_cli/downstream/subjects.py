@@ -18,13 +18,13 @@ from torch import Tensor
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
-from slsgu_cli.clip.evaluation import concept_is_dealt, concept_rows, serving_rows
+from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
 from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.moments import (
-    InputMoments,
+from slsgu_cli.method.covariance import (
+    InputCovariances,
     RetainMetric,
     chosen_rows,
     mean_square_output,
@@ -34,8 +34,8 @@ from slsgu_cli.method.moments import (
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Direction, Line
-from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
-from slsgu_cli.records.targets import Budget, SteerOptions, TargetTrial
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
+from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
@@ -147,7 +147,7 @@ class PaintedSubject(TargetSubject):
         store: Store,
         manifest: SetManifest,
         judges: Sequence[ModelSpec],
-        options: SteerOptions,
+        options: TargetSearchOptions,
         *,
         shapes: Shapes,
     ) -> "PaintedSubject":
@@ -162,7 +162,7 @@ class PaintedSubject(TargetSubject):
         pipe = Pipeline.load(options.target, device=options.device)
         pipe.tell_of_readers([name, *pipe.put(edits, beside=name)])
         searched = JudgedPrompts.of_set(
-            store, manifest, judges, options.budget, purpose=Purpose.CHOOSE, device=options.device
+            store, manifest, judges, options.budget, split=Split.VALIDATION, device=options.device
         )
         retain = DataBlock.open(store, manifest.retain)
         return cls(
@@ -199,9 +199,12 @@ class PaintedSubject(TargetSubject):
         tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
         for start, stop in spans(len(self.captions), ROWS):
             ids = tokenizer(
-                list(self.captions[start:stop]), padding="max_length", truncation=True,
-                max_length=tokenizer.model_max_length, return_tensors="pt",
-            ).input_ids  # fmt: skip
+                list(self.captions[start:stop]),
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
             self.encoder.module(ids.to(self.pipe.device))
 
     def read(self) -> None:
@@ -228,9 +231,9 @@ class Questions:
 
     @classmethod
     def about(
-        cls, store: Store, manifest: SetManifest, purpose: Purpose, budget: Budget
+        cls, store: Store, manifest: SetManifest, split: Split, budget: Budget
     ) -> "Questions":
-        """Ask about evaluation images that serve a purpose, drawn by the budget's seed.
+        """Ask about evaluation images that serve a split, drawn by the budget's seed.
 
         Images of the forget set make up for few of the concept to choose by. Where these are
         not dealt, the same ones are chosen by and reported on.
@@ -238,7 +241,7 @@ class Questions:
         made, texts = cls(), budget.questions
         draw = np.random.default_rng(budget.seed).permutation
         for name in sorted(manifest.evals):
-            block, rows, _ = serving_rows(store, manifest, name, purpose)
+            block, rows, _ = serving_rows(store, manifest, name, split)
             labels = block.labels[rows]
             concept = find_class(block.class_names, manifest.concept)
             others = draw(rows[(labels >= 0) & (labels != concept)])
@@ -246,13 +249,13 @@ class Questions:
             named = [block.class_names[label] for label in block.labels[others]]
             made.others += made.asked(block, others, named, texts)
         named = [manifest.concept] * budget.concept
-        shown = concept_rows(store, manifest, purpose)
+        shown = concept_rows(store, manifest, split)
         if shown is not None:
             block, rows, _ = shown
             rows = draw(rows)[: budget.concept]
             made.concept += made.asked(block, rows, named, texts)
             named = named[len(rows) :]
-        if purpose is Purpose.CHOOSE and named and concept_is_dealt(store, manifest):
+        if split is Split.VALIDATION and named and concept_is_split(store, manifest):
             forget = DataBlock.open(store, manifest.forget)
             made.concept += made.asked(forget, draw(forget.rows)[: len(named)], named, texts)
         return made
@@ -283,7 +286,9 @@ class AskedSubject(TargetSubject):
     judges: tuple[str, ...] = (ANSWERS,)
 
     @classmethod
-    def load(cls, store: Store, manifest: SetManifest, options: SteerOptions) -> "AskedSubject":
+    def load(
+        cls, store: Store, manifest: SetManifest, options: TargetSearchOptions
+    ) -> "AskedSubject":
         """Load a LLaVA and the set's images. Raises InputError without held-out ones."""
         if manifest.forget_eval is None:
             raise InputError(
@@ -298,11 +303,11 @@ class AskedSubject(TargetSubject):
             llava=llava,
             encoder=llava.encoder,
             name=manifest.concept,
-            searched=Questions.about(store, manifest, Purpose.CHOOSE, options.budget),
-            to_report=Questions.about(store, manifest, Purpose.REPORT, options.report_budget),
+            searched=Questions.about(store, manifest, Split.VALIDATION, options.budget),
+            to_report=Questions.about(store, manifest, Split.TEST, options.report_budget),
             forget=[Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
             retained=_images(retain, chosen_rows(retain.rows)),
-            unseen=concept_is_dealt(store, manifest),
+            unseen=concept_is_split(store, manifest),
         )
 
     def concept(self, goal: float | None = None) -> Share:
@@ -360,8 +365,10 @@ class AskedSubject(TargetSubject):
 
     def _named(self, wanted: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
         answers = self.llava.answers([question for _, question in wanted])
-        hits = ([class_in(answer, [label]) is not None]
-                for (label, _), answer in zip(wanted, answers, strict=True))  # fmt: skip
+        hits = (
+            [class_in(answer, [label]) is not None]
+            for (label, _), answer in zip(wanted, answers, strict=True)
+        )
         return counted(hits, len(wanted), goal)
 
 
@@ -376,7 +383,7 @@ def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
 class TargetMove:
     """A layer of a target, its original values, the direction it moves in, and the promise of it.
 
-    `ridge` is what whitened the direction, None for the gradient itself. With a `goal`, a
+    `damping` is what whitened the direction, None for the gradient itself. With a `goal`, a
     trial that misses it shows no more of the concept than that takes.
     """
 
@@ -385,13 +392,13 @@ class TargetMove:
     weight: Tensor
     direction: Tensor
     importance: float
-    ridge: float | None = None
+    damping: float | None = None
     goal: float | None = None
 
     @property
     def line(self) -> Line:
-        """The layer and the ridge, which tell its trials from those of other moves."""
-        return self.layer, self.ridge
+        """The layer and the damping, which tell its trials from those of other moves."""
+        return self.layer, self.damping
 
     @property
     def first(self) -> float:
@@ -430,7 +437,7 @@ def moves_of(
     gradients: Mapping[str, Tensor],
     *,
     direction: Direction,
-    ridge: float,
+    damping: float,
 ) -> list[TargetMove]:
     """Return a move for each layer that has a gradient and reaches the target, best first.
 
@@ -448,29 +455,29 @@ def moves_of(
         and gradient.count_nonzero()
     ]
     keys = sorted({place.key for layer in reached for place in live.places(layer)})
-    inputs = InputMoments(live.module, keys)
+    inputs = InputCovariances(live.module, keys)
     if direction is Direction.WHITENED:
         with torch.no_grad(), inputs:
             subject.run_retained()
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        # Query, key and value are applied to the same inputs: the moment of one is all's. Along
+        # Query, key and value are applied to the same inputs: the covariance of one is all's. Along
         # the gradient there is none.
-        moment = inputs.moments.get(live.places(layer)[0].key)
-        if moment is None:
+        covariance = inputs.covariances.get(live.places(layer)[0].key)
+        if covariance is None:
             importance = float(gradient.norm() / weight.norm())
             moves.append(TargetMove(subject, layer, weight, gradient, importance))
             continue
         # The axis of inputs of a layer in open_clip's shape.
-        axis = 1 - moment.axis if live.places(layer)[0].transposed else moment.axis
-        metric = RetainMetric(moment.mean(), axis, ridge)
+        axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
+        metric = RetainMetric(covariance.mean(), axis, damping)
         along = metric.whiten(gradient)
-        output = mean_square_output(weight, moment.mean(), axis)
+        output = mean_square_output(weight, covariance.mean(), axis)
         size = metric.weight_norm(float(weight.norm()), output)
         importance = whitened_importance(gradient, along, size)
-        moves.append(TargetMove(subject, layer, weight, along.float(), importance, ridge))
-    return sorted(moves, key=lambda move: (move.ridge is None, *_by_importance(move)))
+        moves.append(TargetMove(subject, layer, weight, along.float(), importance, damping))
+    return sorted(moves, key=lambda move: (move.damping is None, *_by_importance(move)))
 
 
 def _by_importance(move: TargetMove) -> tuple[float, str]:

@@ -36,9 +36,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 # Chinese, Japanese and Korean, and fonts that have them, as systems come with them.
 ASIAN = re.compile("[\u2e80-\uffef]")
-FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
-         "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei",
-         "Arial Unicode MS")  # fmt: skip
+FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+    "Arial Unicode MS",
+)
 
 
 def blank(width: float, height: float, **options: Any) -> Figure:
@@ -129,16 +137,16 @@ def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> by
 
 
 def step_plot(
-    trials: Trials, *, layer: str, ridge: float | None = None, chosen: float | None = None
+    trials: Trials, *, layer: str, damping: float | None = None, chosen: float | None = None
 ) -> bytes:
     """Draw forget accuracy and utility against the step size for one layer (Figure 2 c, d).
 
-    `ridge` is that of the whitened direction, None for the gradient. The second axis gives
+    `damping` is that of the whitened direction, None for the gradient. The second axis gives
     the step in percent of the layer's norm; step 0 is the original model. Utility is drawn
     where it was measured. Raises InputError where the search did not try `layer`.
     """
-    line = (layer, ridge)
-    tried = sorted((t for t in trials.trials if (t.layer, t.ridge) == line), key=lambda t: t.step)
+    line = (layer, damping)
+    tried = sorted((t for t in trials.trials if (t.layer, t.damping) == line), key=lambda t: t.step)
     if not tried:
         raise InputError(f"the search of {trials.name} did not try the layer {layer}")
     figure = blank(8.0, 4.8)
@@ -150,7 +158,7 @@ def step_plot(
         axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
     axes.set_ylim(0, 103)
     axes.set_ylabel("accuracy, %", color=INK)
-    along = "" if ridge is None else f", ridge {ridge:g}"
+    along = "" if damping is None else f", damping {damping:g}"
     name = plain(Layer.parse(layer).short)
     title = f"{name} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
@@ -263,7 +271,7 @@ ACROSS = 3
 
 
 def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
-    """Draw a small panel for each layer and ridge: accuracies against the step (Figure 14)."""
+    """Draw a small panel for each layer and damping: accuracies against the step (Figure 14)."""
     across = min(ACROSS, len(lines))
     down = -(-len(lines) // across)
     figure = blank(1.0 + 3.6 * across, 1.1 + 3.1 * down, layout="constrained")
@@ -271,7 +279,7 @@ def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
     for axes in panels[len(lines) :]:
         axes.set_visible(False)
     for place, (axes, line) in enumerate(zip(panels, lines, strict=False)):
-        tried = [t for t in trials.trials if (t.layer, t.ridge) == line]
+        tried = [t for t in trials.trials if (t.layer, t.damping) == line]
         tried.sort(key=lambda t: t.step)
         dress(axes)
         draw_accuracies(axes, trials, tried, size=3)
@@ -279,8 +287,10 @@ def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
         axes.set_ylim(0, 103)
         if place % across == 0:
             axes.set_ylabel("accuracy, %", color=INK)
-        ridge = "" if line[1] is None else f", ridge {line[1]:g}"
-        axes.set_title(plain(known_as(line[0]), 34) + ridge, loc="left", **TITLE | {"fontsize": 10})
+        damping = "" if line[1] is None else f", damping {line[1]:g}"
+        axes.set_title(
+            plain(known_as(line[0]), 34) + damping, loc="left", **TITLE | {"fontsize": 10}
+        )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
     figure.suptitle(f"forgetting {plain(trials.name)}", x=0.01, ha="left", **TITLE)

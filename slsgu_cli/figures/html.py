@@ -338,12 +338,12 @@ def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
     return element("g", title, dot, inside, label, class_="point front" if number else "point")
 
 
-def step_series(trials: Trials, layer: str, ridge: float | None) -> list[Series]:
-    """Return the accuracies of a layer's trials with a ridge, from the original model on.
+def step_series(trials: Trials, layer: str, damping: float | None) -> list[Series]:
+    """Return the accuracies of a layer's trials with a damping, from the original model on.
 
     They are by the size of the step in percent of the layer's norm.
     """
-    of_layer = [t for t in trials.trials if (t.layer, t.ridge) == (layer, ridge)]
+    of_layer = [t for t in trials.trials if (t.layer, t.damping) == (layer, damping)]
     steps = sorted(of_layer, key=lambda trial: trial.step)
     series = []
     for k, attribute, style in ((1, "top1", "fa1"), (5, "top5", "fa5")):

@@ -167,8 +167,13 @@ def _bars(axes: Axes, guesses: Guesses, label: str, colour: str) -> None:
 
 FRAME: dict[str, Any] = {"fill": False, "clip_on": False}
 # An image is shown as it is, one without colours in greys.
-SHOWN: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto",
-                         "interpolation": "antialiased"}  # fmt: skip
+SHOWN: dict[str, Any] = {
+    "cmap": "gray",
+    "vmin": 0,
+    "vmax": 255,
+    "aspect": "auto",
+    "interpolation": "antialiased",
+}
 
 
 def _thumbnail(axes: Axes, image: Images, frame: str) -> None:

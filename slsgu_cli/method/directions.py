@@ -22,11 +22,11 @@ from slsgu_cli.errors import InputError, NotFiniteError, SlsguError, listed
 from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
+    CovarianceHeader,
     Direction,
     EditHeader,
     GradientPointer,
-    LayerMoment,
-    MomentHeader,
+    LayerCovariance,
     Precision,
     SumsHeader,
     Tower,
@@ -41,10 +41,10 @@ from slsgu_cli.store.store import Arrays, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.method.moments import InputMoments, RetainMetric
+    from slsgu_cli.method.covariance import InputCovariances, RetainMetric
 
 
-# Part of every address of moments: a change in what is computed must change it. What was not
+# Part of every address of covariances: a change in what is computed must change it. What was not
 # seen by an earlier revision is looked for again: from 2 on, of all convolutions, of norms and
 # scales of channels, and of attention in one call.
 REVISION = 2
@@ -54,19 +54,19 @@ NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    """The moments in the store of one model's layers over one set of retain rows.
+class Covariances:
+    """The covariances in the store of one model's layers over one set of retain rows.
 
     `device` is where they are solved with.
     """
 
     store: Store
-    places: dict[str, tuple[str, LayerMoment]]
+    places: dict[str, tuple[str, LayerCovariance]]
     unseen: frozenset[str]
     device: str = "cpu"
 
     def has(self, layer: str) -> bool:
-        """Return whether the moments of the layer's inputs are known."""
+        """Return whether the covariances of the layer's inputs are known."""
         return Layer.parse(layer).parameter in self.places
 
     def without(self, layers: Iterable[str]) -> list[str]:
@@ -74,56 +74,56 @@ class Moments:
         return [layer for layer in layers if not self.has(layer)]
 
     def lack(self, parameters: Collection[str]) -> list[str]:
-        """Return those parameters of which it is not known whether they have moments."""
+        """Return those parameters of which it is not known whether they have covariances."""
         return sorted(set(parameters) - set(self.places) - self.unseen)
 
-    def moment(self, layer: str) -> "Tensor":
-        """Return the moment of the layer's inputs, on the device it is solved with.
+    def covariance(self, layer: str) -> "Tensor":
+        """Return the covariance of the layer's inputs, on the device it is solved with.
 
         A third of a parameter is applied to what the whole is applied to.
         """
         import torch
 
-        from slsgu_cli.method.moments import exact_device
+        from slsgu_cli.method.covariance import exact_device
 
         name = Layer.parse(layer).parameter
         path, _ = self.places[name]
         values = self.store.read_tensors(path, [name])[name]
         return torch.from_numpy(values).to(exact_device(self.device))
 
-    def metric(self, layer: str, ridge: float) -> "RetainMetric":
+    def metric(self, layer: str, damping: float) -> "RetainMetric":
         """Return the inner product that the layer's retained inputs make of its changes."""
-        from slsgu_cli.method.moments import RetainMetric
+        from slsgu_cli.method.covariance import RetainMetric
 
         _, about = self.places[Layer.parse(layer).parameter]
-        return RetainMetric(self.moment(layer), about.axis, ridge)
+        return RetainMetric(self.covariance(layer), about.axis, damping)
 
     def output(self, parameter: str) -> float:
         """Return a whole parameter's mean squared output over the retain set."""
         return self.places[parameter][1].output
 
 
-def find_moments(store: Store, pointer: GradientPointer, device: str = "cpu") -> Moments:
-    """Return the moments that the store has for the model and retain rows of `pointer`.
+def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu") -> Covariances:
+    """Return the covariances that the store has for the model and retain rows of `pointer`.
 
     `device` is where they are to be solved with.
     """
-    places: dict[str, tuple[str, LayerMoment]] = {}
+    places: dict[str, tuple[str, LayerCovariance]] = {}
     unseen: set[str] = set()
-    for name in store.names("moments", ".safetensors"):
+    for name in store.names("covariances", ".safetensors"):
         path = Artifact.MOMENTS.path(name)
         try:
-            header = store.read_header(path, MomentHeader)
+            header = store.read_header(path, CovarianceHeader)
         except SlsguError:
             # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
             continue
         if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
             unseen.update(header.unseen if header.revision == REVISION else ())
-    return Moments(store, places, frozenset(unseen), device)
+    return Covariances(store, places, frozenset(unseen), device)
 
 
-def ensure_moments(
+def ensure_covariances(
     store: Store,
     manifest: SetManifest,
     pointer: GradientPointer,
@@ -131,8 +131,8 @@ def ensure_moments(
     *,
     device: str,
     shard: bool = False,
-) -> Moments:
-    """Return moments of `layers`, computing what the store lacks, with `shard` of a sharded model.
+) -> Covariances:
+    """Return covariances of `layers`, computing what the store lacks; `shard` as in `grad`.
 
     A layer whose inputs its tower does not show has none. Raises StaleError where the model is not
     the one the gradients are of.
@@ -143,12 +143,12 @@ def ensure_moments(
     if known.lack(wanted):
         of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
         place = Artifact.MOMENTS.path(digest(of))
-        with held(store, place, what=f"moments of the retain set of {manifest.name}"):
+        with held(store, place, what=f"covariances of the retain set of {manifest.name}"):
             # Another process may have computed some meanwhile.
             known = _found_by_first(store, pointer, device)
             if missing := known.lack(wanted):
                 progress.note(
-                    f"{len(missing)} layers lack the moments of their inputs: "
+                    f"{len(missing)} layers lack the covariances of their inputs: "
                     "one forward over the retain set"
                 )
                 _compute(store, manifest, pointer, missing, device=device, shard=shard)
@@ -156,9 +156,11 @@ def ensure_moments(
     return known
 
 
-def tell_of_unwhitened(moments: Moments, layers: Sequence[str], *, how: str, out: str) -> None:
+def tell_of_unwhitened(
+    covariances: Covariances, layers: Sequence[str], *, how: str, out: str
+) -> None:
     """Tell which layers cannot be whitened, `how` they go along their gradient, and the way out."""
-    if unwhitened := moments.without(layers):
+    if unwhitened := covariances.without(layers):
         tell_of_layers(
             f"{len(unwhitened)} of {len(layers)} layers cannot be whitened, since their tower does "
             f"not show what they are applied to, and are {how} along their gradient; {out}",
@@ -173,14 +175,14 @@ def tell_of_layers(text: str, layers: Sequence[str]) -> None:
         progress.detail(", ".join(layers))
 
 
-def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Moments:
-    """Return the moments that the first of several processes finds: all go on with the same."""
+def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Covariances:
+    """Return the covariances that the first of several processes finds: all go on with the same."""
 
-    def found() -> tuple[dict[str, tuple[str, LayerMoment]], frozenset[str]]:
-        known = find_moments(store, pointer, device)
+    def found() -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
+        known = find_covariances(store, pointer, device)
         return known.places, known.unseen
 
-    return Moments(store, *processes.from_first(found), device)
+    return Covariances(store, *processes.from_first(found), device)
 
 
 def layer_gradient(store: Store, address: str, name: str) -> Floats:
@@ -200,24 +202,29 @@ def layer_gradient(store: Store, address: str, name: str) -> Floats:
 
 
 def forget_direction(
-    store: Store, pointer: GradientPointer, layer: str, *, ridge: float, moments: Moments | None
+    store: Store,
+    pointer: GradientPointer,
+    layer: str,
+    *,
+    damping: float,
+    covariances: Covariances | None,
 ) -> Floats:
-    """Return fp32 where a layer moves: its forget gradient, or with `moments` that whitened.
+    """Return fp32 where a layer moves: its forget gradient, or with `covariances` that whitened.
 
     PyTorch is loaded for the latter only.
     """
     gradient = layer_gradient(store, pointer.forget, layer)
-    if moments is None:
+    if covariances is None:
         return gradient
-    if not moments.has(layer):
+    if not covariances.has(layer):
         raise InputError(
             f"{layer} cannot be whitened: its tower does not show what the layer is applied to",
             hint="--direction gradient, or another layer",
         )
     import torch
 
-    metric = moments.metric(layer, ridge)
-    along = metric.whiten(torch.from_numpy(gradient).to(metric.moment.device))
+    metric = covariances.metric(layer, damping)
+    along = metric.whiten(torch.from_numpy(gradient).to(metric.covariance.device))
     whitened: Floats = along.float().cpu().numpy()
     return whitened
 
@@ -231,14 +238,14 @@ def _compute(
     device: str,
     shard: bool,
 ) -> None:
-    """Run the towers of `layers` over the retain set and store the moments of their inputs.
+    """Run the towers of `layers` over the retain set and store the covariances of their inputs.
 
-    Of several processes each has some of the moments, and the first gets and writes the means.
+    Of several processes each has some of the covariances, and the first gets and writes the means.
     """
     import torch
 
+    from slsgu_cli.method.covariance import chosen_rows, input_covariances, mean_square_output
     from slsgu_cli.method.gradient_pass import arithmetic
-    from slsgu_cli.method.moments import chosen_rows, input_moments, mean_square_output
 
     model, module = load_graded(manifest, pointer, device, shard=shard)
     block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)
@@ -252,23 +259,23 @@ def _compute(
     if pointer.prefixes:
         made_from |= {"prefixes": list(pointer.prefixes)}
     # Sums are alike of a whole and of a sharded model: one goes on with those of the other.
-    kept = KeptMoments(store, digest(made_from), device, sharded=False)
-    about: dict[str, LayerMoment] = {}
+    kept = StoredCovariances(store, digest(made_from), device, sharded=False)
+    about: dict[str, LayerCovariance] = {}
     means: dict[str, Tensor] = {}
     with torch.no_grad(), arithmetic(Precision.FP32):
-        moments = input_moments(
+        covariances = input_covariances(
             module, layers, block, spec=manifest.input, device=device, keeper=kept
         )
-        for layer in sorted(set().union(*processes.gathered(list(moments)))):
+        for layer in sorted(set().union(*processes.gathered(list(covariances)))):
             weight = processes.unsharded(module.get_parameter(layer))
             # The sums are fp64 and large: each goes as soon as its mean is taken.
-            if (moment := moments.pop(layer, None)) is not None:
-                mean = moment.mean()
-                output = mean_square_output(weight, mean, moment.axis)
-                about[layer] = LayerMoment(moment.axis, moment.count, output)
+            if (covariance := covariances.pop(layer, None)) is not None:
+                mean = covariance.mean()
+                output = mean_square_output(weight, mean, covariance.axis)
+                about[layer] = LayerCovariance(covariance.axis, covariance.count, output)
                 means[layer] = mean.float().cpu()
     about = dict(sorted(item for part in processes.gathered(about) for item in part.items()))
-    header = MomentHeader(
+    header = CovarianceHeader(
         model=pointer.model_fingerprint,
         data=pointer.retain_data,
         rows=len(chosen_rows(block.rows)),
@@ -283,30 +290,30 @@ def _compute(
     kept.remove()
 
 
-class KeptMoments(KeptArrays):
-    """The moments of a forward under way, kept for what they will make."""
+class StoredCovariances(KeptArrays):
+    """The covariances of a forward under way, kept for what they will make."""
 
-    def restore(self, moments: "InputMoments", parts: int) -> int:
-        """Put what was kept into moments of nothing; return how many parts are in them."""
+    def restore(self, covariances: "InputCovariances", parts: int) -> int:
+        """Put what was kept into covariances of nothing; return how many parts are in them."""
 
         def use(_header: SumsHeader, kept: Arrays) -> None:
-            moments.go_on(kept)
+            covariances.go_on(kept)
 
         done = self.go_on(parts, use)
         if done:
-            progress.note(f"the moments go on after {done} of their {parts} parts")
+            progress.note(f"the covariances go on after {done} of their {parts} parts")
         return done
 
-    def keep(self, moments: "InputMoments", parts: int, *, done: int) -> None:
-        """Write the moments over the first parts that are done."""
-        self.write(moments.kept, parts, added=done, done=done)
+    def keep(self, covariances: "InputCovariances", parts: int, *, done: int) -> None:
+        """Write the covariances over the first parts that are done."""
+        self.write(covariances.kept, parts, added=done, done=done)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStep:
     """A step of a layer: the change `delta` of its values `before`.
 
-    `share` is the length of the step over the norm of these, `ridge` what whitened the
+    `share` is the length of the step over the norm of these, `damping` what whitened the
     direction, None for the gradient itself.
     """
 
@@ -314,7 +321,7 @@ class LayerStep:
     tower: Tower
     step: float
     share: float
-    ridge: float | None
+    damping: float | None
     delta: Floats
     before: Floats
 
@@ -323,7 +330,7 @@ class LayerStep:
         cls,
         trial: Trial | TargetTrial,
         *,
-        ridge: float | None,
+        damping: float | None,
         direction: "Tensor",
         weight: "Tensor",
     ) -> Self:
@@ -333,7 +340,7 @@ class LayerStep:
             tower=trial.tower,
             step=trial.step,
             share=trial.share,
-            ridge=ridge,
+            damping=damping,
             delta=(trial.step * direction).cpu().numpy(),
             before=_compact(weight.cpu().numpy()),
         )
@@ -352,10 +359,10 @@ def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, layer_step:
         model_fingerprint=pointer.model_fingerprint,
         digests=layer_digests(layer_step.before),
         gradient=pointer.forget,
-        direction=Direction.of(layer_step.ridge),
-        ridge=layer_step.ridge,
-        retain_data=None if layer_step.ridge is None else pointer.retain_data,
-        steer=None,
+        direction=Direction.of(layer_step.damping),
+        damping=layer_step.damping,
+        retain_data=None if layer_step.damping is None else pointer.retain_data,
+        criterion=None,
         margin=None,
         forgotten=None,
         baseline_forget=None,

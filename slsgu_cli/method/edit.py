@@ -58,7 +58,12 @@ from slsgu_cli.clip.model_folder import (
 )
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
-from slsgu_cli.method.directions import LayerStep, ensure_moments, forget_direction, unmeasured_edit
+from slsgu_cli.method.directions import (
+    LayerStep,
+    ensure_covariances,
+    forget_direction,
+    unmeasured_edit,
+)
 from slsgu_cli.method.ranking import named_layers, rank
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.method.search import SearchResult, search
@@ -120,7 +125,7 @@ def ensure_edit(
 
 
 def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
-    """Raise StaleError unless an edit is of the direction, kind of layer and ridge given."""
+    """Raise StaleError unless an edit is of the direction, kind of layer and damping given."""
     name = header.name
     ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
     if options.direction not in (None, Direction.BOTH, header.direction):
@@ -135,11 +140,11 @@ def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
             f"and value are {options.qkv}",
             hint=f"run {ranks} --qkv {options.qkv}` and {searches}`",
         )
-    if options.ridge not in (None, header.ridge):
-        had = "no ridge" if header.ridge is None else f"ridge {header.ridge:g}"
+    if options.damping not in (None, header.damping):
+        had = "no damping" if header.damping is None else f"damping {header.damping:g}"
         raise StaleError(
-            f"the edit {name} was whitened with {had}, not {options.ridge:g}",
-            hint=f"run {searches} --ridge {options.ridge:g}`",
+            f"the edit {name} was whitened with {had}, not {options.damping:g}",
+            hint=f"run {searches} --damping {options.damping:g}`",
         )
 
 
@@ -174,7 +179,7 @@ def rank_options(options: SearchOptions) -> RankOptions:
         chosen = replace(chosen, direction=options.direction)
     if options.qkv is not None:
         chosen = replace(chosen, qkv=options.qkv)
-    return chosen if options.ridge is None else replace(chosen, ridge=options.ridge)
+    return chosen if options.damping is None else replace(chosen, damping=options.damping)
 
 
 def direct_edit(
@@ -190,17 +195,21 @@ def direct_edit(
     pointer = read_pointer(store, manifest)
     moved = named_layer(store, pointer, layer)
     whitened = options.direction.whitens
-    moments = None
+    covariances = None
     if whitened:
-        moments = ensure_moments(store, manifest, pointer, [moved.name], device=options.device)
-    along = forget_direction(store, pointer, moved.name, ridge=options.damping, moments=moments)
+        covariances = ensure_covariances(
+            store, manifest, pointer, [moved.name], device=options.device
+        )
+    along = forget_direction(
+        store, pointer, moved.name, damping=options.whitening_damping, covariances=covariances
+    )
     before = model_layer(resolve(pointer.model), moved.name)
     layer_step = LayerStep(
         layer=moved.name,
         tower=moved.recorded_tower,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
-        ridge=options.damping if whitened else None,
+        damping=options.whitening_damping if whitened else None,
         delta=step * along,
         before=before,
     )
@@ -249,13 +258,13 @@ def draw_steps(store: Store, result: SearchResult) -> None:
     chosen, trials = result.chosen, result.trials
     lines: dict[str, set[float | None]] = {}
     for trial in trials.trials:
-        lines.setdefault(trial.layer, set()).add(trial.ridge)
-    for layer, ridges in sorted(lines.items()):
-        for ridge in ridges:
-            step = chosen.step if (layer, ridge) == (chosen.layer, chosen.ridge) else None
-            along = "gradient" if ridge is None else f"{ridge:g}"
-            path = plot_path(name, f"steps-{layer}" + (f"-{along}" if len(ridges) > 1 else ""))
-            store.write_bytes(path, step_plot(trials, layer=layer, ridge=ridge, chosen=step))
+        lines.setdefault(trial.layer, set()).add(trial.damping)
+    for layer, dampings in sorted(lines.items()):
+        for damping in dampings:
+            step = chosen.step if (layer, damping) == (chosen.layer, chosen.damping) else None
+            along = "gradient" if damping is None else f"{damping:g}"
+            path = plot_path(name, f"steps-{layer}" + (f"-{along}" if len(dampings) > 1 else ""))
+            store.write_bytes(path, step_plot(trials, layer=layer, damping=damping, chosen=step))
 
 
 def require_forgotten(result: SearchResult) -> None:
@@ -279,7 +288,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     require_regular(request.out)
     edits = _requested_edits(store, request)
     for edit in edits:
-        if edit.header.steer is not None and not edit.header.forgotten:
+        if edit.header.criterion is not None and not edit.header.forgotten:
             progress.warn(
                 f"the edit {edit.header.name} does not forget completely: its search failed"
             )
@@ -301,16 +310,25 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
         beside = tokenizer_beside(model, Path(scratch)) if config and layout is None else {}
         card = ModelCard.of(
-            edits, earlier, options=request,
+            edits,
+            earlier,
+            options=request,
             base=target.path if model is None or request.target is not None else model,
             library=_library(model) if layout is None else layout.client,
-        )  # fmt: skip
+        )
         return apply_edits(
-            edits, target, request.out, options=request, config=config, beside=beside,
-            earlier=earlier, compare=compare,
+            edits,
+            target,
+            request.out,
+            options=request,
+            config=config,
+            beside=beside,
+            earlier=earlier,
+            compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
-            card=card.over, layout=layout,
-        )  # fmt: skip
+            card=card.over,
+            layout=layout,
+        )
 
 
 def _library(model: ResolvedModel | None) -> str | None:
@@ -327,10 +345,13 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
     target, config = _files_of(model)
     with TemporaryDirectory() as scratch:
         return copy_model(
-            target, out, options=options, config=config,
+            target,
+            out,
+            options=options,
+            config=config,
             beside=tokenizer_beside(model, Path(scratch)),
             check=lambda folder: why_not_loaded(folder, model),
-        )  # fmt: skip
+        )
 
 
 def _files_of(model: ResolvedModel) -> tuple[Target, dict[str, Any]]:
@@ -501,7 +522,7 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
         raise UsageError(f"--step {request.step} is no step size")
     search_options = SearchOptions(
         direction=request.direction,
-        ridge=request.ridge,
+        damping=request.damping,
         qkv=request.qkv,
         device=request.device,
     )

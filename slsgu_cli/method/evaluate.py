@@ -28,7 +28,7 @@ from slsgu_cli.method.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest, set_of
 from slsgu_cli.store.store import Store
 
@@ -145,7 +145,7 @@ def _run_model(
         module=load(model, device, warn=progress.warn),
         model=model,
         weights=fingerprint(model) if original else None,
-        purpose=Purpose.REPORT,
+        split=Split.TEST,
         options=SearchOptions(device=device),
     )
     return base_pass.run()

@@ -41,7 +41,7 @@ from slsgu_cli.method.search_plan import (
 )
 from slsgu_cli.method.trial import MovedModel, fitting, model_with
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import LayerScore, LoraHeader, LoraLayout, Steer
+from slsgu_cli.records.method import Criterion, LayerScore, LoraHeader, LoraLayout
 from slsgu_cli.records.options import ExportRequest, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set_of
 from slsgu_cli.store.files import replacing, require_regular
@@ -123,9 +123,12 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
 
 
 def _measure(
-    store: Store, edits: Sequence[Edit], parts: Sequence[Decomposed], prefixes: Sequence[str],
+    store: Store,
+    edits: Sequence[Edit],
+    parts: Sequence[Decomposed],
+    prefixes: Sequence[str],
     request: ExportRequest,
-) -> tuple[list[int], tuple[StrengthFigures, ...]]:  # fmt: skip
+) -> tuple[list[int], tuple[StrengthFigures, ...]]:
     """Return the rank of each edit, and figures where there are sets.
 
     Edits of a text encoder are measured together, in the CLIP that they were made for.
@@ -249,9 +252,12 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, store: Store, edits: Sequence[Edit], parts: Sequence[Decomposed],
+        cls,
+        store: Store,
+        edits: Sequence[Edit],
+        parts: Sequence[Decomposed],
         request: ExportRequest,
-    ) -> "_Measured | None":  # fmt: skip
+    ) -> "_Measured | None":
         """Open what edits are measured on; None where a set is gone and a rank is given.
 
         Raises UsageError, MissingError, or StaleError where a model has other weights.
@@ -317,8 +323,8 @@ class _Measured:
         with self._in_place(self.shared, ranks, 1.0) as model:
             for header in (edit.header for edit in self.edits):
                 accuracy, gap = model.left(self.shared.forget[set_of(header.name)])
-                steer = header.steer or Steer.FA1
-                left[header.name] = left_of(accuracy, gap, steer, header.margin)
+                criterion = header.criterion or Criterion.FA1
+                left[header.name] = left_of(accuracy, gap, criterion, header.margin)
         return left
 
     @contextmanager

@@ -310,7 +310,7 @@ def open_pairs(
     """Open the pairs of a role; with prefixes, all come `again` times more behind one of them.
 
     Those of the forget set make its gradient, as random prefixes do in ROME (arXiv 2202.05262),
-    and those of the retain set moments, so that it is not the prefixes that are moved.
+    and those of the retain set covariances, so that it is not the prefixes that are moved.
     """
     from slsgu_cli.sources.captions import before_names
     from slsgu_cli.store.blocks import DataBlock, RepeatedBlock

@@ -22,8 +22,8 @@ from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions import (
-    Moments,
-    ensure_moments,
+    Covariances,
+    ensure_covariances,
     layer_gradient,
     tell_of_layers,
     tell_of_unwhitened,
@@ -45,7 +45,7 @@ from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.method.moments import RetainMetric
+    from slsgu_cli.method.covariance import RetainMetric
 
 
 def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ranking:
@@ -61,17 +61,17 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     aim = _aim(header, options)
     layers, unreached = _to_rank(header, aim, options)
-    moments = None
+    covariances = None
     if options.direction.whitens and layers:
-        moments = ensure_moments(
+        covariances = ensure_covariances(
             store, manifest, pointer, layers, device=options.device, shard=options.shard
         )
-        tell_of_unwhitened(moments, layers, how="ranked", out="--exclude leaves them out")
+        tell_of_unwhitened(covariances, layers, how="ranked", out="--exclude leaves them out")
     split = any(Layer.parse(layer).third is not None for layer in layers)
     weights = _Weights(header, graded_model(pointer) if split else None)
     scores = [
         replace(score, direction=line.mark)
-        for line in _lines(layers, options.direction, moments)
+        for line in _lines(layers, options.direction, covariances)
         for score in _with_fronts(_scored(store, pointer, weights, line, options))
     ]
     if not scores:
@@ -87,7 +87,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         retain=pointer.retain,
         alignment=options.alignment,
         direction=options.direction,
-        ridge=options.damping if options.direction.whitens else None,
+        damping=options.whitening_damping if options.direction.whitens else None,
         scores=tuple(scores),
         version=slsgu_cli.__version__,
         target=options.target,
@@ -101,13 +101,13 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """Layers that are ranked together, along their gradient where there are no `moments`.
+    """Layers that are ranked together, along their gradient where there are no `covariances`.
 
     `mark` is the direction that their scores name, None where it is the ranking's.
     """
 
     layers: Sequence[str]
-    moments: Moments | None
+    covariances: Covariances | None
     mark: Direction | None
 
 
@@ -142,7 +142,7 @@ def _scored(
     mine = processes.dealt(line.layers)
     read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
     score_of = {
-        layer: _score(weights, layer, pair, options, line.moments)
+        layer: _score(weights, layer, pair, options, line.covariances)
         for layer, pair in zip(mine, read, strict=True)
     }
     for part in processes.gathered(score_of):
@@ -151,21 +151,21 @@ def _scored(
     return [score for score in scores if score is not None]
 
 
-def _lines(layers: list[str], direction: Direction, moments: Moments | None) -> list[_Line]:
+def _lines(layers: list[str], direction: Direction, covariances: Covariances | None) -> list[_Line]:
     """Return what is ranked together: the layers along each direction.
 
     Beside those that are whitened, the others along their gradient.
     """
-    if moments is None:
+    if covariances is None:
         return [_Line(layers, None, None)]
-    unwhitened = moments.without(layers)
+    unwhitened = covariances.without(layers)
     whitened = [layer for layer in layers if layer not in unwhitened]
     if direction is Direction.BOTH:
         return [
             _Line(layers, None, Direction.GRADIENT),
-            _Line(whitened, moments, Direction.WHITENED),
+            _Line(whitened, covariances, Direction.WHITENED),
         ]
-    return [_Line(whitened, moments, None), _Line(unwhitened, None, Direction.GRADIENT)]
+    return [_Line(whitened, covariances, None), _Line(unwhitened, None, Direction.GRADIENT)]
 
 
 def _never_compete(header: GradientHeader, options: RankOptions) -> str:
@@ -213,17 +213,17 @@ class _Weights:
             return self.header.weights[layer]
         return ParameterNorm(values.shape, norm(values))
 
-    def output(self, layer: str, moments: Moments, metric: "RetainMetric") -> float:
+    def output(self, layer: str, covariances: Covariances, metric: "RetainMetric") -> float:
         """Return a layer's mean squared output over the retain set."""
         import torch
 
-        from slsgu_cli.method.moments import mean_square_output
+        from slsgu_cli.method.covariance import mean_square_output
 
         values = self._third(layer)
         if values is None:
-            return moments.output(layer)
-        weight = torch.tensor(values, device=metric.moment.device)
-        return mean_square_output(weight, metric.moment, metric.axis)
+            return covariances.output(layer)
+        weight = torch.tensor(values, device=metric.covariance.device)
+        return mean_square_output(weight, metric.covariance, metric.axis)
 
     def _third(self, layer: str) -> Floats | None:
         if self.model is None or Layer.parse(layer).third is None:
@@ -242,7 +242,7 @@ def _score(
     layer: str,
     gradients: tuple[Floats, Floats],
     options: RankOptions,
-    moments: Moments | None,
+    covariances: Covariances | None,
 ) -> LayerScore | None:
     """Return the score of one layer; None where the loss does not reach it, or it is zeros.
 
@@ -256,9 +256,9 @@ def _score(
         return None
     retain_norm = norm(retain)
     size = weight.norm
-    if moments is not None:
-        metric = moments.metric(layer, options.damping)
-        size = metric.weight_norm(weight.norm, weights.output(layer, moments, metric))
+    if covariances is not None:
+        metric = covariances.metric(layer, options.whitening_damping)
+        size = metric.weight_norm(weight.norm, weights.output(layer, covariances, metric))
         forget, retain = _half_whitened(metric, forget), _half_whitened(metric, retain)
     return LayerScore(
         layer=layer,
@@ -280,7 +280,7 @@ def _half_whitened(metric: "RetainMetric", gradient: Vector) -> Vector:
     """
     import torch
 
-    on_device = torch.tensor(gradient, device=metric.moment.device)
+    on_device = torch.tensor(gradient, device=metric.covariance.device)
     half: Vector = metric.half_whiten(on_device).cpu().numpy()
     return half.ravel(order="K")
 
@@ -315,10 +315,12 @@ def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> lis
         fronts = {score.layer for score in scores if score.front}
         return [ranked[name] for name in names if name in fronts]
     chosen = named_layers(
-        options.layers, names, among="ranked layers",
+        options.layers,
+        names,
+        among="ranked layers",
         none=lambda text: _unranked(store, ranking, text),
         hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
-    )  # fmt: skip
+    )
     return [ranked[name] for name in chosen]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Alignment, Keep, Steer, Trial, Trials
+from slsgu_cli.records.method import Alignment, Criterion, Trial, Trials, UtilityMetric
 
 Vector = npt.NDArray[np.floating]
 
@@ -307,16 +307,16 @@ class Race:
         return gained >= -log(risk)
 
 
-def left_to_forget(trial: Trial, steer: Steer, margin: float | None) -> float:
+def left_to_forget(trial: Trial, criterion: Criterion, margin: float | None) -> float:
     """Return what the search drives to zero: a forget accuracy, or what the margin lacks."""
-    return left_of(trial.forget, trial.gap, steer, margin)
+    return left_of(trial.forget, trial.gap, criterion, margin)
 
 
-def left_of(forget: Accuracy, gap: float, steer: Steer, margin: float | None) -> float:
+def left_of(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
     """Return what a forget accuracy, and the gap that comes with it, leave to forget."""
-    if steer is Steer.MARGIN:
+    if criterion is Criterion.MARGIN:
         return max(0.0, (margin or 0.0) - gap)
-    return forget.top1 if steer is Steer.FA1 else forget.top5
+    return forget.top1 if criterion is Criterion.FA1 else forget.top5
 
 
 def mean_top1(utility: Mapping[str, Accuracy]) -> float:
@@ -324,9 +324,9 @@ def mean_top1(utility: Mapping[str, Accuracy]) -> float:
     return sum(figure.top1 for figure in utility.values()) / len(utility)
 
 
-def kept(trial: Trial, by: Keep) -> float:
+def kept(trial: Trial, by: UtilityMetric) -> float:
     """Return what a measured trial keeps, in percent: the figure steps are compared by."""
-    if by is Keep.EXPECTED and trial.expected is not None:
+    if by is UtilityMetric.EXPECTED and trial.expected is not None:
         return trial.expected
     return mean_top1(trial.utility or {})
 
@@ -349,7 +349,7 @@ def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
         layers.setdefault(trial.layer, []).append(trial)
 
     def order(trial: Trial) -> tuple[bool, float, float, float]:
-        forget = left_to_forget(trial, trials.steer, trials.margin)
+        forget = left_to_forget(trial, trials.criterion, trials.margin)
         keeps = mean_top1(trial.utility) if trial.utility else -1.0
         return trial != chosen, forget, -keeps, trial.step
 

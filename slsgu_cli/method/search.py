@@ -34,16 +34,16 @@ from slsgu_cli.method.search_plan import (
 )
 from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
+    Criterion,
     JointRef,
-    Keep,
     Key,
     LayerScore,
     Line,
     Settled,
-    Steer,
     Tower,
     Trial,
     Trials,
+    UtilityMetric,
 )
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.records.studies import JointMove
@@ -77,7 +77,7 @@ class Move(Protocol[T_co]):
 
     @property
     def line(self) -> Line:
-        """The layer and the ridge, which tell its trials from those of other moves."""
+        """The layer and the damping, which tell its trials from those of other moves."""
 
     @property
     def first(self) -> float:
@@ -174,22 +174,22 @@ class LayerSearch(StepSearch[Trial]):
     ) -> None:
         from slsgu_cli.method.trial import UtilityMeter
 
-        steer, margin = options.steer, options.margin
+        criterion, margin = options.criterion, options.margin
         known = {(line_of(trial), trial.step): trial for trial in trials}
-        super().__init__(known, lambda trial: left_to_forget(trial, steer, margin))
+        super().__init__(known, lambda trial: left_to_forget(trial, criterion, margin))
         self.options = options
         self.probes: dict[Line, Probe] = {}
         self.lengthened: list[Key] = []
         # Steps that bring back what earlier edits forget.
         self.refused: set[Key] = set()
-        self._meter = UtilityMeter(evaluation, options.keep)
+        self._meter = UtilityMeter(evaluation, options.utility)
         self._base_gap = evaluation.base_gap()
 
     def along(self, probe: "Probe", first: float | None = None) -> None:
         """Try steps along a probe, from `first` (default: its own first step) on."""
         self.probes[probe.line] = probe
         # How much is wanting is on record of the fifth place, and of no other.
-        if self.options.exact or self.options.steer is Steer.FA1:
+        if self.options.exact or self.options.criterion is Criterion.FA1:
             self.bisect(probe, self.options.steps, first)
         else:
             self.approach(probe, self.options.steps, first)
@@ -197,7 +197,7 @@ class LayerSearch(StepSearch[Trial]):
 
     def approach(self, probe: "Probe", steps: int, first: float | None = None) -> None:
         """Try steps along a probe until the shortest that `steps` of bisection find is known."""
-        wanted = self.options.margin if self.options.steer is Steer.MARGIN else 0.0
+        wanted = self.options.margin if self.options.criterion is Criterion.MARGIN else 0.0
         sought = ShortestStep(first or probe.first, steps, self._base_gap - wanted)
         with progress.bar(probe.line[0], steps) as ticker:
             while (step := sought.next()) is not None:
@@ -207,17 +207,17 @@ class LayerSearch(StepSearch[Trial]):
                 ticker.advance()
 
     def lengthen(self, probe: "Probe") -> None:
-        """Go on from the shortest step of a line that forgets by the reserve."""
+        """Go on from the shortest step of a line that forgets by the overshoot."""
         enough = self.shortest(probe.line)
-        if enough is not None and self.options.reserve > 1:
-            key = probe.line, self.trial(probe, self.options.reserve * enough).step
+        if enough is not None and self.options.overshoot > 1:
+            key = probe.line, self.trial(probe, self.options.overshoot * enough).step
             self.path.append(key)
             self.lengthened.append(key)
 
     def choose(self) -> Trial:
         """Measure the utility of the steps that may win, and return the best (Algorithm 1).
 
-        With a reserve, of each line that forgets its lengthened step may win. A step within
+        With a overshoot, of each line that forgets its lengthened step may win. A step within
         the bound of what any class may lose wins over the best one that is not, if it keeps
         nearly as much.
         """
@@ -233,7 +233,7 @@ class LayerSearch(StepSearch[Trial]):
             for key in path
             if key in may_win and (trial := self.trials[key]).utility is not None
         }
-        keeps = {key: kept(trial, self.options.keep) for key, trial in measured.items()}
+        keeps = {key: kept(trial, self.options.utility) for key, trial in measured.items()}
         figures = [
             (not (self._spares(trial) and keeps[key] >= best_kept - price), keeps[key])
             for key, trial in measured.items()
@@ -258,7 +258,7 @@ class LayerSearch(StepSearch[Trial]):
         rival, rival_keeps = None, NOTHING_KEPT
         for key in sorted(dict.fromkeys(path), key=self._cost):
             trial = self.trials[key]
-            if self.options.keep is Keep.EXPECTED and trial.expected is None:
+            if self.options.utility is UtilityMetric.EXPECTED and trial.expected is None:
                 trial = replace(trial, utility=None)  # Recorded when only TA@1 was.
             if key in may_win or full:
                 beat = max(best_kept - price, sparing)
@@ -269,7 +269,7 @@ class LayerSearch(StepSearch[Trial]):
                 bar = Bar(beat, least, risk if key in raced else 0.0, rival)
                 trial = self.with_utility(self.probes[key[0]], trial, None if full else bar)
             if key in may_win and trial.utility is not None:
-                keeps = kept(trial, self.options.keep)
+                keeps = kept(trial, self.options.utility)
                 best_kept = max(best_kept, keeps)
                 if keeps > rival_keeps + TOLERANCE:
                     rival = (self.probes[key[0]], trial.step) if key in raced else None
@@ -455,8 +455,8 @@ def tell_of_harm(chosen: Trial, bound: float) -> None:
 
 
 def line_of(move: Trial | JointMove) -> Line:
-    """Return the layer and the ridge of a move."""
-    return move.layer, move.ridge
+    """Return the layer and the damping of a move."""
+    return move.layer, move.damping
 
 
 def search(
@@ -542,8 +542,8 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         model_fingerprint=pointer.model_fingerprint,
         evals=manifest.evaluation_blocks(),
         precision=options.precision,
-        steer=options.steer,
-        margin=options.margin if options.steer is Steer.MARGIN else None,
+        criterion=options.criterion,
+        margin=options.margin if options.criterion is Criterion.MARGIN else None,
         baseline_forget=evaluation.forget.base_accuracy(),
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
@@ -561,15 +561,17 @@ def searched_edit(
     joint: JointRef | None = None,
 ) -> Edit:
     """Return the edit that a chosen trial of a search amounts to, with what it does."""
-    step = LayerStep.of(chosen, ridge=chosen.ridge, direction=probe.direction, weight=probe.weight)
+    step = LayerStep.of(
+        chosen, damping=chosen.damping, direction=probe.direction, weight=probe.weight
+    )
     if below := by_layer(plan.earlier).get(chosen.layer):
         step = replace(step, before=original_values(below))
     edit = unmeasured_edit(plan.manifest, plan.pointer, step)
     measured = replace(
         edit.header,
-        steer=trials.steer,
+        criterion=trials.criterion,
         margin=trials.margin,
-        forgotten=left_to_forget(chosen, trials.steer, trials.margin) == 0,
+        forgotten=left_to_forget(chosen, trials.criterion, trials.margin) == 0,
         baseline_forget=effect.before.forget,
         baseline_utility=effect.before.utility,
         forget=effect.after.forget,

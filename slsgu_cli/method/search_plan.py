@@ -24,8 +24,8 @@ from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import (
-    Moments,
-    ensure_moments,
+    Covariances,
+    ensure_covariances,
     forget_direction,
     tell_of_unwhitened,
 )
@@ -41,7 +41,7 @@ from slsgu_cli.records.method import (
     Ranking,
 )
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import Purpose, SetManifest
+from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.store.artifacts import (
     Artifact,
     read_features,
@@ -67,7 +67,7 @@ FEATURES_REVISION = 1
 class SearchPlan:
     """One set to search: its gradients, the layers to try, and the directions they move in.
 
-    `options` have the direction, the ridge and the device that are in force. `earlier` are
+    `options` have the direction, the damping and the device that are in force. `earlier` are
     edits that are in place while it is searched, and `earlier_sets` those they forget.
     """
 
@@ -75,7 +75,7 @@ class SearchPlan:
     pointer: GradientPointer
     layers: tuple[LayerScore, ...]
     options: SearchOptions
-    moments: Moments | None
+    covariances: Covariances | None
     earlier: tuple[Edit, ...] = ()
     earlier_sets: tuple[SetManifest, ...] = ()
 
@@ -120,21 +120,21 @@ class SearchPlan:
         both = self.options.moves is Direction.BOTH
         for score in self.layers:
             for direction in self.options.moves.each:
-                moments = self.moments if direction.whitens else None
-                if moments is not None and not moments.has(score.layer):
+                covariances = self.covariances if direction.whitens else None
+                if covariances is not None and not covariances.has(score.layer):
                     if both:
                         continue
-                    moments = None
-                ridge = self.options.ridge if moments else None
+                    covariances = None
+                damping = self.options.damping if covariances else None
                 along = forget_direction(
-                    store, self.pointer, score.layer, ridge=ridge or 0, moments=moments
+                    store, self.pointer, score.layer, damping=damping or 0, covariances=covariances
                 )
                 on_device = torch.from_numpy(along).to(self.options.device)
-                yield Probe(evaluation, score, on_device, ridge)
+                yield Probe(evaluation, score, on_device, damping)
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
-    """Return what to search of set `name`, with the moments its directions take.
+    """Return what to search of set `name`, with the covariances its directions take.
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
@@ -153,14 +153,14 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     layers = ranked_layers(store, ranking, options)
     if note := prompt_note(str(ranking.target), ranking.readers):
         progress.note(note)
-    moments = None
+    covariances = None
     if options.moves.whitens:
         names = [score.layer for score in layers]
-        moments = ensure_moments(
+        covariances = ensure_covariances(
             store, manifest, pointer, names, device=options.device, shard=options.shard
         )
-        tell_of_unwhitened(moments, names, how="searched", out="--layer names others")
-    plan = SearchPlan(manifest, pointer, tuple(layers), options, moments)
+        tell_of_unwhitened(covariances, names, how="searched", out="--layer names others")
+    plan = SearchPlan(manifest, pointer, tuple(layers), options, covariances)
     return _on_top(store, plan) if options.after else plan
 
 
@@ -214,7 +214,7 @@ def grouped(plans: Sequence[SearchPlan]) -> list[list[SearchPlan]]:
 
 
 def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
-    """Return the options with the ranking's direction and ridge, and the device.
+    """Return the options with the ranking's direction and damping, and the device.
 
     Raises StaleError where the layers were ranked for another direction, or other layers were.
     """
@@ -231,13 +231,15 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
             f"not {options.qkv}",
             hint=f"run `slsgu rank {quote(ranking.name)} --qkv {options.qkv}`",
         )
-    if direction is Direction.GRADIENT and options.ridge is not None:
+    if direction is Direction.GRADIENT and options.damping is not None:
         raise UsageError(
-            "--ridge is for the whitened direction",
+            "--damping is for the whitened direction",
             hint=f"run `slsgu rank {quote(ranking.name)} --direction whitened`",
         )
-    ridge = ranking.ridge if options.ridge is None else options.ridge
-    return replace(options, direction=direction, ridge=ridge, device=pick_device(options.device))
+    damping = ranking.damping if options.damping is None else options.damping
+    return replace(
+        options, direction=direction, damping=damping, device=pick_device(options.device)
+    )
 
 
 def evaluation_digest(manifest: SetManifest) -> str:
@@ -263,7 +265,7 @@ def require_distinct_names(names: Sequence[str]) -> None:
 
 
 def share_evaluation(
-    store: Store, plans: Sequence[SearchPlan], purpose: Purpose = Purpose.CHOOSE
+    store: Store, plans: Sequence[SearchPlan], split: Split = Split.VALIDATION
 ) -> "SharedEvaluation":
     """Load the model of some plans and run it once over what all of them measure on.
 
@@ -279,7 +281,7 @@ def share_evaluation(
     )
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
-    shared = _base_pass(store, plans, module, purpose).run(layers)
+    shared = _base_pass(store, plans, module, split).run(layers)
     for tower in {score.tower for score in layers}:
         if not shared.tower(tower).exact_split:
             progress.detail(f"the {tower} tower is not split: every trial runs all of it")
@@ -298,15 +300,15 @@ def report_evaluation(
     Where no set has rows of its own to report on, they are those of the evaluation. Edits of
     `layers` resume there: what was kept to choose them by makes room.
     """
-    if not any(plan.manifest.deals for plan in plans):
+    if not any(plan.manifest.is_split for plan in plans):
         return evaluation
     if layers:
         evaluation.release()
-    return _base_pass(store, plans, evaluation.model, Purpose.REPORT).run(layers)
+    return _base_pass(store, plans, evaluation.model, Split.TEST).run(layers)
 
 
 def _base_pass(
-    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", purpose: Purpose
+    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", split: Split
 ) -> "BasePass":
     first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
@@ -316,7 +318,7 @@ def _base_pass(
         module=module,
         model=resolve(first.pointer.model),
         weights=None if first.earlier else first.pointer.model_fingerprint,
-        purpose=purpose,
+        split=split,
         options=first.options,
     )
 
@@ -334,7 +336,7 @@ class BasePass:
     module: "nn.Module"
     model: ResolvedModel
     weights: str | None
-    purpose: Purpose
+    split: Split
     options: SearchOptions
 
     def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
@@ -346,9 +348,13 @@ class BasePass:
         device, budget = self.options.device, self.options.cache_budget
         tokenize = tokenizer(self.model)
         shared = prepare_shared(
-            self.store, self.manifests, self.module,
-            tokenize=tokenize, device=device, purpose=self.purpose,
-        )  # fmt: skip
+            self.store,
+            self.manifests,
+            self.module,
+            tokenize=tokenize,
+            device=device,
+            split=self.split,
+        )
         known = nullcontext() if self.weights is None else self._features(shared, self.weights)
         with counted_by(str(self.model.spec)), known:
             if budget is None:
@@ -365,12 +371,12 @@ class BasePass:
         header = FeatureHeader(
             model=weights,
             evals=first.measured_on(),
-            purpose=self.purpose,
+            split=self.split,
             precision=self.options.precision,
             device=device.partition(":")[0],
             version=slsgu_cli.__version__,
         )
-        made_from = [header.model, header.purpose, header.precision, header.device]
+        made_from = [header.model, header.split, header.precision, header.device]
         address = digest([FEATURES_REVISION, *made_from, evaluation_digest(first)])
         path = Artifact.FEATURES.path(address)
         known = processes.from_first(lambda: read_features(self.store, path))

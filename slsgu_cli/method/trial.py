@@ -50,7 +50,16 @@ from slsgu_cli.records.figures import (
     Report,
     harmed,
 )
-from slsgu_cli.records.method import Keep, Key, LayerScore, Line, Settled, Steer, Tower, Trial
+from slsgu_cli.records.method import (
+    Criterion,
+    Key,
+    LayerScore,
+    Line,
+    Settled,
+    Tower,
+    Trial,
+    UtilityMetric,
+)
 from slsgu_cli.store.artifacts import set_of
 
 # A vision trial's images are looked at in rounds of at least this many, or when it is raced.
@@ -71,13 +80,13 @@ SPREAD = 0.5
 class Probe:
     """A move on the CLIP: one layer, its original values and the direction it moves in.
 
-    `ridge` is what whitened the direction, None for the gradient itself.
+    `damping` is what whitened the direction, None for the gradient itself.
     """
 
     evaluation: Evaluation
     score: LayerScore
     direction: Tensor
-    ridge: float | None = None
+    damping: float | None = None
     weight: Tensor = field(init=False)
     norm: float = field(init=False)
     stage: int = field(init=False)
@@ -97,8 +106,8 @@ class Probe:
 
     @property
     def line(self) -> Line:
-        """The layer and the ridge, which tell its trials from those of other moves."""
-        return self.score.layer, self.ridge
+        """The layer and the damping, which tell its trials from those of other moves."""
+        return self.score.layer, self.damping
 
     @property
     def first(self) -> float:
@@ -122,7 +131,7 @@ class Probe:
         return Trial(
             layer=self.score.layer,
             tower=self.score.tower,
-            ridge=self.ridge,
+            damping=self.damping,
             step=step,
             share=step * self.norm / self.score.weight_norm,
             forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
@@ -244,7 +253,7 @@ class UtilityMeter:
     """
 
     evaluation: Evaluation
-    keep: Keep = Keep.EXPECTED
+    utility: UtilityMetric = UtilityMetric.EXPECTED
     seed: int = DRAW_SEED
     _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
     _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
@@ -377,7 +386,7 @@ class UtilityMeter:
 
     def _figures(self, look: _Look, name: str, rows: Tensor | slice) -> Tensor:
         """Return what the rows of a set that were looked at count for, in [0, 1]."""
-        if self.keep is Keep.EXPECTED:
+        if self.utility is UtilityMetric.EXPECTED:
             return self._hits(name, look.leads[name][rows])
         return (look.ranks[name][rows] == 0).double()
 
@@ -459,8 +468,8 @@ class EarlierConcepts:
         left = {}
         for header in (edit.header for edit in self.edits):
             accuracy, gap = model.left(self.evaluation.forget[set_of(header.name)])
-            steer = header.steer or Steer.FA1
-            left[header.name] = left_of(accuracy, gap, steer, header.margin or 0.0)
+            criterion = header.criterion or Criterion.FA1
+            left[header.name] = left_of(accuracy, gap, criterion, header.margin or 0.0)
         return left
 
     @contextmanager

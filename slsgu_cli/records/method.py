@@ -1,4 +1,4 @@
-"""What gradients, moments, rankings, trials and edits say of themselves."""
+"""What gradients, covariances, rankings, trials and edits say of themselves."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from enum import StrEnum
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
-from slsgu_cli.records.sets import ModelSpec, Purpose, SetManifest
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 
 
 class Tower(StrEnum):
@@ -42,13 +42,13 @@ class Direction(StrEnum):
 
     @property
     def whitens(self) -> bool:
-        """Whether it takes the moments of the layers' inputs."""
+        """Whether it takes the covariances of the layers' inputs."""
         return self is not Direction.GRADIENT
 
     @classmethod
-    def of(cls, ridge: float | None) -> "Direction":
-        """Return the direction that a ridge whitened, or the gradient where there is none."""
-        return cls.GRADIENT if ridge is None else cls.WHITENED
+    def of(cls, damping: float | None) -> "Direction":
+        """Return the direction that a damping whitened, or the gradient where there is none."""
+        return cls.GRADIENT if damping is None else cls.WHITENED
 
 
 class Qkv(StrEnum):
@@ -58,7 +58,7 @@ class Qkv(StrEnum):
     SPLIT = "split"
 
 
-class Steer(StrEnum):
+class Criterion(StrEnum):
     """What the search drives to zero: a forget accuracy, or what a margin lacks."""
 
     FA1 = "fa1"
@@ -66,7 +66,7 @@ class Steer(StrEnum):
     MARGIN = "margin"
 
 
-class Keep(StrEnum):
+class UtilityMetric(StrEnum):
     """What steps that forget are compared by: TA@1, or the TA@1 expected of like images."""
 
     TA1 = "ta1"
@@ -151,7 +151,7 @@ class SumsHeader:
     """Sums of a pass under way: of `done` mini-batches of `batches`, from the first on.
 
     Or what a training has come to after as many of its steps, or the answers of as many batches
-    of questions. `gradient` is the digest of the gradient, the moments, the training or the
+    of questions. `gradient` is the digest of the gradient, the covariances, the training or the
     answers that they are of, by which they are addressed. The first `added` mini-batches are in
     one sum, and those after them in another. Those of a model that is `sharded` over processes
     are one a parameter, in fp64. Those of a pass for `squares` have them beside the gradients.
@@ -202,7 +202,7 @@ class GradientPointer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LayerMoment:
+class LayerCovariance:
     """The second moment C of one layer's inputs: a tensor of the file, and what it says.
 
     `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
@@ -215,8 +215,8 @@ class LayerMoment:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MomentHeader:
-    """What a file of moments holds, of which model, over which retain rows.
+class CovarianceHeader:
+    """What a file of covariances holds, of which model, over which retain rows.
 
     `unseen` are layers that were looked for, and whose inputs were not seen: by what could be
     seen in that `revision`. Captions have `prefixes` as well, where those of the forget gradient
@@ -226,7 +226,7 @@ class MomentHeader:
     model: str
     data: str
     rows: int
-    layers: dict[str, LayerMoment]
+    layers: dict[str, LayerCovariance]
     unseen: tuple[str, ...]
     version: str
     prefixes: tuple[str, ...] = codec.added(())
@@ -244,22 +244,22 @@ class MomentHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FeatureHeader:
-    """What a file of image features is of: the original model, and rows that serve a purpose.
+    """What a file of image features is of: the original model, and rows that serve a split.
 
     `evals` says by evaluation set which rows these are, as a set has it, and how they are
-    dealt; `purpose` which part of them it is. They were computed in `precision`, on a `device`.
+    dealt; `split` which part of them it is. They were computed in `precision`, on a `device`.
     """
 
     model: str
     evals: dict[str, str]
-    purpose: Purpose
+    split: Split
     precision: Precision
     device: str
     version: str
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
-        return {"features": ", ".join(sorted(self.evals)), "to": self.purpose}
+        return {"features": ", ".join(sorted(self.evals)), "to": self.split}
 
     def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
         """Return whether it is of the model of a set's gradients, and of what it measures on."""
@@ -317,7 +317,7 @@ class Ranking:
     retain: str
     alignment: Alignment
     direction: Direction
-    ridge: float | None
+    damping: float | None
     scores: tuple[LayerScore, ...]
     version: str
     target: str | None = None
@@ -345,7 +345,7 @@ class Ranking:
         }
 
 
-# A layer, and the ridge that whitened its direction; None for the gradient.
+# A layer, and the damping that whitened its direction; None for the gradient.
 Line = tuple[str, float | None]
 # A step along a line.
 Key = tuple[Line, float]
@@ -353,9 +353,9 @@ Key = tuple[Line, float]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """One (layer, ridge, step): forget accuracy, and utility where it was measured.
+    """One (layer, damping, step): forget accuracy, and utility where it was measured.
 
-    `ridge` is None along the gradient itself. `share` is the step's length over the
+    `damping` is None along the gradient itself. `share` is the step's length over the
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
@@ -367,7 +367,7 @@ class Trial:
 
     layer: str
     tower: Tower
-    ridge: float | None
+    damping: float | None
     step: float
     share: float
     forget: Accuracy
@@ -395,7 +395,7 @@ class Trials:
     model_fingerprint: str
     evals: dict[str, str]
     precision: Precision
-    steer: Steer
+    criterion: Criterion
     margin: float | None
     baseline_forget: Accuracy
     baseline_utility: dict[str, Accuracy]
@@ -406,7 +406,7 @@ class Trials:
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
-        about = {"set": self.name, "direction": self.direction, "steer": self.steer}
+        about = {"set": self.name, "direction": self.direction, "criterion": self.criterion}
         return about | {"trials": over_layers([trial.layer for trial in self.trials])}
 
 
@@ -446,9 +446,9 @@ class EditHeader:
     digests: dict[str, str]
     gradient: str
     direction: Direction
-    ridge: float | None
+    damping: float | None
     retain_data: str | None
-    steer: Steer | None
+    criterion: Criterion | None
     margin: float | None
     forgotten: bool | None
     baseline_forget: Accuracy | None

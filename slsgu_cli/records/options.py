@@ -12,14 +12,14 @@ from typing import Any
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.method import (
     Alignment,
+    Criterion,
     Direction,
-    Keep,
     LoraLayout,
     ModelLayout,
     Precision,
     Qkv,
-    Steer,
     Tower,
+    UtilityMetric,
 )
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
 from slsgu_cli.records.words import (
@@ -38,11 +38,11 @@ from slsgu_cli.records.words import (
 )
 
 # Of whitening: the share of the mean second moment that is added to all directions.
-RIDGE = 0.01
+DAMPING = 0.01
 # A cosine, for a search that is steered on a margin.
 MARGIN = 0.02
 # Beyond the shortest step that forgets what the search sees: see docs/results/unseen.md.
-RESERVE = 1.25
+OVERSHOOT = 1.25
 # Points of a class's accuracy that are more than its few rows can lose by chance.
 MAX_CLASS_LOSS = 25.0
 NO_BOUND = 100.0
@@ -50,24 +50,40 @@ OF_RANKING = "that of the ranking"
 
 # Options that several records have.
 PRECISION = partial(
-    option, Precision.FP32, "--precision", help="Arithmetic; gradients are summed in fp32.",
+    option,
+    Precision.FP32,
+    "--precision",
+    help="Arithmetic; gradients are summed in fp32.",
     panel=SPEED,
-)  # fmt: skip
+)
 BATCH_SIZE = partial(
     option, 16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
 )
 ENCODER = partial(
-    option, None, "--encoder", help="Which encoder of the target: text_encoder_2, for SDXL.",
-    panel=TARGET, without="the one that fits",
-)  # fmt: skip
+    option,
+    None,
+    "--encoder",
+    help="Which encoder of the target: text_encoder_2, for SDXL.",
+    panel=TARGET,
+    without="the one that fits",
+)
 SHARD = partial(
-    option, False, "--shard", help="Shard the weights over the processes of torchrun (FSDP).",
-    panel=SPEED, later=True,
-)  # fmt: skip
-RIDGE_OPTION = partial(
-    option, None, "--ridge", min=1e-6, help="Of whitening: a share of the mean moment.",
-    panel=LAYERS, once=True,
-)  # fmt: skip
+    option,
+    False,
+    "--shard",
+    help="Shard the weights over the processes of torchrun (FSDP).",
+    panel=SPEED,
+    later=True,
+)
+DAMPING_OPTION = partial(
+    option,
+    None,
+    "--damping",
+    min=1e-6,
+    help="Of whitening: a share of the mean covariance.",
+    panel=LAYERS,
+    once=True,
+)
 BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="what is free")
 COLUMN = partial(option, None, panel=ROWS, metavar="COLUMN", without="found by its name")
 NAMES = partial(option, ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit")
@@ -77,31 +93,40 @@ OVERWRITE = partial(option, False, "--overwrite", help="Replace what is at --out
 def direction_option(usual: Direction | None, words: str) -> Any:
     """Return the field of a direction; `words` say which it is without the option."""
     return option(
-        usual, "--direction", help="Along the forget gradient, that whitened, or try both.",
-        panel=LAYERS, without=words,
-    )  # fmt: skip
+        usual,
+        "--direction",
+        help="Along the forget gradient, that whitened, or try both.",
+        panel=LAYERS,
+        without=words,
+    )
 
 
 def qkv_option(usual: Qkv | None, words: str) -> Any:
     """Return the field of what an attention's layers are; `words` are for no option."""
     return option(
-        usual, "--qkv", help="Query, key and value as one layer, or as a layer each.",
-        panel=LAYERS, without=words,
-    )  # fmt: skip
+        usual,
+        "--qkv",
+        help="Query, key and value as one layer, or as a layer each.",
+        panel=LAYERS,
+        without=words,
+    )
 
 
-def reserve_option(usual: float) -> Any:
+def overshoot_option(usual: float) -> Any:
     """Return the field of how far to go beyond the shortest step that is enough."""
     return option(
-        usual, "--reserve", min=1.0, panel=SEARCH,
+        usual,
+        "--overshoot",
+        min=1.0,
+        panel=SEARCH,
         help="Times the shortest step that does: room for images nobody chose by.",
-    )  # fmt: skip
+    )
 
 
-def check_ridge(direction: Direction | None, ridge: float | None) -> None:
-    """Raise UsageError for a ridge of the gradient itself."""
-    if direction is Direction.GRADIENT and ridge is not None:
-        raise UsageError("--ridge is for the whitened direction", hint="--direction whitened")
+def check_damping(direction: Direction | None, damping: float | None) -> None:
+    """Raise UsageError for a damping of the gradient itself."""
+    if direction is Direction.GRADIENT and damping is not None:
+        raise UsageError("--damping is for the whitened direction", hint="--direction whitened")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +135,9 @@ class BuildRequest:
 
     Sources are in the grammar of `sources.parse_source`. `concept` defaults to the name,
     `match` to the concept itself, `retain_sources` to `sources`. `evals`, `classes`,
-    `templates` and `reports` go by the evaluation set's name; `forget_eval` names the set that
-    has the concept as a class. Figures are of `report_share` of each class, or of the rows of
-    `reports`; layer and step are chosen by the others. With `collect`, sources are what it
+    `templates` and `tests` go by the evaluation set's name; `forget_eval` names the set that
+    has the concept as a class. Figures are of `test_fraction` of each class, or of the rows of
+    `tests`; layer and step are chosen by the others. With `collect`, sources are what it
     collects. `dropped` has keys or hashes of rows that a person has taken out, by part
     (forget, retain or an evaluation set).
     """
@@ -121,25 +146,40 @@ class BuildRequest:
     concept: str = option("", "--concept", help="What to forget.", panel=ROWS, without="NAME")
     model: ModelSpec = options(ModelSpec(""), name={"without": "none; a new set needs one"})
     sources: Sequence[str] = option(
-        (), "--source", "-s", metavar="SOURCE", panel=ROWS,
+        (),
+        "--source",
+        "-s",
+        metavar="SOURCE",
+        panel=ROWS,
         help="Tar shards, parquet, table, folder or glob; rows by ?column=value.",
-    )  # fmt: skip
+    )
     match: Sequence[str] = option(
-        (), "--match", help="Captions to forget hold these words.", panel=ROWS,
+        (),
+        "--match",
+        help="Captions to forget hold these words.",
+        panel=ROWS,
         without="the concept",
-    )  # fmt: skip
+    )
     not_match: Sequence[str] = option(
         (), "--not-match", help="Captions that are in neither set.", panel=ROWS
     )
     regex: bool = option(False, "--regex", help="Patterns are regular expressions.", panel=ROWS)
     max_forget: int | None = option(
-        None, "--max-forget", min=1, help="At most this many forget rows.", panel=ROWS,
+        None,
+        "--max-forget",
+        min=1,
+        help="At most this many forget rows.",
+        panel=ROWS,
         without="all that match",
-    )  # fmt: skip
+    )
     retain_sources: Sequence[str] = option(
-        (), "--retain-source", help="Where retain rows come from.", panel=ROWS, metavar="SOURCE",
+        (),
+        "--retain-source",
+        help="Where retain rows come from.",
+        panel=ROWS,
+        metavar="SOURCE",
         without="--source",
-    )  # fmt: skip
+    )
     retain_samples: int = option(
         8000, "--retain-samples", min=1, help="Retain rows drawn by seed.", panel=ROWS
     )
@@ -147,29 +187,55 @@ class BuildRequest:
         (), "--retain-exclude", help="Captions kept out of the retain set.", panel=ROWS
     )
     evals: dict[str, str] = option(
-        {}, "--eval", metavar="NAME=SOURCE", panel=EVALUATION,
+        {},
+        "--eval",
+        metavar="NAME=SOURCE",
+        panel=EVALUATION,
         help="What to measure on, with labels.",
-    )  # fmt: skip
+    )
     classes: dict[str, str] = option(
-        {}, "--classes", metavar="NAME=FILE", panel=EVALUATION,
-        help="Class names, a file or `imagenet`.", without="the labels",
-    )  # fmt: skip
+        {},
+        "--classes",
+        metavar="NAME=FILE",
+        panel=EVALUATION,
+        help="Class names, a file or `imagenet`.",
+        without="the labels",
+    )
     templates: dict[str, str] = option(
-        {}, "--templates", metavar="NAME=FILE", panel=EVALUATION,
-        help="Prompts: a file, or imagenet, imagenet-simple, celeba.", without="imagenet-simple",
-    )  # fmt: skip
-    report_share: float = option(
-        0.5, "--report-share", later=True, min=0.0, max=0.9, panel=EVALUATION, metavar="SHARE",
+        {},
+        "--templates",
+        metavar="NAME=FILE",
+        panel=EVALUATION,
+        help="Prompts: a file, or imagenet, imagenet-simple, celeba.",
+        without="imagenet-simple",
+    )
+    test_fraction: float = option(
+        0.5,
+        "--test-fraction",
+        later=True,
+        min=0.0,
+        max=0.9,
+        panel=EVALUATION,
+        metavar="SHARE",
         help="Of each class: images for figures, which nothing is chosen by.",
-    )  # fmt: skip
-    reports: dict[str, str] = option(
-        {}, "--report", later=True, metavar="NAME=SOURCE", panel=EVALUATION,
-        help="Other rows for the figures of an evaluation set.", without="a share of --eval",
-    )  # fmt: skip
+    )
+    tests: dict[str, str] = option(
+        {},
+        "--test",
+        later=True,
+        metavar="NAME=SOURCE",
+        panel=EVALUATION,
+        help="Other rows for the figures of an evaluation set.",
+        without="a share of --eval",
+    )
     forget_eval: str | None = option(
-        None, "--forget-eval", help="Evaluation set that shows the concept.", panel=EVALUATION,
-        metavar="NAME", without="the one with that class",
-    )  # fmt: skip
+        None,
+        "--forget-eval",
+        help="Evaluation set that shows the concept.",
+        panel=EVALUATION,
+        metavar="NAME",
+        without="the one with that class",
+    )
     image_column: str | None = COLUMN("--image-column", help="Column of images or paths.")
     caption_column: str | None = COLUMN(
         "--caption-column", "--caption-col", help="Column of captions."
@@ -198,9 +264,12 @@ class MetadataSource:
     """Metadata to collect samples from, and how their images are downloaded."""
 
     metadata: Sequence[str] = option(
-        (), "--metadata", help="Parquet of captions and URLs to download.", panel=DOWNLOAD,
+        (),
+        "--metadata",
+        help="Parquet of captions and URLs to download.",
+        panel=DOWNLOAD,
         metavar="PARQUET",
-    )  # fmt: skip
+    )
     url_column: str = option(
         "URL", "--url-col", help="Column of URLs in --metadata.", panel=DOWNLOAD, metavar="COLUMN"
     )
@@ -222,32 +291,42 @@ class PassOptions:
     memory_budget: int | None = BUDGET("--memory-budget", help="Limit for activations, such as 8G.")
     shard: bool = SHARD()
     prefixes: Sequence[str] = option(
-        (), "--prefix", later=True, metavar="WORDS", panel=ROWS,
+        (),
+        "--prefix",
+        later=True,
+        metavar="WORDS",
+        panel=ROWS,
         help="Forget the name behind these words too.",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
-    `ridge` is of the whitened direction alone (None: RIDGE), as is `device`, where moments
+    `damping` is of the whitened direction alone (None: DAMPING), as is `device`, where covariances
     are computed, and `shard`, which lets processes hold one model together meanwhile.
     With `qkv` split, query, key and value compete as layers of their own.
     With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
 
     alignment: Alignment = option(
-        Alignment.ABS, "--alignment", help="Magnitude of the cosine, or with its sign.",
+        Alignment.ABS,
+        "--alignment",
+        help="Magnitude of the cosine, or with its sign.",
         panel=LAYERS,
-    )  # fmt: skip
+    )
     direction: Direction = direction_option(Direction.BOTH, "both")
-    ridge: float | None = RIDGE_OPTION(without=f"{RIDGE:g}")
+    damping: float | None = DAMPING_OPTION(without=f"{DAMPING:g}")
     qkv: Qkv = qkv_option(Qkv.FUSED, "fused")
     include: Sequence[str] = option(
-        (), "--include", help="Layers to rank: text or glob.", panel=LAYERS, metavar="LAYER",
+        (),
+        "--include",
+        help="Layers to rank: text or glob.",
+        panel=LAYERS,
+        metavar="LAYER",
         without="all",
-    )  # fmt: skip
+    )
     exclude: Sequence[str] = option(
         (), "--exclude", help="Layers to leave out.", panel=LAYERS, metavar="LAYER"
     )
@@ -255,27 +334,31 @@ class RankOptions:
         None, "--tower", help="Rank one tower only.", panel=LAYERS, without="both"
     )
     target: str | None = option(
-        None, "--target", "-t", panel=TARGET, without="CLIP itself",
+        None,
+        "--target",
+        "-t",
+        panel=TARGET,
+        without="CLIP itself",
         help="Leave out what a path, sd1, sd2, sdxl, sd3, flux, llava, paligemma does not read.",
-    )  # fmt: skip
+    )
     encoder: str | None = ENCODER()
     device: str = DEVICE()
     shard: bool = SHARD()
 
     def __post_init__(self) -> None:
         """Refuse what is of the whitened direction alone for the gradient."""
-        check_ridge(self.direction, self.ridge)
+        check_damping(self.direction, self.damping)
         if self.shard and not self.direction.whitens:
             raise UsageError(
-                "--shard is for the moments of the whitened direction: "
+                "--shard is for the covariances of the whitened direction: "
                 "the gradient's takes no model",
                 hint="leave --shard out",
             )
 
     @property
-    def damping(self) -> float:
-        """The ridge in force where the direction is whitened."""
-        return RIDGE if self.ridge is None else self.ridge
+    def whitening_damping(self) -> float:
+        """The damping in force where the direction is whitened."""
+        return DAMPING if self.damping is None else self.damping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,47 +368,64 @@ class SearchOptions:
     Unless `exact`, each line's shortest step that forgets is sought by what steps lack, and
     vision steps that may win are raced.
 
-    `direction`, `qkv` and, of the whitened one, `ridge` are those of the ranking where none
-    are given. `margin` is a cosine, for that steer. Of the layers and directions, that one is
-    chosen which keeps most at `reserve` times its shortest step that leaves nothing of what
-    `steer` counts, among those where no class loses more than `max_class_loss`. `keep` says
+    `direction`, `qkv` and, of the whitened one, `damping` are those of the ranking where none
+    are given. `margin` is a cosine, for that criterion. Of the layers and directions, that one is
+    chosen which keeps most at `overshoot` times its shortest step that leaves nothing of what
+    `criterion` counts, among those where no class loses more than `max_class_loss`. `utility` says
     by what that is judged: a count of few images flatters the choice that is made by it. The
     edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
     With `shard`, the processes that a launcher started hold one model together.
     """
 
     layers: Sequence[str] = option(
-        (), "--layer", help="Search this layer, on the front or not.", panel=LAYERS,
-        metavar="LAYER", without="the fronts", completes="layer",
-    )  # fmt: skip
+        (),
+        "--layer",
+        help="Search this layer, on the front or not.",
+        panel=LAYERS,
+        metavar="LAYER",
+        without="the fronts",
+        completes="layer",
+    )
     direction: Direction | None = direction_option(None, OF_RANKING)
-    ridge: float | None = RIDGE_OPTION(without=OF_RANKING)
+    damping: float | None = DAMPING_OPTION(without=OF_RANKING)
     qkv: Qkv | None = qkv_option(None, OF_RANKING)
-    steer: Steer = option(
-        Steer.FA5, "--steer", panel=SEARCH,
+    criterion: Criterion = option(
+        Criterion.FA5,
+        "--criterion",
+        panel=SEARCH,
         help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
-    )  # fmt: skip
-    keep: Keep = option(
-        Keep.EXPECTED, "--keep", panel=SEARCH,
+    )
+    utility: UtilityMetric = option(
+        UtilityMetric.EXPECTED,
+        "--utility",
+        panel=SEARCH,
         help="Compare by TA@1, or by the TA@1 expected of like images.",
-    )  # fmt: skip
-    reserve: float = reserve_option(RESERVE)
+    )
+    overshoot: float = overshoot_option(OVERSHOOT)
     max_class_loss: float = option(
-        MAX_CLASS_LOSS, "--max-class-loss", min=0.0, panel=SEARCH, metavar="POINTS",
+        MAX_CLASS_LOSS,
+        "--max-class-loss",
+        min=0.0,
+        panel=SEARCH,
+        metavar="POINTS",
         help="Points that no class may lose where another step avoids it.",
-    )  # fmt: skip
+    )
     paper: bool = option(
-        False, "--paper", panel=SEARCH,
-        help="Choose as the paper does: along the gradient, FA@1 and TA@1, no reserve, no bound.",
-    )  # fmt: skip
+        False,
+        "--paper",
+        panel=SEARCH,
+        help="Choose as the paper does: along the gradient, FA@1 and TA@1, no overshoot, no bound.",
+    )
     margin: float = option(
-        MARGIN, "--margin", min=0.0, help="For --steer margin: a cosine.", panel=SEARCH
+        MARGIN, "--margin", min=0.0, help="For --criterion margin: a cosine.", panel=SEARCH
     )
     steps: int = option(10, "--steps", min=1, help="Trials a layer (K in the paper).", panel=SEARCH)
     exact: bool = option(
-        False, "--exact", panel=SEARCH,
+        False,
+        "--exact",
+        panel=SEARCH,
         help="Double and bisect steps (Alg. 3), and prove which one keeps most.",
-    )  # fmt: skip
+    )
     full: bool = option(
         False, "--full", help="Measure the utility of every trial, winner or not.", panel=SEARCH
     )
@@ -335,9 +435,14 @@ class SearchOptions:
         "--cache-budget", help="Limit for kept activations, such as 8G."
     )
     after: Sequence[str] = option(
-        (), "--after", help="Search on top of this edit, which stays in place.", panel=SEARCH,
-        metavar="EDIT", without="the original model", completes="edit",
-    )  # fmt: skip
+        (),
+        "--after",
+        help="Search on top of this edit, which stays in place.",
+        panel=SEARCH,
+        metavar="EDIT",
+        without="the original model",
+        completes="edit",
+    )
     shard: bool = SHARD()
 
     @property
@@ -350,9 +455,13 @@ class SearchOptions:
         if not self.paper:
             return
         paper = {
-            "direction": Direction.GRADIENT, "steer": Steer.FA1, "keep": Keep.TA1,
-            "reserve": 1.0, "max_class_loss": NO_BOUND, "exact": True,
-        }  # fmt: skip
+            "direction": Direction.GRADIENT,
+            "criterion": Criterion.FA1,
+            "utility": UtilityMetric.TA1,
+            "overshoot": 1.0,
+            "max_class_loss": NO_BOUND,
+            "exact": True,
+        }
         usual = {each.name: each.default for each in fields(self)}
         for name, value in paper.items():
             if getattr(self, name) not in (usual[name], value):
@@ -369,9 +478,13 @@ class StrengthOptions:
     encoder: str | None = ENCODER()
     scale: float = option(1.0, "--scale", help="Apply this much of the edit.", panel=LAYERS)
     rank: int | None = option(
-        None, "--rank", min=1, help="Keep this many singular directions of the edit.",
-        panel=LAYERS, without="all",
-    )  # fmt: skip
+        None,
+        "--rank",
+        min=1,
+        help="Keep this many singular directions of the edit.",
+        panel=LAYERS,
+        without="all",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,16 +501,18 @@ class ApplyOptions(StrengthOptions):
     overwrite: bool = OVERWRITE()
     dry_run: bool = option(False, "--dry-run", help="Check and tell, write nothing.", panel=OUTPUT)
     link: bool = option(
-        False, "--link", help="Hard links for the files of --target left as they are.",
+        False,
+        "--link",
+        help="Hard links for the files of --target left as they are.",
         panel=OUTPUT,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRequest(ApplyOptions):
     """What `apply` is asked for. `layer` with `step` takes a direction without a search.
 
-    `direction`, `ridge` and `qkv` are for what has no ranking yet, or is not searched for; an
+    `direction`, `damping` and `qkv` are for what has no ranking yet, or is not searched for; an
     edit that is there already must be of that direction, and of a layer of that kind.
     """
 
@@ -407,29 +522,44 @@ class ApplyRequest(ApplyOptions):
         None, name={"help": "Edit this model.", "without": "the edit's"}
     )
     target: Path | None = option(
-        None, "--target", "-t", help="Edit this model built on CLIP: folder or file.",
-        panel=TARGET, without="the CLIP itself",
-    )  # fmt: skip
+        None,
+        "--target",
+        "-t",
+        help="Edit this model built on CLIP: folder or file.",
+        panel=TARGET,
+        without="the CLIP itself",
+    )
     layout: ModelLayout | None = option(
-        None, "--format", panel=OUTPUT, without="as it is",
+        None,
+        "--format",
+        panel=OUTPUT,
+        without="as it is",
         help="Write it for transformers, open_clip, or ComfyUI (a text encoder).",
-    )  # fmt: skip
+    )
     layer: str | None = option(
-        None, "--layer", help="Move this layer along its direction, unsearched.", panel=LAYERS,
-        metavar="LAYER", without="the one searched for", completes="layer",
-    )  # fmt: skip
-    step: float | None = option(
-        None, "--step", help="Step size, instead of the one searched for.", panel=LAYERS,
+        None,
+        "--layer",
+        help="Move this layer along its direction, unsearched.",
+        panel=LAYERS,
+        metavar="LAYER",
         without="the one searched for",
-    )  # fmt: skip
+        completes="layer",
+    )
+    step: float | None = option(
+        None,
+        "--step",
+        help="Step size, instead of the one searched for.",
+        panel=LAYERS,
+        without="the one searched for",
+    )
     direction: Direction | None = direction_option(None, "that of the edit, whitened")
-    ridge: float | None = RIDGE_OPTION(without="that of the edit")
+    damping: float | None = DAMPING_OPTION(without="that of the edit")
     qkv: Qkv | None = qkv_option(None, "that of the edit")
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a ridge of the gradient, and links to files that another layout has not."""
-        check_ridge(self.direction, self.ridge)
+        """Refuse a damping of the gradient, and links to files that another layout has not."""
+        check_damping(self.direction, self.damping)
         if self.layout is not None and self.link:
             raise UsageError("--link does not go with --format", hint="leave one of them out")
 
@@ -445,17 +575,27 @@ class ExportRequest:
     names: Sequence[str] = NAMES()
     out: Path = option(..., "--out", "-o", help="File, or for peft the folder.", panel=OUTPUT)
     layout: LoraLayout = option(
-        LoraLayout.LORA, "--format", panel=OUTPUT,
+        LoraLayout.LORA,
+        "--format",
+        panel=OUTPUT,
         help="For A1111, ComfyUI and diffusers; or PEFT's, for transformers.",
-    )  # fmt: skip
+    )
     rank: int | None = option(
-        None, "--rank", min=1, help="Directions of each edit.", panel=LAYERS,
+        None,
+        "--rank",
+        min=1,
+        help="Directions of each edit.",
+        panel=LAYERS,
         without="the fewest that keep FA at 0",
-    )  # fmt: skip
+    )
     target: str | None = option(
-        None, "--target", "-t", panel=TARGET, without="Stable Diffusion 1 or 2",
+        None,
+        "--target",
+        "-t",
+        panel=TARGET,
+        without="Stable Diffusion 1 or 2",
         help="The pipeline it is for: path, sd1, sd2 or sdxl.",
-    )  # fmt: skip
+    )
     encoder: str | None = ENCODER()
     overwrite: bool = OVERWRITE()
     device: str = DEVICE()
@@ -466,9 +606,10 @@ class DemoOptions:
     """What `demo` is asked for: one of the embedded classes, and along which direction."""
 
     concept: str = option(
-        "facebook", metavar="CONCEPT",
+        "facebook",
+        metavar="CONCEPT",
         help="One of the 301 brands and objects of the embedded CLIP.",
-    )  # fmt: skip
+    )
     ranking: RankOptions = options(
         RankOptions(),
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
@@ -476,10 +617,20 @@ class DemoOptions:
     search: SearchOptions = options(
         SearchOptions(),
         omit=(
-            "layers", "direction", "ridge", "qkv", "margin", "steps", "full", "precision",
-            "cache_budget", "after", "exact", "shard",
+            "layers",
+            "direction",
+            "damping",
+            "qkv",
+            "margin",
+            "steps",
+            "full",
+            "precision",
+            "cache_budget",
+            "after",
+            "exact",
+            "shard",
         ),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ class EvaluationRows:
     source: str = option(..., help="Labelled images to measure on.", panel=EVALUATION)
     classes: str | None = option(None, help="Class names: a file, or `imagenet`.", panel=EVALUATION)
     templates: str | None = option(None, help="Prompts: a file or a built-in.", panel=EVALUATION)
-    report: str | None = option(
+    test: str | None = option(
         None, help="Other rows for the figures.", panel=EVALUATION, without="a share of the source"
     )
 
@@ -113,10 +113,11 @@ class Outputs:
     )
     edits: Path | None = option(None, help="Folder of their edits.", panel=OUTPUT)
     lora: Path | None = option(
-        None, panel=OUTPUT,
+        None,
+        panel=OUTPUT,
         help="One LoRA of all edits: a .safetensors file for A1111, ComfyUI and diffusers, or "
         "PEFT's folder.",
-    )  # fmt: skip
+    )
     report: Path | None = option(None, help="HTML page of what was done.", panel=OUTPUT)
     evidence: Path | None = option(
         None, help="Folder of the evidence of all requests, to be filed.", panel=OUTPUT
@@ -135,17 +136,26 @@ class EvidenceRequest:
     )
     out: Path = option(..., "--out", "-o", help="Folder for the evidence.", panel=OUTPUT)
     recipe: Path | None = option(
-        None, "--recipe", metavar="FILE", help="Recipe that the requests are of.",
+        None,
+        "--recipe",
+        metavar="FILE",
+        help="Recipe that the requests are of.",
         without="the one that has them",
-    )  # fmt: skip
+    )
     models: Sequence[Path] = option(
-        (), "--model", "-m", help="A model that was written without them.", metavar="MODEL",
+        (),
+        "--model",
+        "-m",
+        help="A model that was written without them.",
+        metavar="MODEL",
         without="the recipe's outputs",
-    )  # fmt: skip
+    )
     by_reference: bool = option(
-        False, "--by-reference", panel=OUTPUT,
+        False,
+        "--by-reference",
+        panel=OUTPUT,
         help="Names are confidential: tell references, no captions, no images.",
-    )  # fmt: skip
+    )
     overwrite: bool = OVERWRITE()
 
 
@@ -207,10 +217,13 @@ class Recipe:
                     hint='[outputs] targets = "FOLDER"',
                 )
             require_known(
-                self.bounds_of(request), [request.name], self.sets.evals, compared=True,
+                self.bounds_of(request),
+                [request.name],
+                self.sets.evals,
+                compared=True,
                 further=[f"{ATTACK}{check}" for check in ATTACKED],
                 said=f"the bound of {request.name}",
-            )  # fmt: skip
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -345,7 +358,7 @@ class _Top:
 TOP = Table(_Top, "A removal job: model, rows, options, requests, outputs.")
 # Without the fields that a recipe says elsewhere, or has no use for.
 OF_REQUEST = ("name", "concept", "model", "match", "not_match", "collect", "dropped")
-OF_EVALUATION = ("evals", "classes", "templates", "reports", "forget_eval")
+OF_EVALUATION = ("evals", "classes", "templates", "tests", "forget_eval")
 TABLES = {
     "sets": Table(BuildRequest, "Where rows come from.", (*OF_REQUEST, *OF_EVALUATION)),
     "evaluation": Table(EvaluationRows, "What to measure on, by name.", many=True),
@@ -414,7 +427,7 @@ class _Reading:
             evals={name: each.source for name, each in evaluation.items()},
             classes={n: each.classes for n, each in evaluation.items() if each.classes},
             templates={n: each.templates for n, each in evaluation.items() if each.templates},
-            reports={n: each.report for n, each in evaluation.items() if each.report},
+            tests={n: each.test for n, each in evaluation.items() if each.test},
         )
         if "verify" not in content:
             read["verify"] = None
@@ -456,8 +469,13 @@ class _Reading:
             values[listed[key].path] = self._value(listed[key], value, at, number)
         for key, place in listed.items():
             if place.required and key not in given:
-                self._refuse(f"{f'[{at}]' if at else 'it'} has no {key}", at, key, number,
-                             hint=f"{key}: {place.option.help.rstrip('.')}")  # fmt: skip
+                self._refuse(
+                    f"{f'[{at}]' if at else 'it'} has no {key}",
+                    at,
+                    key,
+                    number,
+                    hint=f"{key}: {place.option.help.rstrip('.')}",
+                )
         try:
             return build(table.kind, values)
         except UsageError as error:

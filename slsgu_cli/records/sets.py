@@ -26,13 +26,21 @@ class ModelSpec:
     """Which model: an open_clip name with weights, `local-dir:PATH`, `hf-hub:ID`."""
 
     name: str = option(
-        ..., "--model", "-m", metavar="MODEL", without="the set's",
+        ...,
+        "--model",
+        "-m",
+        metavar="MODEL",
+        without="the set's",
         help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json, transformers folder.",
-    )  # fmt: skip
+    )
     pretrained: str | None = option(
-        None, "--pretrained", "-p", help="open_clip tag or checkpoint file, for a name.",
-        metavar="TAG|FILE", without="none",
-    )  # fmt: skip
+        None,
+        "--pretrained",
+        "-p",
+        help="open_clip tag or checkpoint file, for a name.",
+        metavar="TAG|FILE",
+        without="none",
+    )
 
     def __post_init__(self) -> None:
         """Refuse weights of no model."""
@@ -84,16 +92,16 @@ class DataRef:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-class Purpose(StrEnum):
-    """What evaluation rows are opened for: to choose by, or to report on."""
+class Split(StrEnum):
+    """A part of the evaluation rows: layer and step are chosen on one, figures are of the other."""
 
-    CHOOSE = "choose"
-    REPORT = "report"
+    VALIDATION = "validation"
+    TEST = "test"
 
 
-def report_part(name: str) -> str:
+def test_part(name: str) -> str:
     """Return what the rows are called that the evaluation set `name` is reported on."""
-    return f"report {name}"
+    return f"test {name}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,8 +112,8 @@ class SetManifest:
     rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
     set knows the concept, and the forget set's own images stand in, classified among
     the classes of the first evaluation set and the concept itself. Of each evaluation set
-    the share `report_share` of every class, drawn by `seed`, is kept for figures and never
-    chosen by; a set in `reports` has rows of its own for that. `command` has the
+    the share `test_fraction` of every class, drawn by `seed`, is kept for figures and never
+    chosen by; a set in `tests` has rows of its own for that. `command` has the
     words of the command line that builds the same set again, `request` all that this
     command stands for.
     """
@@ -124,18 +132,18 @@ class SetManifest:
     version: str
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Sets of before there was a share are measured on the rows that were chosen by.
-    report_share: float = added(0.0)
-    reports: dict[str, DataRef] = added(factory=dict)
+    test_fraction: float = added(0.0)
+    tests: dict[str, DataRef] = added(factory=dict)
 
     def blocks(self) -> dict[str, DataRef]:
         """Return every block of rows by its role: forget, retain, evaluation names."""
-        reports = {report_part(name): ref for name, ref in self.reports.items()}
-        return {"forget": self.forget, "retain": self.retain, **self.evals, **reports}
+        tests = {test_part(name): ref for name, ref in self.tests.items()}
+        return {"forget": self.forget, "retain": self.retain, **self.evals, **tests}
 
     @property
-    def deals(self) -> bool:
+    def is_split(self) -> bool:
         """Whether figures are of other rows than layer and step are chosen by."""
-        return bool(self.report_share or self.reports)
+        return bool(self.test_fraction or self.tests)
 
     @property
     def exclusions(self) -> list[str]:
@@ -144,10 +152,10 @@ class SetManifest:
 
     def measured_on(self) -> dict[str, str]:
         """Return by evaluation set what tells its rows, and how they are dealt, from others."""
-        dealt = f" {self.report_share:g} {self.seed}" if self.report_share else ""
+        dealt = f" {self.test_fraction:g} {self.seed}" if self.test_fraction else ""
         return {
-            name: f"{ref.fingerprint} {self.reports[name].fingerprint}"
-            if name in self.reports
+            name: f"{ref.fingerprint} {self.tests[name].fingerprint}"
+            if name in self.tests
             else ref.fingerprint + dealt
             for name, ref in sorted(self.evals.items())
         }
@@ -252,13 +260,20 @@ class Screening:
     """
 
     min_similarity: float | None = option(
-        None, "--min-similarity", help="Least cosine of an image and its own caption.",
-        panel=ROWS, without="no such test",
-    )  # fmt: skip
+        None,
+        "--min-similarity",
+        help="Least cosine of an image and its own caption.",
+        panel=ROWS,
+        without="no such test",
+    )
     near_duplicates: int | None = option(
-        None, "--near-duplicates", metavar="BITS", help="Images whose hashes differ less.",
-        panel=ROWS, without="all are kept",
-    )  # fmt: skip
+        None,
+        "--near-duplicates",
+        metavar="BITS",
+        help="Images whose hashes differ less.",
+        panel=ROWS,
+        without="all are kept",
+    )
     device: str = DEVICE()
 
 
@@ -267,9 +282,12 @@ class ShowOptions:
     """Which part of a set to look at, and which of its rows to take out."""
 
     part: str = option(
-        "forget", "--part", metavar="PART", panel=ROWS,
+        "forget",
+        "--part",
+        metavar="PART",
+        panel=ROWS,
         help="forget, retain or the name of an evaluation set.",
-    )  # fmt: skip
+    )
     images: int = option(
         48, "--images", min=1, max=400, help="Images on the contact sheet.", panel=ROWS
     )
@@ -277,9 +295,13 @@ class ShowOptions:
         (), "--drop", help="Take this row out: key or hash.", panel=ROWS, metavar="KEY"
     )
     drop_from: str | None = option(
-        None, "--drop-from", help="File of keys or hashes, one a line.", panel=ROWS,
-        metavar="FILE", without="none",
-    )  # fmt: skip
+        None,
+        "--drop-from",
+        help="File of keys or hashes, one a line.",
+        panel=ROWS,
+        metavar="FILE",
+        without="none",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,9 +309,11 @@ class DownloadOptions:
     """How img2dataset is run. None of this changes which rows are asked for."""
 
     distributor: Distributor = option(
-        Distributor.MULTIPROCESSING, "--distributor", help="How img2dataset spreads its work.",
+        Distributor.MULTIPROCESSING,
+        "--distributor",
+        help="How img2dataset spreads its work.",
         panel=DOWNLOAD,
-    )  # fmt: skip
+    )
     processes: int | None = option(
         None, "--processes", min=1, help="Download processes.", panel=DOWNLOAD, without="cores"
     )
@@ -300,9 +324,13 @@ class DownloadOptions:
     retries: int = option(1, "--retries", min=0, help="Tries more for each image.", panel=DOWNLOAD)
     shard_rows: int = 1000
     command: str | None = option(
-        None, "--img2dataset", metavar="CMD", help="Its command, if not on the PATH.",
-        panel=DOWNLOAD, without="img2dataset",
-    )  # fmt: skip
+        None,
+        "--img2dataset",
+        metavar="CMD",
+        help="Its command, if not on the PATH.",
+        panel=DOWNLOAD,
+        without="img2dataset",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

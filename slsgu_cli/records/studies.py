@@ -15,7 +15,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
-from slsgu_cli.records.method import Direction, Line, Precision, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import Criterion, Direction, Line, Precision, Tower, Trial, Trials
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget, judge_option
@@ -79,31 +79,51 @@ class CompareOptions:
     """
 
     methods: Sequence[Method] = option(
-        CLIP_METHODS, "--methods", metavar="METHODS", without="all",
+        CLIP_METHODS,
+        "--methods",
+        metavar="METHODS",
+        without="all",
         read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
         write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
-        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.", panel=SEARCH,
-    )  # fmt: skip
+        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.",
+        panel=SEARCH,
+    )
     rates: Sequence[float] | None = option(
-        (1e-6, 1e-7), "--lr", metavar="RATES", read=rates,
+        (1e-6, 1e-7),
+        "--lr",
+        metavar="RATES",
+        read=rates,
         without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
-        help="Learning rates, or auto.", panel=SEARCH,
+        help="Learning rates, or auto.",
+        panel=SEARCH,
         write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
-    )  # fmt: skip
+    )
     layer: str | None = option(
-        None, "--layer", metavar="LAYER", panel=LAYERS, completes="layer",
-        help="What rome, memit, uce and alphaedit edit.", without="the middle text mlp.c_proj",
-    )  # fmt: skip
+        None,
+        "--layer",
+        metavar="LAYER",
+        panel=LAYERS,
+        completes="layer",
+        help="What rome, memit, uce and alphaedit edit.",
+        without="the middle text mlp.c_proj",
+    )
     epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
     batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
     retain_rows: int | None = option(
-        None, "--retain-rows", min=2, help="Train on this many retain rows at most.",
-        panel=SEARCH, without="all",
-    )  # fmt: skip
+        None,
+        "--retain-rows",
+        min=2,
+        help="Train on this many retain rows at most.",
+        panel=SEARCH,
+        without="all",
+    )
     seed: int = option(
-        0, "--seed", help="Of the order of retain rows, or of a pipeline's pictures.",
-        panel=SEARCH, without="0; of a pipeline's pictures 1000",
-    )  # fmt: skip
+        0,
+        "--seed",
+        help="Of the order of retain rows, or of a pipeline's pictures.",
+        panel=SEARCH,
+        without="0; of a pipeline's pictures 1000",
+    )
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
@@ -147,14 +167,22 @@ class PipelineCompareOptions:
     """Which methods to run on which pipeline and how; the judge is the set's CLIP by default."""
 
     target: Path = option(
-        ..., "--target", "-t", help="Folder of a diffusion pipeline to compare on.", panel=TARGET,
+        ...,
+        "--target",
+        "-t",
+        help="Folder of a diffusion pipeline to compare on.",
+        panel=TARGET,
         without="on CLIP itself",
-    )  # fmt: skip
+    )
     methods: Sequence[Method] = option(
-        PIPELINE_METHODS, "--methods", metavar="METHODS", without="all",
+        PIPELINE_METHODS,
+        "--methods",
+        metavar="METHODS",
+        without="all",
         read=choices(PIPELINE_METHODS, always=[Method.ORIGINAL]),
-        help="Of esd, salun, ours.", panel=SEARCH,
-    )  # fmt: skip
+        help="Of esd, salun, ours.",
+        panel=SEARCH,
+    )
     rates: Sequence[float] = option(
         (1e-5,), "--lr", metavar="RATES", read=_fixed_rates, help="Learning rates.", panel=SEARCH
     )
@@ -163,10 +191,12 @@ class PipelineCompareOptions:
     )
     # Our search paints with the seeds from 0: these are others.
     budget: Budget = options(
-        Budget(seed=1000), omit=("questions",), panel=TARGET,
+        Budget(seed=1000),
+        omit=("questions",),
+        panel=TARGET,
         concept={"help": "Pictures of the concept."},
         others={"help": "Pictures of other classes."},
-    )  # fmt: skip
+    )
     judges: Sequence[ModelSpec] = judge_option("set")
     device: str = DEVICE()
 
@@ -378,7 +408,7 @@ class JointMove:
     name: str
     layer: str
     tower: Tower
-    ridge: float | None
+    damping: float | None
     step: float
     share: float
 
@@ -419,7 +449,7 @@ class JointSearch:
     model_fingerprint: str
     evals: dict[str, str]
     precision: Precision
-    steer: Steer
+    criterion: Criterion
     margin: float | None
     baseline_forget: dict[str, Accuracy]
     baseline_utility: dict[str, Accuracy]
@@ -430,7 +460,7 @@ class JointSearch:
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
         sets = ", ".join(self.names)
-        return {"sets": sets, "steer": self.steer, "trials": str(len(self.trials))}
+        return {"sets": sets, "criterion": self.criterion, "trials": str(len(self.trials))}
 
 
 # Stands for the class in a source of a sweep.
@@ -444,9 +474,12 @@ class SweepRequest:
     name: str = option(..., metavar="NAME", help="Name of the sweep.")
     classes: tuple[str, ...] = ()
     folds: int = option(
-        1, "--folds", min=1, metavar="K",
+        1,
+        "--folds",
+        min=1,
+        metavar="K",
         help="Deal the classes to K retain sets; each leaves out its own.",
-    )  # fmt: skip
+    )
     build: BuildRequest = options(
         BuildRequest(),
         classes={"flags": ("--eval-classes",)},
@@ -458,7 +491,7 @@ class SweepRequest:
         omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
     )
     search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "ridge", "qkv", "full", "after", "shard")
+        SearchOptions(), omit=("layers", "direction", "damping", "qkv", "full", "after", "shard")
     )
 
     def of(self, name: str) -> BuildRequest:
@@ -498,7 +531,7 @@ class SweepRow:
     layer: str
     tower: Tower
     direction: Direction
-    ridge: float | None
+    damping: float | None
     step: float
     share: float
     baseline_forget: Accuracy
@@ -521,14 +554,14 @@ class Sweep:
     classes: tuple[str, ...]
     model: ModelSpec
     model_fingerprint: str
-    steer: Steer
+    criterion: Criterion
     rows: tuple[SweepRow, ...]
     version: str
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
         done = f"{len(self.rows)} of {len(self.classes)}"
-        return {"model": str(self.model), "classes": done, "steer": self.steer}
+        return {"model": str(self.model), "classes": done, "criterion": self.criterion}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -538,15 +571,28 @@ class TrajectoryOptions:
     search: SearchOptions = options(
         SearchOptions(),
         omit=(
-            "qkv", "steps", "full", "keep", "reserve", "max_class_loss", "paper", "after", "shard",
+            "qkv",
+            "steps",
+            "full",
+            "utility",
+            "overshoot",
+            "max_class_loss",
+            "paper",
+            "after",
+            "shard",
         ),
-    )  # fmt: skip
+    )
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
     until: float | None = option(
-        None, "--until", metavar="PERCENT", panel=SEARCH, read=percent,
-        help="Move a layer this far, in % of its norm.", without="until it forgets",
+        None,
+        "--until",
+        metavar="PERCENT",
+        panel=SEARCH,
+        read=percent,
+        help="Move a layer this far, in % of its norm.",
+        without="until it forgets",
         write=lambda share: f"{100 * share:.15g}",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,12 +614,12 @@ class Trajectory:
     measured: int
 
     def lines(self) -> list[Line]:
-        """Return the layers and ridges in the order they were followed in."""
-        return list(dict.fromkeys((trial.layer, trial.ridge) for trial in self.trials.trials))
+        """Return the layers and dampings in the order they were followed in."""
+        return list(dict.fromkeys((trial.layer, trial.damping) for trial in self.trials.trials))
 
     def of(self, line: Line) -> list[Trial]:
         """Return the steps along one line, the shortest first."""
-        return [trial for trial in self.trials.trials if (trial.layer, trial.ridge) == line]
+        return [trial for trial in self.trials.trials if (trial.layer, trial.damping) == line]
 
     def figures(self, trial: Trial | None = None) -> dict[str, float]:
         """Return the accuracies at a step by their names in tables; of the original for none."""

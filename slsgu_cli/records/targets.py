@@ -13,14 +13,14 @@ from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import Direction, Qkv, Tower, over_layers
 from slsgu_cli.records.options import (
+    DAMPING,
+    DAMPING_OPTION,
     ENCODER,
     NAMES,
-    RIDGE,
-    RIDGE_OPTION,
-    check_ridge,
+    check_damping,
     direction_option,
+    overshoot_option,
     qkv_option,
-    reserve_option,
 )
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.words import (
@@ -63,9 +63,13 @@ class PaintOptions:
         25, "--denoise", min=1, help="Denoising steps of an image.", panel=GENERATION
     )
     guidance: float | None = option(
-        None, "--guidance", min=0.0, help="Classifier-free guidance.", panel=GENERATION,
+        None,
+        "--guidance",
+        min=0.0,
+        help="Classifier-free guidance.",
+        panel=GENERATION,
         without="the pipeline's",
-    )  # fmt: skip
+    )
     batch: int = 8
 
 
@@ -191,9 +195,12 @@ class ReportBudget:
         40, "--report-images", min=1, help="Images of the concept for figures.", panel=GENERATION
     )
     others: int = option(
-        100, "--report-others", min=1, help="Images of other classes for figures.",
+        100,
+        "--report-others",
+        min=1,
+        help="Images of other classes for figures.",
         panel=GENERATION,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +252,7 @@ class TargetTrials:
     retain_data: str
     evals: dict[str, str]
     direction: Direction
-    ridge: float | None
+    damping: float | None
     judge: str | None
     budget: Budget
     goal: float
@@ -284,16 +291,25 @@ class AnswerSet:
 
 
 TARGET_FOLDER = partial(
-    option, ..., "--target", "-t", help="Folder of the model that is built on CLIP.",
+    option,
+    ...,
+    "--target",
+    "-t",
+    help="Folder of the model that is built on CLIP.",
     panel=TARGET,
-)  # fmt: skip
+)
 OUT = partial(
-    option, None, "--out", "-o", help="Folder for the results.", panel=OUTPUT,
+    option,
+    None,
+    "--out",
+    "-o",
+    help="Folder for the results.",
+    panel=OUTPUT,
     without="the store",
-)  # fmt: skip
+)
 
 # Beyond the shortest step that reaches the goal, and points that others may lose by it.
-TARGET_RESERVE = 1.15
+TARGET_OVERSHOOT = 1.15
 MAX_LOSS = 5.0
 
 
@@ -302,8 +318,9 @@ def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
 
     What follows `local-dir:` or `hf-hub:` is a name whole. Raises UsageError for one named twice.
     """
-    parts = [(text, "", "") if ":" in text.partition("=")[0] else text.partition("=")
-             for text in texts]  # fmt: skip
+    parts = [
+        (text, "", "") if ":" in text.partition("=")[0] else text.partition("=") for text in texts
+    ]
     judges = tuple(ModelSpec(model, weights or None) for model, _, weights in parts)
     if len(set(judges)) < len(judges):
         raise UsageError(f"{name} names a judge twice", hint="leave one of them out")
@@ -317,10 +334,15 @@ def _written(judges: Sequence[ModelSpec]) -> list[str]:
 def judge_option(words: str) -> Any:
     """Return the field of the models that say what images show; `words` are for none."""
     return option(
-        (), "--judge", metavar="MODEL", panel=EVALUATION, read=read_judges, write=_written,
+        (),
+        "--judge",
+        metavar="MODEL",
+        panel=EVALUATION,
+        read=read_judges,
+        write=_written,
         without=words,
         help="CLIP that says what images show: as --model, or MODEL=WEIGHTS; `set`: the set's.",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,13 +350,19 @@ class SourceRequest:
     """Which images to make: `count` of them, the prompts in turn, seeds from `seed` on."""
 
     prompts: Sequence[str] = option(
-        ..., "--generate", help="Forget what --pipeline makes of this prompt.", panel=GENERATION,
+        ...,
+        "--generate",
+        help="Forget what --pipeline makes of this prompt.",
+        panel=GENERATION,
         metavar="PROMPT",
-    )  # fmt: skip
+    )
     pipeline: Path = option(
-        ..., "--pipeline", help="Folder of a diffusion pipeline, for --generate.",
-        panel=GENERATION, without="none",
-    )  # fmt: skip
+        ...,
+        "--pipeline",
+        help="Folder of a diffusion pipeline, for --generate.",
+        panel=GENERATION,
+        without="none",
+    )
     count: int = option(500, "--count", min=1, help="Images to generate.", panel=GENERATION)
     seed: int = 0
     paint: PaintOptions = options(PaintOptions())
@@ -342,11 +370,11 @@ class SourceRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SteerOptions:
+class TargetSearchOptions:
     """How to search on a target. Without `layers`, the `top` most important are searched.
 
     `full` measures what every trial keeps, not only the steps that may win. `goal` is the
-    unlearning accuracy to reach, in percent. A layer's step is `reserve` times the shortest
+    unlearning accuracy to reach, in percent. A layer's step is `overshoot` times the shortest
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
     is missed by that. The first of
     `judges` is searched by, the set's CLIP by default; figures are by each. `gradient_of` is
@@ -356,30 +384,51 @@ class SteerOptions:
 
     target: Path = TARGET_FOLDER()
     beside: Sequence[str] = option(
-        (), "--with", help="Edit of another text encoder, which stays in place.", panel=TARGET,
-        metavar="EDIT", without="the original ones", completes="edit",
-    )  # fmt: skip
+        (),
+        "--with",
+        help="Edit of another text encoder, which stays in place.",
+        panel=TARGET,
+        metavar="EDIT",
+        without="the original ones",
+        completes="edit",
+    )
     layers: Sequence[str] = option(
-        (), "--layer", help="Search this layer.", panel=LAYERS, metavar="LAYER",
-        without="the --top most important", completes="layer",
-    )  # fmt: skip
+        (),
+        "--layer",
+        help="Search this layer.",
+        panel=LAYERS,
+        metavar="LAYER",
+        without="the --top most important",
+        completes="layer",
+    )
     top: int = option(3, "--top", min=1, help="Layers to search at most.", panel=LAYERS)
     gradient_of: GradientOf | None = option(
-        None, "--gradient", help="Of CLIP's forget loss or the target's.", panel=LAYERS,
+        None,
+        "--gradient",
+        help="Of CLIP's forget loss or the target's.",
+        panel=LAYERS,
         without="CLIP's; of a LLaVA its own",
-    )  # fmt: skip
+    )
     direction: Direction = direction_option(Direction.WHITENED, "whitened")
-    ridge: float | None = RIDGE_OPTION(without=f"{RIDGE:g}")
+    damping: float | None = DAMPING_OPTION(without=f"{DAMPING:g}")
     qkv: Qkv = qkv_option(Qkv.FUSED, "fused")
     goal: float = option(
-        90.0, "--goal", min=0.0, max=100.0, panel=SEARCH,
+        90.0,
+        "--goal",
+        min=0.0,
+        max=100.0,
+        panel=SEARCH,
         help="Share of the concept, in percent, that must no longer be recognised.",
-    )  # fmt: skip
-    reserve: float = reserve_option(TARGET_RESERVE)
+    )
+    overshoot: float = overshoot_option(TARGET_OVERSHOOT)
     max_loss: float = option(
-        MAX_LOSS, "--max-loss", min=0.0, panel=SEARCH, metavar="POINTS",
+        MAX_LOSS,
+        "--max-loss",
+        min=0.0,
+        panel=SEARCH,
+        metavar="POINTS",
         help="Points that others may lose; a step that costs more is shortened.",
-    )  # fmt: skip
+    )
     steps: int = option(10, "--steps", min=1, help="Trials a layer at most.", panel=SEARCH)
     full: bool = option(
         False, "--full", help="Measure what every trial keeps, enough or not.", panel=SEARCH
@@ -391,8 +440,8 @@ class SteerOptions:
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a ridge of the gradient, and two directions."""
-        check_ridge(self.direction, self.ridge)
+        """Refuse a damping of the gradient, and two directions."""
+        check_damping(self.direction, self.damping)
         if self.direction is Direction.BOTH:
             raise UsageError(
                 "a model built on CLIP is searched along one direction",
@@ -400,9 +449,9 @@ class SteerOptions:
             )
 
     @property
-    def damping(self) -> float:
-        """The ridge in force where the direction is whitened."""
-        return RIDGE if self.ridge is None else self.ridge
+    def whitening_damping(self) -> float:
+        """The damping in force where the direction is whitened."""
+        return DAMPING if self.damping is None else self.damping
 
     @property
     def report_budget(self) -> Budget:
@@ -425,9 +474,14 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
 
 SEEDS = (0, 1, 2, 3)
 SEEDS_OPTION = partial(
-    option, help="Seeds of the noise: 0-3, or 188,288.", panel=GENERATION, metavar="SEEDS",
-    read=numbers, repeatable=False, write=lambda seeds: ",".join(map(str, seeds)),
-)  # fmt: skip
+    option,
+    help="Seeds of the noise: 0-3, or 188,288.",
+    panel=GENERATION,
+    metavar="SEEDS",
+    read=numbers,
+    repeatable=False,
+    write=lambda seeds: ",".join(map(str, seeds)),
+)
 STEPS = {"flags": ("--steps", "--denoise")}
 
 
@@ -438,24 +492,38 @@ class GenerateRequest:
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
     prompts: Sequence[str] = option(
-        (), "--prompt", help="What to generate.", panel=GENERATION,
+        (),
+        "--prompt",
+        help="What to generate.",
+        panel=GENERATION,
         without="the concept and other classes",
-    )  # fmt: skip
+    )
     prompt_file: Path | None = option(
-        None, "--prompts", help="File of prompts, one a line, or prompt<TAB>class.",
-        panel=GENERATION, without="none",
-    )  # fmt: skip
+        None,
+        "--prompts",
+        help="File of prompts, one a line, or prompt<TAB>class.",
+        panel=GENERATION,
+        without="none",
+    )
     seeds: Sequence[int] = SEEDS_OPTION(SEEDS, "--seeds", without="0-3")
     paint: PaintOptions = options(PaintOptions(), steps=STEPS)
     judges: Sequence[ModelSpec] = judge_option("none")
     classes: str | None = option(
-        None, "--classes", help="File of class names.", panel=EVALUATION, metavar="FILE",
+        None,
+        "--classes",
+        help="File of class names.",
+        panel=EVALUATION,
+        metavar="FILE",
         without="the set's own classes",
-    )  # fmt: skip
+    )
     templates: str | None = option(
-        None, "--templates", help="File of prompts for these classes.", panel=EVALUATION,
-        metavar="FILE", without="imagenet-simple",
-    )  # fmt: skip
+        None,
+        "--templates",
+        help="File of prompts for these classes.",
+        panel=EVALUATION,
+        metavar="FILE",
+        without="imagenet-simple",
+    )
     out: Path | None = OUT()
     device: str = DEVICE()
 
@@ -489,8 +557,12 @@ class AskRequest:
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
     images: Sequence[Path] = option(
-        (), "--image", help="Image to ask about.", panel=GENERATION, without="from the set",
-    )  # fmt: skip
+        (),
+        "--image",
+        help="Image to ask about.",
+        panel=GENERATION,
+        without="from the set",
+    )
     samples: int = option(
         3, "--samples", min=1, help="Images of the concept, without --image.", panel=GENERATION
     )

@@ -79,31 +79,46 @@ class Settings:
         16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
     )
     rows: int = option(
-        200, "--rows", min=1, help="Images of each evaluation set to measure TA on.",
+        200,
+        "--rows",
+        min=1,
+        help="Images of each evaluation set to measure TA on.",
         panel=EVALUATION,
-    )  # fmt: skip
+    )
     attack_tokens: int = option(
-        5, "--attack-tokens", min=1, help="Words that `prefix` puts before the name.",
+        5,
+        "--attack-tokens",
+        min=1,
+        help="Words that `prefix` puts before the name.",
         panel=SEARCH,
-    )  # fmt: skip
+    )
     attack_steps: int = option(
-        20, "--attack-steps", min=1, help="Words that `prefix` exchanges, one at a time.",
+        20,
+        "--attack-steps",
+        min=1,
+        help="Words that `prefix` exchanges, one at a time.",
         panel=SEARCH,
-    )  # fmt: skip
+    )
     attack_starts: int = option(
         2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
     )
     population: int = option(
-        128, "--population", min=4, help="Texts that `ring-a-bell` breeds at a time.",
+        128,
+        "--population",
+        min=4,
+        help="Texts that `ring-a-bell` breeds at a time.",
         panel=SEARCH,
-    )  # fmt: skip
+    )
     generations: int = option(
         100, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
     )
     inversion_steps: int = option(
-        150, "--inversion-steps", min=1, help="Steps in which `inversion` learns a word.",
+        150,
+        "--inversion-steps",
+        min=1,
+        help="Steps in which `inversion` learns a word.",
         panel=SEARCH,
-    )  # fmt: skip
+    )
     seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
 
 
@@ -122,22 +137,41 @@ class VerifyRequest:
 
     model: ModelSpec | None = options(None)
     edits: Sequence[str] = option(
-        (), "--edit", help="Verify this edit, by name or file.", panel=MODEL, metavar="EDIT",
-        without="the set's", completes="edit",
-    )  # fmt: skip
+        (),
+        "--edit",
+        help="Verify this edit, by name or file.",
+        panel=MODEL,
+        metavar="EDIT",
+        without="the set's",
+        completes="edit",
+    )
     checks: Sequence[Check] = option(
-        CHECKS, "--checks", metavar="CHECKS", panel=EVALUATION, read=choices(CHECKS),
-        help=f"Some of {','.join(CHECKS)}.", without="all",
-        write=lambda checks: ",".join(checks), repeatable=False,
-    )  # fmt: skip
+        CHECKS,
+        "--checks",
+        metavar="CHECKS",
+        panel=EVALUATION,
+        read=choices(CHECKS),
+        help=f"Some of {','.join(CHECKS)}.",
+        without="all",
+        write=lambda checks: ",".join(checks),
+        repeatable=False,
+    )
     templates: str | None = option(
-        None, "--templates", metavar="FILE", panel=EVALUATION, without="built in",
+        None,
+        "--templates",
+        metavar="FILE",
+        panel=EVALUATION,
+        without="built in",
         help="File of unseen templates, or a built-in list's name.",
-    )  # fmt: skip
+    )
     spellings: str | None = option(
-        None, "--spellings", metavar="FILE", panel=EVALUATION, without="none",
+        None,
+        "--spellings",
+        metavar="FILE",
+        panel=EVALUATION,
+        without="none",
         help="File of other names, one a line; # heads those of a kind.",
-    )  # fmt: skip
+    )
     settings: Settings = options(Settings())
     device: str = DEVICE()
 

@@ -34,8 +34,18 @@ SPEED = "Speed and memory"
 MODEL = "Model"
 COMMON = "Common options"
 PANELS = (
-    ROWS, MODEL, EVALUATION, GENERATION, DOWNLOAD, LAYERS, SEARCH, TARGET, OUTPUT, SPEED, COMMON
-)  # fmt: skip
+    ROWS,
+    MODEL,
+    EVALUATION,
+    GENERATION,
+    DOWNLOAD,
+    LAYERS,
+    SEARCH,
+    TARGET,
+    OUTPUT,
+    SPEED,
+    COMMON,
+)
 
 
 @dataclass(frozen=True, slots=True)

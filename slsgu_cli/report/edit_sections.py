@@ -28,12 +28,12 @@ from slsgu_cli.figures.html import (
 from slsgu_cli.method.scoring import best_of_each
 from slsgu_cli.records.method import (
     Alignment,
+    Criterion,
     EditHeader,
     GradientHeader,
     GradientPointer,
     LayerScore,
     Ranking,
-    Steer,
     Tower,
     Trial,
     Trials,
@@ -92,7 +92,7 @@ def _left_out(ref: DataRef) -> Html | None:
 
 WHITENED = (
     "Both are taken of the gradient whitened by the layer's inputs on the retain set, with a "
-    "ridge of {ridge:g}, and measured by what a change does to those inputs. "
+    "damping of {damping:g}, and measured by what a change does to those inputs. "
 )
 
 
@@ -110,7 +110,7 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
     intro = paragraph(
         "Importance is the length of the forget gradient over that of the layer; alignment is the "
         f"{size} between forget and retain gradient. ",
-        WHITENED.format(ridge=ranking.ridge) if ranking.ridge is not None else None,
+        WHITENED.format(damping=ranking.damping) if ranking.damping is not None else None,
         "A layer is on its tower's Pareto front where no other layer has both more importance and "
         "less alignment.",
     )
@@ -172,23 +172,23 @@ def _search(trials: Trials, edit: EditHeader | None) -> Html:
 
 
 def step_charts(trials: Trials, edit: EditHeader | None) -> Html:
-    """Draw accuracies against the step for every layer and ridge, with what the lines mean."""
-    lines = list(dict.fromkeys((trial.layer, trial.ridge) for trial in trials.trials))
-    charts = [_steps(trials, layer, ridge, edit) for layer, ridge in lines]
+    """Draw accuracies against the step for every layer and damping, with what the lines mean."""
+    lines = list(dict.fromkeys((trial.layer, trial.damping) for trial in trials.trials))
+    charts = [_steps(trials, layer, damping, edit) for layer, damping in lines]
     key = legend(step_series(trials, *lines[0])) if lines else None
     return joined((key, element("div", *charts, class_="charts")))
 
 
 def goal(trials: Trials) -> str:
     """Return in words what the search wanted to reach."""
-    if trials.steer is Steer.MARGIN:
+    if trials.criterion is Criterion.MARGIN:
         return f"the name was a cosine of {trials.margin:g} below the fifth best for every image"
-    return f"{'FA@5' if trials.steer is Steer.FA5 else 'FA@1'} was 0"
+    return f"{'FA@5' if trials.criterion is Criterion.FA5 else 'FA@1'} was 0"
 
 
-def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | None) -> Html:
-    """Draw the trials of one layer with one ridge."""
-    chosen = edit is not None and (edit.layer, edit.ridge) == (layer, ridge)
+def _steps(trials: Trials, layer: str, damping: float | None, edit: EditHeader | None) -> Html:
+    """Draw the trials of one layer with one damping."""
+    chosen = edit is not None and (edit.layer, edit.damping) == (layer, damping)
     name = known_as(layer)
     description = (
         f"Forget accuracy and kept accuracy against the step along {name}; the tables below "
@@ -197,12 +197,12 @@ def _steps(trials: Trials, layer: str, ridge: float | None, edit: EditHeader | N
     caption = joined(
         (
             code(name),
-            f", ridge {ridge:g}" if ridge is not None else None,
+            f", damping {damping:g}" if damping is not None else None,
             " (chosen)" if chosen else None,
         )
     )
     drawn = line_chart(
-        step_series(trials, layer, ridge),
+        step_series(trials, layer, damping),
         "step, % of the layer's norm",
         chosen=100 * edit.share if edit is not None and chosen else None,
         description=description,
@@ -218,40 +218,41 @@ def _best(trials: Trials, edit: EditHeader | None) -> Html:
 
 def _all(trials: Trials, edit: EditHeader | None) -> Html:
     ordered = sorted(
-        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.ridge or 0), t.step)
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.damping or 0), t.step)
     )
     every = _trials(trials, ordered, edit, caption="Every trial")
     return element("details", element("summary", "Every trial"), every)
 
 
 def _is_chosen(trial: Trial, edit: EditHeader | None) -> bool:
-    move = (trial.layer, trial.ridge, trial.step)
-    return edit is not None and move == (edit.layer, edit.ridge, edit.step)
+    move = (trial.layer, trial.damping, trial.step)
+    return edit is not None and move == (edit.layer, edit.damping, edit.step)
 
 
 def _trials(
     trials: Trials, shown: Sequence[Trial], edit: EditHeader | None, *, caption: str
 ) -> Html:
     sets = sorted(trials.baseline_utility)
-    whitened = ["ridge"] * any(trial.ridge is not None for trial in shown)
+    whitened = ["damping"] * any(trial.damping is not None for trial in shown)
     of_sets = [f"TA@1 {name}" for name in sets]
     heads = ("layer", *numeric(*whitened, "step", "of its norm", "FA@1", "FA@5", *of_sets))
     rows: list[tuple[Child, ...]] = [
         (
             code(known_as(trial.layer)),
-            *(number(trial.ridge or 0) for _ in whitened),
+            *(number(trial.damping or 0) for _ in whitened),
             number(trial.step),
             share(trial.share),
             percent(trial.forget.top1),
             percent(trial.forget.top5),
             *(
-                percent(trial.utility[name].top1) if trial.utility and name in trial.utility
+                percent(trial.utility[name].top1)
+                if trial.utility and name in trial.utility
                 else None
                 for name in sets
             ),
         )
         for trial in shown
-    ]  # fmt: skip
+    ]
     marked = [index for index, trial in enumerate(shown) if _is_chosen(trial, edit)]
     return table(heads, rows, caption=caption, marked=marked)
 
@@ -336,9 +337,9 @@ def _edit(edit: EditHeader, records: SetRecords) -> Html:
 
 
 def _direction(edit: EditHeader) -> str:
-    if edit.ridge is None:
+    if edit.damping is None:
         return "forget gradient"
-    return f"forget gradient, whitened with a ridge of {number(edit.ridge)}"
+    return f"forget gradient, whitened with a damping of {number(edit.damping)}"
 
 
 def _extent(facts: EditFacts, header: GradientHeader | None) -> str:

@@ -54,8 +54,10 @@ PAGE, FIGURES = "evidence.html", "evidence.json"
 STATEMENT, COMMANDS = "statement.json", "commands.sh"
 SHEETS = "sheets"
 # What an earlier evidence may have left in its folder.
-OURS = re.compile(rf"({PAGE}|{FIGURES}|{STATEMENT}|{COMMANDS}|[^/]+\{SUMS}"
-                  rf"|{SHEETS}/[^/]+\.png|{EDITS}/[^/]+\.safetensors)")  # fmt: skip
+OURS = re.compile(
+    rf"({PAGE}|{FIGURES}|{STATEMENT}|{COMMANDS}|[^/]+\{SUMS}"
+    rf"|{SHEETS}/[^/]+\.png|{EDITS}/[^/]+\.safetensors)"
+)
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:slsgu:removal:v1"
 PACKAGES = ("torch", "open_clip_torch", "numpy")
@@ -127,13 +129,18 @@ def _head(evidence: RemovalEvidence) -> dict[str, Any]:
         "versions": by_name(_versions()),
         "model": str(evidence.model),
         "models": [
-            {"place": str(m.place), "origin": m.origin, "files": m.files, "edits": m.edits,
-             "troubles": m.troubles}
+            {
+                "place": str(m.place),
+                "origin": m.origin,
+                "files": m.files,
+                "edits": m.edits,
+                "troubles": m.troubles,
+            }
             for m in evidence.models
         ],
         "commands": evidence.commands,
         "checks": evidence.checks,
-    }  # fmt: skip
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -240,8 +247,16 @@ def _summary(evidence: RemovalEvidence) -> Html:
         )
         rows.append(cells)
     figures = numeric("recognised, original", "recognised now")
-    heads = ("request", "id", "received", "state", "layer", *figures, "its edit in the model",
-             "verification")  # fmt: skip
+    heads = (
+        "request",
+        "id",
+        "received",
+        "state",
+        "layer",
+        *figures,
+        "its edit in the model",
+        "verification",
+    )
     return table(heads, rows, caption="What was asked to be removed")
 
 
@@ -295,10 +310,15 @@ def _request(one: RemovedRequest) -> Html:
 def _as_written(one: RemovedRequest) -> Html:
     """Show figures of the model that was written, all requests in place, and the bounds."""
     rows = [
-        (each["figure"], percent(each["before"]), percent(each["after"]),
-         count(each["images"]), f"{each['from']:.1f} to {each['to']:.1f}%")
+        (
+            each["figure"],
+            percent(each["before"]),
+            percent(each["after"]),
+            count(each["images"]),
+            f"{each['from']:.1f} to {each['to']:.1f}%",
+        )
         for each in figures_of(one)
-    ]  # fmt: skip
+    ]
     heads = ("figure", *numeric("original", "written", "images", "95% interval, written"))
     parts: list[Child] = [
         table(heads, rows, caption="The model that was written, without all requests"),

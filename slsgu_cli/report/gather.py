@@ -17,17 +17,17 @@ from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
+    Criterion,
     EditHeader,
     GradientHeader,
     GradientPointer,
     Precision,
     Ranking,
-    Steer,
     Trials,
 )
 from slsgu_cli.records.options import (
+    DAMPING,
     MARGIN,
-    RIDGE,
     PassOptions,
     RankOptions,
     SearchOptions,
@@ -104,10 +104,18 @@ class SetRecords:
     def evidence(self) -> list[Evidence[Any]]:
         """Return every record in the order in which one is made from another."""
         return [
-            self.manifest, self.pointer, self.ranking, self.trials, self.edit,
-            *self.on_targets.values(), self.trajectory, *self.joint.values(),
-            *self.sweeps.values(), self.verification, self.comparison,
-        ]  # fmt: skip
+            self.manifest,
+            self.pointer,
+            self.ranking,
+            self.trials,
+            self.edit,
+            *self.on_targets.values(),
+            self.trajectory,
+            *self.joint.values(),
+            *self.sweeps.values(),
+            self.verification,
+            self.comparison,
+        ]
 
 
 def gather(catalog: Catalog, name: str) -> SetRecords:
@@ -227,9 +235,14 @@ class WrittenModel:
 
 
 def written_model(
-    store: Store, label: str, place: Path, *,
-    origin: ModelSpec | Path, names: Sequence[str], made: str | None,
-) -> WrittenModel:  # fmt: skip
+    store: Store,
+    label: str,
+    place: Path,
+    *,
+    origin: ModelSpec | Path,
+    names: Sequence[str],
+    made: str | None,
+) -> WrittenModel:
     """Return digests of a model's files beside those of its origin, and what is in it.
 
     `names` are the edits to look for; `made` is the digest that a run has of what it wrote.
@@ -328,7 +341,7 @@ def commands(records: SetRecords) -> list[str]:
     if edit := records.edit.record:
         names = edit.joint.names if edit.joint else (*edit.after, name)
         if edit.joint:
-            lines.append(["slsgu", "search", *names, "--joint", "--steer", str(edit.steer)])
+            lines.append(["slsgu", "search", *names, "--joint", "--criterion", str(edit.criterion)])
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
         lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
     return [shlex.join(words) for words in lines if words]
@@ -354,23 +367,23 @@ def _rank(ranking: Ranking) -> list[str]:
     options = RankOptions(
         alignment=ranking.alignment,
         direction=ranking.direction,
-        ridge=None if ranking.ridge == RIDGE else ranking.ridge,
+        damping=None if ranking.damping == DAMPING else ranking.damping,
         qkv=ranking.qkv,
     )
     return ["slsgu", "rank", ranking.name, *command_line(options)]
 
 
 # The order in which the options of a search are told.
-TOLD = ("steer", "margin", "layers", "direction", "ridge", "steps", "precision", "after")
+TOLD = ("criterion", "margin", "layers", "direction", "damping", "steps", "precision", "after")
 
 
 def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
-    """Return a search for each ridge that trials are of."""
-    steps = Counter((trial.layer, trial.ridge) for trial in trials.trials)
+    """Return a search for each damping that trials are of."""
+    steps = Counter((trial.layer, trial.damping) for trial in trials.trials)
     layers = tuple(dict.fromkeys(layer for layer, _ in steps))
     fronts = {score.layer for score in ranking.scores if score.front}
     options = SearchOptions(
-        steer=trials.steer,
+        criterion=trials.criterion,
         margin=MARGIN if trials.margin is None else trials.margin,
         layers=() if set(layers) == fronts else layers,
         direction=None if trials.direction is ranking.direction else trials.direction,
@@ -378,14 +391,14 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
         precision=trials.precision,
         after=tuple(trials.after),
     )
-    also = ("steer", "margin") if trials.steer is Steer.MARGIN else ("steer",)
+    also = ("criterion", "margin") if trials.criterion is Criterion.MARGIN else ("criterion",)
     lines = []
-    ridges = dict.fromkeys(ridge for _, ridge in steps) or {ranking.ridge: None}
-    if len(ridges) > 1:
+    dampings = dict.fromkeys(damping for _, damping in steps) or {ranking.damping: None}
+    if len(dampings) > 1:
         # Along its gradient a layer was searched beside others.
-        ridges.pop(None, None)
-    for ridge in ridges:
-        searched = replace(options, ridge=None if ridge == ranking.ridge else ridge)
+        dampings.pop(None, None)
+    for damping in dampings:
+        searched = replace(options, damping=None if damping == ranking.damping else damping)
         words = command_line(searched, fields=TOLD, also=also)
         lines.append(["slsgu", "search", trials.name, *words])
     return lines

@@ -358,8 +358,10 @@ def _result(edit: EditHeader, manifest: SetManifest | None) -> Html:
         for name, was, now in [("", edit.baseline_forget, edit.forget), *_on_sets(edit)]
         for k, attribute in ((1, "top1"), (5, "top5"))
     ]
-    heads = ("figure", *numeric("original", "edited", "change, points", "images",
-                                "95% interval, edited"))  # fmt: skip
+    heads = (
+        "figure",
+        *numeric("original", "edited", "change, points", "images", "95% interval, edited"),
+    )
     held_out = (
         ""
         if manifest is None or manifest.forget_eval
@@ -393,10 +395,15 @@ def _harm(edit: EditHeader) -> Html | None:
         (edit.nearest, "Classes with the nearest names, TA@1"),
     ):
         rows = [
-            (loss.name, count(loss.rows), percent(loss.before), percent(loss.after),
-             change(-loss.lost))
+            (
+                loss.name,
+                count(loss.rows),
+                percent(loss.before),
+                percent(loss.after),
+                change(-loss.lost),
+            )
             for loss in losses
-        ]  # fmt: skip
+        ]
         tables.append(table(heads, rows, caption=caption))
     return element("details", element("summary", "What single classes lost"), *tables)
 
@@ -422,8 +429,11 @@ def _on_target(edit: EditHeader) -> Html:
             before, after = was.percent or 0.0, now.percent or 0.0
             cells = percent(before), percent(after), change(after - before)
             rows.append((by.judge, figure, *cells, count(now.total), interval(now)))
-    heads = ("judged by", "figure", *numeric("original", "edited", "change, points", "of",
-                                             "95% interval, edited"))  # fmt: skip
+    heads = (
+        "judged by",
+        "figure",
+        *numeric("original", "edited", "change, points", "of", "95% interval, edited"),
+    )
     unseen = "that chose nothing" if figures.unseen else "which the edit was chosen by"
     caption = f"What {figures.target} shows, on prompts or images {unseen}"
     meaning = paragraph(
@@ -510,8 +520,9 @@ def example_card(example: "Example", *, concept: str, number: int) -> Html:
     head = element("h4", example.label, class_="forgotten" if forgotten else None)
     before = _guess_bars("before", example.before, example.label)
     after = _guess_bars("after", example.after, example.label)
-    return element("article", element("div", shown, head, class_="subject"), before, after,
-                   class_="example")  # fmt: skip
+    return element(
+        "article", element("div", shown, head, class_="subject"), before, after, class_="example"
+    )
 
 
 def _guess_bars(when: str, guesses: "Guesses", label: str) -> Html:
@@ -559,8 +570,12 @@ def cosine_table(
             cells.append(
                 element("td", cosine(value), class_=classes, style=f"--tint:{100 * tint:.0f}%")
             )
-        head = element("th", element("span", small, element("span", name)), scope="row",
-                       class_="own" if i == 0 else None)  # fmt: skip
+        head = element(
+            "th",
+            element("span", small, element("span", name)),
+            scope="row",
+            class_="own" if i == 0 else None,
+        )
         rows.append(element("tr", head, *cells))
     table = element(
         "table",

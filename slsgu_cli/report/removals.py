@@ -263,9 +263,13 @@ class References:
         if verification.record:
             verification = replace(verification, record=_without_words(verification.record))
         return replace(
-            shown, manifest=manifest, edit=edit, verification=verification,
-            gradients=records.gradients, facts=records.facts,
-        )  # fmt: skip
+            shown,
+            manifest=manifest,
+            edit=edit,
+            verification=verification,
+            gradients=records.gradients,
+            facts=records.facts,
+        )
 
     def model(self, model: WrittenModel) -> WrittenModel:
         """Return a written model with references, its files under the names that they have."""

@@ -80,12 +80,18 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
     found = conclusion(record.concept, original, edited)
     probes = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
-        (row.probe, str(row.check), percent(row.before.top1), percent(row.after.top1),
-         percent(row.control.top1) if row.control else None,
-         None if row.utility_change is None else change(row.utility_change),
-         str(row.verdict), row.note)
+        (
+            row.probe,
+            str(row.check),
+            percent(row.before.top1),
+            percent(row.after.top1),
+            percent(row.control.top1) if row.control else None,
+            None if row.utility_change is None else change(row.utility_change),
+            str(row.verdict),
+            row.note,
+        )
         for row in probes
-    ]  # fmt: skip
+    ]
     figures = numeric("FA@1, original", "FA@1, edited", "FA@1, control", "TA@1, change in points")
     heads = ("probe", "kind", *figures, "verdict", "note")
     counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
@@ -100,11 +106,21 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
         whole = paragraph(words, code(edited.label), ".")
     verdicts = table(heads, cells, caption="What was tried to bring the concept back")
     return joined(
-        (paragraph(found.text, class_="lead"), lead, whole, verdicts, _left_out(edited),
-         _curves(original, edited), _attempts(original, edited), _became(original, edited),
-         _losses(original, edited), _told(original, edited), _retrieved(original, edited),
-         _membership(original, edited))
-    )  # fmt: skip
+        (
+            paragraph(found.text, class_="lead"),
+            lead,
+            whole,
+            verdicts,
+            _left_out(edited),
+            _curves(original, edited),
+            _attempts(original, edited),
+            _became(original, edited),
+            _losses(original, edited),
+            _told(original, edited),
+            _retrieved(original, edited),
+            _membership(original, edited),
+        )
+    )
 
 
 def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -160,8 +176,13 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
         for side in sides
     ]
     cells = [(str(n), *row) for n, row in enumerate(zip_longest(*columns), start=1)]
-    heads = (*numeric("no."), "nearest name, original", "nearest name, edited",
-             "images taken for, original", "images taken for, edited")  # fmt: skip
+    heads = (
+        *numeric("no."),
+        "nearest name, original",
+        "nearest name, edited",
+        "images taken for, original",
+        "images taken for, edited",
+    )
     return table(heads, cells, caption="What the concept became")
 
 
@@ -176,15 +197,31 @@ def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
         for name, classes in nearest_names(known).items()
     }
     captions[f"Who lost most, of classes with {LEAST_ROWS} images or more"] = most_harmed(known)
-    heads = ("class", *numeric("cosine of names", "images", "TA@1, original", "TA@1, edited",
-                               "change, points", "95% interval, edited"))  # fmt: skip
+    heads = (
+        "class",
+        *numeric(
+            "cosine of names",
+            "images",
+            "TA@1, original",
+            "TA@1, edited",
+            "change, points",
+            "95% interval, edited",
+        ),
+    )
     tables = []
     for caption, classes in captions.items():
         cells = [
-            (row.name, cosine(row.cosine), count(row.rows), percent(row.before),
-             percent(row.after), change(-row.lost), interval(Share.of(row.after, row.rows)))
+            (
+                row.name,
+                cosine(row.cosine),
+                count(row.rows),
+                percent(row.before),
+                percent(row.after),
+                change(-row.lost),
+                interval(Share.of(row.after, row.rows)),
+            )
             for row in classes
-        ]  # fmt: skip
+        ]
         if cells:
             tables.append(table(heads, cells, caption=caption))
     return joined(tables) if tables else None
@@ -195,12 +232,23 @@ def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     from slsgu_cli.verification.image_probes import pairs_of
 
     cells: list[tuple[Child, ...]] = [
-        (f"{now.classifier}, {now.subject}", count(now.images), percent(was.accuracy),
-         percent(now.accuracy), percent(was.recall), percent(now.recall))
+        (
+            f"{now.classifier}, {now.subject}",
+            count(now.images),
+            percent(was.accuracy),
+            percent(now.accuracy),
+            percent(was.recall),
+            percent(now.recall),
+        )
         for was, now in pairs_of(original, edited)
-    ]  # fmt: skip
-    figures = numeric("learnt from images", "accuracy, original", "accuracy, edited",
-                      "recall, original", "recall, edited")  # fmt: skip
+    ]
+    figures = numeric(
+        "learnt from images",
+        "accuracy, original",
+        "accuracy, edited",
+        "recall, original",
+        "recall, edited",
+    )
     caption = (
         "What image features tell: accuracy, of which 50% is chance, and images found with 1% "
         "false positives"
@@ -216,19 +264,37 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     if found is None:
         return None
     queries: list[tuple[Child, ...]] = [
-        (f"{now.query}, in {now.index} index", percent(was.precision), percent(now.precision),
-         percent(was.recall1), percent(now.recall1), percent(now.recall10))
+        (
+            f"{now.query}, in {now.index} index",
+            percent(was.precision),
+            percent(now.precision),
+            percent(was.recall1),
+            percent(now.recall1),
+            percent(now.recall10),
+        )
         for was, now in zip(found[0].queries, found[1].queries, strict=True)
-    ]  # fmt: skip
+    ]
     moved: list[tuple[Child, ...]] = [
-        (side.images, count(side.rows), percent(100 * side.identical / side.rows),
-         percent(100 * side.far / side.rows), number(side.mean), number(side.largest))
+        (
+            side.images,
+            count(side.rows),
+            percent(100 * side.identical / side.rows),
+            percent(100 * side.far / side.rows),
+            number(side.mean),
+            number(side.largest),
+        )
         for side in found[1].moved
-    ]  # fmt: skip
-    figures = numeric("mAP, original", "mAP, edited", "recall@1, original", "recall@1, edited",
-                      "recall@10, edited")  # fmt: skip
-    moves = numeric("images", "same to the bit", "moved by more than 0.01", "mean move",
-                    "largest move")  # fmt: skip
+    ]
+    figures = numeric(
+        "mAP, original",
+        "mAP, edited",
+        "recall@1, original",
+        "recall@1, edited",
+        "recall@10, edited",
+    )
+    moves = numeric(
+        "images", "same to the bit", "moved by more than 0.01", "mean move", "largest move"
+    )
     caption = "Finding the concept's images among all others"
     by_query = table(("looked for by", *figures), queries, caption=caption)
     caption = "What became of an index; a move is 1 - cosine"
@@ -242,10 +308,14 @@ def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     if before is None or after is None:
         return None
     cells = [
-        (f"{was.figure}, against {was.against}", f"{was.mean:.1f} ± {was.deviation:.1f}%",
-         f"{now.mean:.1f} ± {now.deviation:.1f}%", str(exposure(was, now)))
+        (
+            f"{was.figure}, against {was.against}",
+            f"{was.mean:.1f} ± {was.deviation:.1f}%",
+            f"{now.mean:.1f} ± {now.deviation:.1f}%",
+            str(exposure(was, now)),
+        )
         for was, now in zip(before.attacks, after.attacks, strict=True)
-    ]  # fmt: skip
+    ]
     heads = ("told by", *numeric("original", "edited"), "verdict")
     caption = "Membership inference: how often forget pairs are told from others; 50% is chance"
     return table(heads, cells, caption=caption)
@@ -266,10 +336,10 @@ def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
         largest_rises = (
             f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures
         )
-        layer, ridge = line
+        layer, damping = line
         steps = count(len(trajectory.of(line)))
-        cells.append((code(known_as(layer)), _ridge(ridge), steps, *largest_rises))
-    heads = ("layer", *numeric("ridge", "steps", *(f"{name}, rise" for name in figures)))
+        cells.append((code(known_as(layer)), _damping(damping), steps, *largest_rises))
+    heads = ("layer", *numeric("damping", "steps", *(f"{name}, rise" for name in figures)))
     intro = paragraph(
         "Accuracies at many steps in a row. The table has the largest rise of each figure along "
         "the way, in points: 0 where it never rises."
@@ -278,8 +348,8 @@ def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
     return joined((intro, step_charts(record, edit), largest))
 
 
-def _ridge(ridge: float | None) -> str | None:
-    return None if ridge is None else number(ridge)
+def _damping(damping: float | None) -> str | None:
+    return None if damping is None else number(damping)
 
 
 def joint_searches(records: SetRecords) -> list[Section]:
@@ -296,7 +366,7 @@ def _joint_search(record: JointSearch) -> Html:
         (
             concept,
             code(known_as(move.layer)),
-            _ridge(move.ridge),
+            _damping(move.damping),
             number(move.step),
             share(move.share),
             *(
@@ -308,7 +378,7 @@ def _joint_search(record: JointSearch) -> Html:
         for concept, move in zip(record.concepts, last.moves, strict=True)
     ]
     accuracies = ("FA@1, original", "FA@1, edited", "FA@5, original", "FA@5, edited")
-    heads = ("concept", "layer", *numeric("ridge", "step", "of its norm", *accuracies))
+    heads = ("concept", "layer", *numeric("damping", "step", "of its norm", *accuracies))
     sets = sorted(record.baseline_utility)
     original = ("0", "none", None, *(percent(record.baseline_utility[n].top1) for n in sets))
     stages: list[tuple[Child, ...]] = [original] + [
@@ -348,8 +418,12 @@ def _sweep(record: Sweep, name: str) -> Html:
     for figure in ("FA@1", *(f"TA@1 {name}" for name in sets)):
         heads += numeric(f"{figure}, original", f"{figure}, edited")
     marked = [index for index, row in enumerate(record.rows) if row.name == name]
-    return table(heads, rows, caption=f"{count(len(record.rows))} classes, each forgotten alone",
-                 marked=marked)  # fmt: skip
+    return table(
+        heads,
+        rows,
+        caption=f"{count(len(record.rows))} classes, each forgotten alone",
+        marked=marked,
+    )
 
 
 def _top1s(row: SweepRow, sets: list[str]) -> list[float]:
@@ -367,11 +441,18 @@ def _comparison(record: ClipComparison) -> Html:
     rows = mean_rows({record.name: record.outcomes}, None)
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Child, ...]] = [
-        (LABELS[row.method], row.words, percent(row.forget.top1), percent(row.forget.top5),
-         *(percent(row.utility[name].top1) for name in sets),
-         f"{row.seconds:.0f}", f"{row.forget_passes:g}", f"{row.retain_passes:g}")
+        (
+            LABELS[row.method],
+            row.words,
+            percent(row.forget.top1),
+            percent(row.forget.top5),
+            *(percent(row.utility[name].top1) for name in sets),
+            f"{row.seconds:.0f}",
+            f"{row.forget_passes:g}",
+            f"{row.retain_passes:g}",
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     of_sets = [f"TA@1 {name}" for name in sets]
     figures = numeric("FA@1", "FA@5", *of_sets, "seconds", "forget passes", "retain passes")
     ours = [index for index, row in enumerate(rows) if row.method is Method.OURS]

@@ -24,7 +24,7 @@ from slsgu_cli.records.sets import (
     ModelSpec,
     SetManifest,
     check_name,
-    report_part,
+    test_part,
 )
 from slsgu_cli.records.words import command_line
 from slsgu_cli.sets.collection import FORGET, RETAIN, Collected, collect
@@ -74,14 +74,14 @@ def _build_from_sources(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         opened = _open(request)
         _first_passes(opened, request, upstream)
-        plans, reports = _plans(context, request, opened.evals)
+        plans, tests = _plans(context, request, opened.evals)
         forget_eval = _forget_eval(request, plans)
         forget, block = build_pairs(context, opened.forget, seed=request.seed)
         avoid = frozenset(row.tobytes() for row in block.source_digests)
         retain, _ = build_pairs(context, opened.retain, seed=request.seed, avoid=avoid)
         parts = {"forget": forget, "retain": retain}
         parts |= {plan.name: build_eval(context, plan) for plan in plans}
-        parts |= {report_part(plan.name): build_eval(context, plan) for plan in reports}
+        parts |= {test_part(plan.name): build_eval(context, plan) for plan in tests}
     # A row that a person took out may be none of those that there are now.
     parts |= {
         part: drop(store, parts[part], rows, strict=False)
@@ -103,8 +103,8 @@ def _build_from_sources(
         command=tuple(build_command(request)),
         version=__version__,
         request=encode(request),
-        report_share=request.report_share,
-        reports={plan.name: parts[report_part(plan.name)] for plan in reports},
+        test_fraction=request.test_fraction,
+        tests={plan.name: parts[test_part(plan.name)] for plan in tests},
     )
     store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest
@@ -165,15 +165,15 @@ def _plans(
         plan_eval(context, request, name, source=source, readers=readers[name])
         for name, source in request.evals.items()
     ]
-    reports = []
+    tests = []
     for plan in plans:
-        if plan.name in request.reports:
-            source, among = request.reports[plan.name], plan.class_names
+        if plan.name in request.tests:
+            source, among = request.tests[plan.name], plan.class_names
             others = open_sources([source], label_columns(request))
-            reports.append(
+            tests.append(
                 plan_eval(context, request, plan.name, source=source, readers=others, among=among)
             )
-    return plans, reports
+    return plans, tests
 
 
 def _require_rows(selection: Selection, request: BuildRequest) -> None:
@@ -284,12 +284,16 @@ class Preview:
             if isinstance(selection, SlsguError):
                 raise selection
             _require_rows(selection, request)
-        named = (request.evals, request.reports, request.classes, request.templates)
-        key = (request.model, request.image_column, request.label_column,
-               *(tuple(each.items()) for each in named))  # fmt: skip
+        named = (request.evals, request.tests, request.classes, request.templates)
+        key = (
+            request.model,
+            request.image_column,
+            request.label_column,
+            *(tuple(each.items()) for each in named),
+        )
         context = self._context(request.model)
-        plans, reports = once(self._evals, key, lambda: _plans(context, request, sources.evals))
-        for plan in [*plans, *reports]:
+        plans, tests = once(self._evals, key, lambda: _plans(context, request, sources.evals))
+        for plan in [*plans, *tests]:
             if plan.block is None and not plan.rows:
                 raise InputError(
                     f"no row is left for the evaluation set {plan.name}: {counted(plan.refused)}",
@@ -300,7 +304,7 @@ class Preview:
 
 @contextmanager
 def _collecting(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
-    """Keep an error under a name instead of raising it."""
+    """UtilityMetric an error under a name instead of raising it."""
     try:
         yield
     except SlsguError as error:
@@ -380,7 +384,7 @@ def made_from(request: BuildRequest, identities: dict[Any, Any]) -> str:
         image=request.image_column, caption=request.caption_column, label=request.label_column
     )
     named = {*request.sources, *request.retain_sources}
-    named |= {*request.evals.values(), *request.reports.values()}
+    named |= {*request.evals.values(), *request.tests.values()}
     classes = {name: encode(read_classes(text)) for name, text in request.classes.items()}
     prompts = {name: list(read_templates(text)) for name, text in request.templates.items()}
     files = []
@@ -497,7 +501,7 @@ def replay(store: Store, name: str) -> Replayed:
             hint=f"run `slsgu build-sets {quote(name)}` with its sources",
         )
     request = decode(BuildRequest, before.request)
-    request = replace(request, report_share=before.report_share)
+    request = replace(request, test_fraction=before.test_fraction)
     after = build_sets(store, request)
     had = {part: ref.fingerprint for part, ref in before.blocks().items()}
     has = {part: ref.fingerprint for part, ref in after.blocks().items()}
@@ -520,7 +524,7 @@ def check(request: BuildRequest) -> None:
     named = {
         "--classes": request.classes,
         "--templates": request.templates,
-        "--report": request.reports,
+        "--test": request.tests,
         "--forget-eval": [] if request.forget_eval is None else [request.forget_eval],
     }
     for option, names in named.items():

@@ -18,7 +18,7 @@ from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.codec import encode
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.records.sets import DataRef, Origin, SetManifest, report_part
+from slsgu_cli.records.sets import DataRef, Origin, SetManifest, test_part
 from slsgu_cli.sets.context import BuildContext, block_path, counted, file_recipe, reference
 from slsgu_cli.sources.captions import (
     CLASS_NAMES,
@@ -469,8 +469,8 @@ def drop_from_set(store: Store, name: str, wanted: Sequence[str], *, part: str) 
     elif part in manifest.evals:
         changed = replace(manifest, evals={**manifest.evals, part: ref})
     else:
-        reports = {n: ref if report_part(n) == part else r for n, r in manifest.reports.items()}
-        changed = replace(manifest, reports=reports)
+        tests = {n: ref if test_part(n) == part else r for n, r in manifest.tests.items()}
+        changed = replace(manifest, tests=tests)
     store.write_record(Artifact.SET.path(name), changed)
     return changed
 

@@ -35,8 +35,15 @@ CAPTION_FIELDS = ("caption", "text")
 LABEL_FIELDS = ("label", "concept", "class", "cls")
 IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 PATH_FIELDS = (
-    "filepath", "file_path", "image_path", "path", "file_name", "filename", "image_name", "file",
-)  # fmt: skip
+    "filepath",
+    "file_path",
+    "image_path",
+    "path",
+    "file_name",
+    "filename",
+    "image_name",
+    "file",
+)
 # The first is open_clip's name in its tables.
 TABLE_CAPTIONS = (*CAPTION_FIELDS, "title", "comment")
 Filters = dict[str, frozenset[str]]

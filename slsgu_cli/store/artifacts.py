@@ -34,7 +34,7 @@ class Artifact(StrEnum):
     DATA = "data"
     POINTER = "pointer"
     GRADIENT = "gradient"
-    MOMENTS = "moments"
+    MOMENTS = "covariances"
     FEATURES = "features"
     SQUARES = "squares"
     SUMS = "sums"
@@ -80,7 +80,7 @@ class Artifact(StrEnum):
         if self is Artifact.SET:
             return f"slsgu build-sets {quote(name)} --replay"
         if self is Artifact.EDIT and set_of(name) != name:
-            return f"slsgu steer {quote(set_of(name))} --target ..."
+            return f"slsgu search {quote(set_of(name))} --target ..."
         return self.command(name) if TABLE[self].command else None
 
     def changed(self, record: Any, now: Mapping[str, Any]) -> "Change | None":
@@ -148,23 +148,33 @@ TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget", "aske
 SHOWN = {"edits": EDIT_OF}
 
 _TRIALS = Row(
-    "trials", "method.Trials", "search", "search {}", digests=SEARCHED, needs=Artifact.POINTER,
-    options=("direction", "precision"), rows=("trials", "took"),
-)  # fmt: skip
+    "trials",
+    "method.Trials",
+    "search",
+    "search {}",
+    digests=SEARCHED,
+    needs=Artifact.POINTER,
+    options=("direction", "precision"),
+    rows=("trials", "took"),
+)
 
 TABLE: dict[Artifact, Row] = {
     Artifact.COLLECTION: Row("collections", "sets.Collection", has_folder=True),
     Artifact.SET: Row("sets", "sets.SetManifest", "set", "build-sets {} --source ..."),
     Artifact.DATA: Row("data", suffix=".zarr", made_with=Artifact.SET),
     Artifact.POINTER: Row(
-        "gradients", "method.GradientPointer", "gradients", "grad {}",
-        digests=ROWS, needs=Artifact.SET,
+        "gradients",
+        "method.GradientPointer",
+        "gradients",
+        "grad {}",
+        digests=ROWS,
+        needs=Artifact.SET,
     ),
     Artifact.GRADIENT: Row(
         "gradients", "method.GradientHeader", suffix=TENSORS, made_with=Artifact.POINTER
     ),
     Artifact.MOMENTS: Row(
-        "moments", "method.MomentHeader", suffix=TENSORS, made_with=Artifact.RANKING
+        "covariances", "method.CovarianceHeader", suffix=TENSORS, made_with=Artifact.RANKING
     ),
     Artifact.FEATURES: Row(
         "features", "method.FeatureHeader", suffix=TENSORS, made_with=Artifact.TRIALS
@@ -174,51 +184,84 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.SUMS: Row("sums", "method.SumsHeader", suffix=TENSORS),
     Artifact.RANKING: Row(
-        "rankings", "method.Ranking", "ranking", "rank {}",
-        digests=GRADIENTS, needs=Artifact.POINTER,
+        "rankings",
+        "method.Ranking",
+        "ranking",
+        "rank {}",
+        digests=GRADIENTS,
+        needs=Artifact.POINTER,
     ),
     Artifact.TRIALS: _TRIALS,
     Artifact.TRAJECTORY: replace(
         _TRIALS, folder="trajectories", noun="trajectory", command="trajectory {}"
     ),
     Artifact.JOINT: Row(
-        "joint", "studies.JointSearch", "joint search", "search ... --joint",
+        "joint",
+        "studies.JointSearch",
+        "joint search",
+        "search ... --joint",
         digests={"gradients": GRADIENT_OF, **MODEL},
-        options=("retain_data", "precision", "steer", "margin"), rows=("trials",),
+        options=("retain_data", "precision", "criterion", "margin"),
+        rows=("trials",),
     ),
     Artifact.SWEEP: Row(
-        "sweeps", "studies.Sweep", "sweep", "sweep {} ...",
-        options=("recipe",), rows=("rows",), measured="classes",
+        "sweeps",
+        "studies.Sweep",
+        "sweep",
+        "sweep {} ...",
+        options=("recipe",),
+        rows=("rows",),
+        measured="classes",
     ),
     Artifact.EDIT: Row(
         "edits", "method.EditHeader", "edit", "search {}", suffix=TENSORS, digests=EDITED
     ),
     Artifact.VERIFICATION: Row(
-        "verifications", "verification.Verification", "verification", "verify {}",
-        needs=Artifact.SET, digests={"data": "its {} rows were built anew since"},
-        options=("concept",), rows=("subjects", "under_way"), measured="findings",
+        "verifications",
+        "verification.Verification",
+        "verification",
+        "verify {}",
+        needs=Artifact.SET,
+        digests={"data": "its {} rows were built anew since"},
+        options=("concept",),
+        rows=("subjects", "under_way"),
+        measured="findings",
     ),
     Artifact.COMPARISON: Row(
-        "comparisons", "studies.ClipComparison", "comparison", "compare {}", digests=MEASURED,
+        "comparisons",
+        "studies.ClipComparison",
+        "comparison",
+        "compare {}",
+        digests=MEASURED,
         needs=Artifact.POINTER,
-        options=("retain",), rows=("passes", "outcomes"), measured="outcomes",
+        options=("retain",),
+        rows=("passes", "outcomes"),
+        measured="outcomes",
     ),
     Artifact.PLOT: Row("plots", suffix=".png"),
     Artifact.TARGET_TRIALS: Row(
-        "target-trials", "targets.TargetTrials", digests=TARGET, needs=Artifact.POINTER,
-        options=(*TARGET_OPTIONS, "gradient_of", "direction", "ridge", "beside"),
+        "target-trials",
+        "targets.TargetTrials",
+        digests=TARGET,
+        needs=Artifact.POINTER,
+        options=(*TARGET_OPTIONS, "gradient_of", "direction", "damping", "beside"),
         rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(
-        "target-comparisons", "studies.PipelineComparison", has_folder=True, digests=TARGET,
+        "target-comparisons",
+        "studies.PipelineComparison",
+        has_folder=True,
+        digests=TARGET,
         needs=Artifact.POINTER,
-        options=TARGET_OPTIONS, rows=("outcomes",), measured="outcomes",
+        options=TARGET_OPTIONS,
+        rows=("outcomes",),
+        measured="outcomes",
     ),
     Artifact.GENERATED: Row("generated", "targets.GeneratedSource", has_folder=True),
     Artifact.GENERATION: Row("generations", "targets.Generation", has_folder=True, digests=SHOWN),
     Artifact.LEDGER: Row("ledgers", "recipe.Ledger", "ledger", "run {}.toml"),
     Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
-}  # fmt: skip
+}
 
 FOLDERS = sorted({row.folder for row in TABLE.values()})
 

@@ -90,7 +90,7 @@ class Catalog:
         return len(self.readable(kind)) == len(self.all(kind))
 
     def is_of(self, kind: Artifact, name: str, owner: str) -> bool:
-        """Return whether rows, gradients, moments or features are of the set `owner`.
+        """Return whether rows, gradients, covariances or features are of the set `owner`.
 
         A file whose header cannot be read may be of every set that has gradients.
         """
@@ -111,7 +111,7 @@ class Catalog:
         return False
 
     def users(self, kind: Artifact, name: str) -> list[str]:
-        """Return the sets that rows, gradients, moments or features are of."""
+        """Return the sets that rows, gradients, covariances or features are of."""
         owners = self.readable(Artifact.SET if kind is Artifact.DATA else Artifact.POINTER)
         return [owner for owner in owners if self.is_of(kind, name, owner)]
 
@@ -366,13 +366,18 @@ def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
         if manifest.model != model:
             continue
         paths = {Artifact.DATA: [manifest.forget.path, manifest.retain.path]}
-        by_name = (Artifact.SET, Artifact.RANKING, Artifact.TRIALS, Artifact.EDIT,
-                   Artifact.VERIFICATION)  # fmt: skip
+        by_name = (
+            Artifact.SET,
+            Artifact.RANKING,
+            Artifact.TRIALS,
+            Artifact.EDIT,
+            Artifact.VERIFICATION,
+        )
         paths |= {kind: [kind.path(name)] for kind in by_name if catalog.get(kind, name)}
         if pointer := catalog.get(Artifact.POINTER, name):
             addresses = (pointer.forget, pointer.retain)
-            moments = catalog.readable(Artifact.MOMENTS).items()
-            seen = [address for address, header in moments if header.is_of(pointer)]
+            covariances = catalog.readable(Artifact.MOMENTS).items()
+            seen = [address for address, header in covariances if header.is_of(pointer)]
             paths[Artifact.GRADIENT] = [Artifact.GRADIENT.path(each) for each in addresses]
             paths[Artifact.MOMENTS] = [Artifact.MOMENTS.path(each) for each in seen]
         for kind, places in paths.items():

@@ -29,7 +29,7 @@ UNDER_WAY = "a write under way"
 # After so long, nobody goes on with the sums of a pass.
 FORGOTTEN_SECONDS = 7 * 86400.0
 # What sums become, and what is said of them when it is there.
-MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.MOMENTS: "its moments are"}
+MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.MOMENTS: "its covariances are"}
 REPAIR = "slsgu check --repair"
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
 
@@ -107,7 +107,7 @@ def check(
 
 
 def garbage(store: Store) -> list[Finding]:
-    """Return what nothing in a store refers to: data, gradients, moments, squares, dead writes.
+    """Return what nothing in a store refers to: data, gradients, covariances, squares, dead writes.
 
     While another process writes, what is young may be part of its work, and is left out.
     Raises InputError where a record cannot be read: what it refers to is not known.

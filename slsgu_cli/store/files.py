@@ -162,7 +162,7 @@ def settle(source: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        # A file system without hard links: the last of two writers at one moment stays.
+        # A file system without hard links: the last of two writers at one covariance stays.
         if target.exists():
             return False
         source.replace(target)

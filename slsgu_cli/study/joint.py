@@ -42,7 +42,7 @@ from slsgu_cli.method.trial import (
     report,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import JointRef, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
@@ -86,14 +86,14 @@ class Concept:
         """Return its part in a joint edit, at a step."""
         alone = self.alone
         share = alone.share * step / alone.step
-        return JointMove(self.plan.name, alone.layer, alone.tower, alone.ridge, step, share)
+        return JointMove(self.plan.name, alone.layer, alone.tower, alone.damping, step, share)
 
 
 def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Concept:
     """Search one concept by itself, and choose the line that it moves along beside others.
 
     Of the lines that forget it, that is the one which costs least at its shortest step, with
-    the reserve. What edits lose one by one is hardly more than chance; how far they move what
+    the overshoot. What edits lose one by one is hardly more than chance; how far they move what
     is kept adds up.
     """
     evaluation = shared.of(plan.manifest, resumed=True)
@@ -103,11 +103,11 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
     worth = {}
     for line, probe in run.probes.items():
         if (step := run.shortest(line)) is not None:
-            trial = run.trials[run.key(line, plan.options.reserve * step)]
+            trial = run.trials[run.key(line, plan.options.overshoot * step)]
             if trial.moved is None:
                 trial = run.with_utility(probe, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[line] = kept(trial, plan.options.keep) - moved, -trial.share
+            worth[line] = kept(trial, plan.options.utility) - moved, -trial.share
     if worth:
         line = max(worth, key=lambda line: worth[line])
         alone = run.trials[line, run.shortest(line) or 0.0]
@@ -116,7 +116,7 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
     run.write()
     probe = run.probes[line_of(alone)]
     # What the search alone resumed from goes with its evaluation.
-    light = Probe(shared.of(plan.manifest), probe.score, probe.direction, probe.ridge)
+    light = Probe(shared.of(plan.manifest), probe.score, probe.direction, probe.damping)
     return Concept(plan, run.record, light, alone)
 
 
@@ -175,11 +175,11 @@ class JointCost:
 
     def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the share of a concept's images that is expected to be recognised."""
-        if self.options.steer is Steer.FA1:
+        if self.options.criterion is Criterion.FA1:
             leads = margins(logits, labels)
         else:
             leads = -gaps(logits, labels)
-        if self.options.steer is Steer.MARGIN:
+        if self.options.criterion is Criterion.MARGIN:
             leads = leads + self.options.margin
         return expected_hits(leads, self.spread).mean()
 
@@ -218,11 +218,11 @@ class JointSearchRun:
     def run(self) -> JointTrial:
         """Balance the steps of all concepts, lengthen what is left, and return the best trial.
 
-        They start from those of each alone, with the reserve. What is balanced is not made longer
+        They start from those of each alone, with the overshoot. What is balanced is not made longer
         by it again: the cost counts images like those it sees.
         """
-        rounds, reserve = ROUNDS * self.options.steps, self.options.reserve
-        steps = BalancedSteps({n: reserve * each.alone.step for n, each in self.concepts.items()})
+        rounds, overshoot = ROUNDS * self.options.steps, self.options.overshoot
+        steps = BalancedSteps({n: overshoot * each.alone.step for n, each in self.concepts.items()})
         tried: list[JointTrial] = []
         with progress.bar("joint", rounds + self.options.steps) as ticker:
             for _ in range(rounds):
@@ -272,9 +272,9 @@ class JointSearchRun:
         return [(self.concepts[move.name].probe, move.step) for move in moves]
 
     def _left(self, trial: JointTrial) -> dict[str, float]:
-        steer, margin = self.options.steer, self.options.margin
+        criterion, margin = self.options.criterion, self.options.margin
         return {
-            name: left_of(accuracy, trial.gaps[name], steer, margin)
+            name: left_of(accuracy, trial.gaps[name], criterion, margin)
             for name, accuracy in trial.forget.items()
         }
 
@@ -446,7 +446,7 @@ def _fresh(
         model_fingerprint=first.pointer.model_fingerprint,
         evals=first.manifest.measured_on() | shown,
         precision=options.precision,
-        steer=options.steer,
+        criterion=options.criterion,
         margin=records[first.name].margin,
         baseline_forget={n: reported.forget[n].base_accuracy() for n in records},
         baseline_utility={name: group.base_accuracy() for name, group in kept.items()},
@@ -484,19 +484,22 @@ def _write_edits(
         effects = {
             move.name: report(
                 Evaluation(
-                    reported.model, reported.vision, reported.text, reported.forget[move.name],
+                    reported.model,
+                    reported.vision,
+                    reported.text,
+                    reported.forget[move.name],
                     utility,
                 ),
                 model,
             )
             for move in chosen.moves
-        }  # fmt: skip
+        }
     for move in chosen.moves:
         concept = run.concepts[move.name]
         trial = Trial(
             layer=move.layer,
             tower=move.tower,
-            ridge=move.ridge,
+            damping=move.damping,
             step=move.step,
             share=move.share,
             forget=chosen.forget[move.name],

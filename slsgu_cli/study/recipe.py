@@ -390,8 +390,10 @@ class RecipePlan:
 
         A pass of gradients has two sums of them beside the weights, each in fp32.
         """
-        held = {Stage.GRADIENTS: (3, self.recipe.grad.memory_budget),
-                Stage.SEARCH: (1, self.recipe.search.cache_budget)}  # fmt: skip
+        held = {
+            Stage.GRADIENTS: (3, self.recipe.grad.memory_budget),
+            Stage.SEARCH: (1, self.recipe.search.cache_budget),
+        }
         copies, budget = held.get(stage, (0, None))
         if budget is None or self._model_trouble:
             return None

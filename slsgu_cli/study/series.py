@@ -28,7 +28,7 @@ from slsgu_cli.method.search import SearchResult, SetSearch, bisection, search_e
 from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.sets import Purpose, check_name
+from slsgu_cli.records.sets import Split, check_name
 from slsgu_cli.records.studies import (
     CLASS,
     Sweep,
@@ -80,7 +80,7 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
         classes=request.classes,
         model=request.build.model,
         model_fingerprint=made,
-        steer=request.search.steer,
+        criterion=request.search.criterion,
         rows=(),
         version=slsgu_cli.__version__,
     )
@@ -191,12 +191,12 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
         "batch size": request.gradients.batch_size,
         "precision": [request.gradients.precision, request.search.precision],
-        "direction": [request.ranking.direction, request.ranking.damping],
+        "direction": [request.ranking.direction, request.ranking.whitening_damping],
         "search": [
-            request.search.steer,
+            request.search.criterion,
             request.search.margin,
             request.search.steps,
-            request.search.reserve,
+            request.search.overshoot,
             request.search.max_class_loss,
         ],
     }
@@ -225,8 +225,8 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
         retain=pointer.retain,
         layer=chosen.layer,
         tower=chosen.tower,
-        direction=Direction.of(chosen.ridge),
-        ridge=chosen.ridge,
+        direction=Direction.of(chosen.damping),
+        damping=chosen.damping,
         step=chosen.step,
         share=chosen.share,
         baseline_forget=result.report.before.forget,
@@ -253,7 +253,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     plan = read_plan(store, name, options=options.search)
     followed = []
     with torch.no_grad(), arithmetic(plan.options.precision):
-        shared = share_evaluation(store, [plan], Purpose.REPORT)
+        shared = share_evaluation(store, [plan], Split.TEST)
         evaluation = plan.measured(shared, resumed=True)
         run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
         for probe in plan.probes(store, evaluation):
@@ -274,9 +274,9 @@ def trajectory_and_plots(
 
     result = trajectory(store, name, options=options)
     drawn = {"trajectories": trajectories_plot(result.trials, result.lines())}
-    for layer, ridge in result.lines():
-        kind = f"trajectory-{layer}" + ("" if ridge is None else f"-{ridge:g}")
-        drawn[kind] = step_plot(result.trials, layer=layer, ridge=ridge)
+    for layer, damping in result.lines():
+        kind = f"trajectory-{layer}" + ("" if damping is None else f"-{damping:g}")
+        drawn[kind] = step_plot(result.trials, layer=layer, damping=damping)
     for kind, picture in drawn.items():
         store.write_bytes(plot_path(name, kind), picture)
     return result, [store.where(plot_path(name, kind)) for kind in drawn]

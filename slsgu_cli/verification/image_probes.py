@@ -343,8 +343,10 @@ def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
                 found.append(Retrieved(query, index, *ranked, len(vectors), len(features)))
     model.tick()
     sides = {BY_IMAGE: slice(None, gallery.own), OTHER_IMAGES: slice(gallery.own, None)}
-    moves = [moved(images, before.features[part], gallery.features[part])
-             for images, part in sides.items()]  # fmt: skip
+    moves = [
+        moved(images, before.features[part], gallery.features[part])
+        for images, part in sides.items()
+    ]
     return Retrieval(tuple(found), tuple(moves))
 
 

@@ -51,10 +51,18 @@ OURS = {"ours": "default", "paper": "paper"}
 BOTH = "ours+leace"
 ADVERSARIAL = "adversarial"
 FIRST_LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
-HARDENED = SearchOptions(layers=(FIRST_LAYER,), direction=Direction.WHITENED, reserve=2.0)
+HARDENED = SearchOptions(layers=(FIRST_LAYER,), direction=Direction.WHITENED, overshoot=2.0)
 OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Method.MEMIT)
-CHECKS = (Check.SPELLING, Check.AUGMENT, Check.QUANTISE, Check.RELEARN, Check.PROBE,
-          Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)  # fmt: skip
+CHECKS = (
+    Check.SPELLING,
+    Check.AUGMENT,
+    Check.QUANTISE,
+    Check.RELEARN,
+    Check.PROBE,
+    Check.PREFIX,
+    Check.RING_A_BELL,
+    Check.INVERSION,
+)
 MODEL = DATA / "clip"
 # That trained methods see: about as many as there are to forget.
 RETAIN_ROWS = 128

@@ -123,8 +123,10 @@ def write_shards(folder: Path, count: int) -> None:
     with tarfile.open(first, "w") as tar:
         for number, text in enumerate(texts):
             for suffix, data in (
-                ("jpg", image), ("txt", text.encode()), ("json", b'{"status": "success"}')
-            ):  # fmt: skip
+                ("jpg", image),
+                ("txt", text.encode()),
+                ("json", b'{"status": "success"}'),
+            ):
                 member = tarfile.TarInfo(f"{number:09}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -144,8 +146,10 @@ def run(code: str, argument: Path) -> tuple[int, float, int, int]:
         output = subprocess.run(
             [sys.executable, script.name, str(argument)],
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     rows, seconds, found, peak = output.split()
     return int(rows), float(seconds), int(found), int(peak)
 

@@ -24,7 +24,7 @@ from slsgu_cli.store.store import Store
 NAME = "job"
 
 
-# `rank` runs several times: along the gradient, by default, with its moments in the store, and
+# `rank` runs several times: along the gradient, by default, with its covariances in the store, and
 # in the end once more along gradients that carry no digests.
 def run(store: Store, command: str, *options: str) -> dict:
     """Run a command and return its seconds, those of digests among them, and peak memory."""
@@ -63,10 +63,15 @@ def main() -> None:
             for number, name in enumerate(("first", "second"))
         }
         synthetic_set(
-            store, NAME, random_model(Path(folder) / "model", args.model),
-            forget=args.forget, retain=args.retain, evals=evals, device=args.device,
+            store,
+            NAME,
+            random_model(Path(folder) / "model", args.model),
+            forget=args.forget,
+            retain=args.retain,
+            evals=evals,
+            device=args.device,
             wrong=args.wrong,
-        )  # fmt: skip
+        )
         there = ("--device", args.device)
         # Accuracies are not measured in bf16.
         measuring = "tf32" if args.precision == "bf16" else args.precision

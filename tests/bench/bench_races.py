@@ -27,7 +27,7 @@ from slsgu_cli.method.scoring import kept
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.method.trial import TOLERANCE, Probe
-from slsgu_cli.records.method import Keep, Settled, Tower, Trials
+from slsgu_cli.records.method import Settled, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -86,12 +86,12 @@ class Exact:
     """The exact choice of a search: what it keeps, what was looked at, what each step keeps."""
 
     figures: GivenFigures
-    keep: Keep
+    utility: UtilityMetric
 
     def __post_init__(self) -> None:
-        choice, _ = self.figures.searched(keep=self.keep, exact=True, max_class_loss=NO_BOUND)
-        self.kept, self.looked = kept(choice, self.keep), self.figures.looked
-        self.keeps = self.figures.keeps(self.keep)
+        choice, _ = self.figures.searched(utility=self.utility, exact=True, max_class_loss=NO_BOUND)
+        self.kept, self.looked = kept(choice, self.utility), self.figures.looked
+        self.keeps = self.figures.keeps(self.utility)
 
     @property
     def rows(self) -> int:
@@ -100,14 +100,14 @@ class Exact:
         return towers.count(Tower.VISION) * sum(map(len, self.figures.original.values()))
 
 
-def compared(figures_of: Callable[[int], GivenFigures], keep: Keep, seeds: int) -> str:
+def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, seeds: int) -> str:
     """Return a row of what searches with many seeds came to."""
-    exact_of = lru_cache(maxsize=1)(lambda figures: Exact(figures, keep))
+    exact_of = lru_cache(maxsize=1)(lambda figures: Exact(figures, utility))
     losses, wrong, looked, proven, rows = [], 0, 0, 0, 0
     for seed in range(seeds):
         exact = exact_of(figures_of(seed))
-        choice, search = exact.figures.searched(keep=keep, seed=seed, max_class_loss=NO_BOUND)
-        best = kept(choice, keep)
+        choice, search = exact.figures.searched(utility=utility, seed=seed, max_class_loss=NO_BOUND)
+        best = kept(choice, utility)
         ways = [search.trials[probe.line, 1.0].settled for probe in exact.figures.probes()]
         wrong += any(
             way is Settled.RACE and each > best + TOLERANCE
@@ -129,17 +129,19 @@ def main() -> None:
     parser.add_argument("--names", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=200)
     args = parser.parse_args()
-    print("| figures | compared by | searches | other choices | lost, points | steps wrongly left "
-          "| rows, raced | rows, proven |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| figures | compared by | searches | other choices | lost, points | steps wrongly left "
+        "| rows, raced | rows, proven |\n|---|---|---|---|---|---|---|---|"
+    )
     worlds: dict[str, Callable[[int], GivenFigures]] = {"made up": made_up}
     for name in args.names:
         figures = measured(Store(args.store), name)
         worlds[name] = partial(always, figures)
         worlds[f"{name}, vision alone"] = partial(always, vision_alone(figures))
     for name, figures_of in worlds.items():
-        for keep in Keep:
-            row = compared(figures_of, keep, args.seeds)
-            print(f"| {name} | {keep} | {row}", flush=True)
+        for utility in UtilityMetric:
+            row = compared(figures_of, utility, args.seeds)
+            print(f"| {name} | {utility} | {row}", flush=True)
 
 
 def always(figures: GivenFigures, seed: int) -> GivenFigures:

@@ -43,7 +43,7 @@ templates = "{DATA / "templates.txt"}"
 tower = "text"
 direction = "whitened"
 [search]
-steer = "STEER"
+criterion = "STEER"
 """
 # Into a step, before it is killed.
 SECONDS = 3.0
@@ -54,7 +54,7 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.toml"
     if not path.exists():
-        recipe = RECIPE.replace("RETAIN", str(options.retain)).replace("STEER", options.steer)
+        recipe = RECIPE.replace("RETAIN", str(options.retain)).replace("STEER", options.criterion)
         for concept in list(unseen.draw("all", options.seed))[: options.requests]:
             name = concept.replace(" ", "-")
             recipe += f'[[request]]\nname = "{name}"\nconcept = "{concept}"\n'
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--retain", type=int, default=400, help="retain rows, without any request")
-    parser.add_argument("--steer", choices=("fa1", "fa5"), default="fa1", help="as of search")
+    parser.add_argument("--criterion", choices=("fa1", "fa5"), default="fa1", help="as of search")
     parser.add_argument(
         "--kill-at", nargs="*", default=["rank:35", "search:1"], metavar="STAGE:N", help="in turn"
     )

@@ -12,7 +12,7 @@ but for the table of models, made for the embedded CLIP.
 - images: `search` against the evaluation images, with 256 MiB for kept activations
 - layers: `search` against the layers searched, the front first
 - models: `grad` against the size of the model
-- processes: `grad`, the moments of `rank`, `search` and `sweep` in 1, 2 and 4 processes of
+- processes: `grad`, the covariances of `rank`, `search` and `sweep` in 1, 2 and 4 processes of
   one thread, with what each sends to others; then what that comes to on 8 and 64 cards.
   Efficiency is of the core-seconds of the busiest process, without start-up: on a machine
   with a core for each it is that of the clock, and on a busy one it is still known
@@ -158,11 +158,23 @@ def swept(folder: Path, args: argparse.Namespace) -> list[str]:
     demo = Path(slsgu_cli.__file__).parent / "demo"
     (folder / "classes.txt").write_text("facebook\ntwitter\ngithub\ngoogle\n")
     return [
-        "sweep", "brands", "--classes", str(folder / "classes.txt"), "-m", EMBEDDED.name,
-        "-s", str(demo / "train.parquet"), "--retain-samples", str(args.rows_shared // 4),
-        "--eval", f"brands={demo}/heldout.parquet?kind=brand", "--steps", "3",
-        "--direction", "gradient",
-    ]  # fmt: skip
+        "sweep",
+        "brands",
+        "--classes",
+        str(folder / "classes.txt"),
+        "-m",
+        EMBEDDED.name,
+        "-s",
+        str(demo / "train.parquet"),
+        "--retain-samples",
+        str(args.rows_shared // 4),
+        "--eval",
+        f"brands={demo}/heldout.parquet?kind=brand",
+        "--steps",
+        "3",
+        "--direction",
+        "gradient",
+    ]
 
 
 def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
@@ -176,8 +188,10 @@ def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*command, *words, "-v", "--store", str(store)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     # A sweep that leaves a brand ends with 5, and torchrun then with 1.
     if done.returncode not in (0, 5) and "no step forgets" not in done.stderr:
@@ -201,12 +215,17 @@ def core_seconds_of(command: list[str]) -> float:
 def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
     """Time four commands, each on a copy of what came before it."""
     synthetic_set(
-        store, "many", EMBEDDED, forget=64, retain=args.rows_shared,
-        evals={"made-up": (args.rows_shared, 100)}, device=args.device,
-    )  # fmt: skip
+        store,
+        "many",
+        EMBEDDED,
+        forget=64,
+        retain=args.rows_shared,
+        evals={"made-up": (args.rows_shared, 100)},
+        device=args.device,
+    )
     commands = {
         "grad": ["grad", "many"],
-        "moments": ["rank", "many"],
+        "covariances": ["rank", "many"],
         "search": ["search", "many", "--steps", "4", "--direction", "gradient"],
         "sweep": swept(Path(store.root), args),
     }
@@ -219,16 +238,19 @@ def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
             shutil.copytree(store.root, copy)
             took = timed_in(count, copy, words)
             alone = alone or took
-            rows.append({
-                "command": what, "processes": count,
-                "seconds": round(took["seconds"], 1),
-                "core-seconds": round(took["core"], 1),
-                "busiest": round(took["busiest"], 1),
-                "efficiency": round(
-                    (alone["busiest"] - start_up) / (took["busiest"] - start_up) / count, 2
-                ),
-                "MB sent by each": took["sent"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "command": what,
+                    "processes": count,
+                    "seconds": round(took["seconds"], 1),
+                    "core-seconds": round(took["core"], 1),
+                    "busiest": round(took["busiest"], 1),
+                    "efficiency": round(
+                        (alone["busiest"] - start_up) / (took["busiest"] - start_up) / count, 2
+                    ),
+                    "MB sent by each": took["sent"],
+                }
+            )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             if count < args.processes[-1]:
                 shutil.rmtree(copy)

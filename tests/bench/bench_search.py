@@ -1,12 +1,12 @@
 """Compare a whole search with one plain evaluation of the same sets, side by side.
 
     python tests/bench/bench_search.py                       # the embedded CLIP, facebook
-    python tests/bench/bench_search.py --concept castle --steer fa5
+    python tests/bench/bench_search.py --concept castle --criterion fa5
     python tests/bench/bench_search.py --exact               # doubling, bisection and proof
     python tests/bench/bench_search.py --wrong 0.4 --tower vision   # vision layers alone
     python tests/bench/bench_search.py --model ViT-B-32 --images 400 --wrong 0
-    python tests/bench/bench_search.py --direction whitened --steer fa1 --keep ta1 --reserve 1 \
-        --report-share 0                                     # one direction, no more than forgets
+    python tests/bench/bench_search.py --direction whitened --criterion fa1 --utility ta1 \
+        --overshoot 1 --test-fraction 0                # one direction, no more than forgets
 
 `plain` loads the model and runs open_clip's own forward once over every evaluation image
 and every prompt at the full context. A plain search does that 1 + steps x layers times.
@@ -36,7 +36,7 @@ from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Tower
+from slsgu_cli.records.method import Criterion, Direction, Precision, Tower, UtilityMetric
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,
     NO_BOUND,
@@ -117,11 +117,11 @@ def main() -> None:
     parser.add_argument("--tower", type=Tower, help="of which layers compete")
     parser.add_argument("--exact", action="store_true", help="as of search")
     parser.add_argument("--further", action="store_true", help="keep the original's features")
-    parser.add_argument("--steer", type=Steer, default=SearchOptions().steer)
+    parser.add_argument("--criterion", type=Criterion, default=SearchOptions().criterion)
     parser.add_argument("--direction", type=Direction, default=Direction.BOTH)
-    parser.add_argument("--keep", type=Keep, default=SearchOptions().keep)
-    parser.add_argument("--reserve", type=float, default=SearchOptions().reserve)
-    parser.add_argument("--report-share", type=float, default=0.5, help="as of build-sets")
+    parser.add_argument("--utility", type=UtilityMetric, default=SearchOptions().utility)
+    parser.add_argument("--overshoot", type=float, default=SearchOptions().overshoot)
+    parser.add_argument("--test-fraction", type=float, default=0.5, help="as of build-sets")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
     size = partial(bytes_of, "--cache-budget")
@@ -133,16 +133,21 @@ def main() -> None:
         store = Store(args.store or f"{folder}/store")
         if args.model:
             manifest = synthetic_set(
-                store, "made-up", random_model(Path(folder) / "model", args.model),
-                forget=args.pairs, retain=args.pairs,
-                evals={"first": (args.images, args.classes)}, device=args.device, wrong=args.wrong,
-                report_share=args.report_share,
-            )  # fmt: skip
+                store,
+                "made-up",
+                random_model(Path(folder) / "model", args.model),
+                forget=args.pairs,
+                retain=args.pairs,
+                evals={"first": (args.images, args.classes)},
+                device=args.device,
+                wrong=args.wrong,
+                test_fraction=args.test_fraction,
+            )
         else:
             request = replace(
                 demo_request(args.concept),
                 retain_samples=args.retain,
-                report_share=args.report_share,
+                test_fraction=args.test_fraction,
             )
             if args.wrong:
                 request = mislabelled(request, args.wrong, Path(folder))
@@ -163,11 +168,11 @@ def main() -> None:
                 store,
                 manifest.name,
                 options=SearchOptions(
-                    steer=args.steer,
-                    keep=args.keep,
-                    reserve=args.reserve,
+                    criterion=args.criterion,
+                    utility=args.utility,
+                    overshoot=args.overshoot,
                     exact=args.exact,
-                    max_class_loss=NO_BOUND if args.reserve == 1 else MAX_CLASS_LOSS,
+                    max_class_loss=NO_BOUND if args.overshoot == 1 else MAX_CLASS_LOSS,
                     device=args.device,
                     precision=args.precision,
                     cache_budget=args.cache_budget,
@@ -175,7 +180,7 @@ def main() -> None:
             )
             ours.append(clock(args.device) - start)
         layers = len({score.layer for score in ranking.scores if score.front})
-        lines = len({(trial.layer, trial.ridge) for trial in result.trials.trials})
+        lines = len({(trial.layer, trial.damping) for trial in result.trials.trials})
         figures = {
             "set": args.model or args.concept,
             "front layers": layers,

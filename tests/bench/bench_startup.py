@@ -14,9 +14,20 @@ from pathlib import Path
 
 DEMO = Path(__file__).parents[2] / "slsgu_cli" / "demo"
 HEAVY = (
-    "torch", "open_clip", "torchvision", "timm", "zarr", "pyarrow", "matplotlib", "numpy",
-    "fsspec", "safetensors", "PIL", "rich", "typer",
-)  # fmt: skip
+    "torch",
+    "open_clip",
+    "torchvision",
+    "timm",
+    "zarr",
+    "pyarrow",
+    "matplotlib",
+    "numpy",
+    "fsspec",
+    "safetensors",
+    "PIL",
+    "rich",
+    "typer",
+)
 LOOK = f"""
 import atexit, sys
 atexit.register(lambda: print(*(m for m in {HEAVY} if m in sys.modules), file=sys.stderr))
@@ -35,10 +46,23 @@ def main() -> None:
             "slsgu --help": ["--help"],
             "slsgu ls": ["ls", "--store", folder],
             "slsgu rank": ["rank", "castle", "--direction", "gradient", "-q", "--store", folder],
-            "slsgu apply": ["apply", "castle", "-q", "--store", folder, "--dry-run",
-                            "--layer", "visual.conv1", "--step", "1", "--direction", "gradient",
-                            "--out", f"{folder}/out"],
-        }  # fmt: skip
+            "slsgu apply": [
+                "apply",
+                "castle",
+                "-q",
+                "--store",
+                folder,
+                "--dry-run",
+                "--layer",
+                "visual.conv1",
+                "--step",
+                "1",
+                "--direction",
+                "gradient",
+                "--out",
+                f"{folder}/out",
+            ],
+        }
         make_store(folder)
         commands = {"python -c pass": [sys.executable, "-c", "pass"]}
         for label, arguments in words.items():
@@ -61,9 +85,20 @@ def main() -> None:
 def make_store(folder: str) -> None:
     """Build a small set of the embedded icons with its gradients."""
     build = [
-        "build-sets", "castle", "-q", "--model", f"local-dir:{DEMO / 'clip'}", "--store", folder,
-        "--source", str(DEMO / "train.parquet"), "--max-forget", "16", "--retain-samples", "32",
-    ]  # fmt: skip
+        "build-sets",
+        "castle",
+        "-q",
+        "--model",
+        f"local-dir:{DEMO / 'clip'}",
+        "--store",
+        folder,
+        "--source",
+        str(DEMO / "train.parquet"),
+        "--max-forget",
+        "16",
+        "--retain-samples",
+        "32",
+    ]
     for arguments in (build, ["grad", "castle", "-q", "--store", folder]):
         command = [sys.executable, "-m", "slsgu_cli", *arguments]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)

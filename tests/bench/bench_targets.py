@@ -71,8 +71,10 @@ def write(
     rng = np.random.default_rng(0)
     own = [name for name in names(place.tower, blocks) if name != left_out]
     prefix = "visual." if place.tower is Tower.VISION else ""
-    wanted = {f"{prefix}transformer.resblocks.7.attn.in_proj_weight",
-              f"{prefix}transformer.resblocks.7.mlp.c_proj.weight"}  # fmt: skip
+    wanted = {
+        f"{prefix}transformer.resblocks.7.attn.in_proj_weight",
+        f"{prefix}transformer.resblocks.7.mlp.c_proj.weight",
+    }
     kept: dict[str, np.ndarray] = {}
     held: Names = set()
     path.parent.mkdir(parents=True, exist_ok=True)

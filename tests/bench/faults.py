@@ -8,8 +8,8 @@ A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then
 
 - `flips`, `cuts`: a bit of an artifact is flipped, or its end is cut off, kind after kind; the
   command that reads it runs. It may refuse (exit 3) or come to the very same result.
-- `kills`: each command is killed by SIGKILL at random moments, three times in a row, and then
-  run to its end; `slsgu check` looks after it. Moments are drawn over what the command takes.
+- `kills`: each command is killed by SIGKILL at random covariances, three times in a row, and then
+  run to its end; `slsgu check` looks after it. Covariances are drawn over what the command takes.
 - `pairs`: two processes build or grade the same set at once.
 - `full`, `readonly`: the store lies on a small tmpfs, or on one mounted read-only (needs root).
 - `s3`: the store lies on an S3 server on loopback, which answers each command once by 500 and
@@ -47,12 +47,20 @@ LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
 # Commands in the order of use, with the folders of a store that hold what they read; in turn,
 # a flip or a cut is made in each of these, and the command that stands beside it is run.
 READERS = {
-    "sets": "eval", "data": "grad", "gradients": "rank", "moments": "rank",
-    "rankings": "search", "trials": "search", "edits": "apply", "trajectories": "trajectory",
-    "verifications": "verify", "comparisons": "compare", "joint": "joint",
-}  # fmt: skip
+    "sets": "eval",
+    "data": "grad",
+    "gradients": "rank",
+    "covariances": "rank",
+    "rankings": "search",
+    "trials": "search",
+    "edits": "apply",
+    "trajectories": "trajectory",
+    "verifications": "verify",
+    "comparisons": "compare",
+    "joint": "joint",
+}
 # Commands that would find their own result and compute nothing.
-AGAIN = {"grad": ("gradients", "moments", "rankings")}
+AGAIN = {"grad": ("gradients", "covariances", "rankings")}
 # What may differ between two runs that come to the same.
 TIMES = re.compile(r"seconds|took|version|created|path|files|plots|sha256")
 
@@ -86,10 +94,10 @@ class Bench:
         labelled = tiny_clip.write_labelled(folder / "labelled.parquet", kinds)
         build = (
             f"--model local-dir:{folder / 'clip'} --source {pairs} --label-column label "
-            f"--retain-samples 60 --report-share 0 --retain-exclude blue --retain-exclude red "
+            f"--retain-samples 60 --test-fraction 0 --retain-exclude blue --retain-exclude red "
             f"--eval first={labelled}?kind=colour --eval second={labelled}?kind=shape"
         )
-        options = f"--layer {LAYER} --direction whitened --steer fa1"
+        options = f"--layer {LAYER} --direction whitened --criterion fa1"
         self.words = {
             "build": f"build-sets blue {build}",
             "build red": f"build-sets red {build}",
@@ -221,7 +229,7 @@ def cuts(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def kills(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Kill each command at random moments, three times in a row, and then let it end.
+    """Kill each command at random covariances, three times in a row, and then let it end.
 
     Passes keep their sums after every mini-batch or part, so that a kill meets them. Commands
     are forked from a process that has PyTorch loaded: a kill meets what they do themselves.
@@ -396,9 +404,12 @@ def models(bench: Bench, rng: random.Random, times: int) -> Count:
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         made = Models.write(
             Path(folder) / "models",
-            clip=bench.folder / "clip", store=bench.whole, own=True,
-            pairs=str(bench.folder / "pairs.parquet"), trained=Path(trained) if trained else None,
-        )  # fmt: skip
+            clip=bench.folder / "clip",
+            store=bench.whole,
+            own=True,
+            pairs=str(bench.folder / "pairs.parquet"),
+            trained=Path(trained) if trained else None,
+        )
         count, layouts = Count(), list(made.layouts.values())
         for number in range(times):
             layout = layouts[number % len(layouts)]
@@ -408,9 +419,15 @@ def models(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 PARTS = {
-    "flips": (flips, 120), "cuts": (cuts, 30), "kills": (kills, 100), "pairs": (pairs, 25),
-    "full": (full, 12), "readonly": (readonly, 14), "s3": (s3, 5), "models": (models, 200),
-}  # fmt: skip
+    "flips": (flips, 120),
+    "cuts": (cuts, 30),
+    "kills": (kills, 100),
+    "pairs": (pairs, 25),
+    "full": (full, 12),
+    "readonly": (readonly, 14),
+    "s3": (s3, 5),
+    "models": (models, 200),
+}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 Concepts are drawn by seed from the embedded model's classes that have at least ten held-out
 images, brands and objects in turn; more of them are the same ones and others. At least a
 hundred are kept out of every retain set, so that all sets share one retain set, its gradient
-and its moments. To forget many at once, each is searched by itself along the whitened
+and its covariances. To forget many at once, each is searched by itself along the whitened
 direction of a few layers (`--layers`), all on one base pass. Then their edits go into one
 checkpoint (`sum`), and so do those that `search --joint` makes of them (`joint`). To forget
 one after another, each is searched with `--after` on top of those before, on all fronts.
@@ -41,7 +41,7 @@ from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search, search_each
 from slsgu_cli.method.trial import UNMOVED
-from slsgu_cli.records.method import Accuracy, Direction, Steer
+from slsgu_cli.records.method import Accuracy, Criterion, Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets
@@ -52,8 +52,18 @@ from slsgu_cli.study.joint import joint_search
 # As many are kept out of the retain set in every run, so that runs can share a store.
 EXCLUDED = 100
 LAYERS = tuple(f"transformer.resblocks.{block}.mlp.c_proj.weight" for block in (3, 5, 6))
-COLUMNS = ("concepts", "layers", "FA@1", "worst", "FA@5", "worst", "images",
-           "brands lost", "objects lost", "seconds")  # fmt: skip
+COLUMNS = (
+    "concepts",
+    "layers",
+    "FA@1",
+    "worst",
+    "FA@5",
+    "worst",
+    "images",
+    "brands lost",
+    "objects lost",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,14 @@ class Bench:
     def part(self, searched: str) -> str:
         """Return what edits are kept as, those of each way to search apart from others."""
         usual = SearchOptions()
-        ridge = "" if self.options.ridge is None else f"-{self.options.ridge:g}"
-        steer = "" if self.options.steer is usual.steer else f"-{self.options.steer}"
-        reserve = "" if self.options.reserve == usual.reserve else f"-x{self.options.reserve:g}"
-        return f"{searched}{ridge}{steer}{reserve}"
+        damping = "" if self.options.damping is None else f"-{self.options.damping:g}"
+        criterion = (
+            "" if self.options.criterion is usual.criterion else f"-{self.options.criterion}"
+        )
+        overshoot = (
+            "" if self.options.overshoot == usual.overshoot else f"-x{self.options.overshoot:g}"
+        )
+        return f"{searched}{damping}{criterion}{overshoot}"
 
     @property
     def store(self) -> Store:
@@ -275,9 +289,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="so many, one after another, instead")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
-    parser.add_argument("--ridge", type=float, help="of whitening, by default that of `rank`")
-    parser.add_argument("--steer", type=Steer, default=SearchOptions().steer)
-    parser.add_argument("--reserve", type=float, default=SearchOptions().reserve)
+    parser.add_argument("--damping", type=float, help="of whitening, by default that of `rank`")
+    parser.add_argument("--criterion", type=Criterion, default=SearchOptions().criterion)
+    parser.add_argument("--overshoot", type=float, default=SearchOptions().overshoot)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
     options = parser.parse_args()
@@ -288,9 +302,12 @@ def main() -> None:
     print(f"# seed {options.seed}: {', '.join(names)}", flush=True)
     excluded = tuple(order[: max(EXCLUDED, len(names))])
     how = SearchOptions(
-        layers=options.layers, direction=Direction.WHITENED, ridge=options.ridge,
-        steer=options.steer, reserve=options.reserve,
-    )  # fmt: skip
+        layers=options.layers,
+        direction=Direction.WHITENED,
+        damping=options.damping,
+        criterion=options.criterion,
+        overshoot=options.overshoot,
+    )
     bench = Bench(folder, tuple(names), excluded, how)
     try:
         in_turn(bench) if options.requests else together(bench, counts, jointly=options.joint)

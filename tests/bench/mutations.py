@@ -61,8 +61,8 @@ MUTATIONS = r"""
 - least = (1 + CLOSE) * self._too_short.get(name, 0.0)
 + least = (1 - CLOSE) * self._too_short.get(name, 0.0)
 # whitening
-- return self.ridge * float(_diagonal(self.moment).double().mean())
-+ return self.ridge * float(_diagonal(self.moment).double().sum())
+- return self.damping * float(_diagonal(self.covariance).double().mean())
++ return self.damping * float(_diagonal(self.covariance).double().sum())
 - torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
 + torch.cholesky_solve(rows.mT, self._factor).reshape(gradient.shape)
 - x = x[self._valid]
@@ -162,9 +162,14 @@ def run_tests(copy: Path, arguments: list, **more) -> tuple[int | None, str]:
     own = {"PYTHONPATH": str(copy)}
     seconds = more.pop("seconds", None)
     process = subprocess.Popen(
-        [*PYTEST, *arguments], cwd=copy, env=os.environ | own | more, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*PYTEST, *arguments],
+        cwd=copy,
+        env=os.environ | own | more,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -45,15 +45,43 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
-COLUMNS = ("structure", "gradient", "vision tower", "text tower", "layers", "whitened",
-           "along the gradient", "no score", "silent", "search", "loads")  # fmt: skip
+COLUMNS = (
+    "structure",
+    "gradient",
+    "vision tower",
+    "text tower",
+    "layers",
+    "whitened",
+    "along the gradient",
+    "no score",
+    "silent",
+    "search",
+    "loads",
+)
 # What says how large a model is, or how it was trained or begun, and not how it is built.
 SIZES = {
-    "embed_dim", "image_size", "patch_size", "layers", "width", "head_width", "heads", "mlp_ratio",
-    "context_length", "vocab_size", "timm_model_pretrained", "timm_drop", "timm_drop_path",
-    "hf_tokenizer_name", "eos_id", "init_logit_bias", "attn_pooler_heads", "dim_head", "n_queries",
-    "tokenizer_kwargs", "output_tokens",
-}  # fmt: skip
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "layers",
+    "width",
+    "head_width",
+    "heads",
+    "mlp_ratio",
+    "context_length",
+    "vocab_size",
+    "timm_model_pretrained",
+    "timm_drop",
+    "timm_drop_path",
+    "hf_tokenizer_name",
+    "eos_id",
+    "init_logit_bias",
+    "attn_pooler_heads",
+    "dim_head",
+    "n_queries",
+    "tokenizer_kwargs",
+    "output_tokens",
+}
 SCALE = r"_(tiny|small|base|medium|xxlarge|xlarge|large2?|giantopt|giant|enormous|gigantic|so400m)"
 TIMM = re.compile(SCALE + r"|_patch\d+|_window\d+|_\d{3}$|_\d{3}(?=_)|(?<=mci)\d")
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 3}
@@ -64,14 +92,37 @@ FAILURES = (SlsguError, AssertionError, LookupError, RuntimeError, TypeError, Va
 HUGGING_FACE = {
     "roberta": ("RobertaConfig", {}),
     "xlm-roberta": ("XLMRobertaConfig", {}),
-    "google/mt5": ("MT5Config", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2,
-                                 "num_heads": 2, "num_decoder_layers": 1}),
-    "facebook/nllb": ("M2M100Config", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1,
-                                       "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
-                                       "decoder_attention_heads": 2, "decoder_ffn_dim": 48}),
-}  # fmt: skip
-BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
+    "google/mt5": (
+        "MT5Config",
+        {
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_decoder_layers": 1,
+        },
+    ),
+    "facebook/nllb": (
+        "M2M100Config",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 48,
+        },
+    ),
+}
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
 
 
 def structure_of(config):
@@ -115,8 +166,13 @@ def shrunk(config, folder):
     elif isinstance(vision["layers"], list):
         vision |= {"layers": [1, 1, 2, 1], "width": 16, "image_size": SIDE}
     else:
-        vision |= {"layers": 3, "width": WIDTH, "head_width": 24, "patch_size": 16,
-                   "image_size": SIDE}  # fmt: skip
+        vision |= {
+            "layers": 3,
+            "width": WIDTH,
+            "head_width": 24,
+            "patch_size": 16,
+            "image_size": SIDE,
+        }
     if "attn_pooler_heads" in vision:
         vision["attn_pooler_heads"] = 2
     if "hf_model_name" in text:
@@ -153,9 +209,12 @@ def _write_tokenizer(folder):
     ends = [("[EOS]", 1)]
     made.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=ends)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", eos_token="[EOS]", sep_token="[EOS]",
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        sep_token="[EOS]",
         unk_token="[UNK]",
-    )  # fmt: skip
+    )
     fast.save_pretrained(folder)
     return folder
 

@@ -177,12 +177,12 @@ def synthetic_set(
     evals: dict[str, tuple[int, int]],
     device: str,
     wrong: float = 0.1,
-    report_share: float = 0.0,
+    test_fraction: float = 0.0,
 ) -> SetManifest:
     """Build a set; `evals` maps a name to its (images, classes).
 
     Of the evaluation images a share `wrong` is labelled otherwise than the model would, and of
-    each class a `report_share` is not chosen by.
+    each class a `test_fraction` is not chosen by.
     Captions name the classes, so that what is retained is what the evaluation measures;
     without evaluation sets they are random tokens.
     """
@@ -220,7 +220,7 @@ def synthetic_set(
         seed=0,
         command=(),
         version=slsgu_cli.__version__,
-        report_share=report_share,
+        test_fraction=test_fraction,
     )
     store.write_record(Artifact.SET.path(name), manifest)
     return manifest

@@ -8,11 +8,11 @@
 Concepts are drawn from the embedded model's classes that have at least ten held-out images,
 as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
 in several ways on the same gradients. Figures are of the half of the held-out images that
-layer and step were not chosen by, as edits record them. Ways are the defaults, other reserves
+layer and step were not chosen by, as edits record them. Ways are the defaults, other overshoots
 (`short`, `long`), TA@1 itself in place of what is expected of it (`count`), the paper's choice,
 and the fronts of one tower along one direction. With `--folds`, concepts are dealt as
 `sweep` deals classes: those of a fold share a retain set without any of them, its gradient and
-its moments, and all share the features of the original model. A run that is repeated on a
+its covariances, and all share the features of the original model. A run that is repeated on a
 store goes on where the last one ended. At the end it prints what a concept took, in seconds.
 """
 
@@ -35,7 +35,7 @@ from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, EditHeader, Keep, Tower
+from slsgu_cli.records.method import Direction, EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
 from slsgu_cli.sets.build import build_sets
@@ -45,9 +45,9 @@ from slsgu_cli.store.store import Store
 LEAST_IMAGES = 10
 WAYS = {
     "default": SearchOptions(),
-    "short": SearchOptions(reserve=1.0),
-    "long": SearchOptions(reserve=1.5),
-    "count": SearchOptions(keep=Keep.TA1),
+    "short": SearchOptions(overshoot=1.0),
+    "long": SearchOptions(overshoot=1.5),
+    "count": SearchOptions(utility=UtilityMetric.TA1),
     "paper": SearchOptions(paper=True),
 }
 TOWER_WAYS = {f"{tower}-{way}": (tower, way) for tower in Tower for way in Direction.BOTH.each}

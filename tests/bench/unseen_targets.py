@@ -18,22 +18,34 @@ from pathlib import Path
 from unseen import enough_images
 
 from slsgu_cli.cli.recipe import demo_request
-from slsgu_cli.downstream.search import SteerResult, search_target
+from slsgu_cli.downstream.search import TargetSearchResult, search_target
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.figures import meets
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.targets import SteerOptions
+from slsgu_cli.records.targets import TargetSearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
 HEADS = (
-    "concept", "layer", "share", "times", "trials", "judge", "before", "still", "95%", "of",
-    "IRA", "lost", "of", "seconds",
-)  # fmt: skip
+    "concept",
+    "layer",
+    "share",
+    "times",
+    "trials",
+    "judge",
+    "before",
+    "still",
+    "95%",
+    "of",
+    "IRA",
+    "lost",
+    "of",
+    "seconds",
+)
 
 
 def drawn(wanted: str, seed: int) -> list[str]:
@@ -43,7 +55,7 @@ def drawn(wanted: str, seed: int) -> list[str]:
     return random.Random(seed).sample(sorted(enough_images()), int(wanted))
 
 
-def rows(name: str, result: SteerResult) -> list[list[str]]:
+def rows(name: str, result: TargetSearchResult) -> list[list[str]]:
     """Return by judge what is still recognised of a concept, and what others lost, in percent.
 
     `times` is the step over the shortest of its layer that reaches the goal.
@@ -62,11 +74,19 @@ def rows(name: str, result: SteerResult) -> list[list[str]]:
         low, high = now.concept.interval
         figures = [was.concept.percent, now.concept.percent]
         lost = was.ira - now.ira
-        table.append([
-            *about, Path(by.judge).name, *(f"{figure:.1f}" for figure in figures),
-            f"{low:.1f} to {high:.1f}", str(now.concept.total), f"{now.ira:.1f}", f"{lost:.1f}",
-            str(now.others.total), f"{trials.seconds:.0f}",
-        ])  # fmt: skip
+        table.append(
+            [
+                *about,
+                Path(by.judge).name,
+                *(f"{figure:.1f}" for figure in figures),
+                f"{low:.1f} to {high:.1f}",
+                str(now.concept.total),
+                f"{now.ira:.1f}",
+                f"{lost:.1f}",
+                str(now.others.total),
+                f"{trials.seconds:.0f}",
+            ]
+        )
     return table
 
 
@@ -77,14 +97,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
     parser.add_argument("--judge", action="append", default=[], help="one more, a model's folder")
-    parser.add_argument("--direction", type=Direction, default=SteerOptions(target="").direction)
-    parser.add_argument("--reserve", type=float, default=SteerOptions(target="").reserve)
+    parser.add_argument(
+        "--direction", type=Direction, default=TargetSearchOptions(target="").direction
+    )
+    parser.add_argument("--overshoot", type=float, default=TargetSearchOptions(target="").overshoot)
     wanted = parser.parse_args()
     further = [ModelSpec(f"{LOCAL}{folder}") for folder in wanted.judge]
-    options = SteerOptions(
-        target=wanted.target, direction=wanted.direction, reserve=wanted.reserve,
+    options = TargetSearchOptions(
+        target=wanted.target,
+        direction=wanted.direction,
+        overshoot=wanted.overshoot,
         judges=(ModelSpec("set"), *further) if further else (),
-    )  # fmt: skip
+    )
     store = Store(str(wanted.store or tempfile.mkdtemp()))
     concepts = drawn(wanted.concepts, wanted.seed)
     print(f"seed {wanted.seed}: {', '.join(concepts)}\n")

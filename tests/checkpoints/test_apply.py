@@ -46,9 +46,12 @@ def edit_of(path: Path, layer: str = LAYER, **options: Any) -> Edit:
 def run(edits: list[Edit], path: Path, out: Path, **options: Any) -> AppliedResult:
     target = read_target(path.parent if (path.parent / OPEN_CLIP).exists() else path)
     return apply_edits(
-        edits, target, out, options=ApplyOptions(**options),
+        edits,
+        target,
+        out,
+        options=ApplyOptions(**options),
         check=lambda folder: why_not_loaded(folder, None),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -384,9 +387,13 @@ def test_a_single_file_becomes_a_folder_that_open_clip_loads(tmp_path: Path) -> 
         config = {"model_cfg": clip_config(), "preprocess_cfg": {"mean": (0, 0, 0)}}
         target = read_target(path)
         result = apply_edits(
-            [made], target, out, options=ApplyOptions(), config=config,
+            [made],
+            target,
+            out,
+            options=ApplyOptions(),
+            config=config,
             check=lambda folder: why_not_loaded(folder, None),
-        )  # fmt: skip
+        )
         assert sorted(entry.name for entry in out.iterdir()) == sorted([name, OPEN_CLIP])
         loaded = open_clip.create_model(str(result.model))
         expected = tiny_model().visual.proj + torch.from_numpy(made.delta())

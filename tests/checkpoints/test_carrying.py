@@ -60,10 +60,14 @@ def sdxl_file(state, other):
 def sdxl(folder, state, other):
     second = tiny_targets.transformers_weights(other)
     second = {n: v for n, v in second.items() if n.startswith("text_")}
-    return pipeline(folder, "StableDiffusionXLPipeline", {
-        "text_encoder": ("CLIPTextModel", tower(state, "text")),
-        "text_encoder_2": ("CLIPTextModelWithProjection", second),
-    })  # fmt: skip
+    return pipeline(
+        folder,
+        "StableDiffusionXLPipeline",
+        {
+            "text_encoder": ("CLIPTextModel", tower(state, "text")),
+            "text_encoder_2": ("CLIPTextModelWithProjection", second),
+        },
+    )
 
 
 def sd1(folder, state, _other, inner=True):
@@ -294,8 +298,10 @@ def test_the_command_says_by_its_exit_code_whether_an_edit_is_in_a_model(tmp_pat
 def test_a_third_changes_its_tensor_or_its_rows_and_nothing_else(tmp_path, state, other, layout):
     make, names = LAYOUTS[layout]
     path = make(tmp_path / "original", state, other)
-    keys = [edit_of(state, names.format("attn.in_proj_weight.k")),
-            edit_of(state, names.format("attn.in_proj_weight.v"), seed=1)]  # fmt: skip
+    keys = [
+        edit_of(state, names.format("attn.in_proj_weight.k")),
+        edit_of(state, names.format("attn.in_proj_weight.v"), seed=1),
+    ]
     out, back = (tmp_path / (name + path.suffix) for name in ("out", "back"))
     run(keys[:1], path, out)
     before, after = tensors(path), tensors(out)
@@ -338,8 +344,9 @@ def test_each_edit_of_sdxl_finds_its_encoder(tmp_path, state, other):
     both = [edit_of(state, TEXT.format(LAYERS[0])), edit_of(other, TEXT.format(LAYERS[1]))]
     result = run(both, path, tmp_path / "out")
     assert [Path(file.path).parent.name for file in result.files] == [
-        "text_encoder", "text_encoder_2",
-    ]  # fmt: skip
+        "text_encoder",
+        "text_encoder_2",
+    ]
     run(both, tmp_path / "out", tmp_path / "back", revert=True)
     assert files(tmp_path / "back") == files(path)
     with pytest.raises(StaleError, match="of shape"):

@@ -56,10 +56,14 @@ def test_llavas_configuration_says_which_layer_it_reads(tmp_path, state, shapes)
 
 def test_sdxl_reads_its_encoders_differently(tmp_path, state, shapes):
     weights = tower(state, "text")
-    both = pipeline(tmp_path / "sdxl", "StableDiffusionXLPipeline", {
-        "text_encoder": ("CLIPTextModel", weights),
-        "text_encoder_2": ("CLIPTextModelWithProjection", weights),
-    })  # fmt: skip
+    both = pipeline(
+        tmp_path / "sdxl",
+        "StableDiffusionXLPipeline",
+        {
+            "text_encoder": ("CLIPTextModel", weights),
+            "text_encoder_2": ("CLIPTextModelWithProjection", weights),
+        },
+    )
     with pytest.raises(UsageError, match="several encoders of this shape"):
         live(shapes, both)
     first = text(shapes, "resblocks.2.", "ln_final", "text_projection")

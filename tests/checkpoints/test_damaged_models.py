@@ -25,8 +25,11 @@ def models(shared_world, tmp_path_factory):
     )
     return Models.write(
         folder / "models",
-        clip=world.folder, store=Path(world.store.root), pairs=world.sources["pairs"], own=False,
-    )  # fmt: skip
+        clip=world.folder,
+        store=Path(world.store.root),
+        pairs=world.sources["pairs"],
+        own=False,
+    )
 
 
 # Those that take a second or more, on whole models.

@@ -102,10 +102,15 @@ def pipeline(state, kind="StableDiffusionPipeline"):
     import diffusers
 
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=24,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=24,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=4)
     parts = {"vae": vae, "unet": unet, "tokenizer": None, "scheduler": diffusers.DDIMScheduler()}
     parts["text_encoder"] = text_model(state)
@@ -331,9 +336,10 @@ def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
     with pytest.raises(UsageError, match="llava, whose text encoders have no names in a LoRA"):
         exported(tmp_path, [one], target="llava", overwrite=True)
     sd2 = tiny_targets.pipeline(
-        tmp_path / "xl", "StableDiffusionXLPipeline",
+        tmp_path / "xl",
+        "StableDiffusionXLPipeline",
         {"text_encoder": ("CLIPTextModel", tiny_targets.tower(state, "text"))},
-    )  # fmt: skip
+    )
     with pytest.raises(InputError, match="cannot influence text_encoder"):
         exported(tmp_path, [one], target=str(sd2), overwrite=True)
 

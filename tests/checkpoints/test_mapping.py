@@ -72,15 +72,17 @@ def test_a_layer_comes_back_from_its_parts(state):
     [
         ("text_model.embeddings.token_embedding.weight", "text_model."),
         ("embeddings.token_embedding.weight", ""),
-        ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
-         "cond_stage_model.transformer.text_model."),
+        (
+            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+            "cond_stage_model.transformer.text_model.",
+        ),
         ("conditioner.embedders.1.model.token_embedding.weight", "conditioner.embedders.1.model."),
         ("text.token_embedding.weight", "text."),
         ("token_embedding.weight", ""),
         ("module.text.transformer.encoder.layer.0.attention.self.key.weight", "module.text."),
         ("cond_stage_model.model.transformer.resblocks.3.ln_1.weight", "cond_stage_model.model."),
     ],
-)  # fmt: skip
+)
 def test_text_towers_are_found_by_what_their_names_end_with(key, place):
     spelling = Spelling.TRANSFORMERS if "embeddings." in key else Spelling.OPEN_CLIP
     assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, spelling, place)]
@@ -89,14 +91,17 @@ def test_text_towers_are_found_by_what_their_names_end_with(key, place):
 @pytest.mark.parametrize(
     ("key", "prefix", "spelling"),
     [
-        ("model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
-         "model.vision_tower.vision_tower.vision_model.", Spelling.TRANSFORMERS),
+        (
+            "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
+            "model.vision_tower.vision_tower.vision_model.",
+            Spelling.TRANSFORMERS,
+        ),
         ("vision_tower.embeddings.patch_embedding.weight", "vision_tower.", Spelling.TRANSFORMERS),
         ("module.visual.conv1.weight", "module.", Spelling.OPEN_CLIP),
         ("visual.trunk.blocks.0.attn.qkv.weight", "", Spelling.OPEN_CLIP),
         ("visual.transformer.resblocks.0.ln_1.weight", "", Spelling.OPEN_CLIP),
     ],
-)  # fmt: skip
+)
 def test_vision_towers_are_found_too(key, prefix, spelling):
     assert tower_places([key]) == [TowerPlace(Tower.VISION, spelling, prefix)]
 

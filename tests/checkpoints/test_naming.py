@@ -20,8 +20,14 @@ def candidates(model):
 
 def test_candidates_of_a_clip_are_its_matrices_and_norms():
     model = tiny_clip.fresh_model()
-    block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
-             "ln_1.weight", "ln_2.weight")  # fmt: skip
+    block = (
+        "attn.in_proj_weight",
+        "attn.out_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+        "ln_1.weight",
+        "ln_2.weight",
+    )
     expected = {
         f"{tower}transformer.resblocks.{index}.{part}"
         for tower in ("", "visual.")

@@ -39,11 +39,18 @@ def test_vision_features_come_from_before_the_last_block():
 
 def test_timms_names_are_known():
     reach = vision_features([-2], 12)
-    dead = ("visual.trunk.blocks.11.norm1.weight", "visual.trunk.norm.weight",
-            "visual.trunk.fc_norm.weight", "visual.head.proj.weight")  # fmt: skip
+    dead = (
+        "visual.trunk.blocks.11.norm1.weight",
+        "visual.trunk.norm.weight",
+        "visual.trunk.fc_norm.weight",
+        "visual.head.proj.weight",
+    )
     assert live(reach, *dead) == []
-    alive = ("visual.trunk.blocks.10.norm1.weight", "visual.trunk.blocks.10.attn.proj.weight",
-             "visual.trunk.patch_embed.proj.weight")  # fmt: skip
+    alive = (
+        "visual.trunk.blocks.10.norm1.weight",
+        "visual.trunk.blocks.10.attn.proj.weight",
+        "visual.trunk.patch_embed.proj.weight",
+    )
     assert live(reach, *alive) == list(alive)
 
 

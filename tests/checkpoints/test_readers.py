@@ -101,8 +101,9 @@ def test_two_encoders_are_edited_by_one_command_and_back(tiny_pipeline, states, 
     listener = Listener()
     result = apply_edits(edits, read_target(path), tmp_path / "out", options=ApplyOptions())
     assert [(reader.name, reader.edited) for reader in result.readers] == [
-        ("text_encoder", True), ("text_encoder_2", True),
-    ]  # fmt: skip
+        ("text_encoder", True),
+        ("text_encoder_2", True),
+    ]
     assert listener.heard[-1].endswith("edits go into all of them")
     # On a terminal, their files of one name are told apart.
     tables = []
@@ -145,12 +146,20 @@ def test_edits_are_told_apart_by_what_they_were_made_for(states, tmp_path, tiny_
     assert apart == [["two"], ["facebook", "one"]]
     foreign = edit(LAYER, first.delta(), values + 1, name="foreign")
     with pytest.raises(StaleError, match="is not the layer that the edit foreign was made for"):
-        apply_edits([first, foreign], read_target(tiny_pipeline("sdxl")), tmp_path / "no",
-                    options=ApplyOptions())  # fmt: skip
+        apply_edits(
+            [first, foreign],
+            read_target(tiny_pipeline("sdxl")),
+            tmp_path / "no",
+            options=ApplyOptions(),
+        )
     # By force, both move the layer of the encoder that has its shape.
     force = ApplyOptions(force=True)
-    result = apply_edits([first, foreign, second], read_target(tiny_pipeline("sdxl")),
-                         tmp_path / "out", options=force)  # fmt: skip
+    result = apply_edits(
+        [first, foreign, second],
+        read_target(tiny_pipeline("sdxl")),
+        tmp_path / "out",
+        options=force,
+    )
     assert [file.changes[0].edits for file in result.files] == [("foreign", "one"), ("two",)]
 
 
@@ -165,8 +174,9 @@ def test_single_files_of_comfyui_are_read(states, tmp_path):
     weights |= under("text_encoders.clip_g.transformer.", second)
     sd3 = read_target(save(weights, tmp_path / "sd3.safetensors"))
     assert (sd3.family, [each.name for each in sd3.encoders]) == (
-        Family.SD3, ["text_encoder", "text_encoder_2"],
-    )  # fmt: skip
+        Family.SD3,
+        ["text_encoder", "text_encoder_2"],
+    )
     assert sd3.encoders[1].prefix.startswith("text_encoders.clip_g.")
     assert note(sd3).endswith(READ["sd3"])
 

@@ -19,11 +19,15 @@ def names(target):
 
 def test_a_pipelines_text_encoders_are_found_by_their_class(tmp_path, state):
     weights = tower(state, "text")
-    path = pipeline(tmp_path / "sd", "StableDiffusionXLPipeline", {
-        "text_encoder_2": ("CLIPTextModelWithProjection", weights),
-        "text_encoder": ("CLIPTextModel", weights),
-        "text_encoder_3": ("T5EncoderModel", {"shared.weight": torch.ones(2, 2)}),
-    })  # fmt: skip
+    path = pipeline(
+        tmp_path / "sd",
+        "StableDiffusionXLPipeline",
+        {
+            "text_encoder_2": ("CLIPTextModelWithProjection", weights),
+            "text_encoder": ("CLIPTextModel", weights),
+            "text_encoder_3": ("T5EncoderModel", {"shared.weight": torch.ones(2, 2)}),
+        },
+    )
     found = read_target(path)
     assert found.family is Family.SDXL
     assert names(found) == ["text_encoder", "text_encoder_2"]

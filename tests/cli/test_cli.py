@@ -21,10 +21,23 @@ from slsgu_cli.records.method import EditHeader, Ranking
 from slsgu_cli.store.store import Store
 
 COMMANDS = (
-    "build-sets", "show", "grad", "rank", "search", "apply", "eval", "compare", "trajectory",
-    "sweep", "report", "ls", "check", "gc", "demo",
-)  # fmt: skip
-COMMANDS += ("steer", "generate", "ask", "verify")
+    "build-sets",
+    "show",
+    "grad",
+    "rank",
+    "search",
+    "apply",
+    "eval",
+    "compare",
+    "trajectory",
+    "sweep",
+    "report",
+    "ls",
+    "check",
+    "gc",
+    "demo",
+)
+COMMANDS += ("generate", "ask", "verify")
 PLAIN_RANK = ["rank", "blue", "--direction", "gradient"]
 PLAIN_REPORT = ["report", "blue", "--no-examples"]
 HEAVY = ("torch", "open_clip", "torchvision", "timm", "zarr")
@@ -42,8 +55,11 @@ def imported(*arguments, cwd=None):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, check=True, cwd=cwd,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+    )
     return done.stderr.rpartition("IMPORTED ")[2].split()
 
 
@@ -58,11 +74,25 @@ def chain(shared_world, tmp_path_factory):
     folder.mkdir()
     first, second, templates = (shared_world.sources[k] for k in ("first", "second", "templates"))
     build = [
-        "build-sets", "blue", "--model", shared_world.model.name, "--retain-samples", "64",
-        "--source", shared_world.sources["pairs"], "--label-column", "label",
-        "--eval", f"first={first}", "--eval", f"second={second}",
-        "--templates", f"first={templates}", "--templates", f"second={templates}",
-    ]  # fmt: skip
+        "build-sets",
+        "blue",
+        "--model",
+        shared_world.model.name,
+        "--retain-samples",
+        "64",
+        "--source",
+        shared_world.sources["pairs"],
+        "--label-column",
+        "label",
+        "--eval",
+        f"first={first}",
+        "--eval",
+        f"second={second}",
+        "--templates",
+        f"first={templates}",
+        "--templates",
+        f"second={templates}",
+    ]
     commands = {
         "build-sets": build,
         "grad": ["grad", "blue", "--json"],
@@ -114,8 +144,11 @@ def test_what_each_command_pipes(chain):
     ((head, *parts),) = rows(ran["build-sets"].stdout)
     assert head == ["part", "rows", "seen", "left out", "path"]
     assert [part[:2] for part in parts] == [
-        ["forget", "20"], ["retain", "64"], ["eval first", "64"], ["eval second", "40"]
-    ]  # fmt: skip
+        ["forget", "20"],
+        ["retain", "64"],
+        ["eval first", "64"],
+        ["eval second", "40"],
+    ]
     ((head, *written),) = rows(ran["apply"].stdout)
     assert head == ["file", "layer", "dtype", "relative change", "bytes"]
     (row,) = written
@@ -128,8 +161,13 @@ def test_what_each_command_pipes(chain):
     ((head, *figures),) = rows(ran["eval"].stdout)
     assert head == ["figure", "original", "local-dir:nëw clip", "change"]
     assert [row[0] for row in figures] == [
-        "FA@1", "FA@5", "TA@1 first", "TA@5 first", "TA@1 second", "TA@5 second"
-    ]  # fmt: skip
+        "FA@1",
+        "FA@5",
+        "TA@1 first",
+        "TA@5 first",
+        "TA@1 second",
+        "TA@5 second",
+    ]
     assert float(figures[0][2]) == 0 < float(figures[0][1])
 
 
@@ -137,8 +175,9 @@ def test_what_each_command_pipes(chain):
 def test_json_is_one_document_with_the_promised_keys(chain, store, tmp_path):
     _, _, ran = chain
     assert [row["role"] for row in json.loads(ran["grad"].stdout)["gradients"]] == [
-        "forget", "retain"
-    ]  # fmt: skip
+        "forget",
+        "retain",
+    ]
     listed = json.loads(slsgu("ls", "--json", "--store", store).stdout)["store"]
     assert {"kind", "name", "path", "size", "state", "reason", "made_from"} == set(listed[0])
     for entry in listed:
@@ -314,8 +353,12 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["search", "blue", "--layer", "nosuch"], 2, "fits 0 ranked layers: none"),
         (["apply", "blue", "--layer", "attn", "--step", "1", "--out", "x"], 2, "fits 12 layers"),
         (["apply", "blue", "--layer", "conv1", "--out", "x"], 2, "--layer goes with"),
-        (["apply", "blue", "--ridge", "0.5", "--out", "x"], 4, "with ridge 0.01, not 0.5"),
-        (["rank", "blue", "--direction", "gradient", "--ridge", "1"], 2, "--ridge is for the whi"),
+        (["apply", "blue", "--damping", "0.5", "--out", "x"], 4, "with damping 0.01, not 0.5"),
+        (
+            ["rank", "blue", "--direction", "gradient", "--damping", "1"],
+            2,
+            "--damping is for the whi",
+        ),
         (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
         (["grad", "blue", "--device", "gpu"], 2, "'gpu' is none of auto, cpu"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),
@@ -333,7 +376,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["demo", "faceboo"], 2, "near: facebook"),
         (["ls", "--store", "nosuch://a"], 3, "cannot open the store nosuch://a"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_with_its_exit_code(chain, words, code, told):
     own = () if "--store" in words else ("--store", chain[1])
     done = inside(*words, *own)
@@ -354,7 +397,7 @@ def test_what_is_wrong_is_told_with_its_exit_code(chain, words, code, told):
         (["--classes", "a=x"], 2, "--classes speaks of an evaluation set a"),
         (["--model", "local-dir:nosuch"], 3, "nosuch is not an open_clip model folder"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_built_is_told_and_leaves_no_set(shared_world, tmp_path, words, code, told):
     model = [] if "--model" in words else ["--model", shared_world.model.name]
     source = ["--source", shared_world.sources["pairs"]]
@@ -399,9 +442,16 @@ def test_no_cuda_is_told(store):
 
 def test_a_set_built_anew_makes_its_gradients_stale(shared_world, store):
     done = inside(
-        "build-sets", "blue", "--model", shared_world.model.name, "--retain-samples", 30,
-        "--source", shared_world.sources["pairs"], store=store,
-    )  # fmt: skip
+        "build-sets",
+        "blue",
+        "--model",
+        shared_world.model.name,
+        "--retain-samples",
+        30,
+        "--source",
+        shared_world.sources["pairs"],
+        store=store,
+    )
     assert done.exit_code == 0, done.stderr
     assert "nothing to measure on" in done.stderr
     for words in (["rank", "blue"], ["search", "blue"], ["apply", "blue", "--out", "x"]):
@@ -553,16 +603,16 @@ def test_a_store_that_may_only_be_read(store):
 
 
 def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
-    done = inside("rank", "blue", "--direction", "whitened", "--ridge", "0.1", store=store)
+    done = inside("rank", "blue", "--direction", "whitened", "--damping", "0.1", store=store)
     assert done.exit_code == 0, done.output
     ((head, *_),) = rows(done.stdout)
     assert head[:5] == ["layer", "tower", "front", "importance", "alignment"]
     ranking = Store(str(store)).read_record("rankings/blue.json", Ranking)
-    assert (ranking.direction, ranking.ridge) == ("whitened", 0.1)
+    assert (ranking.direction, ranking.damping) == ("whitened", 0.1)
     done = inside("search", "blue", "--steps", "3", "--layer", "visual.proj", "-q", store=store)
     head, *trials = rows(done.stdout)[0][:-1]
     (chosen,) = [row for row in trials if row[head.index("chosen")]]
-    assert (chosen[0], chosen[head.index("ridge")]) == ("visual.proj", "0.1")
+    assert (chosen[0], chosen[head.index("damping")]) == ("visual.proj", "0.1")
     listed = inside("ls", store=store).stdout
     assert "\nmoments\t" in listed
     assert "direction whitened" in listed

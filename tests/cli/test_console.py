@@ -129,9 +129,12 @@ def test_json_keys_are_no_data(capsys):
             console.value("name", name)
     console.flush()
     document = json.loads(capsys.readouterr().out)
-    assert document["t"] == [{"layer": "a", "utility": [
-        {"name": "brands", "TA@1": 1, "TA@5": 2}, {"name": "key", "TA@1": 3}
-    ]}]  # fmt: skip
+    assert document["t"] == [
+        {
+            "layer": "a",
+            "utility": [{"name": "brands", "TA@1": 1, "TA@5": 2}, {"name": "key", "TA@1": 3}],
+        }
+    ]
     assert document["v"]["utility"] == [
         {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "unseen": False}
     ]

@@ -35,8 +35,12 @@ def facebook(tmp_path_factory):
     done = slsgu("demo", "--json", cwd=store.parent, env={"SLSGU_STORE": store.name}, timeout=900)
     assert done.returncode == 0, done.stderr
     assert [line[:3] for line in done.stderr.splitlines() if line[1:2] == "/"] == [
-        "1/5", "2/5", "3/5", "4/5", "5/5"
-    ]  # fmt: skip
+        "1/5",
+        "2/5",
+        "3/5",
+        "4/5",
+        "5/5",
+    ]
     return validated(done.stdout), store
 
 
@@ -82,13 +86,13 @@ def test_the_commands_are_told_one_by_one(facebook):
 
 @pytest.fixture(scope="module")
 def castle(tmp_path_factory):
-    """What `slsgu demo castle --steer fa5` prints with few of the icons, and its folder."""
+    """What `slsgu demo castle --criterion fa5` prints with few of the icons, and its folder."""
     folder = write_few(tmp_path_factory.mktemp("few icons"), "castle")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(recipe, "DATA", folder)
         patch.setattr(recipe, "RETAIN_SAMPLES", 64)
-        done = inside("demo", "castle", "--steer", "fa5", store="a store")
+        done = inside("demo", "castle", "--criterion", "fa5", store="a store")
     assert done.exit_code == 0, done.stderr
     return done.stdout, folder
 
@@ -142,8 +146,12 @@ def typed(lines, folder):
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-e", "-c", lines],
-        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

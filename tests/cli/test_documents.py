@@ -21,9 +21,9 @@ from slsgu_cli.cli.downstream import (
     show_answers,
     show_generation,
     show_pipeline_comparison,
-    show_steered,
+    show_target_search,
 )
-from slsgu_cli.downstream.search import SteerResult
+from slsgu_cli.downstream.search import TargetSearchResult
 from slsgu_cli.method.search import search
 from slsgu_cli.records.codec import by_name, document
 from slsgu_cli.records.options import SearchOptions
@@ -85,9 +85,11 @@ def test_no_key_depends_on_data(described):
 def test_maps_are_rows():
     record = filled(Generation)
     encoded = document(record)
-    assert encoded["edits"] == by_name(record.edits) == [
-        {"name": "x", "value": "x"}, {"name": "two words", "value": "x"}
-    ]  # fmt: skip
+    assert (
+        encoded["edits"]
+        == by_name(record.edits)
+        == [{"name": "x", "value": "x"}, {"name": "two words", "value": "x"}]
+    )
     assert document({"a": {"b": record.edits}}) == {"a": {"b": record.edits}}
 
 
@@ -100,7 +102,7 @@ class Output:
 @pytest.mark.parametrize(
     ("command", "kind", "show"),
     [
-        ("steer", SteerResult, lambda c, r: show_steered(c, Output, r)),
+        ("search", TargetSearchResult, lambda c, r: show_target_search(c, Output, r)),
         ("generate", Generation, lambda c, r: show_generation(c, r, Output)),
         ("generate", AnswerSet, show_answer_set),
         ("ask", Answers, lambda c, r: show_answers(c, r, Output)),
@@ -120,11 +122,17 @@ def test_what_the_other_commands_give(world, tmp_path):
     for words in (
         ["show", "blue"],
         ["eval", "blue", "--assert", "fa1<=100"],
-        ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,nearest,probe,"
-         "retrieval,membership"],
+        [
+            "verify",
+            "blue",
+            "--rows",
+            "20",
+            "--checks",
+            "augment,neighbours,nearest,probe,retrieval,membership",
+        ],
         ["report", "blue", "--no-examples", "--out", tmp_path / "page.html"],
         ["ls"],
-    ):  # fmt: skip
+    ):
         done = inside(*words, "--json", store=world.store.root)
         assert done.exit_code == 0, done.stderr
         assert "error" not in json.loads(done.stdout)

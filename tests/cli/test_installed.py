@@ -119,9 +119,12 @@ def run(wheel, site, tmp_path):
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(site)}
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, address], cwd=tmp_path, env=environment, text=True,
+        [sys.executable, "-c", SERVER, address],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     assert server.stdout.readline().startswith(str(site))
 
     def script(text, variables):

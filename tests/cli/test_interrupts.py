@@ -29,10 +29,21 @@ def build(shared_world, tmp_path):
     """What builds the set blue in a store that is not there yet."""
     sources = shared_world.sources
     return [
-        "build-sets", "blue", "--store", tmp_path / "store", "--model", shared_world.model.name,
-        "--source", sources["pairs"], "--label-column", "label", "--retain-samples", 60,
-        "--eval", f"first={sources['first']}",
-    ]  # fmt: skip
+        "build-sets",
+        "blue",
+        "--store",
+        tmp_path / "store",
+        "--model",
+        shared_world.model.name,
+        "--source",
+        sources["pairs"],
+        "--label-column",
+        "label",
+        "--retain-samples",
+        60,
+        "--eval",
+        f"first={sources['first']}",
+    ]
 
 
 @pytest.fixture

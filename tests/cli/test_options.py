@@ -17,11 +17,11 @@ from slsgu_cli.cli.app import COMMANDS
 from slsgu_cli.cli.usage import Command, known
 from slsgu_cli.errors import UsageError, near
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Alignment, Direction, Precision, Qkv, Steer, Tower
+from slsgu_cli.records.method import Alignment, Criterion, Direction, Precision, Qkv, Tower
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import CompareOptions, Method, TrajectoryOptions
-from slsgu_cli.records.targets import SteerOptions
+from slsgu_cli.records.targets import TargetSearchOptions
 from slsgu_cli.records.words import PANELS, build, command_line, places
 from slsgu_cli.store.store import Store
 
@@ -68,7 +68,7 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         assert param.is_flag or not re.search(r"[<\[]", param.metavar), param.metavar
         whole = param.is_flag or param.required or param.multiple or param.name == "store"
         assert whole or "[default: " in said, param.name
-        assert ("Repeatable." in said) or not param.multiple or param.name == "ridge"
+        assert ("Repeatable." in said) or not param.multiple or param.name == "damping"
     shown = ran(name, "--help").stdout
     assert max(map(len, shown.splitlines())) <= 80
     assert "..." not in shown.partition("Common options")[2]
@@ -77,29 +77,34 @@ def test_every_option_says_what_it_is_in_80_columns(name):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["search", "a", "--steer", "fa3"], "--steer fa3 is none of fa1, fa5, margin"),
+        (["search", "a", "--criterion", "fa3"], "--criterion fa3 is none of fa1, fa5, margin"),
         (["search", "a", "--steps", "0"], "--steps 0 is out of range: it must be 1 or more"),
         (["search", "a", "--steps", "few"], "--steps few is no whole number"),
-        (["steer", "a", "-t", "x", "--goal", "101"], "it must be from 0 to 100"),
-        (["search", "a", "--ridge", "1", "--ridge", "2"], "--ridge is given 2 times and takes one"),
-        (["trajectory", "a", "--ridge", "1", "--ridge", "2"], "--ridge is given 2 times"),
+        (["search", "a", "-t", "x", "--goal", "101"], "it must be from 0 to 100"),
+        (
+            ["search", "a", "--damping", "1", "--damping", "2"],
+            "--damping is given 2 times and takes one",
+        ),
+        (["trajectory", "a", "--damping", "1", "--damping", "2"], "--damping is given 2 times"),
         (["trajectory", "a", "--until", "-3"], "--until -3 is no share of a norm"),
         (["search", "a", "--goal", "5"], "--goal is for a search on a model built on CLIP"),
         (["search", "a", "--top", "5", "--others", "3"], "--top, --others are for a search on"),
-        (["search", "a", "--encoder", "e"], "try: slsgu steer NAME --target FOLDER"),
-        (["search", "a", "--target", "t"], "--target and --steer-target go together"),
-        (["search", "a", "--steer-target"], "--target and --steer-target go together"),
-        (["search", "a", "--steer-target", "-t", "t", "--joint"], "--joint is for a search on"),
+        (["search", "a", "--encoder", "e"], "try: slsgu search NAME --target FOLDER"),
+        (["search", "a", "-t", "t", "--joint"], "--joint is for a search on"),
         *[
-            (["search", "a", "--steer-target", "-t", "t", option, value], f"{option} is for a")
+            (["search", "a", "-t", "t", option, value], f"{option} is for a")
             for option, value in (
-                ("--steer", "fa5"), ("--margin", "1"), ("--precision", "tf32"),
+                ("--criterion", "fa5"),
+                ("--margin", "1"),
+                ("--precision", "tf32"),
                 ("--cache-budget", "1G"),
             )
         ],
         (["build-sets", "a", "--replay", "--seed", "5"], "takes no other options: not --seed"),
-        (["build-sets", "a", "--replay", "--max-forget", "3", "--count", "9"],
-         "not --max-forget, --count"),
+        (
+            ["build-sets", "a", "--replay", "--max-forget", "3", "--count", "9"],
+            "not --max-forget, --count",
+        ),
         (["build-sets", "--replay"], "--replay needs the name of a set"),
         (["build-sets", "a", "-m", "m", "--count", "5"], "--count is for --generate"),
         (["build-sets", "a", "-m", "m", "--pipeline", "p"], "--pipeline is for --generate"),
@@ -113,12 +118,12 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["generate", "a", "-t", "x", "--seeds", "few"], "--seeds few is no list of numbers"),
         (["generate", "a", "-t", "x", "--seeds", "1-3,2"], "--seeds 1-3,2 names a number twice"),
         (["generate", "a", "-t", "x", "--seeds", "3-1"], "--seeds 3-1 names no number"),
-        (["steer", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
-        (["rank", "a", "--direction", "gradient", "--ridge", "1"], "for the whitened direction"),
+        (["search", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
+        (["rank", "a", "--direction", "gradient", "--damping", "1"], "for the whitened direction"),
         (["rank", "a", "--towr", "text"], "--tower"),
         (["serch", "a"], "search"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_by_name(words, said):
     assert said in told(*words)
 
@@ -161,41 +166,70 @@ texts = st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_si
 lists = st.lists(texts, max_size=3).map(tuple)
 RECORDS = {
     "grad": st.builds(
-        PassOptions, batch_size=st.integers(2, 999), precision=st.sampled_from(Precision),
-        memory_budget=st.none() | st.integers(1, 1 << 40), device=st.sampled_from(["cpu", "auto"]),
+        PassOptions,
+        batch_size=st.integers(2, 999),
+        precision=st.sampled_from(Precision),
+        memory_budget=st.none() | st.integers(1, 1 << 40),
+        device=st.sampled_from(["cpu", "auto"]),
     ),
     "rank": st.builds(
-        RankOptions, alignment=st.sampled_from(Alignment), ridge=st.none() | numbers,
-        qkv=st.sampled_from(Qkv), include=lists, exclude=lists, target=st.none() | texts,
-        tower=st.none() | st.sampled_from(Tower), device=st.just("cuda:1"),
+        RankOptions,
+        alignment=st.sampled_from(Alignment),
+        damping=st.none() | numbers,
+        qkv=st.sampled_from(Qkv),
+        include=lists,
+        exclude=lists,
+        target=st.none() | texts,
+        tower=st.none() | st.sampled_from(Tower),
+        device=st.just("cuda:1"),
     ),
     "search": st.builds(
-        SearchOptions, layers=lists, direction=st.none() | st.sampled_from(Direction),
-        ridge=st.none() | numbers, steer=st.sampled_from(Steer), margin=numbers,
-        steps=st.integers(1, 99), full=st.booleans(), precision=st.sampled_from(Precision),
+        SearchOptions,
+        layers=lists,
+        direction=st.none() | st.sampled_from(Direction),
+        damping=st.none() | numbers,
+        criterion=st.sampled_from(Criterion),
+        margin=numbers,
+        steps=st.integers(1, 99),
+        full=st.booleans(),
+        precision=st.sampled_from(Precision),
     ),
     "apply": st.builds(
-        ApplyRequest, names=st.lists(st.from_regex(r"[a-z]+", fullmatch=True), min_size=1,
-                                     max_size=2).map(tuple),
-        out=texts.map(Path), model=st.none() | st.builds(ModelSpec, texts, st.none() | texts),
-        step=st.none() | st.floats(allow_nan=False), scale=numbers, revert=st.booleans(),
+        ApplyRequest,
+        names=st.lists(st.from_regex(r"[a-z]+", fullmatch=True), min_size=1, max_size=2).map(tuple),
+        out=texts.map(Path),
+        model=st.none() | st.builds(ModelSpec, texts, st.none() | texts),
+        step=st.none() | st.floats(allow_nan=False),
+        scale=numbers,
+        revert=st.booleans(),
     ),
     "compare": st.builds(
-        CompareOptions, rates=st.none() | st.lists(numbers, min_size=1, unique=True).map(tuple),
-        epochs=st.integers(1, 9), methods=st.just((Method.ORIGINAL, Method.GA)),
+        CompareOptions,
+        rates=st.none() | st.lists(numbers, min_size=1, unique=True).map(tuple),
+        epochs=st.integers(1, 9),
+        methods=st.just((Method.ORIGINAL, Method.GA)),
     ),
-    "steer": st.builds(
-        SteerOptions, target=texts.map(Path), reserve=st.floats(1.0, 9.0), layers=lists,
+    "criterion": st.builds(
+        TargetSearchOptions,
+        target=texts.map(Path),
+        overshoot=st.floats(1.0, 9.0),
+        layers=lists,
         beside=lists,
-        judges=st.lists(st.builds(ModelSpec, st.from_regex(r"[A-Za-z-]+|local-dir:a=b/c",
-                                                           fullmatch=True)) | st.builds(
-            ModelSpec, st.from_regex(r"[A-Z][a-z./-]+", fullmatch=True), texts,
-        ), max_size=3, unique=True).map(tuple),
+        judges=st.lists(
+            st.builds(ModelSpec, st.from_regex(r"[A-Za-z-]+|local-dir:a=b/c", fullmatch=True))
+            | st.builds(
+                ModelSpec,
+                st.from_regex(r"[A-Z][a-z./-]+", fullmatch=True),
+                texts,
+            ),
+            max_size=3,
+            unique=True,
+        ).map(tuple),
     ),
     "trajectory": st.builds(
         TrajectoryOptions, points=st.integers(2, 99), search=st.builds(SearchOptions, layers=lists)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -230,9 +264,11 @@ def test_a_shell_completes_sets_edits_and_layers(shared_world, tmp_path):
 
     def completed(line, **env):
         variables = {
-            "_SLSGU_COMPLETE": "complete_bash", "COMP_WORDS": line,
-            "COMP_CWORD": str(len(line.split(" ")) - 1), **env,
-        }  # fmt: skip
+            "_SLSGU_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+            **env,
+        }
         return CliRunner().invoke(app, [], env=variables, prog_name="slsgu").stdout.split()
 
     assert shared_world.name in completed(f"slsgu rank --store {root} b")

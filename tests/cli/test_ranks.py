@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method import moments
+from slsgu_cli.method import covariances
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
@@ -32,10 +32,13 @@ def launched(*program):
     launchers = [
         subprocess.Popen(
             [sys.executable, *LAUNCHER, *meeting, *map(str, program)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [launcher.communicate(timeout=300) for launcher in launchers]
     out, told = map("".join, zip(*outputs, strict=True))
     return out, told, [launcher.returncode for launcher in launchers]
@@ -76,10 +79,27 @@ def sweep_of(world, folder):
     evals = [f"--eval={name}={world.sources[name]}" for name in ("first", "second")]
     templates = [f"--templates={name}={world.sources['templates']}" for name in ("first", "second")]
     return [
-        "sweep", "colours", "--classes", folder / "classes.txt", "-m", world.model.name,
-        "-s", world.sources["pairs"], "--retain-samples", 60, "--report-share", 0, *evals,
-        *templates, "--label-column", "label", "--steps", 2, "--direction", "gradient",
-    ]  # fmt: skip
+        "sweep",
+        "colours",
+        "--classes",
+        folder / "classes.txt",
+        "-m",
+        world.model.name,
+        "-s",
+        world.sources["pairs"],
+        "--retain-samples",
+        60,
+        "--test-fraction",
+        0,
+        *evals,
+        *templates,
+        "--label-column",
+        "label",
+        "--steps",
+        2,
+        "--direction",
+        "gradient",
+    ]
 
 
 @pytest.fixture
@@ -161,8 +181,8 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
                 assert_near(world.store, alone.store, path)
             else:
                 assert world.store.read_bytes(path) == alone.store.read_bytes(path), path
-    (moments,) = Artifact.MOMENTS.names(world.store)
-    assert_near(world.store, alone.store, Artifact.MOMENTS.path(moments))
+    (covariances,) = Artifact.MOMENTS.names(world.store)
+    assert_near(world.store, alone.store, Artifact.MOMENTS.path(covariances))
     for kind, name in (
         (Artifact.RANKING, "blue"),
         (Artifact.TRIALS, "blue"),
@@ -181,14 +201,14 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
 
 
 # The tower that a process runs over a part of the retain rows.
-RUN_PART = "slsgu_cli.method.moments:_Parts._run"
+RUN_PART = "slsgu_cli.method.covariance:_Parts._run"
 SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
 
 
 @pytest.mark.parametrize("words", [[], ["--shard"]])
-def test_moments_of_processes_that_died_go_on(words, world, tmp_path, monkeypatch):
+def test_covariances_of_processes_that_died_go_on(words, world, tmp_path, monkeypatch):
     """Two processes have run 4 of 4 parts of the texts and 2 of 4 of the images."""
-    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 16)
+    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 16)
     whole = world.copied(tmp_path / "whole")
     rank = ["rank", "blue", "--direction", "whitened"]
     assert inside(*rank, store=whole.store.root).exit_code == 0
@@ -200,7 +220,7 @@ def test_moments_of_processes_that_died_go_on(words, world, tmp_path, monkeypatc
     # Sharded or not, one process or two.
     again, *others = run(2 if words else 1, [*rank, *words, *in_store], env=SMALL_PARTS)
     assert again[0] == 0, again
-    assert "the moments go on after 6 of their 8 parts" in again[2]
+    assert "the covariances go on after 6 of their 8 parts" in again[2]
     assert all(other == (0, "", "") for other in others)
     assert Artifact.SUMS.names(world.store) == []
     (name,) = Artifact.MOMENTS.names(whole.store)

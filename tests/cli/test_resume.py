@@ -25,12 +25,25 @@ from slsgu_cli.verification.model import Training
 TIMES = {"took", "seconds", "passes", "sha256"}
 LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
 SEARCH = ["search", "blue", *LAYERS, "--steps", "4"]
-COMPARE = ["compare", "blue", "--lr", "1e-3,1e-4", "--epochs", "1", "--retain-rows", "16",
-           "--methods", "ga,ft,rome,ours"]  # fmt: skip
+COMPARE = [
+    "compare",
+    "blue",
+    "--lr",
+    "1e-3,1e-4",
+    "--epochs",
+    "1",
+    "--retain-rows",
+    "16",
+    "--methods",
+    "ga,ft,rome,ours",
+]
 VERIFY = ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,nearest,retrieval"]
 
-PARTS = {"prefix": (attacks.WordSearch, "run"), "ring-a-bell": (attacks.Breeding, "run"),
-         "relearn": (training, "_taught")}  # fmt: skip
+PARTS = {
+    "prefix": (attacks.WordSearch, "run"),
+    "ring-a-bell": (attacks.Breeding, "run"),
+    "relearn": (training, "_taught"),
+}
 
 
 class Calls:
@@ -131,8 +144,20 @@ def test_verify_loses_no_check(resumed):
 
 @pytest.mark.parametrize(("check", "calls"), [("prefix", 3), ("ring-a-bell", 1), ("relearn", 1)])
 def test_verify_loses_no_part_of_a_long_check(check, calls, resumed):
-    few = ["--rows", "20", "--attack-starts", "2", "--attack-steps", "1", "--population", "8",
-           "--generations", "2", "--steps", "2"]  # fmt: skip
+    few = [
+        "--rows",
+        "20",
+        "--attack-starts",
+        "2",
+        "--attack-steps",
+        "1",
+        "--population",
+        "8",
+        "--generations",
+        "2",
+        "--steps",
+        "2",
+    ]
     owner, name = PARTS[check]
     went_on, every = resumed(
         ["verify", "blue", "--checks", check, *few], owner, name, calls, searched=True
@@ -156,9 +181,19 @@ def test_verify_loses_no_step_of_a_training(check, calls, resumed, monkeypatch):
 def test_build_sets_decodes_no_row_again_of_a_block_that_is_complete(resumed, shared_world):
     sources = shared_world.sources
     words = [
-        "build-sets", "red", "--model", shared_world.model.name, "--source", sources["pairs"],
-        "--label-column", "label", "--retain-samples", "30", "--eval", f"first={sources['first']}",
-    ]  # fmt: skip
+        "build-sets",
+        "red",
+        "--model",
+        shared_world.model.name,
+        "--source",
+        sources["pairs"],
+        "--label-column",
+        "label",
+        "--retain-samples",
+        "30",
+        "--eval",
+        f"first={sources['first']}",
+    ]
     went_on, every = resumed(words, BlockWriter, "add", 40)
     assert went_on < every
 
@@ -167,9 +202,24 @@ def test_sweep_goes_on_with_the_class_it_was_at(resumed, shared_world, tmp_path)
     (tmp_path / "classes.txt").write_text("red\ngreen\n")
     sources = shared_world.sources
     words = [
-        "sweep", "colours", "--classes", tmp_path / "classes.txt", "-m", shared_world.model.name,
-        "--source", sources["pairs"], "--label-column", "label", "--retain-samples", "30",
-        "--eval", f"first={sources['first']}", "--steps", "2", "--direction", "gradient",
-    ]  # fmt: skip
+        "sweep",
+        "colours",
+        "--classes",
+        tmp_path / "classes.txt",
+        "-m",
+        shared_world.model.name,
+        "--source",
+        sources["pairs"],
+        "--label-column",
+        "label",
+        "--retain-samples",
+        "30",
+        "--eval",
+        f"first={sources['first']}",
+        "--steps",
+        "2",
+        "--direction",
+        "gradient",
+    ]
     went_on, every = resumed(words, series, "compute_gradients", 1)
     assert (went_on, every) == (2, 2)

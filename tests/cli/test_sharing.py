@@ -16,10 +16,23 @@ def build(shared_world, tmp_path):
     """What builds the set blue in a store that is not there yet."""
     sources = shared_world.sources
     return [
-        "build-sets", "blue", "--store", tmp_path / "store", "--model", shared_world.model.name,
-        "--source", sources["pairs"], "--label-column", "label", "--retain-samples", 30,
-        "--max-forget", 10, "--eval", f"first={sources['first']}",
-    ]  # fmt: skip
+        "build-sets",
+        "blue",
+        "--store",
+        tmp_path / "store",
+        "--model",
+        shared_world.model.name,
+        "--source",
+        sources["pairs"],
+        "--label-column",
+        "label",
+        "--retain-samples",
+        30,
+        "--max-forget",
+        10,
+        "--eval",
+        f"first={sources['first']}",
+    ]
 
 
 def inodes(folder):
@@ -162,7 +175,7 @@ def test_no_wait_computes_what_another_process_is_computing(ungraded):
     assert first.returncode == 0
 
 
-def test_moments_and_blocks_have_leases_too(world, build, monkeypatch):
+def test_covariances_and_blocks_have_leases_too(world, build, monkeypatch):
     leased = []
 
     @contextmanager
@@ -175,7 +188,7 @@ def test_moments_and_blocks_have_leases_too(world, build, monkeypatch):
     assert inside("rank", "blue", store=world.store.root).exit_code == 0
     assert inside(*build).exit_code == 0
     assert leased == [
-        ("moments", "moments of the retain set of blue"),
+        ("covariances", "covariances of the retain set of blue"),
         ("data", "forget rows"),
         ("data", "retain rows"),
         ("data", "evaluation set first"),

@@ -179,9 +179,14 @@ def test_gradients_are_those_of_transformers(built):
 
 def request_for(world, layer, out, **changes):
     return ApplyRequest(
-        names=[world.name], out=out, model=world.model, layer=layer, step=1.0,
-        direction=Direction.GRADIENT, **changes,
-    )  # fmt: skip
+        names=[world.name],
+        out=out,
+        model=world.model,
+        layer=layer,
+        step=1.0,
+        direction=Direction.GRADIENT,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS)

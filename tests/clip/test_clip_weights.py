@@ -114,9 +114,13 @@ def made_by_hand(world):
 
 def applied(world, model, out):
     request = ApplyRequest(
-        names=[world.name], out=out, model=model, layer=TEXT, step=1.0,
+        names=[world.name],
+        out=out,
+        model=model,
+        layer=TEXT,
+        step=1.0,
         direction=Direction.GRADIENT,
-    )  # fmt: skip
+    )
     return apply(world.store, request)
 
 
@@ -174,8 +178,13 @@ def test_what_open_clip_cannot_express_is_refused(copy, part, field, value):
 
 
 def test_an_old_configuration_speaks_through_its_defaults(tmp_path):
-    old = {"model_type": "clip", "text_config": {"eos_token_id": 2}, "vision_config": {},
-           "text_config_dict": {"hidden_size": 768}, "vision_config_dict": None}  # fmt: skip
+    old = {
+        "model_type": "clip",
+        "text_config": {"eos_token_id": 2},
+        "vision_config": {},
+        "text_config_dict": {"hidden_size": 768},
+        "vision_config_dict": None,
+    }
     tiny_targets.write_json(tmp_path / "config.json", old)
     config = model_config(tmp_path)
     assert config["quick_gelu"] and config["embed_dim"] == 512
@@ -184,8 +193,12 @@ def test_an_old_configuration_speaks_through_its_defaults(tmp_path):
 
 def test_preprocessing_is_read_in_its_spellings(tmp_path):
     assert preprocess_config(tmp_path) == {}
-    told = {"image_mean": [0.5] * 3, "resample": 2, "size": {"height": 32, "width": 32},
-            "do_center_crop": False}  # fmt: skip
+    told = {
+        "image_mean": [0.5] * 3,
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+        "do_center_crop": False,
+    }
     tiny_targets.write_json(tmp_path / "processor_config.json", {"image_processor": told})
     expected = {"mean": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     assert preprocess_config(tmp_path) == expected

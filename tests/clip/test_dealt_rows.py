@@ -6,25 +6,29 @@ from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import models, zeroshot
-from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, dealt_to_report, prepare
+from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, in_test_split, prepare
 from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import UsageError
 from slsgu_cli.method import search as searches
 from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.sets import Split
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 
 LAYERS = ["visual.proj", "transformer.resblocks.1.attn.out_proj.weight"]
 
 
-def opened(world, purpose):
+def opened(world, split):
     resolved = models.resolve(world.model)
     return prepare(
-        world.store, world.manifest, models.load(resolved), tokenize=models.tokenizer(resolved),
-        device="cpu", purpose=purpose,
-    )  # fmt: skip
+        world.store,
+        world.manifest,
+        models.load(resolved),
+        tokenize=models.tokenizer(resolved),
+        device="cpu",
+        split=split,
+    )
 
 
 def keys(group):
@@ -40,19 +44,19 @@ def keys(group):
 )
 def test_each_class_is_dealt_by_its_share(labels, share, seed):
     labels = np.array(labels)
-    reported = dealt_to_report(labels, share, seed)
+    reported = in_test_split(labels, share, seed)
     for label in np.unique(labels):
         rows = int((labels == label).sum())
         count = int(reported[labels == label].sum())
         assert abs(count - share * rows) < 1 or count in (1, rows - 1)
         assert rows == 1 or 0 < count < rows
-    assert (reported == dealt_to_report(labels, share, seed)).all()
-    assert not dealt_to_report(labels, 0.0, seed).any()
+    assert (reported == in_test_split(labels, share, seed)).all()
+    assert not in_test_split(labels, 0.0, seed).any()
 
 
 def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
-    world.build(report_share=0.5)
-    choose, report = (opened(world, purpose) for purpose in Purpose)
+    world.build(test_fraction=0.5)
+    choose, report = (opened(world, split) for split in Split)
     for one, other in (
         (choose.forget, report.forget),
         *((choose.utility[name], report.utility[name]) for name in choose.utility),
@@ -68,8 +72,8 @@ def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
 
 
 def test_few_images_to_choose_by_are_joined_by_some_of_the_forget_set(world):
-    world.build(report_share=0.5)
-    images = opened(world, Purpose.CHOOSE).forget.images
+    world.build(test_fraction=0.5)
+    images = opened(world, Split.VALIDATION).forget.images
     (block, dealt), (own, drawn) = images.block.parts
     forget = DataBlock.open(world.store, world.manifest.forget)
     assert own.where == forget.where
@@ -80,12 +84,12 @@ def test_few_images_to_choose_by_are_joined_by_some_of_the_forget_set(world):
         np.testing.assert_array_equal(images.block.take(rows), whole[rows])
     with pytest.raises(IndexError):
         images.block.take([len(images)])
-    assert not isinstance(opened(world, Purpose.REPORT).forget.images.block, JoinedRows)
+    assert not isinstance(opened(world, Split.TEST).forget.images.block, JoinedRows)
 
 
 def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
-    world.build(reports={"first": world.sources["first"]}, report_share=0.0)
-    choose, report = (opened(world, purpose) for purpose in Purpose)
+    world.build(tests={"first": world.sources["first"]}, test_fraction=0.0)
+    choose, report = (opened(world, split) for split in Split)
     assert len(choose.utility["first"].images) == len(report.utility["first"].images) == 56
     assert (choose.forget.unseen, report.forget.unseen) == (False, True)
     assert not report.utility["second"].unseen
@@ -93,16 +97,16 @@ def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
 
 
 def test_a_concept_that_cannot_be_dealt_is_marked(world):
-    world.build(evals={"second": world.sources["second"]}, templates={}, report_share=0.5)
-    choose, report = (opened(world, purpose) for purpose in Purpose)
+    world.build(evals={"second": world.sources["second"]}, templates={}, test_fraction=0.5)
+    choose, report = (opened(world, split) for split in Split)
     assert keys(choose.forget) == keys(report.forget)
     assert not report.forget.unseen
     assert report.utility["second"].unseen
 
 
 def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
-    world.build(report_share=0.5)
-    chosen_by = keys(opened(world, Purpose.CHOOSE).forget)
+    world.build(test_fraction=0.5)
+    chosen_by = keys(opened(world, Split.VALIDATION).forget)
     looked_at = set()
     measure = Probe.measure
 
@@ -114,7 +118,7 @@ def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
     options = SearchOptions(layers=LAYERS, steps=4)
     result = search(world.store, world.name, options=options)
     assert looked_at == chosen_by
-    report = opened(world, Purpose.REPORT)
+    report = opened(world, Split.TEST)
     report.base_pass((), cache_bytes=0)
     assert result.report.before.forget == report.forget.base_accuracy()
     edit = load_edit(world.store, world.name)
@@ -133,7 +137,7 @@ def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
 def test_an_edited_vision_layer_is_reported_from_where_it_begins(budget, times, world, monkeypatch):
     """Images to report on run from their pixels for the original alone, if there is memory."""
     monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
-    world.build(report_share=0.5)
+    world.build(test_fraction=0.5)
     embedded, embed, report = [], OpenClipVision.embed, searches.report_evaluation
 
     def counted(tower, x):
@@ -153,11 +157,11 @@ def test_an_edited_vision_layer_is_reported_from_where_it_begins(budget, times, 
     assert sum(embedded) == times * (sum(rows) + result.report.after.forget.rows)
 
 
-def test_the_step_goes_beyond_the_shortest_by_the_reserve(world):
-    world.build(report_share=0.5)
+def test_the_step_goes_beyond_the_shortest_by_the_overshoot(world):
+    world.build(test_fraction=0.5)
     short, long = (
         search(
-            world.store, world.name, options=SearchOptions(layers=LAYERS[:1], steps=6, reserve=r)
+            world.store, world.name, options=SearchOptions(layers=LAYERS[:1], steps=6, overshoot=r)
         )
         for r in (1.0, 1.5)
     )
@@ -168,7 +172,7 @@ def test_the_step_goes_beyond_the_shortest_by_the_reserve(world):
 
 
 def test_a_class_may_lose_no_more_than_its_bound_where_a_step_avoids_it(world):
-    world.build(report_share=0.5)
+    world.build(test_fraction=0.5)
 
     def chosen(bound):
         options = SearchOptions(layers=LAYERS, steps=6, max_class_loss=bound, full=True)
@@ -176,9 +180,10 @@ def test_a_class_may_lose_no_more_than_its_bound_where_a_step_avoids_it(world):
 
     free = chosen(100.0)
     lengthened = [
-        trial for trial in free.trials.trials
+        trial
+        for trial in free.trials.trials
         if trial.forget.top5 == 0 and trial.utility is not None
-    ]  # fmt: skip
+    ]
     losses = sorted({trial.worst.lost for trial in lengthened})
     least = chosen(losses[0])
     assert least.chosen.worst.lost <= free.chosen.worst.lost
@@ -186,6 +191,6 @@ def test_a_class_may_lose_no_more_than_its_bound_where_a_step_avoids_it(world):
 
 def test_the_papers_choice_contradicts_other_choices():
     paper = SearchOptions(paper=True)
-    assert (paper.steer, paper.reserve, paper.direction) == ("fa1", 1.0, "gradient")
-    with pytest.raises(UsageError, match="--reserve"):
-        SearchOptions(paper=True, reserve=2.0)
+    assert (paper.criterion, paper.overshoot, paper.direction) == ("fa1", 1.0, "gradient")
+    with pytest.raises(UsageError, match="--overshoot"):
+        SearchOptions(paper=True, overshoot=2.0)

@@ -76,8 +76,12 @@ def test_the_concept_is_found_however_it_is_written(concept, world, tmp_path):
         for s in samples
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    world.build(concept=concept, match=["blue"], evals={"first": str(path)},
-                templates={"first": world.sources["templates"]})  # fmt: skip
+    world.build(
+        concept=concept,
+        match=["blue"],
+        evals={"first": str(path)},
+        templates={"first": world.sources["templates"]},
+    )
     assert world.manifest.forget_eval == "first"
     found = evaluation(world)
     assert len(found.forget.images) == 2
@@ -94,8 +98,11 @@ def blue_alone(tmp_path):
 
 def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path):
     rows, names = blue_alone(tmp_path)
-    world.build(evals={"blues": rows, "second": world.sources["second"]},
-                classes={"blues": names}, templates={})  # fmt: skip
+    world.build(
+        evals={"blues": rows, "second": world.sources["second"]},
+        classes={"blues": names},
+        templates={},
+    )
     found = evaluation(world)
     assert set(found.utility) == {"second"}
     assert labels_of(found.forget) == ["blue"] * 8
@@ -150,8 +157,10 @@ def test_each_class_loses_what_its_own_images_lost(shared_world):
     losses = class_losses(group, before == 0, after == 0)
     # The concept has no image here; classes that lost alike stand in the order of their names.
     assert [loss.name for loss in losses] == [
-        "red", "green", *sorted(set(names) - {"red", "green"}),
-    ]  # fmt: skip
+        "red",
+        "green",
+        *sorted(set(names) - {"red", "green"}),
+    ]
     assert losses[0].lost == pytest.approx(100 * 5 / len(red))
     assert (losses[0].rows, losses[0].before) == (len(red), 100 * (1 - 1 / len(red)))
     assert losses[1].after == pytest.approx(100 * (1 - 1 / len(green)))

@@ -66,33 +66,39 @@ def test_nothing_is_known_of_another_system(tmp_path):
 
 
 def test_a_container_has_its_own_limit_less_what_it_holds_but_files(machine):
-    root = machine({
-        "proc/self/cgroup": "0::/\n",
-        "sys/fs/cgroup/memory.max": f"{4 << 30}\n",
-        "sys/fs/cgroup/memory.current": f"{3 << 30}\n",
-        "sys/fs/cgroup/memory.stat": f"anon 1\ninactive_anon 5\ninactive_file {1 << 30}\n",
-    })  # fmt: skip
+    root = machine(
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": f"{4 << 30}\n",
+            "sys/fs/cgroup/memory.current": f"{3 << 30}\n",
+            "sys/fs/cgroup/memory.stat": f"anon 1\ninactive_anon 5\ninactive_file {1 << 30}\n",
+        }
+    )
     assert free_memory(root) == 2 << 30
 
 
 def test_the_least_of_all_groups_around_counts(machine):
     group = "sys/fs/cgroup/memory/jobs"
-    root = machine({
-        "proc/self/cgroup": "9:cpu,cpuacct:/\n4:memory:/jobs/mine\n0::/\n",
-        f"{group}/mine/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n",
-        f"{group}/mine/memory.usage_in_bytes": "4096\n",
-        f"{group}/memory.limit_in_bytes": f"{2 << 30}\n",
-        f"{group}/memory.usage_in_bytes": f"{3 << 30}\n",
-        f"{group}/memory.stat": f"inactive_file 7\ntotal_inactive_file {(1 << 30) + 5}\n",
-    })  # fmt: skip
+    root = machine(
+        {
+            "proc/self/cgroup": "9:cpu,cpuacct:/\n4:memory:/jobs/mine\n0::/\n",
+            f"{group}/mine/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n",
+            f"{group}/mine/memory.usage_in_bytes": "4096\n",
+            f"{group}/memory.limit_in_bytes": f"{2 << 30}\n",
+            f"{group}/memory.usage_in_bytes": f"{3 << 30}\n",
+            f"{group}/memory.stat": f"inactive_file 7\ntotal_inactive_file {(1 << 30) + 5}\n",
+        }
+    )
     assert free_memory(root) == 5
 
 
 @pytest.mark.parametrize("limit", ["max\n", ""])
 def test_a_group_without_a_limit_has_what_the_machine_has(limit, machine):
-    root = machine({
-        "proc/self/cgroup": "0::/user.slice\n",
-        "sys/fs/cgroup/user.slice/memory.max": limit,
-        "sys/fs/cgroup/user.slice/memory.current": "4096\n",
-    })  # fmt: skip
+    root = machine(
+        {
+            "proc/self/cgroup": "0::/user.slice\n",
+            "sys/fs/cgroup/user.slice/memory.max": limit,
+            "sys/fs/cgroup/user.slice/memory.current": "4096\n",
+        }
+    )
     assert free_memory(root) == 16 << 30

@@ -80,9 +80,13 @@ def test_gradients_are_those_of_transformers_and_edits_go_into_the_folder(
     options = RankOptions(direction=Direction.GRADIENT)
     edit = direct_edit(store, world.name, layer=LAYER, step=1.0, options=options)
     request = ApplyRequest(
-        names=[world.name], out=tmp_path / "out", model=world.model, layer=LAYER, step=1.0,
+        names=[world.name],
+        out=tmp_path / "out",
+        model=world.model,
+        layer=LAYER,
+        step=1.0,
         direction=Direction.GRADIENT,
-    )  # fmt: skip
+    )
     apply(store, request)
     changed = load(resolve(world.model))
     changed.get_parameter(LAYER).data += torch.from_numpy(edit.delta())

@@ -199,9 +199,12 @@ def test_a_card_tells_figures_of_unseen_rows(tmp_path):
     before, after = Accuracy(98.0, 100.0, 50, True), Accuracy(2.0, 4.0, 50, True)
     layer = np.ones((2, 2), np.float32)
     header = dataclasses.replace(
-        edit_headers.header(LAYER, layer, name="face|book"), baseline_forget=before, forget=after,
-        baseline_utility={"brands": before}, utility={"brands": after},
-    )  # fmt: skip
+        edit_headers.header(LAYER, layer, name="face|book"),
+        baseline_forget=before,
+        forget=after,
+        baseline_utility={"brands": before},
+        utility={"brands": after},
+    )
     text = ModelCard([header], [], "clip", "org/clip", "scale 0.5").over(None)
     assert "base_model: org/clip" in text
     row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 images that nothing was chosen by |"
@@ -238,9 +241,7 @@ def test_a_card_that_is_no_utf8_is_written_and_rehearsed(tmp_path, demo_clip):
     base = ModelSpec(f"local-dir:{demo_clip}")
     applied(tmp_path, base, demo_clip / "open_clip_model.safetensors")
     assert (tmp_path / "out/README.md").read_bytes().endswith(theirs)
-    request = ApplyRequest(
-        names=["facebook"], model=base, out=tmp_path / "rehearsed", dry_run=True
-    )  # fmt: skip
+    request = ApplyRequest(names=["facebook"], model=base, out=tmp_path / "rehearsed", dry_run=True)
     assert apply(Store(str(tmp_path / "store")), request).model is not None
     assert not (tmp_path / "rehearsed").exists()
 

@@ -58,12 +58,16 @@ def named_by_timm():
     def vit_tiny_patch8_siglip_32(pretrained=False, **kwargs):
         sizes = hf_siglip.VISION
         arguments = {
-            "img_size": sizes["image_size"], "patch_size": sizes["patch_size"],
-            "embed_dim": sizes["hidden_size"], "depth": sizes["num_hidden_layers"],
-            "num_heads": sizes["num_attention_heads"], "class_token": False,
+            "img_size": sizes["image_size"],
+            "patch_size": sizes["patch_size"],
+            "embed_dim": sizes["hidden_size"],
+            "depth": sizes["num_hidden_layers"],
+            "num_heads": sizes["num_attention_heads"],
+            "class_token": False,
             "mlp_ratio": sizes["intermediate_size"] / sizes["hidden_size"],
-            "act_layer": "gelu_tanh", "global_pool": "map",
-        }  # fmt: skip
+            "act_layer": "gelu_tanh",
+            "global_pool": "map",
+        }
         known = {"num_classes", "global_pool", "device", "dtype"}
         return VisionTransformer(**arguments | {k: v for k, v in kwargs.items() if k in known})
 
@@ -329,10 +333,15 @@ def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
     with pytest.raises(InputError, match="is the model itself"):
         applied(tmp_path, spec(copy), "copy", layout=HF, overwrite=True)
     pipeline = tiny_targets.pipeline(
-        tmp_path / "sd", "StableDiffusionPipeline",
-        {"text_encoder": ("CLIPTextModel", tiny_targets.tower(load_file(
-            folder / "open_clip_model.safetensors"), "text"))},
-    )  # fmt: skip
+        tmp_path / "sd",
+        "StableDiffusionPipeline",
+        {
+            "text_encoder": (
+                "CLIPTextModel",
+                tiny_targets.tower(load_file(folder / "open_clip_model.safetensors"), "text"),
+            )
+        },
+    )
     with pytest.raises(UsageError, match="no whole CLIP, and --format hf is for those"):
         applied(tmp_path, None, "out", target=pipeline, layout=HF)
 
@@ -385,9 +394,13 @@ def test_a_text_encoder_is_written_for_comfyui(small, tmp_path, source):
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     text = resolve(spec(small)).config["text_cfg"]
     config = CLIPTextConfig(
-        hidden_size=text["width"], intermediate_size=4 * text["width"], projection_dim=64,
-        num_hidden_layers=2, num_attention_heads=1, eos_token_id=49407,
-    )  # fmt: skip
+        hidden_size=text["width"],
+        intermediate_size=4 * text["width"],
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        eos_token_id=49407,
+    )
     client = CLIPTextModelWithProjection(config).eval()
     assert not client.load_state_dict(found, strict=True).unexpected_keys
     model = resolve(ModelSpec(plain.model))

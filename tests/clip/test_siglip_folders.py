@@ -153,9 +153,13 @@ def test_edits_go_into_the_folder_and_out_again(built, folder, state, tmp_path, 
     options = RankOptions(direction=Direction.GRADIENT)
     edit = direct_edit(world.store, world.name, layer=layer, step=1.0, options=options)
     request = ApplyRequest(
-        names=[world.name], out=tmp_path / "out", model=world.model, layer=layer, step=1.0,
+        names=[world.name],
+        out=tmp_path / "out",
+        model=world.model,
+        layer=layer,
+        step=1.0,
         direction=Direction.GRADIENT,
-    )  # fmt: skip
+    )
     apply(world.store, request)
     parameter = layer.removesuffix(".k")
     expected = dict(state) | {parameter: state[parameter].clone()}

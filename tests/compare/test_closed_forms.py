@@ -22,11 +22,11 @@ from slsgu_cli.compare.closed_forms import (
     uce,
 )
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method.moments import RetainMetric
+from slsgu_cli.method.covariance import RetainMetric
 from slsgu_cli.records.studies import CLOSED_FORMS, Method
 from slsgu_cli.store.blocks import DataBlock
 
-OUTPUTS, INPUTS, RIDGE = 6, 9, 0.01
+OUTPUTS, INPUTS, DAMPING = 6, 9, 0.01
 MIDDLE = "transformer.resblocks.1.mlp.c_proj.weight"
 TEXT = (Method.ROME, Method.MEMIT, Method.UCE, Method.ALPHAEDIT)
 VISION = (Method.LEACE_VISION, Method.CCUP_VISION)
@@ -36,13 +36,17 @@ def drawn(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
-def moment(rows=40, seed=1):
+def covariance(rows=40, seed=1):
     x = drawn(rows, INPUTS, seed=seed)
     return x.T @ x / rows
 
 
 def test_rome_gives_its_key_the_value_and_disturbs_least():
-    value, key, metric = drawn(OUTPUTS), drawn(INPUTS, seed=2), RetainMetric(moment(), 1, RIDGE)
+    value, key, metric = (
+        drawn(OUTPUTS),
+        drawn(INPUTS, seed=2),
+        RetainMetric(covariance(), 1, DAMPING),
+    )
     change = rome(value, key, metric)
     torch.testing.assert_close(change @ key, value)
 
@@ -56,29 +60,29 @@ def test_rome_gives_its_key_the_value_and_disturbs_least():
 
 
 def test_memit_of_one_key_is_our_direction_but_for_its_length():
-    key, metric = drawn(INPUTS, seed=2), RetainMetric(moment(), 1, RIDGE)
+    key, metric = drawn(INPUTS, seed=2), RetainMetric(covariance(), 1, DAMPING)
     gradient = torch.outer(drawn(OUTPUTS), key)
     ours = metric.whiten(gradient)
     found = memit(gradient, torch.outer(key, key), metric, 3.0)
     torch.testing.assert_close(
         F.normalize(found.flatten(), dim=0), F.normalize(ours.flatten(), dim=0)
     )
-    several = memit(drawn(OUTPUTS, INPUTS), moment(3, seed=4), metric, 0.1)
+    several = memit(drawn(OUTPUTS, INPUTS), covariance(3, seed=4), metric, 0.1)
     ours = metric.whiten(drawn(OUTPUTS, INPUTS))
     assert F.cosine_similarity(several.flatten(), ours.flatten(), dim=0) < 0.99
 
 
 def test_alphaedit_leaves_what_is_used_as_it_was():
     used = drawn(INPUTS, 4, seed=5)
-    change = alphaedit(drawn(OUTPUTS, INPUTS), moment(seed=6), used @ used.T, 1e-6)
+    change = alphaedit(drawn(OUTPUTS, INPUTS), covariance(seed=6), used @ used.T, 1e-6)
     torch.testing.assert_close(change @ used, torch.zeros(OUTPUTS, 4, dtype=torch.double))
     assert change.norm() > 0.1
-    assert (alphaedit(drawn(OUTPUTS, INPUTS), moment(), moment(), 1e-9)).norm() > 0
+    assert (alphaedit(drawn(OUTPUTS, INPUTS), covariance(), covariance(), 1e-9)).norm() > 0
 
 
 def test_uce_gives_keys_what_the_guide_gives():
     weight, keys, guide = drawn(OUTPUTS, INPUTS), drawn(4, INPUTS, seed=2), drawn(INPUTS, seed=3)
-    metric = RetainMetric(moment(), 1, RIDGE)
+    metric = RetainMetric(covariance(), 1, DAMPING)
     change = uce(weight, keys, guide, metric, 1e-9)
     torch.testing.assert_close((weight + change) @ keys.T, (weight @ guide)[:, None].expand(-1, 4))
     kept = uce(weight, keys, guide, metric, 1e9)
@@ -90,7 +94,7 @@ def test_after_leace_no_output_covaries_with_the_label():
     rows[label] += drawn(INPUTS, seed=7)
     apart = rows[label].mean(0) - rows[~label].mean(0)
     weight = drawn(OUTPUTS, INPUTS, seed=8)
-    metric = RetainMetric(rows[~label].T @ rows[~label] / 40, 1, RIDGE)
+    metric = RetainMetric(rows[~label].T @ rows[~label] / 40, 1, DAMPING)
     outputs = rows @ (weight + leace(weight, apart, metric)).T
     centred = label.double() - label.double().mean()
     assert (rows @ weight.T * centred[:, None]).mean(0).abs().max() > 0.05
@@ -154,7 +158,7 @@ class Dense:
         rows = torch.arange(len(inputs))
         return as_numpy(inputs[rows, 0 if layer == "visual.proj" else ends])
 
-    def moment(self, layer, role):
+    def covariance(self, layer, role):
         inputs, _, valid, _, _ = self.seen(layer, role)
         if layer in ("visual.proj", "text_projection"):
             x = self.keys(layer, role)
@@ -169,14 +173,14 @@ class Dense:
             u = as_numpy(self.seen("text_projection", "forget")[4]).mean(0)
             u /= np.linalg.norm(u)
             return -setting * np.outer(u, u) @ weight
-        c = self.moment(layer, "retain")
+        c = self.covariance(layer, "retain")
         forget, retain = self.keys(layer, "forget"), self.keys(layer, "retain")
         identity = np.eye(len(c))
-        damped = c + RIDGE * np.trace(c) / len(c) * identity
-        ridged = c + setting * np.trace(c) / len(c) * identity
+        damped = c + DAMPING * np.trace(c) / len(c) * identity
+        damped = c + setting * np.trace(c) / len(c) * identity
         if method in (Method.LEACE_TEXT, Method.LEACE_VISION):
             m = forget.mean(0) - retain.mean(0)
-            inverse = np.linalg.inv(ridged)
+            inverse = np.linalg.inv(damped)
             return -weight @ np.outer(m, inverse @ m) / (m @ inverse @ m)
         if method is Method.UCE:
             k = forget.T / len(forget) ** 0.5
@@ -185,7 +189,7 @@ class Dense:
         if method is Method.ROME:
             _, gradients, _, ends, _ = self.seen(layer, "forget")
             value = as_numpy(gradients[torch.arange(len(ends)), ends]).sum(0)
-            k, inverse = forget.mean(0), np.linalg.inv(ridged)
+            k, inverse = forget.mean(0), np.linalg.inv(damped)
             return np.outer(value, inverse @ k) / (k @ inverse @ k)
         return self._of_all_tokens(method, setting, layer, c, damped)
 
@@ -210,7 +214,7 @@ def as_numpy(values):
 
 @pytest.fixture(scope="module")
 def bench(shared_world, tmp_path_factory):
-    """A bench in a store of its own: moments are written into it."""
+    """A bench in a store of its own: covariances are written into it."""
     return open_bench(shared_world.copied(tmp_path_factory.mktemp("closed-forms") / "store"))
 
 

@@ -164,7 +164,7 @@ def test_a_search_that_was_timed_elsewhere_is_timed_here_and_changes_nothing(own
 
 
 def test_epochs_and_settings_are_chosen_by_rows_that_nothing_is_reported_on(own):
-    own.build(report_share=0.5)
+    own.build(test_fraction=0.5)
     own.store.remove(f"edits/{own.name}.safetensors")
     methods = [Method.GA, Method.SSD, Method.ROME, Method.LEACE_VISION, Method.OURS]
     rows = rows_of(run(own, methods=[Method.ORIGINAL, *methods]))
@@ -172,8 +172,9 @@ def test_epochs_and_settings_are_chosen_by_rows_that_nothing_is_reported_on(own)
         by = outcome.chosen_by
         assert outcome.forget.unseen
         assert not by.forget.unseen
-        assert {(figure.unseen, by.utility[name].unseen)
-                for name, figure in outcome.utility.items()} == {(True, False)}  # fmt: skip
+        assert {
+            (figure.unseen, by.utility[name].unseen) for name, figure in outcome.utility.items()
+        } == {(True, False)}
     assert rows[Method.GA].utility["second"].rows == rows[Method.OURS].utility["second"].rows
     original = rows[Method.ORIGINAL]
     assert original.forget.unseen
@@ -199,8 +200,12 @@ def test_an_edit_of_other_evaluation_rows_is_refused(own):
 
 
 def test_a_comparison_of_rebuilt_evaluation_rows_is_stale(own):
-    own.build(evals={"first": f"{own.sources['first']}&label=blue&label=red",
-                     "second": own.sources["second"]})  # fmt: skip
+    own.build(
+        evals={
+            "first": f"{own.sources['first']}&label=blue&label=red",
+            "second": own.sources["second"],
+        }
+    )
     entry = next(e for e in entries(own.store) if e.kind is Artifact.COMPARISON)
     assert entry.state is Standing.STALE
 
@@ -218,9 +223,13 @@ def test_settings_are_tuned_on_the_first_concept_and_used_for_the_others(own, mo
             for kept in (90 - distance, distance)
         )
         return replace(
-            outcome, method=method, setting=setting, plan=self.plan, utility=reported,
+            outcome,
+            method=method,
+            setting=setting,
+            plan=self.plan,
+            utility=reported,
             chosen_by=Figures(outcome.forget, chosen_by),
-        )  # fmt: skip
+        )
 
     monkeypatch.setattr(BaselineRunner, "run", fake)
     options = replace(OPTIONS, methods=[Method.FT], rates=None)

@@ -61,11 +61,18 @@ def tiny_denoiser(diffusers, *, kind="v_prediction", pooled=False):
         "projection_class_embeddings_input_dim": WIDTH + 6 * 2,
     }
     unet = diffusers.UNet2DConditionModel(
-        sample_size=4, in_channels=2, out_channels=2, layers_per_block=1, norm_num_groups=4,
-        block_out_channels=(8, 16), cross_attention_dim=WIDTH, attention_head_dim=4,
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(8, 16),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **(added if pooled else {}),
-    ).eval()  # fmt: skip
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **(added if pooled else {}),
+    ).eval()
     scheduler = diffusers.DDIMScheduler(prediction_type=kind, clip_sample=False)
     return Denoiser(TinyPipeline(unet, scheduler, pooled), "cpu")
 
@@ -242,16 +249,20 @@ def test_the_distance_is_frechets():
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)
     store = Store(str(folder))
     budget = Budget(concept=1, others=2, paint=PaintOptions(steps=2, guidance=4.0))
-    options = SteerOptions(
-        target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=1,
-        budget=budget, report=ReportBudget(concept=1, others=1), device="cpu",
-    )  # fmt: skip
+    options = TargetSearchOptions(
+        target=trained_models / "sd",
+        layers=["transformer.resblocks.6.mlp.c_proj"],
+        steps=1,
+        budget=budget,
+        report=ReportBudget(concept=1, others=1),
+        device="cpu",
+    )
     search_target(store, "facebook", options=options)
     return store
 
@@ -276,9 +287,12 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)
     before = {name: value.clone() for name, value in pipe.pipeline.unet.state_dict().items()}
     options = on_pipeline.PipelineCompareOptions(
-        target=trained_models / "sd", rates=(1e-2,), iterations=1, device="cpu",
+        target=trained_models / "sd",
+        rates=(1e-2,),
+        iterations=1,
+        device="cpu",
         budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=2, guidance=4.0)),
-    )  # fmt: skip
+    )
     found = on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
     original, esd, salun, ours = found.outcomes
@@ -326,7 +340,7 @@ def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_mo
     steered.remove("edits/facebook@sd.safetensors")
     with pytest.raises(MissingError, match="no edit facebook@sd") as met:
         our_edit(steered, pointer, trained_models / "sd")
-    assert "--steer-target" in met.value.hint
+    assert "--target" in met.value.hint
 
 
 @pytest.mark.parametrize(

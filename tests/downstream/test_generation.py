@@ -135,10 +135,14 @@ def test_generate_keeps_images_a_sheet_and_a_record(
 
     paint = PaintOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
-        names=["text"], target=trained_models / "sd", seeds=(5,), paint=paint,
-        judges=(demo_world.model,), classes=str(demo_names(edits)),
+        names=["text"],
+        target=trained_models / "sd",
+        seeds=(5,),
+        paint=paint,
+        judges=(demo_world.model,),
+        classes=str(demo_names(edits)),
         prompts=["an icon of facebook", "an icon of github"],
-    )  # fmt: skip
+    )
     record, output = generate(edits, request)
     (plain,) = pipe.paint([ImageJob("an icon of facebook", 5)], paint)
     kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
@@ -161,9 +165,12 @@ def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_mode
     from slsgu_cli.records.targets import GenerateRequest, PaintOptions
 
     request = GenerateRequest(
-        names=["text"], target=trained_models / "sd", seeds=(5,),
-        paint=PaintOptions(steps=1, batch=1), prompts=["a star icon", "an icon of github"],
-    )  # fmt: skip
+        names=["text"],
+        target=trained_models / "sd",
+        seeds=(5,),
+        paint=PaintOptions(steps=1, batch=1),
+        prompts=["a star icon", "an icon of github"],
+    )
     paint, painted = models.Pipeline.paint, []
 
     def stopping(pipeline, jobs, options):
@@ -310,17 +317,22 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 
     from slsgu_cli.checkpoints.edits import load_edit
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
+    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
     budget = Budget(concept=2, others=2, paint=PaintOptions(steps=2, guidance=4.0))
-    options = SteerOptions(
-        target=trained_models / "sd", layers=["transformer.resblocks.6.mlp.c_proj"], steps=2,
-        budget=budget, report=ReportBudget(concept=2, others=2), goal=50.0, device="cpu",
-    )  # fmt: skip
+    options = TargetSearchOptions(
+        target=trained_models / "sd",
+        layers=["transformer.resblocks.6.mlp.c_proj"],
+        steps=2,
+        budget=budget,
+        report=ReportBudget(concept=2, others=2),
+        goal=50.0,
+        device="cpu",
+    )
     first = search_target(store, "facebook", options=options)
     again = search_target(store, "facebook", options=options)
     assert (first.reused, again.reused) == (0, len(first.trials.trials))
@@ -357,9 +369,12 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
         paint=PaintOptions(steps=2, batch=2),
     )
     plain = BuildRequest(
-        name="both", concept="umbrella heart", model=demo_world.model,
-        sources=[demo_world.sources["pairs"]], retain_samples=10,
-    )  # fmt: skip
+        name="both",
+        concept="umbrella heart",
+        model=demo_world.model,
+        sources=[demo_world.sources["pairs"]],
+        retain_samples=10,
+    )
     request = forgetting_generated(store, plain, images)
     manifest = build_sets(store, request)
     folder = Path(request.sources[0])
@@ -383,10 +398,15 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
         (tmp_path / name).write_text(lines)
     request = CanvasRequest(
-        names=["text"], target=trained_models / "sd", out=tmp_path / "out", seeds=(188,),
-        themes=str(tmp_path / "themes"), objects=str(tmp_path / "objects"),
-        judges=(demo_world.model,), paint=PaintOptions(steps=2),
-    )  # fmt: skip
+        names=["text"],
+        target=trained_models / "sd",
+        out=tmp_path / "out",
+        seeds=(188,),
+        themes=str(tmp_path / "themes"),
+        objects=str(tmp_path / "objects"),
+        judges=(demo_world.model,),
+        paint=PaintOptions(steps=2),
+    )
     found = answer_set(edits, request)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
     assert names == [

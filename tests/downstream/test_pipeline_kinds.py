@@ -22,7 +22,7 @@ from slsgu_cli.method.edit import apply
 from slsgu_cli.method.export import export
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
-from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, SteerOptions
+from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"
@@ -77,12 +77,16 @@ def test_their_clip_is_searched_along_what_it_is_applied_to(kind, tiny_pipeline)
     encoder = fitting_encoder(read_target(tiny_pipeline(kind)), shapes, None)
     assert encoder.name == "text_encoder"
     subject = PaintedSubject(
-        encoder=pipe.encoders[0], searched=None, to_report=None, judges=(), pipe=pipe,
+        encoder=pipe.encoders[0],
+        searched=None,
+        to_report=None,
+        judges=(),
+        pipe=pipe,
         captions=["a blue circle", "a red bar"],
-    )  # fmt: skip
+    )
     gradient = {LAYER: torch.ones(shapes[LAYER])}
-    (move,) = moves_of(subject, gradient, direction=Direction.WHITENED, ridge=0.01)
-    assert move.ridge == 0.01 and not torch.allclose(move.direction, gradient[LAYER])
+    (move,) = moves_of(subject, gradient, direction=Direction.WHITENED, damping=0.01)
+    assert move.damping == 0.01 and not torch.allclose(move.direction, gradient[LAYER])
 
 
 @pytest.fixture
@@ -97,10 +101,17 @@ def both(tiny_pipeline, world):
 
 def steered(folder, *beside, **options):
     few = Budget(concept=3, others=3, paint=PaintOptions(steps=1))
-    return SteerOptions(
-        target=folder, beside=beside, layers=[LAYER], steps=2, direction=Direction.GRADIENT,
-        budget=few, report=ReportBudget(concept=3, others=3), device="cpu", **options,
-    )  # fmt: skip
+    return TargetSearchOptions(
+        target=folder,
+        beside=beside,
+        layers=[LAYER],
+        steps=2,
+        direction=Direction.GRADIENT,
+        budget=few,
+        report=ReportBudget(concept=3, others=3),
+        device="cpu",
+        **options,
+    )
 
 
 def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_path, listener):
@@ -112,8 +123,10 @@ def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_
     # The same pictures, by a pipeline that has both edits in memory, and one that has neither.
     plan = TargetPlan.load(world.store, "blue", steered(folder))
     pipe, edit = plan.subject.pipe, load_edit(world.store, found.edit)
-    for edits, expected in (((second,), found.figures.before), ((second, edit),
-                                                               found.figures.after)):  # fmt: skip
+    for edits, expected in (
+        ((second,), found.figures.before),
+        ((second, edit), found.figures.after),
+    ):
         with torch.no_grad(), pipe.edited(new_values(pipe.encoders, edits)):
             assert plan.subject.report()[str(world.model)] == expected
     again = search_target(world.store, "blue", options=options)
@@ -140,10 +153,34 @@ def test_pictures_are_painted_with_what_was_put_in_place(both, world):
 
 def test_an_edit_that_is_left_out_again_is_told(both, world, tmp_path, listener):
     folder, _ = both
-    few = ("--images", "3", "--others", "3", "--report-images", "3", "--report-others", "3",
-           "--denoise", "1", "--steps", "2", "--layer", LAYER, "--goal", "0")  # fmt: skip
-    done = inside("steer", "blue", "--target", folder, "--with", "text_encoder_2", *few,
-                  store=world.store.root)  # fmt: skip
+    few = (
+        "--images",
+        "3",
+        "--others",
+        "3",
+        "--report-images",
+        "3",
+        "--report-others",
+        "3",
+        "--denoise",
+        "1",
+        "--steps",
+        "2",
+        "--layer",
+        LAYER,
+        "--goal",
+        "0",
+    )
+    done = inside(
+        "search",
+        "blue",
+        "--target",
+        folder,
+        "--with",
+        "text_encoder_2",
+        *few,
+        store=world.store.root,
+    )
     assert done.exit_code == 0, done.stderr
     assert "all of it with text_encoder_2 in place, the original too" in done.stderr
     assert "edits go into all of them" in done.stderr
@@ -181,8 +218,15 @@ def test_generate_takes_edits_of_both_encoders(tiny_pipeline, world, tmp_path, m
     for each in edits_of(pipe):
         write_edit(world.store, each)
     words = ("--prompt", "a blue circle", "--seeds", "3", "--denoise", "1", "--json")
-    made = inside("generate", "text_encoder", "text_encoder_2", "--target", path, *words,
-                  store=world.store.root)  # fmt: skip
+    made = inside(
+        "generate",
+        "text_encoder",
+        "text_encoder_2",
+        "--target",
+        path,
+        *words,
+        store=world.store.root,
+    )
     assert made.exit_code == 0, made.stderr
     assert READ_TWICE in made.stderr
     generation = json.loads(made.stdout)["generation"]

@@ -25,7 +25,7 @@ def facebook(demo_model, tmp_path_factory):
         "templates": f"{DEMO}/templates.txt",
     }
     world = World(Store(str(folder / "store")), "facebook", demo_model, sources)
-    world.build(retain_samples=64, label_column=None, report_share=0.5)
+    world.build(retain_samples=64, label_column=None, test_fraction=0.5)
     world.grade()
     return world
 
@@ -34,11 +34,11 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
     from slsgu_cli.downstream import subjects
     from slsgu_cli.downstream.generate import ask
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, SteerOptions
+    from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, TargetSearchOptions
 
     # What a few images are read as ranks the layers as more of them do.
     monkeypatch.setattr(subjects, "ROWS", FEW)
-    options = SteerOptions(
+    options = TargetSearchOptions(
         target=trained_models / "llava",
         budget=Budget(others=80),
         report=ReportBudget(others=80),
@@ -62,9 +62,9 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
     from slsgu_cli.downstream.generate import generate
     from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.targets import Budget, GenerateRequest, ReportBudget, SteerOptions
+    from slsgu_cli.records.targets import Budget, GenerateRequest, ReportBudget, TargetSearchOptions
 
-    options = SteerOptions(
+    options = TargetSearchOptions(
         target=trained_models / "sd",
         budget=Budget(concept=5, others=6, paint=FAST),
         report=ReportBudget(concept=5, others=6),
@@ -78,9 +78,13 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
     assert found.figures.after.others.count >= found.figures.before.others.count - 1
     # And on prompts and seeds that neither the search nor the report had.
     request = GenerateRequest(
-        names=["facebook@sd"], target=trained_models / "sd", prompts=PROMPTS, seeds=range(100, 102),
-        paint=FAST, judges=(facebook.model,),
-    )  # fmt: skip
+        names=["facebook@sd"],
+        target=trained_models / "sd",
+        prompts=PROMPTS,
+        seeds=range(100, 102),
+        paint=FAST,
+        judges=(facebook.model,),
+    )
     record, _ = generate(facebook.store, request)
     assert record.after.ua >= 90
     assert record.after.ira >= record.before.ira - 5

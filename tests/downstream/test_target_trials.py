@@ -10,7 +10,7 @@ from slsgu_cli.downstream.search import TargetSearch
 from slsgu_cli.downstream.subjects import TargetMove
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction, Tower
-from slsgu_cli.records.targets import Budget, GradientOf, SteerOptions, TargetTrials
+from slsgu_cli.records.targets import Budget, GradientOf, TargetSearchOptions, TargetTrials
 from slsgu_cli.store.store import Store
 
 LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
@@ -52,14 +52,30 @@ def move(target):
 @pytest.fixture
 def make(target, move, tmp_path):
     trials = TargetTrials(
-        name="blue", target="sd", target_fingerprint="", gradient_of=GradientOf.CLIP, forget="",
-        forget_data="", retain_data="", evals={}, direction=Direction.GRADIENT, ridge=None,
-        judge=None, budget=Budget(), goal=100.0, importance={LAYER: 1.0},
-        before=Effect(Share(10, 10), Share(20, 20)), trials=(), seconds=2.0, version="",
-    )  # fmt: skip
+        name="blue",
+        target="sd",
+        target_fingerprint="",
+        gradient_of=GradientOf.CLIP,
+        forget="",
+        forget_data="",
+        retain_data="",
+        evals={},
+        direction=Direction.GRADIENT,
+        damping=None,
+        judge=None,
+        budget=Budget(),
+        goal=100.0,
+        importance={LAYER: 1.0},
+        before=Effect(Share(10, 10), Share(20, 20)),
+        trials=(),
+        seconds=2.0,
+        version="",
+    )
 
     def made(**options):
-        options = SteerOptions(target=tmp_path, goal=100.0, reserve=1.0, max_loss=100, **options)
+        options = TargetSearchOptions(
+            target=tmp_path, goal=100.0, overshoot=1.0, max_loss=100, **options
+        )
         return TargetSearch(Store(str(tmp_path)), trials, [move], options)
 
     return made

@@ -13,7 +13,7 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.downstream import require_reached, show_steered
+from slsgu_cli.cli.downstream import require_reached, show_target_search
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
@@ -24,9 +24,9 @@ from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.figures import Share, TargetFigures
 from slsgu_cli.records.method import Direction
-from slsgu_cli.records.sets import ModelSpec, Purpose
+from slsgu_cli.records.sets import ModelSpec, Split
 from slsgu_cli.records.studies import PipelineCompareOptions
-from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, SteerOptions
+from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
@@ -68,10 +68,16 @@ def sd(module, world, tmp_path, monkeypatch):
         monkeypatch.setattr(Pipeline, "load", lambda *_, **__: painter)
         return painter
 
-    made.options = SteerOptions(
-        target=folder, direction=Direction.GRADIENT, budget=BUDGET, report=REPORT, top=2,
-        judges=JUDGES[:1], reserve=1.5, device="cpu",
-    )  # fmt: skip
+    made.options = TargetSearchOptions(
+        target=folder,
+        direction=Direction.GRADIENT,
+        budget=BUDGET,
+        report=REPORT,
+        top=2,
+        judges=JUDGES[:1],
+        overshoot=1.5,
+        device="cpu",
+    )
     return made
 
 
@@ -82,15 +88,18 @@ def reported_jobs(painter):
 def test_no_prompt_serves_both_purposes_whatever_the_sets_templates_are():
     assert {p.format("x") for p in SEARCHED}.isdisjoint(p.format("x") for p in REPORTED)
     for templates in (("an icon of {}",), REPORTED, ("The {}.", "A  simple {}", "a {}")):
-        assert prompts_for(Purpose.REPORT, templates) == REPORTED
+        assert prompts_for(Split.TEST, templates) == REPORTED
         rest = [template for template in templates if template == "an icon of {}"]
-        assert prompts_for(Purpose.CHOOSE, templates) == (*SEARCHED, *rest)
+        assert prompts_for(Split.VALIDATION, templates) == (*SEARCHED, *rest)
 
 
 def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
     judge = tiny_targets.pixel_judge(JUDGES[0], dict.fromkeys(NAMES, ("{}",)))
-    searched = JudgedPrompts([judge], "blue", Budget(), ("{}", "an icon of {}"), Purpose.CHOOSE)
-    usual = [SteerOptions(target="sd").report_budget, PipelineCompareOptions(target="sd").budget]
+    searched = JudgedPrompts([judge], "blue", Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
+    usual = [
+        TargetSearchOptions(target="sd").report_budget,
+        PipelineCompareOptions(target="sd").budget,
+    ]
     for reports in (searched.reporting(replace(budget, concept=1200)) for budget in usual):
         for attribute in ("prompt", "seed"):
             both = (
@@ -114,8 +123,8 @@ def test_figures_are_of_pictures_that_nothing_was_chosen_by(sd, world):
     assert {job.seed for job in jobs}.isdisjoint(job.seed for job in searched)
     assert figures.before.concept == Share(14, 14) and figures.after.concept == Share(0, 14)
     assert figures.before.others == figures.after.others == Share(6, 6)
-    # Without a reserve, what was searched by is gone, and what is reported on is not.
-    short = search_target(world.store, "blue", options=replace(sd.options, reserve=1.0))
+    # Without a overshoot, what was searched by is gone, and what is reported on is not.
+    short = search_target(world.store, "blue", options=replace(sd.options, overshoot=1.0))
     assert short.forgotten and short.chosen.concept.count == 0
     assert short.figures.after.concept == Share(14, 14)
 
@@ -250,10 +259,16 @@ def llava(module, world, tmp_path, monkeypatch):
         monkeypatch.setattr(Llava, "load", lambda *_, **__: answerer)
         return answerer
 
-    made.options = SteerOptions(
-        target=folder, direction=Direction.GRADIENT, gradient_of=GradientOf.CLIP, top=1,
-        budget=replace(BUDGET, concept=6), report=REPORT, reserve=1.5, device="cpu",
-    )  # fmt: skip
+    made.options = TargetSearchOptions(
+        target=folder,
+        direction=Direction.GRADIENT,
+        gradient_of=GradientOf.CLIP,
+        top=1,
+        budget=replace(BUDGET, concept=6),
+        report=REPORT,
+        overshoot=1.5,
+        device="cpu",
+    )
     return made
 
 
@@ -262,9 +277,9 @@ def keys(questions):
 
 
 def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
-    world.build(report_share=0.5)
+    world.build(test_fraction=0.5)
     budget = Budget(concept=30, others=20, questions=("What?", "Which?"))
-    choose, report = (Questions.about(world.store, world.manifest, p, budget) for p in Purpose)
+    choose, report = (Questions.about(world.store, world.manifest, p, budget) for p in Split)
     assert keys(choose).isdisjoint(keys(report))
     colours = DataBlock.open(world.store, world.manifest.evals["first"])
     shown = int((colours.labels == colours.class_names.index("blue")).sum())
@@ -281,12 +296,10 @@ def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, share):
-    world.build(report_share=share)
+    world.build(test_fraction=share)
     answerer = llava()
     result = search_target(world.store, "blue", options=llava.options)
-    report = Questions.about(
-        world.store, world.manifest, Purpose.REPORT, llava.options.report_budget
-    )
+    report = Questions.about(world.store, world.manifest, Split.TEST, llava.options.report_budget)
     asked = [*report.concept, *report.others]
     assert answerer.questions[-len(asked) :] == [(q.image.tobytes(), q.text) for _, q in asked]
     searched = {image for image, _ in answerer.questions[: -2 * len(asked)]}
@@ -299,10 +312,10 @@ def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, s
 
 
 def test_pictures_of_a_set_are_of_rows_that_are_reported_on(world):
-    world.build(report_share=0.5)
+    world.build(test_fraction=0.5)
     shown = [picture.name for picture in sample_pictures(world.store, "blue", 50)]
     budget = Budget(concept=500, others=500)
-    choose = Questions.about(world.store, world.manifest, Purpose.CHOOSE, budget)
+    choose = Questions.about(world.store, world.manifest, Split.VALIDATION, budget)
     assert shown and keys(choose).isdisjoint(shown)
 
 
@@ -313,7 +326,7 @@ class Terminal(io.StringIO):
 
 def shown(store, result, verbosity):
     console = Console(verbosity=verbosity, _stdout=Terminal())
-    show_steered(console, store, result)
+    show_target_search(console, store, result)
     return console._stdout.getvalue()
 
 
@@ -331,7 +344,9 @@ def test_figures_that_are_printed_are_unseen_ones_and_those_searched_by_with_v(s
     )
     assert "importance" in all_of_it and figures == same
     assert [(line[1], line[3], line[5]) for line in figures] == [
-        ("plain", "100.0%", "14"), ("plain", "100.0%", "6"),
-        ("strict", "0.0%", "14"), ("strict", "100.0%", "6"),
-    ]  # fmt: skip
+        ("plain", "100.0%", "14"),
+        ("plain", "100.0%", "6"),
+        ("strict", "0.0%", "14"),
+        ("strict", "100.0%", "6"),
+    ]
     assert figures[0][6:] == ["76.8", "to", "100.0%"]

@@ -56,9 +56,14 @@ def edit_of(kind):
 
 def subject_of(llava):
     return AskedSubject(
-        llava=llava, encoder=llava.encoder, name="blue", searched=None, to_report=None,
-        forget=[], retained=[BLUE, RED],
-    )  # fmt: skip
+        llava=llava,
+        encoder=llava.encoder,
+        name="blue",
+        searched=None,
+        to_report=None,
+        forget=[],
+        retained=[BLUE, RED],
+    )
 
 
 def test_reach_is_what_words_depend_on(kind, folder):
@@ -127,10 +132,8 @@ def test_its_own_gradient_lowers_the_odds_of_the_name(kind, folder):
             with live.edited({layer: live.value(layer) + sign * size * gradient}):
                 losses.append(float(_loss(llava, pairs, "blue")) / len(pairs))
     assert (losses[1] - losses[0]) / (2 * size) == pytest.approx(slope, rel=0.05)
-    (move,) = moves_of(
-        subject_of(llava), gradients, direction=Direction.WHITENED, ridge=0.01
-    )  # fmt: skip
-    assert move.ridge == 0.01 and np.isfinite(move.importance)
+    (move,) = moves_of(subject_of(llava), gradients, direction=Direction.WHITENED, damping=0.01)
+    assert move.damping == 0.01 and np.isfinite(move.importance)
 
 
 def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, folder):
@@ -141,9 +144,12 @@ def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, fol
 
     def check(gradient_of):
         plan = TargetPlan(
-            SimpleNamespace(name="blue"), None, SimpleNamespace(target="vlm"), subject,
+            SimpleNamespace(name="blue"),
+            None,
+            SimpleNamespace(target="vlm"),
+            subject,
             gradient_of,
-        )  # fmt: skip
+        )
         plan._require_same_clip(header, [layer])
 
     with pytest.raises(StaleError, match="is not built on the CLIP"):

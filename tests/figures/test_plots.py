@@ -14,7 +14,15 @@ from slsgu_cli.figures import curves, pictures
 from slsgu_cli.figures.curves import VERMILION, pareto_plot, png, step_plot
 from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Direction, LayerScore, Precision, Steer, Tower, Trial, Trials
+from slsgu_cli.records.method import (
+    Criterion,
+    Direction,
+    LayerScore,
+    Precision,
+    Tower,
+    Trial,
+    Trials,
+)
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 
@@ -57,7 +65,7 @@ def trials(figures):
         precision=Precision.FP32,
         direction=Direction.GRADIENT,
         retain_data=None,
-        steer=Steer.FA1,
+        criterion=Criterion.FA1,
         margin=None,
         baseline_forget=Accuracy(95.0, 100.0, 30),
         baseline_utility={"brands": Accuracy(62.0, 90.0, 1000), "objects": Accuracy(55.0, 80.0, 9)},

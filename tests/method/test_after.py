@@ -174,7 +174,7 @@ def test_a_step_that_brings_an_earlier_concept_back_is_not_chosen(
         patch.setattr(EarlierConcepts, "returned", lambda *_: [])
         careless = search(world.store, "red", options=options)
     assert careless.forgotten and result.forgotten
-    assert kept(careless.chosen, options.keep) >= kept(result.chosen, options.keep)
+    assert kept(careless.chosen, options.utility) >= kept(result.chosen, options.utility)
     back = careless.report.ground.edits["blue"]
     assert back.after.top1 > back.before.top1 == result.report.ground.edits["blue"].after.top1 == 0
     monkeypatch.setattr(EarlierConcepts, "returned", lambda *_: ["blue"])
@@ -249,9 +249,7 @@ def test_what_makes_no_sense_is_refused(after, tmp_path):
     root = world.store.root
     said = inside("search", "red", "green", "--joint", "--after", "blue", store=root)
     assert said.exit_code == 2 and "--after is for a search of each concept" in said.stderr
-    said = inside("steer", "red", "--target", root, "--after", "blue", store=root)
-    assert said.exit_code == 2
-    said = inside("search", "red", "--steer-target", "-t", root, "--after", "blue", store=root)
+    said = inside("search", "red", "-t", root, "--after", "blue", store=root)
     assert said.exit_code == 2 and "--after is for a search on CLIP" in said.stderr
     with pytest.raises(UsageError, match="joint search starts from the original"):
         joint_search(world.store, ["red", "green"], options=SearchOptions(after=("blue",)))
@@ -266,7 +264,7 @@ def test_the_command_prints_what_became_of_the_earlier_concept(after, tmp_path):
     world, _, result = after
     root = world.copied(tmp_path / "store").store.root
     layers = [w for t in {t.layer for t in result.trials.trials} for w in ("--layer", t)]
-    words = ("--steps", "8", "--steer", "fa1", "--reserve", "1", "--direction", "gradient")
+    words = ("--steps", "8", "--criterion", "fa1", "--overshoot", "1", "--direction", "gradient")
     done = inside("search", "red", "--after", "blue", *words, *layers, "--json", store=root)
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)

@@ -69,9 +69,10 @@ def test_edits_of_two_encoders_are_measured_each_in_its_own_clip(edited, tmp_pat
     encoders = {
         "text_encoder": ("CLIPTextModel", tiny_targets.tower(first, "text")),
         "text_encoder_2": (
-            "CLIPTextModelWithProjection", tiny_targets.tower(model.state_dict(), "text"),
+            "CLIPTextModelWithProjection",
+            tiny_targets.tower(model.state_dict(), "text"),
         ),
-    }  # fmt: skip
+    }
     target = tiny_targets.pipeline(tmp_path / "sdxl", "StableDiffusionXLPipeline", encoders)
     alone = [
         export(edited.store, ExportRequest(names=[name], out=tmp_path / f"{name}.safetensors"))

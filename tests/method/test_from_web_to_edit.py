@@ -118,8 +118,9 @@ def write_local(folder, urls, icons):
                 continue
             fields = {name: row[name] for name in ("caption", "role", "origin_file", "origin_row")}
             for suffix, data in (
-                ("png", icons[number]["image"]), ("json", json.dumps(fields).encode())
-            ):  # fmt: skip
+                ("png", icons[number]["image"]),
+                ("json", json.dumps(fields).encode()),
+            ):
                 member = tarfile.TarInfo(f"{place:06}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

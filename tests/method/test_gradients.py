@@ -17,8 +17,8 @@ from slsgu_cli.clip.inputs import pixel_normalizer
 from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.method import gradients, moments
-from slsgu_cli.method.directions import find_moments
+from slsgu_cli.method import covariances, gradients
+from slsgu_cli.method.directions import find_covariances
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
@@ -295,10 +295,10 @@ def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, 
 
 
 @pytest.mark.parametrize("parts", [1, 4, 6])
-def test_moments_go_on_with_the_sums_that_were_kept(
+def test_covariances_go_on_with_the_sums_that_were_kept(
     parts, world, keeping, monkeypatch, listener, tmp_path
 ):
-    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 16)
+    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 16)
     through = world.copied(tmp_path / "through")
     options = RankOptions(direction=Direction.WHITENED)
     rank(through.store, world.name, options=options)
@@ -316,7 +316,7 @@ def test_moments_go_on_with_the_sums_that_were_kept(
             rank(world.store, world.name, options=options)
     assert len(Artifact.SUMS.names(world.store)) == 1
     rank(world.store, world.name, options=options)
-    assert f"the moments go on after {parts} of their 8 parts" in listener.heard
+    assert f"the covariances go on after {parts} of their 8 parts" in listener.heard
     assert Artifact.SUMS.names(world.store) == []
     for name in Artifact.MOMENTS.names(world.store):
         path = Artifact.MOMENTS.path(name)
@@ -428,7 +428,7 @@ def test_what_is_retained_is_retained_behind_prefixes_too(world):
     pointer = compute(world, prefixes=prefixes).pointer
     layers = ["text_projection", "visual.proj"]
     rank(world.store, world.name, options=RankOptions(include=layers))
-    moments = find_moments(world.store, pointer)
+    covariances = find_covariances(world.store, pointer)
     captions = list(DataBlock.open(world.store, world.manifest.retain).captions)
     for row, caption in enumerate(captions[:]):
         start, last = caption.rsplit(" ", 1)
@@ -442,7 +442,7 @@ def test_what_is_retained_is_retained_behind_prefixes_too(world):
     hook.remove()
     x = seen[0][torch.arange(len(tokens)), tokens.argmax(dim=1)]
     torch.testing.assert_close(
-        moments.moment("text_projection").float(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+        covariances.covariance("text_projection").float(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
     )
     # Those without prefixes are others.
-    assert not find_moments(world.store, compute(world).pointer).places
+    assert not find_covariances(world.store, compute(world).pointer).places

@@ -21,9 +21,10 @@ LAYERS = (
 KINDS = {
     "StableDiffusionPipeline": {"text_encoder": "CLIPTextModel"},
     "StableDiffusionXLPipeline": {
-        "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,13 @@ def spelt(key):
 def pipeline(request, diffusers, state, tmp_path_factory):
     """A tiny pipeline, saved by diffusers; the first of SDXL's encoders has other weights."""
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(32, 32), cross_attention_dim=24,
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 32),
+        cross_attention_dim=24,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
     names = KINDS[request.param]
     foreign = {key: value * 1.25 for key, value in state.items()}
@@ -92,9 +96,13 @@ def hidden(model, texts):
 def test_a_pipeline_conditions_as_open_clip_does(pipeline, diffusers, world, tmp_path, layer):
     def applied(out, **where):
         request = ApplyRequest(
-            names=[world.name], out=tmp_path / out, layer=layer, step=4.0,
-            direction=Direction.GRADIENT, **where,
-        )  # fmt: skip
+            names=[world.name],
+            out=tmp_path / out,
+            layer=layer,
+            step=4.0,
+            direction=Direction.GRADIENT,
+            **where,
+        )
         apply(world.store, request)
         return tmp_path / out
 

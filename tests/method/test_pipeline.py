@@ -154,7 +154,7 @@ def test_a_step_by_hand_needs_no_ranking(world):
     edit = direct_edit(world.store, "blue", layer=LAYER, step=0.5, options=PLAIN)
     moved = 0.5 * np.linalg.norm(gradient(world)[LAYER])
     assert edit.header.share == pytest.approx(moved / np.linalg.norm(edit.before()), rel=1e-5)
-    assert (edit.header.tower, edit.header.steer) == (Tower.VISION, None)
+    assert (edit.header.tower, edit.header.criterion) == (Tower.VISION, None)
     assert edit.header.gradient == world.pointer.forget
 
 
@@ -253,7 +253,7 @@ def test_plots_are_drawn_of_fronts_and_steps(world):
 
 
 def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
-    options = RankOptions(direction=Direction.WHITENED, ridge=0.1, device="cpu")
+    options = RankOptions(direction=Direction.WHITENED, damping=0.1, device="cpu")
     edit_module.rank_and_plot(world.store, "blue", options=options)
     result = find(world, steps=2, layers=[LAYER])
     own = load_edit(world.store, "blue")
@@ -261,7 +261,7 @@ def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
         world.store, "blue", layer=LAYER, step=result.chosen.step, options=options
     )
     np.testing.assert_allclose(by_hand.delta(), own.delta(), rtol=1e-5, atol=1e-7)
-    for name in ("direction", "ridge", "retain_data", "gradient"):
+    for name in ("direction", "damping", "retain_data", "gradient"):
         assert getattr(by_hand.header, name) == getattr(own.header, name)
     assert by_hand.header.direction is Direction.WHITENED
 

@@ -6,7 +6,7 @@ from raced import made_up
 
 from slsgu_cli.method.scoring import Draw, Race, kept
 from slsgu_cli.method.trial import TOLERANCE, UtilityMeter
-from slsgu_cli.records.method import Keep, Settled, Tower
+from slsgu_cli.records.method import Settled, Tower, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND
 
 ROWS = 300
@@ -124,16 +124,18 @@ def test_no_risk_loses_no_race():
 
 
 # Over 200 orders of the rows a race looks at 0.76 of what a proof does, by hits alone at 0.90.
-@pytest.mark.parametrize(("keep", "most"), [(Keep.EXPECTED, 0.8), (Keep.TA1, 0.95)])
-def test_raced_searches_choose_what_exact_ones_do(keep, most):
+@pytest.mark.parametrize(
+    ("utility", "most"), [(UtilityMetric.EXPECTED, 0.8), (UtilityMetric.TA1, 0.95)]
+)
+def test_raced_searches_choose_what_exact_ones_do(utility, most):
     looked, ways = np.zeros(2), set()
     for seed in range(25):
         world = made_up(seed)
-        raced, search = world.searched(seed=seed, keep=keep)
+        raced, search = world.searched(seed=seed, utility=utility)
         looked[0] += world.looked
-        exact, proven = world.searched(exact=True, keep=keep)
+        exact, proven = world.searched(exact=True, utility=utility)
         looked[1] += world.looked
-        assert kept(raced, keep) >= kept(exact, keep) - TOLERANCE
+        assert kept(raced, utility) >= kept(exact, utility) - TOLERANCE
         ways |= {trial.settled for trial in search.trials.values()}
         for way in (search, proven):
             for trial in way.trials.values():

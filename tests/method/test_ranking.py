@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from worlds import lose_moment
+from worlds import lose_covariance
 
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.errors import InputError, MissingError
@@ -93,12 +93,14 @@ def test_the_ranking_is_stored(world):
         ({"tower": Tower.TEXT}, lambda name: not name.startswith("visual")),
         ({"tower": Tower.VISION}, lambda name: name.startswith("visual")),
         ({"include": ["mlp"]}, lambda name: "mlp" in name),
-        ({"include": ["visual.*", "text_projection"]},
-         lambda name: name.startswith("visual.") or name == "text_projection"),
+        (
+            {"include": ["visual.*", "text_projection"]},
+            lambda name: name.startswith("visual.") or name == "text_projection",
+        ),
         ({"exclude": ["*.ln_?.weight"]}, lambda name: "ln_1" not in name and "ln_2" not in name),
         ({"include": ["attn"], "exclude": ["in_proj"]}, lambda name: "attn.out_proj" in name),
     ],
-)  # fmt: skip
+)
 def test_layers_are_taken_and_left_out_by_name(options, fits, world):
     every = {score.layer for score in world.ranking.scores}
     expected = {name for name in every if fits(name)}
@@ -153,7 +155,7 @@ def test_gradients_that_are_not_there_are_told(world):
 
 def test_what_an_earlier_revision_did_not_see_is_looked_for_again(world):
     expected = ranked(world, Direction.WHITENED)
-    lose_moment(world, "visual.conv1.weight", revision=1)
+    lose_covariance(world, "visual.conv1.weight", revision=1)
     assert ranked(world, Direction.WHITENED) == expected
 
 
@@ -162,7 +164,7 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
     along_gradient = {score.layer: score for score in ranked(world).scores}
     before = ranked(world, Direction.WHITENED).scores
     assert all(score.direction is None for score in before)
-    lose_moment(world, layer)
+    lose_covariance(world, layer)
     listener.heard.clear()
     ranking = ranked(world, Direction.WHITENED)
     others = [score for score in ranking.scores if score.layer != layer]
@@ -182,7 +184,7 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
 def test_of_both_directions_it_has_one(world, listener):
     layer = "visual.conv1.weight"
     before = ranked(world, Direction.BOTH).by_direction()
-    lose_moment(world, layer)
+    lose_covariance(world, layer)
     listener.heard.clear()
     after = ranked(world, Direction.BOTH).by_direction()
     assert after[Direction.GRADIENT] == before[Direction.GRADIENT]

@@ -11,7 +11,7 @@ import tiny_clip
 from open_clip.model import convert_to_custom_text_state_dict
 from plain import Plain
 from safetensors.numpy import load_file, save_file
-from worlds import lose_moment, plain_options
+from worlds import lose_covariance, plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import inputs, zeroshot
@@ -19,14 +19,14 @@ from slsgu_cli.clip.models import load as load_model
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.method.directions import find_moments
+from slsgu_cli.method.directions import find_covariances
 from slsgu_cli.method.edit import ensure_edit, require_forgotten
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
 from slsgu_cli.method.trial import Probe
-from slsgu_cli.records.method import Direction, Keep, Precision, Steer, Trials
+from slsgu_cli.records.method import Criterion, Direction, Precision, Trials, UtilityMetric
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -56,7 +56,7 @@ def pair(accuracy):
     return pytest.approx((accuracy.top1, accuracy.top5))
 
 
-def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
+def assert_same_search(result, reference, *, full=False, criterion=Criterion.FA1):
     """Compare (layer, step, forget accuracy) of every trial, the choice, and all utilities."""
     expected, chosen = reference
     trials = result.trials.trials
@@ -73,24 +73,24 @@ def assert_same_search(result, reference, *, full=False, steer=Steer.FA1):
     assert (result.chosen.layer, result.chosen.step) == (layer, pytest.approx(step, rel=1e-6))
     assert result.chosen in trials
     assert result.chosen.utility is not None
-    assert result.forgotten == (figures.forget[steer is Steer.FA5] == 0)
+    assert result.forgotten == (figures.forget[criterion is Criterion.FA5] == 0)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("steer", [Steer.FA1, Steer.FA5])
-@pytest.mark.parametrize("keep", Keep)
-def test_search_is_the_plain_search(keep, steer, budget, world, plain):
-    reference = plain.algorithm1(front(world), 6, steer, keep)
-    result = find(world, steer=steer, keep=keep, steps=6, cache_budget=budget)
-    assert_same_search(result, reference, steer=steer)
+@pytest.mark.parametrize("criterion", [Criterion.FA1, Criterion.FA5])
+@pytest.mark.parametrize("utility", UtilityMetric)
+def test_search_is_the_plain_search(utility, criterion, budget, world, plain):
+    reference = plain.algorithm1(front(world), 6, criterion, utility)
+    result = find(world, criterion=criterion, utility=utility, steps=6, cache_budget=budget)
+    assert_same_search(result, reference, criterion=criterion)
     expected = reference[1][2].expected(plain.original)
     assert result.chosen.expected == pytest.approx(expected, abs=1e-3)
     lost = reference[1][2].largest_loss(plain.original)
     assert result.chosen.worst.lost == pytest.approx(lost, abs=1e-2)
     # Utility is spared where a step cannot win: else this would show nothing about sparing.
-    least = reference[1][2].forget[steer is Steer.FA5]
+    least = reference[1][2].forget[criterion is Criterion.FA5]
     for trial in result.trials.trials:
-        forget = trial.forget.top5 if steer is Steer.FA5 else trial.forget.top1
+        forget = trial.forget.top5 if criterion is Criterion.FA5 else trial.forget.top1
         assert trial.utility is None or forget == pytest.approx(least)
     assert any(trial.utility is None for trial in result.trials.trials)
 
@@ -100,7 +100,7 @@ def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypat
     """Several groups of prompts, each of its own length, and images a few at a time."""
     monkeypatch.setitem(inputs.IMAGES_PER_FORWARD, "cpu", 7)
     monkeypatch.setitem(zeroshot.PROMPTS_PER_FORWARD, "cpu", 5)
-    reference = plain.algorithm1(front(world), 6, Steer.FA1)
+    reference = plain.algorithm1(front(world), 6, Criterion.FA1)
     result = find(world, steps=6, cache_budget=budget, full=True)
     assert_same_search(result, reference, full=True)
 
@@ -128,7 +128,7 @@ def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkey
 def test_a_further_search_runs_the_original_over_few_images(budget, world, plain, monkeypatch):
     """Its features are in the store; what is searched with them is the plain search."""
     monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
-    reference = plain.algorithm1(front(world), 6, Steer.FA1)
+    reference = plain.algorithm1(front(world), 6, Criterion.FA1)
     embedded = []
     for damage in (b"", b"", b"damaged"):
         world.store.remove(Artifact.TRIALS.path("blue"))
@@ -148,7 +148,7 @@ def test_a_further_search_runs_the_original_over_few_images(budget, world, plain
 def test_every_candidate_layer_is_measured_rightly(world, plain):
     layers = [score.layer for score in world.ranking.scores]
     assert len(layers) > 40
-    reference = plain.algorithm1(layers, 2, Steer.FA1)
+    reference = plain.algorithm1(layers, 2, Criterion.FA1)
     result = find(world, layers=layers, steps=2, full=True)
     assert_same_search(result, reference, full=True)
 
@@ -162,7 +162,7 @@ def test_search_of_the_embedded_model_is_the_plain_search(demo_world, tmp_path):
         "visual.transformer.resblocks.6.attn.out_proj.weight",
         "transformer.resblocks.0.attn.out_proj.weight",
     ]
-    reference = Plain(world).algorithm1(layers, 4, Steer.FA1)
+    reference = Plain(world).algorithm1(layers, 4, Criterion.FA1)
     result = find(world, layers=layers, steps=4, cache_budget=20 << 20)
     assert_same_search(result, reference)
     assert result.forgotten
@@ -179,7 +179,7 @@ def test_search_of_a_sigmoid_model_is_the_plain_search(world, tmp_path):
     own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
     own.build()
     own.grade()
-    reference = Plain(own).algorithm1(front(own), 4, Steer.FA1)
+    reference = Plain(own).algorithm1(front(own), 4, Criterion.FA1)
     result = find(own, steps=4, full=True)
     assert_same_search(result, reference, full=True)
     assert result.forgotten
@@ -202,7 +202,7 @@ def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     assert world.manifest.forget_eval is None
-    reference = Plain(world).algorithm1(front(world), 4, Steer.FA1)
+    reference = Plain(world).algorithm1(front(world), 4, Criterion.FA1)
     result = find(world, steps=4, full=True)
     assert_same_search(result, reference, full=True)
     assert result.trials.baseline_forget.rows == world.manifest.forget.rows
@@ -260,11 +260,11 @@ class Rows(Counter):
         return self
 
 
-@pytest.mark.parametrize("steer", [Steer.FA5, Steer.MARGIN])
-def test_steps_sought_by_what_they_lack_are_those_of_bisection(steer, world):
+@pytest.mark.parametrize("criterion", [Criterion.FA5, Criterion.MARGIN])
+def test_steps_sought_by_what_they_lack_are_those_of_bisection(criterion, world):
     """Each line's last two steps, and what is chosen; with fewer trials than bisection takes."""
     layers = [score.layer for score in world.ranking.scores][::5]
-    options = {"layers": layers, "steps": 10, "steer": steer, "reserve": 1.25}
+    options = {"layers": layers, "steps": 10, "criterion": criterion, "overshoot": 1.25}
     proven = find(world, **options)
     world.store.remove(Artifact.TRIALS.path("blue"))
     sought = find(world, **options, exact=False)
@@ -274,7 +274,7 @@ def test_steps_sought_by_what_they_lack_are_those_of_bisection(steer, world):
     def ends(result, layer):
         """Return the longest step that leaves something, and the shortest that does not."""
         trials = [trial for trial in result.trials.trials if trial.layer == layer]
-        left = {trial.step: left_to_forget(trial, steer, margin) for trial in trials}
+        left = {trial.step: left_to_forget(trial, criterion, margin) for trial in trials}
         enough = min((step for step in left if left[step] == 0), default=math.inf)
         return max((step for step in left if left[step] and step < enough), default=0.0), enough
 
@@ -302,7 +302,7 @@ def test_recorded_trials_run_nothing_again(world, monkeypatch):
 
 
 def test_trials_of_a_machine_with_other_last_digits_are_found(world, monkeypatch):
-    options = {"layers": SOME, "steps": 4, "reserve": 1.3}
+    options = {"layers": SOME, "steps": 4, "overshoot": 1.3}
     first = find(world, **options)
     other = tuple(replace(trial, step=trial.step * (1 + 1e-12)) for trial in first.trials.trials)
     assert all(one.step != two.step for one, two in zip(first.trials.trials, other, strict=True))
@@ -328,13 +328,13 @@ def test_recorded_forget_accuracies_are_taken_as_they_are(world):
         assert (layer, 2 * first_step) in found
 
 
-@pytest.mark.parametrize("steer", list(Steer))
-def test_more_steps_go_on_where_the_search_stopped(steer, world):
-    short = find(world, layers=SOME, steps=3, steer=steer)
-    longer = find(world, layers=SOME, steps=6, steer=steer)
+@pytest.mark.parametrize("criterion", list(Criterion))
+def test_more_steps_go_on_where_the_search_stopped(criterion, world):
+    short = find(world, layers=SOME, steps=3, criterion=criterion)
+    longer = find(world, layers=SOME, steps=6, criterion=criterion)
     assert longer.reused == len(short.trials.trials)
     world.store.remove(Artifact.TRIALS.path("blue"))
-    fresh = find(world, layers=SOME, steps=6, steer=steer)
+    fresh = find(world, layers=SOME, steps=6, criterion=criterion)
 
     def figures(result):
         return {(t.layer, t.step): t.forget for t in result.trials.trials}
@@ -359,7 +359,7 @@ def test_fewer_steps_choose_among_those_alone(world):
 
 
 def test_trials_of_another_steer_serve_both(world):
-    find(world, layers=SOME, steps=5, steer=Steer.FA5)
+    find(world, layers=SOME, steps=5, criterion=Criterion.FA5)
     mixed = find(world, layers=SOME, steps=5)
     world.store.remove(Artifact.TRIALS.path("blue"))
     assert mixed.chosen == find(world, layers=SOME, steps=5).chosen
@@ -368,12 +368,12 @@ def test_trials_of_another_steer_serve_both(world):
 
 def test_what_is_expected_is_measured_of_trials_recorded_without_it(world):
     path = Artifact.TRIALS.path("blue")
-    fresh = find(world, layers=SOME, steps=3, keep=Keep.EXPECTED)
+    fresh = find(world, layers=SOME, steps=3, utility=UtilityMetric.EXPECTED)
     record = world.store.read_record(path, Trials)
     bare = [replace(trial, expected=None) for trial in record.trials]
     world.store.write_record(path, replace(record, trials=tuple(bare)))
     assert find(world, layers=SOME, steps=3).chosen.expected is None
-    again = find(world, layers=SOME, steps=3, keep=Keep.EXPECTED)
+    again = find(world, layers=SOME, steps=3, utility=UtilityMetric.EXPECTED)
     assert again.chosen == fresh.chosen
     assert again.chosen.expected is not None
 
@@ -393,8 +393,9 @@ def test_trials_of_another_gradient_are_not_used(world):
 
 def test_trials_on_other_evaluation_rows_are_not_used(world):
     find(world, layers=SOME, steps=2)
-    world.build(evals={"first": world.sources["first"]},
-                templates={"first": world.sources["templates"]})  # fmt: skip
+    world.build(
+        evals={"first": world.sources["first"]}, templates={"first": world.sources["templates"]}
+    )
     result = find(world, layers=SOME, steps=2)
     assert result.reused == 0
     assert set(result.chosen.utility) == {"first"}
@@ -447,13 +448,13 @@ def test_what_cannot_be_whitened_is_searched_along_its_gradient(direction, world
     layer = "visual.conv1.weight"
     options = RankOptions(direction=direction)
     rank(world.store, "blue", options=options)
-    lose_moment(world, layer)
+    lose_covariance(world, layer)
     ranked = rank(world.store, "blue", options=options)
     listener.heard.clear()
     result = find(world, steps=1, layers=[layer, "visual.proj"], direction=Direction.WHITENED)
-    assert {(trial.layer, trial.ridge) for trial in result.trials.trials} == {
+    assert {(trial.layer, trial.damping) for trial in result.trials.trials} == {
         (layer, None),
-        ("visual.proj", ranked.ridge),
+        ("visual.proj", ranked.damping),
     }
     assert any("1 of 2 layers cannot be whitened" in told for told in listener.heard)
 
@@ -533,7 +534,7 @@ def test_trials_of_another_arithmetic_are_not_used(world):
     assert not find(world, steps=2, layers=SOME, precision=Precision.TF32).reused
 
 
-RIDGE = 0.03
+DAMPING = 0.03
 
 
 def whitened(world, **options):
@@ -541,19 +542,21 @@ def whitened(world, **options):
     rank(
         world.store,
         world.name,
-        options=RankOptions(direction=Direction.WHITENED, ridge=RIDGE, device="cpu"),
+        options=RankOptions(direction=Direction.WHITENED, damping=DAMPING, device="cpu"),
     )
     return find(world, **options)
 
 
-def dense_direction(world, layer, gradient, ridge):
-    """Return the whitened direction by the definition, from the stored moment."""
-    moments = find_moments(world.store, world.pointer)
-    path, about = moments.places[layer]
-    moment = world.store.read_tensors(path, [layer])[layer].astype(float)
-    if moment.ndim == 1:
-        return (gradient / (moment + ridge * moment.mean())).astype(np.float32)
-    inverse = np.linalg.inv(moment + ridge * moment.trace() / len(moment) * np.eye(len(moment)))
+def dense_direction(world, layer, gradient, damping):
+    """Return the whitened direction by the definition, from the stored covariance."""
+    covariances = find_covariances(world.store, world.pointer)
+    path, about = covariances.places[layer]
+    covariance = world.store.read_tensors(path, [layer])[layer].astype(float)
+    if covariance.ndim == 1:
+        return (gradient / (covariance + damping * covariance.mean())).astype(np.float32)
+    inverse = np.linalg.inv(
+        covariance + damping * covariance.trace() / len(covariance) * np.eye(len(covariance))
+    )
     rows = gradient.reshape(len(gradient), -1).astype(float)
     found = rows @ inverse if about.axis == 1 else inverse @ rows
     return found.reshape(gradient.shape).astype(np.float32)
@@ -564,67 +567,66 @@ def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world
     result = whitened(world, steps=5, cache_budget=budget, full=True)
     reference = Plain(world)
     reference.gradient = {
-        layer: dense_direction(world, layer, reference.gradient[layer], RIDGE)
+        layer: dense_direction(world, layer, reference.gradient[layer], DAMPING)
         for layer in front(world)
     }
-    assert_same_search(result, reference.algorithm1(front(world), 5, Steer.FA1), full=True)
-    assert {trial.ridge for trial in result.trials.trials} == {RIDGE}
+    assert_same_search(result, reference.algorithm1(front(world), 5, Criterion.FA1), full=True)
+    assert {trial.damping for trial in result.trials.trials} == {DAMPING}
     edit = load_edit(world.store, "blue")
     header = edit.header
-    assert (header.direction, header.ridge) == (Direction.WHITENED, RIDGE)
+    assert (header.direction, header.damping) == (Direction.WHITENED, DAMPING)
     assert header.retain_data == world.manifest.retain.fingerprint
     expected = header.step * reference.gradient[header.layer]
     np.testing.assert_allclose(edit.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_each_ridge_is_searched_and_recorded(world):
-    for ridge in (0.1, 0.001):
-        result = whitened(world, steps=2, layers=SOME[:1], ridge=ridge)
-        assert result.chosen.ridge == ridge
-    assert Counter(trial.ridge for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
-    again = find(world, steps=3, layers=SOME[:1], ridge=0.1)
+    for damping in (0.1, 0.001):
+        result = whitened(world, steps=2, layers=SOME[:1], damping=damping)
+        assert result.chosen.damping == damping
+    assert Counter(trial.damping for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
+    again = find(world, steps=3, layers=SOME[:1], damping=0.1)
     assert again.reused == 4
-    assert Counter(trial.ridge for trial in again.trials.trials) == {0.1: 3, 0.001: 2}
-    assert again.chosen.ridge == 0.1
+    assert Counter(trial.damping for trial in again.trials.trials) == {0.1: 3, 0.001: 2}
+    assert again.chosen.damping == 0.1
 
 
 def test_the_direction_is_that_of_the_ranking(world):
     with pytest.raises(StaleError, match="ranked for the direction gradient, not whi") as error:
         find(world, steps=1, direction=Direction.WHITENED)
     assert "slsgu rank blue --direction whitened" in error.value.hint
-    with pytest.raises(UsageError, match="--ridge is for the whitened direction"):
-        find(world, steps=1, ridge=0.1)
+    with pytest.raises(UsageError, match="--damping is for the whitened direction"):
+        find(world, steps=1, damping=0.1)
     along = find(world, layers=SOME, steps=2)
     assert along.trials.direction is Direction.GRADIENT
     assert whitened(world, layers=SOME, steps=2).reused == 0
 
 
-def test_moments_of_other_retain_rows_are_not_used(world):
+def test_covariances_of_other_retain_rows_are_not_used(world):
     whitened(world, layers=SOME, steps=1)
-    assert len(world.store.names("moments")) == 1
+    assert len(world.store.names("covariances")) == 1
     world.build(retain_samples=40)
     world.grade()
-    assert not find_moments(world.store, world.pointer).places
+    assert not find_covariances(world.store, world.pointer).places
     with pytest.raises(StaleError, match="whitened by other retain rows") as error:
         ensure_edit(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint
     assert whitened(world, layers=SOME, steps=1).reused == 0
-    assert len(world.store.names("moments")) == 2
+    assert len(world.store.names("covariances")) == 2
 
 
-def test_damaged_moments_are_computed_again(world, listener):
+def test_damaged_covariances_are_computed_again(world, listener):
     whitened(world, layers=SOME, steps=1)
-    (name,) = world.store.names("moments")
-    world.store.write_bytes(f"moments/{name}", b"{}")
+    (name,) = world.store.names("covariances")
+    world.store.write_bytes(f"covariances/{name}", b"{}")
     listener.heard.clear()
     assert whitened(world, layers=SOME, steps=1).trials.trials
-    assert any("lack the moments" in text for text in listener.heard)
+    assert any("lack the covariances" in text for text in listener.heard)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.05])
 def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, world):
-    result = find(world, layers=["visual.proj"], steps=8, steer=Steer.MARGIN,
-                  margin=margin)  # fmt: skip
+    result = find(world, layers=["visual.proj"], steps=8, criterion=Criterion.MARGIN, margin=margin)
     assert result.forgotten
     assert result.chosen.gap >= margin
     assert result.chosen.forget.top5 == 0
@@ -633,4 +635,4 @@ def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, wor
     assert shorter
     assert all(trial.gap < margin for trial in shorter)
     header = load_edit(world.store, "blue").header
-    assert (header.steer, header.margin, header.forgotten) == (Steer.MARGIN, margin, True)
+    assert (header.criterion, header.margin, header.forgotten) == (Criterion.MARGIN, margin, True)

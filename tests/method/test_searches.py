@@ -73,14 +73,24 @@ def test_the_command(several_world, tmp_path):
     assert done.exit_code == 0
     tables = rows(done.stdout)
     assert [row for table in tables for row in table if row[0] == "set"] == [
-        ["set", "blue"], ["set", "red"],
-    ]  # fmt: skip
+        ["set", "blue"],
+        ["set", "red"],
+    ]
     found = json.loads(inside("search", "blue", "red", "--steps", "5", "--json", store=root).stdout)
     assert [(each["set"], each["trials"]["name"]) for each in found["sets"]] == [
-        ("blue", "blue"), ("red", "red")
-    ]  # fmt: skip
+        ("blue", "blue"),
+        ("red", "red"),
+    ]
     assert inside("search", "blue", "blue", store=root).exit_code == 2
-    left = inside("search", "blue", "red", "--steps", "1", "--layer",
-                  "transformer.resblocks.1.attn.out_proj.weight", store=root)  # fmt: skip
+    left = inside(
+        "search",
+        "blue",
+        "red",
+        "--steps",
+        "1",
+        "--layer",
+        "transformer.resblocks.1.attn.out_proj.weight",
+        store=root,
+    )
     assert left.exit_code == 5
     assert "no step forgets blue" in left.stderr

@@ -7,19 +7,19 @@ import torch.nn.functional as F
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.method import scoring
-from slsgu_cli.method.moments import (
-    InputMoments,
+from slsgu_cli.method.covariance import (
+    InputCovariances,
     RetainMetric,
     mean_square_output,
     whitened_importance,
 )
 from slsgu_cli.records.method import Alignment
 
-RIDGE = 0.05
+DAMPING = 0.05
 
 
 def random_layer(shape, inputs, axis, seed=0):
-    """Return a gradient, the inputs of a layer of that shape, and their moment."""
+    """Return a gradient, the inputs of a layer of that shape, and their covariance."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(40, inputs, generator=generator, dtype=torch.float64)
     x = x @ torch.diag(torch.linspace(0.01, 3, inputs, dtype=torch.float64))
@@ -30,21 +30,21 @@ def random_layer(shape, inputs, axis, seed=0):
     ("shape", "inputs", "axis"), [((5, 12), 12, 1), ((12, 5), 12, 0), ((5, 3, 2, 2), 12, 1)]
 )
 def test_the_direction_is_the_dense_solution(shape, inputs, axis):
-    gradient, _, moment = random_layer(shape, inputs, axis)
-    damped = moment + RIDGE * moment.trace() / inputs * torch.eye(inputs)
+    gradient, _, covariance = random_layer(shape, inputs, axis)
+    damped = covariance + DAMPING * covariance.trace() / inputs * torch.eye(inputs)
     inverse = torch.linalg.inv(damped)
     rows = gradient.reshape(shape[0], -1)
     expected = rows @ inverse if axis == 1 else inverse @ rows
-    found = RetainMetric(moment, axis, RIDGE).whiten(gradient.float())
+    found = RetainMetric(covariance, axis, DAMPING).whiten(gradient.float())
     assert found.shape == gradient.shape
     torch.testing.assert_close(found, expected.reshape(shape), rtol=1e-5, atol=1e-6)
 
 
 def test_a_norm_has_a_diagonal():
-    gradient, _, moment = random_layer((12,), 12, 0)
-    diagonal = moment.diagonal()
-    found = RetainMetric(diagonal, 0, RIDGE).whiten(gradient)
-    torch.testing.assert_close(found, gradient / (diagonal + RIDGE * diagonal.mean()))
+    gradient, _, covariance = random_layer((12,), 12, 0)
+    diagonal = covariance.diagonal()
+    found = RetainMetric(diagonal, 0, DAMPING).whiten(gradient)
+    torch.testing.assert_close(found, gradient / (diagonal + DAMPING * diagonal.mean()))
     weight = torch.linspace(-1, 1, 12, dtype=torch.float64)
     assert mean_square_output(weight, diagonal, 0) == pytest.approx(
         float((weight.square() * diagonal).sum())
@@ -55,9 +55,9 @@ def test_a_norm_has_a_diagonal():
     ("shape", "axis"), [((5, 12), 1), ((12, 5), 0), ((5, 3, 2, 2), 1), ((12,), 0)]
 )
 def test_products_of_half_whitened_gradients_are_those_of_directions(shape, axis):
-    f, _, moment = random_layer(shape, 12, axis)
+    f, _, covariance = random_layer(shape, 12, axis)
     r = random_layer(shape, 12, axis, seed=1)[0]
-    metric = RetainMetric(moment if len(shape) > 1 else moment.diagonal(), axis, RIDGE)
+    metric = RetainMetric(covariance if len(shape) > 1 else covariance.diagonal(), axis, DAMPING)
     half, half_retain = metric.half_whiten(f), metric.half_whiten(r)
     for a, b, direction in ((half, half, f), (half, half_retain, r)):
         expected = (metric.whiten(f) * direction).sum()
@@ -66,8 +66,8 @@ def test_products_of_half_whitened_gradients_are_those_of_directions(shape, axis
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 12), 1), ((12, 5), 0)])
 def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
-    gradient, x, moment = random_layer(shape, 12, axis)
-    metric = RetainMetric(moment, axis, RIDGE)
+    gradient, x, covariance = random_layer(shape, 12, axis)
+    metric = RetainMetric(covariance, axis, DAMPING)
 
     def gain(change):
         outputs = x @ (change.T if axis == 1 else change)
@@ -85,19 +85,19 @@ def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
 def test_a_convolution_in_groups_has_a_metric_for_each():
     blocks = [random_layer((3, 2, 2, 1), 4, 1, seed=group) for group in range(2)]
     gradient = torch.cat([block[0] for block in blocks])
-    moment = torch.stack([block[2] for block in blocks])
-    dense = torch.block_diag(*moment)
-    floor = RIDGE * dense.trace() / 8
-    found = RetainMetric(moment, 1, RIDGE).whiten(gradient)
+    covariance = torch.stack([block[2] for block in blocks])
+    dense = torch.block_diag(*covariance)
+    floor = DAMPING * dense.trace() / 8
+    found = RetainMetric(covariance, 1, DAMPING).whiten(gradient)
     for group, (own, _, block) in enumerate(blocks):
         expected = own.reshape(3, 4) @ torch.linalg.inv(block + floor * torch.eye(4))
         torch.testing.assert_close(found[3 * group : 3 * group + 3], expected.view(3, 2, 2, 1))
-    half = RetainMetric(moment, 1, RIDGE).half_whiten(gradient)
+    half = RetainMetric(covariance, 1, DAMPING).half_whiten(gradient)
     torch.testing.assert_close(half.square().sum(), (found * gradient).sum())
     plain = sum(
         float((own.view(3, 4) @ block @ own.view(3, 4).T).trace()) for own, _, block in blocks
     )
-    assert mean_square_output(gradient, moment, 1) == pytest.approx(plain)
+    assert mean_square_output(gradient, covariance, 1) == pytest.approx(plain)
 
 
 CHANNELS = [
@@ -118,11 +118,11 @@ def test_no_other_change_of_channels_gains_more_for_what_it_disturbs(layer):
         for scales in ((0.1, 3), (1, 1))
     )
     (gradient,) = torch.autograd.grad(layer(forgotten).relu().square().sum(), layer.weight)
-    inputs = InputMoments(layer, ["weight"])
+    inputs = InputCovariances(layer, ["weight"])
     with torch.no_grad(), inputs:
         before = layer(retained)
-    moment = inputs.moments["weight"]
-    metric = RetainMetric(moment.mean(), moment.axis, 0.01)
+    covariance = inputs.covariances["weight"]
+    metric = RetainMetric(covariance.mean(), covariance.axis, 0.01)
     weight = layer.weight.detach().clone()
 
     @torch.no_grad()
@@ -204,23 +204,23 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
     world = World()
     weight = world.model.get_parameter(layer)
     f, r = (torch.autograd.grad(loss(), weight)[0] for loss in (world.forget, world.retain))
-    inputs = InputMoments(world.model, [layer])
+    inputs = InputCovariances(world.model, [layer])
     with torch.no_grad(), inputs:
         world.features(slice(6, 12))
-    moment = inputs.moments[layer]
-    metric = RetainMetric(moment.mean(), moment.axis, RIDGE)
+    covariance = inputs.covariances[layer]
+    metric = RetainMetric(covariance.mean(), covariance.axis, DAMPING)
     along, along_retain = metric.whiten(f), metric.whiten(r)
 
     def size(change):
-        """Return the disturbance of the retained outputs, with the ridge's share."""
-        square = mean_square_output(change, moment.mean(), moment.axis)
+        """Return the disturbance of the retained outputs, with the damping's share."""
+        square = mean_square_output(change, covariance.mean(), covariance.axis)
         return (square + metric.floor * change.square().sum().item()) ** 0.5
 
     with torch.no_grad():
         gain = world.slope(world.forget, layer, along) / size(along)
         harm = world.slope(world.retain, layer, along) / size(along)
         most = world.slope(world.retain, layer, along_retain) / size(along_retain)
-    output = mean_square_output(weight.detach(), moment.mean(), moment.axis)
+    output = mean_square_output(weight.detach(), covariance.mean(), covariance.axis)
     norm = metric.weight_norm(weight.detach().norm().item(), output)
     assert norm == pytest.approx(size(weight.detach()))
     assert whitened_importance(f, along, norm) == pytest.approx(gain / norm, rel=1e-4)

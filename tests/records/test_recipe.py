@@ -38,9 +38,9 @@ source = "test.parquet"
 templates = "templates.txt"
 
 [rank]
-ridge = 0.1
+damping = 0.1
 [search]
-steer = "fa1"
+criterion = "fa1"
 layers = ["visual.proj"]
 
 [outputs]
@@ -70,20 +70,24 @@ def test_every_table_becomes_the_record_of_its_command():
     recipe = read(WHOLE)
     first, second = recipe.requests
     assert (recipe.name, recipe.model, recipe.together) == (
-        "r", ModelSpec("local-dir:clip"), Together.JOINT,
-    )  # fmt: skip
-    assert (recipe.rank.ridge, recipe.search.layers) == (0.1, ("visual.proj",))
+        "r",
+        ModelSpec("local-dir:clip"),
+        Together.JOINT,
+    )
+    assert (recipe.rank.damping, recipe.search.layers) == (0.1, ("visual.proj",))
     assert (second.received, second.id, first.received) == ("2026-01-31", "R-2", None)
     assert recipe.bounds_of(second) == (
-        Assertion("loss.brands", "<=", 1.0), Assertion("fa1", "<=", 0.0),
-    )  # fmt: skip
+        Assertion("loss.brands", "<=", 1.0),
+        Assertion("fa1", "<=", 0.0),
+    )
     built = recipe.set_of(second)
     assert (built.name, built.concept, built.model) == ("b b", "big bang", recipe.model)
     assert built.sources == ("pairs.parquet?concept=big%20bang",)
     assert (built.match, built.not_match) == (("big bang", "bang"), ("theory",))
     assert (built.evals, built.templates) == (
-        {"brands": "test.parquet"}, {"brands": "templates.txt"},
-    )  # fmt: skip
+        {"brands": "test.parquet"},
+        {"brands": "templates.txt"},
+    )
     assert built.screening.min_similarity == 0.2
     assert recipe.set_of(first).match == ()
 
@@ -123,13 +127,13 @@ def test_a_shared_retain_set_is_about_none_of_the_requests():
     [
         ("[rank]", "[ranks]", 13, "no key or table ranks", "near: rank"),
         ("model =", "modle =", 1, "no key or table modle", "near: model"),
-        ("steer", "stear", 16, "[search] has no key stear", "near: steer"),
+        ("criterion", "criterium", 16, "[search] has no key criterium", "near: criterion"),
         ("aliases", "alias", 29, "[request] has no key alias", "near: aliases"),
         ("templates", "template", 11, "[evaluation.brands] has no key template", "near: templates"),
         ("= 64", "= 0", 6, "retain_samples 0 is out of range", "retain_samples 1"),
         ("= 64", '= "64"', 6, "retain_samples '64' is no number", None),
         ("= 64", "= true", 6, "retain_samples is not of one value", None),
-        ('"fa1"', '"fa3"', 16, "steer fa3 is none of fa1, fa5, margin", None),
+        ('"fa1"', '"fa3"', 16, "criterion fa3 is none of fa1, fa5, margin", None),
         ('["visual.proj"]', '"visual.proj"', 17, "layers is no list", 'layers = ["..."]'),
         ("2026-01-31", '"soon"', 32, "received soon is no date", "received = 2026-11-01"),
         ('["fa1 <= 0"]', '["fa1"]', 34, "bounds 'fa1' compares no figure", "bounds 'fa1<=0'"),
@@ -137,7 +141,7 @@ def test_a_shared_retain_set_is_about_none_of_the_requests():
         ('name = "acme"', 'name = "/"', 24, "'/' cannot name a set", None),
         ("[[request]]", "[[request.x]]", 23, "request is no table", "[[request]]"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused_is_told_with_its_line(old, new, line, said, hint):
     with pytest.raises(InputError) as refused:
         read(WHOLE.replace(old, new))

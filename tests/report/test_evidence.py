@@ -28,20 +28,30 @@ WEIGHTS = "open_clip_model.safetensors"
 def recipe_of(world, **changes):
     """Return a recipe of two colours, with paths from the folder that it is run in."""
     sets = BuildRequest(
-        sources=[world.sources["pairs"]], retain_samples=60, report_share=0.5,
-        label_column="label", evals={"first": world.sources["first"]},
-    )  # fmt: skip
+        sources=[world.sources["pairs"]],
+        retain_samples=60,
+        test_fraction=0.5,
+        label_column="label",
+        evals={"first": world.sources["first"]},
+    )
     blue = RemovalRequest(
-        name="blue", aliases=["navy"], exclusions=["sky"], id="R-7", received="2026-02-03",
-        note="asked by letter", reference="case 7/26",
-    )  # fmt: skip
+        name="blue",
+        aliases=["navy"],
+        exclusions=["sky"],
+        id="R-7",
+        received="2026-02-03",
+        note="asked by letter",
+        reference="case 7/26",
+    )
     usual = Recipe(
-        name="colours", model=world.model, sets=sets,
+        name="colours",
+        model=world.model,
+        sets=sets,
         rank=RankOptions(direction=Direction.GRADIENT),
         search=SearchOptions(steps=4, layers=["visual.proj"]),
         outputs=Outputs(checkpoint=Path("clip"), evidence=Path("filed")),
         requests=(blue, RemovalRequest(name="red", id="R-8")),
-    )  # fmt: skip
+    )
     return replace(usual, **changes)
 
 
@@ -141,8 +151,12 @@ def test_where_names_are_confidential_no_file_has_them(job, shared_world):
     assert told.exit_code == 0, told.stderr
     shown = texts(job / "secret")
     assert sorted(shown) == [
-        "clip.sha256", "commands.sh", "evidence.html", "evidence.json", "statement.json",
-    ]  # fmt: skip
+        "clip.sha256",
+        "commands.sh",
+        "evidence.html",
+        "evidence.json",
+        "statement.json",
+    ]
     found = {name: match[0] for name, text in shown.items() if (match := hidden.search(text))}
     assert found == {}
     assert "case 7/26" in shown["evidence.html"]

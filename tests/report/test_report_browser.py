@@ -16,10 +16,18 @@ from slsgu_cli.store.store import Store
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-default-apps", "--enable-logging=stderr", "--window-size=1280,900",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--enable-logging=stderr",
+    "--window-size=1280,900",
+)
 # A window cannot be as narrow as a phone, a frame can.
 FRAME = """<!doctype html><title>frame</title><pre id="found"></pre>
 <iframe src="/report.html" style="width:390px;height:800px;border:0"></iframe><script>

@@ -3,7 +3,14 @@ from dataclasses import replace
 import pytest
 from reports import CHOSEN, FRONT, NAME, fill
 
-from slsgu_cli.records.method import Direction, GradientPointer, Precision, Ranking, Steer, Trials
+from slsgu_cli.records.method import (
+    Criterion,
+    Direction,
+    GradientPointer,
+    Precision,
+    Ranking,
+    Trials,
+)
 from slsgu_cli.report.gather import commands, gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -36,7 +43,7 @@ def test_a_line_for_each_step_in_order(store):
         "slsgu build-sets mouse --concept 'Mickey Mouse' --source 'a b.parquet'",
         "slsgu grad mouse",
         "slsgu rank mouse --direction gradient",
-        "slsgu search mouse --steer fa1 --steps 5",
+        "slsgu search mouse --criterion fa1 --steps 5",
         "slsgu apply mouse --out without-mouse",
         "slsgu eval mouse --model local-dir:without-mouse",
     ]
@@ -50,37 +57,41 @@ def test_options_that_were_not_the_default_are_told(store):
     lines = told(store)
     assert lines[1] == "slsgu grad mouse --batch-size 8 --precision bf16"
     assert lines[3] == (
-        f"slsgu search mouse --steer fa1 --layer {FRONT[0]} --layer {FRONT[1]} --steps 5 "
+        f"slsgu search mouse --criterion fa1 --layer {FRONT[0]} --layer {FRONT[1]} --steps 5 "
         "--precision tf32"
     )
     assert CHOSEN not in lines[3]
 
 
 def test_the_direction_is_told(store):
-    change(store, Ranking, direction=Direction.WHITENED, ridge=0.01)
+    change(store, Ranking, direction=Direction.WHITENED, damping=0.01)
     trials = store.read_record(PATHS[Trials], Trials)
-    halves = [replace(trial, ridge=ridge) for ridge in (0.1, 0.01) for trial in trials.trials]
+    halves = [replace(trial, damping=damping) for damping in (0.1, 0.01) for trial in trials.trials]
     change(
-        store, Trials, direction=Direction.WHITENED, trials=tuple(halves), steer=Steer.MARGIN,
+        store,
+        Trials,
+        direction=Direction.WHITENED,
+        trials=tuple(halves),
+        criterion=Criterion.MARGIN,
         margin=0.05,
-    )  # fmt: skip
+    )
     lines = told(store)
     assert lines[2] == "slsgu rank mouse --direction whitened"
-    search = "slsgu search mouse --steer margin --margin 0.05"
-    assert lines[3:5] == [f"{search} --ridge 0.1 --steps 5", f"{search} --steps 5"]
+    search = "slsgu search mouse --criterion margin --margin 0.05"
+    assert lines[3:5] == [f"{search} --damping 0.1 --steps 5", f"{search} --steps 5"]
 
 
 def test_a_search_that_took_a_gradient_too_is_told_once(store):
     """What cannot be whitened is searched along its gradient beside what can be."""
-    change(store, Ranking, direction=Direction.WHITENED, ridge=0.01)
+    change(store, Ranking, direction=Direction.WHITENED, damping=0.01)
     trials = store.read_record(PATHS[Trials], Trials).trials
-    whitened = [replace(t, ridge=0.01) for t in trials if t.layer != FRONT[0]]
+    whitened = [replace(t, damping=0.01) for t in trials if t.layer != FRONT[0]]
     beside = [t for t in trials if t.layer == FRONT[0]]
     for searched in ([*beside, *whitened], whitened, beside):
         change(store, Trials, direction=Direction.WHITENED, trials=tuple(searched))
         told_of = [line for line in told(store) if line.startswith("slsgu search")]
         assert len(told_of) == 1
-        assert "--ridge" not in told_of[0]
+        assert "--damping" not in told_of[0]
 
 
 def test_stale_steps_are_not_told_as_if_they_led_here(store):

@@ -120,9 +120,14 @@ def test_an_edit_that_was_steered_on_a_target_has_its_figures_by_each_judge(stor
         Effect(Share(1, 20), Share(54, 60)),
     )
     kind = TargetFigures(
-        target="models/sd", fingerprint="", before=before, after=after, judge="one",
-        unseen=True, further=(JudgeFigures("another", before, after),),
-    )  # fmt: skip
+        target="models/sd",
+        fingerprint="",
+        before=before,
+        after=after,
+        judge="one",
+        unseen=True,
+        further=(JudgeFigures("another", before, after),),
+    )
     own = load_edit(store, NAME)
     header = replace(own.header, name=f"{NAME}@sd", target=kind, forgotten=False)
     write_edit(store, replace(own, header=header))

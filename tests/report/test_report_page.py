@@ -185,14 +185,26 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     fill_comparison(more)
     page = html(more)
     for word in (
-        "kept forgotten 3", "&lt;b&gt;flip&lt;/b&gt;", "What the concept became", "castle 36%",
-        "71.0 ± 2.0%", "Taught the concept again", "No other method is at least as good",
-        "lr 1e-06", "beyond chance; the most is", "Who lost most", "&lt;i&gt;ubuntu&lt;/i&gt;",
+        "kept forgotten 3",
+        "&lt;b&gt;flip&lt;/b&gt;",
+        "What the concept became",
+        "castle 36%",
+        "71.0 ± 2.0%",
+        "Taught the concept again",
+        "No other method is at least as good",
+        "lr 1e-06",
+        "beyond chance; the most is",
+        "Who lost most",
+        "&lt;i&gt;ubuntu&lt;/i&gt;",
         "The names nearest to the concept's, on brands &lt;b&gt;".replace("'", "&#x27;"),
-        "linear probe, the concept", "Finding the concept", "100% of its own",
-        "its meaning adds +0.0 points", "What was found in place of the name", "<code>wool</code>",
+        "linear probe, the concept",
+        "Finding the concept",
+        "100% of its own",
+        "its meaning adds +0.0 points",
+        "What was found in place of the name",
+        "<code>wool</code>",
         "Left out: prefix: its text tower is run as a whole.",
-    ):  # fmt: skip
+    ):
         assert word in page, word
     assert "a worse text" not in page
     edit = load_edit(more, NAME)

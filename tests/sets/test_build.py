@@ -471,9 +471,11 @@ def test_a_list_of_classes_takes_names_or_numbers(store, pairs, tmp_path, listed
     pq.write_table(table, tmp_path / "hf.parquet")
     write_folder(tmp_path, {"names.txt": listed})
     manifest = run(
-        store, pairs, evals={"n": f"{tmp_path}/hf.parquet"},
+        store,
+        pairs,
+        evals={"n": f"{tmp_path}/hf.parquet"},
         classes={"n": f"{tmp_path}/names.txt"},
-    )  # fmt: skip
+    )
     block = DataBlock.open(store, manifest.evals["n"])
     assert Counter(block.class_names[label] for label in block.labels) == expected
 
@@ -684,10 +686,15 @@ def test_a_preview_reads_a_file_once_for_all_sets(store, pairs, labelled, monkey
 
     monkeypatch.setattr(ParquetSource, "records", counted)
     requests = [
-        request(f"{pairs}?key=row{n}", name=f"{n}", retain_sources=[pairs], evals={"a": labelled},
-                concept=KINDS[n % 3])
+        request(
+            f"{pairs}?key=row{n}",
+            name=f"{n}",
+            retain_sources=[pairs],
+            evals={"a": labelled},
+            concept=KINDS[n % 3],
+        )
         for n in range(12)
-    ]  # fmt: skip
+    ]
     assert Preview(store, requests).errors() == {}
     # Once for the rows to forget, by their keys, once for those to retain, once for labels.
     assert read == {pairs: 2, labelled: 1}

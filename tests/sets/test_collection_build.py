@@ -154,10 +154,22 @@ def test_contradictions_are_usage_errors(tiny_model):
 def test_from_the_command_line(store, tiny_model, metadata, tmp_path):
     (tmp_path / "names").write_text("dog\t!not this\ncat\nunicorn\n")
     told = inside(
-        "build-sets", "--names", tmp_path / "names", "--model", tiny_model.name,
-        "--metadata", metadata, "--caption-col", "TEXT", "--retain-samples", 8,
-        "--img2dataset", FAKE_IMG2DATASET, "--json", store=store.root,
-    )  # fmt: skip
+        "build-sets",
+        "--names",
+        tmp_path / "names",
+        "--model",
+        tiny_model.name,
+        "--metadata",
+        metadata,
+        "--caption-col",
+        "TEXT",
+        "--retain-samples",
+        8,
+        "--img2dataset",
+        FAKE_IMG2DATASET,
+        "--json",
+        store=store.root,
+    )
     assert told.exit_code == 3, told.stderr
     assert "no set was built for 1 of the names: unicorn" in told.stderr
     sets = json.loads(told.stdout)["sets"]

@@ -51,8 +51,11 @@ def rows():
 
 
 def write(path, table, group=10):
-    pq.write_table(pa.Table.from_pylist(table) if isinstance(table, list) else table, path,
-                   row_group_size=group)  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist(table) if isinstance(table, list) else table,
+        path,
+        row_group_size=group,
+    )
     return str(path)
 
 

@@ -108,8 +108,10 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
     }
     process = subprocess.Popen(
         [sys.executable, "-c", script],
-        env=environment, stderr=subprocess.PIPE, preexec_fn=interruptible,
-    )  # fmt: skip
+        env=environment,
+        stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
+    )
     # By then the download hangs.
     while not log.exists():
         assert process.poll() is None, process.communicate()

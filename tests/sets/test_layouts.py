@@ -38,10 +38,14 @@ def icons():
     listed = rows.to_pylist()
     some = [row for name in NAMES for row in [r for r in listed if r["concept"] == name][:4]]
     return [
-        {"file": f"{number:03}.png", "image": row["image"], "caption": row["caption"],
-         "label": row["concept"]}
+        {
+            "file": f"{number:03}.png",
+            "image": row["image"],
+            "caption": row["caption"],
+            "label": row["concept"],
+        }
         for number, row in enumerate(some)
-    ]  # fmt: skip
+    ]
 
 
 @dataclass
@@ -131,10 +135,15 @@ def celeba(at, icons):
     numbers = "".join(f"{i['file']} {10 + NAMES.index(i['label'])}\n" for i in icons)
     extra = "left_out.png 10\n"
     splits = "".join(f"{icon['file']} 2\n" for icon in icons) + "left_out.png 0\n"
-    write_folder(at, {"Anno/identity_CelebA.txt": numbers + extra,
-                      "Eval/list_eval_partition.txt": splits,
-                      "names.tsv": "".join(f"{10 + n}\t{name}\n" for n, name in enumerate(NAMES)),
-                      "Img/img_align_celeba/left_out.png": b"no image"})  # fmt: skip
+    write_folder(
+        at,
+        {
+            "Anno/identity_CelebA.txt": numbers + extra,
+            "Eval/list_eval_partition.txt": splits,
+            "names.tsv": "".join(f"{10 + n}\t{name}\n" for n, name in enumerate(NAMES)),
+            "Img/img_align_celeba/left_out.png": b"no image",
+        },
+    )
     source = f"{at}/Anno/identity_CelebA.txt?split=test"
     return Layout(source, captions=False, options={"classes": {"e": f"{at}/names.tsv"}})
 
@@ -156,16 +165,21 @@ def imagefolder_jsonl_of_class_folders(at, icons):
 
 def hugging_face(icons):
     """A table as datasets has it: images as structs, labels as numbers that have names."""
-    features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"},
-                "label": {"names": list(NAMES), "_type": "ClassLabel"}}  # fmt: skip
+    features = {
+        "image": {"_type": "Image"},
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": list(NAMES), "_type": "ClassLabel"},
+    }
     table = pa.table(
         {
-            "image": pa.array([{"bytes": icon["image"], "path": None} for icon in icons],
-                              pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "image": pa.array(
+                [{"bytes": icon["image"], "path": None} for icon in icons],
+                pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+            ),
             "text": [icon["caption"] for icon in icons],
             "label": [NAMES.index(icon["label"]) for icon in icons],
         }
-    )  # fmt: skip
+    )
     return table.replace_schema_metadata(
         {"huggingface": json.dumps({"info": {"features": features}})}
     )
@@ -233,11 +247,24 @@ def imagenet_train_compressed(at, icons):
 
 
 LAYOUTS = (
-    csv_table, tsv_of_other_columns, open_clip_csv, json_lines, json_list, parquet_of_paths,
-    coco_captions, celeba, imagefolder_csv, imagefolder_jsonl_of_class_folders,
-    class_label_parquet, save_to_disk, arrow_files, imagenet_val, imagenet_val_of_names,
-    imagenet_train, imagenet_train_compressed,
-)  # fmt: skip
+    csv_table,
+    tsv_of_other_columns,
+    open_clip_csv,
+    json_lines,
+    json_list,
+    parquet_of_paths,
+    coco_captions,
+    celeba,
+    imagefolder_csv,
+    imagefolder_jsonl_of_class_folders,
+    class_label_parquet,
+    save_to_disk,
+    arrow_files,
+    imagenet_val,
+    imagenet_val_of_names,
+    imagenet_train,
+    imagenet_train_compressed,
+)
 
 
 def build(at, source, **options):
@@ -272,8 +299,9 @@ def labelled(at, source, classes=None, **columns):
     """Return every row's image and class, as an evaluation set has them."""
     readers = open_sources([source], Columns(needs=frozenset(["label"]), **columns))
     context = BuildContext(Store(str(at / "store")), SPEC, len, len)
-    request = BuildRequest(name="e", classes={"e": classes} if classes else {},
-                           label_column=columns.get("label"))  # fmt: skip
+    request = BuildRequest(
+        name="e", classes={"e": classes} if classes else {}, label_column=columns.get("label")
+    )
     plan = plan_eval(context, request, "e", source=source, readers=readers)
     images = fetch(readers, dict.fromkeys(plan.rows))
     return [(data, plan.class_names[plan.rows[place].label]) for place, data in images]

@@ -57,8 +57,14 @@ def test_the_command_line_asks_for_the_same(request_, monkeypatch):
 def test_what_is_not_said_is_the_default():
     told = build_command(PLAIN)
     assert told == [
-        "slsgu", "build-sets", "mickey", "--model", "local-dir:clip", "--source", "a.parquet"
-    ]  # fmt: skip
+        "slsgu",
+        "build-sets",
+        "mickey",
+        "--model",
+        "local-dir:clip",
+        "--source",
+        "a.parquet",
+    ]
 
 
 def collected(*concepts):
@@ -69,9 +75,16 @@ def collected(*concepts):
 
 def test_sets_from_metadata_are_asked_for_by_it_and_others_by_their_manifest():
     assert build_command(collected()) == [
-        "slsgu", "build-sets", "mickey", "--model", "m", "--metadata", "a.parquet",
-        "--url-col", "link",
-    ]  # fmt: skip
+        "slsgu",
+        "build-sets",
+        "mickey",
+        "--model",
+        "m",
+        "--metadata",
+        "a.parquet",
+        "--url-col",
+        "link",
+    ]
     again = ["slsgu", "build-sets", "mickey", "--replay"]
     assert build_command(collected(Concept("a", ("a",)), Concept("b", ("b",)))) == again
     assert build_command(replace(PLAIN, dropped={"forget": ("key",)})) == again

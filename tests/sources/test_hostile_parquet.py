@@ -54,8 +54,11 @@ def read(path, pool):
     source, trouble = ParquetSource(str(path), Columns(), {}), Counter()
     rows = list(source.rows(trouble))
     images = source.images(dict.fromkeys(range(0, ROWS, 1000)))
-    reasons = [found.reason for _, found in decode_in_order(images, lambda data: Picture(data))
-               if found.reason]  # fmt: skip
+    reasons = [
+        found.reason
+        for _, found in decode_in_order(images, lambda data: Picture(data))
+        if found.reason
+    ]
     assert pool.max_memory() < MEMORY
     assert path.stat().st_size < 4 * MIB
     return Counter(row.caption for row in rows), trouble, Counter(reasons)
@@ -85,8 +88,10 @@ def test_values_that_are_written_out_are_read_a_few_at_a_time(tmp_path, pool):
 @pytest.mark.parametrize("column", ["caption", "image"])
 def test_a_page_that_unpacks_to_far_more_than_it_is_is_not_read(tmp_path, pool, column):
     big, small = b"x" * 64 * MIB, b"good"
-    columns = {name: pa.array([big if name == column else small], pa.binary())
-               for name in ("caption", "image")}  # fmt: skip
+    columns = {
+        name: pa.array([big if name == column else small], pa.binary())
+        for name in ("caption", "image")
+    }
     path = write(tmp_path / "a.parquet", columns, use_dictionary=False)
     captions, trouble, reasons = read(path, pool)
     if column == "caption":
@@ -97,8 +102,10 @@ def test_a_page_that_unpacks_to_far_more_than_it_is_is_not_read(tmp_path, pool, 
 
 def test_of_lists_the_first_value_counts_and_long_ones_are_not_read(tmp_path, pool, monkeypatch):
     value = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["good"]))
-    columns = {"caption": pa.ListArray.from_arrays([0, 4999, 5000, 5000], value),
-               "image": pa.array([b"a"] * 3)}  # fmt: skip
+    columns = {
+        "caption": pa.ListArray.from_arrays([0, 4999, 5000, 5000], value),
+        "image": pa.array([b"a"] * 3),
+    }
     path = write(tmp_path / "a.parquet", columns)
     assert read(path, pool)[0] == {"good": 2, None: 1}
     monkeypatch.setattr(parquet, "LISTED", 4000)
@@ -136,15 +143,23 @@ def test_a_remote_file_is_read_as_a_local_one(tmp_path):
     table = {"caption": shared("a", "b"), "image": shared(b"1", b"2")}
     path = write(tmp_path / "a.parquet", table, row_group_size=3000)
     fsspec.filesystem("memory").pipe("/a.parquet", path.read_bytes())
-    local, remote = (ParquetSource(str(where), Columns(), {})
-                     for where in (path, "memory://a.parquet"))  # fmt: skip
+    local, remote = (
+        ParquetSource(str(where), Columns(), {}) for where in (path, "memory://a.parquet")
+    )
     wanted = dict.fromkeys([0, 2999, 3000, 9999])
     assert [(row.index, row.caption) for row in remote.rows(Counter())] == [
         (row.index, row.caption) for row in local.rows(Counter())
     ]
-    assert list(remote.images(wanted)) == list(local.images(wanted)) == [
-        (0, b"1"), (2999, b"2"), (3000, b"1"), (9999, b"2"),
-    ]  # fmt: skip
+    assert (
+        list(remote.images(wanted))
+        == list(local.images(wanted))
+        == [
+            (0, b"1"),
+            (2999, b"2"),
+            (3000, b"1"),
+            (9999, b"2"),
+        ]
+    )
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 99, b"\x15" * 99, b"\x1c" * 99, b"\x19" * 99, b"\x18"])

@@ -89,16 +89,25 @@ ONE_GOOD = archive(GOOD)
 HOSTILE = {
     **{
         f"sparse caption, {form}": (
-            "tar", sparse("bad.txt", form) + ONE_GOOD + END, ["good"], {SPARSE: 1}
+            "tar",
+            sparse("bad.txt", form) + ONE_GOOD + END,
+            ["good"],
+            {SPARSE: 1},
         )
         for form in ("old", "0.0", "0.1", "1.0")
     },
     "sparse image": ("tar", sparse("bad.jpg", "1.0") + ONE_GOOD + END, ["good"], {SPARSE: 1}),
     "sparse in a stream": (
-        "tgz", gzipped(sparse("bad.jpg", "old") + ONE_GOOD, 0, END), ["good"], {SPARSE: 1}
+        "tgz",
+        gzipped(sparse("bad.jpg", "old") + ONE_GOOD, 0, END),
+        ["good"],
+        {SPARSE: 1},
     ),
     "caption of 6 GB": (
-        "tgz", gzipped(ONE_GOOD + member("bad.txt", 6 << 30), 6 << 10), ["good"], {BOMB: 1},
+        "tgz",
+        gzipped(ONE_GOOD + member("bad.txt", 6 << 30), 6 << 10),
+        ["good"],
+        {BOMB: 1},
     ),
     "image of 70 MB": (
         "tar",
@@ -107,7 +116,10 @@ HOSTILE = {
         {TOO_LARGE: 1},
     ),
     "name of 6 GB": (
-        "tgz", gzipped(ONE_GOOD + member("bad", 6 << 30, LONG), 6 << 10), [], {TRUNCATED: 1},
+        "tgz",
+        gzipped(ONE_GOOD + member("bad", 6 << 30, LONG), 6 << 10),
+        [],
+        {TRUNCATED: 1},
     ),
     "pax header of 6 GB": (
         "tgz",
@@ -122,7 +134,10 @@ HOSTILE = {
         {TRUNCATED: 1},
     ),
     "samples without end": (
-        "tgz", gzipped(ONE_GOOD + END[:BLOCK], 0, ONE_GOOD * 20_000 + END), ["good"], {},
+        "tgz",
+        gzipped(ONE_GOOD + END[:BLOCK], 0, ONE_GOOD * 20_000 + END),
+        ["good"],
+        {},
     ),
     "bz2": (
         "tar.bz2",
@@ -143,8 +158,10 @@ HOSTILE = {
         {DEEP: 2},
     ),
     "JSON of 2 MB": (
-        "tar", archive([("a.json", b"[" + b"{}," * (MIB // 2) + b"0]"), *GOOD]) + END,
-        ["good"], {TOO_LARGE: 1},
+        "tar",
+        archive([("a.json", b"[" + b"{}," * (MIB // 2) + b"0]"), *GOOD]) + END,
+        ["good"],
+        {TOO_LARGE: 1},
     ),
     "JSON whose caption is long": (
         "tar",
@@ -153,7 +170,10 @@ HOSTILE = {
         {TOO_LARGE: 1},
     ),
     "headers before headers": (
-        "tar", ONE_GOOD + pax({"comment": 1}) * 3000 + ONE_GOOD + END, [], {TRUNCATED: 1},
+        "tar",
+        ONE_GOOD + pax({"comment": 1}) * 3000 + ONE_GOOD + END,
+        [],
+        {TRUNCATED: 1},
     ),
     "headers for all": (
         "tar",
@@ -170,17 +190,28 @@ HOSTILE = {
         {TRUNCATED: 1},
     ),
     "an octal size below zero": (
-        "tar", ONE_GOOD + signed(member("bad.txt"), 124, b"-0000004000\0"), [], {TRUNCATED: 1},
+        "tar",
+        ONE_GOOD + signed(member("bad.txt"), 124, b"-0000004000\0"),
+        [],
+        {TRUNCATED: 1},
     ),
     "a size below zero in a header before": (
-        "tar", ONE_GOOD + pax({"size": -2048}) + member("bad.txt"), [], {TRUNCATED: 1},
+        "tar",
+        ONE_GOOD + pax({"size": -2048}) + member("bad.txt"),
+        [],
+        {TRUNCATED: 1},
     ),
     "a size beyond all": (
-        "tar", ONE_GOOD + signed(member("bad.txt"), 124, b"\x80" + b"\xff" * 11), [],
+        "tar",
+        ONE_GOOD + signed(member("bad.txt"), 124, b"\x80" + b"\xff" * 11),
+        [],
         {TRUNCATED: 1},
     ),
     "a header that is no figure": (
-        "tar", ONE_GOOD + pax({"GNU.sparse.size": "x"}) + ONE_GOOD, [], {TRUNCATED: 1},
+        "tar",
+        ONE_GOOD + pax({"GNU.sparse.size": "x"}) + ONE_GOOD,
+        [],
+        {TRUNCATED: 1},
     ),
     "a long name": (
         "tar",
@@ -194,7 +225,7 @@ HOSTILE = {
         ["good"],
         {TOO_LARGE: 1},
     ),
-}  # fmt: skip
+}
 
 READ = """
     import json, resource, sys, time
@@ -229,8 +260,11 @@ def test_memory_and_time_are_bounded_and_whole_samples_are_read(tmp_path):
     code = textwrap.dedent(READ)
     done = subprocess.run(
         [sys.executable, "-c", code, str(MEMORY), str(SECONDS), *paths],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for (name, (*_, captions, counted)), result in zip(
         HOSTILE.items(), json.loads(done.stdout), strict=True

@@ -113,6 +113,9 @@ def test_prefixes_stand_before_the_name_in_turn():
     found = before_names(captions, ["github", "git hub"], ["x y", "z"], shift=1)
     # What folding makes longer has no place that is the caption's own.
     assert found == [
-        "An icon of z GitHub", "githubs and x y github", "no z name", "\u0130 of x y github"
-    ]  # fmt: skip
+        "An icon of z GitHub",
+        "githubs and x y github",
+        "no z name",
+        "\u0130 of x y github",
+    ]
     assert before_names(["one", ""], ["github"], ["z"]) == ["z one", "z "]

@@ -155,13 +155,18 @@ def test_a_file_read_for_several_filters_yields_what_each_reads_alone(tmp_path, 
         "parquet": lambda: write_parquet(
             tmp_path / "0.parquet", [sample(n, text) for n, text in enumerate(captions)]
         ),
-        "paths": lambda: write_folder(
-            tmp_path / "images",
-            images | {"table.csv": "file,caption,key\n" + "".join(
-                f"{n}.png,{text},{n}\n" for n, text in enumerate(captions)
-            )},
-        ) + "/table.csv",
-    }[layout]()  # fmt: skip
+        "paths": lambda: (
+            write_folder(
+                tmp_path / "images",
+                images
+                | {
+                    "table.csv": "file,caption,key\n"
+                    + "".join(f"{n}.png,{text},{n}\n" for n, text in enumerate(captions))
+                },
+            )
+            + "/table.csv"
+        ),
+    }[layout]()
     (keyed,) = open_sources([source], ANY)
     keys = [row.key for row in keyed.rows(Counter())]
     by_caption = [

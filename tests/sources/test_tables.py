@@ -35,8 +35,10 @@ def test_rows_that_are_none_are_counted(tmp_path):
     text += f"b.png,{'x' * 70000}\n" + f'b.png,"{"x" * 140000}"\n' + 'b.png,"two\nlines"\n'
     rows, trouble, _ = read(table(tmp_path, text))
     assert [(row.index, row.caption) for row in rows] == [
-        (0, "one, with a comma"), (2, "two"), (6, "two\nlines"),
-    ]  # fmt: skip
+        (0, "one, with a comma"),
+        (2, "two"),
+        (6, "two\nlines"),
+    ]
     assert trouble == {"not a value for each column": 2, "oversized file": 2}
 
 
@@ -45,8 +47,9 @@ def test_lines_that_are_no_json_are_counted(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n" + "[" * 100_000 + "\n"
     rows, trouble, images = read(table(tmp_path, text, "t.jsonl"))
     assert [(row.index, row.caption, row.has_image) for row in rows] == [
-        (0, "one", True), (2, "no image", False),
-    ]  # fmt: skip
+        (0, "one", True),
+        (2, "no image", False),
+    ]
     assert trouble == {"not a JSON object": 3}
     assert images[0] == b"1"
 
@@ -75,16 +78,24 @@ def test_a_table_whose_images_lie_elsewhere_is_refused_before_the_work(tmp_path,
 @pytest.mark.parametrize(
     ("text", "columns", "message", "hint"),
     [
-        ("url,caption\nu,c\n", NEEDS, "no image column; its columns are: url, caption",
-         "--metadata"),
+        (
+            "url,caption\nu,c\n",
+            NEEDS,
+            "no image column; its columns are: url, caption",
+            "--metadata",
+        ),
         ("path,title,x\na.png,c,1\n", Columns(caption="y"), "no column y; .*: path, title, x", ""),
         ("path,x\na.png,c\n", NEEDS, "no caption column; its columns are: path, x", "--caption-"),
         ("path,x\na.png,c\n", Columns(needs=frozenset(["label"])), "no label column", "--label-"),
-        ("path,text\nhttp://x/a.png,c\n", NEEDS, "row 1: its image is http://x/a.png, which is "
-         "no path", "--metadata"),
+        (
+            "path,text\nhttp://x/a.png,c\n",
+            NEEDS,
+            "row 1: its image is http://x/a.png, which is no path",
+            "--metadata",
+        ),
         ("", NEEDS, "no image column; its columns are: none", "--image-column"),
     ],
-)  # fmt: skip
+)
 def test_what_a_table_lacks_is_said(tmp_path, text, columns, message, hint):
     with pytest.raises(InputError, match=message) as caught:
         read(table(tmp_path, text), columns)

@@ -222,9 +222,13 @@ def test_tars_within_a_tar_are_folders_of_a_class(tmp_path):
         trouble = Counter()
         rows = list(source.rows(trouble))
         assert [(row.index, row.key, row.label) for row in rows] == [
-            (0, "first", None), (1, "a", "n01"), (2, "b", "own"), (3, "x", "broken"),
-            (4, "c", "n02"), (5, "last", None),
-        ]  # fmt: skip
+            (0, "first", None),
+            (1, "a", "n01"),
+            (2, "b", "own"),
+            (3, "x", "broken"),
+            (4, "c", "n02"),
+            (5, "last", None),
+        ]
         assert trouble == {"truncated shard": 1}
         images = dict(source.images({row.index: row.extent for row in rows}))
         assert images == {0: b"1", 1: b"a", 2: b"b", 3: b"x", 4: b"c", 5: b"2"}

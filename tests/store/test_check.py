@@ -19,7 +19,7 @@ from slsgu_cli.clip.models import has_model
 from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.records.method import LayerMoment, MomentHeader, SumsHeader
+from slsgu_cli.records.method import CovarianceHeader, LayerCovariance, SumsHeader
 from slsgu_cli.records.targets import Generation, PaintOptions
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.check import State, check, garbage, remove
@@ -130,10 +130,10 @@ def test_a_block_put_in_the_place_of_another_is_damaged(world):
 
 def test_every_kind_is_read(edited):
     store = edited.store
-    header = MomentHeader("model", "data", 9, {"a": LayerMoment(0, 9.0, 1.5)}, (), "0.1.0")
-    store.write_tensors("moments/m.safetensors", {"a": np.eye(3)}, header)
+    header = CovarianceHeader("model", "data", 9, {"a": LayerCovariance(0, 9.0, 1.5)}, (), "0.1.0")
+    store.write_tensors("covariances/m.safetensors", {"a": np.eye(3)}, header)
     inside("show", "blue", store=store.root)
-    paths = ["moments/m.safetensors", "gradients/blue.json", "rankings/blue.json"]
+    paths = ["covariances/m.safetensors", "gradients/blue.json", "rankings/blue.json"]
     paths += [f"plots/{name}" for name in store.names("plots")]
     assert len(paths) >= 4
     for path in paths:
@@ -164,10 +164,10 @@ def test_names_and_files_choose_what_is_read(several_world, tmp_path):
     assert "green" in caught.value.hint
 
 
-def test_moments_that_do_not_say_whose_they_are_are_told_of_each_set(world):
-    world.store.write_bytes("moments/m.safetensors", b"no header")
+def test_covariances_that_do_not_say_whose_they_are_are_told_of_each_set(world):
+    world.store.write_bytes("covariances/m.safetensors", b"no header")
     (found,) = check(world.store, ["blue"]).findings
-    assert (found.state, found.path) == (State.DAMAGED, "moments/m.safetensors")
+    assert (found.state, found.path) == (State.DAMAGED, "covariances/m.safetensors")
     assert check(world.store, ["rankings/blue.json"]).findings == ()
 
 
@@ -176,9 +176,11 @@ def test_partials_of_dead_processes_go_and_those_of_others_stay(world):
     own = partial_name("a.zarr")
     dead = own.replace(f".{os.getpid()}-", f".{ended_process()}-")
     named = {
-        dead: False, partial_name("b.zarr"): True, ".partial-00000000-c.zarr": None,
+        dead: False,
+        partial_name("b.zarr"): True,
+        ".partial-00000000-c.zarr": None,
         ".partial-ffffffff.1-00000000-d.zarr": None,
-    }  # fmt: skip
+    }
     assert {name: writer_lives(name) for name in named} == named
     old = time.time() - 7200
     for name in named:
@@ -214,7 +216,7 @@ def any_store(request, tmp_path):
         f"memory://{tmp_path.name}" if request.param == "memory" else str(tmp_path / "store")
     )
     yield store
-    for folder in ("data", "moments"):
+    for folder in ("data", "covariances"):
         store.remove(folder)
 
 
@@ -222,10 +224,10 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it(any_store):
     with block_writer(any_store, "data/a.zarr", height=4, width=4, rows=3) as writer:
         writer.add(np.zeros((4, 4, 3), np.uint8), key="a")
         writer.finish(None, {})
-    header = MomentHeader("model", "data", 9, {"a": LayerMoment(0, 9.0, 1.5)}, (), "0.1.0")
-    any_store.write_tensors("moments/m.safetensors", {"a": np.eye(3)}, header)
+    header = CovarianceHeader("model", "data", 9, {"a": LayerCovariance(0, 9.0, 1.5)}, (), "0.1.0")
+    any_store.write_tensors("covariances/m.safetensors", {"a": np.eye(3)}, header)
     found = garbage(any_store)
-    assert [one.path for one in found] == ["data/a.zarr", "moments/m.safetensors"]
+    assert [one.path for one in found] == ["data/a.zarr", "covariances/m.safetensors"]
     assert all(one.size > 0 and not one.removed for one in found)
     assert any_store.exists("data/a.zarr")
     # Somebody writes: what is young may be part of it.
@@ -234,7 +236,7 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it(any_store):
     any_store.remove(f"data/{any_store.unfinished('data')[0]}")
     assert all(one.removed for one in remove(any_store, garbage(any_store)))
     assert garbage(any_store) == []
-    assert any_store.names("data") == any_store.names("moments") == []
+    assert any_store.names("data") == any_store.names("covariances") == []
 
 
 def test_gc_on_the_command_line(world):
@@ -272,8 +274,10 @@ def test_leases_and_sums_go_with_what_they_were_for(world):
     for name, holder in (("living", living), ("dead", dead)):
         text = json.dumps(dataclasses.asdict(holder)).encode()
         store.write_bytes(f"leases/gradients-{name}.json", text)
-    of_moments = MomentHeader(pointer.model_fingerprint, pointer.retain_data, 9, {}, (), "0.1.0")
-    store.write_tensors("moments/m.safetensors", {"a": np.eye(3)}, of_moments)
+    of_covariances = CovarianceHeader(
+        pointer.model_fingerprint, pointer.retain_data, 9, {}, (), "0.1.0"
+    )
+    store.write_tensors("covariances/m.safetensors", {"a": np.eye(3)}, of_covariances)
     for name in (pointer.forget, "m", "another"):
         header = SumsHeader(name, "cpu", 9, 0, 3, "0.1.0")
         store.write_tensors(f"sums/{name}.safetensors", {"total": np.zeros(2)}, header)
@@ -296,10 +300,19 @@ def test_a_picture_that_is_another_than_was_made_is_damaged(tmp_path):
     output.write("original/0.png", one)
     output.finish(
         Generation(
-            name="blue", concept="blue", target="sd", edits={}, seeds=(0,), paint=PaintOptions(),
-            prompts=(), judge=None, before=None, after=None, version="0",
+            name="blue",
+            concept="blue",
+            target="sd",
+            edits={},
+            seeds=(0,),
+            paint=PaintOptions(),
+            prompts=(),
+            judge=None,
+            before=None,
+            after=None,
+            version="0",
         )
-    )  # fmt: skip
+    )
     assert inside("check", store=store.root).exit_code == 0
     store.write_bytes("generations/blue/original/0.png", other)
     done = inside("check", store=store.root)

@@ -14,20 +14,20 @@ from slsgu_cli.records.codec import SEAL, encode, is_sealed, sealed
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
+    CovarianceHeader,
     Direction,
-    LayerMoment,
+    LayerCovariance,
     LayerScore,
-    MomentHeader,
     Ranking,
     Tower,
-)  # fmt: skip
+)
 from slsgu_cli.store import files
 from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.store import Store
 
-HEADER = MomentHeader("model", "data", 9, {"a": LayerMoment(0, 9.0, 1.25)}, (), "0.1.0")
+HEADER = CovarianceHeader("model", "data", 9, {"a": LayerCovariance(0, 9.0, 1.25)}, (), "0.1.0")
 RECORD = "rankings/a.json"
-TENSORS = "moments/a.safetensors"
+TENSORS = "covariances/a.safetensors"
 BLOCK = "data/a.zarr"
 
 
@@ -38,9 +38,7 @@ def store(tmp_path):
 
 def ranking():
     score = LayerScore("visual.proj", Tower.VISION, (2, 3), 0.125, 0.25, 1.5, 2.5, 3.5, True)
-    return Ranking(
-        "a", "f", "r", Alignment.ABS, Direction.BOTH, 0.1, (score,), "0.1.0", "céline"
-    )  # fmt: skip
+    return Ranking("a", "f", "r", Alignment.ABS, Direction.BOTH, 0.1, (score,), "0.1.0", "céline")
 
 
 def write_block(store):
@@ -93,7 +91,7 @@ def test_of_tensors_and_their_header(store):
     store.write_tensors(TENSORS, arrays, HEADER)
 
     def read(store):
-        header, read = store.read_header(TENSORS, MomentHeader), store.read_tensors(TENSORS)
+        header, read = store.read_header(TENSORS, CovarianceHeader), store.read_tensors(TENSORS)
         return header, {name: (a.dtype, a.tolist()) for name, a in read.items()}
 
     assert passed(store, TENSORS, read, 700) == []
@@ -133,7 +131,7 @@ def test_a_tensor_that_is_not_asked_for_is_not_looked_at(store):
     data[-1] ^= 1
     file.write_bytes(data)
     assert store.read_tensors(TENSORS, ["a"])["a"].tolist() == [0] * 4
-    with pytest.raises(InputError, match=r"moments/a\.safetensors is damaged: b is not"):
+    with pytest.raises(InputError, match=r"covariances/a\.safetensors is damaged: b is not"):
         store.read_tensors(TENSORS, ["b"])
 
 
@@ -187,7 +185,7 @@ def test_what_carries_no_digest_is_read(store):
     assert store.read_record(RECORD, Ranking) == ranking()
     header = {"slsgu": canonical_json(HEADER)}
     store.write_bytes(TENSORS, save({"a": np.ones(2)}, header))
-    assert store.read_header(TENSORS, MomentHeader) == HEADER
+    assert store.read_header(TENSORS, CovarianceHeader) == HEADER
     assert store.read_tensors(TENSORS)["a"].tolist() == [1, 1]
     assert [store.verify(path) for path in (RECORD, TENSORS)] == [False, False]
     store.write_record(RECORD, ranking())

@@ -11,17 +11,17 @@ from slsgu_cli.records.codec import encode
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
+    CovarianceHeader,
+    Criterion,
     Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
-    LayerMoment,
+    LayerCovariance,
     LayerScore,
-    MomentHeader,
     ParameterNorm,
     Precision,
     Ranking,
-    Steer,
     Tower,
     Trial,
     Trials,
@@ -99,7 +99,7 @@ def store(tmp_path):
             "model",
             {"brands": "print3", "(forget)": "brands:facebook"},
             Precision.FP32,
-            Steer.FA1,
+            Criterion.FA1,
             None,
             BEFORE,
             {"brands": Accuracy(61.0, 80.0, 10)},
@@ -125,9 +125,9 @@ def write_edit(store, name, *, gradient, measured=True, retain=None):
         digests={"fp32": "a"},
         gradient=gradient,
         direction=Direction.WHITENED if retain else Direction.GRADIENT,
-        ridge=0.01 if retain else None,
+        damping=0.01 if retain else None,
         retain_data=retain,
-        steer=Steer.FA1 if measured else None,
+        criterion=Criterion.FA1 if measured else None,
         margin=None,
         forgotten=True if measured else None,
         baseline_forget=BEFORE if measured else None,
@@ -269,7 +269,7 @@ def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(s
 
 def test_a_later_run_goes_on_with_what_was_made_from_the_same(store, listener):
     on_file = store.read_record("trials/facebook.json", Trials)
-    fresh = replace(on_file, trials=(), steer=Steer.FA5, version="later")
+    fresh = replace(on_file, trials=(), criterion=Criterion.FA5, version="later")
     again = resume(store, Artifact.TRIALS, "facebook", fresh)
     assert again == replace(fresh, trials=on_file.trials)
     assert resume(store, Artifact.TRIALS, "other", fresh) is fresh
@@ -389,15 +389,15 @@ def test_listing_imports_nothing_heavy(store):
     assert (done.returncode, done.stdout, done.stderr) == (0, "11\n", "")
 
 
-def test_moments_are_of_a_model_and_retain_rows_in_use(store):
-    layers = {"visual.proj": LayerMoment(0, 9.0, 1.5)}
+def test_covariances_are_of_a_model_and_retain_rows_in_use(store):
+    layers = {"visual.proj": LayerCovariance(0, 9.0, 1.5)}
     for name, data in (("m1", "print2"), ("m2", "older")):
-        header = MomentHeader("model", data, 9, layers, (), "0.1.0")
-        store.write_tensors(f"moments/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
-    entry = by_path(store)["moments/m1.safetensors"]
+        header = CovarianceHeader("model", data, 9, layers, (), "0.1.0")
+        store.write_tensors(f"covariances/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
+    entry = by_path(store)["covariances/m1.safetensors"]
     assert (entry.kind, entry.state) == (Artifact.MOMENTS, Standing.OK)
     assert entry.made_from == {"layers": "1", "rows": "9"}
-    assert set(not_ok(store)) == {"moments/m2.safetensors"}
+    assert set(not_ok(store)) == {"covariances/m2.safetensors"}
 
 
 def test_what_other_retain_rows_whitened_is_stale(store):

@@ -93,10 +93,21 @@ def test_what_another_process_wrote_is_seen_at_once(store, url):
 def test_commands_on_s3(s3, shared_world, url):
     sources = shared_world.sources
     build = [
-        "build-sets", "blue", "--model", shared_world.model.name, "--source", sources["pairs"],
-        "--label-column", "label", "--retain-samples", 30, "--max-forget", 10,
-        "--eval", f"first={sources['first']}",
-    ]  # fmt: skip
+        "build-sets",
+        "blue",
+        "--model",
+        shared_world.model.name,
+        "--source",
+        sources["pairs"],
+        "--label-column",
+        "label",
+        "--retain-samples",
+        30,
+        "--max-forget",
+        10,
+        "--eval",
+        f"first={sources['first']}",
+    ]
     for words in (build, ["grad", "blue"], ["rank", "blue", "--direction", "gradient"]):
         done = inside(*words, store=url)
         assert done.exit_code == 0, done.stderr
@@ -210,9 +221,16 @@ def test_no_credentials(s3, url, monkeypatch, tmp_path):
 
 def test_a_mistyped_bucket_is_told_and_not_made(s3, shared_world):
     done = inside(
-        "build-sets", "blue", "--model", shared_world.model.name, "--source",
-        shared_world.sources["pairs"], "--retain-samples", 30, store="s3://storse/a",
-    )  # fmt: skip
+        "build-sets",
+        "blue",
+        "--model",
+        shared_world.model.name,
+        "--source",
+        shared_world.sources["pairs"],
+        "--retain-samples",
+        30,
+        store="s3://storse/a",
+    )
     assert done.exit_code == 3
     assert "error: there is no bucket storse" in done.stderr
     assert [each["Name"] for each in s3.client.list_buckets()["Buckets"]] == [BUCKET]

@@ -22,7 +22,7 @@ from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import kept
 from slsgu_cli.method.search import search
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Direction, Keep, Steer, Tower, Trials
+from slsgu_cli.records.method import Criterion, Direction, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label
@@ -162,8 +162,10 @@ def test_stages_are_the_first_moves(searched):
     _, result = searched
     found = result.record
     assert [tuple(m.name for m in stage.moves) for stage in found.stages] == [
-        NAMES[:1], NAMES[:2], NAMES,
-    ]  # fmt: skip
+        NAMES[:1],
+        NAMES[:2],
+        NAMES,
+    ]
     for count, stage in enumerate(found.stages, start=1):
         assert stage.moves == result.chosen.moves[:count]
     assert result.chosen.moves in [trial.moves for trial in found.trials]
@@ -176,7 +178,7 @@ def test_a_concept_moves_the_layer_whose_edit_costs_least(searched):
         trials = world.store.read_record(Artifact.TRIALS.path(move.name), Trials).trials
         forgets = [trial for trial in trials if trial.moved is not None]
         assert len(forgets) > 1
-        best = max(forgets, key=lambda trial: kept(trial, Keep.TA1) - 10 * trial.moved)
+        best = max(forgets, key=lambda trial: kept(trial, UtilityMetric.TA1) - 10 * trial.moved)
         assert best.layer == move.layer
 
 
@@ -196,7 +198,7 @@ def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monke
     monkeypatch.setattr(JointSearchRun, "_trial", trial)
     longer = {"0": 1.0} | dict.fromkeys(names[1:], 3.0)
     alone = {name: SimpleNamespace(alone=SimpleNamespace(step=longer[name])) for name in names}
-    options = SearchOptions(steer=Steer.FA1, reserve=1.0)
+    options = SearchOptions(criterion=Criterion.FA1, overshoot=1.0)
     run = JointSearchRun(None, alone, options, None, {}, lambda trials: None)
     assert run.forgets(run.run()) is forgets
 
@@ -274,7 +276,7 @@ def slopes_and_differences(world, monkeypatch, **options):
     ("layers", "options"),
     [
         (["transformer.resblocks.1.attn.in_proj_weight"], {}),
-        (["visual.transformer.resblocks.1.mlp.c_proj.weight"], {"steer": Steer.FA5}),
+        (["visual.transformer.resblocks.1.mlp.c_proj.weight"], {"criterion": Criterion.FA5}),
     ],
 )
 def test_slopes_are_those_of_the_cost(apart, monkeypatch, layers, options):
@@ -302,23 +304,23 @@ def test_whether_a_concept_is_forgotten_is_told_by_the_images_to_choose_by(apart
 
 def test_five_guesses_can_be_driven_to_zero_together(apart):
     world, _ = apart
-    result = find(world, "blue", "red", steer=Steer.FA5)
+    result = find(world, "blue", "red", criterion=Criterion.FA5)
     if result.forgotten:
         assert all(found.top5 == 0 for found in result.chosen.forget.values())
     else:
         assert any(found.top5 > 0 for found in result.chosen.forget.values())
-    assert load_edit(world.store, "blue").header.steer is Steer.FA5
+    assert load_edit(world.store, "blue").header.criterion is Criterion.FA5
 
 
 def test_whitened_directions_and_margins_join_as_well(apart):
     world, _ = apart
     for name in ("blue", "red"):
         rank(world.store, name, options=RankOptions(direction=Direction.WHITENED))
-    result = find(world, "blue", "red", steer=Steer.MARGIN, margin=0.01)
+    result = find(world, "blue", "red", criterion=Criterion.MARGIN, margin=0.01)
     header = load_edit(world.store, "red").header
     assert header.direction is Direction.WHITENED
-    assert (header.ridge, header.margin) == (result.chosen.moves[1].ridge, 0.01)
-    assert header.ridge is not None
+    assert (header.damping, header.margin) == (result.chosen.moves[1].damping, 0.01)
+    assert header.damping is not None
     assert result.forgotten == all(gap >= 0.01 for gap in result.chosen.gaps.values())
     assert header.forgotten == (result.chosen.gaps["red"] >= 0.01)
     before = open_clip.create_model(world.model.name).get_parameter(header.layer).data
@@ -401,21 +403,45 @@ def test_the_record_comes_back(searched):
 def test_the_commands(apart):
     root = apart[0].store.root
     done = inside(
-        "search", *NAMES, "--joint", "--steer", "fa1", "--keep", "ta1", "--reserve", "1", store=root
+        "search",
+        *NAMES,
+        "--joint",
+        "--criterion",
+        "fa1",
+        "--utility",
+        "ta1",
+        "--overshoot",
+        "1",
+        store=root,
     )
     assert done.exit_code == 0
     edits, stages = rows(done.stdout)
     assert [row[0] for row in edits] == ["set", *NAMES]
-    assert edits[0][1:4] == ["layer", "ridge", "step"]
+    assert edits[0][1:4] == ["layer", "damping", "step"]
     assert [row[:2] for row in stages[1:]] == [
-        ["0", "-"], ["1", "blue"], ["2", "red"], ["3", "green"],
-    ]  # fmt: skip
+        ["0", "-"],
+        ["1", "blue"],
+        ["2", "red"],
+        ["3", "green"],
+    ]
     assert stages[0][3:] == [
-        "FA@1 at most", "TA@1 first", "TA@5 first", "TA@1 second", "TA@5 second",
-    ]  # fmt: skip
+        "FA@1 at most",
+        "TA@1 first",
+        "TA@5 first",
+        "TA@1 second",
+        "TA@5 second",
+    ]
     found = json.loads(inside("eval", *NAMES, "--json", store=root).stdout)
     assert [row["figure"] for row in found["accuracy"]][:2] == ["FA@1 blue", "FA@5 blue"]
-    failed = inside("search", *NAMES, "--joint", "--steps", "1", "--layer",
-                    "transformer.resblocks.1.attn.out_proj.weight", store=root)  # fmt: skip
+    failed = inside(
+        "search",
+        *NAMES,
+        "--joint",
+        "--steps",
+        "1",
+        "--layer",
+        "transformer.resblocks.1.attn.out_proj.weight",
+        store=root,
+    )
     assert failed.exit_code == 5
     assert inside("search", "blue", "--joint", store=root).exit_code == 2

@@ -28,7 +28,7 @@ def request_(shared_world):
         name="colours",
         classes=CLASSES,
         build=BuildRequest(
-            report_share=0,
+            test_fraction=0,
             name="",
             concept="",
             model=shared_world.model,
@@ -187,18 +187,43 @@ def test_the_command(shared_world, request_, store, tmp_path):
     listed.write_text("blue\nred\n")
     source, templates = shared_world.sources["pairs"], shared_world.sources["templates"]
     asked = [
-        "sweep", "colours", "--classes", listed, "-m", shared_world.model.name, "-s", source,
-        "--retain-samples", 60, "--label-column", "label", "--steps", 5,
-        "--eval", f"first={shared_world.sources['first']}", "--templates", f"first={templates}",
-    ]  # fmt: skip
+        "sweep",
+        "colours",
+        "--classes",
+        listed,
+        "-m",
+        shared_world.model.name,
+        "-s",
+        source,
+        "--retain-samples",
+        60,
+        "--label-column",
+        "label",
+        "--steps",
+        5,
+        "--eval",
+        f"first={shared_world.sources['first']}",
+        "--templates",
+        f"first={templates}",
+    ]
     done = inside(*asked, store=store.root)
     assert done.exit_code == 0
     (table,) = rows(done.stdout)
     assert table[0] == [
-        "class", "layer", "ridge", "step", "% of norm", "FA@1 before", "FA@1 after", "FA@5 before",
-        "FA@5 after", "TA@1 first before", "TA@1 first after", "TA@5 first before",
+        "class",
+        "layer",
+        "damping",
+        "step",
+        "% of norm",
+        "FA@1 before",
+        "FA@1 after",
+        "FA@5 before",
+        "FA@5 after",
+        "TA@1 first before",
+        "TA@1 first after",
+        "TA@5 first before",
         "TA@5 first after",
-    ]  # fmt: skip
+    ]
     assert [row[0] for row in table[1:]] == ["blue", "red", "mean"]
     values = [[float(cell) for cell in row[5:]] for row in table[1:]]
     assert values[2] == pytest.approx([(a + b) / 2 for a, b in zip(*values[:2], strict=True)])

@@ -15,7 +15,7 @@ from slsgu_cli.figures import curves
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.scoring import left_to_forget
 from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Precision, Steer, Trials
+from slsgu_cli.records.method import Criterion, Direction, Precision, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.records.studies import Rise, TrajectoryOptions, largest_rise
 from slsgu_cli.store.artifacts import Artifact
@@ -44,26 +44,26 @@ def test_every_step_has_the_figures_of_plain_forwards(world):
 
 
 def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
-    for steer in Steer:
-        found = follow(world, steer=steer)
+    for criterion in Criterion:
+        found = follow(world, criterion=criterion)
         front = [(score.layer, None) for score in world.ranking.scores if score.front]
         assert found.lines() == front
         for line in found.lines():
             steps = [trial.step for trial in found.of(line)]
             assert steps == pytest.approx([steps[-1] * k / 4 for k in (1, 2, 3, 4)])
             last = found.of(line)[-1]
-            forget = left_to_forget(last, steer, 0.02)
+            forget = left_to_forget(last, criterion, 0.02)
             assert last.share in (pytest.approx(0.1 * 2**k) for k in range(7))
             assert forget == 0 or last.share == pytest.approx(FARTHEST)
 
 
-def test_whitened_directions_are_followed_for_each_ridge(world):
+def test_whitened_directions_are_followed_for_each_damping(world):
     rank(world.store, "blue", options=RankOptions(direction=Direction.WHITENED))
-    for ridge in (0.1, 0.01):
-        found = follow(world, layers=SOME[:1], points=2, ridge=ridge)
-        assert found.lines() == [(SOME[0], ridge)]
+    for damping in (0.1, 0.01):
+        found = follow(world, layers=SOME[:1], points=2, damping=damping)
+        assert found.lines() == [(SOME[0], damping)]
     recorded = world.store.read_record(Artifact.TRAJECTORY.path("blue"), Trials).trials
-    assert Counter(trial.ridge for trial in recorded) == {0.1: 2, 0.01: 2}
+    assert Counter(trial.damping for trial in recorded) == {0.1: 2, 0.01: 2}
     found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]))
     along = {t.step: t for t in follow(world, layers=SOME[:1]).trials.trials}
     for trial in found.trials.trials:
@@ -122,7 +122,7 @@ def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "slsgu_cli.figures.curves.step_plot",
-        lambda *_, layer, ridge: drawn.append((layer, ridge)) or b"1",
+        lambda *_, layer, damping: drawn.append((layer, damping)) or b"1",
     )
     options = TrajectoryOptions(search=SearchOptions(layers=SOME), points=3)
     found, paths = trajectory_and_plots(world.store, "blue", options=options)
@@ -154,10 +154,17 @@ def test_the_command(world):
     assert done.exit_code == 0
     steps, rises = rows(done.stdout)
     assert steps[0] == [
-        "layer", "ridge", "step", "% of norm", "FA@1", "FA@5", "TA@1 first", "TA@1 second",
-    ]  # fmt: skip
+        "layer",
+        "damping",
+        "step",
+        "% of norm",
+        "FA@1",
+        "FA@5",
+        "TA@1 first",
+        "TA@1 second",
+    ]
     assert [row[0] for row in steps[1:]] == ["visual.proj"] * 2
-    assert rises[0][:4] == ["layer", "ridge", "steps", "% of norm"]
+    assert rises[0][:4] == ["layer", "damping", "steps", "% of norm"]
     assert rises[0][4:6] == ["FA@1 rise", "FA@1 rise at % of norm"]
     assert rises[1][:3] == ["visual.proj", "-", "2"]
     found = json.loads(inside(*asked, "--json", store=root).stdout)

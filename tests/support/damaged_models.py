@@ -209,19 +209,28 @@ class Layout:
 # What is asked of a model in words of their own, of the set's model, and of what is built on it.
 OF_MODEL = (
     "build-sets red --source PAIRS --label-column label --retain-samples 20 --model MODEL",
-    "apply blue --model MODEL --out OUT", "check FOLDER --edit blue",
-    "grad blue --model MODEL --batch-size 7", "eval blue --model MODEL",
+    "apply blue --model MODEL --out OUT",
+    "check FOLDER --edit blue",
+    "grad blue --model MODEL --batch-size 7",
+    "eval blue --model MODEL",
     "verify blue --checks spelling --model MODEL",
-)  # fmt: skip
+)
 SMALL = f"--layer {LAYER} --direction gradient"
 OF_SET = (
-    "rank blue", f"search blue {SMALL} --steps 3", f"trajectory blue {SMALL} --points 3",
-    "compare blue --methods ga --lr 1e-4 --retain-rows 8", "verify blue --checks nearest",
-    "report blue --out OUT.html", "eval blue", "apply blue --out OUT",
-)  # fmt: skip
+    "rank blue",
+    f"search blue {SMALL} --steps 3",
+    f"trajectory blue {SMALL} --points 3",
+    "compare blue --methods ga --lr 1e-4 --retain-rows 8",
+    "verify blue --checks nearest",
+    "report blue --out OUT.html",
+    "eval blue",
+    "apply blue --out OUT",
+)
 OF_TARGET = (
-    "apply blue --target FOLDER --out OUT", "check FOLDER --edit blue", "rank blue --target FOLDER",
-)  # fmt: skip
+    "apply blue --target FOLDER --out OUT",
+    "check FOLDER --edit blue",
+    "rank blue --target FOLDER",
+)
 MOVED = "apply blue --layer visual.transformer.resblocks.0.mlp.c_fc.weight --step 1"
 OF_LLAVA = (f"{MOVED} --target FOLDER --out OUT", "rank blue --target FOLDER")
 GENERATE = "generate blue --target FOLDER --prompt dog --seeds 0 --denoise 2 --out OUT"
@@ -238,9 +247,15 @@ class Models:
 
     @classmethod
     def write(
-        cls, folder: Path, *, clip: Path, store: Path, pairs: str, own: bool,
+        cls,
+        folder: Path,
+        *,
+        clip: Path,
+        store: Path,
+        pairs: str,
+        own: bool,
         trained: Path | None = None,
-    ) -> "Models":  # fmt: skip
+    ) -> "Models":
         """Write the models beside a store whose set is of the model in `clip`.
 
         With `own`, that model is damaged too, for the commands that take no other one. In
@@ -293,9 +308,10 @@ class Models:
         """Add a layout; its commands are called by their first word and a number."""
         filled = {
             f"{command.split()[0]} {number}": command.replace("MODEL", model)
-            .replace("FOLDER", str(folder)).replace("OUT", str(self.folder / "out"))
+            .replace("FOLDER", str(folder))
+            .replace("OUT", str(self.folder / "out"))
             for number, command in enumerate(commands)
-        }  # fmt: skip
+        }
         self.layouts[name] = Layout(name, folder, filled, reads_all=bool(model))
 
     @contextmanager

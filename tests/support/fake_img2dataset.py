@@ -47,8 +47,10 @@ def shard(folder, number, rows, columns):
             fields["sha256"] = hashlib.sha256(data).hexdigest()
             caption = row["caption"].encode()
             for suffix, content in (
-                ("jpg", data), ("txt", caption), ("json", json.dumps(fields).encode())
-            ):  # fmt: skip
+                ("jpg", data),
+                ("txt", caption),
+                ("json", json.dumps(fields).encode()),
+            ):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -79,9 +81,11 @@ def main():
             return
         dies -= 1
         shard(
-            folder, number, rows[number * size : (number + 1) * size],
+            folder,
+            number,
+            rows[number * size : (number + 1) * size],
             options["save_additional_columns"],
-        )  # fmt: skip
+        )
 
 
 main()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 # A variable that lets a gradient pass keep its sums after every mini-batch.
 KEEP_ALWAYS = "KEEP_ALWAYS"
-# A variable that lets so many rows be run at once for moments.
+# A variable that lets so many rows be run at once for covariances.
 ROWS_AT_ONCE = "ROWS_AT_ONCE"
 
 
@@ -46,8 +46,10 @@ class Forked:
         for end in given[1:]:
             os.close(end)
         self.stdin, self.stdout, self.stderr = (
-            os.fdopen(stdin, "w"), os.fdopen(stdout), os.fdopen(stderr)
-        )  # fmt: skip
+            os.fdopen(stdin, "w"),
+            os.fdopen(stdout),
+            os.fdopen(stderr),
+        )
         request = {"words": [*map(str, words)], "env": env, "cwd": str(Path.cwd()), "at": at}
         request |= {"call": call, "ignore": ignore}
         self._channel.sendall(json.dumps(request).encode() + b"\n")
@@ -171,7 +173,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command as a process that was started with its words, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.method import gradients, moments
+    from slsgu_cli.method import covariances, gradients
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)
@@ -184,7 +186,7 @@ def _become(request, fds):
     if KEEP_ALWAYS in os.environ:
         gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
     if ROWS_AT_ONCE in os.environ:
-        moments.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
+        covariances.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
     if request["at"]:
         hold(request["at"], request["call"], fds[3])
     else:

@@ -10,13 +10,22 @@ import torch
 
 POSITIONS, PROJECTION = 20, 20
 TEXT = {
-    "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": POSITIONS, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+}
 VISION = {
-    "hidden_size": 36, "intermediate_size": 60, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "image_size": tiny_clip.SIZE, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 36,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": tiny_clip.SIZE,
+    "patch_size": 8,
+}
 # The comma of Chinese, and that of English.
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "，", ",", "一", "只", "蓝", "红", "环"]
 
@@ -41,8 +50,13 @@ def write_folder(folder: Path, **text) -> Path:
     """Write a ChineseCLIPModel folder as its authors do: of the tokenizer, its words alone."""
     model(**text).save_pretrained(folder)
     side = {"height": tiny_clip.SIZE, "width": tiny_clip.SIZE}
-    told = {"image_processor_type": "ChineseCLIPImageProcessor", "size": side, "crop_size": side,
-            "do_center_crop": True, "resample": 3}  # fmt: skip
+    told = {
+        "image_processor_type": "ChineseCLIPImageProcessor",
+        "size": side,
+        "crop_size": side,
+        "do_center_crop": True,
+        "resample": 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
     words = [*WORDS, *hf_siglip.WORDS, *tiny_clip.COLOURS, *tiny_clip.SHAPES]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

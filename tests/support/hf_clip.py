@@ -16,18 +16,26 @@ def config():
     return CLIPConfig(
         projection_dim=tiny_clip.CONFIG["embed_dim"],
         text_config={
-            "hidden_size": text["width"], "intermediate_size": 4 * text["width"],
-            "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"],
-            "max_position_embeddings": text["context_length"], "hidden_act": "gelu",
-            "vocab_size": text["vocab_size"], "eos_token_id": 49407, "bos_token_id": 49406,
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": text["context_length"],
+            "hidden_act": "gelu",
+            "vocab_size": text["vocab_size"],
+            "eos_token_id": 49407,
+            "bos_token_id": 49406,
         },
         vision_config={
-            "hidden_size": vision["width"], "intermediate_size": 4 * vision["width"],
-            "num_hidden_layers": vision["layers"], "hidden_act": "gelu",
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"],
+            "hidden_act": "gelu",
             "num_attention_heads": vision["width"] // vision["head_width"],
-            "image_size": vision["image_size"], "patch_size": vision["patch_size"],
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
         },
-    )  # fmt: skip
+    )
 
 
 def untrained():
@@ -49,8 +57,11 @@ def write_folder(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     model(state).save_pretrained(folder)
     preprocess = tiny_clip.PREPROCESS
     told = {
-        "image_mean": preprocess["mean"], "image_std": preprocess["std"], "resample": 3,
-        "size": {"shortest_edge": tiny_clip.SIZE}, "do_center_crop": True,
-    }  # fmt: skip
+        "image_mean": preprocess["mean"],
+        "image_std": preprocess["std"],
+        "resample": 3,
+        "size": {"shortest_edge": tiny_clip.SIZE},
+        "do_center_crop": True,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
     return folder

@@ -8,14 +8,26 @@ import torch
 
 EOS = 1
 TEXT = {
-    "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 10, "hidden_act": "quick_gelu",
-    "eos_token_id": EOS, "bos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 10,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": EOS,
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+}
 VISION = {
-    "hidden_size": 36, "intermediate_size": 60, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "image_size": tiny_clip.SIZE, "patch_size": 8, "hidden_act": "quick_gelu",
-}  # fmt: skip
+    "hidden_size": 36,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": tiny_clip.SIZE,
+    "patch_size": 8,
+    "hidden_act": "quick_gelu",
+}
 
 
 def model():

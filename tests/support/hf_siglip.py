@@ -8,18 +8,39 @@ import tiny_clip
 import torch
 
 TEXT = {
-    "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 10, "projection_size": 36,
-    "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 10,
+    "projection_size": 36,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
 VISION = {
-    "hidden_size": 36, "intermediate_size": 60, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "image_size": tiny_clip.SIZE, "patch_size": 8,
-}  # fmt: skip
-IN_TEXT = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-           "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
-IN_VISION = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
-             "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+    "hidden_size": 36,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": tiny_clip.SIZE,
+    "patch_size": 8,
+}
+IN_TEXT = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+IN_VISION = {
+    "attn.proj": "self_attn.out_proj",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 
 # Of captions and prompts, beside colours and shapes.
 WORDS = ["a", "picture", "photo", "drawing", "of", "the", "itap"]
@@ -43,8 +64,12 @@ def model():
 def write_folder(folder: Path) -> Path:
     """Write a SiglipModel folder with a tokenizer of whole words."""
     model().save_pretrained(folder)
-    told = {"size": {"height": tiny_clip.SIZE, "width": tiny_clip.SIZE}, "resample": 3,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    told = {
+        "size": {"height": tiny_clip.SIZE, "width": tiny_clip.SIZE},
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
     write_tokenizer(folder)
     return folder
@@ -111,18 +136,30 @@ def open_clips(state: dict[str, torch.Tensor]):
 
     width, heads = VISION["hidden_size"], VISION["num_attention_heads"]
     trunk = VisionTransformer(
-        img_size=VISION["image_size"], patch_size=VISION["patch_size"], embed_dim=width,
-        depth=VISION["num_hidden_layers"], num_heads=heads, class_token=False, global_pool="map",
-        mlp_ratio=VISION["intermediate_size"] / width, num_classes=0, act_layer="gelu_tanh",
-    )  # fmt: skip
+        img_size=VISION["image_size"],
+        patch_size=VISION["patch_size"],
+        embed_dim=width,
+        depth=VISION["num_hidden_layers"],
+        num_heads=heads,
+        class_token=False,
+        global_pool="map",
+        mlp_ratio=VISION["intermediate_size"] / width,
+        num_classes=0,
+        act_layer="gelu_tanh",
+    )
     text = {
-        "context_length": TEXT["max_position_embeddings"], "vocab_size": TEXT["vocab_size"],
-        "width": TEXT["hidden_size"], "heads": TEXT["num_attention_heads"],
+        "context_length": TEXT["max_position_embeddings"],
+        "vocab_size": TEXT["vocab_size"],
+        "width": TEXT["hidden_size"],
+        "heads": TEXT["num_attention_heads"],
         "layers": TEXT["num_hidden_layers"],
         "mlp_ratio": TEXT["intermediate_size"] / TEXT["hidden_size"],
-        "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
-        "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
-    }  # fmt: skip
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    }
     small = {"layers": 1, "width": 32, "head_width": 32, "image_size": 8, "patch_size": 8}
     built = open_clip.CustomTextCLIP(TEXT["projection_size"], small, text, init_logit_bias=-10)
     built.visual = trunk

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.method.trial import LEAST_ROWS, SPREAD
-from slsgu_cli.records.method import Keep, Steer
+from slsgu_cli.records.method import Criterion, UtilityMetric
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
@@ -118,7 +118,9 @@ class Plain:
             parameter.data.copy_(original)
         return self.known[layer, step]
 
-    def algorithm3(self, layer: str, steps: int, steer: Steer) -> list[tuple[float, Figures]]:
+    def algorithm3(
+        self, layer: str, steps: int, criterion: Criterion
+    ) -> list[tuple[float, Figures]]:
         """Return the steps tried on one layer, in order, with all figures."""
         weight = self.model.get_parameter(layer).data.double().norm().item()
         step = 0.1 * weight / np.linalg.norm(self.gradient[layer].astype(float)).item()
@@ -126,28 +128,34 @@ class Plain:
         for _ in range(steps):
             found = self.after(layer, step)
             tried.append((step, found))
-            if found.forget[steer is Steer.FA5] == 0:
+            if found.forget[criterion is Criterion.FA5] == 0:
                 high = step
             else:
                 low = step
             step = step * 2 if high is None else (low + high) / 2
         return tried
 
-    def algorithm1(self, layers: list[str], steps: int, steer: Steer, keep: Keep = Keep.TA1):
+    def algorithm1(
+        self,
+        layers: list[str],
+        steps: int,
+        criterion: Criterion,
+        utility: UtilityMetric = UtilityMetric.TA1,
+    ):
         """Return every (layer, step, figures), and the best of them."""
 
         def kept(figures: Figures) -> float:
-            by_count = keep is Keep.TA1
+            by_count = utility is UtilityMetric.TA1
             return figures.mean() if by_count else figures.expected(self.original)
 
         trials = [
             (layer, step, found)
             for layer in layers
-            for step, found in self.algorithm3(layer, steps, steer)
+            for step, found in self.algorithm3(layer, steps, criterion)
         ]
         chosen = trials[0]
         for trial in trials[1:]:
-            new, best = (t[2].forget[steer is Steer.FA5] for t in (trial, chosen))
+            new, best = (t[2].forget[criterion is Criterion.FA5] for t in (trial, chosen))
             if new < best or (new == best and kept(trial[2]) > kept(chosen[2])):
                 chosen = trial
         return trials, chosen

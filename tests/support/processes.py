@@ -48,8 +48,11 @@ def slsgu(*arguments, env=None, timeout=120, **options):
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.run(
         [*SLSGU, *map(str, arguments)],
-        text=True, timeout=timeout, env=environment(env), **outputs,
-    )  # fmt: skip
+        text=True,
+        timeout=timeout,
+        env=environment(env),
+        **outputs,
+    )
 
 
 def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
@@ -57,9 +60,11 @@ def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
         [*program, *map(str, arguments)],
-        text=True, env=environment(env),
-        preexec_fn=lambda: interruptible(ignore), **outputs,
-    )  # fmt: skip
+        text=True,
+        env=environment(env),
+        preexec_fn=lambda: interruptible(ignore),
+        **outputs,
+    )
 
 
 def start_held(*arguments, at, call=1, ignore=None, env=None):

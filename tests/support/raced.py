@@ -17,7 +17,7 @@ from slsgu_cli.method.scoring import kept
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.trial import UtilityMeter
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Keep, Tower, Trial
+from slsgu_cli.records.method import Tower, Trial, UtilityMetric
 from slsgu_cli.records.options import SearchOptions
 
 Margins = Mapping[str, torch.Tensor]
@@ -97,12 +97,13 @@ class GivenFigures:
             search.path.append((probe.line, 1.0))
         return search.choose(), search
 
-    def keeps(self, keep=Keep.EXPECTED) -> list[float]:
+    def keeps(self, utility=UtilityMetric.EXPECTED) -> list[float]:
         """Return what each step keeps, in percent."""
-        meter = UtilityMeter(self, keep)
+        meter = UtilityMeter(self, utility)
         every = [(probe, meter.measure(probe, 1.0)) for probe in self.probes()]
         return [
-            kept(probe.measure(1.0, found.utility, found.expected), keep) for probe, found in every
+            kept(probe.measure(1.0, found.utility, found.expected), utility)
+            for probe, found in every
         ]
 
     def probes(self):
@@ -123,10 +124,16 @@ class Given:
 
     def measure(self, step, utility=None, expected=None):
         return Trial(
-            layer=self.line[0], tower=self.score.tower, ridge=None, step=step,
-            share=float(self.index + 1), forget=Accuracy(0.0, 0.0, 8), gap=0.1,
-            utility=utility, expected=expected,
-        )  # fmt: skip
+            layer=self.line[0],
+            tower=self.score.tower,
+            damping=None,
+            step=step,
+            share=float(self.index + 1),
+            forget=Accuracy(0.0, 0.0, 8),
+            gap=0.1,
+            utility=utility,
+            expected=expected,
+        )
 
     @contextmanager
     def stepped(self, step):

@@ -11,6 +11,7 @@ from slsgu_cli.method.evaluate import BeforeAfter
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
+    Criterion,
     Direction,
     EditHeader,
     GradientHeader,
@@ -19,7 +20,6 @@ from slsgu_cli.records.method import (
     ParameterNorm,
     Precision,
     Ranking,
-    Steer,
     Tower,
     Trial,
     Trials,
@@ -74,11 +74,20 @@ LAYERS = tuple(
 CHOSEN = "transformer.resblocks.3.mlp.c_proj.weight"
 FRONT = (LAYERS[2], LAYERS[19], LAYERS[35], CHOSEN, LAYERS[60])
 TITLES = (
-    "Result", "What was asked", "Single images", "Cosine similarities",
-    "Does it stay forgotten", "Where the concept lies", "Search for the step", "Trajectories",
-    "Other methods", "Model and gradients", "The edit", "To repeat it",
+    "Result",
+    "What was asked",
+    "Single images",
+    "Cosine similarities",
+    "Does it stay forgotten",
+    "Where the concept lies",
+    "Search for the step",
+    "Trajectories",
+    "Other methods",
+    "Model and gradients",
+    "The edit",
+    "To repeat it",
     "Records behind this page",
-)  # fmt: skip
+)
 BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)
 
 
@@ -119,9 +128,20 @@ def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
     trials = [trial for layer in FRONT for trial in _trials(layer, set(evals))]
     shown = {known: ref.fingerprint for known, ref in evals.items()}
     recorded = Trials(
-        name, roles[0], Direction.GRADIENT, None, "model", shown, Precision.FP32, Steer.FA1, None,
-        BEFORE, dict.fromkeys(evals, KEPT), tuple(trials), "0.1.0",
-    )  # fmt: skip
+        name,
+        roles[0],
+        Direction.GRADIENT,
+        None,
+        "model",
+        shown,
+        Precision.FP32,
+        Criterion.FA1,
+        None,
+        BEFORE,
+        dict.fromkeys(evals, KEPT),
+        tuple(trials),
+        "0.1.0",
+    )
     store.write_record(f"trials/{name}.json", recorded)
     walked = (replace(t, utility=dict.fromkeys(evals, Accuracy(90.0, 97.0, 9))) for t in trials)
     store.write_record(f"trajectories/{name}.json", replace(recorded, trials=tuple(walked)))
@@ -136,11 +156,13 @@ def fill_several(store: Store, *names: str) -> None:
     moves = [JointMove(name, *move) for name in names]
     stages = [
         JointTrial(
-            tuple(moves[:count]), dict.fromkeys(names[:count], gone.forget),
-            dict.fromkeys(names[:count], 0.1), gone.utility,
+            tuple(moves[:count]),
+            dict.fromkeys(names[:count], gone.forget),
+            dict.fromkeys(names[:count], 0.1),
+            gone.utility,
         )
         for count in range(1, len(names) + 1)
-    ]  # fmt: skip
+    ]
     joint = JointSearch(
         names=names,
         concepts=tuple(HOSTILE for _ in names),
@@ -150,7 +172,7 @@ def fill_several(store: Store, *names: str) -> None:
         model_fingerprint="model",
         evals=first.evals,
         precision=Precision.FP32,
-        steer=Steer.FA1,
+        criterion=Criterion.FA1,
         margin=None,
         baseline_forget=dict.fromkeys(names, BEFORE),
         baseline_utility=first.baseline_utility,
@@ -161,13 +183,24 @@ def fill_several(store: Store, *names: str) -> None:
     store.write_record(f"joint/{joint_label(names)}.json", joint)
     rows = [
         SweepRow(
-            name, f"{name}-forget", f"{name}-retain", gone.layer, gone.tower, Direction.GRADIENT,
-            None, gone.step, gone.share, BEFORE, first.baseline_utility, gone.forget,
-            gone.utility or {}, True,
+            name,
+            f"{name}-forget",
+            f"{name}-retain",
+            gone.layer,
+            gone.tower,
+            Direction.GRADIENT,
+            None,
+            gone.step,
+            gone.share,
+            BEFORE,
+            first.baseline_utility,
+            gone.forget,
+            gone.utility or {},
+            True,
         )
         for name in names
-    ]  # fmt: skip
-    sweep = Sweep("all", "recipe", names, MODEL, "model", Steer.FA1, tuple(rows), "0.1.0")
+    ]
+    sweep = Sweep("all", "recipe", names, MODEL, "model", Criterion.FA1, tuple(rows), "0.1.0")
     store.write_record("sweeps/all.json", sweep)
 
 
@@ -199,12 +232,18 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Finding(Check.PROBE, "k", {}, told=(told,)),
             Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
             Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
-            Finding(Check.RING_A_BELL, "k", {}, attempts=(
-                Attempt("its name", HOSTILE, 0.4, gone), Attempt("another word", "wool", 0.3, gone),
-                Attempt("its name", "a worse text", 0.5, gone),
-            )),
+            Finding(
+                Check.RING_A_BELL,
+                "k",
+                {},
+                attempts=(
+                    Attempt("its name", HOSTILE, 0.4, gone),
+                    Attempt("another word", "wool", 0.3, gone),
+                    Attempt("its name", "a worse text", 0.5, gone),
+                ),
+            ),
             Finding(Check.PREFIX, "k", {}, left_out="its text tower is run as a whole"),
-        )  # fmt: skip
+        )
         subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))
     data = {role: ref.fingerprint for role, ref in manifest.blocks().items()}
     record = Verification(name, manifest.concept, data, tuple(subjects), "0.1.0")
@@ -221,20 +260,35 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
     trials = store.read_record(f"trials/{name}.json", Trials)
     outcomes = [
         ClipOutcome(
-            method=method, setting=setting, plan=None, edit=None, epoch=None,
-            forget=Accuracy(left, left, 33), utility=trials.baseline_utility, seconds=seconds,
-            forget_passes=1.0, retain_passes=1.0, where="<cpu>",
+            method=method,
+            setting=setting,
+            plan=None,
+            edit=None,
+            epoch=None,
+            forget=Accuracy(left, left, 33),
+            utility=trials.baseline_utility,
+            seconds=seconds,
+            forget_passes=1.0,
+            retain_passes=1.0,
+            where="<cpu>",
         )
         for method, setting, left, seconds in (
-            (Method.ORIGINAL, None, 97.0, 0.0), (Method.GA, 1e-6, 30.0, 60.0),
+            (Method.ORIGINAL, None, 97.0, 0.0),
+            (Method.GA, 1e-6, 30.0, 60.0),
             (Method.OURS, None, 0.0, 20.0),
         )
-    ]  # fmt: skip
+    ]
     made_from = (trials.forget, f"{name}-retain")
     record = ClipComparison(
-        name=name, model_fingerprint="model", forget=made_from[0], retain=made_from[1],
-        evals=trials.evals, passes={}, outcomes=tuple(outcomes), version="0.1.0",
-    )  # fmt: skip
+        name=name,
+        model_fingerprint="model",
+        forget=made_from[0],
+        retain=made_from[1],
+        evals=trials.evals,
+        passes={},
+        outcomes=tuple(outcomes),
+        version="0.1.0",
+    )
     store.write_record(f"comparisons/{name}.json", record)
 
 
@@ -298,9 +352,9 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
         digests=layer_digests(before),
         gradient=f"{name}-forget",
         direction=Direction.GRADIENT,
-        ridge=None,
+        damping=None,
         retain_data=None,
-        steer=Steer.FA1,
+        criterion=Criterion.FA1,
         margin=None,
         forgotten=True,
         joint=None,

@@ -44,9 +44,12 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         self.client = boto3.client(
-            "s3", endpoint_url=self.url, aws_access_key_id="key", aws_secret_access_key="secret",
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
             region_name="us-east-1",
-        )  # fmt: skip
+        )
         self.client.create_bucket(Bucket=BUCKET)
 
     def __call__(self, environ, start_response):

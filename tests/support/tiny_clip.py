@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 SIZE = 32
-RIDGE = 1e-4
+DAMPING = 1e-4
 SHAPES = ("circle", "square", "ring", "bar", "pole")
 COLOURS = {
     "red": (220, 30, 30),
@@ -32,12 +32,20 @@ COLOURS = {
 CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {
-        "image_size": SIZE, "layers": 3, "width": 48, "head_width": 24, "patch_size": 8,
+        "image_size": SIZE,
+        "layers": 3,
+        "width": 48,
+        "head_width": 24,
+        "patch_size": 8,
     },
     "text_cfg": {
-        "context_length": 16, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 3,
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 24,
+        "heads": 2,
+        "layers": 3,
     },
-}  # fmt: skip
+}
 PREPROCESS = {
     "mean": [0.3, 0.35, 0.4],
     "std": [0.25, 0.3, 0.35],
@@ -161,7 +169,7 @@ def pixels(rows: list[dict]) -> torch.Tensor:
 
 
 def _fit(projection: torch.nn.Parameter, encode, targets: torch.Tensor) -> None:
-    """Set a projection to the ridge regression of what it projects on `targets`."""
+    """Set a projection to the damping regression of what it projects on `targets`."""
     width, out = projection.shape
     parts = []
     for start in range(0, width, out):
@@ -170,5 +178,5 @@ def _fit(projection: torch.nn.Parameter, encode, targets: torch.Tensor) -> None:
         projection.data[start : start + span, :span] = torch.eye(span)
         parts.append(encode()[:, :span])
     x = torch.cat(parts, dim=1).double()
-    gram = x.T @ x + RIDGE * x.shape[0] * torch.eye(width)
+    gram = x.T @ x + DAMPING * x.shape[0] * torch.eye(width)
     projection.data = torch.linalg.solve(gram, x.T @ targets.double()).float()

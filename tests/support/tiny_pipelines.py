@@ -27,13 +27,20 @@ def text_encoder(name, config, state):
     import transformers
 
     text = config["text_cfg"]
-    built = getattr(transformers, name)(transformers.CLIPTextConfig(
-        hidden_size=text["width"], intermediate_size=4 * text["width"],
-        num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
-        max_position_embeddings=text["context_length"], hidden_act="gelu",
-        vocab_size=text["vocab_size"], eos_token_id=49407, bos_token_id=49406,
-        projection_dim=config["embed_dim"],
-    ))  # fmt: skip
+    built = getattr(transformers, name)(
+        transformers.CLIPTextConfig(
+            hidden_size=text["width"],
+            intermediate_size=4 * text["width"],
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            max_position_embeddings=text["context_length"],
+            hidden_act="gelu",
+            vocab_size=text["vocab_size"],
+            eos_token_id=49407,
+            bos_token_id=49406,
+            projection_dim=config["embed_dim"],
+        )
+    )
     theirs = transformers_weights(state)
     spelt = {
         key: key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
@@ -64,8 +71,15 @@ def t5():
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=CONTEXT)
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        config = T5Config(vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=8, d_ff=32, num_heads=2,
-                          num_layers=1, feed_forward_proj="gated-gelu")  # fmt: skip
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=T5_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_heads=2,
+            num_layers=1,
+            feed_forward_proj="gated-gelu",
+        )
         return T5EncoderModel(config).eval(), tokenizer
 
 
@@ -82,9 +96,12 @@ def write_pipeline(folder: Path, kind: str, state) -> Path:
 
 def _vae(diffusers, channels, **config):
     return diffusers.AutoencoderKL(
-        block_out_channels=(4,), norm_num_groups=1, latent_channels=channels, sample_size=8,
+        block_out_channels=(4,),
+        norm_num_groups=1,
+        latent_channels=channels,
+        sample_size=8,
         **config,
-    )  # fmt: skip
+    )
 
 
 def _two(state, name):
@@ -100,42 +117,69 @@ def _two(state, name):
 
 def _sdxl(diffusers, state):
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH + 32,
-        addition_embed_type="text_time", addition_time_embed_dim=8,
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH + 32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 40,
-    )  # fmt: skip
+    )
     return diffusers.StableDiffusionXLPipeline(
-        vae=_vae(diffusers, 4), unet=unet, **_two(state, "CLIPTextModel"),
+        vae=_vae(diffusers, 4),
+        unet=unet,
+        **_two(state, "CLIPTextModel"),
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-    )  # fmt: skip
+    )
 
 
 def _sd3(diffusers, state):
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
-        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
-        joint_attention_dim=T5_WIDTH, pooled_projection_dim=24 + 40,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=24 + 40,
+    )
     encoder, tokenizer = t5()
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_vae(diffusers, 4, shift_factor=0.06, scaling_factor=1.5),
-        **_two(state, "CLIPTextModelWithProjection"), text_encoder_3=encoder, tokenizer_3=tokenizer,
-    )  # fmt: skip
+        **_two(state, "CLIPTextModelWithProjection"),
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer,
+    )
 
 
 def _flux(diffusers, state):
     transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=T5_WIDTH, pooled_projection_dim=WIDTH,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=WIDTH,
         axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+    )
     encoder, tokenizer = t5()
     return diffusers.FluxPipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_vae(diffusers, 1, shift_factor=0.06, scaling_factor=1.5),
         text_encoder=text_encoder("CLIPTextModel", tiny_clip.CONFIG, state),
-        tokenizer=clip_tokenizer(), text_encoder_2=encoder, tokenizer_2=tokenizer,
-    )  # fmt: skip
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+    )

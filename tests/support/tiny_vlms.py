@@ -11,17 +11,36 @@ import tiny_clip
 import torch
 
 KINDS = ("llava_next", "llava_onevision", "paligemma")
-WORDS = ("USER:", "ASSISTANT:", "What", "is", "shown", "in", "this", "image", "?", "This", "a",
-         *tiny_clip.COLOURS, *tiny_clip.SHAPES)  # fmt: skip
+WORDS = (
+    "USER:",
+    "ASSISTANT:",
+    "What",
+    "is",
+    "shown",
+    "in",
+    "this",
+    "image",
+    "?",
+    "This",
+    "a",
+    *tiny_clip.COLOURS,
+    *tiny_clip.SHAPES,
+)
 CHAT = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}"
     "ASSISTANT:{% endfor %}"
 )
 LANGUAGE = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -34,9 +53,13 @@ def tokenizer():
     made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known)}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", eos_token="</s>", bos_token="<s>",
-        unk_token="[UNK]", extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="[UNK]",
+        extra_special_tokens={"image_token": "<image>"},
+    )
 
 
 def tower_of(kind: str):
@@ -71,34 +94,49 @@ def _text(transformers, name, words):
 
 def _next(transformers, vision, words, image):
     config = transformers.LlavaNextConfig(
-        vision_config=vision, text_config=_text(transformers, "LlamaConfig", words),
-        image_grid_pinpoints=PINPOINTS, image_token_index=image, vision_feature_layer=-2,
-    )  # fmt: skip
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
+        vision_config=vision,
+        text_config=_text(transformers, "LlamaConfig", words),
         image_grid_pinpoints=PINPOINTS,
-    )  # fmt: skip
+        image_token_index=image,
+        vision_feature_layer=-2,
+    )
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_grid_pinpoints=PINPOINTS,
+    )
     processor = transformers.LlavaNextProcessor(
-        images, words, patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT,
-    )  # fmt: skip
+        images,
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
 def _onevision(transformers, vision, words, image):
     vision.vision_use_head = False
     config = transformers.LlavaOnevisionConfig(
-        vision_config=vision, text_config=_text(transformers, "Qwen2Config", words),
-        image_grid_pinpoints=PINPOINTS, image_token_index=image, vision_feature_layer=-1,
+        vision_config=vision,
+        text_config=_text(transformers, "Qwen2Config", words),
+        image_grid_pinpoints=PINPOINTS,
+        image_token_index=image,
+        vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-    )  # fmt: skip
+    )
     images = transformers.LlavaOnevisionImageProcessor(
         size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
     )
     processor = transformers.LlavaOnevisionProcessor(
-        images, words, transformers.LlavaOnevisionVideoProcessor(), num_image_tokens=16,
-        vision_feature_select_strategy="full", chat_template=CHAT,
-    )  # fmt: skip
+        images,
+        words,
+        transformers.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT,
+    )
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 

@@ -27,15 +27,25 @@ CONFIGS = {
         "embed_dim": 16,
         "custom_text": True,
         "init_logit_bias": -10,
-        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
-                       "timm_pool": "", "timm_proj": "linear", "image_size": 64},
+        "vision_cfg": {
+            "timm_model_name": "vit_tiny_patch16_224",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
         "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
     "eva": {
         "embed_dim": 16,
         "custom_text": True,
-        "vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_model_pretrained": False,
-                       "timm_pool": "token", "timm_proj": "linear", "image_size": 56},
+        "vision_cfg": {
+            "timm_model_name": "eva02_tiny_patch14_224",
+            "timm_model_pretrained": False,
+            "timm_pool": "token",
+            "timm_proj": "linear",
+            "image_size": 56,
+        },
         "text_cfg": TEXT,
     },
     "coca": {
@@ -49,15 +59,33 @@ CONFIGS = {
         "vision_cfg": {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16, "patch_size": None},
         "text_cfg": TEXT,
     },
-}  # fmt: skip
+}
 CONFIGS["coca-corrected"] = CONFIGS["coca"]
 # Text towers of Hugging Face: what pools and projects, and their own configuration.
-_BERT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
-_MT5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2,
-        "num_decoder_layers": 1}  # fmt: skip
-_NLLB = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
-         "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}  # fmt: skip
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+_MT5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_decoder_layers": 1,
+}
+_NLLB = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 48,
+}
 HUGGING_FACE = {
     "bert": ("cls_pooler", "mlp", _BERT),
     "roberta": ("mean_pooler", "linear", _BERT),
@@ -87,9 +115,14 @@ SMALL = {
     "fastvit_mci3": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
     "fastvit_mci4": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
     "fastvit": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
-    "swin": {"img_size": SIDE, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2),
-             "window_size": 4},
-}  # fmt: skip
+    "swin": {
+        "img_size": SIDE,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 2),
+        "window_size": 4,
+    },
+}
 # Towers of timm's that have no small ones.
 LARGE = {
     "convnext": "convnext_tiny",

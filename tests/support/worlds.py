@@ -8,7 +8,14 @@ from slsgu_cli import progress
 from slsgu_cli.method.directions import REVISION
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Direction, GradientPointer, Keep, MomentHeader, Ranking, Steer
+from slsgu_cli.records.method import (
+    CovarianceHeader,
+    Criterion,
+    Direction,
+    GradientPointer,
+    Ranking,
+    UtilityMetric,
+)
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sets.build import build_sets
@@ -33,7 +40,12 @@ class Listener(progress.Sink):
 
 def plain_options(**options) -> SearchOptions:
     """Return how the paper searches, along the direction of the ranking."""
-    paper = {"steer": Steer.FA1, "keep": Keep.TA1, "reserve": 1.0, "max_class_loss": 100.0}
+    paper = {
+        "criterion": Criterion.FA1,
+        "utility": UtilityMetric.TA1,
+        "overshoot": 1.0,
+        "max_class_loss": 100.0,
+    }
     return SearchOptions(**paper | {"exact": True} | options)
 
 
@@ -76,7 +88,7 @@ class World:
             model=self.model,
             sources=[self.sources["pairs"]],
             retain_samples=60,
-            report_share=0,
+            test_fraction=0,
             label_column="label",
             evals={name: self.sources[name] for name in ("first", "second")},
             templates=dict.fromkeys(("first", "second"), self.sources["templates"]),
@@ -89,10 +101,10 @@ class World:
         rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))
 
 
-def lose_moment(world, layer, revision=REVISION):
+def lose_covariance(world, layer, revision=REVISION):
     """Let the store say that a layer's inputs were not seen by a revision of what can be."""
-    for path in map(Artifact.MOMENTS.path, world.store.names("moments", ".safetensors")):
-        header = world.store.read_header(path, MomentHeader)
+    for path in map(Artifact.MOMENTS.path, world.store.names("covariances", ".safetensors")):
+        header = world.store.read_header(path, CovarianceHeader)
         arrays = world.store.read_tensors(path)
         del arrays[layer], header.layers[layer]
         header = replace(header, unseen=(layer,), revision=revision)

@@ -47,8 +47,15 @@ from slsgu_cli.verification.attacks import (
 from slsgu_cli.verification.model import LeftOut
 from slsgu_cli.verification.verdicts import rows as verdict_rows
 
-FEW = Settings(attack_tokens=2, attack_steps=3, attack_starts=2, population=8, generations=3,
-               inversion_steps=5, shots=4)  # fmt: skip
+FEW = Settings(
+    attack_tokens=2,
+    attack_steps=3,
+    attack_starts=2,
+    population=8,
+    generations=3,
+    inversion_steps=5,
+    shots=4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +136,9 @@ def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
         t = model.module.encode_text(tokens, normalize=True)
         hook.remove()
         attack.loss(F.normalize(t.sum(dim=0, keepdim=True), dim=-1)).sum().backward()
-    at_places = torch.stack([codes.grad[row, places]
-                             for row, places in enumerate(attack.prompts.places)])  # fmt: skip
+    at_places = torch.stack(
+        [codes.grad[row, places] for row, places in enumerate(attack.prompts.places)]
+    )
     some = list(words)
     slopes = attack.slopes(ids) @ attack.table[some].T
     torch.testing.assert_close(slopes, at_places.sum(dim=0)[:, some], rtol=1e-3, atol=1e-6)
@@ -198,12 +206,13 @@ def test_texts_are_bred_towards_what_the_name_adds_in_the_original(shared_world,
     target = meanings(model, {OWN: "blue"})[OWN]
     encode = {
         word: model.module.encode_text(
-            torch.from_numpy(model.tokenize([" ".join(t.format(word).split())
-                                             for t in attacks.TEMPLATES])).long(),
+            torch.from_numpy(
+                model.tokenize([" ".join(t.format(word).split()) for t in attacks.TEMPLATES])
+            ).long(),
             normalize=True,
         ).mean(dim=0)
         for word in ("blue", "")
-    }  # fmt: skip
+    }
     plain = encode[""] + attacks.COEFFICIENT * (encode["blue"] - encode[""])
     torch.testing.assert_close(target, F.normalize(plain, dim=0), rtol=1e-3, atol=1e-5)
     other = opened(shared_world, change=lambda module: module.text_projection.data.neg_())
@@ -220,8 +229,9 @@ def of_coca(model):
     """Return the model with a text tower that has a class token behind the texts."""
     torch.manual_seed(0)
     table, out = model.evaluation.text.token_table, images_of(model).shape[1]
-    text = TextTransformer(77, len(table), width=32, heads=2, layers=2, output_dim=out,
-                           embed_cls=True).eval()  # fmt: skip
+    text = TextTransformer(
+        77, len(table), width=32, heads=2, layers=2, output_dim=out, embed_cls=True
+    ).eval()
     module = SimpleNamespace(
         token_embedding=text.token_embedding,
         logit_scale=model.module.logit_scale,
@@ -315,8 +325,14 @@ def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, 
 def test_a_tower_without_a_table_of_tokens_leaves_checks_out_with_the_reason(world, monkeypatch):
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
     monkeypatch.setattr(OpenClipText, "token_table", None)
-    options = ("--checks", "prefix,ring-a-bell,inversion", "--population", "4",
-               "--generations", "1")  # fmt: skip
+    options = (
+        "--checks",
+        "prefix,ring-a-bell,inversion",
+        "--population",
+        "4",
+        "--generations",
+        "1",
+    )
     done = inside("verify", "blue", *options, store=world.store.root)
     assert done.exit_code == 0, done.stderr
     verdicts, attempts = rows(done.stdout.partition("edit blue: ")[0].strip())
@@ -328,8 +344,20 @@ def test_a_tower_without_a_table_of_tokens_leaves_checks_out_with_the_reason(wor
 
 def test_the_command_shows_attacks_beside_their_controls(world):
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
-    options = ("--checks", "prefix,inversion", "--attack-tokens", "2", "--attack-steps", "1",
-               "--attack-starts", "1", "--inversion-steps", "2", "--shots", "4")  # fmt: skip
+    options = (
+        "--checks",
+        "prefix,inversion",
+        "--attack-tokens",
+        "2",
+        "--attack-steps",
+        "1",
+        "--attack-starts",
+        "1",
+        "--inversion-steps",
+        "2",
+        "--shots",
+        "4",
+    )
     done = inside("verify", "blue", *options, store=world.store.root)
     assert done.exit_code == 0, done.stderr
     (head, *lines), attempts = rows(done.stdout.partition("edit blue: ")[0].strip())

@@ -82,9 +82,11 @@ def attempts(own, neutral):
     """Return a finding of an attack of two starts, the better one of these figures."""
     made = ((OWN, 0.5, own), (OWN, 0.9, 100), (NEUTRAL, 0.5, neutral), (NEUTRAL, 0.9, 100))
     return Finding(
-        Check.PREFIX, "k", {"attack_tokens": "5"},
+        Check.PREFIX,
+        "k",
+        {"attack_tokens": "5"},
         attempts=tuple(Attempt(name, "words", loss, accuracy(top1)) for name, loss, top1 in made),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,12 +287,16 @@ def test_a_single_image_is_no_return():
 def looks(was, now):
     return tuple(
         Finding(
-            Check.PROBE, "k", {},
-            told=(Told(LINEAR, CONCEPT, 90, 99.0, recall, 30, 900),
-                  Told(LINEAR, OTHERS, 12, 95.0, 94.0, 60, 900)),
+            Check.PROBE,
+            "k",
+            {},
+            told=(
+                Told(LINEAR, CONCEPT, 90, 99.0, recall, 30, 900),
+                Told(LINEAR, OTHERS, 12, 95.0, 94.0, 60, 900),
+            ),
         )
         for recall in (was, now)
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,26 +341,35 @@ def classes(**known):
     """Return findings of classes: rows, TA@1 before and after, cosine."""
     return tuple(
         Finding(
-            Check.NEAREST, "k", {},
-            classes={"brands": tuple(
-                KnownClass(name, rows, ta[place], cosine)
-                for name, (rows, ta, cosine) in known.items()
-            )},
+            Check.NEAREST,
+            "k",
+            {},
+            classes={
+                "brands": tuple(
+                    KnownClass(name, rows, ta[place], cosine)
+                    for name, (rows, ta, cosine) in known.items()
+                )
+            },
         )
         for place in range(2)
-    )  # fmt: skip
+    )
 
 
 def test_those_that_lost_most_are_named_if_they_have_images_enough():
     pair = classes(
-        tumblr=(18, (94, 67), 0.5), figma=(4, (100, 0), 0.4), npm=(10, (70, 80), 0.3),
+        tumblr=(18, (94, 67), 0.5),
+        figma=(4, (100, 0), 0.4),
+        npm=(10, (70, 80), 0.3),
         ubuntu=(30, (93, 33), 0.1),
-    )  # fmt: skip
+    )
     known = losses(subject(pair[0]), subject(pair[1]))
     assert [row.name for row in most_harmed(known)] == ["ubuntu", "tumblr"]
     assert [row.name for row in nearest_names(known)["brands"]] == [
-        "tumblr", "figma", "npm", "ubuntu",
-    ]  # fmt: skip
+        "tumblr",
+        "figma",
+        "npm",
+        "ubuntu",
+    ]
     assert concluded(pair).text.endswith(
         "It cost ubuntu most, of the classes with 5 images or more: 93% of its 30 images were "
         "recognised, 33% are."

@@ -147,11 +147,16 @@ def test_every_kind_of_check_found_something(verified):
     assert list(probes(verified, Check.AUGMENT)) == names
     coarse = probes(verified, Check.QUANTISE)
     assert list(coarse) == [
-        "int8", "fp8",
-        "int4, groups of 64", "int4 asymmetric, groups of 64",
-        "int4, groups of 128", "int4 asymmetric, groups of 128",
-        "nf4", "fp16", "bf16",
-    ]  # fmt: skip
+        "int8",
+        "fp8",
+        "int4, groups of 64",
+        "int4 asymmetric, groups of 64",
+        "int4, groups of 128",
+        "int4 asymmetric, groups of 128",
+        "nf4",
+        "fp16",
+        "bf16",
+    ]
     measured = [name for name, probe in coarse.items() if probe.utility is not None]
     assert measured == ["int8", "int4, groups of 128", "nf4"]
     assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
@@ -421,8 +426,9 @@ def test_a_concept_that_is_no_class_is_verified_too(world):
     find(world)
     result = run(world, checks=[Check.MEMBERSHIP, Check.NEIGHBOURS, Check.RELEARN], steps=1)
     assert {a.against for a in finding(result, Check.MEMBERSHIP).attacks} == {
-        "other classes", "retain set",
-    }  # fmt: skip
+        "other classes",
+        "retain set",
+    }
     assert result.models[1].finding(Check.RELEARN).curves[0].target == "blue"
 
 
@@ -456,12 +462,22 @@ def test_in_json_every_table_is_there(verified, capsys):
     document = json.loads(capsys.readouterr().out)
     rows = document["verification"]
     assert {row["check"] for row in rows} == {
-        Check.BASELINE, Check.PARAPHRASE, Check.AUGMENT, Check.QUANTISE, Check.FINETUNE,
-        Check.RELEARN, Check.SPELLING, Check.PREFIX, Check.RING_A_BELL, Check.INVERSION,
-    }  # fmt: skip
+        Check.BASELINE,
+        Check.PARAPHRASE,
+        Check.AUGMENT,
+        Check.QUANTISE,
+        Check.FINETUNE,
+        Check.RELEARN,
+        Check.SPELLING,
+        Check.PREFIX,
+        Check.RING_A_BELL,
+        Check.INVERSION,
+    }
     assert {row["check"] for row in document["attempts"]} == {
-        Check.PREFIX, Check.RING_A_BELL, Check.INVERSION,
-    }  # fmt: skip
+        Check.PREFIX,
+        Check.RING_A_BELL,
+        Check.INVERSION,
+    }
     assert rows[0]["original FA@1"] > rows[0]["FA@1"] == 0
     assert len(document["membership"]) == 4
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}

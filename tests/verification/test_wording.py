@@ -23,20 +23,30 @@ def by_kind(name, seed=0):
 def test_every_kind_of_spelling_is_what_it_is_called():
     kinds = by_kind("github")
     assert list(kinds) == [
-        "swapped", "dropped", "doubled", "mistyped", "split", "case", "form", "twice",
-    ]  # fmt: skip
+        "swapped",
+        "dropped",
+        "doubled",
+        "mistyped",
+        "split",
+        "case",
+        "form",
+        "twice",
+    ]
     assert all(len(kinds[kind]) == 3 for kind in ("swapped", "dropped", "doubled", "mistyped"))
     assert all(sorted(text) == sorted("github") for text in kinds["swapped"])
     assert all(len(text) == 5 for text in kinds["dropped"])
     for text in kinds["doubled"]:
-        assert any(text[:i] + text[i + 1 :] == "github" and text[i] == text[i - 1]
-                   for i in range(1, 7))  # fmt: skip
+        assert any(
+            text[:i] + text[i + 1 :] == "github" and text[i] == text[i - 1] for i in range(1, 7)
+        )
     for text in kinds["mistyped"]:
         (place,) = [i for i in range(6) if text[i] != "github"[i]]
         assert "github"[place] + text[place] in {
-            pair for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm") for i in range(len(row) - 1)
+            pair
+            for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+            for i in range(len(row) - 1)
             for pair in (row[i : i + 2], row[i : i + 2][::-1])
-        }  # fmt: skip
+        }
     assert {"git hub", "git-hub", "gi thub", "gith-ub"} < set(kinds["split"])
     assert kinds["form"] == ["githubs", "github's"]
     assert kinds["twice"] == ["github github"]
@@ -65,8 +75,11 @@ def test_another_seed_draws_other_errors():
 def test_a_file_has_names_by_kind():
     text = "azure\n\n# German:\nblau\n  Himmelblau \nblau\n# related\nsky\n"
     assert parse_names(text, "names.txt") == (
-        ("name", "azure"), ("German", "blau"), ("German", "Himmelblau"), ("related", "sky"),
-    )  # fmt: skip
+        ("name", "azure"),
+        ("German", "blau"),
+        ("German", "Himmelblau"),
+        ("related", "sky"),
+    )
     with pytest.raises(InputError, match=r"names\.txt holds no names"):
         parse_names("# German\n\n", "names.txt")
 

@@ -1,4 +1,4 @@
-"""Moments are those of the inputs that open_clip's own modules see, position by position."""
+"""Covariances are those of the inputs that open_clip's own modules see, position by position."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,8 @@ from tower_models import CONFIGS, make
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method import moments
-from slsgu_cli.method.moments import InputMoments, input_moments
+from slsgu_cli.method import covariances
+from slsgu_cli.method.covariance import InputCovariances, input_covariances
 from slsgu_cli.records.sets import InputSpec
 
 ROWS, SIZE = 7, tiny_clip.SIZE
@@ -53,11 +53,11 @@ def layers_of(model):
 
 
 def found_by(model, block):
-    return input_moments(model, layers_of(model), block, spec=SPEC, device="cpu")
+    return input_covariances(model, layers_of(model), block, spec=SPEC, device="cpu")
 
 
 class Plain(dict):
-    """Moments by the definition: sums over the positions that each layer is applied to."""
+    """Covariances by the definition: sums over the positions that each layer is applied to."""
 
     def add(self, name, inputs, share=1.0):
         x = inputs.reshape(-1, inputs.shape[-1]).double()
@@ -120,9 +120,13 @@ def plain(model, block):
     found.add("visual.ln_pre.weight", normed(entering[0]))
     everywhere, first = (slice(None),), (slice(None), 0)
     x = found.blocks(
-        "visual.transformer.resblocks", model.visual.transformer.resblocks,
-        x, None, everywhere, first,
-    )[:, 0]  # fmt: skip
+        "visual.transformer.resblocks",
+        model.visual.transformer.resblocks,
+        x,
+        None,
+        everywhere,
+        first,
+    )[:, 0]
     found.add("visual.ln_post.weight", normed(x))
     found.add("visual.proj", model.visual.ln_post(x))
     ids = torch.from_numpy(block.tokens).long()
@@ -138,37 +142,37 @@ def plain(model, block):
     return {name: total / count for name, (total, count) in found.items()}
 
 
-def test_moments_are_those_of_open_clips_own_modules(model, block):
+def test_covariances_are_those_of_open_clips_own_modules(model, block):
     expected = plain(model, block)
     found = found_by(model, block)
     assert set(found) == set(expected) == set(layers_of(model))
-    for name, moment in found.items():
-        torch.testing.assert_close(moment.mean(), expected[name], rtol=1e-4, atol=1e-5)
+    for name, covariance in found.items():
+        torch.testing.assert_close(covariance.mean(), expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_groups_of_rows_change_nothing(model, block, monkeypatch):
     whole = found_by(model, block)
-    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 2)
-    for name, moment in found_by(model, block).items():
-        assert moment.count == pytest.approx(whole[name].count)
-        torch.testing.assert_close(moment.mean(), whole[name].mean(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 2)
+    for name, covariance in found_by(model, block).items():
+        assert covariance.count == pytest.approx(whole[name].count)
+        torch.testing.assert_close(covariance.mean(), whole[name].mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_of_many_rows_some_are_taken_at_equal_distances(model, block, monkeypatch):
-    monkeypatch.setattr(moments, "MOST_ROWS", 4)
-    rows = moments.chosen_rows(ROWS)
+    monkeypatch.setattr(covariances, "MOST_ROWS", 4)
+    rows = covariances.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
     some = Block(4, block.tokens[rows], block.pixels[rows])
     few = found_by(model, block)
-    for name, moment in found_by(model, some).items():
-        torch.testing.assert_close(moment.mean(), few[name].mean())
+    for name, covariance in found_by(model, some).items():
+        torch.testing.assert_close(covariance.mean(), few[name].mean())
 
 
 @pytest.mark.parametrize("kind", ["siglip-like", "eva"])
 def test_towers_of_timm_show_their_inputs(kind, tmp_path):
     model = make(kind, tmp_path)
     layers = layers_of(model)
-    inputs = InputMoments(model, layers)
+    inputs = InputCovariances(model, layers)
     modules = {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -185,19 +189,19 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
     with torch.no_grad(), inputs:
         vision_tower(model).features(pixels, pixels)
         text_tower(model).features(ids, ids)
-    assert set(layers) == set(inputs.moments)
+    assert set(layers) == set(inputs.covariances)
     assert any(name.startswith("visual.") for name in seen)
     for name, x in seen.items():
         torch.testing.assert_close(
-            inputs.moments[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
+            inputs.covariances[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
         )
-        assert inputs.moments[name].axis == 1
+        assert inputs.covariances[name].axis == 1
 
 
 # In halves, and in whole blocks; in one piece.
 @pytest.mark.parametrize("kind", ["clip", "siglip-like", "resnet"])
-def test_a_sharded_model_has_the_same_moments(kind, block, group, tmp_path, monkeypatch):
-    monkeypatch.setitem(moments.ROWS_PER_FORWARD, "cpu", 3)
+def test_a_sharded_model_has_the_same_covariances(kind, block, group, tmp_path, monkeypatch):
+    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 3)
     model = make(kind, tmp_path)
     times = CONFIGS[kind]["vision_cfg"]["image_size"] // SIZE
     tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
@@ -206,10 +210,10 @@ def test_a_sharded_model_has_the_same_moments(kind, block, group, tmp_path, monk
     processes.shard(model, [*vision_tower(model).blocks, *text_tower(model).blocks], "cpu")
     found = found_by(model, block)
     assert found.keys() == expected.keys() != set()
-    for name, moment in found.items():
-        assert moment.axis == expected[name].axis
-        assert moment.count == pytest.approx(expected[name].count)
-        torch.testing.assert_close(moment.total, expected[name].total, rtol=1e-9, atol=1e-9)
+    for name, covariance in found.items():
+        assert covariance.axis == expected[name].axis
+        assert covariance.count == pytest.approx(expected[name].count)
+        torch.testing.assert_close(covariance.total, expected[name].total, rtol=1e-9, atol=1e-9)
 
 
 CONVOLUTIONS = [
@@ -234,9 +238,17 @@ def windows_of(layer, x):
     inputs = layer.weight[0].numel()
     units = torch.eye(inputs, dtype=torch.float64).view(-1, *layer.weight.shape[1:])
     plain = torch.nn.Conv2d(
-        layer.in_channels, layer.groups * inputs, layer.kernel_size, layer.stride, layer.padding,
-        layer.dilation, layer.groups, False, layer.padding_mode, dtype=torch.float64,
-    )  # fmt: skip
+        layer.in_channels,
+        layer.groups * inputs,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        False,
+        layer.padding_mode,
+        dtype=torch.float64,
+    )
     plain.weight.data = units.repeat(layer.groups, 1, 1, 1)
     return (
         plain(x.double()).unflatten(1, (layer.groups, inputs)).permute(1, 0, 3, 4, 2).flatten(1, 3)
@@ -247,38 +259,38 @@ def run_convolution(settings):
     """Return a convolution, what it is run on, and what was seen of its inputs."""
     layer = torch.nn.Conv2d(4, 8, bias=False, **settings)
     x = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0))
-    inputs = InputMoments(layer, ["weight"])
+    inputs = InputCovariances(layer, ["weight"])
     with torch.no_grad():
         with inputs:
             outputs = layer(x)
         torch.testing.assert_close(outputs, layer(x))
-        return layer, windows_of(layer, x), inputs.moments["weight"]
+        return layer, windows_of(layer, x), inputs.covariances["weight"]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("settings", CONVOLUTIONS)
-def test_a_convolution_has_the_moment_of_its_windows(settings, entries, monkeypatch):
-    monkeypatch.setattr(moments, "WINDOW_ENTRIES", entries)
-    layer, windows, moment = run_convolution(settings)
+def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monkeypatch):
+    monkeypatch.setattr(covariances, "WINDOW_ENTRIES", entries)
+    layer, windows, covariance = run_convolution(settings)
     expected = windows.mT @ windows / windows.shape[1]
     expected = expected if layer.groups > 1 else expected[0]
-    assert moment.axis == 1
-    assert moment.count == windows.shape[1]
-    torch.testing.assert_close(moment.mean(), expected, rtol=1e-5, atol=1e-6)
+    assert covariance.axis == 1
+    assert covariance.count == windows.shape[1]
+    torch.testing.assert_close(covariance.mean(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_of_many_windows_in_an_image_some_are_counted(groups, monkeypatch):
-    monkeypatch.setattr(moments, "MOST_POSITIONS", 20)
-    _, windows, moment = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
-    chosen = moments.chosen_positions(72)
+    monkeypatch.setattr(covariances, "MOST_POSITIONS", 20)
+    _, windows, covariance = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
+    chosen = covariances.chosen_positions(72)
     assert len(set(chosen.tolist())) == 20
-    assert (chosen == moments.chosen_positions(72)).all()
+    assert (chosen == covariances.chosen_positions(72)).all()
     some = windows.unflatten(1, (3, 72))[:, :, chosen].flatten(1, 2)
     expected = (some.mT @ some / 60).squeeze(0)
-    assert moment.count == 60
-    torch.testing.assert_close(moment.mean(), expected, rtol=1e-5, atol=1e-6)
+    assert covariance.count == 60
+    torch.testing.assert_close(covariance.mean(), expected, rtol=1e-5, atol=1e-6)
 
 
 class Scale(torch.nn.Module):
@@ -310,13 +322,13 @@ def test_what_scales_channels_has_the_mean_squares_of_what_it_scales(layer, axis
         if values.is_floating_point():
             values.data = 0.5 + torch.rand(6, generator=generator)
     x = torch.randn(3, 6, 4, 5, generator=generator).movedim(1, axis)
-    inputs = InputMoments(layer, ["weight"])
+    inputs = InputCovariances(layer, ["weight"])
     with torch.no_grad(), inputs:
         # The bias of a fresh norm is zero.
         outputs = layer(x).movedim(axis, 0).flatten(1).double()
-    moment = inputs.moments["weight"]
-    assert (moment.axis, moment.count) == (0, 60)
-    found = moment.mean() * layer.weight.detach().double() ** 2
+    covariance = inputs.covariances["weight"]
+    assert (covariance.axis, covariance.count) == (0, 60)
+    found = covariance.mean() * layer.weight.detach().double() ** 2
     torch.testing.assert_close(found, outputs.square().mean(1), rtol=1e-5, atol=1e-6)
 
 
@@ -329,7 +341,7 @@ def test_attention_in_one_call_shows_what_it_is_applied_to(itself, context):
     query, around = (torch.randn(3, n, d, generator=generator) for n, d in ((5, 8), (7, context)))
     around = query if itself else around
     layers = [name for name, _ in attention.named_parameters() if "weight" in name]
-    inputs = InputMoments(attention, layers)
+    inputs = InputCovariances(attention, layers)
     with torch.no_grad():
         with inputs:
             outputs = attention(query, around, around, need_weights=False)[0]
@@ -339,16 +351,17 @@ def test_attention_in_one_call_shows_what_it_is_applied_to(itself, context):
     expected = {"q": (q.T @ q, len(q)), "k": (k.T @ k, len(k)), "v": (k.T @ k, len(k))}
     if context == 8:
         total, count = (sum(each) / 3 for each in zip(*expected.values(), strict=True))
-        torch.testing.assert_close(inputs.moments["in_proj_weight"].mean(), total / count,
-                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+        torch.testing.assert_close(
+            inputs.covariances["in_proj_weight"].mean(), total / count, rtol=1e-5, atol=1e-6
+        )
     else:
         for letter, (total, count) in expected.items():
-            found = inputs.moments[f"{letter}_proj_weight"].mean()
+            found = inputs.covariances[f"{letter}_proj_weight"].mean()
             torch.testing.assert_close(found, total / count, rtol=1e-5, atol=1e-6)
-    assert set(inputs.moments) == set(layers)
-    # The mean square of the outputs is what the moment says of them.
+    assert set(inputs.covariances) == set(layers)
+    # The mean square of the outputs is what the covariance says of them.
     weight = attention.out_proj.weight.double()
-    told = torch.einsum("oi,ij,oj->o", weight, inputs.moments["out_proj.weight"].mean(), weight)
+    told = torch.einsum("oi,ij,oj->o", weight, inputs.covariances["out_proj.weight"].mean(), weight)
     assert not attention.out_proj.bias.any()
     torch.testing.assert_close(told, plain.double().square().mean((0, 1)), rtol=1e-5, atol=1e-6)
 
@@ -357,7 +370,7 @@ def test_of_the_pool_of_a_resnet_what_leaves_counts(tmp_path):
     pool = make("resnet", tmp_path).visual.attnpool
     layers = [name for name, _ in pool.named_parameters() if name.endswith("weight")]
     x = torch.randn(3, pool.q_proj.in_features, 1, 1, generator=torch.Generator().manual_seed(0))
-    inputs = InputMoments(pool, layers)
+    inputs = InputCovariances(pool, layers)
     with torch.no_grad():
         with inputs:
             outputs = pool(x)
@@ -371,12 +384,14 @@ def test_of_the_pool_of_a_resnet_what_leaves_counts(tmp_path):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     first, every = states[:, 0], states.flatten(0, 1)
     applied = {"q_proj": first, "k_proj": every, "v_proj": every, "c_proj": mixed[:, 0]}
-    assert set(inputs.moments) == set(layers)
+    assert set(inputs.covariances) == set(layers)
     for name, rows in applied.items():
         torch.testing.assert_close(
-            inputs.moments[f"{name}.weight"].mean(), (rows.T @ rows / len(rows)).double(),
-            rtol=1e-4, atol=1e-5,
-        )  # fmt: skip
+            inputs.covariances[f"{name}.weight"].mean(),
+            (rows.T @ rows / len(rows)).double(),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("kind", ["coca", "resnet"])
@@ -421,12 +436,14 @@ def test_of_texts_what_influences_features_counts(built, block, tmp_path):
     influences = slopes.abs().sum(-1) > 0
     assert 0 < influences.sum() < influences.numel()
     texts = [name for name in layers_of(model) if name.startswith("text.")]
-    found = input_moments(model, texts, Block(ROWS, tokens, block.pixels), spec=SPEC, device="cpu")
+    found = input_covariances(
+        model, texts, Block(ROWS, tokens, block.pixels), spec=SPEC, device="cpu"
+    )
     assert set(found) == set(texts)
     x = states[0][influences].detach().double()
-    moment = found[f"{layer}.weight"]
-    assert moment.count == len(x)
-    torch.testing.assert_close(moment.mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    covariance = found[f"{layer}.weight"]
+    assert covariance.count == len(x)
+    torch.testing.assert_close(covariance.mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fastvit_t8", "test_convnext"])
@@ -434,11 +451,11 @@ def test_every_layer_of_convolutions_is_whitened(kind):
     """The towers of MobileCLIP and ConvNeXt: in groups, strided, padded, with BatchNorm."""
     trunk = timm.create_model(kind, num_classes=0).eval()
     layers = layers_of(trunk)
-    inputs = InputMoments(trunk, layers)
+    inputs = InputCovariances(trunk, layers)
     with torch.no_grad(), inputs:
         trunk(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    assert set(inputs.moments) == set(layers)
-    assert any(moment.total.ndim == 3 for moment in inputs.moments.values())
+    assert set(inputs.covariances) == set(layers)
+    assert any(covariance.total.ndim == 3 for covariance in inputs.covariances.values())
 
 
 def test_norms_of_t5_scale_what_they_normalised():
@@ -448,38 +465,40 @@ def test_norms_of_t5_scale_what_they_normalised():
     )
     encoder = transformers.T5EncoderModel(config).eval()
     layers = [name for name in layers_of(encoder) if "embed" not in name]
-    inputs = InputMoments(encoder, layers)
+    inputs = InputCovariances(encoder, layers)
     entering = []
     norm = encoder.encoder.final_layer_norm
     norm.register_forward_pre_hook(lambda _, args: entering.append(args[0].double()))
     ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), inputs:
         encoder(ids)
-    assert set(inputs.moments) == set(layers)
+    assert set(inputs.covariances) == set(layers)
     x = entering[0] * torch.rsqrt(entering[0].square().mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(
-        inputs.moments["encoder.final_layer_norm.weight"].mean(), x.square().mean((0, 1)),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        inputs.covariances["encoder.final_layer_norm.weight"].mean(),
+        x.square().mean((0, 1)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 700, 1024])
 def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
-    product = moments.gram(x)
+    product = covariances.gram(x)
     assert torch.equal(product, product.T)
     torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_moments_of_a_model_in_16_bits_are_summed_in_more(kind):
+def test_covariances_of_a_model_in_16_bits_are_summed_in_more(kind):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).to(kind)
     # Sums of their squares are beyond fp16's largest number.
     x = (300 * torch.randn(64, 16)).to(kind)
-    seen = InputMoments(layers, ["1.weight"])
+    seen = InputCovariances(layers, ["1.weight"])
     with torch.no_grad(), seen:
         F.linear(x, layers[1].weight)
     exact = x.double().T @ x.double() / len(x)
-    torch.testing.assert_close(seen.moments["1.weight"].mean(), exact, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(seen.covariances["1.weight"].mean(), exact, rtol=1e-5, atol=1e-2)

@@ -1,7 +1,7 @@
-"""Which reserve beyond the shortest step that forgets predicts unseen images best.
+"""Which overshoot beyond the shortest step that forgets predicts unseen images best.
 
-    python tests/bench/reserves.py                         # 16 concepts drawn by seed 0
-    python tests/bench/reserves.py --concepts all --store unseen-store
+    python tests/bench/overshoots.py                         # 16 concepts drawn by seed 0
+    python tests/bench/overshoots.py --concepts all --store unseen-store
 
 Concepts are drawn, built, graded and ranked as in unseen.py. Along each direction of each text
 layer on the fronts, the shortest step tried is found at which no image to choose by has the
@@ -37,7 +37,7 @@ from slsgu_cli.method.search_plan import read_plan, share_evaluation
 from slsgu_cli.method.trial import Probe, UtilityMeter, moved_model
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.sets import Purpose
+from slsgu_cli.records.sets import Split
 from slsgu_cli.store.store import Store
 
 LENGTHS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0, 2.5, 3.0)
@@ -83,7 +83,7 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
     plan = read_plan(store, name, options=SearchOptions())
     with torch.no_grad(), arithmetic(plan.options.precision):
         choosing = share_evaluation(store, [plan]).of(plan.manifest)
-        shared = share_evaluation(store, [plan], Purpose.REPORT)
+        shared = share_evaluation(store, [plan], Split.TEST)
         reported = shared.of(plan.manifest)
         meters = UtilityMeter(choosing), UtilityMeter(reported)
         search = LayerSearch((), choosing, plan.options)
@@ -94,7 +94,7 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
             shortest = search.shortest(probe.line)
             if shortest is None:
                 continue
-            own = Probe(reported, probe.score, probe.direction, probe.ridge)
+            own = Probe(reported, probe.score, probe.direction, probe.damping)
             measured = list(zip(meters, (probe, own), strict=True))
             base = [expected(meter, each, 0.0) for meter, each in measured]
             found = []

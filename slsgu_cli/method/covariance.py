@@ -1,4 +1,4 @@
-"""Second moments of what layers are applied to, and the inner product they make."""
+"""Second covariances of what layers are applied to, and the inner product they make."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ NORMS = (F.layer_norm, F.rms_norm)
 CHANNEL_NORMS = (F.batch_norm, F.group_norm)
 ATTENTION = F.multi_head_attention_forward
 
-# Behind a layer's name, in what is kept of moments: their sum; the axis of inputs, and a count.
+# Behind a layer's name, in what is kept of covariances: their sum; the axis of inputs, and a count.
 TOTAL, ABOUT = " total", " about"
 
 # The arguments of the functions that apply a weight, in their order.
@@ -69,7 +69,7 @@ ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 
 @dataclass(slots=True)
-class Moment:
+class Covariance:
     """The sum over one layer's inputs so far; `axis` is the weight's axis of inputs."""
 
     axis: int
@@ -188,7 +188,7 @@ class AppliedLayers(TorchFunctionMode):
         }
 
 
-class InputMoments(AppliedLayers):
+class InputCovariances(AppliedLayers):
     """While active, adds up the second moments of the inputs of some layers of a model.
 
     Of several processes each has what it ran, of all layers, until `gather` leaves each layer
@@ -198,7 +198,7 @@ class InputMoments(AppliedLayers):
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
-        self.moments: dict[str, Moment] = {}
+        self.covariances: dict[str, Covariance] = {}
         # Whether what this process runs counts.
         self.counts = True
         self._valid: Tensor | None = None
@@ -218,10 +218,10 @@ class InputMoments(AppliedLayers):
     def kept(self) -> Arrays:
         """Return to the first process what a later run goes on with."""
         self.gather()
-        totals = {name + TOTAL: each.total for name, each in self.moments.items()}
+        totals = {name + TOTAL: each.total for name, each in self.covariances.items()}
         about = {
             name + ABOUT: torch.tensor([each.axis, each.count], dtype=torch.float64)
-            for name, each in self.moments.items()
+            for name, each in self.covariances.items()
         }
         return processes.on_first(totals | about)
 
@@ -231,37 +231,37 @@ class InputMoments(AppliedLayers):
             if self._holders[name] == processes.rank():
                 axis, count = kept[name + ABOUT].tolist()
                 total = torch.from_numpy(kept[name + TOTAL]).to(self._device)
-                self.moments[name] = Moment(int(axis), total, count)
+                self.covariances[name] = Covariance(int(axis), total, count)
 
     def gather(self) -> None:
-        """Let one process have each moment, over the inputs that all ran, by sums in fp64."""
+        """Let one process have each covariance, over the inputs that all ran, by sums in fp64."""
         if processes.count() == 1 or self.sharded:
             return
         about: dict[str, tuple[int, tuple[int, ...]]] = {}
         for part in processes.gathered(
-            {name: (m.axis, tuple(m.total.shape)) for name, m in self.moments.items()}
+            {name: (m.axis, tuple(m.total.shape)) for name, m in self.covariances.items()}
         ):
             about |= part
         for name, (axis, shape) in sorted(about.items()):
-            moment = self.moments.pop(name, None) or self._none(axis, shape)
-            self._add_up(name, moment)
+            covariance = self.covariances.pop(name, None) or self._none(axis, shape)
+            self._add_up(name, covariance)
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Add the inputs of a call, weighted by the share of the layer that it applies."""
         name = use.layer
-        moment = None if self.sharded else self.moments.get(name)
+        covariance = None if self.sharded else self.covariances.get(name)
         for part in inputs:
             x = self._counted(part, use.groups)
             total = x.square().sum(dim=0) if name in self._vectors else gram(x)
-            if moment is None:
-                moment = self._none(use.axis, total.shape)
+            if covariance is None:
+                covariance = self._none(use.axis, total.shape)
             if self.counts:
-                moment.total.add_(total.to(self._device), alpha=use.share)
-                moment.count += use.share * x.shape[-2]
-        if moment is not None and self.sharded:
-            self._add_up(name, moment)
-        elif moment is not None:
-            self.moments[name] = moment
+                covariance.total.add_(total.to(self._device), alpha=use.share)
+                covariance.count += use.share * x.shape[-2]
+        if covariance is not None and self.sharded:
+            self._add_up(name, covariance)
+        elif covariance is not None:
+            self.covariances[name] = covariance
 
     def _counted(self, x: Tensor, groups: int) -> Tensor:
         """Return the inputs that count, (rows, inputs), or (groups, rows, inputs).
@@ -276,24 +276,26 @@ class InputMoments(AppliedLayers):
             x = x[self._valid]
         return x.reshape(-1, x.shape[-1])
 
-    def _none(self, axis: int, shape: Sequence[int]) -> Moment:
-        return Moment(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
+    def _none(self, axis: int, shape: Sequence[int]) -> Covariance:
+        return Covariance(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
 
-    def _add_up(self, name: str, moment: Moment) -> None:
-        """Add a layer's moments of all processes to what the one that holds it has."""
+    def _add_up(self, name: str, covariance: Covariance) -> None:
+        """Add a layer's covariances of all processes to what the one that holds it has."""
         holder = self._holders[name]
-        count = torch.tensor([moment.count], dtype=torch.float64)
-        processes.add_up_at(moment.total, holder)
+        count = torch.tensor([covariance.count], dtype=torch.float64)
+        processes.add_up_at(covariance.total, holder)
         processes.add_up_at(count, holder)
         if holder == processes.rank():
-            so_far = self.moments.setdefault(name, Moment(moment.axis, moment.total))
-            if so_far.total is not moment.total:
-                so_far.total.add_(moment.total)
+            so_far = self.covariances.setdefault(
+                name, Covariance(covariance.axis, covariance.total)
+            )
+            if so_far.total is not covariance.total:
+                so_far.total.add_(covariance.total)
             so_far.count += float(count)
 
 
 def _holders(shapes: dict[str, Sequence[int]]) -> dict[str, int]:
-    """Return which process has the moment of each layer: those of a shape are dealt evenly."""
+    """Return which process has the covariance of each layer: those of a shape are dealt evenly."""
     seen: Counter[Sequence[int]] = Counter()
     holders = {}
     for name, shape in sorted(shapes.items()):
@@ -303,21 +305,21 @@ def _holders(shapes: dict[str, Sequence[int]]) -> dict[str, int]:
 
 
 class Keeper(Protocol):
-    """Keeps moments under way where a later run finds them."""
+    """Keeps covariances under way where a later run finds them."""
 
-    def restore(self, moments: InputMoments, parts: int) -> int:
-        """Put what was kept into moments of nothing; return of how many of the parts it is."""
+    def restore(self, covariances: InputCovariances, parts: int) -> int:
+        """Put what was kept into covariances of nothing; return of how many of the parts it is."""
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep them."""
 
-    def keep(self, moments: InputMoments, parts: int, *, done: int) -> None:
-        """Keep the moments over the first parts that are done."""
+    def keep(self, covariances: InputCovariances, parts: int, *, done: int) -> None:
+        """Keep the covariances over the first parts that are done."""
 
 
 @torch.no_grad()
-def input_moments(
+def input_covariances(
     model: nn.Module,
     layers: Sequence[str],
     block: DataBlock,
@@ -325,12 +327,12 @@ def input_moments(
     spec: InputSpec,
     device: str,
     keeper: Keeper | None = None,
-) -> dict[str, Moment]:
-    """Return the moments of `layers` over pairs of a block, by one forward of their towers.
+) -> dict[str, Covariance]:
+    """Return the covariances of `layers` over pairs of a block, by one forward of their towers.
 
     Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
     map of its tower is seen to apply is left out. With a `keeper`, it goes on with what an
-    earlier run kept, and keeps its own. Of several processes each has some of the moments.
+    earlier run kept, and keeps its own. Of several processes each has some of the covariances.
     """
     run = _Parts(model, layers, block, spec, device)
     inputs = run.inputs
@@ -342,12 +344,12 @@ def input_moments(
                 keeper.keep(inputs, run.count, done=each.stop)
             ticker.advance()
     inputs.gather()
-    return inputs.moments
+    return inputs.covariances
 
 
 @dataclass(slots=True)
 class _Parts:
-    """The parts in which moments are taken of a block's pairs: of its texts, then its images.
+    """The parts in which covariances are taken of a block's pairs: of its texts, then its images.
 
     `texts` are token ids, of alike lengths in a part, and `images` rows of the block.
     """
@@ -357,14 +359,14 @@ class _Parts:
     block: DataBlock
     spec: InputSpec
     device: str
-    inputs: InputMoments = field(init=False)
+    inputs: InputCovariances = field(init=False)
     texts: list[Tensor] = field(init=False, default_factory=list)
     images: list[npt.NDArray[np.int64]] = field(init=False, default_factory=list)
     _text: SplitTower = field(init=False)
     _vision: SplitTower = field(init=False)
 
     def __post_init__(self) -> None:
-        self.inputs = InputMoments(self.model, self.layers)
+        self.inputs = InputCovariances(self.model, self.layers)
         self._text, self._vision = text_tower(self.model), vision_tower(self.model)
         rows = chosen_rows(self.block.rows)
         size = ROWS_PER_FORWARD[self.device.partition(":")[0]]
@@ -552,13 +554,13 @@ def _normed(func: Any, named: dict[str, Any]) -> Tensor:
 class RetainMetric:
     """The inner product <., .>_P of one layer's changes; `axis` is that of its inputs.
 
-    `moment` is C (inputs, inputs), its diagonal (inputs,), or blocks (groups, inputs, inputs)
+    `covariance` is C (inputs, inputs), its diagonal (inputs,), or blocks (groups, inputs, inputs)
     of it, each of as many rows of the weight. All arithmetic is fp64.
     """
 
-    moment: Tensor
+    covariance: Tensor
     axis: int
-    ridge: float
+    damping: float
     _factor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -566,32 +568,32 @@ class RetainMetric:
         self._factor = damped if damped.ndim == 1 else torch.linalg.cholesky(damped)
 
     def damped(self) -> Tensor:
-        """Return P, or its diagonal: the moment, and what the ridge adds; fp64."""
-        damped = self.moment.double().clone()
+        """Return P, or its diagonal: the covariance, and what the damping adds; fp64."""
+        damped = self.covariance.double().clone()
         _diagonal(damped).add_(self.floor)
         return damped
 
     @property
     def floor(self) -> float:
-        """Return what the ridge adds to the diagonal: ridge * tr(C) / d."""
-        return self.ridge * float(_diagonal(self.moment).double().mean())
+        """Return what the damping adds to the diagonal: damping * tr(C) / d."""
+        return self.damping * float(_diagonal(self.covariance).double().mean())
 
     def whiten(self, gradient: Tensor) -> Tensor:
         """Return D = G P^-1 in the shape of `gradient`; fp64."""
         flat = gradient.double()
-        if self.moment.ndim == 1:
+        if self.covariance.ndim == 1:
             return flat / self._factor
         if self.axis == 0:
             return torch.cholesky_solve(flat, self._factor)
-        rows = _rows_by_group(flat, self.moment)
+        rows = _rows_by_group(flat, self.covariance)
         return torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
 
     def half_whiten(self, gradient: Tensor) -> Tensor:
         """Return G L^-T, inputs first: its plain products are those of D in <., .>_P; fp64."""
         flat = gradient.double()
-        if self.moment.ndim == 1:
+        if self.covariance.ndim == 1:
             return flat / self._factor.sqrt()
-        inputs_first = flat if self.axis == 0 else _rows_by_group(flat, self.moment).mT
+        inputs_first = flat if self.axis == 0 else _rows_by_group(flat, self.covariance).mT
         half: Tensor = torch.linalg.solve_triangular(self._factor, inputs_first, upper=False)
         return half
 
@@ -600,14 +602,14 @@ class RetainMetric:
         return float((output + self.floor * weight_norm**2) ** 0.5)
 
 
-def _diagonal(moment: Tensor) -> Tensor:
-    """Return the diagonal of a moment, or of each of its blocks, as a view."""
-    return moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
+def _diagonal(covariance: Tensor) -> Tensor:
+    """Return the diagonal of a covariance, or of each of its blocks, as a view."""
+    return covariance if covariance.ndim == 1 else covariance.diagonal(dim1=-2, dim2=-1)
 
 
-def _rows_by_group(weight: Tensor, moment: Tensor) -> Tensor:
+def _rows_by_group(weight: Tensor, covariance: Tensor) -> Tensor:
     """Return a weight's rows, (rows, inputs), or (groups, rows, inputs) where C is of blocks."""
-    return weight.reshape(*moment.shape[:-2], -1, moment.shape[-1])
+    return weight.reshape(*covariance.shape[:-2], -1, covariance.shape[-1])
 
 
 def exact_device(device: str) -> str:
@@ -625,10 +627,10 @@ def whitened_importance(forget: Tensor, direction: Tensor, weight_norm: float) -
     return gain**0.5 / weight_norm if weight_norm else 0.0
 
 
-def mean_square_output(weight: Tensor, moment: Tensor, axis: int) -> float:
+def mean_square_output(weight: Tensor, covariance: Tensor, axis: int) -> float:
     """Return tr(W C W^T), the layer's mean squared output over its inputs, bias aside."""
     rows = weight.double()
-    if moment.ndim == 1:
-        return float((rows.square() * moment.double()).sum())
-    rows = _rows_by_group(rows, moment) if axis == 1 else rows.T
-    return float(((rows @ moment.double()) * rows).sum())
+    if covariance.ndim == 1:
+        return float((rows.square() * covariance.double()).sum())
+    rows = _rows_by_group(rows, covariance) if axis == 1 else rows.T
+    return float(((rows @ covariance.double()) * rows).sum())
