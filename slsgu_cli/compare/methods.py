@@ -63,7 +63,7 @@ def cosine_rate(rate: float, step: int, steps: int) -> float:
 
 
 def clamp_logit_scale(model: nn.Module) -> None:
-    """UtilityMetric logit_scale between 0 and ln 100."""
+    """Keep logit_scale between 0 and ln 100."""
     with torch.no_grad():
         model.get_parameter("logit_scale").clamp_(0, LARGEST_LOGIT_SCALE)
 

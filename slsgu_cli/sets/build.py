@@ -304,7 +304,7 @@ class Preview:
 
 @contextmanager
 def _collecting(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
-    """UtilityMetric an error under a name instead of raising it."""
+    """Keep an error under a name instead of raising it."""
     try:
         yield
     except SlsguError as error:

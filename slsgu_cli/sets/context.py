@@ -144,7 +144,7 @@ class Scratch:
         self._filed = 0
 
     def put(self, image: Pixels) -> int:
-        """UtilityMetric an image and return its number. Raises InputError on a full disk."""
+        """Keep an image and return its number. Raises InputError on a full disk."""
         if len(self._held) < self._room:
             self._held.append(image)
             return len(self._held) - 1
