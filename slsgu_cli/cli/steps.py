@@ -8,7 +8,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from slsgu_cli.cli.app import HIDDEN, Name, Names, Session, command
+from slsgu_cli.cli.app import Name, Names, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.records.figures import Assertion, read_assertions, require_known
@@ -169,7 +169,7 @@ def search(
     session: Session,
     names: Names,
     options: Asked[SearchOptions],
-    on_target: Annotated[Asked[TargetSearchOptions], HIDDEN],
+    on_target: Asked[TargetSearchOptions],
     joint: Annotated[
         bool, Option(("--joint",), "Search edits that forget all of them together.", SEARCH)
     ] = False,

@@ -111,7 +111,7 @@ def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu"
     places: dict[str, tuple[str, LayerCovariance]] = {}
     unseen: set[str] = set()
     for name in store.names("covariances", ".safetensors"):
-        path = Artifact.MOMENTS.path(name)
+        path = Artifact.COVARIANCE.path(name)
         try:
             header = store.read_header(path, CovarianceHeader)
         except SlsguError:
@@ -142,7 +142,7 @@ def ensure_covariances(
     wanted = {Layer.parse(layer).parameter for layer in layers}
     if known.lack(wanted):
         of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
-        place = Artifact.MOMENTS.path(digest(of))
+        place = Artifact.COVARIANCE.path(digest(of))
         with held(store, place, what=f"covariances of the retain set of {manifest.name}"):
             # Another process may have computed some meanwhile.
             known = _found_by_first(store, pointer, device)
@@ -286,7 +286,7 @@ def _compute(
         revision=REVISION,
     )
     arrays = processes.on_first(means)
-    store.write_tensors(Artifact.MOMENTS.path(kept.digest), arrays, header, keep_first=True)
+    store.write_tensors(Artifact.COVARIANCE.path(kept.digest), arrays, header, keep_first=True)
     kept.remove()
 
 

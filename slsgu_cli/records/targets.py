@@ -382,7 +382,7 @@ class TargetSearchOptions:
     that is searched, and in place for all of the search.
     """
 
-    target: Path = TARGET_FOLDER()
+    target: Path = TARGET_FOLDER(without="CLIP itself")
     beside: Sequence[str] = option(
         (),
         "--with",

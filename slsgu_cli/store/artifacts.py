@@ -34,7 +34,7 @@ class Artifact(StrEnum):
     DATA = "data"
     POINTER = "pointer"
     GRADIENT = "gradient"
-    MOMENTS = "covariances"
+    COVARIANCE = "covariance"
     FEATURES = "features"
     SQUARES = "squares"
     SUMS = "sums"
@@ -173,7 +173,7 @@ TABLE: dict[Artifact, Row] = {
     Artifact.GRADIENT: Row(
         "gradients", "method.GradientHeader", suffix=TENSORS, made_with=Artifact.POINTER
     ),
-    Artifact.MOMENTS: Row(
+    Artifact.COVARIANCE: Row(
         "covariances", "method.CovarianceHeader", suffix=TENSORS, made_with=Artifact.RANKING
     ),
     Artifact.FEATURES: Row(

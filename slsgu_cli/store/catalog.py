@@ -101,11 +101,11 @@ class Catalog:
                 return kind.place(name) in {ref.path for ref in blocks.values()}
             case Artifact.GRADIENT | Artifact.SQUARES:
                 return pointer is not None and name in (pointer.forget, pointer.retain)
-            case Artifact.MOMENTS | Artifact.FEATURES:
+            case Artifact.COVARIANCE | Artifact.FEATURES:
                 header = self.get(kind, name)
                 if pointer is None or header is None:
                     return pointer is not None
-                if kind is Artifact.MOMENTS:
+                if kind is Artifact.COVARIANCE:
                     return bool(header.is_of(pointer))
                 return bool(manifest and header.is_of(pointer, manifest))
         return False
@@ -263,7 +263,7 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
 UNUSED = {
     Artifact.GRADIENT: "no set's gradients are these",
     Artifact.SQUARES: "no set's gradients are these",
-    Artifact.MOMENTS: "no set's gradients are of this model and these retain rows",
+    Artifact.COVARIANCE: "no set's gradients are of this model and these retain rows",
     Artifact.FEATURES: "no set of this model's gradients is measured on these rows",
 }
 
@@ -376,10 +376,10 @@ def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
         paths |= {kind: [kind.path(name)] for kind in by_name if catalog.get(kind, name)}
         if pointer := catalog.get(Artifact.POINTER, name):
             addresses = (pointer.forget, pointer.retain)
-            covariances = catalog.readable(Artifact.MOMENTS).items()
+            covariances = catalog.readable(Artifact.COVARIANCE).items()
             seen = [address for address, header in covariances if header.is_of(pointer)]
             paths[Artifact.GRADIENT] = [Artifact.GRADIENT.path(each) for each in addresses]
-            paths[Artifact.MOMENTS] = [Artifact.MOMENTS.path(each) for each in seen]
+            paths[Artifact.COVARIANCE] = [Artifact.COVARIANCE.path(each) for each in seen]
         for kind, places in paths.items():
             sizes.setdefault(kind, []).append(sum(_size(catalog.store, at) for at in places))
     return {kind: round(median(of_sets)) for kind, of_sets in sizes.items()}

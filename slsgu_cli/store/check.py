@@ -29,7 +29,7 @@ UNDER_WAY = "a write under way"
 # After so long, nobody goes on with the sums of a pass.
 FORGOTTEN_SECONDS = 7 * 86400.0
 # What sums become, and what is said of them when it is there.
-MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.MOMENTS: "its covariances are"}
+MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.COVARIANCE: "its covariances are"}
 REPAIR = "slsgu check --repair"
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
 
@@ -320,7 +320,7 @@ class _Check:
                 return any(self._has_sources(self._sets[user]) for user in users)
             case Artifact.GRADIENT | Artifact.SQUARES:
                 return any(map(self._is_graded_again, self.catalog.users(kind, name)))
-            case Artifact.MOMENTS | Artifact.FEATURES:
+            case Artifact.COVARIANCE | Artifact.FEATURES:
                 return bool(self._pointers) and all(map(self._is_graded_again, self._pointers))
             case Artifact.POINTER:
                 manifest = self._sets.get(name)

@@ -49,7 +49,7 @@ KINDS = {
 LEFT = {
     Stage.SET: (Artifact.SET, Artifact.DATA),
     Stage.GRADIENTS: (Artifact.GRADIENT,),
-    Stage.RANKING: (Artifact.RANKING, Artifact.MOMENTS),
+    Stage.RANKING: (Artifact.RANKING, Artifact.COVARIANCE),
     Stage.SEARCH: (Artifact.EDIT, Artifact.TRIALS),
     Stage.VERIFICATION: (Artifact.VERIFICATION,),
     Stage.EDITS: (Artifact.EDIT,),

@@ -614,7 +614,7 @@ def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
     (chosen,) = [row for row in trials if row[head.index("chosen")]]
     assert (chosen[0], chosen[head.index("damping")]) == ("visual.proj", "0.1")
     listed = inside("ls", store=store).stdout
-    assert "\nmoments\t" in listed
+    assert "\ncovariance\t" in listed
     assert "direction whitened" in listed
     out = tmp_path / "out"
     refused = inside("apply", "blue", "--direction", "gradient", "--out", out, store=store)

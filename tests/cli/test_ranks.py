@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method import covariances
+from slsgu_cli.method import covariance
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
@@ -181,8 +181,8 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
                 assert_near(world.store, alone.store, path)
             else:
                 assert world.store.read_bytes(path) == alone.store.read_bytes(path), path
-    (covariances,) = Artifact.MOMENTS.names(world.store)
-    assert_near(world.store, alone.store, Artifact.MOMENTS.path(covariances))
+    (covariances,) = Artifact.COVARIANCE.names(world.store)
+    assert_near(world.store, alone.store, Artifact.COVARIANCE.path(covariances))
     for kind, name in (
         (Artifact.RANKING, "blue"),
         (Artifact.TRIALS, "blue"),
@@ -208,7 +208,7 @@ SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
 @pytest.mark.parametrize("words", [[], ["--shard"]])
 def test_covariances_of_processes_that_died_go_on(words, world, tmp_path, monkeypatch):
     """Two processes have run 4 of 4 parts of the texts and 2 of 4 of the images."""
-    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 16)
+    monkeypatch.setitem(covariance.ROWS_PER_FORWARD, "cpu", 16)
     whole = world.copied(tmp_path / "whole")
     rank = ["rank", "blue", "--direction", "whitened"]
     assert inside(*rank, store=whole.store.root).exit_code == 0
@@ -223,8 +223,8 @@ def test_covariances_of_processes_that_died_go_on(words, world, tmp_path, monkey
     assert "the covariances go on after 6 of their 8 parts" in again[2]
     assert all(other == (0, "", "") for other in others)
     assert Artifact.SUMS.names(world.store) == []
-    (name,) = Artifact.MOMENTS.names(whole.store)
-    assert_near(world.store, whole.store, Artifact.MOMENTS.path(name))
+    (name,) = Artifact.COVARIANCE.names(whole.store)
+    assert_near(world.store, whole.store, Artifact.COVARIANCE.path(name))
     rankings = [
         json.loads(store.read_bytes(Artifact.RANKING.path("blue")))
         for store in (world.store, whole.store)

@@ -20,7 +20,7 @@ REFUSED = [
     # Options: misspelt, of another command, of no command, before the command.
     ("rank x --towr text", "rank has no option --towr", "near: --tower"),
     ("rank x --towr=text", "rank has no option --towr", "near: --tower"),
-    ("rank x --top 3", "rank has no option --top; criterion has it", LISTS.format("rank")),
+    ("rank x --top 3", "rank has no option --top; search has it", LISTS.format("rank")),
     ("rank x -s a", "rank has no option -s; build-sets and sweep have it", LISTS.format("rank")),
     ("rank x --version", "rank has no option --version; slsgu has it", LISTS.format("rank")),
     ("rank x --qqqq", "rank has no option --qqqq", LISTS.format("rank")),
@@ -69,7 +69,7 @@ REFUSED = [
     ("search x --steps ten", "--steps ten is no whole number", "such as --steps 4"),
     ("search x --steps 0", "--steps 0 is out of range: it must be 1 or more", "--steps 1"),
     (
-        "criterion x -t m --goal 101",
+        "search x -t m --goal 101",
         "--goal 101 is out of range: it must be from 0 to 100",
         "--goal 100",
     ),

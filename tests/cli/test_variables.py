@@ -63,9 +63,9 @@ def test_several_values_are_quoted_as_in_a_shell(monkeypatch):
     [
         ("rank x", "SLSGU_TOWER", "txt", "--tower txt is none of vision, text"),
         ("search x", "SLSGU_STEPS", "ten", "--steps ten is no whole number"),
-        ("criterion x -t m", "SLSGU_GOAL", "101", "--goal 101 is out of range: it must be from 0"),
+        ("search x -t m", "SLSGU_GOAL", "101", "--goal 101 is out of range: it must be from 0"),
         ("eval x", "SLSGU_ASSERT", "fa1", "--assert 'fa1' compares no figure with a number"),
-        ("search x", "SLSGU_RIDGE", "1 2", "--damping is given 2 times and takes one value"),
+        ("search x", "SLSGU_DAMPING", "1 2", "--damping is given 2 times and takes one value"),
     ],
 )
 def test_what_is_refused_names_the_variable(words, variable, value, message):

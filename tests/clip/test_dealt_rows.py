@@ -93,7 +93,7 @@ def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
     assert len(choose.utility["first"].images) == len(report.utility["first"].images) == 56
     assert (choose.forget.unseen, report.forget.unseen) == (False, True)
     assert not report.utility["second"].unseen
-    assert "report first" in world.manifest.blocks()
+    assert "test first" in world.manifest.blocks()
 
 
 def test_a_concept_that_cannot_be_dealt_is_marked(world):

@@ -176,7 +176,7 @@ class Dense:
         c = self.covariance(layer, "retain")
         forget, retain = self.keys(layer, "forget"), self.keys(layer, "retain")
         identity = np.eye(len(c))
-        damped = c + DAMPING * np.trace(c) / len(c) * identity
+        metric = c + DAMPING * np.trace(c) / len(c) * identity
         damped = c + setting * np.trace(c) / len(c) * identity
         if method in (Method.LEACE_TEXT, Method.LEACE_VISION):
             m = forget.mean(0) - retain.mean(0)
@@ -185,15 +185,15 @@ class Dense:
         if method is Method.UCE:
             k = forget.T / len(forget) ** 0.5
             guides = np.tile(retain.mean(0), (len(forget), 1)).T / len(forget) ** 0.5
-            return weight @ (guides - k) @ k.T @ np.linalg.inv(k @ k.T + setting * damped)
+            return weight @ (guides - k) @ k.T @ np.linalg.inv(k @ k.T + setting * metric)
         if method is Method.ROME:
             _, gradients, _, ends, _ = self.seen(layer, "forget")
             value = as_numpy(gradients[torch.arange(len(ends)), ends]).sum(0)
             k, inverse = forget.mean(0), np.linalg.inv(damped)
             return np.outer(value, inverse @ k) / (k @ inverse @ k)
-        return self._of_all_tokens(method, setting, layer, c, damped)
+        return self._of_all_tokens(method, setting, layer, c, metric)
 
-    def _of_all_tokens(self, method, setting, layer, c, damped):
+    def _of_all_tokens(self, method, setting, layer, c, metric):
         rows = self.block("forget").rows
         sizes = [min(16, rows - start) for start in range(0, rows, 16)]
         weights = torch.tensor([1 / size / len(sizes) for size in sizes for _ in range(size)])
@@ -201,7 +201,7 @@ class Dense:
         k, r = as_numpy(inputs[valid]).T, as_numpy(gradients[valid]).T
         own = k @ k.T / k.shape[1]
         if method is Method.MEMIT:
-            return r @ k.T @ np.linalg.inv(setting * damped + own)
+            return r @ k.T @ np.linalg.inv(setting * metric + own)
         values, vectors = np.linalg.eigh(c)
         quiet = vectors[:, values < setting * values.mean()]
         q = quiet @ quiet.T

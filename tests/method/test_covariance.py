@@ -14,7 +14,7 @@ from tower_models import CONFIGS, make
 from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method import covariances
+from slsgu_cli.method import covariance as covariance_module
 from slsgu_cli.method.covariance import InputCovariances, input_covariances
 from slsgu_cli.records.sets import InputSpec
 
@@ -152,15 +152,15 @@ def test_covariances_are_those_of_open_clips_own_modules(model, block):
 
 def test_groups_of_rows_change_nothing(model, block, monkeypatch):
     whole = found_by(model, block)
-    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 2)
+    monkeypatch.setitem(covariance_module.ROWS_PER_FORWARD, "cpu", 2)
     for name, covariance in found_by(model, block).items():
         assert covariance.count == pytest.approx(whole[name].count)
         torch.testing.assert_close(covariance.mean(), whole[name].mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_of_many_rows_some_are_taken_at_equal_distances(model, block, monkeypatch):
-    monkeypatch.setattr(covariances, "MOST_ROWS", 4)
-    rows = covariances.chosen_rows(ROWS)
+    monkeypatch.setattr(covariance_module, "MOST_ROWS", 4)
+    rows = covariance_module.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
     some = Block(4, block.tokens[rows], block.pixels[rows])
     few = found_by(model, block)
@@ -201,7 +201,7 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
 # In halves, and in whole blocks; in one piece.
 @pytest.mark.parametrize("kind", ["clip", "siglip-like", "resnet"])
 def test_a_sharded_model_has_the_same_covariances(kind, block, group, tmp_path, monkeypatch):
-    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 3)
+    monkeypatch.setitem(covariance_module.ROWS_PER_FORWARD, "cpu", 3)
     model = make(kind, tmp_path)
     times = CONFIGS[kind]["vision_cfg"]["image_size"] // SIZE
     tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
@@ -271,7 +271,7 @@ def run_convolution(settings):
 @pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("settings", CONVOLUTIONS)
 def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monkeypatch):
-    monkeypatch.setattr(covariances, "WINDOW_ENTRIES", entries)
+    monkeypatch.setattr(covariance_module, "WINDOW_ENTRIES", entries)
     layer, windows, covariance = run_convolution(settings)
     expected = windows.mT @ windows / windows.shape[1]
     expected = expected if layer.groups > 1 else expected[0]
@@ -282,11 +282,11 @@ def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monk
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_of_many_windows_in_an_image_some_are_counted(groups, monkeypatch):
-    monkeypatch.setattr(covariances, "MOST_POSITIONS", 20)
+    monkeypatch.setattr(covariance_module, "MOST_POSITIONS", 20)
     _, windows, covariance = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
-    chosen = covariances.chosen_positions(72)
+    chosen = covariance_module.chosen_positions(72)
     assert len(set(chosen.tolist())) == 20
-    assert (chosen == covariances.chosen_positions(72)).all()
+    assert (chosen == covariance_module.chosen_positions(72)).all()
     some = windows.unflatten(1, (3, 72))[:, :, chosen].flatten(1, 2)
     expected = (some.mT @ some / 60).squeeze(0)
     assert covariance.count == 60
@@ -486,7 +486,7 @@ def test_norms_of_t5_scale_what_they_normalised():
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 700, 1024])
 def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
-    product = covariances.gram(x)
+    product = covariance_module.gram(x)
     assert torch.equal(product, product.T)
     torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
 

@@ -17,7 +17,7 @@ from slsgu_cli.clip.inputs import pixel_normalizer
 from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.method import covariances, gradients
+from slsgu_cli.method import covariance, gradients
 from slsgu_cli.method.directions import find_covariances
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
@@ -298,7 +298,7 @@ def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, 
 def test_covariances_go_on_with_the_sums_that_were_kept(
     parts, world, keeping, monkeypatch, listener, tmp_path
 ):
-    monkeypatch.setitem(covariances.ROWS_PER_FORWARD, "cpu", 16)
+    monkeypatch.setitem(covariance.ROWS_PER_FORWARD, "cpu", 16)
     through = world.copied(tmp_path / "through")
     options = RankOptions(direction=Direction.WHITENED)
     rank(through.store, world.name, options=options)
@@ -318,8 +318,8 @@ def test_covariances_go_on_with_the_sums_that_were_kept(
     rank(world.store, world.name, options=options)
     assert f"the covariances go on after {parts} of their 8 parts" in listener.heard
     assert Artifact.SUMS.names(world.store) == []
-    for name in Artifact.MOMENTS.names(world.store):
-        path = Artifact.MOMENTS.path(name)
+    for name in Artifact.COVARIANCE.names(world.store):
+        path = Artifact.COVARIANCE.path(name)
         assert world.store.read_bytes(path) == through.store.read_bytes(path)
 
 

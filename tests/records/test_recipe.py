@@ -127,7 +127,7 @@ def test_a_shared_retain_set_is_about_none_of_the_requests():
     [
         ("[rank]", "[ranks]", 13, "no key or table ranks", "near: rank"),
         ("model =", "modle =", 1, "no key or table modle", "near: model"),
-        ("criterion", "criterium", 16, "[search] has no key criterium", "near: criterion"),
+        ("criterion", "critrion", 16, "[search] has no key critrion", "near: criterion"),
         ("aliases", "alias", 29, "[request] has no key alias", "near: aliases"),
         ("templates", "template", 11, "[evaluation.brands] has no key template", "near: templates"),
         ("= 64", "= 0", 6, "retain_samples 0 is out of range", "retain_samples 1"),

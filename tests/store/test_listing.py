@@ -395,7 +395,7 @@ def test_covariances_are_of_a_model_and_retain_rows_in_use(store):
         header = CovarianceHeader("model", data, 9, layers, (), "0.1.0")
         store.write_tensors(f"covariances/{name}.safetensors", {"visual.proj": np.eye(2)}, header)
     entry = by_path(store)["covariances/m1.safetensors"]
-    assert (entry.kind, entry.state) == (Artifact.MOMENTS, Standing.OK)
+    assert (entry.kind, entry.state) == (Artifact.COVARIANCE, Standing.OK)
     assert entry.made_from == {"layers": "1", "rows": "9"}
     assert set(not_ok(store)) == {"covariances/m2.safetensors"}
 

@@ -103,7 +103,7 @@ class World:
 
 def lose_covariance(world, layer, revision=REVISION):
     """Let the store say that a layer's inputs were not seen by a revision of what can be."""
-    for path in map(Artifact.MOMENTS.path, world.store.names("covariances", ".safetensors")):
+    for path in map(Artifact.COVARIANCE.path, world.store.names("covariances", ".safetensors")):
         header = world.store.read_header(path, CovarianceHeader)
         arrays = world.store.read_tensors(path)
         del arrays[layer], header.layers[layer]
