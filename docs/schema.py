@@ -22,7 +22,7 @@ from typing import Any
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.downstream.search import TargetFigures
-from slsgu_cli.method.edit import FoundEdit
+from slsgu_cli.engine.edit import FoundEdit
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table

@@ -18,12 +18,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slsgu_cli.engine.edit import apply as apply
+    from slsgu_cli.engine.evaluate import evaluate as evaluate
+    from slsgu_cli.engine.ranking import rank as rank
+    from slsgu_cli.engine.search import search as search
     from slsgu_cli.errors import SlsguError as SlsguError
-    from slsgu_cli.method.edit import apply as apply
-    from slsgu_cli.method.evaluate import evaluate as evaluate
+    from slsgu_cli.method.directions.gradient import Gradient as Gradient
+    from slsgu_cli.method.directions.whitened import Whitened as Whitened
+    from slsgu_cli.method.evaluation import LabelledImages as LabelledImages
+    from slsgu_cli.method.evaluation import ZeroShot as ZeroShot
     from slsgu_cli.method.gradients import compute_gradients as compute_gradients
-    from slsgu_cli.method.ranking import rank as rank
-    from slsgu_cli.method.search import search as search
+    from slsgu_cli.method.unlearn import unlearn as unlearn
     from slsgu_cli.progress import Sink as Sink
     from slsgu_cli.progress import set_sink as set_sink
     from slsgu_cli.recipes import forget as forget
@@ -51,11 +56,15 @@ __version__ = "0.1.0"
 # Where each name of the face is: what a type checker reads above.
 _FACE = {
     "errors": ("SlsguError",),
-    "method.edit": ("apply",),
-    "method.evaluate": ("evaluate",),
+    "engine.edit": ("apply",),
+    "engine.evaluate": ("evaluate",),
+    "method.directions.gradient": ("Gradient",),
+    "method.directions.whitened": ("Whitened",),
+    "method.evaluation": ("LabelledImages", "ZeroShot"),
     "method.gradients": ("compute_gradients",),
-    "method.ranking": ("rank",),
-    "method.search": ("search",),
+    "method.unlearn": ("unlearn",),
+    "engine.ranking": ("rank",),
+    "engine.search": ("search",),
     "progress": ("Sink", "set_sink"),
     "records.method": ("Direction", "Precision", "Criterion", "Tower"),
     "records.options": (

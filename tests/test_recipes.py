@@ -17,11 +17,11 @@ from worlds import World
 import slsgu_cli
 from slsgu_cli import progress, recipes
 from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.engine.evaluate import evaluate
+from slsgu_cli.engine.export import export
+from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import AssertionsError, InputError, UsageError
-from slsgu_cli.method.evaluate import evaluate
-from slsgu_cli.method.export import export
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.method import Direction

@@ -37,8 +37,8 @@ LINE = 100
 def demo(session: Session, options: DemoOptions) -> None:
     """Example: slsgu demo castle --criterion fa5"""
     from slsgu_cli.clip.models import pick_device
-    from slsgu_cli.method.edit import apply, rank_and_plot, require_forgotten, search_and_plot
-    from slsgu_cli.method.evaluate import draw_examples
+    from slsgu_cli.engine.edit import apply, rank_and_plot, require_forgotten, search_and_plot
+    from slsgu_cli.engine.evaluate import draw_examples
     from slsgu_cli.method.gradients import compute_gradients
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path

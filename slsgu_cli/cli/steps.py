@@ -158,7 +158,7 @@ def grad(
 def rank(session: Session, name: Name, options: RankOptions) -> None:
     """Example: slsgu rank facebook --tower vision --json"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import rank_and_plot
+    from slsgu_cli.engine.edit import rank_and_plot
 
     ranking, plots = rank_and_plot(session.store, name, options=options)
     tables.ranking(session.console, ranking, plots)
@@ -204,7 +204,7 @@ def search(
 def apply(session: Session, request: ApplyRequest) -> None:
     """Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import apply as run
+    from slsgu_cli.engine.edit import apply as run
 
     tables.applied(session.console, run(session.store, request))
 
@@ -237,7 +237,7 @@ def evaluate(
     compared = model is not None or session.store.exists(Artifact.EDIT.path(names[0]))
     sets = read_manifest(session.store, names[0]).evals if assertions else ()
     require_known(assertions, names, sets, compared=compared)
-    from slsgu_cli.method import evaluate as evaluation
+    from slsgu_cli.engine import evaluate as evaluation
 
     result = evaluation.evaluate(session.store, names, model=model, device=device)
     tables.evaluated(session.console, result)
@@ -299,7 +299,7 @@ def check(
                 "--edit is looked for in one model, and nothing is repaired",
                 hint="slsgu check MODEL --edit NAME",
             )
-        from slsgu_cli.method.edit import find_edits
+        from slsgu_cli.engine.edit import find_edits
 
         model = Path(names[0].removeprefix(LOCAL))
         found = find_edits(session.store, edit, model, strength.record())

@@ -207,7 +207,7 @@ def _rise(points: float) -> str:
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
-    from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
+    from slsgu_cli.engine.edit import draw_steps, require_forgotten, search_and_plot
 
     store, console = session.store, session.console
     if len(names) == 1:
@@ -215,7 +215,7 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
         tables.search(console, store, result)
         require_forgotten(result)
         return
-    from slsgu_cli.method.search import search_each
+    from slsgu_cli.engine.search import search_each
 
     failed: list[NotForgottenError] = []
     for result in search_each(store, names, options=options):

@@ -18,10 +18,10 @@ from slsgu_cli.records.sets import SetManifest
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.method.edit import FoundEdit
-    from slsgu_cli.method.evaluate import EvalResult
+    from slsgu_cli.engine.edit import FoundEdit
+    from slsgu_cli.engine.evaluate import EvalResult
+    from slsgu_cli.engine.search import SearchResult
     from slsgu_cli.method.gradients import GradResult
-    from slsgu_cli.method.search import SearchResult
     from slsgu_cli.sets.build import Replayed
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding
@@ -436,7 +436,7 @@ def checked(console: "Console", result: "Checked") -> None:
 def presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
     """Print whether edits are in a model. Raises AbsentError or InputError where one is not."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.method.edit import Presence
+    from slsgu_cli.engine.edit import Presence
 
     rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
     columns = ("edit", "is", Column("layer", shown=known_as), "dtype", "file")

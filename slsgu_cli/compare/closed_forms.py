@@ -34,6 +34,10 @@ from slsgu_cli.clip.inputs import (
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
+from slsgu_cli.engine.directions import ensure_covariances, layer_gradient
+from slsgu_cli.engine.edit import named_layer
+from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.trial import Probe, report
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.covariance import (
     AppliedLayers,
@@ -43,12 +47,8 @@ from slsgu_cli.method.covariance import (
     exact_device,
     input_covariances,
 )
-from slsgu_cli.method.directions import ensure_covariances, layer_gradient
-from slsgu_cli.method.edit import named_layer
 from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import norm
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.trial import Probe, report
+from slsgu_cli.method.scores import norm
 from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,

@@ -29,12 +29,13 @@ from slsgu_cli.downstream.subjects import (
     by_gain,
     moves_of,
 )
+from slsgu_cli.engine.directions import LayerStep, layer_gradient, unmeasured_edit
+from slsgu_cli.engine.ranking import named_layers
+from slsgu_cli.engine.search import Move, StepSearch
+from slsgu_cli.engine.trial import Probe
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.ranking import named_layers
-from slsgu_cli.method.search import Move, StepSearch, bisection
-from slsgu_cli.method.trial import Probe
+from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
 from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Key, LayerScore
 from slsgu_cli.records.sets import SetManifest

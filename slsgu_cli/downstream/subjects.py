@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
-from slsgu_cli.checkpoints.layers import Layer, is_candidate
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
@@ -31,6 +31,7 @@ from slsgu_cli.method.covariance import (
     spread,
     whitened_importance,
 )
+from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Direction, Line

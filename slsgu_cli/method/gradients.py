@@ -30,7 +30,7 @@ from slsgu_cli.clip.models import (
     tokenizer,
 )
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method.scoring import norm
+from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     GradientHeader,

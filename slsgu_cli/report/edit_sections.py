@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.engine.choice import best_of_each
 from slsgu_cli.figures.html import (
     Child,
     Html,
@@ -25,7 +26,6 @@ from slsgu_cli.figures.html import (
     table,
     terms,
 )
-from slsgu_cli.method.scoring import best_of_each
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,

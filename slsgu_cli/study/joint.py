@@ -17,21 +17,17 @@ from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
-from slsgu_cli.errors import NotForgottenError, UsageError, listed
-from slsgu_cli.figures.curves import several_plot
-from slsgu_cli.figures.pictures import CosineMap, cosine_maps
-from slsgu_cli.method.evaluate import choose_shown
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import RAISE, BalancedSteps, kept, left_of
-from slsgu_cli.method.search import SetSearch, line_of, searched_edit
-from slsgu_cli.method.search_plan import (
+from slsgu_cli.engine.choice import residual_of, utility_of
+from slsgu_cli.engine.evaluate import choose_shown
+from slsgu_cli.engine.search import SetSearch, line_of, searched_edit
+from slsgu_cli.engine.search_plan import (
     SearchPlan,
     read_plans,
     report_evaluation,
     require_alike,
     share_evaluation,
 )
-from slsgu_cli.method.trial import (
+from slsgu_cli.engine.trial import (
     SPREAD,
     UNMOVED,
     MovedModel,
@@ -41,6 +37,10 @@ from slsgu_cli.method.trial import (
     names_kept,
     report,
 )
+from slsgu_cli.errors import NotForgottenError, UsageError, listed
+from slsgu_cli.figures.curves import several_plot
+from slsgu_cli.figures.pictures import CosineMap, cosine_maps
+from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
@@ -48,6 +48,7 @@ from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
+from slsgu_cli.study.balanced_steps import RAISE, BalancedSteps
 
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2
@@ -107,7 +108,7 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
             if trial.moved is None:
                 trial = run.with_utility(probe, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[line] = kept(trial, plan.options.utility) - moved, -trial.share
+            worth[line] = utility_of(trial, plan.options.utility) - moved, -trial.share
     if worth:
         line = max(worth, key=lambda line: worth[line])
         alone = run.trials[line, run.shortest(line) or 0.0]
@@ -274,7 +275,7 @@ class JointSearchRun:
     def _left(self, trial: JointTrial) -> dict[str, float]:
         criterion, margin = self.options.criterion, self.options.margin
         return {
-            name: left_of(accuracy, trial.gaps[name], criterion, margin)
+            name: residual_of(accuracy, trial.gaps[name], criterion, margin)
             for name, accuracy in trial.forget.items()
         }
 

@@ -21,11 +21,12 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import SearchResult, SetSearch, bisection, search_each
-from slsgu_cli.method.search_plan import read_plan, share_evaluation
+from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import Split, check_name
@@ -55,7 +56,7 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.method.trial import Probe
+    from slsgu_cli.engine.trial import Probe
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ from slsgu_cli.clip.models import (
 )
 from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.clip.zeroshot import counted_by
+from slsgu_cli.engine.edit import current_edit
+from slsgu_cli.engine.trial import add_edits
 from slsgu_cli.figures.curves import relearning_plot
-from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import KeptArrays, check_inputs
-from slsgu_cli.method.trial import add_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import (

@@ -7,7 +7,7 @@ Figures that are made up are others in every search. Of each set in a store that
 the steps that may win are measured on all rows once, with and without the text layers; then
 the search is made many times, each with rows in another order.
 
-A row tells how often the choice was another than the exact one, and how much less it kept at
+A row tells how often the choice was another than the exact one, and how much less it utility_of at
 most; in how many searches a step was left that keeps more than the tolerance above the best
 that was not (at most a hundredth, as the risk goes); and the images that were looked at, as a
 share of all steps on all images, by racing and by proving.
@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from slsgu_cli.clip.zeroshot import margins
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.search_plan import read_plan, share_evaluation
-from slsgu_cli.method.trial import TOLERANCE, Probe
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
+from slsgu_cli.engine.trial import TOLERANCE, Probe
 from slsgu_cli.records.method import Settled, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -90,7 +90,7 @@ class Exact:
 
     def __post_init__(self) -> None:
         choice, _ = self.figures.searched(utility=self.utility, exact=True, max_class_loss=NO_BOUND)
-        self.kept, self.looked = kept(choice, self.utility), self.figures.looked
+        self.kept, self.looked = utility_of(choice, self.utility), self.figures.looked
         self.keeps = self.figures.keeps(self.utility)
 
     @property
@@ -107,7 +107,7 @@ def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, 
     for seed in range(seeds):
         exact = exact_of(figures_of(seed))
         choice, search = exact.figures.searched(utility=utility, seed=seed, max_class_loss=NO_BOUND)
-        best = kept(choice, utility)
+        best = utility_of(choice, utility)
         ways = [search.trials[probe.line, 1.0].settled for probe in exact.figures.probes()]
         wrong += any(
             way is Settled.RACE and each > best + TOLERANCE

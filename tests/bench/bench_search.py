@@ -33,9 +33,9 @@ from synthetic import random_model, synthetic_set
 from slsgu_cli.cli.recipe import DATA, demo_request
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Criterion, Direction, Precision, Tower, UtilityMetric
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,

@@ -35,12 +35,12 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search, search_each
+from slsgu_cli.engine.trial import UNMOVED
 from slsgu_cli.errors import NotForgottenError, SlsguError
-from slsgu_cli.method.edit import apply
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search, search_each
-from slsgu_cli.method.trial import UNMOVED
 from slsgu_cli.records.method import Accuracy, Criterion, Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec

@@ -12,8 +12,8 @@ import pytest
 from processes import inside, start_held
 from safetensors.numpy import load_file
 
+from slsgu_cli.engine.trial import Probe
 from slsgu_cli.method.gradient_pass import GradientPass
-from slsgu_cli.method.trial import Probe
 
 END = "interrupted; what was complete is kept\n"
 # Rows of the forget set are added first, then those of the retain set.

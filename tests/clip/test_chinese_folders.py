@@ -18,9 +18,9 @@ from slsgu_cli.checkpoints.transformers_clip import model_config
 from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.clip.model_folder import other_layout, require_weights
 from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokenizer
+from slsgu_cli.engine.edit import apply, direct_edit
+from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import apply, direct_edit
-from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.method import Direction, ModelLayout
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec

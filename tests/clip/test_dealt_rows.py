@@ -8,10 +8,10 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip import models, zeroshot
 from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, in_test_split, prepare
 from slsgu_cli.clip.towers import OpenClipVision
+from slsgu_cli.engine import search as searches
+from slsgu_cli.engine.search import search
+from slsgu_cli.engine.trial import Probe
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method import search as searches
-from slsgu_cli.method.search import search
-from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Split
 from slsgu_cli.store.blocks import DataBlock, JoinedRows

@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.layouts import clip_shapes, read_layer
 from slsgu_cli.clip import models
 from slsgu_cli.clip.model_folder import ModelCard, _hub_id, base_card, tokenizer_files
 from slsgu_cli.clip.models import PROBE, resolve
-from slsgu_cli.method.edit import apply
+from slsgu_cli.engine.edit import apply
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ApplyRequest

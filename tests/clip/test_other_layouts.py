@@ -23,8 +23,8 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip import model_folder
 from slsgu_cli.clip.model_folder import other_layout
 from slsgu_cli.clip.models import load, model_layer, resolve, tokenizer
+from slsgu_cli.engine.edit import apply
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.edit import apply
 from slsgu_cli.records.method import ModelLayout
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec

@@ -19,8 +19,8 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.transformers_clip import model_config, preprocess_config
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokenizer
+from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import apply, direct_edit
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec

@@ -17,9 +17,9 @@ from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
 from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.downstream.search import TargetPlan, search_target
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
+from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.export import export
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.export import export
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
 from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions

@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method import scoring
+from slsgu_cli.method import scores
 from slsgu_cli.method.covariance import (
     InputCovariances,
     RetainMetric,
     mean_square_output,
     whitened_importance,
 )
-from slsgu_cli.records.method import Alignment
 
 DAMPING = 0.05
 
@@ -225,7 +224,7 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
     assert norm == pytest.approx(size(weight.detach()))
     assert whitened_importance(f, along, norm) == pytest.approx(gain / norm, rel=1e-4)
     half, half_retain = (metric.half_whiten(each).numpy() for each in (f, r))
-    assert scoring.norm(half) == pytest.approx(gain, rel=1e-4)
-    assert scoring.alignment(half, half_retain, Alignment.SIGNED) == pytest.approx(
+    assert scores.norm(half) == pytest.approx(gain, rel=1e-4)
+    assert scores.alignment(half, half_retain, signed=True) == pytest.approx(
         harm / most, rel=1e-3, abs=1e-5
     )

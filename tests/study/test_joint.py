@@ -9,18 +9,18 @@ import open_clip
 import pytest
 import torch
 from places import DEMO
-from plain import Plain, figures_without
 from processes import inside, rows
+from reference import Reference, figures_without
 from safetensors.torch import load_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.evaluate import evaluate
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.evaluate import evaluate
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import search
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, Direction, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
@@ -45,7 +45,7 @@ def plots():
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("several_plot", "cosine_maps"):
             patch.setattr(joint_module, kind, lambda *_, **__: b"a plot")
-        patch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+        patch.setattr("slsgu_cli.engine.evaluate.cosine_plot", lambda *_, **__: b"a plot")
         yield
 
 
@@ -103,7 +103,7 @@ def test_edits_are_of_the_original_gradients_and_say_that_they_belong_together(s
         assert header.utility == result.chosen.utility
         own = replace(world, name=header.name)
         assert header.gradient == own.pointer.forget
-        gradient = Plain(own).gradient[header.layer]
+        gradient = Reference(own).gradient[header.layer]
         delta = load_edit(world.store, header.name).delta()
         np.testing.assert_allclose(delta, header.step * gradient, rtol=1e-6)
 
@@ -178,7 +178,9 @@ def test_a_concept_moves_the_layer_whose_edit_costs_least(searched):
         trials = world.store.read_record(Artifact.TRIALS.path(move.name), Trials).trials
         forgets = [trial for trial in trials if trial.moved is not None]
         assert len(forgets) > 1
-        best = max(forgets, key=lambda trial: kept(trial, UtilityMetric.TA1) - 10 * trial.moved)
+        best = max(
+            forgets, key=lambda trial: utility_of(trial, UtilityMetric.TA1) - 10 * trial.moved
+        )
         assert best.layer == move.layer
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plain import Plain
 from processes import inside, rows
+from reference import Reference
 
+from slsgu_cli.engine.choice import residual
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.figures import curves
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.scoring import left_to_forget
-from slsgu_cli.method.search import search
 from slsgu_cli.records.method import Criterion, Direction, Precision, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.records.studies import Rise, TrajectoryOptions, largest_rise
@@ -32,15 +32,15 @@ def follow(world, *, points=4, until=None, **search):
 
 def test_every_step_has_the_figures_of_plain_forwards(world):
     found = follow(world, layers=SOME)
-    plain = Plain(world)
+    reference = Reference(world)
     assert [len(found.of(line)) for line in found.lines()] == [4, 4]
     for trial in found.trials.trials:
-        figures = plain.after(trial.layer, trial.step)
+        figures = reference.after(trial.layer, trial.step)
         assert figures.forget == pytest.approx((trial.forget.top1, trial.forget.top5))
         assert {
             name: pytest.approx((kept.top1, kept.top5)) for name, kept in trial.utility.items()
         } == figures.utility
-    assert found.trials.baseline_forget.top1 == pytest.approx(plain.figures().forget[0])
+    assert found.trials.baseline_forget.top1 == pytest.approx(reference.figures().forget[0])
 
 
 def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
@@ -52,7 +52,7 @@ def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
             steps = [trial.step for trial in found.of(line)]
             assert steps == pytest.approx([steps[-1] * k / 4 for k in (1, 2, 3, 4)])
             last = found.of(line)[-1]
-            forget = left_to_forget(last, criterion, 0.02)
+            forget = residual(last, criterion, 0.02)
             assert last.share in (pytest.approx(0.1 * 2**k) for k in range(7))
             assert forget == 0 or last.share == pytest.approx(FARTHEST)
 

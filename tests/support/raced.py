@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.trial import UtilityMeter
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.trial import UtilityMeter
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Tower, Trial, UtilityMetric
 from slsgu_cli.records.options import SearchOptions
@@ -102,7 +102,7 @@ class GivenFigures:
         meter = UtilityMeter(self, utility)
         every = [(probe, meter.measure(probe, 1.0)) for probe in self.probes()]
         return [
-            kept(probe.measure(1.0, found.utility, found.expected), utility)
+            utility_of(probe.measure(1.0, found.utility, found.expected), utility)
             for probe, found in every
         ]
 

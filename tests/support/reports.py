@@ -6,8 +6,8 @@ import numpy as np
 
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.tensor_file import layer_digests
+from slsgu_cli.engine.evaluate import BeforeAfter
 from slsgu_cli.figures.pictures import Example
-from slsgu_cli.method.evaluate import BeforeAfter
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
