@@ -274,7 +274,11 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             {
                 "trajectory": Trials,
                 "rises": table(
-                    "layer", "damping", "steps", "% of norm", figures=("rise", "rise at % of norm")
+                    "layer",
+                    "direction",
+                    "steps",
+                    "% of norm",
+                    figures=("rise", "rise at % of norm"),
                 ),
                 "files": PATHS,
             }

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from slsgu_cli.progress import set_sink as set_sink
     from slsgu_cli.recipes import forget as forget
     from slsgu_cli.recipes import run as run
+    from slsgu_cli.records.directions import Direction as Direction
+    from slsgu_cli.records.directions import DirectionSpec as DirectionSpec
     from slsgu_cli.records.method import Criterion as Criterion
-    from slsgu_cli.records.method import Direction as Direction
     from slsgu_cli.records.method import Precision as Precision
     from slsgu_cli.records.method import Tower as Tower
     from slsgu_cli.records.options import ApplyRequest as ApplyRequest
@@ -66,7 +67,8 @@ _FACE = {
     "engine.ranking": ("rank",),
     "engine.search": ("search",),
     "progress": ("Sink", "set_sink"),
-    "records.method": ("Direction", "Precision", "Criterion", "Tower"),
+    "records.directions": ("Direction", "DirectionSpec"),
+    "records.method": ("Precision", "Criterion", "Tower"),
     "records.options": (
         "ApplyRequest",
         "BuildRequest",

@@ -186,7 +186,7 @@ def search(
     utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
-        Column("damping", on_terminal=len({trial.damping for trial in trials.trials}) > 1),
+        Column("direction", on_terminal=len({trial.direction for trial in trials.trials}) > 1),
         Column("step", shown=step_size),
         Column("% of norm", shown=roughly, label="move"),
         Column("FA@1", shown=roughly),
@@ -195,12 +195,12 @@ def search(
         Column("chosen"),
     )
     order = sorted(
-        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.damping or 0), t.step)
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.direction.order, t.step)
     )
     rows = [
         (
             trial.layer,
-            trial.damping,
+            str(trial.direction),
             trial.step,
             100 * trial.share,
             trial.forget.top1,
@@ -213,15 +213,13 @@ def search(
     title = f"trials for {trials.name}, on the images to choose by"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
-    damping = chosen.damping
-    along = "gradient" if damping is None else f"whitened gradient (damping {damping:g})"
     console.value(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
         f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
-        f"along its {along}",
+        f"along the direction {chosen.direction}",
     )
     if not brief:
         before_after(console, chosen_figures(result))

@@ -1,6 +1,7 @@
 """From a set's name to its edit, searched for or given by hand; `apply`."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -57,18 +58,15 @@ from slsgu_cli.clip.model_folder import (
     why_not_loaded,
 )
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
-from slsgu_cli.engine.directions import (
-    LayerStep,
-    ensure_covariances,
-    forget_direction,
-    unmeasured_edit,
-)
+from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.ranking import named_layers, rank
 from slsgu_cli.engine.search import SearchResult, search
+from slsgu_cli.engine.stored_covariances import ensure_covariances
 from slsgu_cli.errors import InputError, NotForgottenError, SlsguError, StaleError, UsageError
 from slsgu_cli.method.scores import norm
+from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.method import (
-    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -128,9 +126,9 @@ def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
     """Raise StaleError unless an edit is of the direction, kind of layer and damping given."""
     name = header.name
     ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
-    if options.direction not in (None, Direction.BOTH, header.direction):
+    if options.direction is not None and header.direction.kind not in options.direction.each:
         raise StaleError(
-            f"the edit {name} moves along the direction {header.direction}, "
+            f"the edit {name} moves along the direction {header.direction.kind}, "
             f"not {options.direction}",
             hint=f"run {ranks} --direction {options.direction}` and {searches}`",
         )
@@ -140,10 +138,10 @@ def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
             f"and value are {options.qkv}",
             hint=f"run {ranks} --qkv {options.qkv}` and {searches}`",
         )
-    if options.damping not in (None, header.damping):
-        had = "no damping" if header.damping is None else f"damping {header.damping:g}"
+    wanted = DirectionSpec.of(header.direction.kind, damping=options.damping)
+    if options.damping is not None and header.direction != wanted:
         raise StaleError(
-            f"the edit {name} was whitened with {had}, not {options.damping:g}",
+            f"the edit {name} moves along {header.direction}, not with damping {options.damping:g}",
             hint=f"run {searches} --damping {options.damping:g}`",
         )
 
@@ -162,7 +160,7 @@ def current_edit(store: Store, name: str) -> Edit:
     if change:
         others = {
             "gradient": f"the edit {name} was made from other gradients than the set has now",
-            "retain_data": f"the direction of the edit {name} was whitened by other retain rows "
+            "retain_data": f"the direction of the edit {name} was made with other retain rows "
             "than the set has now",
         }
         raise StaleError(
@@ -187,21 +185,21 @@ def direct_edit(
 ) -> Edit:
     """Return the edit that moves `layer` by `step` along its direction, unsearched.
 
-    `options` say which direction, and how it is whitened; of both, it is whitened. Raises
-    UsageError where the gradients have no such layer.
+    `options` say which direction, the last one where they name several. Raises UsageError where
+    the gradients have no such layer.
     """
     options = options or RankOptions()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     moved = named_layer(store, pointer, layer)
-    whitened = options.direction.whitens
+    direction = options.specs[-1]
     covariances = None
-    if whitened:
+    if direction.needs_inputs:
         covariances = ensure_covariances(
             store, manifest, pointer, [moved.name], device=options.device
         )
     along = forget_direction(
-        store, pointer, moved.name, damping=options.whitening_damping, covariances=covariances
+        store, pointer, moved.name, direction=direction, covariances=covariances
     )
     before = model_layer(resolve(pointer.model), moved.name)
     layer_step = LayerStep(
@@ -209,7 +207,7 @@ def direct_edit(
         tower=moved.recorded_tower,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
-        damping=options.whitening_damping if whitened else None,
+        direction=direction,
         delta=step * along,
         before=before,
     )
@@ -233,7 +231,7 @@ def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ran
     plots = []
     ranked_along = ranking.by_direction()
     for direction, scores in ranked_along.items():
-        along = "" if len(ranked_along) == 1 else f", {direction}"
+        along = "" if len(ranked_along) == 1 else f", {direction.kind}"
         for tower in Tower:
             if any(score.tower is tower for score in scores):
                 path = plot_path(name, f"front-{tower}" + along.replace(", ", "-"))
@@ -256,15 +254,13 @@ def draw_steps(store: Store, result: SearchResult) -> None:
 
     name = result.trials.name
     chosen, trials = result.chosen, result.trials
-    lines: dict[str, set[float | None]] = {}
-    for trial in trials.trials:
-        lines.setdefault(trial.layer, set()).add(trial.damping)
-    for layer, dampings in sorted(lines.items()):
-        for damping in dampings:
-            step = chosen.step if (layer, damping) == (chosen.layer, chosen.damping) else None
-            along = "gradient" if damping is None else f"{damping:g}"
-            path = plot_path(name, f"steps-{layer}" + (f"-{along}" if len(dampings) > 1 else ""))
-            store.write_bytes(path, step_plot(trials, layer=layer, damping=damping, chosen=step))
+    moves = dict.fromkeys(trial.move for trial in trials.trials)
+    several = Counter(layer for layer, _ in moves)
+    for layer, direction in sorted(moves, key=lambda move: (move[0], move[1].order)):
+        step = chosen.step if (layer, direction) == chosen.move else None
+        along = f"-{direction.slug}" if several[layer] > 1 else ""
+        picture = step_plot(trials, move=(layer, direction), chosen=step)
+        store.write_bytes(plot_path(name, f"steps-{layer}{along}"), picture)
 
 
 def require_forgotten(result: SearchResult) -> None:

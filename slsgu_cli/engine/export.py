@@ -279,7 +279,7 @@ class _Measured:
         manifests = [read_manifest(store, name) for name in names]
         require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
         plans = [
-            SearchPlan(manifest, read_pointer(store, manifest), layers, options, None)
+            SearchPlan(manifest, read_pointer(store, manifest), layers, options, (), None)
             for manifest in manifests
         ]
         with torch.no_grad():

@@ -1,16 +1,13 @@
-"""What `slsgu rank` does: score every candidate layer from the stored gradients.
+"""`rank`: the score of every candidate layer, from the stored gradients.
 
-Each direction has fronts of its own. For the whitened direction, importance and alignment
-are those of the step that will be taken: the same formulas,
-in the inner product that the retained inputs make of changes. Layers that cannot be whitened
-are ranked along their gradient.
+Each direction has fronts of its own, by importance and alignment in its metric. Layers that lack
+what a direction needs are ranked along their gradient.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,21 +17,22 @@ from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
-from slsgu_cli.engine.directions import (
+from slsgu_cli.engine.directions import as_vector, implementation, layer_gradient, operand
+from slsgu_cli.engine.stored_covariances import (
     Covariances,
     ensure_covariances,
-    layer_gradient,
-    tell_of_layers,
-    tell_of_unwhitened,
+    note_layers,
+    warn_of_fallback,
 )
 from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.method.directions import LayerStatistics
 from slsgu_cli.method.fronts import pareto_front
 from slsgu_cli.method.gradients import graded_model
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.method.scores import Vector, alignment, importance, norm
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
 from slsgu_cli.records.method import (
     Alignment,
-    Direction,
     GradientHeader,
     GradientPointer,
     LayerScore,
@@ -46,9 +44,6 @@ from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
 from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
-
-if TYPE_CHECKING:
-    from slsgu_cli.method.covariance import RetainMetric
 
 
 def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ranking:
@@ -65,17 +60,19 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     aim = _aim(header, options)
     layers, unreached = _to_rank(header, aim, options)
     covariances = None
-    if options.direction.whitens and layers:
+    if options.direction.needs_inputs and layers:
         covariances = ensure_covariances(
             store, manifest, pointer, layers, device=options.device, shard=options.shard
         )
-        tell_of_unwhitened(covariances, layers, how="ranked", out="--exclude leaves them out")
+        warn_of_fallback(covariances, layers, how="ranked", out="--exclude leaves them out")
     split = any(Layer.parse(layer).third is not None for layer in layers)
     weights = _Weights(header, graded_model(pointer) if split else None)
     scores = [
-        replace(score, direction=line.mark)
-        for line in _lines(layers, options.direction, covariances)
-        for score in _with_fronts(_scored(store, pointer, weights, line, options))
+        score
+        for direction, able in _by_direction(layers, options.specs, covariances).items()
+        for score in _with_fronts(
+            _scored(store, pointer, weights, able, direction, options, covariances)
+        )
     ]
     if not scores:
         raise InputError(
@@ -89,8 +86,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         forget=pointer.forget,
         retain=pointer.retain,
         alignment=options.alignment,
-        direction=options.direction,
-        damping=options.whitening_damping if options.direction.whitens else None,
+        directions=options.specs,
         scores=tuple(scores),
         version=slsgu_cli.__version__,
         target=options.target,
@@ -100,18 +96,6 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     )
     store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """Layers that are ranked together, along their gradient where there are no `covariances`.
-
-    `mark` is the direction that their scores name, None where it is the ranking's.
-    """
-
-    layers: Sequence[str]
-    covariances: Covariances | None
-    mark: Direction | None
 
 
 def _to_rank(
@@ -134,41 +118,43 @@ def _scored(
     store: Store,
     pointer: GradientPointer,
     weights: "_Weights",
-    line: _Line,
+    layers: Sequence[str],
+    direction: DirectionSpec,
     options: RankOptions,
+    covariances: Covariances | None,
 ) -> list[LayerScore]:
-    """Return the scores of layers in their order; of those that have none nothing.
+    """Return the scores of layers in their order; none of a layer that has no score.
 
-    Processes score a share each.
+    The layers are split over processes.
     """
     # Reading compares digests: the next layer is read while one is scored.
-    mine = processes.dealt(line.layers)
+    mine = processes.dealt(layers)
     read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
     score_of = {
-        layer: _score(weights, layer, pair, options, line.covariances)
+        layer: _score(weights, layer, pair, direction, options, covariances)
         for layer, pair in zip(mine, read, strict=True)
     }
     for part in processes.gathered(score_of):
         score_of |= part
-    scores = (score_of[layer] for layer in line.layers)
+    scores = (score_of[layer] for layer in layers)
     return [score for score in scores if score is not None]
 
 
-def _lines(layers: list[str], direction: Direction, covariances: Covariances | None) -> list[_Line]:
-    """Return what is ranked together: the layers along each direction.
+def _by_direction(
+    layers: list[str], directions: Sequence[DirectionSpec], covariances: Covariances | None
+) -> dict[DirectionSpec, list[str]]:
+    """Return the layers to rank along each direction.
 
-    Beside those that are whitened, the others along their gradient.
+    Layers that lack what all the directions need are ranked along the gradient.
     """
-    if covariances is None:
-        return [_Line(layers, None, None)]
-    unwhitened = covariances.without(layers)
-    whitened = [layer for layer in layers if layer not in unwhitened]
-    if direction is Direction.BOTH:
-        return [
-            _Line(layers, None, Direction.GRADIENT),
-            _Line(whitened, covariances, Direction.WHITENED),
-        ]
-    return [_Line(whitened, covariances, None), _Line(unwhitened, None, Direction.GRADIENT)]
+    unable = set(covariances.without(layers)) if covariances else set()
+    able = {
+        each: [layer for layer in layers if not (each.needs_inputs and layer in unable)]
+        for each in directions
+    }
+    if unable and all(each.needs_inputs for each in directions):
+        able[FALLBACK] = [layer for layer in layers if layer in unable]
+    return able
 
 
 def _never_compete(header: GradientHeader, options: RankOptions) -> str:
@@ -188,10 +174,10 @@ def _tell_of_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
     zeros = [layer for layer in layers if not weights.norm(layer).norm]
     unreached = [layer for layer in layers if layer not in zeros]
     if zeros:
-        tell_of_layers(f"{len(zeros)} layers are zeros and cannot be moved by a share", zeros)
+        note_layers(f"{len(zeros)} layers are zeros and cannot be moved by a share", zeros)
     if unreached:
         text = f"{len(unreached)} layers are left out: the forget loss does not reach them"
-        tell_of_layers(text, unreached)
+        note_layers(text, unreached)
 
 
 def _aim(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
@@ -211,24 +197,13 @@ class _Weights:
 
     def norm(self, layer: str) -> ParameterNorm:
         """Return a layer's shape and norm."""
-        values = self._third(layer)
+        values = self.third(layer)
         if values is None:
             return self.header.weights[layer]
         return ParameterNorm(values.shape, norm(values))
 
-    def output(self, layer: str, covariances: Covariances, metric: "RetainMetric") -> float:
-        """Return a layer's mean squared output over the retain set."""
-        import torch
-
-        from slsgu_cli.method.covariance import mean_square_output
-
-        values = self._third(layer)
-        if values is None:
-            return covariances.output(layer)
-        weight = torch.tensor(values, device=metric.covariance.device)
-        return mean_square_output(weight, metric.covariance, metric.axis)
-
-    def _third(self, layer: str) -> Floats | None:
+    def third(self, layer: str) -> Floats | None:
+        """Return the values of a third of a parameter; None for a whole one."""
         if self.model is None or Layer.parse(layer).third is None:
             return None
         return model_layer(self.model, layer).astype(np.float32, copy=False)
@@ -244,48 +219,42 @@ def _score(
     weights: _Weights,
     layer: str,
     gradients: tuple[Floats, Floats],
+    direction: DirectionSpec,
     options: RankOptions,
     covariances: Covariances | None,
 ) -> LayerScore | None:
     """Return the score of one layer; None where the loss does not reach it, or it is zeros.
 
-    A step is a share of the layer's own norm, so a layer of zeros has none.
+    A step is relative to the layer's own norm, so a layer of zeros has none.
     """
     forget, retain = gradients
-    forget_norm = norm(forget)
+    forget_norm, retain_norm = norm(forget), norm(retain)
     weight = weights.norm(layer)
     tower = Layer.parse(layer).tower
     if not forget_norm or not weight.norm or tower is None:
         return None
-    retain_norm = norm(retain)
-    size = weight.norm
-    if covariances is not None:
-        metric = covariances.metric(layer, options.whitening_damping)
-        size = metric.weight_norm(weight.norm, weights.output(layer, covariances, metric))
-        forget, retain = _half_whitened(metric, forget), _half_whitened(metric, retain)
+    inputs = None
+    if covariances is not None and direction.needs_inputs:
+        inputs = covariances.inputs(layer, weights.third(layer))
+    chosen, statistics = implementation(direction), LayerStatistics(weight.norm, inputs)
+    metric = chosen.metric(statistics)
+
+    def scaled(gradient: Floats) -> Vector:
+        return as_vector(metric.scaled(operand(gradient, chosen, statistics)))
+
+    forget, retain = scaled(forget), scaled(retain)
     return LayerScore(
         layer=layer,
         tower=tower,
         shape=weight.shape,
-        importance=importance(norm(forget), size),
+        importance=importance(norm(forget), metric.weight_norm()),
         alignment=alignment(forget, retain, signed=options.alignment is Alignment.SIGNED),
         forget_norm=forget_norm,
         retain_norm=retain_norm,
         weight_norm=weight.norm,
         front=False,
+        direction=direction,
     )
-
-
-def _half_whitened(metric: "RetainMetric", gradient: Vector) -> Vector:
-    """Return what stands for a gradient in Eq. 7 and 8 along the whitened direction.
-
-    Its entries are in the order in which they lie in memory.
-    """
-    import torch
-
-    on_device = torch.tensor(gradient, device=metric.covariance.device)
-    half: Vector = metric.half_whiten(on_device).cpu().numpy()
-    return half.ravel(order="K")
 
 
 def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
@@ -300,18 +269,18 @@ def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
 
 
 def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
-    """Return the front layers to search, or those asked for by a part of a name that fits one only.
+    """Return the front layers to search, or those that `options` name.
 
-    The fronts of both directions are joined where both are searched. Beside layers that are
-    whitened stand those that cannot be, as they were ranked along their gradient. Raises
-    UsageError.
+    The fronts of the directions that are searched are joined. Layers that lack what these need
+    are there as they were ranked along their gradient. Raises UsageError.
     """
     ranked_along = ranking.by_direction()
-    scores = [score for along in options.moves.each for score in ranked_along[along]]
-    if options.moves is Direction.WHITENED:
-        whitened = {score.layer for score in scores}
-        along_gradient = ranked_along.get(Direction.GRADIENT, [])
-        scores += [score for score in along_gradient if score.layer not in whitened]
+    kinds = {each.kind for each in search_directions(options, ranking)}
+    scores = [
+        score for along in ranked_along if along.kind in kinds for score in ranked_along[along]
+    ]
+    able = {score.layer for score in scores}
+    scores += [score for score in ranked_along.get(FALLBACK, []) if score.layer not in able]
     ranked = {score.layer: score for score in reversed(scores)}
     names = list(ranked)[::-1]
     if not options.layers:
@@ -325,6 +294,17 @@ def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> lis
         hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
     )
     return [ranked[name] for name in chosen]
+
+
+def search_directions(options: SearchOptions, ranking: Ranking) -> tuple[DirectionSpec, ...]:
+    """Return the directions to search: those of the ranking, where `options` name no others."""
+    kinds = [each.kind for each in ranking.directions]
+    if options.direction is not None:
+        kinds = list(options.direction.each)
+    ranked = {each.kind: each for each in ranking.directions}
+    if options.damping is None:
+        return tuple(ranked[kind] for kind in kinds if kind in ranked)
+    return tuple(DirectionSpec.of(kind, damping=options.damping) for kind in kinds)
 
 
 def named_layers(

@@ -22,7 +22,7 @@ from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_e
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import device_name
 from slsgu_cli.engine.choice import residual, utility_of
-from slsgu_cli.engine.directions import LayerStep, unmeasured_edit
+from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
     grouped,
@@ -38,24 +38,23 @@ from slsgu_cli.records.figures import PassTime, Report
 from slsgu_cli.records.method import (
     Criterion,
     JointRef,
-    Key,
     LayerScore,
-    Line,
+    Move,
     Settled,
     Tower,
     Trial,
+    TrialKey,
     Trials,
     UtilityMetric,
 )
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
-from slsgu_cli.records.studies import JointMove
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact, resume
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.engine.trial import Bar, EarlierConcepts, Probe
+    from slsgu_cli.engine.trial import Bar, EarlierConcepts, Evaluator
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T", Trial, TargetTrial)
@@ -74,12 +73,12 @@ WRITE_SECONDS, WRITE_TIMES = 1.0, 50
 PRICE_OF_SPARING = 0.25
 
 
-class Move(Protocol[T_co]):
+class Candidate(Protocol[T_co]):
     """One layer and the direction it moves in: each step along it can be measured."""
 
     @property
-    def line(self) -> Line:
-        """The layer and the damping, which tell its trials from those of other moves."""
+    def move(self) -> Move:
+        """The layer and the direction that it moves in."""
 
     @property
     def first(self) -> float:
@@ -96,61 +95,61 @@ class StepSearch(Generic[T]):
     through, in order: trials on file may be of others.
     """
 
-    def __init__(self, trials: Mapping[Key, T], left: Callable[[T], float]) -> None:
-        self.trials: dict[Key, T] = dict(trials)
+    def __init__(self, trials: Mapping[TrialKey, T], left: Callable[[T], float]) -> None:
+        self.trials: dict[TrialKey, T] = dict(trials)
         self.left: Callable[[T], float] = left
-        self.path: list[Key] = []
+        self.path: list[TrialKey] = []
 
-    def trial(self, move: Move[T], step: float) -> T:
+    def trial(self, candidate: Candidate[T], step: float) -> T:
         """Return the trial of a step: the one on file, else measured now."""
-        key = self.key(move.line, step)
+        key = self.key(candidate.move, step)
         if key not in self.trials:
-            self.keep(key, processes.agreed(move.measure(step)))
+            self.keep(key, processes.agreed(candidate.measure(step)))
         return self.trials[key]
 
-    def key(self, line: Line, step: float) -> Key:
+    def key(self, move: Move, step: float) -> TrialKey:
         """Return what a step's trial is found by: on file it may be of another machine's digits."""
-        if (line, step) not in self.trials:
-            known = (key for key in self.trials if key[0] == line)
-            return next((key for key in known if isclose(key[1], step)), (line, step))
-        return line, step
+        if (move, step) not in self.trials:
+            known = (key for key in self.trials if key[0] == move)
+            return next((key for key in known if isclose(key[1], step)), (move, step))
+        return move, step
 
-    def keep(self, key: Key, trial: T) -> None:
+    def keep(self, key: TrialKey, trial: T) -> None:
         """Keep a trial that was measured now, in place of what was known of its step."""
         self.trials[key] = trial
 
     def bisect(
-        self, move: Move[T], steps: int, first: float | None = None, *, close: float = 0.0
+        self, candidate: Candidate[T], steps: int, first: float | None = None, *, close: float = 0.0
     ) -> None:
-        """Try at most `steps` steps along a move, from `first` (default: its own) on.
+        """Try at most `steps` steps along a candidate, from `first` (default: its own) on.
 
         They end once the shortest that leaves nothing is known to a share `close` of it.
         """
-        trials = bisection(partial(self.trial, move), self.left, first or move.first)
-        with progress.bar(move.line[0], steps) as ticker:
+        trials = bisection(partial(self.trial, candidate), self.left, first or candidate.first)
+        with progress.bar(candidate.move[0], steps) as ticker:
             for trial in islice(trials, steps):
-                self.path.append((move.line, trial.step))
+                self.path.append((candidate.move, trial.step))
                 ticker.advance()
-                if close and self.gap(move.line) <= close:
+                if close and self.gap(candidate.move) <= close:
                     break
 
-    def shortest(self, line: Line) -> float | None:
-        """Return the shortest step of the path along a line that leaves nothing to forget."""
-        return min(self._along(line, enough=True), default=None)
+    def shortest(self, move: Move) -> float | None:
+        """Return the shortest step of the path of a move that leaves nothing to forget."""
+        return min(self._along(move, enough=True), default=None)
 
-    def gap(self, line: Line) -> float:
+    def gap(self, move: Move) -> float:
         """Return what lies between the shortest step known to be enough and the next shorter one.
 
         As a share of the former; infinite where none is enough.
         """
-        enough = self.shortest(line)
+        enough = self.shortest(move)
         if enough is None:
             return inf
-        shorter = [step for step in self._along(line, enough=False) if step < enough]
+        shorter = [step for step in self._along(move, enough=False) if step < enough]
         return 1 - max(shorter, default=0.0) / enough
 
-    def _along(self, line: Line, *, enough: bool) -> list[float]:
-        steps = [key for key in self.path if key[0] == line]
+    def _along(self, move: Move, *, enough: bool) -> list[float]:
+        steps = [key for key in self.path if key[0] == move]
         return [key[1] for key in steps if (self.left(self.trials[key]) == 0) is enough]
 
 
@@ -163,49 +162,49 @@ class LayerSearch(StepSearch[Trial]):
         from slsgu_cli.engine.trial import UtilityMeter
 
         criterion, margin = options.criterion, options.margin
-        known = {(line_of(trial), trial.step): trial for trial in trials}
+        known = {(trial.move, trial.step): trial for trial in trials}
         super().__init__(known, lambda trial: residual(trial, criterion, margin))
         self.options = options
-        self.probes: dict[Line, Probe] = {}
-        self.lengthened: list[Key] = []
+        self.evaluators: dict[Move, Evaluator] = {}
+        self.lengthened: list[TrialKey] = []
         # Steps that bring back what earlier edits forget.
-        self.refused: set[Key] = set()
+        self.refused: set[TrialKey] = set()
         self._meter = UtilityMeter(evaluation, options.utility)
         self._base_gap = evaluation.base_gap()
 
-    def along(self, probe: "Probe", first: float | None = None) -> None:
-        """Try steps along a probe, from `first` (default: its own first step) on."""
-        self.probes[probe.line] = probe
+    def along(self, evaluator: "Evaluator", first: float | None = None) -> None:
+        """Try steps along an evaluator, from `first` (default: its own first step) on."""
+        self.evaluators[evaluator.move] = evaluator
         # How much is wanting is on record of the fifth place, and of no other.
         if self.options.exact or self.options.criterion is Criterion.FA1:
-            self.bisect(probe, self.options.steps, first)
+            self.bisect(evaluator, self.options.steps, first)
         else:
-            self.approach(probe, self.options.steps, first)
-        self.lengthen(probe)
+            self.approach(evaluator, self.options.steps, first)
+        self.lengthen(evaluator)
 
-    def approach(self, probe: "Probe", steps: int, first: float | None = None) -> None:
-        """Try steps along a probe until the shortest that `steps` of bisection find is known."""
+    def approach(self, evaluator: "Evaluator", steps: int, first: float | None = None) -> None:
+        """Try steps along a move until the shortest one that bisection finds is known."""
         wanted = self.options.margin if self.options.criterion is Criterion.MARGIN else 0.0
-        sought = ShortestStep(first or probe.first, steps, self._base_gap - wanted)
-        with progress.bar(probe.line[0], steps) as ticker:
+        sought = ShortestStep(first or evaluator.first, steps, self._base_gap - wanted)
+        with progress.bar(evaluator.move[0], steps) as ticker:
             while (step := sought.next()) is not None:
-                trial = self.trial(probe, step)
-                self.path.append((probe.line, trial.step))
+                trial = self.trial(evaluator, step)
+                self.path.append((evaluator.move, trial.step))
                 sought.observe(trial.gap - wanted, enough=self.left(trial) == 0)
                 ticker.advance()
 
-    def lengthen(self, probe: "Probe") -> None:
-        """Go on from the shortest step of a line that forgets by the overshoot."""
-        enough = self.shortest(probe.line)
+    def lengthen(self, evaluator: "Evaluator") -> None:
+        """Go on from the shortest step of a move that forgets by the overshoot."""
+        enough = self.shortest(evaluator.move)
         if enough is not None and self.options.overshoot > 1:
-            key = probe.line, self.trial(probe, self.options.overshoot * enough).step
+            key = evaluator.move, self.trial(evaluator, self.options.overshoot * enough).step
             self.path.append(key)
             self.lengthened.append(key)
 
     def choose(self) -> Trial:
         """Measure the utility of the steps that may win, and return the best (Algorithm 1).
 
-        With a overshoot, of each line that forgets its lengthened step may win. A step within
+        With an overshoot, of each move that forgets its lengthened step may win. A step within
         the bound of what any class may lose wins over the best one that is not, if it keeps
         nearly as much.
         """
@@ -228,7 +227,7 @@ class LayerSearch(StepSearch[Trial]):
         ]
         return list(measured.values())[best(figures)]
 
-    def _measure(self, path: Sequence[Key], may_win: set[Key], price: float) -> float:
+    def _measure(self, path: Sequence[TrialKey], may_win: set[TrialKey], price: float) -> float:
         """Measure the utility of steps, those that may win against the best so far.
 
         Returns the most that any of these keeps. A step may keep `price` less and win all the
@@ -240,7 +239,7 @@ class LayerSearch(StepSearch[Trial]):
 
         full, best_kept = self.options.full, NOTHING_KEPT
         sparing, least = NOTHING_KEPT, NOTHING_KEPT
-        raced = [key for key in may_win if self.probes[key[0]].score.tower is Tower.VISION]
+        raced = [key for key in may_win if self.evaluators[key[0]].score.tower is Tower.VISION]
         risk = RISK / len(raced) if raced and not self.options.exact else 0.0
         # Before there is a rival, it is a step of a text layer that keeps so much.
         rival, rival_keeps = None, NOTHING_KEPT
@@ -255,12 +254,12 @@ class LayerSearch(StepSearch[Trial]):
                 if key in raced and least == NOTHING_KEPT:
                     least = beat
                 bar = Bar(beat, least, risk if key in raced else 0.0, rival)
-                trial = self.with_utility(self.probes[key[0]], trial, None if full else bar)
+                trial = self.with_utility(self.evaluators[key[0]], trial, None if full else bar)
             if key in may_win and trial.utility is not None:
                 keeps = utility_of(trial, self.options.utility)
                 best_kept = max(best_kept, keeps)
                 if keeps > rival_keeps + TOLERANCE:
-                    rival = (self.probes[key[0]], trial.step) if key in raced else None
+                    rival = (self.evaluators[key[0]], trial.step) if key in raced else None
                     rival_keeps = keeps
                 sparing = max(sparing, keeps) if self._spares(trial) else sparing
         return best_kept
@@ -269,10 +268,10 @@ class LayerSearch(StepSearch[Trial]):
         """Return whether no class is known to lose more than it may."""
         return trial.worst is None or trial.worst.lost <= self.options.max_class_loss
 
-    def with_utility(self, probe: "Probe", trial: Trial, bar: "Bar | None" = None) -> Trial:
+    def with_utility(self, evaluator: "Evaluator", trial: Trial, bar: "Bar | None" = None) -> Trial:
         """Return a trial with its utility, measured now unless it was, or is below a bar."""
         if trial.utility is None:
-            found = processes.agreed(self._meter.measure(probe, trial.step, bar=bar))
+            found = processes.agreed(self._meter.measure(evaluator, trial.step, bar=bar))
             if isinstance(found, Settled):
                 trial = replace(trial, worst=None, expected=None, settled=found)
             else:
@@ -284,13 +283,13 @@ class LayerSearch(StepSearch[Trial]):
                     moved=found.moved,
                     settled=Settled.MEASURED,
                 )
-            self.keep((probe.line, trial.step), trial)
+            self.keep((evaluator.move, trial.step), trial)
         return trial
 
-    def _cost(self, key: Key) -> tuple[bool, int, float]:
+    def _cost(self, key: TrialKey) -> tuple[bool, int, float]:
         """Order trials so that the cheap ones set the mark that dear ones must reach."""
-        probe = self.probes[key[0]]
-        return (probe.score.tower == "vision", -probe.stage, self.trials[key].share)
+        evaluator = self.evaluators[key[0]]
+        return (evaluator.score.tower == "vision", -evaluator.stage, self.trials[key].share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,22 +339,22 @@ class SetSearch(LayerSearch):
         self._next_write = now + max(WRITE_SECONDS, WRITE_TIMES * (now - began))
         self._on_file = True
 
-    def keep(self, key: Key, trial: Trial) -> None:
+    def keep(self, key: TrialKey, trial: Trial) -> None:
         """Keep a trial; a killed search loses those of seconds, an interrupted one none."""
         super().keep(key, trial)
         self._on_file = False
         if perf_counter() >= self._next_write:
             self.write()
 
-    def trial(self, move: Move[Trial], step: float) -> Trial:
+    def trial(self, candidate: Candidate[Trial], step: float) -> Trial:
         """Return the trial of a step: the one on file, else measured now."""
         with self._kept():
-            return super().trial(move, step)
+            return super().trial(candidate, step)
 
-    def with_utility(self, probe: "Probe", trial: Trial, bar: "Bar | None" = None) -> Trial:
+    def with_utility(self, evaluator: "Evaluator", trial: Trial, bar: "Bar | None" = None) -> Trial:
         """Return a trial with its utility, measured now unless it was, or is below a bar."""
         with self._kept():
-            return super().with_utility(probe, trial, bar)
+            return super().with_utility(evaluator, trial, bar)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -378,8 +377,8 @@ class SetSearch(LayerSearch):
         back: set[str] = set()
         while len(self.refused) < len(set(self.path)):
             chosen = self.choose()
-            line = line_of(chosen)
-            returned = self.earlier.returned([(self.probes[line], chosen.step)])
+            move = chosen.move
+            returned = self.earlier.returned([(self.evaluators[move], chosen.step)])
             if not returned:
                 if back:
                     progress.note(
@@ -388,7 +387,7 @@ class SetSearch(LayerSearch):
                     )
                 return chosen
             back.update(returned)
-            self.refused.add((line, chosen.step))
+            self.refused.add((move, chosen.step))
         raise NotForgottenError(
             f"every step of {self.plan.name} brings back what earlier edits forget",
             hint=f"search all of them together: `slsgu search ... {quote(self.plan.name)} --joint`",
@@ -396,37 +395,37 @@ class SetSearch(LayerSearch):
 
     def run(
         self,
-        probes: "Iterable[Probe]",
+        evaluators: "Iterable[Evaluator]",
         reported: "Callable[[LayerScore], SharedEvaluation]",
         started: float | None = None,
     ) -> SearchResult:
-        """Search along every probe; write the trials, and the best one as an edit.
+        """Search along every evaluator; write the trials, and the best one as an edit.
 
         `reported` opens the rows that an edit of a layer is reported on, once it is chosen.
         `started` is when the search began, by `perf_counter`, if all that it took is to be on
         record.
         """
         with self._kept():
-            return self._run(probes, reported, started)
+            return self._run(evaluators, reported, started)
 
     def _run(
         self,
-        probes: "Iterable[Probe]",
+        evaluators: "Iterable[Evaluator]",
         reported: "Callable[[LayerScore], SharedEvaluation]",
         started: float | None,
     ) -> SearchResult:
         from slsgu_cli.engine.trial import report
 
-        for probe in probes:
-            self.along(probe)
+        for evaluator in evaluators:
+            self.along(evaluator)
         chosen = self.choose_standing()
         if self.left(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
             tell_of_harm(chosen, self.options.max_class_loss)
-        probe = self.probes[line_of(chosen)]
-        opened = reported(probe.score)
+        evaluator = self.evaluators[chosen.move]
+        opened = reported(evaluator.score)
         earlier = self.plan.guard(opened) if self.plan.earlier else None
-        effect = report(self.plan.measured(opened), [(probe, chosen.step)], earlier)
-        write_edit(self.records, searched_edit(self.plan, probe, self.record, chosen, effect))
+        effect = report(self.plan.measured(opened), [(evaluator, chosen.step)], earlier)
+        write_edit(self.records, searched_edit(self.plan, evaluator, self.record, chosen, effect))
         if started is not None and not self.reused:
             self._took = PassTime(perf_counter() - started, device_name(self.options.device))
         self.write()
@@ -440,11 +439,6 @@ def tell_of_harm(chosen: Trial, bound: float) -> None:
             f"no step that keeps as much spares every class: {chosen.worst.name} loses "
             f"{chosen.worst.lost:.0f} points, more than --max-class-loss {bound:g}"
         )
-
-
-def line_of(move: Trial | JointMove) -> Line:
-    """Return the layer and the damping of a move."""
-    return move.layer, move.damping
 
 
 def search(
@@ -516,7 +510,7 @@ def _searched(
     evaluation = plan.measured(shared, resumed=True)
     earlier = plan.guard(shared) if plan.earlier else None
     run = SetSearch(records, Artifact.TRIALS, plan, evaluation, earlier)
-    return run.run(plan.probes(store, evaluation), reported, started)
+    return run.run(plan.evaluators(store, evaluation), reported, started)
 
 
 def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
@@ -525,8 +519,10 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
     return Trials(
         name=manifest.name,
         forget=pointer.forget,
-        direction=options.moves,
-        retain_data=pointer.retain_data if options.moves.whitens else None,
+        directions=tuple(each.kind for each in plan.directions),
+        retain_data=pointer.retain_data
+        if any(each.needs_inputs for each in plan.directions)
+        else None,
         model_fingerprint=pointer.model_fingerprint,
         evals=manifest.evaluation_blocks(),
         precision=options.precision,
@@ -542,7 +538,7 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
 
 def searched_edit(
     plan: SearchPlan,
-    probe: "Probe",
+    evaluator: "Evaluator",
     trials: Trials,
     chosen: Trial,
     effect: Report,
@@ -550,7 +546,7 @@ def searched_edit(
 ) -> Edit:
     """Return the edit that a chosen trial of a search amounts to, with what it does."""
     step = LayerStep.of(
-        chosen, damping=chosen.damping, direction=probe.direction, weight=probe.weight
+        chosen, direction=chosen.direction, along=evaluator.along, weight=evaluator.weight
     )
     if below := by_layer(plan.earlier).get(chosen.layer):
         step = replace(step, before=original_values(below))

@@ -22,24 +22,14 @@ from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
-from slsgu_cli.engine.directions import (
-    Covariances,
-    ensure_covariances,
-    forget_direction,
-    tell_of_unwhitened,
-)
-from slsgu_cli.engine.ranking import ranked_layers
+from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.ranking import ranked_layers, search_directions
+from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import (
-    Direction,
-    FeatureHeader,
-    GradientPointer,
-    LayerScore,
-    Precision,
-    Ranking,
-)
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
+from slsgu_cli.records.method import FeatureHeader, GradientPointer, LayerScore, Precision, Ranking
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.store.artifacts import (
@@ -56,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.engine.trial import EarlierConcepts, Probe
+    from slsgu_cli.engine.trial import EarlierConcepts, Evaluator
 
 
 # Part of every address of features: a change in what is computed must change it.
@@ -67,14 +57,15 @@ FEATURES_REVISION = 1
 class SearchPlan:
     """One set to search: its gradients, the layers to try, and the directions they move in.
 
-    `options` have the direction, the damping and the device that are in force. `earlier` are
-    edits that are in place while it is searched, and `earlier_sets` those they forget.
+    `options` have the device that is in force. `earlier` are edits that are in place during the
+    search, and `earlier_sets` those they forget.
     """
 
     manifest: SetManifest
     pointer: GradientPointer
     layers: tuple[LayerScore, ...]
     options: SearchOptions
+    directions: tuple[DirectionSpec, ...]
     covariances: Covariances | None
     earlier: tuple[Edit, ...] = ()
     earlier_sets: tuple[SetManifest, ...] = ()
@@ -108,29 +99,28 @@ class SearchPlan:
 
         return EarlierConcepts(shared, self.earlier)
 
-    def probes(self, store: Store, evaluation: "Evaluation") -> "Iterator[Probe]":
-        """Yield a probe for every layer and each direction that it can move in.
+    def evaluators(self, store: Store, evaluation: "Evaluation") -> "Iterator[Evaluator]":
+        """Yield an evaluator for every layer and each direction that it can move in.
 
-        Where it cannot be whitened, that is its gradient.
+        A layer that lacks what all of them need moves along its gradient.
         """
         import torch
 
-        from slsgu_cli.engine.trial import Probe
+        from slsgu_cli.engine.trial import Evaluator
 
-        both = self.options.moves is Direction.BOTH
         for score in self.layers:
-            for direction in self.options.moves.each:
-                covariances = self.covariances if direction.whitens else None
-                if covariances is not None and not covariances.has(score.layer):
-                    if both:
-                        continue
-                    covariances = None
-                damping = self.options.damping if covariances else None
+            known = self.covariances is not None and self.covariances.has(score.layer)
+            able = [each for each in self.directions if known or not each.needs_inputs]
+            for direction in able or [FALLBACK]:
                 along = forget_direction(
-                    store, self.pointer, score.layer, damping=damping or 0, covariances=covariances
+                    store,
+                    self.pointer,
+                    score.layer,
+                    direction=direction,
+                    covariances=self.covariances,
                 )
                 on_device = torch.from_numpy(along).to(self.options.device)
-                yield Probe(evaluation, score, on_device, damping)
+                yield Evaluator(evaluation, score, on_device, direction)
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
@@ -149,18 +139,20 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
     store.require_writable(Artifact.TRIALS.path(name))
-    options = _resolved(options, ranking)
+    _require_ranked_so(options, ranking)
+    options = replace(options, device=pick_device(options.device))
+    directions = search_directions(options, ranking)
     layers = ranked_layers(store, ranking, options)
     if note := prompt_note(str(ranking.target), ranking.readers):
         progress.note(note)
     covariances = None
-    if options.moves.whitens:
+    if any(direction.needs_inputs for direction in directions):
         names = [score.layer for score in layers]
         covariances = ensure_covariances(
             store, manifest, pointer, names, device=options.device, shard=options.shard
         )
-        tell_of_unwhitened(covariances, names, how="searched", out="--layer names others")
-    plan = SearchPlan(manifest, pointer, tuple(layers), options, covariances)
+        warn_of_fallback(covariances, names, how="searched", out="--layer names others")
+    plan = SearchPlan(manifest, pointer, tuple(layers), options, directions, covariances)
     return _on_top(store, plan) if options.after else plan
 
 
@@ -213,16 +205,17 @@ def grouped(plans: Sequence[SearchPlan]) -> list[list[SearchPlan]]:
     return list(groups.values())
 
 
-def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
-    """Return the options with the ranking's direction and damping, and the device.
+def _require_ranked_so(options: SearchOptions, ranking: Ranking) -> None:
+    """Raise StaleError where the layers were ranked for another direction, or other layers were.
 
-    Raises StaleError where the layers were ranked for another direction, or other layers were.
+    Raises UsageError for a parameter that no direction has.
     """
-    direction = options.direction or ranking.direction
-    if not set(direction.each) <= set(ranking.direction.each):
+    ranked = {each.kind for each in ranking.directions}
+    direction = options.direction
+    if direction is not None and not set(direction.each) <= ranked:
         raise StaleError(
-            f"the layers of {ranking.name} were ranked for the direction {ranking.direction}, "
-            f"not {direction}",
+            f"the layers of {ranking.name} were ranked for the direction "
+            f"{Direction.of(ranked)}, not {direction}",
             hint=f"run `slsgu rank {quote(ranking.name)} --direction {direction}`",
         )
     if options.qkv not in (None, ranking.qkv):
@@ -231,15 +224,7 @@ def _resolved(options: SearchOptions, ranking: Ranking) -> SearchOptions:
             f"not {options.qkv}",
             hint=f"run `slsgu rank {quote(ranking.name)} --qkv {options.qkv}`",
         )
-    if direction is Direction.GRADIENT and options.damping is not None:
-        raise UsageError(
-            "--damping is for the whitened direction",
-            hint=f"run `slsgu rank {quote(ranking.name)} --direction whitened`",
-        )
-    damping = ranking.damping if options.damping is None else options.damping
-    return replace(
-        options, direction=direction, damping=damping, device=pick_device(options.device)
-    )
+    (direction or Direction.of(ranked)).check(options.damping)
 
 
 def evaluation_digest(manifest: SetManifest) -> str:

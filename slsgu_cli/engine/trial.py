@@ -44,6 +44,7 @@ from slsgu_cli.engine.race import Draw, Race
 from slsgu_cli.errors import NotFiniteError, StaleError
 from slsgu_cli.method.scores import Vector, norm
 from slsgu_cli.method.step_search import first_step
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
 from slsgu_cli.records.figures import (
     Accuracy,
     ClassLoss,
@@ -55,12 +56,12 @@ from slsgu_cli.records.figures import (
 )
 from slsgu_cli.records.method import (
     Criterion,
-    Key,
     LayerScore,
-    Line,
+    Move,
     Settled,
     Tower,
     Trial,
+    TrialKey,
     UtilityMetric,
 )
 from slsgu_cli.store.artifacts import set_of
@@ -80,16 +81,16 @@ SPREAD = 0.5
 
 
 @dataclass(slots=True)
-class Probe:
-    """A move on the CLIP: one layer, its original values and the direction it moves in.
+class Evaluator:
+    """Measures the steps of one layer of the CLIP, `along` a tensor of the layer's shape.
 
-    `damping` is what whitened the direction, None for the gradient itself.
+    `direction` says which direction that is.
     """
 
     evaluation: Evaluation
     score: LayerScore
-    direction: Tensor
-    damping: float | None = None
+    along: Tensor
+    direction: DirectionSpec = FALLBACK
     weight: Tensor = field(init=False)
     norm: float = field(init=False)
     stage: int = field(init=False)
@@ -99,7 +100,7 @@ class Probe:
         layer = Layer.parse(self.score.layer)
         self.weight = layer.rows(processes.whole(self.evaluation.model, layer.parameter))
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
-        self.norm = norm(self.direction.cpu().numpy())
+        self.norm = norm(self.along.cpu().numpy())
         if not isfinite(self.norm):
             raise NotFiniteError(
                 f"the direction of {self.score.layer} is not finite: a gradient it is made from "
@@ -108,9 +109,9 @@ class Probe:
             )
 
     @property
-    def line(self) -> Line:
-        """The layer and the damping, which tell its trials from those of other moves."""
-        return self.score.layer, self.damping
+    def move(self) -> Move:
+        """The layer and the direction that it moves in."""
+        return self.score.layer, self.direction
 
     @property
     def first(self) -> float:
@@ -120,7 +121,7 @@ class Probe:
     @contextmanager
     def stepped(self, step: float) -> Iterator[None]:
         """Take a step for the length of a block; a positive one ascends the forget loss."""
-        values = torch.add(self.weight, self.direction, alpha=step)
+        values = torch.add(self.weight, self.along, alpha=step)
         with (
             counted_by(f"{self.score.layer} at step {step:.4g}"),
             edited(self.evaluation.model, self.score.layer, values),
@@ -134,7 +135,7 @@ class Probe:
         return Trial(
             layer=self.score.layer,
             tower=self.score.tower,
-            damping=self.damping,
+            direction=self.direction,
             step=step,
             share=step * self.norm / self.score.weight_norm,
             forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
@@ -195,7 +196,7 @@ class Bar:
     beat: float = float("-inf")
     least: float = float("-inf")
     risk: float = 0.0
-    rival: tuple[Probe, float] | None = None
+    rival: tuple[Evaluator, float] | None = None
 
 
 def names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
@@ -263,10 +264,12 @@ class UtilityMeter:
     _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
     _names: dict[str, Tensor] = field(init=False, default_factory=dict)
     # What steps that were measured to the end left of each row, and the draws beside them.
-    _left: dict[Key, Vector] = field(init=False, default_factory=dict)
-    _draws: dict[Key | None, Draw] = field(init=False, default_factory=dict)
+    _left: dict[TrialKey, Vector] = field(init=False, default_factory=dict)
+    _draws: dict[TrialKey | None, Draw] = field(init=False, default_factory=dict)
 
-    def measure(self, probe: Probe, step: float, *, bar: Bar | None = None) -> Kept | Settled:
+    def measure(
+        self, evaluator: Evaluator, step: float, *, bar: Bar | None = None
+    ) -> Kept | Settled:
         """Return what a step keeps; by what it is known to be too little, once it is."""
         groups, bar = self.evaluation.utility, bar or Bar()
         if not self._lead:
@@ -274,15 +277,15 @@ class UtilityMeter:
         look, by_rows = _Look(groups, self._names), self._all_rows
         if bar.risk > 0 and isfinite(bar.beat):
             by_rows = partial(self._race, draw=self._drawn_beside(bar.rival))
-        with probe.stepped(step):
-            if probe.score.tower is Tower.VISION:
-                if below := by_rows(look, probe.stage, bar):
+        with evaluator.stepped(step):
+            if evaluator.score.tower is Tower.VISION:
+                if below := by_rows(look, evaluator.stage, bar):
                     return below
                 left = torch.cat([self._figures(look, name, slice(None)) for name in groups])
-                self._left[probe.line, step] = processes.agreed(left.cpu().numpy())
+                self._left[evaluator.move, step] = processes.agreed(left.cpu().numpy())
             else:
                 for name, group in groups.items():
-                    look.after_text_edit(name, probe.class_embeddings(group.prompts, step))
+                    look.after_text_edit(name, evaluator.class_embeddings(group.prompts, step))
         hits = {name: self._hits(name, each) for name, each in look.leads.items()}
         moved = [
             float(each.double().mean() / self._spread[name] ** 2)
@@ -361,9 +364,9 @@ class UtilityMeter:
                 return Settled.RACE
         return None
 
-    def _drawn_beside(self, rival: tuple[Probe, float] | None) -> Draw:
+    def _drawn_beside(self, rival: tuple[Evaluator, float] | None) -> Draw:
         """Return the draw of rows beside a rival, whose figures are measured if they were not."""
-        key = (rival[0].line, rival[1]) if rival else None
+        key = (rival[0].move, rival[1]) if rival else None
         if key not in self._draws:
             known = [torch.cat(list(self._base_hits.values())).cpu().numpy()]
             if rival and key:
@@ -394,7 +397,7 @@ class UtilityMeter:
         return (look.ranks[name][rows] == 0).double()
 
 
-Moves = Sequence[tuple[Probe, float]]
+Moves = Sequence[tuple[Evaluator, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -599,8 +602,8 @@ def report(
 @contextmanager
 def moved_model(evaluation: Evaluation | SharedEvaluation, moves: Moves) -> Iterator[MovedModel]:
     """Put several moves into the model for the length of a block."""
-    stages = _first_stages((probe.score.tower, probe.stage) for probe, _ in moves)
-    changes = ((probe.score.layer, probe.direction, step) for probe, step in moves)
-    label = ", ".join(f"{probe.score.layer} at step {step:.4g}" for probe, step in moves)
+    stages = _first_stages((evaluator.score.tower, evaluator.stage) for evaluator, _ in moves)
+    changes = ((evaluator.score.layer, evaluator.along, step) for evaluator, step in moves)
+    label = ", ".join(f"{evaluator.score.layer} at step {step:.4g}" for evaluator, step in moves)
     with counted_by(label), moved(evaluation.model, changes):
         yield MovedModel(stages, {})

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
+from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 
@@ -22,33 +23,6 @@ class Alignment(StrEnum):
 
     ABS = "abs"
     SIGNED = "signed"
-
-
-class Direction(StrEnum):
-    """Where a layer moves: along its forget gradient, or that whitened by retained inputs.
-
-    `BOTH` is for rankings and searches, which then try each of them.
-    """
-
-    GRADIENT = "gradient"
-    WHITENED = "whitened"
-    BOTH = "both"
-
-    @property
-    def each(self) -> "tuple[Direction, ...]":
-        """The directions that a layer may move in."""
-        both = (Direction.GRADIENT, Direction.WHITENED)
-        return both if self is Direction.BOTH else (self,)
-
-    @property
-    def whitens(self) -> bool:
-        """Whether it takes the covariances of the layers' inputs."""
-        return self is not Direction.GRADIENT
-
-    @classmethod
-    def of(cls, damping: float | None) -> "Direction":
-        """Return the direction that a damping whitened, or the gradient where there is none."""
-        return cls.GRADIENT if damping is None else cls.WHITENED
 
 
 class Qkv(StrEnum):
@@ -271,8 +245,7 @@ class FeatureHeader:
 class LayerScore:
     """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower.
 
-    `direction` is the one that it is scored for in a ranking for both, or the gradient in one
-    for the whitened direction, where the layer cannot be whitened.
+    `direction` is the one that it is scored for, None for a layer that was not ranked.
     """
 
     layer: str
@@ -284,7 +257,7 @@ class LayerScore:
     retain_norm: float
     weight_norm: float
     front: bool
-    direction: Direction | None = added(None)
+    direction: DirectionSpec | None = None
 
     @classmethod
     def unranked(
@@ -306,8 +279,9 @@ class PromptReader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
-    """Every candidate layer of a model, scored for one concept.
+    """Every candidate layer of a model, scored for one concept along each of `directions`.
 
+    Layers that lack what a direction needs have a score along the gradient in any case.
     `target` is the model it was made for, None for the CLIP itself; `unreached` are the
     layers that cannot influence it, with the reason, and `readers` what reads its prompts.
     """
@@ -316,8 +290,7 @@ class Ranking:
     forget: str
     retain: str
     alignment: Alignment
-    direction: Direction
-    damping: float | None
+    directions: tuple[DirectionSpec, ...]
     scores: tuple[LayerScore, ...]
     version: str
     target: str | None = None
@@ -330,32 +303,30 @@ class Ranking:
         layers = len({score.layer for score in self.scores})
         front = len({score.layer for score in self.scores if score.front})
         counted = f"{layers}, {front} on the fronts"
-        about = {"set": self.name, "alignment": self.alignment, "direction": self.direction}
+        along = ", ".join(map(str, self.directions))
+        about = {"set": self.name, "alignment": self.alignment, "direction": along}
         return about | {"layers": counted}
 
-    def by_direction(self) -> "dict[Direction, list[LayerScore]]":
-        """Return the scores for each direction that layers were ranked for.
-
-        In a ranking for the whitened direction, what cannot be whitened is under the gradient.
-        """
-        marked = [score.direction for score in self.scores if score.direction is not None]
-        return {
-            direction: [s for s in self.scores if (s.direction or self.direction) is direction]
-            for direction in dict.fromkeys([*self.direction.each, *marked])
-        }
+    def by_direction(self) -> dict[DirectionSpec, list[LayerScore]]:
+        """Return the scores for each direction that layers were ranked for."""
+        ranked = {spec: [s for s in self.scores if s.direction == spec] for spec in self.directions}
+        for score in self.scores:
+            if score.direction is not None and score.direction not in self.directions:
+                ranked.setdefault(score.direction, []).append(score)
+        return ranked
 
 
-# A layer, and the damping that whitened its direction; None for the gradient.
-Line = tuple[str, float | None]
-# A step along a line.
-Key = tuple[Line, float]
+# A layer, and the direction it moves in.
+Move = tuple[str, DirectionSpec]
+# A step of a move.
+TrialKey = tuple[Move, float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """One (layer, damping, step): forget accuracy, and utility where it was measured.
+    """One (layer, direction, step): forget accuracy, and utility where it was measured.
 
-    `damping` is None along the gradient itself. `share` is the step's length over the
+    `share` is the step's length over the
     layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
     fifth best other, at the forget image where it comes closest. `utility` is None where
     the step could not win, so nothing was spent on it; with it comes `worst`, the class that
@@ -367,7 +338,7 @@ class Trial:
 
     layer: str
     tower: Tower
-    damping: float | None
+    direction: DirectionSpec
     step: float
     share: float
     forget: Accuracy
@@ -378,19 +349,24 @@ class Trial:
     settled: Settled | None = added(None)
     moved: float | None = added(None)
 
+    @property
+    def move(self) -> Move:
+        """The layer and the direction it moves in."""
+        return self.layer, self.direction
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trials:
     """Every trial of a search, with the original model's figures.
 
-    `retain_data` names the rows whose inputs whitened the direction, if it is whitened. `took`
+    `retain_data` names the retain rows whose inputs a direction was made with, if one was. `took`
     is the time of a search that made all trials, None where several made them. `after` are
     the digests of the edits that were in place, by name: baselines are with them.
     """
 
     name: str
     forget: str
-    direction: Direction
+    directions: tuple[Direction, ...]
     retain_data: str | None
     model_fingerprint: str
     evals: dict[str, str]
@@ -406,7 +382,8 @@ class Trials:
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""
-        about = {"set": self.name, "direction": self.direction, "criterion": self.criterion}
+        along = ", ".join(self.directions)
+        about = {"set": self.name, "direction": along, "criterion": self.criterion}
         return about | {"trials": over_layers([trial.layer for trial in self.trials])}
 
 
@@ -445,8 +422,7 @@ class EditHeader:
     model_fingerprint: str
     digests: dict[str, str]
     gradient: str
-    direction: Direction
-    damping: float | None
+    direction: DirectionSpec
     retain_data: str | None
     criterion: Criterion | None
     margin: float | None
@@ -476,7 +452,7 @@ class EditHeader:
             "model": str(self.model),
             "concept": self.concept,
             "layer": self.layer,
-            "direction": self.direction,
+            "direction": str(self.direction),
             "step": f"{self.step:.4g} ({100 * self.share:.3g}% of its norm)",
         }
         if self.after:

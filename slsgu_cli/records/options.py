@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
-    Direction,
     LoraLayout,
     ModelLayout,
     Precision,
@@ -37,8 +37,6 @@ from slsgu_cli.records.words import (
     options,
 )
 
-# Of whitening: the share of the mean second moment that is added to all directions.
-DAMPING = 0.01
 # A cosine, for a search that is steered on a margin.
 MARGIN = 0.02
 # Beyond the shortest step that forgets what the search sees: see docs/results/unseen.md.
@@ -121,12 +119,6 @@ def overshoot_option(usual: float) -> Any:
         panel=SEARCH,
         help="Times the shortest step that does: room for images nobody chose by.",
     )
-
-
-def check_damping(direction: Direction | None, damping: float | None) -> None:
-    """Raise UsageError for a damping of the gradient itself."""
-    if direction is Direction.GRADIENT and damping is not None:
-        raise UsageError("--damping is for the whitened direction", hint="--direction whitened")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,8 +339,8 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         """Refuse what is of the whitened direction alone for the gradient."""
-        check_damping(self.direction, self.damping)
-        if self.shard and not self.direction.whitens:
+        self.direction.check(self.damping)
+        if self.shard and not self.direction.needs_inputs:
             raise UsageError(
                 "--shard is for the covariances of the whitened direction: "
                 "the gradient's takes no model",
@@ -356,9 +348,9 @@ class RankOptions:
             )
 
     @property
-    def whitening_damping(self) -> float:
-        """The damping in force where the direction is whitened."""
-        return DAMPING if self.damping is None else self.damping
+    def specs(self) -> tuple[DirectionSpec, ...]:
+        """The directions to rank for, with their parameters."""
+        return self.direction.specs(self.damping)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,11 +436,6 @@ class SearchOptions:
         completes="edit",
     )
     shard: bool = SHARD()
-
-    @property
-    def moves(self) -> Direction:
-        """The direction in force."""
-        return self.direction or Direction.GRADIENT
 
     def __post_init__(self) -> None:
         """Spell out the paper's choice. Raises UsageError for what contradicts it."""
@@ -559,7 +546,8 @@ class ApplyRequest(ApplyOptions):
 
     def __post_init__(self) -> None:
         """Refuse a damping of the gradient, and links to files that another layout has not."""
-        check_damping(self.direction, self.damping)
+        if self.direction is not None:
+            self.direction.check(self.damping)
         if self.layout is not None and self.link:
             raise UsageError("--link does not go with --format", hint="leave one of them out")
 

@@ -12,6 +12,7 @@ share what the base pass kept. It is recorded as trials, so that steps which wer
 before are not measured again.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
@@ -28,7 +29,6 @@ from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.codec import digest, encode
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import Split, check_name
 from slsgu_cli.records.studies import (
     CLASS,
@@ -56,7 +56,7 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.engine.trial import Probe
+    from slsgu_cli.engine.trial import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
         "batch size": request.gradients.batch_size,
         "precision": [request.gradients.precision, request.search.precision],
-        "direction": [request.ranking.direction, request.ranking.whitening_damping],
+        "directions": encode(request.ranking.specs),
         "search": [
             request.search.criterion,
             request.search.margin,
@@ -226,8 +226,7 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
         retain=pointer.retain,
         layer=chosen.layer,
         tower=chosen.tower,
-        direction=Direction.of(chosen.damping),
-        damping=chosen.damping,
+        direction=chosen.direction,
         step=chosen.step,
         share=chosen.share,
         baseline_forget=result.report.before.forget,
@@ -257,10 +256,10 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
         shared = share_evaluation(store, [plan], Split.TEST)
         evaluation = plan.measured(shared, resumed=True)
         run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
-        for probe in plan.probes(store, evaluation):
-            with progress.bar(probe.score.layer, options.points) as ticker:
-                for step in _grid(probe, run, options):
-                    followed.append(run.with_utility(probe, run.trial(probe, step)))
+        for evaluator in plan.evaluators(store, evaluation):
+            with progress.bar(evaluator.score.layer, options.points) as ticker:
+                for step in _grid(evaluator, run, options):
+                    followed.append(run.with_utility(evaluator, run.trial(evaluator, step)))
                     ticker.advance()
             run.write()
     trials = replace(run.record, trials=tuple(followed))
@@ -274,24 +273,27 @@ def trajectory_and_plots(
     from slsgu_cli.figures.curves import step_plot, trajectories_plot
 
     result = trajectory(store, name, options=options)
-    drawn = {"trajectories": trajectories_plot(result.trials, result.lines())}
-    for layer, damping in result.lines():
-        kind = f"trajectory-{layer}" + ("" if damping is None else f"-{damping:g}")
-        drawn[kind] = step_plot(result.trials, layer=layer, damping=damping)
+    moves = result.moves()
+    drawn = {"trajectories": trajectories_plot(result.trials, moves)}
+    several = Counter(layer for layer, _ in moves)
+    for layer, direction in moves:
+        along = f"-{direction.slug}" if several[layer] > 1 else ""
+        picture = step_plot(result.trials, move=(layer, direction))
+        drawn[f"trajectory-{layer}{along}"] = picture
     for kind, picture in drawn.items():
         store.write_bytes(plot_path(name, kind), picture)
     return result, [store.where(plot_path(name, kind)) for kind in drawn]
 
 
-def _grid(probe: "Probe", run: SetSearch, options: TrajectoryOptions) -> list[float]:
+def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) -> list[float]:
     """Return evenly spaced steps, the last one at the end of the trajectory."""
     until = options.until
-    end = _forgetting(probe, run) if until is None else until / 0.1 * probe.first
+    end = _forgetting(evaluator, run) if until is None else until / 0.1 * evaluator.first
     return [end * (index + 1) / options.points for index in range(options.points)]
 
 
-def _forgetting(probe: "Probe", run: SetSearch) -> float:
+def _forgetting(evaluator: "Evaluator", run: SetSearch) -> float:
     """Return the first step that forgets when doubling steps, or where to give up."""
-    trials = bisection(probe.measure, run.left, probe.first)
+    trials = bisection(evaluator.measure, run.left, evaluator.first)
     enough = (t.step for t in trials if run.left(t) == 0 or 2 * t.share > FARTHEST * 1.001)
     return next(enough)

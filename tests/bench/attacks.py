@@ -37,7 +37,7 @@ from slsgu_cli.compare.comparison import ClipComparisonRun, tune
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method

@@ -26,7 +26,7 @@ from slsgu_cli.clip.zeroshot import margins
 from slsgu_cli.engine.choice import utility_of
 from slsgu_cli.engine.search import LayerSearch
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
-from slsgu_cli.engine.trial import TOLERANCE, Probe
+from slsgu_cli.engine.trial import TOLERANCE, Evaluator
 from slsgu_cli.records.method import Settled, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -46,31 +46,34 @@ def measured(store: Store, name: str) -> GivenFigures:
         evaluation = plan.measured(share_evaluation(store, [plan]), resumed=True)
         trials = store.read_record(Artifact.TRIALS.path(name), Trials).trials
         search = LayerSearch(trials, evaluation, OPTIONS)
-        for probe in plan.probes(store, evaluation):
-            search.along(probe)
-        probes = search.probes
+        for evaluator in plan.evaluators(store, evaluation):
+            search.along(evaluator)
+        evaluators = search.evaluators
         keys = sorted(
             search.lengthened,
-            key=lambda key: (probes[key[0]].score.tower is Tower.VISION, -probes[key[0]].stage),
+            key=lambda key: (
+                evaluators[key[0]].score.tower is Tower.VISION,
+                -evaluators[key[0]].stage,
+            ),
         )
         original = {
             name: margins(group.images.features @ group.prompts.embeddings.T, group.images.labels)
             for name, group in evaluation.utility.items()
         }
-        after = [left(probes[line], step) for line, step in keys]
-    return GivenFigures(original, after, [probes[line].score.tower for line, _ in keys])
+        after = [left(evaluators[line], step) for line, step in keys]
+    return GivenFigures(original, after, [evaluators[line].score.tower for line, _ in keys])
 
 
-def left(probe: Probe, step: float) -> Mapping[str, torch.Tensor]:
+def left(evaluator: Evaluator, step: float) -> Mapping[str, torch.Tensor]:
     """Return the margins of all images after a step."""
     found = {}
-    with probe.stepped(step):
-        for name, group in probe.evaluation.utility.items():
+    with evaluator.stepped(step):
+        for name, group in evaluator.evaluation.utility.items():
             features, classes = group.images.features, group.prompts.embeddings
-            if probe.score.tower is Tower.VISION:
-                features = group.images.after_edit(probe.stage)
+            if evaluator.score.tower is Tower.VISION:
+                features = group.images.after_edit(evaluator.stage)
             else:
-                classes = group.prompts.after_edit(probe.stage)
+                classes = group.prompts.after_edit(evaluator.stage)
             found[name] = margins(features @ classes.T, group.images.labels)
     return found
 
@@ -108,7 +111,9 @@ def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, 
         exact = exact_of(figures_of(seed))
         choice, search = exact.figures.searched(utility=utility, seed=seed, max_class_loss=NO_BOUND)
         best = utility_of(choice, utility)
-        ways = [search.trials[probe.line, 1.0].settled for probe in exact.figures.probes()]
+        ways = [
+            search.trials[evaluator.move, 1.0].settled for evaluator in exact.figures.evaluators()
+        ]
         wrong += any(
             way is Settled.RACE and each > best + TOLERANCE
             for way, each in zip(ways, exact.keeps, strict=True)

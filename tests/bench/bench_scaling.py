@@ -37,7 +37,8 @@ import slsgu_cli
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Direction, GradientHeader
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import read_manifest, read_pointer

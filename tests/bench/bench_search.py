@@ -36,7 +36,8 @@ from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Criterion, Direction, Precision, Tower, UtilityMetric
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Criterion, Precision, Tower, UtilityMetric
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,
     NO_BOUND,
@@ -180,7 +181,7 @@ def main() -> None:
             )
             ours.append(clock(args.device) - start)
         layers = len({score.layer for score in ranking.scores if score.front})
-        lines = len({(trial.layer, trial.damping) for trial in result.trials.trials})
+        lines = len({trial.move for trial in result.trials.trials})
         figures = {
             "set": args.model or args.concept,
             "front layers": layers,

@@ -41,7 +41,8 @@ from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.engine.trial import UNMOVED
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Accuracy, Criterion, Direction
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Accuracy, Criterion
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets

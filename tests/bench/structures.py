@@ -38,7 +38,8 @@ from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError, first_lines
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Direction, GradientHeader, Qkv
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import GradientHeader, Qkv
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

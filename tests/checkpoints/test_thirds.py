@@ -21,7 +21,8 @@ from slsgu_cli.engine.edit import direct_edit, ensure_edit
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.records.method import Direction, Qkv
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Qkv
 from slsgu_cli.records.options import ApplyOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

@@ -353,7 +353,11 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["search", "blue", "--layer", "nosuch"], 2, "fits 0 ranked layers: none"),
         (["apply", "blue", "--layer", "attn", "--step", "1", "--out", "x"], 2, "fits 12 layers"),
         (["apply", "blue", "--layer", "conv1", "--out", "x"], 2, "--layer goes with"),
-        (["apply", "blue", "--damping", "0.5", "--out", "x"], 4, "with damping 0.01, not 0.5"),
+        (
+            ["apply", "blue", "--damping", "0.5", "--out", "x"],
+            4,
+            "moves along whitened (damping 0.01), not with damping 0.5",
+        ),
         (
             ["rank", "blue", "--direction", "gradient", "--damping", "1"],
             2,
@@ -608,11 +612,12 @@ def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
     ((head, *_),) = rows(done.stdout)
     assert head[:5] == ["layer", "tower", "front", "importance", "alignment"]
     ranking = Store(str(store)).read_record("rankings/blue.json", Ranking)
-    assert (ranking.direction, ranking.damping) == ("whitened", 0.1)
+    assert [str(each) for each in ranking.directions] == ["whitened (damping 0.1)"]
     done = inside("search", "blue", "--steps", "3", "--layer", "visual.proj", "-q", store=store)
     head, *trials = rows(done.stdout)[0][:-1]
     (chosen,) = [row for row in trials if row[head.index("chosen")]]
-    assert (chosen[0], chosen[head.index("damping")]) == ("visual.proj", "0.1")
+    assert chosen[0] == "visual.proj"
+    assert chosen[head.index("direction")] == "whitened (damping 0.1)"
     listed = inside("ls", store=store).stdout
     assert "\ncovariance\t" in listed
     assert "direction whitened" in listed

@@ -12,7 +12,7 @@ import pytest
 from processes import inside, start_held
 from safetensors.numpy import load_file
 
-from slsgu_cli.engine.trial import Probe
+from slsgu_cli.engine.trial import Evaluator
 from slsgu_cli.method.gradient_pass import GradientPass
 
 END = "interrupted; what was complete is kept\n"
@@ -140,7 +140,7 @@ def test_interrupted_search_goes_on_where_it_was(store, interrupt):
     trials = store / "trials" / "blue.json"
     words = ["search", "blue", "--layer", "visual.proj", "--layer", "text_projection"]
     words += ["--layer", "visual.conv1.weight", "--steps", 4]
-    interrupt(Probe, "measure", 8)
+    interrupt(Evaluator, "measure", 8)
     first = inside(*words, store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
     assert not unfinished(store)

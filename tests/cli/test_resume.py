@@ -14,7 +14,7 @@ from processes import inside
 
 from slsgu_cli.compare.methods import BaselineRunner
 from slsgu_cli.engine.search import search
-from slsgu_cli.engine.trial import Probe, UtilityMeter
+from slsgu_cli.engine.trial import Evaluator, UtilityMeter
 from slsgu_cli.method import gradients
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
@@ -117,7 +117,7 @@ def resumed(shared_world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("calls", [1, 6])
 def test_search_loses_no_trial(calls, resumed):
-    went_on, every = resumed(SEARCH, Probe, "measure", calls)
+    went_on, every = resumed(SEARCH, Evaluator, "measure", calls)
     assert went_on == every - calls
 
 

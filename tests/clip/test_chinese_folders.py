@@ -21,7 +21,8 @@ from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokeni
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.records.method import Direction, ModelLayout
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import ModelLayout
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

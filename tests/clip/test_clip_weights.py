@@ -15,7 +15,7 @@ from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, pl
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer

@@ -13,7 +13,7 @@ from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import load, resolve, tokenizer
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

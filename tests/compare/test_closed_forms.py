@@ -22,7 +22,7 @@ from slsgu_cli.compare.closed_forms import (
     uce,
 )
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method.covariance import RetainMetric
+from slsgu_cli.method.directions.whitened import RetainMetric
 from slsgu_cli.records.studies import CLOSED_FORMS, Method
 from slsgu_cli.store.blocks import DataBlock
 
@@ -62,13 +62,13 @@ def test_rome_gives_its_key_the_value_and_disturbs_least():
 def test_memit_of_one_key_is_our_direction_but_for_its_length():
     key, metric = drawn(INPUTS, seed=2), RetainMetric(covariance(), 1, DAMPING)
     gradient = torch.outer(drawn(OUTPUTS), key)
-    ours = metric.whiten(gradient)
+    ours = metric.steepest(gradient)
     found = memit(gradient, torch.outer(key, key), metric, 3.0)
     torch.testing.assert_close(
         F.normalize(found.flatten(), dim=0), F.normalize(ours.flatten(), dim=0)
     )
     several = memit(drawn(OUTPUTS, INPUTS), covariance(3, seed=4), metric, 0.1)
-    ours = metric.whiten(drawn(OUTPUTS, INPUTS))
+    ours = metric.steepest(drawn(OUTPUTS, INPUTS))
     assert F.cosine_similarity(several.flatten(), ours.flatten(), dim=0) < 0.99
 
 

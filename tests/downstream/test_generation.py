@@ -14,8 +14,8 @@ from worlds import Listener
 from slsgu_cli.downstream.models import explained
 from slsgu_cli.engine.edit import direct_edit
 from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Effect, Share
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 

@@ -20,7 +20,7 @@ from slsgu_cli.engine.edit import apply
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.search import search, search_each, share_evaluation
 from slsgu_cli.engine.search_plan import read_plan
-from slsgu_cli.engine.trial import EarlierConcepts, Probe
+from slsgu_cli.engine.trial import EarlierConcepts, Evaluator
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import LayerScore
@@ -191,7 +191,7 @@ def test_taking_an_earlier_edit_out_again_brings_its_concept_back(after):
     with torch.no_grad():
         shared = share_evaluation(world.store, [plan])
         score = LayerScore.unranked(blue.header.layer, blue.header.tower, (), 1.0)
-        undo = Probe(plan.measured(shared), score, torch.from_numpy(-blue.delta()))
+        undo = Evaluator(plan.measured(shared), score, torch.from_numpy(-blue.delta()))
         guard = plan.guard(shared)
         assert guard.returned([(undo, 1.0)]) == ["blue"]
         assert guard.returned([(undo, 0.0)]) == []

@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_finite(layer, world):
 
 
 def test_a_step_beyond_what_numbers_hold(world, monkeypatch):
-    monkeypatch.setattr(trial.Probe, "first", 3e38)
+    monkeypatch.setattr(trial.Evaluator, "first", 3e38)
     done = inside("search", "blue", "--layer", "visual.conv1.weight", store=world.store.root)
     assert done.exit_code == 3
     assert "visual.conv1.weight at step 3e+38: " in done.stderr

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from slsgu_cli.clip.inputs import pixel_normalizer
 from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
 from slsgu_cli.clip.towers import SplitTower
-from slsgu_cli.engine.directions import find_covariances
 from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method import covariance, gradients
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Direction, GradientHeader, Precision, SquaresHeader, SumsHeader
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader, SumsHeader
 from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

@@ -8,7 +8,7 @@ from tiny_targets import transformers_weights
 
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.engine.edit import apply
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.blocks import DataBlock

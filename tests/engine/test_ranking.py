@@ -9,13 +9,8 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.layers import is_candidate
-from slsgu_cli.records.method import (
-    Alignment,
-    Direction,
-    GradientHeader,
-    ParameterNorm,
-    Tower,
-)
+from slsgu_cli.records.directions import FALLBACK, Direction
+from slsgu_cli.records.method import Alignment, GradientHeader, ParameterNorm, Tower
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_ranking
 
@@ -164,7 +159,8 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
     layer = "visual.conv1.weight"
     along_gradient = {score.layer: score for score in ranked(world).scores}
     before = ranked(world, Direction.WHITENED).scores
-    assert all(score.direction is None for score in before)
+    (whitened,) = ranked(world, Direction.WHITENED).directions
+    assert all(score.direction == whitened for score in before)
     lose_covariance(world, layer)
     listener.heard.clear()
     ranking = ranked(world, Direction.WHITENED)
@@ -174,12 +170,14 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
         name: score for name, score in by_layer.items() if name != layer
     }
     # It is alone along its gradient, so no other is before it.
-    alone = replace(along_gradient[layer], front=True, direction=Direction.GRADIENT)
+    alone = replace(along_gradient[layer], front=True, direction=FALLBACK)
     assert [score for score in ranking.scores if score.layer == layer] == [alone]
-    assert ranking.by_direction() == {Direction.WHITENED: others, Direction.GRADIENT: [alone]}
+    assert ranking.by_direction() == {whitened: others, FALLBACK: [alone]}
     (told,) = listener.heard
-    assert told.startswith(f"1 of {len(before)} layers cannot be whitened")
-    assert "ranked along their gradient; --exclude leaves them out: visual.conv1.weight" in told
+    assert told.startswith(
+        f"1 of {len(before)} layers are ranked along their gradient, since their"
+    )
+    assert "does not show their inputs; --exclude leaves them out: visual.conv1.weight" in told
 
 
 def test_of_both_directions_it_has_one(world, listener):
@@ -188,9 +186,11 @@ def test_of_both_directions_it_has_one(world, listener):
     lose_covariance(world, layer)
     listener.heard.clear()
     after = ranked(world, Direction.BOTH).by_direction()
-    assert after[Direction.GRADIENT] == before[Direction.GRADIENT]
-    whitened = {score.layer for score in after[Direction.WHITENED]}
-    assert whitened == {score.layer for score in before[Direction.WHITENED]} - {layer}
+    gradient, whitened = before
+    assert after[gradient] == before[gradient]
+    assert {score.layer for score in after[whitened]} == {
+        score.layer for score in before[whitened]
+    } - {layer}
     assert any("1 of " in told and layer in told for told in listener.heard)
 
 

@@ -19,14 +19,15 @@ from slsgu_cli.clip.models import load as load_model
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.engine.choice import residual
-from slsgu_cli.engine.directions import find_covariances
 from slsgu_cli.engine.edit import ensure_edit, require_forgotten
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
-from slsgu_cli.engine.trial import Probe
+from slsgu_cli.engine.stored_covariances import find_covariances
+from slsgu_cli.engine.trial import Evaluator
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Criterion, Direction, Precision, Trials, UtilityMetric
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
+from slsgu_cli.records.method import Criterion, Precision, Trials, UtilityMetric
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -308,7 +309,7 @@ def test_trials_of_a_machine_with_other_last_digits_are_found(world, monkeypatch
     other = tuple(replace(trial, step=trial.step * (1 + 1e-12)) for trial in first.trials.trials)
     assert all(one.step != two.step for one, two in zip(first.trials.trials, other, strict=True))
     world.store.write_record(Artifact.TRIALS.path("blue"), replace(first.trials, trials=other))
-    monkeypatch.setattr(Probe, "measure", None)
+    monkeypatch.setattr(Evaluator, "measure", None)
     again = find(world, **options)
     assert again.trials.trials == other
     assert again.chosen == replace(first.chosen, step=again.chosen.step)
@@ -453,11 +454,11 @@ def test_what_cannot_be_whitened_is_searched_along_its_gradient(direction, world
     ranked = rank(world.store, "blue", options=options)
     listener.heard.clear()
     result = find(world, steps=1, layers=[layer, "visual.proj"], direction=Direction.WHITENED)
-    assert {(trial.layer, trial.damping) for trial in result.trials.trials} == {
-        (layer, None),
-        ("visual.proj", ranked.damping),
+    assert {trial.move for trial in result.trials.trials} == {
+        (layer, FALLBACK),
+        ("visual.proj", ranked.directions[-1]),
     }
-    assert any("1 of 2 layers cannot be whitened" in told for told in listener.heard)
+    assert any("1 of 2 layers are searched along their gradient" in told for told in listener.heard)
 
 
 def test_weights_that_changed_since_are_told(world, tmp_path):
@@ -548,6 +549,10 @@ def whitened(world, **options):
     return find(world, **options)
 
 
+def damped(damping):
+    return DirectionSpec.of(Direction.WHITENED, damping=damping)
+
+
 def dense_direction(world, layer, gradient, damping):
     """Return the whitened direction by the definition, from the stored covariance."""
     covariances = find_covariances(world.store, world.pointer)
@@ -572,24 +577,30 @@ def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world
         for layer in front(world)
     }
     assert_same_search(result, reference.algorithm1(front(world), 5, Criterion.FA1), full=True)
-    assert {trial.damping for trial in result.trials.trials} == {DAMPING}
+    assert {trial.direction for trial in result.trials.trials} == {damped(DAMPING)}
     edit = load_edit(world.store, "blue")
     header = edit.header
-    assert (header.direction, header.damping) == (Direction.WHITENED, DAMPING)
+    assert header.direction == damped(DAMPING)
     assert header.retain_data == world.manifest.retain.fingerprint
     expected = header.step * reference.gradient[header.layer]
     np.testing.assert_allclose(edit.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_each_ridge_is_searched_and_recorded(world):
+def test_each_damping_is_searched_and_recorded(world):
     for damping in (0.1, 0.001):
         result = whitened(world, steps=2, layers=SOME[:1], damping=damping)
-        assert result.chosen.damping == damping
-    assert Counter(trial.damping for trial in result.trials.trials) == {0.1: 2, 0.001: 2}
+        assert result.chosen.direction == damped(damping)
+    assert Counter(trial.direction for trial in result.trials.trials) == {
+        damped(0.1): 2,
+        damped(0.001): 2,
+    }
     again = find(world, steps=3, layers=SOME[:1], damping=0.1)
     assert again.reused == 4
-    assert Counter(trial.damping for trial in again.trials.trials) == {0.1: 3, 0.001: 2}
-    assert again.chosen.damping == 0.1
+    assert Counter(trial.direction for trial in again.trials.trials) == {
+        damped(0.1): 3,
+        damped(0.001): 2,
+    }
+    assert again.chosen.direction == damped(0.1)
 
 
 def test_the_direction_is_that_of_the_ranking(world):
@@ -599,7 +610,7 @@ def test_the_direction_is_that_of_the_ranking(world):
     with pytest.raises(UsageError, match="--damping is for the whitened direction"):
         find(world, steps=1, damping=0.1)
     along = find(world, layers=SOME, steps=2)
-    assert along.trials.direction is Direction.GRADIENT
+    assert along.trials.directions == (Direction.GRADIENT,)
     assert whitened(world, layers=SOME, steps=2).reused == 0
 
 
@@ -609,7 +620,7 @@ def test_covariances_of_other_retain_rows_are_not_used(world):
     world.build(retain_samples=40)
     world.grade()
     assert not find_covariances(world.store, world.pointer).places
-    with pytest.raises(StaleError, match="whitened by other retain rows") as error:
+    with pytest.raises(StaleError, match="made with other retain rows") as error:
         ensure_edit(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint
     assert whitened(world, layers=SOME, steps=1).reused == 0

@@ -21,8 +21,9 @@ from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
+from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Criterion, Direction, Tower, Trials, UtilityMetric
+from slsgu_cli.records.method import Criterion, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label
@@ -192,7 +193,8 @@ def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monke
     def trial(run, steps, *, slopes=False):
         left = {name: Accuracy(0.0 if step > 2 else 50.0, 50.0, 2) for name, step in steps.items()}
         moves = tuple(
-            JointMove(name, "a layer", Tower.TEXT, None, step, step) for name, step in steps.items()
+            JointMove(name, "a layer", Tower.TEXT, FALLBACK, step, step)
+            for name, step in steps.items()
         )
         gaps = dict.fromkeys(steps, 0.0)
         return JointTrial(moves, left, gaps, None, 0.1 + 0.3 * (steps["0"] > 2), {})
@@ -320,9 +322,8 @@ def test_whitened_directions_and_margins_join_as_well(apart):
         rank(world.store, name, options=RankOptions(direction=Direction.WHITENED))
     result = find(world, "blue", "red", criterion=Criterion.MARGIN, margin=0.01)
     header = load_edit(world.store, "red").header
-    assert header.direction is Direction.WHITENED
-    assert (header.damping, header.margin) == (result.chosen.moves[1].damping, 0.01)
-    assert header.damping is not None
+    assert header.direction.kind is Direction.WHITENED
+    assert (header.direction, header.margin) == (result.chosen.moves[1].direction, 0.01)
     assert result.forgotten == all(gap >= 0.01 for gap in result.chosen.gaps.values())
     assert header.forgotten == (result.chosen.gaps["red"] >= 0.01)
     before = open_clip.create_model(world.model.name).get_parameter(header.layer).data
@@ -419,7 +420,7 @@ def test_the_commands(apart):
     assert done.exit_code == 0
     edits, stages = rows(done.stdout)
     assert [row[0] for row in edits] == ["set", *NAMES]
-    assert edits[0][1:4] == ["layer", "damping", "step"]
+    assert edits[0][1:4] == ["layer", "direction", "step"]
     assert [row[:2] for row in stages[1:]] == [
         ["0", "-"],
         ["1", "blue"],

@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class InputCovariance:
     and `output` the layer's mean squared output, tr(W C W^T).
     """
 
-    matrix: Tensor
+    matrix: "Tensor"
     axis: int
     output: float
 
@@ -32,11 +34,11 @@ class Metric(ABC):
     """An inner product <A, B> of changes of one layer, and so a norm of them."""
 
     @abstractmethod
-    def steepest(self, gradient: Tensor) -> Tensor:
+    def steepest(self, gradient: "Tensor") -> "Tensor":
         """Return the direction D of steepest ascent: <D, A> is the plain product of G and A."""
 
     @abstractmethod
-    def scaled(self, gradient: Tensor) -> Tensor:
+    def scaled(self, gradient: "Tensor") -> "Tensor":
         """Return S(G), whose plain products S(G) . S(H) are <D_G, D_H>: for Eq. 7 and 8."""
 
     @abstractmethod
@@ -45,14 +47,18 @@ class Metric(ABC):
 
 
 class Direction(ABC):
-    """A direction: steepest ascent of the forget loss in a metric of its own."""
+    """A direction: steepest ascent of the forget loss in a metric of its own.
+
+    One that `takes_arrays` works on numpy arrays as well, without PyTorch.
+    """
 
     needs_inputs = False
+    takes_arrays = False
 
     @abstractmethod
     def metric(self, layer: LayerStatistics) -> Metric:
         """Return the metric of a layer's changes."""
 
-    def along(self, gradient: Tensor, metric: Metric) -> Tensor:
+    def along(self, gradient: "Tensor", metric: Metric) -> "Tensor":
         """Return D in the shape of the forget gradient: W + step * D ascends the forget loss."""
         return metric.steepest(gradient)

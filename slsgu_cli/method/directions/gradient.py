@@ -1,10 +1,12 @@
 """The forget gradient itself, as in the paper: steepest ascent in the Euclidean metric."""
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from slsgu_cli.method.directions import Direction, LayerStatistics, Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +15,11 @@ class Euclidean(Metric):
 
     layer: LayerStatistics
 
-    def steepest(self, gradient: Tensor) -> Tensor:
+    def steepest(self, gradient: "Tensor") -> "Tensor":
         """Return the gradient."""
         return gradient
 
-    def scaled(self, gradient: Tensor) -> Tensor:
+    def scaled(self, gradient: "Tensor") -> "Tensor":
         """Return the gradient."""
         return gradient
 
@@ -29,6 +31,8 @@ class Euclidean(Metric):
 @dataclass(frozen=True, slots=True)
 class Gradient(Direction):
     """D = G (Eq. 9)."""
+
+    takes_arrays = True
 
     def metric(self, layer: LayerStatistics) -> Metric:
         """Return the Euclidean metric."""

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.directions import Direction, InputCovariance, LayerStatistics, Metric
+from slsgu_cli.method.directions import Direction, LayerStatistics, Metric
 
 
 @dataclass(slots=True)
 class RetainMetric(Metric):
     """The inner product <A, B>_P = tr(A P B^T) of a layer's changes, in fp64.
 
-    It measures a change by how far it moves the layer's outputs on retained inputs.
-    `size` is the plain norm of the layer.
+    It measures a change by how far it moves the layer's outputs on retained inputs. `covariance`
+    and `axis` are as in `InputCovariance`, `output` is the layer's mean squared output, and
+    `size` its plain norm.
     """
 
-    inputs: InputCovariance
+    covariance: Tensor
+    axis: int
     damping: float
+    output: float = 0.0
     size: float = 0.0
     _factor: Tensor = field(init=False)
 
@@ -32,37 +35,37 @@ class RetainMetric(Metric):
 
     def damped(self) -> Tensor:
         """Return P, or its diagonal."""
-        damped = self.inputs.matrix.double().clone()
+        damped = self.covariance.double().clone()
         _diagonal(damped).add_(self.floor)
         return damped
 
     @property
     def floor(self) -> float:
         """What the damping adds to the diagonal: damping * tr(C) / d."""
-        return self.damping * float(_diagonal(self.inputs.matrix).double().mean())
+        return self.damping * float(_diagonal(self.covariance).double().mean())
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return D = G P^-1 in the shape of `gradient`."""
         flat = gradient.double()
-        if self.inputs.matrix.ndim == 1:
+        if self.covariance.ndim == 1:
             return flat / self._factor
-        if self.inputs.axis == 0:
+        if self.axis == 0:
             return torch.cholesky_solve(flat, self._factor)
-        rows = _rows_by_group(flat, self.inputs.matrix)
+        rows = _rows_by_group(flat, self.covariance)
         return torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
 
     def scaled(self, gradient: Tensor) -> Tensor:
         """Return G L^-T with P = L L^T, inputs first."""
         flat = gradient.double()
-        if self.inputs.matrix.ndim == 1:
+        if self.covariance.ndim == 1:
             return flat / self._factor.sqrt()
-        by_input = flat if self.inputs.axis == 0 else _rows_by_group(flat, self.inputs.matrix).mT
+        by_input = flat if self.axis == 0 else _rows_by_group(flat, self.covariance).mT
         scaled: Tensor = torch.linalg.solve_triangular(self._factor, by_input, upper=False)
         return scaled
 
     def weight_norm(self) -> float:
         """Return ||W||_P, from the layer's plain norm and its mean squared output."""
-        return float((self.inputs.output + self.floor * self.size**2) ** 0.5)
+        return float((self.output + self.floor * self.size**2) ** 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,10 @@ class Whitened(Direction):
         """Return the metric of the layer's retained inputs. Raises InputError without them."""
         if layer.inputs is None:
             raise InputError("the whitened direction needs the covariance of the layer's inputs")
-        return RetainMetric(layer.inputs, self.damping, layer.weight_norm)
+        inputs = layer.inputs
+        return RetainMetric(
+            inputs.matrix, inputs.axis, self.damping, inputs.output, layer.weight_norm
+        )
 
 
 def mean_square_output(weight: Tensor, covariance: Tensor, axis: int) -> float:
