@@ -181,9 +181,9 @@ def search(
     """
     if "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
-        from slsgu_cli.clip.processes import refuse
+        from slsgu_cli.processes import refuse_several
 
-        refuse("search --target")
+        refuse_several("search --target")
         if joint:
             raise UsageError("--joint is for a search on CLIP", hint="leave --target out")
         options.refuse("for a search on CLIP", hint="leave --target out", beside=[on_target])

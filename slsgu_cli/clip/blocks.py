@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(capacity, "128")
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# What oneDNN takes; a weight in shards is of another type.
+# What oneDNN takes.
 PLAIN = (Tensor, nn.Parameter)
 
 

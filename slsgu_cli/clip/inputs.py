@@ -23,7 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from slsgu_cli.clip import processes
+from slsgu_cli import processes
 from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
 from slsgu_cli.clip.towers import EMBED, OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
@@ -435,7 +435,7 @@ def packed(tower: SplitTower, tokens: Tensor) -> "PackedText | None":
 
     That takes a causal mask, and half blocks.
     """
-    plain = type(tower) is OpenClipText and tower.shortens and tower.halves and not tower.sharded
+    plain = type(tower) is OpenClipText and tower.shortens and tower.halves
     return PackedText(tower, tokens) if plain and len(tokens) else None  # type: ignore[arg-type]
 
 

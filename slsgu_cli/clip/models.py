@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, Spelling
 from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
 from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
@@ -211,47 +210,24 @@ def _load_ourselves(
     model: ResolvedModel, device: str, warn: Callable[[str], None] | None
 ) -> "torch.nn.Module":
     """Build the module and read its weights from files that open_clip cannot read."""
-    module, read = _built(model)
-    with _explained(model):
-        if read is None:
+    import torch
+
+    with _quiet(), _explained(model):
+        module = _without_weights(model)
+        shapes, read = contents(model)
+        if any(shapes.get(name) != shape for name, shape in _shapes(module).items()):
             raise ValueError("it has other weights than the architecture is built of")
-        _fill(module, read, device)
+        weights = {
+            name: torch.tensor(read(name)).to(device, value.dtype)
+            for name, value in module.state_dict().items()
+        }
+        module.load_state_dict(weights, assign=True)
     if warn and open_weights(model.weights).is_script and not model.config.get("quick_gelu"):
         warn(
             f"{model.spec} is TorchScript, as OpenAI's models are, which were trained with "
             "QuickGELU, but is built with GELU: use the -quickgelu architecture name for those"
         )
     return module.to(device).eval().requires_grad_(True)
-
-
-def load_sharded(model: ResolvedModel, device: str) -> "torch.nn.Module":
-    """Build the module with its weights sharded over the processes that a launcher started.
-
-    Each reads one parameter after another from the file and keeps its part. Where the file
-    has other names or shapes than the module, each loads the whole on the host before.
-    """
-    from slsgu_cli.clip import processes
-    from slsgu_cli.clip.towers import text_tower, vision_tower
-
-    module, read = _built(model)
-    if read is None:
-        progress.note(f"{model.spec} needs to be converted: each process loads the whole at first")
-        module = load(model)
-    blocks = [*vision_tower(module).blocks, *text_tower(module).blocks]
-    processes.shard(module.requires_grad_(True), blocks, device)
-    if read is not None:
-        with _explained(model):
-            _fill(module, read, device)
-    return module.eval()
-
-
-def _built(model: ResolvedModel) -> "tuple[torch.nn.Module, Callable[[str], Floats] | None]":
-    """Return the module without weights, and what reads them where the file has just these."""
-    with _quiet(), _explained(model):
-        module = _without_weights(model)
-        shapes, read = contents(model)
-    is_alike = all(shapes.get(name) == shape for name, shape in _shapes(module).items())
-    return module, read if is_alike else None
 
 
 def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
@@ -332,19 +308,6 @@ def contents(
     return shapes, lambda name: file.read(names[name])
 
 
-def _fill(module: "torch.nn.Module", read: Callable[[str], Floats], device: str) -> None:
-    """Load what a process keeps of each parameter of a module that has none."""
-    import torch
-
-    from slsgu_cli.clip import processes
-
-    parts = {
-        name: processes.shard_of(torch.tensor(read(name)).to(value.dtype), value, device)
-        for name, value in module.state_dict().items()
-    }
-    module.load_state_dict(parts, assign=True)
-
-
 def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = None) -> str:
     """Return a digest of weights and architecture, the same for every container of them.
 
@@ -392,7 +355,7 @@ def pick_device(name: str) -> str:
     """
     import torch
 
-    from slsgu_cli.clip import processes
+    from slsgu_cli import processes
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     has = {"cuda": cuda, "mps": mps, "cpu": True}
@@ -404,7 +367,7 @@ def pick_device(name: str) -> str:
     if not has.get(kind, False) or not known:
         usable = ", ".join(kind for kind, available in has.items() if available)
         raise UsageError(f"device {name} is not available here", hint=f"--device auto ({usable})")
-    return processes.card(name) if kind == "cuda" else name
+    return processes.local_device(name) if kind == "cuda" else name
 
 
 def device_name(device: str) -> str:

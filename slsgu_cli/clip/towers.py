@@ -3,7 +3,6 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import block_of
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.blocks import FastProducts, attention_half, mlp_half
 
 EMBED = -1
@@ -26,15 +24,6 @@ class SplitTower(ABC):
     halves = False
     checkpointing = False
     exact_split = True
-    # The modules of the blocks, each of one stage or, in halves, of two.
-    blocks: Sequence[Any] = ()
-    # The model it is of where each process has a shard of every block, and gathers it to run it.
-    sharded_model: Any = None
-
-    @property
-    def sharded(self) -> bool:
-        """Whether all processes have to run it together."""
-        return self.sharded_model is not None
 
     @property
     def token_table(self) -> Tensor | None:
@@ -61,8 +50,7 @@ class SplitTower(ABC):
         """Return the first stage that `parameter` acts in."""
         block = block_of(parameter)
         if block is not None and self.halves:
-            # The halves of a sharded block run together.
-            return 2 * block + bool(_MLP_HALF.search(parameter) and not self.sharded)
+            return 2 * block + bool(_MLP_HALF.search(parameter))
         if block is not None:
             return block
         is_head = re.search(
@@ -75,32 +63,7 @@ class SplitTower(ABC):
         if start == EMBED and stop > EMBED:
             with FastProducts():
                 x, start = _widened(self.embed(x)), 0
-        if self.sharded and self.halves:
-            # Both halves while the block's weights are here.
-            for block in self.blocks[start // 2 : stop // 2]:
-                x = block.both_halves(x, inputs)
-            return x
-        return self._through(x, inputs, start, min(stop, self.depth))
-
-    def run(self, forward: Callable[[], Tensor], start: int = EMBED) -> Tensor:
-        """Return what `forward` makes with the stages from `start` on.
-
-        All processes must run those of a sharded model.
-        """
-        if not self.sharded:
-            return forward()
-        first = max(start, 0) // (1 + self.halves)
-        return processes.run(self.sharded_model, forward, blocks=self.blocks[first:])
-
-    def shard(self, model: Any) -> None:
-        """Gather the weights of each block when it runs, as the processes have each a part."""
-        self.sharded_model = model
-        for index, block in enumerate(self.blocks if self.halves else ()):
-            halves = partial(self._through, start=2 * index, stop=2 * index + 2)
-            processes.gathering(block, "both_halves", halves)
-
-    def _through(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
-        for index in range(start, stop):
+        for index in range(start, min(stop, self.depth)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._stage, index, x, inputs, use_reentrant=False)
             else:
@@ -503,22 +466,7 @@ class WholeTower(SplitTower):
 
 
 def vision_tower(model: Any) -> SplitTower:
-    """Return the vision tower of an open_clip model, which may be sharded."""
-    return _in_shards(_vision(model), model)
-
-
-def text_tower(model: Any) -> SplitTower:
-    """Return the text tower of an open_clip model, which may be sharded."""
-    return _in_shards(_text(model), model)
-
-
-def _in_shards(tower: SplitTower, model: Any) -> SplitTower:
-    if processes.has_shards(model):
-        tower.shard(model)
-    return tower
-
-
-def _vision(model: Any) -> SplitTower:
+    """Return the vision tower of an open_clip model."""
     visual, whole = model.visual, WholeTower(model.encode_image)
     kind = _kind(visual)
     if kind == "VisionTransformer" and _batch_first(visual.transformer):
@@ -535,7 +483,8 @@ def _vision(model: Any) -> SplitTower:
     return whole
 
 
-def _text(model: Any) -> SplitTower:
+def text_tower(model: Any) -> SplitTower:
+    """Return the text tower of an open_clip model."""
     if _kind(model) == "CLIP" and _batch_first(model.transformer):
         return OpenClipText(model, model.text_pool_type, model.text_eos_id)
     text: Any = getattr(model, "text", None)
@@ -569,8 +518,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """Return the name of a module's type; one that is sharded has a type of its own."""
-    return type(module).__name__.removeprefix("FSDP")
+    return type(module).__name__
 
 
 def _batch_first(transformer: Any) -> bool:

@@ -1,10 +1,8 @@
 """Zero-shot classification with weights that may be edited, and its figures."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slsgu_cli import processes
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import (
     IMAGES_PER_FORWARD,
     TEXTS_PER_FORWARD,
@@ -78,8 +76,8 @@ def require_finite_elsewhere(model: nn.Module, tokens: Tensor | None) -> None:
     scales = [getattr(model, name, None) for name in ("logit_scale", "logit_bias")]
     for values in (tokens, *scales):
         if values is not None:
-            whole = processes.unsharded(values.detach())
-            require_finite(whole.reshape(len(whole) if whole.ndim else 1, -1), "weights")
+            rows = len(values) if values.ndim else 1
+            require_finite(values.detach().reshape(rows, -1), "weights")
 
 
 @contextmanager
@@ -100,8 +98,8 @@ def naming_layers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        weights = ((name, processes.unsharded(p)) for name, p in model.named_parameters())
-        counts = {name: int((~torch.isfinite(p)).sum()) for name, p in weights}
+        weights = model.named_parameters()
+        counts = {name: int((~torch.isfinite(weight)).sum()) for name, weight in weights}
         words = [f"{count} in {name}" for name, count in counts.items() if count]
         found = f"; weights that are not: {listed(words)}" if words else ""
         raise NotFiniteError(error.message + found, hint=error.hint) from error
@@ -233,7 +231,7 @@ class PromptSide:
     def __post_init__(self) -> None:
         device = self.tokens.device
         size = PROMPTS_PER_FORWARD[device.type]
-        size = max(1, min(size, -(-len(self.tokens) // processes.count())))
+        size = max(1, min(size, -(-len(self.tokens) // processes.world_size())))
         alike = by_beginning(self.tokens, size)
         towers = [packed(self.tower, self.tokens[rows]) for rows in alike]
         self._groups = [
@@ -250,9 +248,8 @@ class PromptSide:
 
     def base_pass(self, stages: Collection[int], budget: CacheBudget) -> None:
         """Compute the class embeddings, keeping what enters `stages`."""
-        features, groups = [], processes.dealt(self._groups)
-        turns = in_step(self.tower, [(EMBED, ()) for _ in groups], self._run_along)
-        for _, group in zip(turns, groups, strict=True):
+        features, groups = [], processes.split(self._groups)
+        for group in groups:
             entering, outputs = _through(group.tower, group.inputs, stages)
             group.kept = {s: x for s, x in entering.items() if budget.take(x.nbytes)}
             features.append(outputs)
@@ -260,34 +257,16 @@ class PromptSide:
 
     def after_edit(self, stage: int) -> Tensor:
         """Return the class embeddings with the weights as they are now, from `stage` on."""
-        features, groups = [], []
-        for group in processes.dealt(self._groups):
+        features, groups = [], processes.split(self._groups)
+        for group in groups:
             start = max((s for s in group.kept if s <= stage), default=EMBED)
-            groups.append((start, group))
-        # The deepest first, as all processes take them.
-        groups.sort(key=itemgetter(0), reverse=True)
-        shapes = [(start, group.entering(start).shape[1:]) for start, group in groups]
-        turns = in_step(self.tower, shapes, self._run_along)
-        for _, (start, group) in zip(turns, groups, strict=True):
-            run = partial(resumed, group.tower, group.entering(start), group.inputs, start)
-            features.append(group.tower.run(run, start))
-        return self._means(features, [group for _, group in groups])
+            features.append(resumed(group.tower, group.entering(start), group.inputs, start))
+        return self._means(features, groups)
 
     def release(self) -> None:
         """Release what entered stages."""
         for group in self._groups:
             group.kept.clear()
-
-    def _run_along(self, start: int, shape: Sequence[int]) -> None:
-        """Run the tower from a stage, which `shape` enters of each row, as others do."""
-        device = self.tokens.device
-        if start == EMBED:
-            x = inputs = self.tower.trim(self.tokens[:1])
-        else:
-            length = shape[0] if len(shape) > 1 else 1
-            x = torch.zeros(1, *shape, device=device)
-            inputs = torch.zeros(1, length, dtype=torch.long, device=device)
-        self.tower.run(partial(self.tower.features, x, inputs, start), start)
 
     def _means(self, features: list[Tensor], groups: Sequence[_Prompts]) -> Tensor:
         rows = torch.cat([group.rows for group in self._groups])
@@ -321,7 +300,7 @@ class ImageSide:
     _own: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        count, rows = processes.count(), np.arange(len(self.rows))
+        count, rows = processes.world_size(), np.arange(len(self.rows))
         size = max(ROWS_PER_READ, self._per_forward)
         size = max(1, min(size, -(-len(rows) // count)))
         mine = rows // size % count == processes.rank()
@@ -374,9 +353,7 @@ class ImageSide:
             yield len(mine)
             return
         features: list[Tensor] = []
-        chunks = even_spans(len(mine), self._per_forward)
-        turns = in_step(self.tower, [(EMBED, ()) for _ in chunks], self._run_along)
-        for _, (start, pixels) in zip(turns, self._pixels(mine), strict=True):
+        for start, pixels in self._pixels(mine):
             entering, outputs = _through(self.tower, pixels, self._kept if start else stages)
             features.append(outputs)
             if start == 0:
@@ -403,8 +380,6 @@ class ImageSide:
         share: float,
     ) -> None:
         """Make room for what enters `stages` of rows, those of the least margins before others."""
-        if stages and not len(mine) and self.tower.sharded:
-            self._run_along(EMBED, ())
         if not stages or not len(mine):
             return
         for _, pixels in self._pixels(mine[:1]):
@@ -427,18 +402,12 @@ class ImageSide:
         order, features = [some for _, some in parts], []
         anew = [some for start, some in parts if start == EMBED]
         pixels = self._pixels(rows[torch.cat(anew)] if anew else rows[:0])
-        shapes = [
-            (start, () if start == EMBED else self._kept[start].values.shape[1:])
-            for start, _ in parts
-        ]
-        turns = in_step(self.tower, shapes, self._run_along)
-        for _, (start, some) in zip(turns, parts, strict=True):
+        for start, some in parts:
             if start == EMBED:
                 _, x = next(pixels)
             else:
                 x = self._kept[start].values[self._kept[start].places[own[some]]]
-            run = partial(self._features, x, start, stage, own[some])
-            features.append(self.tower.run(run, start))
+            features.append(self._features(x, start, stage, own[some]))
         ordered = in_order(features, order, str(self.labels.device))
         return require_finite(ordered, "image features", self.rows, rows)
 
@@ -458,14 +427,6 @@ class ImageSide:
             waiting &= ~there
             parts += [(start, some) for some in _split(there, self._per_forward)]
         return [*parts, *((EMBED, some) for some in _split(waiting, self._per_forward))]
-
-    def _run_along(self, start: int, shape: Sequence[int]) -> None:
-        """Run the tower from a stage, which `shape` enters of each row, as others do."""
-        if start == EMBED:
-            _, x = next(self._pixels(torch.zeros(1, dtype=torch.long)))
-        else:
-            x = torch.zeros(1, *shape, device=self.labels.device)
-        self.tower.run(partial(self.tower.features, x, x, start), start)
 
     def _features(self, x: Tensor, start: int, stage: int, own: Tensor) -> Tensor:
         """Return the features of what enters `start`, an edit being in place from `stage` on.
@@ -508,9 +469,13 @@ def _split(chosen: Tensor, size: int) -> list[Tensor]:
 
 
 def in_order(features: list[Tensor], rows: list[Tensor], device: str) -> Tensor:
-    """Return the features of rows that are dealt to processes, of all, in the order of rows."""
-    places = processes.rows_of_all(rows, device)
-    return processes.rows_of_all(features, device)[torch.argsort(places)]
+    """Return the features of all rows, which the ranks share, in the order of `rows`."""
+    if processes.world_size() > 1:
+        # By way of the host: each rank has another GPU.
+        parts = processes.gathered([[part.cpu() for part in each] for each in (rows, features)])
+        rows, features = ([t for part in parts for t in part[index]] for index in range(2))
+    order = torch.argsort(torch.cat(rows)).to(device)
+    return torch.cat(features).to(device)[order]
 
 
 def _through(
@@ -518,37 +483,11 @@ def _through(
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Return what enters each of `stages` behind the embedding, and the features."""
     entering: dict[int, Tensor] = {}
-
-    def run() -> Tensor:
-        x, at = inputs, EMBED
-        for stage in sorted(stage for stage in set(stages) if stage > EMBED):
-            entering[stage] = x = tower.advance(x, inputs, at, stage)
-            at = stage
-        return tower.features(x, inputs, at)
-
-    features = tower.run(run)
-    return entering, features
-
-
-def in_step(
-    tower: SplitTower,
-    runs: Sequence[tuple[int, Sequence[int]]],
-    run_along: Callable[[int, Sequence[int]], None],
-) -> Iterator[None]:
-    """Yield when it is the turn of each of this process's `runs` of a tower.
-
-    They are the stages that are entered, the deepest first, with the shape of what enters of a
-    row. A sharded tower all processes run as often, from the same stages: what others have more
-    of, `run_along` runs for nothing.
-    """
-    if not tower.sharded:
-        yield from (None for _ in runs)
-        return
-    for start, shape, counts in processes.in_step([(s, tuple(shape)) for s, shape in runs]):
-        if counts:
-            yield
-        else:
-            run_along(start, shape)
+    x, at = inputs, EMBED
+    for stage in sorted(stage for stage in set(stages) if stage > EMBED):
+        entering[stage] = x = tower.advance(x, inputs, at, stage)
+        at = stage
+    return entering, tower.features(x, inputs, at)
 
 
 def resumed(tower: SplitTower, x: Tensor, inputs: Tensor, start: int) -> Tensor:
@@ -566,12 +505,13 @@ def resumed(tower: SplitTower, x: Tensor, inputs: Tensor, start: int) -> Tensor:
 def edited(model: nn.Module, name: str, values: Tensor) -> Iterator[None]:
     """Give a layer other values for the length of a block; no whole parameter is copied."""
     layer = Layer.parse(name)
-    change = partial(layer.replaced, new=values)
-    original = processes.exchange(model, layer.parameter, change)
+    parameter = model.get_parameter(layer.parameter)
+    original = parameter.data
+    parameter.data = layer.replaced(original, new=values)
     try:
         yield
     finally:
-        processes.put_back(model, layer.parameter, original)
+        parameter.data = original
 
 
 @contextmanager
@@ -582,7 +522,7 @@ def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Itera
         layer = Layer.parse(name)
         whole = values.get(layer.parameter)
         if whole is None:
-            whole = values[layer.parameter] = processes.whole(model, layer.parameter).clone()
+            whole = values[layer.parameter] = model.get_parameter(layer.parameter).data.clone()
         layer.rows(whole).add_(change.to(whole.device), alpha=factor)
     with ExitStack() as stack:
         for name, value in values.items():

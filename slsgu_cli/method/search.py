@@ -17,9 +17,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import device_name
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.directions import LayerStep, unmeasured_edit

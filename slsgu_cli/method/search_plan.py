@@ -10,7 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.edits import (
     Edit,
     earlier_edits,
@@ -20,7 +20,6 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.targets import prompt_note
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import (
@@ -143,8 +142,6 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
             "a search in bf16 would count accuracies of a rounded model",
             hint="--precision fp32, or tf32 on a GPU that has it",
         )
-    if options.shard:
-        processes.require_several("search")
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
@@ -156,9 +153,7 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     covariances = None
     if options.moves.whitens:
         names = [score.layer for score in layers]
-        covariances = ensure_covariances(
-            store, manifest, pointer, names, device=options.device, shard=options.shard
-        )
+        covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
         tell_of_unwhitened(covariances, names, how="searched", out="--layer names others")
     plan = SearchPlan(manifest, pointer, tuple(layers), options, covariances)
     return _on_top(store, plan) if options.after else plan
@@ -276,9 +271,7 @@ def share_evaluation(
 
     first = plans[0]
     return_memory()
-    _, module = load_graded(
-        first.manifest, first.pointer, first.options.device, shard=first.options.shard
-    )
+    _, module = load_graded(first.manifest, first.pointer, first.options.device)
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
     shared = _base_pass(store, plans, module, split).run(layers)

@@ -261,7 +261,7 @@ class _VerifyRun:
 
     def _keeper(self, key: str, device: str, what: str) -> KeptArrays:
         """Return where the state of a training is kept that the check of that key does."""
-        return KeptArrays(self.store, digest([key, what]), device, sharded=False)
+        return KeptArrays(self.store, digest([key, what]), device)
 
     def _original_gallery(self, model: ModelUnderTest) -> Gallery:
         """Return the original's image features: of `model` if it is that, else loaded once."""
