@@ -21,19 +21,13 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.inputs import CacheBudget, Pixels, pixel_normalizer, to_tokens
-from slsgu_cli.clip.models import Tokenize
+from slsgu_cli.clip.activations import CacheBudget
+from slsgu_cli.clip.batches import Pixels, pixel_normalizer, to_tokens
+from slsgu_cli.clip.finite import naming_layers, require_finite_elsewhere
+from slsgu_cli.clip.metrics import accuracies, class_accuracies, least_gap, ranks_of_truth
+from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import (
-    ImageSide,
-    PromptSide,
-    accuracies,
-    class_accuracies,
-    least_gap,
-    naming_layers,
-    ranks_of_truth,
-    require_finite_elsewhere,
-)
+from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower

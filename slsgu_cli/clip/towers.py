@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import block_of
-from slsgu_cli.clip.blocks import FastProducts, attention_half, mlp_half
+from slsgu_cli.clip.blocks import attention_half, mlp_half
+from slsgu_cli.clip.onednn import FastProducts
 
 EMBED = -1
 _MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
@@ -36,15 +37,15 @@ class SplitTower(ABC):
 
     @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what enters stage 0."""
+        """Return the inputs of stage 0."""
 
     @abstractmethod
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return what leaves stage `index`; the last block may leave pooled rows."""
+        """Return the outputs of stage `index`; those of the last block may be pooled."""
 
     @abstractmethod
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return features (N, E), not normalised, from what leaves the last stage."""
+        """Return features (N, E), not normalised, from the outputs of the last stage."""
 
     def stage_of(self, parameter: str) -> int:
         """Return the first stage that `parameter` acts in."""
@@ -59,7 +60,7 @@ class SplitTower(ABC):
         return self.depth if is_head and "patch_embed" not in parameter else EMBED
 
     def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
-        """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
+        """Run stages `start` to `stop` (not included) on `x`, the inputs of stage `start`."""
         if start == EMBED and stop > EMBED:
             with FastProducts():
                 x, start = _widened(self.embed(x)), 0
@@ -77,14 +78,14 @@ class SplitTower(ABC):
             return self.stage(index, x, inputs)
 
     def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
-        """Return unit features from what enters stage `start`."""
+        """Return unit features from the inputs `x` of stage `start`."""
         x = self.advance(x, inputs, start, self.depth)
         with FastProducts():
-            left = self.head(x, inputs)
-        return F.normalize(left.float(), dim=-1)
+            outputs = self.head(x, inputs)
+        return F.normalize(outputs.float(), dim=-1)
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Return how many positions of each row can influence its features."""
+        """Return the number of positions of each row that can influence its features."""
         return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
 
     def counted(self, inputs: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class OpenClipVision(SplitTower):
         return _tensor(self.visual._embeds(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run half a block, the last one for the class token only if that is all that counts."""
+        """Run half a block; the last one only for the class token if nothing else is pooled."""
         if not self.halves:
             return _tensor(self.blocks[index](x))
         if index % 2:
@@ -131,7 +132,7 @@ class OpenClipVision(SplitTower):
 class OpenClipText(SplitTower):
     """The text tower of open_clip's CLIP, or of CustomTextCLIP or CoCa under `text`.
 
-    CoCa's has a class token behind the texts, which alone leaves it, and hides padding.
+    CoCa's appends a class token, whose state is its features, and masks padding.
     """
 
     def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
@@ -162,9 +163,9 @@ class OpenClipText(SplitTower):
         return torch.cat([seen[:, :-1], torch.ones_like(seen[:, -1:])], dim=1)
 
     def seen(self, inputs: Tensor) -> Tensor | None:
-        """Return which positions attention sees, (rows, positions); None where it sees all.
+        """Return the mask of keys, (rows, positions); None if attention sees all.
 
-        As CoCa's weights were trained, what hides the padding is one position too late.
+        As CoCa's weights were trained, the mask of the padding is one position late.
         """
         if not self.has_class:
             return None
@@ -180,7 +181,7 @@ class OpenClipText(SplitTower):
         return _tensor(x + self.owner.positional_embedding[: x.shape[1]])
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run half a block, the last one for the pooled token only."""
+        """Run half a block; the last one only for the pooled token."""
         if not self.halves:
             length = x.shape[1]
             mask = self.owner.attn_mask[:length, :length] if self.causal else None
@@ -292,7 +293,7 @@ class StagedVision(_Staged):
 
 
 class HuggingFaceText(_Staged):
-    """A text tower of transformers in open_clip's adapter, whose attention hides padding.
+    """A text tower of transformers in open_clip's adapter, whose attention masks padding.
 
     That is the encoder of a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB), which `KINDS` tells apart.
     """
@@ -348,17 +349,17 @@ class HuggingFaceText(_Staged):
         return _tensor(encoder.embeddings(input_ids=inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run one block; what mT5 adds to attention by distance is the first block's."""
+        """Run one block; the first block of mT5 has the position bias of all blocks."""
         lowest = torch.finfo(x.dtype).min
         hidden = torch.zeros(inputs.shape, dtype=x.dtype, device=x.device)
         mask = hidden.masked_fill(~self.counted(inputs), lowest)[:, None, None, :]
         if self.kind == "MT5Stack":
             attention, length = self.parts[0].layer[0].SelfAttention, x.shape[1]
             bias = attention.compute_bias(length, length, device=x.device)
-            left = self.parts[index](x, position_bias=bias + mask)
+            outputs = self.parts[index](x, position_bias=bias + mask)
         else:
-            left = self.parts[index](x, attention_mask=mask)
-        return _tensor(left[0] if isinstance(left, tuple) else left)
+            outputs = self.parts[index](x, attention_mask=mask)
+        return _tensor(outputs[0] if isinstance(outputs, tuple) else outputs)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise or pool as the family does, pool and project as open_clip does."""
@@ -433,7 +434,7 @@ def _runs(module: Any) -> bool:
 
 
 class WholeTower(SplitTower):
-    """A tower whose inside is unknown: every edit runs the whole of it again."""
+    """A tower of unknown structure: every edit runs the whole tower again."""
 
     depth = 0
     exact_split = False
@@ -449,15 +450,15 @@ class WholeTower(SplitTower):
         return _tensor(inputs != self._padding)
 
     def stage_of(self, parameter: str) -> int:
-        """Return EMBED: nothing is known to be unaffected."""
+        """Return EMBED: any stage may be affected."""
         return EMBED
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return the features; there is nothing to stop at."""
+        """Return the features."""
         return _tensor(self.encode(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Raise: there are no stages."""
+        """Raise IndexError: there are no stages."""
         raise IndexError(index)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -500,12 +501,12 @@ def text_tower(model: Any) -> SplitTower:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Return what blocks add to, in fp32 where a 16-bit pass would round every sum."""
+    """Return the residual stream in fp32, since 16 bits would round every sum."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether the two halves together compute what `block` computes."""
+    """Return whether the two halves are equivalent to `block`."""
     attention = getattr(block, "attn", None)
     return (
         _kind(block) == "ResidualAttentionBlock"

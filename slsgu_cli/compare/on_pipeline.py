@@ -15,8 +15,8 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit, tell_of_other_encoders
 from slsgu_cli.checkpoints.targets import Family, Target
-from slsgu_cli.clip.inputs import spans
-from slsgu_cli.clip.zeroshot import frechet_distance
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser

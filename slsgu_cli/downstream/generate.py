@@ -16,8 +16,8 @@ from torch import Tensor
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.clip.batches import Ints, spans
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
-from slsgu_cli.clip.inputs import Ints, spans
 from slsgu_cli.downstream.judge import (
     Classes,
     Judge,

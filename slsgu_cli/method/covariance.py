@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import LETTERS, Layer
-from slsgu_cli.clip.blocks import linear
-from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
+from slsgu_cli.clip.batches import by_length, pixel_normalizer, spans, staged, to_tokens
+from slsgu_cli.clip.onednn import linear
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec

@@ -16,7 +16,8 @@ from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats, layer_digests
-from slsgu_cli.clip.models import pick_device, resolve
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.errors import InputError, NotFiniteError, SlsguError, listed
 from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest

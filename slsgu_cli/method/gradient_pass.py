@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slsgu_cli import processes, progress
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, spare, staged, text_features, to_tokens
+from slsgu_cli.clip.batches import pixel_normalizer, spans, staged, text_features, to_tokens
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records.method import Precision

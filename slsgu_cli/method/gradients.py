@@ -17,16 +17,10 @@ import numpy as np
 
 import slsgu_cli
 from slsgu_cli import processes, progress
-from slsgu_cli.clip.models import (
-    ResolvedModel,
-    fingerprint,
-    input_spec,
-    load,
-    pick_device,
-    resolve,
-    token_words,
-    tokenizer,
-)
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
+from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scoring import norm
 from slsgu_cli.records.codec import digest

@@ -20,7 +20,9 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.targets import prompt_note
-from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.models import ResolvedModel, resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import (
     Covariances,
@@ -266,7 +268,7 @@ def share_evaluation(
 
     The edits that the plans stand on are in it. Tells of towers that are not split.
     """
-    from slsgu_cli.clip.inputs import return_memory
+    from slsgu_cli.clip.memory import return_memory
     from slsgu_cli.method.trial import add_edits
 
     first = plans[0]
@@ -335,8 +337,8 @@ class BasePass:
     def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
         """Run the model within the cache budget, keeping what edits of `layers` resume from."""
         from slsgu_cli.clip.evaluation import prepare_shared
-        from slsgu_cli.clip.inputs import spare
-        from slsgu_cli.clip.zeroshot import counted_by
+        from slsgu_cli.clip.finite import counted_by
+        from slsgu_cli.clip.memory import spare
 
         device, budget = self.options.device, self.options.cache_budget
         tokenize = tokenizer(self.model)

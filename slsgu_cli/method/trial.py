@@ -29,16 +29,10 @@ from slsgu_cli.clip.evaluation import (
     by_nearness,
     class_losses,
 )
-from slsgu_cli.clip.zeroshot import (
-    ImageSide,
-    PromptSide,
-    counted_by,
-    edited,
-    least_gap,
-    margins,
-    moved,
-    ranks_of_truth,
-)
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.in_place import edited, moved
+from slsgu_cli.clip.metrics import least_gap, margins, ranks_of_truth
+from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
 from slsgu_cli.errors import NotFiniteError, StaleError
 from slsgu_cli.method.scoring import Draw, Race, Vector, first_step, left_of, norm
 from slsgu_cli.records.figures import (

@@ -16,7 +16,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
-from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
+from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
 from slsgu_cli.errors import NotForgottenError, UsageError, listed
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps

@@ -108,7 +108,7 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
 
 def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
     """Do the job for each pending class; yield its row on every rank, as soon as it is done."""
-    from slsgu_cli.clip.inputs import return_memory
+    from slsgu_cli.clip.memory import return_memory
 
     mine = processes.split(pending)
     if pending and processes.world_size() > 1:

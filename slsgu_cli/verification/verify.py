@@ -13,17 +13,12 @@ import torch
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import SUFFIX, Edit, earlier_edits, load_edit
-from slsgu_cli.clip.models import (
-    ResolvedModel,
-    fingerprint,
-    load,
-    pick_device,
-    resolve,
-    token_words,
-    tokenizer,
-)
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
+from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.method.edit import current_edit
 from slsgu_cli.method.gradients import KeptArrays, check_inputs

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from slsgu_cli.clip.zeroshot import margins
+from slsgu_cli.clip.metrics import margins
 from slsgu_cli.method.scoring import kept
 from slsgu_cli.method.search import LayerSearch
 from slsgu_cli.method.search_plan import read_plan, share_evaluation

@@ -34,7 +34,9 @@ from unseen import draw, enough_images
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.method.gradients import compute_gradients

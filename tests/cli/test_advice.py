@@ -8,7 +8,8 @@ from places import DEMO
 from tiny_images import write_folder
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import resolve, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
 from slsgu_cli.sets.collection import collect

@@ -13,7 +13,7 @@ from processes import environment, inside
 
 from slsgu_cli import processes
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip.models import pick_device
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.errors import UsageError
 from slsgu_cli.method import covariance
 from slsgu_cli.store.artifacts import Artifact

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
-from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
+from slsgu_cli.clip.tokenizers import input_spec
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.edit import apply, direct_edit
 from slsgu_cli.method.gradients import compute_gradients

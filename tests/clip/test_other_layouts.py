@@ -20,9 +20,11 @@ from tower_models import CONFIGS
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip import model_folder
-from slsgu_cli.clip.model_folder import other_layout
-from slsgu_cli.clip.models import load, model_layer, resolve, tokenizer
+from slsgu_cli.clip import other_layouts
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import model_layer, resolve
+from slsgu_cli.clip.other_layouts import other_layout
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.records.method import ModelLayout
@@ -370,7 +372,7 @@ SMALL = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "la
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A CLIP whose text tower ComfyUI would know if it were of this size."""
-    monkeypatch.setitem(model_folder.COMFY_TOWERS, (2, 64), ("CLIP small", "quick_gelu"))
+    monkeypatch.setitem(other_layouts.COMFY_TOWERS, (2, 64), ("CLIP small", "quick_gelu"))
     changes = {"text_cfg": SMALL, "embed_dim": 64, "quick_gelu": True}
     return tiny_clip.write_folder(tmp_path / "small", None, **changes)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tower_models import CONFIGS, HUGGING_FACE, make
 
-from slsgu_cli.clip.inputs import packed
+from slsgu_cli.clip.packing import packed
 from slsgu_cli.clip.towers import EMBED, HuggingFaceText, WholeTower, text_tower, vision_tower
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from slsgu_cli.checkpoints.layers import Layer, is_candidate
-from slsgu_cli.clip import inputs, models
+from slsgu_cli.clip import batches, models, tokenizers
 from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import InputError
 from slsgu_cli.method import gradient_pass
@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def spec(tiny_model):
-    return models.input_spec(models.resolve(tiny_model))
+    return tokenizers.input_spec(models.resolve(tiny_model))
 
 
 def load(folder):
@@ -119,7 +119,7 @@ def assert_equal(found, expected, relative=1e-5):
 @pytest.fixture(scope="module")
 def plain(folders):
     """The plain loop's gradients of 61 pairs, for every loss."""
-    spec = models.input_spec(models.resolve(tiny_spec(folders["contrastive"])))
+    spec = tokenizers.input_spec(models.resolve(tiny_spec(folders["contrastive"])))
     block = Rows(61)
     found = {}
     for loss in ("cosine", "contrastive", "sigmoid"):
@@ -275,7 +275,7 @@ def test_any_last_mini_batch(rows, size, folders, spec):
 
 
 def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, monkeypatch):
-    monkeypatch.setitem(inputs.TEXTS_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(batches.TEXTS_PER_FORWARD, "cpu", 7)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
 
