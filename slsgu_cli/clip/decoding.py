@@ -19,7 +19,7 @@ from slsgu_cli.store.files import cores, prefetch
 T = TypeVar("T")
 # Images a core that are decoded ahead.
 DECODED_AHEAD = 4
-# What PIL's format readers raise on data that is not what it says it is.
+# Errors of PIL's readers on corrupt data.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -34,7 +34,7 @@ DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
-# What is kept though it is odd, and counted: each is read as open_clip reads it.
+# Images that are used although unusual, and counted: each is read as open_clip reads it.
 ROTATED = "rotated by EXIF, taken as stored"
 ANIMATED = "animated, first frame taken"
 TRANSPARENT = "alpha dropped"
@@ -45,14 +45,14 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A decoded image, uint8 (height, width, 3), and what was odd about its file."""
+    """A decoded image, uint8 (height, width, 3), and the oddities of its file."""
 
     pixels: Images
     oddities: tuple[str, ...] = ()
 
 
 class DecodeError(ValueError):
-    """An image that cannot be used; `reason` is what it is counted under."""
+    """An image that cannot be used; `reason` is the category it is counted in."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -88,7 +88,7 @@ def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
 
 
 def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
-    """Return open_clip's stages as one function from an opened image to one of the input size."""
+    """Return open_clip's transforms as one function from an opened image to the input size."""
     from open_clip.transform import MaybeToTensor, image_transform
 
     transform = image_transform(
@@ -118,14 +118,14 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
         image = image.crop((left, 0, left + spec.width, height))
         return image.resize((spec.width, spec.height), resample)
 
-    # PIL resizes rows, rounds, and resizes columns: what will be cropped needs no second half.
+    # PIL resizes rows, rounds, and resizes columns: crop between the two to save the second half.
     resample = RESAMPLE.get(spec.interpolation)
     shortest = spec.resize_mode == "shortest" and spec.height == spec.width
     return cropped_between if shortest and resample is not None else by_stages
 
 
 def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:
-    """Refuse an image so thin that resizing its short side blows up the long one."""
+    """Raise DecodeError for an image so thin that resizing its short side explodes the long one."""
     width, height = size
     limit = Image.MAX_IMAGE_PIXELS
     if spec.resize_mode != "shortest" or limit is None or not (width and height):
@@ -136,7 +136,7 @@ def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:
 
 
 def _check_depth(image: Image.Image) -> None:
-    """Refuse grey values above 255: open_clip would turn all of them to white."""
+    """Raise DecodeError for grey values above 255, which open_clip would turn to white."""
     if image.mode[0] not in "IF":
         return
     highest: Any = image.getextrema()[1]
@@ -156,10 +156,9 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One image, or the reason why there is none.
+    """One image, or the reason why it cannot be used.
 
-    `source_digest` names the encoded bytes; `oddities` says what was odd about an image that
-    can be used.
+    `source_digest` is the digest of the encoded bytes; `oddities` are those of the file.
     """
 
     pixels: Images | None
@@ -168,7 +167,7 @@ class Decoded:
     oddities: tuple[str, ...] = ()
 
     def without_pixels(self) -> "Decoded":
-        """Return the same without the image, to remember it by."""
+        """Return a copy without the image."""
         return replace(self, pixels=None)
 
 
@@ -177,7 +176,7 @@ def decode_in_order(
 ) -> Iterator[tuple[T, Decoded]]:
     """Yield (tag, result) for every (tag, encoded image), in order.
 
-    At most a few images per core are in memory.
+    Only a few images per core are in memory at a time.
     """
 
     def one(item: tuple[T, bytes | None]) -> tuple[T, Decoded]:

@@ -1,4 +1,4 @@
-"""A module of open_clip built for a model, with its weights or without."""
+"""Building a model as a module of open_clip, with its weights or without."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 from slsgu_cli.clip.models import ResolvedModel, contents, explained, quiet
 
-# What timm calls a tower of SigLIP's, whatever its sizes.
+# The timm architecture of every SigLIP tower; its sizes are arguments.
 TIMM_SIGLIP = "vit_base_patch16_siglip_224"
 
 
@@ -41,7 +41,7 @@ def load(
     with quiet(), explained(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if pretrained is None:
-            # What open_clip itself says of a name can be built.
+            # Configurations of open_clip itself need no check.
             check_size(model.config, model.weights.stat().st_size)
         module: torch.nn.Module = open_clip.create_model(
             model.identifier,
@@ -59,9 +59,9 @@ def load(
 
 
 def is_read_by_open_clip(model: ResolvedModel) -> bool:
-    """Return whether open_clip takes a file as it is: not TorchScript, nor compiled models'.
+    """Return whether open_clip reads a file: not TorchScript or weights of a compiled model.
 
-    Of one that is damaged, that is for open_clip to tell.
+    A damaged file counts as readable, so that open_clip reports the damage.
     """
     try:
         file = open_weights(model.weights)
@@ -80,7 +80,7 @@ def _load_ourselves(
         module = _without_weights(model)
         shapes, read = contents(model)
         if any(shapes.get(name) != shape for name, shape in _shapes(module).items()):
-            raise ValueError("it has other weights than the architecture is built of")
+            raise ValueError("its weights do not match the architecture")
         weights = {
             name: torch.tensor(read(name)).to(device, value.dtype)
             for name, value in module.state_dict().items()
@@ -95,35 +95,33 @@ def _load_ourselves(
 
 
 def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
-    """Build the module in evaluation mode with its buffers, and parameters of no memory."""
+    """Build the module in evaluation mode, with its buffers, and parameters on `meta`."""
     import torch
 
     check_size(model.config, _nbytes(model))
 
     register = torch.nn.Module.register_parameter
 
-    def without_memory(
-        module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None
-    ) -> None:
-        register(module, name, _of_no_memory(parameter))
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(module, name, _on_meta(parameter))
 
     kind: Any = torch.nn.Module
-    kind.register_parameter = without_memory
+    kind.register_parameter = on_meta
     try:
         return _unfilled(model)
     except RuntimeError:
-        # Some of timm's towers run a part of themselves to know its size.
+        # Some of timm's towers run a part of themselves to find its size.
         kind.register_parameter = register
         built = _unfilled(model)
         for module in built.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                register(module, name, _of_no_memory(parameter))
+                register(module, name, _on_meta(parameter))
         return built
     finally:
         kind.register_parameter = register
 
 
-def _of_no_memory(parameter: "torch.nn.Parameter | None") -> "torch.nn.Parameter | None":
+def _on_meta(parameter: "torch.nn.Parameter | None") -> "torch.nn.Parameter | None":
     import torch
 
     if parameter is None or parameter.is_meta:
@@ -144,7 +142,7 @@ def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
 
 
 def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that a model's configuration builds, by its name."""
+    """Return the shape of every tensor of a model's configuration, by its name."""
     with quiet(), explained(model):
         return _shapes(_without_weights(model))
 
@@ -154,13 +152,13 @@ def _shapes(module: "torch.nn.Module") -> dict[str, tuple[int, ...]]:
 
 
 def built_tower(model: ResolvedModel) -> Any:
-    """Return the vision tower that a model's configuration builds, without weights."""
+    """Return the vision tower of a model's configuration, without weights."""
     with quiet(), explained(model):
         return _without_weights(model).visual
 
 
 def _nbytes(model: ResolvedModel) -> int:
-    """Return how many bytes a model's weights have; of transformers', all of its files."""
+    """Return the size of a model's weights in bytes; for transformers, of all its files."""
     of_transformers = model.spelling is Spelling.TRANSFORMERS
     files = weight_files(model.weights.parent) if of_transformers else [model.weights]
     return sum(path.stat().st_size for path in files)
@@ -169,8 +167,8 @@ def _nbytes(model: ResolvedModel) -> int:
 def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":
     """Build open_clip's module for the model_cfg of a folder of transformers.
 
-    A tower of timm's or of Hugging Face's, which open_clip builds by a name, is described in a
-    folder of its own, whose path open_clip takes for the name.
+    open_clip builds towers of timm and Hugging Face by name. The name here is the path of a
+    temporary folder with the tower's configuration.
     """
     import open_clip
 
@@ -183,9 +181,9 @@ def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":
 
 
 def _vision_in(folder: Path, vision: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a vision_cfg with a folder for the tower of timm's that pools by attention.
+    """Return a vision_cfg with a folder for timm's tower that pools by attention.
 
-    It is of the sizes that the vision_cfg says, which none of timm's names need have.
+    The tower has the sizes of the vision_cfg, which need not be those of a name of timm.
     """
     if vision.get("timm_pool") != "map":
         return vision
@@ -204,7 +202,7 @@ def _vision_in(folder: Path, vision: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _text_in(folder: Path, text: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a text_cfg with a folder for the BERT that its `hf_config` describes."""
+    """Return a text_cfg with a folder for the BERT of its `hf_config`."""
     if "hf_config" not in text:
         return text
     (folder / CONFIG).write_text(json.dumps(bert_config(text)))
@@ -213,7 +211,7 @@ def _text_in(folder: Path, text: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_activation(model: ResolvedModel, warn: Callable[[str], None]) -> None:
-    """Warn of a tag of open_clip's that was trained with another activation than is built."""
+    """Warn if a pretrained tag was trained with another activation than the architecture has."""
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(model.identifier, model.spec.pretrained) or {}

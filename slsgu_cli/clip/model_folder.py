@@ -1,4 +1,4 @@
-"""Whether a model's files can be loaded, and the files of its tokenizer."""
+"""The files that loading a model folder needs: its weights and its tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from slsgu_cli.clip.tokenizers import TOKENIZER_CONFIG, fresh_tokenizer, probe_t
 from slsgu_cli.errors import SlsguError, first_lines, listed
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 
-# What a tokenizer of transformers consists of, whatever its kind.
+# All files of any tokenizer of transformers.
 TOKENIZER_FILES = (
     TOKENIZER_CONFIG,
     "tokenizer.json",
@@ -29,25 +29,24 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
-# A buffer of older checkpoints, which open_clip leaves out.
+# A buffer of older checkpoints, which open_clip ignores.
 POSITIONS = "position_ids"
-# What open_clip adds to a checkpoint that has none.
+# A parameter that open_clip adds to a checkpoint without it.
 BIAS = "logit_bias"
 
 
 def hub_tokenizer(model: ResolvedModel) -> str | None:
-    """Return the name of the Hugging Face tokenizer of a model; None of CLIP's own."""
+    """Return the name of a model's Hugging Face tokenizer; None for CLIP's own."""
     name = model.config["text_cfg"].get("hf_tokenizer_name")
     return str(name) if name else None
 
 
 def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
-    """Return the files that a folder of a model needs for its tokenizer, by their names there.
+    """Return the tokenizer files that a folder of a model needs, by their names there.
 
-    They are those that the model's tokenizer was loaded from, which lie in its folder if it has
-    one, or, where these do not say by themselves which tokenizer they are of, saved anew in the
-    empty folder `scratch`. CLIP's own tokenizer is part of open_clip and needs none. Raises
-    MissingError or InputError.
+    They are the files that the model's tokenizer was loaded from. If these do not name the class
+    of the tokenizer, it is saved again in the empty folder `scratch`. CLIP's own tokenizer is
+    part of open_clip and needs no files. Raises MissingError or InputError.
     """
     name = hub_tokenizer(model)
     if name is None:
@@ -60,12 +59,12 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
 
 
 def present_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Return the files of a folder that are there, of some names."""
+    """Return the files of a folder that exist, by name."""
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def tokenizer_beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
-    """Return `tokenizer_files` of a model that is no folder; warn where they cannot be had."""
+    """Return the tokenizer files of a model that is not a folder; warn if they are missing."""
     if model is None or model.folder is not None:
         return {}
     try:
@@ -76,7 +75,7 @@ def tokenizer_beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Pa
 
 
 def _tokenizer_folder(name: str) -> Path | None:
-    """Return the folder that a tokenizer is loaded from: a local one, or one of the hub."""
+    """Return the folder of a tokenizer: a local one, or a snapshot of the hub."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -88,9 +87,9 @@ def _tokenizer_folder(name: str) -> Path | None:
 
 
 def why_not_loaded(folder: Path, original: ResolvedModel | None) -> str | None:
-    """Return why it is not certain that open_clip loads a folder; None where it is.
+    """Return why open_clip may not load a folder; None if it does.
 
-    Its tokenizer must give the ids that `original`'s gives, of the model that it was made from.
+    Its tokenizer must return the same ids as that of `original`, the model before the edit.
     """
     try:
         model = resolve(ModelSpec(f"{LOCAL}{folder}"))
@@ -104,19 +103,19 @@ def why_not_loaded(folder: Path, original: ResolvedModel | None) -> str | None:
 def require_weights(model: ResolvedModel) -> None:
     """Raise InputError or MissingError unless a model's weights can be loaded.
 
-    Their header tells so of most. Where it differs from what the configuration builds, as
-    weights do that open_clip converts, they are loaded.
+    Names and shapes in their header are enough for most. If these differ from the configuration,
+    as in weights that open_clip converts, load them.
     """
     if _other_weights(model) is not None:
         load(model)
 
 
 def _other_weights(model: ResolvedModel) -> str | None:
-    """Return how the header of a model's weights differs from what its configuration builds."""
+    """Return how the names and shapes of a model's weights differ from its configuration."""
     wanted = clip_shapes(model.config) or built_shapes(model)
     held, _ = contents(model)
     if "positional_embedding" in held and "positional_embedding" not in wanted:
-        # A text tower of its own is loaded from the names of one without as well.
+        # A custom text tower also loads from names without its prefix.
         wanted = {name.removeprefix("text."): shape for name, shape in wanted.items()}
     missing = sorted(wanted.keys() - held.keys() - {BIAS})
     more = sorted(name for name in held.keys() - wanted.keys() if POSITIONS not in name)
@@ -132,7 +131,7 @@ def _other_weights(model: ResolvedModel) -> str | None:
 
 
 def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> str | None:
-    """Return in what the tokenizer of a folder is not that of the model it was made from."""
+    """Return how the tokenizer of a folder differs from that of the original model."""
     name = hub_tokenizer(model)
     if original is not None and model.spelling is Spelling.TRANSFORMERS and hub_tokenizer(original):
         here, there = _cleaning(model), _cleaning(original)

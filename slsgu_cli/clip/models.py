@@ -48,7 +48,7 @@ PREFERRED = (
     "pytorch_model.pth",
     "model.pth",
 )
-# What open_clip takes where a configuration is silent, as most are on these.
+# The defaults of open_clip for fields that most configurations leave out.
 SILENT = {"vision_cfg": {"head_width": 64, "mlp_ratio": 4.0}, "text_cfg": {"mlp_ratio": 4.0}}
 QUICK_GELU = ("quick_gelu", False)
 
@@ -57,8 +57,8 @@ QUICK_GELU = ("quick_gelu", False)
 class ResolvedModel:
     """A model's configuration and where its weights lie.
 
-    `folder` is set for models that are folders. `identifier` is what open_clip calls it;
-    it has no word for a folder of transformers, which `spelling` tells.
+    `folder` is set for models that are folders. `identifier` is open_clip's name of the model; for
+    a folder of transformers, which `spelling` marks, it is the path.
     """
 
     spec: ModelSpec
@@ -93,7 +93,7 @@ def _resolved(spec: ModelSpec) -> ResolvedModel:
 def contents(
     model: ResolvedModel,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
-    """Return the shapes of what a model's files hold by the names of open_clip, and a reader."""
+    """Return the shapes of a model's tensors by open_clip's names, and a function to read one."""
     if model.spelling is Spelling.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent)
         return weights.shapes(), weights.read
@@ -104,9 +104,9 @@ def contents(
 
 
 def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = None) -> str:
-    """Return a digest of weights and architecture, the same for every container of them.
+    """Return a digest of weights and architecture, the same for every file format.
 
-    Parameters of `instead` count with these values in place of their own.
+    Values in `instead` replace those of the file.
     """
     if model.spelling is Spelling.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent).fingerprint(instead)
@@ -116,7 +116,7 @@ def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = Non
 
 
 def has_model(spec: ModelSpec, weights: str | None) -> bool:
-    """Return whether a model is there, with the weights of a fingerprint or with any."""
+    """Return whether a model exists, with the weights of a fingerprint if one is given."""
     try:
         model = resolve(spec)
         return weights is None or fingerprint(model) == weights
@@ -125,7 +125,7 @@ def has_model(spec: ModelSpec, weights: str | None) -> bool:
 
 
 def model_layer(model: ResolvedModel, name: str) -> Floats:
-    """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
+    """Return a layer in the precision of the file: fp16 as fp16, bf16 as fp32."""
     if model.spelling is Spelling.OPEN_CLIP:
         return read_layer(model.weights, name)
     layer = Layer.parse(name)
@@ -134,7 +134,7 @@ def model_layer(model: ResolvedModel, name: str) -> Floats:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model_cfg without what it would be anyway, to compare two by."""
+    """Return a model_cfg without default values, to compare two."""
     towers = {
         name: {key: value for key, value in config[name].items() if SILENT[name].get(key) != value}
         for name in SILENT
@@ -166,7 +166,7 @@ def _resolve_folder(spec: ModelSpec, folder: Path) -> ResolvedModel:
 
 
 def _no_model(folder: Path) -> MissingError:
-    """Return the error for a folder that is no model, or one of another kind."""
+    """Return the error for a folder without a model, or with a model of another kind."""
     lacks = f"it has no {OPEN_CLIP}" if folder.is_dir() else "there is no such folder"
     weights = next(iter(weight_files(folder)), "FILE") if folder.is_dir() else "FILE"
     usual = (
@@ -195,9 +195,9 @@ def _resolve_hub(spec: ModelSpec) -> ResolvedModel:
 
 
 def _fetch_open_clip(repository: str) -> tuple[Path, Path] | None:
-    """Return the configuration and weights of an open_clip repository; None where it is none.
+    """Return the configuration and weights of an open_clip repository; None for another kind.
 
-    Raises MissingError where the weights cannot be fetched.
+    Raises MissingError if the weights cannot be fetched.
     """
     from open_clip.pretrained import download_pretrained_from_hf
 
@@ -251,14 +251,14 @@ def _resolve_name(spec: ModelSpec) -> ResolvedModel:
 
 
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what open_clip calls an architecture, and its model_cfg."""
+    """Return open_clip's name of an architecture, and its model_cfg."""
     import open_clip
 
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise MissingError(f"there is no architecture file {name}")
         try:
-            # What open_clip cannot read would be read again by all that follows.
+            # open_clip would read an invalid file again at every later call.
             _require_towers(parse_json(Path(name).read_bytes()))
             open_clip.add_model_config(name)
         except (OSError, ValueError, TypeError) as error:
@@ -288,7 +288,7 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_towers(config: Any) -> None:
-    """Raise ValueError unless a model_cfg has what makes it one."""
+    """Raise ValueError unless a model_cfg has the required fields."""
     for name in ("embed_dim", "vision_cfg", "text_cfg"):
         if not isinstance(config, dict) or name not in config:
             raise ValueError(f"it has no {name}")
@@ -306,7 +306,7 @@ def _defaults() -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip's own logging off the terminal."""
+    """Silence open_clip's logging."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -318,7 +318,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def explained(model: ResolvedModel) -> Iterator[None]:
-    """Turn a library's failure to build or load into one message."""
+    """Re-raise errors of libraries that build or load a model as one message."""
     try:
         yield
     except SlsguError:

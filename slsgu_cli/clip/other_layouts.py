@@ -35,9 +35,9 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.method import ModelLayout, Tower
 
 WEIGHTS = "model.safetensors"
-# What a folder keeps of the model that it was made from, whatever its layout.
-KEPT = (README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-# The text encoders that ComfyUI knows by their blocks and width, and what it runs them with.
+# Files to copy from the original folder, whatever its layout.
+COPIED = (README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+# The text encoders of ComfyUI by blocks and width, with their activation.
 COMFY_TOWERS = {
     (12, 768): ("CLIP ViT-L", "quick_gelu"),
     (24, 1024): ("OpenCLIP ViT-H", "gelu"),
@@ -55,10 +55,10 @@ def other_layout(
     edits: Sequence[Edit],
     scratch: Path,
 ) -> OtherLayout | None:
-    """Return what a target is written with in the `wanted` layout; None where it has that one.
+    """Return how to write a target in the `wanted` layout; None if it already has that layout.
 
-    `model` is the target as a whole CLIP. Files that are not there yet are made in `scratch`.
-    Raises UsageError or InputError where that layout cannot hold it.
+    `model` is the target if it is a whole CLIP. New files are written to `scratch`. Raises
+    UsageError or InputError if the layout cannot express the model.
     """
     if wanted is None:
         return None
@@ -66,19 +66,19 @@ def other_layout(
         return _for_comfy(model, target, edits)
     if model is None:
         raise UsageError(
-            f"{target.path} is no whole CLIP, and --format {wanted} is for those",
-            hint="leave --format out: it is written in the layout that it has",
+            f"{target.path} is not a whole CLIP, which --format {wanted} needs",
+            hint="leave --format out to write it in its own layout",
         )
     if (wanted is ModelLayout.HF) is (model.spelling is Spelling.TRANSFORMERS):
         return None
     layout = _for_transformers if wanted is ModelLayout.HF else _for_open_clip
     made = layout(model, scratch)
-    kept = present_files(model.folder, KEPT) if model.folder else {}
-    return replace(made, weights=model.weights, files={**made.files, **kept})
+    copied = present_files(model.folder, COPIED) if model.folder else {}
+    return replace(made, weights=model.weights, files={**made.files, **copied})
 
 
 def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
-    """Return what transformers loads an open_clip model from."""
+    """Return how to write an open_clip model for transformers."""
     config = model.config
     if config["vision_cfg"].get("timm_pool") == "map":
         trunk = built_tower(model).trunk
@@ -94,7 +94,7 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
         raise InputError(
             f"{model.spec} cannot be written for transformers, where its {family.name} has no "
             f"place for {'; '.join(reasons)}",
-            hint="without --format, it is written as open_clip loads it",
+            hint="leave --format out to write it for open_clip",
         )
     texts = {CONFIG: _json(made), PREPROCESSOR: _json(processor)}
     if hub_tokenizer(model) is None:
@@ -106,7 +106,7 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
 
 
 def clip_tokenizer(context_length: int) -> dict[str, str]:
-    """Return CLIP's own tokenizer, which is part of open_clip, as files that transformers reads."""
+    """Return the files of CLIP's own tokenizer for transformers."""
     import open_clip
 
     tokenizer = open_clip.SimpleTokenizer()
@@ -137,7 +137,7 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
         raise InputError(
             f"{model.spec} cannot be written for open_clip, which builds a BERT by the name of a "
             "repository alone, and reads none that lies in a model's folder",
-            hint="without --format, it is written as transformers loads it",
+            hint="leave --format out to write it for transformers",
         )
     files = {}
     if "tokenizer_kwargs" in text and model.folder is not None:
@@ -161,9 +161,9 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
 
 
 def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
-    """Return the vision_cfg of a SigLIP by the name that timm has for a tower of its sizes.
+    """Return the vision_cfg of a SigLIP with timm's name for a tower of its sizes.
 
-    open_clip builds such towers by timm's names alone. Raises InputError where none has them.
+    open_clip builds such towers by timm's names only. Raises InputError if no name fits.
     """
     import timm
     import torch
@@ -188,7 +188,7 @@ def _named_by_timm(model: ResolvedModel) -> dict[str, Any]:
         f"{model.spec} cannot be written for open_clip, which builds SigLIP's vision tower by "
         f"timm's names: none is of {wanted['layers']} blocks {wanted['width']} wide for images "
         f"of {wanted['image_size']} in patches of {wanted['patch_size']} with {act}",
-        hint="without --format, it is written as transformers loads it",
+        hint="leave --format out to write it for transformers",
     )
 
 
@@ -196,7 +196,7 @@ _ACTS = {"GELU": GELU["gelu"], "GELUTanh": GELU["gelu_pytorch_tanh"]}
 
 
 def trunk_sizes(trunk: Any) -> dict[str, Any] | None:
-    """Return what a model_cfg says of a plain ViT of timm's; None of another tower."""
+    """Return the sizes of a plain ViT of timm as in a model_cfg; None for another tower."""
     if type(trunk).__name__ != "VisionTransformer":
         return None
     block, patches = trunk.blocks[0], trunk.patch_embed
@@ -221,10 +221,10 @@ def _compared(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit]) -> OtherLayout:
-    """Return how ComfyUI has a text encoder. Raises InputError for one that it does not know."""
+    """Return how to write a text encoder for ComfyUI. Raises InputError if ComfyUI lacks it."""
     layers = [edit.header.layer for edit in edits]
     if others := [layer for layer in layers if Layer.parse(layer).tower is not Tower.TEXT]:
-        raise InputError(f"{others[0]} is no part of a text encoder, which is what ComfyUI loads")
+        raise InputError(f"{others[0]} is not in a text encoder, and ComfyUI loads only those")
     encoders = [one for one in target.encoders if any(w.towers for w in one.copies)]
     copies = [weights for encoder in encoders for weights in encoder.copies]
     if model is not None:
@@ -248,7 +248,7 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
 
 
 def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
-    """Return why ComfyUI would not run a text encoder as it is; None where it would."""
+    """Return why ComfyUI would run a text encoder differently; None if it would not."""
     tower = weights.tower(Tower.TEXT)
     if tower.spelling is Spelling.SIGLIP:
         return "it is a SigLIP"
@@ -278,7 +278,7 @@ def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | Non
 
 
 def _text_of(weights: WeightSet, model: ResolvedModel | None) -> tuple[str, int, list[str]]:
-    """Return a text tower's activation and heads, and what else it has that CLIP's has not."""
+    """Return a text tower's activation and heads, and its other differences from CLIP's."""
     if model is None:
         beside = weights.path.parent / CONFIG
         config: dict[str, Any] = {**CLIP_TEXT, **config_of(beside)}

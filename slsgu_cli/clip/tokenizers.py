@@ -24,9 +24,9 @@ from slsgu_cli.errors import (
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec
 
-# What transformers reads a tokenizer from, whatever its kind.
+# The file from which transformers reads any tokenizer.
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# A BERT's may be its words alone.
+# A BERT may have its vocabulary only.
 TOKENIZER = ("tokenizer*", "vocab.txt")
 PROBE = ("a photo of a dog.", "Ünïcode & 'quotes', 1234-5678")
 Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
@@ -63,21 +63,21 @@ def tokenizer(model: ResolvedModel) -> Tokenize:
 
 
 def probe_tokens(model: ResolvedModel) -> list[list[int]]:
-    """Return the ids of a few texts by a model's tokenizer, read anew from its files."""
+    """Return the ids of a few texts by a model's tokenizer, read again from its files."""
     ids: list[list[int]] = fresh_tokenizer(model)(list(PROBE)).tolist()
     return ids
 
 
 def fresh_tokenizer(model: ResolvedModel) -> Any:
-    """Return open_clip's tokenizer of a model, read anew from its files."""
+    """Return open_clip's tokenizer of a model, read again from its files."""
     with quiet(), explained(model):
         return _opened_tokenizer(*_named_tokenizer(model))
 
 
 def token_words(model: ResolvedModel) -> dict[int, str]:
-    """Return the words of letters that are one token each and come back from it, by their id.
+    """Return the words of letters that are one token each, by their id.
 
-    Nothing is returned of a tokenizer that cannot say what its tokens are.
+    The result is empty for a tokenizer that cannot decode.
     """
     return _token_words(_tokenizer_of(model))
 
@@ -98,9 +98,9 @@ def _tokenizer_of(model: ResolvedModel) -> Any:
 
 
 def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]:
-    """Return what a tokenizer is named by, and its context length where open_clip has no name.
+    """Return the arguments of `_opened_tokenizer`: name, context length, cleaning.
 
-    Then, how texts are cleaned where it lies in the model's own folder.
+    The latter two are None where open_clip knows the tokenizer by name.
     """
     if model.spelling is not Spelling.TRANSFORMERS:
         return model.identifier, None, None
@@ -110,9 +110,9 @@ def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]
 
 
 def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
-    """Return the error for a tokenizer that cannot be had, which says where it comes from."""
+    """Return the error for a tokenizer that cannot be loaded, with a hint by its origin."""
     name = model.config["text_cfg"].get("hf_tokenizer_name")
-    hint = "correct what the configuration says of it in text_cfg"
+    hint = "correct the tokenizer in text_cfg of the configuration"
     if isinstance(error, ImportError) and "SiglipTokenizer" in str(error):
         hint = "pip install sentencepiece protobuf"
     elif isinstance(error, ImportError):
@@ -120,7 +120,7 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     elif model.spelling is Spelling.TRANSFORMERS:
         hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
     elif name and model.folder is not None:
-        hint = f"put the files of {name} beside the weights: {TOKENIZER_CONFIG}, tokenizer.json"
+        hint = f"put the files of {name} next to the weights: {TOKENIZER_CONFIG}, tokenizer.json"
     elif name:
         hint = f"it is {name} of the Hugging Face hub: check the connection"
     what = f"cannot load the tokenizer of {model.spec}: {first_lines(error)}"
@@ -129,14 +129,14 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
 
 
 def _opened_tokenizer(identifier: str, context_length: int | None, cleaned: str | None) -> Any:
-    """Return open_clip's tokenizer of a name, or around the one that lies in a folder."""
+    """Return open_clip's tokenizer by name, or one that wraps the tokenizer of a folder."""
     import open_clip
 
     if context_length is None:
         return open_clip.get_tokenizer(identifier)
     if cleaned is None:
         return open_clip.SimpleTokenizer(context_length=context_length)
-    # What transformers takes for a name of the hub's would be looked for there.
+    # transformers would look for a relative path on the hub.
     folder = str(Path(identifier).absolute())
     if not any(any(Path(folder).glob(name)) for name in TOKENIZER):
         raise FileNotFoundError(f"{folder} has no {TOKENIZER_CONFIG}")
@@ -152,15 +152,15 @@ _tokenizer = functools.cache(_opened_tokenizer)
 
 
 def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
-    """Refuse a folder whose tokenizer has other tokens than CLIP's; two have other names."""
+    """Raise InputError if a folder's tokenizer has other tokens than CLIP's, the last two aside."""
     theirs = vocabulary(model.weights.parent)
     words = {token: number for token, number in ours.items() if number < len(ours) - 2}
     if theirs is not None and any(theirs.get(word) != number for word, number in words.items()):
-        raise InputError(f"{model.spec} has a tokenizer of its own, which slsgu cannot use")
+        raise InputError(f"{model.spec} has its own vocabulary, which slsgu cannot use")
 
 
 def _check_padding(model: ResolvedModel, pads_with: int | None) -> None:
-    """Refuse a folder whose tokenizer pads with another token than its BERT takes for padding."""
+    """Raise InputError if a folder's tokenizer pads with another token than its BERT masks."""
     padding = model.config["text_cfg"]["hf_config"]["pad_token_id"]
     if pads_with != padding:
         raise InputError(

@@ -28,10 +28,9 @@ class SplitTower(ABC):
 
     @property
     def token_table(self) -> Tensor | None:
-        """What `embed` looks each token up in, (vocabulary, width); None where it does more.
+        """The token embeddings, (vocabulary, width); None if `embed` is not a plain look-up.
 
-        What enters stage 0 at a token's place is then its row plus what the token has no
-        part in.
+        The input of stage 0 at a token is its row plus a term that does not depend on the token.
         """
         return None
 
@@ -89,12 +88,12 @@ class SplitTower(ABC):
         return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return which positions of each row can influence its features, (rows, positions)."""
+        """Return the mask of positions that can influence features, (rows, positions)."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         return positions < self.lengths(inputs).unsqueeze(1)
 
     def trim(self, inputs: Tensor) -> Tensor:
-        """Return token ids without the positions that influence no row's features."""
+        """Return token ids without trailing positions that influence no features."""
         return inputs[:, : int(self.lengths(inputs).max())]
 
 
@@ -152,11 +151,11 @@ class OpenClipText(SplitTower):
         return _tensor(self.owner.token_embedding.weight)
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Count up to the end of text: under a causal mask no later position reaches it."""
+        """Count up to the end of text: under a causal mask, later positions have no influence."""
         return self.pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return which positions can influence features: of CoCa's, also the class token's."""
+        """Return the mask of positions that can influence features, with CoCa's class token."""
         seen = self.seen(inputs)
         if seen is None:
             return super().counted(inputs)
@@ -204,7 +203,7 @@ class OpenClipText(SplitTower):
         return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
 
     def pooled_at(self, inputs: Tensor) -> Tensor:
-        """Return the position of each row whose state becomes its features."""
+        """Return the position whose state is pooled, for each row."""
         rows, length = inputs.shape
         if self.has_class:
             return torch.full((rows,), length, device=inputs.device)
@@ -249,8 +248,8 @@ class TimmVision(SplitTower):
 class _Staged(SplitTower):
     """A tower that runs one part after another.
 
-    `parts` are the modules of the stages, and `behind` those of the head, by what the names of
-    their parameters begin with.
+    `parts` maps prefixes of parameter names to the modules of the stages; `behind` are the
+    prefixes of the head.
     """
 
     def __init__(self, parts: Mapping[str, Any], behind: Sequence[str]) -> None:
@@ -280,7 +279,7 @@ class StagedVision(_Staged):
         self.stem, self.end = stem, end
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what leaves the stem."""
+        """Return the outputs of the stem."""
         return _tensor(self.stem(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
@@ -298,7 +297,7 @@ class HuggingFaceText(_Staged):
     That is the encoder of a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB), which `KINDS` tells apart.
     """
 
-    # Of each: where its blocks are, and what is behind them.
+    # For each encoder: the module with its blocks, and the module after them.
     KINDS: ClassVar = {
         "BertModel": ("encoder.layer", "pooler"),
         "RobertaModel": ("encoder.layer", "pooler"),
@@ -319,7 +318,7 @@ class HuggingFaceText(_Staged):
 
     @classmethod
     def fits(cls, text: Any) -> bool:
-        """Return whether a text tower is an adapter of one of these, whose attention is known."""
+        """Return whether a text tower is an adapter of a known encoder with known attention."""
         config = getattr(getattr(text, "transformer", None), "config", None)
         return (
             _kind(text) == "HFTextEncoder"
@@ -330,16 +329,16 @@ class HuggingFaceText(_Staged):
         )
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Count up to the last token that is no padding: what follows is hidden."""
+        """Count up to the last token that is not padding: later positions are masked."""
         places = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
         return (self.counted(inputs) * places).amax(dim=1).clamp(min=1)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return what is no padding."""
+        """Return the mask of tokens that are not padding."""
         return _tensor(inputs != self.adapter.config.pad_token_id)
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return the embeddings of tokens, with what the family adds to them."""
+        """Return the embeddings of tokens, with the positions of the family."""
         encoder = self.encoder
         if self.kind == "MT5Stack":
             return _tensor(encoder.embed_tokens(inputs))
@@ -375,13 +374,13 @@ class HuggingFaceText(_Staged):
         return _tensor(self.adapter.proj(self.adapter.pooler(states, self.counted(inputs).long())))
 
 
-# Of timm's towers: the parts before, in and behind the stages.
+# The modules of timm's towers before the stages, with the stages, and after them.
 _TIMM_STAGES = {
     "ConvNeXt": ("stem", "stages", "norm_pre"),
     "FastVit": ("stem", "stages", "final_conv"),
     "SwinTransformer": ("patch_embed", "layers", "norm"),
 }
-# Of a stage, what comes before its blocks.
+# Modules of a stage before its blocks.
 _BEFORE_BLOCKS = ("downsample", "pos_emb")
 
 
@@ -424,7 +423,7 @@ def _relative_positions(visual: Any) -> StagedVision:
 
 
 def _timm_end(visual: Any, last: str) -> Callable[[Tensor], Tensor]:
-    """Return what pools and projects behind the `last` part of a tower of timm's."""
+    """Return the function that pools and projects after module `last` of a timm tower."""
     trunk = visual.trunk
     return lambda x: _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
 
@@ -444,7 +443,7 @@ class WholeTower(SplitTower):
         self._padding = padding
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return what is no padding, of a text tower that hides padding from attention."""
+        """Return the mask of tokens that are not padding, if the tower masks padding."""
         if self._padding is None:
             return super().counted(inputs)
         return _tensor(inputs != self._padding)

@@ -93,7 +93,7 @@ def plain_runs(kept, resumed):
 )
 def test_no_other_stage_would_save_more_than_the_next_one(resumed, fit, least):
     entering = {stage: torch.zeros(2, 3) for stage in resumed}
-    kept = list(room(entering, ROWS, CacheBudget(fit * ROWS * 12), resumed, least=least))
+    kept = list(allocate(entering, ROWS, CacheBudget(fit * ROWS * 12), resumed, least=least))
     least *= plain_runs([], resumed)
     for place in range(len(kept) + 1):
         before, others = kept[:place], set(resumed) - set(kept[:place])

@@ -222,7 +222,7 @@ def test_another_tokenizer_is_refused(copy):
     input_spec(resolve(ModelSpec(str(copy))))
     words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
     tiny_targets.write_json(copy / "vocab.json", words)
-    with pytest.raises(InputError, match="tokenizer of its own"):
+    with pytest.raises(InputError, match="its own vocabulary"):
         input_spec(resolve(ModelSpec(str(copy))))
 
 

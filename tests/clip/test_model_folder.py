@@ -230,7 +230,7 @@ def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, d
     weights = demo_clip / "open_clip_model.safetensors"
     applied(tmp_path, base, weights)
     once = card(tmp_path / "out")
-    assert once.endswith(theirs) and once.partition("\n---")[0].endswith("license: mit")
+    assert once.endswith(theirs) and "\nlicense: mit\n" in once.partition("\n---")[0]
     edited = ModelSpec(f"local-dir:{tmp_path / 'out'}")
     request = {"names": ["facebook"], "model": edited, "out": tmp_path / "back", "revert": True}
     apply(Store(str(tmp_path / "store")), ApplyRequest(**request))

@@ -344,7 +344,7 @@ def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
             )
         },
     )
-    with pytest.raises(UsageError, match="no whole CLIP, and --format hf is for those"):
+    with pytest.raises(UsageError, match="is not a whole CLIP, which --format hf needs"):
         applied(tmp_path, None, "out", target=pipeline, layout=HF)
 
 
