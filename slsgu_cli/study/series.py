@@ -1,7 +1,7 @@
 """Series of searches: what `slsgu sweep` does, and what `slsgu trajectory` does.
 
 A sweep is the whole job for each class of a list (the paper's Table 2). Every class is kept
-out of the retain set, so that all of them share one retain gradient; or classes are dealt into
+out of the retain set, so that all of them share one retain gradient; or classes are split into
 folds, and each fold has a retain set without its own classes. All are searched on one base
 pass. What a class came to is recorded as soon as it is done: a sweep that was interrupted goes
 on with the first class that is missing. Several processes compute what the classes share
