@@ -474,5 +474,5 @@ def test_a_text_tower_that_comfyui_would_run_otherwise_is_refused(small, tmp_pat
 
 
 def test_an_edit_of_the_vision_tower_is_none_of_comfyuis(small, tmp_path):
-    with pytest.raises(InputError, match=r"visual\.proj is no part of a text encoder"):
+    with pytest.raises(InputError, match=r"visual\.proj is not in a text encoder"):
         applied(tmp_path, spec(small), "te.safetensors", layer="visual.proj", layout=COMFY)
