@@ -21,20 +21,13 @@ from typing import Any
 
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
-from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.engine.edit import FoundEdit
-from slsgu_cli.records.figures import ClassLoss, Ground
+from slsgu_cli.records.figures import ClassLoss, Ground, TargetFigures
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
-from slsgu_cli.records.targets import (
-    Answers,
-    AnswerSet,
-    Generation,
-    TargetTrial,
-    TargetTrials,
-)
+from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.records.words import Place
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding

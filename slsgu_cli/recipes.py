@@ -17,8 +17,9 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.inputs import peak_memory, reset_peak
-from slsgu_cli.clip.models import fingerprint, pick_device, resolve
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.memory import peak_memory, reset_peak
+from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.engine.evaluate import EvalResult, evaluate
 from slsgu_cli.engine.export import export

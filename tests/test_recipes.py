@@ -16,7 +16,8 @@ from worlds import World
 
 import slsgu_cli
 from slsgu_cli import progress, recipes
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.export import export
 from slsgu_cli.engine.ranking import rank

@@ -23,15 +23,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions, read_names
 from slsgu_cli.records.targets import SourceRequest, TargetSearchOptions
-from slsgu_cli.records.words import (
-    DEVICE_OPTION,
-    EVALUATION,
-    MODEL,
-    OUTPUT,
-    ROWS,
-    SEARCH,
-    Option,
-)
+from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, MODEL, OUTPUT, ROWS, SEARCH, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -181,9 +173,9 @@ def search(
     """
     if "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
-        from slsgu_cli.clip.processes import refuse
+        from slsgu_cli.processes import refuse_several
 
-        refuse("search --target")
+        refuse_several("search --target")
         if joint:
             raise UsageError("--joint is for a search on CLIP", hint="leave --target out")
         options.refuse("for a search on CLIP", hint="leave --target out", beside=[on_target])

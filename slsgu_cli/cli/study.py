@@ -9,7 +9,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Name, Names, Session, command
 from slsgu_cli.cli.usage import Asked
-from slsgu_cli.errors import NotForgottenError, UsageError
+from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
@@ -244,12 +244,10 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
 
 def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search for edits that forget the concepts of several sets together."""
-    from slsgu_cli.clip.processes import refuse
+    from slsgu_cli.processes import refuse_several
     from slsgu_cli.study.joint import joint_search, require_joint
 
-    refuse("search --joint")
-    if options.shard:
-        raise UsageError("--joint takes the whole model", hint="leave --shard out")
+    refuse_several("search --joint")
     result = joint_search(session.store, names, options=options)
     show_joint(session.console, session.store, result)
     require_joint(result)

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, block_count
-from slsgu_cli.clip.evaluation import Evaluation
-from slsgu_cli.clip.inputs import (
+from slsgu_cli.clip.batches import (
     IMAGES_PER_FORWARD,
     TEXTS_PER_FORWARD,
     by_length,
     pixel_normalizer,
     spans,
-    spare,
     text_features,
     to_tokens,
 )
+from slsgu_cli.clip.evaluation import Evaluation
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
 from slsgu_cli.engine.directions import layer_gradient
 from slsgu_cli.engine.edit import named_layer

@@ -8,7 +8,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.clip.models import device_name, pick_device, resolve
+from slsgu_cli.clip.devices import device_name, pick_device
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.edit import current_edit, ensure_edit
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import NotForgottenError, StaleError

@@ -16,9 +16,10 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer, layers_of
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import Evaluation, prepare
-from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import pick_device, tokenizer
+from slsgu_cli.clip.memory import spare
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import (

@@ -18,8 +18,8 @@ from torch import Tensor
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
+from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
-from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
 from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
 from slsgu_cli.engine.directions import implementation

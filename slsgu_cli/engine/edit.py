@@ -40,6 +40,7 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import Layer, Spelling, TensorPlace, find_layers, layers_of
 from slsgu_cli.checkpoints.layouts import WeightSet, open_weights
+from slsgu_cli.checkpoints.model_card import EditedModelCard
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
 from slsgu_cli.checkpoints.tensor_file import (
     FLOATS,
@@ -51,13 +52,9 @@ from slsgu_cli.checkpoints.tensor_file import (
     widen,
 )
 from slsgu_cli.checkpoints.transformers_clip import HUB
-from slsgu_cli.clip.model_folder import (
-    ModelCard,
-    other_layout,
-    tokenizer_beside,
-    why_not_loaded,
-)
+from slsgu_cli.clip.model_folder import tokenizer_beside, why_not_loaded
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
+from slsgu_cli.clip.other_layouts import other_layout
 from slsgu_cli.engine.directions import forget_direction
 from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.ranking import named_layers, rank
@@ -82,13 +79,7 @@ from slsgu_cli.records.options import (
     StrengthOptions,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.store.artifacts import (
-    Artifact,
-    digests_of,
-    plot_path,
-    read_manifest,
-    read_pointer,
-)
+from slsgu_cli.store.artifacts import Artifact, digests_of, plot_path, read_manifest, read_pointer
 from slsgu_cli.store.files import require_regular
 from slsgu_cli.store.store import Store
 
@@ -305,11 +296,15 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     with TemporaryDirectory() as scratch:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
         beside = tokenizer_beside(model, Path(scratch)) if config and layout is None else {}
-        card = ModelCard.of(
+        place = target.path
+        if model is not None and request.target is None:
+            place = model.folder or model.weights
+        card = EditedModelCard.of(
             edits,
             earlier,
             options=request,
-            base=target.path if model is None or request.target is not None else model,
+            spec=model.spec if model is not None and request.target is None else None,
+            place=place,
             library=_library(model) if layout is None else layout.client,
         )
         return apply_edits(

@@ -11,10 +11,15 @@ from torch import nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
-from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import fingerprint, load, pick_device, resolve, tokenizer
-from slsgu_cli.clip.zeroshot import cosine_matrix, counted_by, moved
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.memory import spare
+from slsgu_cli.clip.metrics import cosine_matrix
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.search_plan import (
     BasePass,
     evaluation_digest,

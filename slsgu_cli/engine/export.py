@@ -27,9 +27,9 @@ from slsgu_cli.checkpoints.lora import (
 )
 from slsgu_cli.checkpoints.targets import KINDS, SECOND_WIDTH, Encoder, Family, read_target
 from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
-from slsgu_cli.clip.models import pick_device
-from slsgu_cli.clip.zeroshot import moved
+from slsgu_cli.clip.in_place import moved
 from slsgu_cli.engine.choice import residual_of
 from slsgu_cli.engine.search_plan import (
     SearchPlan,

@@ -12,10 +12,10 @@ from shlex import quote
 import numpy as np
 
 import slsgu_cli
+from slsgu_cli import processes
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
 from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.engine.directions import as_vector, implementation, layer_gradient, operand
 from slsgu_cli.engine.stored_covariances import (
@@ -51,8 +51,6 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
 
     Raises MissingError, StaleError, and InputError where no layer is left to rank.
     """
-    if options.shard:
-        processes.require_several("rank")
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
@@ -61,9 +59,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     layers, unreached = _to_rank(header, aim, options)
     covariances = None
     if options.direction.needs_inputs and layers:
-        covariances = ensure_covariances(
-            store, manifest, pointer, layers, device=options.device, shard=options.shard
-        )
+        covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
         warn_of_fallback(covariances, layers, how="ranked", out="--exclude leaves them out")
     split = any(Layer.parse(layer).third is not None for layer in layers)
     weights = _Weights(header, graded_model(pointer) if split else None)
@@ -128,7 +124,7 @@ def _scored(
     The layers are split over processes.
     """
     # Reading compares digests: the next layer is read while one is scored.
-    mine = processes.dealt(layers)
+    mine = processes.split(layers)
     read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
     score_of = {
         layer: _score(weights, layer, pair, direction, options, covariances)

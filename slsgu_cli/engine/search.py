@@ -17,10 +17,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import slsgu_cli
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import device_name
+from slsgu_cli.clip.devices import device_name
 from slsgu_cli.engine.choice import residual, utility_of
 from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.search_plan import (
@@ -471,7 +470,7 @@ def search_each(
     """Search the sets one after another, those that can on one model and one base pass."""
     from torch import no_grad
 
-    from slsgu_cli.clip.inputs import return_memory
+    from slsgu_cli.clip.memory import return_memory
     from slsgu_cli.method.gradient_pass import arithmetic
 
     for group in grouped(read_plans(store, names, options=options)):

@@ -10,7 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.edits import (
     Edit,
     earlier_edits,
@@ -20,8 +20,9 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import both_held
 from slsgu_cli.checkpoints.targets import prompt_note
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import ResolvedModel, pick_device, resolve, tokenizer
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.models import ResolvedModel, resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.directions import forget_direction
 from slsgu_cli.engine.ranking import ranked_layers, search_directions
 from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
@@ -133,8 +134,6 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
             "a search in bf16 would count accuracies of a rounded model",
             hint="--precision fp32, or tf32 on a GPU that has it",
         )
-    if options.shard:
-        processes.require_several("search")
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
@@ -148,9 +147,7 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     covariances = None
     if any(direction.needs_inputs for direction in directions):
         names = [score.layer for score in layers]
-        covariances = ensure_covariances(
-            store, manifest, pointer, names, device=options.device, shard=options.shard
-        )
+        covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
         warn_of_fallback(covariances, names, how="searched", out="--layer names others")
     plan = SearchPlan(manifest, pointer, tuple(layers), options, directions, covariances)
     return _on_top(store, plan) if options.after else plan
@@ -256,14 +253,12 @@ def share_evaluation(
 
     The edits that the plans stand on are in it. Tells of towers that are not split.
     """
-    from slsgu_cli.clip.inputs import return_memory
+    from slsgu_cli.clip.memory import return_memory
     from slsgu_cli.engine.trial import add_edits
 
     first = plans[0]
     return_memory()
-    _, module = load_graded(
-        first.manifest, first.pointer, first.options.device, shard=first.options.shard
-    )
+    _, module = load_graded(first.manifest, first.pointer, first.options.device)
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
     shared = _base_pass(store, plans, module, split).run(layers)
@@ -327,8 +322,8 @@ class BasePass:
     def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
         """Run the model within the cache budget, keeping what edits of `layers` resume from."""
         from slsgu_cli.clip.evaluation import prepare_shared
-        from slsgu_cli.clip.inputs import spare
-        from slsgu_cli.clip.zeroshot import counted_by
+        from slsgu_cli.clip.finite import counted_by
+        from slsgu_cli.clip.memory import spare
 
         device, budget = self.options.device, self.options.cache_budget
         tokenize = tokenizer(self.model)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import slsgu_cli
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import pick_device
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.errors import SlsguError, listed
 from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
@@ -127,9 +126,8 @@ def ensure_covariances(
     layers: Sequence[str],
     *,
     device: str,
-    shard: bool = False,
 ) -> Covariances:
-    """Return covariances of `layers`, computing what the store lacks; `shard` as in `grad`.
+    """Return covariances of `layers`, computing what the store lacks.
 
     A layer whose inputs its tower does not show has none. Raises StaleError where the model is not
     the one the gradients are of.
@@ -148,7 +146,7 @@ def ensure_covariances(
                     f"{len(missing)} layers lack the covariances of their inputs: "
                     "one forward over the retain set"
                 )
-                _compute(store, manifest, pointer, missing, device=device, shard=shard)
+                _compute(store, manifest, pointer, missing, device=device)
                 known = _found_by_first(store, pointer, device)
     return known
 
@@ -189,19 +187,15 @@ def _compute(
     layers: Sequence[str],
     *,
     device: str,
-    shard: bool,
 ) -> None:
-    """Run the towers of `layers` over the retain set and store the covariances of their inputs.
-
-    Of several processes each has some of the covariances, and the first gets and writes the means.
-    """
+    """Run the towers of `layers` over the retain set and store the covariances of their inputs."""
     import torch
 
     from slsgu_cli.method.covariance import chosen_rows, input_covariances
     from slsgu_cli.method.directions.whitened import mean_square_output
     from slsgu_cli.method.gradient_pass import arithmetic
 
-    model, module = load_graded(manifest, pointer, device, shard=shard)
+    model, module = load_graded(manifest, pointer, device)
     block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)
     made_from: dict[str, Any] = {
         "revision": REVISION,
@@ -212,23 +206,20 @@ def _compute(
     }
     if pointer.prefixes:
         made_from |= {"prefixes": list(pointer.prefixes)}
-    # Sums are alike of a whole and of a sharded model: one goes on with those of the other.
-    kept = StoredCovariances(store, digest(made_from), device, sharded=False)
+    kept = StoredCovariances(store, digest(made_from), device)
     about: dict[str, LayerCovariance] = {}
-    means: dict[str, Tensor] = {}
+    means: Arrays = {}
     with torch.no_grad(), arithmetic(Precision.FP32):
         covariances = input_covariances(
             module, layers, block, spec=manifest.input, device=device, keeper=kept
         )
-        for layer in sorted(set().union(*processes.gathered(list(covariances)))):
-            weight = processes.unsharded(module.get_parameter(layer))
+        for layer in sorted(covariances):
             # The sums are fp64 and large: each goes as soon as its mean is taken.
-            if (covariance := covariances.pop(layer, None)) is not None:
-                mean = covariance.mean()
-                output = mean_square_output(weight, mean, covariance.axis)
-                about[layer] = LayerCovariance(covariance.axis, covariance.count, output)
-                means[layer] = mean.float().cpu()
-    about = dict(sorted(item for part in processes.gathered(about) for item in part.items()))
+            covariance = covariances.pop(layer)
+            mean = covariance.mean()
+            output = mean_square_output(module.get_parameter(layer), mean, covariance.axis)
+            about[layer] = LayerCovariance(covariance.axis, covariance.count, output)
+            means[layer] = mean.float().cpu().numpy()
     header = CovarianceHeader(
         model=pointer.model_fingerprint,
         data=pointer.retain_data,
@@ -239,8 +230,7 @@ def _compute(
         prefixes=pointer.prefixes,
         revision=REVISION,
     )
-    arrays = processes.on_first(means)
-    store.write_tensors(Artifact.COVARIANCE.path(kept.digest), arrays, header, keep_first=True)
+    store.write_tensors(Artifact.COVARIANCE.path(kept.digest), means, header, keep_first=True)
     kept.remove()
 
 
@@ -251,7 +241,7 @@ class StoredCovariances(KeptArrays):
         """Put what was kept into covariances of nothing; return how many parts are in them."""
 
         def use(_header: SumsHeader, kept: Arrays) -> None:
-            covariances.go_on(kept)
+            covariances.resume(kept)
 
         done = self.go_on(parts, use)
         if done:
@@ -260,4 +250,4 @@ class StoredCovariances(KeptArrays):
 
     def keep(self, covariances: "InputCovariances", parts: int, *, done: int) -> None:
         """Write the covariances over the first parts that are done."""
-        self.write(covariances.kept, parts, added=done, done=done)
+        self.write(covariances.state, parts, added=done, done=done)

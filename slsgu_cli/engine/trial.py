@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slsgu_cli import processes
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
@@ -21,7 +22,6 @@ from slsgu_cli.checkpoints.edits import (
 )
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -29,16 +29,10 @@ from slsgu_cli.clip.evaluation import (
     by_nearness,
     class_losses,
 )
-from slsgu_cli.clip.zeroshot import (
-    ImageSide,
-    PromptSide,
-    counted_by,
-    edited,
-    least_gap,
-    margins,
-    moved,
-    ranks_of_truth,
-)
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.in_place import edited, moved
+from slsgu_cli.clip.metrics import least_gap, margins, ranks_of_truth
+from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
 from slsgu_cli.engine.choice import residual_of
 from slsgu_cli.engine.race import Draw, Race
 from slsgu_cli.errors import NotFiniteError, StaleError
@@ -98,7 +92,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         layer = Layer.parse(self.score.layer)
-        self.weight = layer.rows(processes.whole(self.evaluation.model, layer.parameter))
+        self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
         self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
         self.norm = norm(self.along.cpu().numpy())
         if not isfinite(self.norm):
@@ -516,7 +510,8 @@ def add_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
         deltas = [(edit.factor, edit.delta()) for edit in group]
         new = torch.from_numpy(moved_values(values, deltas, "F32")[0])
         new = new.to(model.get_parameter(layer.parameter).device)
-        processes.exchange(model, layer.parameter, partial(layer.replaced, new=new))
+        parameter = model.get_parameter(layer.parameter)
+        parameter.data = layer.replaced(parameter.data, new=new)
 
 
 def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, list[Edit]]]:
@@ -530,7 +525,7 @@ def fitting(model: nn.Module, edits: Sequence[Edit]) -> list[tuple[str, Floats, 
         layer = Layer.parse(name)
         values = None
         if layer.parameter in parameters:
-            values = layer.rows(processes.whole(model, layer.parameter).cpu().numpy())
+            values = layer.rows(model.get_parameter(layer.parameter).data.cpu().numpy())
         others = [
             edit.header
             for edit in group

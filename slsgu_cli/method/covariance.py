@@ -1,6 +1,5 @@
 """Second covariances of what layers are applied to, and the inner product they make."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from slsgu_cli import progress
+from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import LETTERS, Layer
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.blocks import linear
-from slsgu_cli.clip.inputs import by_length, pixel_normalizer, spans, staged, to_tokens
+from slsgu_cli.clip.batches import by_length, pixel_normalizer, spans, staged, to_tokens
+from slsgu_cli.clip.onednn import linear
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec
@@ -102,10 +100,9 @@ class AppliedLayers(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self._weights = {name: partial(model.get_parameter, name) for name in layers}
         self._pools: list[Any] = list(filter(_is_pool_of_resnet, model.modules()))
-        self.sharded = processes.has_shards(model)
-        self._places = self._layer_at()
+        weights = ((name, model.get_parameter(name)) for name in layers)
+        self._layers = {_place(weight): (name, weight.numel()) for name, weight in weights}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -147,12 +144,8 @@ class AppliedLayers(TorchFunctionMode):
         axis: int,
         groups: int = 1,
     ) -> None:
-        if not isinstance(weight, Tensor):
-            return
-        # Where weights are gathered changes from block to block.
-        places = self._layer_at() if self.sharded else self._places
-        if _place(weight) in places:
-            name, size = places[_place(weight)]
+        if isinstance(weight, Tensor) and _place(weight) in self._layers:
+            name, size = self._layers[_place(weight)]
             use = Use(name, weight.numel() / size, axis, groups)
             self.applied(use, inputs(), outputs)
 
@@ -178,32 +171,18 @@ class AppliedLayers(TorchFunctionMode):
             self._tell(weight, partial(_rows_first, x), outputs, axis=1)
         return outputs, weights
 
-    def _layer_at(self) -> dict[int, tuple[str, int]]:
-        """Return by its place each layer that this process has whole now, and its entries."""
-        weights = {name: weight() for name, weight in self._weights.items()}
-        return {
-            _place(weight): (name, weight.numel())
-            for name, weight in weights.items()
-            if not processes.is_sharded(weight)
-        }
-
 
 class InputCovariances(AppliedLayers):
     """While active, adds up the second moments of the inputs of some layers of a model.
 
-    Of several processes each has what it ran, of all layers, until `gather` leaves each layer
-    to one of them. A sharded model is run by all of them at once: what they ran of a layer is
-    added up in each call, and one process has it.
+    Each rank adds up the rows that it runs; `collect` leaves the sum over all ranks to rank 0.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
         self.covariances: dict[str, Covariance] = {}
-        # Whether what this process runs counts.
-        self.counts = True
         self._valid: Tensor | None = None
         self._vectors = {name for name in layers if model.get_parameter(name).ndim == 1}
-        self._holders = _holders({name: model.get_parameter(name).shape for name in layers})
         self._device = exact_device(str(next(model.parameters()).device))
 
     @contextmanager
@@ -215,53 +194,52 @@ class InputCovariances(AppliedLayers):
         finally:
             self._valid = None
 
-    def kept(self) -> Arrays:
-        """Return to the first process what a later run goes on with."""
-        self.gather()
-        totals = {name + TOTAL: each.total for name, each in self.covariances.items()}
+    def state(self) -> Arrays:
+        """Return the sums over all ranks on rank 0, from which a later run resumes."""
+        self.collect()
+        totals = {name + TOTAL: each.total.cpu().numpy() for name, each in self.covariances.items()}
         about = {
-            name + ABOUT: torch.tensor([each.axis, each.count], dtype=torch.float64)
+            name + ABOUT: np.array([each.axis, each.count], dtype=np.float64)
             for name, each in self.covariances.items()
         }
-        return processes.on_first(totals | about)
+        return totals | about
 
-    def go_on(self, kept: Arrays) -> None:
-        """Go on with what an earlier run kept, in any number of processes."""
-        for name in (name.removesuffix(TOTAL) for name in kept if name.endswith(TOTAL)):
-            if self._holders[name] == processes.rank():
-                axis, count = kept[name + ABOUT].tolist()
-                total = torch.from_numpy(kept[name + TOTAL]).to(self._device)
-                self.covariances[name] = Covariance(int(axis), total, count)
+    def resume(self, state: Arrays) -> None:
+        """Resume from the state of an earlier run, with any number of ranks."""
+        if not processes.is_first():
+            return
+        for name in (name.removesuffix(TOTAL) for name in state if name.endswith(TOTAL)):
+            axis, count = state[name + ABOUT].tolist()
+            total = torch.from_numpy(state[name + TOTAL]).to(self._device)
+            self.covariances[name] = Covariance(int(axis), total, count)
 
-    def gather(self) -> None:
-        """Let one process have each covariance, over the inputs that all ran, by sums in fp64."""
-        if processes.count() == 1 or self.sharded:
+    def collect(self) -> None:
+        """Move what all ranks have added up to rank 0."""
+        if processes.world_size() == 1:
             return
         about: dict[str, tuple[int, tuple[int, ...]]] = {}
         for part in processes.gathered(
-            {name: (m.axis, tuple(m.total.shape)) for name, m in self.covariances.items()}
+            {name: (c.axis, tuple(c.total.shape)) for name, c in self.covariances.items()}
         ):
             about |= part
         for name, (axis, shape) in sorted(about.items()):
-            covariance = self.covariances.pop(name, None) or self._none(axis, shape)
-            self._add_up(name, covariance)
+            own = self.covariances.pop(name, None) or self._none(axis, shape)
+            total = processes.summed(own.total)
+            count = sum(processes.gathered(own.count))
+            if processes.is_first():
+                self.covariances[name] = Covariance(axis, total, count)
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Add the inputs of a call, weighted by the share of the layer that it applies."""
         name = use.layer
-        covariance = None if self.sharded else self.covariances.get(name)
         for part in inputs:
             x = self._counted(part, use.groups)
             total = x.square().sum(dim=0) if name in self._vectors else gram(x)
-            if covariance is None:
-                covariance = self._none(use.axis, total.shape)
-            if self.counts:
-                covariance.total.add_(total.to(self._device), alpha=use.share)
-                covariance.count += use.share * x.shape[-2]
-        if covariance is not None and self.sharded:
-            self._add_up(name, covariance)
-        elif covariance is not None:
-            self.covariances[name] = covariance
+            if name not in self.covariances:
+                self.covariances[name] = self._none(use.axis, total.shape)
+            covariance = self.covariances[name]
+            covariance.total.add_(total.to(self._device), alpha=use.share)
+            covariance.count += use.share * x.shape[-2]
 
     def _counted(self, x: Tensor, groups: int) -> Tensor:
         """Return the inputs that count, (rows, inputs), or (groups, rows, inputs).
@@ -278,30 +256,6 @@ class InputCovariances(AppliedLayers):
 
     def _none(self, axis: int, shape: Sequence[int]) -> Covariance:
         return Covariance(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
-
-    def _add_up(self, name: str, covariance: Covariance) -> None:
-        """Add a layer's covariances of all processes to what the one that holds it has."""
-        holder = self._holders[name]
-        count = torch.tensor([covariance.count], dtype=torch.float64)
-        processes.add_up_at(covariance.total, holder)
-        processes.add_up_at(count, holder)
-        if holder == processes.rank():
-            so_far = self.covariances.setdefault(
-                name, Covariance(covariance.axis, covariance.total)
-            )
-            if so_far.total is not covariance.total:
-                so_far.total.add_(covariance.total)
-            so_far.count += float(count)
-
-
-def _holders(shapes: dict[str, Sequence[int]]) -> dict[str, int]:
-    """Return which process has the covariance of each layer: those of a shape are dealt evenly."""
-    seen: Counter[Sequence[int]] = Counter()
-    holders = {}
-    for name, shape in sorted(shapes.items()):
-        holders[name] = seen[shape] % processes.count()
-        seen[shape] += 1
-    return holders
 
 
 class Keeper(Protocol):
@@ -332,7 +286,7 @@ def input_covariances(
 
     Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
     map of its tower is seen to apply is left out. With a `keeper`, it goes on with what an
-    earlier run kept, and keeps its own. Of several processes each has some of the covariances.
+    earlier run kept, and keeps its own. Of several ranks, rank 0 alone has the covariances.
     """
     run = _Parts(model, layers, block, spec, device)
     inputs = run.inputs
@@ -343,7 +297,7 @@ def input_covariances(
             if keeper is not None and each is not rounds[-1] and processes.agreed(keeper.due):
                 keeper.keep(inputs, run.count, done=each.stop)
             ticker.advance()
-    inputs.gather()
+    inputs.collect()
     return inputs.covariances
 
 
@@ -392,29 +346,27 @@ class _Parts:
         return [
             range(first + a, first + b)
             for first, last in bounds
-            for a, b in spans(max(0, last - first), processes.count())
+            for a, b in spans(max(0, last - first), processes.world_size())
         ]
 
     def run(self, rounds: Sequence[range]) -> Iterator[None]:
-        """Run this process's part of each round, if it has one, and yield after it.
-
-        A sharded model all have to run: the first part once more, which does not count.
-        """
+        """Run this rank's part of each round, if it has one, and yield after the round."""
         rank, first_image = processes.rank(), len(self.texts)
-        turns = [(each[rank], True) if rank < len(each) else (each[0], False) for each in rounds]
-        heard = [part for part, counts in turns if counts or self.inputs.sharded]
-        chosen = [self.images[part - first_image] for part in heard if part >= first_image]
+        own = [each[rank] if rank < len(each) else None for each in rounds]
+        chosen = [
+            self.images[part - first_image]
+            for part in own
+            if part is not None and part >= first_image
+        ]
         normalize = pixel_normalizer(self.spec, self.device)
         pixels = prefetch(
             lambda rows: staged(self.block.take(rows), self.device), chosen, threads=2
         )
-        for part, counts in turns:
-            self.inputs.counts = counts
-            if counts or self.inputs.sharded:
-                if part < first_image:
-                    self._run_texts(self.texts[part])
-                else:
-                    self._run(self._vision, normalize(next(pixels)))
+        for part in own:
+            if part is not None and part < first_image:
+                self._run_texts(self.texts[part])
+            elif part is not None:
+                self._run(self._vision, normalize(next(pixels)))
             yield
 
     def _run_texts(self, tokens: Tensor) -> None:
@@ -424,7 +376,7 @@ class _Parts:
 
     def _run(self, tower: SplitTower, values: Tensor) -> None:
         with self.inputs:
-            tower.run(partial(tower.features, values, values))
+            tower.features(values, values)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -457,8 +409,8 @@ def _place(tensor: Tensor) -> int:
 
 
 def _is_pool_of_resnet(module: nn.Module) -> bool:
-    """Return whether it is open_clip's attention pool, in shards or not."""
-    return any(base.__name__ == "AttentionPool2d" for base in type(module).__mro__)
+    """Return whether it is open_clip's attention pool."""
+    return type(module).__name__ == "AttentionPool2d"
 
 
 def _shares(weight: Any, other: Tensor) -> bool:

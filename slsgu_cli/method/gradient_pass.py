@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slsgu_cli import progress
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, spare, staged, text_features, to_tokens
+from slsgu_cli import processes, progress
+from slsgu_cli.clip.batches import pixel_normalizer, spans, staged, text_features, to_tokens
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.records.method import Precision
@@ -107,23 +107,23 @@ NOT_FINITE = (
     "with --precision bf16, try fp32"
 )
 
-# Mini-batches that are summed by themselves before they are added to the others.
-TURN = 8
+# Mini-batches that are summed up before they are added to the total: a chunk that fails, for
+# lack of memory or a value that is not finite, leaves the total as it was.
+CHUNK = 8
 
 
 @dataclass(slots=True)
 class Sums:
     """Gradients of mini-batches added up in their order, fp32, and the loss of each.
 
-    `total` is over the mini-batches of whole turns, of which `added` are in it, and `turn`
-    over those of a turn of this process, up to `done`. The first `size` entries of both are
-    (kinds, entries of all parameters): the gradients, and where they are wanted their squares.
+    `total` sums the chunks that this rank has finished, among the first `added` mini-batches;
+    `chunk` is the partial sum of its chunk under way, up to mini-batch `done`. Both have the
+    shape (kinds, entries of all parameters): the gradients and, with two kinds, their squares.
     """
 
     kinds: int
-    size: int
-    total: processes.OrderedSum
-    turn: Tensor
+    total: Tensor
+    chunk: Tensor
     losses: Tensor
     added: int = 0
     done: int = 0
@@ -133,84 +133,73 @@ class Sums:
         """Return the sums over no mini-batch yet."""
         listed = list(parameters)
         size, device = kinds * sum(p.numel() for p in listed), listed[0].device
-        padded = -(-size // processes.count()) * processes.count()
-        turn = torch.zeros(padded, device=device)
-        losses = torch.zeros(batches, device=device)
-        return cls(kinds, size, processes.OrderedSum(turn), turn, losses)
+        total, chunk = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        return cls(kinds, total, chunk, torch.zeros(batches, device=device))
 
     def split_up(self, values: Tensor, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-        """Return what `turn` or a whole total holds of each parameter, kind by kind."""
+        """Return views of `chunk` or `total` in the shapes of the parameters, kind by kind."""
         listed = list(parameters)
         sizes = [parameter.numel() for parameter in listed]
-        parts = torch.split(values[: self.size], sizes * self.kinds)
+        parts = torch.split(values, sizes * self.kinds)
         shaped = [part.view(p.shape) for part, p in zip(parts, self.kinds * listed, strict=True)]
         return [shaped[start : start + len(listed)] for start, _ in spans(len(shaped), len(listed))]
 
-    def end_turns(self, turns: "Turns") -> Tensor:
-        """Add this turn of every process; return whether this one's was finite."""
-        finite = self.finite(turns.first)
-        self.total.add(self.turn, turns.have)
-        self.turn.zero_()
-        self.added = self.done = turns.end
+    def end_chunk(self, chunk: "Chunk") -> Tensor:
+        """Add the chunk under way to the total; return whether it is finite, on its device."""
+        finite = self.finite(chunk.first)
+        self.total.add_(self.chunk)
+        self.chunk.zero_()
+        self.added = self.done = chunk.end
         return finite
 
-    def drop_turn(self) -> None:
-        """Forget the turn under way: it is begun again."""
-        self.turn.zero_()
+    def drop_chunk(self) -> None:
+        """Discard the chunk under way, which is run again."""
+        self.chunk.zero_()
         self.done = self.added
 
     def finite(self, first: int) -> Tensor:
-        """Return whether all of the turn under way, from `first` on, is finite, on its device."""
+        """Return whether all of the chunk under way, from `first` on, is finite, on its device."""
         losses = self.losses[first : self.done]
-        return torch.isfinite(torch.stack([*self.turn.aminmax(), losses.sum()])).all()
+        return torch.isfinite(torch.stack([*self.chunk.aminmax(), losses.sum()])).all()
 
-    def kept(self) -> Arrays:
-        """Return what a later run goes on with, to all processes."""
-        sums = {"total": self.total.whole(), "turn": self.turn}
-        arrays = {name: value[: self.size].cpu().numpy() for name, value in sums.items()}
-        return arrays | {"losses": self.all_losses().cpu().numpy()}
+    def state(self) -> Arrays:
+        """Return the sums over all ranks, from which a later run resumes."""
+        sums = {
+            "total": processes.summed(self.total),
+            "chunk": self.chunk,
+            "losses": processes.summed(self.losses),
+        }
+        return {name: values.cpu().numpy() for name, values in sums.items()}
 
-    def go_on(self, kept: Arrays, added: int, done: int) -> None:
-        """Go on with what an earlier run kept, of which `added` and `done` mini-batches are.
+    def resume(self, state: Arrays, added: int, done: int) -> None:
+        """Resume from the state of an earlier run, after `added` and `done` mini-batches.
 
-        Several processes begin their turns again.
+        Several ranks run their chunks under way again. Raises StaleError where squares are missing.
         """
-        if len(kept["total"]) < self.size:
+        size = len(self.total)
+        if len(state["total"]) < size:
             raise StaleError("they have no squares")
-        on_host = {name: torch.from_numpy(values) for name, values in kept.items()}
-        alone = processes.count() == 1
-        whole = torch.zeros_like(self.turn)
-        whole[: self.size] = on_host["total"][: self.size]
-        self.total.begin(whole)
-        if alone:
-            self.turn.copy_(on_host["turn"][: self.size])
-        if processes.is_first():
-            self.losses.copy_(on_host["losses"])
-            self.losses[done if alone else added :] = 0
+        alone = processes.world_size() == 1
         self.added, self.done = added, done if alone else added
-
-    def all_losses(self) -> Tensor:
-        """Return the loss of each mini-batch, whichever process ran it; 0 of those to come."""
-        losses = self.losses.clone()
-        processes.add_up(losses)
-        return losses
-
-
-# Of a model that each process has whole, and of one that is sharded over them.
-AnySums = Sums | processes.ShardedSums
+        if processes.is_first():
+            self.total.copy_(torch.from_numpy(state["total"][:size]))
+            self.losses.copy_(torch.from_numpy(state["losses"]))
+            self.losses[self.done :] = 0
+        if alone:
+            self.chunk.copy_(torch.from_numpy(state["chunk"][:size]))
 
 
 class Keeper(Protocol):
     """Keeps sums where a later run finds them."""
 
-    def restore(self, sums: AnySums) -> None:
+    def restore(self, sums: Sums) -> None:
         """Put what was kept into sums over nothing, if there is anything."""
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep them."""
 
-    def keep(self, sums: AnySums) -> None:
+    def keep(self, sums: Sums) -> None:
         """Keep sums that are finite."""
 
 
@@ -275,14 +264,12 @@ class GradientPass:
         self, block: DataBlock, label: str, keeper: Keeper | None, kinds: int
     ) -> tuple[list[Arrays], float]:
         """Run the pass over the mini-batches that are not in the sums that were kept."""
-        if self.options.shard:
-            return self._sharded_means(block, label, keeper)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         batches = -(-block.rows // self.options.batch_size)
         sums = Sums.none(parameters.values(), batches, kinds)
         if keeper:
             keeper.restore(sums)
-        left = len(range(sums.done, batches, processes.count())) * self.options.batch_size
+        left = len(range(sums.done, batches, processes.world_size())) * self.options.batch_size
         with (
             arithmetic(self.options.precision),
             progress.bar(label, left) as ticker,
@@ -290,74 +277,29 @@ class GradientPass:
         ):
             pairs = self.options.batch_size if kinds > 1 else self._pairs_per_forward(block)
             largest = pairs // self.options.batch_size
-            turn = processes.from_first(lambda: max(TURN, min(largest, _a_share(batches))))
+            share = -(-batches // processes.world_size())
+            chunk = processes.agreed(max(CHUNK, min(largest, share)))
             while sums.added < batches:
                 try:
-                    for rows in self._added(block, sums, turn=turn, pairs=pairs, keeper=keeper):
+                    for rows in self._added(block, sums, chunk=chunk, pairs=pairs, keeper=keeper):
                         ticker.advance(rows)
                 except torch.cuda.OutOfMemoryError:
-                    sums.drop_turn()
+                    sums.drop_chunk()
                     pairs = self._shrink(pairs)
-        whole = sums.total.whole().div_(batches)
+        whole = processes.summed(sums.total).div_(batches)
         means = [
             {n: v.cpu().numpy() for n, v in zip(parameters, values, strict=True)}
             for values in sums.split_up(whole, parameters.values())
         ]
-        return means, float(sums.all_losses().cpu().double().sum()) / batches
-
-    def _sharded_means(
-        self, block: DataBlock, label: str, keeper: Keeper | None
-    ) -> tuple[list[Arrays], float]:
-        """Run the pass with a sharded model: every process runs in every step."""
-        size = self.options.batch_size
-        batches = -(-block.rows // size)
-        sums = processes.ShardedSums(self.model, batches)
-        if keeper:
-            keeper.restore(sums)
-        normalize = pixel_normalizer(self.spec, self.options.device)
-        with arithmetic(self.options.precision):
-            pairs = self._pairs_per_forward(block)
-            rounds = dealt_turns(sums.added, batches, min(pairs // size, _a_share(batches)))
-            # Who has none left runs the first mini-batch, which does not count.
-            ranges = [(r.first, r.last) if r.last > r.first else (0, 1) for r in rounds]
-            with progress.bar(label, sum((b - a) * size for a, b in ranges)) as ticker:
-                stream = self._stream(block, ranges, pairs)
-                for each, (first, stop, images) in zip(rounds, stream, strict=True):
-                    pixels, ids = normalize(images), to_tokens(block.tokens[first:stop], "cpu")
-                    counts = each.last > each.first
-                    losses = partial(self.losses, pixels, ids)
-                    values = sums.step(losses, each.end, counts=counts)
-                    if counts:
-                        sums.losses[each.first : each.last] = values
-                    self._check_sharded(block, sums, each)
-                    if keeper and each is not rounds[-1] and processes.agreed(keeper.due):
-                        keeper.keep(sums)
-                    ticker.advance(stop - first)
-        return [sums.means()], float(sums.all_losses().cpu().double().sum()) / batches
-
-    def _check_sharded(self, block: DataBlock, sums: processes.ShardedSums, turn: "Turns") -> None:
-        """Raise InputError in every process where the losses or sums of one are not finite."""
-        lost = not sums.losses[turn.first : turn.last].isfinite().all()
-        found = processes.gathered((lost, sums.finite(), turn.first, turn.last))
-        if all(finite and not lost for lost, finite, *_ in found):
-            return
-        # A loss tells whose mini-batches it was; of a gradient's sum nobody knows.
-        spans_of = [(a, b) for lost, _, a, b in found if lost] or [(found[0][2], turn.end)]
-        size = self.options.batch_size
-        start, stop = spans_of[0][0] * size, min(spans_of[0][1] * size, block.rows)
-        raise InputError(
-            f"the gradient is not finite in rows {start} to {stop - 1}: "
-            f"{', '.join(block.keys[start:stop])}",
-            hint=NOT_FINITE,
-        )
+        return means, float(processes.summed(sums.losses).cpu().double().sum()) / batches
 
     def _added(
-        self, block: DataBlock, sums: Sums, *, turn: int, pairs: int, keeper: Keeper | None
+        self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, keeper: Keeper | None
     ) -> Iterator[int]:
-        """Add the rest of the mini-batches, `turn` at a time; yield rows as they are done."""
+        """Add the other mini-batches, `chunk` at a time; yield rows as they are done."""
         normalize = pixel_normalizer(self.spec, self.options.device)
         size, tokens, unchecked = self.options.batch_size, block.tokens, None
-        rounds = dealt_turns(sums.added, len(sums.losses), turn)
+        rounds = split_chunks(sums.added, len(sums.losses), chunk)
         stream = self._stream(block, [(max(r.first, sums.done), r.last) for r in rounds], pairs)
         for each in rounds:
             sums.done = max(sums.done, each.first)
@@ -370,15 +312,15 @@ class GradientPass:
                 if unchecked:
                     self._check(block, *unchecked)
                     unchecked = None
-                under_way = processes.count() == 1 and sums.done < each.last
+                under_way = processes.world_size() == 1 and sums.done < each.last
                 if keeper is not None and under_way and keeper.due:
                     self._check(block, each.first, each.last, sums.finite(each.first))
                     keeper.keep(sums)
                 yield stop - first
             if unchecked:
                 self._check(block, *unchecked)
-            unchecked = each.first, each.last, sums.end_turns(each)
-            if keeper is not None and processes.from_first(lambda: keeper.due):
+            unchecked = each.first, each.last, sums.end_chunk(each)
+            if keeper is not None and processes.agreed(keeper.due):
                 self._check(block, *unchecked)
                 keeper.keep(sums)
         if unchecked:
@@ -387,9 +329,7 @@ class GradientPass:
     def losses(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the loss of each of some mini-batches."""
         half = self.options.precision is Precision.BF16
-        # What it keeps of weights in 16 bits would be all of a sharded model.
-        cache = not self.options.shard
-        with torch.autocast(self._kind, torch.bfloat16, enabled=half, cache_enabled=cache):
+        with torch.autocast(self._kind, torch.bfloat16, enabled=half):
             v = self.vision.features(images, images)
             t = text_features(self.text, ids, self.options.device)
         return self.loss(v, t, self.options.batch_size)
@@ -401,13 +341,13 @@ class GradientPass:
         return values.detach()
 
     def _stream(
-        self, block: DataBlock, turns: Iterable[tuple[int, int]], pairs: int
+        self, block: DataBlock, chunks: Iterable[tuple[int, int]], pairs: int
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield rows of turns, each from one mini-batch up to another, in groups of `pairs`."""
+        """Yield rows of chunks, each from one mini-batch up to another, in groups of `pairs`."""
         size = self.options.batch_size
         ranges = [
             (first * size + a, first * size + b)
-            for first, last in turns
+            for first, last in chunks
             for a, b in spans(min(last * size, block.rows) - first * size, pairs)
         ]
         device = self.options.device
@@ -418,13 +358,8 @@ class GradientPass:
     def _pairs_per_forward(self, block: DataBlock) -> int:
         """Return how many pairs to run at once: whole mini-batches within the budget."""
         size = self.options.batch_size
-        if self.options.shard and self.options.precision is Precision.BF16:
-            # Nor does a backward keep them when it runs each block again.
-            self.vision.checkpointing = self.text.checkpointing = True
         needed = self._pair_bytes(block)
         budget = self.options.memory_budget or spare(self.options.device)
-        if self.options.shard:
-            budget = min(processes.gathered(budget))
         if needed * size > budget and not self.vision.checkpointing:
             self.vision.checkpointing = self.text.checkpointing = True
             needed = self._pair_bytes(block)
@@ -440,20 +375,16 @@ class GradientPass:
         try:
             return self._activation_bytes(block, rows) / rows
         except torch.cuda.OutOfMemoryError:
-            if self.options.shard:
-                raise
             self._shrink(rows)
         return self._pair_bytes(block)
 
     def _activation_bytes(self, block: DataBlock, rows: int) -> int:
         """Return what a backward keeps of a forward over the first `rows` pairs."""
         kept: dict[int, int] = {}
-        of_parameters = self._parameter_places()
+        weights = {parameter.data_ptr() for parameter in self.model.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            # Where weights are gathered changes from block to block.
-            weights = self._parameter_places() if self.options.shard else of_parameters
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
             # A tensor that its own graph holds would never be freed.
@@ -461,14 +392,9 @@ class GradientPass:
 
         images = pixel_normalizer(self.spec, self.options.device)(block.images(0, rows))
         ids = to_tokens(block.tokens[:rows], "cpu")
-        losses = partial(self.losses, images, ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses() if not self.options.shard else processes.run(self.model, losses)
+            self.losses(images, ids)
         return max(1, sum(kept.values()))
-
-    def _parameter_places(self) -> set[int]:
-        """Return where the parameters are that this process has whole now."""
-        return {p.data_ptr() for p in self.model.parameters() if not processes.is_sharded(p)}
 
     def _shrink(self, pairs: int) -> int:
         """Return half of `pairs` after running out of memory, or turn checkpointing on."""
@@ -521,41 +447,36 @@ class GradientPass:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """A turn of every process: mini-batches `first` to `last` are this one's, maybe none.
+class Chunk:
+    """The mini-batches `first` to `last` (not included) of this rank, possibly none.
 
-    So many processes `have` one; the next turns begin at mini-batch `end`.
+    Each rank has one; together they are followed by mini-batch `end`.
     """
 
     first: int
     last: int
-    have: int
     end: int
 
 
-def dealt_turns(start: int, batches: int, turn: int) -> list[Turns]:
-    """Return the turns in which mini-batches from `start` on are dealt, `turn` to each."""
-    rank, each = processes.rank(), turn * processes.count()
-    rounds = []
+def split_chunks(start: int, batches: int, size: int) -> list[Chunk]:
+    """Return this rank's chunks of the mini-batches from `start` on, `size` in each."""
+    rank, each = processes.rank(), size * processes.world_size()
+    chunks = []
     for begin, end in ((start + a, start + b) for a, b in spans(batches - start, each)):
-        first = min(begin + rank * turn, end)
-        rounds.append(Turns(first, min(first + turn, end), -(-(end - begin) // turn), end))
-    return rounds
-
-
-def _a_share(batches: int) -> int:
-    return -(-batches // processes.count())
+        first = min(begin + rank * size, end)
+        chunks.append(Chunk(first, min(first + size, end), end))
+    return chunks
 
 
 @contextlib.contextmanager
 def adding_to(sums: Sums, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let every backward add its gradients to the turn of `sums`, and their squares.
+    """Let every backward add its gradients to the chunk of `sums`, and their squares.
 
     Each gradient is added while it is in the processor's cache, and then dropped.
     """
     listed = list(parameters)
     before = [parameter.grad for parameter in listed]
-    gradients, *squares = sums.split_up(sums.turn, listed)
+    gradients, *squares = sums.split_up(sums.chunk, listed)
     hooks: list[Any] = []
     try:
         for index, parameter in enumerate(listed):

@@ -16,20 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import slsgu_cli
-from slsgu_cli import progress
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.models import (
-    ResolvedModel,
-    fingerprint,
-    input_spec,
-    load,
-    load_sharded,
-    pick_device,
-    resolve,
-    token_words,
-    tokenizer,
-)
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli import processes, progress
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
+from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
+from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -48,7 +40,7 @@ from slsgu_cli.store.store import Arrays, Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from slsgu_cli.method.gradient_pass import AnySums
+    from slsgu_cli.method.gradient_pass import Sums
     from slsgu_cli.store.blocks import DataBlock
 
 
@@ -112,10 +104,6 @@ def compute_gradients(
     Raises MissingError, InputError, and StaleError where the model takes other inputs
     than the set was built for.
     """
-    if options.shard and squares:
-        raise UsageError("--squares are not computed with --shard", hint="leave one of them out")
-    if options.shard:
-        processes.require_several("grad")
     manifest = read_manifest(store, name)
     resolved = resolve(model or manifest.model)
     model_fingerprint = fingerprint(resolved)
@@ -134,10 +122,7 @@ def compute_gradients(
     @cache
     def job() -> _Job:
         device = pick_device(options.device)
-        if options.shard:
-            module = load_sharded(resolved, device)
-        else:
-            module = load(resolved, device, warn=progress.warn)
+        module = load(resolved, device, warn=progress.warn)
         return _Job(store, manifest, resolved, module, model_fingerprint, options)
 
     seconds = {}
@@ -210,15 +195,12 @@ def _stands(store: Store, kind: Artifact, gradient: Gradient) -> bool:
 
 
 def load_graded(
-    manifest: SetManifest, pointer: GradientPointer, device: str, *, shard: bool = False
+    manifest: SetManifest, pointer: GradientPointer, device: str
 ) -> "tuple[ResolvedModel, nn.Module]":
-    """Load the model that the gradients of a set belong to, or this process's shard of it.
-
-    Raises StaleError for another.
-    """
+    """Load the model that the gradients of a set belong to. Raises StaleError for another."""
     model = graded_model(pointer)
     check_inputs(manifest, model)
-    return model, load_sharded(model, device) if shard else load(model, device)
+    return model, load(model, device)
 
 
 def graded_model(pointer: GradientPointer) -> ResolvedModel:
@@ -337,7 +319,6 @@ class KeptArrays:
     store: Store
     digest: str
     device: str
-    sharded: bool
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -397,7 +378,6 @@ class KeptArrays:
             added=added,
             done=done,
             version=slsgu_cli.__version__,
-            sharded=self.sharded,
         )
 
 
@@ -411,21 +391,21 @@ class KeptSums(KeptArrays):
     role: str
     squares: bool
 
-    def restore(self, sums: "AnySums") -> None:
+    def restore(self, sums: "Sums") -> None:
         """Put what was kept into sums over nothing."""
         batches = len(sums.losses)
 
         def use(header: SumsHeader, kept: Arrays) -> None:
-            sums.go_on(kept, header.added, header.done)
+            sums.resume(kept, header.added, header.done)
 
         if self.go_on(batches, use):
             progress.note(
                 f"the {self.role} gradient goes on after {sums.done} of its {batches} mini-batches"
             )
 
-    def keep(self, sums: "AnySums") -> None:
+    def keep(self, sums: "Sums") -> None:
         """Write the sums."""
-        self.write(sums.kept, len(sums.losses), added=sums.added, done=sums.done)
+        self.write(sums.state, len(sums.losses), added=sums.added, done=sums.done)
 
     def _about(self, batches: int, added: int, done: int) -> SumsHeader:
         return replace(KeptArrays._about(self, batches, added, done), squares=self.squares)
@@ -461,7 +441,6 @@ class _Job:
             self.store,
             gradient.digest,
             run.options.device,
-            run.options.shard,
             gradient.role,
             squares,
         )
@@ -480,7 +459,7 @@ class _Job:
 
     def _header(self, gradient: Gradient, rows: int, mean_loss: float) -> GradientHeader:
         weights = {
-            name: ParameterNorm(tuple(p.shape), norm(processes.unsharded(p.detach()).cpu().numpy()))
+            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
             for name, p in self.module.named_parameters()
         }
         return GradientHeader(

@@ -127,8 +127,8 @@ class SumsHeader:
     Or what a training has come to after as many of its steps, or the answers of as many batches
     of questions. `gradient` is the digest of the gradient, the covariances, the training or the
     answers that they are of, by which they are addressed. The first `added` mini-batches are in
-    one sum, and those after them in another. Those of a model that is `sharded` over processes
-    are one a parameter, in fp64. Those of a pass for `squares` have them beside the gradients.
+    one sum, and those after them in another. Those of a pass for `squares` have them beside the
+    gradients.
     """
 
     gradient: str
@@ -137,13 +137,12 @@ class SumsHeader:
     added: int
     done: int
     version: str
-    sharded: bool = codec.added(False)
     squares: bool = codec.added(False)
 
     @property
-    def made_from(self) -> tuple[str, str, int, bool]:
+    def made_from(self) -> tuple[str, str, int]:
         """What must be alike for a pass to go on with them."""
-        return self.gradient, self.device, self.batches, self.sharded
+        return self.gradient, self.device, self.batches
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

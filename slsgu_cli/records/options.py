@@ -65,14 +65,6 @@ ENCODER = partial(
     panel=TARGET,
     without="the one that fits",
 )
-SHARD = partial(
-    option,
-    False,
-    "--shard",
-    help="Shard the weights over the processes of torchrun (FSDP).",
-    panel=SPEED,
-    later=True,
-)
 DAMPING_OPTION = partial(
     option,
     None,
@@ -272,8 +264,7 @@ class MetadataSource:
 class PassOptions:
     """How to run a gradient pass. `memory_budget` is in bytes, None for what is free.
 
-    With `shard`, the processes that a launcher started hold one model together. With
-    `prefixes`, the forget set is gone through with captions that have these before the name
+    With `prefixes`, the forget set is gone through with captions that have these before the name
     as well.
     """
 
@@ -281,7 +272,6 @@ class PassOptions:
     precision: Precision = PRECISION()
     device: str = DEVICE()
     memory_budget: int | None = BUDGET("--memory-budget", help="Limit for activations, such as 8G.")
-    shard: bool = SHARD()
     prefixes: Sequence[str] = option(
         (),
         "--prefix",
@@ -297,7 +287,7 @@ class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
     `damping` is of the whitened direction alone (None: DAMPING), as is `device`, where covariances
-    are computed, and `shard`, which lets processes hold one model together meanwhile.
+    are computed.
     With `qkv` split, query, key and value compete as layers of their own.
     With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
@@ -335,17 +325,10 @@ class RankOptions:
     )
     encoder: str | None = ENCODER()
     device: str = DEVICE()
-    shard: bool = SHARD()
 
     def __post_init__(self) -> None:
         """Refuse what is of the whitened direction alone for the gradient."""
         self.direction.check(self.damping)
-        if self.shard and not self.direction.needs_inputs:
-            raise UsageError(
-                "--shard is for the covariances of the whitened direction: "
-                "the gradient's takes no model",
-                hint="leave --shard out",
-            )
 
     @property
     def specs(self) -> tuple[DirectionSpec, ...]:
@@ -366,7 +349,6 @@ class SearchOptions:
     `criterion` counts, among those where no class loses more than `max_class_loss`. `utility` says
     by what that is judged: a count of few images flatters the choice that is made by it. The
     edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
-    With `shard`, the processes that a launcher started hold one model together.
     """
 
     layers: Sequence[str] = option(
@@ -435,7 +417,6 @@ class SearchOptions:
         without="the original model",
         completes="edit",
     )
-    shard: bool = SHARD()
 
     def __post_init__(self) -> None:
         """Spell out the paper's choice. Raises UsageError for what contradicts it."""
@@ -600,7 +581,7 @@ class DemoOptions:
     )
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
     )
     search: SearchOptions = options(
         SearchOptions(),
@@ -616,7 +597,6 @@ class DemoOptions:
             "cache_budget",
             "after",
             "exact",
-            "shard",
         ),
     )
 

@@ -486,13 +486,13 @@ class SweepRequest:
         classes={"flags": ("--eval-classes",)},
         omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
     )
-    gradients: PassOptions = options(PassOptions(), omit=("shard", "prefixes"))
+    gradients: PassOptions = options(PassOptions(), omit=("prefixes",))
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
     )
     search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "damping", "qkv", "full", "after", "shard")
+        SearchOptions(), omit=("layers", "direction", "damping", "qkv", "full", "after")
     )
 
     def of(self, name: str) -> BuildRequest:
@@ -579,7 +579,6 @@ class TrajectoryOptions:
             "max_class_loss",
             "paper",
             "after",
-            "shard",
         ),
     )
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)

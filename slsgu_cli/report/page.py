@@ -154,7 +154,7 @@ def _image_sections(
             records.name: _absent(reason, f"slsgu report {quote(records.name)} --out report.html")
             for records in all_records
         }
-    from slsgu_cli.clip.models import pick_device
+    from slsgu_cli.clip.devices import pick_device
     from slsgu_cli.engine.evaluate import GuessingModels
 
     models = GuessingModels(store, device=pick_device(request.device))

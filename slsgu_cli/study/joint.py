@@ -16,7 +16,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
-from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
+from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
 from slsgu_cli.engine.choice import residual_of, utility_of
 from slsgu_cli.engine.evaluate import choose_shown
 from slsgu_cli.engine.search import SetSearch, searched_edit

@@ -1,11 +1,11 @@
 """Series of searches: what `slsgu sweep` does, and what `slsgu trajectory` does.
 
 A sweep is the whole job for each class of a list (the paper's Table 2). Every class is kept
-out of the retain set, so that all of them share one retain gradient; or classes are dealt into
+out of the retain set, so that all of them share one retain gradient; or classes are split into
 folds, and each fold has a retain set without its own classes. All are searched on one base
 pass. What a class came to is recorded as soon as it is done: a sweep that was interrupted goes
-on with the first class that is missing. Several processes make what the classes share together,
-and then each its share of the classes.
+on with the first class that is missing. Several processes compute what the classes share
+together, and then one class each at a time.
 
 A trajectory is the accuracies over a fine grid of steps, layer by layer. The steps of a layer
 share what the base pass kept. It is recorded as trials, so that steps which were measured
@@ -19,8 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
-from slsgu_cli import progress
-from slsgu_cli.clip import processes
+from slsgu_cli import processes, progress
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
@@ -104,42 +103,34 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
         done[row.name] = row
         rows = tuple(done[name] for name in request.classes if name in done)
         store.write_record(path, replace(fresh, rows=rows))
-    rows = processes.from_first(lambda: tuple(done[name] for name in request.classes))
+    rows = tuple(done[name] for name in request.classes)
     return SweepResult(replace(fresh, rows=rows), reused)
 
 
 def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
-    """Do the job for each class that is left; yield what it came to, to the first process."""
-    from slsgu_cli.clip.inputs import return_memory
+    """Do the job for each pending class; yield its row on every rank, as soon as it is done."""
+    from slsgu_cli.clip.memory import return_memory
 
-    mine = processes.dealt(pending)
-    others = [name for name in pending if name not in mine]
-    if pending and processes.count() > 1:
-        # What all classes share is made by all processes, with the first class.
+    mine = processes.split(pending)
+    if pending and processes.world_size() > 1:
+        # All ranks compute what the classes share, with the first class.
         first = pending[0]
         processes.from_first(lambda: build_sets(store, request.of(first)))
         compute_gradients(store, first, model=None, options=request.gradients)
         rank(store, first, options=request.ranking)
-    leads = processes.is_first()
-    with processes.apart():
+    with processes.alone():
         for place, name in enumerate(mine, start=1):
             progress.note(f"{place}/{len(mine)} {name}")
             build_sets(store, request.of(name))
             compute_gradients(store, name, model=None, options=request.gradients)
             rank(store, name, options=request.ranking)
             return_memory()
-        for result in search_each(store, mine, options=request.search):
-            row = _row(store, result)
-            if not leads:
-                processes.post(row.name, row)
-                continue
-            yield row
-            while others and (posted := processes.posted(others[0], wait=False)):
-                yield posted
-                others.pop(0)
-    if leads:
-        for name in others:
-            yield processes.posted(name, wait=True)
+    results = search_each(store, mine, options=request.search)
+    for _ in range(-(-len(pending) // processes.world_size())):
+        with processes.alone():
+            result = next(results, None)
+            row = None if result is None else _row(store, result)
+        yield from (each for each in processes.gathered(row) if each is not None)
 
 
 def require_swept(result: SweepResult) -> None:

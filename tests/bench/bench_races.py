@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from slsgu_cli.clip.zeroshot import margins
+from slsgu_cli.clip.metrics import margins
 from slsgu_cli.engine.choice import utility_of
 from slsgu_cli.engine.search import LayerSearch
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation

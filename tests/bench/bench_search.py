@@ -31,8 +31,10 @@ import torch
 from synthetic import random_model, synthetic_set
 
 from slsgu_cli.cli.recipe import DATA, demo_request
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.method.gradients import compute_gradients

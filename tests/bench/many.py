@@ -34,7 +34,9 @@ from unseen import draw, enough_images
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.edit import apply
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search, search_each
@@ -42,7 +44,8 @@ from slsgu_cli.engine.trial import UNMOVED
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
-from slsgu_cli.records.method import Accuracy, Criterion
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Criterion
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets

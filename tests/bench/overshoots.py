@@ -30,7 +30,7 @@ import unseen
 from torch import Tensor
 
 from slsgu_cli.clip.evaluation import Evaluation
-from slsgu_cli.clip.zeroshot import gaps
+from slsgu_cli.clip.metrics import gaps
 from slsgu_cli.engine.search import LayerSearch
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.engine.trial import Evaluator, UtilityMeter, moved_model

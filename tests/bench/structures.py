@@ -30,7 +30,8 @@ from tower_models import SIDE, WIDTH, shrinking
 from worlds import Listener, World
 
 from slsgu_cli.checkpoints.layers import layers_of
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import WholeTower, text_tower, vision_tower
 from slsgu_cli.engine.edit import apply
 from slsgu_cli.engine.ranking import rank

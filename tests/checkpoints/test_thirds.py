@@ -15,8 +15,9 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
-from slsgu_cli.clip.models import load, resolve
-from slsgu_cli.clip.zeroshot import moved
+from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.edit import direct_edit, ensure_edit
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search

@@ -15,9 +15,12 @@ from worlds import World
 
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.transformers_clip import model_config
-from slsgu_cli.clip.inputs import decoder
-from slsgu_cli.clip.model_folder import other_layout, require_weights
-from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokenizer
+from slsgu_cli.clip.decoding import decoder
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.model_folder import require_weights
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.other_layouts import other_layout
+from slsgu_cli.clip.tokenizers import input_spec, tokenizer
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import InputError, MissingError

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
-from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
+from slsgu_cli.clip.tokenizers import input_spec
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.gradients import compute_gradients
@@ -220,7 +222,7 @@ def test_another_tokenizer_is_refused(copy):
     input_spec(resolve(ModelSpec(str(copy))))
     words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
     tiny_targets.write_json(copy / "vocab.json", words)
-    with pytest.raises(InputError, match="tokenizer of its own"):
+    with pytest.raises(InputError, match="its own vocabulary"):
         input_spec(resolve(ModelSpec(str(copy))))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip import models, zeroshot
+from slsgu_cli.clip import loading, models, tokenizers, zeroshot
 from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, in_test_split, prepare
 from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.engine import search as searches
@@ -24,8 +24,8 @@ def opened(world, split):
     return prepare(
         world.store,
         world.manifest,
-        models.load(resolved),
-        tokenize=models.tokenizer(resolved),
+        loading.load(resolved),
+        tokenize=tokenizers.tokenizer(resolved),
         device="cpu",
         split=split,
     )

@@ -4,9 +4,9 @@ import tiny_clip
 import torch
 from reference import Reference
 
-from slsgu_cli.clip import models
+from slsgu_cli.clip import loading, models, tokenizers
 from slsgu_cli.clip.evaluation import class_losses, prepare
-from slsgu_cli.clip.zeroshot import edited
+from slsgu_cli.clip.in_place import edited
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
 from slsgu_cli.store.blocks import DataBlock
@@ -17,8 +17,8 @@ def evaluation(world):
     return prepare(
         world.store,
         world.manifest,
-        models.load(resolved),
-        tokenize=models.tokenizer(resolved),
+        loading.load(resolved),
+        tokenize=tokenizers.tokenizer(resolved),
         device="cpu",
     )
 
@@ -139,7 +139,7 @@ def test_accuracy_counts_rows(shared_world):
 
 
 def test_an_edit_lasts_as_long_as_its_block(shared_world):
-    model = models.load(models.resolve(shared_world.model))
+    model = loading.load(models.resolve(shared_world.model))
     before = model.visual.proj.data.clone()
     with pytest.raises(KeyError), edited(model, "visual.proj", torch.zeros_like(before)):
         assert not model.visual.proj.any()

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from worlds import World
 
+from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.edit import apply, direct_edit
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.directions import Direction

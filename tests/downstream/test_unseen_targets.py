@@ -14,7 +14,8 @@ from worlds import Listener
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.downstream import require_reached, show_target_search
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.downstream.models import Llava, Pipeline

@@ -18,8 +18,8 @@ from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.engine.choice import utility_of
 from slsgu_cli.engine.edit import apply
 from slsgu_cli.engine.evaluate import evaluate
-from slsgu_cli.engine.search import search, search_each, share_evaluation
-from slsgu_cli.engine.search_plan import read_plan
+from slsgu_cli.engine.search import search, search_each
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.engine.trial import EarlierConcepts, Evaluator
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.codec import digest

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from tower_models import CONFIGS, make
 
-from slsgu_cli.clip import processes
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.method import covariance as covariance_module
 from slsgu_cli.method.covariance import InputCovariances, input_covariances
@@ -196,24 +195,6 @@ def test_towers_of_timm_show_their_inputs(kind, tmp_path):
             inputs.covariances[name].mean(), x.T @ x / len(x), rtol=1e-4, atol=1e-5
         )
         assert inputs.covariances[name].axis == 1
-
-
-# In halves, and in whole blocks; in one piece.
-@pytest.mark.parametrize("kind", ["clip", "siglip-like", "resnet"])
-def test_a_sharded_model_has_the_same_covariances(kind, block, group, tmp_path, monkeypatch):
-    monkeypatch.setitem(covariance_module.ROWS_PER_FORWARD, "cpu", 3)
-    model = make(kind, tmp_path)
-    times = CONFIGS[kind]["vision_cfg"]["image_size"] // SIZE
-    tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
-    block = Block(ROWS, tokens, block.pixels.repeat(times, 1).repeat(times, 2))
-    expected = found_by(model, block)
-    processes.shard(model, [*vision_tower(model).blocks, *text_tower(model).blocks], "cpu")
-    found = found_by(model, block)
-    assert found.keys() == expected.keys() != set()
-    for name, covariance in found.items():
-        assert covariance.axis == expected[name].axis
-        assert covariance.count == pytest.approx(expected[name].count)
-        torch.testing.assert_close(covariance.total, expected[name].total, rtol=1e-9, atol=1e-9)
 
 
 CONVOLUTIONS = [

@@ -69,7 +69,7 @@ def test_a_model_that_is_not_finite(words, layer, value, place, world, tmp_path)
     done = inside(words[0], "blue", *words[1:], "--model", model, store=world.store.root)
     assert done.exit_code == 3, done.stderr
     assert "are not finite (row" in done.stderr
-    assert f"weights that are not: 1 in {layer}" in done.stderr
+    assert f"weights that are not finite: 1 in {layer}" in done.stderr
     assert model in done.stderr
     assert "FA@1" not in done.stdout
 

@@ -13,8 +13,10 @@ import tiny_clip
 import torch
 from safetensors.numpy import load_file, save_file
 
-from slsgu_cli.clip.inputs import pixel_normalizer
-from slsgu_cli.clip.models import fingerprint, load, resolve, tokenizer
+from slsgu_cli.clip.batches import pixel_normalizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.clip.towers import SplitTower
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.stored_covariances import find_covariances

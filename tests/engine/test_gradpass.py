@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import open_clip
@@ -10,12 +10,11 @@ import pytest
 import tiny_clip
 import torch
 import torch.nn.functional as F
-import tower_models
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip import inputs, models, processes
-from slsgu_cli.clip.towers import OpenClipText, OpenClipVision, text_tower, vision_tower
+from slsgu_cli.clip import batches, models, tokenizers
+from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.errors import InputError
 from slsgu_cli.method import gradient_pass
 from slsgu_cli.method.gradient_pass import GradientPass
@@ -63,7 +62,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def spec(tiny_model):
-    return models.input_spec(models.resolve(tiny_model))
+    return tokenizers.input_spec(models.resolve(tiny_model))
 
 
 def load(folder):
@@ -121,7 +120,7 @@ def assert_equal(found, expected, relative=1e-5):
 @pytest.fixture(scope="module")
 def plain(folders):
     """The plain loop's gradients of 61 pairs, for every loss."""
-    spec = models.input_spec(models.resolve(tiny_spec(folders["contrastive"])))
+    spec = tokenizers.input_spec(models.resolve(tiny_spec(folders["contrastive"])))
     block = Rows(61)
     found = {}
     for loss in ("cosine", "contrastive", "sigmoid"):
@@ -228,16 +227,16 @@ class Stopping:
 
     def restore(self, sums):
         if self.kept is not None:
-            sums.go_on(*self.kept)
+            sums.resume(*self.kept)
 
     def keep(self, sums):
-        values = {name: value.copy() for name, value in sums.kept().items()}
+        values = {name: value.copy() for name, value in sums.state().items()}
         self.kept = values, sums.added, sums.done
         if sums.done == self.stop:
             raise KeyboardInterrupt
 
 
-# In the first turn of 8 mini-batches, at its end, in the next, at the end of the last.
+# In the first chunk of 8 mini-batches, at its end, in the next, at the end of the last.
 @pytest.mark.parametrize("stop", [3, 8, 9, 10])
 def test_a_pass_that_was_stopped_goes_on_to_the_same_bytes(stop, folders, spec):
     model, block = load(folders["contrastive"]), Rows(157, seed=2)
@@ -252,44 +251,6 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bytes(stop, folders, spec):
     for mine, other in zip(found[:2], expected[:2], strict=True):
         for name, value in other.items():
             np.testing.assert_array_equal(mine[name], value, err_msg=name)
-
-
-# In halves, and in whole blocks; in one piece; once with activations that are recomputed.
-@pytest.mark.parametrize(
-    ("kind", "budget"), [("clip", None), ("clip", 1), ("siglip-like", None), ("resnet", None)]
-)
-def test_a_sharded_model_has_the_same_gradient(kind, budget, group, spec, tmp_path):
-    model, block = tower_models.make(kind, tmp_path), Rows(8)
-    block.tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
-    size = model.visual.image_size
-    spec = replace(spec, height=64, width=64) if size == (64, 64) else spec
-    block.pictures = block.pictures.repeat(spec.height // 32, 1).repeat(spec.width // 32, 2)
-    options = {"batch_size": 3, "memory_budget": budget}
-    expected, mean_loss = run(model, "cosine", block, spec, **options)
-    blocks = [*vision_tower(model).blocks, *text_tower(model).blocks]
-    processes.shard(model, blocks, "cpu")
-    assert type(text_tower(model)) is OpenClipText and text_tower(model).halves
-    found, found_loss = run(model, "cosine", block, spec, shard=True, **options)
-    assert found_loss == pytest.approx(mean_loss, rel=1e-6)
-    assert_equal(found, expected, relative=1e-6)
-
-
-def test_a_model_is_sharded_from_its_file_and_goes_on(group, folders, spec):
-    loss = "sigmoid"
-    resolved, block = models.resolve(tiny_spec(folders[loss])), Rows(37)
-    expected, mean_loss = run(models.load(resolved), loss, block, spec)
-    model = models.load_sharded(resolved, "cpu")
-    prepared = GradientPass.prepare(model, loss, spec=spec, options=PassOptions(shard=True))
-    whole = prepared.run(block, "test")
-    keeper = Stopping(2)
-    with pytest.raises(KeyboardInterrupt):
-        prepared.run(block, "test", keeper)
-    found, found_loss = prepared.run(block, "test", keeper)
-    assert found_loss == whole[1] == pytest.approx(mean_loss, rel=1e-6)
-    # The order of fp32 in a forward alone makes 3e-6 of it here.
-    assert_equal(found, expected)
-    for name, value in whole[0].items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_sums_that_are_not_finite_are_not_kept(folders, spec):
@@ -315,7 +276,7 @@ def test_any_last_mini_batch(rows, size, folders, spec):
 
 
 def test_texts_of_all_lengths_keep_their_places(folders, plain, spec, monkeypatch):
-    monkeypatch.setitem(inputs.TEXTS_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(batches.TEXTS_PER_FORWARD, "cpu", 7)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
     assert_equal(found, plain["contrastive"][0])
 
@@ -487,7 +448,7 @@ def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monke
 
     monkeypatch.setattr(OpenClipVision, "embed", guarded)
     found, _ = run(load(folders["contrastive"]), "contrastive", Rows(61), spec)
-    # The turn that they are in is begun again, with fewer pairs.
+    # Their chunk is run again, with fewer pairs.
     assert calls == [16, 32, 29, 16, 16, 16, 13]
     assert_equal(found, plain["contrastive"][0])
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_targets import transformers_weights
 
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.edit import apply
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest

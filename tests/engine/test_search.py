@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from worlds import lose_covariance, plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip import inputs, zeroshot
-from slsgu_cli.clip.models import load as load_model
+from slsgu_cli.clip import batches, zeroshot
+from slsgu_cli.clip.loading import load as load_model
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.engine.choice import residual
@@ -100,7 +100,7 @@ def test_search_is_the_plain_search(utility, criterion, budget, world, plain):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypatch):
     """Several groups of prompts, each of its own length, and images a few at a time."""
-    monkeypatch.setitem(inputs.IMAGES_PER_FORWARD, "cpu", 7)
+    monkeypatch.setitem(batches.IMAGES_PER_FORWARD, "cpu", 7)
     monkeypatch.setitem(zeroshot.PROMPTS_PER_FORWARD, "cpu", 5)
     reference = plain.algorithm1(front(world), 6, Criterion.FA1)
     result = find(world, steps=6, cache_budget=budget, full=True)

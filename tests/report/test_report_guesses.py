@@ -9,7 +9,9 @@ import torch
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.clip.evaluation import prepare_shared
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.edit import direct_edit
 from slsgu_cli.engine.evaluate import GuessingModels, choose_shown, guesses_of, with_edits
 from slsgu_cli.errors import StaleError

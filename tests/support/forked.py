@@ -136,7 +136,7 @@ def _serve(requests):
 
     modules = [m.name for m in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli.")]
     # What the package imports only where it is used.
-    for name in (*modules, "open_clip", "torch.distributed.fsdp"):
+    for name in (*modules, "open_clip"):
         if not name.endswith("__main__"):
             import_module(name)
     # Collecting garbage would have each of them copy all that was imported.

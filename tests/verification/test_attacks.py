@@ -11,7 +11,8 @@ from open_clip.transformer import TextTransformer
 from processes import inside, rows
 from under_test import opened
 
-from slsgu_cli.clip.models import resolve, token_words, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import OpenClipText
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from slsgu_cli.clip import blocks
-from slsgu_cli.clip.blocks import FastProducts, linear, product
+from slsgu_cli.clip import onednn
+from slsgu_cli.clip.onednn import FastProducts, linear, product
 
 # Rows, inputs, outputs; and inputs with two leading axes.
 SHAPES = [((1,), 16, 8), ((7,), 5, 3), ((300,), 192, 768), ((2, 9), 32, 96)]
-ONEDNN = pytest.mark.skipif(not blocks.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+ONEDNN = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Count products by oneDNN."""
     counted = []
-    monkeypatch.setattr(blocks, "product", lambda *given: (counted.append(1), product(*given))[1])
+    monkeypatch.setattr(onednn, "product", lambda *given: (counted.append(1), product(*given))[1])
     return counted
 
 
@@ -131,7 +131,7 @@ def test_who_listens_to_linear_layers_hears_them_once():
 # How much memory a process has more of, in MB, after products of many numbers of rows.
 GROWTH = """
 import torch
-from slsgu_cli.clip.blocks import product
+from slsgu_cli.clip.onednn import product
 
 def held():
     status = open("/proc/self/status").read()
