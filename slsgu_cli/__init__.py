@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slsgu_cli.engine.edit import apply as apply
     from slsgu_cli.engine.evaluate import evaluate as evaluate
+    from slsgu_cli.engine.gradients import compute_gradients as compute_gradients
     from slsgu_cli.engine.ranking import rank as rank
     from slsgu_cli.engine.search import search as search
     from slsgu_cli.errors import SlsguError as SlsguError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from slsgu_cli.method.directions.whitened import Whitened as Whitened
     from slsgu_cli.method.evaluation import LabelledImages as LabelledImages
     from slsgu_cli.method.evaluation import ZeroShot as ZeroShot
-    from slsgu_cli.method.gradients import compute_gradients as compute_gradients
     from slsgu_cli.method.unlearn import unlearn as unlearn
     from slsgu_cli.progress import Sink as Sink
     from slsgu_cli.progress import set_sink as set_sink
@@ -62,7 +62,7 @@ _FACE = {
     "method.directions.gradient": ("Gradient",),
     "method.directions.whitened": ("Whitened",),
     "method.evaluation": ("LabelledImages", "ZeroShot"),
-    "method.gradients": ("compute_gradients",),
+    "engine.gradients": ("compute_gradients",),
     "method.unlearn": ("unlearn",),
     "engine.ranking": ("rank",),
     "engine.search": ("search",),

@@ -23,9 +23,9 @@ from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.engine.evaluate import EvalResult, evaluate
 from slsgu_cli.engine.export import export
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.search import search_each
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, listed
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.method import LoraLayout

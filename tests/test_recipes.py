@@ -20,9 +20,9 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.export import export
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import AssertionsError, InputError, UsageError
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Assertion

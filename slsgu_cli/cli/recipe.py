@@ -39,7 +39,7 @@ def demo(session: Session, options: DemoOptions) -> None:
     from slsgu_cli.clip.devices import pick_device
     from slsgu_cli.engine.edit import apply, rank_and_plot, require_forgotten, search_and_plot
     from slsgu_cli.engine.evaluate import draw_examples
-    from slsgu_cli.method.gradients import compute_gradients
+    from slsgu_cli.engine.gradients import compute_gradients
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path
 

@@ -137,7 +137,7 @@ def grad(
 ) -> None:
     """Example: slsgu grad facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
+    from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
 
     if adversarial:
         found = adversarial_prefixes(session.store, name)

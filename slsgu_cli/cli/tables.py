@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.edit import FoundEdit
     from slsgu_cli.engine.evaluate import EvalResult
+    from slsgu_cli.engine.gradients import GradResult
     from slsgu_cli.engine.search import SearchResult
-    from slsgu_cli.method.gradients import GradResult
     from slsgu_cli.sets.build import Replayed
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding

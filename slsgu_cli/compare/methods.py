@@ -20,9 +20,9 @@ from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.compare.ours import ROLES, PassTimes
+from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.errors import NotFiniteError, SlsguError, once
-from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
-from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions

@@ -11,9 +11,9 @@ from slsgu_cli import progress
 from slsgu_cli.clip.devices import device_name, pick_device
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.edit import current_edit, ensure_edit
+from slsgu_cli.engine.gradients import GradResult, compute_gradients, load_graded, open_pairs
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import NotForgottenError, StaleError
-from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded, open_pairs
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import (
@@ -118,7 +118,7 @@ class PassTimes:
     def _measure(
         self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
     ) -> PassTime:
-        from slsgu_cli.method.gradient_pass import GradientPass
+        from slsgu_cli.engine.gradient_pass import GradientPass
 
         path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = self.store.read_header(path, GradientHeader)

@@ -37,6 +37,7 @@ from slsgu_cli.downstream.models import (
     new_values,
     unfinished,
 )
+from slsgu_cli.engine.gradients import KeptArrays
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import (
     AnsweredImage,
@@ -47,7 +48,6 @@ from slsgu_cli.figures.pictures import (
     sheet_html,
     sheet_png,
 )
-from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import SumsHeader

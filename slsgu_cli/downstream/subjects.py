@@ -22,9 +22,9 @@ from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
 from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
+from slsgu_cli.engine.covariance import InputCovariances, chosen_rows, spread
 from slsgu_cli.engine.directions import implementation
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.covariance import InputCovariances, chosen_rows, spread
 from slsgu_cli.method.directions import InputCovariance, LayerStatistics
 from slsgu_cli.method.directions.whitened import mean_square_output
 from slsgu_cli.method.layers import is_candidate

@@ -20,6 +20,7 @@ from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.metrics import cosine_matrix
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.search_plan import (
     BasePass,
     evaluation_digest,
@@ -29,7 +30,6 @@ from slsgu_cli.engine.search_plan import (
 from slsgu_cli.engine.trial import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
-from slsgu_cli.method.gradients import check_inputs
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import SearchOptions

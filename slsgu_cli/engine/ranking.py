@@ -18,6 +18,7 @@ from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.engine.directions import as_vector, implementation, layer_gradient, operand
+from slsgu_cli.engine.gradients import graded_model
 from slsgu_cli.engine.stored_covariances import (
     Covariances,
     ensure_covariances,
@@ -27,7 +28,6 @@ from slsgu_cli.engine.stored_covariances import (
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions import LayerStatistics
 from slsgu_cli.method.fronts import pareto_front
-from slsgu_cli.method.gradients import graded_model
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.method.scores import Vector, alignment, importance, norm
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec

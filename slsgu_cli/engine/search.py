@@ -454,7 +454,7 @@ def search(
     """
     from torch import no_grad
 
-    from slsgu_cli.method.gradient_pass import arithmetic
+    from slsgu_cli.engine.gradient_pass import arithmetic
 
     started = perf_counter()
     plan = read_plan(store, name, options=options)
@@ -471,7 +471,7 @@ def search_each(
     from torch import no_grad
 
     from slsgu_cli.clip.memory import return_memory
-    from slsgu_cli.method.gradient_pass import arithmetic
+    from slsgu_cli.engine.gradient_pass import arithmetic
 
     for group in grouped(read_plans(store, names, options=options)):
         began = perf_counter()

@@ -24,10 +24,10 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.models import ResolvedModel, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.engine.ranking import ranked_layers, search_directions
 from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
 from slsgu_cli.records.method import FeatureHeader, GradientPointer, LayerScore, Precision, Ranking

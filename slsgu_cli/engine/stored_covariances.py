@@ -13,8 +13,8 @@ from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.engine.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.errors import SlsguError, listed
-from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     CovarianceHeader,
@@ -31,7 +31,7 @@ from slsgu_cli.store.store import Arrays, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.method.covariance import InputCovariances
+    from slsgu_cli.engine.covariance import InputCovariances
     from slsgu_cli.method.directions import InputCovariance
 
 # Part of every address of covariances: a change in what is computed must change it. What was not
@@ -74,7 +74,7 @@ class Covariances:
         """
         import torch
 
-        from slsgu_cli.method.covariance import exact_device
+        from slsgu_cli.engine.covariance import exact_device
 
         name = Layer.parse(layer).parameter
         path, _ = self.places[name]
@@ -191,9 +191,9 @@ def _compute(
     """Run the towers of `layers` over the retain set and store the covariances of their inputs."""
     import torch
 
-    from slsgu_cli.method.covariance import chosen_rows, input_covariances
+    from slsgu_cli.engine.covariance import chosen_rows, input_covariances
+    from slsgu_cli.engine.gradient_pass import arithmetic
     from slsgu_cli.method.directions.whitened import mean_square_output
-    from slsgu_cli.method.gradient_pass import arithmetic
 
     model, module = load_graded(manifest, pointer, device)
     block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)

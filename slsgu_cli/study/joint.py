@@ -19,6 +19,7 @@ from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluatio
 from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
 from slsgu_cli.engine.choice import residual_of, utility_of
 from slsgu_cli.engine.evaluate import choose_shown
+from slsgu_cli.engine.gradient_pass import arithmetic
 from slsgu_cli.engine.search import SetSearch, searched_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
@@ -40,7 +41,6 @@ from slsgu_cli.engine.trial import (
 from slsgu_cli.errors import NotForgottenError, UsageError, listed
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
-from slsgu_cli.method.gradient_pass import arithmetic
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import slsgu_cli
 from slsgu_cli import processes, progress
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.sets import Split, check_name
@@ -239,7 +239,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     """
     import torch
 
-    from slsgu_cli.method.gradient_pass import arithmetic
+    from slsgu_cli.engine.gradient_pass import arithmetic
 
     plan = read_plan(store, name, options=options.search)
     followed = []

@@ -20,9 +20,9 @@ from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.engine.edit import current_edit
+from slsgu_cli.engine.gradients import KeptArrays, check_inputs
 from slsgu_cli.engine.trial import add_edits
 from slsgu_cli.figures.curves import relearning_plot
-from slsgu_cli.method.gradients import KeptArrays, check_inputs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import (

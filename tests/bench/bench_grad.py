@@ -30,7 +30,7 @@ from slsgu_cli.clip.batches import pixel_normalizer, to_tokens
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import input_spec
-from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.blocks import DataBlock

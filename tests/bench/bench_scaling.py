@@ -33,9 +33,9 @@ from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions

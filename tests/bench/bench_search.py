@@ -35,9 +35,9 @@ from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Criterion, Precision, Tower, UtilityMetric
 from slsgu_cli.records.options import (

@@ -38,11 +38,11 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.engine.trial import UNMOVED
 from slsgu_cli.errors import NotForgottenError, SlsguError
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion

@@ -22,7 +22,7 @@ from slsgu_cli.cli.app import app  # noqa: E402
 # Stages, and the function that each is, where the demo imports it from.
 STAGES = {
     "build-sets": "slsgu_cli.sets.build.build_sets",
-    "grad": "slsgu_cli.method.gradients.compute_gradients",
+    "grad": "slsgu_cli.engine.gradients.compute_gradients",
     "rank, with the covariances of the direction": "slsgu_cli.engine.edit.rank_and_plot",
     "search": "slsgu_cli.engine.edit.search_and_plot",
     "apply": "slsgu_cli.engine.edit.apply",

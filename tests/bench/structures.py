@@ -34,10 +34,10 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import WholeTower, text_tower, vision_tower
 from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError, first_lines
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import GradientHeader, Qkv

@@ -31,10 +31,10 @@ import pyarrow.parquet as pq
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions

@@ -14,8 +14,8 @@ from processes import environment, inside
 from slsgu_cli import processes
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.engine import covariance
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method import covariance
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 
@@ -185,7 +185,7 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
 
 
 # The tower that a process runs over a part of the retain rows.
-RUN_PART = "slsgu_cli.method.covariance:_Parts._run"
+RUN_PART = "slsgu_cli.engine.covariance:_Parts._run"
 SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
 
 
@@ -219,8 +219,8 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 from slsgu_cli.__main__ import main
-from slsgu_cli.method import gradients
-from slsgu_cli.method.gradient_pass import GradientPass
+from slsgu_cli.engine import gradients
+from slsgu_cli.engine.gradient_pass import GradientPass
 
 gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
 group, calls = GradientPass._group, []

@@ -13,9 +13,9 @@ import pytest
 from processes import inside
 
 from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.engine import gradients
 from slsgu_cli.engine.search import search
 from slsgu_cli.engine.trial import Evaluator, UtilityMeter
-from slsgu_cli.method import gradients
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import series

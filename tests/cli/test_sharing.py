@@ -140,7 +140,7 @@ def ungraded(world):
     return store
 
 
-COMPUTE = "slsgu_cli.method.gradients:_Job.compute"
+COMPUTE = "slsgu_cli.engine.gradients:_Job.compute"
 
 
 def waits_for(process, text):

@@ -255,7 +255,7 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
     stop, said, edits, demo_world, tmp_path, monkeypatch, listener
 ):
     from slsgu_cli.downstream import generate
-    from slsgu_cli.method import gradients
+    from slsgu_cli.engine import gradients
     from slsgu_cli.records.targets import AskRequest
 
     talker = Talker()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tower_models import CONFIGS, make
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method import covariance as covariance_module
-from slsgu_cli.method.covariance import InputCovariances, input_covariances
+from slsgu_cli.engine import covariance as covariance_module
+from slsgu_cli.engine.covariance import InputCovariances, input_covariances
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.sets import InputSpec
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from places import DEMO
 
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.options import (
     BuildRequest,
     MetadataSource,

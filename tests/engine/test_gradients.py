@@ -18,12 +18,12 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.clip.towers import SplitTower
+from slsgu_cli.engine import covariance, gradients
+from slsgu_cli.engine.gradient_pass import GradientPass
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.method import covariance, gradients
-from slsgu_cli.method.gradient_pass import GradientPass
-from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader, SumsHeader
 from slsgu_cli.records.options import PassOptions, RankOptions
@@ -91,7 +91,7 @@ def test_a_second_call_computes_nothing(world, listener):
 def test_a_hit_imports_no_torch(world):
     program = """
 import sys
-from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.store import Store
 found = compute_gradients(

@@ -15,9 +15,9 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip import batches, models, tokenizers
 from slsgu_cli.clip.towers import OpenClipVision
+from slsgu_cli.engine import gradient_pass
+from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.errors import InputError
-from slsgu_cli.method import gradient_pass
-from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions

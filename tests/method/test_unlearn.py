@@ -11,9 +11,9 @@ from worlds import plain_options
 
 import slsgu_cli
 from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.engine.covariance import InputCovariances
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, StaleError
-from slsgu_cli.method.covariance import InputCovariances
 from slsgu_cli.method.directions.gradient import Gradient
 from slsgu_cli.method.directions.whitened import Whitened
 from slsgu_cli.method.evaluation import LabelledImages, ZeroShot

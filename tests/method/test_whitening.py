@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.engine.covariance import InputCovariances
 from slsgu_cli.method import scores
-from slsgu_cli.method.covariance import InputCovariances
 from slsgu_cli.method.directions.whitened import RetainMetric, mean_square_output
 
 DAMPING = 0.05

@@ -7,10 +7,10 @@ import pytest
 from processes import inside, rows
 
 from slsgu_cli.clip.evaluation import SharedEvaluation
+from slsgu_cli.engine import gradients
 from slsgu_cli.engine import search as search_module
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method import gradients
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import Sweep, SweepRequest

@@ -173,7 +173,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command as a process that was started with its words, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.method import covariance, gradients
+    from slsgu_cli.engine import covariance, gradients
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)

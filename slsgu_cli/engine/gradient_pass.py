@@ -1,4 +1,4 @@
-"""The losses, and the mean gradient of one over a data block, for every parameter.
+"""The mean gradient of a loss over a data block, for every parameter.
 
 Mini-batches are what the loss is defined on. A CPU runs one after another, and nothing but
 their order tells in which order fp32 adds up: a gradient has the same bytes whatever memory
@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slsgu_cli import processes, progress
@@ -22,6 +21,7 @@ from slsgu_cli.clip.batches import pixel_normalizer, spans, staged, text_feature
 from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.method.losses import Loss, contrastive, cosine_forget, sigmoid
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
@@ -29,74 +29,20 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Arrays
 
-# (image features, text features, mini-batch size) -> one loss per mini-batch.
-# Features are unit vectors of shape (pairs, width); a last, smaller mini-batch is allowed.
-GroupedLoss = Callable[[Tensor, Tensor, int], Tensor]
 
+def per_batch(loss: Loss, images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
+    """Return the loss of each mini-batch of unit features (pairs, width).
 
-def cosine_forget(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
-    """Return the mean of 1 - cos(v_i, t_i) in each mini-batch (Eq. 5)."""
-    return _per_batch(1 - (images * texts).sum(dim=-1), batch_size)
-
-
-def contrastive(scale: Tensor) -> GroupedLoss:
-    """Return the symmetric contrastive loss inside each mini-batch (Eq. 4).
-
-    `scale` is the multiplier of the cosines, exp(logit_scale) = 1 / temperature.
+    Full mini-batches run as one stack, and a smaller last one by itself.
     """
-
-    def loss(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
-        def whole(v: Tensor, t: Tensor) -> Tensor:
-            logits = scale * torch.bmm(v, t.transpose(1, 2))
-            truth = torch.arange(v.shape[1], device=v.device).expand(v.shape[:2])
-            rows = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
-            columns = F.cross_entropy(logits, truth, reduction="none")
-            return (rows.mean(dim=1) + columns.mean(dim=1)) / 2
-
-        return _blocks(whole, images, texts, batch_size)
-
-    return loss
-
-
-def sigmoid(scale: Tensor, bias: Tensor) -> GroupedLoss:
-    """Return the pairwise sigmoid loss of SigLIP inside each mini-batch."""
-
-    def loss(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
-        def whole(v: Tensor, t: Tensor) -> Tensor:
-            logits = scale * torch.bmm(v, t.transpose(1, 2)) + bias
-            truth = 2 * torch.eye(v.shape[1], device=v.device) - 1
-            return -F.logsigmoid(truth * logits).sum(dim=(1, 2)) / v.shape[1]
-
-        return _blocks(whole, images, texts, batch_size)
-
-    return loss
-
-
-def _blocks(
-    whole: Callable[[Tensor, Tensor], Tensor], images: Tensor, texts: Tensor, batch_size: int
-) -> Tensor:
-    """Apply `whole` to the full mini-batches as one stack and to the smaller last one."""
-    pairs = images.shape[0]
-    full = pairs - pairs % batch_size
+    full = len(images) - len(images) % batch_size
     losses = []
     if full:
-        losses.append(
-            whole(
-                images[:full].reshape(-1, batch_size, images.shape[1]),
-                texts[:full].reshape(-1, batch_size, texts.shape[1]),
-            )
-        )
-    if full < pairs:
-        losses.append(whole(images[full:].unsqueeze(0), texts[full:].unsqueeze(0)))
+        stacks = (torch.unflatten(each[:full], 0, (-1, batch_size)) for each in (images, texts))
+        losses.append(loss(*stacks))
+    if full < len(images):
+        losses.append(loss(images[full:], texts[full:])[None])
     return torch.cat(losses)
-
-
-def _per_batch(values: Tensor, batch_size: int) -> Tensor:
-    full = values.shape[0] - values.shape[0] % batch_size
-    means = [values[:full].reshape(-1, batch_size).mean(dim=1)] if full else []
-    if full < values.shape[0]:
-        means.append(values[full:].mean().unsqueeze(0))
-    return torch.cat(means)
 
 
 # Pairs per forward beyond which a device gains nothing more, measured: at least a mini-batch.
@@ -189,7 +135,7 @@ class Sums:
             self.chunk.copy_(torch.from_numpy(state["chunk"][:size]))
 
 
-class Keeper(Protocol):
+class SumsKeeper(Protocol):
     """Keeps sums where a later run finds them."""
 
     def restore(self, sums: Sums) -> None:
@@ -210,7 +156,7 @@ class GradientPass:
     model: nn.Module
     vision: SplitTower
     text: SplitTower
-    loss: GroupedLoss
+    loss: Loss
     spec: InputSpec
     options: PassOptions
 
@@ -224,22 +170,21 @@ class GradientPass:
         """
         scale: Any = model.logit_scale
         bias: Any = getattr(model, "logit_bias", None)
-        losses: dict[str, Any] = {
+        losses: dict[str, Callable[[], Loss]] = {
             "cosine": lambda: cosine_forget,
             "contrastive": lambda: contrastive(scale.reshape(()).exp()),
             "sigmoid": lambda: sigmoid(scale.reshape(()).exp(), bias.reshape(())),
         }
 
-        def grouped(images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
-            values: Tensor = losses[loss]()(images, texts, batch_size)
-            return values
+        def chosen(images: Tensor, texts: Tensor) -> Tensor:
+            return losses[loss]()(images, texts)
 
         vision, text = vision_tower(model), text_tower(model)
         options = replace(options, device=str(next(model.parameters()).device))
-        return cls(model, vision, text, grouped, spec, options)
+        return cls(model, vision, text, chosen, spec, options)
 
     def run(
-        self, block: DataBlock, label: str, keeper: Keeper | None = None
+        self, block: DataBlock, label: str, keeper: SumsKeeper | None = None
     ) -> tuple[Arrays, float]:
         """Return the mean gradient of every parameter and the mean loss, over mini-batches.
 
@@ -250,7 +195,7 @@ class GradientPass:
         return gradient, loss
 
     def run_squared(
-        self, block: DataBlock, label: str, keeper: Keeper | None = None
+        self, block: DataBlock, label: str, keeper: SumsKeeper | None = None
     ) -> tuple[Arrays, Arrays, float]:
         """Return the mean gradient, the mean of its squares over mini-batches, the mean loss.
 
@@ -261,7 +206,7 @@ class GradientPass:
         return gradient, squares, loss
 
     def _means(
-        self, block: DataBlock, label: str, keeper: Keeper | None, kinds: int
+        self, block: DataBlock, label: str, keeper: SumsKeeper | None, kinds: int
     ) -> tuple[list[Arrays], float]:
         """Run the pass over the mini-batches that are not in the sums that were kept."""
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -294,7 +239,7 @@ class GradientPass:
         return means, float(processes.summed(sums.losses).cpu().double().sum()) / batches
 
     def _added(
-        self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, keeper: Keeper | None
+        self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, keeper: SumsKeeper | None
     ) -> Iterator[int]:
         """Add the other mini-batches, `chunk` at a time; yield rows as they are done."""
         normalize = pixel_normalizer(self.spec, self.options.device)
@@ -332,7 +277,7 @@ class GradientPass:
         with torch.autocast(self._kind, torch.bfloat16, enabled=half):
             v = self.vision.features(images, images)
             t = text_features(self.text, ids, self.options.device)
-        return self.loss(v, t, self.options.batch_size)
+        return per_batch(self.loss, v, t, self.options.batch_size)
 
     def _group(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the losses of some mini-batches; their gradients go to what `.grad` is."""

@@ -1,4 +1,4 @@
-"""Second covariances of what layers are applied to, and the inner product they make."""
+"""The covariances of layers' inputs over a data block, split over ranks and resumable."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -258,7 +258,7 @@ class InputCovariances(AppliedLayers):
         return Covariance(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
 
 
-class Keeper(Protocol):
+class CovarianceKeeper(Protocol):
     """Keeps covariances under way where a later run finds them."""
 
     def restore(self, covariances: InputCovariances, parts: int) -> int:
@@ -280,7 +280,7 @@ def input_covariances(
     *,
     spec: InputSpec,
     device: str,
-    keeper: Keeper | None = None,
+    keeper: CovarianceKeeper | None = None,
 ) -> dict[str, Covariance]:
     """Return the covariances of `layers` over pairs of a block, by one forward of their towers.
 
@@ -502,87 +502,6 @@ def _normed(func: Any, named: dict[str, Any]) -> Tensor:
     return normed.movedim(1, -1) if func in CHANNEL_NORMS else normed
 
 
-@dataclass(slots=True)
-class RetainMetric:
-    """The inner product <., .>_P of one layer's changes; `axis` is that of its inputs.
-
-    `covariance` is C (inputs, inputs), its diagonal (inputs,), or blocks (groups, inputs, inputs)
-    of it, each of as many rows of the weight. All arithmetic is fp64.
-    """
-
-    covariance: Tensor
-    axis: int
-    damping: float
-    _factor: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        damped = self.damped()
-        self._factor = damped if damped.ndim == 1 else torch.linalg.cholesky(damped)
-
-    def damped(self) -> Tensor:
-        """Return P, or its diagonal: the covariance, and what the damping adds; fp64."""
-        damped = self.covariance.double().clone()
-        _diagonal(damped).add_(self.floor)
-        return damped
-
-    @property
-    def floor(self) -> float:
-        """Return what the damping adds to the diagonal: damping * tr(C) / d."""
-        return self.damping * float(_diagonal(self.covariance).double().mean())
-
-    def whiten(self, gradient: Tensor) -> Tensor:
-        """Return D = G P^-1 in the shape of `gradient`; fp64."""
-        flat = gradient.double()
-        if self.covariance.ndim == 1:
-            return flat / self._factor
-        if self.axis == 0:
-            return torch.cholesky_solve(flat, self._factor)
-        rows = _rows_by_group(flat, self.covariance)
-        return torch.cholesky_solve(rows.mT, self._factor).mT.reshape(gradient.shape)
-
-    def half_whiten(self, gradient: Tensor) -> Tensor:
-        """Return G L^-T, inputs first: its plain products are those of D in <., .>_P; fp64."""
-        flat = gradient.double()
-        if self.covariance.ndim == 1:
-            return flat / self._factor.sqrt()
-        inputs_first = flat if self.axis == 0 else _rows_by_group(flat, self.covariance).mT
-        half: Tensor = torch.linalg.solve_triangular(self._factor, inputs_first, upper=False)
-        return half
-
-    def weight_norm(self, weight_norm: float, output: float) -> float:
-        """Return ||W||_P from the layer's own norm and its mean squared output tr(W C W^T)."""
-        return float((output + self.floor * weight_norm**2) ** 0.5)
-
-
-def _diagonal(covariance: Tensor) -> Tensor:
-    """Return the diagonal of a covariance, or of each of its blocks, as a view."""
-    return covariance if covariance.ndim == 1 else covariance.diagonal(dim1=-2, dim2=-1)
-
-
-def _rows_by_group(weight: Tensor, covariance: Tensor) -> Tensor:
-    """Return a weight's rows, (rows, inputs), or (groups, rows, inputs) where C is of blocks."""
-    return weight.reshape(*covariance.shape[:-2], -1, covariance.shape[-1])
-
-
 def exact_device(device: str) -> str:
     """Return where fp64 is to be had for tensors on `device`: Apple's GPUs have none."""
     return "cpu" if device.partition(":")[0] == "mps" else device
-
-
-def whitened_importance(forget: Tensor, direction: Tensor, weight_norm: float) -> float:
-    """Return ||D||_P / ||W||_P, for the forget gradient, its D, and ||W||_P.
-
-    It is the forget loss gained by a step along D over the disturbance of the retained
-    outputs that it makes, both to first order, and over the size of these outputs.
-    """
-    gain = float((forget.double() * direction.double()).sum())
-    return gain**0.5 / weight_norm if weight_norm else 0.0
-
-
-def mean_square_output(weight: Tensor, covariance: Tensor, axis: int) -> float:
-    """Return tr(W C W^T), the layer's mean squared output over its inputs, bias aside."""
-    rows = weight.double()
-    if covariance.ndim == 1:
-        return float((rows.square() * covariance.double()).sum())
-    rows = _rows_by_group(rows, covariance) if axis == 1 else rows.T
-    return float(((rows @ covariance.double()) * rows).sum())

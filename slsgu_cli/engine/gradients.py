@@ -40,7 +40,7 @@ from slsgu_cli.store.store import Arrays, Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from slsgu_cli.method.gradient_pass import Sums
+    from slsgu_cli.engine.gradient_pass import Sums
     from slsgu_cli.store.blocks import DataBlock
 
 
@@ -424,7 +424,7 @@ class _Job:
 
     def compute(self, gradient: Gradient, kinds: Collection[Artifact]) -> None:
         """Compute and store a gradient, its squares, or both in one pass."""
-        from slsgu_cli.method.gradient_pass import GradientPass
+        from slsgu_cli.engine.gradient_pass import GradientPass
 
         prefixes = self.options.prefixes if gradient.role == "forget" else ()
         block = open_pairs(self.store, self.manifest, gradient.role, prefixes, self.model)
