@@ -21,8 +21,8 @@ from typing import Any
 
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
-from slsgu_cli.engine.edit import FoundEdit
-from slsgu_cli.records.figures import ClassLoss, Ground, TargetFigures
+from slsgu_cli.engine.find_edits import FoundEdit
+from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
@@ -76,7 +76,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "trials": Trials,
         "chosen": Trial,
         "accuracy": accuracy,
-        "earlier?": Ground,
+        "earlier?": BaseEdits,
         "harmed": [ClassLoss],
         "nearest": [ClassLoss],
         "files": PATHS,

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slsgu_cli.engine.edit import apply as apply
+    from slsgu_cli.engine.apply import apply as apply
     from slsgu_cli.engine.evaluate import evaluate as evaluate
     from slsgu_cli.engine.gradients import compute_gradients as compute_gradients
     from slsgu_cli.engine.ranking import rank as rank
@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 # Where each name of the face is: what a type checker reads above.
 _FACE = {
     "errors": ("SlsguError",),
-    "engine.edit": ("apply",),
+    "engine.apply": ("apply",),
     "engine.evaluate": ("evaluate",),
     "method.directions.gradient": ("Gradient",),
     "method.directions.whitened": ("Whitened",),

@@ -150,7 +150,7 @@ def grad(
 def rank(session: Session, name: Name, options: RankOptions) -> None:
     """Example: slsgu rank facebook --tower vision --json"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.engine.edit import rank_and_plot
+    from slsgu_cli.engine.plots import rank_and_plot
 
     ranking, plots = rank_and_plot(session.store, name, options=options)
     tables.ranking(session.console, ranking, plots)
@@ -196,7 +196,7 @@ def search(
 def apply(session: Session, request: ApplyRequest) -> None:
     """Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.engine.edit import apply as run
+    from slsgu_cli.engine.apply import apply as run
 
     tables.applied(session.console, run(session.store, request))
 
@@ -291,7 +291,7 @@ def check(
                 "--edit is looked for in one model, and nothing is repaired",
                 hint="slsgu check MODEL --edit NAME",
             )
-        from slsgu_cli.engine.edit import find_edits
+        from slsgu_cli.engine.find_edits import find_edits
 
         model = Path(names[0].removeprefix(LOCAL))
         found = find_edits(session.store, edit, model, strength.record())

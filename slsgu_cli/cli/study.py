@@ -216,7 +216,8 @@ def _rise(points: float) -> str:
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
-    from slsgu_cli.engine.edit import draw_steps, require_forgotten, search_and_plot
+    from slsgu_cli.engine.plots import draw_steps, search_and_plot
+    from slsgu_cli.engine.set_edits import require_forgotten
 
     store, console = session.store, session.console
     if len(names) == 1:

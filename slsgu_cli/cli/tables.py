@@ -18,8 +18,8 @@ from slsgu_cli.records.sets import SetManifest
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.engine.edit import FoundEdit
     from slsgu_cli.engine.evaluate import EvalResult
+    from slsgu_cli.engine.find_edits import FoundEdit
     from slsgu_cli.engine.gradients import GradResult
     from slsgu_cli.engine.search import SearchResult
     from slsgu_cli.sets.build import Replayed
@@ -165,8 +165,12 @@ def chosen_figures(result: "SearchResult") -> Figures:
     """
     report = result.report
     models = {"original": report.before, "edited": report.after}
-    if report.ground is not None:
-        models = {"original": report.before, "before": report.ground.figures, "after": report.after}
+    if report.base_edits is not None:
+        models = {
+            "original": report.before,
+            "before": report.base_edits.figures,
+            "after": report.after,
+        }
     return {label: (figures.forget, figures.utility) for label, figures in models.items()}
 
 
@@ -229,13 +233,13 @@ def search(
     console.paths("files", [store.where(kind.path(trials.name)) for kind in files])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
-    before, after, ground = result.report.before, result.report.after, result.report.ground
+    before, after, base_edits = result.report.before, result.report.after, result.report.base_edits
     if before.forget.top1 < 20:
         console.warn(
             f"the original model recognises {trials.name} in only "
             f"{before.forget.top1:.0f}% of its images: there is little to forget"
         )
-    for name, was in sorted((ground.figures if ground else before).utility.items()):
+    for name, was in sorted((base_edits.figures if base_edits else before).utility.items()):
         lost = was.top1 - after.utility[name].top1
         if lost > COSTLY:
             console.warn(
@@ -248,20 +252,20 @@ def earlier(console: "Console", report: Report) -> None:
     """Print how well the concepts of earlier edits are recognised; nothing where there are none."""
     from slsgu_cli.cli.console import Column
 
-    if report.ground is None:
+    if report.base_edits is None:
         return
     figures = [(k, when) for k in (1, 5) for when in ("original", "before", "after")]
     rows = [
         (name, *(getattr(getattr(edit, when), f"top{k}") for k, when in figures))
-        for name, edit in report.ground.edits.items()
+        for name, edit in report.base_edits.edits.items()
     ]
     columns = (
         Column("edit"),
         *(Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}") for k, when in figures),
     )
     title = "concepts of the edits that came before"
-    console.table("earlier", columns, rows, title=title, data=report.ground)
-    for name, edit in report.ground.edits.items():
+    console.table("earlier", columns, rows, title=title, data=report.base_edits)
+    for name, edit in report.base_edits.edits.items():
         console.note(recognised(name, edit.after))
 
 
@@ -434,7 +438,7 @@ def checked(console: "Console", result: "Checked") -> None:
 def presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
     """Print whether edits are in a model. Raises AbsentError or InputError where one is not."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.engine.edit import Presence
+    from slsgu_cli.engine.find_edits import Presence
 
     rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
     columns = ("edit", "is", Column("layer", shown=known_as), "dtype", "file")

@@ -34,19 +34,15 @@ from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
-from slsgu_cli.engine.covariance import (
-    AppliedLayers,
-    Use,
-    chosen_rows,
-    exact_device,
-    input_covariances,
-)
+from slsgu_cli.engine.applied_layers import AppliedLayers, Use
+from slsgu_cli.engine.covariance import chosen_rows, exact_device, input_covariances
 from slsgu_cli.engine.directions import layer_gradient
-from slsgu_cli.engine.edit import named_layer
+from slsgu_cli.engine.effect import report
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
-from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.set_edits import named_layer
 from slsgu_cli.engine.stored_covariances import ensure_covariances
-from slsgu_cli.engine.trial import Evaluator, report
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions.whitened import RetainMetric
 from slsgu_cli.method.scores import norm

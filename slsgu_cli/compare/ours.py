@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from slsgu_cli import progress
 from slsgu_cli.clip.devices import device_name, pick_device
 from slsgu_cli.clip.models import resolve
-from slsgu_cli.engine.edit import current_edit, ensure_edit
 from slsgu_cli.engine.gradients import GradResult, compute_gradients, load_graded, open_pairs
 from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import current_edit, ensure_edit
 from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime

@@ -37,7 +37,7 @@ from slsgu_cli.downstream.models import (
     new_values,
     unfinished,
 )
-from slsgu_cli.engine.gradients import KeptArrays
+from slsgu_cli.engine.resumable import KeptArrays
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import (
     AnsweredImage,

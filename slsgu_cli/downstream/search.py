@@ -31,11 +31,11 @@ from slsgu_cli.downstream.subjects import (
     moves_of,
 )
 from slsgu_cli.engine.directions import layer_gradient
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.ranking import named_layers
-from slsgu_cli.engine.search import Candidate, StepSearch
-from slsgu_cli.engine.trial import Evaluator
+from slsgu_cli.engine.step_trials import Candidate, StepSearch
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets

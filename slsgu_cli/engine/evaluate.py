@@ -1,49 +1,35 @@
-"""`eval`: figures of the original and of another model, and what both take images for."""
+"""`eval`: figures of the original model and of another one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
 from slsgu_cli.clip.devices import pick_device
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
+from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.in_place import moved
 from slsgu_cli.clip.loading import load
-from slsgu_cli.clip.memory import spare
-from slsgu_cli.clip.metrics import cosine_matrix
 from slsgu_cli.clip.models import fingerprint, resolve
-from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.gradients import check_inputs
+from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
     BasePass,
     evaluation_digest,
     require_alike,
     require_distinct_names,
 )
-from slsgu_cli.engine.trial import UNMOVED, MovedModel, fitting, model_with
-from slsgu_cli.errors import StaleError
-from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot, cosine_plot
+from slsgu_cli.engine.shown_classes import Matrix, choose_shown
+from slsgu_cli.figures.pictures import cosine_plot
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest, set_of
 from slsgu_cli.store.store import Store
-
-# As many names as the paper's Figures 3 and 8 have.
-NAMES_SHOWN = 10
-
-# Of concepts that leave no room for others, so many others all the same.
-LEAST_OTHERS = 4
-
-Matrix = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,77 +154,6 @@ def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, slots=True)
-class ShownClasses:
-    """The classes whose images and names are compared: each concept, and others of one set.
-
-    `classes` has the class of each group of images and `names` what it is called, the
-    concepts' first. Features are those of the base pass before the choice.
-    """
-
-    concepts: tuple[EvaluationSet, ...]
-    others: EvaluationSet
-    classes: tuple[int, ...]
-    names: tuple[str, ...]
-
-    @property
-    def other_classes(self) -> tuple[int, ...]:
-        """The classes beside the concepts, that of the most images first."""
-        return self.classes[len(self.concepts) :]
-
-    @property
-    def thumbnails(self) -> Images:
-        """One image of each class."""
-        one = self.first(1)
-        return np.concatenate([_pixels(group) for group in (*one.concepts, one.others)])
-
-    def first(self, images: int) -> "ShownClasses":
-        """Keep the first images of each class, a class after another."""
-        labels = self.others.images.labels.cpu().numpy()
-        rows = [np.flatnonzero(labels == index)[:images] for index in self.other_classes]
-        concepts = tuple(_first(concept, images) for concept in self.concepts)
-        return replace(self, concepts=concepts, others=self.others.some(np.concatenate(rows)))
-
-    def cosines(self, model: MovedModel = UNMOVED) -> Matrix:
-        """Return the mean cosine of each class's images with each name, (names, names)."""
-        features, owners, texts = [], [], []
-        for place, concept in enumerate(self.concepts):
-            features.append(model.features(concept.images))
-            owners.append(torch.full((len(concept.images),), place))
-            texts.append(model.classes(concept.prompts)[[self.classes[place]]])
-        places = {index: at for at, index in enumerate(self.other_classes, len(self.concepts))}
-        labels = self.others.images.labels.tolist()
-        features.append(model.features(self.others.images))
-        owners.append(torch.tensor([places[label] for label in labels], dtype=torch.long))
-        texts.append(model.classes(self.others.prompts)[list(self.other_classes)])
-        images = torch.cat(features)
-        labels_of_rows = torch.cat(owners).to(images.device)
-        return cosine_matrix(images, labels_of_rows, torch.cat(texts)).cpu().numpy()
-
-
-def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest]) -> ShownClasses:
-    """Choose the concepts, and beside them the classes of one set with the most images.
-
-    The set is the first that measures the forget accuracy of a concept, if there is one.
-    """
-    concepts = [evaluation.forget[manifest.name] for manifest in manifests]
-    utility = evaluation.utility(manifests)
-    measuring = [manifest.forget_eval for manifest in manifests if manifest.forget_eval in utility]
-    group = utility[next(iter(measuring), None) or next(iter(utility))]
-    labels = group.images.labels.cpu().numpy()
-    counts = np.bincount(labels, minlength=len(group.names))
-    room = max(NAMES_SHOWN - len(concepts), LEAST_OTHERS)
-    common = [int(i) for i in np.argsort(-counts, kind="stable")[:room] if counts[i]]
-    forgotten = [int(concept.images.labels[0]) for concept in concepts]
-    names = [concept.names[i] for concept, i in zip(concepts, forgotten, strict=True)]
-    return ShownClasses(
-        concepts=tuple(concepts),
-        others=group.some(np.flatnonzero(np.isin(labels, common))),
-        classes=(*forgotten, *common),
-        names=(*names, *(group.names[index] for index in common)),
-    )
-
-
 def _figures(
     evaluation: SharedEvaluation,
     manifests: Sequence[SetManifest],
@@ -252,154 +167,3 @@ def _figures(
         utility=model.accuracies(evaluation.utility(manifests)),
         cosines=choose_shown(evaluation, manifests).cosines(model),
     )
-
-
-GUESSES = 5
-
-# Images of the concept, and as many of other classes, one of each: in the figure, on the page.
-EXAMPLES_DRAWN, EXAMPLES_SHOWN = 3, 4
-
-# A class of an evaluation set may have thousands of images; their mean needs few.
-IMAGES_A_NAME = 50
-
-
-def draw_examples(
-    store: Store, manifest: SetManifest, *, before: ModelSpec, after: ModelSpec, device: str
-) -> bytes:
-    """Draw images of the concept and of other classes with each model's most probable names.
-
-    Both models are loaded from where they lie, so what is drawn is what was written.
-    """
-    guesses: list[list[Guesses]] = []
-    for spec in (before, after):
-        model = resolve(spec)
-        module = load(model, device)
-        opened = prepare_shared(store, [manifest], module, tokenize=tokenizer(model), device=device)
-        examples = _examples(choose_shown(opened, [manifest]), EXAMPLES_DRAWN)
-        with torch.no_grad(), progress.silent(), counted_by(str(spec)):
-            _run_on(opened, examples)
-            guesses.append(_guesses_of_each(opened, examples, UNMOVED))
-    return before_after_plot(_labelled(examples, *guesses), concept=manifest.concept)
-
-
-@dataclass(frozen=True, slots=True)
-class BeforeAfter:
-    """Example images with the names they got, and cosines of images with names.
-
-    `before` and `after` are (names, names): rows images, columns names, the concept first.
-    `images` counts the images behind each row; `thumbnails` has one of each.
-    """
-
-    examples: tuple[Example, ...]
-    names: tuple[str, ...]
-    images: tuple[int, ...]
-    thumbnails: Images
-    before: Matrix
-    after: Matrix
-
-
-class GuessingModels:
-    """Models, loaded once each, and what they take images for before and after an edit."""
-
-    def __init__(self, store: Store, *, device: str) -> None:
-        self.store, self.device = store, device
-        self._loaded: dict[ModelSpec, tuple[str, nn.Module]] = {}
-
-    def before_after(self, manifest: SetManifest, header: EditHeader) -> BeforeAfter:
-        """Return what the model of an edit guesses before and after it.
-
-        Raises StaleError where the model has other weights than the edit was made for, and
-        InputError or MissingError where model or rows cannot be read.
-        """
-        model = resolve(header.model)
-        check_inputs(manifest, model)
-        if header.model not in self._loaded:
-            module = load(model, self.device, warn=progress.warn)
-            self._loaded[header.model] = fingerprint(model), module
-        weights, module = self._loaded[header.model]
-        if weights != header.model_fingerprint:
-            raise StaleError(
-                f"{header.model} has other weights than the edit {header.name} was made for",
-                hint=f"run `{Artifact.POINTER.command(manifest.name)}`",
-            )
-        opened = prepare_shared(
-            self.store, [manifest], module, tokenize=tokenizer(model), device=self.device
-        )
-        shown = choose_shown(opened, [manifest]).first(IMAGES_A_NAME)
-        edit = load_edit(self.store, header.name)
-        edits = [edit, *earlier_edits(self.store, [edit])]
-        edited = model_with(opened, edits)
-        with torch.no_grad(), counted_by(f"{header.model} with edit {header.name}"):
-            _run_on(
-                opened,
-                (*shown.concepts, shown.others),
-                *(each.header.layer for each in edits),
-                cache_bytes=spare(self.device),
-            )
-            examples = _examples(shown, EXAMPLES_SHOWN)
-            before = shown.cosines(UNMOVED), _guesses_of_each(opened, examples, UNMOVED)
-            with with_edits(module, edits):
-                after = shown.cosines(edited), _guesses_of_each(opened, examples, edited)
-        labels = shown.others.images.labels
-        return BeforeAfter(
-            examples=tuple(_labelled(examples, before[1], after[1])),
-            names=shown.names,
-            images=(
-                *(len(concept.images) for concept in shown.concepts),
-                *(int((labels == index).sum()) for index in shown.other_classes),
-            ),
-            thumbnails=shown.thumbnails,
-            before=before[0],
-            after=after[0],
-        )
-
-
-def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) -> list[Guesses]:
-    """Return the most probable names of each image, the most probable first."""
-    logits = scale * model.features(group.images) @ model.classes(group.prompts).T
-    top = logits.softmax(dim=-1).topk(min(GUESSES, len(group.names)))
-    return [
-        tuple((group.names[i], float(p)) for i, p in zip(indices, values, strict=True))
-        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-
-
-def _first(group: EvaluationSet, images: int) -> EvaluationSet:
-    return group.some(np.arange(min(images, len(group.images))))
-
-
-def _pixels(group: EvaluationSet) -> Images:
-    return group.images.block.take(group.images.rows)
-
-
-def _run_on(
-    opened: SharedEvaluation, groups: Sequence[EvaluationSet], *layers: str, cache_bytes: int = 0
-) -> None:
-    """Run the model over a concept's and others' images, keeping what `layers` resume from."""
-    concept, others = groups
-    few = Evaluation(opened.model, opened.vision, opened.text, concept, {"others": others})
-    few.base_pass(layers, cache_bytes=cache_bytes)
-
-
-def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
-    """Return so many images of the concept, and the first of each of so many other classes."""
-    (concept,) = shown.concepts
-    return [_first(concept, count), _first(shown.first(1).others, count)]
-
-
-def _guesses_of_each(
-    opened: SharedEvaluation, examples: Sequence[EvaluationSet], model: MovedModel
-) -> list[Guesses]:
-    scale = float(opened.model.get_parameter("logit_scale").exp())
-    return [guess for group in examples for guess in guesses_of(group, scale, model)]
-
-
-def _labelled(
-    examples: Sequence[EvaluationSet], before: Sequence[Guesses], after: Sequence[Guesses]
-) -> list[Example]:
-    """Return the images, uint8 (H, W, 3), with their true names and what each model says."""
-    images, names = [], []
-    for group in examples:
-        images += list(_pixels(group))
-        names += [group.names[label] for label in group.images.labels.tolist()]
-    return [Example(*each) for each in zip(images, names, before, after, strict=True)]

@@ -1,4 +1,4 @@
-"""What `slsgu export` does: edits as a LoRA of the smallest rank that still forgets."""
+"""`export`: edits as a LoRA of the smallest rank that still forgets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.in_place import moved
 from slsgu_cli.engine.choice import residual_of
+from slsgu_cli.engine.moved_model import MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
     evaluation_digest,
@@ -38,7 +39,6 @@ from slsgu_cli.engine.search_plan import (
     require_alike,
     share_evaluation,
 )
-from slsgu_cli.engine.trial import MovedModel, fitting, model_with
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, LayerScore, LoraHeader, LoraLayout
@@ -47,7 +47,7 @@ from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set
 from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
 
-# What a user may set a LoRA's strength to, where its figures are told.
+# Strengths of a LoRA that figures are reported for.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # What kohya's names of text encoders begin with, in the pipelines whose encoders clients know.
 PREFIXES = {
@@ -312,7 +312,9 @@ class _Measured:
         for strength in STRENGTHS:
             with self._in_place(reported, ranks, strength) as model:
                 figures += [
-                    StrengthFigures(strength, plan.name, model.left(reported.forget[plan.name])[0])
+                    StrengthFigures(
+                        strength, plan.name, model.forget_figures(reported.forget[plan.name])[0]
+                    )
                     for plan in self.plans
                 ]
         return tuple(figures)
@@ -322,7 +324,7 @@ class _Measured:
         left = {}
         with self._in_place(self.shared, ranks, 1.0) as model:
             for header in (edit.header for edit in self.edits):
-                accuracy, gap = model.left(self.shared.forget[set_of(header.name)])
+                accuracy, gap = model.forget_figures(self.shared.forget[set_of(header.name)])
                 criterion = header.criterion or Criterion.FA1
                 left[header.name] = residual_of(accuracy, gap, criterion, header.margin)
         return left

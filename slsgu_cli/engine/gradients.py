@@ -1,12 +1,11 @@
-"""What `slsgu grad` does: find or compute the two gradients of a set, and point to them.
+"""`grad`: the two gradients of a set, from the store or computed.
 
 A gradient is addressed by the content of what it was computed from, so the same call is
 a cache hit, and concepts that share a retain set share its gradient. The sums of a pass
 under way are kept every half minute, and the same call goes on with them.
 """
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from shlex import quote
@@ -21,6 +20,7 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
+from slsgu_cli.engine.resumable import KeptSums
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
@@ -29,18 +29,16 @@ from slsgu_cli.records.method import (
     GradientPointer,
     ParameterNorm,
     SquaresHeader,
-    SumsHeader,
 )
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.sharing import held
-from slsgu_cli.store.store import Arrays, Store
+from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from slsgu_cli.engine.gradient_pass import Sums
     from slsgu_cli.store.blocks import DataBlock
 
 
@@ -55,10 +53,6 @@ HEADERS: dict[Artifact, Any] = {
     Artifact.GRADIENT: GradientHeader,
     Artifact.SQUARES: SquaresHeader,
 }
-
-# Seconds between two writes of the sums of a pass, or so many times what one of them takes.
-KEEP_SECONDS = 30.0
-KEEP_SHARE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ class Gradient:
 class GradResult:
     """The gradients of a set, and which of them this call computed.
 
-    `squared` names the roles whose squares were computed, None where none were asked for.
+    `squared` names the roles whose squares were computed, None without squares.
     `seconds` is how long each pass of this call took.
     """
 
@@ -306,109 +300,6 @@ def open_pairs(
         for caption in before_names(block.captions, manifest.patterns, prefixes, shift=time)
     ]
     return RepeatedBlock.of(block, tokenizer(model)(captions))
-
-
-@dataclass(slots=True)
-class KeptArrays:
-    """Sums of work under way, kept in a store under the digest of what they will make.
-
-    What is kept is of all batches up to one, added up in their order: whoever goes on with
-    it on a CPU ends with the bytes of a run that nothing stopped.
-    """
-
-    store: Store
-    digest: str
-    device: str
-    _next: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._next = perf_counter() + KEEP_SECONDS
-
-    @property
-    def path(self) -> str:
-        """Where they are kept."""
-        return Artifact.SUMS.path(self.digest)
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to keep them."""
-        return perf_counter() >= self._next
-
-    def go_on(self, batches: int, use: Callable[[SumsHeader, Arrays], None]) -> int:
-        """Let `use` go on with what was kept; return of how many batches it is.
-
-        What cannot be used is removed; `use` raises StaleError for it before all else.
-        """
-        try:
-            header = self.store.read_header(self.path, SumsHeader)
-            kept = self.store.read_tensors(self.path)
-            if header.made_from != self._about(batches, 0, 0).made_from:
-                raise StaleError("they are of another pass")
-            use(header, kept)
-        except MissingError:
-            return 0
-        except (InputError, StaleError) as error:
-            progress.note(f"sums that were kept of a pass cannot be used: {error}")
-            self.store.remove(self.path)
-            return 0
-        return header.done
-
-    def write(self, arrays: Callable[[], Arrays], batches: int, *, added: int, done: int) -> None:
-        """Write sums; where they cannot be written, the work goes on without."""
-        start = perf_counter()
-        kept = arrays()
-        try:
-            self.store.write_tensors(self.path, kept, self._about(batches, added, done))
-        except InputError as error:
-            progress.warn(f"{error.message}; the sums so far are not kept")
-            self._next = math.inf
-            return
-        now = perf_counter()
-        self._next = now + max(KEEP_SECONDS, KEEP_SHARE * (now - start))
-
-    def remove(self) -> None:
-        """Remove what was kept, if anything was."""
-        self.store.remove(self.path)
-
-    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
-        return SumsHeader(
-            gradient=self.digest,
-            device=self.device.partition(":")[0],
-            batches=batches,
-            added=added,
-            done=done,
-            version=slsgu_cli.__version__,
-        )
-
-
-@dataclass(slots=True)
-class KeptSums(KeptArrays):
-    """The sums of a pass under way, kept for the gradient of a role that they will make.
-
-    With `squares`, those of the gradients' squares are among them.
-    """
-
-    role: str
-    squares: bool
-
-    def restore(self, sums: "Sums") -> None:
-        """Put what was kept into sums over nothing."""
-        batches = len(sums.losses)
-
-        def use(header: SumsHeader, kept: Arrays) -> None:
-            sums.resume(kept, header.added, header.done)
-
-        if self.go_on(batches, use):
-            progress.note(
-                f"the {self.role} gradient goes on after {sums.done} of its {batches} mini-batches"
-            )
-
-    def keep(self, sums: "Sums") -> None:
-        """Write the sums."""
-        self.write(sums.state, len(sums.losses), added=sums.added, done=sums.done)
-
-    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
-        return replace(KeptArrays._about(self, batches, added, done), squares=self.squares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,20 @@ import numpy.typing as npt
 
 from slsgu_cli.method.scores import Vector
 
-# Rows on which a figure may fall are drawn sooner than others, whose chance is at least this.
+# Rows whose figure can fall are drawn sooner; the weight of others is at least this.
 LEAST_CHANCE = 0.05
-# Shares of the most that may be staked on a row.
+# Stakes on a row, as fractions of the largest that is allowed.
 STAKES = np.array([0.2, 0.5, 0.9])
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """Rows in an order drawn without replacement, those sooner that are likely missed.
+class RowDraw:
+    """Rows in an order drawn without replacement, those that likely fail sooner.
 
-    `weights` say what each row counts for, and sum to 1; `known` (models, rows) has figures in
-    [0, 1] that are known: the original model's, and those of a step if any. Of the rows in
-    `order`, `scale` is one over the chance with which each was drawn of those left, and `most`
-    the most that a scaled difference to known figures could be then.
+    `weights` of the rows sum to 1. `known` (models, rows) has the known figures in [0, 1]: the
+    original model's, and those of a rival step if there is one. In the sequence of `order`,
+    `scale` is the inverse probability with which each row was drawn among the rest, and `most`
+    the largest possible scaled difference to the known figures at that time.
     """
 
     weights: Vector
@@ -31,8 +31,8 @@ class Draw:
     most: Vector
 
     @classmethod
-    def of(cls, weights: Vector, known: Vector, waits: Vector) -> "Draw":
-        """Draw an order of rows: each next one with a chance in proportion to w (1 - known).
+    def of(cls, weights: Vector, known: Vector, waits: Vector) -> "RowDraw":
+        """RowDraw an order of rows: each next one with a chance in proportion to w (1 - known).
 
         `waits` are drawn for each row from an exponential distribution of mean 1.
         """
@@ -47,17 +47,17 @@ class Draw:
 
 @dataclass(slots=True)
 class Race:
-    """Whether the mean of figures in [0, 1] is below a mark, by as few of them as show it.
+    """A sequential test of whether the mean of figures in [0, 1] is below a mark.
 
-    Bets against every mean of at least `mark` (Waudby-Smith and Ramdas 2024, section 5.3, with
-    rows drawn by unequal chances): before each row a share of what there is, is staked on the
-    row's figure being low beside each that is known. Where the mean is `mark` or more, no stake
-    is expected to gain, so that all together ever multiply what they began with by 1 / risk has
-    a chance of at most the risk (Ville), whenever they are looked at. `least` is a mark that no
-    race on this draw goes below: stakes follow it, so that a higher mark is lost no later.
+    It bets against every mean of at least `mark` (Waudby-Smith and Ramdas 2024, section 5.3, with
+    rows drawn with unequal probabilities): before each row, a fraction of the capital is staked
+    on a figure below the known one. If the mean is `mark` or more, no stake has a positive
+    expectation, so the probability that the capital ever grows by 1 / risk is at most the risk
+    (Ville's inequality), however often it is checked. `least` is a lower bound on the marks of
+    all races on this draw; stakes depend on it, so a race with a higher mark stops no later.
     """
 
-    draw: Draw
+    draw: RowDraw
     mark: float
     least: float
     looked: int = field(init=False, default=0)
@@ -70,7 +70,7 @@ class Race:
         self._gains = np.zeros((len(STAKES), len(self.draw.known)))
 
     def look(self, figures: Vector) -> None:
-        """Take in the figures of the next rows of the draw."""
+        """Observe the figures of the next rows of the draw."""
         rows = slice(self.looked, self.looked + len(figures))
         chosen = self.draw.order[rows]
         weights, known = self.draw.weights[chosen], self.draw.known[:, chosen]
@@ -86,7 +86,7 @@ class Race:
         self.looked = rows.stop
 
     def lost(self, risk: float) -> bool:
-        """Return whether the mean is below the mark, but for a chance of `risk` that it is not."""
+        """Return whether the mean is below the mark, with an error probability up to `risk`."""
         if not risk:
             return False
         highest = float(self._gains.max())

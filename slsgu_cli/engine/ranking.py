@@ -76,7 +76,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
             hint="check --include, --exclude, --tower and --target; "
             "`slsgu rank NAME` alone ranks all layers",
         )
-    _tell_of_unscored(weights, sorted(set(layers) - {score.layer for score in scores}))
+    _note_unscored(weights, sorted(set(layers) - {score.layer for score in scores}))
     ranking = Ranking(
         name=name,
         forget=pointer.forget,
@@ -97,7 +97,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
 def _to_rank(
     header: GradientHeader, aim: TargetLayers | None, options: RankOptions
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the layers to rank, and why a target is not reached by others that were asked for."""
+    """Return the layers to rank, and why the target does not read the other candidates."""
     candidates = [
         layer
         for layer in layers_of(header.weights, options.qkv)
@@ -165,7 +165,7 @@ def _never_compete(header: GradientHeader, options: RankOptions) -> str:
     return f": of {', '.join(names[:3])} none ever competes" if names else ""
 
 
-def _tell_of_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
+def _note_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
     """Tell which layers have no score, and why."""
     zeros = [layer for layer in layers if not weights.norm(layer).norm]
     unreached = [layer for layer in layers if layer not in zeros]
@@ -311,7 +311,7 @@ def named_layers(
     none: Callable[[str], str] = lambda text: "none",
     hint: str | None = None,
 ) -> list[str]:
-    """Return the layers asked for by a part of a name that fits one of `names` only.
+    """Return the layers that `wanted` names, each by a part that fits one of `names` only.
 
     `among` says what these are, and `none` what there is in place of any that fits. Raises
     UsageError.

@@ -1,4 +1,4 @@
-"""What a search is asked for and measures on: options, set, layers, directions, base passes.
+"""The plan of a search: its set, layers, directions and evaluation.
 
 Sets that are measured on the same rows share one base pass.
 """
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.engine.trial import EarlierConcepts, Evaluator
+    from slsgu_cli.engine.effect import EarlierConcepts
+    from slsgu_cli.engine.evaluator import Evaluator
 
 
 # Part of every address of features: a change in what is computed must change it.
@@ -96,7 +97,7 @@ class SearchPlan:
 
     def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
         """Return what tells whether a step brings back what is forgotten already."""
-        from slsgu_cli.engine.trial import EarlierConcepts
+        from slsgu_cli.engine.effect import EarlierConcepts
 
         return EarlierConcepts(shared, self.earlier)
 
@@ -107,7 +108,7 @@ class SearchPlan:
         """
         import torch
 
-        from slsgu_cli.engine.trial import Evaluator
+        from slsgu_cli.engine.evaluator import Evaluator
 
         for score in self.layers:
             known = self.covariances is not None and self.covariances.has(score.layer)
@@ -254,7 +255,7 @@ def share_evaluation(
     The edits that the plans stand on are in it. Tells of towers that are not split.
     """
     from slsgu_cli.clip.memory import return_memory
-    from slsgu_cli.engine.trial import add_edits
+    from slsgu_cli.engine.moved_model import add_edits
 
     first = plans[0]
     return_memory()

@@ -3,35 +3,34 @@
 from dataclasses import dataclass, field
 from math import ceil, floor, log2
 
-# Below this, a cosine is as good as none.
+# A cosine below this counts as 0.
 LEAST_SLACK = 1e-12
 
-# How far beyond the step that is expected to be enough the next one goes, and at most and at
-# least beyond the longest that was not; at least twice as far once a few were not.
+# The next step relative to the one that is expected to be enough, and its upper and lower bound
+# relative to the longest that was not enough; the lower one is 2 after a few such steps.
 BEYOND, FARTHEST, NEAREST, FEW = 1.06, 5.0, 1.03, 3
 
 
 @dataclass(slots=True)
 class ShortestStep:
-    """The shortest step that is enough, of those that doubling and bisection could come to.
+    """Search for the step that doubling and bisection find, in fewer trials.
 
-    After `trials` trials `next_step` is at one of a grid of steps: the doubled ones, and
-    between two of them as many even parts as trials are left to halve. The same one is sought
-    here by what steps lack, which is nearly linear in them: steps are enough from some step
-    on, as for bisection. What a step has in excess of what is needed is its `slack`, negative
-    where it is not enough; `at_zero` is that of the original model.
+    After `trials` trials, doubling and bisection end at a point of a grid: the doubled steps,
+    and equal parts between two of them, as many as the remaining trials can halve. The slack of
+    a step, negative where it is not enough, is nearly linear in the step, so interpolation finds
+    the same grid point sooner. `at_zero` is the slack of the original model.
     """
 
     first: float
     trials: int
     at_zero: float
     _slack: dict[int, float] = field(init=False)
-    # Places in the grid: of the longest step that is not enough, the shortest that is, the last.
+    # Grid points of the longest step that is not enough, the shortest that is, and the last one.
     _low: int = field(init=False, default=0)
     _high: int | None = field(init=False, default=None)
     _at: int = field(init=False, default=0)
     _widths: list[int] = field(init=False, default_factory=list)
-    # How many trials in a row were on the same side of the root.
+    # Consecutive trials on the same side of the root.
     _alike: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -54,7 +53,7 @@ class ShortestStep:
         return self._step(self._at)
 
     def observe(self, slack: float, *, enough: bool) -> None:
-        """Take in what the step that `next` returned has in excess."""
+        """Observe the slack of the step that `next` returned."""
         before = next(reversed(self._slack.values()))
         self._alike = self._alike + 1 if (before > 0) is enough else 1
         self._slack[self._at] = max(slack, LEAST_SLACK) if enough else min(slack, -LEAST_SLACK)
@@ -64,9 +63,9 @@ class ShortestStep:
             self._low = self._at
 
     def _between(self, low: int, high: int) -> int:
-        """Return the place next to the root as seen from the nearer end; or the middle.
+        """Return the grid point next to the estimated root, towards the nearer end.
 
-        The latter where three trials did not halve what lies between.
+        It is the middle where three trials did not halve the bracket.
         """
         self._widths.append(high - low)
         at = (low + high) // 2
@@ -76,10 +75,10 @@ class ShortestStep:
         return min(max(at, low + 1), high - 1)
 
     def _root(self) -> float:
-        """Return at which step nothing is wanting, by what is known.
+        """Return the step at which the slack is estimated to be 0.
 
-        By inverse quadratic interpolation, or along a line where that leads outside. As long
-        as no step was enough, along the line through the last two.
+        The estimate is by inverse quadratic interpolation, or linear where that leaves the
+        bracket, or linear through the last two steps as long as none was enough.
         """
         known = sorted(self._slack.items(), key=lambda each: (abs(each[1]), each[0]))
         nearest = [(self._step(place), slack) for place, slack in known[:3]]
@@ -89,7 +88,7 @@ class ShortestStep:
         if lacks >= has:
             return FARTHEST * stop
         if self._high is not None:
-            # The end that stays counts for less each time (Illinois), or it holds the root off.
+            # The end that stays is weighted down each time (Illinois), or convergence is slow.
             less = 0.5 ** (self._alike - 1)
             lacks, has = (lacks * less, has) if self._at == high else (lacks, has * less)
         linear = start - lacks * (stop - start) / (has - lacks)
@@ -104,14 +103,14 @@ class ShortestStep:
         return root if start < root < stop else linear
 
     def _step(self, place: int) -> float:
-        """Return the step at a place of the grid, rounded as by bisection."""
+        """Return the step at a grid point, rounded as by bisection."""
         if place == 0:
             return 0.0
         left = (1 << self.trials) - place
         halvings = left.bit_length() - 1
         high: float = self.first * 2.0 ** (self.trials - 1 - halvings)
         low = 0.0 if halvings == self.trials - 1 else high / 2
-        # How many parts before the end of the doubling, which has 2^halvings.
+        # Parts before the end of this doubling, which has 2^halvings.
         parts = left - (1 << halvings)
         for bit in reversed(range(halvings)):
             middle = (low + high) / 2
@@ -122,7 +121,7 @@ class ShortestStep:
         return high
 
     def _place(self, step: float) -> float:
-        """Return where a step lies in the grid, between two places of it as a rule."""
+        """Return the position of a step on the grid, usually between two grid points."""
         if step <= self.first:
             return step / self.first * (1 << self.trials - 1)
         doublings = floor(log2(step / self.first))

@@ -13,7 +13,8 @@ from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.tensor_file import Floats
 from slsgu_cli.clip.devices import pick_device
-from slsgu_cli.engine.gradients import KeptArrays, load_graded, open_pairs
+from slsgu_cli.engine.gradients import load_graded, open_pairs
+from slsgu_cli.engine.resumable import KeptArrays
 from slsgu_cli.errors import SlsguError, listed
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (

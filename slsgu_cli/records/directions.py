@@ -52,8 +52,8 @@ class Entry:
     """What others need to know of a direction.
 
     `implementation` is MODULE:CLASS, called with the parameters, whose defaults `parameters`
-    has. `words` say in the report what it is. A direction that `needs_inputs` gets the input
-    covariances of layers, and layers that have none move along the gradient.
+    has. `help` names it in the help of --direction, and `words` in the report. A direction that
+    `needs_inputs` gets the input covariances of layers; those without move along the gradient.
     """
 
     implementation: str
@@ -67,13 +67,13 @@ class Entry:
 REGISTRY: dict[Direction, Entry] = {
     Direction.GRADIENT: Entry(
         implementation="slsgu_cli.method.directions.gradient:Gradient",
-        help="the forget gradient, as in the paper",
+        help="the forget gradient",
         words="the forget gradient",
         by_default=True,
     ),
     Direction.WHITENED: Entry(
         implementation="slsgu_cli.method.directions.whitened:Whitened",
-        help="the gradient whitened by the layer's retained inputs",
+        help="that whitened",
         words="the forget gradient, whitened by the layer's inputs on the retain set",
         parameters={"damping": DAMPING},
         needs_inputs=True,

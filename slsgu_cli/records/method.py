@@ -1,4 +1,4 @@
-"""What gradients, covariances, rankings, trials and edits say of themselves."""
+"""Records of gradients, covariances, rankings, trials and edits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from enum import StrEnum
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.directions import Direction, DirectionSpec
-from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
+from slsgu_cli.records.figures import Accuracy, BaseEdits, ClassLoss, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 
 
@@ -33,7 +33,7 @@ class Qkv(StrEnum):
 
 
 class Criterion(StrEnum):
-    """What the search drives to zero: a forget accuracy, or what a margin lacks."""
+    """The residual that a search drives to zero: a forget accuracy, or the rest of a margin."""
 
     FA1 = "fa1"
     FA5 = "fa5"
@@ -41,22 +41,22 @@ class Criterion(StrEnum):
 
 
 class UtilityMetric(StrEnum):
-    """What steps that forget are compared by: TA@1, or the TA@1 expected of like images."""
+    """The utility that compares steps which forget: TA@1, or TA@1 expected of similar images."""
 
     TA1 = "ta1"
     EXPECTED = "expected"
 
 
-class Settled(StrEnum):
-    """How it was settled what a step keeps: measured on all rows, or too little on some.
+class Measurement(StrEnum):
+    """How far the utility of a step was measured.
 
-    `BOUND`: even if all other rows were surely right. `RACE`: but for a small risk, as rows
-    drawn at random tell.
+    A step is ruled out once it loses even if all other rows are right, and early-stopped once
+    rows drawn at random show, with a small risk, that it loses.
     """
 
-    MEASURED = "measured"
-    BOUND = "bound"
-    RACE = "race"
+    COMPLETE = "complete"
+    RULED_OUT = "ruled out"
+    EARLY_STOPPED = "early stopped"
 
 
 class Precision(StrEnum):
@@ -96,13 +96,13 @@ class GradientHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return _pass_in_words(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquaresHeader:
-    """Mean squared mini-batch gradients of every parameter, beside the gradient they go with.
+    """Mean squared mini-batch gradients of every parameter, next to their gradient.
 
     `gradient` is that gradient's digest: squares are of the same model, rows and options.
     """
@@ -116,7 +116,7 @@ class SquaresHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return _pass_in_words(self)
 
 
@@ -145,7 +145,7 @@ class SumsHeader:
         return self.gradient, self.device, self.batches
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"mini-batches": f"{self.done} of {self.batches}", "for": self.gradient}
 
 
@@ -169,7 +169,7 @@ class GradientPointer:
     prefixes: tuple[str, ...] = codec.added(())
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         batches = f"{self.batch_size} in {self.precision}"
         return {"model": str(self.model), "set": self.name, "batches of": batches}
 
@@ -206,7 +206,7 @@ class CovarianceHeader:
     revision: int = codec.added(1)
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"layers": str(len(self.layers)), "rows": str(self.rows)}
 
     def is_of(self, pointer: GradientPointer) -> bool:
@@ -231,7 +231,7 @@ class FeatureHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"features": ", ".join(sorted(self.evals)), "to": self.split}
 
     def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
@@ -298,7 +298,7 @@ class Ranking:
     readers: tuple[PromptReader, ...] = added(())
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         layers = len({score.layer for score in self.scores})
         front = len({score.layer for score in self.scores if score.front})
         counted = f"{layers}, {front} on the fronts"
@@ -325,14 +325,13 @@ TrialKey = tuple[Move, float]
 class Trial:
     """One (layer, direction, step): forget accuracy, and utility where it was measured.
 
-    `share` is the step's length over the
-    layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
-    fifth best other, at the forget image where it comes closest. `utility` is None where
-    the step could not win, so nothing was spent on it; with it comes `worst`, the class that
-    lost most of what is expected, of those with enough rows, `expected`, the TA@1 in percent
-    that images like those of the sets would have, as a mean over the sets, and `moved`, the
-    mean square of how far cosines of images with other names move, in units of what like
-    images differ by. `settled` says by what a step that forgets was known to win or not.
+    `share` is the step's length over the layer's own norm. `gap` is the smallest cosine, over
+    the forget images, by which the concept's name stays below the fifth best other name.
+    `utility` is None where the step cannot win. With it come `worst`, the class with the largest
+    expected loss among those with enough rows; `expected`, the TA@1 in percent that similar
+    images would have, as a mean over the sets; and `moved`, the mean squared change of cosines
+    with other names, relative to the spread of similar images. `measurement` says how far the
+    utility of a step that forgets was measured.
     """
 
     layer: str
@@ -345,7 +344,7 @@ class Trial:
     utility: dict[str, Accuracy] | None
     worst: ClassLoss | None = added(None)
     expected: float | None = added(None)
-    settled: Settled | None = added(None)
+    measurement: Measurement | None = added(None)
     moved: float | None = added(None)
 
     @property
@@ -380,7 +379,7 @@ class Trials:
     after: dict[str, str] = added(factory=dict)
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         along = ", ".join(self.directions)
         about = {"set": self.name, "direction": along, "criterion": self.criterion}
         return about | {"trials": over_layers([trial.layer for trial in self.trials])}
@@ -406,8 +405,8 @@ class EditHeader:
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
-    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `ground`
-    are those of the edit's `Report`; its figures are with the edits of `ground` in place.
+    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `base_edits`
+    are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
     `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
     """
 
@@ -436,17 +435,17 @@ class EditHeader:
     target: TargetFigures | None = None
     harmed: tuple[ClassLoss, ...] = added(())
     nearest: tuple[ClassLoss, ...] = added(())
-    ground: Ground | None = added(None)
+    base_edits: BaseEdits | None = added(None)
     rank: int | None = added(None)
 
     @property
     def after(self) -> dict[str, str]:
         """The digests of the edits that it stands on, by name."""
-        earlier = self.ground.edits if self.ground else {}
+        earlier = self.base_edits.edits if self.base_edits else {}
         return {name: edit.digest for name, edit in earlier.items()}
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         words = {
             "model": str(self.model),
             "concept": self.concept,
@@ -503,7 +502,7 @@ class LoraHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         ranks = {one.edit.name: one.rank for one in self.edits}
         return {"rank of " + name: str(rank) for name, rank in ranks.items()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
+from slsgu_cli.records.directions import DAMPING, REGISTRY, Direction, DirectionSpec
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
@@ -85,7 +85,7 @@ def direction_option(usual: Direction | None, words: str) -> Any:
     return option(
         usual,
         "--direction",
-        help="Along the forget gradient, that whitened, or try both.",
+        help=f"Along {', '.join(entry.help for entry in REGISTRY.values())}, or try both.",
         panel=LAYERS,
         without=words,
     )

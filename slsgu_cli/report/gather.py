@@ -12,7 +12,7 @@ from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
 from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
-from slsgu_cli.engine.edit import FoundEdit, Presence, find_edits
+from slsgu_cli.engine.find_edits import FoundEdit, Presence, find_edits
 from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.records.codec import digest

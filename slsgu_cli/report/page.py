@@ -52,7 +52,7 @@ from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.engine.evaluate import BeforeAfter
+    from slsgu_cli.engine.examples import BeforeAfter
     from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
 
 IMAGES, COSINES = "Single images", "Cosine similarities"
@@ -155,7 +155,7 @@ def _image_sections(
             for records in all_records
         }
     from slsgu_cli.clip.devices import pick_device
-    from slsgu_cli.engine.evaluate import GuessingModels
+    from slsgu_cli.engine.examples import GuessingModels
 
     models = GuessingModels(store, device=pick_device(request.device))
     sections = {}

@@ -188,7 +188,7 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
-    from slsgu_cli.engine.trial import LEAST_ROWS
+    from slsgu_cli.engine.utility import LEAST_ROWS
     from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 
     known = losses(original, edited)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp
 
-# What a concept's step grows by while the concept is still recognised beside the others.
+# Factor on the step of a concept that is still recognised next to the others.
 RAISE = 1.25
 
 # By how much steps are changed in one round, in nepers: at first, and at least and at most.

@@ -18,8 +18,10 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
 from slsgu_cli.engine.choice import residual_of, utility_of
-from slsgu_cli.engine.evaluate import choose_shown
+from slsgu_cli.engine.effect import report
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
+from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, moved_model
 from slsgu_cli.engine.search import SetSearch, searched_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
@@ -28,16 +30,8 @@ from slsgu_cli.engine.search_plan import (
     require_alike,
     share_evaluation,
 )
-from slsgu_cli.engine.trial import (
-    SPREAD,
-    UNMOVED,
-    Evaluator,
-    MovedModel,
-    expected_hits,
-    moved_model,
-    names_kept,
-    report,
-)
+from slsgu_cli.engine.shown_classes import choose_shown
+from slsgu_cli.engine.utility import SPREAD, expected_hits, names_kept
 from slsgu_cli.errors import NotForgottenError, UsageError, listed
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
@@ -467,7 +461,7 @@ def _reported(
 ) -> JointTrial:
     """Return what moves in place leave and keep of the rows to report on."""
     with moved_model(reported, run.evaluated(moves)) as model:
-        left = {move.name: model.left(reported.forget[move.name]) for move in moves}
+        left = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
         kept = model.accuracies(utility)
     forget = {name: accuracy for name, (accuracy, _) in left.items()}
     return JointTrial(moves, forget, {name: gap for name, (_, gap) in left.items()}, kept)

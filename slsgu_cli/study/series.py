@@ -55,7 +55,7 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.engine.trial import Evaluator
+    from slsgu_cli.engine.evaluator import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +285,6 @@ def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) ->
 
 def _forgetting(evaluator: "Evaluator", run: SetSearch) -> float:
     """Return the first step that forgets when doubling steps, or where to give up."""
-    trials = bisection(evaluator.measure, run.left, evaluator.first)
-    enough = (t.step for t in trials if run.left(t) == 0 or 2 * t.share > FARTHEST * 1.001)
+    trials = bisection(evaluator.measure, run.residual, evaluator.first)
+    enough = (t.step for t in trials if run.residual(t) == 0 or 2 * t.share > FARTHEST * 1.001)
     return next(enough)

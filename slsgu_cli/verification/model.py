@@ -24,7 +24,7 @@ from slsgu_cli.clip.batches import (
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.engine.gradients import KeptArrays
+from slsgu_cli.engine.resumable import KeptArrays
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import SetManifest

@@ -19,9 +19,10 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.engine.edit import current_edit
-from slsgu_cli.engine.gradients import KeptArrays, check_inputs
-from slsgu_cli.engine.trial import add_edits
+from slsgu_cli.engine.gradients import check_inputs
+from slsgu_cli.engine.moved_model import add_edits
+from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.set_edits import current_edit
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest

@@ -24,10 +24,11 @@ import torch
 
 from slsgu_cli.clip.metrics import margins
 from slsgu_cli.engine.choice import utility_of
-from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.layer_search import LayerSearch
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
-from slsgu_cli.engine.trial import TOLERANCE, Evaluator
-from slsgu_cli.records.method import Settled, Tower, Trials, UtilityMetric
+from slsgu_cli.engine.utility import TOLERANCE
+from slsgu_cli.records.method import Measurement, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -112,10 +113,11 @@ def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, 
         choice, search = exact.figures.searched(utility=utility, seed=seed, max_class_loss=NO_BOUND)
         best = utility_of(choice, utility)
         ways = [
-            search.trials[evaluator.move, 1.0].settled for evaluator in exact.figures.evaluators()
+            search.trials[evaluator.move, 1.0].measurement
+            for evaluator in exact.figures.evaluators()
         ]
         wrong += any(
-            way is Settled.RACE and each > best + TOLERANCE
+            way is Measurement.EARLY_STOPPED and each > best + TOLERANCE
             for way, each in zip(ways, exact.keeps, strict=True)
         )
         losses.append(exact.kept - best)

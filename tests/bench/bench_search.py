@@ -189,7 +189,9 @@ def main() -> None:
             "front layers": layers,
             "layers and directions": lines,
             "trials": len(result.trials.trials),
-            "settled": Counter(str(t.settled) for t in result.trials.trials if t.settled),
+            "measurement": Counter(
+                str(t.measurement) for t in result.trials.trials if t.measurement
+            ),
             "chosen": f"{result.chosen.layer} {result.chosen.step:.5g}",
             "plain evaluation, s": round(min(plain), 2),
             "whole search, s": round(min(ours), 2),

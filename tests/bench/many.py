@@ -37,11 +37,11 @@ from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.moved_model import UNMOVED
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search, search_each
-from slsgu_cli.engine.trial import UNMOVED
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy
@@ -191,7 +191,7 @@ class Bench:
     def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
         """Return what a model recognises of some concepts, and of all that none is to forget."""
         evaluation = self._opened(spec)
-        forget = {name: UNMOVED.left(evaluation.forget[name])[0] for name in names}
+        forget = {name: UNMOVED.forget_figures(evaluation.forget[name])[0] for name in names}
         manifests = [read_manifest(self.store, name) for name in self.names]
         return Figures(forget, UNMOVED.accuracies(evaluation.utility(manifests)))
 

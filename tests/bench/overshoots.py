@@ -31,10 +31,12 @@ from torch import Tensor
 
 from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.metrics import gaps
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
-from slsgu_cli.engine.search import LayerSearch
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.moved_model import moved_model
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
-from slsgu_cli.engine.trial import Evaluator, UtilityMeter, moved_model
+from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Split

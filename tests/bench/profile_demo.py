@@ -23,10 +23,10 @@ from slsgu_cli.cli.app import app  # noqa: E402
 STAGES = {
     "build-sets": "slsgu_cli.sets.build.build_sets",
     "grad": "slsgu_cli.engine.gradients.compute_gradients",
-    "rank, with the covariances of the direction": "slsgu_cli.engine.edit.rank_and_plot",
-    "search": "slsgu_cli.engine.edit.search_and_plot",
-    "apply": "slsgu_cli.engine.edit.apply",
-    "picture of before and after": "slsgu_cli.engine.evaluate.draw_examples",
+    "rank, with the covariances of the direction": "slsgu_cli.engine.plots.rank_and_plot",
+    "search": "slsgu_cli.engine.plots.search_and_plot",
+    "apply": "slsgu_cli.engine.apply.apply",
+    "picture of before and after": "slsgu_cli.engine.examples.draw_examples",
 }
 
 

@@ -33,7 +33,7 @@ from slsgu_cli.checkpoints.layers import layers_of
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import WholeTower, text_tower, vision_tower
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search

@@ -10,7 +10,7 @@ import pytest
 from damaged_models import LAYER, Models
 
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.engine.edit import direct_edit
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import RankOptions
 

@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.layers import Layer, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
 from slsgu_cli.cli.tables import applied
 from slsgu_cli.downstream.models import LiveEncoder
-from slsgu_cli.engine.edit import Presence, find_edits
+from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.method import Tower

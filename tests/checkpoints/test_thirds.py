@@ -18,9 +18,9 @@ from slsgu_cli.cli.app import app
 from slsgu_cli.clip.in_place import moved
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
-from slsgu_cli.engine.edit import direct_edit, ensure_edit
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import direct_edit, ensure_edit
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Qkv

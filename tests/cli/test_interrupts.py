@@ -12,8 +12,8 @@ import pytest
 from processes import inside, start_held
 from safetensors.numpy import load_file
 
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import GradientPass
-from slsgu_cli.engine.trial import Evaluator
 
 END = "interrupted; what was complete is kept\n"
 # Rows of the forget set are added first, then those of the retain set.

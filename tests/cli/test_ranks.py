@@ -219,10 +219,10 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 from slsgu_cli.__main__ import main
-from slsgu_cli.engine import gradients
+from slsgu_cli.engine import resumable
 from slsgu_cli.engine.gradient_pass import GradientPass
 
-gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
+resumable.KEEP_SECONDS = resumable.KEEP_SHARE = 0.0
 group, calls = GradientPass._group, []
 
 def counted(self, images, ids):

@@ -21,8 +21,9 @@ from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.other_layouts import other_layout
 from slsgu_cli.clip.tokenizers import input_spec, tokenizer
-from slsgu_cli.engine.edit import apply, direct_edit
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import ModelLayout

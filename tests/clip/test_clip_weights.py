@@ -14,8 +14,9 @@ from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, p
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
 from slsgu_cli.clip.tokenizers import input_spec
-from slsgu_cli.engine.edit import apply, direct_edit
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions

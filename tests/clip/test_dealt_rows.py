@@ -9,8 +9,8 @@ from slsgu_cli.clip import loading, models, tokenizers, zeroshot
 from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, in_test_split, prepare
 from slsgu_cli.clip.towers import OpenClipVision
 from slsgu_cli.engine import search as searches
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search
-from slsgu_cli.engine.trial import Evaluator
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Split

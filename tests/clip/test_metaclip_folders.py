@@ -13,7 +13,8 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.engine.edit import apply, direct_edit
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, RankOptions

@@ -20,7 +20,7 @@ from slsgu_cli.clip import tokenizers
 from slsgu_cli.clip.model_folder import tokenizer_files
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import PROBE
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ApplyRequest

@@ -25,7 +25,7 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import model_layer, resolve
 from slsgu_cli.clip.other_layouts import other_layout
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.method import ModelLayout
 from slsgu_cli.records.options import ApplyRequest

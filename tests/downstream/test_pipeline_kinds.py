@@ -17,7 +17,7 @@ from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
 from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.downstream.search import TargetPlan, search_target
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.export import export
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.directions import Direction, DirectionSpec

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.choice import utility_of
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.effect import EarlierConcepts
 from slsgu_cli.engine.evaluate import evaluate
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
-from slsgu_cli.engine.trial import EarlierConcepts, Evaluator
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import LayerScore
@@ -72,23 +73,27 @@ def test_its_figures_are_those_of_the_checkpoint_that_apply_writes(after, tmp_pa
     folders["after"] = applied(world, "blue", "red", out=tmp_path / "both")
     plain = {when: plain_figures(world, folder) for when, folder in folders.items()}
     report = result.report
-    figures = {"original": report.before, "before": report.ground.figures, "after": report.after}
+    figures = {
+        "original": report.before,
+        "before": report.base_edits.figures,
+        "after": report.after,
+    }
     for when, (forget, utility) in plain.items():
         assert forget["red"] == pair(figures[when].forget), when
-        assert forget["blue"] == pair(getattr(report.ground.edits["blue"], when)), when
+        assert forget["blue"] == pair(getattr(report.base_edits.edits["blue"], when)), when
         assert utility == {n: pair(now) for n, now in figures[when].utility.items()}, when
     # The trials are of the model with the earlier edit in it.
-    assert result.trials.baseline_forget == report.ground.figures.forget
-    assert result.trials.baseline_utility == report.ground.figures.utility
+    assert result.trials.baseline_forget == report.base_edits.figures.forget
+    assert result.trials.baseline_utility == report.base_edits.figures.utility
     assert result.chosen.utility == report.after.utility
-    assert first.chosen.forget.top1 == report.ground.edits["blue"].after.top1 == 0
+    assert first.chosen.forget.top1 == report.base_edits.edits["blue"].after.top1 == 0
 
 
 def test_the_edit_says_what_it_stands_on_and_holds_the_original_layer(after):
     world, _, result = after
     blue, red = (load_edit(world.store, name) for name in ("blue", "red"))
     assert red.header.after == {"blue": digest(blue.header)} == result.trials.after
-    assert red.header.ground == result.report.ground
+    assert red.header.base_edits == result.report.base_edits
     assert red.header.baseline_forget == result.report.before.forget
     original = load_file(world.folder / "open_clip_model.safetensors")[red.header.layer]
     np.testing.assert_array_equal(red.before(), original)
@@ -149,7 +154,7 @@ def test_eval_measures_it_where_it_stands(after):
     original, edited = evaluated.models
     assert edited.label == "edit red after blue"
     assert edited.forget["red"] == result.report.after.forget
-    assert edited.forget["blue"] == result.report.ground.edits["blue"].after
+    assert edited.forget["blue"] == result.report.base_edits.edits["blue"].after
     assert edited.utility == result.report.after.utility
     assert original.utility == result.report.before.utility
 
@@ -177,8 +182,10 @@ def test_a_step_that_brings_an_earlier_concept_back_is_not_chosen(
     assert utility_of(careless.chosen, options.utility) >= utility_of(
         result.chosen, options.utility
     )
-    back = careless.report.ground.edits["blue"]
-    assert back.after.top1 > back.before.top1 == result.report.ground.edits["blue"].after.top1 == 0
+    back = careless.report.base_edits.edits["blue"]
+    assert (
+        back.after.top1 > back.before.top1 == result.report.base_edits.edits["blue"].after.top1 == 0
+    )
     monkeypatch.setattr(EarlierConcepts, "returned", lambda *_: ["blue"])
     with pytest.raises(NotForgottenError, match="every step of red brings back"):
         search(world.store, "red", options=options)
@@ -207,7 +214,7 @@ def test_a_chain_of_three(several_world, tmp_path):
     search(world.store, "blue", options=options)
     search(world.store, "red", options=replace(options, after=("blue",)))
     (third,) = search_each(world.store, ["green"], options=replace(options, after=("red",)))
-    assert list(third.report.ground.edits) == ["blue", "red"]
+    assert list(third.report.base_edits.edits) == ["blue", "red"]
     with pytest.raises(UsageError, match="is of the set blue itself"):
         search(world.store, "blue", options=replace(options, after=("green",)))
     folder = applied(world, "blue", out=tmp_path / "1")
@@ -242,7 +249,7 @@ def test_trials_on_another_ground_are_not_used_again(after, tmp_path):
     again = search(world.store, "red", options=options)
     assert again.reused == len(result.trials.trials)
     alone = search(world.store, "red", options=replace(options, after=(), steps=2))
-    assert alone.reused == 0 and alone.report.ground is None
+    assert alone.reused == 0 and alone.report.base_edits is None
     assert load_edit(world.store, "red").header.after == {}
 
 

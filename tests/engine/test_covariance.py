@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tower_models import CONFIGS, make
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.engine import applied_layers
 from slsgu_cli.engine import covariance as covariance_module
 from slsgu_cli.engine.covariance import InputCovariances, input_covariances
 from slsgu_cli.method.layers import is_candidate
@@ -252,7 +253,7 @@ def run_convolution(settings):
 @pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("settings", CONVOLUTIONS)
 def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monkeypatch):
-    monkeypatch.setattr(covariance_module, "WINDOW_ENTRIES", entries)
+    monkeypatch.setattr(applied_layers, "WINDOW_ENTRIES", entries)
     layer, windows, covariance = run_convolution(settings)
     expected = windows.mT @ windows / windows.shape[1]
     expected = expected if layer.groups > 1 else expected[0]
@@ -263,11 +264,11 @@ def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monk
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_of_many_windows_in_an_image_some_are_counted(groups, monkeypatch):
-    monkeypatch.setattr(covariance_module, "MOST_POSITIONS", 20)
+    monkeypatch.setattr(applied_layers, "MOST_POSITIONS", 20)
     _, windows, covariance = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
-    chosen = covariance_module.chosen_positions(72)
+    chosen = applied_layers.chosen_positions(72)
     assert len(set(chosen.tolist())) == 20
-    assert (chosen == covariance_module.chosen_positions(72)).all()
+    assert (chosen == applied_layers.chosen_positions(72)).all()
     some = windows.unflatten(1, (3, 72))[:, :, chosen].flatten(1, 2)
     expected = (some.mT @ some / 60).squeeze(0)
     assert covariance.count == 60

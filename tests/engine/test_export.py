@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.export import export
 from slsgu_cli.engine.search import search

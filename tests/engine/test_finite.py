@@ -17,7 +17,7 @@ from slsgu_cli.compare import methods
 from slsgu_cli.compare.comparison import tune
 from slsgu_cli.compare.ours import original_outcome
 from slsgu_cli.downstream.judge import Judge
-from slsgu_cli.engine import trial
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.records.figures import Accuracy, Figures
@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_finite(layer, world):
 
 
 def test_a_step_beyond_what_numbers_hold(world, monkeypatch):
-    monkeypatch.setattr(trial.Evaluator, "first", 3e38)
+    monkeypatch.setattr(Evaluator, "first", 3e38)
     done = inside("search", "blue", "--layer", "visual.conv1.weight", store=world.store.root)
     assert done.exit_code == 3
     assert "visual.conv1.weight at step 3e+38: " in done.stderr

@@ -18,7 +18,7 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.clip.towers import SplitTower
-from slsgu_cli.engine import covariance, gradients
+from slsgu_cli.engine import covariance, resumable
 from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
@@ -258,8 +258,8 @@ def test_gradients_and_squares_come_of_one_pass(world):
 @pytest.fixture
 def keeping(monkeypatch):
     """Let passes keep their sums after every mini-batch."""
-    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SHARE", 0.0)
 
 
 def stopped(world, monkeypatch, mini_batch, **options):

@@ -17,9 +17,10 @@ from worlds import plain_options
 import slsgu_cli.engine.evaluate
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.clip.zeroshot import ImageSide
-from slsgu_cli.engine.edit import apply, direct_edit
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.records.figures import read_assertions
 from slsgu_cli.records.options import ApplyRequest

@@ -8,7 +8,7 @@ from tiny_targets import transformers_weights
 
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
-from slsgu_cli.engine.edit import apply
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec

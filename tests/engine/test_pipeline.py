@@ -13,9 +13,10 @@ from safetensors.torch import load_file as load_tensors
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.engine import edit as edit_module
-from slsgu_cli.engine.edit import apply, direct_edit, ensure_edit
+from slsgu_cli.engine import plots
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import direct_edit, ensure_edit
 from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Tower
@@ -121,7 +122,7 @@ def test_an_edit_that_is_there_is_used(world, tmp_path):
 
 
 def test_a_search_that_fails_writes_no_checkpoint_and_warns_after(world, tmp_path, listener):
-    edit_module.rank_and_plot(
+    plots.rank_and_plot(
         world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, include=[ALONE])
     )
     with pytest.raises(NotForgottenError):
@@ -242,9 +243,9 @@ def test_a_name_that_is_nothing_is_told(world, tmp_path):
 @pytest.mark.usefixtures("drawing")
 def test_plots_are_drawn_of_fronts_and_steps(world):
     options = RankOptions(direction=Direction.GRADIENT)
-    _, drawn = edit_module.rank_and_plot(world.store, "blue", options=options)
+    _, drawn = plots.rank_and_plot(world.store, "blue", options=options)
     assert len(drawn) == 2
-    result = edit_module.search_and_plot(
+    result = plots.search_and_plot(
         world.store, "blue", options=SearchOptions(steps=2, layers=[LAYER])
     )
     drawn = world.store.names("plots", ".png")
@@ -255,7 +256,7 @@ def test_plots_are_drawn_of_fronts_and_steps(world):
 
 def test_a_whitened_step_by_hand_is_the_whitened_searchs(world):
     options = RankOptions(direction=Direction.WHITENED, damping=0.1, device="cpu")
-    edit_module.rank_and_plot(world.store, "blue", options=options)
+    plots.rank_and_plot(world.store, "blue", options=options)
     result = find(world, steps=2, layers=[LAYER])
     own = load_edit(world.store, "blue")
     by_hand = direct_edit(

@@ -5,9 +5,9 @@ import pytest
 from raced import made_up
 
 from slsgu_cli.engine.choice import utility_of
-from slsgu_cli.engine.race import Draw, Race
-from slsgu_cli.engine.trial import TOLERANCE, UtilityMeter
-from slsgu_cli.records.method import Settled, Tower, UtilityMetric
+from slsgu_cli.engine.race import Race, RowDraw
+from slsgu_cli.engine.utility import TOLERANCE, UtilityMeter
+from slsgu_cli.records.method import Measurement, Tower, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND
 
 ROWS = 300
@@ -38,7 +38,7 @@ FIGURES = {
 
 def drawn(weights, *known, seed):
     waits = np.random.default_rng(seed).exponential(size=len(weights))
-    return Draw.of(weights, np.stack(known), waits)
+    return RowDraw.of(weights, np.stack(known), waits)
 
 
 def run(race, figures, risk, rows=25):
@@ -137,12 +137,14 @@ def test_raced_searches_choose_what_exact_ones_do(utility, most):
         exact, proven = world.searched(exact=True, utility=utility)
         looked[1] += world.looked
         assert utility_of(raced, utility) >= utility_of(exact, utility) - TOLERANCE
-        ways |= {trial.settled for trial in search.trials.values()}
+        ways |= {trial.measurement for trial in search.trials.values()}
         for way in (search, proven):
             for trial in way.trials.values():
-                assert (trial.settled is Settled.MEASURED) == (trial.utility is not None)
-        assert Settled.RACE not in {trial.settled for trial in proven.trials.values()}
-    assert ways == set(Settled)
+                assert (trial.measurement is Measurement.COMPLETE) == (trial.utility is not None)
+        assert Measurement.EARLY_STOPPED not in {
+            trial.measurement for trial in proven.trials.values()
+        }
+    assert ways == set(Measurement)
     assert looked[0] < most * looked[1]
 
 
@@ -216,7 +218,10 @@ def test_a_search_that_goes_on_ends_as_one_that_ran_through(count):
     world = made_up(3)
     chosen, through = world.searched()
     every = list(through.trials.values())
-    assert {trial.settled for trial in every} >= {Settled.MEASURED, Settled.RACE}
+    assert {trial.measurement for trial in every} >= {
+        Measurement.COMPLETE,
+        Measurement.EARLY_STOPPED,
+    }
     again, search = world.searched(trials=every[:count])
     assert again == chosen
     assert list(search.trials.values()) == every

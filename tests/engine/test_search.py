@@ -19,12 +19,12 @@ from slsgu_cli.clip.loading import load as load_model
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import OpenClipText, OpenClipVision
 from slsgu_cli.engine.choice import residual
-from slsgu_cli.engine.edit import ensure_edit, require_forgotten
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import ensure_edit, require_forgotten
 from slsgu_cli.engine.stored_covariances import find_covariances
-from slsgu_cli.engine.trial import Evaluator
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
 from slsgu_cli.records.method import Criterion, Precision, Trials, UtilityMetric

@@ -173,7 +173,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command as a process that was started with its words, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.engine import covariance, gradients
+    from slsgu_cli.engine import covariance, resumable
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)
@@ -184,7 +184,7 @@ def _become(request, fds):
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     if KEEP_ALWAYS in os.environ:
-        gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
+        resumable.KEEP_SECONDS = resumable.KEEP_SHARE = 0.0
     if ROWS_AT_ONCE in os.environ:
         covariance.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
     if request["at"]:

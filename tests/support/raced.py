@@ -14,8 +14,8 @@ import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet
 from slsgu_cli.engine.choice import utility_of
-from slsgu_cli.engine.search import LayerSearch
-from slsgu_cli.engine.trial import UtilityMeter
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Tower, Trial, UtilityMetric

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import torch
 
-from slsgu_cli.engine.trial import LEAST_ROWS, SPREAD
+from slsgu_cli.engine.utility import LEAST_ROWS, SPREAD
 from slsgu_cli.method.edits import LayerEdit
 from slsgu_cli.method.evaluation import LabelledImages, accuracy
 from slsgu_cli.method.scores import norm

@@ -379,7 +379,7 @@ def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
 
 
 def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
-    from slsgu_cli.engine.edit import apply
+    from slsgu_cli.engine.apply import apply
     from slsgu_cli.records.options import ApplyRequest
     from slsgu_cli.records.sets import ModelSpec
 
