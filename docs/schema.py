@@ -21,20 +21,13 @@ from typing import Any
 
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
-from slsgu_cli.downstream.search import TargetFigures
-from slsgu_cli.method.edit import FoundEdit
-from slsgu_cli.records.figures import ClassLoss, Ground
+from slsgu_cli.engine.find_edits import FoundEdit
+from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
-from slsgu_cli.records.targets import (
-    Answers,
-    AnswerSet,
-    Generation,
-    TargetTrial,
-    TargetTrials,
-)
+from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.records.words import Place
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
@@ -83,7 +76,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "trials": Trials,
         "chosen": Trial,
         "accuracy": accuracy,
-        "earlier?": Ground,
+        "earlier?": BaseEdits,
         "harmed": [ClassLoss],
         "nearest": [ClassLoss],
         "files": PATHS,
@@ -274,7 +267,11 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             {
                 "trajectory": Trials,
                 "rises": table(
-                    "layer", "damping", "steps", "% of norm", figures=("rise", "rise at % of norm")
+                    "layer",
+                    "direction",
+                    "steps",
+                    "% of norm",
+                    figures=("rise", "rise at % of norm"),
                 ),
                 "files": PATHS,
             }

@@ -18,18 +18,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slsgu_cli.engine.apply import apply as apply
+    from slsgu_cli.engine.evaluate import evaluate as evaluate
+    from slsgu_cli.engine.gradients import compute_gradients as compute_gradients
+    from slsgu_cli.engine.ranking import rank as rank
+    from slsgu_cli.engine.search import search as search
     from slsgu_cli.errors import SlsguError as SlsguError
-    from slsgu_cli.method.edit import apply as apply
-    from slsgu_cli.method.evaluate import evaluate as evaluate
-    from slsgu_cli.method.gradients import compute_gradients as compute_gradients
-    from slsgu_cli.method.ranking import rank as rank
-    from slsgu_cli.method.search import search as search
+    from slsgu_cli.method.directions.gradient import Gradient as Gradient
+    from slsgu_cli.method.directions.whitened import Whitened as Whitened
+    from slsgu_cli.method.evaluation import LabelledImages as LabelledImages
+    from slsgu_cli.method.evaluation import ZeroShot as ZeroShot
+    from slsgu_cli.method.unlearn import unlearn as unlearn
     from slsgu_cli.progress import Sink as Sink
     from slsgu_cli.progress import set_sink as set_sink
     from slsgu_cli.recipes import forget as forget
     from slsgu_cli.recipes import run as run
+    from slsgu_cli.records.directions import Direction as Direction
+    from slsgu_cli.records.directions import DirectionSpec as DirectionSpec
     from slsgu_cli.records.method import Criterion as Criterion
-    from slsgu_cli.records.method import Direction as Direction
     from slsgu_cli.records.method import Precision as Precision
     from slsgu_cli.records.method import Tower as Tower
     from slsgu_cli.records.options import ApplyRequest as ApplyRequest
@@ -51,13 +57,18 @@ __version__ = "0.1.0"
 # Where each name of the face is: what a type checker reads above.
 _FACE = {
     "errors": ("SlsguError",),
-    "method.edit": ("apply",),
-    "method.evaluate": ("evaluate",),
-    "method.gradients": ("compute_gradients",),
-    "method.ranking": ("rank",),
-    "method.search": ("search",),
+    "engine.apply": ("apply",),
+    "engine.evaluate": ("evaluate",),
+    "method.directions.gradient": ("Gradient",),
+    "method.directions.whitened": ("Whitened",),
+    "method.evaluation": ("LabelledImages", "ZeroShot"),
+    "engine.gradients": ("compute_gradients",),
+    "method.unlearn": ("unlearn",),
+    "engine.ranking": ("rank",),
+    "engine.search": ("search",),
     "progress": ("Sink", "set_sink"),
-    "records.method": ("Direction", "Precision", "Criterion", "Tower"),
+    "records.directions": ("Direction", "DirectionSpec"),
+    "records.method": ("Precision", "Criterion", "Tower"),
     "records.options": (
         "ApplyRequest",
         "BuildRequest",

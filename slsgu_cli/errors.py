@@ -200,8 +200,7 @@ def unexpected(error: BaseException) -> SlsguError:
     if lacks_memory(error):
         return SlsguError(
             f"out of memory: {error}",
-            hint="a smaller --memory-budget or --cache-budget, or --device cpu; "
-            "grad, rank and search take a model that is larger than a card by torchrun and --shard",
+            hint="a smaller --memory-budget or --cache-budget, or --device cpu",
         )
     if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
         return InputError(

@@ -17,14 +17,16 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.inputs import peak_memory, reset_peak
-from slsgu_cli.clip.models import fingerprint, pick_device, resolve
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.memory import peak_memory, reset_peak
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.apply import apply, copy_original
+from slsgu_cli.engine.evaluate import EvalResult, evaluate
+from slsgu_cli.engine.export import export
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.plots import draw_steps, rank_and_plot
+from slsgu_cli.engine.search import search_each
 from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, listed
-from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
-from slsgu_cli.method.evaluate import EvalResult, evaluate
-from slsgu_cli.method.export import export
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.search import search_each
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.method import LoraLayout

@@ -146,16 +146,6 @@ def drawing(undrawn, monkeypatch):
 
 
 @pytest.fixture
-def group():
-    """A group of processes of which this one is all."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
 def listener():
     """What the package tells during this test, as `listener.heard`."""
     from worlds import Listener

@@ -16,15 +16,16 @@ from worlds import World
 
 import slsgu_cli
 from slsgu_cli import progress, recipes
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.engine.evaluate import evaluate
+from slsgu_cli.engine.export import export
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import AssertionsError, InputError, UsageError
-from slsgu_cli.method.evaluate import evaluate
-from slsgu_cli.method.export import export
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
 from slsgu_cli.records.codec import decode
+from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Assertion
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import (
     BuildRequest,
     ExportRequest,
@@ -623,7 +624,7 @@ def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_pa
     recipe = read_recipe(written(101))
     manifest = catalog.get(Artifact.SET, "blue")
     assert decode(BuildRequest, manifest.request) == recipe.set_of(recipe.requests[0])
-    assert catalog.get(Artifact.RANKING, "blue").direction is Direction.GRADIENT
+    assert catalog.get(Artifact.RANKING, "blue").directions == (FALLBACK,)
     assert {trial.layer for trial in catalog.get(Artifact.TRIALS, "blue").trials} == {"visual.proj"}
     # The command line wins, also over what the recipe has.
     ranked = inside("rank", "blue", *options, "--direction", "whitened", "--json", store=store)

@@ -12,16 +12,9 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from slsgu_cli.method.layers import candidates, tower_of
 from slsgu_cli.records.method import Qkv, Tower
 
-# Parts of a parameter name that rule it out: what is added, scaled or looked up by position
-# or token, or asks in an attention pool, is not a layer in the sense of the method.
-_EXCLUDED = re.compile(
-    r"bias|logit_scale|position|pos_embed|token_embedding|class_embedding|embeddings\."
-    r"|embed_tokens|(^|\.)shared\.weight$|(^|\.)(latent|query)$"
-    r"|cls_token|cls_emb|reg_token|mask_token|(^|\.)ls_?\d\.gamma|(^|\.)gamma(_\d)?$"
-)
-_NEITHER = re.compile(r"^(text_decoder\.|logit_)")
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|encoder\.layers?)\.(\d+)\.")
 
 LETTERS = ("q", "k", "v")
@@ -53,11 +46,11 @@ class Layer:
         ('visual.transformer.resblocks.7.attn.in_proj_weight', 7, 1)
         """
         third = _THIRD.fullmatch(name)
-        tower = Tower.VISION if name.startswith("visual.") else Tower.TEXT
+        tower = tower_of(name)
         return Layer(
             name,
             parameter=third[1] if third else name,
-            tower=None if _NEITHER.match(name) else tower,
+            tower=None if tower is None else Tower(tower),
             block=block_of(name),
             third=LETTERS.index(third[2]) if third else None,
         )
@@ -113,20 +106,11 @@ def block_count(names: Iterable[str]) -> int:
     return max((block for name in names if (block := block_of(name)) is not None), default=-1) + 1
 
 
-def is_candidate(name: str) -> bool:
-    """Return whether the parameter `name` may be edited: matrices and norms of both towers.
-
-    Biases, scales, class, position and token embeddings, and what attention pools ask with
-    (`attn_pool.latent`, `attn_pool.query`), are not candidates.
-    """
-    return Layer.parse(name).tower is not None and not _EXCLUDED.search(name)
-
-
 def layers_of(parameters: Iterable[str], qkv: Qkv) -> list[str]:
     """Return the layers that may be edited among a model's parameters, sorted."""
-    layers = filter(is_candidate, sorted(parameters))
+    layers = candidates(parameters)
     if qkv is Qkv.FUSED:
-        return list(layers)
+        return layers
     return [
         layer
         for whole in layers

@@ -121,12 +121,12 @@ class _Group(TyperGroup):
         try:
             return super().main(words, *more, **extra)
         except SlsguError as error:
+            from slsgu_cli import processes
             from slsgu_cli.cli.console import Console
-            from slsgu_cli.clip import processes
 
             named = next((word for word in words if word in COMMANDS), None)
             console = Console(command=named, as_json=usage.wants_json(words))
-            if processes.may_tell():
+            if processes.reports_error():
                 console.error(error)
                 console.flush(error)
             sys.exit(error.exit_code)
@@ -290,8 +290,9 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(ctx: typer.Context, **values: Any) -> None:
         # Not for `--help`, which takes a third of the time without them.
+        from slsgu_cli import processes
         from slsgu_cli.cli.console import Console
-        from slsgu_cli.clip import processes
+        from slsgu_cli.store.ranks import RankStore
 
         environment: usage.FromEnvironment = ctx.obj
         words = Words(values, environment.variables)
@@ -300,19 +301,19 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         with _ending(console, debug=words["debug"]):
             _require_folder()
             if name not in IN_SEVERAL:
-                processes.refuse(name)
+                processes.refuse_several(name)
             # Results go through the console alone; what a library prints is no result.
             heard, others = _heard(console)
             with (
                 contextlib.redirect_stdout(others),
                 contextlib.redirect_stderr(others),
                 progress.using(heard),
-                processes.together(),
+                processes.joined(),
                 environment.naming_variables(options),
             ):
                 words.setdefault("store", usage.STORE)
                 made = {key: each.make(words) for key, each in spread.items()}
-                store = processes.SharedStore(words["store"], waits=not words["no_wait"])
+                store = RankStore(words["store"], waits=not words["no_wait"])
                 if not store.is_lasting:
                     progress.warn(f"{store.url} keeps nothing when this command has ended")
                 typed = [each.name for each in options if each.flags and each.key in words.typed]
@@ -330,7 +331,7 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
 @contextlib.contextmanager
 def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
     """End a command: exit with the code for what was raised, and a message for the user."""
-    from slsgu_cli.clip import processes
+    from slsgu_cli import processes
 
     try:
         yield
@@ -344,12 +345,12 @@ def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
         if debug and not interrupted:
             traceback.print_exception(error)
         ended = ended_by(error)
-        if processes.may_tell():
+        if processes.reports_error():
             if interrupted:
                 console.warn(ended.message)
             else:
                 console.error(ended)
-        if processes.is_to_be_heard():
+        if processes.prints():
             # Results that were ready are in the document, beside the error.
             with contextlib.suppress(OSError, SlsguError):
                 console.flush(ended)
@@ -368,9 +369,9 @@ def _require_folder() -> None:
 
 def _heard(console: "Console") -> "tuple[Console, TextIO]":
     """Return what a command tells, and where others print; nobody hears but the first process."""
-    from slsgu_cli.clip import processes
+    from slsgu_cli import processes
 
-    if processes.is_to_be_heard():
+    if processes.prints():
         return console, sys.stderr
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
     return console.writing_to(nowhere), nowhere

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.downstream.generate import OutputFolder
     from slsgu_cli.downstream.search import TargetSearchResult
-    from slsgu_cli.method.export import ExportResult
+    from slsgu_cli.engine.export import ExportResult
     from slsgu_cli.store.store import Store
 
 
@@ -125,7 +125,7 @@ def show_exported(console: "Console", result: "ExportResult") -> None:
 @command("export")
 def export(session: Session, request: ExportRequest) -> None:
     """Example: slsgu export facebook --out facebook-lora.safetensors"""
-    from slsgu_cli.method.export import export as run
+    from slsgu_cli.engine.export import export as run
 
     show_exported(session.console, run(session.store, request))
 

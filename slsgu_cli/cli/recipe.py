@@ -36,10 +36,12 @@ LINE = 100
 @command("demo")
 def demo(session: Session, options: DemoOptions) -> None:
     """Example: slsgu demo castle --criterion fa5"""
-    from slsgu_cli.clip.models import pick_device
-    from slsgu_cli.method.edit import apply, rank_and_plot, require_forgotten, search_and_plot
-    from slsgu_cli.method.evaluate import draw_examples
-    from slsgu_cli.method.gradients import compute_gradients
+    from slsgu_cli.clip.devices import pick_device
+    from slsgu_cli.engine.apply import apply
+    from slsgu_cli.engine.examples import draw_examples
+    from slsgu_cli.engine.gradients import compute_gradients
+    from slsgu_cli.engine.plots import rank_and_plot, search_and_plot
+    from slsgu_cli.engine.set_edits import require_forgotten
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path
 
@@ -429,7 +431,7 @@ def env(session: Session) -> None:
     import torch
 
     import slsgu_cli
-    from slsgu_cli.clip.models import device_name
+    from slsgu_cli.clip.devices import device_name
 
     versions = [("python", platform.python_version()), ("system", platform.platform())]
     versions.append(("slsgu", slsgu_cli.__version__))

@@ -23,15 +23,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec, ShowOptions, read_names
 from slsgu_cli.records.targets import SourceRequest, TargetSearchOptions
-from slsgu_cli.records.words import (
-    DEVICE_OPTION,
-    EVALUATION,
-    MODEL,
-    OUTPUT,
-    ROWS,
-    SEARCH,
-    Option,
-)
+from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, MODEL, OUTPUT, ROWS, SEARCH, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -145,7 +137,7 @@ def grad(
 ) -> None:
     """Example: slsgu grad facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
+    from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
 
     if adversarial:
         found = adversarial_prefixes(session.store, name)
@@ -158,7 +150,7 @@ def grad(
 def rank(session: Session, name: Name, options: RankOptions) -> None:
     """Example: slsgu rank facebook --tower vision --json"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import rank_and_plot
+    from slsgu_cli.engine.plots import rank_and_plot
 
     ranking, plots = rank_and_plot(session.store, name, options=options)
     tables.ranking(session.console, ranking, plots)
@@ -181,9 +173,9 @@ def search(
     """
     if "target" in on_target:
         from slsgu_cli.cli.downstream import search_on_target
-        from slsgu_cli.clip.processes import refuse
+        from slsgu_cli.processes import refuse_several
 
-        refuse("search --target")
+        refuse_several("search --target")
         if joint:
             raise UsageError("--joint is for a search on CLIP", hint="leave --target out")
         options.refuse("for a search on CLIP", hint="leave --target out", beside=[on_target])
@@ -204,7 +196,7 @@ def search(
 def apply(session: Session, request: ApplyRequest) -> None:
     """Example: slsgu apply facebook --target stable-diffusion --out sd-without-facebook"""
     from slsgu_cli.cli import tables
-    from slsgu_cli.method.edit import apply as run
+    from slsgu_cli.engine.apply import apply as run
 
     tables.applied(session.console, run(session.store, request))
 
@@ -237,7 +229,7 @@ def evaluate(
     compared = model is not None or session.store.exists(Artifact.EDIT.path(names[0]))
     sets = read_manifest(session.store, names[0]).evals if assertions else ()
     require_known(assertions, names, sets, compared=compared)
-    from slsgu_cli.method import evaluate as evaluation
+    from slsgu_cli.engine import evaluate as evaluation
 
     result = evaluation.evaluate(session.store, names, model=model, device=device)
     tables.evaluated(session.console, result)
@@ -299,7 +291,7 @@ def check(
                 "--edit is looked for in one model, and nothing is repaired",
                 hint="slsgu check MODEL --edit NAME",
             )
-        from slsgu_cli.method.edit import find_edits
+        from slsgu_cli.engine.find_edits import find_edits
 
         model = Path(names[0].removeprefix(LOCAL))
         found = find_edits(session.store, edit, model, strength.record())

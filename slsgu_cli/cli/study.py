@@ -9,7 +9,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Name, Names, Session, command
 from slsgu_cli.cli.usage import Asked
-from slsgu_cli.errors import NotForgottenError, UsageError
+from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
@@ -45,7 +45,7 @@ def show_trajectory(
         _steps(console, trajectory)
     columns = [
         Column("layer", shown=known_as),
-        Column("damping"),
+        Column("direction"),
         Column("steps"),
         Column("% of norm", shown=roughly, label="move\nup to"),
     ]
@@ -57,10 +57,10 @@ def show_trajectory(
             Column(at, on_terminal=False, of=("figures", figure, "rise at % of norm")),
         ]
     rows = []
-    for line in trajectory.lines():
-        steps, rises = trajectory.of(line), trajectory.rises(line).values()
+    for move in trajectory.moves():
+        steps, rises = trajectory.of(move), trajectory.rises(move).values()
         cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
-        rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
+        rows.append([move[0], str(move[1]), len(steps), 100 * steps[-1].share, *cells])
     title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
     console.table("rises", columns, rows, title=title)
     console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
@@ -78,7 +78,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     concepts = (
         Column("set"),
         Column("layer", shown=known_as),
-        Column("damping", on_terminal=False),
+        Column("direction", on_terminal=False),
         Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(
@@ -91,7 +91,9 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
     for move in chosen.moves:
         before, after = record.baseline_forget[move.name], chosen.forget[move.name]
         fall = (before.top1, after.top1, before.top5, after.top5)
-        rows.append((move.name, move.layer, move.damping, move.step, 100 * move.share, *fall))
+        rows.append(
+            (move.name, move.layer, str(move.direction), move.step, 100 * move.share, *fall)
+        )
     title = "all edits in place, each concept on its own images"
     console.table("edits", concepts, rows, title=title, data=record)
     sets = sorted(record.baseline_utility)
@@ -135,7 +137,14 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     before = [_figures(r.baseline_utility, sets, r.baseline_forget) for r in record.rows]
     after = [_figures(r.utility, sets, r.forget) for r in record.rows]
     rows: list[list[object]] = [
-        [row.name, row.layer, row.damping, row.step, 100 * row.share, *_paired(console, one, other)]
+        [
+            row.name,
+            row.layer,
+            str(row.direction),
+            row.step,
+            100 * row.share,
+            *_paired(console, one, other),
+        ]
         for row, one, other in zip(record.rows, before, after, strict=True)
     ]
     means = [
@@ -146,7 +155,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     columns = [
         Column("class"),
         Column("layer", shown=known_as),
-        Column("damping", on_terminal=False),
+        Column("direction", on_terminal=False),
         Column("step", shown=tables.step_size, on_terminal=False),
         Column("% of norm", shown=roughly, on_terminal=False),
     ]
@@ -181,7 +190,7 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
 
     columns = [
         Column("layer", shown=known_as),
-        Column("damping"),
+        Column("direction"),
         Column("step", shown=tables.step_size),
         Column("% of norm", shown=roughly, label="move"),
         *(Column(figure, shown=roughly) for figure in trajectory.figures()),
@@ -189,13 +198,13 @@ def _steps(console: "Console", trajectory: "Trajectory") -> None:
     rows = [
         [
             trial.layer,
-            trial.damping,
+            str(trial.direction),
             trial.step,
             100 * trial.share,
             *trajectory.figures(trial).values(),
         ]
-        for line in trajectory.lines()
-        for trial in trajectory.of(line)
+        for move in trajectory.moves()
+        for trial in trajectory.of(move)
     ]
     title = f"accuracies of {trajectory.trials.name} by layer and step"
     console.table("trajectory", columns, rows, title=title, data=trajectory.trials)
@@ -207,7 +216,8 @@ def _rise(points: float) -> str:
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
-    from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
+    from slsgu_cli.engine.plots import draw_steps, search_and_plot
+    from slsgu_cli.engine.set_edits import require_forgotten
 
     store, console = session.store, session.console
     if len(names) == 1:
@@ -215,7 +225,7 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
         tables.search(console, store, result)
         require_forgotten(result)
         return
-    from slsgu_cli.method.search import search_each
+    from slsgu_cli.engine.search import search_each
 
     failed: list[NotForgottenError] = []
     for result in search_each(store, names, options=options):
@@ -235,12 +245,10 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
 
 def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search for edits that forget the concepts of several sets together."""
-    from slsgu_cli.clip.processes import refuse
+    from slsgu_cli.processes import refuse_several
     from slsgu_cli.study.joint import joint_search, require_joint
 
-    refuse("search --joint")
-    if options.shard:
-        raise UsageError("--joint takes the whole model", hint="leave --shard out")
+    refuse_several("search --joint")
     result = joint_search(session.store, names, options=options)
     show_joint(session.console, session.store, result)
     require_joint(result)

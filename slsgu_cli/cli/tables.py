@@ -18,10 +18,10 @@ from slsgu_cli.records.sets import SetManifest
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.apply import AppliedResult
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.method.edit import FoundEdit
-    from slsgu_cli.method.evaluate import EvalResult
-    from slsgu_cli.method.gradients import GradResult
-    from slsgu_cli.method.search import SearchResult
+    from slsgu_cli.engine.evaluate import EvalResult
+    from slsgu_cli.engine.find_edits import FoundEdit
+    from slsgu_cli.engine.gradients import GradResult
+    from slsgu_cli.engine.search import SearchResult
     from slsgu_cli.sets.build import Replayed
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding
@@ -165,8 +165,12 @@ def chosen_figures(result: "SearchResult") -> Figures:
     """
     report = result.report
     models = {"original": report.before, "edited": report.after}
-    if report.ground is not None:
-        models = {"original": report.before, "before": report.ground.figures, "after": report.after}
+    if report.base_edits is not None:
+        models = {
+            "original": report.before,
+            "before": report.base_edits.figures,
+            "after": report.after,
+        }
     return {label: (figures.forget, figures.utility) for label, figures in models.items()}
 
 
@@ -186,7 +190,7 @@ def search(
     utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
-        Column("damping", on_terminal=len({trial.damping for trial in trials.trials}) > 1),
+        Column("direction", on_terminal=len({trial.direction for trial in trials.trials}) > 1),
         Column("step", shown=step_size),
         Column("% of norm", shown=roughly, label="move"),
         Column("FA@1", shown=roughly),
@@ -195,12 +199,12 @@ def search(
         Column("chosen"),
     )
     order = sorted(
-        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.damping or 0), t.step)
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.direction.order, t.step)
     )
     rows = [
         (
             trial.layer,
-            trial.damping,
+            str(trial.direction),
             trial.step,
             100 * trial.share,
             trial.forget.top1,
@@ -213,15 +217,13 @@ def search(
     title = f"trials for {trials.name}, on the images to choose by"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
-    damping = chosen.damping
-    along = "gradient" if damping is None else f"whitened gradient (damping {damping:g})"
     console.value(
         "chosen",
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
         f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
-        f"along its {along}",
+        f"along the direction {chosen.direction}",
     )
     if not brief:
         before_after(console, chosen_figures(result))
@@ -231,13 +233,13 @@ def search(
     console.paths("files", [store.where(kind.path(trials.name)) for kind in files])
     if result.reused:
         console.note(f"{result.reused} recorded trials were used again")
-    before, after, ground = result.report.before, result.report.after, result.report.ground
+    before, after, base_edits = result.report.before, result.report.after, result.report.base_edits
     if before.forget.top1 < 20:
         console.warn(
             f"the original model recognises {trials.name} in only "
             f"{before.forget.top1:.0f}% of its images: there is little to forget"
         )
-    for name, was in sorted((ground.figures if ground else before).utility.items()):
+    for name, was in sorted((base_edits.figures if base_edits else before).utility.items()):
         lost = was.top1 - after.utility[name].top1
         if lost > COSTLY:
             console.warn(
@@ -250,20 +252,20 @@ def earlier(console: "Console", report: Report) -> None:
     """Print how well the concepts of earlier edits are recognised; nothing where there are none."""
     from slsgu_cli.cli.console import Column
 
-    if report.ground is None:
+    if report.base_edits is None:
         return
     figures = [(k, when) for k in (1, 5) for when in ("original", "before", "after")]
     rows = [
         (name, *(getattr(getattr(edit, when), f"top{k}") for k, when in figures))
-        for name, edit in report.ground.edits.items()
+        for name, edit in report.base_edits.edits.items()
     ]
     columns = (
         Column("edit"),
         *(Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}") for k, when in figures),
     )
     title = "concepts of the edits that came before"
-    console.table("earlier", columns, rows, title=title, data=report.ground)
-    for name, edit in report.ground.edits.items():
+    console.table("earlier", columns, rows, title=title, data=report.base_edits)
+    for name, edit in report.base_edits.edits.items():
         console.note(recognised(name, edit.after))
 
 
@@ -436,7 +438,7 @@ def checked(console: "Console", result: "Checked") -> None:
 def presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
     """Print whether edits are in a model. Raises AbsentError or InputError where one is not."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.method.edit import Presence
+    from slsgu_cli.engine.find_edits import Presence
 
     rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
     columns = ("edit", "is", Column("layer", shown=known_as), "dtype", "file")

@@ -160,7 +160,7 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print what the classes with the nearest names lost, and those that lost most."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.method.trial import LEAST_ROWS
+    from slsgu_cli.engine.utility import LEAST_ROWS
     from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 
     most = SHORT if console.brief else None

@@ -1,11 +1,8 @@
-"""A model and a set's evaluation data, joined: forget accuracy and utility.
+"""The evaluation of a model on a set: forget accuracy and utility.
 
-The forget images are the rows of one evaluation set that show the concept; they are left
-out of that set's own accuracy, which says what was kept. Several concepts can share the
-model, its evaluation sets and its base pass.
-
-Layers and steps are chosen by some rows, and figures are reported of the others: see
-`rows_for`.
+The forget images are the rows of one evaluation set that show the concept; they do not count
+for the utility on that set. Several concepts can share the model, its evaluation sets and its
+base pass. `rows_for` splits rows into validation and test rows.
 """
 
 from collections import Counter
@@ -21,19 +18,13 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.inputs import CacheBudget, Pixels, pixel_normalizer, to_tokens
-from slsgu_cli.clip.models import Tokenize
+from slsgu_cli.clip.activations import CacheBudget
+from slsgu_cli.clip.batches import Pixels, pixel_normalizer, to_tokens
+from slsgu_cli.clip.finite import naming_layers, require_finite_elsewhere
+from slsgu_cli.clip.metrics import accuracies, class_accuracies, least_gap, ranks_of_truth
+from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import (
-    ImageSide,
-    PromptSide,
-    accuracies,
-    class_accuracies,
-    least_gap,
-    naming_layers,
-    ranks_of_truth,
-    require_finite_elsewhere,
-)
+from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
@@ -44,19 +35,19 @@ from slsgu_cli.store.store import Store
 
 Ints = npt.NDArray[np.integer]
 
-# Of fewer images of a concept, the shortest step that forgets them says little of others:
-# images of the forget set are chosen by as well.
+# With fewer validation images of the concept, images of the forget set join them: a step that
+# forgets a few images need not forget others.
 ENOUGH_TO_CHOOSE = 12
 
-# Of what may be kept, this part is for the images of the concept that is searched.
-OF_CONCEPT = 8
+# One n-th of the cache budget is for the images of the concept under search.
+CONCEPT_SHARE = 8
 
 
 @dataclass(slots=True)
 class EvaluationSet:
-    """Images and the classes they are told apart among; `names` are those classes.
+    """Images and the classes of their zero-shot classification; `names` are those classes.
 
-    No layer or step was chosen by images that are `unseen`.
+    With `unseen`, these are test images: no layer or step was chosen by them.
     """
 
     images: ImageSide
@@ -69,11 +60,11 @@ class EvaluationSet:
         return self.accuracy(self.images.features, self.prompts.embeddings)
 
     def accuracy(self, features: Tensor, embeddings: Tensor) -> Accuracy:
-        """Return the accuracy on all images, from their features and the classes'."""
+        """Return the accuracy on all images, from features of images and classes."""
         return self.accuracy_of(self.ranks(features, embeddings))
 
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
-        """Return the accuracy that the ranks of the true classes of the images amount to."""
+        """Return the accuracy from the ranks of the true classes."""
         top1, top5 = accuracies(ranks)
         return Accuracy(top1, top5, int(ranks.numel()), self.unseen)
 
@@ -82,7 +73,7 @@ class EvaluationSet:
         return self.ranks(self.images.features, self.prompts.embeddings)
 
     def some(self, rows: Ints) -> "EvaluationSet":
-        """Return the set with some of its images only."""
+        """Return the set with some of its images."""
         return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.unseen)
 
     def ranks(self, features: Tensor, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -93,22 +84,21 @@ class EvaluationSet:
 
 @dataclass(slots=True)
 class _Measured:
-    """A model in split form, and what is measured on it."""
+    """A model in split form, and its evaluation data."""
 
     model: nn.Module
     vision: SplitTower
     text: SplitTower
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
-        """Return the concepts' images, which every trial runs over, and all others.
+        """Return the concepts' images, which every trial runs, and all others.
 
-        What is kept of the former does not depend on the others, which share what memory
-        is left.
+        The others share the cache that the former leave.
         """
         raise NotImplementedError
 
     def base_pass(self, layers: Iterable[str], *, cache_bytes: int) -> None:
-        """Run the original model once, keeping what edits of `layers` will resume from."""
+        """Run the original model once; cache what edits of `layers` resume from."""
         budget, (concepts, others), names = CacheBudget(cache_bytes), self.groups(), list(layers)
         groups = [*concepts, *others]
         total, waiting = (sum(len(group.images) for group in part) for part in (groups, others))
@@ -132,7 +122,7 @@ class _Measured:
             require_finite_elsewhere(self.model, self.text.token_table)
 
     def stages(self, layers: Iterable[str], tower: Tower) -> Counter[int]:
-        """Return the stages that layers of a tower act in first, and how many of them do."""
+        """Return the first stages of layers of a tower, each with its number of layers."""
         of_tower = (name for name in layers if Layer.parse(name).tower is tower)
         return Counter(self.tower(tower).stage_of(name) for name in of_tower)
 
@@ -143,7 +133,7 @@ class _Measured:
 
 @dataclass(slots=True)
 class Evaluation(_Measured):
-    """Everything the search measures on. `forget` holds the images of the concept."""
+    """The evaluation data of one concept. `forget` holds the images of the concept."""
 
     forget: EvaluationSet
     utility: dict[str, EvaluationSet]
@@ -153,32 +143,32 @@ class Evaluation(_Measured):
         return [self.forget], list(self.utility.values())
 
     def base_gap(self) -> float:
-        """Return by how much the original model has the name below the fifth best other."""
+        """Return the smallest gap of the original model on the images of the concept."""
         images = self.forget.images
         return least_gap(images.features @ self.forget.prompts.embeddings.T, images.labels)
 
 
 @dataclass(slots=True)
 class SharedEvaluation(_Measured):
-    """A model and the evaluation sets that several concepts are measured on.
+    """A model and the evaluation sets that several concepts share.
 
-    `sets` have all their rows. `forget` has the images of each concept, by the name of its
-    set: part of one of `sets`, or the forget set's own where no evaluation set knows it. Of
-    the forget set are some as well where there are few others to choose by.
+    `sets` have all their rows. `forget` maps the name of each concept's set to its images. They
+    are a part of one of `sets`, or the forget set itself if no evaluation set has the concept. A
+    few validation images are joined by images of the forget set.
     """
 
     sets: dict[str, EvaluationSet]
     forget: dict[str, EvaluationSet]
-    # The stages that edits of a concept resume from, and the bytes for its images.
+    # The stages that edits of a concept resume from, and the bytes to cache for its images.
     _resumed: tuple[Mapping[int, int], int] = field(init=False, default_factory=lambda: ({}, 0))
 
     def groups(self) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
-        """Return no concept's images, which each search runs over again, and all images."""
+        """Return no concept's images, since each search runs them again, and all images."""
         return [], list(self.sets.values())
 
     def base_pass(self, layers: Iterable[str], *, cache_bytes: int) -> None:
-        """Run the original model once; of concepts' images over those that no set has."""
-        names, concepts = list(layers), cache_bytes // OF_CONCEPT
+        """Run the original model once, also over concepts' images that are in no evaluation set."""
+        names, concepts = list(layers), cache_bytes // CONCEPT_SHARE
         _Measured.base_pass(self, names, cache_bytes=cache_bytes - concepts)
         self._resumed = self.stages(names, Tower.VISION), concepts
         groups = list(self.forget.values())
@@ -197,7 +187,7 @@ class SharedEvaluation(_Measured):
                     pass
 
     def release(self) -> None:
-        """Release what edits resume from, of all evaluation sets: they run from the beginning."""
+        """Drop the cached activations of all evaluation sets."""
         for group in self.sets.values():
             group.images.release()
             group.prompts.release()
@@ -205,10 +195,10 @@ class SharedEvaluation(_Measured):
     def of(
         self, manifest: SetManifest, *, beside: Sequence[SetManifest] = (), resumed: bool = False
     ) -> Evaluation:
-        """Return what one concept is measured on, `beside` others that count as forgotten.
+        """Return the evaluation of one concept; concepts of `beside` do not count as utility.
 
-        Where edits are to be `resumed`, what they resume from is kept of the concept's images,
-        for as long as these are in use. Raises InputError.
+        With `resumed`, cache the activations that edits resume from for the concept's images.
+        Raises InputError.
         """
         forget, utility = self.forget[manifest.name], self.utility([manifest, *beside])
         stages, size = self._resumed
@@ -221,23 +211,23 @@ class SharedEvaluation(_Measured):
 
     def utility(self, manifests: Sequence[SetManifest]) -> dict[str, EvaluationSet]:
         """Return the sets without the images that show any of the concepts. Raises InputError."""
-        kept = {}
+        others = {}
         for name, group in self.sets.items():
             shown = np.zeros(len(group.images), bool)
             for manifest in manifests:
                 shown |= _shown(name, group, manifest)
             if not shown.all():
-                kept[name] = group.some(np.flatnonzero(~shown))
-        if not kept:
+                others[name] = group.some(np.flatnonzero(~shown))
+        if not others:
             names = " and ".join(manifest.name for manifest in manifests)
             concepts = " and ".join(repr(manifest.concept) for manifest in manifests)
             raise InputError(
                 f"the evaluation sets of {names} show nothing but {concepts}, so "
-                "what is kept cannot be measured",
+                "utility cannot be measured",
                 hint=f"add --eval NAME=SOURCE of other classes to `slsgu build-sets "
                 f"{quote(manifests[0].name)}`",
             )
-        return kept
+        return others
 
 
 def by_nearness(
@@ -245,10 +235,10 @@ def by_nearness(
     concept: Tensor,
     classes: Callable[[PromptSide], Tensor] = attrgetter("embeddings"),
 ) -> list[tuple[float, str, int]]:
-    """Return cosine, evaluation set and index of every class, the nearest names first.
+    """Return (cosine, evaluation set, index) of every class, nearest to the concept first.
 
-    The cosine is that of the name's embedding, which `classes` gives, with the concept's.
-    Ties by name.
+    The cosine is between the embeddings of the class, from `classes`, and the concept. Ties are
+    sorted by name.
     """
     cosines = [
         (cosine, name, index)
@@ -259,9 +249,9 @@ def by_nearness(
 
 
 def class_losses(group: EvaluationSet, before: Tensor, after: Tensor) -> list[ClassLoss]:
-    """Return what each class that has images lost, the largest loss first, ties by name.
+    """Return the accuracy each class with images lost, largest loss first, ties by name.
 
-    `before` and `after` are whether, or how likely, each of the group's images is a hit.
+    `before` and `after` say whether, or how likely, each of the group's images is a hit.
     """
     labels, classes = group.images.labels, len(group.names)
     was, rows = class_accuracies(before, labels, classes)
@@ -294,9 +284,9 @@ def prepare_shared(
     device: str,
     split: Split = Split.TEST,
 ) -> SharedEvaluation:
-    """Open the evaluation sets that all of `manifests` have. Raises InputError without any.
+    """Open the evaluation sets of `manifests`, which must be the same for all.
 
-    Their evaluation sets must be the same: the first one's are opened.
+    Raises InputError without any.
     """
     first = manifests[0]
     if not first.evals:
@@ -312,7 +302,7 @@ def prepare_shared(
 
 @dataclass(slots=True)
 class _Opening:
-    """What it takes to open evaluation sets for a model, for one split."""
+    """Opens evaluation sets for a model and one split."""
 
     store: Store
     manifest: SetManifest
@@ -329,7 +319,7 @@ class _Opening:
         self.normalize = pixel_normalizer(self.manifest.input, self.device)
 
     def evaluation_set(self, name: str) -> EvaluationSet:
-        """Return an evaluation set with the rows that serve the split."""
+        """Return an evaluation set with the rows of the split."""
         named = DataBlock.open(self.store, self.manifest.evals[name])
         prompts = self.prompts(named, named.class_names)
         block, rows, unseen = serving_rows(self.store, self.manifest, name, self.split)
@@ -337,11 +327,11 @@ class _Opening:
         return EvaluationSet(images, prompts, named.class_names, unseen)
 
     def concept(self, manifest: SetManifest, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
-        """Return the images of a concept that serve the split.
+        """Return the images of a concept in the split.
 
-        Where there are too few to deal, all of them are chosen by and reported on; where no
-        evaluation set knows the concept, the forget set's own images are. Where there are few
-        to choose by, images of the forget set, drawn by seed, make them enough.
+        If there are too few to split, both splits have all of them. If no evaluation set has the
+        concept, both have the forget set's images. Images of the forget set, drawn by seed,
+        join a validation split of fewer than ENOUGH_TO_CHOOSE images.
         """
         shown = concept_rows(self.store, manifest, self.split)
         if shown is None or manifest.forget_eval is None:
@@ -378,29 +368,25 @@ class _Opening:
 
 
 def rows_for(split: Split, manifest: SetManifest, name: str, labels: Ints) -> tuple[Ints, bool]:
-    """Return which rows of evaluation set `name` serve a split, and whether they are unseen.
+    """Return the rows of evaluation set `name` in a split, and whether they are unseen.
 
-    `labels` are of the set's rows, or of those it is reported on where these are others.
-    Of each class a share is reported on, drawn by seed, and the rest is chosen by: at least
-    one row each, of a class of two rows or more. Rows that no share is taken from serve both.
+    `labels` are those of the set, or of its test rows if these have a source of their own. Each
+    class is split by the test fraction, drawn by seed; both splits get at least one row of a class
+    of two rows or more. Without a test fraction, both splits have all rows.
     """
     every = np.arange(len(labels))
     if name in manifest.tests:
         return every, split is Split.TEST
-    reported = in_test_split(labels, manifest.test_fraction, manifest.seed)
-    if not reported.any() or reported.all():
+    in_test = in_test_split(labels, manifest.test_fraction, manifest.seed)
+    if not in_test.any() or in_test.all():
         return every, False
-    serving = reported if split is Split.TEST else ~reported
-    return np.flatnonzero(serving), split is Split.TEST
+    return np.flatnonzero(in_test if split is Split.TEST else ~in_test), split is Split.TEST
 
 
 def serving_rows(
     store: Store, manifest: SetManifest, name: str, split: Split
 ) -> tuple[DataBlock, Ints, bool]:
-    """Return the block of evaluation set `name` that serves a split, and which of its rows.
-
-    With them comes whether they are unseen.
-    """
+    """Return the block of evaluation set `name`, its rows in a split, and whether unseen."""
     ref = manifest.evals[name]
     if split is Split.TEST:
         ref = manifest.tests.get(name, ref)
@@ -411,10 +397,9 @@ def serving_rows(
 def concept_rows(
     store: Store, manifest: SetManifest, split: Split
 ) -> tuple[DataBlock, Ints, bool] | None:
-    """Return the evaluation images of the concept that serve a purpose; None without any.
+    """Return the block and rows of the concept in a split, and whether unseen; None without any.
 
-    Where there are too few to deal, all of them serve both. With them comes whether they
-    are unseen.
+    If there are too few to split, both splits have all of them.
     """
     name = manifest.forget_eval
     if name is None:
@@ -429,22 +414,22 @@ def concept_rows(
 
 
 def in_test_split(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Return which rows are reported on: `share` of each class, drawn by seed."""
-    reported = np.zeros(len(labels), bool)
+    """Return the mask of test rows: `share` of each class, drawn by seed."""
+    in_test = np.zeros(len(labels), bool)
     if not share:
-        return reported
+        return in_test
     for label in np.unique(labels):
         rng = np.random.default_rng([seed, int(label) + 1])
         rows = rng.permutation(np.flatnonzero(labels == label))
         count = int(share * len(rows) + rng.random())
         if len(rows) > 1:
             count = min(max(count, 1), len(rows) - 1)
-        reported[rows[:count]] = True
-    return reported
+        in_test[rows[:count]] = True
+    return in_test
 
 
 def concept_is_split(store: Store, manifest: SetManifest) -> bool:
-    """Return whether there are images of the concept to choose by, and others to report on."""
+    """Return whether the concept has both validation and test images."""
     name = manifest.forget_eval
     if name is None:
         return False
@@ -452,13 +437,13 @@ def concept_is_split(store: Store, manifest: SetManifest) -> bool:
     label = find_class(block.class_names, manifest.concept)
     if name in manifest.tests:
         return bool((DataBlock.open(store, manifest.tests[name]).labels == label).any())
-    reported = in_test_split(block.labels, manifest.test_fraction, manifest.seed)
+    in_test = in_test_split(block.labels, manifest.test_fraction, manifest.seed)
     shown = block.labels == label
-    return bool((shown & reported).any() and (shown & ~reported).any())
+    return bool((shown & in_test).any() and (shown & ~in_test).any())
 
 
 def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArray[np.bool_]:
-    """Return which rows of the set called `name` measure the forget accuracy of a concept."""
+    """Return the mask of rows in evaluation set `name` that show a concept."""
     labels = group.images.labels.cpu().numpy()
     if manifest.forget_eval != name:
         return np.zeros(len(labels), bool)

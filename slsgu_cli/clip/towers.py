@@ -3,7 +3,6 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slsgu_cli.checkpoints.layers import block_of
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.blocks import FastProducts, attention_half, mlp_half
+from slsgu_cli.clip.blocks import attention_half, mlp_half
+from slsgu_cli.clip.onednn import FastProducts
 
 EMBED = -1
 _MLP_HALF = re.compile(r"\.(?:ln_2|mlp|ls_2)\.")
@@ -26,43 +25,32 @@ class SplitTower(ABC):
     halves = False
     checkpointing = False
     exact_split = True
-    # The modules of the blocks, each of one stage or, in halves, of two.
-    blocks: Sequence[Any] = ()
-    # The model it is of where each process has a shard of every block, and gathers it to run it.
-    sharded_model: Any = None
-
-    @property
-    def sharded(self) -> bool:
-        """Whether all processes have to run it together."""
-        return self.sharded_model is not None
 
     @property
     def token_table(self) -> Tensor | None:
-        """What `embed` looks each token up in, (vocabulary, width); None where it does more.
+        """The token embeddings, (vocabulary, width); None if `embed` is not a plain look-up.
 
-        What enters stage 0 at a token's place is then its row plus what the token has no
-        part in.
+        The input of stage 0 at a token is its row plus a term that does not depend on the token.
         """
         return None
 
     @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what enters stage 0."""
+        """Return the inputs of stage 0."""
 
     @abstractmethod
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return what leaves stage `index`; the last block may leave pooled rows."""
+        """Return the outputs of stage `index`; those of the last block may be pooled."""
 
     @abstractmethod
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Return features (N, E), not normalised, from what leaves the last stage."""
+        """Return features (N, E), not normalised, from the outputs of the last stage."""
 
     def stage_of(self, parameter: str) -> int:
         """Return the first stage that `parameter` acts in."""
         block = block_of(parameter)
         if block is not None and self.halves:
-            # The halves of a sharded block run together.
-            return 2 * block + bool(_MLP_HALF.search(parameter) and not self.sharded)
+            return 2 * block + bool(_MLP_HALF.search(parameter))
         if block is not None:
             return block
         is_head = re.search(
@@ -71,36 +59,11 @@ class SplitTower(ABC):
         return self.depth if is_head and "patch_embed" not in parameter else EMBED
 
     def advance(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
-        """Run stages `start` to `stop` (not included) on `x`, which enters stage `start`."""
+        """Run stages `start` to `stop` (not included) on `x`, the inputs of stage `start`."""
         if start == EMBED and stop > EMBED:
             with FastProducts():
                 x, start = _widened(self.embed(x)), 0
-        if self.sharded and self.halves:
-            # Both halves while the block's weights are here.
-            for block in self.blocks[start // 2 : stop // 2]:
-                x = block.both_halves(x, inputs)
-            return x
-        return self._through(x, inputs, start, min(stop, self.depth))
-
-    def run(self, forward: Callable[[], Tensor], start: int = EMBED) -> Tensor:
-        """Return what `forward` makes with the stages from `start` on.
-
-        All processes must run those of a sharded model.
-        """
-        if not self.sharded:
-            return forward()
-        first = max(start, 0) // (1 + self.halves)
-        return processes.run(self.sharded_model, forward, blocks=self.blocks[first:])
-
-    def shard(self, model: Any) -> None:
-        """Gather the weights of each block when it runs, as the processes have each a part."""
-        self.sharded_model = model
-        for index, block in enumerate(self.blocks if self.halves else ()):
-            halves = partial(self._through, start=2 * index, stop=2 * index + 2)
-            processes.gathering(block, "both_halves", halves)
-
-    def _through(self, x: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
-        for index in range(start, stop):
+        for index in range(start, min(stop, self.depth)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._stage, index, x, inputs, use_reentrant=False)
             else:
@@ -114,23 +77,23 @@ class SplitTower(ABC):
             return self.stage(index, x, inputs)
 
     def features(self, x: Tensor, inputs: Tensor, start: int = EMBED) -> Tensor:
-        """Return unit features from what enters stage `start`."""
+        """Return unit features from the inputs `x` of stage `start`."""
         x = self.advance(x, inputs, start, self.depth)
         with FastProducts():
-            left = self.head(x, inputs)
-        return F.normalize(left.float(), dim=-1)
+            outputs = self.head(x, inputs)
+        return F.normalize(outputs.float(), dim=-1)
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Return how many positions of each row can influence its features."""
+        """Return the number of positions of each row that can influence its features."""
         return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return which positions of each row can influence its features, (rows, positions)."""
+        """Return the mask of positions that can influence features, (rows, positions)."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         return positions < self.lengths(inputs).unsqueeze(1)
 
     def trim(self, inputs: Tensor) -> Tensor:
-        """Return token ids without the positions that influence no row's features."""
+        """Return token ids without trailing positions that influence no features."""
         return inputs[:, : int(self.lengths(inputs).max())]
 
 
@@ -149,7 +112,7 @@ class OpenClipVision(SplitTower):
         return _tensor(self.visual._embeds(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run half a block, the last one for the class token only if that is all that counts."""
+        """Run half a block; the last one only for the class token if nothing else is pooled."""
         if not self.halves:
             return _tensor(self.blocks[index](x))
         if index % 2:
@@ -168,7 +131,7 @@ class OpenClipVision(SplitTower):
 class OpenClipText(SplitTower):
     """The text tower of open_clip's CLIP, or of CustomTextCLIP or CoCa under `text`.
 
-    CoCa's has a class token behind the texts, which alone leaves it, and hides padding.
+    CoCa's appends a class token, whose state is its features, and masks padding.
     """
 
     def __init__(self, owner: Any, pool_type: str, eos_id: int | None) -> None:
@@ -188,20 +151,20 @@ class OpenClipText(SplitTower):
         return _tensor(self.owner.token_embedding.weight)
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Count up to the end of text: under a causal mask no later position reaches it."""
+        """Count up to the end of text: under a causal mask, later positions have no influence."""
         return self.pooled_at(inputs) + 1 if self.shortens else super().lengths(inputs)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return which positions can influence features: of CoCa's, also the class token's."""
+        """Return the mask of positions that can influence features, with CoCa's class token."""
         seen = self.seen(inputs)
         if seen is None:
             return super().counted(inputs)
         return torch.cat([seen[:, :-1], torch.ones_like(seen[:, -1:])], dim=1)
 
     def seen(self, inputs: Tensor) -> Tensor | None:
-        """Return which positions attention sees, (rows, positions); None where it sees all.
+        """Return the mask of keys, (rows, positions); None if attention sees all.
 
-        As CoCa's weights were trained, what hides the padding is one position too late.
+        As CoCa's weights were trained, the mask of the padding is one position late.
         """
         if not self.has_class:
             return None
@@ -217,7 +180,7 @@ class OpenClipText(SplitTower):
         return _tensor(x + self.owner.positional_embedding[: x.shape[1]])
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run half a block, the last one for the pooled token only."""
+        """Run half a block; the last one only for the pooled token."""
         if not self.halves:
             length = x.shape[1]
             mask = self.owner.attn_mask[:length, :length] if self.causal else None
@@ -240,7 +203,7 @@ class OpenClipText(SplitTower):
         return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
 
     def pooled_at(self, inputs: Tensor) -> Tensor:
-        """Return the position of each row whose state becomes its features."""
+        """Return the position whose state is pooled, for each row."""
         rows, length = inputs.shape
         if self.has_class:
             return torch.full((rows,), length, device=inputs.device)
@@ -285,8 +248,8 @@ class TimmVision(SplitTower):
 class _Staged(SplitTower):
     """A tower that runs one part after another.
 
-    `parts` are the modules of the stages, and `behind` those of the head, by what the names of
-    their parameters begin with.
+    `parts` maps prefixes of parameter names to the modules of the stages; `behind` are the
+    prefixes of the head.
     """
 
     def __init__(self, parts: Mapping[str, Any], behind: Sequence[str]) -> None:
@@ -316,7 +279,7 @@ class StagedVision(_Staged):
         self.stem, self.end = stem, end
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what leaves the stem."""
+        """Return the outputs of the stem."""
         return _tensor(self.stem(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
@@ -329,12 +292,12 @@ class StagedVision(_Staged):
 
 
 class HuggingFaceText(_Staged):
-    """A text tower of transformers in open_clip's adapter, whose attention hides padding.
+    """A text tower of transformers in open_clip's adapter, whose attention masks padding.
 
     That is the encoder of a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB), which `KINDS` tells apart.
     """
 
-    # Of each: where its blocks are, and what is behind them.
+    # For each encoder: the module with its blocks, and the module after them.
     KINDS: ClassVar = {
         "BertModel": ("encoder.layer", "pooler"),
         "RobertaModel": ("encoder.layer", "pooler"),
@@ -355,7 +318,7 @@ class HuggingFaceText(_Staged):
 
     @classmethod
     def fits(cls, text: Any) -> bool:
-        """Return whether a text tower is an adapter of one of these, whose attention is known."""
+        """Return whether a text tower is an adapter of a known encoder with known attention."""
         config = getattr(getattr(text, "transformer", None), "config", None)
         return (
             _kind(text) == "HFTextEncoder"
@@ -366,16 +329,16 @@ class HuggingFaceText(_Staged):
         )
 
     def lengths(self, inputs: Tensor) -> Tensor:
-        """Count up to the last token that is no padding: what follows is hidden."""
+        """Count up to the last token that is not padding: later positions are masked."""
         places = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
         return (self.counted(inputs) * places).amax(dim=1).clamp(min=1)
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return what is no padding."""
+        """Return the mask of tokens that are not padding."""
         return _tensor(inputs != self.adapter.config.pad_token_id)
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return the embeddings of tokens, with what the family adds to them."""
+        """Return the embeddings of tokens, with the positions of the family."""
         encoder = self.encoder
         if self.kind == "MT5Stack":
             return _tensor(encoder.embed_tokens(inputs))
@@ -385,17 +348,17 @@ class HuggingFaceText(_Staged):
         return _tensor(encoder.embeddings(input_ids=inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run one block; what mT5 adds to attention by distance is the first block's."""
+        """Run one block; the first block of mT5 has the position bias of all blocks."""
         lowest = torch.finfo(x.dtype).min
         hidden = torch.zeros(inputs.shape, dtype=x.dtype, device=x.device)
         mask = hidden.masked_fill(~self.counted(inputs), lowest)[:, None, None, :]
         if self.kind == "MT5Stack":
             attention, length = self.parts[0].layer[0].SelfAttention, x.shape[1]
             bias = attention.compute_bias(length, length, device=x.device)
-            left = self.parts[index](x, position_bias=bias + mask)
+            outputs = self.parts[index](x, position_bias=bias + mask)
         else:
-            left = self.parts[index](x, attention_mask=mask)
-        return _tensor(left[0] if isinstance(left, tuple) else left)
+            outputs = self.parts[index](x, attention_mask=mask)
+        return _tensor(outputs[0] if isinstance(outputs, tuple) else outputs)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise or pool as the family does, pool and project as open_clip does."""
@@ -411,13 +374,13 @@ class HuggingFaceText(_Staged):
         return _tensor(self.adapter.proj(self.adapter.pooler(states, self.counted(inputs).long())))
 
 
-# Of timm's towers: the parts before, in and behind the stages.
+# The modules of timm's towers before the stages, with the stages, and after them.
 _TIMM_STAGES = {
     "ConvNeXt": ("stem", "stages", "norm_pre"),
     "FastVit": ("stem", "stages", "final_conv"),
     "SwinTransformer": ("patch_embed", "layers", "norm"),
 }
-# Of a stage, what comes before its blocks.
+# Modules of a stage before its blocks.
 _BEFORE_BLOCKS = ("downsample", "pos_emb")
 
 
@@ -460,7 +423,7 @@ def _relative_positions(visual: Any) -> StagedVision:
 
 
 def _timm_end(visual: Any, last: str) -> Callable[[Tensor], Tensor]:
-    """Return what pools and projects behind the `last` part of a tower of timm's."""
+    """Return the function that pools and projects after module `last` of a timm tower."""
     trunk = visual.trunk
     return lambda x: _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
 
@@ -470,7 +433,7 @@ def _runs(module: Any) -> bool:
 
 
 class WholeTower(SplitTower):
-    """A tower whose inside is unknown: every edit runs the whole of it again."""
+    """A tower of unknown structure: every edit runs the whole tower again."""
 
     depth = 0
     exact_split = False
@@ -480,21 +443,21 @@ class WholeTower(SplitTower):
         self._padding = padding
 
     def counted(self, inputs: Tensor) -> Tensor:
-        """Return what is no padding, of a text tower that hides padding from attention."""
+        """Return the mask of tokens that are not padding, if the tower masks padding."""
         if self._padding is None:
             return super().counted(inputs)
         return _tensor(inputs != self._padding)
 
     def stage_of(self, parameter: str) -> int:
-        """Return EMBED: nothing is known to be unaffected."""
+        """Return EMBED: any stage may be affected."""
         return EMBED
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return the features; there is nothing to stop at."""
+        """Return the features."""
         return _tensor(self.encode(inputs))
 
     def stage(self, index: int, x: Tensor, inputs: Tensor) -> Tensor:
-        """Raise: there are no stages."""
+        """Raise IndexError: there are no stages."""
         raise IndexError(index)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -503,22 +466,7 @@ class WholeTower(SplitTower):
 
 
 def vision_tower(model: Any) -> SplitTower:
-    """Return the vision tower of an open_clip model, which may be sharded."""
-    return _in_shards(_vision(model), model)
-
-
-def text_tower(model: Any) -> SplitTower:
-    """Return the text tower of an open_clip model, which may be sharded."""
-    return _in_shards(_text(model), model)
-
-
-def _in_shards(tower: SplitTower, model: Any) -> SplitTower:
-    if processes.has_shards(model):
-        tower.shard(model)
-    return tower
-
-
-def _vision(model: Any) -> SplitTower:
+    """Return the vision tower of an open_clip model."""
     visual, whole = model.visual, WholeTower(model.encode_image)
     kind = _kind(visual)
     if kind == "VisionTransformer" and _batch_first(visual.transformer):
@@ -535,7 +483,8 @@ def _vision(model: Any) -> SplitTower:
     return whole
 
 
-def _text(model: Any) -> SplitTower:
+def text_tower(model: Any) -> SplitTower:
+    """Return the text tower of an open_clip model."""
     if _kind(model) == "CLIP" and _batch_first(model.transformer):
         return OpenClipText(model, model.text_pool_type, model.text_eos_id)
     text: Any = getattr(model, "text", None)
@@ -551,12 +500,12 @@ def _text(model: Any) -> SplitTower:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Return what blocks add to, in fp32 where a 16-bit pass would round every sum."""
+    """Return the residual stream in fp32, since 16 bits would round every sum."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether the two halves together compute what `block` computes."""
+    """Return whether the two halves are equivalent to `block`."""
     attention = getattr(block, "attn", None)
     return (
         _kind(block) == "ResidualAttentionBlock"
@@ -569,8 +518,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """Return the name of a module's type; one that is sharded has a type of its own."""
-    return type(module).__name__.removeprefix("FSDP")
+    return type(module).__name__
 
 
 def _batch_first(transformer: Any) -> bool:

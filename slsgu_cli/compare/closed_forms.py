@@ -20,35 +20,33 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, block_count
-from slsgu_cli.clip.evaluation import Evaluation
-from slsgu_cli.clip.inputs import (
+from slsgu_cli.clip.batches import (
     IMAGES_PER_FORWARD,
     TEXTS_PER_FORWARD,
     by_length,
     pixel_normalizer,
     spans,
-    spare,
     text_features,
     to_tokens,
 )
+from slsgu_cli.clip.evaluation import Evaluation
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import counted_by
 from slsgu_cli.compare.methods import BaselineRunner, evaluations, settle
+from slsgu_cli.engine.applied_layers import AppliedLayers, Use
+from slsgu_cli.engine.covariance import chosen_rows, exact_device, input_covariances
+from slsgu_cli.engine.directions import layer_gradient
+from slsgu_cli.engine.effect import report
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import arithmetic
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.set_edits import named_layer
+from slsgu_cli.engine.stored_covariances import ensure_covariances
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.covariance import (
-    AppliedLayers,
-    RetainMetric,
-    Use,
-    chosen_rows,
-    exact_device,
-    input_covariances,
-)
-from slsgu_cli.method.directions import ensure_covariances, layer_gradient
-from slsgu_cli.method.edit import named_layer
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import norm
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.trial import Probe, report
+from slsgu_cli.method.directions.whitened import RetainMetric
+from slsgu_cli.method.scores import norm
+from slsgu_cli.records.directions import DAMPING
 from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
@@ -57,7 +55,7 @@ from slsgu_cli.records.method import (
     Qkv,
     Tower,
 )
-from slsgu_cli.records.options import DAMPING, SearchOptions
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.records.studies import ClipOutcome, Method
 from slsgu_cli.store.artifacts import Artifact
@@ -73,13 +71,13 @@ def rome(value: Tensor, key: Tensor, metric: RetainMetric) -> Tensor:
     value (P^-1 k)^T / (k^T P^-1 k): of all changes that do so, the one of least mean square
     over retained inputs (arXiv 2202.05262, Eq. 2).
     """
-    along = metric.whiten(key[None])[0]
+    along = metric.steepest(key[None])[0]
     return torch.outer(value.double(), along) / (key.double() @ along)
 
 
 def memit(gradient: Tensor, forget: Tensor, metric: RetainMetric, weight: float) -> Tensor:
     """Return R K^T (weight P + F)^-1: MEMIT (arXiv 2210.07229, Eq. 14), with R K^T = G."""
-    return RetainMetric(weight * metric.damped() + forget, 1, 0.0).whiten(gradient)
+    return RetainMetric(weight * metric.damped() + forget, 1, 0.0).steepest(gradient)
 
 
 def alphaedit(gradient: Tensor, forget: Tensor, covariance: Tensor, share: float) -> Tensor:
@@ -280,9 +278,9 @@ class ClosedForms:
         label = f"{method} {setting:g}"
         with torch.no_grad(), arithmetic(Precision.FP32), counted_by(label):
             choosing, reporting = self._evaluations
-            probe, step, seconds = self._move(method, setting, choosing)
-            chosen_by = report(choosing, [(probe, step)]).after
-            reported = (replace(probe, evaluation=reporting), step)
+            evaluator, step, seconds = self._move(method, setting, choosing)
+            chosen_by = report(choosing, [(evaluator, step)]).after
+            reported = (replace(evaluator, evaluation=reporting), step)
             figures = chosen_by if reporting is choosing else report(reporting, [reported]).after
         if method in (Method.MEMIT, Method.ALPHAEDIT):
             pointer, model = runner.pointer, runner.model
@@ -304,7 +302,7 @@ class ClosedForms:
 
     def _move(
         self, method: Method, setting: float, evaluation: Evaluation
-    ) -> tuple[Probe, float, float]:
+    ) -> tuple[Evaluator, float, float]:
         """Return a method's move, the step along it, and how long both took."""
         start, self._charged = perf_counter(), 0.0
         layer, device = self.layers[method], self.baselines.times.device
@@ -312,10 +310,10 @@ class ClosedForms:
         weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
         tower = Layer.parse(layer).recorded_tower
         score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
-        probe = Probe(evaluation, score, change.float().to(device))
-        step = 1.0 if method in PROJECTIONS else _chosen_step(probe, method)
+        evaluator = Evaluator(evaluation, score, change.float().to(device))
+        step = 1.0 if method in PROJECTIONS else _chosen_step(evaluator, method)
         settle(self.baselines.model)
-        return probe, step, perf_counter() - start + self._charged
+        return evaluator, step, perf_counter() - start + self._charged
 
     @torch.no_grad()
     def change(self, method: Method, setting: float, layer: str) -> Tensor:
@@ -399,11 +397,11 @@ class ClosedForms:
         return exact_device(self.baselines.times.device)
 
 
-def _chosen_step(probe: Probe, method: Method) -> float:
+def _chosen_step(evaluator: Evaluator, method: Method) -> float:
     """Return the step that our own search would choose along a change.
 
     UCE's change has a length of its own, which is tried first.
     """
-    search = LayerSearch((), probe.evaluation, SearchOptions())
-    search.along(probe, 1.0 if method is Method.UCE else None)
+    search = LayerSearch((), evaluator.evaluation, SearchOptions())
+    search.along(evaluator, 1.0 if method is Method.UCE else None)
     return search.choose().step

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Generic
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.compare.ours import OurEdit, PassTimes, original_outcome
+from slsgu_cli.engine.choice import mean_top1
 from slsgu_cli.errors import NotFiniteError, UsageError
-from slsgu_cli.method.scoring import mean_top1
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.studies import (

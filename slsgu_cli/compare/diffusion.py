@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.clip.inputs import spans
+from slsgu_cli.clip.batches import spans
 from slsgu_cli.compare.methods import mask_gradients, saliency_mask
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.studies import PipelinePlan

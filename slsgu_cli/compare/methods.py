@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
+from slsgu_cli.clip.activations import CacheBudget
+from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.evaluation import Evaluation, prepare
-from slsgu_cli.clip.inputs import CacheBudget, pixel_normalizer, spans, to_tokens
-from slsgu_cli.clip.models import resolve, tokenizer
-from slsgu_cli.clip.zeroshot import counted_by
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.compare.ours import ROLES, PassTimes
+from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.errors import NotFiniteError, SlsguError, once
-from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
-from slsgu_cli.method.gradients import load_graded
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions

@@ -15,22 +15,17 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit, tell_of_other_encoders
 from slsgu_cli.checkpoints.targets import Family, Target
-from slsgu_cli.clip.inputs import spans
-from slsgu_cli.clip.zeroshot import frechet_distance
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_specs
-from slsgu_cli.downstream.models import (
-    Pipeline,
-    folder_fingerprint,
-    new_values,
-    require_family,
-)
+from slsgu_cli.downstream.models import Pipeline, folder_fingerprint, new_values, require_family
+from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
-from slsgu_cli.method.covariance import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import DataRef, SetManifest, Split

@@ -8,11 +8,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from slsgu_cli import progress
-from slsgu_cli.clip.models import device_name, pick_device, resolve
+from slsgu_cli.clip.devices import device_name, pick_device
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.engine.gradients import GradResult, compute_gradients, load_graded, open_pairs
+from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import current_edit, ensure_edit
 from slsgu_cli.errors import NotForgottenError, StaleError
-from slsgu_cli.method.edit import current_edit, ensure_edit
-from slsgu_cli.method.gradients import GradResult, compute_gradients, load_graded, open_pairs
-from slsgu_cli.method.search import search
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import (
     EditHeader,
@@ -116,7 +118,7 @@ class PassTimes:
     def _measure(
         self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
     ) -> PassTime:
-        from slsgu_cli.method.gradient_pass import GradientPass
+        from slsgu_cli.engine.gradient_pass import GradientPass
 
         path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = self.store.read_header(path, GradientHeader)
@@ -194,18 +196,17 @@ class OurEdit:
         ):
             return None
         took = trials.took if trials.took and trials.took.where == times.where else None
-        edited = (header.layer, header.damping, header.step)
+        edited = ((header.layer, header.direction), header.step)
         for trial in trials.trials:
-            same = (trial.layer, trial.damping, trial.step) == edited
+            same = (trial.move, trial.step) == edited
             if same and trial.utility is not None:
                 return cls(header, trial, trials, took.seconds if took else None)
         return None
 
     @property
     def words(self) -> str:
-        """The layer, step and damping, by which a row names the edit."""
-        damping = "" if self.trial.damping is None else f", damping {self.trial.damping:g}"
-        return f"{self.trial.layer} at {self.trial.step:.10g}{damping}"
+        """The layer, step and direction, by which a row names the edit."""
+        return f"{self.trial.layer} at {self.trial.step:.10g}, {self.trial.direction}"
 
     @property
     def figures(self) -> Figures:
@@ -263,7 +264,7 @@ def _rehearse(store: Store, trials: Trials, device: str) -> float:
     """Return how long the whole search takes that made trials; nothing of it is kept."""
     options = SearchOptions(
         device=device,
-        direction=trials.direction,
+        direction=Direction.of(trials.directions),
         criterion=trials.criterion,
         margin=MARGIN if trials.margin is None else trials.margin,
     )

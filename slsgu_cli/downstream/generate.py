@@ -16,8 +16,8 @@ from torch import Tensor
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.clip.batches import Ints, spans
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
-from slsgu_cli.clip.inputs import Ints, spans
 from slsgu_cli.downstream.judge import (
     Classes,
     Judge,
@@ -37,6 +37,7 @@ from slsgu_cli.downstream.models import (
     new_values,
     unfinished,
 )
+from slsgu_cli.engine.resumable import KeptArrays
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import (
     AnsweredImage,
@@ -47,7 +48,6 @@ from slsgu_cli.figures.pictures import (
     sheet_html,
     sheet_png,
 )
-from slsgu_cli.method.gradients import KeptArrays
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import SumsHeader
@@ -405,7 +405,7 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     (values,) = new_values((llava.encoder,), edits)
     made_from = [edit_digests(edits), folder_fingerprint(request.target)]
     asked = [[each.text, png_bytes(each.image).hex()] for each in questions]
-    kept = KeptArrays(store, digest([*made_from, asked]), llava.device, sharded=False)
+    kept = KeptArrays(store, digest([*made_from, asked]), llava.device)
     said = _answers(llava, questions, values, kept)
     names = [picture.name for picture in pictures for _ in request.questions]
     record = Answers(

@@ -15,10 +15,16 @@ from torch import Tensor
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit, tell_of_other_encoders
-from slsgu_cli.clip.inputs import CacheBudget, decoder, pixel_normalizer, spans, to_tokens
-from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
+from slsgu_cli.clip.activations import CacheBudget
+from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.decoding import decoder
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.finite import counted_by, naming_layers, require_finite
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import input_spec, tokenizer
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import PromptSide, counted_by, naming_layers, require_finite
+from slsgu_cli.clip.zeroshot import PromptSide
 from slsgu_cli.downstream.models import (
     ImageJob,
     Pipeline,

@@ -20,9 +20,9 @@ from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places,
 from slsgu_cli.checkpoints.layouts import file_fingerprint, weight_files
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
 from slsgu_cli.checkpoints.tensor_file import layer_digests
-from slsgu_cli.clip.inputs import spans
-from slsgu_cli.clip.models import pick_device
-from slsgu_cli.clip.zeroshot import edited
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.in_place import edited
 from slsgu_cli.errors import (
     InputError,
     MissingError,

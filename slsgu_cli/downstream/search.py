@@ -16,9 +16,10 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer, layers_of
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import Evaluation, prepare
-from slsgu_cli.clip.inputs import spare
-from slsgu_cli.clip.models import pick_device, tokenizer
+from slsgu_cli.clip.memory import spare
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.downstream.judge import judge_specs
 from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
 from slsgu_cli.downstream.subjects import (
@@ -29,14 +30,16 @@ from slsgu_cli.downstream.subjects import (
     by_gain,
     moves_of,
 )
+from slsgu_cli.engine.directions import layer_gradient
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradients import load_graded
+from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
+from slsgu_cli.engine.ranking import named_layers
+from slsgu_cli.engine.step_trials import Candidate, StepSearch
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
-from slsgu_cli.method.gradients import load_graded
-from slsgu_cli.method.ranking import named_layers
-from slsgu_cli.method.search import Move, StepSearch, bisection
-from slsgu_cli.method.trial import Probe
+from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
-from slsgu_cli.records.method import Direction, GradientHeader, GradientPointer, Key, LayerScore
+from slsgu_cli.records.method import GradientHeader, GradientPointer, LayerScore, TrialKey
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import (
     GradientOf,
@@ -135,9 +138,7 @@ class TargetPlan:
             gradients = {
                 layer: torch.from_numpy(layer_gradient(store, address, layer)) for layer in layers
             }
-        moves = moves_of(
-            subject, gradients, direction=options.direction, damping=options.whitening_damping
-        )
+        moves = moves_of(subject, gradients, direction=options.spec)
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
         goal = None if options.full else options.goal
@@ -180,8 +181,8 @@ class TargetPlan:
         for move in moves:
             tower, norm = Layer.parse(move.layer).recorded_tower, float(move.weight.norm())
             score = LayerScore.unranked(move.layer, tower, tuple(move.weight.shape), norm)
-            probe = Probe(few, score, move.direction.to(device))
-            trials = islice(bisection(probe.measure, top1, move.first), CLIP_STEPS)
+            evaluator = Evaluator(few, score, move.along.to(device), move.direction)
+            trials = islice(bisection(evaluator.measure, top1, move.first), CLIP_STEPS)
             enough = [trial.step for trial in trials if trial.forget.top1 == 0]
             if enough:
                 starts[move.layer] = min(enough)
@@ -203,12 +204,16 @@ class TargetSearch(StepSearch[TargetTrial]):
         *,
         began: float | None = None,
     ) -> None:
-        trials = {((trial.layer, record.damping), trial.step): trial for trial in record.trials}
+        of_layer = {move.layer: move.move for move in moves}
+        trials = {
+            (of_layer.get(trial.layer, (trial.layer, record.direction)), trial.step): trial
+            for trial in record.trials
+        }
         super().__init__(trials, self.left_to_forget)
         self.store, self.options = store, options
         self.edit = target_edit(record.name, options.target)
         self.moves = {move.layer: move for move in moves}
-        self.lengthened: list[tuple[Key, float]] = []
+        self.lengthened: list[tuple[TrialKey, float]] = []
         # As if what was spent before had been spent just now.
         self._began = (perf_counter() if began is None else began) - record.seconds
         self._header = record
@@ -244,15 +249,15 @@ class TargetSearch(StepSearch[TargetTrial]):
                 break
         return self.choose()
 
-    def trial(self, move: Move[TargetTrial], step: float) -> TargetTrial:
+    def trial(self, candidate: Candidate[TargetTrial], step: float) -> TargetTrial:
         """Return the trial of a step, of a full search with what it keeps.
 
         A trial on file that ended early for another goal is measured again.
         """
-        key = self.key(move.line, step)
+        key = self.key(candidate.move, step)
         if key in self.trials and self._cut_short(self.trials[key]):
             del self.trials[key]
-        trial = super().trial(move, step)
+        trial = super().trial(candidate, step)
         return self.with_others(trial) if self.options.full else trial
 
     def _cut_short(self, trial: TargetTrial) -> bool:
@@ -260,7 +265,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         missed = not meets(self.options.goal, Share(trial.concept.count, whole))
         return trial.concept.total < whole and (self.options.full or not missed)
 
-    def keep(self, key: Key, trial: TargetTrial) -> None:
+    def keep(self, key: TrialKey, trial: TargetTrial) -> None:
         """Put a trial on file at once: each takes minutes on a large target."""
         super().keep(key, trial)
         self._write(seconds=perf_counter() - self._began)
@@ -276,7 +281,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         Where that step itself costs them too much, go back to one that does not. Returns
         whether it is all of the overshoot, and others lose nothing.
         """
-        enough = self.shortest(move.line)
+        enough = self.shortest(move.move)
         if enough is None:
             return False
         beyond = (self.options.overshoot - 1) * enough
@@ -286,8 +291,8 @@ class TargetSearch(StepSearch[TargetTrial]):
                 break
         if self.lost(trial) > self.options.max_loss:
             part, trial = NO_ROOM, self.shorten(move, enough)
-        self.path.append((move.line, trial.step))
-        self.lengthened.append(((move.line, trial.step), part))
+        self.path.append((move.move, trial.step))
+        self.lengthened.append(((move.move, trial.step), part))
         return part == 1 and self.lost(trial) == 0
 
     def shorten(self, move: TargetMove, enough: float) -> TargetTrial:
@@ -326,7 +331,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         if trial.others is None:
             move = self.moves[trial.layer]
             trial = replace(trial, others=move.others(trial.step))
-            self.keep((move.line, trial.step), trial)
+            self.keep((move.move, trial.step), trial)
         return trial
 
     def figures(self, chosen: TargetTrial, subject: Subject) -> TargetFigures:
@@ -348,9 +353,7 @@ class TargetSearch(StepSearch[TargetTrial]):
     def write_edit(self, plan: TargetPlan, chosen: TargetTrial, figures: TargetFigures) -> None:
         """Write the edit that a chosen trial amounts to, with its figures."""
         record, move = self.record, self.moves[chosen.layer]
-        step = LayerStep.of(
-            chosen, damping=record.damping, direction=move.direction, weight=move.weight
-        )
+        step = LayerStep.of(chosen, direction=move.direction, along=move.along, weight=move.weight)
         edit = unmeasured_edit(plan.manifest, plan.pointer, step)
         measured = replace(
             edit.header,
@@ -411,8 +414,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         forget_data=pointer.forget_data,
         retain_data=pointer.retain_data,
         evals=manifest.measured_on(),
-        direction=options.direction,
-        damping=options.whitening_damping if options.direction is Direction.WHITENED else None,
+        direction=options.spec,
         judge=plan.subject.judges[0] if isinstance(plan.subject, PaintedSubject) else None,
         budget=options.budget,
         goal=options.goal,

@@ -16,24 +16,22 @@ from PIL import Image
 from torch import Tensor
 
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
-from slsgu_cli.checkpoints.layers import Layer, is_candidate
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
+from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
-from slsgu_cli.clip.inputs import spans
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in
 from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
+from slsgu_cli.engine.covariance import InputCovariances, chosen_rows, spread
+from slsgu_cli.engine.directions import implementation
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.covariance import (
-    InputCovariances,
-    RetainMetric,
-    chosen_rows,
-    mean_square_output,
-    spread,
-    whitened_importance,
-)
+from slsgu_cli.method.directions import InputCovariance, LayerStatistics
+from slsgu_cli.method.directions.whitened import mean_square_output
+from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
 from slsgu_cli.records.figures import Effect, Share, meets
-from slsgu_cli.records.method import Direction, Line
+from slsgu_cli.records.method import Move
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
@@ -381,24 +379,23 @@ def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
 
 @dataclass(frozen=True, slots=True)
 class TargetMove:
-    """A layer of a target, its original values, the direction it moves in, and the promise of it.
+    """A layer of a target, its original values, where it moves, and the promise of it.
 
-    `damping` is what whitened the direction, None for the gradient itself. With a `goal`, a
-    trial that misses it shows no more of the concept than that takes.
+    With a `goal`, a trial that misses it shows no more of the concept than that takes.
     """
 
     subject: Subject
     layer: str
     weight: Tensor
-    direction: Tensor
+    along: Tensor
     importance: float
-    damping: float | None = None
+    direction: DirectionSpec = FALLBACK
     goal: float | None = None
 
     @property
-    def line(self) -> Line:
-        """The layer and the damping, which tell its trials from those of other moves."""
-        return self.layer, self.damping
+    def move(self) -> Move:
+        """The layer and the direction that it moves in."""
+        return self.layer, self.direction
 
     @property
     def first(self) -> float:
@@ -407,11 +404,11 @@ class TargetMove:
 
     def share(self, step: float) -> float:
         """Return the step's length over the layer's norm."""
-        return step * float(self.direction.norm() / self.weight.norm())
+        return step * float(self.along.norm() / self.weight.norm())
 
     def in_place(self, step: float) -> AbstractContextManager[None]:
         """Put a step into the target for the length of a block."""
-        values = torch.add(self.weight, self.direction, alpha=step)
+        values = torch.add(self.weight, self.along, alpha=step)
         return self.subject.encoder.edited({self.layer: values})
 
     def measure(self, step: float) -> TargetTrial:
@@ -436,13 +433,12 @@ def moves_of(
     subject: Subject,
     gradients: Mapping[str, Tensor],
     *,
-    direction: Direction,
-    damping: float,
+    direction: DirectionSpec,
 ) -> list[TargetMove]:
     """Return a move for each layer that has a gradient and reaches the target, best first.
 
-    The whitened direction is that of the target's own retained inputs: what its CLIP is
-    applied to when the target runs it, all positions included. Layers that cannot be whitened
+    Input covariances are those of the target's own retained inputs: what its CLIP is applied to
+    when the target runs it, all positions included. Layers that lack what the direction needs
     come last, along their gradient.
     """
     live = subject.encoder
@@ -456,28 +452,29 @@ def moves_of(
     ]
     keys = sorted({place.key for layer in reached for place in live.places(layer)})
     inputs = InputCovariances(live.module, keys)
-    if direction is Direction.WHITENED:
+    if direction.needs_inputs:
         with torch.no_grad(), inputs:
             subject.run_retained()
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        # Query, key and value are applied to the same inputs: the covariance of one is all's. Along
-        # the gradient there is none.
+        # Query, key and value are applied to the same inputs: the covariance of one is all's.
+        # There is none for a direction that needs none.
         covariance = inputs.covariances.get(live.places(layer)[0].key)
-        if covariance is None:
-            importance = float(gradient.norm() / weight.norm())
-            moves.append(TargetMove(subject, layer, weight, gradient, importance))
-            continue
-        # The axis of inputs of a layer in open_clip's shape.
-        axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
-        metric = RetainMetric(covariance.mean(), axis, damping)
-        along = metric.whiten(gradient)
-        output = mean_square_output(weight, covariance.mean(), axis)
-        size = metric.weight_norm(float(weight.norm()), output)
-        importance = whitened_importance(gradient, along, size)
-        moves.append(TargetMove(subject, layer, weight, along.float(), importance, damping))
-    return sorted(moves, key=lambda move: (move.damping is None, *_by_importance(move)))
+        known = None
+        if covariance is not None:
+            # The axis of inputs of a layer in open_clip's shape.
+            axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
+            mean = covariance.mean()
+            known = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
+        spec = FALLBACK if direction.needs_inputs and known is None else direction
+        chosen = implementation(spec)
+        metric = chosen.metric(LayerStatistics(float(weight.norm()), known))
+        along = chosen.along(gradient, metric).float()
+        size = metric.weight_norm()
+        gain = float(metric.scaled(gradient).norm())
+        moves.append(TargetMove(subject, layer, weight, along, gain / size if size else 0.0, spec))
+    return sorted(moves, key=lambda move: (move.direction != direction, *_by_importance(move)))
 
 
 def _by_importance(move: TargetMove) -> tuple[float, str]:
@@ -505,8 +502,8 @@ def by_gain(
                 after = subject.read()
             return 0.0 if after is None else float((after - before).norm() / before.norm())
 
-        gradient = gradients[move.layer].to(move.direction.device)
-        slope = float((gradient.double() * move.direction.double()).sum())
+        gradient = gradients[move.layer].to(move.along.device)
+        slope = float((gradient.double() * move.along.double()).sum())
         return replace(move, importance=gain_per_change(slope, change, move.first))
 
     return sorted(map(promised, moves), key=_by_importance)

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.method import LayerScore, Line, Tower, Trial, Trials
+from slsgu_cli.records.method import LayerScore, Move, Tower, Trial, Trials
 from slsgu_cli.records.studies import JointSearch
 from slsgu_cli.records.verification import NEW, Check, VerifiedModel
 
@@ -136,17 +136,15 @@ def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> by
     return png(figure)
 
 
-def step_plot(
-    trials: Trials, *, layer: str, damping: float | None = None, chosen: float | None = None
-) -> bytes:
+def step_plot(trials: Trials, *, move: Move, chosen: float | None = None) -> bytes:
     """Draw forget accuracy and utility against the step size for one layer (Figure 2 c, d).
 
-    `damping` is that of the whitened direction, None for the gradient. The second axis gives
+    The second axis gives
     the step in percent of the layer's norm; step 0 is the original model. Utility is drawn
     where it was measured. Raises InputError where the search did not try `layer`.
     """
-    line = (layer, damping)
-    tried = sorted((t for t in trials.trials if (t.layer, t.damping) == line), key=lambda t: t.step)
+    layer, direction = move
+    tried = sorted((t for t in trials.trials if t.move == move), key=lambda t: t.step)
     if not tried:
         raise InputError(f"the search of {trials.name} did not try the layer {layer}")
     figure = blank(8.0, 4.8)
@@ -158,7 +156,7 @@ def step_plot(
         axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
     axes.set_ylim(0, 103)
     axes.set_ylabel("accuracy, %", color=INK)
-    along = "" if damping is None else f", damping {damping:g}"
+    along = f", {direction}"
     name = plain(Layer.parse(layer).short)
     title = f"{name} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
@@ -270,16 +268,16 @@ def _scaled(axes: Axes, which: str, values: Sequence[float]) -> list[float]:
 ACROSS = 3
 
 
-def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
-    """Draw a small panel for each layer and damping: accuracies against the step (Figure 14)."""
-    across = min(ACROSS, len(lines))
-    down = -(-len(lines) // across)
+def trajectories_plot(trials: Trials, moves: Sequence[Move]) -> bytes:
+    """Draw a small panel for each move: accuracies against the step (Figure 14)."""
+    across = min(ACROSS, len(moves))
+    down = -(-len(moves) // across)
     figure = blank(1.0 + 3.6 * across, 1.1 + 3.1 * down, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).reshape(-1)
-    for axes in panels[len(lines) :]:
+    for axes in panels[len(moves) :]:
         axes.set_visible(False)
-    for place, (axes, line) in enumerate(zip(panels, lines, strict=False)):
-        tried = [t for t in trials.trials if (t.layer, t.damping) == line]
+    for place, (axes, move) in enumerate(zip(panels, moves, strict=False)):
+        tried = [t for t in trials.trials if t.move == move]
         tried.sort(key=lambda t: t.step)
         dress(axes)
         draw_accuracies(axes, trials, tried, size=3)
@@ -287,9 +285,8 @@ def trajectories_plot(trials: Trials, lines: Sequence[Line]) -> bytes:
         axes.set_ylim(0, 103)
         if place % across == 0:
             axes.set_ylabel("accuracy, %", color=INK)
-        damping = "" if line[1] is None else f", damping {line[1]:g}"
         axes.set_title(
-            plain(known_as(line[0]), 34) + damping, loc="left", **TITLE | {"fontsize": 10}
+            f"{plain(known_as(move[0]), 34)}, {move[1]}", loc="left", **TITLE | {"fontsize": 10}
         )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)

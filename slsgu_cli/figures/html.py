@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.figures import Share
-from slsgu_cli.records.method import LayerScore, Tower, Trials
+from slsgu_cli.records.method import LayerScore, Move, Tower, Trials
 
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
@@ -338,12 +338,12 @@ def _point(score: LayerScore, x: float, y: float, number: int | None) -> Html:
     return element("g", title, dot, inside, label, class_="point front" if number else "point")
 
 
-def step_series(trials: Trials, layer: str, damping: float | None) -> list[Series]:
-    """Return the accuracies of a layer's trials with a damping, from the original model on.
+def step_series(trials: Trials, move: Move) -> list[Series]:
+    """Return the accuracies of the trials of a move, from the original model on.
 
     They are by the size of the step in percent of the layer's norm.
     """
-    of_layer = [t for t in trials.trials if (t.layer, t.damping) == (layer, damping)]
+    of_layer = [t for t in trials.trials if t.move == move]
     steps = sorted(of_layer, key=lambda trial: trial.step)
     series = []
     for k, attribute, style in ((1, "top1", "fa1"), (5, "top5", "fa5")):

@@ -1,1 +1,1 @@
-"""The paper: losses, gradients, ranking, search, edits, evaluation."""
+"""The method in plain PyTorch, to be read from `unlearn.py` on; `engine` makes it fast."""

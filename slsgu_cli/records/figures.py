@@ -243,8 +243,8 @@ class EarlierEdit:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What a later edit stands on: the earlier ones by name, and the figures with them alone."""
+class BaseEdits:
+    """The edits that a later edit stands on, by name, and the figures with these alone."""
 
     edits: dict[str, EarlierEdit]
     figures: Figures
@@ -255,15 +255,15 @@ class Report:
     """What an edit does to images that chose nothing, beside the original model.
 
     `harmed` are the classes that lost most, and `nearest` those whose names the original
-    model holds nearest to the concept's, the nearest first; at most 20 of each. `ground` is
-    what a later edit stands on.
+    model holds nearest to the concept's, the nearest first; at most 20 of each. `base_edits` are
+    those that a later edit stands on.
     """
 
     before: Figures
     after: Figures
     harmed: tuple[ClassLoss, ...]
     nearest: tuple[ClassLoss, ...]
-    ground: Ground | None = None
+    base_edits: BaseEdits | None = None
 
 
 @dataclass(frozen=True, slots=True)

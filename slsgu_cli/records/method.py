@@ -1,4 +1,4 @@
-"""What gradients, covariances, rankings, trials and edits say of themselves."""
+"""Records of gradients, covariances, rankings, trials and edits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from enum import StrEnum
 
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import added
-from slsgu_cli.records.figures import Accuracy, ClassLoss, Ground, PassTime, TargetFigures
+from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.figures import Accuracy, BaseEdits, ClassLoss, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 
 
@@ -24,33 +25,6 @@ class Alignment(StrEnum):
     SIGNED = "signed"
 
 
-class Direction(StrEnum):
-    """Where a layer moves: along its forget gradient, or that whitened by retained inputs.
-
-    `BOTH` is for rankings and searches, which then try each of them.
-    """
-
-    GRADIENT = "gradient"
-    WHITENED = "whitened"
-    BOTH = "both"
-
-    @property
-    def each(self) -> "tuple[Direction, ...]":
-        """The directions that a layer may move in."""
-        both = (Direction.GRADIENT, Direction.WHITENED)
-        return both if self is Direction.BOTH else (self,)
-
-    @property
-    def whitens(self) -> bool:
-        """Whether it takes the covariances of the layers' inputs."""
-        return self is not Direction.GRADIENT
-
-    @classmethod
-    def of(cls, damping: float | None) -> "Direction":
-        """Return the direction that a damping whitened, or the gradient where there is none."""
-        return cls.GRADIENT if damping is None else cls.WHITENED
-
-
 class Qkv(StrEnum):
     """Whether query, key and value are one layer, or a layer each."""
 
@@ -59,7 +33,7 @@ class Qkv(StrEnum):
 
 
 class Criterion(StrEnum):
-    """What the search drives to zero: a forget accuracy, or what a margin lacks."""
+    """The residual that a search drives to zero: a forget accuracy, or the rest of a margin."""
 
     FA1 = "fa1"
     FA5 = "fa5"
@@ -67,22 +41,22 @@ class Criterion(StrEnum):
 
 
 class UtilityMetric(StrEnum):
-    """What steps that forget are compared by: TA@1, or the TA@1 expected of like images."""
+    """The utility that compares steps which forget: TA@1, or TA@1 expected of similar images."""
 
     TA1 = "ta1"
     EXPECTED = "expected"
 
 
-class Settled(StrEnum):
-    """How it was settled what a step keeps: measured on all rows, or too little on some.
+class Measurement(StrEnum):
+    """How far the utility of a step was measured.
 
-    `BOUND`: even if all other rows were surely right. `RACE`: but for a small risk, as rows
-    drawn at random tell.
+    A step is ruled out once it loses even if all other rows are right, and early-stopped once
+    rows drawn at random show, with a small risk, that it loses.
     """
 
-    MEASURED = "measured"
-    BOUND = "bound"
-    RACE = "race"
+    COMPLETE = "complete"
+    RULED_OUT = "ruled out"
+    EARLY_STOPPED = "early stopped"
 
 
 class Precision(StrEnum):
@@ -122,13 +96,13 @@ class GradientHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return _pass_in_words(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquaresHeader:
-    """Mean squared mini-batch gradients of every parameter, beside the gradient they go with.
+    """Mean squared mini-batch gradients of every parameter, next to their gradient.
 
     `gradient` is that gradient's digest: squares are of the same model, rows and options.
     """
@@ -142,7 +116,7 @@ class SquaresHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return _pass_in_words(self)
 
 
@@ -153,8 +127,8 @@ class SumsHeader:
     Or what a training has come to after as many of its steps, or the answers of as many batches
     of questions. `gradient` is the digest of the gradient, the covariances, the training or the
     answers that they are of, by which they are addressed. The first `added` mini-batches are in
-    one sum, and those after them in another. Those of a model that is `sharded` over processes
-    are one a parameter, in fp64. Those of a pass for `squares` have them beside the gradients.
+    one sum, and those after them in another. Those of a pass for `squares` have them beside the
+    gradients.
     """
 
     gradient: str
@@ -163,16 +137,15 @@ class SumsHeader:
     added: int
     done: int
     version: str
-    sharded: bool = codec.added(False)
     squares: bool = codec.added(False)
 
     @property
-    def made_from(self) -> tuple[str, str, int, bool]:
+    def made_from(self) -> tuple[str, str, int]:
         """What must be alike for a pass to go on with them."""
-        return self.gradient, self.device, self.batches, self.sharded
+        return self.gradient, self.device, self.batches
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"mini-batches": f"{self.done} of {self.batches}", "for": self.gradient}
 
 
@@ -196,7 +169,7 @@ class GradientPointer:
     prefixes: tuple[str, ...] = codec.added(())
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         batches = f"{self.batch_size} in {self.precision}"
         return {"model": str(self.model), "set": self.name, "batches of": batches}
 
@@ -233,7 +206,7 @@ class CovarianceHeader:
     revision: int = codec.added(1)
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"layers": str(len(self.layers)), "rows": str(self.rows)}
 
     def is_of(self, pointer: GradientPointer) -> bool:
@@ -258,7 +231,7 @@ class FeatureHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         return {"features": ", ".join(sorted(self.evals)), "to": self.split}
 
     def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
@@ -271,8 +244,7 @@ class FeatureHeader:
 class LayerScore:
     """One row of a ranking (Eq. 7 and 8); `front` marks the Pareto set of its tower.
 
-    `direction` is the one that it is scored for in a ranking for both, or the gradient in one
-    for the whitened direction, where the layer cannot be whitened.
+    `direction` is the one that it is scored for, None for a layer that was not ranked.
     """
 
     layer: str
@@ -284,7 +256,7 @@ class LayerScore:
     retain_norm: float
     weight_norm: float
     front: bool
-    direction: Direction | None = added(None)
+    direction: DirectionSpec | None = None
 
     @classmethod
     def unranked(
@@ -306,8 +278,9 @@ class PromptReader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
-    """Every candidate layer of a model, scored for one concept.
+    """Every candidate layer of a model, scored for one concept along each of `directions`.
 
+    Layers that lack what a direction needs have a score along the gradient in any case.
     `target` is the model it was made for, None for the CLIP itself; `unreached` are the
     layers that cannot influence it, with the reason, and `readers` what reads its prompts.
     """
@@ -316,8 +289,7 @@ class Ranking:
     forget: str
     retain: str
     alignment: Alignment
-    direction: Direction
-    damping: float | None
+    directions: tuple[DirectionSpec, ...]
     scores: tuple[LayerScore, ...]
     version: str
     target: str | None = None
@@ -326,48 +298,45 @@ class Ranking:
     readers: tuple[PromptReader, ...] = added(())
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         layers = len({score.layer for score in self.scores})
         front = len({score.layer for score in self.scores if score.front})
         counted = f"{layers}, {front} on the fronts"
-        about = {"set": self.name, "alignment": self.alignment, "direction": self.direction}
+        along = ", ".join(map(str, self.directions))
+        about = {"set": self.name, "alignment": self.alignment, "direction": along}
         return about | {"layers": counted}
 
-    def by_direction(self) -> "dict[Direction, list[LayerScore]]":
-        """Return the scores for each direction that layers were ranked for.
-
-        In a ranking for the whitened direction, what cannot be whitened is under the gradient.
-        """
-        marked = [score.direction for score in self.scores if score.direction is not None]
-        return {
-            direction: [s for s in self.scores if (s.direction or self.direction) is direction]
-            for direction in dict.fromkeys([*self.direction.each, *marked])
-        }
+    def by_direction(self) -> dict[DirectionSpec, list[LayerScore]]:
+        """Return the scores for each direction that layers were ranked for."""
+        ranked = {spec: [s for s in self.scores if s.direction == spec] for spec in self.directions}
+        for score in self.scores:
+            if score.direction is not None and score.direction not in self.directions:
+                ranked.setdefault(score.direction, []).append(score)
+        return ranked
 
 
-# A layer, and the damping that whitened its direction; None for the gradient.
-Line = tuple[str, float | None]
-# A step along a line.
-Key = tuple[Line, float]
+# A layer, and the direction it moves in.
+Move = tuple[str, DirectionSpec]
+# A step of a move.
+TrialKey = tuple[Move, float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """One (layer, damping, step): forget accuracy, and utility where it was measured.
+    """One (layer, direction, step): forget accuracy, and utility where it was measured.
 
-    `damping` is None along the gradient itself. `share` is the step's length over the
-    layer's own norm. `gap` is by how much of a cosine the concept's name stays below the
-    fifth best other, at the forget image where it comes closest. `utility` is None where
-    the step could not win, so nothing was spent on it; with it comes `worst`, the class that
-    lost most of what is expected, of those with enough rows, `expected`, the TA@1 in percent
-    that images like those of the sets would have, as a mean over the sets, and `moved`, the
-    mean square of how far cosines of images with other names move, in units of what like
-    images differ by. `settled` says by what a step that forgets was known to win or not.
+    `share` is the step's length over the layer's own norm. `gap` is the smallest cosine, over
+    the forget images, by which the concept's name stays below the fifth best other name.
+    `utility` is None where the step cannot win. With it come `worst`, the class with the largest
+    expected loss among those with enough rows; `expected`, the TA@1 in percent that similar
+    images would have, as a mean over the sets; and `moved`, the mean squared change of cosines
+    with other names, relative to the spread of similar images. `measurement` says how far the
+    utility of a step that forgets was measured.
     """
 
     layer: str
     tower: Tower
-    damping: float | None
+    direction: DirectionSpec
     step: float
     share: float
     forget: Accuracy
@@ -375,22 +344,27 @@ class Trial:
     utility: dict[str, Accuracy] | None
     worst: ClassLoss | None = added(None)
     expected: float | None = added(None)
-    settled: Settled | None = added(None)
+    measurement: Measurement | None = added(None)
     moved: float | None = added(None)
+
+    @property
+    def move(self) -> Move:
+        """The layer and the direction it moves in."""
+        return self.layer, self.direction
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trials:
     """Every trial of a search, with the original model's figures.
 
-    `retain_data` names the rows whose inputs whitened the direction, if it is whitened. `took`
+    `retain_data` names the retain rows whose inputs a direction was made with, if one was. `took`
     is the time of a search that made all trials, None where several made them. `after` are
     the digests of the edits that were in place, by name: baselines are with them.
     """
 
     name: str
     forget: str
-    direction: Direction
+    directions: tuple[Direction, ...]
     retain_data: str | None
     model_fingerprint: str
     evals: dict[str, str]
@@ -405,8 +379,9 @@ class Trials:
     after: dict[str, str] = added(factory=dict)
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
-        about = {"set": self.name, "direction": self.direction, "criterion": self.criterion}
+        """Return what it was made from, in words."""
+        along = ", ".join(self.directions)
+        about = {"set": self.name, "direction": along, "criterion": self.criterion}
         return about | {"trials": over_layers([trial.layer for trial in self.trials])}
 
 
@@ -430,8 +405,8 @@ class EditHeader:
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
-    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `ground`
-    are those of the edit's `Report`; its figures are with the edits of `ground` in place.
+    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `base_edits`
+    are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
     `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
     """
 
@@ -445,8 +420,7 @@ class EditHeader:
     model_fingerprint: str
     digests: dict[str, str]
     gradient: str
-    direction: Direction
-    damping: float | None
+    direction: DirectionSpec
     retain_data: str | None
     criterion: Criterion | None
     margin: float | None
@@ -461,22 +435,22 @@ class EditHeader:
     target: TargetFigures | None = None
     harmed: tuple[ClassLoss, ...] = added(())
     nearest: tuple[ClassLoss, ...] = added(())
-    ground: Ground | None = added(None)
+    base_edits: BaseEdits | None = added(None)
     rank: int | None = added(None)
 
     @property
     def after(self) -> dict[str, str]:
         """The digests of the edits that it stands on, by name."""
-        earlier = self.ground.edits if self.ground else {}
+        earlier = self.base_edits.edits if self.base_edits else {}
         return {name: edit.digest for name, edit in earlier.items()}
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         words = {
             "model": str(self.model),
             "concept": self.concept,
             "layer": self.layer,
-            "direction": self.direction,
+            "direction": str(self.direction),
             "step": f"{self.step:.4g} ({100 * self.share:.3g}% of its norm)",
         }
         if self.after:
@@ -528,7 +502,7 @@ class LoraHeader:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return what it was made from, in words."""
         ranks = {one.edit.name: one.rank for one in self.edits}
         return {"rank of " + name: str(rank) for name, rank in ranks.items()}
 

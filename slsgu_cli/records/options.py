@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.directions import DAMPING, REGISTRY, Direction, DirectionSpec
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
-    Direction,
     LoraLayout,
     ModelLayout,
     Precision,
@@ -37,8 +37,6 @@ from slsgu_cli.records.words import (
     options,
 )
 
-# Of whitening: the share of the mean second moment that is added to all directions.
-DAMPING = 0.01
 # A cosine, for a search that is steered on a margin.
 MARGIN = 0.02
 # Beyond the shortest step that forgets what the search sees: see docs/results/unseen.md.
@@ -67,14 +65,6 @@ ENCODER = partial(
     panel=TARGET,
     without="the one that fits",
 )
-SHARD = partial(
-    option,
-    False,
-    "--shard",
-    help="Shard the weights over the processes of torchrun (FSDP).",
-    panel=SPEED,
-    later=True,
-)
 DAMPING_OPTION = partial(
     option,
     None,
@@ -95,7 +85,7 @@ def direction_option(usual: Direction | None, words: str) -> Any:
     return option(
         usual,
         "--direction",
-        help="Along the forget gradient, that whitened, or try both.",
+        help=f"Along {', '.join(entry.help for entry in REGISTRY.values())}, or try both.",
         panel=LAYERS,
         without=words,
     )
@@ -121,12 +111,6 @@ def overshoot_option(usual: float) -> Any:
         panel=SEARCH,
         help="Times the shortest step that does: room for images nobody chose by.",
     )
-
-
-def check_damping(direction: Direction | None, damping: float | None) -> None:
-    """Raise UsageError for a damping of the gradient itself."""
-    if direction is Direction.GRADIENT and damping is not None:
-        raise UsageError("--damping is for the whitened direction", hint="--direction whitened")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,8 +264,7 @@ class MetadataSource:
 class PassOptions:
     """How to run a gradient pass. `memory_budget` is in bytes, None for what is free.
 
-    With `shard`, the processes that a launcher started hold one model together. With
-    `prefixes`, the forget set is gone through with captions that have these before the name
+    With `prefixes`, the forget set is gone through with captions that have these before the name
     as well.
     """
 
@@ -289,7 +272,6 @@ class PassOptions:
     precision: Precision = PRECISION()
     device: str = DEVICE()
     memory_budget: int | None = BUDGET("--memory-budget", help="Limit for activations, such as 8G.")
-    shard: bool = SHARD()
     prefixes: Sequence[str] = option(
         (),
         "--prefix",
@@ -305,7 +287,7 @@ class RankOptions:
     """Which layers compete, for which direction, and how alignment is read.
 
     `damping` is of the whitened direction alone (None: DAMPING), as is `device`, where covariances
-    are computed, and `shard`, which lets processes hold one model together meanwhile.
+    are computed.
     With `qkv` split, query, key and value compete as layers of their own.
     With `target`, a path or a kind of model, layers that cannot influence it are left out.
     """
@@ -343,22 +325,15 @@ class RankOptions:
     )
     encoder: str | None = ENCODER()
     device: str = DEVICE()
-    shard: bool = SHARD()
 
     def __post_init__(self) -> None:
         """Refuse what is of the whitened direction alone for the gradient."""
-        check_damping(self.direction, self.damping)
-        if self.shard and not self.direction.whitens:
-            raise UsageError(
-                "--shard is for the covariances of the whitened direction: "
-                "the gradient's takes no model",
-                hint="leave --shard out",
-            )
+        self.direction.check(self.damping)
 
     @property
-    def whitening_damping(self) -> float:
-        """The damping in force where the direction is whitened."""
-        return DAMPING if self.damping is None else self.damping
+    def specs(self) -> tuple[DirectionSpec, ...]:
+        """The directions to rank for, with their parameters."""
+        return self.direction.specs(self.damping)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +349,6 @@ class SearchOptions:
     `criterion` counts, among those where no class loses more than `max_class_loss`. `utility` says
     by what that is judged: a count of few images flatters the choice that is made by it. The
     edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
-    With `shard`, the processes that a launcher started hold one model together.
     """
 
     layers: Sequence[str] = option(
@@ -443,12 +417,6 @@ class SearchOptions:
         without="the original model",
         completes="edit",
     )
-    shard: bool = SHARD()
-
-    @property
-    def moves(self) -> Direction:
-        """The direction in force."""
-        return self.direction or Direction.GRADIENT
 
     def __post_init__(self) -> None:
         """Spell out the paper's choice. Raises UsageError for what contradicts it."""
@@ -559,7 +527,8 @@ class ApplyRequest(ApplyOptions):
 
     def __post_init__(self) -> None:
         """Refuse a damping of the gradient, and links to files that another layout has not."""
-        check_damping(self.direction, self.damping)
+        if self.direction is not None:
+            self.direction.check(self.damping)
         if self.layout is not None and self.link:
             raise UsageError("--link does not go with --format", hint="leave one of them out")
 
@@ -612,7 +581,7 @@ class DemoOptions:
     )
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
     )
     search: SearchOptions = options(
         SearchOptions(),
@@ -628,7 +597,6 @@ class DemoOptions:
             "cache_budget",
             "after",
             "exact",
-            "shard",
         ),
     )
 

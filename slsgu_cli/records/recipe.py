@@ -362,9 +362,9 @@ OF_EVALUATION = ("evals", "classes", "templates", "tests", "forget_eval")
 TABLES = {
     "sets": Table(BuildRequest, "Where rows come from.", (*OF_REQUEST, *OF_EVALUATION)),
     "evaluation": Table(EvaluationRows, "What to measure on, by name.", many=True),
-    "grad": Table(PassOptions, "How gradients are computed.", ("shard",)),
-    "rank": Table(RankOptions, "How layers are ranked.", ("shard",)),
-    "search": Table(SearchOptions, "How edits are searched.", ("after", "shard")),
+    "grad": Table(PassOptions, "How gradients are computed."),
+    "rank": Table(RankOptions, "How layers are ranked."),
+    "search": Table(SearchOptions, "How edits are searched.", ("after",)),
     "verify": Table(VerifyRequest, "What is tried to bring it back.", ("model", "edits")),
     "request": Table(RemovalRequest, "Something to remove.", many=True),
     "outputs": Table(Outputs, "What is written."),

@@ -14,8 +14,9 @@ from typing import ClassVar, Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
+from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
-from slsgu_cli.records.method import Criterion, Direction, Line, Precision, Tower, Trial, Trials
+from slsgu_cli.records.method import Criterion, Move, Precision, Tower, Trial, Trials
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget, judge_option
@@ -408,7 +409,7 @@ class JointMove:
     name: str
     layer: str
     tower: Tower
-    damping: float | None
+    direction: DirectionSpec
     step: float
     share: float
 
@@ -485,13 +486,13 @@ class SweepRequest:
         classes={"flags": ("--eval-classes",)},
         omit=("name", "concept", "match", "regex", "forget_eval", "screening"),
     )
-    gradients: PassOptions = options(PassOptions(), omit=("shard", "prefixes"))
+    gradients: PassOptions = options(PassOptions(), omit=("prefixes",))
     ranking: RankOptions = options(
         RankOptions(),
-        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder", "shard"),
+        omit=("alignment", "qkv", "include", "exclude", "tower", "target", "encoder"),
     )
     search: SearchOptions = options(
-        SearchOptions(), omit=("layers", "direction", "damping", "qkv", "full", "after", "shard")
+        SearchOptions(), omit=("layers", "direction", "damping", "qkv", "full", "after")
     )
 
     def of(self, name: str) -> BuildRequest:
@@ -530,8 +531,7 @@ class SweepRow:
     retain: str
     layer: str
     tower: Tower
-    direction: Direction
-    damping: float | None
+    direction: DirectionSpec
     step: float
     share: float
     baseline_forget: Accuracy
@@ -579,7 +579,6 @@ class TrajectoryOptions:
             "max_class_loss",
             "paper",
             "after",
-            "shard",
         ),
     )
     points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
@@ -608,18 +607,18 @@ class Rise:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """The steps of each line in order, and how many of them were measured now."""
+    """The steps of each move in order, and how many of them were measured now."""
 
     trials: Trials
     measured: int
 
-    def lines(self) -> list[Line]:
-        """Return the layers and dampings in the order they were followed in."""
-        return list(dict.fromkeys((trial.layer, trial.damping) for trial in self.trials.trials))
+    def moves(self) -> list[Move]:
+        """Return the layers and directions in the order they were followed in."""
+        return list(dict.fromkeys(trial.move for trial in self.trials.trials))
 
-    def of(self, line: Line) -> list[Trial]:
-        """Return the steps along one line, the shortest first."""
-        return [trial for trial in self.trials.trials if (trial.layer, trial.damping) == line]
+    def of(self, move: Move) -> list[Trial]:
+        """Return the steps of one move, the shortest first."""
+        return [trial for trial in self.trials.trials if trial.move == move]
 
     def figures(self, trial: Trial | None = None) -> dict[str, float]:
         """Return the accuracies at a step by their names in tables; of the original for none."""
@@ -629,9 +628,9 @@ class Trajectory:
         forgotten = {"FA@1": forget.top1, "FA@5": forget.top5}
         return forgotten | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
 
-    def rises(self, line: Line) -> dict[str, Rise]:
+    def rises(self, move: Move) -> dict[str, Rise]:
         """Return the largest rise of each figure, from the original model on."""
-        steps = self.of(line)
+        steps = self.of(move)
         path = [self.figures(), *map(self.figures, steps)]
         shares = [0.0, *(trial.share for trial in steps)]
         return {name: largest_rise([each[name] for each in path], shares) for name in path[0]}

@@ -10,14 +10,13 @@ from typing import Any
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
+from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
-from slsgu_cli.records.method import Direction, Qkv, Tower, over_layers
+from slsgu_cli.records.method import Qkv, Tower, over_layers
 from slsgu_cli.records.options import (
-    DAMPING,
     DAMPING_OPTION,
     ENCODER,
     NAMES,
-    check_damping,
     direction_option,
     overshoot_option,
     qkv_option,
@@ -251,8 +250,7 @@ class TargetTrials:
     forget_data: str
     retain_data: str
     evals: dict[str, str]
-    direction: Direction
-    damping: float | None
+    direction: DirectionSpec
     judge: str | None
     budget: Budget
     goal: float
@@ -441,7 +439,7 @@ class TargetSearchOptions:
 
     def __post_init__(self) -> None:
         """Refuse a damping of the gradient, and two directions."""
-        check_damping(self.direction, self.damping)
+        self.direction.check(self.damping)
         if self.direction is Direction.BOTH:
             raise UsageError(
                 "a model built on CLIP is searched along one direction",
@@ -449,9 +447,9 @@ class TargetSearchOptions:
             )
 
     @property
-    def whitening_damping(self) -> float:
-        """The damping in force where the direction is whitened."""
-        return DAMPING if self.damping is None else self.damping
+    def spec(self) -> DirectionSpec:
+        """The direction to search along, with its parameters."""
+        return DirectionSpec.of(self.direction, damping=self.damping)
 
     @property
     def report_budget(self) -> Budget:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.engine.choice import best_of_each
 from slsgu_cli.figures.html import (
     Child,
     Html,
@@ -25,7 +26,6 @@ from slsgu_cli.figures.html import (
     table,
     terms,
 )
-from slsgu_cli.method.scoring import best_of_each
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
@@ -33,6 +33,7 @@ from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
     LayerScore,
+    Move,
     Ranking,
     Tower,
     Trial,
@@ -90,12 +91,6 @@ def _left_out(ref: DataRef) -> Html | None:
     return lines([f"{count(rows)} {reason}" for reason, rows in ordered])
 
 
-WHITENED = (
-    "Both are taken of the gradient whitened by the layer's inputs on the retain set, with a "
-    "damping of {damping:g}, and measured by what a change does to those inputs. "
-)
-
-
 def front(records: SetRecords) -> Section:
     """Show importance against alignment, and the layers on the Pareto fronts."""
     return section(
@@ -110,14 +105,14 @@ def _front(ranking: Ranking, edit: EditHeader | None) -> Html:
     intro = paragraph(
         "Importance is the length of the forget gradient over that of the layer; alignment is the "
         f"{size} between forget and retain gradient. ",
-        WHITENED.format(damping=ranking.damping) if ranking.damping is not None else None,
+        f"Both are taken along {' and '.join(each.words for each in ranking.directions)}. ",
         "A layer is on its tower's Pareto front where no other layer has both more importance and "
         "less alignment.",
     )
     ranked_along = ranking.by_direction()
     groups = [
         (
-            f"{tower} tower, {direction}" if len(ranked_along) > 1 else f"{tower} tower",
+            f"{tower} tower, {direction.kind}" if len(ranked_along) > 1 else f"{tower} tower",
             [score for score in scores if score.tower is tower],
         )
         for direction, scores in ranked_along.items()
@@ -172,10 +167,10 @@ def _search(trials: Trials, edit: EditHeader | None) -> Html:
 
 
 def step_charts(trials: Trials, edit: EditHeader | None) -> Html:
-    """Draw accuracies against the step for every layer and damping, with what the lines mean."""
-    lines = list(dict.fromkeys((trial.layer, trial.damping) for trial in trials.trials))
-    charts = [_steps(trials, layer, damping, edit) for layer, damping in lines]
-    key = legend(step_series(trials, *lines[0])) if lines else None
+    """Draw accuracies against the step for every layer and direction, with a legend."""
+    moves = list(dict.fromkeys(trial.move for trial in trials.trials))
+    charts = [_steps(trials, move, edit) for move in moves]
+    key = legend(step_series(trials, moves[0])) if moves else None
     return joined((key, element("div", *charts, class_="charts")))
 
 
@@ -186,10 +181,9 @@ def goal(trials: Trials) -> str:
     return f"{'FA@5' if trials.criterion is Criterion.FA5 else 'FA@1'} was 0"
 
 
-def _steps(trials: Trials, layer: str, damping: float | None, edit: EditHeader | None) -> Html:
-    """Draw the trials of one layer with one damping."""
-    chosen = edit is not None and (edit.layer, edit.damping) == (layer, damping)
-    name = known_as(layer)
+def _steps(trials: Trials, move: Move, edit: EditHeader | None) -> Html:
+    chosen = edit is not None and (edit.layer, edit.direction) == move
+    name = known_as(move[0])
     description = (
         f"Forget accuracy and kept accuracy against the step along {name}; the tables below "
         "have the figures."
@@ -197,12 +191,12 @@ def _steps(trials: Trials, layer: str, damping: float | None, edit: EditHeader |
     caption = joined(
         (
             code(name),
-            f", damping {damping:g}" if damping is not None else None,
+            f", {move[1]}",
             " (chosen)" if chosen else None,
         )
     )
     drawn = line_chart(
-        step_series(trials, layer, damping),
+        step_series(trials, move),
         "step, % of the layer's norm",
         chosen=100 * edit.share if edit is not None and chosen else None,
         description=description,
@@ -218,28 +212,27 @@ def _best(trials: Trials, edit: EditHeader | None) -> Html:
 
 def _all(trials: Trials, edit: EditHeader | None) -> Html:
     ordered = sorted(
-        trials.trials, key=lambda t: (t.tower != "vision", t.layer, -(t.damping or 0), t.step)
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.direction.order, t.step)
     )
     every = _trials(trials, ordered, edit, caption="Every trial")
     return element("details", element("summary", "Every trial"), every)
 
 
 def _is_chosen(trial: Trial, edit: EditHeader | None) -> bool:
-    move = (trial.layer, trial.damping, trial.step)
-    return edit is not None and move == (edit.layer, edit.damping, edit.step)
+    place = (edit.layer, edit.direction, edit.step) if edit is not None else None
+    return place == (trial.layer, trial.direction, trial.step)
 
 
 def _trials(
     trials: Trials, shown: Sequence[Trial], edit: EditHeader | None, *, caption: str
 ) -> Html:
     sets = sorted(trials.baseline_utility)
-    whitened = ["damping"] * any(trial.damping is not None for trial in shown)
     of_sets = [f"TA@1 {name}" for name in sets]
-    heads = ("layer", *numeric(*whitened, "step", "of its norm", "FA@1", "FA@5", *of_sets))
+    heads = ("layer", "direction", *numeric("step", "of its norm", "FA@1", "FA@5", *of_sets))
     rows: list[tuple[Child, ...]] = [
         (
             code(known_as(trial.layer)),
-            *(number(trial.damping or 0) for _ in whitened),
+            str(trial.direction),
             number(trial.step),
             share(trial.share),
             percent(trial.forget.top1),
@@ -311,7 +304,7 @@ def _edit(edit: EditHeader, records: SetRecords) -> Html:
             "Changes one layer": code(edit.layer),
             "Tower": str(edit.tower),
             "Values in it": _extent(facts, records.gradients.get("forget")) if facts else None,
-            "Step": f"{number(edit.step)} times the {_direction(edit)}",
+            "Step": f"{number(edit.step)} times the {edit.direction.words}",
             "Moves the layer by": f"{share(edit.share)} of its norm",
             "Stands on the edits": ", ".join(edit.after) or None,
             "Made for": code(str(edit.model)),
@@ -334,12 +327,6 @@ def _edit(edit: EditHeader, records: SetRecords) -> Html:
         class_="quiet",
     )
     return joined((overview, table(heads, rows, caption=caption), note))
-
-
-def _direction(edit: EditHeader) -> str:
-    if edit.damping is None:
-        return "forget gradient"
-    return f"forget gradient, whitened with a damping of {number(edit.damping)}"
 
 
 def _extent(facts: EditFacts, header: GradientHeader | None) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -12,10 +12,11 @@ from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
 from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.find_edits import FoundEdit, Presence, find_edits
 from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
-from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.method import (
     Criterion,
     EditHeader,
@@ -26,7 +27,6 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.options import (
-    DAMPING,
     MARGIN,
     PassOptions,
     RankOptions,
@@ -366,8 +366,8 @@ def commands_again(
 def _rank(ranking: Ranking) -> list[str]:
     options = RankOptions(
         alignment=ranking.alignment,
-        direction=ranking.direction,
-        damping=None if ranking.damping == DAMPING else ranking.damping,
+        direction=Direction.of([each.kind for each in ranking.directions]),
+        damping=_damping(ranking.directions),
         qkv=ranking.qkv,
     )
     return ["slsgu", "rank", ranking.name, *command_line(options)]
@@ -377,28 +377,35 @@ def _rank(ranking: Ranking) -> list[str]:
 TOLD = ("criterion", "margin", "layers", "direction", "damping", "steps", "precision", "after")
 
 
+def _damping(directions: Iterable[DirectionSpec]) -> float | None:
+    """Return the damping of directions that is not the default, if there is one."""
+    given = {each.parameters.get("damping", DAMPING) for each in directions} - {DAMPING}
+    return next(iter(given), None)
+
+
 def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     """Return a search for each damping that trials are of."""
-    steps = Counter((trial.layer, trial.damping) for trial in trials.trials)
+    steps = Counter(trial.move for trial in trials.trials)
     layers = tuple(dict.fromkeys(layer for layer, _ in steps))
     fronts = {score.layer for score in ranking.scores if score.front}
+    same = set(trials.directions) == {each.kind for each in ranking.directions}
     options = SearchOptions(
         criterion=trials.criterion,
         margin=MARGIN if trials.margin is None else trials.margin,
         layers=() if set(layers) == fronts else layers,
-        direction=None if trials.direction is ranking.direction else trials.direction,
+        direction=None if same else Direction.of(trials.directions),
         steps=max(steps.values(), default=SearchOptions().steps),
         precision=trials.precision,
         after=tuple(trials.after),
     )
     also = ("criterion", "margin") if trials.criterion is Criterion.MARGIN else ("criterion",)
     lines = []
-    dampings = dict.fromkeys(damping for _, damping in steps) or {ranking.damping: None}
-    if len(dampings) > 1:
-        # Along its gradient a layer was searched beside others.
-        dampings.pop(None, None)
+    # Directions without a damping are searched next to those with one.
+    dampings = dict.fromkeys(each.parameters.get("damping") for _, each in steps)
+    dampings = {each: None for each in dampings if each is not None} or {None: None}
+    usual = next((e.parameters["damping"] for e in ranking.directions if e.parameters), None)
     for damping in dampings:
-        searched = replace(options, damping=None if damping == ranking.damping else damping)
+        searched = replace(options, damping=None if damping == usual else damping)
         words = command_line(searched, fields=TOLD, also=also)
         lines.append(["slsgu", "search", trials.name, *words])
     return lines

@@ -52,8 +52,8 @@ from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
+    from slsgu_cli.engine.examples import BeforeAfter
     from slsgu_cli.figures.pictures import Example, Guesses, Images, Matrix
-    from slsgu_cli.method.evaluate import BeforeAfter
 
 IMAGES, COSINES = "Single images", "Cosine similarities"
 
@@ -154,8 +154,8 @@ def _image_sections(
             records.name: _absent(reason, f"slsgu report {quote(records.name)} --out report.html")
             for records in all_records
         }
-    from slsgu_cli.clip.models import pick_device
-    from slsgu_cli.method.evaluate import GuessingModels
+    from slsgu_cli.clip.devices import pick_device
+    from slsgu_cli.engine.examples import GuessingModels
 
     models = GuessingModels(store, device=pick_device(request.device))
     sections = {}

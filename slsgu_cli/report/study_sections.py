@@ -188,7 +188,7 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
-    from slsgu_cli.method.trial import LEAST_ROWS
+    from slsgu_cli.engine.utility import LEAST_ROWS
     from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 
     known = losses(original, edited)
@@ -331,25 +331,21 @@ def _trajectories(record: Trials, edit: EditHeader | None) -> Html:
     trajectory = Trajectory(record, 0)
     figures = list(trajectory.figures())
     cells: list[tuple[Child, ...]] = []
-    for line in trajectory.lines():
-        rises = trajectory.rises(line)
+    for move in trajectory.moves():
+        rises = trajectory.rises(move)
         largest_rises = (
             f"+{rises[name].points:.2f}" if rises[name].points else "0" for name in figures
         )
-        layer, damping = line
-        steps = count(len(trajectory.of(line)))
-        cells.append((code(known_as(layer)), _damping(damping), steps, *largest_rises))
-    heads = ("layer", *numeric("damping", "steps", *(f"{name}, rise" for name in figures)))
+        layer, direction = move
+        steps = count(len(trajectory.of(move)))
+        cells.append((code(known_as(layer)), str(direction), steps, *largest_rises))
+    heads = ("layer", "direction", *numeric("steps", *(f"{name}, rise" for name in figures)))
     intro = paragraph(
         "Accuracies at many steps in a row. The table has the largest rise of each figure along "
         "the way, in points: 0 where it never rises."
     )
     largest = table(heads, cells, caption="Largest rises")
     return joined((intro, step_charts(record, edit), largest))
-
-
-def _damping(damping: float | None) -> str | None:
-    return None if damping is None else number(damping)
 
 
 def joint_searches(records: SetRecords) -> list[Section]:
@@ -366,7 +362,7 @@ def _joint_search(record: JointSearch) -> Html:
         (
             concept,
             code(known_as(move.layer)),
-            _damping(move.damping),
+            str(move.direction),
             number(move.step),
             share(move.share),
             *(
@@ -378,7 +374,7 @@ def _joint_search(record: JointSearch) -> Html:
         for concept, move in zip(record.concepts, last.moves, strict=True)
     ]
     accuracies = ("FA@1, original", "FA@1, edited", "FA@5, original", "FA@5, edited")
-    heads = ("concept", "layer", *numeric("damping", "step", "of its norm", *accuracies))
+    heads = ("concept", "layer", "direction", *numeric("step", "of its norm", *accuracies))
     sets = sorted(record.baseline_utility)
     original = ("0", "none", None, *(percent(record.baseline_utility[n].top1) for n in sets))
     stages: list[tuple[Child, ...]] = [original] + [

@@ -10,8 +10,8 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli import __version__, progress
-from slsgu_cli.clip import models
-from slsgu_cli.clip.inputs import decoder
+from slsgu_cli.clip import models, tokenizers
+from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.errors import InputError, SlsguError, StaleError, UsageError, once
 from slsgu_cli.records.codec import decode, digest, encode
@@ -66,9 +66,9 @@ def _build_from_sources(
     check(request)
     resolved = models.resolve(request.model)
     require_weights(resolved)
-    spec = models.input_spec(resolved)
+    spec = tokenizers.input_spec(resolved)
     screen = screen_for(request.screening, resolved, spec)
-    context = BuildContext(store, spec, decoder(spec), models.tokenizer(resolved), screen)
+    context = BuildContext(store, spec, decoder(spec), tokenizers.tokenizer(resolved), screen)
     with warnings.catch_warnings():
         # PIL warns of every odd image; what cannot be used is counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -271,8 +271,8 @@ class Preview:
     def _context(self, model: ModelSpec) -> BuildContext:
         if model not in self._contexts:
             resolved = models.resolve(model)
-            spec = models.input_spec(resolved)
-            tokenize = models.tokenizer(resolved)
+            spec = tokenizers.input_spec(resolved)
+            tokenize = tokenizers.tokenizer(resolved)
             self._contexts[model] = BuildContext(self._store, spec, decoder(spec), tokenize)
         return self._contexts[model]
 

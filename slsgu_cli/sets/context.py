@@ -24,8 +24,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from slsgu_cli import progress
-from slsgu_cli.clip import models
-from slsgu_cli.clip.inputs import Picture, spare
+from slsgu_cli.clip import devices, loading, models, tokenizers
+from slsgu_cli.clip.decoding import Picture
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec, Origin, Screening
@@ -371,22 +372,22 @@ def _cosines(model: models.ResolvedModel, spec: InputSpec, device: str) -> Cosin
 
     @cache
     def parts() -> tuple["nn.Module", str, Any]:
-        from slsgu_cli.clip.inputs import pixel_normalizer
+        from slsgu_cli.clip.batches import pixel_normalizer
 
-        where = models.pick_device(device)
-        module = models.load(model, where, warn=progress.warn)
+        where = devices.pick_device(device)
+        module = loading.load(model, where, warn=progress.warn)
         return module, where, pixel_normalizer(spec, where)
 
     def cosines(pixels: Pixels, captions: Sequence[str]) -> npt.NDArray[np.float32]:
         import torch
 
-        from slsgu_cli.clip.inputs import to_tokens
+        from slsgu_cli.clip.batches import to_tokens
 
         module, where, normalize = parts()
         encode: Any = module
         with torch.no_grad():
             images = encode.encode_image(normalize(pixels), normalize=True)
-            tokens = to_tokens(models.tokenizer(model)(captions), where)
+            tokens = to_tokens(tokenizers.tokenizer(model)(captions), where)
             texts = encode.encode_text(tokens, normalize=True)
             values: npt.NDArray[np.float32] = (images * texts).sum(-1).float().cpu().numpy()
         return values

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 
 from slsgu_cli import progress
-from slsgu_cli.clip.inputs import decode_in_order
+from slsgu_cli.clip.decoding import decode_in_order
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.codec import encode

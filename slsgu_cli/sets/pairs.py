@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slsgu_cli import progress
-from slsgu_cli.clip.inputs import Decoded, decode_in_order
+from slsgu_cli.clip.decoding import Decoded, decode_in_order
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.options import BuildRequest

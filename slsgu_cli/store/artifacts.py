@@ -154,7 +154,7 @@ _TRIALS = Row(
     "search {}",
     digests=SEARCHED,
     needs=Artifact.POINTER,
-    options=("direction", "precision"),
+    options=("directions", "precision"),
     rows=("trials", "took"),
 )
 
@@ -244,7 +244,7 @@ TABLE: dict[Artifact, Row] = {
         "targets.TargetTrials",
         digests=TARGET,
         needs=Artifact.POINTER,
-        options=(*TARGET_OPTIONS, "gradient_of", "direction", "damping", "beside"),
+        options=(*TARGET_OPTIONS, "gradient_of", "direction", "beside"),
         rows=("before", "trials", "seconds", "reports"),
     ),
     Artifact.TARGET_COMPARISON: Row(

@@ -16,31 +16,25 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
-from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
-from slsgu_cli.errors import NotForgottenError, UsageError, listed
-from slsgu_cli.figures.curves import several_plot
-from slsgu_cli.figures.pictures import CosineMap, cosine_maps
-from slsgu_cli.method.evaluate import choose_shown
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.scoring import RAISE, BalancedSteps, kept, left_of
-from slsgu_cli.method.search import SetSearch, line_of, searched_edit
-from slsgu_cli.method.search_plan import (
+from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
+from slsgu_cli.engine.choice import residual_of, utility_of
+from slsgu_cli.engine.effect import report
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import arithmetic
+from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, moved_model
+from slsgu_cli.engine.search import SetSearch, searched_edit
+from slsgu_cli.engine.search_plan import (
     SearchPlan,
     read_plans,
     report_evaluation,
     require_alike,
     share_evaluation,
 )
-from slsgu_cli.method.trial import (
-    SPREAD,
-    UNMOVED,
-    MovedModel,
-    Probe,
-    expected_hits,
-    moved_model,
-    names_kept,
-    report,
-)
+from slsgu_cli.engine.shown_classes import choose_shown
+from slsgu_cli.engine.utility import SPREAD, expected_hits, names_kept
+from slsgu_cli.errors import NotForgottenError, UsageError, listed
+from slsgu_cli.figures.curves import several_plot
+from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
@@ -48,6 +42,7 @@ from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
+from slsgu_cli.study.balanced_steps import RAISE, BalancedSteps
 
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2
@@ -79,14 +74,14 @@ class Concept:
 
     plan: SearchPlan
     record: Trials
-    probe: Probe
+    evaluator: Evaluator
     alone: Trial
 
     def move(self, step: float) -> JointMove:
         """Return its part in a joint edit, at a step."""
         alone = self.alone
         share = alone.share * step / alone.step
-        return JointMove(self.plan.name, alone.layer, alone.tower, alone.damping, step, share)
+        return JointMove(self.plan.name, alone.layer, alone.tower, alone.direction, step, share)
 
 
 def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Concept:
@@ -98,25 +93,27 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
     """
     evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-    for probe in plan.probes(store, evaluation):
-        run.along(probe)
+    for evaluator in plan.evaluators(store, evaluation):
+        run.along(evaluator)
     worth = {}
-    for line, probe in run.probes.items():
+    for line, evaluator in run.evaluators.items():
         if (step := run.shortest(line)) is not None:
             trial = run.trials[run.key(line, plan.options.overshoot * step)]
             if trial.moved is None:
-                trial = run.with_utility(probe, replace(trial, utility=None))
+                trial = run.with_utility(evaluator, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[line] = kept(trial, plan.options.utility) - moved, -trial.share
+            worth[line] = utility_of(trial, plan.options.utility) - moved, -trial.share
     if worth:
         line = max(worth, key=lambda line: worth[line])
         alone = run.trials[line, run.shortest(line) or 0.0]
     else:
         alone = run.choose()
     run.write()
-    probe = run.probes[line_of(alone)]
+    evaluator = run.evaluators[alone.move]
     # What the search alone resumed from goes with its evaluation.
-    light = Probe(shared.of(plan.manifest), probe.score, probe.direction, probe.damping)
+    light = Evaluator(
+        shared.of(plan.manifest), evaluator.score, evaluator.along, evaluator.direction
+    )
     return Concept(plan, run.record, light, alone)
 
 
@@ -265,16 +262,16 @@ class JointSearchRun:
 
     def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
         """Put moves into the model for the length of a block."""
-        return moved_model(self.evaluation, self.probed(moves))
+        return moved_model(self.evaluation, self.evaluated(moves))
 
-    def probed(self, moves: Moves) -> list[tuple[Probe, float]]:
-        """Return the probe and the step of each move."""
-        return [(self.concepts[move.name].probe, move.step) for move in moves]
+    def evaluated(self, moves: Moves) -> list[tuple[Evaluator, float]]:
+        """Return the evaluator and the step of each move."""
+        return [(self.concepts[move.name].evaluator, move.step) for move in moves]
 
     def _left(self, trial: JointTrial) -> dict[str, float]:
         criterion, margin = self.options.criterion, self.options.margin
         return {
-            name: left_of(accuracy, trial.gaps[name], criterion, margin)
+            name: residual_of(accuracy, trial.gaps[name], criterion, margin)
             for name, accuracy in trial.forget.items()
         }
 
@@ -324,7 +321,7 @@ class JointSearchRun:
         slopes = {}
         for move in moves:
             layer = layers[move.layer]
-            along = self.concepts[move.name].probe.direction
+            along = self.concepts[move.name].evaluator.along
             gradient = layer.rows(found[layer.parameter])
             slopes[move.name] = move.step * float((gradient.double() * along.double()).sum())
         return slopes
@@ -463,8 +460,8 @@ def _reported(
     utility: Mapping[str, EvaluationSet],
 ) -> JointTrial:
     """Return what moves in place leave and keep of the rows to report on."""
-    with moved_model(reported, run.probed(moves)) as model:
-        left = {move.name: model.left(reported.forget[move.name]) for move in moves}
+    with moved_model(reported, run.evaluated(moves)) as model:
+        left = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
         kept = model.accuracies(utility)
     forget = {name: accuracy for name, (accuracy, _) in left.items()}
     return JointTrial(moves, forget, {name: gap for name, (_, gap) in left.items()}, kept)
@@ -480,7 +477,7 @@ def _write_edits(
     """Write each concept's edit, with the figures of all edits in place."""
     joint = JointRef(record.names, digest([record.gradients, record.retain_data, chosen.moves]))
     utility = reported.utility([concept.plan.manifest for concept in run.concepts.values()])
-    with moved_model(reported, run.probed(chosen.moves)) as model:
+    with moved_model(reported, run.evaluated(chosen.moves)) as model:
         effects = {
             move.name: report(
                 Evaluation(
@@ -499,7 +496,7 @@ def _write_edits(
         trial = Trial(
             layer=move.layer,
             tower=move.tower,
-            damping=move.damping,
+            direction=move.direction,
             step=move.step,
             share=move.share,
             forget=chosen.forget[move.name],
@@ -507,7 +504,7 @@ def _write_edits(
             utility=None,
         )
         effect = effects[move.name]
-        edit = searched_edit(concept.plan, concept.probe, concept.record, trial, effect, joint)
+        edit = searched_edit(concept.plan, concept.evaluator, concept.record, trial, effect, joint)
         write_edit(store, edit)
 
 
@@ -519,7 +516,7 @@ def _draw(
     maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
     for stage in record.stages if len(record.names) <= MOST_MAPS else record.stages[-1:]:
         count = len(stage.moves)
-        with moved_model(reported, run.probed(stage.moves)) as model:
+        with moved_model(reported, run.evaluated(stage.moves)) as model:
             forgotten = shown.names[:count]
             maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))
     drawn = {

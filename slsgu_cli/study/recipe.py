@@ -16,8 +16,9 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.lora import modules_of
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.devices import device_name, pick_device
 from slsgu_cli.clip.model_folder import require_weights
-from slsgu_cli.clip.models import contents, device_name, fingerprint, pick_device, resolve
+from slsgu_cli.clip.models import contents, fingerprint, resolve
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.options import BuildRequest

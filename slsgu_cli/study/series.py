@@ -1,33 +1,33 @@
 """Series of searches: what `slsgu sweep` does, and what `slsgu trajectory` does.
 
 A sweep is the whole job for each class of a list (the paper's Table 2). Every class is kept
-out of the retain set, so that all of them share one retain gradient; or classes are dealt into
+out of the retain set, so that all of them share one retain gradient; or classes are split into
 folds, and each fold has a retain set without its own classes. All are searched on one base
 pass. What a class came to is recorded as soon as it is done: a sweep that was interrupted goes
-on with the first class that is missing. Several processes make what the classes share together,
-and then each its share of the classes.
+on with the first class that is missing. Several processes compute what the classes share
+together, and then one class each at a time.
 
 A trajectory is the accuracies over a fine grid of steps, layer by layer. The steps of a layer
 share what the base pass kept. It is recorded as trials, so that steps which were measured
 before are not measured again.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING
 
 import slsgu_cli
-from slsgu_cli import progress
-from slsgu_cli.clip import processes
+from slsgu_cli import processes, progress
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import SearchResult, SetSearch, bisection, search_each
-from slsgu_cli.method.search_plan import read_plan, share_evaluation
+from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.codec import digest, encode
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import Split, check_name
 from slsgu_cli.records.studies import (
     CLASS,
@@ -55,7 +55,7 @@ from slsgu_cli.store.artifacts import (
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
-    from slsgu_cli.method.trial import Probe
+    from slsgu_cli.engine.evaluator import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,42 +103,34 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
         done[row.name] = row
         rows = tuple(done[name] for name in request.classes if name in done)
         store.write_record(path, replace(fresh, rows=rows))
-    rows = processes.from_first(lambda: tuple(done[name] for name in request.classes))
+    rows = tuple(done[name] for name in request.classes)
     return SweepResult(replace(fresh, rows=rows), reused)
 
 
 def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
-    """Do the job for each class that is left; yield what it came to, to the first process."""
-    from slsgu_cli.clip.inputs import return_memory
+    """Do the job for each pending class; yield its row on every rank, as soon as it is done."""
+    from slsgu_cli.clip.memory import return_memory
 
-    mine = processes.dealt(pending)
-    others = [name for name in pending if name not in mine]
-    if pending and processes.count() > 1:
-        # What all classes share is made by all processes, with the first class.
+    mine = processes.split(pending)
+    if pending and processes.world_size() > 1:
+        # All ranks compute what the classes share, with the first class.
         first = pending[0]
         processes.from_first(lambda: build_sets(store, request.of(first)))
         compute_gradients(store, first, model=None, options=request.gradients)
         rank(store, first, options=request.ranking)
-    leads = processes.is_first()
-    with processes.apart():
+    with processes.alone():
         for place, name in enumerate(mine, start=1):
             progress.note(f"{place}/{len(mine)} {name}")
             build_sets(store, request.of(name))
             compute_gradients(store, name, model=None, options=request.gradients)
             rank(store, name, options=request.ranking)
             return_memory()
-        for result in search_each(store, mine, options=request.search):
-            row = _row(store, result)
-            if not leads:
-                processes.post(row.name, row)
-                continue
-            yield row
-            while others and (posted := processes.posted(others[0], wait=False)):
-                yield posted
-                others.pop(0)
-    if leads:
-        for name in others:
-            yield processes.posted(name, wait=True)
+    results = search_each(store, mine, options=request.search)
+    for _ in range(-(-len(pending) // processes.world_size())):
+        with processes.alone():
+            result = next(results, None)
+            row = None if result is None else _row(store, result)
+        yield from (each for each in processes.gathered(row) if each is not None)
 
 
 def require_swept(result: SweepResult) -> None:
@@ -191,7 +183,7 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
         "batch size": request.gradients.batch_size,
         "precision": [request.gradients.precision, request.search.precision],
-        "direction": [request.ranking.direction, request.ranking.whitening_damping],
+        "directions": encode(request.ranking.specs),
         "search": [
             request.search.criterion,
             request.search.margin,
@@ -225,8 +217,7 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
         retain=pointer.retain,
         layer=chosen.layer,
         tower=chosen.tower,
-        direction=Direction.of(chosen.damping),
-        damping=chosen.damping,
+        direction=chosen.direction,
         step=chosen.step,
         share=chosen.share,
         baseline_forget=result.report.before.forget,
@@ -248,7 +239,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
     """
     import torch
 
-    from slsgu_cli.method.gradient_pass import arithmetic
+    from slsgu_cli.engine.gradient_pass import arithmetic
 
     plan = read_plan(store, name, options=options.search)
     followed = []
@@ -256,10 +247,10 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
         shared = share_evaluation(store, [plan], Split.TEST)
         evaluation = plan.measured(shared, resumed=True)
         run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
-        for probe in plan.probes(store, evaluation):
-            with progress.bar(probe.score.layer, options.points) as ticker:
-                for step in _grid(probe, run, options):
-                    followed.append(run.with_utility(probe, run.trial(probe, step)))
+        for evaluator in plan.evaluators(store, evaluation):
+            with progress.bar(evaluator.score.layer, options.points) as ticker:
+                for step in _grid(evaluator, run, options):
+                    followed.append(run.with_utility(evaluator, run.trial(evaluator, step)))
                     ticker.advance()
             run.write()
     trials = replace(run.record, trials=tuple(followed))
@@ -273,24 +264,27 @@ def trajectory_and_plots(
     from slsgu_cli.figures.curves import step_plot, trajectories_plot
 
     result = trajectory(store, name, options=options)
-    drawn = {"trajectories": trajectories_plot(result.trials, result.lines())}
-    for layer, damping in result.lines():
-        kind = f"trajectory-{layer}" + ("" if damping is None else f"-{damping:g}")
-        drawn[kind] = step_plot(result.trials, layer=layer, damping=damping)
+    moves = result.moves()
+    drawn = {"trajectories": trajectories_plot(result.trials, moves)}
+    several = Counter(layer for layer, _ in moves)
+    for layer, direction in moves:
+        along = f"-{direction.slug}" if several[layer] > 1 else ""
+        picture = step_plot(result.trials, move=(layer, direction))
+        drawn[f"trajectory-{layer}{along}"] = picture
     for kind, picture in drawn.items():
         store.write_bytes(plot_path(name, kind), picture)
     return result, [store.where(plot_path(name, kind)) for kind in drawn]
 
 
-def _grid(probe: "Probe", run: SetSearch, options: TrajectoryOptions) -> list[float]:
+def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) -> list[float]:
     """Return evenly spaced steps, the last one at the end of the trajectory."""
     until = options.until
-    end = _forgetting(probe, run) if until is None else until / 0.1 * probe.first
+    end = _forgetting(evaluator, run) if until is None else until / 0.1 * evaluator.first
     return [end * (index + 1) / options.points for index in range(options.points)]
 
 
-def _forgetting(probe: "Probe", run: SetSearch) -> float:
+def _forgetting(evaluator: "Evaluator", run: SetSearch) -> float:
     """Return the first step that forgets when doubling steps, or where to give up."""
-    trials = bisection(probe.measure, run.left, probe.first)
-    enough = (t.step for t in trials if run.left(t) == 0 or 2 * t.share > FARTHEST * 1.001)
+    trials = bisection(evaluator.measure, run.residual, evaluator.first)
+    enough = (t.step for t in trials if run.residual(t) == 0 or 2 * t.share > FARTHEST * 1.001)
     return next(enough)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slsgu_cli.clip.inputs import to_tokens
-from slsgu_cli.clip.zeroshot import accuracies, ranks_of_truth
+from slsgu_cli.clip.batches import to_tokens
+from slsgu_cli.clip.metrics import accuracies, ranks_of_truth
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock

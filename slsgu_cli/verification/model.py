@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
-from slsgu_cli.clip.inputs import (
+from slsgu_cli.clip.activations import CacheBudget
+from slsgu_cli.clip.batches import (
     IMAGES_PER_FORWARD,
-    CacheBudget,
     Pixels,
     pixel_normalizer,
     spans,
     text_features,
     to_tokens,
 )
-from slsgu_cli.clip.models import Tokenize
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
+from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.method.gradients import KeptArrays
+from slsgu_cli.engine.resumable import KeptArrays
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import SetManifest

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slsgu_cli.checkpoints.layers import is_candidate
 from slsgu_cli.clip.evaluation import by_nearness
-from slsgu_cli.clip.zeroshot import class_accuracies
+from slsgu_cli.clip.metrics import class_accuracies
+from slsgu_cli.engine.utility import LEAST_ROWS
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method.trial import LEAST_ROWS
+from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.figures import ClassLoss, harmed
 from slsgu_cli.records.verification import (
     KIND,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from slsgu_cli.method.trial import LEAST_ROWS
+from slsgu_cli.engine.utility import LEAST_ROWS
 from slsgu_cli.records.figures import Accuracy, Difference, Share, difference
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.verification import (

@@ -13,21 +13,17 @@ import torch
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import SUFFIX, Edit, earlier_edits, load_edit
-from slsgu_cli.clip.models import (
-    ResolvedModel,
-    fingerprint,
-    load,
-    pick_device,
-    resolve,
-    token_words,
-    tokenizer,
-)
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
+from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.clip.zeroshot import counted_by
+from slsgu_cli.engine.gradients import check_inputs
+from slsgu_cli.engine.moved_model import add_edits
+from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.set_edits import current_edit
 from slsgu_cli.figures.curves import relearning_plot
-from slsgu_cli.method.edit import current_edit
-from slsgu_cli.method.gradients import KeptArrays, check_inputs
-from slsgu_cli.method.trial import add_edits
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import (
@@ -261,7 +257,7 @@ class _VerifyRun:
 
     def _keeper(self, key: str, device: str, what: str) -> KeptArrays:
         """Return where the state of a training is kept that the check of that key does."""
-        return KeptArrays(self.store, digest([key, what]), device, sharded=False)
+        return KeptArrays(self.store, digest([key, what]), device)
 
     def _original_gallery(self, model: ModelUnderTest) -> Gallery:
         """Return the original's image features: of `model` if it is that, else loaded once."""

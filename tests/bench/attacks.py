@@ -34,10 +34,10 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.cli.recipe import DATA, demo_request
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
-from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction
+from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method

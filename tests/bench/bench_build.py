@@ -27,8 +27,9 @@ import numpy as np
 from PIL import Image
 from synthetic import random_model
 
-from slsgu_cli.clip.inputs import decode_in_order, decoder
-from slsgu_cli.clip.models import input_spec, resolve
+from slsgu_cli.clip.decoding import decode_in_order, decoder
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import input_spec
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.store import Store

@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from synthetic import pairs_block, random_images, random_model, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsgu_cli.clip import blocks, towers
-from slsgu_cli.clip.inputs import pixel_normalizer, to_tokens
-from slsgu_cli.clip.models import input_spec, load, resolve
-from slsgu_cli.method.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.clip import onednn, towers
+from slsgu_cli.clip.batches import pixel_normalizer, to_tokens
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import input_spec
+from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.blocks import DataBlock
@@ -96,7 +98,7 @@ def best_plain(
 
 def flop_a_pair(work: Callable[[], object], pairs: int) -> float:
     """Return the floating-point operations of matrix products that `work` does a pair."""
-    known = {torch.ops.mkldnn._linear_pointwise: of_linear} if blocks.HAS_ONEDNN else {}
+    known = {torch.ops.mkldnn._linear_pointwise: of_linear} if onednn.HAS_ONEDNN else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         work()
     return counter.get_total_flops() / pairs
@@ -132,7 +134,7 @@ def peak_rates(device: str, precision: Precision) -> tuple[float, float]:
     kind = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     rates = []
-    for multiply in (F.linear, blocks.linear):
+    for multiply in (F.linear, onednn.linear):
         with torch.no_grad(), arithmetic(precision):
             for _ in range(3):
                 multiply(a, b)

@@ -7,7 +7,7 @@ Figures that are made up are others in every search. Of each set in a store that
 the steps that may win are measured on all rows once, with and without the text layers; then
 the search is made many times, each with rows in another order.
 
-A row tells how often the choice was another than the exact one, and how much less it kept at
+A row tells how often the choice was another than the exact one, and how much less it utility_of at
 most; in how many searches a step was left that keeps more than the tolerance above the best
 that was not (at most a hundredth, as the risk goes); and the images that were looked at, as a
 share of all steps on all images, by racing and by proving.
@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from slsgu_cli.clip.zeroshot import margins
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.search_plan import read_plan, share_evaluation
-from slsgu_cli.method.trial import TOLERANCE, Probe
-from slsgu_cli.records.method import Settled, Tower, Trials, UtilityMetric
+from slsgu_cli.clip.metrics import margins
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
+from slsgu_cli.engine.utility import TOLERANCE
+from slsgu_cli.records.method import Measurement, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import NO_BOUND, SearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -46,31 +47,34 @@ def measured(store: Store, name: str) -> GivenFigures:
         evaluation = plan.measured(share_evaluation(store, [plan]), resumed=True)
         trials = store.read_record(Artifact.TRIALS.path(name), Trials).trials
         search = LayerSearch(trials, evaluation, OPTIONS)
-        for probe in plan.probes(store, evaluation):
-            search.along(probe)
-        probes = search.probes
+        for evaluator in plan.evaluators(store, evaluation):
+            search.along(evaluator)
+        evaluators = search.evaluators
         keys = sorted(
             search.lengthened,
-            key=lambda key: (probes[key[0]].score.tower is Tower.VISION, -probes[key[0]].stage),
+            key=lambda key: (
+                evaluators[key[0]].score.tower is Tower.VISION,
+                -evaluators[key[0]].stage,
+            ),
         )
         original = {
             name: margins(group.images.features @ group.prompts.embeddings.T, group.images.labels)
             for name, group in evaluation.utility.items()
         }
-        after = [left(probes[line], step) for line, step in keys]
-    return GivenFigures(original, after, [probes[line].score.tower for line, _ in keys])
+        after = [left(evaluators[line], step) for line, step in keys]
+    return GivenFigures(original, after, [evaluators[line].score.tower for line, _ in keys])
 
 
-def left(probe: Probe, step: float) -> Mapping[str, torch.Tensor]:
+def left(evaluator: Evaluator, step: float) -> Mapping[str, torch.Tensor]:
     """Return the margins of all images after a step."""
     found = {}
-    with probe.stepped(step):
-        for name, group in probe.evaluation.utility.items():
+    with evaluator.stepped(step):
+        for name, group in evaluator.evaluation.utility.items():
             features, classes = group.images.features, group.prompts.embeddings
-            if probe.score.tower is Tower.VISION:
-                features = group.images.after_edit(probe.stage)
+            if evaluator.score.tower is Tower.VISION:
+                features = group.images.after_edit(evaluator.stage)
             else:
-                classes = group.prompts.after_edit(probe.stage)
+                classes = group.prompts.after_edit(evaluator.stage)
             found[name] = margins(features @ classes.T, group.images.labels)
     return found
 
@@ -90,7 +94,7 @@ class Exact:
 
     def __post_init__(self) -> None:
         choice, _ = self.figures.searched(utility=self.utility, exact=True, max_class_loss=NO_BOUND)
-        self.kept, self.looked = kept(choice, self.utility), self.figures.looked
+        self.kept, self.looked = utility_of(choice, self.utility), self.figures.looked
         self.keeps = self.figures.keeps(self.utility)
 
     @property
@@ -107,10 +111,13 @@ def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, 
     for seed in range(seeds):
         exact = exact_of(figures_of(seed))
         choice, search = exact.figures.searched(utility=utility, seed=seed, max_class_loss=NO_BOUND)
-        best = kept(choice, utility)
-        ways = [search.trials[probe.line, 1.0].settled for probe in exact.figures.probes()]
+        best = utility_of(choice, utility)
+        ways = [
+            search.trials[evaluator.move, 1.0].measurement
+            for evaluator in exact.figures.evaluators()
+        ]
         wrong += any(
-            way is Settled.RACE and each > best + TOLERANCE
+            way is Measurement.EARLY_STOPPED and each > best + TOLERANCE
             for way, each in zip(ways, exact.keeps, strict=True)
         )
         losses.append(exact.kept - best)

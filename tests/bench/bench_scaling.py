@@ -13,9 +13,8 @@ but for the table of models, made for the embedded CLIP.
 - layers: `search` against the layers searched, the front first
 - models: `grad` against the size of the model
 - processes: `grad`, the covariances of `rank`, `search` and `sweep` in 1, 2 and 4 processes of
-  one thread, with what each sends to others; then what that comes to on 8 and 64 cards.
-  Efficiency is of the core-seconds of the busiest process, without start-up: on a machine
-  with a core for each it is that of the clock, and on a busy one it is still known
+  one thread. Efficiency is computed from the core-seconds of the busiest process, without
+  start-up, so that it does not depend on what else the machine does
 """
 
 import argparse
@@ -34,10 +33,11 @@ from apart import peak_memory
 from synthetic import random_model, synthetic_set
 
 import slsgu_cli
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, GradientHeader
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import read_manifest, read_pointer
@@ -178,10 +178,10 @@ def swept(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
-    """Return what a command takes in some processes of one thread, and what they sent.
+    """Return the time that a command takes in some processes of one thread.
 
-    `seconds` are on the clock. `core_seconds` are of all processes and their launcher, and
-    `busiest` of the one that worked longest: other work on the machine does not count.
+    `seconds` is wall time; `core` is the CPU time of all processes and their launcher, and
+    `busiest` that of the process that worked longest.
     """
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(launcher if processes > 1 else []), "slsgu_cli"]
@@ -197,11 +197,9 @@ def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
     if done.returncode not in (0, 5) and "no step forgets" not in done.stderr:
         raise SystemExit(done.stderr)
     core_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    told = re.search(
-        r"sent at most ([0-9.]+) MB to others, and was at most ([0-9.]+) s", done.stderr
-    )
-    sent, busiest = (float(told[1]), float(told[2])) if told else (0.0, core_seconds)
-    return {"seconds": seconds, "core": core_seconds, "busiest": busiest, "sent": sent}
+    match = re.search(r"the busiest of \d+ processes worked for ([0-9.]+) s", done.stderr)
+    busiest = float(match[1]) if match else core_seconds
+    return {"seconds": seconds, "core": core_seconds, "busiest": busiest}
 
 
 def core_seconds_of(command: list[str]) -> float:
@@ -248,7 +246,6 @@ def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
                     "efficiency": round(
                         (alone["busiest"] - start_up) / (took["busiest"] - start_up) / count, 2
                     ),
-                    "MB sent by each": took["sent"],
                 }
             )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -256,28 +253,7 @@ def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
                 shutil.rmtree(copy)
         shutil.rmtree(store.root)
         copy.rename(store.root)
-    tell_of_cards(args)
     return rows
-
-
-def tell_of_cards(args: argparse.Namespace) -> None:
-    """Print what `grad` can be expected to reach on cards, with the arithmetic."""
-    size = 4e6 * args.parameters
-    for cards in (8, 64):
-        share = -(-args.rows // cards)
-        turn = min(args.turn, share)
-        rounds = -(-args.rows // (turn * cards))
-        computing = rounds * turn / args.rate
-        sent = (rounds + 1) * size * (1 - 1 / cards)
-        sending = sent / (args.bandwidth * 1e9)
-        ideal = args.rows / cards / args.rate
-        print(
-            f"{cards} cards, {args.rows} pairs in {rounds} rounds of {turn} pairs a card: "
-            f"{rounds} * {turn} / {args.rate:g} = {computing:.2f} s of computing; "
-            f"({rounds} + 1) * {size / 1e6:.0f} MB * (1 - 1 / {cards}) = {sent / 1e6:.0f} MB sent "
-            f"by each at {args.bandwidth:g} GB/s = {sending:.3f} s; ideal {ideal:.2f} s; "
-            f"efficiency {ideal / (computing + sending):.2f}"
-        )
 
 
 TABLES = {
@@ -298,12 +274,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rows-shared", type=int, default=960, help="rows in that table")
-    cards = parser.add_argument_group("what is assumed of cards")
-    cards.add_argument("--parameters", type=float, default=151.3, help="millions; ViT-B-32")
-    cards.add_argument("--rows", type=int, default=65536, help="pairs of the retain set")
-    cards.add_argument("--rate", type=float, default=3000.0, help="pairs a second of one card")
-    cards.add_argument("--turn", type=int, default=1024, help="pairs that a card runs at once")
-    cards.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of each card")
     parser.add_argument("--measure", nargs=2, metavar=("STORE", "NAME"), help=argparse.SUPPRESS)
     parser.add_argument("--layers", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -31,12 +31,15 @@ import torch
 from synthetic import random_model, synthetic_set
 
 from slsgu_cli.cli.recipe import DATA, demo_request
-from slsgu_cli.clip.inputs import pixel_normalizer, spans, to_tokens
-from slsgu_cli.clip.models import load, resolve, tokenizer
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Criterion, Direction, Precision, Tower, UtilityMetric
+from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Criterion, Precision, Tower, UtilityMetric
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,
     NO_BOUND,
@@ -180,13 +183,15 @@ def main() -> None:
             )
             ours.append(clock(args.device) - start)
         layers = len({score.layer for score in ranking.scores if score.front})
-        lines = len({(trial.layer, trial.damping) for trial in result.trials.trials})
+        lines = len({trial.move for trial in result.trials.trials})
         figures = {
             "set": args.model or args.concept,
             "front layers": layers,
             "layers and directions": lines,
             "trials": len(result.trials.trials),
-            "settled": Counter(str(t.settled) for t in result.trials.trials if t.settled),
+            "measurement": Counter(
+                str(t.measurement) for t in result.trials.trials if t.measurement
+            ),
             "chosen": f"{result.chosen.layer} {result.chosen.step:.5g}",
             "plain evaluation, s": round(min(plain), 2),
             "whole search, s": round(min(ours), 2),

@@ -24,10 +24,10 @@ from synthetic import random_tokens
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsgu_cli.checkpoints.layers import is_candidate
-from slsgu_cli.clip.inputs import TEXTS_PER_FORWARD, by_length
+from slsgu_cli.clip.batches import TEXTS_PER_FORWARD, by_length
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method.gradient_pass import BEST_PAIRS
+from slsgu_cli.engine.gradient_pass import BEST_PAIRS
+from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.options import PassOptions
 
 MODELS = ["ViT-B-32", "ViT-L-14", "ViT-SO400M-14-SigLIP", "EVA01-g-14"]

@@ -34,14 +34,18 @@ from unseen import draw, enough_images
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.moved_model import UNMOVED
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.errors import NotForgottenError, SlsguError
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search, search_each
-from slsgu_cli.method.trial import UNMOVED
-from slsgu_cli.records.method import Accuracy, Criterion, Direction
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Criterion
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.sets.build import build_sets
@@ -187,7 +191,7 @@ class Bench:
     def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
         """Return what a model recognises of some concepts, and of all that none is to forget."""
         evaluation = self._opened(spec)
-        forget = {name: UNMOVED.left(evaluation.forget[name])[0] for name in names}
+        forget = {name: UNMOVED.forget_figures(evaluation.forget[name])[0] for name in names}
         manifests = [read_manifest(self.store, name) for name in self.names]
         return Figures(forget, UNMOVED.accuracies(evaluation.utility(manifests)))
 

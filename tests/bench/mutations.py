@@ -36,17 +36,17 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hyp
 # Areas, what stands in a line of the package and nowhere else, and what is put in its place.
 MUTATIONS = r"""
 # losses
-- return _per_batch(1 - (images * texts).sum(dim=-1), batch_size)
-+ return _per_batch(1 + (images * texts).sum(dim=-1), batch_size)
-- return -F.logsigmoid(truth * logits).sum(dim=(1, 2)) / v.shape[1]
-+ return -F.logsigmoid(truth * logits).sum(dim=(1, 2))
-- means.append(values[full:].mean().unsqueeze(0))
-+ means.append(values[full:].sum().unsqueeze(0))
+- return (1 - (images * texts).sum(dim=-1)).mean(dim=-1)
++ return (1 + (images * texts).sum(dim=-1)).mean(dim=-1)
+- return -F.logsigmoid(truth * logits).sum(dim=(-2, -1)) / images.shape[-2]
++ return -F.logsigmoid(truth * logits).sum(dim=(-2, -1))
+- losses.append(loss(images[full:], texts[full:])[None])
++ losses.append(loss(images[full:], images[full:])[None])
 # scoring
-- np.sqrt(_dot(a, a)) * np.sqrt(_dot(b, b))
-+ np.sqrt(_dot(a, a)) * np.sqrt(_dot(a, a))
-- return abs(cosine) if kind is Alignment.ABS else cosine
-+ return cosine if kind is Alignment.ABS else cosine
+- sqrt(_dot(a, a)) * sqrt(_dot(b, b))
++ sqrt(_dot(a, a)) * sqrt(_dot(a, a))
+- return cosine if signed else abs(cosine)
++ return cosine
 - points[index][1] <= least_above
 + points[index][1] < least_above
 - np.multiply(a[i : i + chunk], b[i : i + chunk], dtype=np.float64).sum()

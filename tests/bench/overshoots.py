@@ -30,11 +30,13 @@ import unseen
 from torch import Tensor
 
 from slsgu_cli.clip.evaluation import Evaluation
-from slsgu_cli.clip.zeroshot import gaps
-from slsgu_cli.method.gradient_pass import arithmetic
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.search_plan import read_plan, share_evaluation
-from slsgu_cli.method.trial import Probe, UtilityMeter, moved_model
+from slsgu_cli.clip.metrics import gaps
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import arithmetic
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.moved_model import moved_model
+from slsgu_cli.engine.search_plan import read_plan, share_evaluation
+from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Split
@@ -67,15 +69,15 @@ class Length:
         return float(self.gaps.mean()) >= size * float(self.gaps.std())
 
 
-def concept_gaps(evaluation: Evaluation, probe: Probe, step: float) -> Tensor:
+def concept_gaps(evaluation: Evaluation, evaluator: Evaluator, step: float) -> Tensor:
     """Return by how much the name is below the fifth best other, for each concept image."""
-    with moved_model(evaluation, [(probe, step)]) as model:
+    with moved_model(evaluation, [(evaluator, step)]) as model:
         return gaps(*model.cosines(evaluation.forget))
 
 
-def expected(meter: UtilityMeter, probe: Probe, step: float) -> float:
+def expected(meter: UtilityMeter, evaluator: Evaluator, step: float) -> float:
     """Return the TA@1 expected after a step, in percent, a mean over the sets."""
-    return meter.measure(probe, step).expected
+    return meter.measure(evaluator, step).expected
 
 
 def lines(store: Store, name: str) -> Iterator[list[Length]]:
@@ -87,15 +89,15 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
         reported = shared.of(plan.manifest)
         meters = UtilityMeter(choosing), UtilityMeter(reported)
         search = LayerSearch((), choosing, plan.options)
-        for probe in plan.probes(store, choosing):
-            if probe.score.tower is Tower.VISION:
+        for evaluator in plan.evaluators(store, choosing):
+            if evaluator.score.tower is Tower.VISION:
                 continue
-            search.bisect(probe, plan.options.steps)
-            shortest = search.shortest(probe.line)
+            search.bisect(evaluator, plan.options.steps)
+            shortest = search.shortest(evaluator.move)
             if shortest is None:
                 continue
-            own = Probe(reported, probe.score, probe.direction, probe.damping)
-            measured = list(zip(meters, (probe, own), strict=True))
+            own = Evaluator(reported, evaluator.score, evaluator.along, evaluator.direction)
+            measured = list(zip(meters, (evaluator, own), strict=True))
             base = [expected(meter, each, 0.0) for meter, each in measured]
             found = []
             for length in LENGTHS:
@@ -105,7 +107,7 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
                     before - expected(meter, each, step)
                     for before, (meter, each) in zip(base, measured, strict=True)
                 ]
-                found.append(Length(length, concept_gaps(choosing, probe, step), left, *lost))
+                found.append(Length(length, concept_gaps(choosing, evaluator, step), left, *lost))
             yield found
 
 

@@ -22,11 +22,11 @@ from slsgu_cli.cli.app import app  # noqa: E402
 # Stages, and the function that each is, where the demo imports it from.
 STAGES = {
     "build-sets": "slsgu_cli.sets.build.build_sets",
-    "grad": "slsgu_cli.method.gradients.compute_gradients",
-    "rank, with the covariances of the direction": "slsgu_cli.method.edit.rank_and_plot",
-    "search": "slsgu_cli.method.edit.search_and_plot",
-    "apply": "slsgu_cli.method.edit.apply",
-    "picture of before and after": "slsgu_cli.method.evaluate.draw_examples",
+    "grad": "slsgu_cli.engine.gradients.compute_gradients",
+    "rank, with the covariances of the direction": "slsgu_cli.engine.plots.rank_and_plot",
+    "search": "slsgu_cli.engine.plots.search_and_plot",
+    "apply": "slsgu_cli.engine.apply.apply",
+    "picture of before and after": "slsgu_cli.engine.examples.draw_examples",
 }
 
 

@@ -30,15 +30,17 @@ from tower_models import SIDE, WIDTH, shrinking
 from worlds import Listener, World
 
 from slsgu_cli.checkpoints.layers import layers_of
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.towers import WholeTower, text_tower, vision_tower
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError, first_lines
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import Direction, GradientHeader, Qkv
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import GradientHeader, Qkv
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 import slsgu_cli
-from slsgu_cli.clip.inputs import pixel_normalizer, text_features, to_tokens
-from slsgu_cli.clip.models import input_spec, load, resolve, tokenizer
+from slsgu_cli.clip.batches import pixel_normalizer, text_features, to_tokens
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.metrics import class_means
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import input_spec, tokenizer
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import class_means
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import block_writer

@@ -31,11 +31,12 @@ import pyarrow.parquet as pq
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, EditHeader, Tower, UtilityMetric
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
 from slsgu_cli.sets.build import build_sets

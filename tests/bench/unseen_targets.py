@@ -19,10 +19,10 @@ from unseen import enough_images
 
 from slsgu_cli.cli.recipe import demo_request
 from slsgu_cli.downstream.search import TargetSearchResult, search_target
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import meets
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.targets import TargetSearchOptions

@@ -494,7 +494,8 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
         from pathlib import Path
         import slsgu_cli.checkpoints.tensor_file as weights
         from slsgu_cli.checkpoints.apply import apply_edits
-        from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+        from slsgu_cli.records.options import ApplyOptions
+        from slsgu_cli.checkpoints.edits import load_edit
         from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
         def stall(path, pieces):
@@ -528,7 +529,8 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
         import sys
         from pathlib import Path
         from slsgu_cli.checkpoints.apply import apply_edits
-        from slsgu_cli.checkpoints.edits import ApplyOptions, load_edit
+        from slsgu_cli.records.options import ApplyOptions
+        from slsgu_cli.checkpoints.edits import load_edit
         from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
         target = read_target(Path({str(path)!r}))

@@ -19,8 +19,8 @@ from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.edit import Presence, find_edits
 from slsgu_cli.records.options import ApplyOptions, StrengthOptions
 from slsgu_cli.store.store import Store
 

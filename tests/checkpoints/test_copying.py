@@ -91,7 +91,7 @@ def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
         from pathlib import Path
         from slsgu_cli.errors import InputError
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
-        from slsgu_cli.checkpoints.edits import ApplyOptions
+        from slsgu_cli.records.options import ApplyOptions
         source, out = Path({str(source)!r}), Path({str(out)!r})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

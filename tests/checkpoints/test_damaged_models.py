@@ -10,8 +10,8 @@ import pytest
 from damaged_models import LAYER, Models
 
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.records.method import Direction
+from slsgu_cli.engine.set_edits import direct_edit
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import RankOptions
 
 

@@ -16,8 +16,8 @@ from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import load_edit, load_edits, write_edit
 from slsgu_cli.checkpoints.lora import Decomposed, modules_of
 from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.engine.export import export, smallest
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.export import export, smallest
 from slsgu_cli.records.method import LoraLayout, Tower
 from slsgu_cli.records.options import ApplyOptions, ExportRequest
 from slsgu_cli.store.store import Store

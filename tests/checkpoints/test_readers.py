@@ -14,12 +14,13 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import by_origin, write_edit
-from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
+from slsgu_cli.checkpoints.layers import Layer, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
 from slsgu_cli.cli.tables import applied
 from slsgu_cli.downstream.models import LiveEncoder
+from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.edit import Presence, find_edits
+from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import ApplyOptions, StrengthOptions
 from slsgu_cli.store.store import Store

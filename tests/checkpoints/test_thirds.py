@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from plain import Plain
+from reference import Reference
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -15,13 +15,15 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
-from slsgu_cli.clip.models import load, resolve
-from slsgu_cli.clip.zeroshot import moved
+from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
+from slsgu_cli.engine.set_edits import direct_edit, ensure_edit
 from slsgu_cli.errors import StaleError, UsageError
-from slsgu_cli.method.edit import direct_edit, ensure_edit
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction, Qkv
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Qkv
 from slsgu_cli.records.options import ApplyOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
@@ -104,24 +106,25 @@ def test_a_search_of_thirds_is_the_plain_search(world, layers):
         world.name,
         options=SearchOptions(layers=layers, steps=8, full=True, qkv=Qkv.SPLIT),
     )
-    plain = Plain(world)
+    reference = Reference(world)
     trials = {(t.layer, t.step): t for t in result.trials.trials}
     assert len({trial.forget.top1 for trial in trials.values()}) > 1
     assert {layer for layer, _ in trials} == set(layers)
     for (layer, step), trial in trials.items():
-        parameter = plain.model.get_parameter(layer[:-2])
+        parameter = reference.model.get_parameter(layer[:-2])
         original = parameter.data.clone()
         place = "qkv".index(layer[-1])
-        change = torch.from_numpy(plain.gradient[layer[:-2]]).chunk(3)[place]
+        change = torch.from_numpy(reference.gradient[layer[:-2]]).chunk(3)[place]
         parameter.data.chunk(3)[place].add_(change, alpha=step)
-        figures = plain.figures()
+        figures = reference.figures()
         parameter.data.copy_(original)
         assert figures.forget == pytest.approx((trial.forget.top1, trial.forget.top5))
         for name, found in trial.utility.items():
             assert figures.utility[name] == pytest.approx((found.top1, found.top5))
     edit = load_edit(world.store, world.name)
     assert edit.header.layer == result.chosen.layer
-    gradient = rows(plain.gradient[Layer.parse(edit.header.layer).parameter], edit.header.layer[-1])
+    whole = reference.gradient[Layer.parse(edit.header.layer).parameter]
+    gradient = rows(whole, edit.header.layer[-1])
     np.testing.assert_allclose(edit.delta(), result.chosen.step * gradient, rtol=1e-6)
 
 

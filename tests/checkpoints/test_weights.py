@@ -267,7 +267,7 @@ def test_weights_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         from pathlib import Path
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
-        from slsgu_cli.checkpoints.edits import ApplyOptions
+        from slsgu_cli.records.options import ApplyOptions
         from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
@@ -301,7 +301,7 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         from pathlib import Path
         import numpy as np
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
-        from slsgu_cli.checkpoints.edits import ApplyOptions
+        from slsgu_cli.records.options import ApplyOptions
         from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}

@@ -8,7 +8,8 @@ from places import DEMO
 from tiny_images import write_folder
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip.models import resolve, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
 from slsgu_cli.sets.collection import collect
@@ -83,7 +84,7 @@ def test_a_tokenizer_that_cannot_be_had_is_told_apart_from_weights(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match="cannot load the tokenizer of local-dir:") as caught:
         tokenizer(resolve(ModelSpec(f"local-dir:{tmp_path}/clip")))
-    assert "put the files of owner/tokens beside the weights" in caught.value.hint
+    assert "put the files of owner/tokens next to the weights" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["urls.csv", "urls.jsonl"])

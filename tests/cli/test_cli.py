@@ -353,7 +353,11 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["search", "blue", "--layer", "nosuch"], 2, "fits 0 ranked layers: none"),
         (["apply", "blue", "--layer", "attn", "--step", "1", "--out", "x"], 2, "fits 12 layers"),
         (["apply", "blue", "--layer", "conv1", "--out", "x"], 2, "--layer goes with"),
-        (["apply", "blue", "--damping", "0.5", "--out", "x"], 4, "with damping 0.01, not 0.5"),
+        (
+            ["apply", "blue", "--damping", "0.5", "--out", "x"],
+            4,
+            "moves along whitened (damping 0.01), not with damping 0.5",
+        ),
         (
             ["rank", "blue", "--direction", "gradient", "--damping", "1"],
             2,
@@ -362,13 +366,6 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
         (["grad", "blue", "--device", "gpu"], 2, "'gpu' is none of auto, cpu"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),
-        (["grad", "blue", "--shard"], 2, "to several processes, and one was started"),
-        (["grad", "blue", "--shard", "--squares"], 2, "not computed with --shard"),
-        (["rank", "blue", "--shard"], 2, "to several processes, and one was started"),
-        (["rank", "blue", "--shard", "--direction", "gradient"], 2, "takes no model"),
-        (["search", "blue", "--shard"], 2, "to several processes, and one was started"),
-        (["search", "blue", "--shard", "--joint"], 2, "--joint takes the whole model"),
-        (["trajectory", "blue", "--shard"], 2, "no option --shard; grad, rank and search have it"),
         (["grad", "blue", "--batch-size", "1"], 2, "--batch-size 1 is out of range"),
         (["grad", "blue", "-m", "local-dir:nosuch"], 3, "model folder: there is no such folder"),
         (["grad", "blue", "--model", "ViT-B-33"], 3, "open_clip has no model ViT-B-33; near: "),
@@ -608,11 +605,12 @@ def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
     ((head, *_),) = rows(done.stdout)
     assert head[:5] == ["layer", "tower", "front", "importance", "alignment"]
     ranking = Store(str(store)).read_record("rankings/blue.json", Ranking)
-    assert (ranking.direction, ranking.damping) == ("whitened", 0.1)
+    assert [str(each) for each in ranking.directions] == ["whitened (damping 0.1)"]
     done = inside("search", "blue", "--steps", "3", "--layer", "visual.proj", "-q", store=store)
     head, *trials = rows(done.stdout)[0][:-1]
     (chosen,) = [row for row in trials if row[head.index("chosen")]]
-    assert (chosen[0], chosen[head.index("damping")]) == ("visual.proj", "0.1")
+    assert chosen[0] == "visual.proj"
+    assert chosen[head.index("direction")] == "whitened (damping 0.1)"
     listed = inside("ls", store=store).stdout
     assert "\ncovariance\t" in listed
     assert "direction whitened" in listed

@@ -24,7 +24,7 @@ from slsgu_cli.cli.downstream import (
     show_target_search,
 )
 from slsgu_cli.downstream.search import TargetSearchResult
-from slsgu_cli.method.search import search
+from slsgu_cli.engine.search import search
 from slsgu_cli.records.codec import by_name, document
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import PipelineComparison

@@ -63,7 +63,7 @@ def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, m
     def refuse(*_, **__):
         raise ConnectError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    monkeypatch.setattr("slsgu_cli.engine.plots.rank", refuse)
     told = refused("rank", world.name, "--store", world.store.root)
     assert "a server cannot be reached, or refuses: [Errno -2] Name or service" in told
 
@@ -81,7 +81,7 @@ def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/pairs")
 
-    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    monkeypatch.setattr("slsgu_cli.engine.plots.rank", refuse)
     told = refused("rank", world.name, "--store", world.store.root)
     assert "cannot use /secret/pairs: Permission denied" in told
     assert "allowed" in told
@@ -135,6 +135,6 @@ def test_figures_that_cannot_be_solved_for_are_damage(world, monkeypatch, librar
     def refuse(*_, **__):
         raise kinds[library]("the leading minor of order 3 is not positive-definite")
 
-    monkeypatch.setattr("slsgu_cli.method.edit.rank", refuse)
+    monkeypatch.setattr("slsgu_cli.engine.plots.rank", refuse)
     told = refused("rank", world.name, "--store", world.store.root)
     assert "slsgu check" in told

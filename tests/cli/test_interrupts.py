@@ -12,8 +12,8 @@ import pytest
 from processes import inside, start_held
 from safetensors.numpy import load_file
 
-from slsgu_cli.method.gradient_pass import GradientPass
-from slsgu_cli.method.trial import Probe
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import GradientPass
 
 END = "interrupted; what was complete is kept\n"
 # Rows of the forget set are added first, then those of the retain set.
@@ -100,7 +100,7 @@ def test_interrupted_build(build, tmp_path):
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_ended_by_a_scheduler(store, sign, code):
     before = sorted(store.rglob("*"))
-    within = "slsgu_cli.method.gradient_pass:GradientPass._group"
+    within = "slsgu_cli.engine.gradient_pass:GradientPass._group"
     process = start_held("grad", "blue", "--store", store, at=within)
     process.send_signal(sign)
     out, told = process.communicate(timeout=120)
@@ -111,7 +111,7 @@ def test_ended_by_a_scheduler(store, sign, code):
 
 def test_a_signal_that_is_ignored_stays_ignored(store):
     # As `nohup` starts a command.
-    within = "slsgu_cli.method.gradient_pass:GradientPass._group"
+    within = "slsgu_cli.engine.gradient_pass:GradientPass._group"
     process = start_held("grad", "blue", "--store", store, at=within, ignore=signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
     out, told = process.communicate(timeout=120)
@@ -140,7 +140,7 @@ def test_interrupted_search_goes_on_where_it_was(store, interrupt):
     trials = store / "trials" / "blue.json"
     words = ["search", "blue", "--layer", "visual.proj", "--layer", "text_projection"]
     words += ["--layer", "visual.conv1.weight", "--steps", 4]
-    interrupt(Probe, "measure", 8)
+    interrupt(Evaluator, "measure", 8)
     first = inside(*words, store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
     assert not unfinished(store)
@@ -162,7 +162,7 @@ def kill(process):
 
 
 def test_killed_gradient_pass(store):
-    within = "slsgu_cli.method.gradient_pass:GradientPass._group"
+    within = "slsgu_cli.engine.gradient_pass:GradientPass._group"
     whole = inside("grad", "blue", store=store)
     assert whole.exit_code == 0
     before = {path: path.read_bytes() for path in (store / "gradients").glob("*.safetensors")}
@@ -201,7 +201,7 @@ def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
 def test_two_gradient_passes_side_by_side(store):
     """Both begin before either has written anything."""
     words = ["grad", "blue", "--store", store, "--no-wait"]
-    both = [start_held(*words, at="slsgu_cli.method.gradients:_Job.compute") for _ in range(2)]
+    both = [start_held(*words, at="slsgu_cli.engine.gradients:_Job.compute") for _ in range(2)]
     for process in both:
         process.stdin.close()
     for process in both:

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from slsgu_cli.cli import app
 from slsgu_cli.cli.app import COMMANDS
 from slsgu_cli.cli.usage import Command, known
+from slsgu_cli.engine.ranking import rank
 from slsgu_cli.errors import UsageError, near
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Alignment, Criterion, Direction, Precision, Qkv, Tower
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import Alignment, Criterion, Precision, Qkv, Tower
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import CompareOptions, Method, TrajectoryOptions

@@ -13,9 +13,10 @@ import pytest
 from processes import inside
 
 from slsgu_cli.compare.methods import BaselineRunner
-from slsgu_cli.method import gradients
-from slsgu_cli.method.search import search
-from slsgu_cli.method.trial import Probe, UtilityMeter
+from slsgu_cli.engine import resumable
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.search import search
+from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import series
@@ -117,7 +118,7 @@ def resumed(shared_world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("calls", [1, 6])
 def test_search_loses_no_trial(calls, resumed):
-    went_on, every = resumed(SEARCH, Probe, "measure", calls)
+    went_on, every = resumed(SEARCH, Evaluator, "measure", calls)
     assert went_on == every - calls
 
 
@@ -169,8 +170,8 @@ def test_verify_loses_no_part_of_a_long_check(check, calls, resumed):
     ("check", "calls"), [("finetune", 2), ("relearn", 1), ("relearn", 4), ("inversion", 3)]
 )
 def test_verify_loses_no_step_of_a_training(check, calls, resumed, monkeypatch):
-    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SHARE", 0.0)
     few = ["--rows", "20", "--steps", "3", "--inversion-steps", "4"]
     went_on, every = resumed(
         ["verify", "blue", "--checks", check, *few], Training, "advance", calls, searched=True

@@ -110,9 +110,9 @@ def test_a_store_that_cannot_be_written_is_told_before_the_work(
     def work(*_, **__):
         pytest.fail("the work began")
 
-    monkeypatch.setattr("slsgu_cli.method.ranking._score", work)
-    monkeypatch.setattr("slsgu_cli.method.directions._compute", work)
-    monkeypatch.setattr("slsgu_cli.method.search.share_evaluation", work)
+    monkeypatch.setattr("slsgu_cli.engine.ranking._score", work)
+    monkeypatch.setattr("slsgu_cli.engine.stored_covariances._compute", work)
+    monkeypatch.setattr("slsgu_cli.engine.search.share_evaluation", work)
     refusing(number)
     for command in ("rank", "search"):
         done = inside(command, "blue", store=world.store.root)
@@ -140,7 +140,7 @@ def ungraded(world):
     return store
 
 
-COMPUTE = "slsgu_cli.method.gradients:_Job.compute"
+COMPUTE = "slsgu_cli.engine.gradients:_Job.compute"
 
 
 def waits_for(process, text):
@@ -183,7 +183,7 @@ def test_covariances_and_blocks_have_leases_too(world, build, monkeypatch):
         leased.append((path.partition("/")[0], what))
         yield
 
-    for place in ("method.directions", "sets.pairs", "sets.evaluation_sets"):
+    for place in ("engine.stored_covariances", "sets.pairs", "sets.evaluation_sets"):
         monkeypatch.setattr(f"slsgu_cli.{place}.held", held)
     assert inside("rank", "blue", store=world.store.root).exit_code == 0
     assert inside(*build).exit_code == 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.clip.inputs import Activations, CacheBudget, room
+from slsgu_cli.clip.activations import Activations, CacheBudget, allocate
 
 ROWS = 100
 
@@ -50,7 +50,7 @@ def rooms(size, share=1.0, resumed=RESUMED, least=0.0):
     entering = {2: torch.zeros(7, 50, 8), 9: torch.zeros(7, 50, 8), 12: torch.zeros(7, 8)}
     entering = {stage: entering[stage] for stage in resumed}
     budget = CacheBudget(size)
-    kept = room(entering, ROWS, budget, resumed, share, least)
+    kept = allocate(entering, ROWS, budget, resumed, share, least)
     assert budget.left == size - sum(one.values.nbytes for one in kept.values())
     return {stage: len(one.values) for stage, one in kept.items()}
 
@@ -93,7 +93,7 @@ def plain_runs(kept, resumed):
 )
 def test_no_other_stage_would_save_more_than_the_next_one(resumed, fit, least):
     entering = {stage: torch.zeros(2, 3) for stage in resumed}
-    kept = list(room(entering, ROWS, CacheBudget(fit * ROWS * 12), resumed, least=least))
+    kept = list(allocate(entering, ROWS, CacheBudget(fit * ROWS * 12), resumed, least=least))
     least *= plain_runs([], resumed)
     for place in range(len(kept) + 1):
         before, others = kept[:place], set(resumed) - set(kept[:place])

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from slsgu_cli.clip import inputs, models
-from slsgu_cli.clip.inputs import even_spans, pixel_normalizer, spans, text_features, to_tokens
+from slsgu_cli.clip import batches, models, tokenizers
+from slsgu_cli.clip.batches import even_spans, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.store.files import AHEAD, prefetch
 
@@ -27,7 +27,7 @@ def prompts():
 
 
 def test_pixels_are_scaled_as_torchvision_scales_them(tiny_model):
-    spec = models.input_spec(models.resolve(tiny_model))
+    spec = tokenizers.input_spec(models.resolve(tiny_model))
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
     expected = torch.stack([scale(Image.fromarray(image)) for image in images])
@@ -103,7 +103,7 @@ def test_even_spans_cover_every_row_once_and_are_alike_and_few():
 @pytest.mark.parametrize("size", [1, 3, 20, 64])
 @torch.no_grad()
 def test_text_features_come_in_the_prompts_order(size, tower, monkeypatch):
-    monkeypatch.setitem(inputs.TEXTS_PER_FORWARD, "cpu", size)
+    monkeypatch.setitem(batches.TEXTS_PER_FORWARD, "cpu", size)
     tokens = prompts()
     expected = tower.owner.encode_text(tokens, normalize=True)
     torch.testing.assert_close(text_features(tower, tokens, "cpu"), expected, atol=2e-6, rtol=1e-5)
@@ -111,7 +111,7 @@ def test_text_features_come_in_the_prompts_order(size, tower, monkeypatch):
 
 def test_groups_of_like_lengths_cover_every_prompt_once(tower):
     tokens = prompts()
-    groups = inputs.by_length(tower, tokens, 6)
+    groups = batches.by_length(tower, tokens, 6)
     assert sorted(torch.cat(groups).tolist()) == list(range(20))
     lengths = [tower.lengths(tokens)[rows] for rows in groups]
     assert all(int(a.max()) <= int(b.min()) for a, b in pairwise(lengths))

@@ -15,13 +15,18 @@ from worlds import World
 
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.checkpoints.transformers_clip import model_config
-from slsgu_cli.clip.inputs import decoder
-from slsgu_cli.clip.model_folder import other_layout, require_weights
-from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokenizer
+from slsgu_cli.clip.decoding import decoder
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.model_folder import require_weights
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.clip.other_layouts import other_layout
+from slsgu_cli.clip.tokenizers import input_spec, tokenizer
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import apply, direct_edit
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.records.method import Direction, ModelLayout
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.method import ModelLayout
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
-from slsgu_cli.clip.models import fingerprint, input_spec, load, model_layer, plain_config, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
+from slsgu_cli.clip.tokenizers import input_spec
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import apply, direct_edit
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
@@ -220,7 +223,7 @@ def test_another_tokenizer_is_refused(copy):
     input_spec(resolve(ModelSpec(str(copy))))
     words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
     tiny_targets.write_json(copy / "vocab.json", words)
-    with pytest.raises(InputError, match="tokenizer of its own"):
+    with pytest.raises(InputError, match="its own vocabulary"):
         input_spec(resolve(ModelSpec(str(copy))))
 
 

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.clip import models, zeroshot
+from slsgu_cli.clip import loading, models, tokenizers, zeroshot
 from slsgu_cli.clip.evaluation import ENOUGH_TO_CHOOSE, in_test_split, prepare
 from slsgu_cli.clip.towers import OpenClipVision
+from slsgu_cli.engine import search as searches
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import UsageError
-from slsgu_cli.method import search as searches
-from slsgu_cli.method.search import search
-from slsgu_cli.method.trial import Probe
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import Split
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
@@ -24,8 +24,8 @@ def opened(world, split):
     return prepare(
         world.store,
         world.manifest,
-        models.load(resolved),
-        tokenize=models.tokenizer(resolved),
+        loading.load(resolved),
+        tokenize=tokenizers.tokenizer(resolved),
         device="cpu",
         split=split,
     )
@@ -108,13 +108,13 @@ def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
     world.build(test_fraction=0.5)
     chosen_by = keys(opened(world, Split.VALIDATION).forget)
     looked_at = set()
-    measure = Probe.measure
+    measure = Evaluator.measure
 
     def watched(probe, step):
         looked_at.update(keys(probe.evaluation.forget))
         return measure(probe, step)
 
-    monkeypatch.setattr(Probe, "measure", watched)
+    monkeypatch.setattr(Evaluator, "measure", watched)
     options = SearchOptions(layers=LAYERS, steps=4)
     result = search(world.store, world.name, options=options)
     assert looked_at == chosen_by

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from slsgu_cli.clip import inputs
-from slsgu_cli.clip.inputs import DecodeError, Picture, decode_in_order
+from slsgu_cli.clip import decoding
+from slsgu_cli.clip.decoding import DecodeError, Picture, decode_in_order
 
 
 def pixels(data: bytes):
@@ -41,7 +41,7 @@ def test_digests_tell_encoded_images_apart():
 
 
 def test_few_are_in_flight(monkeypatch):
-    monkeypatch.setattr(inputs, "cores", lambda: 2)
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
     taken = 0
 
     def source():
@@ -53,12 +53,12 @@ def test_few_are_in_flight(monkeypatch):
     results = decode_in_order(source(), pixels)
     for _ in range(10):
         next(results)
-    assert taken <= 10 + 2 * inputs.DECODED_AHEAD
+    assert taken <= 10 + 2 * decoding.DECODED_AHEAD
     results.close()
 
 
 def test_an_interrupted_consumer_does_not_wait(monkeypatch):
-    monkeypatch.setattr(inputs, "cores", lambda: 2)
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
     begun, ended, release = [], [], threading.Event()
     before = set(threading.enumerate())
 
@@ -76,8 +76,8 @@ def test_an_interrupted_consumer_does_not_wait(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         list(decode_in_order(source(), decode))
     assert not ended
-    decoding = set(threading.enumerate()) - before
+    threads = set(threading.enumerate()) - before
     release.set()
-    for thread in decoding:
+    for thread in threads:
         thread.join()
     assert len(begun) <= 2

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
-from plain import Plain
+from reference import Reference
 
-from slsgu_cli.clip import models
+from slsgu_cli.clip import loading, models, tokenizers
 from slsgu_cli.clip.evaluation import class_losses, prepare
-from slsgu_cli.clip.zeroshot import edited
+from slsgu_cli.clip.in_place import edited
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
 from slsgu_cli.store.blocks import DataBlock
@@ -17,8 +17,8 @@ def evaluation(world):
     return prepare(
         world.store,
         world.manifest,
-        models.load(resolved),
-        tokenize=models.tokenizer(resolved),
+        loading.load(resolved),
+        tokenize=tokenizers.tokenizer(resolved),
         device="cpu",
     )
 
@@ -44,7 +44,7 @@ def test_the_original_models_accuracies(cache_bytes, shared_world):
     found = evaluation(shared_world)
     layers = ["visual.conv1.weight", "text_projection"]
     found.base_pass(layers, cache_bytes=cache_bytes)
-    figures = Plain(shared_world).figures()
+    figures = Reference(shared_world).figures()
     base = found.forget.base_accuracy()
     assert (base.top1, base.top5, base.rows) == (*figures.forget, 8)
     for name, group in found.utility.items():
@@ -59,7 +59,7 @@ def test_without_a_class_of_the_concept_it_is_one_more_class(world):
     assert found.utility["second"].names == tuple(sorted(tiny_clip.SHAPES))
     assert labels_of(found.forget) == ["blue"] * world.manifest.forget.rows
     found.base_pass((), cache_bytes=0)
-    assert found.forget.base_accuracy().top1 == pytest.approx(Plain(world).figures().forget[0])
+    assert found.forget.base_accuracy().top1 == pytest.approx(Reference(world).figures().forget[0])
 
 
 @pytest.mark.parametrize("concept", ["BLUE", "light_blue", " Light  Blue "])
@@ -139,7 +139,7 @@ def test_accuracy_counts_rows(shared_world):
 
 
 def test_an_edit_lasts_as_long_as_its_block(shared_world):
-    model = models.load(models.resolve(shared_world.model))
+    model = loading.load(models.resolve(shared_world.model))
     before = model.visual.proj.data.clone()
     with pytest.raises(KeyError), edited(model, "visual.proj", torch.zeros_like(before)):
         assert not model.visual.proj.any()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.clip.inputs import spare
+from slsgu_cli.clip.memory import spare
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.words import bytes_of
 from slsgu_cli.store.files import free_memory

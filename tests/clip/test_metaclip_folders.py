@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 from worlds import World
 
+from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.edit import apply, direct_edit
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import ApplyRequest, RankOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.clip.zeroshot import (
+from slsgu_cli.clip.metrics import (
     accuracies,
     class_accuracies,
     class_means,

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import clip_shapes, read_layer
-from slsgu_cli.clip import models
-from slsgu_cli.clip.model_folder import ModelCard, _hub_id, base_card, tokenizer_files
-from slsgu_cli.clip.models import PROBE, resolve
-from slsgu_cli.method.edit import apply
+from slsgu_cli.checkpoints.model_card import EditedModelCard, base_card, hub_id
+from slsgu_cli.clip import tokenizers
+from slsgu_cli.clip.model_folder import tokenizer_files
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import PROBE
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ApplyRequest
@@ -55,7 +57,7 @@ def ids(model):
 def write_architecture(folder, tokenizer=None, **changes):
     """Write an architecture and a file of weights, apart; return the model they name."""
     folder.mkdir(exist_ok=True)
-    models._tokenizer.cache_clear()
+    tokenizers._tokenizer.cache_clear()
     config = json.loads(json.dumps(tiny_clip.CONFIG | changes))
     if tokenizer is not None:
         config["text_cfg"]["hf_tokenizer_name"] = str(tokenizer)
@@ -188,7 +190,8 @@ def test_a_written_folder_has_a_card_that_says_what_is_in_it(tmp_path):
     applied(tmp_path, model, tmp_path / "model/w.safetensors")
     text = card(tmp_path / "out")
     (header,) = [load_edit(Store(str(tmp_path / "store")), "facebook").header]
-    assert text.startswith("---\ntags:\n- clip\n")
+    front = text.split("---\n")[1]
+    assert "tags:\n- clip\n- machine-unlearning\n" in front
     assert "# `words (w.safetensors)` without `facebook`" in text
     assert "Nothing was measured." in text and "base_model" not in text and "license" not in text
     assert digest(header) in text and header.model_fingerprint in text
@@ -205,18 +208,18 @@ def test_a_card_tells_figures_of_unseen_rows(tmp_path):
         baseline_utility={"brands": before},
         utility={"brands": after},
     )
-    text = ModelCard([header], [], "clip", "org/clip", "scale 0.5").over(None)
+    text = EditedModelCard([header], [], "clip", "org/clip", "scale 0.5").over(None)
     assert "base_model: org/clip" in text
-    row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 images that nothing was chosen by |"
+    row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 test images |"
     assert row in text
     assert "| scale 0.5 |" in text
     other = dataclasses.replace(header, name="other", concept="other")
-    both = ModelCard([other], [], "edited", None).over(text)
-    assert both == ModelCard([header], [], "clip", "org/clip", "scale 0.5").over(
-        ModelCard([other], [], "clip", "org/clip").over(None)
+    both = EditedModelCard([other], [], "edited", None).over(text)
+    assert both == EditedModelCard([header], [], "clip", "org/clip", "scale 0.5").over(
+        EditedModelCard([other], [], "clip", "org/clip").over(None)
     )
     assert "# `clip` without `face book`, `other`" in both and row in both
-    out = ModelCard([other], [], "edited", None, revert=True)
+    out = EditedModelCard([other], [], "edited", None, revert=True)
     assert out.over(both) == text and out.over(None) is None
 
 
@@ -227,7 +230,7 @@ def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, d
     weights = demo_clip / "open_clip_model.safetensors"
     applied(tmp_path, base, weights)
     once = card(tmp_path / "out")
-    assert once.endswith(theirs) and once.partition("\n---")[0].endswith("license: mit")
+    assert once.endswith(theirs) and "\nlicense: mit\n" in once.partition("\n---")[0]
     edited = ModelSpec(f"local-dir:{tmp_path / 'out'}")
     request = {"names": ["facebook"], "model": edited, "out": tmp_path / "back", "revert": True}
     apply(Store(str(tmp_path / "store")), ApplyRequest(**request))
@@ -248,9 +251,9 @@ def test_a_card_that_is_no_utf8_is_written_and_rehearsed(tmp_path, demo_clip):
 
 def test_a_card_knows_its_base_by_name_tag_or_configuration(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_name_or_path": "org/diffusion"}')
-    assert _hub_id(ModelSpec("hf-hub:org/clip"), tmp_path) == "org/clip"
-    assert _hub_id(None, tmp_path) == "org/diffusion"
-    assert _hub_id(None, tmp_path / "models--org--clip/snapshots/0") == "org/clip"
+    assert hub_id(ModelSpec("hf-hub:org/clip"), tmp_path) == "org/clip"
+    assert hub_id(None, tmp_path) == "org/diffusion"
+    assert hub_id(None, tmp_path / "models--org--clip/snapshots/0") == "org/clip"
     tag = ModelSpec("ViT-B-32", "laion2b_s34b_b79k")
-    assert _hub_id(tag, tmp_path) == "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-    assert _hub_id(ModelSpec("local-dir:x"), tmp_path / "x") is None
+    assert hub_id(tag, tmp_path) == "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    assert hub_id(ModelSpec("local-dir:x"), tmp_path / "x") is None

@@ -20,11 +20,13 @@ from tower_models import CONFIGS
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.clip import model_folder
-from slsgu_cli.clip.model_folder import other_layout
-from slsgu_cli.clip.models import load, model_layer, resolve, tokenizer
+from slsgu_cli.clip import other_layouts
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import model_layer, resolve
+from slsgu_cli.clip.other_layouts import other_layout
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.apply import apply
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.edit import apply
 from slsgu_cli.records.method import ModelLayout
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
@@ -342,7 +344,7 @@ def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
             )
         },
     )
-    with pytest.raises(UsageError, match="no whole CLIP, and --format hf is for those"):
+    with pytest.raises(UsageError, match="is not a whole CLIP, which --format hf needs"):
         applied(tmp_path, None, "out", target=pipeline, layout=HF)
 
 
@@ -370,7 +372,7 @@ SMALL = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "la
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A CLIP whose text tower ComfyUI would know if it were of this size."""
-    monkeypatch.setitem(model_folder.COMFY_TOWERS, (2, 64), ("CLIP small", "quick_gelu"))
+    monkeypatch.setitem(other_layouts.COMFY_TOWERS, (2, 64), ("CLIP small", "quick_gelu"))
     changes = {"text_cfg": SMALL, "embed_dim": 64, "quick_gelu": True}
     return tiny_clip.write_folder(tmp_path / "small", None, **changes)
 
@@ -472,5 +474,5 @@ def test_a_text_tower_that_comfyui_would_run_otherwise_is_refused(small, tmp_pat
 
 
 def test_an_edit_of_the_vision_tower_is_none_of_comfyuis(small, tmp_path):
-    with pytest.raises(InputError, match=r"visual\.proj is no part of a text encoder"):
+    with pytest.raises(InputError, match=r"visual\.proj is not in a text encoder"):
         applied(tmp_path, spec(small), "te.safetensors", layer="visual.proj", layout=COMFY)

@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from tiny_images import encoded
 
-from slsgu_cli.clip.inputs import (
+from slsgu_cli.clip.decoding import (
     ANIMATED,
     CMYK,
     ORIENTATION,

@@ -1,19 +1,14 @@
 """A split forward equals the model's own, for every tower family and every block."""
 
 import functools
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tower_models import CONFIGS, HUGGING_FACE, make
 
-from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip import processes
-from slsgu_cli.clip.inputs import CacheBudget, packed
+from slsgu_cli.clip.packing import packed
 from slsgu_cli.clip.towers import EMBED, HuggingFaceText, WholeTower, text_tower, vision_tower
-from slsgu_cli.clip.zeroshot import ImageSide, PromptSide, edited
-from slsgu_cli.records.method import Tower
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -179,61 +174,3 @@ def test_nothing_before_a_parameters_stage_depends_on_it(model):
             inert = name.endswith(("key.bias", "k_proj.bias"))
             if "token_embedding" not in name and "logit" not in name and not inert:
                 assert not torch.equal(features, changed), f"{name} acts nowhere"
-
-
-class Images:
-    """Rows of noise, as a block of data gives them."""
-
-    where = "noise"
-
-    def __init__(self, model):
-        self.rows = pixels(model).permute(0, 2, 3, 1).contiguous().numpy()
-
-    def take(self, rows):
-        return self.rows[rows]
-
-
-def sides(model):
-    """Return texts and images of a model, with all that is kept of its original's pass."""
-    vision, text = vision_tower(model), text_tower(model)
-    layers = [Layer.parse(name) for name, p in model.named_parameters() if p.ndim > 1]
-    owners, labels = torch.arange(5), torch.arange(3)
-    made = {
-        Tower.TEXT: (text, PromptSide(text, prompts(), owners, len(owners))),
-        Tower.VISION: (
-            vision,
-            ImageSide(
-                vision, Images(model), labels.numpy(), labels, lambda x: x.permute(0, 3, 1, 2)
-            ),
-        ),
-    }
-    for kind, (tower, side) in made.items():
-        stages = Counter(tower.stage_of(layer.parameter) for layer in layers if layer.tower is kind)
-        list(side.base_pass(stages, CacheBudget(1 << 30)) or ())
-    return layers, made
-
-
-def after_each_edit(model):
-    """Return the features after an edit of each layer, and without any in the end."""
-    layers, made = sides(model)
-    found = []
-    for layer in layers:
-        tower, side = made[layer.tower]
-        values = processes.whole(model, layer.parameter)
-        with edited(model, layer.parameter, values + 0.1 * values.abs().mean()):
-            found.append(side.after_edit(tower.stage_of(layer.parameter)))
-        assert torch.equal(processes.whole(model, layer.parameter), values)
-    return [*found, made[Tower.TEXT][1].after_edit(EMBED), made[Tower.VISION][1].after_edit(EMBED)]
-
-
-# In halves, and in whole blocks; in one piece.
-@pytest.mark.parametrize("kind", ["clip", "coca", "siglip-like", "resnet", "mt5"])
-@torch.no_grad()
-def test_a_sharded_model_is_edited_as_a_whole_one_is(kind, group, tmp_path):
-    model = make(kind, tmp_path)
-    expected = after_each_edit(model)
-    processes.shard(model, [*vision_tower(model).blocks, *text_tower(model).blocks], "cpu")
-    assert text_tower(model).sharded
-    found = after_each_edit(model)
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other, atol=2e-6, rtol=1e-5)

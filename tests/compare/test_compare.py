@@ -87,7 +87,7 @@ def test_ours_is_the_sets_edit(compared_world):
     world, compared = compared_world
     edit, ours = load_edit(world.store, world.name).header, rows_of(compared)[Method.OURS]
     assert (ours.forget, ours.utility) == (edit.forget, edit.utility)
-    assert ours.edit == f"{edit.layer} at {edit.step:.10g}"
+    assert ours.edit == f"{edit.layer} at {edit.step:.10g}, {edit.direction}"
     assert rows_of(compared)[Method.ORIGINAL].forget == edit.baseline_forget
 
 

@@ -7,7 +7,7 @@ from baselines import loss, open_bench
 
 from slsgu_cli.compare import methods
 from slsgu_cli.compare.methods import constants, dampen, dampening
-from slsgu_cli.method.gradients import compute_gradients
+from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
 

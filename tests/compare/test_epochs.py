@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from baselines import open_bench
-from plain import Plain
+from reference import Reference
 
 from slsgu_cli.compare import methods as methods_module
 from slsgu_cli.records.figures import Accuracy, Figures
@@ -59,7 +59,7 @@ def test_the_epoch_that_is_reported(accuracies, reported, ran, monkeypatch):
 def test_the_figures_are_those_of_the_model_that_is_left(shared_world):
     bench = open_bench(shared_world)
     outcome = bench.run(Method.GA, 3e-3)
-    expected = Plain(shared_world, model=bench.model).figures()
+    expected = Reference(shared_world, model=bench.model).figures()
     assert expected.forget == pytest.approx((outcome.forget.top1, outcome.forget.top5))
     assert set(outcome.utility) == set(expected.utility)
     for name, figures in outcome.utility.items():

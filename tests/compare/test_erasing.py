@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.clip.zeroshot import frechet_distance
+from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.studies import PipelinePlan

@@ -12,10 +12,11 @@ from PIL import Image
 from worlds import Listener
 
 from slsgu_cli.downstream.models import explained
+from slsgu_cli.engine import resumable
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, StaleError, UsageError
-from slsgu_cli.method.edit import direct_edit
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Effect, Share
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 
@@ -255,15 +256,14 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
     stop, said, edits, demo_world, tmp_path, monkeypatch, listener
 ):
     from slsgu_cli.downstream import generate
-    from slsgu_cli.method import gradients
     from slsgu_cli.records.targets import AskRequest
 
     talker = Talker()
     monkeypatch.setattr(generate.Llava, "load", lambda *_, **__: talker)
     monkeypatch.setattr(generate, "new_values", lambda *_: ({"layer": 1},))
     monkeypatch.setattr(generate, "BATCH", 2)
-    monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(resumable, "KEEP_SHARE", 0.0)
     image, target = tmp_path / "red.png", tmp_path / "llava"
     Image.new("RGB", (8, 8), "red").save(image)
     target.mkdir()

@@ -17,12 +17,14 @@ from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
 from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.downstream.search import TargetPlan, search_target
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.export import export
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.export import export
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
 from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+
+WHITENED = DirectionSpec.of(Direction.WHITENED, damping=0.01)
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"
@@ -85,8 +87,8 @@ def test_their_clip_is_searched_along_what_it_is_applied_to(kind, tiny_pipeline)
         captions=["a blue circle", "a red bar"],
     )
     gradient = {LAYER: torch.ones(shapes[LAYER])}
-    (move,) = moves_of(subject, gradient, direction=Direction.WHITENED, damping=0.01)
-    assert move.damping == 0.01 and not torch.allclose(move.direction, gradient[LAYER])
+    (move,) = moves_of(subject, gradient, direction=WHITENED)
+    assert move.direction == WHITENED and not torch.allclose(move.along, gradient[LAYER])
 
 
 @pytest.fixture

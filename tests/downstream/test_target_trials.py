@@ -8,8 +8,9 @@ import torch
 
 from slsgu_cli.downstream.search import TargetSearch
 from slsgu_cli.downstream.subjects import TargetMove
+from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Effect, Share
-from slsgu_cli.records.method import Direction, Tower
+from slsgu_cli.records.method import Tower
 from slsgu_cli.records.targets import Budget, GradientOf, TargetSearchOptions, TargetTrials
 from slsgu_cli.store.store import Store
 
@@ -60,8 +61,7 @@ def make(target, move, tmp_path):
         forget_data="",
         retain_data="",
         evals={},
-        direction=Direction.GRADIENT,
-        damping=None,
+        direction=FALLBACK,
         judge=None,
         budget=Budget(),
         goal=100.0,

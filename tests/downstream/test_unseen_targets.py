@@ -14,7 +14,8 @@ from worlds import Listener
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.downstream import require_reached, show_target_search
-from slsgu_cli.clip.models import load, resolve
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.downstream.models import Llava, Pipeline
@@ -22,8 +23,8 @@ from slsgu_cli.downstream.search import PARTS, search_target
 from slsgu_cli.downstream.subjects import AskedSubject, Questions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Share, TargetFigures
-from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import ModelSpec, Split
 from slsgu_cli.records.studies import PipelineCompareOptions
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions

@@ -13,15 +13,19 @@ from safetensors.torch import load_file
 from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
+from slsgu_cli.checkpoints.layers import Layer, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, read_target
 from slsgu_cli.downstream.models import Llava, Question, new_values
 from slsgu_cli.downstream.search import TargetPlan
 from slsgu_cli.downstream.subjects import AskedSubject, _loss, answer_gradient, moves_of
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records.method import Direction, ParameterNorm, Tower
+from slsgu_cli.method.layers import is_candidate
+from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.method import ParameterNorm, Tower
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.targets import GradientOf
+
+WHITENED = DirectionSpec.of(Direction.WHITENED, damping=0.01)
 
 LAYERS = {
     "llava_next": "visual.transformer.resblocks.0.attn.in_proj_weight",
@@ -132,8 +136,8 @@ def test_its_own_gradient_lowers_the_odds_of_the_name(kind, folder):
             with live.edited({layer: live.value(layer) + sign * size * gradient}):
                 losses.append(float(_loss(llava, pairs, "blue")) / len(pairs))
     assert (losses[1] - losses[0]) / (2 * size) == pytest.approx(slope, rel=0.05)
-    (move,) = moves_of(subject_of(llava), gradients, direction=Direction.WHITENED, damping=0.01)
-    assert move.damping == 0.01 and np.isfinite(move.importance)
+    (move,) = moves_of(subject_of(llava), gradients, direction=WHITENED)
+    assert move.direction == WHITENED and np.isfinite(move.importance)
 
 
 def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, folder):

@@ -13,16 +13,9 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.figures import curves, pictures
 from slsgu_cli.figures.curves import VERMILION, pareto_plot, png, step_plot
 from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
+from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import (
-    Criterion,
-    Direction,
-    LayerScore,
-    Precision,
-    Tower,
-    Trial,
-    Trials,
-)
+from slsgu_cli.records.method import Criterion, LayerScore, Precision, Tower, Trial, Trials
 
 LAYER = "visual.transformer.resblocks.11.attn.out_proj.weight"
 
@@ -63,7 +56,7 @@ def trials(figures):
         model_fingerprint="m",
         evals={},
         precision=Precision.FP32,
-        direction=Direction.GRADIENT,
+        directions=(Direction.GRADIENT,),
         retain_data=None,
         criterion=Criterion.FA1,
         margin=None,
@@ -73,7 +66,7 @@ def trials(figures):
             Trial(
                 LAYER,
                 Tower.VISION,
-                None,
+                FALLBACK,
                 step,
                 step * 0.02,
                 Accuracy(fa, fa, 30),
@@ -183,7 +176,7 @@ def test_pareto_without_a_layer_of_the_tower_is_an_input_error():
 
 def test_steps_start_at_the_original_model_and_skip_what_was_not_measured(drawn):
     search = trials([(10, 0, 60.0), (5, 40, None), (7.5, 0, 61.0)])
-    step_plot(search, layer=LAYER, chosen=7.5)
+    step_plot(search, move=(LAYER, FALLBACK), chosen=7.5)
     axes, above = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["FA@1"] == [[0, 95], [5, 40], [7.5, 0], [10, 0]]
@@ -197,7 +190,7 @@ def test_steps_start_at_the_original_model_and_skip_what_was_not_measured(drawn)
 
 def test_the_two_step_axes_agree_when_the_search_only_doubled(drawn):
     search = trials([(5.0 * 2**k, 90, None) for k in range(10)])
-    step_plot(search, layer=LAYER)
+    step_plot(search, move=(LAYER, FALLBACK))
     axes, above = drawn[0].axes
     for step in (0, 3, 5, 640, 2560):
         below = axes.transData.transform((step, 0))[0]
@@ -208,7 +201,7 @@ def test_the_two_step_axes_agree_when_the_search_only_doubled(drawn):
 
 def test_steps_of_a_layer_that_was_not_tried_are_an_input_error():
     with pytest.raises(InputError, match=r"did not try the layer visual\.proj"):
-        step_plot(trials([(5, 0, 60)]), layer="visual.proj")
+        step_plot(trials([(5, 0, 60)]), move=("visual.proj", FALLBACK))
 
 
 @pytest.mark.parametrize("after", [True, False])
@@ -297,7 +290,7 @@ def test_only_the_forgotten_concept_is_in_the_forget_colour(drawn):
 
 
 def test_a_figure_is_the_same_bytes_each_time():
-    one, two = (step_plot(trials([(5, 0, 60)]), layer=LAYER) for _ in range(2))
+    one, two = (step_plot(trials([(5, 0, 60)]), move=(LAYER, FALLBACK)) for _ in range(2))
     assert one == two
 
 

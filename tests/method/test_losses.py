@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slsgu_cli.method.gradient_pass import contrastive, cosine_forget, sigmoid
+from slsgu_cli.engine.gradient_pass import per_batch
+from slsgu_cli.method.losses import contrastive, cosine_forget, sigmoid
 
 SCALE, BIAS = 12.5, -3.0
 # Pairs and mini-batch size: whole, ragged, a last batch of one pair, one short batch, single pairs.
@@ -68,7 +69,7 @@ def test_grouped_is_one_batch_at_a_time(kind, pairs, size):
     make, plain = GROUPED[kind]
     grouped_inputs, plain_inputs = leaves(pairs), leaves(pairs)
     v, t, scale, bias = grouped_inputs
-    grouped = make(scale, bias)(v, t, size)
+    grouped = per_batch(make(scale, bias), v, t, size)
     v, t, scale, bias = plain_inputs
     starts = range(0, pairs, size)
     one_by_one = torch.stack([plain(v[i : i + size], t[i : i + size], scale, bias) for i in starts])
@@ -82,25 +83,23 @@ def test_grouped_is_one_batch_at_a_time(kind, pairs, size):
 
 def test_contrastive_is_open_clips():
     v, t, scale, _ = leaves(7)
-    torch.testing.assert_close(
-        contrastive(scale)(v, t, 7)[0], open_clip.loss.ClipLoss()(v, t, scale)
-    )
+    torch.testing.assert_close(contrastive(scale)(v, t), open_clip.loss.ClipLoss()(v, t, scale))
 
 
 def test_sigmoid_is_open_clips():
     v, t, scale, bias = leaves(7)
     expected = open_clip.loss.SigLipLoss()(v, t, scale, bias)
-    torch.testing.assert_close(sigmoid(scale, bias)(v, t, 7)[0], expected)
+    torch.testing.assert_close(sigmoid(scale, bias)(v, t), expected)
 
 
 def test_mini_batches_do_not_see_each_other():
     v, t, scale, bias = leaves(12)
     for make, _ in GROUPED.values():
         loss = make(scale, bias)
-        before = loss(v, t, 4)
+        before = per_batch(loss, v, t, 4)
         changed = v.detach().clone()
         changed[4:8] = changed[4:8].flip(0)
-        after = loss(changed, t, 4)
+        after = per_batch(loss, changed, t, 4)
         assert torch.equal(before[[0, 2]], after[[0, 2]])
         assert not torch.equal(before[1], after[1])
 
@@ -108,17 +107,17 @@ def test_mini_batches_do_not_see_each_other():
 def test_cosine_is_torchs():
     v, t, *_ = leaves(7)
     expected = (1 - F.cosine_similarity(v, t)).mean()
-    torch.testing.assert_close(cosine_forget(v, t, 7)[0], expected)
+    torch.testing.assert_close(cosine_forget(v, t), expected)
 
 
 def test_cosine_goes_from_0_for_equal_to_2_for_opposite():
     v = leaves(4)[0]
-    assert cosine_forget(v, v, 4).item() == pytest.approx(0, abs=1e-15)
-    assert cosine_forget(v, -v, 4).item() == pytest.approx(2)
+    assert cosine_forget(v, v).item() == pytest.approx(0, abs=1e-15)
+    assert cosine_forget(v, -v).item() == pytest.approx(2)
 
 
 def test_contrastive_of_one_pair_is_nothing():
     v, t, scale, _ = inputs = leaves(1)
-    value = contrastive(scale)(v, t, 4)
+    value = contrastive(scale)(v, t)
     assert value.item() == 0
     assert all(not g.any() for g in gradients(value, inputs[:3]))

@@ -6,14 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.method import scoring
-from slsgu_cli.method.covariance import (
-    InputCovariances,
-    RetainMetric,
-    mean_square_output,
-    whitened_importance,
-)
-from slsgu_cli.records.method import Alignment
+from slsgu_cli.engine.covariance import InputCovariances
+from slsgu_cli.method import scores
+from slsgu_cli.method.directions.whitened import RetainMetric, mean_square_output
 
 DAMPING = 0.05
 
@@ -35,7 +30,7 @@ def test_the_direction_is_the_dense_solution(shape, inputs, axis):
     inverse = torch.linalg.inv(damped)
     rows = gradient.reshape(shape[0], -1)
     expected = rows @ inverse if axis == 1 else inverse @ rows
-    found = RetainMetric(covariance, axis, DAMPING).whiten(gradient.float())
+    found = RetainMetric(covariance, axis, DAMPING).steepest(gradient.float())
     assert found.shape == gradient.shape
     torch.testing.assert_close(found, expected.reshape(shape), rtol=1e-5, atol=1e-6)
 
@@ -43,7 +38,7 @@ def test_the_direction_is_the_dense_solution(shape, inputs, axis):
 def test_a_norm_has_a_diagonal():
     gradient, _, covariance = random_layer((12,), 12, 0)
     diagonal = covariance.diagonal()
-    found = RetainMetric(diagonal, 0, DAMPING).whiten(gradient)
+    found = RetainMetric(diagonal, 0, DAMPING).steepest(gradient)
     torch.testing.assert_close(found, gradient / (diagonal + DAMPING * diagonal.mean()))
     weight = torch.linspace(-1, 1, 12, dtype=torch.float64)
     assert mean_square_output(weight, diagonal, 0) == pytest.approx(
@@ -58,9 +53,9 @@ def test_products_of_half_whitened_gradients_are_those_of_directions(shape, axis
     f, _, covariance = random_layer(shape, 12, axis)
     r = random_layer(shape, 12, axis, seed=1)[0]
     metric = RetainMetric(covariance if len(shape) > 1 else covariance.diagonal(), axis, DAMPING)
-    half, half_retain = metric.half_whiten(f), metric.half_whiten(r)
+    half, half_retain = metric.scaled(f), metric.scaled(r)
     for a, b, direction in ((half, half, f), (half, half_retain, r)):
-        expected = (metric.whiten(f) * direction).sum()
+        expected = (metric.steepest(f) * direction).sum()
         torch.testing.assert_close((a * b).sum(), expected)
 
 
@@ -74,9 +69,9 @@ def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
         disturbance = outputs.square().sum(1).mean() + metric.floor * change.square().sum()
         return (gradient * change).sum() / disturbance.sqrt()
 
-    direction = metric.whiten(gradient)
+    direction = metric.steepest(gradient)
     best = gain(direction)
-    assert best == pytest.approx(whitened_importance(gradient, direction, 1.0))
+    assert best == pytest.approx(float(metric.scaled(gradient).norm()))
     generator = torch.Generator().manual_seed(3)
     others = [gradient, *(direction + torch.randn(shape, generator=generator) for _ in range(50))]
     assert all(gain(other) < best for other in others)
@@ -88,11 +83,11 @@ def test_a_convolution_in_groups_has_a_metric_for_each():
     covariance = torch.stack([block[2] for block in blocks])
     dense = torch.block_diag(*covariance)
     floor = DAMPING * dense.trace() / 8
-    found = RetainMetric(covariance, 1, DAMPING).whiten(gradient)
+    found = RetainMetric(covariance, 1, DAMPING).steepest(gradient)
     for group, (own, _, block) in enumerate(blocks):
         expected = own.reshape(3, 4) @ torch.linalg.inv(block + floor * torch.eye(4))
         torch.testing.assert_close(found[3 * group : 3 * group + 3], expected.view(3, 2, 2, 1))
-    half = RetainMetric(covariance, 1, DAMPING).half_whiten(gradient)
+    half = RetainMetric(covariance, 1, DAMPING).scaled(gradient)
     torch.testing.assert_close(half.square().sum(), (found * gradient).sum())
     plain = sum(
         float((own.view(3, 4) @ block @ own.view(3, 4).T).trace()) for own, _, block in blocks
@@ -135,9 +130,9 @@ def test_no_other_change_of_channels_gains_more_for_what_it_disturbs(layer):
             disturbance + metric.floor * change.square().sum()
         ).sqrt()
 
-    direction = metric.whiten(gradient)
+    direction = metric.steepest(gradient)
     best = gain(direction)
-    assert best == pytest.approx(whitened_importance(gradient, direction, 1.0))
+    assert best == pytest.approx(float(metric.scaled(gradient).norm()))
     size = direction.norm() / direction.numel() ** 0.5
     noise = (torch.randn(weight.shape, generator=generator) * size for _ in range(50))
     others = [gradient, *(direction + each for each in noise)]
@@ -209,7 +204,7 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
         world.features(slice(6, 12))
     covariance = inputs.covariances[layer]
     metric = RetainMetric(covariance.mean(), covariance.axis, DAMPING)
-    along, along_retain = metric.whiten(f), metric.whiten(r)
+    along, along_retain = metric.steepest(f), metric.steepest(r)
 
     def size(change):
         """Return the disturbance of the retained outputs, with the damping's share."""
@@ -221,11 +216,14 @@ def test_importance_and_alignment_are_slopes_over_disturbance(layer):
         harm = world.slope(world.retain, layer, along) / size(along)
         most = world.slope(world.retain, layer, along_retain) / size(along_retain)
     output = mean_square_output(weight.detach(), covariance.mean(), covariance.axis)
-    norm = metric.weight_norm(weight.detach().norm().item(), output)
+    sized = RetainMetric(
+        covariance.mean(), covariance.axis, DAMPING, output, weight.detach().norm().item()
+    )
+    norm = sized.weight_norm()
     assert norm == pytest.approx(size(weight.detach()))
-    assert whitened_importance(f, along, norm) == pytest.approx(gain / norm, rel=1e-4)
-    half, half_retain = (metric.half_whiten(each).numpy() for each in (f, r))
-    assert scoring.norm(half) == pytest.approx(gain, rel=1e-4)
-    assert scoring.alignment(half, half_retain, Alignment.SIGNED) == pytest.approx(
+    assert float(metric.scaled(f).norm()) / norm == pytest.approx(gain / norm, rel=1e-4)
+    half, half_retain = (metric.scaled(each).numpy() for each in (f, r))
+    assert scores.norm(half) == pytest.approx(gain, rel=1e-4)
+    assert scores.alignment(half, half_retain, signed=True) == pytest.approx(
         harm / most, rel=1e-3, abs=1e-5
     )

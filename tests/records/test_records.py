@@ -15,16 +15,9 @@ from places import ROOT
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records import method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode, with_texts
+from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import (
-    Direction,
-    EditHeader,
-    LayerScore,
-    ParameterNorm,
-    Ranking,
-    Tower,
-    Trial,
-)
+from slsgu_cli.records.method import EditHeader, LayerScore, ParameterNorm, Ranking, Tower, Trial
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import Check, Finding
 
@@ -70,7 +63,7 @@ st.register_type_strategy(
 )
 
 ACCURACY = Accuracy(87.5, 100.0, 40)
-TRIAL = Trial("l", Tower.TEXT, None, 1.0, 0.1, ACCURACY, 0.0, None)
+TRIAL = Trial("l", Tower.TEXT, FALLBACK, 1.0, 0.1, ACCURACY, 0.0, None)
 SCORE = LayerScore("visual.proj", Tower.VISION, (4, 2), 0.1, 0.0, 1.0, 2.0, 10.0, True)
 
 
@@ -97,9 +90,7 @@ def test_a_record_that_lacks_any_field_is_stale(record, data):
 
 
 def test_the_types_come_back_too():
-    ranking = Ranking(
-        "n", "f", "r", method.Alignment.ABS, Direction.GRADIENT, None, (SCORE,), "0.1.0"
-    )
+    ranking = Ranking("n", "f", "r", method.Alignment.ABS, (FALLBACK,), (SCORE,), "0.1.0")
     back = decode(Ranking, through_json(ranking))
     assert isinstance(back.scores, tuple)
     assert isinstance(back.scores[0].tower, Tower)
@@ -206,8 +197,7 @@ def test_an_edit_without_figures_survives():
         model_fingerprint="m",
         digests={"fp32": "a"},
         gradient="g",
-        direction=Direction.GRADIENT,
-        damping=None,
+        direction=FALLBACK,
         retain_data=None,
         criterion=None,
         margin=None,

@@ -13,7 +13,7 @@ from processes import inside, rows
 
 from slsgu_cli import recipes
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import BuildRequest, RankOptions, SearchOptions
 from slsgu_cli.records.recipe import EvidenceRequest, Outputs, Recipe, RemovalRequest, Stage
 from slsgu_cli.records.sets import ModelSpec

@@ -18,6 +18,7 @@ from slsgu_cli.figures.html import (
     logarithmic,
     step_series,
 )
+from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Tower, Trials
 from slsgu_cli.store.store import Store
@@ -72,7 +73,7 @@ def test_signed_and_zero_alignments_have_a_place():
 
 
 def test_steps_are_drawn_from_the_original_model_on(trials):
-    series = step_series(trials, CHOSEN, None)
+    series = step_series(trials, (CHOSEN, FALLBACK))
     labels = ["FA@1", "FA@5", "TA@1 brands", "TA@1 objects <b>"]
     assert [one.label for one in series] == labels
     fa = series[0]
@@ -90,7 +91,7 @@ def test_a_search_that_only_doubled_is_drawn_on_a_logarithmic_axis(trials):
         replace(first, share=0.1 * 2**n, step=2.0**n, forget=Accuracy(90.0 - n, 100.0, 33))
         for n in range(10)
     ]
-    series = step_series(replace(trials, trials=tuple(doubled)), FRONT[0], None)
+    series = step_series(replace(trials, trials=tuple(doubled)), (FRONT[0], FALLBACK))
     places = sorted({x for x, _ in circles(line_chart(series, "step", description=""))})
     gaps = [b - a for a, b in pairwise(places[1:])]
     assert max(gaps) < 1.05 * min(gaps)
@@ -99,7 +100,7 @@ def test_a_search_that_only_doubled_is_drawn_on_a_logarithmic_axis(trials):
 def test_charts_hold_colours_of_the_page_alone(trials):
     for svg in (
         front_chart(SCORES, Tower.TEXT),
-        line_chart(step_series(trials, CHOSEN, None), "step", description=""),
+        line_chart(step_series(trials, (CHOSEN, FALLBACK)), "step", description=""),
     ):
         assert not re.search(r"#[0-9a-f]{3,6}|rgb|style=", svg)
         assert HOSTILE not in svg

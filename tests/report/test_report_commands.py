@@ -3,14 +3,8 @@ from dataclasses import replace
 import pytest
 from reports import CHOSEN, FRONT, NAME, fill
 
-from slsgu_cli.records.method import (
-    Criterion,
-    Direction,
-    GradientPointer,
-    Precision,
-    Ranking,
-    Trials,
-)
+from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.method import Criterion, GradientPointer, Precision, Ranking, Trials
 from slsgu_cli.report.gather import commands, gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -63,14 +57,22 @@ def test_options_that_were_not_the_default_are_told(store):
     assert CHOSEN not in lines[3]
 
 
+def damped(damping):
+    return DirectionSpec.of(Direction.WHITENED, damping=damping)
+
+
 def test_the_direction_is_told(store):
-    change(store, Ranking, direction=Direction.WHITENED, damping=0.01)
+    change(store, Ranking, directions=(damped(0.01),))
     trials = store.read_record(PATHS[Trials], Trials)
-    halves = [replace(trial, damping=damping) for damping in (0.1, 0.01) for trial in trials.trials]
+    halves = [
+        replace(trial, direction=damped(damping))
+        for damping in (0.1, 0.01)
+        for trial in trials.trials
+    ]
     change(
         store,
         Trials,
-        direction=Direction.WHITENED,
+        directions=(Direction.WHITENED,),
         trials=tuple(halves),
         criterion=Criterion.MARGIN,
         margin=0.05,
@@ -83,12 +85,12 @@ def test_the_direction_is_told(store):
 
 def test_a_search_that_took_a_gradient_too_is_told_once(store):
     """What cannot be whitened is searched along its gradient beside what can be."""
-    change(store, Ranking, direction=Direction.WHITENED, damping=0.01)
+    change(store, Ranking, directions=(damped(0.01),))
     trials = store.read_record(PATHS[Trials], Trials).trials
-    whitened = [replace(t, damping=0.01) for t in trials if t.layer != FRONT[0]]
+    whitened = [replace(t, direction=damped(0.01)) for t in trials if t.layer != FRONT[0]]
     beside = [t for t in trials if t.layer == FRONT[0]]
     for searched in ([*beside, *whitened], whitened, beside):
-        change(store, Trials, direction=Direction.WHITENED, trials=tuple(searched))
+        change(store, Trials, directions=(Direction.WHITENED,), trials=tuple(searched))
         told_of = [line for line in told(store) if line.startswith("slsgu search")]
         assert len(told_of) == 1
         assert "--damping" not in told_of[0]

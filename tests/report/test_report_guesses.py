@@ -9,10 +9,14 @@ import torch
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.clip.evaluation import prepare_shared
-from slsgu_cli.clip.models import load, resolve, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.evaluate import with_edits
+from slsgu_cli.engine.examples import GuessingModels, guesses_of
+from slsgu_cli.engine.set_edits import direct_edit
+from slsgu_cli.engine.shown_classes import choose_shown
 from slsgu_cli.errors import StaleError
-from slsgu_cli.method.edit import direct_edit
-from slsgu_cli.method.evaluate import GuessingModels, choose_shown, guesses_of, with_edits
 from slsgu_cli.store.store import Store
 
 LAYERS = {"visual.transformer.resblocks.1.mlp.c_proj.weight": 3.0, "text_projection": 0.5}

@@ -9,8 +9,8 @@ from reports import HOSTILE, NAME, fill
 from reports import guesses as guessed
 from worlds import Listener
 
+from slsgu_cli.engine.examples import GuessingModels
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.method.evaluate import GuessingModels
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.report.page import write_report
 from slsgu_cli.store.store import Store

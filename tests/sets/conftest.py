@@ -1,7 +1,7 @@
 import pytest
 from places import DEMO
 
-from slsgu_cli.clip import models
+from slsgu_cli.clip import models, tokenizers
 from slsgu_cli.records.sets import ModelSpec
 
 
@@ -9,6 +9,6 @@ from slsgu_cli.records.sets import ModelSpec
 def one_tokenizer():
     """Load the embedded model's vocabulary once for all builds of a file of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        tokenize = models.tokenizer(models.resolve(ModelSpec(f"local-dir:{DEMO / 'clip'}")))
-        patch.setattr(models, "tokenizer", lambda model: tokenize)
+        tokenize = tokenizers.tokenizer(models.resolve(ModelSpec(f"local-dir:{DEMO / 'clip'}")))
+        patch.setattr(tokenizers, "tokenizer", lambda model: tokenize)
         yield

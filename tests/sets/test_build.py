@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 from worlds import Listener
 
-from slsgu_cli.clip import models
-from slsgu_cli.clip.inputs import decoder
+from slsgu_cli.clip import models, tokenizers
+from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
@@ -108,11 +108,11 @@ def test_a_set_holds_what_was_asked_for(store, pairs, labelled):
 def test_images_and_tokens_are_the_models(store, pairs):
     forget, _ = blocks(store, run(store, pairs))
     resolved = models.resolve(CLIP)
-    decode = decoder(models.input_spec(resolved))
+    decode = decoder(tokenizers.input_spec(resolved))
     for row in (0, 7, 19):
         seed = int(forget.keys[row].removeprefix("row"))
         assert np.array_equal(forget.images(row, row + 1)[0], decode(encoded(seed)).pixels)
-    assert np.array_equal(forget.tokens, models.tokenizer(resolved)(forget.captions))
+    assert np.array_equal(forget.tokens, tokenizers.tokenizer(resolved)(forget.captions))
 
 
 def test_patterns_exclusions_and_limits(store, pairs):
@@ -179,8 +179,8 @@ def test_a_changed_source_or_model_input_is_decoded_anew(
     second = run(store, pairs)
     assert second.forget.path != first.forget.path
     assert DataBlock.open(store, first.forget).rows == 20
-    real = models.input_spec
-    monkeypatch.setattr(models, "input_spec", lambda m: replace(real(m), height=32, width=32))
+    real = tokenizers.input_spec
+    monkeypatch.setattr(tokenizers, "input_spec", lambda m: replace(real(m), height=32, width=32))
     third = run(store, pairs)
     assert third.forget.path != second.forget.path
     assert DataBlock.open(store, third.forget).images(0, 1).shape == (1, 32, 32, 3)

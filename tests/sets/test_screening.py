@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from slsgu_cli.clip import models
+from slsgu_cli.clip import loading
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.sets import Screening
 from slsgu_cli.sets.context import perceptual_hash
@@ -79,5 +79,5 @@ def test_limits_out_of_range_are_usage_errors(world, screening):
 
 
 def test_a_plain_build_loads_no_model(world, monkeypatch):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert world.build(name="plain").forget.rows

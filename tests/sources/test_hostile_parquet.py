@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slsgu_cli.clip.inputs import Picture, decode_in_order
+from slsgu_cli.clip.decoding import Picture, decode_in_order
 from slsgu_cli.errors import InputError
 from slsgu_cli.sets import metadata
 from slsgu_cli.sources import parquet

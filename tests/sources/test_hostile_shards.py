@@ -12,7 +12,8 @@ import zlib
 
 from places import ROOT
 
-from slsgu_cli.sources.tar import BOMB, DEEP, SPARSE, TOO_LARGE, TRUNCATED
+from slsgu_cli.sources.rows import BOMB, TOO_LARGE
+from slsgu_cli.sources.tar import DEEP, SPARSE, TRUNCATED
 
 BLOCK = tarfile.BLOCKSIZE
 GOOD = [("good.jpg", b"image"), ("good.txt", b"good")]

@@ -17,8 +17,8 @@ from tiny_images import encoded
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.clip.models import has_model
 from slsgu_cli.downstream.generate import OutputFolder
+from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.method import CovarianceHeader, LayerCovariance, SumsHeader
 from slsgu_cli.records.targets import Generation, PaintOptions
 from slsgu_cli.store.blocks import block_writer

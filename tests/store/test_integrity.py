@@ -11,11 +11,11 @@ from google_crc32c import value as crc32c
 
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records.codec import SEAL, encode, is_sealed, sealed
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
     CovarianceHeader,
-    Direction,
     LayerCovariance,
     LayerScore,
     Ranking,
@@ -38,7 +38,9 @@ def store(tmp_path):
 
 def ranking():
     score = LayerScore("visual.proj", Tower.VISION, (2, 3), 0.125, 0.25, 1.5, 2.5, 3.5, True)
-    return Ranking("a", "f", "r", Alignment.ABS, Direction.BOTH, 0.1, (score,), "0.1.0", "céline")
+    return Ranking(
+        "a", "f", "r", Alignment.ABS, Direction.BOTH.specs(0.1), (score,), "0.1.0", "céline"
+    )
 
 
 def write_block(store):

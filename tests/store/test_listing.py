@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from slsgu_cli.records.codec import encode
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
     CovarianceHeader,
     Criterion,
-    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -84,17 +84,15 @@ def store(tmp_path):
     store.write_record("gradients/facebook.json", pointer)
     score = LayerScore("visual.proj", Tower.VISION, (2, 2), 0.1, 0.01, 1.0, 1.0, 10.0, True)
     scores = (score, replace(score, layer="text_projection", tower=Tower.TEXT, front=False))
-    ranking = Ranking(
-        "facebook", "g1", "g2", Alignment.ABS, Direction.GRADIENT, None, scores, "0.1.0"
-    )
+    ranking = Ranking("facebook", "g1", "g2", Alignment.ABS, (FALLBACK,), scores, "0.1.0")
     store.write_record("rankings/facebook.json", ranking)
-    trial = Trial("visual.proj", Tower.VISION, None, 3.0, 0.25, AFTER, 0.0, {"brands": AFTER})
+    trial = Trial("visual.proj", Tower.VISION, FALLBACK, 3.0, 0.25, AFTER, 0.0, {"brands": AFTER})
     store.write_record(
         "trials/facebook.json",
         Trials(
             "facebook",
             "g1",
-            Direction.GRADIENT,
+            (Direction.GRADIENT,),
             None,
             "model",
             {"brands": "print3", "(forget)": "brands:facebook"},
@@ -124,8 +122,7 @@ def write_edit(store, name, *, gradient, measured=True, retain=None):
         model_fingerprint="model",
         digests={"fp32": "a"},
         gradient=gradient,
-        direction=Direction.WHITENED if retain else Direction.GRADIENT,
-        damping=0.01 if retain else None,
+        direction=DirectionSpec.of(Direction.WHITENED if retain else Direction.GRADIENT),
         retain_data=retain,
         criterion=Criterion.FA1 if measured else None,
         margin=None,
@@ -404,7 +401,7 @@ def test_what_other_retain_rows_whitened_is_stale(store):
     write_edit(store, "facebook", gradient="g1", retain="print2")
     assert not not_ok(store)
     write_edit(store, "facebook", gradient="g1", retain="older")
-    change(store, "trials/facebook.json", direction="whitened", retain_data="older")
+    change(store, "trials/facebook.json", directions=["whitened"], retain_data="older")
     found = not_ok(store)
     assert set(found) == {"edits/facebook.safetensors", "trials/facebook.json"}
     assert {reason for _, reason in found.values()} == {REWHITENED}

@@ -9,20 +9,21 @@ import open_clip
 import pytest
 import torch
 from places import DEMO
-from plain import Plain, figures_without
 from processes import inside, rows
+from reference import Reference, figures_without
 from safetensors.torch import load_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit
+from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.evaluate import evaluate
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method.edit import apply
-from slsgu_cli.method.evaluate import evaluate
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import search
+from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Criterion, Direction, Tower, Trials, UtilityMetric
+from slsgu_cli.records.method import Criterion, Tower, Trials, UtilityMetric
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label
@@ -45,7 +46,7 @@ def plots():
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("several_plot", "cosine_maps"):
             patch.setattr(joint_module, kind, lambda *_, **__: b"a plot")
-        patch.setattr("slsgu_cli.method.evaluate.cosine_plot", lambda *_, **__: b"a plot")
+        patch.setattr("slsgu_cli.engine.evaluate.cosine_plot", lambda *_, **__: b"a plot")
         yield
 
 
@@ -103,7 +104,7 @@ def test_edits_are_of_the_original_gradients_and_say_that_they_belong_together(s
         assert header.utility == result.chosen.utility
         own = replace(world, name=header.name)
         assert header.gradient == own.pointer.forget
-        gradient = Plain(own).gradient[header.layer]
+        gradient = Reference(own).gradient[header.layer]
         delta = load_edit(world.store, header.name).delta()
         np.testing.assert_allclose(delta, header.step * gradient, rtol=1e-6)
 
@@ -178,7 +179,9 @@ def test_a_concept_moves_the_layer_whose_edit_costs_least(searched):
         trials = world.store.read_record(Artifact.TRIALS.path(move.name), Trials).trials
         forgets = [trial for trial in trials if trial.moved is not None]
         assert len(forgets) > 1
-        best = max(forgets, key=lambda trial: kept(trial, UtilityMetric.TA1) - 10 * trial.moved)
+        best = max(
+            forgets, key=lambda trial: utility_of(trial, UtilityMetric.TA1) - 10 * trial.moved
+        )
         assert best.layer == move.layer
 
 
@@ -190,7 +193,8 @@ def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monke
     def trial(run, steps, *, slopes=False):
         left = {name: Accuracy(0.0 if step > 2 else 50.0, 50.0, 2) for name, step in steps.items()}
         moves = tuple(
-            JointMove(name, "a layer", Tower.TEXT, None, step, step) for name, step in steps.items()
+            JointMove(name, "a layer", Tower.TEXT, FALLBACK, step, step)
+            for name, step in steps.items()
         )
         gaps = dict.fromkeys(steps, 0.0)
         return JointTrial(moves, left, gaps, None, 0.1 + 0.3 * (steps["0"] > 2), {})
@@ -318,9 +322,8 @@ def test_whitened_directions_and_margins_join_as_well(apart):
         rank(world.store, name, options=RankOptions(direction=Direction.WHITENED))
     result = find(world, "blue", "red", criterion=Criterion.MARGIN, margin=0.01)
     header = load_edit(world.store, "red").header
-    assert header.direction is Direction.WHITENED
-    assert (header.damping, header.margin) == (result.chosen.moves[1].damping, 0.01)
-    assert header.damping is not None
+    assert header.direction.kind is Direction.WHITENED
+    assert (header.direction, header.margin) == (result.chosen.moves[1].direction, 0.01)
     assert result.forgotten == all(gap >= 0.01 for gap in result.chosen.gaps.values())
     assert header.forgotten == (result.chosen.gaps["red"] >= 0.01)
     before = open_clip.create_model(world.model.name).get_parameter(header.layer).data
@@ -417,7 +420,7 @@ def test_the_commands(apart):
     assert done.exit_code == 0
     edits, stages = rows(done.stdout)
     assert [row[0] for row in edits] == ["set", *NAMES]
-    assert edits[0][1:4] == ["layer", "damping", "step"]
+    assert edits[0][1:4] == ["layer", "direction", "step"]
     assert [row[:2] for row in stages[1:]] == [
         ["0", "-"],
         ["1", "blue"],

@@ -7,11 +7,11 @@ import pytest
 from processes import inside, rows
 
 from slsgu_cli.clip.evaluation import SharedEvaluation
+from slsgu_cli.engine import gradients
+from slsgu_cli.engine import search as search_module
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, NotForgottenError, UsageError
-from slsgu_cli.method import gradients
-from slsgu_cli.method import search as search_module
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Direction
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import Sweep, SweepRequest
 from slsgu_cli.store.artifacts import Artifact
@@ -212,7 +212,7 @@ def test_the_command(shared_world, request_, store, tmp_path):
     assert table[0] == [
         "class",
         "layer",
-        "damping",
+        "direction",
         "step",
         "% of norm",
         "FA@1 before",

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plain import Plain
 from processes import inside, rows
+from reference import Reference
 
+from slsgu_cli.engine.choice import residual
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.figures import curves
-from slsgu_cli.method.ranking import rank
-from slsgu_cli.method.scoring import left_to_forget
-from slsgu_cli.method.search import search
-from slsgu_cli.records.method import Criterion, Direction, Precision, Trials
+from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.method import Criterion, Precision, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.records.studies import Rise, TrajectoryOptions, largest_rise
 from slsgu_cli.store.artifacts import Artifact
@@ -32,27 +33,27 @@ def follow(world, *, points=4, until=None, **search):
 
 def test_every_step_has_the_figures_of_plain_forwards(world):
     found = follow(world, layers=SOME)
-    plain = Plain(world)
-    assert [len(found.of(line)) for line in found.lines()] == [4, 4]
+    reference = Reference(world)
+    assert [len(found.of(line)) for line in found.moves()] == [4, 4]
     for trial in found.trials.trials:
-        figures = plain.after(trial.layer, trial.step)
+        figures = reference.after(trial.layer, trial.step)
         assert figures.forget == pytest.approx((trial.forget.top1, trial.forget.top5))
         assert {
             name: pytest.approx((kept.top1, kept.top5)) for name, kept in trial.utility.items()
         } == figures.utility
-    assert found.trials.baseline_forget.top1 == pytest.approx(plain.figures().forget[0])
+    assert found.trials.baseline_forget.top1 == pytest.approx(reference.figures().forget[0])
 
 
 def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
     for criterion in Criterion:
         found = follow(world, criterion=criterion)
-        front = [(score.layer, None) for score in world.ranking.scores if score.front]
-        assert found.lines() == front
-        for line in found.lines():
+        front = [(score.layer, score.direction) for score in world.ranking.scores if score.front]
+        assert found.moves() == front
+        for line in found.moves():
             steps = [trial.step for trial in found.of(line)]
             assert steps == pytest.approx([steps[-1] * k / 4 for k in (1, 2, 3, 4)])
             last = found.of(line)[-1]
-            forget = left_to_forget(last, criterion, 0.02)
+            forget = residual(last, criterion, 0.02)
             assert last.share in (pytest.approx(0.1 * 2**k) for k in range(7))
             assert forget == 0 or last.share == pytest.approx(FARTHEST)
 
@@ -61,9 +62,9 @@ def test_whitened_directions_are_followed_for_each_damping(world):
     rank(world.store, "blue", options=RankOptions(direction=Direction.WHITENED))
     for damping in (0.1, 0.01):
         found = follow(world, layers=SOME[:1], points=2, damping=damping)
-        assert found.lines() == [(SOME[0], damping)]
+        assert found.moves() == [(SOME[0], DirectionSpec.of(Direction.WHITENED, damping=damping))]
     recorded = world.store.read_record(Artifact.TRAJECTORY.path("blue"), Trials).trials
-    assert Counter(trial.damping for trial in recorded) == {0.1: 2, 0.01: 2}
+    assert Counter(trial.direction.parameters["damping"] for trial in recorded) == {0.1: 2, 0.01: 2}
     found = search(world.store, "blue", options=SearchOptions(layers=SOME[:1]))
     along = {t.step: t for t in follow(world, layers=SOME[:1]).trials.trials}
     for trial in found.trials.trials:
@@ -73,7 +74,7 @@ def test_whitened_directions_are_followed_for_each_damping(world):
 
 def test_the_end_can_be_given(world):
     found = follow(world, layers=SOME, points=3, until=0.3)
-    for line in found.lines():
+    for line in found.moves():
         assert [trial.share for trial in found.of(line)] == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -122,15 +123,15 @@ def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "slsgu_cli.figures.curves.step_plot",
-        lambda *_, layer, damping: drawn.append((layer, damping)) or b"1",
+        lambda *_, move: drawn.append(move) or b"1",
     )
     options = TrajectoryOptions(search=SearchOptions(layers=SOME), points=3)
     found, paths = trajectory_and_plots(world.store, "blue", options=options)
-    assert drawn == found.lines()
+    assert drawn == found.moves()
     names = ["trajectories", *(f"trajectory-{layer}" for layer in SOME)]
     assert paths == [world.store.where(f"plots/blue-{name}.png") for name in names]
     assert world.store.read_bytes("plots/blue-trajectories.png").startswith(b"\x89PNG")
-    picture = curves.trajectories_plot(found.trials, found.lines())
+    picture = curves.trajectories_plot(found.trials, found.moves())
     assert world.store.read_bytes("plots/blue-trajectories.png") == picture
 
 
@@ -155,7 +156,7 @@ def test_the_command(world):
     steps, rises = rows(done.stdout)
     assert steps[0] == [
         "layer",
-        "damping",
+        "direction",
         "step",
         "% of norm",
         "FA@1",
@@ -164,9 +165,9 @@ def test_the_command(world):
         "TA@1 second",
     ]
     assert [row[0] for row in steps[1:]] == ["visual.proj"] * 2
-    assert rises[0][:4] == ["layer", "damping", "steps", "% of norm"]
+    assert rises[0][:4] == ["layer", "direction", "steps", "% of norm"]
     assert rises[0][4:6] == ["FA@1 rise", "FA@1 rise at % of norm"]
-    assert rises[1][:3] == ["visual.proj", "-", "2"]
+    assert rises[1][:3] == ["visual.proj", "gradient", "2"]
     found = json.loads(inside(*asked, "--json", store=root).stdout)
     assert len(found["trajectory"]["trials"]) == 2
     assert found["rises"][0]["layer"] == "visual.proj"

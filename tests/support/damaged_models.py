@@ -20,7 +20,7 @@ import torch
 from processes import inside
 from safetensors.torch import load_file
 
-from slsgu_cli.clip import models
+from slsgu_cli.clip import tokenizers
 
 LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
 State = dict[str, torch.Tensor]
@@ -326,7 +326,7 @@ class Models:
 
     def run(self, layout: Layout, command: str) -> Any:
         """Run a command on a copy of the store, with nothing kept in memory of earlier ones."""
-        models._tokenizer.cache_clear()
+        tokenizers._tokenizer.cache_clear()
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         (self.folder / "out.html").unlink(missing_ok=True)
         with self.copied() as store:

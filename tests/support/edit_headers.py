@@ -4,7 +4,8 @@ import numpy as np
 
 from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.tensor_file import layer_digests
-from slsgu_cli.records.method import Direction, EditHeader, Tower
+from slsgu_cli.records.directions import FALLBACK
+from slsgu_cli.records.method import EditHeader, Tower
 from slsgu_cli.records.sets import ModelSpec
 
 MODEL = ModelSpec("local-dir:clip")
@@ -24,8 +25,7 @@ def header(
         model_fingerprint="0" * 24,
         digests=layer_digests(before),
         gradient=f"gradient-of-{name}",
-        direction=Direction.GRADIENT,
-        damping=None,
+        direction=FALLBACK,
         retain_data=None,
         criterion=None,
         margin=None,

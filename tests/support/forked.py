@@ -136,7 +136,7 @@ def _serve(requests):
 
     modules = [m.name for m in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli.")]
     # What the package imports only where it is used.
-    for name in (*modules, "open_clip", "torch.distributed.fsdp"):
+    for name in (*modules, "open_clip"):
         if not name.endswith("__main__"):
             import_module(name)
     # Collecting garbage would have each of them copy all that was imported.
@@ -173,7 +173,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command as a process that was started with its words, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.method import covariance, gradients
+    from slsgu_cli.engine import covariance, resumable
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)
@@ -184,7 +184,7 @@ def _become(request, fds):
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     if KEEP_ALWAYS in os.environ:
-        gradients.KEEP_SECONDS = gradients.KEEP_SHARE = 0.0
+        resumable.KEEP_SECONDS = resumable.KEEP_SHARE = 0.0
     if ROWS_AT_ONCE in os.environ:
         covariance.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
     if request["at"]:

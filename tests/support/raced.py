@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet
-from slsgu_cli.method.scoring import kept
-from slsgu_cli.method.search import LayerSearch
-from slsgu_cli.method.trial import UtilityMeter
+from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.layer_search import LayerSearch
+from slsgu_cli.engine.utility import UtilityMeter
+from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Tower, Trial, UtilityMetric
 from slsgu_cli.records.options import SearchOptions
@@ -91,22 +92,22 @@ class GivenFigures:
         search = LayerSearch(trials, self, SearchOptions(**options))
         search._meter.seed = seed
         for index in range(len(self.steps)):
-            probe = Given(self, index)
-            search.probes[probe.line] = probe
-            search.trial(probe, 1.0)
-            search.path.append((probe.line, 1.0))
+            evaluator = Given(self, index)
+            search.evaluators[evaluator.move] = evaluator
+            search.trial(evaluator, 1.0)
+            search.path.append((evaluator.move, 1.0))
         return search.choose(), search
 
     def keeps(self, utility=UtilityMetric.EXPECTED) -> list[float]:
         """Return what each step keeps, in percent."""
         meter = UtilityMeter(self, utility)
-        every = [(probe, meter.measure(probe, 1.0)) for probe in self.probes()]
+        every = [(evaluator, meter.measure(evaluator, 1.0)) for evaluator in self.evaluators()]
         return [
-            kept(probe.measure(1.0, found.utility, found.expected), utility)
-            for probe, found in every
+            utility_of(evaluator.measure(1.0, found.utility, found.expected), utility)
+            for evaluator, found in every
         ]
 
-    def probes(self):
+    def evaluators(self):
         return [Given(self, index) for index in range(len(self.steps))]
 
 
@@ -118,15 +119,15 @@ class Given:
     index: int
 
     def __post_init__(self):
-        self.line = f"layer {self.index}", None
+        self.move = f"layer {self.index}", FALLBACK
         tower = self.world.towers[self.index] if self.world.towers else Tower.VISION
         self.score, self.stage = SimpleNamespace(tower=tower), 0
 
     def measure(self, step, utility=None, expected=None):
         return Trial(
-            layer=self.line[0],
+            layer=self.move[0],
             tower=self.score.tower,
-            damping=None,
+            direction=FALLBACK,
             step=step,
             share=float(self.index + 1),
             forget=Accuracy(0.0, 0.0, 8),

@@ -6,13 +6,13 @@ import numpy as np
 
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.tensor_file import layer_digests
+from slsgu_cli.engine.examples import BeforeAfter
 from slsgu_cli.figures.pictures import Example
-from slsgu_cli.method.evaluate import BeforeAfter
+from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
-    Direction,
     EditHeader,
     GradientHeader,
     GradientPointer,
@@ -121,16 +121,14 @@ def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
     roles = (f"{name}-forget", f"{name}-retain")
     pointer = GradientPointer(name, MODEL, "model", *roles, *roles, 16, "fp32", "0.1.0")
     store.write_record(f"gradients/{name}.json", pointer)
-    ranking = Ranking(
-        name, *roles, Alignment.ABS, Direction.GRADIENT, None, tuple(map(score, LAYERS)), "0.1.0"
-    )
+    ranking = Ranking(name, *roles, Alignment.ABS, (FALLBACK,), tuple(map(score, LAYERS)), "0.1.0")
     store.write_record(f"rankings/{name}.json", ranking)
     trials = [trial for layer in FRONT for trial in _trials(layer, set(evals))]
     shown = {known: ref.fingerprint for known, ref in evals.items()}
     recorded = Trials(
         name,
         roles[0],
-        Direction.GRADIENT,
+        (Direction.GRADIENT,),
         None,
         "model",
         shown,
@@ -152,7 +150,7 @@ def fill_several(store: Store, *names: str) -> None:
     """Write a joint search and a sweep of concepts that the store knows."""
     first = store.read_record(f"trials/{names[0]}.json", Trials)
     gone = next(trial for trial in first.trials if trial.utility)
-    move = (gone.layer, gone.tower, None, gone.step, gone.share)
+    move = (gone.layer, gone.tower, FALLBACK, gone.step, gone.share)
     moves = [JointMove(name, *move) for name in names]
     stages = [
         JointTrial(
@@ -188,8 +186,7 @@ def fill_several(store: Store, *names: str) -> None:
             f"{name}-retain",
             gone.layer,
             gone.tower,
-            Direction.GRADIENT,
-            None,
+            FALLBACK,
             gone.step,
             gone.share,
             BEFORE,
@@ -334,7 +331,7 @@ def _trials(layer: str, evals: set[str]) -> list[Trial]:
         forget = Accuracy(gone, min(100.0, gone + 33), 33)
         kept = Accuracy(94.73 - 20 * share, 97.0, 1138)
         utility = dict.fromkeys(sorted(evals), kept) if gone == 0 and share < 0.18 else None
-        found.append(Trial(layer, tower, None, 12 * share, share, forget, 0.0, utility))
+        found.append(Trial(layer, tower, FALLBACK, 12 * share, share, forget, 0.0, utility))
     return found
 
 
@@ -351,8 +348,7 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
         model_fingerprint="model",
         digests=layer_digests(before),
         gradient=f"{name}-forget",
-        direction=Direction.GRADIENT,
-        damping=None,
+        direction=FALLBACK,
         retain_data=None,
         criterion=Criterion.FA1,
         margin=None,

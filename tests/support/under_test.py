@@ -1,6 +1,8 @@
 """A model under test with the data of a world, as `verify` opens it."""
 
-from slsgu_cli.clip.models import load, resolve, token_words, tokenizer
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.records.verification import Settings
 from slsgu_cli.verification.model import open_model

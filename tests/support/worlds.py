@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slsgu_cli import progress
-from slsgu_cli.method.directions import REVISION
-from slsgu_cli.method.gradients import compute_gradients
-from slsgu_cli.method.ranking import rank
+from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.stored_covariances import REVISION
+from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import (
     CovarianceHeader,
     Criterion,
-    Direction,
     GradientPointer,
     Ranking,
     UtilityMetric,

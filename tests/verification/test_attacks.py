@@ -11,10 +11,11 @@ from open_clip.transformer import TextTransformer
 from processes import inside, rows
 from under_test import opened
 
-from slsgu_cli.clip.models import resolve, token_words, tokenizer
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import token_words, tokenizer
 from slsgu_cli.clip.towers import OpenClipText
+from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError
-from slsgu_cli.method.search import search
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import (

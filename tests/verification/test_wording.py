@@ -107,7 +107,7 @@ def test_a_spelling_is_measured_as_if_the_class_were_called_that(shared_world):
 
 
 def test_the_command_reads_names_from_a_file(world, tmp_path):
-    from slsgu_cli.method.search import search
+    from slsgu_cli.engine.search import search
     from slsgu_cli.records.options import SearchOptions
 
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))

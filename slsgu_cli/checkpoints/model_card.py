@@ -1,0 +1,206 @@
+"""The card of a model with edits, in front of the card of its base model.
+
+The front matter lists the edits and their figures. A later `apply` reads them there, adds or
+removes its own, and writes the card again.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import slsgu_cli
+from slsgu_cli.checkpoints.apply import OURS
+from slsgu_cli.checkpoints.edits import Edit
+from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, config_of
+from slsgu_cli.checkpoints.transformers_clip import HUB
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.options import ApplyRequest
+from slsgu_cli.records.sets import ModelSpec
+
+# The base model's card follows this line.
+THEIRS = "<!-- slsgu: the card of the base model -->\n"
+EDITS = ("edit", "forgets", "layer", "moved by", "strength", "digest", "base model")
+FIGURES = ("edit", "figure", "base", "edited", "images")
+WHOLE = "whole"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class EditedModelCard:
+    """The card of a model with `edits`, applied on top of `earlier` ones.
+
+    `base` is the name of the base model, `hub_id` its repository on the hub. `strength` says
+    whether the edits are whole, scaled or cut; with `revert` they are taken out. `library`
+    loads the model.
+    """
+
+    edits: Sequence[EditHeader]
+    earlier: Sequence[EditHeader]
+    base: str
+    hub_id: str | None
+    strength: str = WHOLE
+    revert: bool = False
+    library: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        edits: Sequence[Edit],
+        earlier: Sequence[Edit],
+        *,
+        spec: ModelSpec | None,
+        place: Path,
+        options: ApplyRequest,
+        library: str | None = None,
+    ) -> "EditedModelCard":
+        """Return the card of edits in the model at `place`, applied by `options`.
+
+        The base model is named by its repository, its `spec`, or the last part of its path.
+        """
+        known = hub_id(spec, place)
+        name = place.resolve().name
+        if spec is not None and spec.pretrained:
+            name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
+        strength = [] if options.scale == 1 else [f"scale {options.scale:g}"]
+        strength += [] if options.rank is None else [f"rank {options.rank}"]
+        strength += [] if options.step is None else [f"step {options.step:g}"]
+        now, before = ([edit.header for edit in each] for each in (edits, earlier))
+        how = " ".join(strength) or WHOLE
+        return cls(now, before, known or name, known, how, options.revert, library)
+
+    def over(self, present: str | None) -> str | None:
+        """Return the card to write where a card is `present`: the base model's, or an earlier one.
+
+        Other edits of an earlier card stay on it. If no edit is left, the result is the base
+        model's card.
+        """
+        from huggingface_hub import ModelCardData
+
+        theirs = base_card(present)
+        earlier = {} if present is None or present == theirs else _front_matter(present)
+        edits: dict[str, Any] = {**earlier.get("slsgu", {}).get("edits", {})}
+        for edit in self.edits if self.revert else [*self.edits, *self.earlier]:
+            edits.pop(edit.name, None)
+            if not self.revert:
+                edits[edit.name] = self._about(edit)
+        if not edits:
+            return theirs
+        edits = dict(sorted(edits.items()))
+        base = earlier["slsgu"]["base"] if earlier else self.base
+        data = ModelCardData(
+            tags=["clip", "machine-unlearning"],
+            library_name=self.library,
+            base_model=earlier.get("base_model") if earlier else self.hub_id,
+            license=_front_matter(theirs or "").get("license"),
+            slsgu={"base": base, "edits": edits},
+        )
+        body = _body(base, edits, licensed=data.license is not None)
+        text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+        return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
+
+    def _about(self, edit: EditHeader) -> dict[str, Any]:
+        values = (
+            edit.concept,
+            edit.layer,
+            f"{100 * edit.share:.3g}%",
+            self.strength if edit in self.edits else WHOLE,
+            digest(edit),
+            edit.model_fingerprint,
+        )
+        return {**dict(zip(EDITS[1:], values, strict=True)), "figures": _figures(edit)}
+
+
+def base_card(present: str | None) -> str | None:
+    """Return the base model's card: the part behind ours, if the card is of an edited model."""
+    if present is None or OURS not in present:
+        return present
+    _, marker, theirs = present.partition(THEIRS)
+    return theirs if marker else None
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    """Return the front matter of a card; nothing if it has none, or one that cannot be read."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        data: Any = ModelCard(card, ignore_metadata_errors=True).data
+        return dict(data.to_dict())
+    except (yaml.YAMLError, ValueError, TypeError):
+        return {}
+
+
+def _figures(edit: EditHeader) -> list[list[str]]:
+    """Return the accuracies before and after an edit, as measured when it was made."""
+    before = edit.baseline_utility or {}
+    utility = [("TA", n, before.get(n), now) for n, now in (edit.utility or {}).items()]
+    rows = []
+    for kind, name, was, now in (("FA", "", edit.baseline_forget, edit.forget), *utility):
+        if was is None or now is None:
+            continue
+        images = f"{now.rows} {'test' if now.unseen else 'validation'} images"
+        for k, one, other in ((1, was.top1, now.top1), (5, was.top5, now.top5)):
+            rows.append([f"{kind}@{k} {name}".strip(), f"{one:.2f}%", f"{other:.2f}%", images])
+    return rows
+
+
+def _body(base: str, edits: Mapping[str, Mapping[str, Any]], *, licensed: bool) -> str:
+    concepts = ", ".join(dict.fromkeys(_code(edit["forgets"]) for edit in edits.values()))
+    figures = [[_code(name), *row] for name, edit in edits.items() for row in edit["figures"]]
+    rows = [
+        [_code(name), *(_code(edit[key]) for key in EDITS[1:3]), *(edit[key] for key in EDITS[3:])]
+        for name, edit in edits.items()
+    ]
+    parts = [
+        OURS,
+        f"# {_code(base)} without {concepts}",
+        f"This is {_code(base)} with the edits below, made by slsgu {slsgu_cli.__version__} "
+        "([SLUG](https://arxiv.org/abs/2407.11867))."
+        + ("" if licensed else " Its licence is that of the base model, which is unknown here."),
+        "## Figures",
+        _table(FIGURES, figures) if figures else "Nothing was measured.",
+        "FA is the accuracy on the concept, TA the accuracy on everything else. Each edit was "
+        "measured alone on the base model.",
+        "## Edits",
+        _table(EDITS, rows),
+        "`slsgu check . --edit NAME` reports whether these weights contain an edit, and "
+        "`slsgu apply --revert` takes it out.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def hub_id(spec: ModelSpec | None, place: Path) -> str | None:
+    """Return a model's repository on the Hugging Face hub, as its name or its files give it."""
+    if spec is not None and spec.name.startswith(HUB):
+        return spec.name.removeprefix(HUB)
+    if spec is not None and spec.pretrained:
+        return None if Path(spec.pretrained).is_file() else _of_tag(spec.name, spec.pretrained)
+    # A snapshot in the hub's cache: models--ORG--NAME/snapshots/REVISION.
+    for part in place.parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            return "/".join(part.split("--")[1:])
+    for config in (place / PIPELINE, place / CONFIG):
+        name = str(config_of(config).get("_name_or_path", ""))
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            return name
+    return None
+
+
+def _of_tag(name: str, tag: str) -> str | None:
+    """Return the repository of a pretrained tag of open_clip."""
+    import open_clip
+
+    place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub") or ""
+    return "/".join(place.split("/")[:2]) or None
+
+
+def _code(text: str) -> str:
+    """Return text that may hold Markdown as inline code, in one cell of a table."""
+    return f"`{' '.join(text.replace('`', ' ').replace('|', ' ').split())}`"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(r)} |" for r in (columns, ["---"] * len(columns), *rows))

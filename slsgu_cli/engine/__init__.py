@@ -1,0 +1,1 @@
+"""The fast method: cached activations, early stopping, resumable and shared passes."""

@@ -1,0 +1,254 @@
+"""The calls that apply a layer, with the inputs that they apply it to."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from itertools import permutations
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from slsgu_cli.checkpoints.layers import LETTERS
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.clip.onednn import linear
+
+# At most so many of the positions in an image that a window of a convolution goes to are counted:
+# at 1000 images, 55 windows for each of 4,608 inputs. Drawn by this seed, alike for all images.
+MOST_POSITIONS = 256
+
+
+POSITION_SEED = 0
+
+
+# Entries of windows, which overlap, that are laid out at once: 64 MiB in fp32.
+WINDOW_ENTRIES = 2**24
+
+
+LINEAR = (F.linear, linear)
+
+
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+
+
+NORMS = (F.layer_norm, F.rms_norm)
+
+
+CHANNEL_NORMS = (F.batch_norm, F.group_norm)
+
+
+ATTENTION = F.multi_head_attention_forward
+
+
+# The arguments of the functions that apply a weight, in their order.
+ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(LINEAR, ("input", "weight", "bias")),
+    **dict.fromkeys((*MATMULS, *PRODUCTS), ("input", "other")),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.batch_norm: (
+        *("input", "running_mean", "running_var", "weight", "bias"),
+        *("training", "momentum", "eps"),
+    ),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    ATTENTION: tuple(signature(ATTENTION).parameters),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a call applies a layer: which share of its entries, and along which axis inputs lie.
+
+    Of a convolution in `groups`, each has its rows of the weight and inputs of its own.
+    """
+
+    layer: str
+    share: float
+    axis: int
+    groups: int
+
+
+class AppliedLayers(TorchFunctionMode):
+    """While active, hears of every call that applies one of some layers of a model."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self._pools: list[Any] = list(filter(_is_pool_of_resnet, model.modules()))
+        weights = ((name, model.get_parameter(name)) for name in layers)
+        self._layers = {_place(weight): (name, weight.numel()) for name, weight in weights}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make a call, and tell of its inputs and outputs where it applies one of the layers."""
+        kwargs = kwargs or {}
+        named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
+        if func is ATTENTION:
+            return self._attend(named)
+        outputs = func(*args, **kwargs)
+        if func in LINEAR:
+            self._tell(named.get("weight"), lambda: [named["input"]], outputs, axis=1)
+        elif func in MATMULS:
+            self._tell(named.get("other"), lambda: [named["input"]], outputs, axis=0)
+        elif func is F.conv2d:
+            groups = named.get("groups", 1)
+            self._tell(named.get("weight"), lambda: _windows(named), outputs, axis=1, groups=groups)
+        elif func in NORMS or func in CHANNEL_NORMS:
+            self._tell(named.get("weight"), lambda: [_normed(func, named)], outputs, axis=0)
+        elif func in PRODUCTS:
+            for weight, x in permutations((named.get("input"), named.get("other"))):
+                if _scales(weight, x):
+                    self._tell(weight, partial(_scaled, x, weight), outputs, axis=0)
+        return outputs
+
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
+        """Hear of a call that applies a layer to `inputs`.
+
+        They come in parts (..., inputs); of a convolution in groups, (rows, groups, inputs).
+        """
+        raise NotImplementedError
+
+    def _tell(
+        self,
+        weight: Any,
+        inputs: Callable[[], Iterable[Tensor]],
+        outputs: Any,
+        *,
+        axis: int,
+        groups: int = 1,
+    ) -> None:
+        if isinstance(weight, Tensor) and _place(weight) in self._layers:
+            name, size = self._layers[_place(weight)]
+            use = Use(name, weight.numel() / size, axis, groups)
+            self.applied(use, inputs(), outputs)
+
+    def _attend(self, named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Make a call of attention in two: what it mixes, and the projection of that.
+
+        Of the pool of a ResNet, the first position alone leaves the tower.
+        """
+        query, key, value = (named[part] for part in ("query", "key", "value"))
+        if any(_shares(named.get("q_proj_weight"), pool.q_proj.weight) for pool in self._pools):
+            query = query[:1]
+        fused, projection = named["in_proj_weight"], named["out_proj_weight"]
+        plain = {"out_proj_weight": torch.eye(projection.shape[1]).to(projection)}
+        mixed, weights = ATTENTION(**named | {"query": query, "out_proj_bias": None} | plain)
+        outputs = F.linear(mixed, projection, named["out_proj_bias"])
+        if fused is not None and query is key is value:
+            uses = [(fused, query)]
+        else:
+            apart = [named.get(f"{letter}_proj_weight") for letter in LETTERS]
+            thirds = apart if fused is None else fused.chunk(3)
+            uses = list(zip(thirds, (query, key, value), strict=True))
+        for weight, x in (*uses, (projection, mixed)):
+            self._tell(weight, partial(_rows_first, x), outputs, axis=1)
+        return outputs, weights
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what a parameter shares with its parts and with nothing else."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_pool_of_resnet(module: nn.Module) -> bool:
+    """Return whether it is open_clip's attention pool."""
+    return type(module).__name__ == "AttentionPool2d"
+
+
+def _shares(weight: Any, other: Tensor) -> bool:
+    """Return whether a weight is another one, or a part of it."""
+    return isinstance(weight, Tensor) and _place(weight) == _place(other)
+
+
+def _rows_first(x: Tensor) -> list[Tensor]:
+    """Return inputs of attention, which has positions before rows, as others come."""
+    return [x.transpose(0, -2)]
+
+
+def _scales(weight: Any, x: Any) -> bool:
+    """Return whether a product is that of inputs and a vector's entry for each channel."""
+    if not (isinstance(weight, Tensor) and isinstance(x, Tensor)) or weight.ndim > x.ndim:
+        return False
+    if isinstance(weight, nn.Parameter) and weight.ndim > 1:
+        return False
+    channels = weight.numel()
+    return channels == max(weight.shape, default=0) == x.shape[_axis_of(weight)]
+
+
+def _axis_of(weight: Tensor) -> int:
+    """Return along which axis a vector lies, from the last."""
+    return int(np.argmax(weight.shape)) - weight.ndim
+
+
+def _scaled(x: Any, weight: Any) -> list[Tensor]:
+    """Return what a vector is multiplied by, channels last."""
+    return [x.movedim(_axis_of(weight), -1)]
+
+
+def _windows(named: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield what a convolution applies its flattened weight to, in parts of bounded size.
+
+    Windows that do not overlap come in one part, (rows, positions, inputs). Others are
+    (windows, inputs), in groups (windows, groups, inputs): in each image those at
+    `chosen_positions`, unfolded at once for as many images as WINDOW_ENTRIES let.
+    """
+    x, size = named["input"], tuple(named["weight"].shape[2:])
+    stride, dilation = (_pair(named.get(name, 1)) for name in ("stride", "dilation"))
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, size, strict=True))
+    padding, groups = _padding(named.get("padding", 0), reach), named.get("groups", 1)
+    if groups == 1 and stride == size and dilation == (1, 1) and not any(padding):
+        yield F.unfold(x, size, stride=size).transpose(1, 2)
+        return
+    x = F.pad(x, padding)
+    height, width = (
+        (n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)
+    )
+    positions = chosen_positions(height * width)
+    row, column = (
+        torch.from_numpy(at[:, None] * s + np.arange(k) * d).to(x.device)
+        for at, s, k, d in zip(np.divmod(positions, width), stride, size, dilation, strict=True)
+    )
+    inputs = x.shape[1] * prod(size)
+    shape = (-1, inputs) if groups == 1 else (-1, groups, inputs // groups)
+    for start, stop in spans(len(x), max(1, WINDOW_ENTRIES // (len(positions) * inputs))):
+        windows = x[start:stop, :, row[:, :, None], column[:, None, :]]
+        yield windows.transpose(1, 2).reshape(shape)
+
+
+def chosen_positions(positions: int) -> npt.NDArray[np.int64]:
+    """Return which positions in an image are counted: MOST_POSITIONS at most, by seed."""
+    if positions <= MOST_POSITIONS:
+        return np.arange(positions)
+    drawn = np.random.default_rng(POSITION_SEED).choice(positions, MOST_POSITIONS, replace=False)
+    return np.sort(drawn)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Return a setting of a convolution for both axes."""
+    return (value, value) if isinstance(value, int) else tuple(value) * (3 - len(value))
+
+
+def _padding(padding: Any, reach: Sequence[int]) -> list[int]:
+    """Return the padding as F.pad takes it: last axis first, before and behind it."""
+    if padding == "same":
+        around = [(r // 2, r - r // 2) for r in reach]
+    else:
+        around = [(p, p) for p in _pair(0 if padding == "valid" else padding)]
+    return [side for sides in reversed(around) for side in sides]
+
+
+def _normed(func: Any, named: dict[str, Any]) -> Tensor:
+    """Return what a norm multiplies by its weight, channels last."""
+    plain = {name: value for name, value in named.items() if name not in ("weight", "bias")}
+    normed: Tensor = func(**plain)
+    return normed.movedim(1, -1) if func in CHANNEL_NORMS else normed

@@ -1,0 +1,241 @@
+"""The checkpoint with edits that `apply` writes."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import (
+    AppliedResult,
+    apply_edits,
+    copy_model,
+)
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    by_layer,
+    earlier_edits,
+    load_edits,
+    original_values,
+    tell_of_joint_searches,
+    tell_of_other_encoders,
+)
+from slsgu_cli.checkpoints.layers import Layer, Spelling
+from slsgu_cli.checkpoints.layouts import open_weights
+from slsgu_cli.checkpoints.model_card import EditedModelCard
+from slsgu_cli.checkpoints.targets import Family, Target, read_target
+from slsgu_cli.checkpoints.tensor_file import (
+    Floats,
+    canonical_name,
+    rounded,
+)
+from slsgu_cli.checkpoints.transformers_clip import HUB
+from slsgu_cli.clip.model_folder import tokenizer_beside, why_not_loaded
+from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
+from slsgu_cli.clip.other_layouts import other_layout
+from slsgu_cli.engine.set_edits import _is_file, direct_edit, ensure_edit, rank_options
+from slsgu_cli.errors import SlsguError, UsageError
+from slsgu_cli.records.options import (
+    ApplyOptions,
+    ApplyRequest,
+    RankOptions,
+    SearchOptions,
+)
+from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.store.files import require_regular
+from slsgu_cli.store.store import Store
+
+# A tensor that a whole CLIP has, and none of its towers.
+LOGIT_SCALE = "logit_scale"
+
+
+def apply(store: Store, request: ApplyRequest) -> AppliedResult:
+    """Write the checkpoint that `request` describes, running what its edits still lack."""
+    if request.target is not None and request.model is not None:
+        raise UsageError("--target takes the place of --model", hint="leave one of them out")
+    require_regular(request.out)
+    edits = _requested_edits(store, request)
+    for edit in edits:
+        if edit.header.criterion is not None and not edit.header.forgotten:
+            progress.warn(
+                f"the edit {edit.header.name} does not forget completely: its search failed"
+            )
+    earlier = [] if request.force else earlier_edits(store, edits)
+    if not request.revert:
+        tell_of_joint_searches([*edits, *earlier])
+        tell_of_other_encoders([*edits, *earlier])
+    config = None
+    if request.target is not None:
+        target = read_target(request.target)
+        model = _whole_clip(target, edits) if target.family is Family.CLIP else None
+    else:
+        model = resolve(_shared_model(edits, request.model))
+        target, config = _files_of(model)
+    compare = None
+    if model is not None and not request.force:
+        compare = partial(_other_layers, model, [*edits, *earlier])
+    with TemporaryDirectory() as scratch:
+        layout = other_layout(request.layout, model, target, edits, Path(scratch))
+        beside = tokenizer_beside(model, Path(scratch)) if config and layout is None else {}
+        place = target.path
+        if model is not None and request.target is None:
+            place = model.folder or model.weights
+        card = EditedModelCard.of(
+            edits,
+            earlier,
+            options=request,
+            spec=model.spec if model is not None and request.target is None else None,
+            place=place,
+            library=_library(model) if layout is None else layout.client,
+        )
+        return apply_edits(
+            edits,
+            target,
+            request.out,
+            options=request,
+            config=config,
+            beside=beside,
+            earlier=earlier,
+            compare=compare,
+            check=lambda folder: why_not_loaded(folder, model),
+            card=card.over,
+            layout=layout,
+        )
+
+
+def _library(model: ResolvedModel | None) -> str | None:
+    """Return what loads a model in the layout that it has."""
+    if model is None:
+        return None
+    return "transformers" if model.spelling is Spelling.TRANSFORMERS else "open_clip"
+
+
+def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:
+    """Write a copy of a model where a checkpoint with edits would go: without any."""
+    require_regular(out)
+    model = resolve(spec)
+    target, config = _files_of(model)
+    with TemporaryDirectory() as scratch:
+        return copy_model(
+            target,
+            out,
+            options=options,
+            config=config,
+            beside=tokenizer_beside(model, Path(scratch)),
+            check=lambda folder: why_not_loaded(folder, model),
+        )
+
+
+def _files_of(model: ResolvedModel) -> tuple[Target, dict[str, Any]]:
+    """Return a model's files, and the configuration that open_clip loads them by."""
+    config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
+    return read_target(model.folder or model.weights), config
+
+
+def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
+    """Return a target that is a whole CLIP as a model; None of another.
+
+    A file of weights has the configuration of the model that edits were made for, if that is
+    to be had without a hub.
+    """
+    known, here = edits[0].header.model, ModelSpec(str(target.path))
+    try:
+        if target.path.is_dir():
+            return resolve(here)
+        held = set(map(canonical_name, open_weights(target.path).names()))
+        moved = {Layer.parse(edit.header.layer).parameter for edit in edits}
+        if known.name.startswith(HUB) or not {LOGIT_SCALE, *moved} <= held:
+            return None
+        named = not known.name.startswith(LOCAL)
+        like = resolve(replace(known, pretrained=str(target.path)) if named else known)
+    except SlsguError:
+        return None
+    return replace(like, spec=here, weights=target.path, folder=None, spelling=Spelling.OPEN_CLIP)
+
+
+def _other_layers(
+    model: ResolvedModel, edits: Sequence[Edit], formats: Collection[str]
+) -> str | None:
+    """Return what to tell where edits were made on a model whose other layers are not `model`'s.
+
+    A copy in a coarser format has another fingerprint and can be the same model: of that,
+    there is no warning.
+    """
+    if any(edit.is_lora for edit in edits):
+        progress.detail("a LoRA holds no original values: other layers were not compared")
+        return None
+    instead: dict[str, Floats] = {}
+    for name, group in by_layer(edits).items():
+        layer, values = Layer.parse(name), original_values(group).astype(np.float32)
+        if any(not np.array_equal(rounded(values, dtype), values) for dtype in formats):
+            progress.detail(
+                f"{model.spec} is {', '.join(formats)}: its other layers were not compared"
+            )
+            return None
+        whole = instead.get(layer.parameter)
+        if layer.third is not None and whole is None:
+            whole = model_layer(model, layer.parameter).astype(np.float32)
+        instead[layer.parameter] = layer.replaced(whole, values)
+    now = fingerprint(model, instead)
+    others = [edit.header.name for edit in edits if edit.header.model_fingerprint != now]
+    if not others:
+        return None
+    return (
+        f"{model.spec} differs from the model that {', '.join(others)} was made for in more "
+        "than the edited layers: the figures of the edit are not of it"
+    )
+
+
+def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
+    """Return the edits of a request: one given by layer and step, or those of the sets."""
+    if request.step is not None and not math.isfinite(request.step):
+        raise UsageError(f"--step {request.step} is no step size")
+    search_options = SearchOptions(
+        direction=request.direction,
+        damping=request.damping,
+        qkv=request.qkv,
+        device=request.device,
+    )
+    ranking = replace(
+        rank_options(search_options),
+        target=None if request.target is None else str(request.target),
+        encoder=request.encoder,
+    )
+    if request.layer is None:
+        edits = [
+            edit
+            for name in request.names
+            for edit in _edits_of(store, name, options=search_options, ranking=ranking)
+        ]
+        return edits if request.step is None else [edit.restepped(request.step) for edit in edits]
+    if request.step is None or len(request.names) != 1:
+        raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+    (name,) = request.names
+    return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
+
+
+def _edits_of(
+    store: Store, name: str, *, options: SearchOptions, ranking: RankOptions
+) -> list[Edit]:
+    """Return the edit of a set, made where it is missing, or all edits of a file."""
+    if _is_file(name):
+        return load_edits(store, name)
+    return [ensure_edit(store, name, options=options, ranking=ranking)]
+
+
+def _shared_model(edits: Sequence[Edit], model: ModelSpec | None) -> ModelSpec:
+    """Return the model to edit: `model`, else the one all edits were made for."""
+    if model is not None:
+        return model
+    models = {str(edit.header.model): edit.header.model for edit in edits}
+    if len(models) > 1:
+        raise UsageError(
+            f"the edits were made for different models: {', '.join(sorted(models))}",
+            hint="say which to edit with --model",
+        )
+    return next(iter(models.values()))

@@ -1,0 +1,47 @@
+"""The figures that trials are compared by: residual and utility."""
+
+from collections.abc import Mapping
+
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Criterion, Trial, Trials, UtilityMetric
+
+
+def residual(trial: Trial, criterion: Criterion, margin: float | None) -> float:
+    """Return what the search drives to zero: a forget accuracy, or the rest of the margin."""
+    return residual_of(trial.forget, trial.gap, criterion, margin)
+
+
+def residual_of(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
+    """Return the residual of a forget accuracy and the gap that comes with it."""
+    if criterion is Criterion.MARGIN:
+        return max(0.0, (margin or 0.0) - gap)
+    return forget.top1 if criterion is Criterion.FA1 else forget.top5
+
+
+def mean_top1(utility: Mapping[str, Accuracy]) -> float:
+    """Return the mean TA@1 over the evaluation sets, in percent."""
+    return sum(figure.top1 for figure in utility.values()) / len(utility)
+
+
+def utility_of(trial: Trial, by: UtilityMetric) -> float:
+    """Return the utility of a measured trial, in percent, by which steps are compared."""
+    if by is UtilityMetric.EXPECTED and trial.expected is not None:
+        return trial.expected
+    return mean_top1(trial.utility or {})
+
+
+def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
+    """Return each layer's trial with the lowest residual, ties by utility, then by step.
+
+    The layer of `chosen` has that trial.
+    """
+    layers: dict[str, list[Trial]] = {}
+    for trial in trials.trials:
+        layers.setdefault(trial.layer, []).append(trial)
+
+    def order(trial: Trial) -> tuple[bool, float, float, float]:
+        utility = mean_top1(trial.utility) if trial.utility else -1.0
+        left = residual(trial, trials.criterion, trials.margin)
+        return trial != chosen, left, -utility, trial.step
+
+    return [min(trials_of_layer, key=order) for trials_of_layer in layers.values()]

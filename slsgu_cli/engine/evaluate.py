@@ -1,0 +1,169 @@
+"""`eval`: figures of the original model and of another one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.evaluation import SharedEvaluation
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.loading import load
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.gradients import check_inputs
+from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, fitting, model_with
+from slsgu_cli.engine.search_plan import (
+    BasePass,
+    evaluation_digest,
+    require_alike,
+    require_distinct_names,
+)
+from slsgu_cli.engine.shown_classes import Matrix, choose_shown
+from slsgu_cli.figures.pictures import cosine_plot
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
+from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, read_manifest, set_of
+from slsgu_cli.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """The figures of one model.
+
+    `forget` is the accuracy on each concept, by the name of its set; `utility` is without
+    the images of any of them. `cosines` is mean image-to-name cosine, (names, names).
+    """
+
+    label: str
+    forget: dict[str, Accuracy]
+    utility: dict[str, Accuracy]
+    cosines: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """The models that were measured on some sets, and where the cosine plot is.
+
+    There is no plot where the store could not be written.
+    """
+
+    names: tuple[str, ...]
+    models: tuple[EvaluatedModel, ...]
+    plot: str | None
+
+    def figures(self) -> dict[str, float]:
+        """Return what can be asserted by name: figures of the last model, and what it lost.
+
+        `fa1` is that of the first concept; each has its own by the name of its set. What was
+        lost is in points of TA@1.
+        """
+        original, last = self.models[0], self.models[-1]
+        figures: dict[str, float] = {}
+        for name, accuracy in [("", last.forget[self.names[0]]), *last.forget.items()]:
+            behind = f".{name}" if name else ""
+            figures |= {f"fa1{behind}": accuracy.top1, f"fa5{behind}": accuracy.top5}
+        for name, accuracy in last.utility.items():
+            figures |= {f"ta1.{name}": accuracy.top1, f"ta5.{name}": accuracy.top5}
+            figures[f"loss.{name}"] = original.utility[name].top1 - accuracy.top1
+        return figures
+
+
+def evaluate(
+    store: Store, names: Sequence[str], *, model: ModelSpec | None = None, device: str = "auto"
+) -> EvalResult:
+    """Measure the original model, and `model` or else the edits of all sets in place at once.
+
+    A single set without an edit has its original measured alone. Edits that others stand on
+    are in place with them, and the concepts of both are measured. Raises MissingError,
+    StaleError, UsageError, and InputError for sets that are not measured on the same rows.
+    """
+    require_distinct_names(names)
+    edits: list[Edit] = []
+    label = "all edits" if len(names) > 1 else f"edit {names[0]}"
+    if model is None and (len(names) > 1 or store.exists(Artifact.EDIT.path(names[0]))):
+        later = [load_edit(store, name) for name in names]
+        earlier = earlier_edits(store, later)
+        edits = [*later, *earlier]
+        if earlier:
+            label = f"{label} after {', '.join(edit.header.name for edit in earlier)}"
+        names = list(dict.fromkeys([*names, *(set_of(e.header.name) for e in edits)]))
+    manifests = [read_manifest(store, name) for name in names]
+    require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
+    device = pick_device(device)
+    with torch.no_grad():
+        evaluation = _run_model(store, manifests, manifests[0].model, device, original=True)
+        shown = choose_shown(evaluation, manifests)
+        models = [_figures(evaluation, manifests, "original")]
+        if model is not None:
+            evaluation = _run_model(store, manifests, model, device)
+            models.append(_figures(evaluation, manifests, str(model)))
+        elif edits:
+            edited = model_with(evaluation, edits)
+            with counted_by(label), with_edits(evaluation.model, edits):
+                models.append(_figures(evaluation, manifests, label, edited))
+    path = plot_path(joint_label(names) if len(names) > 1 else names[0], "cosines")
+    plot = cosine_plot(
+        models[0].cosines,
+        models[1].cosines if len(models) > 1 else None,
+        shown.names,
+        forgotten=shown.names[: len(names)],
+        thumbnails=shown.thumbnails,
+    )
+    return EvalResult(tuple(names), tuple(models), store.write_picture(path, plot))
+
+
+def _run_model(
+    store: Store,
+    manifests: Sequence[SetManifest],
+    spec: ModelSpec,
+    device: str,
+    *,
+    original: bool = False,
+) -> SharedEvaluation:
+    """Load a model and run it over what all sets measure on."""
+    model = resolve(spec)
+    for manifest in manifests:
+        check_inputs(manifest, model)
+    base_pass = BasePass(
+        store=store,
+        manifests=tuple(manifests),
+        module=load(model, device, warn=progress.warn),
+        model=model,
+        weights=fingerprint(model) if original else None,
+        split=Split.TEST,
+        options=SearchOptions(device=device),
+    )
+    return base_pass.run()
+
+
+@contextmanager
+def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
+    """Put edits into a model for the length of a block; those of one layer are summed.
+
+    Raises StaleError where a layer is not the one that an edit was made for.
+    """
+    fitting(model, edits)
+    moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)
+    with moved(model, moves):
+        yield
+
+
+def _figures(
+    evaluation: SharedEvaluation,
+    manifests: Sequence[SetManifest],
+    label: str,
+    model: MovedModel = UNMOVED,
+) -> EvaluatedModel:
+    """Return the figures of the model of the last base pass, or of one with edits in place."""
+    return EvaluatedModel(
+        label=label,
+        forget=model.accuracies(evaluation.forget),
+        utility=model.accuracies(evaluation.utility(manifests)),
+        cosines=choose_shown(evaluation, manifests).cosines(model),
+    )

@@ -1,0 +1,107 @@
+"""Forget accuracy after a step of one layer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.clip.evaluation import (
+    Evaluation,
+)
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.in_place import edited
+from slsgu_cli.clip.metrics import least_gap, ranks_of_truth
+from slsgu_cli.clip.zeroshot import PromptSide
+from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.method.scores import norm
+from slsgu_cli.method.step_search import first_step
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
+from slsgu_cli.records.method import (
+    LayerScore,
+    Move,
+    Tower,
+    Trial,
+)
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Measures the steps of one layer of the CLIP, `along` a tensor of the layer's shape.
+
+    `direction` says which direction that is.
+    """
+
+    evaluation: Evaluation
+    score: LayerScore
+    along: Tensor
+    direction: DirectionSpec = FALLBACK
+    weight: Tensor = field(init=False)
+    norm: float = field(init=False)
+    stage: int = field(init=False)
+    _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layer = Layer.parse(self.score.layer)
+        self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
+        self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
+        self.norm = norm(self.along.cpu().numpy())
+        if not isfinite(self.norm):
+            raise NotFiniteError(
+                f"the direction of {self.score.layer} is not finite: a gradient it is made from "
+                "is damaged",
+                hint="remove that gradient from the store and run `slsgu grad` again",
+            )
+
+    @property
+    def move(self) -> Move:
+        """The layer and the direction that it moves in."""
+        return self.score.layer, self.direction
+
+    @property
+    def first(self) -> float:
+        """The first step to try."""
+        return first_step(self.score.weight_norm, self.norm)
+
+    @contextmanager
+    def stepped(self, step: float) -> Iterator[None]:
+        """Take a step for the length of a block; a positive one ascends the forget loss."""
+        values = torch.add(self.weight, self.along, alpha=step)
+        with (
+            counted_by(f"{self.score.layer} at step {step:.4g}"),
+            edited(self.evaluation.model, self.score.layer, values),
+        ):
+            yield
+
+    def measure(self, step: float) -> Trial:
+        """Return how well the concept is still recognised after a step; utility is left out."""
+        forget, logits = self.evaluation.forget, self._forget_logits(step)
+        labels = forget.images.labels
+        return Trial(
+            layer=self.score.layer,
+            tower=self.score.tower,
+            direction=self.direction,
+            step=step,
+            share=step * self.norm / self.score.weight_norm,
+            forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
+            gap=least_gap(logits, labels),
+            utility=None,
+        )
+
+    def _forget_logits(self, step: float) -> Tensor:
+        """Return the cosines of the forget images with all names after a step."""
+        images, prompts = self.evaluation.forget.images, self.evaluation.forget.prompts
+        with self.stepped(step):
+            if self.score.tower is Tower.VISION:
+                return images.after_edit(self.stage) @ prompts.embeddings.T
+            embeddings = self._embeddings[step] = prompts.after_edit(self.stage)
+        return images.features @ embeddings.T
+
+    def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
+        """Return the classes after a step of a text layer, which must be in place."""
+        if prompts is self.evaluation.forget.prompts and step in self._embeddings:
+            return self._embeddings[step]
+        return prompts.after_edit(self.stage)

@@ -1,0 +1,357 @@
+"""`export`: edits as a LoRA of the smallest rank that still forgets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.apply import copies_of, require_distinct
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    earlier_edits,
+    load_edits,
+    recognised,
+    tell_of_joint_searches,
+    tell_of_other_encoders,
+)
+from slsgu_cli.checkpoints.lora import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Decomposed,
+    lora_tensors,
+    peft_config,
+)
+from slsgu_cli.checkpoints.targets import KINDS, SECOND_WIDTH, Encoder, Family, read_target
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.evaluation import SharedEvaluation
+from slsgu_cli.clip.in_place import moved
+from slsgu_cli.engine.choice import residual_of
+from slsgu_cli.engine.moved_model import MovedModel, fitting, model_with
+from slsgu_cli.engine.search_plan import (
+    SearchPlan,
+    evaluation_digest,
+    report_evaluation,
+    require_alike,
+    share_evaluation,
+)
+from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.method import Criterion, LayerScore, LoraHeader, LoraLayout
+from slsgu_cli.records.options import ExportRequest, SearchOptions
+from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set_of
+from slsgu_cli.store.files import replacing, require_regular
+from slsgu_cli.store.store import Store
+
+# Strengths of a LoRA that figures are reported for.
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# What kohya's names of text encoders begin with, in the pipelines whose encoders clients know.
+PREFIXES = {
+    Family.SD1: {"text_encoder": "lora_te_"},
+    Family.SD2: {"text_encoder": "lora_te_"},
+    Family.SDXL: {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    Family.FLUX: {"text_encoder": "lora_te1_"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedEdit:
+    """An edit in a LoRA: how many of its directions there are, of how many."""
+
+    name: str
+    layer: str
+    rank: int
+    full_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class StrengthFigures:
+    """How well a concept is recognised with a LoRA at a strength, on rows it was not chosen by."""
+
+    strength: float
+    name: str
+    forget: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What was written, and what it does; no figures of edits whose sets are not there."""
+
+    files: tuple[str, ...]
+    nbytes: int
+    edits: tuple[ExportedEdit, ...]
+    figures: tuple[StrengthFigures, ...]
+
+
+def export(store: Store, request: ExportRequest) -> ExportResult:
+    """Write edits as a LoRA, and measure it at several strengths.
+
+    Raises UsageError, InputError, MissingError or StaleError, with nothing written.
+    """
+    edits = [edit for name in request.names for edit in load_edits(store, name)]
+    require_distinct(edits)
+    if lacking := earlier_edits(store, edits):
+        named = " ".join(quote(edit.header.name) for edit in lacking)
+        raise UsageError(
+            "these edits stand on others, which a LoRA must hold as well",
+            hint=f"name them too: {named}",
+        )
+    tell_of_joint_searches(edits)
+    tell_of_other_encoders(edits)
+    _require_place(request)
+    prefixes = _prefixes(request, edits)
+    parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]
+    ranks, figures = _measure(store, edits, parts, prefixes, request)
+    tensors, header = lora_tensors(
+        list(zip(parts, ranks, prefixes, strict=True)), layout=request.layout
+    )
+    files = _write(request.out, tensors, header, str(edits[0].header.model))
+    exported = (
+        ExportedEdit(edit.header.name, edit.header.layer, rank, part.full_rank)
+        for edit, rank, part in zip(edits, ranks, parts, strict=True)
+    )
+    return ExportResult(
+        files=tuple(map(str, files)),
+        nbytes=sum(path.stat().st_size for path in files),
+        edits=tuple(exported),
+        figures=figures,
+    )
+
+
+def _measure(
+    store: Store,
+    edits: Sequence[Edit],
+    parts: Sequence[Decomposed],
+    prefixes: Sequence[str],
+    request: ExportRequest,
+) -> tuple[list[int], tuple[StrengthFigures, ...]]:
+    """Return the rank of each edit, and figures where there are sets.
+
+    Edits of a text encoder are measured together, in the CLIP that they were made for.
+    """
+    ranks = [min(request.rank or part.full_rank, part.full_rank) for part in parts]
+    figures: list[StrengthFigures] = []
+    for prefix in sorted(set(prefixes)):
+        places = [place for place, each in enumerate(prefixes) if each == prefix]
+        measured = _Measured.of(
+            store, [edits[place] for place in places], [parts[place] for place in places], request
+        )
+        if measured is None:
+            continue
+        least = [ranks[place] for place in places]
+        if request.rank is None:
+            least = measured.least_ranks(least)
+        for place, rank in zip(places, least, strict=True):
+            ranks[place] = rank
+        figures += measured.figures(least)
+    return ranks, tuple(sorted(figures, key=lambda each: each.strength))
+
+
+def _require_place(request: ExportRequest) -> None:
+    """Refuse a place of the wrong kind, or one that is occupied. Raises UsageError, InputError."""
+    out, is_file = request.out, request.layout is LoraLayout.LORA
+    require_regular(out)
+    if is_file and out.suffix != ".safetensors":
+        raise UsageError(f"a LoRA is a file: {out} is not called so", hint="--out NAME.safetensors")
+    if not is_file and out.suffix == ".safetensors":
+        raise UsageError("PEFT's layout is a folder", hint=f"--out {out.with_suffix('')}")
+    if out.exists() and not request.overwrite:
+        raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
+    if is_file == out.is_dir() and out.exists():
+        raise InputError(f"{out} is {'a folder' if is_file else 'a file'}", hint="another --out")
+    others = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if lost := [name for name in others if name not in (PEFT_CONFIG, PEFT_WEIGHTS)]:
+        raise InputError(f"{out} holds {lost[0]}, which would be lost", hint="another --out")
+
+
+def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
+    """Return for each edit what kohya's names of its text encoder begin with.
+
+    Raises InputError where the pipeline has no such encoder or does not read a layer, and
+    UsageError for what is no pipeline, or for two encoders in PEFT's layout.
+    """
+    if request.target is None:
+        if request.encoder is not None:
+            raise UsageError("--encoder goes with --target", hint="--target sdxl")
+        return ["lora_te_"] * len(edits)
+    is_kind = request.target in KINDS and not Path(request.target).exists()
+    target = None if is_kind else read_target(Path(request.target))
+    family = target.family if target else Family(request.target)
+    if family not in PREFIXES:
+        raise UsageError(
+            f"{request.target} is {family}, whose text encoders have no names in a LoRA file that "
+            "slsgu knows",
+            hint="--target names a Stable Diffusion 1, 2, XL or a FLUX; --format peft is for "
+            "transformers, and `slsgu apply` writes the edit into the files",
+        )
+    known = PREFIXES[family]
+    only = next(iter(known)) if len(known) == 1 else None
+    if target is not None:
+        encoders = [_encoder_of(target.chosen(request.encoder), edit).name for edit in edits]
+    else:
+        encoders = [request.encoder or only or _by_width(edit) for edit in edits]
+    if unknown := sorted(set(encoders) - known.keys()):
+        raise UsageError(
+            f"{family} has no CLIP {unknown[0]}", hint=f"--encoder {' or '.join(known)}"
+        )
+    if request.layout is LoraLayout.PEFT and len(set(encoders)) > 1:
+        raise UsageError(
+            "PEFT's layout is of one text encoder, and these edits are of "
+            + " and ".join(sorted(set(encoders))),
+            hint="--format lora, or export those of one encoder at a time",
+        )
+    return [known[encoder] for encoder in encoders]
+
+
+def _by_width(edit: Edit) -> str:
+    wide = min(edit.delta().shape) == SECOND_WIDTH
+    return "text_encoder_2" if wide else "text_encoder"
+
+
+def _encoder_of(encoders: Sequence[Encoder], edit: Edit) -> Encoder:
+    """Return the encoder that holds the layer which an edit was made for, and is read there."""
+    layer = edit.header.layer
+    for encoder in encoders:
+        for weights, places in copies_of(encoder, layer):
+            current, dtype = weights.layer(places)
+            if recognised(current, dtype, edit.header.digests):
+                if why_not := encoder.why_not(layer):
+                    raise InputError(f"{layer} cannot influence {encoder.name}: {why_not}")
+                return encoder
+    raise StaleError(
+        f"no text encoder there holds the {layer} that the edit {edit.header.name} was made for",
+        hint=f"a pipeline that was built on {edit.header.model}",
+    )
+
+
+def _write(out: Path, tensors: dict[str, Floats], header: LoraHeader, base: str) -> list[Path]:
+    """Write a LoRA in its layout; return its files."""
+    with replacing(out) as partial:
+        if header.layout is LoraLayout.LORA:
+            Store(str(partial.parent)).write_tensors(partial.name, tensors, header)
+            return [out]
+        partial.mkdir()
+        Store(str(partial)).write_tensors(PEFT_WEIGHTS, tensors, header)
+        (partial / PEFT_CONFIG).write_text(peft_config(header, base))
+    return [out / PEFT_CONFIG, out / PEFT_WEIGHTS]
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Edits of any rank in the model they were made for, and how well their concepts are seen."""
+
+    store: Store
+    edits: Sequence[Edit]
+    parts: Sequence[Decomposed]
+    plans: Sequence[SearchPlan]
+    shared: SharedEvaluation
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        edits: Sequence[Edit],
+        parts: Sequence[Decomposed],
+        request: ExportRequest,
+    ) -> "_Measured | None":
+        """Open what edits are measured on; None where a set is gone and a rank is given.
+
+        Raises UsageError, MissingError, or StaleError where a model has other weights.
+        """
+        names = list(dict.fromkeys(set_of(edit.header.name) for edit in edits))
+        if lacking := [name for name in names if not store.exists(Artifact.SET.path(name))]:
+            if request.rank is None:
+                raise UsageError(
+                    f"{store.url} has no set {lacking[0]} to choose a rank by",
+                    hint="say which with --rank",
+                )
+            progress.note(f"there is no set {lacking[0]}: nothing is measured")
+            return None
+        layers = tuple(
+            LayerScore.unranked(edit.header.layer, edit.header.tower, edit.delta().shape, 0.0)
+            for edit in edits
+        )
+        options = SearchOptions(device=pick_device(request.device))
+        manifests = [read_manifest(store, name) for name in names]
+        require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
+        plans = [
+            SearchPlan(manifest, read_pointer(store, manifest), layers, options, (), None)
+            for manifest in manifests
+        ]
+        with torch.no_grad():
+            shared = share_evaluation(store, plans)
+            fitting(shared.model, edits)
+        return cls(store, edits, parts, plans, shared)
+
+    def least_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Return the fewest directions of each edit, one after another, that forget as well.
+
+        As well is: of no concept is more left, on the rows that were chosen by, than the whole
+        edits leave.
+        """
+        least = list(ranks)
+        whole = self._left(least)
+        for place, full in enumerate(ranks):
+
+            def suffices(rank: int, at: int = place) -> bool:
+                left = self._left([*least[:at], rank, *least[at + 1 :]])
+                return all(left[name] <= whole[name] for name in whole)
+
+            least[place] = smallest(suffices, full)
+        return least
+
+    def figures(self, ranks: Sequence[int]) -> tuple[StrengthFigures, ...]:
+        """Return how well each concept is recognised at each strength, on rows to report on."""
+        with torch.no_grad():
+            reported = report_evaluation(self.store, self.plans, self.shared)
+        figures = []
+        for strength in STRENGTHS:
+            with self._in_place(reported, ranks, strength) as model:
+                figures += [
+                    StrengthFigures(
+                        strength, plan.name, model.forget_figures(reported.forget[plan.name])[0]
+                    )
+                    for plan in self.plans
+                ]
+        return tuple(figures)
+
+    def _left(self, ranks: Sequence[int]) -> dict[str, float]:
+        """Return what edits of some ranks leave to forget of each concept, by its edit."""
+        left = {}
+        with self._in_place(self.shared, ranks, 1.0) as model:
+            for header in (edit.header for edit in self.edits):
+                accuracy, gap = model.forget_figures(self.shared.forget[set_of(header.name)])
+                criterion = header.criterion or Criterion.FA1
+                left[header.name] = residual_of(accuracy, gap, criterion, header.margin)
+        return left
+
+    @contextmanager
+    def _in_place(
+        self, evaluation: SharedEvaluation, ranks: Sequence[int], strength: float
+    ) -> Iterator[MovedModel]:
+        """Put edits of some ranks into the model, at a strength, for the length of a block."""
+        moves = [
+            (part.header.layer, torch.from_numpy(part.delta(rank)), strength)
+            for part, rank in zip(self.parts, ranks, strict=True)
+        ]
+        with torch.no_grad(), moved(evaluation.model, moves):
+            yield model_with(evaluation, self.edits)
+
+
+def smallest(suffices: Callable[[int], bool], full: int) -> int:
+    """Return the smallest rank that suffices, of which all above do as well; else `full`.
+
+    Ranks are doubled from 1 on, and then halved into.
+    """
+    low, high = 0, 1
+    while high < full and not suffices(high):
+        low, high = high, 2 * high
+    high = min(high, full)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high

@@ -1,0 +1,147 @@
+"""The edits that a checkpoint contains: `check --edit`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from slsgu_cli.checkpoints.apply import (
+    Copies,
+    by_encoder,
+    copies_of,
+    require_distinct,
+)
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    by_layer,
+    earlier_edits,
+    load_edit,
+    moved_values,
+    original_values,
+    recognised,
+    same_values,
+    strength_of,
+)
+from slsgu_cli.checkpoints.layers import TensorPlace
+from slsgu_cli.checkpoints.layouts import WeightSet
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.checkpoints.tensor_file import (
+    FLOATS,
+    Raw,
+    narrow,
+    widen,
+)
+from slsgu_cli.errors import InputError
+from slsgu_cli.method.scores import norm
+from slsgu_cli.records.options import (
+    StrengthOptions,
+)
+from slsgu_cli.store.store import Store
+
+# The cosine with an edit from which on weights were moved along it, and by it alone.
+ALONG = 0.999
+
+
+class Presence(StrEnum):
+    """Whether an edit is in a checkpoint."""
+
+    IN = "in it"
+    ABSENT = "absent"
+    OTHER = "other weights"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundEdit:
+    """What one file holds of an edit. `share` is how much of it other weights lie along it."""
+
+    name: str
+    layer: str
+    file: str
+    dtype: str
+    presence: Presence
+    share: float | None = None
+
+
+def find_edits(
+    store: Store, names: Sequence[str], model: Path, options: StrengthOptions
+) -> list[FoundEdit]:
+    """Return whether edits are in a model, in every copy of the encoder that it holds.
+
+    Those that they stand on are looked for as well. Of several encoders, it is the ones that
+    hold the layer with or without the edit. Raises MissingError, InputError or StaleError.
+    """
+    edits = [strength_of(load_edit(store, name), options) for name in names]
+    require_distinct(edits)
+    edits += earlier_edits(store, edits)
+    target = read_target(model)
+    found: list[FoundEdit] = []
+    for layer, edits_of in by_layer(edits).items():
+        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
+        if not any(holding):
+            raise InputError(f"{model} holds no layer {layer}")
+        for group in by_encoder(edits_of, holding):
+            found += _found_among(holding, group)
+    return found
+
+
+def _found_among(holding: Sequence[Copies], group: Sequence[Edit]) -> list[FoundEdit]:
+    """Return what encoders that hold a layer have of its edits, those of other weights left out."""
+    shape = original_values(group).shape
+    fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
+    of_encoders = [
+        [one for weights, places in copies for one in _found_in(weights, places, group)]
+        for copies in fit or holding
+    ]
+    known = [rows for rows in of_encoders if any(r.presence is not Presence.OTHER for r in rows)]
+    return [one for rows in known or of_encoders for one in rows]
+
+
+def _found_in(
+    weights: WeightSet, places: Sequence[TensorPlace], group: Sequence[Edit]
+) -> list[FoundEdit]:
+    """Return which edits of a layer made it what it is in a set of weights."""
+    current, dtype = weights.layer(places)
+    there, share = None, None
+    if dtype in FLOATS and current.shape == original_values(group).shape:
+        there, share = _in_place(current, dtype, group), _share(current, dtype, group)
+    path = str(weights.owners[places[0].key])
+    rows = []
+    for edit in group:
+        presence = Presence.OTHER
+        if there is not None:
+            presence = Presence.IN if edit in there else Presence.ABSENT
+        along = share if presence is Presence.OTHER else None
+        rows.append(FoundEdit(edit.header.name, edit.header.layer, path, dtype, presence, along))
+    return rows
+
+
+def _in_place(current: Raw, dtype: str, group: Sequence[Edit]) -> Sequence[Edit] | None:
+    """Return the edits that made a layer what it is, most of them first; None for others.
+
+    They may have been added in another precision than the file has now.
+    """
+    before = original_values(group)
+    if all(recognised(current, dtype, edit.header.digests) for edit in group):
+        return ()
+    for count in range(len(group), -1, -1):
+        for some in combinations(group, count):
+            deltas = [(edit.factor, edit.delta()) for edit in some]
+            for made_in in dict.fromkeys((dtype, "F32", "F16", "BF16")):
+                start = narrow(before, made_in)
+                new = moved_values(start, deltas, made_in)[0] if deltas else start
+                if same_values(narrow(widen(new, made_in), dtype), current):
+                    return some
+    return None
+
+
+def _share(current: Raw, dtype: str, group: Sequence[Edit]) -> float | None:
+    """Return how much of an edit a layer moved along it; None unless it moved that way alone."""
+    if len(group) > 1:
+        return None
+    moved = (widen(current, dtype) - original_values(group)).reshape(-1).astype(np.float64)
+    delta = group[0].factor * group[0].delta().reshape(-1).astype(np.float64)
+    along, length = float(moved @ delta), norm(moved) * norm(delta)
+    return along / norm(delta) ** 2 if length and along / length > ALONG else None

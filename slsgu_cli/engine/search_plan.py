@@ -1,0 +1,375 @@
+"""The plan of a search: its set, layers, directions and evaluation.
+
+Sets that are measured on the same rows share one base pass.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from shlex import quote
+from typing import TYPE_CHECKING
+
+import slsgu_cli
+from slsgu_cli import processes, progress
+from slsgu_cli.checkpoints.edits import (
+    Edit,
+    earlier_edits,
+    edit_digests,
+    load_edit,
+    tell_of_joint_searches,
+)
+from slsgu_cli.checkpoints.layers import both_held
+from slsgu_cli.checkpoints.targets import prompt_note
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.models import ResolvedModel, resolve
+from slsgu_cli.clip.tokenizers import tokenizer
+from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.gradients import load_graded
+from slsgu_cli.engine.ranking import ranked_layers, search_directions
+from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
+from slsgu_cli.errors import InputError, StaleError, UsageError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
+from slsgu_cli.records.method import FeatureHeader, GradientPointer, LayerScore, Precision, Ranking
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.sets import SetManifest, Split
+from slsgu_cli.store.artifacts import (
+    Artifact,
+    read_features,
+    read_manifest,
+    read_pointer,
+    read_ranking,
+    set_of,
+)
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
+    from slsgu_cli.engine.effect import EarlierConcepts
+    from slsgu_cli.engine.evaluator import Evaluator
+
+
+# Part of every address of features: a change in what is computed must change it.
+FEATURES_REVISION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """One set to search: its gradients, the layers to try, and the directions they move in.
+
+    `options` have the device that is in force. `earlier` are edits that are in place during the
+    search, and `earlier_sets` those they forget.
+    """
+
+    manifest: SetManifest
+    pointer: GradientPointer
+    layers: tuple[LayerScore, ...]
+    options: SearchOptions
+    directions: tuple[DirectionSpec, ...]
+    covariances: Covariances | None
+    earlier: tuple[Edit, ...] = ()
+    earlier_sets: tuple[SetManifest, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the set."""
+        return self.manifest.name
+
+    @property
+    def base_pass_digest(self) -> str:
+        """A digest that is equal for plans which can share a model and a base pass."""
+        measured = [self.pointer.model_fingerprint, evaluation_digest(self.manifest)]
+        return digest([*measured, self.after] if self.earlier else measured)
+
+    @property
+    def after(self) -> dict[str, str]:
+        """The digests of the edits that are in place, by name."""
+        return edit_digests(self.earlier)
+
+    def measured(self, shared: "SharedEvaluation", *, resumed: bool = False) -> "Evaluation":
+        """Return what the concept is measured on, with nothing that is forgotten already.
+
+        Many edits can be measured where they are `resumed`.
+        """
+        return shared.of(self.manifest, beside=self.earlier_sets, resumed=resumed)
+
+    def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
+        """Return what tells whether a step brings back what is forgotten already."""
+        from slsgu_cli.engine.effect import EarlierConcepts
+
+        return EarlierConcepts(shared, self.earlier)
+
+    def evaluators(self, store: Store, evaluation: "Evaluation") -> "Iterator[Evaluator]":
+        """Yield an evaluator for every layer and each direction that it can move in.
+
+        A layer that lacks what all of them need moves along its gradient.
+        """
+        import torch
+
+        from slsgu_cli.engine.evaluator import Evaluator
+
+        for score in self.layers:
+            known = self.covariances is not None and self.covariances.has(score.layer)
+            able = [each for each in self.directions if known or not each.needs_inputs]
+            for direction in able or [FALLBACK]:
+                along = forget_direction(
+                    store,
+                    self.pointer,
+                    score.layer,
+                    direction=direction,
+                    covariances=self.covariances,
+                )
+                on_device = torch.from_numpy(along).to(self.options.device)
+                yield Evaluator(evaluation, score, on_device, direction)
+
+
+def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
+    """Return what to search of set `name`, with the covariances its directions take.
+
+    Raises MissingError, StaleError, InputError and UsageError.
+    """
+    if options.precision is Precision.BF16:
+        raise UsageError(
+            "a search in bf16 would count accuracies of a rounded model",
+            hint="--precision fp32, or tf32 on a GPU that has it",
+        )
+    manifest = read_manifest(store, name)
+    pointer = read_pointer(store, manifest)
+    ranking = read_ranking(store, pointer)
+    store.require_writable(Artifact.TRIALS.path(name))
+    _require_ranked_so(options, ranking)
+    options = replace(options, device=pick_device(options.device))
+    directions = search_directions(options, ranking)
+    layers = ranked_layers(store, ranking, options)
+    if note := prompt_note(str(ranking.target), ranking.readers):
+        progress.note(note)
+    covariances = None
+    if any(direction.needs_inputs for direction in directions):
+        names = [score.layer for score in layers]
+        covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
+        warn_of_fallback(covariances, names, how="searched", out="--layer names others")
+    plan = SearchPlan(manifest, pointer, tuple(layers), options, directions, covariances)
+    return _on_top(store, plan) if options.after else plan
+
+
+def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
+    """Return a plan with the edits that it stands on, those that they stand on among them.
+
+    Raises MissingError, StaleError, UsageError, and InputError where an edit's set is measured
+    on other rows.
+    """
+    named = [load_edit(store, name) for name in dict.fromkeys(plan.options.after)]
+    edits = sorted(
+        [*named, *earlier_edits(store, named)], key=lambda e: (len(e.header.after), e.header.name)
+    )
+    sets = {}
+    for header in (edit.header for edit in edits):
+        manifest = sets[set_of(header.name)] = read_manifest(store, set_of(header.name))
+        if manifest.name == plan.name:
+            raise UsageError(
+                f"the edit {header.name} is of the set {plan.name} itself",
+                hint="--after names edits of other sets",
+            )
+        if header.model_fingerprint != plan.pointer.model_fingerprint:
+            raise StaleError(
+                f"the edit {header.name} was made for other weights than the gradients of "
+                f"{plan.name}",
+                hint=f"run `{Artifact.EDIT.command(header.name)}`",
+            )
+        require_alike({each.name: evaluation_digest(each) for each in (manifest, plan.manifest)})
+    moved = [edit.header.layer for edit in edits]
+    if twice := both_held([*moved, *(score.layer for score in plan.layers)]):
+        raise UsageError(
+            f"{twice} is changed as a whole and a third of it as well",
+            hint="rank and search all sets with the same --qkv",
+        )
+    tell_of_joint_searches(edits)
+    return replace(plan, earlier=tuple(edits), earlier_sets=tuple(sets.values()))
+
+
+def read_plans(store: Store, names: Sequence[str], *, options: SearchOptions) -> list[SearchPlan]:
+    """Return what to search of several sets. Raises what `read_plan` does, and UsageError."""
+    require_distinct_names(names)
+    return [read_plan(store, name, options=options) for name in names]
+
+
+def grouped(plans: Sequence[SearchPlan]) -> list[list[SearchPlan]]:
+    """Return plans in groups that can share a model and a base pass, in their order."""
+    groups: dict[str, list[SearchPlan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.base_pass_digest, []).append(plan)
+    return list(groups.values())
+
+
+def _require_ranked_so(options: SearchOptions, ranking: Ranking) -> None:
+    """Raise StaleError where the layers were ranked for another direction, or other layers were.
+
+    Raises UsageError for a parameter that no direction has.
+    """
+    ranked = {each.kind for each in ranking.directions}
+    direction = options.direction
+    if direction is not None and not set(direction.each) <= ranked:
+        raise StaleError(
+            f"the layers of {ranking.name} were ranked for the direction "
+            f"{Direction.of(ranked)}, not {direction}",
+            hint=f"run `slsgu rank {quote(ranking.name)} --direction {direction}`",
+        )
+    if options.qkv not in (None, ranking.qkv):
+        raise StaleError(
+            f"the layers of {ranking.name} were ranked with query, key and value {ranking.qkv}, "
+            f"not {options.qkv}",
+            hint=f"run `slsgu rank {quote(ranking.name)} --qkv {options.qkv}`",
+        )
+    (direction or Direction.of(ranked)).check(options.damping)
+
+
+def evaluation_digest(manifest: SetManifest) -> str:
+    """Return a digest of the evaluation rows of a set and of how they are taken in."""
+    return digest([manifest.input, manifest.measured_on()])
+
+
+def require_alike(digests: Mapping[str, str]) -> None:
+    """Raise InputError unless all sets have the same digest of what they are measured on."""
+    first, *others = digests
+    for name in others:
+        if digests[name] != digests[first]:
+            raise InputError(
+                f"{first} and {name} are not measured on the same rows of the same model",
+                hint="build both sets with the same --model, --eval, --classes and --templates",
+            )
+
+
+def require_distinct_names(names: Sequence[str]) -> None:
+    """Raise UsageError where a set is named twice."""
+    if len(set(names)) < len(names):
+        raise UsageError("a set is named twice")
+
+
+def share_evaluation(
+    store: Store, plans: Sequence[SearchPlan], split: Split = Split.VALIDATION
+) -> "SharedEvaluation":
+    """Load the model of some plans and run it once over what all of them measure on.
+
+    The edits that the plans stand on are in it. Tells of towers that are not split.
+    """
+    from slsgu_cli.clip.memory import return_memory
+    from slsgu_cli.engine.moved_model import add_edits
+
+    first = plans[0]
+    return_memory()
+    _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    add_edits(module, first.earlier)
+    layers = [score for plan in plans for score in plan.layers]
+    shared = _base_pass(store, plans, module, split).run(layers)
+    for tower in {score.tower for score in layers}:
+        if not shared.tower(tower).exact_split:
+            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
+    return_memory()
+    return shared
+
+
+def report_evaluation(
+    store: Store,
+    plans: Sequence[SearchPlan],
+    evaluation: "SharedEvaluation",
+    layers: Sequence[LayerScore] = (),
+) -> "SharedEvaluation":
+    """Run the model of an evaluation over the rows that sets are reported on.
+
+    Where no set has rows of its own to report on, they are those of the evaluation. Edits of
+    `layers` resume there: what was kept to choose them by makes room.
+    """
+    if not any(plan.manifest.is_split for plan in plans):
+        return evaluation
+    if layers:
+        evaluation.release()
+    return _base_pass(store, plans, evaluation.model, Split.TEST).run(layers)
+
+
+def _base_pass(
+    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", split: Split
+) -> "BasePass":
+    first = plans[0]
+    sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
+    return BasePass(
+        store=store,
+        manifests=tuple({manifest.name: manifest for manifest in sets}.values()),
+        module=module,
+        model=resolve(first.pointer.model),
+        weights=None if first.earlier else first.pointer.model_fingerprint,
+        split=split,
+        options=first.options,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasePass:
+    """A model to run once over what sets measure on.
+
+    `weights` are the fingerprint of an original model, whose image features are taken from the
+    store, or kept there; None of a model that is edited or another one.
+    """
+
+    store: Store
+    manifests: tuple[SetManifest, ...]
+    module: "nn.Module"
+    model: ResolvedModel
+    weights: str | None
+    split: Split
+    options: SearchOptions
+
+    def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
+        """Run the model within the cache budget, keeping what edits of `layers` resume from."""
+        from slsgu_cli.clip.evaluation import prepare_shared
+        from slsgu_cli.clip.finite import counted_by
+        from slsgu_cli.clip.memory import spare
+
+        device, budget = self.options.device, self.options.cache_budget
+        tokenize = tokenizer(self.model)
+        shared = prepare_shared(
+            self.store,
+            self.manifests,
+            self.module,
+            tokenize=tokenize,
+            device=device,
+            split=self.split,
+        )
+        known = nullcontext() if self.weights is None else self._features(shared, self.weights)
+        with counted_by(str(self.model.spec)), known:
+            if budget is None:
+                budget = spare(device)
+            shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+        return shared
+
+    @contextmanager
+    def _features(self, shared: "SharedEvaluation", weights: str) -> Iterator[None]:
+        """Let a base pass take image features from the store, or keep them there."""
+        import torch
+
+        first, device = self.manifests[0], self.options.device
+        header = FeatureHeader(
+            model=weights,
+            evals=first.measured_on(),
+            split=self.split,
+            precision=self.options.precision,
+            device=device.partition(":")[0],
+            version=slsgu_cli.__version__,
+        )
+        made_from = [header.model, header.split, header.precision, header.device]
+        address = digest([FEATURES_REVISION, *made_from, evaluation_digest(first)])
+        path = Artifact.FEATURES.path(address)
+        known = processes.from_first(lambda: read_features(self.store, path))
+        fits = {name: len(group.images) for name, group in shared.sets.items()}
+        if {name: len(values) for name, values in known.items()} == fits:
+            for name, values in known.items():
+                shared.sets[name].images.known = torch.from_numpy(values).to(device)
+            yield
+            return
+        yield
+        arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+        try:
+            self.store.write_tensors(path, arrays, header)
+        except InputError as error:
+            progress.detail(f"{error.message}; features are not kept")

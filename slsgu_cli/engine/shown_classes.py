@@ -1,0 +1,103 @@
+"""The classes whose images and names are compared with those of the concept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
+from slsgu_cli.clip.metrics import cosine_matrix
+from slsgu_cli.engine.moved_model import UNMOVED, MovedModel
+from slsgu_cli.figures.pictures import Images
+from slsgu_cli.records.sets import SetManifest
+
+# As many names as the paper's Figures 3 and 8 have.
+NAMES_SHOWN = 10
+
+
+# Of concepts that leave no room for others, so many others all the same.
+LEAST_OTHERS = 4
+
+
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownClasses:
+    """The classes whose images and names are compared: each concept, and others of one set.
+
+    `classes` has the class of each group of images and `names` what it is called, the
+    concepts' first. Features are those of the base pass before the choice.
+    """
+
+    concepts: tuple[EvaluationSet, ...]
+    others: EvaluationSet
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def other_classes(self) -> tuple[int, ...]:
+        """The other classes, those with the most images first."""
+        return self.classes[len(self.concepts) :]
+
+    @property
+    def thumbnails(self) -> Images:
+        """One image of each class."""
+        one = self.first(1)
+        return np.concatenate([_pixels(group) for group in (*one.concepts, one.others)])
+
+    def first(self, images: int) -> "ShownClasses":
+        """Keep the first images of each class, a class after another."""
+        labels = self.others.images.labels.cpu().numpy()
+        rows = [np.flatnonzero(labels == index)[:images] for index in self.other_classes]
+        concepts = tuple(_first(concept, images) for concept in self.concepts)
+        return replace(self, concepts=concepts, others=self.others.some(np.concatenate(rows)))
+
+    def cosines(self, model: MovedModel = UNMOVED) -> Matrix:
+        """Return the mean cosine of each class's images with each name, (names, names)."""
+        features, owners, texts = [], [], []
+        for place, concept in enumerate(self.concepts):
+            features.append(model.features(concept.images))
+            owners.append(torch.full((len(concept.images),), place))
+            texts.append(model.classes(concept.prompts)[[self.classes[place]]])
+        places = {index: at for at, index in enumerate(self.other_classes, len(self.concepts))}
+        labels = self.others.images.labels.tolist()
+        features.append(model.features(self.others.images))
+        owners.append(torch.tensor([places[label] for label in labels], dtype=torch.long))
+        texts.append(model.classes(self.others.prompts)[list(self.other_classes)])
+        images = torch.cat(features)
+        labels_of_rows = torch.cat(owners).to(images.device)
+        return cosine_matrix(images, labels_of_rows, torch.cat(texts)).cpu().numpy()
+
+
+def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest]) -> ShownClasses:
+    """Choose the concepts, and the classes of one set with the most images.
+
+    The set is the first that measures the forget accuracy of a concept, if there is one.
+    """
+    concepts = [evaluation.forget[manifest.name] for manifest in manifests]
+    utility = evaluation.utility(manifests)
+    measuring = [manifest.forget_eval for manifest in manifests if manifest.forget_eval in utility]
+    group = utility[next(iter(measuring), None) or next(iter(utility))]
+    labels = group.images.labels.cpu().numpy()
+    counts = np.bincount(labels, minlength=len(group.names))
+    room = max(NAMES_SHOWN - len(concepts), LEAST_OTHERS)
+    common = [int(i) for i in np.argsort(-counts, kind="stable")[:room] if counts[i]]
+    forgotten = [int(concept.images.labels[0]) for concept in concepts]
+    names = [concept.names[i] for concept, i in zip(concepts, forgotten, strict=True)]
+    return ShownClasses(
+        concepts=tuple(concepts),
+        others=group.some(np.flatnonzero(np.isin(labels, common))),
+        classes=(*forgotten, *common),
+        names=(*names, *(group.names[index] for index in common)),
+    )
+
+
+def _first(group: EvaluationSet, images: int) -> EvaluationSet:
+    return group.some(np.arange(min(images, len(group.images))))
+
+
+def _pixels(group: EvaluationSet) -> Images:
+    return group.images.block.take(group.images.rows)

@@ -1,0 +1,254 @@
+"""The covariances of layers' inputs on a retain set: in the store, or computed when missing.
+
+They are addressed by the model and the retain rows, so concepts that share both share them. What
+is missing is computed in one forward over the retain set, for all layers at once.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import slsgu_cli
+from slsgu_cli import processes, progress
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.engine.gradients import load_graded, open_pairs
+from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.errors import SlsguError, listed
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import (
+    CovarianceHeader,
+    GradientPointer,
+    LayerCovariance,
+    Precision,
+    SumsHeader,
+)
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.sharing import held
+from slsgu_cli.store.store import Arrays, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slsgu_cli.engine.covariance import InputCovariances
+    from slsgu_cli.method.directions import InputCovariance
+
+# Part of every address of covariances: a change in what is computed must change it. What was not
+# seen by an earlier revision is looked for again: from 2 on, of all convolutions, of norms and
+# scales of channels, and of attention in one call.
+REVISION = 2
+
+# Layers that a note names, of many.
+NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Covariances:
+    """The covariances in the store of one model's layers over one set of retain rows.
+
+    `device` is where they are solved with.
+    """
+
+    store: Store
+    places: dict[str, tuple[str, LayerCovariance]]
+    unseen: frozenset[str]
+    device: str = "cpu"
+
+    def has(self, layer: str) -> bool:
+        """Return whether the covariances of the layer's inputs are known."""
+        return Layer.parse(layer).parameter in self.places
+
+    def without(self, layers: Iterable[str]) -> list[str]:
+        """Return those layers whose inputs are not known."""
+        return [layer for layer in layers if not self.has(layer)]
+
+    def lack(self, parameters: Collection[str]) -> list[str]:
+        """Return those parameters of which it is not known whether they have covariances."""
+        return sorted(set(parameters) - set(self.places) - self.unseen)
+
+    def covariance(self, layer: str) -> "Tensor":
+        """Return the covariance of the layer's inputs, on the device it is solved with.
+
+        A third of a parameter is applied to what the whole is applied to.
+        """
+        import torch
+
+        from slsgu_cli.engine.covariance import exact_device
+
+        name = Layer.parse(layer).parameter
+        path, _ = self.places[name]
+        values = self.store.read_tensors(path, [name])[name]
+        return torch.from_numpy(values).to(exact_device(self.device))
+
+    def inputs(self, layer: str, weight: Floats | None = None) -> "InputCovariance":
+        """Return what a direction may know of the layer's inputs.
+
+        `weight` has the values of a third of a parameter, whose mean squared output is not stored.
+        """
+        import torch
+
+        from slsgu_cli.method.directions import InputCovariance
+        from slsgu_cli.method.directions.whitened import mean_square_output
+
+        _, about = self.places[Layer.parse(layer).parameter]
+        covariance, output = self.covariance(layer), about.output
+        if weight is not None:
+            values = torch.tensor(weight, device=covariance.device)
+            output = mean_square_output(values, covariance, about.axis)
+        return InputCovariance(covariance, about.axis, output)
+
+
+def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu") -> Covariances:
+    """Return the covariances that the store has for the model and retain rows of `pointer`.
+
+    `device` is where they are to be solved with.
+    """
+    places: dict[str, tuple[str, LayerCovariance]] = {}
+    unseen: set[str] = set()
+    for name in store.names("covariances", ".safetensors"):
+        path = Artifact.COVARIANCE.path(name)
+        try:
+            header = store.read_header(path, CovarianceHeader)
+        except SlsguError:
+            # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
+            continue
+        if header.is_of(pointer):
+            places |= {layer: (path, about) for layer, about in header.layers.items()}
+            unseen.update(header.unseen if header.revision == REVISION else ())
+    return Covariances(store, places, frozenset(unseen), device)
+
+
+def ensure_covariances(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+) -> Covariances:
+    """Return covariances of `layers`, computing what the store lacks.
+
+    A layer whose inputs its tower does not show has none. Raises StaleError where the model is not
+    the one the gradients are of.
+    """
+    device = pick_device(device)
+    known = _found_by_first(store, pointer, device)
+    wanted = {Layer.parse(layer).parameter for layer in layers}
+    if known.lack(wanted):
+        of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
+        place = Artifact.COVARIANCE.path(digest(of))
+        with held(store, place, what=f"covariances of the retain set of {manifest.name}"):
+            # Another process may have computed some meanwhile.
+            known = _found_by_first(store, pointer, device)
+            if missing := known.lack(wanted):
+                progress.note(
+                    f"{len(missing)} layers lack the covariances of their inputs: "
+                    "one forward over the retain set"
+                )
+                _compute(store, manifest, pointer, missing, device=device)
+                known = _found_by_first(store, pointer, device)
+    return known
+
+
+def warn_of_fallback(
+    covariances: Covariances, layers: Sequence[str], *, how: str, out: str
+) -> None:
+    """Name the layers without input covariances, `how` they are used, and how to avoid it."""
+    if without := covariances.without(layers):
+        note_layers(
+            f"{len(without)} of {len(layers)} layers are {how} along their gradient, since their "
+            f"tower does not show their inputs; {out}",
+            without,
+        )
+
+
+def note_layers(text: str, layers: Sequence[str]) -> None:
+    """Print a note on layers: a few are named, and with -v all."""
+    progress.note(f"{text}: {listed(layers, NAMED)}")
+    if len(layers) > NAMED:
+        progress.detail(", ".join(layers))
+
+
+def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Covariances:
+    """Return the covariances that the first of several processes finds: all go on with the same."""
+
+    def found() -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
+        known = find_covariances(store, pointer, device)
+        return known.places, known.unseen
+
+    return Covariances(store, *processes.from_first(found), device)
+
+
+def _compute(
+    store: Store,
+    manifest: SetManifest,
+    pointer: GradientPointer,
+    layers: Sequence[str],
+    *,
+    device: str,
+) -> None:
+    """Run the towers of `layers` over the retain set and store the covariances of their inputs."""
+    import torch
+
+    from slsgu_cli.engine.covariance import chosen_rows, input_covariances
+    from slsgu_cli.engine.gradient_pass import arithmetic
+    from slsgu_cli.method.directions.whitened import mean_square_output
+
+    model, module = load_graded(manifest, pointer, device)
+    block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)
+    made_from: dict[str, Any] = {
+        "revision": REVISION,
+        "model": pointer.model_fingerprint,
+        "data": pointer.retain_data,
+        "input": manifest.input,
+        "layers": sorted(layers),
+    }
+    if pointer.prefixes:
+        made_from |= {"prefixes": list(pointer.prefixes)}
+    kept = StoredCovariances(store, digest(made_from), device)
+    about: dict[str, LayerCovariance] = {}
+    means: Arrays = {}
+    with torch.no_grad(), arithmetic(Precision.FP32):
+        covariances = input_covariances(
+            module, layers, block, spec=manifest.input, device=device, keeper=kept
+        )
+        for layer in sorted(covariances):
+            # The sums are fp64 and large: each goes as soon as its mean is taken.
+            covariance = covariances.pop(layer)
+            mean = covariance.mean()
+            output = mean_square_output(module.get_parameter(layer), mean, covariance.axis)
+            about[layer] = LayerCovariance(covariance.axis, covariance.count, output)
+            means[layer] = mean.float().cpu().numpy()
+    header = CovarianceHeader(
+        model=pointer.model_fingerprint,
+        data=pointer.retain_data,
+        rows=len(chosen_rows(block.rows)),
+        layers=about,
+        unseen=tuple(layer for layer in layers if layer not in about),
+        version=slsgu_cli.__version__,
+        prefixes=pointer.prefixes,
+        revision=REVISION,
+    )
+    store.write_tensors(Artifact.COVARIANCE.path(kept.digest), means, header, keep_first=True)
+    kept.remove()
+
+
+class StoredCovariances(KeptArrays):
+    """The covariances of a forward under way, kept for what they will make."""
+
+    def restore(self, covariances: "InputCovariances", parts: int) -> int:
+        """Put what was kept into covariances of nothing; return how many parts are in them."""
+
+        def use(_header: SumsHeader, kept: Arrays) -> None:
+            covariances.resume(kept)
+
+        done = self.go_on(parts, use)
+        if done:
+            progress.note(f"the covariances go on after {done} of their {parts} parts")
+        return done
+
+    def keep(self, covariances: "InputCovariances", parts: int, *, done: int) -> None:
+        """Write the covariances over the first parts that are done."""
+        self.write(covariances.state, parts, added=done, done=done)

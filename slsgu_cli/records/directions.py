@@ -1,0 +1,135 @@
+"""The directions that a layer may move in: one entry each, and the record of a chosen one."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from slsgu_cli.errors import UsageError
+
+# Damping of the covariance, as a fraction of its mean eigenvalue.
+DAMPING = 0.01
+
+
+class Direction(StrEnum):
+    """Which directions are ranked and searched; `BOTH` is for those that are tried by default."""
+
+    GRADIENT = "gradient"
+    WHITENED = "whitened"
+    BOTH = "both"
+
+    @property
+    def each(self) -> "tuple[Direction, ...]":
+        """The directions that it stands for."""
+        usual = tuple(kind for kind, entry in REGISTRY.items() if entry.by_default)
+        return usual if self is Direction.BOTH else (self,)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether one of them needs the covariances of the layers' inputs."""
+        return any(REGISTRY[kind].needs_inputs for kind in self.each)
+
+    def specs(self, damping: float | None = None) -> "tuple[DirectionSpec, ...]":
+        """Return each direction with its parameters, those that are not given by default."""
+        return tuple(DirectionSpec.of(kind, damping=damping) for kind in self.each)
+
+    @classmethod
+    def of(cls, kinds: "Collection[Direction]") -> "Direction":
+        """Return the choice that stands for some directions."""
+        return next(iter(kinds)) if len(kinds) == 1 else cls.BOTH
+
+    def check(self, damping: float | None) -> None:
+        """Raise UsageError where no direction has the parameter that is given."""
+        if damping is not None and not any("damping" in REGISTRY[k].parameters for k in self.each):
+            able = [kind for kind, entry in REGISTRY.items() if "damping" in entry.parameters]
+            raise UsageError(
+                f"--damping is for the {' or '.join(able)} direction",
+                hint=f"--direction {able[0]}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What others need to know of a direction.
+
+    `implementation` is MODULE:CLASS, called with the parameters, whose defaults `parameters`
+    has. `help` names it in the help of --direction, and `words` in the report. A direction that
+    `needs_inputs` gets the input covariances of layers; those without move along the gradient.
+    """
+
+    implementation: str
+    help: str
+    words: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    needs_inputs: bool = False
+    by_default: bool = False
+
+
+REGISTRY: dict[Direction, Entry] = {
+    Direction.GRADIENT: Entry(
+        implementation="slsgu_cli.method.directions.gradient:Gradient",
+        help="the forget gradient",
+        words="the forget gradient",
+        by_default=True,
+    ),
+    Direction.WHITENED: Entry(
+        implementation="slsgu_cli.method.directions.whitened:Whitened",
+        help="that whitened",
+        words="the forget gradient, whitened by the layer's inputs on the retain set",
+        parameters={"damping": DAMPING},
+        needs_inputs=True,
+        by_default=True,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionSpec:
+    """A direction with its parameters, as trials, rankings and edits record it."""
+
+    kind: Direction
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: Direction, **parameters: float | None) -> "DirectionSpec":
+        """Return a direction with the parameters that it has of those given, else its defaults."""
+        usual = REGISTRY[kind].parameters
+        given = {n: v for n, v in parameters.items() if n in usual and v is not None}
+        return cls(kind, {**usual, **given})
+
+    def __hash__(self) -> int:
+        return hash((self.kind, *sorted(self.parameters.items())))
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
+        return f"{self.kind} ({values})" if values else str(self.kind)
+
+    @property
+    def entry(self) -> Entry:
+        """What the registry says of it."""
+        return REGISTRY[self.kind]
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it needs the covariances of the layers' inputs."""
+        return self.entry.needs_inputs
+
+    @property
+    def order(self) -> tuple[int, tuple[float, ...]]:
+        """Where it stands in tables: as in the registry, larger parameters first."""
+        values = (-value for value in self.parameters.values())
+        return [*REGISTRY].index(self.kind), tuple(values)
+
+    @property
+    def slug(self) -> str:
+        """Its name in the name of a file."""
+        return "-".join([self.kind, *(f"{value:g}" for value in self.parameters.values())])
+
+    @property
+    def words(self) -> str:
+        """What it is, with its parameters, as the end of a sentence."""
+        values = [f"{name} {value:g}" for name, value in self.parameters.items()]
+        return self.entry.words + (f" ({', '.join(values)})" if values else "")
+
+
+# The direction of layers that lack what another one needs.
+FALLBACK = DirectionSpec(Direction.GRADIENT)

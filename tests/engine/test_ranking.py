@@ -1,0 +1,215 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from worlds import lose_covariance
+
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.engine.ranking import rank
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.method.layers import is_candidate
+from slsgu_cli.records.directions import FALLBACK, Direction
+from slsgu_cli.records.method import Alignment, GradientHeader, ParameterNorm, Tower
+from slsgu_cli.records.options import RankOptions
+from slsgu_cli.store.artifacts import Artifact, read_ranking
+
+
+def ranked(world, direction=Direction.GRADIENT, **options):
+    return rank(world.store, world.name, options=RankOptions(direction=direction, **options))
+
+
+def gradients(world):
+    pointer = world.pointer
+    return [
+        world.store.read_tensors(Artifact.GRADIENT.path(d))
+        for d in (pointer.forget, pointer.retain)
+    ]
+
+
+def rewrite(world, change):
+    """Write the forget gradient again after `change(arrays, header)`; it returns the header."""
+    path = Artifact.GRADIENT.path(world.pointer.forget)
+    arrays, header = world.store.read_tensors(path), world.store.read_header(path, GradientHeader)
+    world.store.write_tensors(path, arrays, change(arrays, header) or header)
+
+
+def test_scores_are_the_papers(world):
+    weights = load_file(world.folder / "open_clip_model.safetensors")
+    forget, retain = gradients(world)
+    ranking = ranked(world)
+    assert {s.layer for s in ranking.scores} == {name for name in weights if is_candidate(name)}
+    for score in ranking.scores:
+        w, f, r = (a[score.layer].astype(float).ravel() for a in (weights, forget, retain))
+        assert score.importance == pytest.approx(np.linalg.norm(f) / np.linalg.norm(w), rel=1e-6)
+        cosine = abs(f @ r) / np.linalg.norm(f) / np.linalg.norm(r)
+        assert score.alignment == pytest.approx(cosine, rel=1e-6, abs=1e-12)
+        assert score.weight_norm == pytest.approx(np.linalg.norm(w), rel=1e-6)
+        assert score.shape == weights[score.layer].shape
+        assert score.tower is Layer.parse(score.layer).tower
+
+
+@pytest.mark.parametrize("kind", list(Alignment))
+def test_each_tower_has_a_front_of_its_own(kind, world):
+    scores = ranked(world, alignment=kind).scores
+    for score in scores:
+        dominated = any(
+            other.tower is score.tower
+            and other.importance > score.importance
+            and other.alignment < score.alignment
+            for other in scores
+        )
+        assert score.front == (not dominated), score.layer
+    for tower in Tower:
+        assert any(score.front for score in scores if score.tower is tower)
+
+
+def test_signed_alignment_keeps_the_sign(world):
+    signed = {s.layer: s.alignment for s in ranked(world, alignment=Alignment.SIGNED).scores}
+    magnitude = {s.layer: s.alignment for s in ranked(world).scores}
+    assert magnitude == {layer: abs(value) for layer, value in signed.items()}
+    assert min(signed.values()) < 0 < max(signed.values())
+
+
+def test_rows_go_by_tower_then_front_then_importance(world):
+    scores = ranked(world).scores
+    keys = [(s.tower is Tower.TEXT, not s.front, -s.importance, s.layer) for s in scores]
+    assert keys == sorted(keys)
+
+
+def test_the_ranking_is_stored(world):
+    ranking = ranked(world, exclude=["mlp"])
+    assert read_ranking(world.store, world.pointer) == ranking
+    assert (ranking.forget, ranking.retain) == (world.pointer.forget, world.pointer.retain)
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"tower": Tower.TEXT}, lambda name: not name.startswith("visual")),
+        ({"tower": Tower.VISION}, lambda name: name.startswith("visual")),
+        ({"include": ["mlp"]}, lambda name: "mlp" in name),
+        (
+            {"include": ["visual.*", "text_projection"]},
+            lambda name: name.startswith("visual.") or name == "text_projection",
+        ),
+        ({"exclude": ["*.ln_?.weight"]}, lambda name: "ln_1" not in name and "ln_2" not in name),
+        ({"include": ["attn"], "exclude": ["in_proj"]}, lambda name: "attn.out_proj" in name),
+    ],
+)
+def test_layers_are_taken_and_left_out_by_name(options, fits, world):
+    every = {score.layer for score in world.ranking.scores}
+    expected = {name for name in every if fits(name)}
+    assert expected
+    assert {score.layer for score in ranked(world, **options).scores} == expected
+
+
+def test_no_layer_left_is_told(world):
+    before = world.ranking
+    with pytest.raises(InputError, match="no layer of blue is left to rank") as error:
+        ranked(world, include=["nothing"])
+    assert "--include" in error.value.hint
+    assert world.ranking == before
+
+
+def test_layers_that_no_gradient_reaches_are_no_candidates(world):
+    def clear(arrays, header):
+        arrays["visual.proj"][...] = 0
+
+    rewrite(world, clear)
+    assert "visual.proj" not in {score.layer for score in ranked(world).scores}
+
+
+def test_a_layer_of_zeros_is_no_candidate(world):
+    """A step is a share of the layer's norm: of nothing there is none."""
+
+    def clear(arrays, header):
+        nothing = ParameterNorm(header.weights["visual.proj"].shape, 0.0)
+        return replace(header, weights=header.weights | {"visual.proj": nothing})
+
+    rewrite(world, clear)
+    assert "visual.proj" not in {score.layer for score in ranked(world).scores}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_told(value, world):
+    def spoil(arrays, header):
+        arrays["visual.proj"][0, 0] = value
+
+    rewrite(world, spoil)
+    with pytest.raises(InputError, match=r"stored gradient of visual\.proj holds values") as error:
+        ranked(world)
+    assert "slsgu grad" in error.value.hint
+
+
+def test_gradients_that_are_not_there_are_told(world):
+    world.store.remove(Artifact.POINTER.path("blue"))
+    with pytest.raises(MissingError, match="gradients of blue") as error:
+        ranked(world)
+    assert "slsgu grad blue" in error.value.hint
+
+
+def test_what_an_earlier_revision_did_not_see_is_looked_for_again(world):
+    expected = ranked(world, Direction.WHITENED)
+    lose_covariance(world, "visual.conv1.weight", revision=1)
+    assert ranked(world, Direction.WHITENED) == expected
+
+
+def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, listener):
+    layer = "visual.conv1.weight"
+    along_gradient = {score.layer: score for score in ranked(world).scores}
+    before = ranked(world, Direction.WHITENED).scores
+    (whitened,) = ranked(world, Direction.WHITENED).directions
+    assert all(score.direction == whitened for score in before)
+    lose_covariance(world, layer)
+    listener.heard.clear()
+    ranking = ranked(world, Direction.WHITENED)
+    others = [score for score in ranking.scores if score.layer != layer]
+    by_layer = {score.layer: replace(score, front=False) for score in before}
+    assert {score.layer: replace(score, front=False) for score in others} == {
+        name: score for name, score in by_layer.items() if name != layer
+    }
+    # It is alone along its gradient, so no other is before it.
+    alone = replace(along_gradient[layer], front=True, direction=FALLBACK)
+    assert [score for score in ranking.scores if score.layer == layer] == [alone]
+    assert ranking.by_direction() == {whitened: others, FALLBACK: [alone]}
+    (told,) = listener.heard
+    assert told.startswith(
+        f"1 of {len(before)} layers are ranked along their gradient, since their"
+    )
+    assert "does not show their inputs; --exclude leaves them out: visual.conv1.weight" in told
+
+
+def test_of_both_directions_it_has_one(world, listener):
+    layer = "visual.conv1.weight"
+    before = ranked(world, Direction.BOTH).by_direction()
+    lose_covariance(world, layer)
+    listener.heard.clear()
+    after = ranked(world, Direction.BOTH).by_direction()
+    gradient, whitened = before
+    assert after[gradient] == before[gradient]
+    assert {score.layer for score in after[whitened]} == {
+        score.layer for score in before[whitened]
+    } - {layer}
+    assert any("1 of " in told and layer in told for told in listener.heard)
+
+
+def test_what_has_no_score_is_told(world, listener):
+    def clear(arrays, header):
+        arrays["visual.proj"][...] = 0
+        shape = header.weights["ln_final.weight"].shape
+        return replace(
+            header, weights=header.weights | {"ln_final.weight": ParameterNorm(shape, 0.0)}
+        )
+
+    rewrite(world, clear)
+    ranked(world)
+    assert listener.heard == [
+        "1 layers are zeros and cannot be moved by a share: ln_final.weight",
+        "1 layers are left out: the forget loss does not reach them: visual.proj",
+    ]
+
+
+def test_of_what_never_competes_nothing_is_left(world):
+    with pytest.raises(InputError, match=r"to rank: of logit_scale none ever competes"):
+        ranked(world, include=["logit_scale"])

@@ -1,0 +1,162 @@
+"""The whole method on a model and two lists of (images, texts) finds what the engine finds."""
+
+from functools import cache
+
+import open_clip
+import pytest
+import tiny_clip
+import torch
+from reference import Reference, labelled
+from worlds import plain_options
+
+import slsgu_cli
+from slsgu_cli.clip.towers import text_tower, vision_tower
+from slsgu_cli.engine.covariance import InputCovariances
+from slsgu_cli.engine.search import search
+from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.method.directions.gradient import Gradient
+from slsgu_cli.method.directions.whitened import Whitened
+from slsgu_cli.method.evaluation import LabelledImages, ZeroShot
+from slsgu_cli.method.input_covariance import input_covariances
+from slsgu_cli.method.layers import candidates
+from slsgu_cli.method.unlearn import unlearn
+from slsgu_cli.store.blocks import DataBlock
+
+COLOURS = list(tiny_clip.COLOURS)
+FEW = ("visual.proj", "transformer.resblocks.1.mlp.c_proj.weight", "text_projection")
+
+
+@cache
+def data():
+    """Return mini-batches of blue and of other things, and an evaluation for blue."""
+    tokenize = open_clip.SimpleTokenizer(context_length=16)
+    rows = [tiny_clip.row(number) for number in range(160)]
+    prompts = tokenize([f"a photo of the {colour}." for colour in COLOURS]).unflatten(0, (-1, 1))
+
+    def batches(rows):
+        parts = [rows[start : start + 16] for start in range(0, len(rows), 16)]
+        return [(tiny_clip.pixels(p), tokenize([r["caption"] for r in p])) for p in parts]
+
+    def images(rows):
+        labels = torch.tensor([COLOURS.index(row["colour"]) for row in rows])
+        return LabelledImages(tiny_clip.pixels(rows), labels, prompts)
+
+    blue, others = (
+        [r for r in rows if (r["colour"] == "blue") is is_it] for is_it in (True, False)
+    )
+    return batches(blue), batches(others), ZeroShot(images(blue), [images(others)])
+
+
+@pytest.fixture
+def model():
+    return tiny_clip.fitted_model()
+
+
+def same(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("directions", [(Gradient(),), (Whitened(),), (Gradient(), Whitened())])
+def test_the_concept_is_forgotten_and_others_are_not(model, directions):
+    forget, retain, evaluate = data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    original = evaluate(model)
+    edit = slsgu_cli.unlearn(model, forget, retain, evaluate, directions=directions, steps=6)
+    assert same(model, before)
+    assert (edit.original_forget, edit.original_utility) == original
+    assert original[0] > 90 and edit.forget == 0 and edit.utility > original[1] / 2
+    edit.apply(model)
+    assert evaluate(model) == (edit.forget, edit.utility)
+    changed = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n])]
+    assert changed == [edit.layer]
+    torch.testing.assert_close(model.get_parameter(edit.layer), before[edit.layer] + edit.delta)
+    edit.undo(model)
+    assert same(model, before)
+
+
+def test_an_edit_is_applied_once_and_to_its_own_model(model):
+    forget, retain, evaluate = data()
+    edit = unlearn(model, forget, retain, evaluate, layers=FEW, steps=1)
+    with pytest.raises(StaleError, match="does not have the values that the edit expects"):
+        edit.undo(model)
+    edit.apply(model)
+    with pytest.raises(StaleError):
+        edit.apply(model)
+    with pytest.raises(StaleError):
+        edit.apply(tiny_clip.fresh_model(seed=1))
+
+
+def test_more_directions_forget_at_no_higher_price(model):
+    forget, retain, evaluate = data()
+    alone = [
+        unlearn(model, forget, retain, evaluate, directions=(each,), layers=FEW, steps=4)
+        for each in (Gradient(), Whitened())
+    ]
+    edit = unlearn(
+        model, forget, retain, evaluate, directions=(Gradient(), Whitened()), layers=FEW, steps=4
+    )
+    best = min(alone, key=lambda each: (each.forget, -each.utility))
+    assert (edit.layer, edit.step) == (best.layer, best.step)
+
+
+def test_without_pairs_or_layers_there_is_no_edit(model):
+    forget, retain, evaluate = data()
+    with pytest.raises(InputError, match="no pairs"):
+        unlearn(model, [], retain, evaluate)
+    with pytest.raises(InputError, match="no layer is left"):
+        unlearn(model, forget, retain, evaluate, layers=["logit_scale"])
+
+
+def test_it_finds_the_layer_and_the_step_of_a_search_as_in_the_paper(world):
+    """The same rows in the same mini-batches, one by plain loops and one by the engine."""
+    reference = Reference(world)
+
+    def batches(ref):
+        block = DataBlock.open(world.store, ref)
+        pixels = labelled(reference, block, ["x"], first, [0]).images
+        tokens = torch.from_numpy(block.tokens).long()
+        size = world.pointer.batch_size
+        return list(zip(pixels.split(size), tokens.split(size), strict=True))
+
+    def evaluate(model):
+        figures = Reference(world, model).figures()
+        return figures.forget[0], figures.mean()
+
+    first = reference.blocks["first"]
+    edit = unlearn(
+        reference.model,
+        batches(world.manifest.forget),
+        batches(world.manifest.retain),
+        evaluate,
+        steps=4,
+    )
+    found = search(world.store, world.name, options=plain_options(paper=True, steps=4))
+    assert found.chosen.layer == edit.layer
+    assert found.chosen.step == pytest.approx(edit.step, rel=1e-4)
+    assert found.chosen.forget.top1 == pytest.approx(edit.forget)
+    assert {trial.layer for trial in found.trials.trials} == {
+        score.layer for score in world.ranking.scores if score.front
+    }
+
+
+def test_input_covariances_are_those_of_the_engine(model):
+    """But for the queries of a text's first token, which have one key and no influence."""
+    _, retain, _ = data()
+    names = candidates(name for name, _ in model.named_parameters())
+    plain, engine = input_covariances(model, names, retain), InputCovariances(model, names)
+    vision, text = vision_tower(model), text_tower(model)
+    with torch.no_grad():
+        for images, texts in retain:
+            short = text.trim(texts)
+            with engine:
+                vision.features(images, images)
+            with engine.only(text.counted(short)), engine:
+                text.features(short, short)
+    assert set(plain) == set(engine.covariances) == set(names)
+    for name, inputs in plain.items():
+        expected, off = engine.covariances[name], 1e-6
+        if name in {f"transformer.resblocks.{block}.attn.in_proj_weight" for block in (0, 1)}:
+            off = 0.1
+        difference = (inputs.matrix - expected.mean()).norm() / expected.mean().norm()
+        assert float(difference) < off, name
+        assert inputs.axis == expected.axis
