@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.apply import AppliedResult
+from slsgu_cli.checkpoints.model_copy import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.method.edit import FoundEdit

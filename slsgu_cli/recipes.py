@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.apply import copy_model
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.inputs import peak_memory, reset_peak
 from slsgu_cli.clip.models import fingerprint, pick_device, resolve
-from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, listed
+from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.method.edit import apply, copy_original, draw_steps, rank_and_plot
 from slsgu_cli.method.evaluate import EvalResult, evaluate
 from slsgu_cli.method.export import export
@@ -58,12 +58,13 @@ from slsgu_cli.report.page import write_report
 from slsgu_cli.report.study_sections import verified_pair
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.atomic import remove, replacing
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.store.files import remove, replacing
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.study.recipe import PlannedStep, RecipePlan, Step
+from slsgu_cli.text import listed
 from slsgu_cli.verification.verdicts import rows as verdicts
 from slsgu_cli.verification.verify import verify
 

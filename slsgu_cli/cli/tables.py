@@ -16,7 +16,7 @@ from slsgu_cli.records.method import GradientHeader, Ranking
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:
-    from slsgu_cli.checkpoints.apply import AppliedResult
+    from slsgu_cli.checkpoints.model_copy import AppliedResult
     from slsgu_cli.cli.console import Console
     from slsgu_cli.method.edit import FoundEdit
     from slsgu_cli.method.evaluate import EvalResult

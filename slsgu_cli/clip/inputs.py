@@ -26,9 +26,10 @@ from torch import Tensor
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
 from slsgu_cli.clip.towers import EMBED, OpenClipText, SplitTower
+from slsgu_cli.machine import cores, free_memory
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
-from slsgu_cli.store.files import cores, free_memory, prefetch
 
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]

@@ -14,23 +14,25 @@ from typing import Any
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import OURS, README, STANDARD_NAME, OtherLayout
+from slsgu_cli.checkpoints.apply import STANDARD_NAME
+from slsgu_cli.checkpoints.configurations import CONFIG, OPEN_CLIP, PIPELINE, config_of
+from slsgu_cli.checkpoints.destinations import OURS, README
 from slsgu_cli.checkpoints.edits import Edit
-from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.hub import FETCH_ERRORS, HUB
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import WeightSet, clip_shapes
-from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, PIPELINE, Target, config_of
-from slsgu_cli.checkpoints.transformers_clip import (
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.other_layout import OtherLayout
+from slsgu_cli.checkpoints.targets import Target
+from slsgu_cli.checkpoints.transformers_families import (
     CLIP,
     CLIP_TEXT,
     FAMILIES,
-    FETCH_ERRORS,
     GELU,
-    HUB,
-    PREPROCESSOR,
     family_of,
     transformers_config,
-    transformers_preprocess,
 )
+from slsgu_cli.checkpoints.transformers_inputs import PREPROCESSOR, transformers_preprocess
 from slsgu_cli.clip.models import (
     TOKENIZER_CONFIG,
     ResolvedModel,
@@ -43,11 +45,12 @@ from slsgu_cli.clip.models import (
     probe_tokens,
     resolve,
 )
-from slsgu_cli.errors import InputError, SlsguError, UsageError, first_lines, listed
+from slsgu_cli.errors import InputError, SlsguError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader, ModelLayout, Tower
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.text import first_lines, listed
 
 # What a tokenizer of transformers consists of, whatever its kind.
 TOKENIZER_FILES = (
@@ -167,7 +170,11 @@ def _other_weights(model: ResolvedModel) -> str | None:
 def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> str | None:
     """Return in what the tokenizer of a folder is not that of the model it was made from."""
     name = hub_tokenizer(model)
-    if original is not None and model.spelling is Spelling.TRANSFORMERS and hub_tokenizer(original):
+    if (
+        original is not None
+        and model.scheme is NamingScheme.TRANSFORMERS
+        and hub_tokenizer(original)
+    ):
         here, there = _cleaning(model), _cleaning(original)
         if here != there:
             return (
@@ -178,7 +185,7 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     if name is None and not by_name:
         return None
     ids = probe_tokens(model)
-    copied = original is not None and original.folder and original.spelling is model.spelling
+    copied = original is not None and original.folder and original.scheme is model.scheme
     if original is not None and not copied and ids != probe_tokens(original):
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None
@@ -224,7 +231,7 @@ def other_layout(
             f"{target.path} is no whole CLIP, and --format {wanted} is for those",
             hint="leave --format out: it is written in the layout that it has",
         )
-    if (wanted is ModelLayout.HF) is (model.spelling is Spelling.TRANSFORMERS):
+    if (wanted is ModelLayout.HF) is (model.scheme is NamingScheme.TRANSFORMERS):
         return None
     layout = _for_transformers if wanted is ModelLayout.HF else _for_open_clip
     made = layout(model, scratch)
@@ -287,8 +294,8 @@ def clip_tokenizer(context_length: int) -> dict[str, str]:
 def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
     """Return what open_clip loads a model of transformers from."""
     config, family = model.config, FAMILIES[family_of(model.config)]
-    text, is_siglip = config["text_cfg"], family.names is Spelling.SIGLIP
-    if family.names is Spelling.BERT:
+    text, is_siglip = config["text_cfg"], family.names is NamingScheme.SIGLIP
+    if family.names is NamingScheme.BERT:
         raise InputError(
             f"{model.spec} cannot be written for open_clip, which builds a BERT by the name of a "
             "repository alone, and reads none that lies in a model's folder",
@@ -304,7 +311,7 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
         config = config | {"vision_cfg": _named_by_timm(model)}
     content = _json({"model_cfg": config, "preprocess_cfg": model.preprocess})
     prefixes = {Tower.TEXT: "text." if is_siglip else "", Tower.VISION: ""}
-    towers = tuple(TowerPlace(tower, Spelling.OPEN_CLIP, prefixes[tower]) for tower in Tower)
+    towers = tuple(TowerPlace(tower, NamingScheme.OPEN_CLIP, prefixes[tower]) for tower in Tower)
     return OtherLayout(
         "open_clip",
         STANDARD_NAME["safetensors"],
@@ -391,11 +398,11 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
             for (blocks, width), (name, act) in COMFY_TOWERS.items()
         )
         raise InputError(f"ComfyUI has no place for {target.path}: {why_not[0]}; it knows {known}")
-    towers = (TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model."),)
+    towers = (TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model."),)
     return OtherLayout(
         "ComfyUI",
         "",
-        Spelling.TRANSFORMERS,
+        NamingScheme.TRANSFORMERS,
         towers,
         optional=(PROJECTION,),
         weights=None if model is None else model.weights,
@@ -405,9 +412,9 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
 def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
     """Return why ComfyUI would not run a text encoder as it is; None where it would."""
     tower = weights.tower(Tower.TEXT)
-    if tower.spelling is Spelling.SIGLIP:
+    if tower.scheme is NamingScheme.SIGLIP:
         return "it is a SigLIP"
-    if tower.spelling is Spelling.BERT:
+    if tower.scheme is NamingScheme.BERT:
         return "its text tower is a BERT"
 
     def shape(name: str) -> tuple[int, ...]:

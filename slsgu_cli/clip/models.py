@@ -15,39 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import Layer, Spelling
+from slsgu_cli.checkpoints.configurations import CONFIG, OPEN_CLIP
+from slsgu_cli.checkpoints.hub import FETCH_ERRORS, HUB, fetch_clip, unreachable
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
-from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP
-from slsgu_cli.checkpoints.tensor_file import COMPILED, Floats, canonical_name
-from slsgu_cli.checkpoints.transformers_clip import (
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.tensor_file import COMPILED, canonical_name
+from slsgu_cli.checkpoints.transformers_families import (
     AS_IT_IS,
-    FETCH_ERRORS,
-    HUB,
     KNOWN,
-    ClipWeights,
     bert_config,
-    check_config,
-    check_size,
-    fetch_clip,
     is_clip,
     model_config,
     other_model,
-    preprocess_config,
-    unreachable,
-    vocabulary,
+    require_towers,
 )
-from slsgu_cli.errors import (
-    InputError,
-    MissingError,
-    SlsguError,
-    UsageError,
-    first_lines,
-    lacks_memory,
-    near,
-    reason_of,
-)
+from slsgu_cli.checkpoints.transformers_inputs import preprocess_config, vocabulary
+from slsgu_cli.checkpoints.transformers_weights import ClipWeights
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, lacks_memory
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, InputSpec, ModelSpec
+from slsgu_cli.text import first_lines, near, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +72,7 @@ class ResolvedModel:
     """A model's configuration and where its weights lie.
 
     `folder` is set for models that are folders. `identifier` is what open_clip calls it;
-    it has no word for a folder of transformers, which `spelling` tells.
+    it has no word for a folder of transformers, which `scheme` tells.
     """
 
     spec: ModelSpec
@@ -92,7 +81,7 @@ class ResolvedModel:
     preprocess: dict[str, Any]
     weights: Path
     folder: Path | None
-    spelling: Spelling = Spelling.OPEN_CLIP
+    scheme: NamingScheme = NamingScheme.OPEN_CLIP
 
 
 def resolve(spec: ModelSpec) -> ResolvedModel:
@@ -101,7 +90,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     Raises MissingError, InputError or UsageError; downloads where the name asks for it.
     """
     model = _resolved(spec)
-    check_config(str(spec), model.config, model.preprocess)
+    require_towers(str(spec), model.config)
     return model
 
 
@@ -118,21 +107,21 @@ def _resolved(spec: ModelSpec) -> ResolvedModel:
 def input_spec(model: ResolvedModel) -> InputSpec:
     """Return how `model` takes images and text."""
     size = model.config["vision_cfg"].get("image_size", 224)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
     with _explained(model):
+        height, width = size if isinstance(size, list | tuple) else (size, size)
         tokens = tokenizer(model)(PROBE)
-    preprocess = model.preprocess
-    return InputSpec(
-        height=int(height),
-        width=int(width),
-        mean=tuple(float(value) for value in preprocess["mean"]),
-        std=tuple(float(value) for value in preprocess["std"]),
-        interpolation=str(preprocess["interpolation"]),
-        resize_mode=str(preprocess["resize_mode"]),
-        fill_color=int(preprocess.get("fill_color", 0)),
-        tokenizer=digest(tokens.tolist()),
-        context_length=int(tokens.shape[1]),
-    )
+        preprocess = model.preprocess
+        return InputSpec(
+            height=int(height),
+            width=int(width),
+            mean=tuple(float(value) for value in preprocess["mean"]),
+            std=tuple(float(value) for value in preprocess["std"]),
+            interpolation=str(preprocess["interpolation"]),
+            resize_mode=str(preprocess["resize_mode"]),
+            fill_color=int(preprocess.get("fill_color", 0)),
+            tokenizer=digest(tokens.tolist()),
+            context_length=int(tokens.shape[1]),
+        )
 
 
 def tokenizer(model: ResolvedModel) -> Tokenize:
@@ -171,15 +160,12 @@ def load(
     """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
     import open_clip
 
-    if model.spelling is Spelling.TRANSFORMERS or not is_read_by_open_clip(model):
+    if model.scheme is NamingScheme.TRANSFORMERS or not is_read_by_open_clip(model):
         return _load_ourselves(model, device, warn)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with _quiet(), _explained(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if pretrained is None:
-            # What open_clip itself says of a name can be built.
-            check_size(model.config, model.weights.stat().st_size)
         module: torch.nn.Module = open_clip.create_model(
             model.identifier,
             pretrained=pretrained,
@@ -258,8 +244,6 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     """Build the module in evaluation mode with its buffers, and parameters of no memory."""
     import torch
 
-    check_size(model.config, _nbytes(model))
-
     register = torch.nn.Module.register_parameter
 
     def without_memory(
@@ -296,7 +280,7 @@ def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
     import open_clip
 
     on_no_device: Any = None
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         return _built_by_config(model.config)
     return open_clip.create_model(  # type: ignore[no-any-return]
         model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
@@ -323,7 +307,7 @@ def contents(
     model: ResolvedModel,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
     """Return the shapes of what a model's files hold by the names of open_clip, and a reader."""
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent)
         return weights.shapes(), weights.read
     file = open_weights(model.weights)
@@ -350,7 +334,7 @@ def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = Non
 
     Parameters of `instead` count with these values in place of their own.
     """
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent).fingerprint(instead)
     else:
         weights = file_fingerprint(model.weights, instead)
@@ -368,7 +352,7 @@ def has_model(spec: ModelSpec, weights: str | None) -> bool:
 
 def model_layer(model: ResolvedModel, name: str) -> Floats:
     """Return a layer in the precision of the file: fp16 stays fp16, bf16 comes as fp32."""
-    if model.spelling is Spelling.OPEN_CLIP:
+    if model.scheme is NamingScheme.OPEN_CLIP:
         return read_layer(model.weights, name)
     layer = Layer.parse(name)
     values: Floats = layer.rows(ClipWeights(model.weights.parent).read(layer.parameter))
@@ -423,7 +407,7 @@ def _tokenizer_of(model: ResolvedModel) -> Any:
     except Exception as error:  # transformers and its hub raise many kinds here
         raise _no_tokenizer(model, error) from error
     text = model.config["text_cfg"]
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         if "tokenizer_kwargs" not in text:
             _check_vocabulary(model, tokenize.encoder)
         if "hf_config" in text:
@@ -436,7 +420,7 @@ def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]
 
     Then, how texts are cleaned where it lies in the model's own folder.
     """
-    if model.spelling is not Spelling.TRANSFORMERS:
+    if model.scheme is not NamingScheme.TRANSFORMERS:
         return model.identifier, None, None
     text = model.config["text_cfg"]
     cleaned = text.get("tokenizer_kwargs", {}).get("clean")
@@ -451,7 +435,7 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
         hint = "pip install sentencepiece protobuf"
     elif isinstance(error, ImportError):
         hint = "pip install 'slsgu[targets]', which has transformers"
-    elif model.spelling is Spelling.TRANSFORMERS:
+    elif model.scheme is NamingScheme.TRANSFORMERS:
         hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
     elif name and model.folder is not None:
         hint = f"put the files of {name} beside the weights: {TOKENIZER_CONFIG}, tokenizer.json"
@@ -506,7 +490,7 @@ def _check_padding(model: ResolvedModel, pads_with: int | None) -> None:
 
 def _nbytes(model: ResolvedModel) -> int:
     """Return how many bytes a model's weights have; of transformers', all of its files."""
-    of_transformers = model.spelling is Spelling.TRANSFORMERS
+    of_transformers = model.scheme is NamingScheme.TRANSFORMERS
     files = weight_files(model.weights.parent) if of_transformers else [model.weights]
     return sum(path.stat().st_size for path in files)
 
@@ -618,8 +602,8 @@ def _no_model(folder: Path) -> MissingError:
 def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
     weights = ClipWeights(folder).weights.path
     config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
-    spelling = Spelling.TRANSFORMERS
-    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
+    scheme = NamingScheme.TRANSFORMERS
+    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, scheme)
 
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:

@@ -613,11 +613,12 @@ def posted(name: str, *, wait: bool) -> Any:
 
 
 class SharedStore(Store):
-    """A store that the first of several processes alone writes to, and holds leases of."""
+    """A store that the first of several processes alone writes to, and locks."""
 
-    def create_bytes(self, path: str, data: bytes) -> bool | None:
-        """Write `data` where there is nothing at `path`, if this is the first process."""
-        return super().create_bytes(path, data) if is_first() else None
+    @property
+    def has_locks(self) -> bool:
+        """Whether this process waits for others: only the first of a group does."""
+        return super().has_locks and is_first()
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` at `path`, if this is the first process."""

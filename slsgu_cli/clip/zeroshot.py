@@ -28,9 +28,10 @@ from slsgu_cli.clip.inputs import (
     staged,
 )
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.errors import NotFiniteError, listed
+from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
-from slsgu_cli.store.files import prefetch
+from slsgu_cli.text import listed
 
 Ints = npt.NDArray[np.integer]
 

@@ -15,10 +15,10 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, make_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.tensor_file import Floats, layer_digests
+from slsgu_cli.checkpoints.number_formats import Floats, layer_digests
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import pick_device, resolve
-from slsgu_cli.errors import InputError, NotFiniteError, SlsguError, listed
+from slsgu_cli.errors import InputError, NotFiniteError, SlsguError
 from slsgu_cli.method.gradients import KeptArrays, load_graded, open_pairs
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -35,8 +35,9 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import TargetTrial
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Arrays, Store
+from slsgu_cli.text import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -371,7 +372,7 @@ def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, layer_step:
         utility=None,
         joint=None,
         version=slsgu_cli.__version__,
-        layout=resolve(pointer.model).spelling,
+        layout=resolve(pointer.model).scheme,
     )
     return make_edit(header, delta=layer_step.delta, before=layer_step.before)
 

@@ -22,11 +22,11 @@ from slsgu_cli.clip import processes
 from slsgu_cli.clip.inputs import pixel_normalizer, spans, spare, staged, text_features, to_tokens
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Arrays
 
 # (image features, text features, mini-batch size) -> one loss per mini-batch.

@@ -16,8 +16,8 @@ import numpy as np
 
 import slsgu_cli
 from slsgu_cli.checkpoints.layers import Layer, find_layers, is_candidate, layers_of, selected
-from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.target_layers import TargetLayers, layers_read_by
 from slsgu_cli.clip import processes
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.errors import InputError, UsageError
@@ -30,6 +30,7 @@ from slsgu_cli.method.directions import (
 )
 from slsgu_cli.method.gradients import graded_model
 from slsgu_cli.method.scoring import Vector, alignment, importance, norm, pareto_front
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.method import (
     Direction,
     GradientHeader,
@@ -41,7 +42,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
-from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
             store, manifest, pointer, layers, device=options.device, shard=options.shard
         )
         tell_of_unwhitened(covariances, layers, how="ranked", out="--exclude leaves them out")
-    split = any(Layer.parse(layer).third is not None for layer in layers)
+    split = any(Layer.parse(layer).part is not None for layer in layers)
     weights = _Weights(header, graded_model(pointer) if split else None)
     scores = [
         replace(score, direction=line.mark)
@@ -226,7 +226,7 @@ class _Weights:
         return mean_square_output(weight, metric.covariance, metric.axis)
 
     def _third(self, layer: str) -> Floats | None:
-        if self.model is None or Layer.parse(layer).third is None:
+        if self.model is None or Layer.parse(layer).part is None:
             return None
         return model_layer(self.model, layer).astype(np.float32, copy=False)
 

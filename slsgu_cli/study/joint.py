@@ -17,7 +17,7 @@ from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.zeroshot import gaps, least_gap, margins, ranks_of_truth
-from slsgu_cli.errors import NotForgottenError, UsageError, listed
+from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.method.evaluate import choose_shown
@@ -48,6 +48,7 @@ from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import listed
 
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2

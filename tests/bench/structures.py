@@ -32,7 +32,7 @@ from worlds import Listener, World
 from slsgu_cli.checkpoints.layers import layers_of
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.clip.towers import WholeTower, text_tower, vision_tower
-from slsgu_cli.errors import SlsguError, first_lines
+from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.method.gradients import compute_gradients
 from slsgu_cli.method.ranking import rank
@@ -44,6 +44,7 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import first_lines
 
 COLUMNS = (
     "structure",

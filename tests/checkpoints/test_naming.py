@@ -4,13 +4,7 @@ import pytest
 import tiny_clip
 import torch
 
-from slsgu_cli.checkpoints.layers import (
-    Layer,
-    find_layers,
-    is_candidate,
-    known_as,
-    selected,
-)
+from slsgu_cli.checkpoints.layers import Layer, find_layers, is_candidate, known_as, selected
 from slsgu_cli.records.method import Tower
 
 

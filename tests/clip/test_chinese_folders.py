@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from worlds import World
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.transformers_clip import model_config
+from slsgu_cli.checkpoints.transformers_families import model_config
 from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.clip.model_folder import other_layout, require_weights
 from slsgu_cli.clip.models import fingerprint, input_spec, load, resolve, tokenizer
